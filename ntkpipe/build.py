@@ -1,0 +1,293 @@
+"""Build: one block at a time, from samples through Jacobian strips to tiles that are stored."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ntkpipe.datasets import Source, show_samples
+from ntkpipe.errors import NonFiniteError
+from ntkpipe.gram import fill_tile
+from ntkpipe.grid import Grid, Span
+from ntkpipe.jacobian.block import Block, Engine
+from ntkpipe.jacobian.factors import Workspace, contract_diagonal
+from ntkpipe.models import Batch
+from ntkpipe.plan import Plan, Task
+
+Index = tuple[int, ...]
+StripKey = tuple[str, Span]
+
+_SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}
+_NUM_BUFFERS = 2
+
+
+class Sink(Protocol):
+    """Where finished chunks go."""
+
+    def exists(self, array: str, index: Index) -> bool:
+        """Whether the chunk is there already."""
+        ...
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Keep one chunk; the values may change after the call."""
+        ...
+
+
+@dataclass(frozen=True)
+class TileRecord:
+    """One chunk that is safely stored.
+
+    Attributes
+    ----------
+    array, index
+        Which one.
+    seconds
+        Time since the one before, of the same worker.
+    """
+
+    array: str
+    index: Index
+    seconds: float
+
+
+class StripCache:
+    """Jacobian strips that the workers of one process share, the least recently used dropped first.
+
+    Parameters
+    ----------
+    capacity
+        Bytes; zero keeps nothing.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._used = 0
+        self._strips: OrderedDict[StripKey, Block] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making: dict[StripKey, threading.Lock] = {}
+
+    def get(self, key: StripKey, make: Callable[[], Block]) -> Block:
+        """The strip, computed by ``make`` if it is not kept. Two workers do not compute the same one at once."""
+        if self._capacity == 0:
+            return make()
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._strips:
+                    self._strips.move_to_end(key)
+                    return self._strips[key]
+            block = make()
+            with self._lock:
+                self._strips[key] = block
+                self._used += block.num_bytes()
+                while self._used > self._capacity and len(self._strips) > 1:
+                    _, dropped = self._strips.popitem(last=False)
+                    self._used -= dropped.num_bytes()
+            return block
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Everything that a worker needs to do any task; idempotent, whatever ran before or runs beside it.
+
+    Attributes
+    ----------
+    engine
+        Copied for each worker.
+    plan
+        The plan.
+    sources
+        Samples by split, ``train`` and ``test``.
+    is_mapping
+        Whether a sample is a dict.
+    sink
+        Where tiles go.
+    cache
+        Shared by the workers of this process.
+    store_dtype
+        Of tiles and outputs.
+    """
+
+    engine: Engine
+    plan: Plan
+    sources: Mapping[str, Source]
+    is_mapping: bool
+    sink: Sink
+    cache: StripCache
+    store_dtype: np.dtype[Any]
+
+    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[TileRecord]]:
+        """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
+        torch.set_num_threads(1)
+        return _Builder(self, pause).run
+
+
+class _Builder:
+    """One worker."""
+
+    def __init__(self, job: BuildJob, pause: Callable[[], None]) -> None:
+        self._job = job
+        self._plan = job.plan
+        self._engine = job.engine.copy()
+        self._pause = pause
+        self._workspace = Workspace()
+        rows = job.plan.workload.tile * job.plan.workload.num_covectors
+        self._buffers = [np.empty((rows, rows), job.store_dtype) for _ in range(_NUM_BUFFERS)]
+        self._held: dict[StripKey, Block] = {}
+        self._batch = job.plan.batch
+        self._last = perf_counter()
+
+    def run(self, task: Task) -> Iterator[TileRecord]:
+        """Do one task. Tiles are written by a thread of their own while the next ones are computed."""
+        self._last = perf_counter()
+        if task.array == "kernel/test_diagonal":
+            yield from self._diagonal(task.block.row_start)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
+            pending: list[tuple[Index, Future[None]]] = []
+            for index, tile in self._tiles(task):
+                pending.append((index, writer.submit(self._job.sink.write, task.array, index, tile)))
+                # The next tile goes to the buffer of the one before this: that must be free again.
+                while len(pending) >= _NUM_BUFFERS:
+                    yield self._finished(task.array, *pending.pop(0))
+            while pending:
+                yield self._finished(task.array, *pending.pop(0))
+
+    def _finished(self, array: str, index: Index, writing: "Future[None]") -> TileRecord:
+        writing.result()
+        now = perf_counter()
+        record = TileRecord(array, index, now - self._last)
+        self._last = now
+        return record
+
+    def _tiles(self, task: Task) -> Iterator[tuple[Index, NDArray[Any]]]:
+        """Compute the missing tiles of a block: row strips are held, column strips stream past them."""
+        grid = self._plan.workload.grids[task.array]
+        split = _SPLITS[task.array][0]
+        rows, turn = task.block.rows(), 0
+        for first in range(rows.start, rows.stop, self._plan.rows_held):
+            group = range(first, min(first + self._plan.rows_held, rows.stop))
+            strips = [(split, strip) for row in group for strip in grid.rows.samples(row).cut(self._plan.strip)]
+            pinned = frozenset(strips) if len(strips) <= self._plan.hold else frozenset()
+            for column in task.block.columns():
+                for row in group:
+                    if self._is_missing(task.array, grid, row, column):
+                        buffer = self._buffers[turn % _NUM_BUFFERS]
+                        turn += 1
+                        yield (row, column), self._tile(task.array, grid, row, column, buffer, pinned)
+
+    def _is_missing(self, array: str, grid: Grid, row: int, column: int) -> bool:
+        if not grid.is_stored(row, column):
+            return False
+        if grid.symmetric and row == column and not self._job.sink.exists("outputs/train", (row, 0)):
+            return True
+        return not self._job.sink.exists(array, (row, column))
+
+    def _tile(
+        self,
+        array: str,
+        grid: Grid,
+        row: int,
+        column: int,
+        buffer: NDArray[Any],
+        pinned: frozenset[StripKey],
+    ) -> NDArray[Any]:
+        plan, width = self._plan, self._plan.workload.num_covectors
+        row_split, column_split = _SPLITS[array]
+        row_span, column_span = grid.rows.samples(row), grid.columns.samples(column)
+        is_mirrored = grid.symmetric and row == column
+        tile = buffer[: len(row_span) * width, : len(column_span) * width]
+        tensor = torch.from_numpy(tile)
+        outputs: dict[Span, torch.Tensor] = {}
+        strips = row_span.cut(plan.strip)
+        for start in range(0, len(strips), plan.hold):
+            part = strips[start : start + plan.hold]
+            keep = pinned or frozenset((row_split, strip) for strip in part)
+            for strip in column_span.cut(plan.strip):
+                if is_mirrored and strip < part[0]:
+                    continue
+                right = self._strip((column_split, strip), keep)
+                for one in part:
+                    if is_mirrored and strip < one:
+                        continue
+                    left = self._strip((row_split, one), keep | {(column_split, strip)})
+                    outputs[one] = left.outputs
+                    fill_tile(
+                        left,
+                        right,
+                        tensor,
+                        row=one.start - row_span.start,
+                        column=strip.start - column_span.start,
+                        num_covectors=width,
+                        is_mirrored=is_mirrored,
+                        workspace=self._workspace,
+                        pause=self._pause,
+                    )
+        if not np.isfinite(tile).all():
+            bad = row_span.start + np.flatnonzero(~np.isfinite(tile).all(axis=1)) // width
+            raise NonFiniteError(
+                f"{array}: entries of {show_samples(sorted(set(bad.tolist())))} overflow {self._job.store_dtype} although "
+                "their Jacobians are finite; use store_dtype='float64' or scale the model. The tile was not written"
+            )
+        if is_mirrored:
+            self._write_outputs("train", row, [outputs[strip] for strip in strips])
+        return tile
+
+    def _diagonal(self, number: int) -> Iterator[TileRecord]:
+        """Outputs and diagonal blocks of one tile of test samples."""
+        plan, sink = self._plan, self._job.sink
+        index = (number, 0, 0)
+        if sink.exists("kernel/test_diagonal", index) and sink.exists("outputs/test", (number, 0)):
+            return
+        span = plan.workload.grids["kernel/test_train"].rows.samples(number)
+        values, outputs = [], []
+        for strip in span.cut(plan.strip):
+            self._pause()
+            block = self._strip(("test", strip), frozenset())
+            values += [contract_diagonal(piece).cpu() for piece in block.pieces]
+            outputs.append(block.outputs)
+        self._write_outputs("test", number, outputs)
+        sink.write("kernel/test_diagonal", index, torch.cat(values).numpy().astype(self._job.store_dtype))
+        yield self._finished("kernel/test_diagonal", index, _DONE)
+
+    def _write_outputs(self, split: str, number: int, outputs: list[torch.Tensor]) -> None:
+        values = torch.cat(outputs).to("cpu", torch.float64).numpy()
+        self._job.sink.write(f"outputs/{split}", (number, 0), values.astype(self._job.store_dtype))
+
+    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Block:
+        """Jacobians of a strip: held, shared with another worker, or computed; then only it and ``keep`` are held."""
+        if key not in self._held:
+            self._held = {other: block for other, block in self._held.items() if other in keep}
+            self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
+        return self._held[key]
+
+    def _compute(self, key: StripKey) -> Block:
+        split, span = key
+        source = self._job.sources[split]
+
+        def load(start: int, stop: int) -> Batch:
+            self._pause()
+            arrays = {name: torch.tensor(values) for name, values in source.read(start, stop).items()}
+            return self._engine.model.to_batch(arrays, self._job.is_mapping)
+
+        block, self._batch = self._engine.block(
+            load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
+        )
+        finite = torch.cat([piece.is_finite() for piece in block.pieces]) & torch.isfinite(block.outputs).all(dim=1)
+        if not bool(finite.all()):
+            bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
+            raise NonFiniteError(f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of "
+                                 "them was written")
+        return block
+
+
+_DONE: "Future[None]" = Future()
+_DONE.set_result(None)

@@ -1,0 +1,71 @@
+"""The exception family of the package.
+
+Every error that ntkpipe raises on purpose derives from :class:`NtkpipeError`. Leaves also inherit the
+builtin that a caller would expect, so ``except ValueError`` or ``except OSError`` keep working.
+"""
+
+
+class NtkpipeError(Exception):
+    """Base of every error that ntkpipe raises on purpose."""
+
+
+class ConfigError(NtkpipeError, ValueError):
+    """An argument, a workflow file or an import string is wrong."""
+
+
+class ModelError(NtkpipeError, ValueError):
+    """The model cannot be used as it is: its outputs, mode, parameters or checkpoint."""
+
+
+class DataError(NtkpipeError, ValueError):
+    """The samples or targets cannot be used as they are."""
+
+
+class NonFiniteError(NtkpipeError, ArithmeticError):
+    """NaN or infinity in inputs, parameters, outputs, Jacobians or tiles. None of it was written."""
+
+
+class SelfCheckError(NtkpipeError, ArithmeticError):
+    """The Jacobian engine and the plain reference disagree, so no tile was computed."""
+
+
+class ResourceError(NtkpipeError, MemoryError):
+    """The work does not fit the memory or the disk; the message holds both numbers."""
+
+
+class StoreError(NtkpipeError, OSError):
+    """A kernel store is missing, damaged or cannot be written."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no kernel store at the path."""
+
+
+class StoreExistsError(StoreError, FileExistsError):
+    """Something is at the path already and the mode does not allow to touch it."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """The store was made with something else than what is asked for now.
+
+    Attributes
+    ----------
+    differences
+        ``(field, stored, asked)`` for each field that differs.
+    """
+
+    def __init__(self, message: str, differences: tuple[tuple[str, object, object], ...]) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+
+class TileError(StoreError):
+    """A chunk of a store is missing, truncated or fails its checksum; the message names it."""
+
+
+class StoreFullError(StoreError):
+    """The disk is full. Every tile that was finished is kept."""
+
+
+class Interrupted(NtkpipeError, KeyboardInterrupt):  # noqa: N818 - it is not an error of the program
+    """The run was interrupted from outside. Every tile that was finished is kept."""

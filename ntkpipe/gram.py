@@ -1,0 +1,66 @@
+"""Two Jacobian blocks become a part of a tile: pieces are contracted, turned sample-major, and mirrored."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ntkpipe.jacobian.block import Block
+from ntkpipe.jacobian.factors import Piece, Workspace, contract
+
+
+def fill_tile(
+    left: Block,
+    right: Block,
+    tile: Tensor,
+    *,
+    row: int,
+    column: int,
+    num_covectors: int,
+    is_mirrored: bool,
+    workspace: Workspace,
+    pause: Callable[[], None],
+) -> None:
+    """Write the Gram entries of two strips into a tile, sample-major.
+
+    Parameters
+    ----------
+    left, right
+        Strips of the tile's row and column samples.
+    tile
+        Host tensor (tile rows, tile rows) in the store dtype.
+    row, column
+        First sample of each strip, counted from the tile's.
+    num_covectors
+        Rows a sample, S.
+    is_mirrored
+        Whether the tile lies on the diagonal of a symmetric kernel: then each pair of pieces is computed once, on or
+        above the diagonal, and copied below, so that the tile is symmetric to the last bit.
+    workspace
+        Scratch of the calling thread.
+    pause
+        Called between pieces; may raise to stop the work.
+    """
+    for left_start, one in _placed(left, row):
+        for right_start, other in _placed(right, column):
+            if is_mirrored and right_start < left_start:
+                continue
+            pause()
+            entries = contract(one, other, workspace)
+            entries = entries.view(num_covectors, one.num_samples, num_covectors, other.num_samples)
+            entries = entries.permute(1, 0, 3, 2).reshape(one.num_samples * num_covectors, -1)
+            top, side = left_start * num_covectors, right_start * num_covectors
+            height, width = entries.shape
+            if is_mirrored and left_start == right_start:
+                upper = torch.triu(entries)
+                entries = upper + torch.triu(entries, 1).T
+            tile[top : top + height, side : side + width] = entries
+            if is_mirrored and left_start != right_start:
+                tile[side : side + width, top : top + height] = entries.T
+
+
+def _placed(block: Block, start: int) -> Iterator[tuple[int, Piece]]:
+    """Pieces of a block with the position of their first sample."""
+    for piece in block.pieces:
+        yield start, piece
+        start += piece.num_samples

@@ -1,0 +1,136 @@
+"""Integer arithmetic of the kernel matrix: samples, rows, tiles, strips and blocks.
+
+The only module that knows that a symmetric kernel keeps its upper tiles. It touches no data.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """A run of consecutive samples, ``start <= sample < stop``."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, size: int) -> list["Span"]:
+        """Consecutive spans of ``size`` samples; the last may be shorter."""
+        return [Span(start, min(start + size, self.stop)) for start in range(self.start, self.stop, size)]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One side of a kernel: ``num_samples`` samples in tiles of ``tile`` samples, ``num_covectors`` rows a sample."""
+
+    num_samples: int
+    num_covectors: int
+    tile: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the kernel along this axis; row = sample * num_covectors + covector."""
+        return self.num_samples * self.num_covectors
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of one whole tile."""
+        return self.tile * self.num_covectors
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles along this axis; the last may be ragged."""
+        return -(-self.num_samples // self.tile)
+
+    def samples(self, tile: int) -> Span:
+        """Samples of tile number ``tile``."""
+        return Span(tile * self.tile, min((tile + 1) * self.tile, self.num_samples))
+
+    def rows(self, tile: int) -> Span:
+        """Rows of tile number ``tile``."""
+        span = self.samples(tile)
+        return Span(span.start * self.num_covectors, span.stop * self.num_covectors)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of one kernel. A symmetric one keeps only tiles with row <= column."""
+
+    rows: Axis
+    columns: Axis
+    symmetric: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        return self.rows.num_rows, self.columns.num_rows
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that are stored."""
+        count = self.rows.num_tiles
+        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_tiles
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of samples whose S*S entries are computed: half of them, with the diagonal, where symmetric."""
+        count = self.rows.num_samples
+        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_samples
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Stored tiles, row by row."""
+        for row in range(self.rows.num_tiles):
+            for column in range(row if self.symmetric else 0, self.columns.num_tiles):
+                yield row, column
+
+    def is_stored(self, row: int, column: int) -> bool:
+        """Whether tile (row, column) is one that is stored rather than the mirror of one."""
+        return row <= column or not self.symmetric
+
+    def locate(self, row: int, column: int) -> tuple[int, int, bool]:
+        """Stored tile that holds tile (row, column), and whether it must be transposed."""
+        return (row, column, False) if self.is_stored(row, column) else (column, row, True)
+
+    def blocks(self, edge: int) -> Iterator["Block"]:
+        """Rectangles of at most ``edge`` x ``edge`` tiles that cover the stored tiles, each exactly once."""
+        for row in range(0, self.rows.num_tiles, edge):
+            row_stop = min(row + edge, self.rows.num_tiles)
+            for column in range(row if self.symmetric else 0, self.columns.num_tiles, edge):
+                yield Block(row, row_stop, column, min(column + edge, self.columns.num_tiles))
+
+    def num_blocks(self, edge: int) -> int:
+        """Number of blocks of :meth:`blocks`, without listing them."""
+        rows, columns = -(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge)
+        return rows * (rows + 1) // 2 if self.symmetric else rows * columns
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """A rectangle of tiles that one task computes; its tiles below the diagonal are left out where symmetric."""
+
+    row_start: int
+    row_stop: int
+    column_start: int
+    column_stop: int
+
+    def columns(self) -> range:
+        """Tile columns of the block."""
+        return range(self.column_start, self.column_stop)
+
+    def rows(self) -> range:
+        """Tile rows of the block."""
+        return range(self.row_start, self.row_stop)
+
+
+def default_tile(num_samples: int, num_covectors: int) -> int:
+    """Samples along a tile's edge where none are asked for.
+
+    About 2048 rows (16 MiB in float32), 4096 from 500,000 rows on, and fewer for small kernels so that there is
+    work for several workers. The number of workers plays no part: the tile decides bits.
+    """
+    rows = num_samples * num_covectors
+    edge = 4096 if rows >= 500_000 else min(2048, max(256, -(-rows // 8) // 64 * 64))
+    return max(1, min(num_samples, edge // num_covectors))

@@ -1,0 +1,82 @@
+"""Objects by import string, from installed packages or from the folder of a workflow file."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ntkpipe.errors import ConfigError
+
+
+def import_object(name: str, folder: Path | None = None) -> Any:
+    """Import ``package.module:attribute``.
+
+    Parameters
+    ----------
+    name
+        The import string; it comes from the user's workflow file, never from a store.
+    folder
+        Searched before everything else, for this import alone.
+
+    Raises
+    ------
+    ConfigError
+        If the module cannot be imported or lacks the attribute; the cause is chained.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        found: Any = _import_module(module_name, folder)
+    except Exception as error:
+        where = f" (searched {folder} first)" if folder is not None else ""
+        raise ConfigError(f"cannot import {module_name!r} of {name!r}{where}: {error!r}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            close = get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"module {module_name!r} has no {part!r} (asked for as {name!r}){hint}")
+        found = getattr(found, part)
+    return found
+
+
+def call_factory(factory: str, arguments: dict[str, Any], folder: Path | None = None) -> Any:
+    """Import a factory and call it.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be imported, or raises; the cause is chained.
+    """
+    function = import_object(factory, folder)
+    if not callable(function):
+        raise ConfigError(f"{factory!r} is {type(function).__name__}; needed something that can be called")
+    try:
+        return function(**arguments)
+    except Exception as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ConfigError(f"the factory {factory}({shown}) raised {type(error).__name__}: {error}") from error
+
+
+def _import_module(name: str, folder: Path | None) -> ModuleType:
+    if folder is None:
+        return importlib.import_module(name)
+    folder = folder.resolve()
+    top = name.partition(".")[0]
+    known = sys.modules.get(top)
+    is_local = (folder / f"{top}.py").exists() or (folder / top / "__init__.py").exists()
+    if is_local and known is not None and not _is_below(known, folder):
+        # Another workflow's module of the same name: forget it, so that this folder's is found.
+        for loaded in [key for key in sys.modules if key == top or key.startswith(f"{top}.")]:
+            del sys.modules[loaded]
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _is_below(module: ModuleType, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and folder in Path(file).resolve().parents

@@ -1,0 +1,282 @@
+"""The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkpipe.errors import NtkpipeError, SelfCheckError
+from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.fallback import take
+from ntkpipe.jacobian.probe import Load
+from ntkpipe.models import FunctionalModel
+from ntkpipe.resources import available_memory
+
+_NUM_SAMPLES = 3
+_MAX_COVECTORS = 4
+_MAX_BATCH = 64
+# |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
+# dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
+_TOLERANCE, _EPSILON = 1e-5, 1e-10
+# What rounding in the compute dtype may cost the whole kernel before the run is refused.
+_COMPUTE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
+
+Jacobians = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check found.
+
+    Attributes
+    ----------
+    samples
+        The samples that were compared.
+    num_covectors
+        Random covectors a sample.
+    dtype
+        dtype of the comparison; float64 unless the model cannot run in it.
+    worst_parameter, worst_error
+        The largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj).
+    compute_error
+        Error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj).
+    moved
+        Parameters that failed and went to the fallback, with the size of their error.
+    reference_wrong
+        Parameters where finite differences side with the engine against the reference.
+    """
+
+    samples: tuple[int, ...]
+    num_covectors: int
+    dtype: str
+    worst_parameter: str
+    worst_error: float
+    compute_error: float
+    moved: dict[str, str]
+    reference_wrong: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def self_check(engine: Engine, load: Load, num_samples: int, *, batch: int) -> tuple[Engine, CheckReport]:
+    """Compare the engine with a reference that shares none of its code.
+
+    Parameters
+    ----------
+    engine
+        In the compute dtype.
+    load, num_samples
+        The samples.
+    batch
+        Batch size of the run: the three samples are placed anywhere in a batch of that size (at most 64).
+
+    Returns
+    -------
+    The engine, with parameters that failed moved to the fallback, and the report.
+
+    Raises
+    ------
+    SelfCheckError
+        If the fallback is wrong, too, or the compute dtype is not enough for this model.
+    """
+    checked = _Check(engine, load, num_samples, batch)
+    engine, moved, sided = checked.settle(engine)
+    worst, error = checked.worst(engine, sided)
+    compute_error = checked.compute_error(engine)
+    limit = _COMPUTE_TOLERANCE[engine.model.dtype]
+    if compute_error > limit:
+        raise SelfCheckError(
+            f"in {engine.model.dtype} the kernel of samples {checked.chosen} is off by {compute_error:.1e} of "
+            f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
+        )
+    report = CheckReport(
+        samples=tuple(checked.chosen),
+        num_covectors=len(checked.covectors),
+        dtype=str(checked.model.dtype).removeprefix("torch."),
+        worst_parameter=worst,
+        worst_error=error,
+        compute_error=compute_error,
+        moved=moved,
+        reference_wrong=tuple(sorted(sided)),
+    )
+    return engine, report
+
+
+class _Check:
+    """Three samples, their reference Jacobians in float64, and the means to judge an engine by them."""
+
+    def __init__(self, engine: Engine, load: Load, num_samples: int, batch: int) -> None:
+        generator = np.random.default_rng(0)
+        size = max(2, min(batch, _MAX_BATCH, num_samples))
+        picked = generator.choice(num_samples, size=size, replace=num_samples < size)
+        self.places = sorted(int(i) for i in generator.choice(size, size=min(_NUM_SAMPLES, size), replace=False))
+        self.chosen = [int(picked[place]) for place in self.places]
+        self._load, self._picked = load, [int(i) for i in picked]
+        self.model = _in_float64(engine.model, load, self.chosen)
+        num_outputs = engine.covectors.shape[1]
+        row_bytes = 8 * sum(p.numel() for p in self.model.parameters().values()) * len(self.chosen) * 3
+        affordable = int(0.2 * available_memory() / max(1, row_bytes))
+        count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
+        self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
+        self.reference = _reference(self.model, load, self.chosen, self.covectors.to(self.model.device))
+        self.scale = _scale(sum(_gram(j) for j in self.reference.values()))
+
+    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str]]:
+        """Move what fails to the fallback, then to the loop; whom finite differences side with is right."""
+        moved: dict[str, str] = {}
+        sided: set[str] = set()
+        while True:
+            found = self._jacobians(engine)
+            failed = {name: error for name, error in self._errors(found).items() if error[0] > 1 and name not in sided}
+            by_engine = {name for name in failed if self._engine_is_right(name, found[name])}
+            sided |= by_engine
+            failed = {name: error for name, error in failed.items() if name not in by_engine}
+            if not failed:
+                return engine, moved, sided
+            reasons = {name: f"self-check: off by {relative:.1e}" for name, (_, relative) in failed.items()}
+            if all(name in engine.fallback for name in failed):
+                if engine.method == "loop":
+                    raise SelfCheckError(
+                        "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
+                        + ", ".join(f"{name} ({why})" for name, why in reasons.items())
+                        + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
+                    )
+                engine = Engine(
+                    engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype
+                )
+                continue
+            newly = {name: why for name, why in reasons.items() if name not in engine.fallback}
+            moved |= newly
+            tracing = engine.tracing.without(newly)
+            engine = Engine(engine.model, tracing, engine.method, engine.covectors, engine.accumulate_dtype)
+
+    def worst(self, engine: Engine, ignored: set[str]) -> tuple[str, float]:
+        """The parameter with the largest error, and that error."""
+        errors = self._errors(self._jacobians(engine))
+        judged = {name: relative for name, (ratio, relative) in errors.items() if name not in ignored}
+        name = max(judged, key=lambda key: judged[key], default="")
+        return name, judged.get(name, 0.0)
+
+    def compute_error(self, engine: Engine) -> float:
+        """Error of the whole kernel in the compute dtype, against the reference."""
+        whole = engine.with_covectors(self.covectors)
+        found = _per_parameter(whole, self._load, self._picked, self.places)
+        total = sum(_gram(jacobian.double()) for jacobian in found.values())
+        exact = sum(_gram(jacobian) for jacobian in self.reference.values())
+        return float(((total - exact).abs() / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+    def _jacobians(self, engine: Engine) -> Jacobians:
+        double = Engine(
+            self.model, engine.tracing, engine.method, self.covectors, self.model.dtype, engine.representations
+        )
+        found = _per_parameter(double, self._load, self._picked, self.places)
+        return {name: found[name].double() for name in self.reference}
+
+    def _errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
+        """Per parameter, the error over what is allowed, and on the scale sqrt(K_p,ii K_p,jj)."""
+        loosened = 1.0 if self.model.dtype == torch.float64 else 1e3
+        errors = {}
+        for name, exact in self.reference.items():
+            wanted = _gram(exact)
+            gap = (_gram(found[name]) - wanted).abs()
+            own = _scale(wanted)
+            allowed = loosened * (_TOLERANCE * own + _EPSILON * self.scale)
+            tiny = torch.finfo(torch.float64).tiny
+            ratio = float((gap / allowed.clamp_min(tiny)).max())
+            # Beside entries that are zero but for rounding, only the second term of the bound has a meaning.
+            counted = gap[own > _EPSILON * self.scale] / own[own > _EPSILON * self.scale].clamp_min(tiny)
+            errors[name] = (ratio, float(counted.max()) if counted.numel() else 0.0)
+        return errors
+
+    def _engine_is_right(self, name: str, found: Tensor) -> bool:
+        """Whether a central difference along a random direction agrees with the engine and not with the reference."""
+        parameter = self.model.parameters()[name]
+        generator = torch.Generator().manual_seed(1)
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        direction /= direction.norm()
+        step = 1e-5 * max(1.0, float(parameter.detach().norm()))
+        pair = [self._load((sample, sample)) for sample in self.chosen]
+        with torch.no_grad():
+            ends = [
+                torch.stack([self.model.call_with({name: parameter + sign * step * direction}, b)[0] for b in pair])
+                for sign in (1.0, -1.0)
+            ]
+        slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
+        flat = direction.reshape(-1).double()
+        gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]
+        return gaps[0] < 0.01 * gaps[1]
+
+
+def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> FunctionalModel:
+    """The model in float64, or as it is if it cannot run in it (some operations exist in float32 only)."""
+    double = model.converted(torch.float64)
+    try:
+        with torch.no_grad():
+            double(_cast(double, load, samples))
+    except NtkpipeError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever fails in float64; the model itself has run in its own dtype before
+        return model
+    return double
+
+
+def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Any:
+    batch = load(samples)
+    if isinstance(batch, dict):
+        return {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in batch.items()}
+    return batch.to(model.dtype) if batch.is_floating_point() else batch
+
+
+def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
+    """Jacobians (covectors, samples, P) per parameter by ``torch.func.vjp``, one sample at a time."""
+    parameters = {name: value.detach() for name, value in model.parameters().items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for sample in samples:
+        batch = _cast(model, load, [sample])
+        outputs, pull_back = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)
+        for covector in covectors:
+            (grads,) = pull_back(covector.to(outputs.dtype))
+            for name, grad in grads.items():
+                rows[name].append(grad.reshape(-1).double())
+    count = len(covectors)
+    return {name: torch.stack(grads).unflatten(0, (-1, count)).transpose(0, 1) for name, grads in rows.items()}
+
+
+def _per_parameter(engine: Engine, load: Load, picked: list[int], places: list[int]) -> Jacobians:
+    """The engine's Jacobians (covectors, samples, P) of the samples at ``places`` of the batch ``picked``."""
+    return dict(_parameter_jacobians(engine, _cast(engine.model, load, picked), places))
+
+
+def _parameter_jacobians(engine: Engine, batch: Any, places: list[int]) -> Iterator[tuple[str, Tensor]]:
+    parameters: Mapping[str, Tensor] = engine.model.parameters()
+    _, layers = engine.layers(batch)
+    for term, layer in zip(engine.terms, layers, strict=True):
+        cotangents = layer.cotangents[:, :, places]
+        if term.weight is not None:
+            inputs = layer.inputs[:, places]
+            jacobian = torch.einsum("tcbo,tbi->cboi", cotangents, inputs)
+            yield term.weight, jacobian.flatten(2)
+        if term.bias is not None:
+            yield term.bias, cotangents.sum(dim=0)
+    shape = (len(engine.covectors), len(places))
+    for name in engine.tracing.unused:
+        yield name, parameters[name].new_zeros((*shape, parameters[name].numel()))
+    if engine.fallback:
+        widths = [parameters[name].numel() for name in engine.fallback]
+        parts = engine.fallback_jacobian(take(batch, places)).split(widths, dim=2)
+        yield from zip(engine.fallback, parts, strict=True)
+
+
+def _gram(jacobian: Tensor) -> Tensor:
+    rows = jacobian.transpose(0, 1).flatten(0, 1)
+    return rows @ rows.T
+
+
+def _scale(gram: Tensor) -> Tensor:
+    diagonal = gram.diagonal().clamp_min(0).sqrt()
+    return diagonal[:, None] * diagonal

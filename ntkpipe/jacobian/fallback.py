@@ -1,0 +1,90 @@
+"""Exact per-sample Jacobians of any parameters by plain ``torch.func``, and by a plain loop where that fails."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ntkpipe.models import Batch, FunctionalModel
+
+JacobianFunction = Callable[[FunctionalModel, tuple[str, ...], Batch, Tensor], Tensor]
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples of a batch."""
+    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+    return first.shape[0]
+
+
+def take(batch: Batch, samples: Sequence[int]) -> Batch:
+    """Some samples of a batch, in the order given; a sample may be repeated."""
+    index = list(samples)
+    return {name: value[index] for name, value in batch.items()} if isinstance(batch, dict) else batch[index]
+
+
+def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
+    """Jacobians by ``vmap`` over samples of ``vjp``.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        Parameters, side by side in this order along the last axis.
+    batch
+        B samples.
+    covectors
+        Shape (S, O).
+
+    Returns
+    -------
+    Shape (S, B, P). Memory: that, and the activations of all samples.
+    """
+    parameters = {name: value.detach() for name, value in model.parameters().items() if name in names}
+
+    def one_sample(sample: Batch) -> Tensor:
+        single = {k: v.unsqueeze(0) for k, v in sample.items()} if isinstance(sample, dict) else sample.unsqueeze(0)
+
+        def outputs(values: dict[str, Tensor]) -> Tensor:
+            return model.call_with(values, single)[0]
+
+        _, pull_back = torch.func.vjp(outputs, parameters)
+
+        def one_covector(covector: Tensor) -> Tensor:
+            (grads,) = pull_back(covector)
+            return torch.cat([grads[name].reshape(-1) for name in names])
+
+        if len(covectors) == 1:
+            return one_covector(covectors[0])[None]
+        return torch.func.vmap(one_covector)(covectors)
+
+    return torch.func.vmap(one_sample, out_dims=1)(batch)
+
+
+def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
+    """Jacobians one sample at a time by plain autograd; as :func:`by_vmap`, slower, for models that vmap cannot run.
+
+    Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
+    is wrong for a batch of one where input and gradient differ in memory layout.
+    """
+    parameters = [model.parameters()[name] for name in names]
+    samples = []
+    for sample in range(batch_size(batch)):
+        outputs = model(take(batch, (sample, sample)))[0]
+        rows = []
+        for number, covector in enumerate(covectors):
+            if not outputs.requires_grad:
+                grads: Sequence[Tensor | None] = [None] * len(parameters)
+            else:
+                keep = number + 1 < len(covectors)
+                grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, allow_unused=True)
+            flat = [
+                (torch.zeros_like(parameter) if grad is None else grad).reshape(-1)
+                for parameter, grad in zip(parameters, grads, strict=True)
+            ]
+            rows.append(torch.cat(flat))
+        samples.append(torch.stack(rows))
+    return torch.stack(samples, dim=1)
+
+
+METHODS: dict[str, JacobianFunction] = {"vmap": by_vmap, "loop": by_loop}

@@ -1,0 +1,136 @@
+"""From a model and a few of its samples to an engine: outputs are checked, uses traced, the fallback's way chosen."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.fallback import batch_size, take
+from ntkpipe.jacobian.trace import Tracing, trace
+from ntkpipe.models import Batch, FunctionalModel
+
+Load = Callable[[Sequence[int]], Batch]
+
+# Batches of unlike sizes and orders: a layout of rows that holds on all of them is no accident of one.
+_PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
+# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
+_MIXING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+def probe_samples(num_samples: int) -> list[int]:
+    """Samples that are looked at before a run: five, spread over the data; repeated where there are fewer."""
+    return [int(i) for i in np.linspace(0, num_samples - 1, 5)]
+
+
+def check_outputs(model: FunctionalModel, load: Load, num_samples: int) -> int:
+    """Run the model on a few samples and return its number of outputs O.
+
+    Raises
+    ------
+    ModelError
+        If it fails, returns something else than (batch, O), is random, or mixes the samples of a batch.
+    NonFiniteError
+        If its outputs are not finite, naming the samples.
+    """
+    chosen = probe_samples(num_samples)
+    batch = load(chosen)
+    with torch.no_grad():
+        outputs = _run(model, batch)
+        again = _run(model, batch)
+        # Each sample once more, between other neighbours and in a batch of another size.
+        partners = [_run(model, take(batch, (i, (i + 2) % 5, (i + 3) % 5)))[0] for i in range(5)]
+    bad = [chosen[i] for i in range(5) if not bool(torch.isfinite(outputs[i]).all())]
+    if bad:
+        raise NonFiniteError(f"the model's outputs are NaN or infinite on samples {sorted(set(bad))}")
+    scale = float(outputs.abs().max()) or 1.0
+    tolerance = _MIXING_TOLERANCE[model.dtype] * scale
+    if float((outputs - again).abs().max()) > tolerance:
+        raise ModelError(
+            "two runs of the model on the same batch give different outputs: something in it is random (functional "
+            "dropout, sampling, noise); call model.eval(), or make it deterministic"
+        )
+    mixing = float((outputs - torch.stack(partners)).abs().max())
+    if mixing > tolerance:
+        raise ModelError(
+            f"outputs of a sample change by {mixing:.2g} (of {scale:.2g}) with the other samples of its batch: a "
+            "normalisation over the batch, or attention across it. A kernel of single samples is not defined for it"
+        )
+    return int(outputs.shape[1])
+
+
+def _run(model: FunctionalModel, batch: Batch) -> Tensor:
+    try:
+        return model(batch)
+    except NtkpipeError:
+        raise
+    except Exception as error:
+        tensors = batch if isinstance(batch, dict) else {"input": batch}
+        shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
+        raise ModelError(
+            f"the model raised {type(error).__name__} on a batch of {batch_size(batch)} ({shown}): {error}. Real inputs "
+            "take the compute dtype, integers and booleans are passed on as they are"
+        ) from error
+
+
+def make_engine(
+    model: FunctionalModel,
+    load: Load,
+    num_samples: int,
+    covectors: Tensor,
+    accumulate_dtype: torch.dtype,
+    *,
+    structured: bool,
+) -> Engine:
+    """Trace the model and choose how the fallback's parameters are done.
+
+    Parameters
+    ----------
+    model, load, num_samples
+        The model and its samples; only a few are loaded.
+    covectors
+        Shape (S, O).
+    accumulate_dtype
+        dtype of the blocks.
+    structured
+        Whether to trace at all; otherwise every parameter goes to the fallback.
+
+    Warns
+    -----
+    UserWarning
+        If vmap cannot run the model, so that the fallback goes through the samples one by one.
+    """
+    batch = load(probe_samples(num_samples))
+    tracing = _trace(model, batch) if structured else None
+    if tracing is None:
+        tracing = Tracing((), (), dict.fromkeys(model.names, "structure was switched off"), ())
+    engine = Engine(model, tracing, "vmap", covectors, accumulate_dtype)
+    if not engine.fallback:
+        return engine
+    try:
+        engine.fallback_jacobian(batch)
+    except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
+        engine = Engine(model, tracing, "loop", covectors, accumulate_dtype)
+        engine.fallback_jacobian(take(batch, (0, 1)))
+        first_line = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"torch.func.vmap cannot run this model ({type(error).__name__}: {first_line:.120}); the "
+            f"{len(engine.fallback)} parameters without a rule are differentiated sample by sample, which is exact but slow",
+            stacklevel=2,
+        )
+    return engine
+
+
+def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
+    probes = [take(batch, order) for order in _PROBES]
+    try:
+        return trace(model, probes, [len(order) for order in _PROBES])
+    except RuntimeError as error:
+        if isinstance(error, NtkpipeError):
+            raise
+        # Models that differentiate inside themselves may refuse to be traced; plain torch.func still does them.
+        reason = f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
+        return Tracing((), (), dict.fromkeys(model.names, reason), ())

@@ -1,0 +1,337 @@
+"""Where a model uses its parameters: found by watching torch functions, not by looking at modules.
+
+A :class:`Recorder` sees every torch function of a forward pass. Where an argument *is* a selected parameter and the
+function has a rule, it notes the input and the place of the output in the autograd graph. That a parameter has no
+other use is not assumed: on a probe batch its recorded uses are cut (the parameter is detached there), and any
+gradient that still arrives came another way. Which rows of a use belong to which sample is found, too, by pulling back
+one sample at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from ntkpipe.jacobian.rules import BIAS, RULES, WEIGHT, Rule
+from ntkpipe.models import Batch, FunctionalModel
+
+
+@dataclass
+class Call:
+    """One recorded call: the live tensors of one forward pass.
+
+    Attributes
+    ----------
+    rule
+        The function's rule.
+    names
+        Names of the selected parameters by role.
+    input
+        What the weight was applied to.
+    version
+        Version counter of the input at the call; another one later means that it was changed in place.
+    edge
+        Place of the output in the autograd graph; none if nothing flows back to it. An edge stays right where the
+        output is changed in place afterwards; the tensor would not.
+    num_rows
+        Rows of the output.
+    """
+
+    rule: Rule
+    names: dict[str, str]
+    input: Tensor
+    version: int
+    edge: GradientEdge | None
+    num_rows: int
+
+    def input_was_changed(self) -> bool:
+        """Whether the input was changed in place after the call, so that it is not what the weight saw."""
+        return self.input._version != self.version
+
+
+class Recorder(TorchFunctionMode):
+    """Record the calls that have a rule and use a selected parameter.
+
+    Parameters
+    ----------
+    parameters
+        The selected parameters by name; recognised by identity.
+    detach
+        Cut the recorded uses, so that only gradients of other uses arrive at the parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], *, detach: bool = False) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._detach = detach
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = RULES.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        bound = rule.bind(*args, **(kwargs or {}))
+        names = {role: self._names[id(value)] for role, value in bound.operands.items() if id(value) in self._names}
+        if not names:
+            return func(*args, **(kwargs or {}))
+        version = bound.input._version
+        if self._detach:
+            operands = bound.operands
+            output = bound.call({role: v.detach() if role in names else v for role, v in operands.items()})
+        else:
+            output = func(*args, **(kwargs or {}))
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        num_rows = rule.output_rows(output).shape[0]
+        self.calls.append(Call(rule, names, bound.input.detach(), version, edge, num_rows))
+        return output
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of parameters, the same in every batch.
+
+    Attributes
+    ----------
+    rule
+        The function's rule.
+    names
+        Names of the covered parameters by role.
+    leading, trailing
+        Layout of the rows: (leading, samples, trailing). A batch-first layer over T tokens has trailing = T, a
+        time-first one leading = T.
+    """
+
+    rule: Rule
+    names: tuple[tuple[str, str], ...]
+    leading: int
+    trailing: int
+
+    @property
+    def num_positions(self) -> int:
+        """Rows a sample, T."""
+        return self.leading * self.trailing
+
+    def by_position(self, rows: Tensor, num_samples: int) -> Tensor:
+        """Reorder (rows, n) to (positions, samples, n)."""
+        grouped = rows.reshape(self.leading, num_samples, self.trailing, -1)
+        return grouped.transpose(1, 2).reshape(self.num_positions, num_samples, -1)
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What tracing found.
+
+    Attributes
+    ----------
+    uses
+        Every recorded call in order; one whose parameters all went to the fallback has no names.
+    covered
+        Parameters that all their uses account for.
+    fallback
+        Parameters that are left to plain ``torch.func``, with the reason.
+    unused
+        Parameters that the outputs do not depend on.
+    """
+
+    uses: tuple[Use, ...]
+    covered: tuple[str, ...]
+    fallback: dict[str, str]
+    unused: tuple[str, ...]
+
+    def matches(self, calls: list[Call], num_samples: int) -> bool:
+        """Whether the calls of a forward pass are the ones that were traced."""
+        return len(calls) == len(self.uses) and all(
+            call.rule is use.rule
+            and (not use.names or call.num_rows == use.num_positions * num_samples)
+            and dict(use.names).items() <= call.names.items()
+            for call, use in zip(calls, self.uses, strict=True)
+        )
+
+    def without(self, names: Mapping[str, str]) -> "Tracing":
+        """The same with some covered parameters moved to the fallback, with the reasons."""
+        uses = tuple(
+            Use(use.rule, tuple((role, name) for role, name in use.names if name not in names), use.leading, use.trailing)
+            for use in self.uses
+        )
+        covered = tuple(name for name in self.covered if name not in names)
+        return Tracing(uses, covered, {**self.fallback, **names}, self.unused)
+
+
+def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
+    """Find the uses of the selected parameters.
+
+    Parameters
+    ----------
+    model
+        The model; its selected parameters require a gradient.
+    probes
+        At least two batches of different sizes, with the samples in different orders.
+    sizes
+        Number of samples of each.
+
+    Returns
+    -------
+    What must hold for every later batch; :meth:`Tracing.matches` checks it.
+    """
+    parameters = model.parameters()
+    reached = _gradients(model, parameters, probes, detach=False)
+    elsewhere = _gradients(model, parameters, probes, detach=True)
+    unused = tuple(name for name in parameters if name not in reached)
+    findings = [_probe(model, parameters, batch, size) for batch, size in zip(probes, sizes, strict=True)]
+    first = findings[0]
+    same = all(
+        len(other) == len(first)
+        and all(a.rule is b.rule and a.names == b.names for a, b in zip(first, other, strict=True))
+        for other in findings[1:]
+    )
+    if not same:
+        reasons = dict.fromkeys(parameters, "the operations of the forward pass depend on the data")
+        return Tracing((), (), {name: why for name, why in reasons.items() if name not in unused}, unused)
+    reasons = dict.fromkeys((name for name in parameters if name in elsewhere), "used by an operation without a rule")
+    layouts = []
+    for position in range(len(first)):
+        candidates = set.intersection(*(finding[position].layouts for finding in findings))
+        changed = any(finding[position].input_was_changed for finding in findings)
+        layouts.append(min(candidates) if len(candidates) == 1 else (1, 1))
+        for name in first[position].names.values():
+            if changed:
+                reasons.setdefault(name, "an input was changed in place after its use")
+            elif len(candidates) != 1:
+                what = "no fixed layout" if not candidates else "more than one possible layout"
+                reasons.setdefault(name, f"the rows of a use have {what} of samples")
+    roles = {(role, name) for call in first for role, name in call.names.items()}
+    used = {name for _, name in roles}
+    for name in used:
+        if {(WEIGHT, name), (BIAS, name)} <= roles:
+            reasons.setdefault(name, "used both as a weight and as a bias")
+    fallback = {
+        name: reasons.get(name, "used by an operation without a rule")
+        for name in parameters
+        if name not in unused and (name in reasons or name not in used)
+    }
+    covered = tuple(name for name in parameters if name in used and name not in fallback and name not in unused)
+    uses = tuple(
+        Use(call.rule, tuple((role, name) for role, name in call.names.items() if name in covered), *layout)
+        for call, layout in zip(first, layouts, strict=True)
+    )
+    return Tracing(uses, covered, fallback, unused)
+
+
+def _gradients(
+    model: FunctionalModel, parameters: Mapping[str, Tensor], probes: list[Batch], *, detach: bool
+) -> set[str]:
+    """Names of the parameters that autograd finds a way to from the outputs of any probe."""
+    reached = set()
+    for batch in probes:
+        with Recorder(parameters, detach=detach):
+            outputs = model(batch)
+        if outputs.requires_grad:
+            grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
+            reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return reached
+
+
+@dataclass
+class _Finding:
+    """What one probe says of one call: the layouts (leading, trailing) that its rows allow."""
+
+    rule: Rule
+    names: dict[str, str]
+    layouts: set[tuple[int, int]]
+    input_was_changed: bool
+
+
+def _probe(
+    model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, num_samples: int
+) -> list[_Finding]:
+    """Pull back one sample at a time and see which rows of each call it reaches."""
+    with Recorder(parameters) as recorder:
+        outputs = model(batch)
+    calls = recorder.calls
+    live = [(number, call.edge) for number, call in enumerate(calls) if call.edge is not None]
+    owners = [torch.full((call.num_rows,), -1) for call in calls]
+    shared = [False] * len(calls)
+    generator = torch.Generator().manual_seed(0)
+    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    for sample in range(num_samples if outputs.requires_grad and live else 0):
+        seed = torch.zeros_like(outputs)
+        seed[sample] = covectors[sample]
+        grads = torch.autograd.grad(
+            outputs, [edge for _, edge in live], grad_outputs=seed, retain_graph=True, allow_unused=True
+        )
+        for (number, _), grad in zip(live, grads, strict=True):
+            if grad is None:
+                continue
+            touched = (calls[number].rule.output_rows(grad) != 0).any(dim=1).cpu()
+            shared[number] |= bool((owners[number][touched] >= 0).any())
+            owners[number][touched] = sample
+    changes = _changed_inputs(model, parameters, batch, calls, num_samples)
+    return [
+        _Finding(
+            call.rule,
+            call.names,
+            set() if shared[number] else _layouts(owners[number], changes[number], num_samples),
+            call.input_was_changed(),
+        )
+        for number, call in enumerate(calls)
+    ]
+
+
+def _changed_inputs(
+    model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, calls: list[Call], num_samples: int
+) -> list[Tensor]:
+    """Per call, the rows of its input that change when the last sample is replaced by the first; none if unknown."""
+    other = {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
+    with torch.no_grad(), Recorder(parameters) as recorder:
+        model(other)
+    found = []
+    comparable = len(recorder.calls) == len(calls)
+    for number, call in enumerate(calls):
+        rows = call.rule.input_rows(call.input)
+        changed = torch.zeros(rows.shape[0], dtype=torch.bool)
+        if comparable and recorder.calls[number].input.shape == call.input.shape:
+            # Rounding may differ where nothing else does; a row that depends on the sample changes by far more.
+            moved = (recorder.calls[number].rule.input_rows(recorder.calls[number].input) - rows).abs().amax(dim=1)
+            changed = (moved > 1e-3 * rows.abs().amax()).cpu()
+        found.append(changed)
+    return found
+
+
+def _with_last_replaced(values: Tensor) -> Tensor:
+    replaced = values.clone()
+    replaced[-1] = values[0]
+    return replaced
+
+
+def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[tuple[int, int]]:
+    """Every (leading, trailing) that agrees with the rows whose owner is known."""
+    num_rows = owners.numel()
+    if num_rows % num_samples or num_rows == 0:
+        return set()
+    positions = num_rows // num_samples
+    rows = torch.arange(num_rows)
+    known = owners >= 0
+    found = set()
+    for trailing in (d for d in range(1, positions + 1) if positions % d == 0):
+        owner = rows // trailing % num_samples
+        agrees = bool((owner[known] == owners[known]).all())
+        if agrees and bool((owner[changed] == num_samples - 1).all()):
+            found.add((positions // trailing, trailing))
+    return found
+
+
+def weights_and_biases(uses: tuple[Use, ...]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The uses (by number) of each covered weight and of each covered bias."""
+    weights: dict[str, tuple[int, ...]] = {}
+    biases: dict[str, tuple[int, ...]] = {}
+    for number, use in enumerate(uses):
+        for role, name in use.names:
+            target = weights if role == WEIGHT else biases
+            target[name] = (*target.get(name, ()), number)
+    return weights, biases

@@ -1,0 +1,384 @@
+"""Reading a store: kernels as numpy-like matrices, outputs, targets, progress. Imports neither torch nor dask."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ntkpipe.errors import ResourceError, StoreError
+from ntkpipe.grid import Grid
+from ntkpipe.manifest import Manifest
+from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.store import Index, Store, StoredArray
+
+if TYPE_CHECKING:
+    import dask.array
+
+# What a request may take of the memory that is free; the rest is for the work that it is read for.
+_SHARE_OF_MEMORY = 0.8
+
+
+def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
+    needed, available = int(np.prod(shape, dtype=object)) * dtype.itemsize, available_memory()
+    if needed > _SHARE_OF_MEMORY * available:
+        raise ResourceError(
+            f"{what} of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; {format_bytes(available)} of "
+            f"memory is available (a request may take {_SHARE_OF_MEMORY:.0%}). Read slices, or use .to_dask()"
+        )
+
+
+class Kernel:
+    """One kernel of a store, read as the full matrix although a symmetric one stores its upper tiles only.
+
+    Supports numpy's basic slicing and integer or boolean index arrays. Every read verifies the checksums of the tiles
+    that it touches; its memory is the result plus one tile, and it is checked against what is available.
+
+    Raises
+    ------
+    TileError
+        On reading, if a tile is missing or damaged; the message names it.
+    ResourceError
+        If the result does not fit in memory, with both numbers.
+    """
+
+    ndim = 2
+
+    def __init__(self, array: StoredArray, token: str) -> None:
+        assert array.layout.grid is not None
+        self._array = array
+        self._grid: Grid = array.layout.grid
+        self.token = f"{token}-{array.layout.name.replace('/', '-')}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; row = sample * S + covector."""
+        return self._grid.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """dtype of the stored entries."""
+        return self._array.layout.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the full matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the full matrix in memory."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def num_covectors(self) -> int:
+        """Rows a sample, S."""
+        return self._grid.rows.num_covectors
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether rows and columns are the same samples."""
+        return self._grid.symmetric
+
+    @property
+    def grid(self) -> Grid:
+        """The tiles."""
+        return self._grid
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows of each tile along both axes, as dask writes them."""
+        rows, columns = self._grid.rows, self._grid.columns
+        return (
+            tuple(len(rows.rows(tile)) for tile in range(rows.num_tiles)),
+            tuple(len(columns.rows(tile)) for tile in range(columns.num_tiles)),
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        name = self._array.layout.name
+        return f"<Kernel {name} {self.shape[0]} x {self.shape[1]} {self.dtype}, {format_bytes(self.nbytes)}>"
+
+    def read_tile(self, row: int, column: int) -> NDArray[Any]:
+        """Tile (row, column) of the full matrix, read-only, transposed from its mirror where that is what is stored."""
+        stored_row, stored_column, mirrored = self._grid.locate(row, column)
+        tile = self._array.read((stored_row, stored_column))
+        return tile.T if mirrored else tile
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        if isinstance(key, np.ndarray) and key.ndim == 2:
+            raise IndexError("a kernel takes one index an axis; a two-dimensional mask or index array is not supported")
+        parts = key if isinstance(key, tuple) else (key,)
+        if any(part is Ellipsis for part in parts):
+            at = next(position for position, part in enumerate(parts) if part is Ellipsis)
+            parts = (*parts[:at], *[slice(None)] * (3 - len(parts)), *parts[at + 1 :])
+        if len(parts) > 2 or any(part is None or part is Ellipsis for part in parts):
+            raise IndexError(f"too many indices for a kernel: {key!r}")
+        parts = (*parts, *[slice(None)] * (2 - len(parts)))
+        # numpy itself says what an index means: apply it to the numbers of the rows and columns.
+        rows, columns = (self._numbers(part, axis) for axis, part in enumerate(parts))
+        if rows.ndim == columns.ndim == 1 and not any(isinstance(part, slice) for part in parts):
+            return self._read_points(*np.broadcast_arrays(rows, columns))
+        if rows.ndim == 2 or columns.ndim == 2:
+            if any(isinstance(part, slice) for part in parts):
+                raise IndexError("a two-dimensional index array beside a slice is not supported; use numpy.ix_")
+            rows, columns = np.atleast_2d(rows), np.atleast_2d(columns)
+            if rows.shape[1] == columns.shape[0] == 1:  # numpy.ix_
+                return self._read(rows[:, 0], columns[0])
+            return self._read_points(*np.broadcast_arrays(rows, columns))
+        values = self._read(np.atleast_1d(rows), np.atleast_1d(columns))
+        return values.reshape(rows.shape + columns.shape)[()]
+
+    def _numbers(self, part: Any, axis: int) -> NDArray[np.int64]:
+        numbers = np.asarray(np.arange(self.shape[axis])[part])
+        if numbers.ndim > 2:
+            raise IndexError(f"an index of {numbers.ndim} dimensions is not supported")
+        return numbers
+
+    def _read(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
+        """The matrix of all ``rows`` by all ``columns``, each tile read once."""
+        _require_memory((rows.size, columns.size), self.dtype, "a slice of the kernel")
+        values = np.empty((rows.size, columns.size), self.dtype)
+        row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
+        for row_tile, at_rows in _by_tile(rows, row_edge):
+            for column_tile, at_columns in _by_tile(columns, column_edge):
+                tile = self.read_tile(row_tile, column_tile)
+                inside = np.ix_(rows[at_rows] - row_tile * row_edge, columns[at_columns] - column_tile * column_edge)
+                values[np.ix_(at_rows, at_columns)] = tile[inside]
+        return values
+
+    def _read_points(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
+        """Single entries, each tile read once."""
+        values = np.empty(rows.shape, self.dtype)
+        row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
+        tiles = rows // row_edge * self._grid.columns.num_tiles + columns // column_edge
+        for tile in np.unique(tiles):
+            row_tile, column_tile = divmod(int(tile), self._grid.columns.num_tiles)
+            at = tiles == tile
+            data = self.read_tile(row_tile, column_tile)
+            values[at] = data[rows[at] - row_tile * row_edge, columns[at] - column_tile * column_edge]
+        return values
+
+    def diagonal(self) -> NDArray[Any]:
+        """The diagonal, shape (rows,); reads the diagonal tiles only."""
+        if not self._grid.symmetric:
+            raise ValueError(f"{self!r} has no diagonal: its rows and columns are different samples")
+        return np.concatenate([self.read_tile(i, i).diagonal() for i in range(self._grid.rows.num_tiles)])
+
+    def to_numpy(self) -> NDArray[Any]:
+        """The whole matrix in memory; refused, with the numbers, where it does not fit."""
+        return self[:, :]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a stored kernel becomes an array by reading it, which copies; use copy=None")
+        values = self.to_numpy()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def to_dask(self) -> "dask.array.Array":
+        """A lazy dask array of the full matrix, one chunk a tile."""
+        from ntkpipe import views  # keeps dask out of sessions that only read
+
+        return views.to_dask(self)
+
+    @property
+    def blocks(self) -> "KernelBlocks":
+        """The kernel as an (N, M, S, S) array: one S x S block for each pair of samples."""
+        return KernelBlocks(self)
+
+
+class KernelBlocks:
+    """A kernel as (N, M, S, S): ``blocks[i, j]`` is the S x S block of samples i and j. Nothing is copied until read.
+
+    For ``kind="ntk"`` S is the number of outputs.
+    """
+
+    ndim = 4
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Samples, samples, covectors, covectors."""
+        grid = self._kernel.grid
+        return grid.rows.num_samples, grid.columns.num_samples, self._kernel.num_covectors, self._kernel.num_covectors
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """dtype of the stored entries."""
+        return self._kernel.dtype
+
+    def __repr__(self) -> str:
+        return f"<KernelBlocks {self.shape} {self.dtype}>"
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        parts = key if isinstance(key, tuple) else (key,)
+        if any(part is Ellipsis for part in parts):
+            at = next(position for position, part in enumerate(parts) if part is Ellipsis)
+            parts = (*parts[:at], *[slice(None)] * (5 - len(parts)), *parts[at + 1 :])
+        if len(parts) > 4 or any(part is None for part in parts):
+            raise IndexError(f"too many indices for a kernel's blocks: {key!r}")
+        if any(not isinstance(part, slice | int | np.integer) for part in parts):
+            raise IndexError("blocks take integers and slices; for index arrays, index the kernel itself by rows")
+        parts = (*parts, *[slice(None)] * (4 - len(parts)))
+        picked = [np.asarray(np.arange(size)[part]) for size, part in zip(self.shape, parts, strict=True)]
+        row_samples, column_samples, row_covectors, column_covectors = (np.atleast_1d(p) for p in picked)
+        width = self._kernel.num_covectors
+        rows = (row_samples[:, None] * width + row_covectors).ravel()
+        columns = (column_samples[:, None] * width + column_covectors).ravel()
+        values = self._kernel[np.ix_(rows, columns)]
+        split = values.reshape(row_samples.size, row_covectors.size, column_samples.size, column_covectors.size)
+        shape = tuple(size for p in picked for size in p.shape)
+        return split.transpose(0, 2, 1, 3).reshape(shape)[()]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a stored kernel becomes an array by reading it, which copies; use copy=None")
+        values = self[...]
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def _by_tile(numbers: NDArray[np.int64], edge: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """``(tile, positions of the numbers that fall into it)`` for each tile that is touched."""
+    tiles = numbers // edge
+    for tile in np.unique(tiles):
+        yield int(tile), np.flatnonzero(tiles == tile)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of a store exists.
+
+    Attributes
+    ----------
+    tiles_done, tiles_total
+        Tiles of ``kernel/train`` and ``kernel/test_train``.
+    bytes_done
+        Bytes of the tiles that exist.
+    """
+
+    tiles_done: int
+    tiles_total: int
+    bytes_done: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tile exists."""
+        return self.tiles_done == self.tiles_total
+
+
+class KernelStore:
+    """A kernel store, opened for reading.
+
+    Attributes
+    ----------
+    store
+        The arrays underneath.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __repr__(self) -> str:
+        manifest, progress = self.manifest, self.progress
+        return (
+            f"<KernelStore {self.path} kind={manifest.kind} {manifest.train.num_samples} samples, "
+            f"{manifest.num_outputs} outputs, {progress.tiles_done}/{progress.tiles_total} tiles>"
+        )
+
+    @property
+    def path(self) -> Path:
+        """Where the store is."""
+        return self.store.root
+
+    @property
+    def manifest(self) -> Manifest:
+        """Everything that decided the numbers."""
+        return self.store.manifest
+
+    @property
+    def progress(self) -> Progress:
+        """What exists, from one listing; no tile is read."""
+        done = total = num_bytes = 0
+        for name in ("kernel/train", "kernel/test_train"):
+            if name in self.store.arrays:
+                array = self.store.arrays[name]
+                present = len(array.present())
+                done, total = done + present, total + array.layout.num_chunks
+                num_bytes += present * array.layout.chunk_bytes
+        return Progress(done, total, num_bytes)
+
+    @property
+    def train(self) -> Kernel:
+        """Train x train, symmetric, shape (N*S, N*S)."""
+        return self._kernel("kernel/train")
+
+    @property
+    def test_train(self) -> Kernel:
+        """Test x train, shape (M*S, N*S)."""
+        return self._kernel("kernel/test_train")
+
+    @property
+    def test_diagonal(self) -> NDArray[Any]:
+        """The S x S block of each test sample with itself, shape (M, S, S)."""
+        return self._read_all("kernel/test_diagonal")
+
+    @property
+    def outputs(self) -> NDArray[Any]:
+        """The model's outputs on the train samples, shape (N, O)."""
+        return self._read_all("outputs/train")
+
+    @property
+    def test_outputs(self) -> NDArray[Any]:
+        """The model's outputs on the test samples, shape (M, O)."""
+        return self._read_all("outputs/test")
+
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """Train targets, first axis N, or None if the store was made without."""
+        return self._read_targets("train", self.manifest.train.targets is not None)
+
+    @property
+    def test_targets(self) -> NDArray[Any] | None:
+        """Test targets, first axis M, or None if the store was made without."""
+        test = self.manifest.test
+        return self._read_targets("test", test is not None and test.targets is not None)
+
+    def _read_targets(self, split: str, exists: bool) -> NDArray[Any] | None:
+        return self._read_all(f"targets/{split}") if exists else None
+
+    def _array(self, name: str) -> StoredArray:
+        if name not in self.store.arrays:
+            raise StoreError(f"{self.path} has no {name}: it was made without test_inputs")
+        return self.store.arrays[name]
+
+    def _kernel(self, name: str) -> Kernel:
+        return Kernel(self._array(name), self.manifest.digest())
+
+    def _read_all(self, name: str) -> NDArray[Any]:
+        array = self._array(name)
+        _require_memory(array.layout.shape, array.layout.dtype, name)
+        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
+
+
+def open_kernel(path: str | Path) -> KernelStore:
+    """Open a kernel store for reading; loads neither torch nor dask, and reads only the manifest.
+
+    Raises
+    ------
+    StoreNotFoundError
+        If there is nothing at the path.
+    StoreError
+        If what is there is not a kernel store, or its manifest is damaged.
+    """
+    return KernelStore(Store.open(path))
+
+
+def chunk_name(array: str, index: Index) -> str:
+    """``array (i, j)``, as reports name a chunk."""
+    return f"{array} ({', '.join(map(str, index))})"

@@ -1,0 +1,187 @@
+"""The manifest: everything that decides the numbers of a store, as JSON in its group's attributes."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from ntkpipe.config import ComputeDtype, RealDtype
+from ntkpipe.errors import StoreError
+
+FORMAT = 1
+ATTRIBUTE = "ntkpipe"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ArrayRecord(_Record):
+    """Shape of one sample's entry, and dtype, of one array."""
+
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+
+
+class DataRecord(_Record):
+    """One set of samples.
+
+    Attributes
+    ----------
+    num_samples
+        Samples of the set.
+    inputs
+        The arrays of a sample by name; a sample that is one tensor has the one array ``input``.
+    is_mapping
+        Whether the model takes a dict of the arrays, or the one array itself.
+    inputs_digest, targets_digest
+        sha256 over names, dtypes, shapes and bytes.
+    targets
+        The targets' array, if any.
+    """
+
+    num_samples: PositiveInt
+    inputs: dict[str, ArrayRecord]
+    is_mapping: bool
+    inputs_digest: str
+    targets: ArrayRecord | None
+    targets_digest: str | None
+
+
+class ModelRecord(_Record):
+    """The model.
+
+    Attributes
+    ----------
+    name
+        Its class, or the import string and arguments it was made from.
+    state_digest
+        sha256 over names, dtypes, shapes and bytes of parameters and buffers, in the dtypes given.
+    structure_digest
+        sha256 over the printed module tree: activation functions have no state.
+    parameters
+        Names of the selected parameters.
+    num_parameters
+        Number of scalars in them.
+    """
+
+    name: str
+    state_digest: str
+    structure_digest: str
+    parameters: tuple[str, ...]
+    num_parameters: PositiveInt
+
+
+class Choices(_Record):
+    """What could have been chosen otherwise and decides the last bits; fixed once, reused by every resume.
+
+    Attributes
+    ----------
+    strip
+        Samples whose Jacobians are computed and held as a unit.
+    subtile
+        Samples along the edge of the pieces in which strips are contracted.
+    batch
+        Samples of one forward pass.
+    representations
+        Per parameter (or fused pair): how its Jacobian is found and kept.
+    device
+        Type of the device.
+    """
+
+    strip: PositiveInt
+    subtile: PositiveInt
+    batch: PositiveInt
+    representations: dict[str, str]
+    device: str
+
+
+class Manifest(_Record):
+    """What a store holds. Frozen; its digest is stored beside it, so that an altered one is noticed.
+
+    Attributes
+    ----------
+    environment
+        Versions, host and time of the run that made the store; for people, never compared.
+    """
+
+    format: Literal[1]
+    kind: str
+    convention: str
+    num_outputs: PositiveInt
+    num_covectors: PositiveInt
+    tile: PositiveInt
+    compute_dtype: ComputeDtype
+    accumulate_dtype: RealDtype
+    store_dtype: RealDtype
+    model: ModelRecord
+    train: DataRecord
+    test: DataRecord | None
+    choices: Choices
+    environment: dict[str, str]
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_attribute(self) -> dict[str, Any]:
+        """JSON value of the group's attribute."""
+        return {"manifest": self.model_dump(mode="json"), "digest": self.digest()}
+
+
+def from_attribute(value: object, where: str) -> Manifest:
+    """Read a manifest from a group's attribute.
+
+    Raises
+    ------
+    StoreError
+        If it is of another format, has wrong types, or does not match its digest.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("manifest"), dict):
+        raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
+    found = value["manifest"].get("format")
+    if found != FORMAT:
+        raise StoreError(f"{where} has store format {found!r}; this version reads format {FORMAT}")
+    try:
+        # Through JSON, so that strict types hold and lists may become tuples.
+        manifest = Manifest.model_validate_json(json.dumps(value["manifest"]))
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise StoreError(f"the manifest of {where} is damaged: bad values in {fields}") from error
+    if manifest.digest() != value.get("digest"):
+        raise StoreError(f"the manifest of {where} does not match its digest; it was altered after it was written")
+    return manifest
+
+
+# Choices and environment may differ between runs; everything else may not.
+_IDENTITY = (
+    "kind",
+    "convention",
+    "num_outputs",
+    "tile",
+    "compute_dtype",
+    "accumulate_dtype",
+    "store_dtype",
+    "model",
+    "train",
+    "test",
+)
+
+
+def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:
+    """Fields in which two runs are not the same kernel: ``(field, stored, asked)``, records spelled out."""
+    left = {name: getattr(stored, name) for name in _IDENTITY}
+    right = {name: getattr(asked, name) for name in _IDENTITY}
+    return tuple(_compare("", left, right))
+
+
+def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object, object]]:
+    left = left.model_dump() if isinstance(left, BaseModel) else left
+    right = right.model_dump() if isinstance(right, BaseModel) else right
+    if isinstance(left, dict) and isinstance(right, dict):
+        found = []
+        for key in [*left, *(key for key in right if key not in left)]:
+            found += _compare(f"{prefix}.{key}" if prefix else key, left.get(key), right.get(key))
+        return found
+    return [] if left == right else [(prefix, left, right)]

@@ -1,0 +1,365 @@
+"""The model as a function: what is differentiated, in which dtype, and how it is recognised again."""
+
+import contextlib
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkpipe.errors import ConfigError, ModelError, NonFiniteError
+from ntkpipe.manifest import ModelRecord
+
+Batch = Tensor | dict[str, Tensor]
+Forward = str | Callable[..., Any] | None
+Inspectable = Mapping[str, Tensor]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class _Hooked(nn.Module):
+    """A model and the hook that picks its output as one module, so that ``functional_call`` reaches both."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.pick = _as_picker(forward)
+        self.training = model.training
+
+    def forward(self, batch: Batch) -> Any:
+        # A model may change its input in place; the batch is used again.
+        own = {name: value.clone() for name, value in batch.items()} if isinstance(batch, dict) else batch.clone()
+        return self.pick(self.model, own)
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Call ``model`` on a batch: a dict of tensors becomes keyword arguments."""
+    return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
+    """Turn the ``forward`` argument into a function of (model, batch)."""
+    if forward is None:
+        return call_model
+    if isinstance(forward, str):
+        path = forward.lstrip(".").split(".")
+
+        def pick_attribute(model: nn.Module, batch: Batch) -> Any:
+            value = call_model(model, batch)
+            for name in path:
+                if not hasattr(value, name):
+                    found = type(value).__name__
+                    raise ModelError(f"forward={forward!r}: the model returned {found}, without {name!r}")
+                value = getattr(value, name)
+            return value
+
+        return pick_attribute
+    if not callable(forward):
+        raise ConfigError(
+            f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
+            "function of (model, inputs)"
+        )
+    if _num_required_arguments(forward) >= 2:
+        return forward
+    return lambda model, batch: forward(call_model(model, batch))
+
+
+def _num_required_arguments(function: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+
+
+@dataclass(frozen=True)
+class FunctionalModel:
+    """A private copy of a model in one dtype on one device, with a selection of its parameters.
+
+    Only selected parameters require a gradient. Not safe to share between threads: give each its own :meth:`copy`.
+
+    Attributes
+    ----------
+    module
+        Maps a batch to outputs; its parameters are called ``model.<name>``.
+    names
+        The selected parameters, as the user's model names them.
+    dtype, device
+        Of parameters and floating-point inputs.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The selected parameters by name."""
+        every = dict(self.module.named_parameters())
+        return {name: every[f"model.{name}"] for name in self.names}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Outputs (batch, O) of a batch."""
+        return self.check_outputs(self.module(batch), batch)
+
+    def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
+        renamed = {f"model.{name}": value for name, value in parameters.items()}
+        return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
+
+    def check_outputs(self, outputs: object, batch: Batch) -> Tensor:
+        """Return ``outputs`` if they are one floating-point (batch, O) tensor."""
+        first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        if not isinstance(outputs, Tensor):
+            raise ModelError(
+                f"the model returned {type(outputs).__name__}; needed one (batch, outputs) tensor. Pick it with "
+                "forward='.logits', a function of the model's output, or a function of (model, inputs)"
+            )
+        if outputs.ndim != 2 or outputs.shape[0] != first.shape[0] or outputs.shape[1] == 0:
+            raise ModelError(
+                f"the model returned shape {tuple(outputs.shape)} for a batch of {first.shape[0]}; needed (batch, "
+                "outputs) with at least one output. Reshape it with the forward hook, as in "
+                "forward=lambda output: output[:, None] for one output or output.flatten(1) for many"
+            )
+        if not outputs.is_floating_point():
+            raise ModelError(f"the model returned dtype {outputs.dtype}; needed real floating-point outputs")
+        return outputs
+
+    def to_batch(self, arrays: Mapping[str, Tensor], is_mapping: bool) -> Batch:
+        """Move samples to the device; floating-point ones take the model's dtype, integers and masks keep theirs."""
+        moved = {}
+        for name, value in arrays.items():
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            if self.device.type == "cuda":
+                value = value.pin_memory()
+            moved[name] = value.to(self.device, dtype, non_blocking=self.device.type == "cuda")
+        return moved if is_mapping else moved["input"]
+
+    def copy(self) -> "FunctionalModel":
+        """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
+        return FunctionalModel(_deepcopy(self.module, shared), self.names, self.dtype, self.device)
+
+    def converted(self, dtype: torch.dtype) -> "FunctionalModel":
+        """A copy in another dtype, which shares nothing."""
+        module = _deepcopy(self.module, {}).to(dtype=dtype)
+        return FunctionalModel(module, self.names, dtype, self.device)
+
+    def select(self, names: tuple[str, ...]) -> "FunctionalModel":
+        """A copy in which only ``names`` require a gradient."""
+        copied = FunctionalModel(_deepcopy(self.module, {}), names, self.dtype, self.device)
+        _require_gradients(copied.module, names)
+        return copied
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
+    # recomputed by the next forward pass.
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
+
+
+def _require_gradients(module: nn.Module, names: tuple[str, ...]) -> None:
+    selected = {f"model.{name}" for name in names}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in selected)
+
+
+def prepare_model(
+    model: nn.Module,
+    *,
+    forward: Forward = None,
+    parameters: str | tuple[str, ...] | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FunctionalModel:
+    """Copy ``model`` into the dtype and device of a run and select its parameters. The user's model is not changed.
+
+    Parameters
+    ----------
+    model
+        The module; its mode (train or eval) is kept, and modules that make outputs random or depend on the batch are
+        refused.
+    forward
+        See :class:`ntkpipe.config.ModelSpec`.
+    parameters
+        Shell-style patterns; none means all that require a gradient.
+    dtype, device
+        Of the copy.
+
+    Raises
+    ------
+    ModelError
+        If nothing is selected, a pattern matches nothing, or a module is in a mode that mixes samples or is random.
+    NonFiniteError
+        If a parameter or buffer has NaN or infinite entries.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
+    _check_modes(model)  # first, since parameters of a lazy module have no size
+    names = select_parameters(model, parameters)
+    _check_finite(model)
+    hooked = _deepcopy(_Hooked(model, forward), {}).to(device=device, dtype=dtype)
+    _require_gradients(hooked, names)
+    return FunctionalModel(hooked, names, dtype, device)
+
+
+def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the parameters that require a gradient and match one of ``patterns``."""
+    every = dict(model.named_parameters())
+    trainable = [name for name, parameter in every.items() if parameter.requires_grad and parameter.numel()]
+    if not trainable:
+        found = f"{len(every)} parameters, all frozen" if every else "no parameters"
+        raise ModelError(f"the model has {found}; needed at least one with requires_grad=True")
+    if patterns is None:
+        return tuple(trainable)
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            frozen = any(fnmatchcase(name, pattern) for name in every)
+            what = "matches only frozen parameters" if frozen else "matches no parameter"
+            shown = ", ".join(trainable[:8]) + (", …" if len(trainable) > 8 else "")
+            raise ModelError(f"parameters={pattern!r} {what}; those that require a gradient are {shown}")
+    return tuple(name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _check_modes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ModelError(
+                f"{kind} {name!r} is active (train mode, p={module.p}), so outputs are random; call model.eval() first"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                raise ModelError(
+                    f"{kind} {name!r} is in train mode, so outputs of a sample depend on its batch; call model.eval() "
+                    "first"
+                )
+            if module.running_mean is None:
+                raise ModelError(
+                    f"{kind} {name!r} has no running statistics (track_running_stats=False), so outputs of a sample "
+                    "depend on its batch also in eval mode; a kernel of single samples is not defined"
+                )
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ModelError(f"{kind} {name!r} is not initialised; run the model once on a batch first")
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, value in _state(model).items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise NonFiniteError(f"{name!r} of the model has {bad} NaN or infinite entries of {value.numel()}")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, non-persistent buffers too: they decide outputs as well."""
+    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
+    """What recognises this model again: its state, its printed structure, the selected parameters."""
+    digest = hashlib.sha256()
+    every = _state(model)
+    for name, value in sorted(every.items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        if value.numel():
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return ModelRecord(
+        name=type(model).__name__,
+        state_digest=digest.hexdigest(),
+        structure_digest=hashlib.sha256(repr(model).encode()).hexdigest(),
+        parameters=names,
+        num_parameters=sum(every[name].numel() for name in names),
+    )
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a state dict into ``model``: safetensors, or ``.pt`` / ``.pth`` weights-only. Nothing is unpickled.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be read or does not fit; the message lists the keys that differ.
+    """
+    if path.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise ModelError(f"checkpoint {path}: needed a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, safetensors its own
+        raise ModelError(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+        raise ModelError(f"checkpoint {path} holds {keys}; needed a state dict, parameter name → tensor")
+    _require_fit(model.state_dict(), state, path)
+    model.load_state_dict(dict(state))
+
+
+def _require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ModelError(f"checkpoint {path} does not fit the model: {shown}")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the first GPU where there is one, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the device is unknown or not there.
+    """
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a torch device: {error}") from error
+    if found.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"device={device!r}; needed 'cpu' or 'cuda'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+@contextlib.contextmanager
+def exact_math() -> Iterator[None]:
+    """Settings under which numbers are computed: TF32 off, fused attention paths off; restored afterwards.
+
+    The math path of attention has forward-mode derivatives and batching rules, which the fused ones lack.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        torch.backends.mha.set_fastpath_enabled(fastpath)

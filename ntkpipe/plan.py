@@ -1,0 +1,372 @@
+"""The plan: tiles, strips, blocks, bytes, operations and memory, decided before anything is computed or written."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ntkpipe.errors import ResourceError
+from ntkpipe.grid import Block, Grid
+from ntkpipe.jacobian.block import Cost
+from ntkpipe.manifest import Choices
+from ntkpipe.resources import format_bytes
+
+# Rows of the pieces in which strips are contracted: three of them stay in a core's cache.
+_SUBTILE_ROWS = 512
+_MAX_EDGE = 16
+_BLOCKS_PER_WORKER = 4
+# A block may take this long, so that a stop or a kill loses little.
+_BLOCK_SECONDS = 60.0
+# Computing Jacobians again is left alone while it costs less than this share of the contraction.
+_RECOMPUTE_SHARE = 0.03
+_BUFFERS = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """One key of a build: a block of a kernel's tiles, or the diagonal blocks of one tile of test samples."""
+
+    array: str
+    block: Block
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be computed, in numbers only.
+
+    Attributes
+    ----------
+    grids
+        The kernels by array name.
+    num_test
+        Test samples whose diagonal blocks are computed; zero without a test set.
+    num_outputs
+        Outputs O.
+    tile, num_covectors
+        Samples along a tile's edge, and rows a sample.
+    store_itemsize, accumulate_itemsize
+        Bytes of one entry as stored, and as summed.
+    cost
+        Of the Jacobians.
+    """
+
+    grids: Mapping[str, Grid]
+    num_test: int
+    num_outputs: int
+    tile: int
+    num_covectors: int
+    store_itemsize: int
+    accumulate_itemsize: int
+    cost: Cost
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one stored tile."""
+        return (self.tile * self.num_covectors) ** 2 * self.store_itemsize
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all kernels."""
+        return sum(grid.num_tiles for grid in self.grids.values())
+
+    @property
+    def num_samples(self) -> int:
+        """Samples whose Jacobians are needed."""
+        columns = next(iter(self.grids.values())).columns.num_samples
+        return columns + sum(grid.rows.num_samples for grid in self.grids.values() if not grid.symmetric)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run may use.
+
+    Attributes
+    ----------
+    workers
+        Single-threaded workers, at most.
+    memory_limit
+        Bytes of the whole process.
+    base_memory
+        Bytes that it holds before the first block.
+    free_disk
+        Bytes that can be written; none for a kernel that stays in memory.
+    flops_per_second
+        Rate of one worker's matrix products.
+    """
+
+    workers: int
+    memory_limit: int
+    base_memory: int
+    free_disk: int | None
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is computed. Prints as the table of ``ntkpipe plan``.
+
+    Attributes
+    ----------
+    workload, machine
+        What it was made for; ``machine.workers`` may be lowered to fit the memory.
+    strip, subtile, batch
+        As in :class:`ntkpipe.manifest.Choices`.
+    hold
+        Row strips that a worker holds while it streams column strips past them: several tiles of one strip each, or
+        some or all strips of one tile.
+    edge
+        Tiles along a block's edge.
+    cache_bytes
+        Memory for Jacobian strips that workers share.
+    tiles_done
+        Tiles that exist already.
+    bytes_to_write
+        Of the tiles and outputs that are missing, and the samples.
+    pair_flops, jacobian_flops
+        Operations of all contractions, and of all Jacobians with recomputation.
+    recompute_factor
+        How often the average Jacobian is computed, at most.
+    memory_bytes
+        Upper bound of the process's resident memory.
+    """
+
+    workload: Workload
+    machine: Machine
+    strip: int
+    subtile: int
+    batch: int
+    hold: int
+    edge: int
+    cache_bytes: int
+    tiles_done: int
+    bytes_to_write: int
+    pair_flops: float
+    jacobian_flops: float
+    recompute_factor: float
+    memory_bytes: int
+
+    @property
+    def rows_held(self) -> int:
+        """Tile rows whose strips are held together."""
+        return self.hold if self.strip >= self.workload.tile else 1
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.pair_flops + self.jacobian_flops
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the computing time at the matrix-product rate."""
+        return self.flops / (self.machine.flops_per_second * self.machine.workers)
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of :meth:`tasks`."""
+        blocks = sum(grid.num_blocks(self.edge) for grid in self.workload.grids.values())
+        return blocks + -(-self.workload.num_test // self.workload.tile)
+
+    def tasks(self) -> Iterator[Task]:
+        """Every task, lazily; what is done already is skipped by the task itself."""
+        for name, grid in self.workload.grids.items():
+            for block in grid.blocks(self.edge):
+                yield Task(name, block)
+        for tile in range(-(-self.workload.num_test // self.workload.tile)):
+            yield Task("kernel/test_diagonal", Block(tile, tile + 1, 0, 1))
+
+    def choices(self, representations: Mapping[str, str], device: str) -> Choices:
+        """What the manifest records."""
+        return Choices(
+            strip=self.strip,
+            subtile=self.subtile,
+            batch=self.batch,
+            representations=dict(representations),
+            device=device,
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as (quantity, value) in words."""
+        load, machine = self.workload, self.machine
+        shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
+        disk = "kept in memory" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
+        return [
+            ("kernels", shapes),
+            ("tile", f"{load.tile} samples, {load.tile * load.num_covectors} rows, {format_bytes(load.tile_bytes)}"),
+            ("tiles", f"{load.num_tiles:,}, of which {self.tiles_done:,} exist"),
+            ("blocks", f"{self.num_tasks:,}, of up to {self.edge} × {self.edge} tiles"),
+            ("to write", f"{format_bytes(self.bytes_to_write)}; {disk}"),
+            ("operations", f"{self.flops / 1e9:,.1f} GFLOP, {self.jacobian_flops / self.flops:.0%} of them Jacobians"),
+            ("recompute factor", f"{self.recompute_factor:.2f} (Jacobians computed per sample)"),
+            ("Jacobian strips", f"{self.strip} samples, {format_bytes(self.strip * load.cost.block_bytes)} each"),
+            ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
+            ("workers", f"{machine.workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
+            ("memory bound", f"{format_bytes(self.memory_bytes)}; limit {format_bytes(machine.memory_limit)}"),
+            ("time", f"about {format_seconds(self.seconds)} at the matrix-product rate"),
+        ]
+
+
+def format_seconds(seconds: float) -> str:
+    """``seconds`` in a unit that reads well."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def make_plan(
+    workload: Workload,
+    machine: Machine,
+    *,
+    choices: Choices | None = None,
+    tiles_done: int = 0,
+    bytes_to_write: int | None = None,
+) -> Plan:
+    """Decide strips, batches, blocks and memory.
+
+    Parameters
+    ----------
+    workload, machine
+        What is computed, and with what.
+    choices
+        Those of the store that is resumed; they decide bits, so they are kept.
+    tiles_done
+        Tiles that exist.
+    bytes_to_write
+        Of what is missing; none if everything is.
+
+    Raises
+    ------
+    ResourceError
+        If it cannot fit the memory limit or the disk, with both numbers.
+    """
+    if bytes_to_write is None:
+        bytes_to_write = workload.num_tiles * workload.tile_bytes
+    if machine.free_disk is not None and bytes_to_write > machine.free_disk:
+        raise ResourceError(
+            f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "
+            "free some, choose another path, a smaller store_dtype or fewer samples"
+        )
+    workers = machine.workers
+    while True:
+        plan = _fit(workload, replace(machine, workers=workers), choices)
+        if plan.memory_bytes <= machine.memory_limit:
+            return replace(plan, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
+        if workers == 1:
+            raise ResourceError(
+                f"the run needs {format_bytes(plan.memory_bytes)} of memory with one worker, of which "
+                f"{format_bytes(machine.base_memory)} are in use already; the limit is "
+                f"{format_bytes(machine.memory_limit)}. Raise memory_limit, or use a smaller tile "
+                f"(now {workload.tile} samples, {format_bytes(workload.tile_bytes)})"
+                + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
+            )
+        workers //= 2
+
+
+def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
+    """The best plan for a number of workers; its memory may still exceed the limit where nothing smaller works."""
+    cost, tile = workload.cost, workload.tile
+    share = (machine.memory_limit - machine.base_memory) / machine.workers
+    subtile = _power_of_two(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
+    room = max(0.0, share - _fixed_bytes(workload, subtile))
+    batch = _power_of_two(max(2, int(0.3 * room / cost.workspace_bytes)), subtile)
+    room = max(0.0, room - batch * cost.workspace_bytes)
+    affordable = int(room / cost.block_bytes)
+    # Two tiles' Jacobians at once if they fit (one held, one streaming), else strips of a third of what fits.
+    strip = tile if affordable >= 2 * tile else max(1, affordable // 3)
+    if choices is not None:
+        strip, subtile, batch = choices.strip, choices.subtile, choices.batch
+    subtile, batch = min(subtile, strip), min(batch, strip)
+    edge = _edge(workload, machine)
+    strips = -(-tile // strip)
+    affordable_strips = max(2, affordable // strip)
+    hold = max(1, min(affordable_strips - 1, edge if strips == 1 else strips))
+    plan = Plan(
+        workload=workload,
+        machine=machine,
+        strip=strip,
+        subtile=subtile,
+        batch=batch,
+        hold=hold,
+        edge=edge,
+        cache_bytes=0,
+        tiles_done=0,
+        bytes_to_write=0,
+        pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
+        jacobian_flops=0.0,
+        recompute_factor=0.0,
+        memory_bytes=0,
+    )
+    num_samples = workload.num_samples
+    factor = _strip_visits(plan) / num_samples
+    everything = num_samples * cost.block_bytes
+    spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
+    excess = (factor - 1) * num_samples * cost.jacobian_flops
+    if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
+        plan = replace(plan, cache_bytes=int(min(everything, spare)))
+        factor = 1.0 if plan.cache_bytes >= everything else factor
+    return replace(
+        plan,
+        jacobian_flops=factor * num_samples * cost.jacobian_flops,
+        recompute_factor=factor,
+        memory_bytes=int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan)),
+    )
+
+
+def _power_of_two(value: int, limit: int) -> int:
+    """The largest power of two up to ``value``, but at most ``limit``."""
+    return min(1 << (max(1, value).bit_length() - 1), limit)
+
+
+def _edge(workload: Workload, machine: Machine) -> int:
+    """Largest block that leaves several for each worker and does not take too long."""
+    tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
+    for edge in range(_MAX_EDGE, 1, -1):
+        blocks = sum(grid.num_blocks(edge) for grid in workload.grids.values())
+        if blocks >= _BLOCKS_PER_WORKER * machine.workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
+            return edge
+    return 1
+
+
+def _fixed_bytes(workload: Workload, subtile: int) -> float:
+    """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
+    piece = (subtile * workload.num_covectors) ** 2 * (6 * workload.accumulate_itemsize + 8)
+    tiles = 2 * _BUFFERS * workload.tile_bytes
+    return tiles + piece + workload.cost.fixed_workspace_bytes
+
+
+def _worker_bytes(plan: Plan) -> float:
+    load = plan.workload
+    strips = (plan.hold + 1) * plan.strip * load.cost.block_bytes
+    # The strip that is being computed exists in parts before it is whole.
+    assembling = plan.subtile * load.cost.block_bytes
+    return _fixed_bytes(load, plan.subtile) + strips + assembling + plan.batch * load.cost.workspace_bytes
+
+
+def _strip_visits(plan: Plan) -> float:
+    """Samples whose Jacobians are computed, counted with repetition, if nothing but the held strips is reused."""
+    load = plan.workload
+    parts = -(-(-(-load.tile // plan.strip)) // plan.hold)
+    visits = float(load.num_test)
+    for grid in load.grids.values():
+        if parts == 1 or plan.rows_held > 1:
+            # Each column tile is streamed once for each group of rows; rows are computed once a block.
+            visits += sum(height + width for height, width in _groups(grid, plan.edge, plan.rows_held)) * load.tile
+        else:
+            # Parts of one row tile are held in turn: columns pass once for each part, rows again for each column.
+            visits += grid.num_tiles * load.tile * (1 + parts)
+    return max(visits, float(load.num_samples))
+
+
+def _groups(grid: Grid, edge: int, height: int) -> Iterator[tuple[int, float]]:
+    """``(row tiles, column tiles)`` of every group of rows that is held in some block."""
+    for row in range(0, grid.rows.num_tiles, edge):
+        stop = min(row + edge, grid.rows.num_tiles)
+        starts = np.arange(row if grid.symmetric else 0, grid.columns.num_tiles, edge)
+        widths = np.minimum(starts + edge, grid.columns.num_tiles) - starts
+        for first in range(row, stop, height):
+            last = min(first + height, stop)
+            for start, width in zip(starts, widths, strict=True):
+                # In a block on the diagonal the columns are the rows that are held.
+                inside = grid.symmetric and start == row
+                yield last - first, float(max(0, start + width - last) if inside else width)

@@ -1,0 +1,231 @@
+"""Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkpipe.config import KernelSpec, RunSpec
+from ntkpipe.datasets import Samples
+from ntkpipe.errors import StoreMismatchError
+from ntkpipe.grid import Axis, Grid, default_tile
+from ntkpipe.jacobian.block import Cost, Engine
+from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples
+from ntkpipe.kinds import Kind, get_kind
+from ntkpipe.manifest import Choices
+from ntkpipe.models import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.plan import Machine, Plan, Workload, make_plan
+from ntkpipe.resources import available_memory, free_disk, num_cores, process_memory
+
+# What a run may take of the memory that is free when it starts, where no limit is given.
+_SHARE_OF_MEMORY = 0.7
+_COST_BATCH = 8
+_RATE_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and samples that can be computed.
+
+    Attributes
+    ----------
+    spec, kind
+        What is asked for.
+    model
+        In the compute dtype, on the device.
+    engine
+        Traced, not yet self-checked.
+    train, test
+        The samples.
+    num_outputs
+        Outputs O.
+    tile
+        Samples along a tile's edge.
+    """
+
+    spec: KernelSpec
+    kind: Kind
+    model: FunctionalModel
+    engine: Engine
+    train: Samples
+    test: Samples | None
+    num_outputs: int
+    tile: int
+
+    @property
+    def num_covectors(self) -> int:
+        """Rows a sample, S."""
+        return self.kind.num_covectors(self.num_outputs)
+
+    def load(self, samples: Sequence[int]) -> Batch:
+        """A batch of any train samples on the device."""
+        return loader(self.model, self.train)(samples)
+
+    def grids(self) -> dict[str, Grid]:
+        """The kernels of a store of these samples."""
+        train = Axis(self.train.num_samples, self.num_covectors, self.tile)
+        grids = {"kernel/train": Grid(train, train, symmetric=True)}
+        if self.test is not None:
+            grids["kernel/test_train"] = Grid(
+                Axis(self.test.num_samples, self.num_covectors, self.tile), train, symmetric=False
+            )
+        return grids
+
+
+def loader(model: FunctionalModel, samples: Samples) -> Load:
+    """A function that loads any samples as a batch on the model's device."""
+
+    def load(numbers: Sequence[int]) -> Batch:
+        arrays = [samples.source.read(i, i + 1) for i in numbers]
+        joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
+        return model.to_batch(joined, samples.is_mapping)
+
+    return load
+
+
+def prepare(
+    model: nn.Module,
+    train: Samples,
+    test: Samples | None,
+    spec: KernelSpec,
+    *,
+    forward: Forward,
+    device: str | None,
+    tile: int | None = None,
+) -> Prepared:
+    """Check the model on a few samples and find out how its Jacobians are computed.
+
+    Parameters
+    ----------
+    model, train, test, spec, forward
+        What is asked for.
+    device
+        ``cpu``, ``cuda``, ``cuda:1``; none takes the first GPU where there is one.
+    tile
+        The tile of the store that is resumed, used where the spec names none.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be used as it is.
+    NonFiniteError
+        If it, or its outputs, are not finite.
+    """
+    kind = get_kind(spec.kind)
+    functional = prepare_model(
+        model,
+        forward=forward,
+        parameters=spec.parameters,
+        dtype=DTYPES[spec.compute_dtype],
+        device=resolve_device(device),
+    )
+    load = loader(functional, train)
+    num_outputs = check_outputs(functional, load, train.num_samples)
+    num_covectors = kind.num_covectors(num_outputs)
+    engine = make_engine(
+        functional,
+        load,
+        train.num_samples,
+        torch.from_numpy(kind.covectors(num_outputs)),
+        DTYPES[spec.resolved_accumulate_dtype()],
+        structured=spec.jacobian == "structured",
+    )
+    chosen = spec.tile or tile or default_tile(train.num_samples, num_covectors)
+    return Prepared(spec, kind, functional, engine, train, test, num_outputs, min(chosen, train.num_samples))
+
+
+def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
+    """The engine with the recorded choices of the store that is resumed.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the model is traced otherwise now, as with another version of torch: the bits would change in mid-store.
+    """
+    engine = engine.reusing(choices.representations)
+    if engine.representations != choices.representations:
+        raise StoreMismatchError(
+            f"{path} was begun with Jacobians found as {choices.representations}; now they would be found as "
+            f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
+            (("choices.representations", choices.representations, engine.representations),),
+        )
+    if engine.model.device.type != choices.device:
+        warnings.warn(
+            f"{path} was begun on {choices.device}, this run is on {engine.model.device.type}: its tiles will agree to "
+            "rounding, not to the last bit",
+            stacklevel=3,
+        )
+    return engine
+
+
+def plan_run(
+    prepared: Prepared,
+    engine: Engine,
+    run: RunSpec,
+    grids: dict[str, Grid],
+    *,
+    path: Path | None,
+    choices: Choices | None = None,
+    tiles_done: int = 0,
+    bytes_to_write: int | None = None,
+) -> Plan:
+    """Measure what Jacobians cost and this machine can do, and plan.
+
+    Parameters
+    ----------
+    prepared, engine, run
+        What is computed, and within what limits.
+    grids
+        The kernels.
+    path
+        Where the store is or will be; none for a kernel in memory.
+    choices, tiles_done, bytes_to_write
+        Of the store that is resumed.
+    """
+    spec = prepared.spec
+    workload = Workload(
+        grids=grids,
+        num_test=prepared.test.num_samples if prepared.test is not None and path is not None else 0,
+        num_outputs=prepared.num_outputs,
+        tile=prepared.tile,
+        num_covectors=prepared.num_covectors,
+        store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
+        accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
+        cost=measure_cost(prepared, engine),
+    )
+    used = process_memory()
+    limit = run.memory_limit or int(used + _SHARE_OF_MEMORY * available_memory())
+    machine = Machine(
+        workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
+        memory_limit=int(limit),
+        base_memory=used,
+        free_disk=None if path is None else free_disk(path),
+        flops_per_second=measure_rate(engine.model.device, engine.accumulate_dtype),
+    )
+    return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
+
+
+def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
+    """Cost of the Jacobians, from two small batches."""
+    samples = probe_samples(prepared.train.num_samples)
+    numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
+    return engine.cost(prepared.load(numbers))
+
+
+def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a matrix product in one thread; the best of a few, 0.1 s altogether."""
+    left: Tensor = torch.ones((_RATE_SIZE, _RATE_SIZE), dtype=dtype, device=device)
+    result = torch.empty_like(left)
+    best = np.inf
+    for _ in range(3):
+        start = perf_counter()
+        torch.mm(left, left, out=result)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, perf_counter() - start)
+    return 2.0 * _RATE_SIZE**3 / float(best)

@@ -1,0 +1,90 @@
+"""Showing how far a run is: a live bar on a terminal, a line now and then elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from time import monotonic
+from typing import TextIO, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Item = TypeVar("Item")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _RateColumn(ProgressColumn):
+    """Items a second, or seconds an item."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
+
+
+def _rate(speed: float, unit: str) -> str:
+    if speed <= 0:
+        return f"- {unit}s/s"
+    return f"{speed:.1f} {unit}s/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}"
+
+
+def show_progress(
+    items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
+) -> Iterator[Item]:
+    """Pass ``items`` on and show how many there were.
+
+    Parameters
+    ----------
+    items
+        The work; one item, one step.
+    total, done
+        Steps altogether, and those done before.
+    what, unit
+        Words for the bar: ``kernel``, ``tile``.
+    stream
+        Default standard error.
+    """
+    stream = stream or sys.stderr
+    if stream.isatty():
+        yield from _bar(items, total, done, what, unit, Console(file=stream))
+    else:
+        yield from _lines(items, total, done, what, unit, stream)
+
+
+def _bar(items: Iterator[Item], total: int, done: int, what: str, unit: str, console: Console) -> Iterator[Item]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}s"),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total, completed=done, unit=unit)
+        for item in items:
+            progress.advance(task)
+            yield item
+
+
+def _lines(items: Iterator[Item], total: int, done: int, what: str, unit: str, stream: TextIO) -> Iterator[Item]:
+    start = last = monotonic()
+    for count, item in enumerate(items, 1):
+        now = monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES or done + count == total:
+            speed = count / max(now - start, 1e-9)
+            left = (total - done - count) / speed
+            print(f"{what}: {done + count} of {total} {unit}s, {_rate(speed, unit)}, {left:.0f} s left", file=stream)
+            last = now
+        yield item

@@ -1,0 +1,58 @@
+"""What this machine has: memory, disk, cores. Everything here only looks."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def _first_number(paths: tuple[str, ...]) -> int | None:
+    for path in paths:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return int(text)
+    return None
+
+
+def available_memory() -> int:
+    """Bytes of memory that can still be used, by the machine's and the container's (cgroup) account."""
+    available: int = psutil.virtual_memory().available
+    limit, usage = _first_number(_CGROUP_LIMITS), _first_number(_CGROUP_USAGE)
+    if limit is not None and usage is not None:
+        # The cgroup counts file cache as used although it can be dropped; never trust it below a tenth of its limit.
+        available = min(available, max(limit - usage, limit // 10))
+    return available
+
+
+def process_memory() -> int:
+    """Bytes of resident memory of this process."""
+    rss: int = psutil.Process().memory_info().rss
+    return rss
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that can be written below ``path``, which need not exist yet."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return psutil.disk_usage(str(existing)).free
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """``num_bytes`` with a binary unit, as in ``16.0 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(num_bytes) < 1024 or unit == "TiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError

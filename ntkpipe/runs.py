@@ -1,0 +1,312 @@
+"""One run of a kernel into its store: what was asked meets what is there, is settled, and is built."""
+
+import contextlib
+import platform
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ntkpipe.build import BuildJob, Index, StripCache, TileRecord
+from ntkpipe.config import RunSpec
+from ntkpipe.datasets import Samples, Source, StoredSource
+from ntkpipe.errors import Interrupted, StoreFullError, StoreMismatchError
+from ntkpipe.execute import ThreadExecutor
+from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.check import CheckReport, self_check
+from ntkpipe.jacobian.probe import probe_samples
+from ntkpipe.kernel import KernelStore
+from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
+from ntkpipe.models import exact_math, fingerprint
+from ntkpipe.plan import Plan, Task
+from ntkpipe.prepare import Prepared, plan_run, reuse_choices
+from ntkpipe.progress import show_progress
+from ntkpipe.store import Mode, Store, layouts, local_path, prepare_path
+
+_CHECK_BATCH = 64
+_RESUME = "every finished tile is stored; the same call or command resumes"
+# Outputs of the same model on another machine agree to rounding; those of another function do not.
+_OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.2}
+
+
+@contextlib.contextmanager
+def exact_single_thread() -> Iterator[None]:
+    """Arithmetic as every tile is computed: one thread a worker, TF32 and fused paths off; restored afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with exact_math():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def manifest_of(
+    model: nn.Module, prepared: Prepared, train: DataRecord, test: DataRecord | None, choices: Choices | None = None
+) -> Manifest:
+    """The manifest of what is asked for; without choices, with placeholders that are never compared."""
+    spec = prepared.spec
+    device = prepared.model.device.type
+    return Manifest(
+        format=FORMAT,
+        kind=spec.kind,
+        convention=prepared.kind.convention,
+        num_outputs=prepared.num_outputs,
+        num_covectors=prepared.num_covectors,
+        tile=prepared.tile,
+        compute_dtype=spec.compute_dtype,
+        accumulate_dtype=spec.resolved_accumulate_dtype(),
+        store_dtype=spec.resolved_store_dtype(),
+        model=fingerprint(model, prepared.model.names),
+        train=train,
+        test=test,
+        choices=choices or Choices(strip=1, subtile=1, batch=1, representations={}, device=device),
+        environment={
+            **{name: version(name) for name in ("ntkpipe", "torch", "numpy", "zarr")},
+            "python": platform.python_version(),
+            "host": socket.gethostname(),
+            "processor": platform.processor() or platform.machine(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def require_same(store: Store, asked: Manifest) -> None:
+    """Check that a store was made with what is asked for.
+
+    Raises
+    ------
+    StoreMismatchError
+        Listing the fields that differ, stored → asked.
+    """
+    found = differences(store.manifest, asked)
+    if found:
+        listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
+        raise StoreMismatchError(
+            f"{store.root} holds another kernel; {len(found)} fields differ: {listed}. Use another path, mode='w' to "
+            "start over, or ask for what is stored",
+            found,
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def require_same_function(store: Store, prepared: Prepared) -> None:
+    """Check that the model still maps stored samples to the outputs that were stored with the first tiles.
+
+    Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook.
+    """
+    array = store.arrays["outputs/train"]
+    first = (0, 0)
+    if not array.path(first).exists():
+        return
+    stored = array.read(first)
+    samples = [i for i in probe_samples(len(stored))]
+    with torch.no_grad():
+        outputs = prepared.model(prepared.load(samples)).double().cpu().numpy()
+    gap = float(np.abs(outputs - stored[samples]).max())
+    scale = float(np.abs(stored[samples]).max()) or 1.0
+    if gap > _OUTPUT_TOLERANCE[store.manifest.compute_dtype] * scale:
+        raise StoreMismatchError(
+            f"{store.root}: parameters and samples are those of the store, but outputs differ by {gap:.2g} (of "
+            f"{scale:.2g}): the model's forward pass or the forward hook is another one",
+            (("outputs", stored[samples].tolist(), outputs.tolist()),),
+        )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run that is ready to build.
+
+    Attributes
+    ----------
+    store
+        Exists, its data perhaps not yet.
+    engine, plan
+        How it is computed.
+    check
+        What the self-check found, if it ran.
+    check_seconds
+        How long that took.
+    """
+
+    store: Store
+    engine: Engine
+    plan: Plan
+    check: CheckReport | None
+    check_seconds: float
+
+
+def settle(prepared: Prepared, asked: Manifest, existing: Store | None, path: Path, run: RunSpec, mode: Mode) -> Settled:
+    """Self-check, plan, and create the store where there is none.
+
+    Raises
+    ------
+    SelfCheckError
+        If engine and reference disagree.
+    ResourceError
+        If it cannot fit; nothing was written.
+    """
+    engine = prepared.engine
+    choices = None if existing is None else existing.manifest.choices
+    if existing is not None and choices is not None:
+        engine = reuse_choices(engine, choices, existing.root)
+    started = perf_counter()
+    check = None
+    if run.self_check:
+        batch = _CHECK_BATCH if choices is None else choices.batch
+        engine, check = self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)
+    check_seconds = perf_counter() - started
+    planned = _plan(prepared, engine, asked, existing, path, run)
+    if existing is None:
+        if mode == "w":
+            prepare_path(path, mode)
+        settled = planned.choices(engine.representations, engine.model.device.type)
+        existing = Store.create(path, asked.model_copy(update={"choices": settled}))
+        require_same(existing, asked)
+        if existing.manifest.choices != settled:
+            # Another run created the store in the meantime; its choices count.
+            planned = _plan(prepared, engine, asked, existing, path, run)
+    engine = reuse_choices(engine, existing.manifest.choices, existing.root)
+    return Settled(existing, engine, planned, check, check_seconds)
+
+
+def _plan(
+    prepared: Prepared, engine: Engine, asked: Manifest, existing: Store | None, path: Path, run: RunSpec
+) -> Plan:
+    return plan_run(
+        prepared,
+        engine,
+        run,
+        prepared.grids(),
+        path=path,
+        choices=None if existing is None else existing.manifest.choices,
+        **progress_of(asked, existing),
+    )
+
+
+def progress_of(asked: Manifest, existing: Store | None) -> dict[str, int]:
+    """Tiles that exist, and bytes that are still to be written."""
+    missing = {} if existing is None else existing.missing()
+    done = to_write = 0
+    for name, layout in layouts(asked).items():
+        left = layout.num_chunks if existing is None else len(missing.get(name, ()))
+        to_write += left * layout.chunk_bytes
+        done += layout.num_chunks - left if layout.grid is not None else 0
+    return {"tiles_done": done, "bytes_to_write": to_write}
+
+
+@dataclass(frozen=True)
+class StoreSink:
+    """Chunks go to a store."""
+
+    store: Store
+
+    def exists(self, array: str, index: Index) -> bool:
+        """Whether the chunk is there with its whole size."""
+        stored = self.store.arrays[array]
+        try:
+            return stored.path(index).stat().st_size == stored.layout.chunk_bytes
+        except FileNotFoundError:
+            return False
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Write the chunk atomically."""
+        self.store.arrays[array].write(index, values)
+
+
+def write_samples(store: Store, split: str, samples: Samples) -> None:
+    """Write the samples and targets that the store does not have yet."""
+    arrays = {name: array for name, array in store.arrays.items() if name.startswith(f"samples/{split}/")}
+    for name, array in arrays.items():
+        for index in array.missing():
+            part = array.layout.region(index)[0]
+            array.write(index, samples.source.read(part.start, part.stop)[name.rpartition("/")[2]])
+    if samples.targets is not None:
+        array = store.arrays[f"targets/{split}"]
+        for index in array.missing():
+            array.write(index, samples.targets[array.layout.region(index)[0]])
+
+
+def build(settled: Settled, train: Samples, test: Samples | None, *, progress: bool) -> None:
+    """Write samples, then every missing tile; keep a record of the run.
+
+    Raises
+    ------
+    Interrupted
+        On Ctrl-C, saying how far it came.
+    StoreFullError
+        If the disk fills up, saying how far it came.
+    """
+    store, plan = settled.store, settled.plan
+    stored: dict[str, Source] = {"train": StoredSource(store, "train", train.num_samples)}
+    if test is not None:
+        stored["test"] = StoredSource(store, "test", test.num_samples)
+    job = BuildJob(
+        engine=settled.engine,
+        plan=plan,
+        sources=stored,
+        is_mapping=train.is_mapping,
+        sink=StoreSink(store),
+        cache=StripCache(plan.cache_bytes),
+        store_dtype=np.dtype(store.manifest.store_dtype),
+    )
+    executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
+    started = perf_counter()
+    tiles = 0
+    try:
+        if settled.check is not None:
+            store.write_result("self_check", settled.check.to_json())
+        write_samples(store, "train", train)
+        if test is not None:
+            write_samples(store, "test", test)
+        started = perf_counter()
+        records = (r for r in executor.run(job, plan.tasks()) if r.array != "kernel/test_diagonal")
+        total = plan.workload.num_tiles
+        if progress:
+            records = show_progress(records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile")
+        for _ in records:
+            tiles += 1
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
+    except StoreFullError as error:
+        raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+    _record(settled, tiles, perf_counter() - started)
+
+
+def _state(store: Store) -> str:
+    progress = KernelStore(store).progress
+    return f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
+
+
+def _record(settled: Settled, tiles: int, seconds: float) -> None:
+    """Add this run to ``results/runs``."""
+    plan, store = settled.plan, settled.store
+    share = tiles / max(1, plan.workload.num_tiles - plan.tiles_done)
+    earlier = store.read_result("runs") or {"runs": []}
+    run = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "workers": plan.machine.workers,
+        "tiles": tiles,
+        "seconds": seconds,
+        "self_check_seconds": settled.check_seconds,
+        "flops": plan.flops * share * (plan.workload.num_tiles - plan.tiles_done) / plan.workload.num_tiles,
+        "recompute_factor": plan.recompute_factor,
+        "memory_bytes": plan.memory_bytes,
+    }
+    store.write_result("runs", {"runs": [*earlier["runs"], run]})
+
+

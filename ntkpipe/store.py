@@ -1,0 +1,407 @@
+"""The kernel store on disk: which arrays it has, and how their chunks are written, read and listed.
+
+A chunk is done if its file exists with the expected size: chunks are uncompressed, unsharded, written whole to a
+temporary name and renamed. So one listing tells progress, and a writer that is killed leaves only a ``.partial`` file.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from ntkpipe.errors import StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
+from ntkpipe.grid import Axis, Grid
+from ntkpipe.manifest import ATTRIBUTE, DataRecord, Manifest, from_attribute
+from ntkpipe.resources import format_bytes, free_disk
+
+Mode = Literal["a", "w", "w-"]
+Index = tuple[int, ...]
+
+_SAMPLE_CHUNK_BYTES = 16 * 2**20
+_CHECKSUM_BYTES = 4
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store.
+
+    Attributes
+    ----------
+    name
+        Path below the store's root.
+    shape, chunks, dtype, dimensions
+        As in Zarr.
+    grid
+        The tiles, for a kernel; other arrays keep every chunk.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+    dimensions: tuple[str, ...]
+    grid: Grid | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
+        return int(np.prod(self.chunks)) * self.dtype.itemsize + _CHECKSUM_BYTES
+
+    def indices(self) -> Iterator[Index]:
+        """Chunks that a complete array has."""
+        if self.grid is not None:
+            return self.grid.tiles()
+        return np.ndindex(*(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)))
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of :meth:`indices`."""
+        if self.grid is not None:
+            return self.grid.num_tiles
+        return int(np.prod([-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]))
+
+    def region(self, index: Index) -> tuple[slice, ...]:
+        """Part of the array that chunk ``index`` holds, cut at the array's end."""
+        return tuple(
+            slice(i * chunk, min((i + 1) * chunk, size))
+            for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
+        )
+
+
+def kernel_grids(manifest: Manifest) -> dict[str, Grid]:
+    """The tiled kernels that a store of this manifest has, by array name."""
+    train = Axis(manifest.train.num_samples, manifest.num_covectors, manifest.tile)
+    grids = {"kernel/train": Grid(train, train, symmetric=True)}
+    if manifest.test is not None:
+        test = Axis(manifest.test.num_samples, manifest.num_covectors, manifest.tile)
+        grids["kernel/test_train"] = Grid(test, train, symmetric=False)
+    return grids
+
+
+def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
+    """Every array that a store of this manifest has, by name."""
+    found: list[ArrayLayout] = []
+    store_dtype = np.dtype(manifest.store_dtype)
+    for name, grid in kernel_grids(manifest).items():
+        chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
+        found.append(ArrayLayout(name, grid.shape, chunks, store_dtype, ("row", "column"), grid))
+    for split, data in (("train", manifest.train), ("test", manifest.test)):
+        if data is not None:
+            found += _data_layouts(split, data, manifest)
+    if manifest.test is not None:
+        width = manifest.num_covectors
+        blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
+        dimensions = ("sample", "row", "column")
+        found.append(ArrayLayout("kernel/test_diagonal", blocks, block_chunks, store_dtype, dimensions))
+    return {layout.name: layout for layout in found}
+
+
+def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
+    arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
+    if data.targets is not None:
+        arrays[f"targets/{split}"] = data.targets
+    found = []
+    for name, record in arrays.items():
+        sample_bytes = max(1, int(np.prod(record.shape)) * np.dtype(record.dtype).itemsize)
+        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
+        dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
+        shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)
+        found.append(ArrayLayout(name, shape, chunks, np.dtype(record.dtype), dimensions))
+    shape, chunks = (data.num_samples, manifest.num_outputs), (manifest.tile, manifest.num_outputs)
+    found.append(ArrayLayout(f"outputs/{split}", shape, chunks, np.dtype(manifest.store_dtype), ("sample", "output")))
+    return found
+
+
+class StoredArray:
+    """One array of a store: chunks in and out, each verified."""
+
+    def __init__(self, root: Path, layout: ArrayLayout) -> None:
+        self.root = root
+        self.layout = layout
+        self._folder = root / layout.name / "c"
+        self._zarr: zarr.Array[Any] | None = None
+
+    def path(self, index: Index) -> Path:
+        """File of chunk ``index``."""
+        return self._folder.joinpath(*map(str, index))
+
+    def describe(self, index: Index) -> str:
+        """Words for messages: which chunk of which array, and the samples or rows that it holds."""
+        region = ", ".join(f"{part.start}:{part.stop}" for part in self.layout.region(index)[:2])
+        chunk = ", ".join(map(str, index))
+        noun = "tile" if self.layout.grid is not None else "chunk"
+        return f"{noun} ({chunk}) of {self.layout.name} (entries [{region}]) in {self.root}"
+
+    def present(self) -> set[Index]:
+        """Chunks that exist with the expected size, from one listing."""
+        return {index for index, size in self.sizes() if size == self.layout.chunk_bytes}
+
+    def sizes(self) -> Iterator[tuple[Index, int]]:
+        """Chunks that exist, whatever their size, with the size; files that are no chunks are passed over."""
+        for path, size in _files(self._folder):
+            parts = path.relative_to(self._folder).parts
+            if len(parts) == len(self.layout.chunks) and all(part.isdecimal() for part in parts):
+                yield tuple(map(int, parts)), size
+
+    def missing(self) -> list[Index]:
+        """Chunks that a complete array has and that this one has not, in order."""
+        present = self.present()
+        return [index for index in self.layout.indices() if index not in present]
+
+    def write(self, index: Index, values: NDArray[Any]) -> None:
+        """Write one whole chunk, atomically.
+
+        Raises
+        ------
+        StoreFullError
+            If the disk is full. Nothing of the chunk is left behind.
+        StoreError
+            If it cannot be written for another reason.
+        """
+        layout = self.layout
+        if self._zarr is None:
+            # open_array ignores a config for an array that exists; without it, chunks of zeros would never be files.
+            array = zarr.open_array(str(self.root / layout.name), mode="r+").with_config({"write_empty_chunks": True})
+            if array.shape != layout.shape or array.chunks != layout.chunks or array.dtype != layout.dtype:
+                raise StoreError(
+                    f"{layout.name} in {self.root} has shape {array.shape}, chunks {array.chunks}, dtype "
+                    f"{array.dtype}; the manifest needs {layout.shape}, {layout.chunks}, {layout.dtype}; it was altered"
+                )
+            self._zarr = array
+        try:
+            self._zarr[layout.region(index)] = values
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise StoreFullError(
+                    f"the disk is full: {format_bytes(free_disk(self.root))} free, {format_bytes(layout.chunk_bytes)} "
+                    f"needed for {self.describe(index)}"
+                ) from error
+            raise StoreError(f"cannot write {self.describe(index)}: {error}") from error
+
+    def read(self, index: Index) -> NDArray[Any]:
+        """Read one chunk and check it, shape as :meth:`ArrayLayout.region` says.
+
+        Raises
+        ------
+        TileError
+            If the chunk is missing, has a wrong size, or fails its checksum; the message names it.
+        """
+        layout = self.layout
+        try:
+            raw = self.path(index).read_bytes()
+        except FileNotFoundError:
+            raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
+        except OSError as error:
+            raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
+        if len(raw) != layout.chunk_bytes:
+            raise TileError(f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated")
+        payload = memoryview(raw)[:-_CHECKSUM_BYTES]
+        if google_crc32c.value(bytes(payload)).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
+            raise TileError(f"{self.describe(index)} fails its crc32c checksum: its bytes were altered")
+        chunk = np.frombuffer(payload, layout.dtype.newbyteorder("<")).reshape(layout.chunks)
+        return chunk[tuple(slice(part.stop - part.start) for part in layout.region(index))]
+
+    def read_samples(self, start: int, stop: int) -> NDArray[Any]:
+        """Entries ``start:stop`` of the first axis of an array that is chunked along it alone."""
+        size = self.layout.chunks[0]
+        rest = (0,) * (len(self.layout.chunks) - 1)
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            part = self.read((number, *rest))
+            parts.append(part[max(start - number * size, 0) : stop - number * size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Every file below ``folder`` with its size; what vanishes meanwhile is passed over."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                yield Path(entry.path), entry.stat().st_size
+
+
+class Store:
+    """A store that exists: its manifest, its arrays, its results."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.arrays = {name: StoredArray(root, layout) for name, layout in layouts(manifest).items()}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Open a store; reads its manifest and nothing else.
+
+        Raises
+        ------
+        StoreNotFoundError
+            If there is nothing at the path.
+        StoreError
+            If what is there is not a kernel store, or its manifest is damaged.
+        """
+        root = local_path(path)
+        try:
+            text = (root / "zarr.json").read_text()
+        except FileNotFoundError:
+            what = "holds no Zarr group" if root.exists() else "does not exist"
+            raise StoreNotFoundError(f"{root} {what}; needed the path of a kernel store") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"cannot read {root / 'zarr.json'}: {error}") from error
+        try:
+            attributes = json.loads(text)["attributes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{root / 'zarr.json'} is damaged or no Zarr v3 group: {error!r}") from error
+        value = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+        return cls(root, from_attribute(value, str(root)))
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest) -> "Store":
+        """Create a store, or open the one that another process created a moment ago.
+
+        The group and its manifest appear in one atomic step, and the first process wins: callers compare the
+        manifest they get with the one they asked for.
+        """
+        root = local_path(path)
+        document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: manifest.to_attribute()}}
+        with _writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+            temporary = root / f"zarr.json.{uuid.uuid4().hex}.partial"
+            try:
+                temporary.write_text(json.dumps(document, indent=1))
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, root / "zarr.json")
+            finally:
+                temporary.unlink(missing_ok=True)
+        store = cls.open(root)
+        store.complete_layout()
+        return store
+
+    def complete_layout(self) -> None:
+        """Create the arrays that are missing, as after a kill during creation."""
+        for name, array in self.arrays.items():
+            if (self.root / name / "zarr.json").exists():
+                continue
+            layout = array.layout
+            is_real = layout.dtype.kind == "f"
+            with _writing(self.root), contextlib.suppress(zarr.errors.ContainsArrayError):
+                zarr.create_array(
+                    str(self.root),
+                    name=name,
+                    shape=layout.shape,
+                    chunks=layout.chunks,
+                    dtype=layout.dtype,
+                    fill_value=np.nan if is_real else 0,
+                    serializer=BytesCodec(endian="little"),
+                    compressors=[Crc32cCodec()],
+                    filters=None,
+                    dimension_names=layout.dimensions,
+                    config={"write_empty_chunks": True},
+                )
+
+    def partials(self) -> list[Path]:
+        """Files that killed writers left behind; harmless, and never read."""
+        return sorted(path for path, _ in _files(self.root) if path.name.endswith(".partial"))
+
+    def missing(self) -> dict[str, list[Index]]:
+        """Missing chunks of each array that has any."""
+        found = {name: array.missing() for name, array in self.arrays.items()}
+        return {name: indices for name, indices in found.items() if indices}
+
+    def is_writable(self) -> bool:
+        """Whether this process may write below the root."""
+        return os.access(self.root, os.W_OK)
+
+    def write_result(self, name: str, result: Mapping[str, Any]) -> None:
+        """Store a JSON result below ``results/name``, with the digest of the manifest that it came from."""
+        with _writing(self.root):
+            zarr.open_group(
+                str(self.root / "results" / name),
+                mode="w",
+                attributes={"result": dict(result), "manifest_digest": self.manifest.digest()},
+            )
+
+    def read_result(self, name: str) -> dict[str, Any] | None:
+        """Read a stored result; none if there is none or it came from another manifest."""
+        try:
+            attributes = json.loads((self.root / "results" / name / "zarr.json").read_text())["attributes"]
+            result, digest = dict(attributes["result"]), attributes["manifest_digest"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"results/{name} of {self.root} is damaged: {error!r}") from error
+        return result if digest == self.manifest.digest() else None
+
+
+def prepare_path(path: str | Path, mode: Mode) -> Store | None:
+    """Apply ``mode`` to what is at the path: the store to resume, or none where one may be created.
+
+    Raises
+    ------
+    StoreExistsError
+        With ``w-`` if a store is there; with any mode if something else is there.
+    """
+    root = local_path(path)
+    is_store = (root / "zarr.json").exists()
+    if not is_store:
+        if root.is_dir() and all(name.endswith(".partial") for name in os.listdir(root)):
+            return None
+        if root.exists():
+            raise StoreExistsError(f"{root} exists and is not a kernel store; choose another path")
+        return None
+    if mode == "w-":
+        raise StoreExistsError(f"{root} exists and mode='w-' only creates; use mode='a' to resume or 'w' to start over")
+    if mode == "a":
+        return Store.open(root)
+    _remove(root)
+    return None
+
+
+def _remove(root: Path) -> None:
+    """Remove a store in a way that never leaves half of one at its path; anything but a store is refused."""
+    try:
+        is_ours = ATTRIBUTE in json.loads((root / "zarr.json").read_text())["attributes"]
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise StoreExistsError(f"{root} is not a kernel store, so mode='w' does not remove it; choose another path")
+    doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}.removed")
+    root.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def local_path(path: str | Path) -> Path:
+    """Return ``path`` as a local path; URLs are refused."""
+    if isinstance(path, str) and "://" in path:
+        raise StoreError(f"{path!r} is a URL; this version writes stores to local paths only")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        if error.errno in _DISK_FULL:
+            raise StoreFullError(f"the disk is full: {format_bytes(free_disk(root))} free at {root}") from error
+        raise StoreError(f"cannot write to {root}: {error}") from error

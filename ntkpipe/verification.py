@@ -1,0 +1,179 @@
+"""Verification of a store by itself: every chunk present, whole and finite, and the matrix one that a kernel can be."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import TileError
+from ntkpipe.store import Index, Store, StoredArray
+
+# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add to it.
+_BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes
+    ----------
+    array, index
+        The chunk, or the array and nothing.
+    problem
+        What is wrong with it.
+    """
+
+    array: str
+    index: Index
+    problem: str
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What :func:`verify_store` found.
+
+    Attributes
+    ----------
+    chunks_checked
+        Chunks that were read.
+    bytes_checked
+        Their bytes.
+    findings
+        What is wrong; empty for a good store.
+    certificates
+        Of the whole kernels against the model, where it was given: one a kernel.
+    """
+
+    chunks_checked: int
+    bytes_checked: int
+    findings: tuple[Finding, ...]
+    certificates: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "is_good": self.is_good}
+
+
+def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
+    """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonal.
+
+    Checked are: presence, size and crc32c of every chunk; that real values are finite; that diagonal tiles are
+    symmetric to the last bit; that the diagonal is not negative and ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that
+    killed writers left behind are listed, too.
+
+    Parameters
+    ----------
+    store
+        The store.
+    on_chunk
+        Called after each chunk.
+    """
+    findings = [
+        Finding(str(path.relative_to(store.root)), (), "a partial file that a killed writer left; harmless, never read")
+        for path in store.partials()
+    ]
+    diagonals = _diagonals(store)
+    count = size = 0
+    for name, array in store.arrays.items():
+        for index in array.layout.indices():
+            problem = _check(store, array, index, diagonals)
+            findings += [Finding(name, index, problem)] if problem else []
+            count, size = count + 1, size + array.layout.chunk_bytes
+            on_chunk()
+        strays = sorted(index for index, _ in array.sizes() if not _belongs(array, index))
+        findings += [Finding(name, index, "a chunk that does not belong to the array") for index in strays]
+    return VerificationReport(count, size, tuple(findings))
+
+
+def num_chunks(store: Store) -> int:
+    """Chunks that :func:`verify_store` reads."""
+    return sum(array.layout.num_chunks for array in store.arrays.values())
+
+
+def _belongs(array: StoredArray, index: Index) -> bool:
+    layout = array.layout
+    counts = (-(-size // chunk) for size, chunk in zip(layout.shape, layout.chunks, strict=True))
+    inside = all(i < count for i, count in zip(index, counts, strict=True))
+    return inside and (layout.grid is None or layout.grid.is_stored(*index))
+
+
+def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
+    """Diagonal entries by split, NaN where a chunk cannot be read; that is reported where the chunk is checked."""
+    found = {}
+    train = store.arrays["kernel/train"]
+    assert train.layout.grid is not None
+    parts = []
+    for number in range(train.layout.grid.rows.num_tiles):
+        tile = _try_read(train, (number, number))
+        rows = len(train.layout.grid.rows.rows(number))
+        parts.append(np.full(rows, np.nan) if tile is None else tile.diagonal().astype(np.float64))
+    found["train"] = np.concatenate(parts)
+    test = store.arrays.get("kernel/test_diagonal")
+    if test is not None:
+        parts = []
+        for index in test.layout.indices():
+            blocks = _try_read(test, index)
+            rows = (test.layout.region(index)[0].stop - test.layout.region(index)[0].start) * test.layout.shape[1]
+            diagonal = None if blocks is None else blocks.diagonal(axis1=1, axis2=2).reshape(-1)
+            parts.append(np.full(rows, np.nan) if diagonal is None else diagonal.astype(np.float64))
+        found["test"] = np.concatenate(parts)
+    return found
+
+
+def _try_read(array: StoredArray, index: Index) -> NDArray[Any] | None:
+    try:
+        return array.read(index)
+    except TileError:
+        return None
+
+
+def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, NDArray[np.float64]]) -> str | None:
+    """What is wrong with one chunk."""
+    try:
+        values = array.read(index)
+    except TileError as error:
+        return str(error)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return f"{int((~np.isfinite(values)).sum())} entries are NaN or infinite"
+    name, grid = array.layout.name, array.layout.grid
+    if name == "kernel/test_diagonal":
+        negative = int((values.diagonal(axis1=1, axis2=2) < 0).sum())
+        return f"{negative} diagonal entries are negative" if negative else None
+    if grid is None:
+        return None
+    is_mirrored = grid.symmetric and index[0] == index[1]
+    if is_mirrored and not np.array_equal(values, values.T):
+        return "the diagonal tile is not symmetric"
+    if is_mirrored and bool((values.diagonal() < 0).any()):
+        return f"{int((values.diagonal() < 0).sum())} diagonal entries are negative"
+    left, right = diagonals["train" if grid.symmetric else "test"], diagonals["train"]
+    rows, columns = grid.rows.rows(index[0]), grid.columns.rows(index[1])
+    bound = np.sqrt(np.clip(left[rows.start : rows.stop], 0, None))[:, None] * np.sqrt(
+        np.clip(right[columns.start : columns.stop], 0, None)
+    )
+    # Where a diagonal entry is unreadable the bound is NaN and says nothing; that chunk is reported by itself.
+    excess = np.abs(values) > bound * (1 + _BOUND_TOLERANCE[store.manifest.store_dtype])
+    if excess.any():
+        row, column = map(int, np.argwhere(excess)[0])
+        return (
+            f"{int(excess.sum())} entries exceed sqrt(K_ii K_jj), the first K[{rows.start + row}, "
+            f"{columns.start + column}] = {values[row, column]:.6g} > {bound[row, column]:.6g}"
+        )
+    return None
+
+
+def show_findings(report: VerificationReport, most: int = 20) -> Iterator[str]:
+    """Findings in words, one line each."""
+    for finding in report.findings[:most]:
+        where = f" ({', '.join(map(str, finding.index))})" if finding.index else ""
+        yield f"{finding.array}{where}: {finding.problem}"
+    if len(report.findings) > most:
+        yield f"and {len(report.findings) - most} more"

@@ -1,0 +1,202 @@
+"""Imports only look down, the two wings meet nowhere below the public functions, and heavy libraries use their doors."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ntkpipe
+
+PACKAGE = Path(ntkpipe.__file__).parent
+
+# Module → (floor, wing). A module imports strictly lower floors, of its own wing or shared; "joins" may import both.
+HOUSE = {
+    "errors": (0, "shared"),
+    "resources": (1, "shared"),
+    "kinds": (1, "shared"),
+    "grid": (1, "shared"),
+    "config": (1, "shared"),
+    "imports": (1, "shared"),
+    "manifest": (2, "shared"),
+    "execute": (2, "shared"),
+    "store": (3, "shared"),
+    "progress": (3, "shared"),
+    "views": (4, "shared"),
+    "kernel": (5, "shared"),
+    "verify": (6, "shared"),
+    "models": (4, "make"),
+    "datasets": (4, "make"),
+    "jacobian.rules": (4, "make"),
+    "jacobian.factors": (4, "make"),
+    "jacobian.trace": (5, "make"),
+    "jacobian.fallback": (5, "make"),
+    "jacobian.block": (6, "make"),
+    "jacobian.check": (7, "make"),
+    "gram": (7, "make"),
+    "plan": (7, "make"),
+    "build": (8, "make"),
+    "certify": (8, "make"),
+    "analysis.summary": (6, "use"),
+    "api": (9, "joins"),
+    "workflow": (10, "joins"),
+    "cli": (11, "joins"),
+}
+# Library → the modules that may import it; "jacobian" stands for all modules of that folder.
+DOORS = {
+    "zarr": {"store"},
+    "google_crc32c": {"store"},
+    "dask": {"views"},
+    "torch": {"models", "datasets", "jacobian", "gram", "build", "certify", "api"},
+    "safetensors": {"models"},
+    "pydantic": {"config", "manifest"},
+    "yaml": {"config"},
+    "psutil": {"resources"},
+    "click": {"cli"},
+    "rich": {"cli", "progress"},
+}
+# Re-exports of the package, and `python -m ntkpipe`.
+EXEMPT = {"__init__", "__main__"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of one module: of a library (its top name) or of a module of this package."""
+
+    line: int
+    library: str | None
+    module: str | None
+    for_types: bool
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def modules() -> dict[str, str]:
+    """Source of every module by name, without packages' ``__init__`` that hold no code."""
+    found = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        name: source
+        for name, source in found.items()
+        if name not in EXEMPT and not (name.endswith(".__init__") and has_no_code(source))
+    }
+
+
+def has_no_code(source: str) -> bool:
+    body = ast.parse(source).body
+    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+
+
+def imports(module: str, source: str) -> Iterator[Import]:
+    """Every import of a module, those inside functions included."""
+    tree = ast.parse(source)
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(["ntkpipe", *module.split(".")[: -node.level]]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            own = top == "ntkpipe"
+            yield Import(node.lineno, None if own else top, rest if own else None, id(node) in for_types)
+
+
+def resolve(name: str) -> str | None:
+    """Longest start of a dotted name that is a module of the house: ``store.Store`` is in ``store``."""
+    parts = name.split(".")
+    starts = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((start for start in starts if start in HOUSE), None)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module may not do, as sentences."""
+    if module not in HOUSE:
+        return [f"{module} is not listed in HOUSE"]
+    floor, wing = HOUSE[module]
+    found = []
+    for item in imports(module, source):
+        if item.library is not None:
+            doors = DOORS.get(item.library)
+            is_door = doors is None or module in doors or module.partition(".")[0] in doors
+            if not is_door and not item.for_types:
+                found.append(f"{module}:{item.line}: {item.library} enters only through {sorted(doors)}")
+            continue
+        target = resolve(item.module)
+        if target is None:
+            found.append(f"{module}:{item.line}: ntkpipe.{item.module} is in no module of HOUSE")
+            continue
+        below, other = HOUSE[target]
+        if below >= floor:
+            found.append(f"{module}:{item.line}: floor {floor} may not import {target} on floor {below}")
+        if other not in {"shared", wing} and wing != "joins":
+            found.append(f"{module}:{item.line}: wing {wing!r} may not import {target} of wing {other!r}")
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_look_down_and_heavy_libraries_use_their_doors(module):
+    assert violations(module, modules()[module]) == []
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_every_module_of_the_house_exists(module):
+    assert PACKAGE.joinpath(*module.split(".")).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_every_door_is_used(library):
+    """A door that nothing passes should be closed."""
+    sources = modules()
+    for door in DOORS[library]:
+        inside = [name for name in sources if name == door or name.partition(".")[0] == door]
+        assert any(item.library == library for name in inside for item in imports(name, sources[name])), door
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("grid", "import zarr", "zarr enters only"),
+        ("kernel", "def f():\n    import torch.nn", "torch enters only"),
+        ("kernel", "from dask.array import Array", "dask enters only"),
+        ("kernel", "if TYPE_CHECKING:\n    pass\nelse:\n    import dask", "dask enters only"),
+        ("grid", "from ntkpipe.store import Store", "floor 1 may not import store on floor 3"),
+        ("grid", "from ntkpipe import store", "floor 1 may not import store"),
+        ("grid", "import ntkpipe.store", "floor 1 may not import store"),
+        ("grid", "from .store import Store", "floor 1 may not import store"),
+        ("grid", "from ntkpipe.kinds import Kind", "floor 1 may not import kinds on floor 1"),
+        ("jacobian.rules", "from . import trace", "may not import jacobian.trace"),
+        ("jacobian.block", "from ..api import compute", "may not import api"),
+        ("build", "from ntkpipe.analysis.summary import summarise", "wing 'make' may not import analysis.summary"),
+        ("analysis.summary", "def f():\n    from ntkpipe import models", "wing 'use' may not import models"),
+        ("cli", "from ntkpipe import open_kernel", "open_kernel is in no module"),
+        ("surprise", "", "not listed in HOUSE"),
+    ],
+)
+def test_the_rules_see_what_they_forbid(module, source, words):
+    assert [words in violation for violation in violations(module, source)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernel", "if TYPE_CHECKING:\n    import dask.array"),
+        ("kernel", "def f():\n    from ntkpipe import views"),
+        ("jacobian.trace", "import torch\nfrom ntkpipe.jacobian.rules import RULES"),
+        ("api", "from ntkpipe import build, kernel\nfrom ntkpipe.analysis import summary"),
+    ],
+)
+def test_the_rules_let_through_what_they_allow(module, source):
+    assert violations(module, source) == []
