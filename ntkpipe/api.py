@@ -22,11 +22,11 @@ from ntkpipe.manifest import DataRecord
 from ntkpipe.models import Forward, fingerprint, prepare_model, DTYPES, resolve_device
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import plan_run, prepare
-from ntkpipe.progress import show_progress
+from ntkpipe.progress import Ticks, show_progress
 from ntkpipe.resources import available_memory, format_bytes
 from ntkpipe.runs import build, exact_single_thread, manifest_of, progress_of, require_same, require_same_function, settle
 from ntkpipe.store import Mode, Store, local_path, prepare_path
-from ntkpipe.verification import Finding, VerificationReport, num_chunks, verify_store
+from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
 
 Patterns = str | tuple[str, ...] | list[str] | None
 
@@ -363,15 +363,13 @@ def verify(
         If model or samples are not those of the store.
     """
     opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
-    ticks = _Ticks(num_chunks(opened.store), "verify", "chunk", progress)
-    report = verify_store(opened.store, ticks.tick)
+    report = verify_and_record(opened.store, progress=progress)
     if model is not None and report.is_good:
         with exact_single_thread():
             report = _certified(opened, report, model, inputs, test_inputs, forward, device, progress)
+        record_report(opened.store, report)
     elif model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
-    if opened.store.is_writable():
-        opened.store.write_result("verification", report.to_json())
     return report
 
 
@@ -420,8 +418,8 @@ def _certified(
         tile=manifest.tile,
         is_mapping=manifest.train.is_mapping,
     )
-    ticks = _Ticks(num_steps(products, found), "certify", "step", progress)
-    certificates = certify(opened, products, found, step=ticks.tick)
+    with Ticks(num_steps(products, found), what="certify", unit="step", enabled=progress) as ticks:
+        certificates = certify(opened, products, found, step=ticks.tick)
     findings = tuple(
         Finding(
             certificate.array,
@@ -452,22 +450,6 @@ def _matching_samples(store: Store, given: object, record: DataRecord | None, sp
             ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
         )
     return samples
-
-
-class _Ticks:
-    """Turns calls of :meth:`tick` into a progress bar."""
-
-    def __init__(self, total: int, what: str, unit: str, enabled: bool) -> None:
-        self._steps = show_progress(iter(range(total)), total=total, done=0, what=what, unit=unit) if enabled else None
-        self._left = total
-
-    def tick(self) -> None:
-        """One step is done."""
-        self._left -= 1
-        if self._steps is not None:
-            next(self._steps, None)
-            if self._left == 0:
-                next(self._steps, None)  # lets the bar close
 
 
 def _as_both(

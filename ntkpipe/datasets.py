@@ -68,7 +68,11 @@ class DatasetSource:
 
     def read_targets(self) -> NDArray[Any]:
         """The targets of all samples."""
-        return np.stack([_to_array(self.dataset[i][1], "targets") for i in range(self.num_samples)])
+        targets = [_to_array(self.dataset[i][1], "targets") for i in range(self.num_samples)]
+        for i, target in enumerate(targets):
+            if target.shape != targets[0].shape:
+                raise DataError(f"the target of sample {i} has shape {target.shape}, of sample 0 {targets[0].shape}")
+        return np.stack(targets)
 
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self.dataset[i]
@@ -165,10 +169,9 @@ class Samples:
         for start, stop in self.spans():
             for name, values in self.source.read(start, stop).items():
                 record = ArrayRecord(shape=values.shape[1:], dtype=str(values.dtype))
-                if described.inputs.get(name) != record:
-                    raise DataError(
-                        f"{label}: {name!r} of samples {start}:{stop} is {record}, of sample 0 {described.inputs.get(name)}"
-                    )
+                first = described.inputs.get(name)
+                if first != record:
+                    raise DataError(f"{label}: {name!r} of samples {start}:{stop} is {record}, of sample 0 {first}")
                 digests[name].update(np.ascontiguousarray(values).data)
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
                     finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
@@ -295,15 +298,17 @@ class _First:
 
 def _to_array(value: object, label: str) -> NDArray[Any]:
     """A numpy array of numbers or booleans, without a copy where possible."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().resolve_conj().resolve_neg()
-        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
         array = np.asarray(value)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # sparse tensors and ragged lists
         raise DataError(f"{label} cannot be made an array: {error}") from error
     if array.dtype.kind not in "fiub":
         raise DataError(f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans")
+    if 0 in array.shape[1:]:
+        raise DataError(f"{label} has shape {array.shape}: its samples are empty")
     if array.dtype == np.longdouble or array.dtype.byteorder == ">":
         array = array.astype(np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("="))
     return array

@@ -63,18 +63,30 @@ def _import_module(name: str, folder: Path | None) -> ModuleType:
         return importlib.import_module(name)
     folder = folder.resolve()
     top = name.partition(".")[0]
-    known = sys.modules.get(top)
-    is_local = (folder / f"{top}.py").exists() or (folder / top / "__init__.py").exists()
-    if is_local and known is not None and not _is_below(known, folder):
-        # Another workflow's module of the same name: forget it, so that this folder's is found.
-        for loaded in [key for key in sys.modules if key == top or key.startswith(f"{top}.")]:
-            del sys.modules[loaded]
+    for local in {path.stem for path in folder.glob("*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }:
+        known = sys.modules.get(local)
+        if known is not None and not _is_below(known, folder) and (local == top or _is_of_another_folder(known)):
+            # Another workflow's module of the same name: forget it, so that this folder's is found.
+            for loaded in [key for key in sys.modules if key == local or key.startswith(f"{local}.")]:
+                del sys.modules[loaded]
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
+
+
+def _is_of_another_folder(module: ModuleType) -> bool:
+    """Whether a top-level module was found in a folder that is on ``sys.path`` no longer: an earlier workflow's."""
+    file = getattr(module, "__file__", None)
+    if file is None or module.__name__ == "__main__":
+        return False
+    home = Path(file).resolve().parent
+    home = home.parent if hasattr(module, "__path__") else home
+    return home not in {Path(entry).resolve() for entry in sys.path}
 
 
 def _is_below(module: ModuleType, folder: Path) -> bool:

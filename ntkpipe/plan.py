@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -183,6 +184,27 @@ class Plan:
             representations=dict(representations),
             device=device,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, in bytes, seconds and operations."""
+        return {
+            "tile": self.workload.tile,
+            "tiles": self.workload.num_tiles,
+            "tiles_done": self.tiles_done,
+            "blocks": self.num_tasks,
+            "strip": self.strip,
+            "subtile": self.subtile,
+            "batch": self.batch,
+            "workers": self.machine.workers,
+            "bytes_to_write": self.bytes_to_write,
+            "free_disk_bytes": self.machine.free_disk,
+            "flops": self.flops,
+            "jacobian_flops": self.jacobian_flops,
+            "recompute_factor": self.recompute_factor,
+            "memory_bytes": self.memory_bytes,
+            "memory_limit": self.machine.memory_limit,
+            "seconds": self.seconds,
+        }
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (quantity, value) in words."""

@@ -1,7 +1,7 @@
 """Showing how far a run is: a live bar on a terminal, a line now and then elsewhere."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from time import monotonic
 from typing import TextIO, TypeVar
 
@@ -38,7 +38,7 @@ def _rate(speed: float, unit: str) -> str:
 
 def show_progress(
     items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
-) -> Iterator[Item]:
+) -> Generator[Item]:
     """Pass ``items`` on and show how many there were.
 
     Parameters
@@ -88,3 +88,31 @@ def _lines(items: Iterator[Item], total: int, done: int, what: str, unit: str, s
             print(f"{what}: {done + count} of {total} {unit}s, {_rate(speed, unit)}, {left:.0f} s left", file=stream)
             last = now
         yield item
+
+
+class Ticks:
+    """Progress of work that reports by a callback: call :meth:`tick` for each step, inside ``with``.
+
+    Parameters
+    ----------
+    total, what, unit
+        As for :func:`show_progress`.
+    enabled
+        Whether anything is shown.
+    """
+
+    def __init__(self, total: int, *, what: str, unit: str, enabled: bool) -> None:
+        steps = iter(range(total))
+        self._steps = show_progress(steps, total=total, done=0, what=what, unit=unit) if enabled else None
+
+    def __enter__(self) -> "Ticks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._steps is not None:
+            self._steps.close()
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self._steps is not None:
+            next(self._steps, None)

@@ -379,13 +379,16 @@ def _remove(root: Path) -> None:
     """Remove a store in a way that never leaves half of one at its path; anything but a store is refused."""
     try:
         is_ours = ATTRIBUTE in json.loads((root / "zarr.json").read_text())["attributes"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
         raise StoreExistsError(f"{root} is not a kernel store, so mode='w' does not remove it; choose another path")
+    if root.is_symlink():
+        raise StoreExistsError(f"{root} is a symbolic link, so mode='w' does not remove it; give the path it points to")
     doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}.removed")
-    root.rename(doomed)
-    shutil.rmtree(doomed)
+    with _writing(root):
+        root.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def local_path(path: str | Path) -> Path:

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.errors import TileError
+from ntkpipe.progress import Ticks
+from ntkpipe.resources import format_bytes
 from ntkpipe.store import Index, Store, StoredArray
+
+Rows = list[tuple[str, str]]
 
 # |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add to it.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
@@ -93,9 +98,25 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
     return VerificationReport(count, size, tuple(findings))
 
 
-def num_chunks(store: Store) -> int:
-    """Chunks that :func:`verify_store` reads."""
-    return sum(array.layout.num_chunks for array in store.arrays.values())
+def verify_and_record(store: Store, *, progress: bool) -> VerificationReport:
+    """Verify a store with a progress bar, and keep the report in it if it can be written."""
+    total = sum(array.layout.num_chunks for array in store.arrays.values())
+    with Ticks(total, what="verify", unit="chunk", enabled=progress) as ticks:
+        report = verify_store(store, ticks.tick)
+    record_report(store, report)
+    return report
+
+
+def record_report(store: Store, report: VerificationReport) -> None:
+    """Keep a report in the store, certificates by themselves, so that a later check without a model leaves them.
+
+    A store that cannot be written is left as it is.
+    """
+    if store.is_writable():
+        checked = datetime.now(UTC).isoformat(timespec="seconds")
+        store.write_result("verification", {**report.to_json(), "checked": checked})
+        if report.certificates:
+            store.write_result("certificate", {"kernels": report.certificates, "checked": checked})
 
 
 def _belongs(array: StoredArray, index: Index) -> bool:
@@ -170,7 +191,24 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     return None
 
 
-def show_findings(report: VerificationReport, most: int = 20) -> Iterator[str]:
+def verification_rows(report: VerificationReport) -> Rows:
+    """A verification report in words."""
+    rows = [("chunks", f"{report.chunks_checked} read and checked, {format_bytes(report.bytes_checked)}")]
+    for certificate in report.certificates:
+        rows.append(
+            (
+                f"certificate {certificate['array'].removeprefix('kernel/')}",
+                f"K v and J(Jᵀv) agree to {certificate['error']:.1e} in every row (tolerance "
+                f"{certificate['tolerance']:.0e})"
+                if certificate["is_good"]
+                else "FAILED",
+            )
+        )
+    rows += [("finding", line) for line in _shown(report)]
+    return [*rows, ("verdict", "good" if report.is_good else f"{len(report.findings)} findings")]
+
+
+def _shown(report: VerificationReport, most: int = 20) -> Iterator[str]:
     """Findings in words, one line each."""
     for finding in report.findings[:most]:
         where = f" ({', '.join(map(str, finding.index))})" if finding.index else ""

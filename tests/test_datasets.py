@@ -111,6 +111,8 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
         (3, "x is int; needed a tensor"),
         (Stream(), "x is Stream; needed a tensor"),
         (DataLoader(INPUTS), "x is DataLoader; needed a tensor"),
+        (np.ones((6, 0)), r"x has shape \(6, 0\): its samples are empty"),
+        (torch.eye(3).to_sparse(), "x cannot be made an array: .*to_dense"),
         (np.array(["a", "b"]), "x has dtype <U1; needed real numbers"),
         (np.ones((2, 3), complex), "x has dtype complex128"),
         (torch.ones(2, 3, dtype=torch.complex64), "x has dtype complex64"),
@@ -136,6 +138,8 @@ def test_samples_of_unequal_shape_are_named():
     samples = as_samples([np.ones(3), np.ones(3), np.ones(4)])
     with pytest.raises(DataError, match=r"'input' of sample 2 has shape \(4,\), of sample 0 \(3,\).*pad or crop"):
         samples.source.read(0, 3)
+    with pytest.raises(DataError, match=r"the target of sample 1 has shape \(3,\), of sample 0 \(2,\)"):
+        as_samples([(np.ones(3), np.ones(2)), (np.ones(3), np.ones(3))])
     with pytest.raises(DataError, match=r"'b' of sample 1 has shape \(\), of sample 0 None"):
         as_samples([{"a": 1.0}, {"a": 1.0, "b": 2.0}]).source.read(0, 2)
 

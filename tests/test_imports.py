@@ -1,5 +1,6 @@
 """Import strings: packages, the workflow's folder, and what is said when they are wrong."""
 
+import json
 import math
 import sys
 
@@ -44,6 +45,18 @@ def test_two_folders_with_a_module_of_the_same_name_are_not_mixed_up(tmp_path):
         (tmp_path / str(width) / "study.py").write_text(f"width = {width}")
     found = [import_object("study:width", tmp_path / str(width)) for width in (1, 2, 1)]
     assert found == [1, 2, 1]
+
+
+def test_helpers_of_two_folders_are_not_mixed_up_and_installed_modules_stay(tmp_path):
+    for width in (1, 2):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        (folder / f"study_{width}.py").write_text("from helpers import width")
+        (folder / "helpers.py").write_text(f"width = {width}")
+        (folder / "json.py").touch()
+    found = [import_object(f"study_{width}:width", tmp_path / str(width)) for width in (1, 2)]
+    assert found == [1, 2]
+    assert sys.modules["json"] is json  # which the folders have too
 
 
 @pytest.mark.parametrize(

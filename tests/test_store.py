@@ -322,12 +322,14 @@ def test_modes_where_a_store_is(store):
 @pytest.mark.parametrize("mode", ["a", "w", "w-"])
 def test_what_is_no_store_is_never_touched(tmp_path, mode):
     folder, file, group = tmp_path / "folder", tmp_path / "file", tmp_path / "group"
+    odd = tmp_path / "odd"
+    (odd / "zarr.json").mkdir(parents=True)
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     file.write_text("more of it")
     zarr.open_group(str(group), mode="w", attributes={"made": "by someone else"})
     before = {path: path.read_bytes() for path in _files(tmp_path)}
-    for path in (folder, file, group):
+    for path in (folder, file, group, odd):
         with pytest.raises(errors.StoreError):
             prepare_path(path, mode)
     assert {path: path.read_bytes() for path in _files(tmp_path)} == before
@@ -339,6 +341,14 @@ def test_removing_refuses_a_group_that_is_not_ours(tmp_path, text):
     with pytest.raises(errors.StoreExistsError, match="mode='w' does not remove it"):
         prepare_path(tmp_path, "w")
     assert (tmp_path / "zarr.json").read_text() == text
+
+
+def test_removing_refuses_a_symbolic_link(store):
+    link = store.root.with_name("link.zarr")
+    link.symlink_to(store.root)
+    with pytest.raises(errors.StoreExistsError, match="is a symbolic link"):
+        prepare_path(link, "w")
+    assert prepare_path(link, "a").manifest == store.manifest
 
 
 def test_a_store_with_a_damaged_manifest_can_be_replaced_but_not_resumed(store):

@@ -1,0 +1,1 @@
+"""What is done with a stored kernel: functions of kernels and arrays, without torch."""

@@ -1,0 +1,191 @@
+"""A first look at a kernel, exact and in memory, on its leading samples: spectrum, alignment, ridge regression."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.config import check_number
+from ntkpipe.kernel import KernelStore
+
+_MOST_ROWS = 4096
+_NUM_EIGENVALUES = 5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summarize` found.
+
+    Attributes
+    ----------
+    num_samples, num_rows
+        Leading samples that were looked at, and their rows.
+    eigenvalues
+        The largest of that block, in descending order.
+    smallest_eigenvalue
+        The smallest of that block.
+    trace
+        Its trace.
+    alignment, centred_alignment
+        Kernel-target alignment with one-hot or real targets; none without targets.
+    ridge
+        lambda of the regression; none without targets and a test set.
+    accuracy
+        Share of test samples whose largest prediction is their class; none if targets are no classes.
+    mean_squared_error
+        Of the predictions on the test samples.
+    num_test
+        Test samples.
+    """
+
+    num_samples: int
+    num_rows: int
+    eigenvalues: tuple[float, ...]
+    smallest_eigenvalue: float
+    trace: float
+    alignment: float | None
+    centred_alignment: float | None
+    ridge: float | None
+    accuracy: float | None
+    mean_squared_error: float | None
+    num_test: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: float = 1e-4) -> Summary:
+    """Look at the leading block of a store's kernel.
+
+    Parameters
+    ----------
+    store
+        The store; tiles of the leading block must exist.
+    samples
+        Leading train samples; default as many as have 4,096 rows. Memory is three dense blocks of their rows.
+    ridge_scale
+        lambda over the mean diagonal of the block.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of range.
+    """
+    check_number("ridge_scale", ridge_scale, low=0.0)
+    total, width = store.manifest.train.num_samples, store.manifest.num_covectors
+    if samples is not None:
+        check_number("samples", samples, low=1, high=total)
+    count = samples or max(1, min(total, _MOST_ROWS // width))
+    block = store.train[: count * width, : count * width].astype(np.float64)
+    eigenvalues = np.linalg.eigvalsh(block)[::-1]
+    targets = store.targets
+    rows = None if targets is None else _target_rows(targets[:count], width, _num_classes(targets))
+    found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
+    if targets is not None and rows is not None and store.manifest.test is not None and store.test_targets is not None:
+        ridge = ridge_scale * float(np.trace(block)) / len(block)
+        found = _regression(store, block, rows, targets, ridge, count)
+    return Summary(
+        num_samples=count,
+        num_rows=len(block),
+        eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
+        smallest_eigenvalue=float(eigenvalues[-1]),
+        trace=float(np.trace(block)),
+        alignment=None if rows is None else kernel_target_alignment(block, rows),
+        centred_alignment=None if rows is None else kernel_target_alignment(_centred(block), rows - rows.mean(axis=0)),
+        **found,
+    )
+
+
+def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+    """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)``, between -1 and 1.
+
+    Of a centred kernel and centred targets it is the centred alignment of Cortes, Mohri, Rostamizadeh 2012, JMLR 13,
+    Eq. 4.
+
+    Parameters
+    ----------
+    kernel
+        Shape (n, n).
+    targets
+        Y, shape (n, c).
+
+    References
+    ----------
+    Cristianini, Shawe-Taylor, Elisseeff, Kandola 2001, On kernel-target alignment, NeurIPS 14, Definition 1.
+    """
+    inner = float(np.sum(targets * (kernel @ targets)))
+    norms = float(np.linalg.norm(kernel)) * float(np.linalg.norm(targets.T @ targets))
+    return inner / norms if norms else 0.0
+
+
+def ridge_regression(
+    kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float
+) -> NDArray[np.float64]:
+    """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve.
+
+    Parameters
+    ----------
+    kernel
+        Shape (n, n).
+    targets
+        Y, shape (n, c).
+    ridge
+        lambda.
+    """
+    coefficients: NDArray[np.float64] = np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets)
+    return coefficients
+
+
+def _centred(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """H K H with H = I - 11'/n."""
+    columns = kernel.mean(axis=0)
+    return kernel - columns[:, None] - columns[None, :] + columns.mean()
+
+
+def _num_classes(targets: NDArray[Any]) -> int | None:
+    """Number of classes if targets are class numbers."""
+    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and targets.min() >= 0
+    return int(targets.max()) + 1 if is_class else None
+
+
+def _target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np.float64]:
+    """Targets as (n, c): one-hot for classes."""
+    if num_classes is not None:
+        return np.eye(num_classes)[targets]
+    return targets.reshape(len(targets), -1).astype(np.float64)
+
+
+def _target_rows(targets: NDArray[Any], width: int, num_classes: int | None) -> NDArray[np.float64] | None:
+    """Targets in the kernel's rows; none if a full NTK has another number of outputs than targets."""
+    matrix = _target_matrix(targets, num_classes)
+    if width == 1:
+        return matrix
+    return matrix.reshape(-1, 1) if matrix.shape[1] == width else None
+
+
+def _regression(
+    store: KernelStore,
+    block: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    targets: NDArray[Any],
+    ridge: float,
+    count: int,
+) -> dict[str, Any]:
+    """Ridge regression on the leading samples, judged on all test samples."""
+    num_classes, test_targets = _num_classes(targets), store.test_targets
+    assert test_targets is not None
+    # The constant function is fitted by the mean, not by the kernel.
+    mean = rows.mean(axis=0)
+    coefficients = ridge_regression(block, rows - mean, ridge)
+    predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
+    predicted = predicted.reshape(len(test_targets), -1)
+    accuracy = None if num_classes is None else float(np.mean(predicted.argmax(axis=1) == test_targets))
+    wanted = _target_matrix(test_targets, num_classes)
+    return {
+        "ridge": ridge,
+        "accuracy": accuracy,
+        "mean_squared_error": float(np.mean((predicted - wanted) ** 2)),
+        "num_test": len(test_targets),
+    }

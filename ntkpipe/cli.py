@@ -1,0 +1,209 @@
+"""The command line: parse, call one public function, print.
+
+Exit codes: 0 good, 1 a finding (a bad tile, a failed check, a full disk), 2 wrong use, 130 interrupted. Modules that
+need torch are imported by the commands that compute, so that ``info`` and a plain ``verify`` answer at once.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ntkpipe import __version__
+from ntkpipe.errors import (
+    Interrupted,
+    NonFiniteError,
+    NtkpipeError,
+    SelfCheckError,
+    StoreFullError,
+    TileError,
+)
+from ntkpipe.kernel import KernelStore, open_kernel
+from ntkpipe.resources import format_bytes
+from ntkpipe.verification import verification_rows, verify_and_record
+
+_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
+_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError)
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
+_store_path = click.argument("store", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, traceback: bool) -> None:
+    """Empirical neural tangent kernels at data-set size: exact, verified, resumable."""
+    context.obj = {"traceback": traceback}
+    warnings.showwarning = _show_warning
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@click.option(
+    "--mode",
+    type=click.Choice(["a", "w", "w-"]),
+    default="a",
+    show_default=True,
+    help="a: create or resume; w: start over; w-: only create.",
+)
+def run(workflow: Path, overrides: tuple[str, ...], mode: Any) -> None:
+    """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
+    from ntkpipe import workflow as workflows
+
+    is_good = True
+    for result in workflows.run(workflows.load(workflow, overrides), mode=mode):
+        _print_rows(result.step, result.rows)
+        is_good &= result.is_good
+    if not is_good:
+        sys.exit(_FOUND)
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@_as_json
+@click.option("--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found.")
+def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter: bool) -> None:
+    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs."""
+    from ntkpipe import workflow as workflows
+
+    planned, found = workflows.plan(workflows.load(workflow, overrides))
+    if as_json:
+        print(json.dumps({"plan": dict(planned.rows()), "numbers": planned.to_json(), "jacobians": found}, indent=1))
+        return
+    _print_rows("plan", planned.rows())
+    kinds = sorted(set(found.values()))
+    summary = [(kind, f"{sum(value == kind for value in found.values())} terms") for kind in kinds]
+    _print_rows("Jacobians", list(found.items()) if by_parameter else summary)
+
+
+@cli.command()
+@_store_path
+@_as_json
+def info(store: Path, as_json: bool) -> None:
+    """Show what STORE holds, how far it is and what was found; reads no tile."""
+    opened = open_kernel(store)
+    described = _describe(opened)
+    if as_json:
+        print(json.dumps(described, indent=1))
+        return
+    manifest, progress = opened.manifest, opened.progress
+    train, test = manifest.train, manifest.test
+    rows = [
+        ("kind", f"{manifest.kind}: {manifest.convention}"),
+        ("kernel", f"{opened.train.shape[0]:,} × {opened.train.shape[1]:,} {manifest.store_dtype}"),
+        ("samples", f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs"),
+        ("model", f"{manifest.model.name}, {manifest.model.num_parameters:,} parameters in {len(manifest.model.parameters)}"),
+        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {manifest.choices.device}"),
+        ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
+        ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
+    ]
+    report, certificate = described["verification"], described["certificate"]
+    if report is None:
+        rows.append(("verified", "never"))
+    else:
+        verdict = "good" if report["is_good"] else f"{len(report['findings'])} findings"
+        rows.append(("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}"))
+    if certificate is not None:
+        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
+        rows.append(("certified", f"{errors}, {certificate['checked']}"))
+    _print_rows(str(store), rows)
+
+
+@cli.command()
+@_store_path
+@click.option(
+    "--workflow",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also certify the whole kernel against the model and data of this workflow file.",
+)
+@_overrides
+@_as_json
+def verify(store: Path, workflow: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check every chunk of STORE, and with --workflow the whole kernel against its model."""
+    opened = open_kernel(store)
+    if workflow is not None:
+        from ntkpipe import workflow as workflows
+
+        report = workflows.verify(workflows.load(workflow, overrides), opened)
+    elif overrides:
+        raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
+    else:
+        report = verify_and_record(opened.store, progress=True)
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        _print_rows(f"verify {store}", verification_rows(report))
+    if not report.is_good:
+        sys.exit(_FOUND)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of ``ntkpipe`` and ``python -m ntkpipe``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        cli.main(given, prog_name="ntkpipe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(_WRONG_USE)
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        _fail(str(error) or "interrupted", _INTERRUPTED, given)
+    except NtkpipeError as error:
+        _fail(str(error), _FOUND if isinstance(error, _FINDINGS) else _WRONG_USE, given)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> None:
+    """Print an error as one line, or with its traceback; called while the error is handled."""
+    if "--traceback" in arguments:
+        Console(stderr=True).print_exception()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _describe(store: KernelStore) -> dict[str, Any]:
+    """Everything that is known of a store without reading a tile."""
+    progress = store.progress
+    return {
+        "path": str(store.path),
+        "manifest": store.manifest.model_dump(mode="json"),
+        "progress": {**asdict(progress), "is_complete": progress.is_complete},
+        **{name: store.store.read_result(name) for name in ("verification", "certificate", "self_check", "runs", "summary")},
+    }
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console = Console()
+    # A pipe or a file has no width; do not wrap what a program may read.
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del category, filename, lineno, line
+    print(f"warning: {message}", file=file or sys.stderr)

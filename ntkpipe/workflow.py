@@ -1,0 +1,222 @@
+"""Workflow files in action: the kernel is computed or resumed, then each step that the file lists is done."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ntkpipe import api
+from ntkpipe.analysis.summary import Summary, summarize
+from ntkpipe.config import StepSpec, Workflow, load_workflow
+from ntkpipe.errors import ConfigError
+from ntkpipe.imports import call_factory, import_object
+from ntkpipe.kernel import KernelStore
+from ntkpipe.models import Forward, load_checkpoint
+from ntkpipe.plan import Plan, format_seconds
+from ntkpipe.resources import format_bytes
+from ntkpipe.store import Mode
+from ntkpipe.verification import Rows, VerificationReport, verification_rows
+
+_DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A workflow file with its model and data in memory.
+
+    Attributes
+    ----------
+    workflow
+        The validated file.
+    model, forward
+        The model with its checkpoint, and what picks its output.
+    data
+        ``inputs`` and optionally ``targets``, ``test_inputs``, ``test_targets``.
+    """
+
+    workflow: Workflow
+    model: nn.Module
+    forward: Forward
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found.
+
+    Attributes
+    ----------
+    step
+        Its name.
+    rows
+        The result as (quantity, value) in words.
+    is_good
+        Whether nothing was found to be wrong.
+    """
+
+    step: str
+    rows: Rows
+    is_good: bool
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a workflow file, then make its data and its model.
+
+    Raises
+    ------
+    ConfigError
+        If the file is wrong, or a factory cannot be imported, raises, or returns something else.
+    ModelError
+        If the checkpoint does not fit.
+    """
+    workflow = load_workflow(path, overrides)
+    for step in workflow.steps:
+        _check_step(step, str(path))
+    folder = path.resolve().parent
+    data = call_factory(workflow.data.factory, workflow.data.arguments, folder)
+    if not isinstance(data, Mapping) or "inputs" not in data or not set(data) <= set(_DATA_KEYS):
+        found = f"the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else type(data).__name__
+        raise ConfigError(
+            f"data.factory {workflow.data.factory} returned {found}; needed a mapping with 'inputs' and, if there are "
+            "any, 'targets', 'test_inputs', 'test_targets'"
+        )
+    model = call_factory(workflow.model.factory, workflow.model.arguments, folder)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.factory {workflow.model.factory} returned {type(model).__name__}; needed a torch.nn.Module"
+        )
+    if workflow.model.checkpoint is not None:
+        load_checkpoint(model, folder / workflow.model.checkpoint)
+    forward: Forward = workflow.model.forward
+    if isinstance(forward, str) and ":" in forward:
+        forward = import_object(forward, folder)
+    return Loaded(workflow, model, forward, data)
+
+
+def run(loaded: Loaded, *, mode: Mode = "a", progress: bool = True) -> Iterator[StepResult]:
+    """Compute or resume the kernel of a workflow, then do its steps one by one."""
+    workflow = loaded.workflow
+    limits = workflow.run
+    store = api.compute_kernel(
+        loaded.model,
+        store=workflow.store,
+        forward=loaded.forward,
+        mode=mode,
+        progress=progress,
+        self_check=limits.self_check,
+        memory_limit=limits.memory_limit,
+        device=limits.device,
+        workers=limits.workers,
+        **_kernel_arguments(workflow),
+        **loaded.data,
+    )
+    yield StepResult("kernel", kernel_rows(store), is_good=True)
+    for step in workflow.steps:
+        rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
+        yield StepResult(step.step, rows, is_good)
+
+
+def plan(loaded: Loaded) -> tuple[Plan, dict[str, str]]:
+    """Plan the kernel of a workflow; see :func:`ntkpipe.api.plan_kernel`."""
+    workflow = loaded.workflow
+    limits = workflow.run
+    return api.plan_kernel(
+        loaded.model,
+        store=workflow.store,
+        forward=loaded.forward,
+        memory_limit=limits.memory_limit,
+        device=limits.device,
+        workers=limits.workers,
+        **_kernel_arguments(workflow),
+        **loaded.data,
+    )
+
+
+def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
+    """Verify a store and certify it with the model and samples of a workflow."""
+    return api.verify(
+        store,
+        loaded.model,
+        loaded.data["inputs"],
+        test_inputs=loaded.data.get("test_inputs"),
+        forward=loaded.forward,
+        device=loaded.workflow.run.device,
+        progress=progress,
+    )
+
+
+def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:
+    return workflow.kernel.model_dump()
+
+
+def kernel_rows(store: KernelStore) -> Rows:
+    """Size of a kernel and how fast it was computed, in words."""
+    manifest, progress = store.manifest, store.progress
+    size = f"{store.train.shape[0]:,} × {store.train.shape[1]:,}"
+    if manifest.test is not None:
+        size += f", test × train {store.test_train.shape[0]:,} × {store.test_train.shape[1]:,}"
+    rows = [
+        ("store", str(store.path)),
+        ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
+        ("size", f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"),
+    ]
+    runs = (store.store.read_result("runs") or {"runs": []})["runs"]
+    if runs:
+        seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
+        rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))
+        rows.append(("rate", f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"))
+    check = store.store.read_result("self_check")
+    if check is not None:
+        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against torch.func in float64"))
+    return rows
+
+
+def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[Rows, bool]:
+    report = verify(loaded, store, progress=progress) if certify else api.verify(store, progress=progress)
+    return verification_rows(report), report.is_good
+
+
+def _summary_step(
+    loaded: Loaded, store: KernelStore, progress: bool, *, samples: int | None = None, ridge_scale: float = 1e-4
+) -> tuple[Rows, bool]:
+    del loaded, progress
+    found = summarize(store, samples=samples, ridge_scale=ridge_scale)
+    store.store.write_result("summary", found.to_json())
+    return summary_rows(found), True
+
+
+def summary_rows(found: Summary) -> Rows:
+    """A summary in words."""
+    shown = ", ".join(f"{value:,.4g}" for value in found.eigenvalues)
+    rows = [
+        ("leading block", f"{found.num_samples:,} samples, {found.num_rows:,} rows"),
+        ("eigenvalues", f"{shown}, …, {found.smallest_eigenvalue:.3g}"),
+        ("λ₁ / trace", f"{found.eigenvalues[0] / found.trace:.1%}" if found.trace else "-"),
+    ]
+    if found.alignment is not None:
+        rows.append(("kernel-target alignment", f"{found.alignment:.3f} (centred {found.centred_alignment:.3f})"))
+    if found.accuracy is not None:
+        correct = f"{found.accuracy:.1%} of {found.num_test:,} test samples right"
+        rows.append(("ridge regression", f"{correct}, λ = {found.ridge:.3g}"))
+    elif found.mean_squared_error is not None:
+        rows.append(("ridge regression", f"test error {found.mean_squared_error:.4g}, λ = {found.ridge:.3g}"))
+    return rows
+
+
+_STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
+
+
+def _check_step(step: StepSpec, source: str) -> None:
+    if step.step not in _STEPS:
+        close = get_close_matches(step.step, _STEPS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(_STEPS)})")
+    parameters = signature(_STEPS[step.step]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for option in step.options:
+        if option not in known:
+            close = get_close_matches(option, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{source}: step {step.step!r} has no option {option!r}; the nearest is {close!r}")

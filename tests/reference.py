@@ -1,0 +1,121 @@
+"""The slow, obvious reference: float64 Jacobians by plain autograd, one sample and one output at a time.
+
+It shares no code with the package.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def redraw(model, seed=0):
+    """Draw every parameter anew, so that none is zero, one, or so small that its Jacobian hides.
+
+    Weights are N(0, 1/fan-in), gains 1 + 0.3 N, biases 0.3 N, layer scales 1 + 0.3 N; buffers are left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+            last = name.rpartition(".")[2]
+            is_gain = parameter.ndim <= 1 and ("weight" in last or "scale" in last or "gamma" in last)
+            if is_gain or last in {"original0", "weight_g"} or "lambda" in last:
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim <= 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / math.sqrt(max(1, parameter[0].numel())))
+    return model.eval()
+
+
+def call(model, batch):
+    return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def size_of(inputs):
+    return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+
+
+def pair_of(inputs, sample, dtype):
+    """One sample beside a copy of itself, real inputs in ``dtype``.
+
+    In torch 2.13 on the CPU the backward of batch and instance norm is wrong for a batch of one whose input and
+    gradient differ in memory layout.
+    """
+
+    def pick(values):
+        chosen = torch.as_tensor(values)[[sample, sample]]
+        return chosen.to(dtype) if chosen.is_floating_point() else chosen.clone()
+
+    return {name: pick(v) for name, v in inputs.items()} if isinstance(inputs, dict) else pick(inputs)
+
+
+def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
+    """Jacobians (N*S, P_p) of every parameter that requires a gradient, rows sample-major."""
+    double = copy.deepcopy(model).to(dtype)
+    parameters = {name: p for name, p in double.named_parameters() if p.requires_grad}
+    rows = {name: [] for name in parameters}
+    for sample in range(size_of(inputs)):
+        outputs = forward(double, pair_of(inputs, sample, dtype))[0]
+        covectors = torch.eye(len(outputs), dtype=dtype)
+        if kind == "pntk":
+            covectors = torch.full((1, len(outputs)), len(outputs) ** -0.5, dtype=dtype)
+        for covector in covectors:
+            if outputs.requires_grad:
+                grads = torch.autograd.grad(
+                    outputs, list(parameters.values()), covector, retain_graph=True, allow_unused=True
+                )
+            else:
+                grads = [None] * len(parameters)
+            for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+                rows[name].append((torch.zeros_like(parameter) if grad is None else grad).reshape(-1).double())
+    return {name: torch.stack(found).numpy() for name, found in rows.items()}
+
+
+def grams(found, other=None):
+    """J J' of each parameter."""
+    other = found if other is None else other
+    return {name: found[name] @ other[name].T for name in found}
+
+
+def kernel(model, inputs, **options):
+    """The kernel: the sum of the Grams of all parameters."""
+    return sum(grams(jacobians(model, inputs, **options)).values())
+
+
+def scale(exact):
+    """sqrt(K_ii K_jj), never zero."""
+    root = np.sqrt(np.clip(np.diagonal(exact), 0, None))
+    return np.maximum(np.outer(root, root), np.finfo(float).tiny)
+
+
+def error(found, exact):
+    """Largest error of an entry on the scale sqrt(K_ii K_jj)."""
+    assert found.shape == exact.shape
+    return float((np.abs(found - exact) / scale(exact)).max())
+
+
+def worst_parameter(found, exact):
+    """The largest error of any parameter's own kernel on its own scale, and its name.
+
+    Parameters whose kernel is zero but for rounding (the key bias under softmax) are measured on the whole kernel's
+    scale instead.
+    """
+    total = scale(sum(exact.values()))
+    errors = {}
+    for name, one in exact.items():
+        own = scale(one)
+        own = np.where(own > 1e-20 * total, own, total)
+        errors[name] = float((np.abs(found[name] - one) / own).max())
+    name = max(errors, key=errors.get)
+    return name, errors[name]
+
+
+class Flatten(nn.Module):
+    """(n, a, b, ...) -> (n, a*b*...), to make outputs of anything."""
+
+    def forward(self, values):
+        return values.flatten(1)
