@@ -1,5 +1,7 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +180,13 @@ def plan_kernel(
 
     Returns
     -------
-    The plan, and for each parameter how its Jacobian is found; those that go to the fallback with the reason.
+    The plan, and for each parameter how its Jacobian is found; those that go to the fallback with the reason. Where
+    memory or disk cannot hold it, ``plan.problems`` says so with both numbers.
 
     Raises
     ------
-    ResourceError
-        If memory or disk cannot hold it, with both numbers.
+    ConfigError, ModelError, DataError, NonFiniteError, StoreMismatchError
+        As :func:`compute_kernel`.
     """
     spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check=False)
@@ -286,7 +289,7 @@ def kernel_matrix(
         engine = prepared.engine
         if run.self_check:
             engine, _ = run_self_check(engine, prepared.load, train.num_samples, batch=_CHECK_BATCH)
-        planned = plan_run(prepared, engine, run, {name: grids[name]}, path=None)
+        planned = plan_run(prepared, engine, run, {name: grids[name]}, path=None, result_bytes=needed)
         sink = _MatrixSink(np.empty(shape, dtype), name, grids[name])
         sources: dict[str, Source] = {"train": train.source}
         if test is not None:
@@ -294,11 +297,12 @@ def kernel_matrix(
         cache = StripCache(planned.cache_bytes)
         job = BuildJob(engine, planned, sources, train.is_mapping, sink, cache, dtype)
         executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(planned.machine.workers)
-        records = executor.run(job, planned.tasks())
-        if progress:
-            records = show_progress(records, total=planned.workload.num_tiles, done=0, what=kind, unit="tile")
-        for _ in records:
-            pass
+        with contextlib.closing(executor.run(job, planned.tasks())) as running:
+            records: Iterator[TileRecord] = running
+            if progress:
+                records = show_progress(running, total=planned.workload.num_tiles, done=0, what=kind, unit="tile")
+            for _ in records:
+                pass
     return sink.matrix
 
 

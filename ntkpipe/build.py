@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ntkpipe.datasets import Source, show_samples
-from ntkpipe.errors import NonFiniteError
+from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
 from ntkpipe.grid import Grid, Span
 from ntkpipe.jacobian.block import Block, Engine
@@ -154,12 +155,17 @@ class _Builder:
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
             pending: list[tuple[Index, Future[None]]] = []
             for index, tile in self._tiles(task):
-                pending.append((index, writer.submit(self._job.sink.write, task.array, index, tile)))
+                pending.append((index, writer.submit(self._write, task.array, index, tile)))
                 # The next tile goes to the buffer of the one before this: that must be free again.
                 while len(pending) >= _NUM_BUFFERS:
                     yield self._finished(task.array, *pending.pop(0))
             while pending:
                 yield self._finished(task.array, *pending.pop(0))
+
+    def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
+        if not self._job.sink.exists(array, index):
+            self._job.sink.write(array, index, values)
 
     def _finished(self, array: str, index: Index, writing: "Future[None]") -> TileRecord:
         writing.result()
@@ -231,14 +237,9 @@ class _Builder:
                         workspace=self._workspace,
                         pause=self._pause,
                     )
-        if not np.isfinite(tile).all():
-            bad = row_span.start + np.flatnonzero(~np.isfinite(tile).all(axis=1)) // width
-            raise NonFiniteError(
-                f"{array}: entries of {show_samples(sorted(set(bad.tolist())))} overflow {self._job.store_dtype} although "
-                "their Jacobians are finite; use store_dtype='float64' or scale the model. The tile was not written"
-            )
+        self._require_finite(array, tile, row_span)
         if is_mirrored:
-            self._write_outputs("train", row, [outputs[strip] for strip in strips])
+            self._write_outputs("train", row_span, [outputs[strip] for strip in strips])
         return tile
 
     def _diagonal(self, number: int) -> Iterator[TileRecord]:
@@ -254,13 +255,30 @@ class _Builder:
             block = self._strip(("test", strip), frozenset())
             values += [contract_diagonal(piece).cpu() for piece in block.pieces]
             outputs.append(block.outputs)
-        self._write_outputs("test", number, outputs)
-        sink.write("kernel/test_diagonal", index, torch.cat(values).numpy().astype(self._job.store_dtype))
+        blocks = self._to_store_dtype(torch.cat(values))
+        self._require_finite("kernel/test_diagonal", blocks, span)
+        self._write_outputs("test", span, outputs)
+        self._write("kernel/test_diagonal", index, blocks)
         yield self._finished("kernel/test_diagonal", index, _DONE)
 
-    def _write_outputs(self, split: str, number: int, outputs: list[torch.Tensor]) -> None:
-        values = torch.cat(outputs).to("cpu", torch.float64).numpy()
-        self._job.sink.write(f"outputs/{split}", (number, 0), values.astype(self._job.store_dtype))
+    def _write_outputs(self, split: str, span: Span, outputs: list[torch.Tensor]) -> None:
+        values = self._to_store_dtype(torch.cat(outputs))
+        self._require_finite(f"outputs/{split}", values, span)
+        self._write(f"outputs/{split}", (span.start // self._plan.workload.tile, 0), values)
+
+    def _to_store_dtype(self, values: torch.Tensor) -> NDArray[Any]:
+        with np.errstate(over="ignore"):  # an overflow is an error, raised with its samples
+            return values.to("cpu", torch.float64).numpy().astype(self._job.store_dtype)
+
+    def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
+        """Check what is about to be written for the samples of ``span``, which run along the first axis."""
+        finite = np.isfinite(values).reshape(len(span), -1).all(axis=1)
+        if not finite.all():
+            raise NonFiniteError(
+                f"{array}: entries of {show_samples((span.start + np.flatnonzero(~finite)).tolist())} overflow "
+                f"{self._job.store_dtype} although their Jacobians are finite; use accumulate_dtype='float64' and "
+                "store_dtype='float64', or scale the model. None of it was written"
+            )
 
     def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Block:
         """Jacobians of a strip: held, shared with another worker, or computed; then only it and ``keep`` are held."""
@@ -272,15 +290,27 @@ class _Builder:
     def _compute(self, key: StripKey) -> Block:
         split, span = key
         source = self._job.sources[split]
+        at = span
 
         def load(start: int, stop: int) -> Batch:
+            nonlocal at
             self._pause()
-            arrays = {name: torch.tensor(values) for name, values in source.read(start, stop).items()}
+            at = Span(start, stop)
+            # A plain copy: strides, which may be negative, would reach the model and change its last bits.
+            arrays = {name: torch.from_numpy(np.array(v, order="C")) for name, v in source.read(start, stop).items()}
             return self._engine.model.to_batch(arrays, self._job.is_mapping)
 
-        block, self._batch = self._engine.block(
-            load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
-        )
+        try:
+            block, self._batch = self._engine.block(
+                load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
+            )
+        except (NtkpipeError, Stopped, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of them "
+                "was written; correct those samples or the model"
+            ) from error
         finite = torch.cat([piece.is_finite() for piece in block.pieces]) & torch.isfinite(block.outputs).all(dim=1)
         if not bool(finite.all()):
             bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]

@@ -20,7 +20,7 @@ from ntkpipe.jacobian.fallback import batch_size
 from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.models import Batch, FunctionalModel
 
-# Largest row error of a good store by compute dtype, on the scale sqrt(K_ii * trace K).
+# Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
 _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 5e-2}
 # A row is suspect if its error is this many times the median one; rounding alone stays below 8 for a million rows.
 _OUTLIER = 16.0
@@ -123,6 +123,8 @@ class JacobianProducts:
         return torch.cat(parts).numpy()
 
     def _slopes(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+        if not self.model.is_replaceable(batch):
+            return self._slopes_by_reverse(tangents, batch)
         try:
             _, slopes = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
         except NtkpipeError:
@@ -193,17 +195,19 @@ def certify(
     step
         Called after each batch of each pass.
     """
-    compute_dtype = store.manifest.compute_dtype
+    manifest = store.manifest
+    on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    coarsest = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=store.train.shape[1])
     direction = products.transposed(sources["train"], signs, step)
     diagonal = store.train.diagonal().astype(np.float64)
     exact = products.product(sources["train"], direction, step)
-    found = [_judge("kernel/train", store.train, signs, exact, diagonal, diagonal.sum(), compute_dtype)]
-    if store.manifest.test is not None:
+    found = [_judge("kernel/train", store.train, signs, exact, diagonal, diagonal.sum(), coarsest)]
+    if manifest.test is not None:
         exact = products.product(sources["test"], direction, step)
         rows = np.diagonal(store.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
         kernel = store.test_train
-        found.append(_judge("kernel/test_train", kernel, signs, exact, rows, diagonal.sum(), compute_dtype))
+        found.append(_judge("kernel/test_train", kernel, signs, exact, rows, diagonal.sum(), coarsest))
     return tuple(found)
 
 
@@ -219,20 +223,20 @@ def _judge(
     exact: NDArray[np.float64],
     diagonal: NDArray[np.float64],
     trace: float,
-    compute_dtype: str,
+    dtype: str,
 ) -> Certificate:
     gap = np.abs(_multiply(kernel, signs) - exact)
     scale = np.sqrt(np.clip(diagonal, 0, None) * trace)
     errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
     median = float(np.median(errors))
-    floor = float(np.finfo(np.float64 if compute_dtype == "float64" else np.float32).eps)
+    floor = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     suspect = np.flatnonzero(errors > _OUTLIER * max(median, floor / 4))
     ranked = suspect[np.argsort(-errors[suspect])]
     return Certificate(
         array=name,
         error=float(errors.max()),
         median_error=median,
-        tolerance=_TOLERANCE[compute_dtype],
+        tolerance=_TOLERANCE[dtype],
         suspect_rows=tuple(int(row) for row in ranked[:_SHOWN]),
         num_suspects=len(suspect),
     )

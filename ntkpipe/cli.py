@@ -7,6 +7,7 @@ need torch are imported by the commands that compute, so that ``info`` and a pla
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -84,12 +85,13 @@ def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter
 
     planned, found = workflows.plan(workflows.load(workflow, overrides))
     if as_json:
-        print(json.dumps({"plan": dict(planned.rows()), "numbers": planned.to_json(), "jacobians": found}, indent=1))
-        return
-    _print_rows("plan", planned.rows())
-    kinds = sorted(set(found.values()))
-    summary = [(kind, f"{sum(value == kind for value in found.values())} terms") for kind in kinds]
-    _print_rows("Jacobians", list(found.items()) if by_parameter else summary)
+        print(json.dumps({**planned.to_json(), "jacobians": found}, indent=1))
+    else:
+        _print_rows("plan", planned.rows())
+        counts = Counter(found.values())
+        _print_rows("Jacobians", list(found.items()) if by_parameter else [(k, f"{n} terms") for k, n in counts.items()])
+    if planned.problems:
+        sys.exit(_FOUND)
 
 
 @cli.command()
@@ -161,8 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(_WRONG_USE)
-    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
-        _fail(str(error) or "interrupted", _INTERRUPTED, given)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click wraps an interrupt, and so its message, into an Abort.
+        message = str(error.__cause__) if isinstance(error.__cause__, Interrupted) else "interrupted"
+        _fail(message, _INTERRUPTED, given)
     except NtkpipeError as error:
         _fail(str(error), _FOUND if isinstance(error, _FINDINGS) else _WRONG_USE, given)
 

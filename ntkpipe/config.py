@@ -1,11 +1,12 @@
 """What a run is made of: frozen, validated specs, read from YAML workflow files or built by the API."""
 
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
@@ -14,7 +15,14 @@ from ntkpipe.errors import ConfigError
 
 ComputeDtype = Literal["float32", "float64", "bfloat16"]
 RealDtype = Literal["float32", "float64"]
-Positive = Annotated[int, Field(ge=1, strict=True)]
+
+
+def _as_int(value: object) -> object:
+    """Integers of other libraries, as numpy's, are integers; truth values and text are not."""
+    return value if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
+
+
+Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
 
 
 def _as_patterns(value: object) -> object:
@@ -115,7 +123,7 @@ class RunSpec(Spec):
         Compare the engine with plain ``torch.func`` before the first tile.
     """
 
-    memory_limit: ByteSize | None = None
+    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
     device: str | None = None
     workers: Positive | None = None
     self_check: bool = True

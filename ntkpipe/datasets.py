@@ -235,7 +235,8 @@ def require_same_arrays(train: Samples, test: Samples, label: str) -> None:
     left, right = train.source.read(0, 1), test.source.read(0, 1)
     described = [{name: (v.shape[1:], str(v.dtype)) for name, v in arrays.items()} for arrays in (left, right)]
     if described[0] != described[1] or train.is_mapping != test.is_mapping:
-        raise DataError(f"{label} has samples {described[1]}; the train inputs have {described[0]}")
+        words = ["a dict " if samples.is_mapping else "" for samples in (train, test)]
+        raise DataError(f"{label} has samples {words[1]}{described[1]}; the train inputs have {words[0]}{described[0]}")
 
 
 def _as_source(inputs: object, label: str) -> tuple[Source, bool]:

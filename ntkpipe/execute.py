@@ -7,7 +7,7 @@ so results do not depend on how many there are; no port is opened.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -76,8 +76,11 @@ class ThreadExecutor(Generic[Key, Record]):
 
     num_workers: int
 
-    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Iterator[Record]:
-        """See :class:`Executor`. The first error of a worker stops the others and is raised here."""
+    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
+        """See :class:`Executor`. The first error of a worker stops the others and is raised here.
+
+        Close the generator where it may be left early: that, too, stops the workers and waits for them.
+        """
         stop = threading.Event()
         records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()
         pending = iter(keys)
@@ -120,7 +123,7 @@ class ThreadExecutor(Generic[Key, Record]):
                 else:
                     yield record
         except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; every finished tile is stored") from error
+            raise Interrupted("interrupted; every worker has left its work") from error
         finally:
             stop.set()
             for thread in threads:

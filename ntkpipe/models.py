@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkpipe.errors import ConfigError, ModelError, NonFiniteError
+from ntkpipe.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -116,6 +116,24 @@ class FunctionalModel:
         renamed = {f"model.{name}": value for name, value in parameters.items()}
         return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
 
+    def is_replaceable(self, batch: Batch) -> bool:
+        """Whether :meth:`call_with` reaches every use of the selected parameters.
+
+        It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original, and
+        derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
+        """
+        live = self.parameters()
+        stand_ins = {name: value.detach().requires_grad_() for name, value in live.items()}
+        try:
+            with torch.enable_grad():
+                outputs = self.call_with(stand_ins, batch).sum()
+            grads = torch.autograd.grad(outputs, [*live.values(), *stand_ins.values()], allow_unused=True)
+        except NtkpipeError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever functional_call stumbles over, it cannot be used
+            return False
+        return all(grad is None for grad in grads[: len(live)])
+
     def check_outputs(self, outputs: object, batch: Batch) -> Tensor:
         """Return ``outputs`` if they are one floating-point (batch, O) tensor."""
         first = next(iter(batch.values())) if isinstance(batch, dict) else batch
@@ -147,11 +165,14 @@ class FunctionalModel:
     def copy(self) -> "FunctionalModel":
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
-        return FunctionalModel(_deepcopy(self.module, shared), self.names, self.dtype, self.device)
+        module = _deepcopy(self.module, shared)
+        _require_gradients(module, self.names)
+        return FunctionalModel(module, self.names, self.dtype, self.device)
 
     def converted(self, dtype: torch.dtype) -> "FunctionalModel":
         """A copy in another dtype, which shares nothing."""
-        module = _deepcopy(self.module, {}).to(dtype=dtype)
+        module = _converted(_deepcopy(self.module, {}), dtype, self.device)
+        _require_gradients(module, self.names)
         return FunctionalModel(module, self.names, dtype, self.device)
 
     def select(self, names: tuple[str, ...]) -> "FunctionalModel":
@@ -169,9 +190,22 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(module, memo)
+        with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
+            return copy.deepcopy(module, memo)
     except Exception as error:
         raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
+
+
+def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def convert(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(device, complex_dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return module._apply(convert)
 
 
 def _require_gradients(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -213,8 +247,9 @@ def prepare_model(
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # first, since parameters of a lazy module have no size
     names = select_parameters(model, parameters)
+    _check_real(model, names)
     _check_finite(model)
-    hooked = _deepcopy(_Hooked(model, forward), {}).to(device=device, dtype=dtype)
+    hooked = _converted(_deepcopy(_Hooked(model, forward), {}), dtype, device)
     _require_gradients(hooked, names)
     return FunctionalModel(hooked, names, dtype, device)
 
@@ -260,9 +295,18 @@ def _check_modes(model: nn.Module) -> None:
             raise ModelError(f"{kind} {name!r} is not initialised; run the model once on a batch first")
 
 
+def _check_real(model: nn.Module, names: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in names and not parameter.is_floating_point():
+            raise ModelError(
+                f"parameter {name!r} has dtype {parameter.dtype}; needed real parameters: keep its real and imaginary "
+                "part as one real parameter and use torch.view_as_complex, or freeze it"
+            )
+
+
 def _check_finite(model: nn.Module) -> None:
     for name, value in _state(model).items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise NonFiniteError(f"{name!r} of the model has {bad} NaN or infinite entries of {value.numel()}")
 

@@ -129,6 +129,8 @@ class Plan:
         How often the average Jacobian is computed, at most.
     memory_bytes
         Upper bound of the process's resident memory.
+    problems
+        Why it cannot run on this machine, with both numbers each; empty where it can.
     """
 
     workload: Workload
@@ -145,6 +147,18 @@ class Plan:
     jacobian_flops: float
     recompute_factor: float
     memory_bytes: int
+    problems: tuple[str, ...] = ()
+
+    def require_fit(self) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises
+        ------
+        ResourceError
+            With the numbers of memory or disk, found and needed.
+        """
+        if self.problems:
+            raise ResourceError("; ".join(self.problems))
 
     @property
     def rows_held(self) -> int:
@@ -204,6 +218,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "memory_limit": self.machine.memory_limit,
             "seconds": self.seconds,
+            "problems": list(self.problems),
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -224,6 +239,7 @@ class Plan:
             ("workers", f"{machine.workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
             ("memory bound", f"{format_bytes(self.memory_bytes)}; limit {format_bytes(machine.memory_limit)}"),
             ("time", f"about {format_seconds(self.seconds)} at the matrix-product rate"),
+            *(("does not fit", problem) for problem in self.problems),
         ]
 
 
@@ -257,32 +273,31 @@ def make_plan(
     bytes_to_write
         Of what is missing; none if everything is.
 
-    Raises
-    ------
-    ResourceError
-        If it cannot fit the memory limit or the disk, with both numbers.
+    Returns
+    -------
+    The plan; its ``problems`` say where memory or disk are too small, and :meth:`Plan.require_fit` refuses it then.
     """
     if bytes_to_write is None:
         bytes_to_write = workload.num_tiles * workload.tile_bytes
+    workers = machine.workers
+    plan = _fit(workload, machine, choices)
+    while plan.memory_bytes > machine.memory_limit and workers > 1:
+        workers //= 2
+        plan = _fit(workload, replace(machine, workers=workers), choices)
+    problems = []
+    if plan.memory_bytes > machine.memory_limit:
+        problems.append(
+            f"the run needs {format_bytes(plan.memory_bytes)} of memory with one worker, of which "
+            f"{format_bytes(machine.base_memory)} are in use already; the limit is {format_bytes(machine.memory_limit)}. "
+            f"Raise memory_limit, or use a smaller tile (now {workload.tile} samples, {format_bytes(workload.tile_bytes)})"
+            + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
+        )
     if machine.free_disk is not None and bytes_to_write > machine.free_disk:
-        raise ResourceError(
+        problems.append(
             f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "
             "free some, choose another path, a smaller store_dtype or fewer samples"
         )
-    workers = machine.workers
-    while True:
-        plan = _fit(workload, replace(machine, workers=workers), choices)
-        if plan.memory_bytes <= machine.memory_limit:
-            return replace(plan, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
-        if workers == 1:
-            raise ResourceError(
-                f"the run needs {format_bytes(plan.memory_bytes)} of memory with one worker, of which "
-                f"{format_bytes(machine.base_memory)} are in use already; the limit is "
-                f"{format_bytes(machine.memory_limit)}. Raise memory_limit, or use a smaller tile "
-                f"(now {workload.tile} samples, {format_bytes(workload.tile_bytes)})"
-                + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
-            )
-        workers //= 2
+    return replace(plan, tiles_done=tiles_done, bytes_to_write=bytes_to_write, problems=tuple(problems))
 
 
 def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
@@ -368,7 +383,8 @@ def _worker_bytes(plan: Plan) -> float:
 def _strip_visits(plan: Plan) -> float:
     """Samples whose Jacobians are computed, counted with repetition, if nothing but the held strips is reused."""
     load = plan.workload
-    parts = -(-(-(-load.tile // plan.strip)) // plan.hold)
+    strips = -(-load.tile // plan.strip)
+    parts = -(-strips // plan.hold)
     visits = float(load.num_test)
     for grid in load.grids.values():
         if parts == 1 or plan.rows_held > 1:

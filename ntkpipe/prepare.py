@@ -173,6 +173,7 @@ def plan_run(
     choices: Choices | None = None,
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
+    result_bytes: int = 0,
 ) -> Plan:
     """Measure what Jacobians cost and this machine can do, and plan.
 
@@ -186,6 +187,8 @@ def plan_run(
         Where the store is or will be; none for a kernel in memory.
     choices, tiles_done, bytes_to_write
         Of the store that is resumed.
+    result_bytes
+        Bytes of a kernel that stays in memory, about to be allocated.
     """
     spec = prepared.spec
     workload = Workload(
@@ -199,11 +202,11 @@ def plan_run(
         cost=measure_cost(prepared, engine),
     )
     used = process_memory()
-    limit = run.memory_limit or int(used + _SHARE_OF_MEMORY * available_memory())
+    limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     machine = Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
-        base_memory=used,
+        base_memory=used + result_bytes,
         free_disk=None if path is None else free_disk(path),
         flops_per_second=measure_rate(engine.model.device, engine.accumulate_dtype),
     )

@@ -19,7 +19,7 @@ from torch import nn
 from ntkpipe.build import BuildJob, Index, StripCache, TileRecord
 from ntkpipe.config import RunSpec
 from ntkpipe.datasets import Samples, Source, StoredSource
-from ntkpipe.errors import Interrupted, StoreFullError, StoreMismatchError
+from ntkpipe.errors import Interrupted, StoreError, StoreFullError, StoreMismatchError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
@@ -110,7 +110,7 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
     """
     array = store.arrays["outputs/train"]
     first = (0, 0)
-    if not array.path(first).exists():
+    if first not in array.present():  # a truncated chunk is not there, either: it is written again
         return
     stored = array.read(first)
     samples = [i for i in probe_samples(len(stored))]
@@ -170,6 +170,7 @@ def settle(prepared: Prepared, asked: Manifest, existing: Store | None, path: Pa
         engine, check = self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)
     check_seconds = perf_counter() - started
     planned = _plan(prepared, engine, asked, existing, path, run)
+    planned.require_fit()
     if existing is None:
         if mode == "w":
             prepare_path(path, mode)
@@ -179,6 +180,7 @@ def settle(prepared: Prepared, asked: Manifest, existing: Store | None, path: Pa
         if existing.manifest.choices != settled:
             # Another run created the store in the meantime; its choices count.
             planned = _plan(prepared, engine, asked, existing, path, run)
+            planned.require_fit()
     engine = reuse_choices(engine, existing.manifest.choices, existing.root)
     return Settled(existing, engine, planned, check, check_seconds)
 
@@ -219,7 +221,7 @@ class StoreSink:
         stored = self.store.arrays[array]
         try:
             return stored.path(index).stat().st_size == stored.layout.chunk_bytes
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
@@ -273,17 +275,19 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
         if test is not None:
             write_samples(store, "test", test)
         started = perf_counter()
-        records = (r for r in executor.run(job, plan.tasks()) if r.array != "kernel/test_diagonal")
         total = plan.workload.num_tiles
-        if progress:
-            records = show_progress(records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile")
-        for _ in records:
-            tiles += 1
+        # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
+        with contextlib.closing(executor.run(job, plan.tasks())) as running:
+            records = (record for record in running if record.array != "kernel/test_diagonal")
+            if progress:
+                records = show_progress(records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile")
+            for _ in records:
+                tiles += 1
+        _record(settled, tiles, perf_counter() - started)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
         raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
-    _record(settled, tiles, perf_counter() - started)
 
 
 def _state(store: Store) -> str:
@@ -295,7 +299,10 @@ def _record(settled: Settled, tiles: int, seconds: float) -> None:
     """Add this run to ``results/runs``."""
     plan, store = settled.plan, settled.store
     share = tiles / max(1, plan.workload.num_tiles - plan.tiles_done)
-    earlier = store.read_result("runs") or {"runs": []}
+    try:
+        earlier = store.read_result("runs") or {"runs": []}
+    except StoreError:  # a damaged record of earlier runs is no reason to fail this one
+        earlier = {"runs": []}
     run = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),

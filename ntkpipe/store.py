@@ -20,8 +20,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
-from ntkpipe.errors import StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
+from ntkpipe.errors import ConfigError, StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
 from ntkpipe.grid import Axis, Grid
 from ntkpipe.manifest import ATTRIBUTE, DataRecord, Manifest, from_attribute
 from ntkpipe.resources import format_bytes, free_disk
@@ -161,6 +162,50 @@ class StoredArray:
         present = self.present()
         return [index for index in self.layout.indices() if index not in present]
 
+    def create(self) -> None:
+        """Create the array where there is none, and check the one that is there; chunks are left as they are.
+
+        Raises
+        ------
+        StoreError
+            If its ``zarr.json`` is damaged or was altered.
+        """
+        if not (self.root / self.layout.name / "zarr.json").exists():
+            with _writing(self.root), contextlib.suppress(zarr.errors.ContainsArrayError):
+                _create(str(self.root), self.layout)
+        self._open()
+
+    def check_metadata(self) -> None:
+        """Check that ``zarr.json`` is what this package writes, so that any Zarr reader sees what is stored.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, damaged or altered.
+        """
+        self._open()
+
+    def _open(self) -> zarr.Array[Any]:
+        """The Zarr array, its metadata compared with what this package writes."""
+        if self._zarr is None:
+            layout = self.layout
+            where = f"{layout.name}/zarr.json in {self.root}"
+            remedy = "delete that file and run again: it is written anew, and every chunk is kept"
+            try:
+                array = zarr.open_array(str(self.root / layout.name), mode="r+")
+            except FileNotFoundError:
+                raise StoreError(f"{where} is missing; run again: it is written anew, and every chunk is kept") from None
+            except Exception as error:
+                raise StoreError(f"{where} is damaged ({error!r}); {remedy}") from error
+            needed = _create(MemoryStore(), layout)
+            for field in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
+                found, wanted = (getattr(a.metadata, field) for a in (array, needed))
+                if repr(found) != repr(wanted):  # NaN, a fill value, does not equal itself
+                    raise StoreError(f"{where} was altered: it has {field} {found}, needed {wanted}; {remedy}")
+            # open_array ignores a config for an array that exists; without it, chunks of zeros would never be files.
+            self._zarr = array.with_config({"write_empty_chunks": True})
+        return self._zarr
+
     def write(self, index: Index, values: NDArray[Any]) -> None:
         """Write one whole chunk, atomically.
 
@@ -169,20 +214,12 @@ class StoredArray:
         StoreFullError
             If the disk is full. Nothing of the chunk is left behind.
         StoreError
-            If it cannot be written for another reason.
+            If it cannot be written for another reason, or the array's ``zarr.json`` was altered.
         """
         layout = self.layout
-        if self._zarr is None:
-            # open_array ignores a config for an array that exists; without it, chunks of zeros would never be files.
-            array = zarr.open_array(str(self.root / layout.name), mode="r+").with_config({"write_empty_chunks": True})
-            if array.shape != layout.shape or array.chunks != layout.chunks or array.dtype != layout.dtype:
-                raise StoreError(
-                    f"{layout.name} in {self.root} has shape {array.shape}, chunks {array.chunks}, dtype "
-                    f"{array.dtype}; the manifest needs {layout.shape}, {layout.chunks}, {layout.dtype}; it was altered"
-                )
-            self._zarr = array
+        array = self._open()
         try:
-            self._zarr[layout.region(index)] = values
+            array[layout.region(index)] = values
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise StoreFullError(
@@ -207,10 +244,13 @@ class StoredArray:
         except OSError as error:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
         if len(raw) != layout.chunk_bytes:
-            raise TileError(f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated")
+            raise TileError(f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run again: it is recomputed")
         payload = memoryview(raw)[:-_CHECKSUM_BYTES]
         if google_crc32c.value(bytes(payload)).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
-            raise TileError(f"{self.describe(index)} fails its crc32c checksum: its bytes were altered")
+            raise TileError(
+                f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} and "
+                "run again: it is recomputed"
+            )
         chunk = np.frombuffer(payload, layout.dtype.newbyteorder("<")).reshape(layout.chunks)
         return chunk[tuple(slice(part.stop - part.start) for part in layout.region(index))]
 
@@ -223,6 +263,22 @@ class StoredArray:
             part = self.read((number, *rest))
             parts.append(part[max(start - number * size, 0) : stop - number * size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _create(store: str | MemoryStore, layout: ArrayLayout) -> zarr.Array[Any]:
+    return zarr.create_array(
+        store,
+        name=layout.name,
+        shape=layout.shape,
+        chunks=layout.chunks,
+        dtype=layout.dtype,
+        fill_value=np.nan if layout.dtype.kind == "f" else 0,
+        serializer=BytesCodec(endian="little"),
+        compressors=[Crc32cCodec()],
+        filters=None,
+        dimension_names=layout.dimensions,
+        config={"write_empty_chunks": True},
+    )
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int]]:
@@ -296,26 +352,15 @@ class Store:
         return store
 
     def complete_layout(self) -> None:
-        """Create the arrays that are missing, as after a kill during creation."""
-        for name, array in self.arrays.items():
-            if (self.root / name / "zarr.json").exists():
-                continue
-            layout = array.layout
-            is_real = layout.dtype.kind == "f"
-            with _writing(self.root), contextlib.suppress(zarr.errors.ContainsArrayError):
-                zarr.create_array(
-                    str(self.root),
-                    name=name,
-                    shape=layout.shape,
-                    chunks=layout.chunks,
-                    dtype=layout.dtype,
-                    fill_value=np.nan if is_real else 0,
-                    serializer=BytesCodec(endian="little"),
-                    compressors=[Crc32cCodec()],
-                    filters=None,
-                    dimension_names=layout.dimensions,
-                    config={"write_empty_chunks": True},
-                )
+        """Create the arrays that are missing, as after a kill during creation.
+
+        Raises
+        ------
+        StoreError
+            If the ``zarr.json`` of one that is there is damaged or was altered.
+        """
+        for array in self.arrays.values():
+            array.create()
 
     def partials(self) -> list[Path]:
         """Files that killed writers left behind; harmless, and never read."""
@@ -392,10 +437,12 @@ def _remove(root: Path) -> None:
 
 
 def local_path(path: str | Path) -> Path:
-    """Return ``path`` as a local path; URLs are refused."""
+    """Return ``path`` as a local path, ``~`` expanded; URLs are refused."""
     if isinstance(path, str) and "://" in path:
         raise StoreError(f"{path!r} is a URL; this version writes stores to local paths only")
-    return Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"the store is {type(path).__name__}; needed a path")
+    return Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import TileError
+from ntkpipe.errors import StoreError, TileError
 from ntkpipe.progress import Ticks
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import Index, Store, StoredArray
 
 Rows = list[tuple[str, str]]
 
-# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add to it.
+# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add to it, by the coarser dtype of sum and store.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 
 
@@ -70,7 +70,7 @@ class VerificationReport:
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
     """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonal.
 
-    Checked are: presence, size and crc32c of every chunk; that real values are finite; that diagonal tiles are
+    Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that diagonal tiles are
     symmetric to the last bit; that the diagonal is not negative and ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that
     killed writers left behind are listed, too.
 
@@ -88,6 +88,10 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
     diagonals = _diagonals(store)
     count = size = 0
     for name, array in store.arrays.items():
+        try:
+            array.check_metadata()
+        except StoreError as error:
+            findings.append(Finding(name, (), str(error)))
         for index in array.layout.indices():
             problem = _check(store, array, index, diagonals)
             findings += [Finding(name, index, problem)] if problem else []
@@ -181,7 +185,8 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
         np.clip(right[columns.start : columns.stop], 0, None)
     )
     # Where a diagonal entry is unreadable the bound is NaN and says nothing; that chunk is reported by itself.
-    excess = np.abs(values) > bound * (1 + _BOUND_TOLERANCE[store.manifest.store_dtype])
+    tolerance = max(_BOUND_TOLERANCE[dtype] for dtype in (store.manifest.accumulate_dtype, store.manifest.store_dtype))
+    excess = np.abs(values) > bound * (1 + tolerance)
     if excess.any():
         row, column = map(int, np.argwhere(excess)[0])
         return (

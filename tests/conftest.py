@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from ntkpipe.kinds import KINDS
 from ntkpipe.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
+
+# A busy machine is no failure.
+settings.register_profile("ntkpipe", deadline=None)
+settings.load_profile("ntkpipe")
 
 
 def _data(num_samples: int) -> DataRecord:

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
 
 
 def redraw(model, seed=0):
@@ -53,9 +52,19 @@ def pair_of(inputs, sample, dtype):
     return {name: pick(v) for name, v in inputs.items()} if isinstance(inputs, dict) else pick(inputs)
 
 
+def copied(model):
+    """A copy; tensors that old-style hooks (weight_norm, pruning) computed are computed anew in it."""
+    memo = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
     """Jacobians (N*S, P_p) of every parameter that requires a gradient, rows sample-major."""
-    double = copy.deepcopy(model).to(dtype)
+    double = copied(model).to(dtype)
     parameters = {name: p for name, p in double.named_parameters() if p.requires_grad}
     rows = {name: [] for name in parameters}
     for sample in range(size_of(inputs)):
@@ -71,7 +80,7 @@ def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
             else:
                 grads = [None] * len(parameters)
             for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
-                rows[name].append((torch.zeros_like(parameter) if grad is None else grad).reshape(-1).double())
+                rows[name].append((torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1).double())
     return {name: torch.stack(found).numpy() for name, found in rows.items()}
 
 
@@ -113,9 +122,3 @@ def worst_parameter(found, exact):
     name = max(errors, key=errors.get)
     return name, errors[name]
 
-
-class Flatten(nn.Module):
-    """(n, a, b, ...) -> (n, a*b*...), to make outputs of anything."""
-
-    def forward(self, values):
-        return values.flatten(1)

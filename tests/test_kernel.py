@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -105,7 +105,7 @@ def keys(shape: tuple[int, int]) -> st.SearchStrategy[object]:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(data=st.data())
 def test_indexing_is_numpys(case, data):
     for kernel, matrix in pairs(case):
@@ -177,7 +177,7 @@ def four_dimensional(matrix: np.ndarray) -> np.ndarray:
     return matrix.reshape(rows, NUM_OUTPUTS, columns, NUM_OUTPUTS).transpose(0, 2, 1, 3)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(data=st.data())
 def test_blocks_are_the_four_dimensional_kernel(case, data):
     for kernel, matrix in pairs(case):

@@ -28,7 +28,8 @@ class Summary:
     trace
         Its trace.
     alignment, centred_alignment
-        Kernel-target alignment with one-hot or real targets; none without targets.
+        Kernel-target alignment with one-hot or real targets, of the mean over outputs for a full NTK; none without
+        targets.
     ridge
         lambda of the regression; none without targets and a test set.
     accuracy
@@ -81,7 +82,9 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
     targets = store.targets
-    rows = None if targets is None else _target_rows(targets[:count], width, _num_classes(targets))
+    matrix = None if targets is None else _target_matrix(targets[:count], _num_classes(targets))
+    rows = None if matrix is None else _target_rows(matrix, width)
+    scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
     if targets is not None and rows is not None and store.manifest.test is not None and store.test_targets is not None:
         ridge = ridge_scale * float(np.trace(block)) / len(block)
@@ -92,8 +95,10 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
         eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
         smallest_eigenvalue=float(eigenvalues[-1]),
         trace=float(np.trace(block)),
-        alignment=None if rows is None else kernel_target_alignment(block, rows),
-        centred_alignment=None if rows is None else kernel_target_alignment(_centred(block), rows - rows.mean(axis=0)),
+        alignment=None if matrix is None else kernel_target_alignment(scalar, matrix),
+        centred_alignment=None
+        if matrix is None
+        else kernel_target_alignment(_centred(scalar), matrix - matrix.mean(axis=0)),
         **found,
     )
 
@@ -157,9 +162,8 @@ def _target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np
     return targets.reshape(len(targets), -1).astype(np.float64)
 
 
-def _target_rows(targets: NDArray[Any], width: int, num_classes: int | None) -> NDArray[np.float64] | None:
+def _target_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64] | None:
     """Targets in the kernel's rows; none if a full NTK has another number of outputs than targets."""
-    matrix = _target_matrix(targets, num_classes)
     if width == 1:
         return matrix
     return matrix.reshape(-1, 1) if matrix.shape[1] == width else None

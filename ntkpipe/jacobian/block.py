@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ntkpipe.errors import ModelError
 from ntkpipe.jacobian.factors import Outer, Piece, is_factored_cheaper, materialize, pair_flops
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 
-from ntkpipe.jacobian.trace import Recorder, Tracing, Use, weights_and_biases
+from ntkpipe.jacobian.trace import Recorder, Tracing, Use, count_edges, weights_and_biases
 from ntkpipe.models import Batch, FunctionalModel
 
 
@@ -231,7 +231,7 @@ class Engine:
         watched = [p for name, p in self.model.parameters().items() if name in self.tracing.unused]
         with torch.set_grad_enabled(covered or bool(watched)), Recorder(self.model.parameters()) as recorder:
             outputs = self.model(batch)
-        if not self.tracing.matches(recorder.calls, size) and covered:
+        if covered and not self.tracing.matches(recorder.calls, count_edges(outputs, self.model.parameters()), size):
             raise ModelError(
                 "the forward pass used its parameters in another way than on the probe batch: its operations depend on "
                 "the data. Pass jacobian='fallback' to compute this model without structure"
@@ -243,7 +243,7 @@ class Engine:
         ]
         cotangents: dict[int, list[Tensor]] = {number: [] for number, _ in live}
         sources: list[Any] = [edge for _, edge in live] + watched
-        for position, covector in enumerate(self.covectors if outputs.requires_grad else ()):
+        for position, covector in enumerate(self.covectors if outputs.requires_grad and sources else ()):
             grads = torch.autograd.grad(
                 outputs,
                 sources,
@@ -311,20 +311,27 @@ class Engine:
         )
 
     def _measure(self, batch: Batch) -> tuple[float, int, Piece]:
-        with FlopCounterMode(display=False) as counter, _AllocationMeter() as meter:
+        with _Meter() as meter:
             piece, _ = self.piece(batch)
-        return float(counter.get_total_flops()), meter.num_bytes, piece
+        return meter.num_flops, meter.num_bytes, piece
 
 
-class _AllocationMeter(TorchDispatchMode):
-    """Adds up the bytes of every new tensor: an upper bound on the peak, since nothing is taken off when freed."""
+class _Meter(TorchDispatchMode):
+    """Adds up operations, and the bytes of every new tensor: an upper bound on the peak, as nothing is taken off.
+
+    Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_flops = 0.0
         self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if count is not None:
+            self.num_flops += float(count(*args, **(kwargs or {}), out_val=result))
         known = {_address(value) for value in _tensors((args, kwargs))}
         for value in _tensors(result):
             if _address(value) not in known:
@@ -333,11 +340,12 @@ class _AllocationMeter(TorchDispatchMode):
 
 
 def _address(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
+    return int(value.untyped_storage()._cdata)  # of the storage itself: functorch's have no data
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    leaves = (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    return (leaf for leaf in leaves if leaf.layout == torch.strided)  # sparse ones have no storage of their own
 
 
 def _terms(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ntkpipe.errors import NtkpipeError, SelfCheckError
 from ntkpipe.jacobian.block import Engine
-from ntkpipe.jacobian.fallback import take
-from ntkpipe.jacobian.probe import Load
+from ntkpipe.jacobian.fallback import by_loop, take
+from ntkpipe.jacobian.probe import Load, choose_method
 from ntkpipe.models import FunctionalModel
 from ntkpipe.resources import available_memory
 
@@ -154,6 +154,7 @@ class _Check:
             moved |= newly
             tracing = engine.tracing.without(newly)
             engine = Engine(engine.model, tracing, engine.method, engine.covectors, engine.accumulate_dtype)
+            engine = choose_method(engine, self._load(self.chosen))
 
     def worst(self, engine: Engine, ignored: set[str]) -> tuple[str, float]:
         """The parameter with the largest error, and that error."""
@@ -200,12 +201,13 @@ class _Check:
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         direction /= direction.norm()
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
-        pair = [self._load((sample, sample)) for sample in self.chosen]
+        pairs = [_cast(self.model, self._load, [sample, sample]) for sample in self.chosen]
+        kept, ends = parameter.detach().clone(), []
         with torch.no_grad():
-            ends = [
-                torch.stack([self.model.call_with({name: parameter + sign * step * direction}, b)[0] for b in pair])
-                for sign in (1.0, -1.0)
-            ]
+            for sign in (1.0, -1.0):
+                parameter.copy_(kept + sign * step * direction)
+                ends.append(torch.stack([self.model(pair)[0] for pair in pairs]))
+            parameter.copy_(kept)
         slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
         flat = direction.reshape(-1).double()
         gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]
@@ -233,7 +235,24 @@ def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Any:
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
-    """Jacobians (covectors, samples, P) per parameter by ``torch.func.vjp``, one sample at a time."""
+    """Jacobians (covectors, samples, P) per parameter, one sample at a time.
+
+    By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
+    """
+    batch = _cast(model, load, samples)
+    if model.is_replaceable(batch):
+        try:
+            return _by_vjp(model, load, samples, covectors)
+        except NtkpipeError:
+            raise
+        except Exception:  # noqa: BLE001, S110 - whatever torch.func stumbles over, autograd has run before
+            pass
+    widths = {name: parameter.numel() for name, parameter in model.parameters().items()}
+    whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
+    return dict(zip(widths, whole.split(list(widths.values()), dim=2), strict=True))
+
+
+def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
     parameters = {name: value.detach() for name, value in model.parameters().items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for sample in samples:

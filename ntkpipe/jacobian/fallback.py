@@ -79,7 +79,7 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
                 keep = number + 1 < len(covectors)
                 grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, allow_unused=True)
             flat = [
-                (torch.zeros_like(parameter) if grad is None else grad).reshape(-1)
+                (torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1)
                 for parameter, grad in zip(parameters, grads, strict=True)
             ]
             rows.append(torch.cat(flat))

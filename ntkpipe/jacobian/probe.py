@@ -10,7 +10,7 @@ from torch import Tensor
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.trace import Tracing, trace
+from ntkpipe.jacobian.trace import Tracing, leaves, trace
 from ntkpipe.models import Batch, FunctionalModel
 
 Load = Callable[[Sequence[int]], Batch]
@@ -104,16 +104,29 @@ def make_engine(
         If vmap cannot run the model, so that the fallback goes through the samples one by one.
     """
     batch = load(probe_samples(num_samples))
+    _check_gradients(model, batch)
     tracing = _trace(model, batch) if structured else None
     if tracing is None:
         tracing = Tracing((), (), dict.fromkeys(model.names, "structure was switched off"), ())
-    engine = Engine(model, tracing, "vmap", covectors, accumulate_dtype)
-    if not engine.fallback:
+    return choose_method(Engine(model, tracing, "vmap", covectors, accumulate_dtype), batch)
+
+
+def choose_method(engine: Engine, batch: Batch) -> Engine:
+    """The engine with a method for the fallback's parameters that works: vmap, or else the loop.
+
+    Warns
+    -----
+    UserWarning
+        If it is the loop.
+    """
+    if not engine.fallback or engine.method == "loop":
         return engine
     try:
+        if not engine.model.is_replaceable(batch):
+            raise ModelError("parameters are used out of reach of torch.func.functional_call")
         engine.fallback_jacobian(batch)
     except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
-        engine = Engine(model, tracing, "loop", covectors, accumulate_dtype)
+        engine = Engine(engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype)
         engine.fallback_jacobian(take(batch, (0, 1)))
         first_line = str(error).strip().partition("\n")[0]
         warnings.warn(
@@ -122,6 +135,40 @@ def make_engine(
             stacklevel=2,
         )
     return engine
+
+
+def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
+    """Check that autograd finds the selected parameters, and no other ones.
+
+    Raises
+    ------
+    ModelError
+        If the outputs depend on none of them, on parameters of another model, or cannot be differentiated.
+    """
+    selected = list(model.parameters().values())
+    with torch.enable_grad():
+        outputs, again = model(batch), model(batch)
+    try:
+        grads = torch.autograd.grad(outputs.sum(), selected, allow_unused=True) if outputs.requires_grad else ()
+    except RuntimeError as error:
+        raise ModelError(f"autograd cannot differentiate this model: {error}") from error
+    # Leaves that a forward pass makes itself, as energy models do to differentiate by their input, are new each time.
+    known = {id(value) for value in (*model.module.parameters(), *model.module.buffers())}
+    persistent = {id(leaf) for leaf in leaves(again)} - known
+    foreign = {id(leaf): leaf for leaf in leaves(outputs) if id(leaf) in persistent}
+    if foreign:
+        shown = ", ".join(str(tuple(leaf.shape)) for leaf in list(foreign.values())[:5])
+        raise ModelError(
+            f"the outputs depend on {len(foreign)} tensors that require a gradient and are not parameters of the model "
+            f"(shapes {shown}): a module in a plain list, or another model in the forward hook. The hook is given a copy "
+            "of the model: use forward=lambda model, inputs: …; register modules, as in nn.ModuleList; call "
+            "requires_grad_(False) on what is meant to be constant"
+        )
+    if all(grad is None for grad in grads):
+        raise ModelError(
+            f"the outputs do not depend on any of the {len(selected)} selected parameters: the forward pass runs under "
+            "torch.no_grad() or detaches what it computes, or parameters that it does not use were selected"
+        )
 
 
 def _trace(model: FunctionalModel, batch: Batch) -> Tracing:

@@ -7,8 +7,8 @@ gradient that still arrives came another way. Which rows of a use belong to whic
 one sample at a time.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,11 +74,11 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = RULES.get(func)
-        if rule is None:
+        if rule is None or torch.is_inference_mode_enabled():
             return func(*args, **(kwargs or {}))
         bound = rule.bind(*args, **(kwargs or {}))
         names = {role: self._names[id(value)] for role, value in bound.operands.items() if id(value) in self._names}
-        if not names:
+        if not names or bound.input.is_nested or bound.input.layout != torch.strided:
             return func(*args, **(kwargs or {}))
         version = bound.input._version
         if self._detach:
@@ -137,15 +137,21 @@ class Tracing:
         Parameters that are left to plain ``torch.func``, with the reason.
     unused
         Parameters that the outputs do not depend on.
+    edges
+        How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no
+        rule has seen.
     """
 
     uses: tuple[Use, ...]
     covered: tuple[str, ...]
     fallback: dict[str, str]
     unused: tuple[str, ...]
+    edges: Mapping[str, int] = field(default_factory=dict)
 
-    def matches(self, calls: list[Call], num_samples: int) -> bool:
-        """Whether the calls of a forward pass are the ones that were traced."""
+    def matches(self, calls: list[Call], edges: Mapping[str, int], num_samples: int) -> bool:
+        """Whether a forward pass, by its calls and its edges to parameters, is the one that was traced."""
+        if any(edges[name] != self.edges[name] for name in self.covered):
+            return False
         return len(calls) == len(self.uses) and all(
             call.rule is use.rule
             and (not use.names or call.num_rows == use.num_positions * num_samples)
@@ -160,7 +166,7 @@ class Tracing:
             for use in self.uses
         )
         covered = tuple(name for name in self.covered if name not in names)
-        return Tracing(uses, covered, {**self.fallback, **names}, self.unused)
+        return Tracing(uses, covered, {**self.fallback, **names}, self.unused, self.edges)
 
 
 def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
@@ -183,7 +189,8 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
     reached = _gradients(model, parameters, probes, detach=False)
     elsewhere = _gradients(model, parameters, probes, detach=True)
     unused = tuple(name for name in parameters if name not in reached)
-    findings = [_probe(model, parameters, batch, size) for batch, size in zip(probes, sizes, strict=True)]
+    probed = [_probe(model, parameters, batch, size) for batch, size in zip(probes, sizes, strict=True)]
+    findings, edges = [found for found, _ in probed], [counted for _, counted in probed]
     first = findings[0]
     same = all(
         len(other) == len(first)
@@ -194,6 +201,9 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
         reasons = dict.fromkeys(parameters, "the operations of the forward pass depend on the data")
         return Tracing((), (), {name: why for name, why in reasons.items() if name not in unused}, unused)
     reasons = dict.fromkeys((name for name in parameters if name in elsewhere), "used by an operation without a rule")
+    for name in parameters:
+        if any(other[name] != edges[0][name] for other in edges[1:]):
+            reasons.setdefault(name, "how often it is used depends on the data")
     layouts = []
     for position in range(len(first)):
         candidates = set.intersection(*(finding[position].layouts for finding in findings))
@@ -220,7 +230,60 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
         Use(call.rule, tuple((role, name) for role, name in call.names.items() if name in covered), *layout)
         for call, layout in zip(first, layouts, strict=True)
     )
-    return Tracing(uses, covered, fallback, unused)
+    tracing = Tracing(uses, covered, fallback, unused, {name: edges[0][name] for name in covered})
+    incomplete = _incomplete(model, parameters, tracing, probes[0])
+    return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
+
+
+def _incomplete(
+    model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch
+) -> Iterator[str]:
+    """Covered parameters whose gradient is not what their uses add up to, as where a model differentiates itself.
+
+    Rounding is far below what is tolerated here; a missing use is far above it.
+    """
+    with Recorder(parameters) as recorder:
+        outputs = model(batch)
+    live = [(c, use) for c, use in zip(recorder.calls, tracing.uses, strict=True) if use.names and c.edge is not None]
+    generator = torch.Generator().manual_seed(1)
+    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    sources: list[Any] = [parameters[name] for name in tracing.covered] + [call.edge for call, _ in live]
+    if not tracing.covered:
+        return
+    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True, materialize_grads=True)
+    exact = dict(zip(tracing.covered, found, strict=False))
+    left = {name: grad.clone() for name, grad in exact.items()}
+    for (call, use), grad in zip(live, found[len(tracing.covered) :], strict=True):
+        rows = call.rule.output_rows(grad)
+        for role, name in use.names:
+            left[name] -= rows.T @ call.rule.input_rows(call.input) if role == WEIGHT else rows.sum(dim=0)
+    for name, rest in left.items():
+        if float(rest.norm()) > 0.1 * float(exact[name].norm()):
+            yield name
+
+
+def count_edges(outputs: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many edges of the autograd graph of ``outputs`` lead to each parameter."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    counts = dict.fromkeys(parameters, 0)
+    for leaf in leaves(outputs):
+        if id(leaf) in names:
+            counts[names[id(leaf)]] += 1
+    return counts
+
+
+def leaves(outputs: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that ``outputs`` depend on, once for each edge of the autograd graph that leads to them."""
+    if outputs.grad_fn is None:
+        return
+    seen, stack = {outputs.grad_fn}, [outputs.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if hasattr(node, "variable"):
+                yield node.variable
+            elif node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
 
 
 def _gradients(
@@ -249,10 +312,11 @@ class _Finding:
 
 def _probe(
     model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, num_samples: int
-) -> list[_Finding]:
-    """Pull back one sample at a time and see which rows of each call it reaches."""
+) -> tuple[list[_Finding], dict[str, int]]:
+    """Pull back one sample at a time and see which rows of each call it reaches; count the edges to parameters."""
     with Recorder(parameters) as recorder:
         outputs = model(batch)
+    edges = count_edges(outputs, parameters)
     calls = recorder.calls
     live = [(number, call.edge) for number, call in enumerate(calls) if call.edge is not None]
     owners = [torch.full((call.num_rows,), -1) for call in calls]
@@ -280,7 +344,7 @@ def _probe(
             call.input_was_changed(),
         )
         for number, call in enumerate(calls)
-    ]
+    ], edges
 
 
 def _changed_inputs(

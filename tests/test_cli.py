@@ -1,0 +1,166 @@
+"""The command line as a user runs it: output, exit codes, error messages."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ntkpipe.cli import main
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "workflows" / "digits" / "pntk.yaml"
+SMALL = ("--set", "model.arguments.width=16", "--set", "kernel.tile=256")
+
+
+@dataclass(frozen=True)
+class Answer:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ntkpipe(*arguments: str | Path, cwd: Path) -> Answer:
+    """Run the command line in this process; a new one for each call would import torch each time."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+    return Answer(code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the digits workflow has run at small width, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    answer = ntkpipe("run", DIGITS, *SMALL, cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    return folder, answer.stdout
+
+
+def test_run_prints_what_was_computed(finished: tuple[Path, str]) -> None:
+    _, printed = finished
+    for word in ("1,500 × 1,500", "GFLOP/s", "certificate train", "eigenvalues", "kernel-target alignment", "samples right"):
+        assert word in printed
+
+
+def test_a_second_run_resumes_and_computes_nothing(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    tiles = sorted((folder / "runs/digits-pntk.zarr/kernel").rglob("c/*/*"))
+    before = [tile.stat().st_mtime_ns for tile in tiles]
+    assert ntkpipe("run", DIGITS, *SMALL, cwd=folder).returncode == 0
+    assert [tile.stat().st_mtime_ns for tile in tiles] == before
+
+
+def test_another_kernel_at_the_same_path_is_refused(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    answer = ntkpipe("run", DIGITS, *SMALL, "--set", "kernel.kind=ntk", cwd=folder)
+    assert answer.returncode == 2
+    assert "kind: stored 'pntk' → asked 'ntk'" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_info_reads_no_tile_and_loads_no_torch(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    answer = ntkpipe("info", "runs/digits-pntk.zarr", "--json", cwd=folder)
+    described = json.loads(answer.stdout)
+    assert described["progress"]["is_complete"]
+    assert described["manifest"]["kind"] == "pntk"
+    assert described["verification"]["is_good"]
+    assert [kernel["is_good"] for kernel in described["certificate"]["kernels"]] == [True, True]
+    program = "import sys; from ntkpipe.cli import main\ntry: main(['info', sys.argv[1]])\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "runs/digits-pntk.zarr"]
+    assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 0
+
+
+def test_plan_shows_the_numbers(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    answer = ntkpipe("plan", DIGITS, *SMALL, "--json", cwd=folder)
+    numbers = json.loads(answer.stdout)
+    assert answer.returncode == 0
+    assert numbers["tiles"] == numbers["tiles_done"] == 21 + 12
+    assert numbers["bytes_to_write"] == 0
+    printed = ntkpipe("plan", DIGITS, *SMALL, cwd=folder).stdout
+    for word in ("tiles", "blocks", "to write", "operations", "memory bound", "recompute factor", "free"):
+        assert word in printed
+
+
+def test_a_plan_that_does_not_fit_says_so_with_both_numbers(tmp_path: Path) -> None:
+    answer = ntkpipe("plan", DIGITS, *SMALL, "--set", "run.memory_limit=50MiB", cwd=tmp_path)
+    assert answer.returncode == 1
+    assert "does not fit" in answer.stdout
+    assert "the limit is 50.0 MiB" in " ".join(answer.stdout.split())
+    answer = ntkpipe("run", DIGITS, *SMALL, "--set", "run.memory_limit=50MiB", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "the limit is 50.0 MiB" in answer.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_verify_finds_a_flipped_byte_and_names_the_tile(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    store = Path("runs/digits-pntk.zarr")
+    assert ntkpipe("verify", store, cwd=folder).returncode == 0
+    assert ntkpipe("verify", store, "--workflow", DIGITS, *SMALL, cwd=folder).returncode == 0
+    tile = folder / store / "kernel/train/c/1/2"
+    whole = tile.read_bytes()
+    try:
+        tile.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+        answer = ntkpipe("verify", store, cwd=folder)
+    finally:
+        tile.write_bytes(whole)
+    assert answer.returncode == 1
+    assert "kernel/train (1, 2)" in answer.stdout
+    assert "crc32c" in answer.stdout
+
+
+def test_verify_with_another_model_is_refused(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    answer = ntkpipe(
+        "verify", "runs/digits-pntk.zarr", "--workflow", DIGITS, "--set", "model.arguments.seed=1", *SMALL, cwd=folder
+    )
+    assert answer.returncode == 2
+    assert "another model" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "nowhere.yaml"], "cannot read the workflow file nowhere.yaml"),
+        (["run", str(DIGITS), "--set", "kernel.compute_dtpe=float64"], "nearest known key is 'compute_dtype'"),
+        (["run", str(DIGITS), "--set", "kernel"], "not of the form a.b=value"),
+        (["info", "nowhere.zarr"], "does not exist"),
+        (["verify", "nowhere.zarr"], "does not exist"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    answer = ntkpipe(*arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_interrupt_leaves_a_store_that_resumes(tmp_path: Path) -> None:
+    slow = (*SMALL, "--set", "kernel.tile=8", "--set", "run.workers=1")
+    command = [sys.executable, "-m", "ntkpipe", "run", str(DIGITS), *slow]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tiles = tmp_path / "runs/digits-pntk.zarr/kernel/train/c"
+    while process.poll() is None and len(list(tiles.glob("*/*"))) < 5:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "the same call or command resumes" in printed
+    answer = json.loads(ntkpipe("info", "runs/digits-pntk.zarr", "--json", cwd=tmp_path).stdout)
+    assert 0 < answer["progress"]["tiles_done"] < answer["progress"]["tiles_total"]
