@@ -17,16 +17,24 @@ from ntkpipe.datasets import Samples, Source, StoredSource, as_samples, require_
 from ntkpipe.errors import ConfigError, DataError, ResourceError, StoreMismatchError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.grid import Grid
-from ntkpipe.jacobian.check import self_check as run_self_check
 from ntkpipe.kernel import KernelStore
 from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import DataRecord
-from ntkpipe.models import Forward, fingerprint, prepare_model, DTYPES, resolve_device
+from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import plan_run, prepare
 from ntkpipe.progress import Ticks, show_progress
 from ntkpipe.resources import available_memory, format_bytes
-from ntkpipe.runs import build, exact_single_thread, manifest_of, progress_of, require_same, require_same_function, settle
+from ntkpipe.runs import (
+    build,
+    checked,
+    exact_single_thread,
+    manifest_of,
+    progress_of,
+    require_same,
+    require_same_function,
+    settle,
+)
 from ntkpipe.store import Mode, Store, local_path, prepare_path
 from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
 
@@ -288,8 +296,9 @@ def kernel_matrix(
             )
         engine = prepared.engine
         if run.self_check:
-            engine, _ = run_self_check(engine, prepared.load, train.num_samples, batch=_CHECK_BATCH)
+            engine, _ = checked(prepared, engine, _CHECK_BATCH)
         planned = plan_run(prepared, engine, run, {name: grids[name]}, path=None, result_bytes=needed)
+        planned.require_fit()
         sink = _MatrixSink(np.empty(shape, dtype), name, grids[name])
         sources: dict[str, Source] = {"train": train.source}
         if test is not None:

@@ -89,7 +89,7 @@ class StripCache:
             with self._lock:
                 self._strips[key] = block
                 self._used += block.num_bytes()
-                while self._used > self._capacity and len(self._strips) > 1:
+                while self._used > self._capacity:
                     _, dropped = self._strips.popitem(last=False)
                     self._used -= dropped.num_bytes()
             return block
@@ -308,14 +308,15 @@ class _Builder:
             raise
         except Exception as error:
             raise ModelError(
-                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of them "
-                "was written; correct those samples or the model"
+                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of "
+                "them was written; correct those samples or the model"
             ) from error
         finite = torch.cat([piece.is_finite() for piece in block.pieces]) & torch.isfinite(block.outputs).all(dim=1)
         if not bool(finite.all()):
             bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
-            raise NonFiniteError(f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of "
-                                 "them was written")
+            raise NonFiniteError(
+                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of them was written"
+            )
         return block
 
 

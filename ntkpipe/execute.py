@@ -107,10 +107,10 @@ class ThreadExecutor(Generic[Key, Record]):
         threads = [
             threading.Thread(target=work, name=f"ntkpipe-{number}", daemon=True) for number in range(self.num_workers)
         ]
-        for thread in threads:
-            thread.start()
         failure: BaseException | None = None
         try:
+            for thread in threads:
+                thread.start()
             active = len(threads)
             while active:
                 record = records.get()
@@ -127,6 +127,7 @@ class ThreadExecutor(Generic[Key, Record]):
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # an interrupt may strike before all are started
+                    thread.join()
         if failure is not None:
             raise failure

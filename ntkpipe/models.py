@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkpipe.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.errors import ConfigError, ModelError, NonFiniteError
 from ntkpipe.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -128,8 +128,6 @@ class FunctionalModel:
             with torch.enable_grad():
                 outputs = self.call_with(stand_ins, batch).sum()
             grads = torch.autograd.grad(outputs, [*live.values(), *stand_ins.values()], allow_unused=True)
-        except NtkpipeError:
-            raise
         except Exception:  # noqa: BLE001 - whatever functional_call stumbles over, it cannot be used
             return False
         return all(grad is None for grad in grads[: len(live)])

@@ -288,8 +288,9 @@ def make_plan(
     if plan.memory_bytes > machine.memory_limit:
         problems.append(
             f"the run needs {format_bytes(plan.memory_bytes)} of memory with one worker, of which "
-            f"{format_bytes(machine.base_memory)} are in use already; the limit is {format_bytes(machine.memory_limit)}. "
-            f"Raise memory_limit, or use a smaller tile (now {workload.tile} samples, {format_bytes(workload.tile_bytes)})"
+            f"{format_bytes(machine.base_memory)} are in use already; the limit is "
+            f"{format_bytes(machine.memory_limit)}. Raise memory_limit, or use a smaller tile (now {workload.tile} "
+            f"samples, {format_bytes(workload.tile_bytes)})"
             + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
         )
     if machine.free_disk is not None and bytes_to_write > machine.free_disk:
@@ -307,16 +308,18 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     subtile = _power_of_two(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile))
     batch = _power_of_two(max(2, int(0.3 * room / cost.workspace_bytes)), subtile)
-    room = max(0.0, room - batch * cost.workspace_bytes)
-    affordable = int(room / cost.block_bytes)
-    # Two tiles' Jacobians at once if they fit (one held, one streaming), else strips of a third of what fits.
-    strip = tile if affordable >= 2 * tile else max(1, affordable // 3)
+    affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
+    # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
+    # else strips of a quarter of what fits: two held, one streaming, one being put together.
+    strip = tile if affordable >= 2 * tile + subtile else max(1, affordable // 4)
     if choices is not None:
         strip, subtile, batch = choices.strip, choices.subtile, choices.batch
+        room = max(0.0, share - _fixed_bytes(workload, subtile))
+        affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     subtile, batch = min(subtile, strip), min(batch, strip)
     edge = _edge(workload, machine)
     strips = -(-tile // strip)
-    affordable_strips = max(2, affordable // strip)
+    affordable_strips = max(2, (affordable - subtile) // strip)
     hold = max(1, min(affordable_strips - 1, edge if strips == 1 else strips))
     plan = Plan(
         workload=workload,

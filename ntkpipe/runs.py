@@ -4,7 +4,7 @@ import contextlib
 import platform
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,14 @@ from torch import nn
 from ntkpipe.build import BuildJob, Index, StripCache, TileRecord
 from ntkpipe.config import RunSpec
 from ntkpipe.datasets import Samples, Source, StoredSource
-from ntkpipe.errors import Interrupted, StoreError, StoreFullError, StoreMismatchError
+from ntkpipe.errors import (
+    Interrupted,
+    ModelError,
+    NtkpipeError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+)
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
@@ -30,7 +37,7 @@ from ntkpipe.models import exact_math, fingerprint
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import Prepared, plan_run, reuse_choices
 from ntkpipe.progress import show_progress
-from ntkpipe.store import Mode, Store, layouts, local_path, prepare_path
+from ntkpipe.store import Mode, Store, layouts, prepare_path
 
 _CHECK_BATCH = 64
 _RESUME = "every finished tile is stored; the same call or command resumes"
@@ -126,6 +133,24 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
         )
 
 
+def checked(prepared: Prepared, engine: Engine, batch: int) -> tuple[Engine, CheckReport]:
+    """Run the self-check, which meets samples that no probe has met: what the model raises there is its error.
+
+    Raises
+    ------
+    SelfCheckError
+        If engine and reference disagree.
+    ModelError
+        If the model fails on the samples.
+    """
+    try:
+        return self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)
+    except (NtkpipeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
+
+
 @dataclass(frozen=True)
 class Settled:
     """A run that is ready to build.
@@ -149,7 +174,9 @@ class Settled:
     check_seconds: float
 
 
-def settle(prepared: Prepared, asked: Manifest, existing: Store | None, path: Path, run: RunSpec, mode: Mode) -> Settled:
+def settle(
+    prepared: Prepared, asked: Manifest, existing: Store | None, path: Path, run: RunSpec, mode: Mode
+) -> Settled:
     """Self-check, plan, and create the store where there is none.
 
     Raises
@@ -167,7 +194,7 @@ def settle(prepared: Prepared, asked: Manifest, existing: Store | None, path: Pa
     check = None
     if run.self_check:
         batch = _CHECK_BATCH if choices is None else choices.batch
-        engine, check = self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)
+        engine, check = checked(prepared, engine, batch)
     check_seconds = perf_counter() - started
     planned = _plan(prepared, engine, asked, existing, path, run)
     planned.require_fit()
@@ -280,7 +307,9 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
         with contextlib.closing(executor.run(job, plan.tasks())) as running:
             records = (record for record in running if record.array != "kernel/test_diagonal")
             if progress:
-                records = show_progress(records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile")
+                records = show_progress(
+                    records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile"
+                )
             for _ in records:
                 tiles += 1
         _record(settled, tiles, perf_counter() - started)
@@ -315,5 +344,3 @@ def _record(settled: Settled, tiles: int, seconds: float) -> None:
         "memory_bytes": plan.memory_bytes,
     }
     store.write_result("runs", {"runs": [*earlier["runs"], run]})
-
-

@@ -61,6 +61,11 @@ class ArrayLayout:
         """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
         return int(np.prod(self.chunks)) * self.dtype.itemsize + _CHECKSUM_BYTES
 
+    @property
+    def fill_value(self) -> float:
+        """What plain Zarr readers see where nothing was written, and what pads ragged chunks."""
+        return float("nan") if self.dtype.kind == "f" else 0
+
     def indices(self) -> Iterator[Index]:
         """Chunks that a complete array has."""
         if self.grid is not None:
@@ -194,7 +199,7 @@ class StoredArray:
             try:
                 array = zarr.open_array(str(self.root / layout.name), mode="r+")
             except FileNotFoundError:
-                raise StoreError(f"{where} is missing; run again: it is written anew, and every chunk is kept") from None
+                raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
             except Exception as error:
                 raise StoreError(f"{where} is damaged ({error!r}); {remedy}") from error
             needed = _create(MemoryStore(), layout)
@@ -216,17 +221,44 @@ class StoredArray:
         StoreError
             If it cannot be written for another reason, or the array's ``zarr.json`` was altered.
         """
-        layout = self.layout
-        array = self._open()
+        self._open()
+        path = self.path(index)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        chunk = self._whole_chunk(index, values)
+        checksum = google_crc32c.value(chunk).to_bytes(_CHECKSUM_BYTES, "little")
         try:
-            array[layout.region(index)] = values
-        except OSError as error:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(chunk.data)
+                file.write(checksum)
+            temporary.replace(path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             if error.errno in _DISK_FULL:
                 raise StoreFullError(
-                    f"the disk is full: {format_bytes(free_disk(self.root))} free, {format_bytes(layout.chunk_bytes)} "
-                    f"needed for {self.describe(index)}"
+                    f"the disk is full: {format_bytes(free_disk(self.root))} free, "
+                    f"{format_bytes(self.layout.chunk_bytes)} needed for {self.describe(index)}"
                 ) from error
             raise StoreError(f"cannot write {self.describe(index)}: {error}") from error
+
+    def _whole_chunk(self, index: Index, values: NDArray[Any]) -> NDArray[Any]:
+        """``values`` as the bytes of a whole chunk, padded with the fill value; a read-only view where nothing is to do.
+
+        Written by us rather than through Zarr, which copies a chunk three times on its way.
+        """
+        layout = self.layout
+        dtype = layout.dtype.newbyteorder("<")
+        if values.shape == layout.chunks and values.dtype == dtype and values.flags.c_contiguous:
+            chunk = values.view()
+        else:
+            shape = tuple(part.stop - part.start for part in layout.region(index))
+            assert values.shape == shape, f"{values.shape} is not the shape {shape} of the chunk"
+            chunk = np.full(layout.chunks, layout.fill_value, dtype)
+            chunk[tuple(map(slice, shape))] = values
+        chunk.flags.writeable = False
+        return chunk
 
     def read(self, index: Index) -> NDArray[Any]:
         """Read one chunk and check it, shape as :meth:`ArrayLayout.region` says.
@@ -244,14 +276,17 @@ class StoredArray:
         except OSError as error:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
         if len(raw) != layout.chunk_bytes:
-            raise TileError(f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run again: it is recomputed")
-        payload = memoryview(raw)[:-_CHECKSUM_BYTES]
-        if google_crc32c.value(bytes(payload)).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
             raise TileError(
-                f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} and "
-                "run again: it is recomputed"
+                f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run again: it is "
+                "recomputed"
             )
-        chunk = np.frombuffer(payload, layout.dtype.newbyteorder("<")).reshape(layout.chunks)
+        payload = np.frombuffer(raw, np.uint8)[:-_CHECKSUM_BYTES]
+        if google_crc32c.value(payload).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
+            raise TileError(
+                f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "
+                "and run again: it is recomputed"
+            )
+        chunk = payload.view(layout.dtype.newbyteorder("<")).reshape(layout.chunks)
         return chunk[tuple(slice(part.stop - part.start) for part in layout.region(index))]
 
     def read_samples(self, start: int, stop: int) -> NDArray[Any]:
@@ -272,7 +307,7 @@ def _create(store: str | MemoryStore, layout: ArrayLayout) -> zarr.Array[Any]:
         shape=layout.shape,
         chunks=layout.chunks,
         dtype=layout.dtype,
-        fill_value=np.nan if layout.dtype.kind == "f" else 0,
+        fill_value=layout.fill_value,
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
         filters=None,

@@ -15,7 +15,7 @@ from ntkpipe.store import Index, Store, StoredArray
 
 Rows = list[tuple[str, str]]
 
-# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add to it, by the coarser dtype of sum and store.
+# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add, by the coarser dtype of sum and store.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 
 
@@ -70,9 +70,9 @@ class VerificationReport:
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
     """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonal.
 
-    Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that diagonal tiles are
-    symmetric to the last bit; that the diagonal is not negative and ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that
-    killed writers left behind are listed, too.
+    Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
+    diagonal tiles are symmetric to the last bit; that the diagonal is not negative and
+    ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that killed writers left behind are listed, too.
 
     Parameters
     ----------

@@ -80,7 +80,9 @@ def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
             else:
                 grads = [None] * len(parameters)
             for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
-                rows[name].append((torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1).double())
+                rows[name].append(
+                    (torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1).double()
+                )
     return {name: torch.stack(found).numpy() for name, found in rows.items()}
 
 
@@ -121,4 +123,3 @@ def worst_parameter(found, exact):
         errors[name] = float((np.abs(found[name] - one) / own).max())
     name = max(errors, key=errors.get)
     return name, errors[name]
-

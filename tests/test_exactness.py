@@ -133,16 +133,19 @@ def encoder():
 
 
 def lstm():
-    return Custom(
-        lambda m, x: m.h(m.r(tokens(x))[0][:, -1]), r=nn.LSTM(2, 3, batch_first=True), h=L(3, 2)
-    )
+    return Custom(lambda m, x: m.h(m.r(tokens(x))[0][:, -1]), r=nn.LSTM(2, 3, batch_first=True), h=L(3, 2))
 
 
 def convnet():
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3, groups=1),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), L(16, 2),
-    )  # fmt: skip
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(3, 4, 3, groups=1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        L(16, 2),
+    )
     model[1].running_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
     model[1].running_var.copy_(torch.tensor([0.5, 1.5, 2.0]))
     return model
@@ -166,18 +169,27 @@ CASES = {
     "outside modules": (lambda: Custom(lambda m, x: torch.einsum("bi,oij,bj->bo", x, m.w, x), w=param(3, 6, 6)), X),
     "bilinear": (lambda: nn.Sequential(Custom(lambda m, x: m.b(x[:, :3], x[:, 3:]), b=nn.Bilinear(3, 3, 4))), X),
     "weight as bias": (
-        lambda: Custom(lambda m, x: F.linear(F.linear(x, m.w, m.v), m.w) + F.linear(m.v.expand(len(x), 6), m.w),
-                       w=param(6, 6), v=param(6)),
+        lambda: Custom(
+            lambda m, x: F.linear(F.linear(x, m.w, m.v), m.w) + F.linear(m.v.expand(len(x), 6), m.w),
+            w=param(6, 6),
+            v=param(6),
+        ),
         X,
     ),
     "weight through a linear": (
-        lambda: Custom(lambda m, x: F.linear(x, F.linear(m.a, m.b.weight)), a=param(4, 3), b=L(3, 6)), X,
+        lambda: Custom(lambda m, x: F.linear(x, F.linear(m.a, m.b.weight)), a=param(4, 3), b=L(3, 6)),
+        X,
     ),
     "detached weight": (lambda: Custom(lambda m, x: F.linear(x, m.w.detach(), m.b), w=param(3, 6), b=param(3)), X),
     "used under no_grad too": (lambda: Custom(gated, a=L(6, 6), b=L(6, 3)), X),
-    "custom backward": (lambda: Custom(lambda m, x: Doubled.apply(torch.tanh(m.a(x)), m.b.weight), a=L(6, 5), b=L(5, 3)), X),
+    "custom backward": (
+        lambda: Custom(lambda m, x: Doubled.apply(torch.tanh(m.a(x)), m.b.weight), a=L(6, 5), b=L(5, 3)),
+        X,
+    ),
     "checkpoint": (
-        lambda: Custom(lambda m, x: m.b(checkpoint(lambda v: torch.tanh(m.a(v)), x, use_reentrant=False)), a=L(6, 5), b=L(5, 3)),
+        lambda: Custom(
+            lambda m, x: m.b(checkpoint(lambda v: torch.tanh(m.a(v)), x, use_reentrant=False)), a=L(6, 5), b=L(5, 3)
+        ),
         X,
     ),
     "experts": (experts, X),
@@ -186,37 +198,53 @@ CASES = {
     "parameter in a list": (in_a_list, X),
     "class token": (lambda: Custom(lambda m, x: m.h(torch.tanh(m.l(tokens(x)))[:, 0]), l=L(2, 4), h=L(4, 2)), X),
     "class token, time first": (
-        lambda: Custom(lambda m, x: m.h(torch.tanh(m.l(tokens(x).transpose(0, 1)))[0]), l=L(2, 4), h=L(4, 2)), X,
+        lambda: Custom(lambda m, x: m.h(torch.tanh(m.l(tokens(x).transpose(0, 1)))[0]), l=L(2, 4), h=L(4, 2)),
+        X,
     ),
     "projected positions": (
-        lambda: Custom(lambda m, x: torch.tanh(m.l(tokens(x)) + m.p(m.e)).flatten(1), l=L(2, 4), p=L(3, 4), e=param(3, 3)), X,
+        lambda: Custom(
+            lambda m, x: torch.tanh(m.l(tokens(x)) + m.p(m.e)).flatten(1), l=L(2, 4), p=L(3, 4), e=param(3, 3)
+        ),
+        X,
     ),
     "fifteen shared rows": (  # as many as divide by both probe batches
-        lambda: Custom(lambda m, x: m.l(x) * m.p(m.e).sum(0), l=L(6, 4), p=L(3, 4), e=param(15, 3)), X,
+        lambda: Custom(lambda m, x: m.l(x) * m.p(m.e).sum(0), l=L(6, 4), p=L(3, 4), e=param(15, 3)),
+        X,
     ),
     "constant input": (lambda: Custom(lambda m, x: x[:, :3] * m.a(torch.ones_like(x)), a=L(6, 3)), X),
     "weight_norm, old": (lambda: nn.Sequential(nn.utils.weight_norm(L(6, 5)), nn.Tanh(), L(5, 2)), X),
     "weight_norm, new": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(L(6, 5)), nn.Tanh(), L(5, 2)), X,
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(L(6, 5)), nn.Tanh(), L(5, 2)),
+        X,
     ),
     "spectral_norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(L(6, 5)), nn.Tanh(), L(5, 2)), X),
-    "pruned": (lambda: nn.Sequential(torch.nn.utils.prune.l1_unstructured(L(6, 5), "weight", 0.4), nn.Tanh(), L(5, 2)), X),
+    "pruned": (
+        lambda: nn.Sequential(torch.nn.utils.prune.l1_unstructured(L(6, 5), "weight", 0.4), nn.Tanh(), L(5, 2)),
+        X,
+    ),
     "convnet": (convnet, IMAGES),
     "instance norm": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.ReLU(), nn.Flatten(), L(108, 2)), IMAGES,
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.ReLU(), nn.Flatten(), L(108, 2)
+        ),
+        IMAGES,
     ),
     "embedding": (lambda: Custom(lambda m, x: m.l(m.e(x).mean(1)), e=nn.Embedding(20, 4, sparse=True), l=L(4, 3)), IDS),
-    "tied embedding": (lambda: Custom(lambda m, x: F.linear(torch.tanh(m.e(x).sum(1)), m.e.weight[:5]), e=nn.Embedding(20, 4)), IDS),
+    "tied embedding": (
+        lambda: Custom(lambda m, x: F.linear(torch.tanh(m.e(x).sum(1)), m.e.weight[:5]), e=nn.Embedding(20, 4)),
+        IDS,
+    ),
     "lstm": (lstm, X),
     "dict of samples": (
-        lambda: Custom(lambda m, x, mask: m.a(x) * mask[:, :3], a=L(6, 3)), {"x": X, "mask": MASK},
+        lambda: Custom(lambda m, x, mask: m.a(x) * mask[:, :3], a=L(6, 3)),
+        {"x": X, "mask": MASK},
     ),
     "integers": (lambda: Custom(lambda m, x: m.a(x.to(m.a.weight.dtype)), a=L(4, 3)), IDS),
     "two samples": (mlp, X[:2]),
     "one sample": (mlp, X[:1]),
     "encoder, time first": (encoder, X),
     "encoder, as many tokens as samples": (encoder, X[:3]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["ntk", "pntk"])
@@ -230,9 +258,13 @@ def test_kernel_equals_the_reference_in_float64(name, kind):
 
 
 SMALL = {
-    "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
     "max_position_embeddings": 8,
-}  # fmt: skip
+}
 TEXT = {"input_ids": IDS, "attention_mask": MASK}
 
 
@@ -250,17 +282,33 @@ def from_transformers(name, **fields):
 TRANSFORMERS = {
     "vit": (
         ("ViTForImageClassification", "ViTConfig"),
-        {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8,
-         "patch_size": 4, "num_channels": 2, "num_labels": 3},
-        {"pixel_values": IMAGES}, ".logits",
+        {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 12,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 2,
+            "num_labels": 3,
+        },
+        {"pixel_values": IMAGES},
+        ".logits",
     ),
     "bert": (("BertForSequenceClassification", "BertConfig"), {**SMALL, "num_labels": 3}, TEXT, ".logits"),
     "gpt2": (
         ("GPT2LMHeadModel", "GPT2Config"),
-        {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}, {"input_ids": IDS}, last_logits,
+        {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8},
+        {"input_ids": IDS},
+        last_logits,
     ),
-    "llama": (("LlamaForCausalLM", "LlamaConfig"), {**SMALL, "num_key_value_heads": 1}, {"input_ids": IDS}, last_logits),
-}  # fmt: skip
+    "llama": (
+        ("LlamaForCausalLM", "LlamaConfig"),
+        {**SMALL, "num_key_value_heads": 1},
+        {"input_ids": IDS},
+        last_logits,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -345,7 +393,8 @@ def test_linear_model_has_the_kernel_of_the_textbook():
 
 def test_complex_buffers_keep_their_imaginary_part():
     model = Custom(
-        lambda m, x: torch.view_as_real(torch.view_as_complex(tokens(m.l(x)).contiguous()) * m.turn).flatten(1), l=L(6, 6)
+        lambda m, x: torch.view_as_real(torch.view_as_complex(tokens(m.l(x)).contiguous()) * m.turn).flatten(1),
+        l=L(6, 6),
     )
     model.register_buffer("turn", torch.polar(torch.ones(3), torch.tensor([0.3, 1.0, 2.0])))
     found = ntkpipe.kernel_matrix(redraw(model), X, kind="ntk", compute_dtype="float64", workers=1)

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import flop_registry
 from ntkpipe.errors import ModelError
 from ntkpipe.jacobian.factors import Outer, Piece, is_factored_cheaper, materialize, pair_flops
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
-
 from ntkpipe.jacobian.trace import Recorder, Tracing, Use, count_edges, weights_and_biases
 from ntkpipe.models import Batch, FunctionalModel
 
@@ -147,7 +146,9 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {label.partition(":")[2] for label in recorded.values() if label.startswith("torch.func:")}
-        moved = {name: "as recorded" for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
+        moved = {
+            name: "as recorded" for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")
+        }
         method = methods.pop() if methods else self.method
         tracing = self.tracing.without(moved) if moved else self.tracing
         return Engine(self.model, tracing, method, self.covectors, self.accumulate_dtype, recorded)
@@ -275,9 +276,7 @@ class Engine:
             pulled = [
                 torch.stack(cotangents[number], dim=1)
                 if cotangents.get(number)
-                else outputs.new_zeros(
-                    (self.tracing.uses[number].num_positions, len(self.covectors), size, term.n_out)
-                )
+                else outputs.new_zeros((self.tracing.uses[number].num_positions, len(self.covectors), size, term.n_out))
                 for number in term.uses
             ]
             layers.append(
@@ -383,7 +382,9 @@ def _term(
     if representations is not None:
         factored = representations.get(key, "").endswith(":factors")
     else:
-        factored = weight is not None and is_factored_cheaper(positions, n_in + (bias is not None), n_out, num_covectors)
+        factored = weight is not None and is_factored_cheaper(
+            positions, n_in + (bias is not None), n_out, num_covectors
+        )
     return Term(weight, bias, uses, n_in, n_out, positions, factored)
 
 
@@ -408,5 +409,3 @@ def _first_sample(piece: Piece) -> Piece:
         Outer(o.inputs[:, :1].contiguous(), o.cotangents[:, :, :1].contiguous(), o.has_bias) for o in piece.outers
     )
     return Piece(1, outers, piece.dense[:, :1].contiguous())
-
-

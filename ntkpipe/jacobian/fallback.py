@@ -58,7 +58,8 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
             return one_covector(covectors[0])[None]
         return torch.func.vmap(one_covector)(covectors)
 
-    return torch.func.vmap(one_sample, out_dims=1)(batch)
+    # Not out_dims=1: vmap cannot expand there what does not depend on the sample, as the Jacobian of a last bias.
+    return torch.func.vmap(one_sample)(batch).transpose(0, 1)
 
 
 def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:

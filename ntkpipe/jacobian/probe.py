@@ -121,20 +121,27 @@ def choose_method(engine: Engine, batch: Batch) -> Engine:
     """
     if not engine.fallback or engine.method == "loop":
         return engine
-    try:
-        if not engine.model.is_replaceable(batch):
-            raise ModelError("parameters are used out of reach of torch.func.functional_call")
-        engine.fallback_jacobian(batch)
-    except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
+    problem = _problem_of_vmap(engine, batch)
+    if problem is not None:
         engine = Engine(engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype)
         engine.fallback_jacobian(take(batch, (0, 1)))
-        first_line = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"torch.func.vmap cannot run this model ({type(error).__name__}: {first_line:.120}); the "
-            f"{len(engine.fallback)} parameters without a rule are differentiated sample by sample, which is exact but slow",
+            f"torch.func.vmap cannot run this model ({problem}); the {len(engine.fallback)} parameters without a rule are "
+            "differentiated sample by sample, which is exact but slow",
             stacklevel=2,
         )
     return engine
+
+
+def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
+    if not engine.model.is_replaceable(batch):
+        return "parameters are used out of reach of torch.func.functional_call"
+    try:
+        engine.fallback_jacobian(batch)
+    except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first_line:.120}"
+    return None
 
 
 def _check_gradients(model: FunctionalModel, batch: Batch) -> None:

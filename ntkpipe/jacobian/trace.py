@@ -162,7 +162,12 @@ class Tracing:
     def without(self, names: Mapping[str, str]) -> "Tracing":
         """The same with some covered parameters moved to the fallback, with the reasons."""
         uses = tuple(
-            Use(use.rule, tuple((role, name) for role, name in use.names if name not in names), use.leading, use.trailing)
+            Use(
+                use.rule,
+                tuple((role, name) for role, name in use.names if name not in names),
+                use.leading,
+                use.trailing,
+            )
             for use in self.uses
         )
         covered = tuple(name for name in self.covered if name not in names)
@@ -235,31 +240,36 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
     return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
 
 
-def _incomplete(
-    model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch
-) -> Iterator[str]:
+def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
     """Covered parameters whose gradient is not what their uses add up to, as where a model differentiates itself.
 
     Rounding is far below what is tolerated here; a missing use is far above it.
     """
+    if not tracing.covered:
+        return []
     with Recorder(parameters) as recorder:
         outputs = model(batch)
     live = [(c, use) for c, use in zip(recorder.calls, tracing.uses, strict=True) if use.names and c.edge is not None]
     generator = torch.Generator().manual_seed(1)
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     sources: list[Any] = [parameters[name] for name in tracing.covered] + [call.edge for call, _ in live]
-    if not tracing.covered:
-        return
-    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True, materialize_grads=True)
-    exact = dict(zip(tracing.covered, found, strict=False))
+    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True)
+    exact = {
+        name: torch.zeros_like(parameters[name]) if grad is None else grad
+        for name, grad in zip(tracing.covered, found, strict=False)
+    }
     left = {name: grad.clone() for name, grad in exact.items()}
     for (call, use), grad in zip(live, found[len(tracing.covered) :], strict=True):
-        rows = call.rule.output_rows(grad)
+        if grad is None:
+            continue
+        rows = call.rule.output_rows(grad).to(outputs.dtype)
         for role, name in use.names:
-            left[name] -= rows.T @ call.rule.input_rows(call.input) if role == WEIGHT else rows.sum(dim=0)
-    for name, rest in left.items():
-        if float(rest.norm()) > 0.1 * float(exact[name].norm()):
-            yield name
+            inputs = call.rule.input_rows(call.input).to(outputs.dtype)
+            left[name] -= rows.T @ inputs if role == WEIGHT else rows.sum(dim=0)
+    # Below this is what is zero but for rounding, as the gradient of a key's bias under softmax.
+    whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
+    floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
+    return [name for name, rest in left.items() if float(rest.norm()) > 0.1 * float(exact[name].norm()) + floor]
 
 
 def count_edges(outputs: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -351,7 +361,9 @@ def _changed_inputs(
     model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, calls: list[Call], num_samples: int
 ) -> list[Tensor]:
     """Per call, the rows of its input that change when the last sample is replaced by the first; none if unknown."""
-    other = {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
+    other = (
+        {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
+    )
     with torch.no_grad(), Recorder(parameters) as recorder:
         model(other)
     found = []

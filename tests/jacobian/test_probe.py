@@ -1,0 +1,149 @@
+"""Models that have no kernel of single samples are refused with what to do; the fallback's method is found."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import redraw
+from torch import nn
+
+import ntkpipe
+from ntkpipe.errors import ModelError, NonFiniteError
+from ntkpipe.jacobian.probe import check_outputs, probe_samples
+from ntkpipe.models import prepare_model
+
+L = nn.Linear
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Custom(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.function = L(4, 3), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def unregistered():
+    model = Custom(lambda m, x: m.a(x) + m.kept[0](x))
+    model.kept = [L(4, 3)]
+    return model
+
+
+def infinite():
+    model = L(4, 2)
+    nn.init.constant_(model.bias, torch.inf)
+    return model
+
+
+REFUSED = {
+    "not a module": (lambda: lambda x: x, "needed a torch.nn.Module"),
+    "everything frozen": (lambda: L(4, 2).requires_grad_(False), "all frozen"),
+    "no parameters": (nn.Tanh, "no parameters"),
+    "batch norm in train mode": (lambda: nn.Sequential(L(4, 2), nn.BatchNorm1d(2)), r"'1' is in train mode"),
+    "batch norm without statistics": (
+        lambda: nn.Sequential(L(4, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval(),
+        "no running statistics",
+    ),
+    "dropout": (lambda: nn.Sequential(L(4, 2), nn.Dropout(0.5)), "call model.eval"),
+    "functional dropout": (lambda: Custom(lambda m, x: F.dropout(m.a(x), 0.5)), "is random"),
+    "functional batch norm": (
+        lambda: Custom(lambda m, x: F.batch_norm(m.a(x), None, None, training=True)),
+        "other samples of its batch",
+    ),
+    "attention across the batch": (
+        lambda: Custom(lambda m, x: torch.softmax(m.a(x) @ m.a(x).T, dim=1) @ m.a(x)),
+        "other samples of its batch",
+    ),
+    "one axis": (lambda: Custom(lambda m, x: m.a(x)[:, 0]), r"shape \(5,\).*output\[:, None\]"),
+    "three axes": (lambda: Custom(lambda m, x: m.a(x)[:, None]), r"shape \(5, 1, 3\).*flatten"),
+    "no outputs": (lambda: Custom(lambda m, x: m.a(x)[:, :0]), "at least one output"),
+    "a tuple": (lambda: Custom(lambda m, x: (m.a(x), x)), "returned tuple"),
+    "integers": (lambda: Custom(lambda m, x: m.a(x).long()), "real floating-point outputs"),
+    "no_grad": (lambda: Custom(torch.no_grad()(lambda m, x: m.a(x))), "do not depend on any"),
+    "inference_mode": (lambda: Custom(torch.inference_mode()(lambda m, x: m.a(x))), "do not depend on any"),
+    "detached": (lambda: Custom(lambda m, x: m.a(x).detach()), "do not depend on any"),
+    "a module in a plain list": (unregistered, "not parameters of the model"),
+    "autograd fails": (
+        lambda: Custom(lambda m, x: (h := torch.exp(m.a(x))) * (h.mul_(2) > 0)),
+        None,
+    ),
+    "the model raises": (lambda: Custom(lambda m, x: m.a(x[:, :3])), r"RuntimeError on a batch of 5 \(input: \(5, 4\)"),
+}
+REFUSED["autograd fails"] = (
+    lambda: Custom(lambda m, x: (h := torch.exp(m.a(x)), h.mul_(2))[0]),
+    "autograd cannot differentiate",
+)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_without_a_kernel_of_single_samples_are_refused(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ModelError, match=f"(?s){message}"):
+        ntkpipe.kernel_matrix(make(), X, workers=1)
+
+
+def test_a_hook_that_reaches_for_the_users_model_is_refused():
+    model = nn.ModuleDict({"a": L(4, 3), "b": L(3, 2)})
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = model["a"], model["b"]
+
+        def forward(self, x):
+            return self.a(x)
+
+    both = Both()
+    with pytest.raises(ModelError, match="given a copy"):
+        ntkpipe.kernel_matrix(both, X, forward=lambda h: h @ both.b.weight.T)
+    found = ntkpipe.kernel_matrix(
+        both, X, forward=lambda m, x: m(x) @ m.b.weight.T, compute_dtype="float64", kind="ntk", workers=1
+    )
+    exact = reference.kernel(both, X, forward=lambda m, x: m(x) @ m.b.weight.T)
+    assert reference.error(found, exact) <= 1e-12
+
+
+NOT_FINITE = {
+    "inputs": lambda: (L(4, 2), X.clone().index_fill_(0, torch.tensor([3]), torch.nan), "sample 3"),
+    "parameters": lambda: (infinite(), X, "'bias' of the model has 2"),
+    "outputs on a probe": lambda: (Custom(lambda m, x: m.a(x) / x[:, :1]), zeroed(0), r"samples \[0\]"),
+    "outputs elsewhere": lambda: (Custom(lambda m, x: m.a(x) / x[:, :1]), zeroed(2, repeat=10), "sample 2"),
+    "gradients": lambda: (Custom(lambda m, x: torch.sqrt(m.a(x) * x[:, :1])), zeroed(2, repeat=10).abs(), "sample 2"),
+}
+
+
+def zeroed(sample, repeat=1):
+    x = X.repeat(repeat, 1)
+    x[sample, 0] = 0
+    return x
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_is_named(name):
+    model, inputs, message = NOT_FINITE[name]()
+    if name == "gradients":
+        nn.init.constant_(model.a.weight, 1.0)
+        nn.init.zeros_(model.a.bias)
+    with pytest.raises(NonFiniteError, match=message):
+        ntkpipe.kernel_matrix(model, inputs, self_check=False, workers=1)
+
+
+def test_a_model_that_vmap_cannot_run_goes_through_the_loop_with_a_warning():
+    model = redraw(Custom(lambda m, x: (m.a(x) @ m.a.weight) * (1 if float(x.sum()) > 1e9 else 2)))
+    with pytest.warns(UserWarning, match=r"vmap cannot run this model .*the 1 parameters .*sample by sample"):
+        found = ntkpipe.kernel_matrix(model, X, kind="ntk", compute_dtype="float64", workers=1)
+    assert reference.error(found, reference.kernel(model, X)) <= 1e-12
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 1000])
+def test_probes_are_five_samples_spread_over_the_data(num_samples):
+    found = probe_samples(num_samples)
+    assert len(found) == 5
+    assert (found[0], found[-1]) == (0, num_samples - 1)
+
+
+def test_number_of_outputs_is_found():
+    functional = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu"))
+    assert check_outputs(functional, lambda n: X[list(n)], len(X)) == 3

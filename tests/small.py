@@ -1,0 +1,106 @@
+"""A run small enough for any test, and ways to stop it, damage its store and compare it with another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkpipe import compute_kernel
+from ntkpipe.jacobian.block import Block
+from ntkpipe.jacobian.factors import Piece
+from ntkpipe.kernel import KernelStore
+from ntkpipe.runs import StoreSink
+
+
+def mlp(seed: int = 0, width: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).eval()
+
+
+def inputs(num_samples: int = 18, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((num_samples, 4)).astype(np.float32)
+
+
+def compute(path: Path, **changes: Any) -> KernelStore:
+    """The run that most tests start from: 18 train and 7 test samples in tiles of 4; 25 tiles."""
+    options = {
+        "model": mlp(),
+        "inputs": inputs(),
+        "targets": np.arange(18),
+        "test_inputs": inputs(7, seed=1),
+        "tile": 4,
+        "workers": 2,
+        "progress": False,
+        "self_check": False,
+        **changes,
+    }
+    return compute_kernel(store=path, **options)
+
+
+def chunks(path: Path) -> dict[str, bytes]:
+    """Every chunk of every array: what two equal runs have in common to the last bit."""
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("c/**/*") if file.is_file()}
+    return {name: data for name, data in found.items() if not name.endswith(".partial")}
+
+
+def times(path: Path) -> dict[str, int]:
+    """When each chunk was written."""
+    return {name: (path / name).stat().st_mtime_ns for name in chunks(path)}
+
+
+class Allowance:
+    """Lets a number of kernel tiles be written, then raises instead."""
+
+    def __init__(self, monkeypatch: Any, tiles: int, error: BaseException) -> None:
+        self.left = tiles
+        self.error = error
+        self.write: Callable[..., None] = StoreSink.write
+        monkeypatch.setattr(StoreSink, "write", lambda *args: self.spend(*args))
+
+    def spend(self, sink: StoreSink, array: str, index: tuple[int, ...], values: np.ndarray) -> None:
+        if array in {"kernel/train", "kernel/test_train"}:
+            if self.left == 0:
+                raise self.error
+            self.left -= 1
+        self.write(sink, array, index, values)
+
+
+class LinearEngine:
+    """An engine whose Jacobians are the samples themselves: K = x x', exact for small integers. Counts its work."""
+
+    def __init__(self, num_covectors: int = 1) -> None:
+        self.num_covectors = num_covectors
+        self.counts: dict[float, int] = {}
+        self.model = self
+
+    def to_batch(self, arrays: dict[str, torch.Tensor], is_mapping: bool) -> torch.Tensor:
+        return arrays["input"]
+
+    def copy(self) -> "LinearEngine":
+        return self
+
+    def block(self, load: Any, start: int, stop: int, *, subtile: int, batch: int) -> tuple[Block, int]:
+        x = load(start, stop)
+        for name in x[:, 0].tolist():
+            self.counts[name] = self.counts.get(name, 0) + 1
+        dense = x.reshape(len(x), self.num_covectors, -1).transpose(0, 1)
+        parts = [dense[:, first : first + subtile].contiguous() for first in range(0, len(x), subtile)]
+        return Block(tuple(Piece(part.shape[1], (), part) for part in parts), x[:, :2].clone()), batch
+
+
+class DictSink:
+    """Chunks go to a dict."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+        self.writes: list[tuple[str, tuple[int, ...]]] = []
+
+    def exists(self, array: str, index: tuple[int, ...]) -> bool:
+        return (array, index) in self.chunks
+
+    def write(self, array: str, index: tuple[int, ...], values: np.ndarray) -> None:
+        self.writes.append((array, index))
+        self.chunks[array, index] = values.copy()

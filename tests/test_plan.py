@@ -1,0 +1,206 @@
+"""Any plan covers every tile once, keeps within its memory, and says what it will recompute."""
+
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import DictSink, LinearEngine
+
+from ntkpipe.build import BuildJob, StripCache
+from ntkpipe.datasets import ArraySource
+from ntkpipe.errors import ResourceError
+from ntkpipe.execute import ThreadExecutor
+from ntkpipe.grid import Axis, Grid
+from ntkpipe.jacobian.block import Cost
+from ntkpipe.manifest import Choices
+from ntkpipe.plan import Machine, Workload, format_seconds, make_plan
+
+
+def make_workload(num_train: int, num_test: int, tile: int, width: int, cost: Cost) -> Workload:
+    tile = min(tile, num_train)
+    train, test = Axis(num_train, width, tile), Axis(num_test, width, tile)
+    grids = {"kernel/train": Grid(train, train, symmetric=True)}
+    if num_test:
+        grids["kernel/test_train"] = Grid(test, train, symmetric=False)
+    return Workload(grids, num_test, 2, tile, width, store_itemsize=8, accumulate_itemsize=8, cost=cost)
+
+
+costs = st.builds(
+    Cost,
+    block_bytes=st.integers(1, 10**6),
+    workspace_bytes=st.integers(1, 10**6),
+    fixed_workspace_bytes=st.integers(0, 10**6),
+    jacobian_flops=st.floats(0, 1e9),
+    pair_flops=st.floats(1, 1e9),
+)
+workloads = st.builds(
+    make_workload, st.integers(1, 70), st.integers(0, 30), st.integers(1, 80), st.integers(1, 4), costs
+)
+machines = st.builds(
+    Machine,
+    workers=st.integers(1, 9),
+    memory_limit=st.integers(1, 10**9),
+    base_memory=st.integers(0, 10**8),
+    free_disk=st.none() | st.integers(0, 10**9),
+    flops_per_second=st.floats(1e6, 1e12),
+)
+every_choice = st.builds(
+    Choices,
+    strip=st.integers(1, 80),
+    subtile=st.integers(1, 80),
+    batch=st.integers(1, 80),
+    representations=st.just({}),
+    device=st.just("cpu"),
+)
+
+
+@given(workloads, machines)
+def test_tasks_cover_every_stored_tile_once(workload, machine):
+    plan = make_plan(workload, machine)
+    tasks = list(plan.tasks())
+    assert len(tasks) == plan.num_tasks
+    for name, grid in workload.grids.items():
+        covered = Counter(
+            (row, column)
+            for task in tasks
+            if task.array == name
+            for row in task.block.rows()
+            for column in task.block.columns()
+            if grid.is_stored(row, column)
+        )
+        assert covered == dict.fromkeys(grid.tiles(), 1)
+    diagonal = [task.block.row_start for task in tasks if task.array == "kernel/test_diagonal"]
+    assert diagonal == list(range(-(-workload.num_test // workload.tile)))
+
+
+@given(workloads, machines)
+def test_it_keeps_within_memory_and_disk_or_refuses_with_both_numbers(workload, machine):
+    plan = make_plan(workload, machine, bytes_to_write=5000)
+    too_much_memory = plan.memory_bytes > machine.memory_limit
+    too_much_disk = machine.free_disk is not None and machine.free_disk < 5000
+    assert len(plan.problems) == too_much_memory + too_much_disk
+    if plan.problems:
+        with pytest.raises(ResourceError) as info:
+            plan.require_fit()
+        words = dict(plan.rows())
+        assert not too_much_memory or words["memory bound"].split("; limit ")[1] in str(info.value)
+        assert not too_much_memory or words["memory bound"].split(";")[0] in str(info.value)
+        assert not too_much_disk or "needs 4.9 KiB more" in str(info.value)
+    else:
+        plan.require_fit()
+
+
+@given(workloads, machines, st.integers(0, 10**9))
+def test_what_fits_a_memory_fits_a_larger_one(workload, machine, more):
+    machine = replace(machine, free_disk=None)
+    small = make_plan(workload, machine)
+    large = make_plan(workload, replace(machine, memory_limit=machine.memory_limit + more))
+    assert small.problems or not large.problems
+
+
+@given(workloads, machines)
+def test_with_memory_enough_nothing_is_cut_or_computed_again(workload, machine):
+    plan = make_plan(workload, replace(machine, memory_limit=10**15, free_disk=None))
+    assert plan.problems == ()
+    assert plan.machine.workers == machine.workers
+    assert plan.strip == workload.tile
+
+
+@given(workloads, machines)
+def test_what_is_chosen_fits_the_tile(workload, machine):
+    plan = make_plan(workload, machine)
+    assert 1 <= plan.batch <= plan.strip <= workload.tile
+    assert 1 <= plan.subtile <= plan.strip
+    assert plan.hold >= 1
+    assert plan.recompute_factor >= 1.0
+    assert plan.flops >= sum(grid.num_pairs for grid in workload.grids.values()) * workload.cost.pair_flops
+
+
+@given(workloads, machines, every_choice)
+def test_a_resumed_store_keeps_its_choices_on_any_machine(workload, machine, choices):
+    plan = make_plan(workload, machine, choices=choices)
+    assert plan.strip == choices.strip
+    assert plan.subtile == min(choices.subtile, choices.strip)
+    assert plan.batch == min(choices.batch, choices.strip)
+
+
+PLENTY = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(0, 15), st.integers(1, 12), st.integers(0, 40), st.integers(1, 4))
+def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, num_test, tile, held, workers):
+    """Jacobians that cost nothing are not cached: only strips that a worker holds are reused."""
+    cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
+    workload = make_workload(num_train, num_test, tile, 1, cost)
+    fixed = make_plan(workload, replace(PLENTY, memory_limit=1)).memory_bytes
+    plan = make_plan(workload, replace(PLENTY, workers=workers, memory_limit=fixed + held * 10**6))
+    assert plan.cache_bytes == 0
+    counted = run(plan, num_train, num_test)
+    assert sum(counted.values()) <= plan.recompute_factor * workload.num_samples
+    assert len(counted) == workload.num_samples
+
+
+@pytest.mark.parametrize("held", [16, 40])
+def test_the_recompute_factor_is_no_idle_bound(held):
+    """Where workers keep nothing from block to block, whole tiles cost what it says, or a strip a block less."""
+    cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
+    workload = make_workload(32, 0, 4, 1, cost)
+    plan = make_plan(workload, replace(PLENTY, memory_limit=10**5 + held * 10**6))
+    counted = sum(run(plan, 32, 0, forget=True).values()) / 32
+    assert 0.9 * plan.recompute_factor <= counted <= plan.recompute_factor
+
+
+def test_a_cache_for_everything_computes_each_jacobian_once():
+    cost = Cost(1000, 1, 0, jacobian_flops=1e9, pair_flops=1.0)
+    plan = make_plan(make_workload(32, 9, 4, 1, cost), replace(PLENTY, workers=3))
+    assert plan.recompute_factor == 1.0
+    assert set(run(plan, 32, 9).values()) == {1}
+
+
+def run(plan, num_train: int, num_test: int, *, forget: bool = False) -> dict[float, int]:
+    """Run a plan, perhaps with a new worker for each task; how often each sample's Jacobian was computed."""
+    x = np.stack([np.arange(num_train + num_test), np.ones(num_train + num_test)], axis=1)
+    sources = {"train": ArraySource({"input": x[:num_train]}, num_train)}
+    if num_test:
+        sources["test"] = ArraySource({"input": x[num_train:]}, num_test)
+    engine = LinearEngine()
+    job = BuildJob(engine, plan, sources, False, DictSink(), StripCache(plan.cache_bytes), np.dtype("float64"))
+    for tasks in ([task] for task in plan.tasks()) if forget else [plan.tasks()]:
+        list(ThreadExecutor(plan.machine.workers).run(job, tasks))
+    return engine.counts
+
+
+def test_a_million_samples_are_planned_without_listing_their_tiles():
+    cost = Cost(400, 5000, 10**6, jacobian_flops=1e5, pair_flops=200.0)
+    workload = make_workload(10**6, 0, 4096, 1, cost)
+    tracemalloc.start()
+    plan = make_plan(workload, replace(PLENTY, workers=16, memory_limit=8 * 2**30, flops_per_second=5e10))
+    count = sum(1 for _ in plan.tasks())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert workload.num_tiles == 245 * 246 // 2
+    assert plan.problems == ()
+    assert plan.num_tasks == count >= 4 * 16
+    assert plan.bytes_to_write == workload.num_tiles * 4096**2 * 8
+    assert plan.recompute_factor < 20
+    assert peak < 2**20
+
+
+def test_a_plan_in_words_and_as_json():
+    plan = make_plan(make_workload(32, 9, 4, 2, Cost(1000, 1, 0, 1e9, 1.0)), PLENTY, tiles_done=3, bytes_to_write=10)
+    words = dict(plan.rows())
+    assert words["kernels"] == "kernel/train 64 × 64, kernel/test_train 18 × 64"
+    assert words["tiles"] == "60, of which 3 exist"
+    assert words["to write"] == "10 B; kept in memory"
+    assert plan.to_json()["tiles_done"] == 3
+    assert plan.to_json()["memory_bytes"] == plan.memory_bytes
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(1.0, "1.0 s"), (99, "99.0 s"), (120, "2.0 min"), (7200, "2.0 h")])
+def test_seconds_in_words(seconds, words):
+    assert format_seconds(seconds) == words
