@@ -1,6 +1,6 @@
 """Opening a store and reading a tile, in a new process, against importing torch.
 
-    python benchmarks/opening.py [--repeats 7]
+python benchmarks/opening.py [--repeats 7]
 """
 
 import argparse

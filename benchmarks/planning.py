@@ -1,6 +1,6 @@
 """Planning a million samples: seconds, and peak memory of the process that plans.
 
-    python benchmarks/planning.py [--samples 1000000] [--tile 4096]
+python benchmarks/planning.py [--samples 1000000] [--tile 4096]
 """
 
 import argparse

@@ -126,12 +126,13 @@ class JacobianProducts:
         if not self.model.is_replaceable(batch):
             return self._slopes_by_reverse(tangents, batch)
         try:
-            _, slopes = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
+            products = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
         except NtkpipeError:
             raise
         except (RuntimeError, NotImplementedError):
             # Operations without forward-mode derivatives: J u is the derivative of (J'w)u by w.
             return self._slopes_by_reverse(tangents, batch)
+        slopes: Tensor = products[1]
         return slopes
 
     def _slopes_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:

@@ -89,7 +89,9 @@ def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter
     else:
         _print_rows("plan", planned.rows())
         counts = Counter(found.values())
-        _print_rows("Jacobians", list(found.items()) if by_parameter else [(k, f"{n} terms") for k, n in counts.items()])
+        _print_rows(
+            "Jacobians", list(found.items()) if by_parameter else [(k, f"{n} terms") for k, n in counts.items()]
+        )
     if planned.problems:
         sys.exit(_FOUND)
 
@@ -109,9 +111,18 @@ def info(store: Path, as_json: bool) -> None:
     rows = [
         ("kind", f"{manifest.kind}: {manifest.convention}"),
         ("kernel", f"{opened.train.shape[0]:,} × {opened.train.shape[1]:,} {manifest.store_dtype}"),
-        ("samples", f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs"),
-        ("model", f"{manifest.model.name}, {manifest.model.num_parameters:,} parameters in {len(manifest.model.parameters)}"),
-        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {manifest.choices.device}"),
+        (
+            "samples",
+            f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs",
+        ),
+        (
+            "model",
+            f"{manifest.model.name}, {manifest.model.num_parameters:,} parameters in {len(manifest.model.parameters)}",
+        ),
+        (
+            "computed in",
+            f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {manifest.choices.device}",
+        ),
         ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
         ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
     ]
@@ -186,7 +197,10 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "path": str(store.path),
         "manifest": store.manifest.model_dump(mode="json"),
         "progress": {**asdict(progress), "is_complete": progress.is_complete},
-        **{name: store.store.read_result(name) for name in ("verification", "certificate", "self_check", "runs", "summary")},
+        **{
+            name: store.store.read_result(name)
+            for name in ("verification", "certificate", "self_check", "runs", "summary")
+        },
     }
 
 

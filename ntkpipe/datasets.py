@@ -163,7 +163,7 @@ class Samples:
         DataError
             If samples have other arrays, shapes or dtypes than those before.
         """
-        described = self.describe()
+        described, sample = self.describe(), self.source.read(0, 1)
         digests = {name: hashlib.sha256() for name in described.inputs}
         bad: set[int] = set()
         for start, stop in self.spans():
@@ -178,6 +178,11 @@ class Samples:
                     bad |= {start + int(i) for i in np.flatnonzero(~finite)}
         if bad:
             raise NonFiniteError(f"{label}: NaN or infinite entries in {show_samples(sorted(bad))}")
+        again = self.source.read(0, 1)
+        if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
+            raise DataError(
+                f"{label}: sample 0 is another one each time it is read; switch random augmentation off, or pass arrays"
+            )
         digest = hashlib.sha256()
         for name, record in sorted(described.inputs.items()):
             digest.update(f"{name}|{record}|{digests[name].hexdigest()}|".encode())

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from ntkpipe.config import ComputeDtype, RealDtype
 from ntkpipe.errors import StoreError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
 

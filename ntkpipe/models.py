@@ -203,7 +203,8 @@ def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> n
             return value.to(device, complex_dtype)
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-    return module._apply(convert)
+    converted: nn.Module = module._apply(convert)
+    return converted
 
 
 def _require_gradients(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
-from ntkpipe.errors import StoreMismatchError
+from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Axis, Grid, default_tile
 from ntkpipe.jacobian.block import Cost, Engine
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples
@@ -82,7 +82,12 @@ def loader(model: FunctionalModel, samples: Samples) -> Load:
 
     def load(numbers: Sequence[int]) -> Batch:
         arrays = [samples.source.read(i, i + 1) for i in numbers]
-        joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
+        try:
+            joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"samples {', '.join(map(str, numbers))} do not have the same arrays ({error}); pad or crop them"
+            ) from error
         return model.to_batch(joined, samples.is_mapping)
 
     return load

@@ -440,7 +440,10 @@ def prepare_path(path: str | Path, mode: Mode) -> Store | None:
         With ``w-`` if a store is there; with any mode if something else is there.
     """
     root = local_path(path)
-    is_store = (root / "zarr.json").exists()
+    try:
+        is_store = (root / "zarr.json").exists()
+    except OSError as error:
+        raise StoreError(f"cannot read {root}: {error}") from error
     if not is_store:
         if root.is_dir() and all(name.endswith(".partial") for name in os.listdir(root)):
             return None
@@ -468,6 +471,7 @@ def _remove(root: Path) -> None:
     doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}.removed")
     with _writing(root):
         root.rename(doomed)
+    with _writing(doomed):
         shutil.rmtree(doomed)
 
 

@@ -162,7 +162,10 @@ def kernel_rows(store: KernelStore) -> Rows:
     rows = [
         ("store", str(store.path)),
         ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
-        ("size", f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"),
+        (
+            "size",
+            f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
+        ),
     ]
     runs = (store.store.read_result("runs") or {"runs": []})["runs"]
     if runs:
@@ -213,7 +216,9 @@ _STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "
 def _check_step(step: StepSpec, source: str) -> None:
     if step.step not in _STEPS:
         close = get_close_matches(step.step, _STEPS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(_STEPS)})")
+        raise ConfigError(
+            f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(_STEPS)})"
+        )
     parameters = signature(_STEPS[step.step]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for option in step.options:

@@ -194,6 +194,26 @@ def test_a_data_set_that_fails_leaves_no_store(path):
     assert not path.exists()
 
 
+class Ragged(Broken):
+    def __getitem__(self, i):
+        return inputs()[i, : 4 if i < 9 else 3]
+
+
+class Augmented(Broken):
+    def __getitem__(self, i):
+        return torch.randn(4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [(Ragged(), "do not have the same arrays"), (Augmented(), "another one each time it is read")],
+)
+def test_data_sets_whose_samples_cannot_be_used_are_refused(path, dataset, words):
+    with pytest.raises(DataError, match=words):
+        compute(path, inputs=dataset, targets=None, test_inputs=None)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -282,7 +302,7 @@ def test_a_plan_of_a_store_counts_what_is_there_and_keeps_its_choices(path, monk
     assert (plan.workload.tile, plan.tiles_done) == (4, 9)
     assert plan.strip == open_kernel(path).manifest.choices.strip
     assert plan.bytes_to_write >= 16 * (4 * 4 * 4 + 4)
-    with pytest.raises(StoreMismatchError, match="train.num_samples"):
+    with pytest.raises(StoreMismatchError, match=r"train\.num_samples"):
         ask(inputs(17), targets=np.arange(17))
 
 

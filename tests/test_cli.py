@@ -50,7 +50,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_run_prints_what_was_computed(finished: tuple[Path, str]) -> None:
     _, printed = finished
-    for word in ("1,500 × 1,500", "GFLOP/s", "certificate train", "eigenvalues", "kernel-target alignment", "samples right"):
+    for word in (
+        "1,500 × 1,500",
+        "GFLOP/s",
+        "certificate train",
+        "eigenvalues",
+        "kernel-target alignment",
+        "samples right",
+    ):
         assert word in printed
 
 

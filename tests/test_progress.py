@@ -15,7 +15,9 @@ class Terminal(io.StringIO):
 
 
 def show(num_items: int, stream: io.StringIO, *, done: int = 0) -> list[int]:
-    records = show_progress(iter(range(num_items)), total=done + num_items, done=done, what="pntk", unit="tile", stream=stream)
+    records = show_progress(
+        iter(range(num_items)), total=done + num_items, done=done, what="pntk", unit="tile", stream=stream
+    )
     return list(records)
 
 

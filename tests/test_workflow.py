@@ -14,7 +14,7 @@ import ntkpipe
 from ntkpipe import workflow
 from ntkpipe.errors import ConfigError, ModelError
 
-FACTORIES = '''
+FACTORIES = """
 import numpy as np
 import torch
 
@@ -43,7 +43,7 @@ class Wrapped(torch.nn.Module):
 
 def pick(output):
     return output["logits"]
-'''
+"""
 
 
 @pytest.fixture
@@ -145,7 +145,9 @@ def test_plan_writes_nothing(write: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "k.zarr").exists()
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("workflows/*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("workflows/*/*.yaml")), ids=lambda path: path.stem
+)
 def test_every_workflow_of_the_repository_loads_and_plans(path: Path, tmp_path: Path) -> None:
     loaded = workflow.load(path, [f"store={tmp_path / 'k.zarr'}"])
     planned, _ = workflow.plan(loaded)

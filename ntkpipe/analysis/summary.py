@@ -125,9 +125,7 @@ def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.flo
     return inner / norms if norms else 0.0
 
 
-def ridge_regression(
-    kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float
-) -> NDArray[np.float64]:
+def ridge_regression(kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
     """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve.
 
     Parameters
@@ -139,26 +137,25 @@ def ridge_regression(
     ridge
         lambda.
     """
-    coefficients: NDArray[np.float64] = np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets)
-    return coefficients
+    return np.asarray(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets), np.float64)
 
 
 def _centred(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     """H K H with H = I - 11'/n."""
     columns = kernel.mean(axis=0)
-    return kernel - columns[:, None] - columns[None, :] + columns.mean()
+    return np.asarray(kernel - columns[:, None] - columns[None, :] + columns.mean(), np.float64)
 
 
 def _num_classes(targets: NDArray[Any]) -> int | None:
-    """Number of classes if targets are class numbers."""
-    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and targets.min() >= 0
+    """Number of classes if targets are class numbers: integers from 0, fewer classes than samples."""
+    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and 0 <= targets.min() <= targets.max() < len(targets)
     return int(targets.max()) + 1 if is_class else None
 
 
 def _target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np.float64]:
     """Targets as (n, c): one-hot for classes."""
     if num_classes is not None:
-        return np.eye(num_classes)[targets]
+        return np.asarray(np.eye(num_classes)[targets], np.float64)
     return targets.reshape(len(targets), -1).astype(np.float64)
 
 

@@ -1,6 +1,6 @@
-"""From samples to a Jacobian block: the engine that puts traced factors and the fallback together, and what it costs."""
+"""From samples to a Jacobian block: the engine that joins traced factors and the fallback, and what it costs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from ntkpipe.errors import ModelError
 from ntkpipe.jacobian.factors import Outer, Piece, is_factored_cheaper, materialize, pair_flops
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
-from ntkpipe.jacobian.trace import Recorder, Tracing, Use, count_edges, weights_and_biases
+from ntkpipe.jacobian.trace import Call, Recorder, Tracing, count_edges, weights_and_biases
 from ntkpipe.models import Batch, FunctionalModel
 
 
@@ -167,6 +167,11 @@ class Engine:
         Returns
         -------
         The block, and the batch size that was used in the end.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If a GPU cannot even run two samples at a time.
         """
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
@@ -227,58 +232,34 @@ class Engine:
         ModelError
             If the forward pass is not the one that was traced.
         """
-        size = batch_size(batch)
-        covered = bool(self.terms)
-        watched = [p for name, p in self.model.parameters().items() if name in self.tracing.unused]
-        with torch.set_grad_enabled(covered or bool(watched)), Recorder(self.model.parameters()) as recorder:
+        size, uses = batch_size(batch), self.tracing.uses
+        parameters = self.model.parameters()
+        needs_graph = bool(self.terms or self.tracing.unused)
+        with torch.set_grad_enabled(needs_graph), Recorder(parameters) as recorder:
             outputs = self.model(batch)
-        if covered and not self.tracing.matches(recorder.calls, count_edges(outputs, self.model.parameters()), size):
+        calls = recorder.calls
+        if self.terms and not self.tracing.matches(calls, count_edges(outputs, parameters), size):
             raise ModelError(
                 "the forward pass used its parameters in another way than on the probe batch: its operations depend on "
                 "the data. Pass jacobian='fallback' to compute this model without structure"
             )
-        live = [
-            (number, call.edge)
-            for number, (call, use) in enumerate(zip(recorder.calls, self.tracing.uses, strict=False))
-            if use.names and call.edge is not None
-        ]
-        cotangents: dict[int, list[Tensor]] = {number: [] for number, _ in live}
-        sources: list[Any] = [edge for _, edge in live] + watched
-        for position, covector in enumerate(self.covectors if outputs.requires_grad and sources else ()):
-            grads = torch.autograd.grad(
-                outputs,
-                sources,
-                grad_outputs=covector.to(outputs.dtype).expand_as(outputs),
-                retain_graph=position + 1 < len(self.covectors),
-                allow_unused=True,
-            )
-            if any(grad is not None for grad in grads[len(live) :]):
-                raise ModelError(
-                    "a parameter that the probe batch did not use is used by another batch: the operations of the "
-                    "forward pass depend on the data. Pass jacobian='fallback' to compute this model without structure"
-                )
-            for (number, _), grad in zip(live, grads, strict=False):
-                use, call = self.tracing.uses[number], recorder.calls[number]
-                if grad is None:
-                    width = self._output_width(use)
-                    grad = outputs.new_zeros((call.num_rows, width))
-                cotangents[number].append(use.by_position(call.rule.output_rows(grad), size))
-        if any(recorder.calls[number].input_was_changed() for number, _ in live):
+        cotangents = self._pull_back(outputs, calls)
+        if any(call.input_was_changed() for call, use in zip(calls, uses, strict=False) if use.names):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
         layers = []
         for term in self.terms:
-            inputs = [
-                use.by_position(recorder.calls[number].rule.input_rows(recorder.calls[number].input), size)
-                if term.weight is not None
-                else outputs.new_zeros((use.num_positions, size, 0))
-                for number, use in ((number, self.tracing.uses[number]) for number in term.uses)
-            ]
-            pulled = [
-                torch.stack(cotangents[number], dim=1)
-                if cotangents.get(number)
-                else outputs.new_zeros((self.tracing.uses[number].num_positions, len(self.covectors), size, term.n_out))
-                for number in term.uses
-            ]
+            inputs, pulled = [], []
+            for number in term.uses:
+                use, call = uses[number], calls[number]
+                shape = (use.num_positions, size, 0)
+                inputs.append(
+                    use.by_position(call.rule.input_rows(call.input), size) if term.weight else outputs.new_zeros(shape)
+                )
+                rows = [
+                    outputs.new_zeros((call.num_rows, term.n_out)) if grad is None else call.rule.output_rows(grad)
+                    for grad in cotangents[number]
+                ]
+                pulled.append(torch.stack([use.by_position(grad, size) for grad in rows], dim=1))
             layers.append(
                 Outer(
                     torch.cat(inputs).to(self.accumulate_dtype).contiguous(),
@@ -288,9 +269,39 @@ class Engine:
             )
         return outputs.detach(), layers
 
-    def _output_width(self, use: Use) -> int:
-        name = use.names[0][1]
-        return int(self.model.parameters()[name].shape[0])
+    def _pull_back(self, outputs: Tensor, calls: list[Call]) -> dict[int, list[Tensor | None]]:
+        """Each covector pulled back to the output of each use, by number; none where nothing flows back.
+
+        Raises
+        ------
+        ModelError
+            If a parameter that the probe batch did not use gets a gradient.
+        """
+        uses = self.tracing.uses
+        named = [number for number, use in enumerate(uses) if use.names]
+        edges = {number: edge for number in named if (edge := calls[number].edge) is not None}
+        parameters = self.model.parameters()
+        sources: list[Any] = [*edges.values(), *(parameters[name] for name in self.tracing.unused)]
+        found: dict[int, list[Tensor | None]] = {number: [] for number in named}
+        for position, covector in enumerate(self.covectors):
+            grads: Sequence[Tensor | None] = [None] * len(sources)
+            if outputs.requires_grad and sources:
+                grads = torch.autograd.grad(
+                    outputs,
+                    sources,
+                    grad_outputs=covector.to(outputs.dtype).expand_as(outputs),
+                    retain_graph=position + 1 < len(self.covectors),
+                    allow_unused=True,
+                )
+            if any(grad is not None for grad in grads[len(edges) :]):
+                raise ModelError(
+                    "a parameter that the probe batch did not use is used by another batch: the operations of the "
+                    "forward pass depend on the data. Pass jacobian='fallback' to compute this model without structure"
+                )
+            by_number = dict(zip(edges, grads, strict=False))
+            for number in named:
+                found[number].append(by_number.get(number))
+        return found
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""
@@ -310,7 +321,7 @@ class Engine:
         )
 
     def _measure(self, batch: Batch) -> tuple[float, int, Piece]:
-        with _Meter() as meter:
+        with _Meter() as meter:  # type: ignore[no-untyped-call]
             piece, _ = self.piece(batch)
         return meter.num_flops, meter.num_bytes, piece
 
@@ -321,10 +332,8 @@ class _Meter(TorchDispatchMode):
     Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_flops = 0.0
-        self.num_bytes = 0
+    num_flops = 0.0
+    num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -354,7 +363,7 @@ def _terms(
     representations: Mapping[str, str] | None,
 ) -> Iterator[Term]:
     weights, biases = weights_and_biases(tracing.uses)
-    paired = {}
+    paired: dict[str, str] = {}
     for weight, uses in weights.items():
         partner = next((bias for bias, other in biases.items() if other == uses and bias not in paired.values()), None)
         if partner is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ntkpipe.errors import NtkpipeError, SelfCheckError
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.fallback import by_loop, take
 from ntkpipe.jacobian.probe import Load, choose_method
-from ntkpipe.models import FunctionalModel
+from ntkpipe.models import Batch, FunctionalModel
 from ntkpipe.resources import available_memory
 
 _NUM_SAMPLES = 3
@@ -124,7 +125,7 @@ class _Check:
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
         self.reference = _reference(self.model, load, self.chosen, self.covectors.to(self.model.device))
-        self.scale = _scale(sum(_gram(j) for j in self.reference.values()))
+        self.scale = _scale(_total(self.reference))
 
     def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str]]:
         """Move what fails to the fallback, then to the loop; whom finite differences side with is right."""
@@ -137,7 +138,7 @@ class _Check:
             sided |= by_engine
             if by_engine:  # the reference is wrong there, so the engine's own Jacobian takes its place
                 self.reference |= {name: found[name] for name in by_engine}
-                self.scale = _scale(sum(_gram(jacobian) for jacobian in self.reference.values()))
+                self.scale = _scale(_total(self.reference))
             failed = {name: error for name, error in failed.items() if name not in by_engine}
             if not failed:
                 return engine, moved, sided
@@ -168,9 +169,8 @@ class _Check:
         """Error of the whole kernel in the compute dtype, against the reference."""
         whole = engine.with_covectors(self.covectors)
         found = _per_parameter(whole, self._load, self._picked, self.places)
-        total = sum(_gram(jacobian.double()) for jacobian in found.values())
-        exact = sum(_gram(jacobian) for jacobian in self.reference.values())
-        return float(((total - exact).abs() / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        gap = (_total(found) - _total(self.reference)).abs()
+        return float((gap / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
     def _jacobians(self, engine: Engine) -> Jacobians:
         double = Engine(
@@ -256,13 +256,18 @@ def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: T
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for sample in samples:
         batch = _cast(model, load, [sample])
-        outputs, pull_back = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)
+        function = partial(_first_outputs, model, batch)
+        outputs, pull_back = torch.func.vjp(function, parameters)[:2]
         for covector in covectors:
             (grads,) = pull_back(covector.to(outputs.dtype))
             for name, grad in grads.items():
                 rows[name].append(grad.reshape(-1).double())
     count = len(covectors)
     return {name: torch.stack(grads).unflatten(0, (-1, count)).transpose(0, 1) for name, grads in rows.items()}
+
+
+def _first_outputs(model: FunctionalModel, batch: Batch, parameters: Jacobians) -> Tensor:
+    return model.call_with(parameters, batch)[0]
 
 
 def _per_parameter(engine: Engine, load: Load, picked: list[int], places: list[int]) -> Jacobians:
@@ -286,13 +291,18 @@ def _parameter_jacobians(engine: Engine, batch: Any, places: list[int]) -> Itera
         yield name, parameters[name].new_zeros((*shape, parameters[name].numel()))
     if engine.fallback:
         widths = [parameters[name].numel() for name in engine.fallback]
-        parts = engine.fallback_jacobian(take(batch, places)).split(widths, dim=2)
+        parts = torch.split(engine.fallback_jacobian(take(batch, places)), widths, dim=2)
         yield from zip(engine.fallback, parts, strict=True)
 
 
 def _gram(jacobian: Tensor) -> Tensor:
     rows = jacobian.transpose(0, 1).flatten(0, 1)
     return rows @ rows.T
+
+
+def _total(jacobians: Jacobians) -> Tensor:
+    """The whole kernel, summed over parameters in float64."""
+    return torch.stack([_gram(jacobian.double()) for jacobian in jacobians.values()]).sum(dim=0)
 
 
 def _scale(gram: Tensor) -> Tensor:

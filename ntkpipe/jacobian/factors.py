@@ -8,6 +8,7 @@ Everything here is covector-major, (covector, sample), since its matrix products
 caller turns finished pieces sample-major.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +77,9 @@ class Workspace:
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous (rows, columns) tensor of the dtype and device of ``like``; its content is undefined."""
+        rows, columns = shape
         flat = self._tensors.get(name)
         if flat is None or flat.numel() < rows * columns or flat.dtype != like.dtype or flat.device != like.device:
             flat = self._tensors[name] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
@@ -111,7 +113,7 @@ def contract(left: Piece, right: Piece, workspace: Workspace) -> Tensor:
     """
     covectors = left.dense.shape[0]
     shape = (covectors * left.num_samples, covectors * right.num_samples)
-    total = workspace.take("total", *shape, like=left.dense)
+    total = workspace.take("total", shape, like=left.dense)
     _set_dense(total, left.dense.flatten(0, 1), right.dense.flatten(0, 1), workspace)
     for one, other in zip(left.outers, right.outers, strict=True):
         _add_outer(total, one, other, workspace)
@@ -127,8 +129,8 @@ def _set_dense(total: Tensor, left: Tensor, right: Tensor, workspace: Workspace)
     if length <= _LONGEST_SUM or total.dtype == torch.float64:
         torch.mm(left, right.T, out=total)
         return
-    part = workspace.take("part", *total.shape, like=total)
-    exact = workspace.take("exact", *total.shape, like=total.new_empty(0, dtype=torch.float64)).zero_()
+    part = workspace.take("part", total.shape, like=total)
+    exact = workspace.take("exact", total.shape, like=total.new_empty(0, dtype=torch.float64)).zero_()
     for start in range(0, length, _LONGEST_SUM):
         stop = start + _LONGEST_SUM
         exact += torch.mm(left[:, start:stop], right[:, start:stop].T, out=part)
@@ -139,8 +141,8 @@ def _add_outer(total: Tensor, left: Outer, right: Outer, workspace: Workspace) -
     """Add ``sum_tu (a_t a'_u + 1)(d_t d'_u)``: one pair of products for each pair of positions."""
     num_left, num_right = left.inputs.shape[1], right.inputs.shape[1]
     covectors = left.cotangents.shape[1]
-    inputs = workspace.take("inputs", num_left, num_right, like=total)
-    cotangents = workspace.take("cotangents", *total.shape, like=total)
+    inputs = workspace.take("inputs", (num_left, num_right), like=total)
+    cotangents = workspace.take("cotangents", total.shape, like=total)
     view = (covectors, num_left, covectors, num_right)
     for a, d in zip(left.inputs, left.cotangents, strict=True):
         for b, e in zip(right.inputs, right.cotangents, strict=True):

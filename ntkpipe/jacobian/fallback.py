@@ -48,7 +48,7 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
         def outputs(values: dict[str, Tensor]) -> Tensor:
             return model.call_with(values, single)[0]
 
-        _, pull_back = torch.func.vjp(outputs, parameters)
+        pull_back = torch.func.vjp(outputs, parameters)[1]
 
         def one_covector(covector: Tensor) -> Tensor:
             (grads,) = pull_back(covector)

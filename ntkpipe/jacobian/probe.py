@@ -71,8 +71,8 @@ def _run(model: FunctionalModel, batch: Batch) -> Tensor:
         tensors = batch if isinstance(batch, dict) else {"input": batch}
         shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
         raise ModelError(
-            f"the model raised {type(error).__name__} on a batch of {batch_size(batch)} ({shown}): {error}. Real inputs "
-            "take the compute dtype, integers and booleans are passed on as they are"
+            f"the model raised {type(error).__name__} on a batch of {batch_size(batch)} ({shown}): {error}. Real "
+            "inputs take the compute dtype, integers and booleans are passed on as they are"
         ) from error
 
 
@@ -126,8 +126,8 @@ def choose_method(engine: Engine, batch: Batch) -> Engine:
         engine = Engine(engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype)
         engine.fallback_jacobian(take(batch, (0, 1)))
         warnings.warn(
-            f"torch.func.vmap cannot run this model ({problem}); the {len(engine.fallback)} parameters without a rule are "
-            "differentiated sample by sample, which is exact but slow",
+            f"torch.func.vmap cannot run this model ({problem}); the {len(engine.fallback)} parameters without a rule "
+            "are differentiated sample by sample, which is exact but slow",
             stacklevel=2,
         )
     return engine
@@ -167,8 +167,8 @@ def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
         shown = ", ".join(str(tuple(leaf.shape)) for leaf in list(foreign.values())[:5])
         raise ModelError(
             f"the outputs depend on {len(foreign)} tensors that require a gradient and are not parameters of the model "
-            f"(shapes {shown}): a module in a plain list, or another model in the forward hook. The hook is given a copy "
-            "of the model: use forward=lambda model, inputs: …; register modules, as in nn.ModuleList; call "
+            f"(shapes {shown}): a module in a plain list, or another model in the forward hook. The hook is given a "
+            "copy of the model: use forward=lambda model, inputs: …; register modules, as in nn.ModuleList; call "
             "requires_grad_(False) on what is meant to be constant"
         )
     if all(grad is None for grad in grads):

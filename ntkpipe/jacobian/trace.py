@@ -7,7 +7,7 @@ gradient that still arrives came another way. Which rows of a use belong to whic
 one sample at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,7 +253,7 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
     generator = torch.Generator().manual_seed(1)
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     sources: list[Any] = [parameters[name] for name in tracing.covered] + [call.edge for call, _ in live]
-    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True)
+    found: Sequence[Tensor | None] = torch.autograd.grad(outputs, sources, covectors, allow_unused=True)
     exact = {
         name: torch.zeros_like(parameters[name]) if grad is None else grad
         for name, grad in zip(tracing.covered, found, strict=False)
@@ -289,7 +289,7 @@ def leaves(outputs: Tensor) -> Iterator[Tensor]:
     seen, stack = {outputs.grad_fn}, [outputs.grad_fn]
     while stack:
         for node, _ in stack.pop().next_functions:
-            if hasattr(node, "variable"):
+            if node is not None and hasattr(node, "variable"):
                 yield node.variable
             elif node is not None and node not in seen:
                 seen.add(node)
@@ -336,7 +336,7 @@ def _probe(
     for sample in range(num_samples if outputs.requires_grad and live else 0):
         seed = torch.zeros_like(outputs)
         seed[sample] = covectors[sample]
-        grads = torch.autograd.grad(
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
             outputs, [edge for _, edge in live], grad_outputs=seed, retain_graph=True, allow_unused=True
         )
         for (number, _), grad in zip(live, grads, strict=True):

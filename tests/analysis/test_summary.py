@@ -12,7 +12,9 @@ from ntkpipe.analysis.summary import kernel_target_alignment, ridge_regression, 
 from ntkpipe.errors import ConfigError
 
 
-def make_store(path: Path, rng: np.random.Generator, *, kind: str = "pntk", targets: str = "classes") -> ntkpipe.KernelStore:
+def make_store(
+    path: Path, rng: np.random.Generator, *, kind: str = "pntk", targets: str = "classes"
+) -> ntkpipe.KernelStore:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).eval()
     inputs, test_inputs = rng.standard_normal((40, 6)), rng.standard_normal((15, 6))

@@ -76,10 +76,10 @@ def test_long_float32_sums_are_as_good_as_float64():
 
 def test_workspace_is_reused_and_follows_dtype():
     workspace = Workspace()
-    first = workspace.take("a", 3, 4, torch.zeros(1))
-    assert workspace.take("a", 2, 5, torch.zeros(1)).data_ptr() == first.data_ptr()
-    assert workspace.take("b", 3, 4, torch.zeros(1)).data_ptr() != first.data_ptr()
-    assert workspace.take("a", 3, 4, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    first = workspace.take("a", (3, 4), torch.zeros(1))
+    assert workspace.take("a", (2, 5), torch.zeros(1)).data_ptr() == first.data_ptr()
+    assert workspace.take("b", (3, 4), torch.zeros(1)).data_ptr() != first.data_ptr()
+    assert workspace.take("a", (3, 4), torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_factors_are_kept_where_they_cost_less():
