@@ -291,8 +291,8 @@ def kernel_matrix(
         needed, available = shape[0] * shape[1] * dtype.itemsize, available_memory()
         if needed > _SHARE_OF_MEMORY * available:
             raise ResourceError(
-                f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; {format_bytes(available)} "
-                "of memory is available. Use compute_kernel, which writes a store"
+                f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
+                f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
             )
         engine = prepared.engine
         if run.self_check:
@@ -372,6 +372,8 @@ def verify(
 
     Raises
     ------
+    ConfigError
+        If inputs are given without a model.
     StoreMismatchError
         If model or samples are not those of the store.
     """
@@ -458,8 +460,8 @@ def _matching_samples(store: Store, given: object, record: DataRecord | None, sp
     inspected = samples.inspect(f"{split} inputs")
     if inspected.inputs_digest != record.inputs_digest:
         raise StoreMismatchError(
-            f"the {split} inputs are not those that {store.root} was made with: it holds {record.num_samples} samples of "
-            f"{record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
+            f"the {split} inputs are not those that {store.root} was made with: it holds {record.num_samples} samples "
+            f"of {record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
             ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
         )
     return samples

@@ -1,8 +1,8 @@
 """The certificate: the whole stored kernel against the model with one number, K v against J(J'v).
 
 A random sign vector v is multiplied by the stored matrix, tile by tile, and by J J' without any Gram matrix: one
-vector-Jacobian and one Jacobian-vector product over the data, by plain ``torch.func``. Every entry of K takes part, so a
-single wrong one shows in its row.
+vector-Jacobian and one Jacobian-vector product over the data, by plain ``torch.func``. Every entry of K takes part, so
+a single wrong one shows in its row.
 """
 
 from collections.abc import Callable, Mapping

@@ -80,6 +80,15 @@ class ThreadExecutor(Generic[Key, Record]):
         """See :class:`Executor`. The first error of a worker stops the others and is raised here.
 
         Close the generator where it may be left early: that, too, stops the workers and waits for them.
+
+        Yields
+        ------
+        What the job yields.
+
+        Raises
+        ------
+        Interrupted
+            On Ctrl-C.
         """
         stop = threading.Event()
         records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()

@@ -38,7 +38,7 @@ def _rate(speed: float, unit: str) -> str:
 
 def show_progress(
     items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
-) -> Generator[Item]:
+) -> Generator[Item, None, None]:
     """Pass ``items`` on and show how many there were.
 
     Parameters
@@ -51,6 +51,10 @@ def show_progress(
         Words for the bar: ``kernel``, ``tile``.
     stream
         Default standard error.
+
+    Yields
+    ------
+    The items.
     """
     stream = stream or sys.stderr
     if stream.isatty():

@@ -57,12 +57,9 @@ def exact_single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def manifest_of(
-    model: nn.Module, prepared: Prepared, train: DataRecord, test: DataRecord | None, choices: Choices | None = None
-) -> Manifest:
-    """The manifest of what is asked for; without choices, with placeholders that are never compared."""
+def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: DataRecord | None) -> Manifest:
+    """The manifest of what is asked for; its choices are placeholders, which are never compared."""
     spec = prepared.spec
-    device = prepared.model.device.type
     return Manifest(
         format=FORMAT,
         kind=spec.kind,
@@ -76,7 +73,7 @@ def manifest_of(
         model=fingerprint(model, prepared.model.names),
         train=train,
         test=test,
-        choices=choices or Choices(strip=1, subtile=1, batch=1, representations={}, device=device),
+        choices=Choices(strip=1, subtile=1, batch=1, representations={}, device=prepared.model.device.type),
         environment={
             **{name: version(name) for name in ("ntkpipe", "torch", "numpy", "zarr")},
             "python": platform.python_version(),
@@ -114,13 +111,18 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
     """Check that the model still maps stored samples to the outputs that were stored with the first tiles.
 
     Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook.
+
+    Raises
+    ------
+    StoreMismatchError
+        If it does not.
     """
     array = store.arrays["outputs/train"]
     first = (0, 0)
     if first not in array.present():  # a truncated chunk is not there, either: it is written again
         return
     stored = array.read(first)
-    samples = [i for i in probe_samples(len(stored))]
+    samples = probe_samples(len(stored))
     with torch.no_grad():
         outputs = prepared.model(prepared.load(samples)).double().cpu().numpy()
     gap = float(np.abs(outputs - stored[samples]).max())
@@ -142,6 +144,12 @@ def checked(prepared: Prepared, engine: Engine, batch: int) -> tuple[Engine, Che
         If engine and reference disagree.
     ModelError
         If the model fails on the samples.
+    NtkpipeError
+        Whatever else this package says of the samples.
+    MemoryError
+        If memory runs out.
+    torch.OutOfMemoryError
+        If a GPU's does.
     """
     try:
         return self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)

@@ -244,7 +244,7 @@ class StoredArray:
             raise StoreError(f"cannot write {self.describe(index)}: {error}") from error
 
     def _whole_chunk(self, index: Index, values: NDArray[Any]) -> NDArray[Any]:
-        """``values`` as the bytes of a whole chunk, padded with the fill value; a read-only view where nothing is to do.
+        """``values`` as a whole chunk, padded with the fill value; a read-only view of them where nothing is to do.
 
         Written by us rather than through Zarr, which copies a chunk three times on its way.
         """
@@ -277,8 +277,8 @@ class StoredArray:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
         if len(raw) != layout.chunk_bytes:
             raise TileError(
-                f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run again: it is "
-                "recomputed"
+                f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run "
+                "again: it is recomputed"
             )
         payload = np.frombuffer(raw, np.uint8)[:-_CHECKSUM_BYTES]
         if google_crc32c.value(payload).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
@@ -438,6 +438,8 @@ def prepare_path(path: str | Path, mode: Mode) -> Store | None:
     ------
     StoreExistsError
         With ``w-`` if a store is there; with any mode if something else is there.
+    StoreError
+        If what is at the path cannot be read.
     """
     root = local_path(path)
     try:
