@@ -17,12 +17,13 @@ from ntkpipe.datasets import Samples, Source, StoredSource, as_samples, require_
 from ntkpipe.errors import ConfigError, DataError, ResourceError, StoreMismatchError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.grid import Grid
+from ntkpipe.jacobian.block import Engine
 from ntkpipe.kernel import KernelStore
 from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import DataRecord
 from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
 from ntkpipe.plan import Plan, Task
-from ntkpipe.prepare import plan_run, prepare
+from ntkpipe.prepare import Prepared, plan_run, prepare
 from ntkpipe.progress import Ticks, show_progress
 from ntkpipe.resources import available_memory, format_bytes
 from ntkpipe.runs import (
@@ -40,7 +41,6 @@ from ntkpipe.verification import Finding, VerificationReport, record_report, ver
 
 Patterns = str | tuple[str, ...] | list[str] | None
 
-_CHECK_BATCH = 64
 _SHARE_OF_MEMORY = 0.8
 
 
@@ -294,11 +294,7 @@ def kernel_matrix(
                 f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
                 f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
             )
-        engine = prepared.engine
-        if run.self_check:
-            engine, _ = checked(prepared, engine, _CHECK_BATCH)
-        planned = plan_run(prepared, engine, run, {name: grids[name]}, path=None, result_bytes=needed)
-        planned.require_fit()
+        engine, planned = _settle_in_memory(prepared, run, {name: grids[name]}, needed)
         sink = _MatrixSink(np.empty(shape, dtype), name, grids[name])
         sources: dict[str, Source] = {"train": train.source}
         if test is not None:
@@ -313,6 +309,21 @@ def kernel_matrix(
             for _ in records:
                 pass
     return sink.matrix
+
+
+def _settle_in_memory(
+    prepared: Prepared, run: RunSpec, grids: dict[str, Grid], result_bytes: int
+) -> tuple[Engine, Plan]:
+    """Plan and self-check a kernel that is not stored."""
+    engine = prepared.engine
+    planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
+    planned.require_fit()
+    if run.self_check:
+        engine, _ = checked(prepared, engine, planned)
+        if engine.representations != prepared.engine.representations:
+            planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
+            planned.require_fit()
+    return engine, planned
 
 
 class _MatrixSink:

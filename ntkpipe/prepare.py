@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -211,6 +211,9 @@ def plan_run(
     )
     used = process_memory()
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
+    if engine.model.device.type == "cuda":
+        # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
+        limit = min(limit, used + int(_SHARE_OF_MEMORY * torch.cuda.mem_get_info(engine.model.device)[0]))
     machine = Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
@@ -222,10 +225,13 @@ def plan_run(
 
 
 def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
-    """Cost of the Jacobians, from two small batches."""
+    """Cost of the Jacobians, from two small batches; each worker's copy of the model is part of it."""
     samples = probe_samples(prepared.train.num_samples)
     numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
-    return engine.cost(prepared.load(numbers))
+    cost = engine.cost(prepared.load(numbers))
+    module = engine.model.module
+    copied = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
+    return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype) -> float:

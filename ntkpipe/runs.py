@@ -39,7 +39,6 @@ from ntkpipe.prepare import Prepared, plan_run, reuse_choices
 from ntkpipe.progress import show_progress
 from ntkpipe.store import Mode, Store, layouts, prepare_path
 
-_CHECK_BATCH = 64
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.
 _OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.2}
@@ -135,8 +134,10 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
         )
 
 
-def checked(prepared: Prepared, engine: Engine, batch: int) -> tuple[Engine, CheckReport]:
-    """Run the self-check, which meets samples that no probe has met: what the model raises there is its error.
+def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
+    """Run the self-check within the memory of a plan.
+
+    It meets samples that no probe has met; what the model raises there is the model's error.
 
     Raises
     ------
@@ -152,7 +153,9 @@ def checked(prepared: Prepared, engine: Engine, batch: int) -> tuple[Engine, Che
         If a GPU's does.
     """
     try:
-        return self_check(engine, prepared.load, prepared.train.num_samples, batch=batch)
+        memory = plan.machine.memory_limit - plan.machine.base_memory
+        samples = prepared.train.num_samples
+        return self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
     except (NtkpipeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -185,7 +188,7 @@ class Settled:
 def settle(
     prepared: Prepared, asked: Manifest, existing: Store | None, path: Path, run: RunSpec, mode: Mode
 ) -> Settled:
-    """Self-check, plan, and create the store where there is none.
+    """Plan, self-check, and create the store where there is none.
 
     Raises
     ------
@@ -198,14 +201,16 @@ def settle(
     choices = None if existing is None else existing.manifest.choices
     if existing is not None and choices is not None:
         engine = reuse_choices(engine, choices, existing.root)
+    planned = _plan(prepared, engine, asked, existing, path, run)
+    planned.require_fit()
     started = perf_counter()
     check = None
     if run.self_check:
-        batch = _CHECK_BATCH if choices is None else choices.batch
-        engine, check = checked(prepared, engine, batch)
+        engine, check = checked(prepared, engine, planned)
     check_seconds = perf_counter() - started
-    planned = _plan(prepared, engine, asked, existing, path, run)
-    planned.require_fit()
+    if engine.representations != prepared.engine.representations:
+        planned = _plan(prepared, engine, asked, existing, path, run)
+        planned.require_fit()
     if existing is None:
         if mode == "w":
             prepare_path(path, mode)

@@ -285,6 +285,25 @@ def test_the_smallest_kernels(path, num_samples, kind):
     assert verify(store, progress=False).is_good
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(2, 3, batch_first=True)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x.unflatten(1, (2, 2)))[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run:UserWarning")
+def test_a_layer_that_vmap_runs_in_float32_alone_passes_the_self_check():
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    exact = kernel_matrix(model, inputs(), compute_dtype="float64")
+    np.testing.assert_allclose(kernel_matrix(model, inputs()), exact, rtol=1e-4, atol=1e-5 * exact.max())
+
+
 def test_plans_write_nothing_and_say_what_a_run_does(path):
     plan, found = plan_kernel(mlp(), inputs(), store=path, tile=4, test_inputs=inputs(7))
     assert not path.exists()

@@ -81,7 +81,7 @@ def assert_equal(sink: DictSink, wanted: dict[Any, np.ndarray]) -> None:
         np.testing.assert_array_equal(sink.chunks[key], values, err_msg=str(key))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(
     num_train=st.integers(1, 20),
     num_test=st.integers(0, 8),

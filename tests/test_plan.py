@@ -131,7 +131,7 @@ def test_a_resumed_store_keeps_its_choices_on_any_machine(workload, machine, cho
 PLENTY = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 15), st.integers(1, 12), st.integers(0, 40), st.integers(1, 4))
 def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, num_test, tile, held, workers):
     """Jacobians that cost nothing are not cached: only strips that a worker holds are reused."""

@@ -70,6 +70,7 @@ def test_resuming_is_exact_for_any_tile(tmp_path, monkeypatch, changes, tiles):
 def limit_for_strips(path: Path, monkeypatch, **changes) -> int:
     """A memory limit that is too small for whole tiles; memory that is in use does not count, since it varies."""
     monkeypatch.setattr("ntkpipe.prepare.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.prepare._LIBRARY_BYTES", 0)
     for limit in (size * 1024 for size in range(20, 2000, 4)):
         try:
             compute(path, memory_limit=limit, mode="w", **changes)

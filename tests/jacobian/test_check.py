@@ -31,7 +31,7 @@ def checked(model, dtype=torch.float64):
         return X[list(numbers)].to(dtype)
 
     engine = make_engine(functional, load, len(X), torch.eye(3), torch.float64, structured=True)
-    return self_check(engine, load, len(X), batch=64)
+    return self_check(engine, load, len(X), batch=64, memory_bytes=2**30)
 
 
 def sabotaged(change):
