@@ -1,34 +1,24 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.build import BuildJob, Index, StripCache, TileRecord
-from ntkpipe.certify import JacobianProducts, certify, num_steps
+from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
-from ntkpipe.datasets import Samples, Source, StoredSource, as_samples, require_same_arrays
-from ntkpipe.errors import ConfigError, DataError, ResourceError, StoreMismatchError
-from ntkpipe.execute import ThreadExecutor
-from ntkpipe.grid import Grid
-from ntkpipe.jacobian.block import Engine
+from ntkpipe.datasets import Samples, as_samples, require_same_arrays
+from ntkpipe.errors import ConfigError, DataError
 from ntkpipe.kernel import KernelStore
-from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import DataRecord
-from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
-from ntkpipe.plan import Plan, Task
-from ntkpipe.prepare import Prepared, plan_run, prepare
-from ntkpipe.progress import Ticks, show_progress
-from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.matrix import compute_matrix
+from ntkpipe.models import Forward
+from ntkpipe.plan import Plan
+from ntkpipe.prepare import plan_run, prepare
+from ntkpipe.progress import Ticks
 from ntkpipe.runs import (
     build,
-    checked,
     exact_single_thread,
     manifest_of,
     progress_of,
@@ -37,7 +27,7 @@ from ntkpipe.runs import (
     settle,
 )
 from ntkpipe.store import Mode, Store, local_path, prepare_path
-from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
+from ntkpipe.verification import VerificationReport, record_report, verify_and_record
 
 Patterns = str | tuple[str, ...] | list[str] | None
 
@@ -285,67 +275,7 @@ def kernel_matrix(
             samples.inspect(label)
     with exact_single_thread():
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device)
-        grids = prepared.grids()
-        name = "kernel/train" if test is None else "kernel/test_train"
-        shape, dtype = grids[name].shape, np.dtype(spec.resolved_store_dtype())
-        needed, available = shape[0] * shape[1] * dtype.itemsize, available_memory()
-        if needed > _SHARE_OF_MEMORY * available:
-            raise ResourceError(
-                f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
-                f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
-            )
-        engine, planned = _settle_in_memory(prepared, run, {name: grids[name]}, needed)
-        sink = _MatrixSink(np.empty(shape, dtype), name, grids[name])
-        sources: dict[str, Source] = {"train": train.source}
-        if test is not None:
-            sources["test"] = test.source
-        cache = StripCache(planned.cache_bytes)
-        job = BuildJob(engine, planned, sources, train.is_mapping, sink, cache, dtype)
-        executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(planned.machine.workers)
-        with contextlib.closing(executor.run(job, planned.tasks())) as running:
-            records: Iterator[TileRecord] = running
-            if progress:
-                records = show_progress(running, total=planned.workload.num_tiles, done=0, what=kind, unit="tile")
-            for _ in records:
-                pass
-    return sink.matrix
-
-
-def _settle_in_memory(
-    prepared: Prepared, run: RunSpec, grids: dict[str, Grid], result_bytes: int
-) -> tuple[Engine, Plan]:
-    """Plan and self-check a kernel that is not stored."""
-    engine = prepared.engine
-    planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
-    planned.require_fit()
-    if run.self_check:
-        engine, _ = checked(prepared, engine, planned)
-        if engine.representations != prepared.engine.representations:
-            planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
-            planned.require_fit()
-    return engine, planned
-
-
-class _MatrixSink:
-    """Tiles go to a matrix in memory, mirrored where it is symmetric; outputs are dropped."""
-
-    def __init__(self, matrix: NDArray[Any], name: str, grid: Grid) -> None:
-        self.matrix = matrix
-        self._name = name
-        self._grid = grid
-
-    def exists(self, array: str, index: Index) -> bool:
-        """Outputs count as there; no tile does."""
-        return array != self._name
-
-    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Copy a tile to its place, and to its mirror image."""
-        if array != self._name:
-            return
-        rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
-        self.matrix[rows.start : rows.stop, columns.start : columns.stop] = values
-        if self._grid.symmetric and index[0] != index[1]:
-            self.matrix[columns.start : columns.stop, rows.start : rows.stop] = values.T
+        return compute_matrix(prepared, run, what=kind, progress=progress)
 
 
 def verify(
@@ -388,94 +318,22 @@ def verify(
     StoreMismatchError
         If model or samples are not those of the store.
     """
-    opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
-    report = verify_and_record(opened.store, progress=progress)
-    if model is not None and report.is_good:
-        with exact_single_thread():
-            report = _certified(opened, report, model, inputs, test_inputs, forward, device, progress)
-        record_report(opened.store, report)
-    elif model is None and inputs is not None:
+    if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
+    opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
+    if model is None:
+        return verify_and_record(opened.store, progress=progress)
+    with exact_single_thread():
+        # Whatever does not match is said before a single tile is read.
+        witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
+        report = verify_and_record(opened.store, progress=progress)
+        if not report.is_good:
+            return report
+        with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
+            certificates = certify(opened, witness, step=ticks.tick)
+    report = with_certificates(report, certificates)
+    record_report(opened.store, report)
     return report
-
-
-def _certified(
-    opened: KernelStore,
-    report: VerificationReport,
-    model: nn.Module,
-    inputs: object,
-    test_inputs: object,
-    forward: Forward,
-    device: str | None,
-    progress: bool,
-) -> VerificationReport:
-    store, manifest = opened.store, opened.manifest
-    found: dict[str, Source] = {"train": StoredSource(store, "train", manifest.train.num_samples)}
-    if manifest.test is not None:
-        found["test"] = StoredSource(store, "test", manifest.test.num_samples)
-    for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
-        if given is not None:
-            found[split] = _matching_samples(store, given, record, split).source
-    stored = fingerprint(model, manifest.model.parameters)
-    fields = ("state_digest", "structure_digest", "num_parameters")
-    differing = tuple(
-        (f"model.{field}", getattr(manifest.model, field), getattr(stored, field))
-        for field in fields
-        if getattr(manifest.model, field) != getattr(stored, field)
-    )
-    if differing:
-        names = ", ".join(field for field, _, _ in differing)
-        raise StoreMismatchError(f"{store.root} was made with another model: {names} differ", differing)
-    functional = prepare_model(
-        model,
-        forward=forward,
-        parameters=manifest.model.parameters,
-        dtype=DTYPES[manifest.compute_dtype],
-        device=resolve_device(device),
-    )
-    choices = manifest.choices
-    products = JacobianProducts(
-        model=functional,
-        covectors=torch.from_numpy(get_kind(manifest.kind).covectors(manifest.num_outputs)).to(
-            device=functional.device, dtype=functional.dtype
-        ),
-        batch=choices.batch,
-        strip=choices.strip,
-        tile=manifest.tile,
-        is_mapping=manifest.train.is_mapping,
-    )
-    with Ticks(num_steps(products, found), what="certify", unit="step", enabled=progress) as ticks:
-        certificates = certify(opened, products, found, step=ticks.tick)
-    findings = tuple(
-        Finding(
-            certificate.array,
-            (),
-            f"K v and J(J'v) differ by up to {certificate.error:.1e} (tolerance {certificate.tolerance:.0e}, median "
-            f"{certificate.median_error:.1e}); suspect rows: {', '.join(map(str, certificate.suspect_rows)) or 'none'}",
-        )
-        for certificate in certificates
-        if not certificate.is_good
-    )
-    return VerificationReport(
-        report.chunks_checked,
-        report.bytes_checked,
-        report.findings + findings,
-        tuple(certificate.to_json() for certificate in certificates),
-    )
-
-
-def _matching_samples(store: Store, given: object, record: DataRecord | None, split: str) -> Samples:
-    if record is None:
-        raise ConfigError(f"{store.root} was made without test_inputs, but test_inputs were given")
-    samples = as_samples(given, label=f"{split} inputs")
-    inspected = samples.inspect(f"{split} inputs")
-    if inspected.inputs_digest != record.inputs_digest:
-        raise StoreMismatchError(
-            f"the {split} inputs are not those that {store.root} was made with: it holds {record.num_samples} samples "
-            f"of {record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
-            ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
-        )
-    return samples
 
 
 def _as_both(

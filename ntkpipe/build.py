@@ -19,10 +19,10 @@ from ntkpipe.gram import fill_tile
 from ntkpipe.grid import Grid, Span
 from ntkpipe.jacobian.block import Block, Engine
 from ntkpipe.jacobian.factors import Workspace, contract_diagonal
+from ntkpipe.layout import Index
 from ntkpipe.models import Batch
 from ntkpipe.plan import Plan, Task
 
-Index = tuple[int, ...]
 StripKey = tuple[str, Span]
 
 _SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}

@@ -6,19 +6,22 @@ a single wrong one shows in its row.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import nn
 
-from ntkpipe.datasets import Source
-from ntkpipe.errors import ModelError, NtkpipeError
-from ntkpipe.jacobian.fallback import batch_size
+from ntkpipe.datasets import Samples, Source, StoredSource, as_samples
+from ntkpipe.errors import ConfigError, StoreMismatchError
+from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.kernel import Kernel, KernelStore
-from ntkpipe.models import Batch, FunctionalModel
+from ntkpipe.kinds import get_kind
+from ntkpipe.manifest import DataRecord
+from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
+from ntkpipe.verification import Finding, VerificationReport
 
 # Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
 _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 5e-2}
@@ -65,121 +68,103 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class JacobianProducts:
-    """Products with J and J' over a set of samples, a batch at a time; memory is one batch and two parameter vectors.
-
-    They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink does
-    so here, too; sums over batches are float64.
+class Witness:
+    """What a store is certified against: the model and the samples that it was made with.
 
     Attributes
     ----------
-    model
-        Selected parameters require a gradient.
-    covectors
-        Shape (S, O).
-    batch
-        Samples of one pass.
-    strip
-        Batches begin anew at each multiple of ``strip`` within a tile.
-    tile
-        Samples of a tile.
-    is_mapping
-        Whether a sample is a dict.
+    products
+        Of the model.
+    sources
+        Samples by split.
     """
 
-    model: FunctionalModel
-    covectors: Tensor
-    batch: int
-    strip: int
-    tile: int
-    is_mapping: bool
+    products: JacobianProducts
+    sources: Mapping[str, Source]
 
-    def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
-        """``J' v`` as one float64 tensor a parameter; v has shape (n*S,)."""
-        parameters = self.model.parameters()
-        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
-        weights = torch.from_numpy(vector).reshape(-1, len(self.covectors)).to(self.covectors) @ self.covectors
-        for start, stop, batch in self._batches(source):
-            outputs = self.model(batch)
-            seed = torch.zeros_like(outputs)
-            seed[: stop - start] = weights[start:stop]
-            grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
-            for name, grad in zip(parameters, grads, strict=True):
-                if grad is not None:
-                    total[name] += grad
-            step()
-        return total
+    @property
+    def num_steps(self) -> int:
+        """How often :func:`certify` calls ``step``: twice over the train samples, once over the test samples."""
+        passes = [self.sources["train"], *self.sources.values()]
+        return sum(len(self.products.spans(source.num_samples)) for source in passes)
 
-    def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
-        """``J u`` for a direction u in parameter space, shape (n*S,)."""
-        parameters = {name: value.detach() for name, value in self.model.parameters().items()}
-        norm = float(torch.sqrt(sum((value**2).sum() for value in direction.values())))  # type: ignore[arg-type]
-        tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
-        parts = []
-        for start, stop, batch in self._batches(source):
-            slopes = self._slopes(parameters, tangents, batch).double() * norm
-            parts.append((slopes @ self.covectors.double().T)[: stop - start].reshape(-1).cpu())
-            step()
-        return torch.cat(parts).numpy()
 
-    def _slopes(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
-        if not self.model.is_replaceable(batch):
-            return self._slopes_by_reverse(tangents, batch)
-        try:
-            products = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
-        except NtkpipeError:
-            raise
-        except (RuntimeError, NotImplementedError):
-            # Operations without forward-mode derivatives: J u is the derivative of (J'w)u by w.
-            return self._slopes_by_reverse(tangents, batch)
-        slopes: Tensor = products[1]
-        return slopes
+def find_witness(
+    store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
+) -> Witness:
+    """Check that model and samples are those of the store, and make the products.
 
-    def _slopes_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
-        live = self.model.parameters()
-        outputs = self.model(batch)
-        weights = torch.zeros_like(outputs, requires_grad=True)
-        try:
-            grads = torch.autograd.grad(outputs, list(live.values()), weights, create_graph=True, allow_unused=True)
-            pairs = zip(live, grads, strict=True)
-            dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
-            (slopes,) = torch.autograd.grad(dot, weights)
-        except RuntimeError as error:
-            raise ModelError(
-                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
-            ) from error
-        return slopes
+    Parameters
+    ----------
+    store
+        The store.
+    model, forward, device
+        As for :func:`ntkpipe.compute_kernel`.
+    inputs, test_inputs
+        The samples; none takes those in the store.
 
-    def _batches(self, source: Source) -> Any:
-        for tile_start in range(0, source.num_samples, self.tile):
-            tile_stop = min(tile_start + self.tile, source.num_samples)
-            for strip_start in range(tile_start, tile_stop, self.strip):
-                strip_stop = min(strip_start + self.strip, tile_stop)
-                for start in range(strip_start, strip_stop, self.batch):
-                    stop = min(start + self.batch, strip_stop)
-                    arrays = {name: torch.tensor(values) for name, values in source.read(start, stop).items()}
-                    if stop - start == 1:  # as the engine does: never a batch of one
-                        arrays = {name: torch.cat([values, values]) for name, values in arrays.items()}
-                    batch = self.model.to_batch(arrays, self.is_mapping)
-                    assert batch_size(batch) >= 2
-                    yield start, stop, batch
+    Raises
+    ------
+    StoreMismatchError
+        If the fingerprints of model or samples differ.
+    """
+    manifest = store.manifest
+    sources: dict[str, Source] = {"train": StoredSource(store.store, "train", manifest.train.num_samples)}
+    if manifest.test is not None:
+        sources["test"] = StoredSource(store.store, "test", manifest.test.num_samples)
+    for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
+        if given is not None:
+            sources[split] = _matching_samples(store, given, record, split).source
+    _require_same_model(store, model)
+    functional = prepare_model(
+        model,
+        forward=forward,
+        parameters=manifest.model.parameters,
+        dtype=DTYPES[manifest.compute_dtype],
+        device=resolve_device(device),
+    )
+    covectors = torch.from_numpy(get_kind(manifest.kind).covectors(manifest.num_outputs))
+    choices = manifest.choices
+    products = JacobianProducts(
+        model=functional,
+        covectors=covectors.to(device=functional.device, dtype=functional.dtype),
+        tile=manifest.tile,
+        strip=choices.strip,
+        subtile=choices.subtile,
+        batch=choices.batch,
+        is_mapping=manifest.train.is_mapping,
+    )
+    return Witness(products, sources)
 
-    def num_steps(self, source: Source) -> int:
-        """Batches of one pass."""
-        return sum(
-            -(-(min(strip + self.strip, tile + self.tile, source.num_samples) - strip) // self.batch)
-            for tile in range(0, source.num_samples, self.tile)
-            for strip in range(tile, min(tile + self.tile, source.num_samples), self.strip)
+
+def _require_same_model(store: KernelStore, model: nn.Module) -> None:
+    stored, given = store.manifest.model, fingerprint(model, store.manifest.model.parameters)
+    differing = tuple(
+        (f"model.{field}", getattr(stored, field), getattr(given, field))
+        for field in ("state_digest", "structure_digest", "num_parameters")
+        if getattr(stored, field) != getattr(given, field)
+    )
+    if differing:
+        names = ", ".join(field for field, _, _ in differing)
+        raise StoreMismatchError(f"{store.path} was made with another model: {names} differ", differing)
+
+
+def _matching_samples(store: KernelStore, given: object, record: DataRecord | None, split: str) -> Samples:
+    if record is None:
+        raise ConfigError(f"{store.path} was made without test_inputs, but test_inputs were given")
+    samples = as_samples(given, label=f"{split} inputs")
+    inspected = samples.inspect(f"{split} inputs")
+    if inspected.inputs_digest != record.inputs_digest:
+        raise StoreMismatchError(
+            f"the {split} inputs are not those that {store.path} was made with: it holds {record.num_samples} samples "
+            f"of {record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
+            ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
         )
+    return samples
 
 
 def certify(
-    store: KernelStore,
-    products: JacobianProducts,
-    sources: Mapping[str, Source],
-    *,
-    seed: int = 0,
-    step: Callable[[], None] = lambda: None,
+    store: KernelStore, witness: Witness, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store.
 
@@ -187,16 +172,14 @@ def certify(
     ----------
     store
         The store, its tiles already verified.
-    products
-        Of the model that the store was made with.
-    sources
-        Its samples by split.
+    witness
+        The model and samples that it was made with.
     seed
         Of the sign vector.
     step
         Called after each batch of each pass.
     """
-    manifest = store.manifest
+    manifest, products, sources = store.manifest, witness.products, witness.sources
     on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
     coarsest = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=store.train.shape[1])
@@ -212,9 +195,23 @@ def certify(
     return tuple(found)
 
 
-def num_steps(products: JacobianProducts, sources: Mapping[str, Source]) -> int:
-    """How often :func:`certify` calls ``step``."""
-    return products.num_steps(sources["train"]) + sum(products.num_steps(source) for source in sources.values())
+def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:
+    """A report with certificates, and a finding for each that is not good."""
+    findings = tuple(
+        Finding(
+            certificate.array,
+            (),
+            f"K v and J(J'v) differ by up to {certificate.error:.1e} (tolerance {certificate.tolerance:.0e}, median "
+            f"{certificate.median_error:.1e}); suspect rows: {', '.join(map(str, certificate.suspect_rows)) or 'none'}",
+        )
+        for certificate in certificates
+        if not certificate.is_good
+    )
+    return replace(
+        report,
+        findings=report.findings + findings,
+        certificates=tuple(certificate.to_json() for certificate in certificates),
+    )
 
 
 def _judge(

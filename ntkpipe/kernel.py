@@ -12,7 +12,7 @@ from ntkpipe.errors import ResourceError, StoreError
 from ntkpipe.grid import Grid
 from ntkpipe.manifest import Manifest
 from ntkpipe.resources import available_memory, format_bytes
-from ntkpipe.store import Index, Store, StoredArray
+from ntkpipe.store import Store, StoredArray
 
 if TYPE_CHECKING:
     import dask.array
@@ -377,8 +377,3 @@ def open_kernel(path: str | Path) -> KernelStore:
         If what is there is not a kernel store, or its manifest is damaged.
     """
     return KernelStore(Store.open(path))
-
-
-def chunk_name(array: str, index: Index) -> str:
-    """``array (i, j)``, as reports name a chunk."""
-    return f"{array} ({', '.join(map(str, index))})"

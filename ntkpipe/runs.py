@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.build import BuildJob, Index, StripCache, TileRecord
+from ntkpipe.build import BuildJob, StripCache, TileRecord
 from ntkpipe.config import RunSpec
 from ntkpipe.datasets import Samples, Source, StoredSource
 from ntkpipe.errors import (
@@ -32,12 +32,13 @@ from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.kernel import KernelStore
+from ntkpipe.layout import Index, layouts
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
 from ntkpipe.models import exact_math, fingerprint
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import Prepared, plan_run, reuse_choices
 from ntkpipe.progress import show_progress
-from ntkpipe.store import Mode, Store, layouts, prepare_path
+from ntkpipe.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.

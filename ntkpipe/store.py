@@ -1,4 +1,4 @@
-"""The kernel store on disk: which arrays it has, and how their chunks are written, read and listed.
+"""The kernel store on disk: how the chunks of its arrays are written, read and listed.
 
 A chunk is done if its file exists with the expected size: chunks are uncompressed, unsharded, written whole to a
 temporary name and renamed. So one listing tells progress, and a writer that is killed leaves only a ``.partial`` file.
@@ -11,7 +11,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,112 +22,13 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from ntkpipe.errors import ConfigError, StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
-from ntkpipe.grid import Axis, Grid
-from ntkpipe.manifest import ATTRIBUTE, DataRecord, Manifest, from_attribute
+from ntkpipe.layout import CHECKSUM_BYTES, ArrayLayout, Index, layouts
+from ntkpipe.manifest import ATTRIBUTE, Manifest, from_attribute
 from ntkpipe.resources import format_bytes, free_disk
 
 Mode = Literal["a", "w", "w-"]
-Index = tuple[int, ...]
 
-_SAMPLE_CHUNK_BYTES = 16 * 2**20
-_CHECKSUM_BYTES = 4
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class ArrayLayout:
-    """One array of a store.
-
-    Attributes
-    ----------
-    name
-        Path below the store's root.
-    shape, chunks, dtype, dimensions
-        As in Zarr.
-    grid
-        The tiles, for a kernel; other arrays keep every chunk.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dtype: np.dtype[Any]
-    dimensions: tuple[str, ...]
-    grid: Grid | None = None
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
-        return int(np.prod(self.chunks)) * self.dtype.itemsize + _CHECKSUM_BYTES
-
-    @property
-    def fill_value(self) -> float:
-        """What plain Zarr readers see where nothing was written, and what pads ragged chunks."""
-        return float("nan") if self.dtype.kind == "f" else 0
-
-    def indices(self) -> Iterator[Index]:
-        """Chunks that a complete array has."""
-        if self.grid is not None:
-            return self.grid.tiles()
-        return np.ndindex(*(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)))
-
-    @property
-    def num_chunks(self) -> int:
-        """Number of :meth:`indices`."""
-        if self.grid is not None:
-            return self.grid.num_tiles
-        return int(np.prod([-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]))
-
-    def region(self, index: Index) -> tuple[slice, ...]:
-        """Part of the array that chunk ``index`` holds, cut at the array's end."""
-        return tuple(
-            slice(i * chunk, min((i + 1) * chunk, size))
-            for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
-        )
-
-
-def kernel_grids(manifest: Manifest) -> dict[str, Grid]:
-    """The tiled kernels that a store of this manifest has, by array name."""
-    train = Axis(manifest.train.num_samples, manifest.num_covectors, manifest.tile)
-    grids = {"kernel/train": Grid(train, train, symmetric=True)}
-    if manifest.test is not None:
-        test = Axis(manifest.test.num_samples, manifest.num_covectors, manifest.tile)
-        grids["kernel/test_train"] = Grid(test, train, symmetric=False)
-    return grids
-
-
-def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
-    """Every array that a store of this manifest has, by name."""
-    found: list[ArrayLayout] = []
-    store_dtype = np.dtype(manifest.store_dtype)
-    for name, grid in kernel_grids(manifest).items():
-        chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
-        found.append(ArrayLayout(name, grid.shape, chunks, store_dtype, ("row", "column"), grid))
-    for split, data in (("train", manifest.train), ("test", manifest.test)):
-        if data is not None:
-            found += _data_layouts(split, data, manifest)
-    if manifest.test is not None:
-        width = manifest.num_covectors
-        blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
-        dimensions = ("sample", "row", "column")
-        found.append(ArrayLayout("kernel/test_diagonal", blocks, block_chunks, store_dtype, dimensions))
-    return {layout.name: layout for layout in found}
-
-
-def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
-    arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
-    if data.targets is not None:
-        arrays[f"targets/{split}"] = data.targets
-    found = []
-    for name, record in arrays.items():
-        sample_bytes = max(1, int(np.prod(record.shape)) * np.dtype(record.dtype).itemsize)
-        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
-        dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
-        shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)
-        found.append(ArrayLayout(name, shape, chunks, np.dtype(record.dtype), dimensions))
-    shape, chunks = (data.num_samples, manifest.num_outputs), (manifest.tile, manifest.num_outputs)
-    found.append(ArrayLayout(f"outputs/{split}", shape, chunks, np.dtype(manifest.store_dtype), ("sample", "output")))
-    return found
 
 
 class StoredArray:
@@ -225,7 +125,7 @@ class StoredArray:
         path = self.path(index)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         chunk = self._whole_chunk(index, values)
-        checksum = google_crc32c.value(chunk).to_bytes(_CHECKSUM_BYTES, "little")
+        checksum = google_crc32c.value(chunk).to_bytes(CHECKSUM_BYTES, "little")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
@@ -280,8 +180,8 @@ class StoredArray:
                 f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run "
                 "again: it is recomputed"
             )
-        payload = np.frombuffer(raw, np.uint8)[:-_CHECKSUM_BYTES]
-        if google_crc32c.value(payload).to_bytes(_CHECKSUM_BYTES, "little") != raw[-_CHECKSUM_BYTES:]:
+        payload = np.frombuffer(raw, np.uint8)[:-CHECKSUM_BYTES]
+        if google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little") != raw[-CHECKSUM_BYTES:]:
             raise TileError(
                 f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "
                 "and run again: it is recomputed"

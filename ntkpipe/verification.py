@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.errors import StoreError, TileError
+from ntkpipe.layout import Index
 from ntkpipe.progress import Ticks
 from ntkpipe.resources import format_bytes
-from ntkpipe.store import Index, Store, StoredArray
+from ntkpipe.store import Store, StoredArray
 
 Rows = list[tuple[str, str]]
 

@@ -102,6 +102,18 @@ def test_what_fits_a_memory_fits_a_larger_one(workload, machine, more):
     assert small.problems or not large.problems
 
 
+@pytest.mark.parametrize("tile", [4, 18, 600])
+def test_heavy_jacobians_fit_any_memory_that_holds_three_samples(tile):
+    """One held, one streaming, one being put together: from there on strips grow with the memory."""
+    workload = make_workload(2000, 0, tile, 1, Cost(10**9, 1, 0, jacobian_flops=1.0, pair_flops=1.0))
+    small = 10**8  # tiles and scratch
+    plans = [make_plan(workload, replace(PLENTY, memory_limit=small + held * 10**9)) for held in range(3, 60)]
+    assert all(plan.problems == () for plan in plans)
+    strips = [plan.strip for plan in plans]
+    assert strips == sorted(strips)
+    assert strips[-1] == min(tile, 14)
+
+
 @given(workloads, machines)
 def test_with_memory_enough_nothing_is_cut_or_computed_again(workload, machine):
     plan = make_plan(workload, replace(machine, memory_limit=10**15, free_disk=None))

@@ -11,8 +11,9 @@ import pytest
 import zarr
 
 from ntkpipe import errors
+from ntkpipe.layout import layouts
 from ntkpipe.manifest import ArrayRecord
-from ntkpipe.store import Store, layouts, local_path, prepare_path
+from ntkpipe.store import Store, local_path, prepare_path
 
 ROOT_KEYS = {
     "kernel/train",

@@ -118,7 +118,7 @@ def test_a_diagonal_tile_that_is_not_symmetric_is_found(store):
 def test_entries_beyond_the_cauchy_schwarz_bound_are_found(store, name, index, entry):
     def change(values):
         if entry is ...:
-            values[0, 1] = values[1, 0] = -2 * np.sqrt(values[0, 0] * values[1, 1])
+            values[0, 1] = values[1, 0] = -1.001 * np.sqrt(values[0, 0] * values[1, 1])
         else:
             values[entry] = 1000.0
 

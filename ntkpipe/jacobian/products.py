@@ -1,0 +1,112 @@
+"""Products with the Jacobian of a whole data set, J'v and J u, without the Jacobian: by plain ``torch.func``."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ntkpipe.datasets import Source
+from ntkpipe.errors import ModelError, NtkpipeError
+from ntkpipe.grid import Span
+from ntkpipe.models import Batch, FunctionalModel
+
+
+@dataclass(frozen=True)
+class JacobianProducts:
+    """Products with J and J' over a set of samples, a batch at a time; memory is one batch and two parameter vectors.
+
+    They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink does
+    so here, too; sums over batches are float64.
+
+    Attributes
+    ----------
+    model
+        Selected parameters require a gradient.
+    covectors
+        Shape (S, O).
+    tile, strip, subtile, batch
+        Samples, as in the manifest of the run.
+    is_mapping
+        Whether a sample is a dict.
+    """
+
+    model: FunctionalModel
+    covectors: Tensor
+    tile: int
+    strip: int
+    subtile: int
+    batch: int
+    is_mapping: bool
+
+    def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
+        """``J' v`` as one float64 tensor a parameter; v has shape (n*S,)."""
+        parameters = self.model.parameters()
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+        weights = torch.from_numpy(vector).reshape(-1, len(self.covectors)).to(self.covectors) @ self.covectors
+        for span, batch in self._batches(source):
+            outputs = self.model(batch)
+            seed = torch.zeros_like(outputs)
+            seed[: len(span)] = weights[span.start : span.stop]
+            grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
+            for name, grad in zip(parameters, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
+            step()
+        return total
+
+    def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
+        """``J u`` for a direction u in parameter space, shape (n*S,)."""
+        parameters = {name: value.detach() for name, value in self.model.parameters().items()}
+        norm = float(torch.stack([(value**2).sum() for value in direction.values()]).sum().sqrt())
+        tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
+        parts = []
+        for span, batch in self._batches(source):
+            slopes = self._slopes(parameters, tangents, batch).double() * norm
+            parts.append((slopes @ self.covectors.double().T)[: len(span)].reshape(-1).cpu())
+            step()
+        return torch.cat(parts).numpy()
+
+    def _slopes(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+        if not self.model.is_replaceable(batch):
+            return self._slopes_by_reverse(tangents, batch)
+        try:
+            products = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
+        except NtkpipeError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            # Operations without forward-mode derivatives: J u is the derivative of (J'w)u by w.
+            return self._slopes_by_reverse(tangents, batch)
+        slopes: Tensor = products[1]
+        return slopes
+
+    def _slopes_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+        live = self.model.parameters()
+        outputs = self.model(batch)
+        weights = torch.zeros_like(outputs, requires_grad=True)
+        try:
+            grads = torch.autograd.grad(outputs, list(live.values()), weights, create_graph=True, allow_unused=True)
+            pairs = zip(live, grads, strict=True)
+            dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
+            (slopes,) = torch.autograd.grad(dot, weights)
+        except RuntimeError as error:
+            raise ModelError(
+                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
+            ) from error
+        return slopes
+
+    def spans(self, num_samples: int) -> list[Span]:
+        """The batches of one pass: those of the run, which begin anew at each tile, strip and piece."""
+        spans = [Span(0, num_samples)]
+        for size in (self.tile, self.strip, self.subtile, self.batch):
+            spans = [part for span in spans for part in span.cut(size)]
+        return spans
+
+    def _batches(self, source: Source) -> Iterator[tuple[Span, Batch]]:
+        for span in self.spans(source.num_samples):
+            arrays = {name: torch.tensor(values) for name, values in source.read(span.start, span.stop).items()}
+            if len(span) == 1:  # as the engine does: never a batch of one
+                arrays = {name: torch.cat([values, values]) for name, values in arrays.items()}
+            yield span, self.model.to_batch(arrays, self.is_mapping)

@@ -1,0 +1,112 @@
+"""Which arrays a store has: names, shapes, chunks and dtypes, all decided by the manifest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.grid import Axis, Grid
+from ntkpipe.manifest import DataRecord, Manifest
+
+Index = tuple[int, ...]
+
+# A chunk is followed by the crc32c of its bytes.
+CHECKSUM_BYTES = 4
+_SAMPLE_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store.
+
+    Attributes
+    ----------
+    name
+        Path below the store's root.
+    shape, chunks, dtype, dimensions
+        As in Zarr.
+    grid
+        The tiles, for a kernel; other arrays keep every chunk.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+    dimensions: tuple[str, ...]
+    grid: Grid | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
+        return int(np.prod(self.chunks)) * self.dtype.itemsize + CHECKSUM_BYTES
+
+    @property
+    def fill_value(self) -> float:
+        """What plain Zarr readers see where nothing was written, and what pads ragged chunks."""
+        return float("nan") if self.dtype.kind == "f" else 0
+
+    def indices(self) -> Iterator[Index]:
+        """Chunks that a complete array has."""
+        if self.grid is not None:
+            return self.grid.tiles()
+        return np.ndindex(*(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)))
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of :meth:`indices`."""
+        if self.grid is not None:
+            return self.grid.num_tiles
+        return int(np.prod([-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]))
+
+    def region(self, index: Index) -> tuple[slice, ...]:
+        """Part of the array that chunk ``index`` holds, cut at the array's end."""
+        return tuple(
+            slice(i * chunk, min((i + 1) * chunk, size))
+            for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
+        )
+
+
+def kernel_grids(manifest: Manifest) -> dict[str, Grid]:
+    """The tiled kernels that a store of this manifest has, by array name."""
+    train = Axis(manifest.train.num_samples, manifest.num_covectors, manifest.tile)
+    grids = {"kernel/train": Grid(train, train, symmetric=True)}
+    if manifest.test is not None:
+        test = Axis(manifest.test.num_samples, manifest.num_covectors, manifest.tile)
+        grids["kernel/test_train"] = Grid(test, train, symmetric=False)
+    return grids
+
+
+def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
+    """Every array that a store of this manifest has, by name."""
+    found: list[ArrayLayout] = []
+    store_dtype = np.dtype(manifest.store_dtype)
+    for name, grid in kernel_grids(manifest).items():
+        chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
+        found.append(ArrayLayout(name, grid.shape, chunks, store_dtype, ("row", "column"), grid))
+    for split, data in (("train", manifest.train), ("test", manifest.test)):
+        if data is not None:
+            found += _data_layouts(split, data, manifest)
+    if manifest.test is not None:
+        width = manifest.num_covectors
+        blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
+        dimensions = ("sample", "row", "column")
+        found.append(ArrayLayout("kernel/test_diagonal", blocks, block_chunks, store_dtype, dimensions))
+    return {layout.name: layout for layout in found}
+
+
+def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
+    arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
+    if data.targets is not None:
+        arrays[f"targets/{split}"] = data.targets
+    found = []
+    for name, record in arrays.items():
+        sample_bytes = max(1, int(np.prod(record.shape)) * np.dtype(record.dtype).itemsize)
+        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
+        dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
+        shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)
+        found.append(ArrayLayout(name, shape, chunks, np.dtype(record.dtype), dimensions))
+    shape, chunks = (data.num_samples, manifest.num_outputs), (manifest.tile, manifest.num_outputs)
+    found.append(ArrayLayout(f"outputs/{split}", shape, chunks, np.dtype(manifest.store_dtype), ("sample", "output")))
+    return found

@@ -1,0 +1,101 @@
+"""A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.build import BuildJob, StripCache, TileRecord
+from ntkpipe.config import RunSpec
+from ntkpipe.datasets import Source
+from ntkpipe.errors import ResourceError
+from ntkpipe.execute import ThreadExecutor
+from ntkpipe.grid import Grid
+from ntkpipe.jacobian.block import Engine
+from ntkpipe.layout import Index
+from ntkpipe.plan import Plan, Task
+from ntkpipe.prepare import Prepared, plan_run
+from ntkpipe.progress import show_progress
+from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.runs import checked
+
+_SHARE_OF_MEMORY = 0.8
+
+
+def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
+    """Compute train x train, or test x train where there are test samples.
+
+    Parameters
+    ----------
+    prepared
+        Model and samples.
+    run
+        Limits.
+    what, progress
+        Of the progress bar.
+
+    Raises
+    ------
+    ResourceError
+        If it does not fit in memory, with both numbers.
+    """
+    name = "kernel/train" if prepared.test is None else "kernel/test_train"
+    grid = prepared.grids()[name]
+    dtype = np.dtype(prepared.spec.resolved_store_dtype())
+    needed, available = grid.shape[0] * grid.shape[1] * dtype.itemsize, available_memory()
+    if needed > _SHARE_OF_MEMORY * available:
+        raise ResourceError(
+            f"the kernel of shape {grid.shape} and dtype {dtype} needs {format_bytes(needed)}; "
+            f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
+        )
+    engine, plan = _settle(prepared, run, {name: grid}, needed)
+    sink = _MatrixSink(np.empty(grid.shape, dtype), name, grid)
+    sources: dict[str, Source] = {"train": prepared.train.source}
+    if prepared.test is not None:
+        sources["test"] = prepared.test.source
+    job = BuildJob(engine, plan, sources, prepared.train.is_mapping, sink, StripCache(plan.cache_bytes), dtype)
+    executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
+    with contextlib.closing(executor.run(job, plan.tasks())) as running:
+        records: Iterator[TileRecord] = running
+        if progress:
+            records = show_progress(running, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+        for _ in records:
+            pass
+    return sink.matrix
+
+
+def _settle(prepared: Prepared, run: RunSpec, grids: dict[str, Grid], result_bytes: int) -> tuple[Engine, Plan]:
+    """Plan and self-check a kernel that is not stored."""
+    engine = prepared.engine
+    planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
+    planned.require_fit()
+    if run.self_check:
+        engine, _ = checked(prepared, engine, planned)
+        if engine.representations != prepared.engine.representations:
+            planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
+            planned.require_fit()
+    return engine, planned
+
+
+class _MatrixSink:
+    """Tiles go to a matrix in memory, mirrored where it is symmetric; outputs are dropped."""
+
+    def __init__(self, matrix: NDArray[Any], name: str, grid: Grid) -> None:
+        self.matrix = matrix
+        self._name = name
+        self._grid = grid
+
+    def exists(self, array: str, index: Index) -> bool:
+        """Outputs count as there; no tile does."""
+        return array != self._name
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Copy a tile to its place, and to its mirror image."""
+        if array != self._name:
+            return
+        rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
+        self.matrix[rows.start : rows.stop, columns.start : columns.stop] = values
+        if self._grid.symmetric and index[0] != index[1]:
+            self.matrix[columns.start : columns.stop, rows.start : rows.stop] = values.T
