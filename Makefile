@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made anew where pyproject.toml or constraints.txt changed.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin

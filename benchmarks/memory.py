@@ -17,7 +17,7 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)).eval()
 inputs = np.random.default_rng(0).random((samples, 64), dtype=np.float32)
 store = ntkpipe.compute_kernel(model, inputs, store=path, progress=False)
-(run,) = store.store.read_result("runs")["runs"]
+(run,) = store.store.read_results("runs")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, run["memory_bytes"], run["seconds"])
 """
 

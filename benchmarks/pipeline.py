@@ -73,12 +73,14 @@ def bare_tile(held: list[list[tuple[Tensor, Tensor]]], row: int, column: int) ->
     return tile
 
 
-def pipeline(model: nn.Sequential, inputs: Tensor, path: Path) -> tuple[float, float, ntkpipe.KernelStore]:
+def pipeline(
+    model: nn.Sequential, inputs: Tensor, path: Path, threads: int
+) -> tuple[float, float, ntkpipe.KernelStore]:
     """Seconds from first block to last tile, seconds of everything before, the store."""
     start = perf_counter()
-    store = ntkpipe.compute_kernel(model, inputs, store=path, mode="w", tile=TILE, progress=False)
+    store = ntkpipe.compute_kernel(model, inputs, store=path, mode="w", tile=TILE, workers=threads, progress=False)
     whole = perf_counter() - start
-    (run,) = store.store.read_result("runs")["runs"]
+    (run,) = store.store.read_results("runs")
     return run["seconds"], whole - run["seconds"], store
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     ratios, ours, bare, before = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
-            seconds, start_up, store = pipeline(model, inputs, Path(folder) / "kernel.zarr")
+            seconds, start_up, store = pipeline(model, inputs, Path(folder) / "kernel.zarr", threads)
             reference, tiles = bare_loop(model, inputs, threads)
             gap = max(float(abs(tiles[0, 0] - torch.from_numpy(store.train[:TILE, :TILE])).max()), 0.0)
             ratios.append(seconds / reference)

@@ -1,5 +1,6 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ntkpipe.manifest import DataRecord
 from ntkpipe.matrix import compute_matrix
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan
-from ntkpipe.prepare import plan_run, prepare
+from ntkpipe.prepare import plan_run, prepare, reuse_choices
 from ntkpipe.progress import Ticks
 from ntkpipe.runs import (
     build,
@@ -27,7 +28,7 @@ from ntkpipe.runs import (
     settle,
 )
 from ntkpipe.store import Mode, Store, local_path, prepare_path
-from ntkpipe.verification import VerificationReport, record_report, verify_and_record
+from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
 
 Patterns = str | tuple[str, ...] | list[str] | None
 
@@ -197,14 +198,15 @@ def plan_kernel(
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
         if existing is not None:
             _require_same_but_samples(existing, asked)
-        engine = prepared.engine
+        choices = None if existing is None else existing.manifest.choices
+        engine = prepared.engine if choices is None else reuse_choices(prepared.engine, choices, path)
         planned = plan_run(
             prepared,
             engine,
             run,
             prepared.grids(),
             path=path,
-            choices=None if existing is None else existing.manifest.choices,
+            choices=choices,
             **progress_of(asked, existing),
         )
     reasons = {name: f"torch.func:{engine.method} ({why})" for name, why in engine.tracing.fallback.items()}
@@ -266,9 +268,9 @@ def kernel_matrix(
     spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check)
     # The columns play the part of the train samples: a symmetric kernel is train x train, another test x train.
-    train, test = as_samples(inputs), None
+    train, test = as_samples(inputs, with_targets=False), None
     if other is not None:
-        train, test = as_samples(other, label="other"), train
+        train, test = as_samples(other, label="other", with_targets=False), train
         require_same_arrays(train, test, "inputs")
     for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
         if samples is not None:
@@ -328,7 +330,8 @@ def verify(
         witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
-            return report
+            missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
+            return replace(report, findings=(*report.findings, missing))
         with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
             certificates = certify(opened, witness, step=ticks.tick)
     report = with_certificates(report, certificates)

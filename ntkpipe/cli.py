@@ -23,6 +23,7 @@ from ntkpipe.errors import (
     Interrupted,
     NonFiniteError,
     NtkpipeError,
+    ResourceError,
     SelfCheckError,
     StoreFullError,
     TileError,
@@ -32,7 +33,7 @@ from ntkpipe.resources import format_bytes
 from ntkpipe.verification import verification_rows, verify_and_record
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
-_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError)
+_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
 
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
@@ -197,10 +198,13 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "path": str(store.path),
         "manifest": store.manifest.model_dump(mode="json"),
         "progress": {**asdict(progress), "is_complete": progress.is_complete},
-        **{
-            name: store.store.read_result(name)
-            for name in ("verification", "certificate", "self_check", "runs", "summary")
+        "kernels": {
+            name: {"shape": array.layout.shape, "dtype": str(array.layout.dtype), "tiles": array.layout.num_chunks}
+            for name, array in store.store.arrays.items()
+            if array.layout.grid is not None
         },
+        "runs": store.store.read_results("runs"),
+        **{name: store.store.read_result(name) for name in ("verification", "certificate", "self_check", "summary")},
     }
 
 

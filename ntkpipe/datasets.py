@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ Arrays = dict[str, NDArray[Any]]
 SINGLE = "input"
 _SCAN_BYTES = 32 * 2**20
 _SHOWN_SAMPLES = 8
+_REREAD = 5
 
 
 class Source(Protocol):
@@ -66,16 +68,22 @@ class DatasetSource:
         """Load and stack samples ``start:stop``."""
         return self._stack([self._sample(i) for i in range(start, stop)], start)
 
-    def read_targets(self) -> NDArray[Any]:
-        """The targets of all samples."""
-        targets = [_to_array(self.dataset[i][1], "targets") for i in range(self.num_samples)]
+    def read_targets(self, count: int) -> NDArray[Any]:
+        """The targets of the first ``count`` samples."""
+        targets = [_to_array(self._item(i)[1], "targets") for i in range(count)]
         for i, target in enumerate(targets):
             if target.shape != targets[0].shape:
                 raise DataError(f"the target of sample {i} has shape {target.shape}, of sample 0 {targets[0].shape}")
         return np.stack(targets)
 
+    def _item(self, i: int) -> Any:
+        try:
+            return self.dataset[i]
+        except Exception as error:
+            raise DataError(f"the data set raised {type(error).__name__} at item {i}: {error}") from error
+
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
-        item = self.dataset[i]
+        item = self._item(i)
         sample = item[0] if self.has_targets else item
         mapping = sample if isinstance(sample, Mapping) else {SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
@@ -119,13 +127,42 @@ class Samples:
         The samples.
     is_mapping
         Whether the model takes a dict of arrays, or one tensor.
-    targets
-        First axis the sample, or None.
+    given_targets
+        First axis the sample; None if there are none, or the data set has them.
+    with_targets
+        Whether a data set's own targets are wanted.
+    label
+        What messages call the inputs.
     """
 
     source: Source
     is_mapping: bool
-    targets: NDArray[Any] | None
+    given_targets: NDArray[Any] | None
+    with_targets: bool
+    label: str
+
+    @cached_property
+    def targets(self) -> NDArray[Any] | None:
+        """First axis the sample, or None; read from a data set when they are first needed.
+
+        Raises
+        ------
+        NonFiniteError
+            If one is NaN or infinite.
+        """
+        values = self._first_targets(self.num_samples)
+        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            bad = [int(i) for i in np.flatnonzero(~finite)]
+            raise NonFiniteError(f"targets of {self.label}: NaN or infinite entries in {show_samples(bad)}")
+        return values
+
+    def _first_targets(self, count: int) -> NDArray[Any] | None:
+        if self.given_targets is not None:
+            return self.given_targets[:count]
+        if self.with_targets and isinstance(self.source, DatasetSource) and self.source.has_targets:
+            return self.source.read_targets(count)
+        return None
 
     @property
     def num_samples(self) -> int:
@@ -141,15 +178,13 @@ class Samples:
 
     def describe(self) -> DataRecord:
         """The record of these samples without fingerprints, from the first one; what a plan needs."""
-        first = self.source.read(0, 1)
+        first, targets = self.source.read(0, 1), self._first_targets(1)
         return DataRecord(
             num_samples=self.num_samples,
             inputs={name: ArrayRecord(shape=v.shape[1:], dtype=str(v.dtype)) for name, v in first.items()},
             is_mapping=self.is_mapping,
             inputs_digest="",
-            targets=None
-            if self.targets is None
-            else ArrayRecord(shape=self.targets.shape[1:], dtype=str(self.targets.dtype)),
+            targets=None if targets is None else ArrayRecord(shape=targets.shape[1:], dtype=str(targets.dtype)),
             targets_digest=None,
         )
 
@@ -163,7 +198,9 @@ class Samples:
         DataError
             If samples have other arrays, shapes or dtypes than those before.
         """
-        described, sample = self.describe(), self.source.read(0, 1)
+        described = self.describe()
+        chosen = {int(i) for i in np.linspace(0, self.num_samples - 1, _REREAD)}
+        before = {i: self.source.read(i, i + 1) for i in chosen}
         digests = {name: hashlib.sha256() for name in described.inputs}
         bad: set[int] = set()
         for start, stop in self.spans():
@@ -178,11 +215,13 @@ class Samples:
                     bad |= {start + int(i) for i in np.flatnonzero(~finite)}
         if bad:
             raise NonFiniteError(f"{label}: NaN or infinite entries in {show_samples(sorted(bad))}")
-        again = self.source.read(0, 1)
-        if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
-            raise DataError(
-                f"{label}: sample 0 is another one each time it is read; switch random augmentation off, or pass arrays"
-            )
+        for i, sample in before.items():
+            again = self.source.read(i, i + 1)
+            if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
+                raise DataError(
+                    f"{label}: sample {i} is another one each time it is read; switch random augmentation off, or pass "
+                    "arrays"
+                )
         digest = hashlib.sha256()
         for name, record in sorted(described.inputs.items()):
             digest.update(f"{name}|{record}|{digests[name].hexdigest()}|".encode())
@@ -199,7 +238,7 @@ def show_samples(numbers: Sequence[int]) -> str:
     return f"{'sample' if len(numbers) == 1 else 'samples'} {shown}{more}"
 
 
-def as_samples(inputs: object, targets: object = None, *, label: str = "inputs") -> Samples:
+def as_samples(inputs: object, targets: object = None, *, label: str = "inputs", with_targets: bool = True) -> Samples:
     """Accept what users have as samples.
 
     Parameters
@@ -211,28 +250,24 @@ def as_samples(inputs: object, targets: object = None, *, label: str = "inputs")
         First axis the sample. Taken from the data set's pairs if None.
     label
         What messages call the inputs.
+    with_targets
+        Whether a data set's own targets are wanted.
 
     Raises
     ------
     DataError
         If they are empty, of unequal length, or of a type that is none of the above.
-    NonFiniteError
-        If a target is NaN or infinite.
     """
     source, is_mapping = _as_source(inputs, label)
     if source.num_samples == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
-    if targets is None and isinstance(source, DatasetSource) and source.has_targets:
-        targets = source.read_targets()
     values = None if targets is None else _to_array(targets, f"targets of {label}")
+    if values is not None and (values.ndim == 0 or len(values) != source.num_samples):
+        raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
+    samples = Samples(source, is_mapping, values, with_targets, label)
     if values is not None:
-        if values.ndim == 0 or len(values) != source.num_samples:
-            raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-            bad = [int(i) for i in np.flatnonzero(~finite)]
-            raise NonFiniteError(f"targets of {label}: NaN or infinite entries in {show_samples(bad)}")
-    return Samples(source, is_mapping, values)
+        _ = samples.targets  # checked at once; those of a data set when they are read
+    return samples
 
 
 def require_same_arrays(train: Samples, test: Samples, label: str) -> None:

@@ -125,6 +125,15 @@ class Block:
         return range(self.row_start, self.row_stop)
 
 
+def kernel_grids(num_train: int, num_test: int | None, num_covectors: int, tile: int) -> dict[str, Grid]:
+    """The kernels of a store by array name: train x train, and test x train where there are test samples."""
+    train = Axis(num_train, num_covectors, tile)
+    grids = {"kernel/train": Grid(train, train, symmetric=True)}
+    if num_test is not None:
+        grids["kernel/test_train"] = Grid(Axis(num_test, num_covectors, tile), train, symmetric=False)
+    return grids
+
+
 def default_tile(num_samples: int, num_covectors: int) -> int:
     """Samples along a tile's edge where none are asked for.
 

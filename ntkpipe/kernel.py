@@ -308,7 +308,7 @@ class KernelStore:
         for name in ("kernel/train", "kernel/test_train"):
             if name in self.store.arrays:
                 array = self.store.arrays[name]
-                present = len(array.present())
+                present = array.layout.num_chunks - len(array.missing())
                 done, total = done + present, total + array.layout.num_chunks
                 num_bytes += present * array.layout.chunk_bytes
         return Progress(done, total, num_bytes)
@@ -358,7 +358,7 @@ class KernelStore:
         return self.store.arrays[name]
 
     def _kernel(self, name: str) -> Kernel:
-        return Kernel(self._array(name), self.manifest.digest())
+        return Kernel(self._array(name), f"{self.manifest.digest()}-{self.path.resolve()}")
 
     def _read_all(self, name: str) -> NDArray[Any]:
         array = self._array(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.grid import Axis, Grid
+from ntkpipe.grid import Grid, kernel_grids
 from ntkpipe.manifest import DataRecord, Manifest
 
 Index = tuple[int, ...]
@@ -68,21 +68,13 @@ class ArrayLayout:
         )
 
 
-def kernel_grids(manifest: Manifest) -> dict[str, Grid]:
-    """The tiled kernels that a store of this manifest has, by array name."""
-    train = Axis(manifest.train.num_samples, manifest.num_covectors, manifest.tile)
-    grids = {"kernel/train": Grid(train, train, symmetric=True)}
-    if manifest.test is not None:
-        test = Axis(manifest.test.num_samples, manifest.num_covectors, manifest.tile)
-        grids["kernel/test_train"] = Grid(test, train, symmetric=False)
-    return grids
-
-
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array that a store of this manifest has, by name."""
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
-    for name, grid in kernel_grids(manifest).items():
+    num_test = None if manifest.test is None else manifest.test.num_samples
+    grids = kernel_grids(manifest.train.num_samples, num_test, manifest.num_covectors, manifest.tile)
+    for name, grid in grids.items():
         chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
         found.append(ArrayLayout(name, grid.shape, chunks, store_dtype, ("row", "column"), grid))
     for split, data in (("train", manifest.train), ("test", manifest.test)):

@@ -88,6 +88,9 @@ class Choices(_Record):
         Per parameter (or fused pair): how its Jacobian is found and kept.
     device
         Type of the device.
+    arithmetic
+        Instruction set of the processor, or name of the GPU, and version of torch: where they differ, results agree to
+        rounding only.
     """
 
     strip: PositiveInt
@@ -95,6 +98,7 @@ class Choices(_Record):
     batch: PositiveInt
     representations: dict[str, str]
     device: str
+    arithmetic: str
 
 
 class Manifest(_Record):

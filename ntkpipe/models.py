@@ -173,12 +173,6 @@ class FunctionalModel:
         _require_gradients(module, self.names)
         return FunctionalModel(module, self.names, dtype, self.device)
 
-    def select(self, names: tuple[str, ...]) -> "FunctionalModel":
-        """A copy in which only ``names`` require a gradient."""
-        copied = FunctionalModel(_deepcopy(self.module, {}), names, self.dtype, self.device)
-        _require_gradients(copied.module, names)
-        return copied
-
 
 def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
@@ -263,6 +257,8 @@ def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) 
     if patterns is None:
         return tuple(trainable)
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not patterns:
+        raise ModelError("parameters is empty; needed patterns of names, or None for all that require a gradient")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in trainable):
             frozen = any(fnmatchcase(name, pattern) for name in every)
@@ -392,17 +388,32 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 @contextlib.contextmanager
 def exact_math() -> Iterator[None]:
-    """Settings under which numbers are computed: TF32 off, fused attention paths off; restored afterwards.
+    """Settings under which numbers are computed, whatever the user's are; restored afterwards.
 
-    The math path of attention has forward-mode derivatives and batching rules, which the fused ones lack.
+    float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, autocast is off, and fused
+    attention paths are off: their math path has the forward-mode derivatives and batching rules that they lack.
     """
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.mha.set_fastpath_enabled(False)
+    backends: Any = torch.backends
+    precisions: list[Any] = [
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.rnn,
+    ]
+    before = [setting.fp32_precision for setting in precisions]
+    cudnn = backends.cudnn.deterministic, backends.cudnn.benchmark
+    fastpath = backends.mha.get_fastpath_enabled()
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        for setting in precisions:
+            setting.fp32_precision = "ieee"
+        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
+        backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for setting, value in zip(precisions, before, strict=True):
+            setting.fp32_precision = value
+        backends.cudnn.deterministic, backends.cudnn.benchmark = cudnn
+        backends.mha.set_fastpath_enabled(fastpath)

@@ -41,8 +41,6 @@ class Workload:
         The kernels by array name.
     num_test
         Test samples whose diagonal blocks are computed; zero without a test set.
-    num_outputs
-        Outputs O.
     tile, num_covectors
         Samples along a tile's edge, and rows a sample.
     store_itemsize, accumulate_itemsize
@@ -53,7 +51,6 @@ class Workload:
 
     grids: Mapping[str, Grid]
     num_test: int
-    num_outputs: int
     tile: int
     num_covectors: int
     store_itemsize: int
@@ -189,7 +186,7 @@ class Plan:
         for tile in range(-(-self.workload.num_test // self.workload.tile)):
             yield Task("kernel/test_diagonal", Block(tile, tile + 1, 0, 1))
 
-    def choices(self, representations: Mapping[str, str], device: str) -> Choices:
+    def choices(self, representations: Mapping[str, str], device: str, arithmetic: str) -> Choices:
         """What the manifest records."""
         return Choices(
             strip=self.strip,
@@ -197,6 +194,7 @@ class Plan:
             batch=self.batch,
             representations=dict(representations),
             device=device,
+            arithmetic=arithmetic,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
 from ntkpipe.errors import DataError, StoreMismatchError
-from ntkpipe.grid import Axis, Grid, default_tile
+from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Cost, Engine
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples
 from ntkpipe.kinds import Kind, get_kind
@@ -71,13 +71,8 @@ class Prepared:
 
     def grids(self) -> dict[str, Grid]:
         """The kernels of a store of these samples."""
-        train = Axis(self.train.num_samples, self.num_covectors, self.tile)
-        grids = {"kernel/train": Grid(train, train, symmetric=True)}
-        if self.test is not None:
-            grids["kernel/test_train"] = Grid(
-                Axis(self.test.num_samples, self.num_covectors, self.tile), train, symmetric=False
-            )
-        return grids
+        num_test = None if self.test is None else self.test.num_samples
+        return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
 
 
 def loader(model: FunctionalModel, samples: Samples) -> Load:
@@ -162,13 +157,21 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
             f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
             (("choices.representations", choices.representations, engine.representations),),
         )
-    if engine.model.device.type != choices.device:
+    here = describe_arithmetic(engine.model.device)
+    if (engine.model.device.type, here) != (choices.device, choices.arithmetic):
         warnings.warn(
-            f"{path} was begun on {choices.device}, this run is on {engine.model.device.type}: its tiles will agree to "
-            "rounding, not to the last bit",
+            f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {engine.model.device.type} "
+            f"({here}): its tiles will agree to rounding, not to the last bit",
             stacklevel=3,
         )
     return engine
+
+
+def describe_arithmetic(device: torch.device) -> str:
+    """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def plan_run(
@@ -202,7 +205,6 @@ def plan_run(
     workload = Workload(
         grids=grids,
         num_test=prepared.test.num_samples if prepared.test is not None and path is not None else 0,
-        num_outputs=prepared.num_outputs,
         tile=prepared.tile,
         num_covectors=prepared.num_covectors,
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
@@ -213,7 +215,8 @@ def plan_run(
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
         # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
-        limit = min(limit, used + int(_SHARE_OF_MEMORY * torch.cuda.mem_get_info(engine.model.device)[0]))
+        free = torch.cuda.mem_get_info(engine.model.device)[0]
+        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free))
     machine = Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),

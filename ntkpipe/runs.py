@@ -1,6 +1,7 @@
 """One run of a kernel into its store: what was asked meets what is there, is settled, and is built."""
 
 import contextlib
+import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -23,26 +24,29 @@ from ntkpipe.errors import (
     Interrupted,
     ModelError,
     NtkpipeError,
-    StoreError,
+    SelfCheckError,
     StoreFullError,
     StoreMismatchError,
 )
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
+from ntkpipe.jacobian.factors import Workspace, contract
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.kernel import KernelStore
 from ntkpipe.layout import Index, layouts
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
 from ntkpipe.models import exact_math, fingerprint
 from ntkpipe.plan import Plan, Task
-from ntkpipe.prepare import Prepared, plan_run, reuse_choices
+from ntkpipe.prepare import Prepared, describe_arithmetic, plan_run, reuse_choices
 from ntkpipe.progress import show_progress
 from ntkpipe.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.
-_OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.2}
+_OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.1}
+# An activation that rounds across a kink changes an entry by more than rounding does.
+_ENTRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.2}
 
 
 @contextlib.contextmanager
@@ -51,7 +55,7 @@ def exact_single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with exact_math():
+        with exact_math(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_num_threads(threads)
@@ -73,7 +77,9 @@ def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: D
         model=fingerprint(model, prepared.model.names),
         train=train,
         test=test,
-        choices=Choices(strip=1, subtile=1, batch=1, representations={}, device=prepared.model.device.type),
+        choices=Choices(
+            strip=1, subtile=1, batch=1, representations={}, device=prepared.model.device.type, arithmetic=""
+        ),
         environment={
             **{name: version(name) for name in ("ntkpipe", "torch", "numpy", "zarr")},
             "python": platform.python_version(),
@@ -110,7 +116,8 @@ def _short(value: object) -> str:
 def require_same_function(store: Store, prepared: Prepared) -> None:
     """Check that the model still maps stored samples to the outputs that were stored with the first tiles.
 
-    Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook.
+    Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook. So
+    outputs of a few samples are compared with the stored ones, and their kernel entries with those of the first tile.
 
     Raises
     ------
@@ -133,6 +140,31 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
             f"{scale:.2g}): the model's forward pass or the forward hook is another one",
             (("outputs", stored[samples].tolist(), outputs.tolist()),),
         )
+    tile = store.arrays["kernel/train"]
+    if first in tile.present():
+        _require_same_entries(store, tile.read(first), prepared, samples)
+
+
+def _require_same_entries(store: Store, tile: NDArray[Any], prepared: Prepared, samples: list[int]) -> None:
+    width = prepared.num_covectors
+    rows = np.add.outer(np.array(samples) * width, np.arange(width)).reshape(-1)
+    stored, found = tile[np.ix_(rows, rows)].astype(np.float64), _entries(prepared, samples)
+    scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
+    error = float(np.abs(found - stored).max()) / scale
+    if error > _ENTRY_TOLERANCE[store.manifest.compute_dtype]:
+        raise StoreMismatchError(
+            f"{store.root}: parameters, samples and outputs are those of the store, but kernel entries differ by "
+            f"{error:.1e} of their scale: the model is differentiated in another way (detached, or hooked)",
+            (("kernel entries", stored.tolist(), found.tolist()),),
+        )
+
+
+def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
+    """The kernel of a few samples, sample-major."""
+    piece, _ = prepared.engine.piece(prepared.load(samples))
+    width, count = prepared.num_covectors, len(samples)
+    entries = contract(piece, piece, Workspace()).double().cpu().reshape(width, count, width, count)
+    return np.asarray(entries.permute(1, 0, 3, 2).reshape(width * count, -1).numpy())
 
 
 def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
@@ -208,6 +240,11 @@ def settle(
     check = None
     if run.self_check:
         engine, check = checked(prepared, engine, planned)
+        if existing is not None and choices is not None and engine.representations != choices.representations:
+            raise SelfCheckError(
+                f"{existing.root} was begun with Jacobians found as {choices.representations}, which the self-check "
+                f"refuses now ({check.moved}); what is stored cannot be trusted: use mode='w' to start over"
+            )
     check_seconds = perf_counter() - started
     if engine.representations != prepared.engine.representations:
         planned = _plan(prepared, engine, asked, existing, path, run)
@@ -215,7 +252,9 @@ def settle(
     if existing is None:
         if mode == "w":
             prepare_path(path, mode)
-        settled = planned.choices(engine.representations, engine.model.device.type)
+        settled = planned.choices(
+            engine.representations, engine.model.device.type, describe_arithmetic(engine.model.device)
+        )
         existing = Store.create(path, asked.model_copy(update={"choices": settled}))
         require_same(existing, asked)
         if existing.manifest.choices != settled:
@@ -318,7 +357,7 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
         started = perf_counter()
         total = plan.workload.num_tiles
         # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
-        with contextlib.closing(executor.run(job, plan.tasks())) as running:
+        with store.in_use(), contextlib.closing(executor.run(job, plan.tasks())) as running:
             records = (record for record in running if record.array != "kernel/test_diagonal")
             if progress:
                 records = show_progress(
@@ -326,11 +365,13 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
                 )
             for _ in records:
                 tiles += 1
-        _record(settled, tiles, perf_counter() - started)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
         raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+    finally:
+        if tiles:
+            _record(settled, tiles, perf_counter() - started)
 
 
 def _state(store: Store) -> str:
@@ -339,22 +380,19 @@ def _state(store: Store) -> str:
 
 
 def _record(settled: Settled, tiles: int, seconds: float) -> None:
-    """Add this run to ``results/runs``."""
+    """Add this run below ``results/runs``; a disk too full for it is no reason to hide what happened."""
     plan, store = settled.plan, settled.store
-    share = tiles / max(1, plan.workload.num_tiles - plan.tiles_done)
-    try:
-        earlier = store.read_result("runs") or {"runs": []}
-    except StoreError:  # a damaged record of earlier runs is no reason to fail this one
-        earlier = {"runs": []}
+    finished = datetime.now(UTC)
     run = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": finished.isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "workers": plan.machine.workers,
         "tiles": tiles,
         "seconds": seconds,
         "self_check_seconds": settled.check_seconds,
-        "flops": plan.flops * share * (plan.workload.num_tiles - plan.tiles_done) / plan.workload.num_tiles,
+        "flops": plan.flops * tiles / plan.workload.num_tiles,
         "recompute_factor": plan.recompute_factor,
         "memory_bytes": plan.memory_bytes,
     }
-    store.write_result("runs", {"runs": [*earlier["runs"], run]})
+    with contextlib.suppress(StoreFullError):
+        store.write_result(f"runs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", run)

@@ -6,6 +6,7 @@ temporary name and renamed. So one listing tells progress, and a writer that is 
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ class StoredArray:
         self.root = root
         self.layout = layout
         self._folder = root / layout.name / "c"
-        self._zarr: zarr.Array[Any] | None = None
+        self._is_checked = False
 
     def path(self, index: Index) -> Path:
         """File of chunk ``index``."""
@@ -78,7 +79,7 @@ class StoredArray:
         if not (self.root / self.layout.name / "zarr.json").exists():
             with _writing(self.root), contextlib.suppress(zarr.errors.ContainsArrayError):
                 _create(str(self.root), self.layout)
-        self._open()
+        self.check_metadata()
 
     def check_metadata(self) -> None:
         """Check that ``zarr.json`` is what this package writes, so that any Zarr reader sees what is stored.
@@ -88,28 +89,22 @@ class StoredArray:
         StoreError
             If it is missing, damaged or altered.
         """
-        self._open()
-
-    def _open(self) -> zarr.Array[Any]:
-        """The Zarr array, its metadata compared with what this package writes."""
-        if self._zarr is None:
-            layout = self.layout
-            where = f"{layout.name}/zarr.json in {self.root}"
-            remedy = "delete that file and run again: it is written anew, and every chunk is kept"
-            try:
-                array = zarr.open_array(str(self.root / layout.name), mode="r+")
-            except FileNotFoundError:
-                raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
-            except Exception as error:
-                raise StoreError(f"{where} is damaged ({error!r}); {remedy}") from error
-            needed = _create(MemoryStore(), layout)
-            for field in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
-                found, wanted = (getattr(a.metadata, field) for a in (array, needed))
-                if repr(found) != repr(wanted):  # NaN, a fill value, does not equal itself
-                    raise StoreError(f"{where} was altered: it has {field} {found}, needed {wanted}; {remedy}")
-            # open_array ignores a config for an array that exists; without it, chunks of zeros would never be files.
-            self._zarr = array.with_config({"write_empty_chunks": True})
-        return self._zarr
+        if self._is_checked:
+            return
+        where = f"{self.layout.name}/zarr.json in {self.root}"
+        remedy = "delete that file and run again: it is written anew, and every chunk is kept"
+        try:
+            array = zarr.open_array(str(self.root / self.layout.name), mode="r")
+        except FileNotFoundError:
+            raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
+        except Exception as error:
+            raise StoreError(f"{where} is damaged ({error!r}); {remedy}") from error
+        needed = _create(MemoryStore(), self.layout)
+        for field in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
+            found, wanted = (getattr(a.metadata, field) for a in (array, needed))
+            if repr(found) != repr(wanted):  # NaN, a fill value, does not equal itself
+                raise StoreError(f"{where} was altered: it has {field} {found}, needed {wanted}; {remedy}")
+        self._is_checked = True
 
     def write(self, index: Index, values: NDArray[Any]) -> None:
         """Write one whole chunk, atomically.
@@ -121,7 +116,7 @@ class StoredArray:
         StoreError
             If it cannot be written for another reason, or the array's ``zarr.json`` was altered.
         """
-        self._open()
+        self.check_metadata()
         path = self.path(index)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         chunk = self._whole_chunk(index, values)
@@ -272,12 +267,11 @@ class Store:
         manifest they get with the one they asked for.
         """
         root = local_path(path)
-        document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: manifest.to_attribute()}}
         with _writing(root):
             root.mkdir(parents=True, exist_ok=True)
             temporary = root / f"zarr.json.{uuid.uuid4().hex}.partial"
             try:
-                temporary.write_text(json.dumps(document, indent=1))
+                temporary.write_text(_group_document({ATTRIBUTE: manifest.to_attribute()}))
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, root / "zarr.json")
             finally:
@@ -306,18 +300,52 @@ class Store:
         found = {name: array.missing() for name, array in self.arrays.items()}
         return {name: indices for name, indices in found.items() if indices}
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the store from being replaced (``mode="w"``) while it is written; any number of writers may.
+
+        At the end the last writer removes the partial files that killed ones left behind.
+
+        Raises
+        ------
+        StoreError
+            If it was replaced since it was opened.
+        """
+        with _writing(self.root):
+            file = (self.root / "zarr.json").open("rb")
+        with file:
+            with _writing(self.root):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            if Store.open(self.root).manifest != self.manifest:
+                raise StoreError(f"{self.root} was replaced by another run after this one opened it; run again")
+            try:
+                yield
+            finally:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for path in self.partials():
+                        path.unlink(missing_ok=True)
+
     def is_writable(self) -> bool:
         """Whether this process may write below the root."""
         return os.access(self.root, os.W_OK)
 
     def write_result(self, name: str, result: Mapping[str, Any]) -> None:
         """Store a JSON result below ``results/name``, with the digest of the manifest that it came from."""
+        folder = self.root / "results"
         with _writing(self.root):
-            zarr.open_group(
-                str(self.root / "results" / name),
-                mode="w",
-                attributes={"result": dict(result), "manifest_digest": self.manifest.digest()},
-            )
+            for part in ("", *name.split("/")[:-1]):
+                folder = folder / part
+                if not (folder / "zarr.json").exists():
+                    _write_group(folder, {})
+            attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
+            _write_group(self.root / "results" / name, attributes)
+
+    def read_results(self, folder: str) -> list[dict[str, Any]]:
+        """Every result below ``results/folder``, by name."""
+        names = sorted(path.parent.name for path in (self.root / "results" / folder).glob("*/zarr.json"))
+        found = [self.read_result(f"{folder}/{name}") for name in names]
+        return [result for result in found if result is not None]
 
     def read_result(self, name: str) -> dict[str, Any] | None:
         """Read a stored result; none if there is none or it came from another manifest."""
@@ -329,6 +357,21 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"results/{name} of {self.root} is damaged: {error!r}") from error
         return result if digest == self.manifest.digest() else None
+
+
+def _group_document(attributes: dict[str, Any]) -> str:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1)
+
+
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    """Write a Zarr group of attributes alone, in one atomic step: other processes may write the same one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"zarr.json.{uuid.uuid4().hex}.partial"
+    try:
+        temporary.write_text(_group_document(attributes))
+        temporary.replace(folder / "zarr.json")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def prepare_path(path: str | Path, mode: Mode) -> Store | None:
@@ -371,7 +414,13 @@ def _remove(root: Path) -> None:
     if root.is_symlink():
         raise StoreExistsError(f"{root} is a symbolic link, so mode='w' does not remove it; give the path it points to")
     doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}.removed")
-    with _writing(root):
+    with _writing(root), (root / "zarr.json").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreExistsError(
+                f"another run is writing to {root}, so mode='w' does not remove it; stop it, or choose another path"
+            ) from None
         root.rename(doomed)
     with _writing(doomed):
         shutil.rmtree(doomed)

@@ -167,7 +167,7 @@ def kernel_rows(store: KernelStore) -> Rows:
             f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
         ),
     ]
-    runs = (store.store.read_result("runs") or {"runs": []})["runs"]
+    runs = store.store.read_results("runs")
     if runs:
         seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
         rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))

@@ -45,7 +45,9 @@ def _manifest(
         ),
         "train": _data(num_train),
         "test": None if num_test is None else _data(num_test),
-        "choices": Choices(strip=3, subtile=3, batch=3, representations={"weight": "factors"}, device="cpu"),
+        "choices": Choices(
+            strip=3, subtile=3, batch=3, representations={"weight": "factors"}, device="cpu", arithmetic="here"
+        ),
         "environment": {"host": "here"},
     }
     return Manifest(**{**defaults, **fields})

@@ -42,8 +42,8 @@ def compute(path: Path, **changes: Any) -> KernelStore:
 
 def chunks(path: Path) -> dict[str, bytes]:
     """Every chunk of every array: what two equal runs have in common to the last bit."""
-    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("c/**/*") if file.is_file()}
-    return {name: data for name, data in found.items() if not name.endswith(".partial")}
+    files = (file for file in path.rglob("c/**/*") if file.suffix != ".partial" and file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def times(path: Path) -> dict[str, int]:

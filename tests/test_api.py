@@ -189,7 +189,7 @@ class Broken(Dataset):
 
 
 def test_a_data_set_that_fails_leaves_no_store(path):
-    with pytest.raises(OSError, match="cannot read image 11"):
+    with pytest.raises(DataError, match="raised OSError at item 11: cannot read image 11"):
         compute(path, inputs=Broken(), targets=None)
     assert not path.exists()
 

@@ -29,7 +29,7 @@ def make_plan_of(num_train: int, num_test: int = 0, *, tile: int, width: int = 1
     grids = {"kernel/train": Grid(train, train, symmetric=True)}
     if num_test:
         grids["kernel/test_train"] = Grid(test, train, symmetric=False)
-    plan = make_plan(Workload(grids, num_test, 2, tile, width, 8, 8, COST), CPU)
+    plan = make_plan(Workload(grids, num_test, tile, width, 8, 8, COST), CPU)
     workers = changes.pop("workers", 1)
     return replace(plan, machine=replace(CPU, workers=workers), **changes)
 
@@ -197,7 +197,7 @@ def test_samples_of_any_strides_are_taken(strides):
 
 
 def block(num_bytes: int) -> Block:
-    return Block((Piece(1, (), torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),), torch.zeros(1, 1))
+    return Block((Piece(1, (), torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),), torch.zeros(1, 0))
 
 
 def test_a_cache_keeps_the_latest_strips_within_its_capacity():

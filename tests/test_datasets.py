@@ -139,7 +139,7 @@ def test_samples_of_unequal_shape_are_named():
     with pytest.raises(DataError, match=r"'input' of sample 2 has shape \(4,\), of sample 0 \(3,\).*pad or crop"):
         samples.source.read(0, 3)
     with pytest.raises(DataError, match=r"the target of sample 1 has shape \(3,\), of sample 0 \(2,\)"):
-        as_samples([(np.ones(3), np.ones(2)), (np.ones(3), np.ones(3))])
+        _ = as_samples([(np.ones(3), np.ones(2)), (np.ones(3), np.ones(3))]).targets
     with pytest.raises(DataError, match=r"'b' of sample 1 has shape \(\), of sample 0 None"):
         as_samples([{"a": 1.0}, {"a": 1.0, "b": 2.0}]).source.read(0, 2)
 

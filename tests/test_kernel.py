@@ -1,5 +1,6 @@
 """Kernels read from a store are the full matrix, indexed as numpy does."""
 
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as npst
 
 from ntkpipe import kernel as kernel_module
 from ntkpipe.errors import ResourceError, StoreError, StoreNotFoundError, TileError
-from ntkpipe.kernel import Kernel, KernelStore, chunk_name, open_kernel
+from ntkpipe.kernel import Kernel, KernelStore, open_kernel
 from ntkpipe.store import Store
 
 NUM_TRAIN, NUM_TEST, NUM_OUTPUTS = 7, 5, 2
@@ -281,10 +282,6 @@ def test_opening_what_is_not_there(tmp_path):
         open_kernel(tmp_path / "none.zarr")
 
 
-def test_chunk_names():
-    assert chunk_name("kernel/train", (0, 12)) == "kernel/train (0, 12)"
-
-
 def test_opening_and_reading_loads_neither_torch_nor_dask(fresh):
     script = """
 import sys
@@ -297,3 +294,14 @@ print(sorted({"torch", "dask", "safetensors"} & set(sys.modules)))
         [sys.executable, "-c", script, str(fresh.store.root)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_copies_of_a_store_are_different_dask_arrays(case, tmp_path):
+    copied = shutil.copytree(case.store.root, tmp_path / "copy.zarr")
+    assert case.opened.train.to_dask().name != open_kernel(copied).train.to_dask().name
+
+
+def test_progress_counts_only_tiles_that_belong(fresh):
+    tiles = fresh.store.arrays["kernel/train"]
+    tiles.path((0, 1)).rename(tiles.path((1, 1)).with_name("0"))
+    assert not fresh.opened.progress.is_complete

@@ -28,8 +28,6 @@ class Term:
         Numbers of the uses whose positions are summed.
     n_in, n_out
         Width of the factors; ``n_in`` is zero without a weight.
-    num_positions
-        Rows a sample over all uses, T.
     is_factored
         Whether factors are kept rather than the Jacobian itself.
     """
@@ -39,7 +37,6 @@ class Term:
     uses: tuple[int, ...]
     n_in: int
     n_out: int
-    num_positions: int
     is_factored: bool
 
     @property
@@ -65,7 +62,7 @@ class Block:
 
     def num_bytes(self) -> int:
         """Bytes that the block holds."""
-        return sum(piece.num_bytes() for piece in self.pieces)
+        return sum(piece.num_bytes() for piece in self.pieces) + self.outputs.nbytes
 
 
 @dataclass(frozen=True)
@@ -308,22 +305,22 @@ class Engine:
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
-        flops, bytes_whole, piece = self._measure(batch)
-        _, bytes_half, _ = self._measure(half)
+        flops, bytes_whole, piece, outputs = self._measure(batch)
+        _, bytes_half, _, _ = self._measure(half)
         slope = max(0, bytes_whole - bytes_half) // (size - size // 2)
         covectors, _, dense = piece.dense.shape
         return Cost(
-            block_bytes=max(1, piece.num_bytes() // size),
+            block_bytes=max(1, (piece.num_bytes() + outputs.nbytes) // size),
             workspace_bytes=max(1, slope),
             fixed_workspace_bytes=max(0, bytes_whole - slope * size),
             jacobian_flops=flops / size,
             pair_flops=2.0 * covectors**2 * dense + sum(map(pair_flops, piece.outers)),
         )
 
-    def _measure(self, batch: Batch) -> tuple[float, int, Piece]:
+    def _measure(self, batch: Batch) -> tuple[float, int, Piece, Tensor]:
         with _Meter() as meter:  # type: ignore[no-untyped-call]
-            piece, _ = self.piece(batch)
-        return meter.num_flops, meter.num_bytes, piece
+            piece, outputs = self.piece(batch)
+        return meter.num_flops, meter.num_bytes, piece, outputs
 
 
 class _Meter(TorchDispatchMode):
@@ -394,7 +391,7 @@ def _term(
         factored = weight is not None and is_factored_cheaper(
             positions, n_in + (bias is not None), n_out, num_covectors
         )
-    return Term(weight, bias, uses, n_in, n_out, positions, factored)
+    return Term(weight, bias, uses, n_in, n_out, factored)
 
 
 def _join(parts: list[Piece]) -> Piece:

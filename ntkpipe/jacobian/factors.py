@@ -18,6 +18,8 @@ from torch import Tensor
 _ELEMENTWISE_FLOPS = 16.0
 # Terms of a float32 sum that are left to the matrix product.
 _LONGEST_SUM = 4096
+# Pairs of positions whose products are added up in the blocks' own dtype.
+_MANY_TERMS = 16
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ def _add_outer(total: Tensor, left: Outer, right: Outer, workspace: Workspace) -
     num_left, num_right = left.inputs.shape[1], right.inputs.shape[1]
     covectors = left.cotangents.shape[1]
     inputs = workspace.take("inputs", (num_left, num_right), like=total)
+    # Many float32 terms are added up in float64, as in _set_dense.
+    is_long = left.inputs.shape[0] * right.inputs.shape[0] > _MANY_TERMS and total.dtype != torch.float64
+    if is_long:
+        exact = workspace.take("exact", total.shape, like=total.new_empty(0, dtype=torch.float64)).copy_(total)
     cotangents = workspace.take("cotangents", total.shape, like=total)
     view = (covectors, num_left, covectors, num_right)
     for a, d in zip(left.inputs, left.cotangents, strict=True):
@@ -150,7 +156,13 @@ def _add_outer(total: Tensor, left: Outer, right: Outer, workspace: Workspace) -
             if left.has_bias:
                 inputs += 1.0
             torch.mm(d.reshape(total.shape[0], -1), e.reshape(total.shape[1], -1).T, out=cotangents)
-            total.view(view).addcmul_(cotangents.view(view), inputs[None, :, None, :])
+            if is_long:
+                cotangents.view(view).mul_(inputs[None, :, None, :])
+                exact += cotangents
+            else:
+                total.view(view).addcmul_(cotangents.view(view), inputs[None, :, None, :])
+    if is_long:
+        total.copy_(exact)
 
 
 def contract_diagonal(piece: Piece) -> Tensor:

@@ -182,9 +182,9 @@ def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
     probes = [take(batch, order) for order in _PROBES]
     try:
         return trace(model, probes, [len(order) for order in _PROBES])
-    except RuntimeError as error:
-        if isinstance(error, NtkpipeError):
-            raise
+    except (NtkpipeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func does the model exactly
         # Models that differentiate inside themselves may refuse to be traced; plain torch.func still does them.
         reason = f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
         return Tracing((), (), dict.fromkeys(model.names, reason), ())

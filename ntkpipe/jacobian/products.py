@@ -45,11 +45,11 @@ class JacobianProducts:
         """``J' v`` as one float64 tensor a parameter; v has shape (n*S,)."""
         parameters = self.model.parameters()
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
-        weights = torch.from_numpy(vector).reshape(-1, len(self.covectors)).to(self.covectors) @ self.covectors
+        by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
         for span, batch in self._batches(source):
             outputs = self.model(batch)
             seed = torch.zeros_like(outputs)
-            seed[: len(span)] = weights[span.start : span.stop]
+            seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
             grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:

@@ -153,7 +153,7 @@ class Tracing:
         if any(edges[name] != self.edges[name] for name in self.covered):
             return False
         return len(calls) == len(self.uses) and all(
-            call.rule is use.rule
+            call.rule.name == use.rule.name
             and (not use.names or call.num_rows == use.num_positions * num_samples)
             and dict(use.names).items() <= call.names.items()
             for call, use in zip(calls, self.uses, strict=True)

@@ -52,7 +52,7 @@ def test_blocks_give_the_same_kernel_however_they_are_cut(subtile, batch, struct
     assert [piece.num_samples for piece in block.pieces] == [min(subtile, 7 - i) for i in range(0, 7, subtile)]
     assert reference.error(kernel_of(block), reference.kernel(model, X)) <= 1e-12
     assert torch.allclose(block.outputs, model.double()(X), rtol=1e-12)
-    assert block.num_bytes() == sum(piece.num_bytes() for piece in block.pieces)
+    assert block.num_bytes() == sum(piece.num_bytes() for piece in block.pieces) + block.outputs.nbytes
 
 
 def test_weight_and_bias_of_the_same_uses_are_one_term():
@@ -132,8 +132,8 @@ def test_cost_counts_operations_and_bytes():
     wide = redraw(nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 3)))
     engine = engine_of(wide)
     cost = engine.cost(X)
-    piece, _ = engine.piece(X)
-    assert cost.block_bytes == piece.num_bytes() // 7
+    piece, outputs = engine.piece(X)
+    assert cost.block_bytes == (piece.num_bytes() + outputs.nbytes) // 7
     assert cost.workspace_bytes >= cost.block_bytes
     # Forward 2 * (6*200 + 200*3), and one pull-back through the second layer a covector.
     assert cost.jacobian_flops >= 2 * (6 * 200 + 200 * 3) + 3 * 2 * 200 * 3
