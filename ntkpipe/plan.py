@@ -342,7 +342,9 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     excess = (factor - 1) * num_samples * cost.jacobian_flops
     if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
         plan = replace(plan, cache_bytes=int(min(everything, spare)))
-        factor = 1.0 if plan.cache_bytes >= everything else factor
+        if plan.cache_bytes >= everything:
+            # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
+            plan, factor = replace(plan, edge=1, hold=min(hold, strips)), 1.0
     return replace(
         plan,
         jacobian_flops=factor * num_samples * cost.jacobian_flops,

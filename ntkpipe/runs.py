@@ -349,29 +349,27 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
     started = perf_counter()
     tiles = 0
     try:
-        if settled.check is not None:
-            store.write_result("self_check", settled.check.to_json())
-        write_samples(store, "train", train)
-        if test is not None:
-            write_samples(store, "test", test)
-        started = perf_counter()
-        total = plan.workload.num_tiles
-        # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
-        with store.in_use(), contextlib.closing(executor.run(job, plan.tasks())) as running:
-            records = (record for record in running if record.array != "kernel/test_diagonal")
+        # Whatever is written is written in use: another run that ends meanwhile removes partial files that nobody uses.
+        with store.in_use(), contextlib.ExitStack() as at_the_end:
+            if settled.check is not None:
+                store.write_result("self_check", settled.check.to_json())
+            write_samples(store, "train", train)
+            if test is not None:
+                write_samples(store, "test", test)
+            started = perf_counter()
+            at_the_end.callback(lambda: _record(settled, tiles, perf_counter() - started) if tiles else None)
+            # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
+            records = at_the_end.enter_context(contextlib.closing(executor.run(job, plan.tasks())))
+            tiles_only = (record for record in records if record.array != "kernel/test_diagonal")
             if progress:
-                records = show_progress(
-                    records, total=total, done=plan.tiles_done, what=store.manifest.kind, unit="tile"
-                )
-            for _ in records:
+                total, done = plan.workload.num_tiles, plan.tiles_done
+                tiles_only = show_progress(tiles_only, total=total, done=done, what=store.manifest.kind, unit="tile")
+            for _ in tiles_only:
                 tiles += 1
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
         raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
-    finally:
-        if tiles:
-            _record(settled, tiles, perf_counter() - started)
 
 
 def _state(store: Store) -> str:
