@@ -8,6 +8,20 @@ import math
 
 import numpy as np
 import torch
+from torch import nn
+
+
+class Custom(nn.Module):
+    """Modules and parameters by name, and a forward pass as a function."""
+
+    def __init__(self, function, **members):
+        super().__init__()
+        for name, value in members.items():
+            setattr(self, name, value)
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
 
 
 def redraw(model, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import redraw
+from reference import Custom, redraw
 from torch import nn
 
 import ntkpipe
@@ -12,17 +12,6 @@ from ntkpipe.errors import StoreMismatchError
 
 X = torch.randn(23, 6, generator=torch.Generator().manual_seed(0))
 TEST = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
-
-
-class Custom(nn.Module):
-    def __init__(self, function, **members):
-        super().__init__()
-        for name, value in members.items():
-            setattr(self, name, value)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def mlp():

@@ -6,7 +6,7 @@ import reference
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from reference import error, redraw
+from reference import Custom, error, redraw
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,19 +20,6 @@ X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(3, 20, (5, 4), generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-
-
-class Custom(nn.Module):
-    """Modules and parameters by name, and a forward pass as a function."""
-
-    def __init__(self, function, **members):
-        super().__init__()
-        for name, value in members.items():
-            setattr(self, name, value)
-        self.function = function
-
-    def forward(self, *args, **kwargs):
-        return self.function(self, *args, **kwargs)
 
 
 def param(*shape):

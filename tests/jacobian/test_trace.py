@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import Custom
 from torch import nn
 
 from ntkpipe.jacobian.fallback import take
@@ -12,17 +13,6 @@ from ntkpipe.models import prepare_model
 L = nn.Linear
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ORDERS = ((0, 1, 2), (4, 3, 2, 1, 0))
-
-
-class Custom(nn.Module):
-    def __init__(self, function, **members):
-        super().__init__()
-        for name, value in members.items():
-            setattr(self, name, value)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def functional(function, **members):
