@@ -127,9 +127,10 @@ def record_report(store: Store, report: VerificationReport) -> None:
     """
     if store.is_writable():
         checked = datetime.now(UTC).isoformat(timespec="seconds")
-        store.write_result("verification", {**report.to_json(), "checked": checked})
-        if report.certificates:
-            store.write_result("certificate", {"kernels": report.certificates, "checked": checked})
+        with store.in_use():
+            store.write_result("verification", {**report.to_json(), "checked": checked})
+            if report.certificates:
+                store.write_result("certificate", {"kernels": report.certificates, "checked": checked})
 
 
 def _belongs(array: StoredArray, index: Index) -> bool:
