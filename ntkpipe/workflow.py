@@ -174,7 +174,8 @@ def kernel_rows(store: KernelStore) -> Rows:
         rows.append(("rate", f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"))
     check = store.store.read_result("self_check")
     if check is not None:
-        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against torch.func in float64"))
+        judge = f"{check['reference']} in {check['dtype']}"
+        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
     return rows
 
 

@@ -40,6 +40,8 @@ class CheckReport:
         Random covectors a sample.
     dtype
         dtype of the comparison; float64 unless the model cannot run in it.
+    reference
+        ``torch.func``, or plain autograd with the reason why ``torch.func`` could not run the model.
     worst_parameter, worst_error
         The largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj).
     compute_error
@@ -53,6 +55,7 @@ class CheckReport:
     samples: tuple[int, ...]
     num_covectors: int
     dtype: str
+    reference: str
     worst_parameter: str
     worst_error: float
     compute_error: float
@@ -104,6 +107,7 @@ def self_check(
         samples=tuple(checked.chosen),
         num_covectors=len(checked.covectors),
         dtype=str(checked.model.dtype).removeprefix("torch."),
+        reference=checked.reference_name,
         worst_parameter=worst,
         worst_error=error,
         compute_error=compute_error,
@@ -129,7 +133,8 @@ class _Check:
         affordable = int(_SHARE_OF_MEMORY * memory_bytes / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        self.reference = _reference(self.model, load, self.chosen, self.covectors.to(self.model.device))
+        covectors = self.covectors.to(self.model.device)
+        self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
         self.scale = _scale(_total(self.reference))
 
     def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str]]:
@@ -249,20 +254,22 @@ def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Any:
     return batch.to(model.dtype) if batch.is_floating_point() else batch
 
 
-def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
-    """Jacobians (covectors, samples, P) per parameter, one sample at a time.
+def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
+    """Jacobians (covectors, samples, P) per parameter, one sample at a time, and what found them.
 
     By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
     """
     batch = _cast(model, load, samples)
+    reason = "parameters out of reach of functional_call"
     if model.is_replaceable(batch):
         try:
-            return _by_vjp(model, load, samples, covectors)
-        except Exception:  # noqa: BLE001 - whatever torch.func stumbles over, autograd has run before
-            pass
+            return _by_vjp(model, load, samples, covectors), "torch.func"
+        except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
     widths = {name: parameter.numel() for name, parameter in model.parameters().items()}
     whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
-    return dict(zip(widths, torch.split(whole, list(widths.values()), dim=2), strict=True))
+    parts = torch.split(whole, list(widths.values()), dim=2)
+    return dict(zip(widths, parts, strict=True)), f"plain autograd ({reason})"
 
 
 def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:

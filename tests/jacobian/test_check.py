@@ -114,8 +114,8 @@ def test_finite_differences_side_with_the_engine_against_a_wrong_reference(monke
     original = check._reference
 
     def reference_of(*args):
-        found = original(*args)
-        return {**found, "0.weight": 1.5 * found["0.weight"]}
+        found, name = original(*args)
+        return {**found, "0.weight": 1.5 * found["0.weight"]}, name
 
     monkeypatch.setattr(check, "_reference", reference_of)
     engine, report = checked(mlp())
@@ -165,3 +165,16 @@ def test_report_is_json():
     _, report = checked(mlp())
     assert report.to_json()["num_covectors"] == 3
     assert len(report.samples) == 3
+
+
+def test_the_report_names_the_reference_and_why_it_is_not_torch_func(monkeypatch):
+    _, report = checked(mlp())
+    assert report.reference == "torch.func"
+
+    def refuse(*_):
+        raise RuntimeError("no such operation under functorch")
+
+    monkeypatch.setattr("ntkpipe.jacobian.check._by_vjp", refuse)
+    _, report = checked(mlp())
+    assert report.reference == "plain autograd (RuntimeError: no such operation under functorch)"
+    assert report.compute_error < 1e-12
