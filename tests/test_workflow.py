@@ -143,13 +143,3 @@ def test_plan_writes_nothing(write: Any, tmp_path: Path) -> None:
     assert planned.workload.num_tiles == 10 + 2 * 4
     assert jacobians == {"0.weight + 0.bias": "linear:factors", "2.weight + 2.bias": "linear:dense"}
     assert not (tmp_path / "k.zarr").exists()
-
-
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("workflows/*/*.yaml")), ids=lambda path: path.stem
-)
-def test_every_workflow_of_the_repository_loads_and_plans(path: Path, tmp_path: Path) -> None:
-    loaded = workflow.load(path, [f"store={tmp_path / 'k.zarr'}"])
-    planned, _ = workflow.plan(loaded)
-    assert planned.problems == ()
-    assert planned.tiles_done == 0
