@@ -1,6 +1,8 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.errors import ConfigError, DataError
+from ntkpipe.grid import default_tile, matrix_tile
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord
 from ntkpipe.matrix import compute_matrix
@@ -18,6 +21,7 @@ from ntkpipe.models import Forward
 from ntkpipe.plan import Plan
 from ntkpipe.prepare import plan_run, prepare, reuse_choices
 from ntkpipe.progress import Ticks
+from ntkpipe.resources import num_cores
 from ntkpipe.runs import (
     build,
     exact_single_thread,
@@ -139,8 +143,7 @@ def compute_kernel(
     existing = prepare_path(path, mode) if mode != "w" else None
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     with exact_single_thread():
-        stored_tile = None if existing is None else existing.manifest.tile
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, tile=stored_tile)
+        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
         )
@@ -193,8 +196,7 @@ def plan_kernel(
     existing = prepare_path(path, "a")
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     with exact_single_thread():
-        stored_tile = None if existing is None else existing.manifest.tile
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, tile=stored_tile)
+        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
         if existing is not None:
             _require_same_but_samples(existing, asked)
@@ -212,6 +214,11 @@ def plan_kernel(
     reasons = {name: f"torch.func:{engine.method} ({why})" for name, why in engine.tracing.fallback.items()}
     unused = dict.fromkeys(engine.tracing.unused, "unused: the outputs do not depend on it")
     return planned, {**engine.representations, **reasons, **unused}
+
+
+def _tile_of(existing: Store | None) -> Callable[[int, int], int]:
+    """The tile of the store that is resumed, or the default."""
+    return default_tile if existing is None else lambda *_: existing.manifest.tile
 
 
 def _require_same_but_samples(store: Store, asked: Any) -> None:
@@ -276,7 +283,15 @@ def kernel_matrix(
         if samples is not None:
             samples.inspect(label)
     with exact_single_thread():
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device)
+        prepared = prepare(
+            model,
+            train,
+            test,
+            spec,
+            forward=forward,
+            device=run.device,
+            choose_tile=partial(matrix_tile, num_workers=run.workers or num_cores()),
+        )
         return compute_matrix(prepared, run, what=kind, progress=progress)
 
 

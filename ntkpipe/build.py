@@ -18,7 +18,8 @@ from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
 from ntkpipe.grid import Grid, Span
 from ntkpipe.jacobian.block import Block, Engine
-from ntkpipe.jacobian.factors import Workspace, contract_diagonal
+from ntkpipe.jacobian.contract import contract_diagonal
+from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
 from ntkpipe.models import Batch
 from ntkpipe.plan import Plan, Task

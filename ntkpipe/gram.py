@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.factors import Piece, Workspace, contract
+from ntkpipe.jacobian.contract import contract
+from ntkpipe.jacobian.factors import Piece
+from ntkpipe.jacobian.workspace import Workspace
 
 
 def fill_tile(
@@ -46,17 +47,12 @@ def fill_tile(
             if is_mirrored and right_start < left_start:
                 continue
             pause()
-            entries = contract(one, other, workspace)
-            entries = entries.view(num_covectors, one.num_samples, num_covectors, other.num_samples)
-            entries = entries.permute(1, 0, 3, 2).reshape(one.num_samples * num_covectors, -1)
             top, side = left_start * num_covectors, right_start * num_covectors
-            height, width = entries.shape
-            if is_mirrored and left_start == right_start:
-                upper = torch.triu(entries)
-                entries = upper + torch.triu(entries, 1).T
-            tile[top : top + height, side : side + width] = entries
+            height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
+            place = tile[top : top + height, side : side + width]
+            contract(one, other, workspace, out=place)
             if is_mirrored and left_start != right_start:
-                tile[side : side + width, top : top + height] = entries.T
+                tile[side : side + width, top : top + height] = place.T
 
 
 def _placed(block: Block, start: int) -> Iterator[tuple[int, Piece]]:

@@ -21,6 +21,16 @@ class Span:
         """Consecutive spans of ``size`` samples; the last may be shorter."""
         return [Span(start, min(start + size, self.stop)) for start in range(self.start, self.stop, size)]
 
+    def batches(self, size: int) -> list["Span"]:
+        """As :meth:`cut`, but a last one of a single sample is joined to the one before it.
+
+        In torch 2.13 on the CPU some backward passes are wrong for a batch of one.
+        """
+        spans = self.cut(size)
+        if len(spans) > 1 and len(spans[-1]) == 1:
+            spans[-2:] = [Span(spans[-2].start, spans[-1].stop)]
+        return spans
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -143,3 +153,11 @@ def default_tile(num_samples: int, num_covectors: int) -> int:
     rows = num_samples * num_covectors
     edge = 4096 if rows >= 500_000 else min(2048, max(256, -(-rows // 8) // 64 * 64))
     return max(1, min(num_samples, edge // num_covectors))
+
+
+def matrix_tile(num_samples: int, num_covectors: int, num_workers: int) -> int:
+    """Samples along a tile's edge of a kernel that stays in memory: the largest that leave work for every worker."""
+    edge = 1
+    while num_workers > 1 and edge * (edge + 1) // 2 < 1.5 * num_workers:
+        edge += 1
+    return max(1, min(-(-num_samples // edge), 4096 // num_covectors))

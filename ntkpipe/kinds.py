@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class Kind:
 
     name: str
     convention: str
+    pairs: Literal["all", "same", "sum"] = "all"
 
     def num_covectors(self, num_outputs: int) -> int:
         """Covectors a sample, S; the kernel of N samples has N*S rows."""

@@ -22,6 +22,7 @@ Batch = Tensor | dict[str, Tensor]
 Forward = str | Callable[..., Any] | None
 Inspectable = Mapping[str, Tensor]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -164,6 +165,18 @@ class FunctionalModel:
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
         module = _deepcopy(self.module, shared)
+        _require_gradients(module, self.names)
+        return FunctionalModel(module, self.names, self.dtype, self.device)
+
+    def channels_last(self) -> "FunctionalModel":
+        """A copy with the weights of its convolutions, and so what they compute, channels last in memory.
+
+        On a CPU, oneDNN's convolutions run 10 to 40 % faster so.
+        """
+        module = _deepcopy(self.module, {})
+        for parameter in module.parameters():
+            if parameter.ndim in _CHANNELS_LAST:
+                parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
         _require_gradients(module, self.names)
         return FunctionalModel(module, self.names, self.dtype, self.device)
 

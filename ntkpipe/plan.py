@@ -8,12 +8,16 @@ import numpy as np
 
 from ntkpipe.errors import ResourceError
 from ntkpipe.grid import Block, Grid
-from ntkpipe.jacobian.block import Cost
+from ntkpipe.jacobian.cost import Cost
 from ntkpipe.manifest import Choices
 from ntkpipe.resources import format_bytes
 
-# Rows of the pieces in which strips are contracted: three of them stay in a core's cache.
-_SUBTILE_ROWS = 512
+# Rows of the pieces in which strips are contracted. Products within them are cut to what stays in a core's cache.
+_SUBTILE_ROWS = 2048
+# What the tensors of one forward and backward pass may take altogether: larger batches gain nothing on a CPU.
+_BATCH_BYTES = 256 * 2**20
+# Scratch of a worker that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
+_SCRATCH_BYTES = 160 * 2**20
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
 # A block may take this long, so that a stop or a kill loses little.
@@ -303,9 +307,9 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     """The best plan for a number of workers; its memory may still exceed the limit where nothing smaller works."""
     cost, tile = workload.cost, workload.tile
     share = (machine.memory_limit - machine.base_memory) / machine.workers
-    subtile = _power_of_two(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
+    subtile = min(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile))
-    batch = _power_of_two(max(2, int(0.3 * room / cost.workspace_bytes)), subtile)
+    batch = _power_of_two(max(2, int(min(0.3 * room, _BATCH_BYTES) / cost.workspace_bytes)), subtile)
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.
@@ -370,7 +374,7 @@ def _edge(workload: Workload, machine: Machine) -> int:
 
 def _fixed_bytes(workload: Workload, subtile: int) -> float:
     """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
-    piece = (subtile * workload.num_covectors) ** 2 * (6 * workload.accumulate_itemsize + 8)
+    piece = (subtile * workload.num_covectors) ** 2 * 16 + _SCRATCH_BYTES
     tiles = 2 * _BUFFERS * workload.tile_bytes
     return tiles + piece + workload.cost.fixed_workspace_bytes
 

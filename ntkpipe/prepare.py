@@ -1,7 +1,7 @@
 """Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,10 @@ from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
 from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
-from ntkpipe.jacobian.block import Cost, Engine
-from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples
+from ntkpipe.jacobian.block import Engine, Setup
+from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
+from ntkpipe.jacobian.terms import Rates
 from ntkpipe.kinds import Kind, get_kind
 from ntkpipe.manifest import Choices
 from ntkpipe.models import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
@@ -26,6 +28,9 @@ from ntkpipe.resources import available_memory, free_disk, num_cores, process_me
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
 _RATE_SIZE = 1024
+_ELEMENTWISE_SIZE = 512
+# Strips of Jacobians that a worker has at once.
+_STRIPS = 4
 # What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
 # and oneDNN, and freed memory that the allocator keeps.
 _LIBRARY_BYTES = 32 * 2**20
@@ -99,7 +104,7 @@ def prepare(
     *,
     forward: Forward,
     device: str | None,
-    tile: int | None = None,
+    choose_tile: Callable[[int, int], int] = default_tile,
 ) -> Prepared:
     """Check the model on a few samples and find out how its Jacobians are computed.
 
@@ -109,8 +114,8 @@ def prepare(
         What is asked for.
     device
         ``cpu``, ``cuda``, ``cuda:1``; none takes the first GPU where there is one.
-    tile
-        The tile of the store that is resumed, used where the spec names none.
+    choose_tile
+        Takes the numbers of samples and of covectors to a tile, used where the spec names none.
 
     Raises
     ------
@@ -129,17 +134,20 @@ def prepare(
     )
     load = loader(functional, train)
     num_outputs = check_outputs(functional, load, train.num_samples)
-    num_covectors = kind.num_covectors(num_outputs)
-    engine = make_engine(
-        functional,
-        load,
-        train.num_samples,
-        torch.from_numpy(kind.covectors(num_outputs)),
-        DTYPES[spec.resolved_accumulate_dtype()],
-        structured=spec.jacobian == "structured",
+    functional = with_fast_layout(functional, load, train.num_samples)
+    chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs))
+    chosen = min(chosen, train.num_samples)
+    dtype = DTYPES[spec.resolved_accumulate_dtype()]
+    setup = Setup(
+        covectors=torch.from_numpy(kind.covectors(num_outputs)),
+        pairs=kind.pairs,
+        accumulate_dtype=dtype,
+        rates=measure_rates(functional.device, dtype),
+        num_samples=chosen,
+        memory_bytes=_SHARE_OF_MEMORY * available_memory() / num_cores() / _STRIPS,
     )
-    chosen = spec.tile or tile or default_tile(train.num_samples, num_covectors)
-    return Prepared(spec, kind, functional, engine, train, test, num_outputs, min(chosen, train.num_samples))
+    engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
+    return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
@@ -222,7 +230,7 @@ def plan_run(
         memory_limit=int(limit),
         base_memory=used + result_bytes,
         free_disk=None if path is None else free_disk(path),
-        flops_per_second=measure_rate(engine.model.device, engine.accumulate_dtype),
+        flops_per_second=engine.setup.rates.product,
     )
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
@@ -237,15 +245,26 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
     return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
 
 
-def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product in one thread; the best of a few, 0.1 s altogether."""
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What one thread of the device does in a second, the best of a few tries, 0.1 s altogether.
+
+    The elementwise rate is rounded to a power of two times the other: representations, and so bits, depend on it.
+    """
     left: Tensor = torch.ones((_RATE_SIZE, _RATE_SIZE), dtype=dtype, device=device)
     result = torch.empty_like(left)
+    product = 2.0 * _RATE_SIZE**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
+    small = left[:_ELEMENTWISE_SIZE, :_ELEMENTWISE_SIZE].clone()
+    other, total = small.clone(), small.clone()
+    elementwise = _ELEMENTWISE_SIZE**2 / _best_seconds(lambda: total.addcmul_(small, other), device)
+    return Rates(product, product / 2.0 ** round(np.log2(product / elementwise)))
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     best = np.inf
     for _ in range(3):
         start = perf_counter()
-        torch.mm(left, left, out=result)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, perf_counter() - start)
-    return 2.0 * _RATE_SIZE**3 / float(best)
+    return float(best)

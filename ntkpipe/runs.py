@@ -31,8 +31,9 @@ from ntkpipe.errors import (
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
-from ntkpipe.jacobian.factors import Workspace, contract
+from ntkpipe.jacobian.contract import contract
 from ntkpipe.jacobian.probe import probe_samples
+from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.kernel import KernelStore
 from ntkpipe.layout import Index, layouts
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
@@ -162,9 +163,7 @@ def _require_same_entries(store: Store, tile: NDArray[Any], prepared: Prepared, 
 def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
     """The kernel of a few samples, sample-major."""
     piece, _ = prepared.engine.piece(prepared.load(samples))
-    width, count = prepared.num_covectors, len(samples)
-    entries = contract(piece, piece, Workspace()).double().cpu().reshape(width, count, width, count)
-    return np.asarray(entries.permute(1, 0, 3, 2).reshape(width * count, -1).numpy())
+    return np.asarray(contract(piece, piece, Workspace()).double().cpu().numpy())
 
 
 def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:

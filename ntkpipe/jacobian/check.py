@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ntkpipe.errors import NtkpipeError, SelfCheckError
 from ntkpipe.jacobian.block import Engine
-from ntkpipe.jacobian.fallback import by_loop, take
+from ntkpipe.jacobian.contract import contract
+from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.probe import Load, choose_method
+from ntkpipe.jacobian.uses import pull_back
+from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.models import Batch, FunctionalModel
 
 _NUM_SAMPLES = 3
@@ -160,13 +163,11 @@ class _Check:
                         + ", ".join(f"{name} ({why})" for name, why in reasons.items())
                         + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
                     )
-                engine = Engine(engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype)
+                engine = engine.changed(method="loop")
                 continue
             newly = {name: why for name, why in reasons.items() if name not in engine.fallback}
             moved |= newly
-            tracing = engine.tracing.without(newly)
-            engine = Engine(engine.model, tracing, engine.method, engine.covectors, engine.accumulate_dtype)
-            engine = choose_method(engine, self._load(self.chosen))
+            engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
 
     def worst(self, engine: Engine, ignored: set[str]) -> tuple[str, float]:
         """The parameter with the largest error, and that error."""
@@ -177,15 +178,15 @@ class _Check:
 
     def compute_error(self, engine: Engine) -> float:
         """Error of the whole kernel in the compute dtype, against the reference."""
-        whole = engine.with_covectors(self.covectors)
-        found = _per_parameter(whole, self._load, self._picked, self.places)
-        gap = (_total(found) - _total(self.reference)).abs()
+        whole = engine.with_covectors(self.covectors, "all")
+        piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
+        found = contract(piece, piece, Workspace())
+        gap = (found.double() - _total(self.reference)).abs()
         return float((gap / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
     def _jacobians(self, engine: Engine) -> Jacobians:
-        parts = (self.covectors, self.model.dtype, engine.representations)
+        double = engine.with_covectors(self.covectors, "all").changed(model=self.model)
         try:
-            double = Engine(self.model, engine.tracing, engine.method, *parts)
             found = _per_parameter(double, self._load, self._picked, self.places)
         except NtkpipeError:
             raise
@@ -194,8 +195,7 @@ class _Check:
                 raise
             # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
             # still judged, with everything else, by compute_error.
-            double = Engine(self.model, engine.tracing, "loop", *parts)
-            found = _per_parameter(double, self._load, self._picked, self.places)
+            found = _per_parameter(double.changed(method="loop"), self._load, self._picked, self.places)
         return {name: found[name].double() for name in self.reference}
 
     def _errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
@@ -293,23 +293,28 @@ def _first_outputs(model: FunctionalModel, batch: Batch, parameters: Jacobians) 
 
 def _per_parameter(engine: Engine, load: Load, picked: list[int], places: list[int]) -> Jacobians:
     """The engine's Jacobians (covectors, samples, P) of the samples at ``places`` of the batch ``picked``."""
-    return dict(_parameter_jacobians(engine, _cast(engine.model, load, picked), places))
+    return dict(parameter_jacobians(engine, _cast(engine.model, load, picked), places))
 
 
-def _parameter_jacobians(engine: Engine, batch: Any, places: list[int]) -> Iterator[tuple[str, Tensor]]:
+def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
+
+    By the engine's tracing, rules and fallback, without its ways to hold and contract Jacobians.
+    """
     parameters: Mapping[str, Tensor] = engine.model.parameters()
-    _, layers = engine.layers(batch)
-    for term, layer in zip(engine.terms, layers, strict=True):
-        cotangents = layer.cotangents[:, :, places]
-        if term.weight is not None:
-            inputs = layer.inputs[:, places]
-            jacobian = torch.einsum("tcbo,tbi->cboi", cotangents, inputs)
-            yield term.weight, jacobian.flatten(2)
-        if term.bias is not None:
-            yield term.bias, cotangents.sum(dim=0)
     shape = (len(engine.covectors), len(places))
-    for name in engine.tracing.unused:
-        yield name, parameters[name].new_zeros((*shape, parameters[name].numel()))
+    names = (*engine.tracing.covered, *engine.tracing.unused)
+    found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
+    outputs, calls = engine.forward(batch)
+    size = batch_size(batch)
+    for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
+        for use in engine.tracing.uses:
+            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
+                with torch.no_grad():
+                    rows = use.jacobian(calls[use.call], grad, size)[places]
+                for name, jacobian in pull_back(calls[use.call].arguments[use.role], parameters, rows):
+                    found[name][number] += jacobian
+    yield from found.items()
     if engine.fallback:
         widths = [parameters[name].numel() for name in engine.fallback]
         parts = torch.split(engine.fallback_jacobian(take(batch, places)), widths, dim=2)

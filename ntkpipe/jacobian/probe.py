@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.trace import Tracing, leaves, trace
+from ntkpipe.jacobian.trace import Tracing, leaves, nothing_traced, trace
 from ntkpipe.models import Batch, FunctionalModel
 
 Load = Callable[[Sequence[int]], Batch]
@@ -76,12 +76,30 @@ def _run(model: FunctionalModel, batch: Batch) -> Tensor:
         ) from error
 
 
+def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> FunctionalModel:
+    """The model with its convolutions channels last, where they are faster so and the model runs so.
+
+    Models that take views of what a convolution returns may need the usual layout.
+    """
+    convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
+    if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
+        return model
+    batch, changed = load(probe_samples(num_samples)), model.channels_last()
+    with torch.no_grad():
+        outputs = model(batch)
+        try:
+            again = changed(batch)
+        except RuntimeError:
+            return model
+    scale = float(outputs.abs().max()) or 1.0
+    return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.dtype] * scale else model
+
+
 def make_engine(
     model: FunctionalModel,
     load: Load,
     num_samples: int,
-    covectors: Tensor,
-    accumulate_dtype: torch.dtype,
+    setup: Setup,
     *,
     structured: bool,
 ) -> Engine:
@@ -91,10 +109,8 @@ def make_engine(
     ----------
     model, load, num_samples
         The model and its samples; only a few are loaded.
-    covectors
-        Shape (S, O).
-    accumulate_dtype
-        dtype of the blocks.
+    setup
+        Covectors, dtypes, and what decides between representations.
     structured
         Whether to trace at all; otherwise every parameter goes to the fallback.
 
@@ -107,8 +123,8 @@ def make_engine(
     _check_gradients(model, batch)
     tracing = _trace(model, batch) if structured else None
     if tracing is None:
-        tracing = Tracing((), (), dict.fromkeys(model.names, "structure was switched off"), ())
-    return choose_method(Engine(model, tracing, "vmap", covectors, accumulate_dtype), batch)
+        tracing = nothing_traced(model.names, "structure was switched off")
+    return choose_method(Engine(model, tracing, "vmap", setup), batch)
 
 
 def choose_method(engine: Engine, batch: Batch) -> Engine:
@@ -123,7 +139,7 @@ def choose_method(engine: Engine, batch: Batch) -> Engine:
         return engine
     problem = _problem_of_vmap(engine, batch)
     if problem is not None:
-        engine = Engine(engine.model, engine.tracing, "loop", engine.covectors, engine.accumulate_dtype)
+        engine = engine.changed(method="loop")
         engine.fallback_jacobian(take(batch, (0, 1)))
         warnings.warn(
             f"torch.func.vmap cannot run this model ({problem}); the {len(engine.fallback)} parameters without a rule "
@@ -187,4 +203,4 @@ def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
     except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func does the model exactly
         # Models that differentiate inside themselves may refuse to be traced; plain torch.func still does them.
         reason = f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
-        return Tracing((), (), dict.fromkeys(model.names, reason), ())
+        return nothing_traced(model.names, reason)

@@ -100,9 +100,9 @@ class JacobianProducts:
     def spans(self, num_samples: int) -> list[Span]:
         """The batches of one pass: those of the run, which begin anew at each tile, strip and piece."""
         spans = [Span(0, num_samples)]
-        for size in (self.tile, self.strip, self.subtile, self.batch):
+        for size in (self.tile, self.strip, self.subtile):
             spans = [part for span in spans for part in span.cut(size)]
-        return spans
+        return [part for span in spans for part in span.batches(self.batch)]
 
     def _batches(self, source: Source) -> Iterator[tuple[Span, Batch]]:
         for span in self.spans(source.num_samples):

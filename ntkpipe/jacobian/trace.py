@@ -1,126 +1,51 @@
 """Where a model uses its parameters: found by watching torch functions, not by looking at modules.
 
-A :class:`Recorder` sees every torch function of a forward pass. Where an argument *is* a selected parameter and the
-function has a rule, it notes the input and the place of the output in the autograd graph. That a parameter has no
-other use is not assumed: on a probe batch its recorded uses are cut (the parameter is detached there), and any
-gradient that still arrives came another way. Which rows of a use belong to which sample is found, too, by pulling back
-one sample at a time.
+That a parameter has no other use than the recorded ones is not assumed: on probe batches the recorded uses are cut (the
+parameter is detached there), and any gradient that still arrives came another way; and what the uses add up to must be
+the gradient. Which rows of a use belong to which sample is found, too, by pulling back one sample at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import get_gradient_edge
 
-from ntkpipe.jacobian.rules import BIAS, RULES, WEIGHT, Rule
+from ntkpipe.jacobian.recorder import Argument, Call, Recorder
+from ntkpipe.jacobian.rules.form import Lookup, Outer
+from ntkpipe.jacobian.uses import Layout, Use, kind_of, total_gradient
 from ntkpipe.models import Batch, FunctionalModel
 
-
-@dataclass
-class Call:
-    """One recorded call: the live tensors of one forward pass.
-
-    Attributes
-    ----------
-    rule
-        The function's rule.
-    names
-        Names of the selected parameters by role.
-    input
-        What the weight was applied to.
-    version
-        Version counter of the input at the call; another one later means that it was changed in place.
-    edge
-        Place of the output in the autograd graph; none if nothing flows back to it. An edge stays right where the
-        output is changed in place afterwards; the tensor would not.
-    num_rows
-        Rows of the output.
-    """
-
-    rule: Rule
-    names: dict[str, str]
-    input: Tensor
-    version: int
-    edge: GradientEdge | None
-    num_rows: int
-
-    def input_was_changed(self) -> bool:
-        """Whether the input was changed in place after the call, so that it is not what the weight saw."""
-        return self.input._version != self.version
-
-
-class Recorder(TorchFunctionMode):
-    """Record the calls that have a rule and use a selected parameter.
-
-    Parameters
-    ----------
-    parameters
-        The selected parameters by name; recognised by identity.
-    detach
-        Cut the recorded uses, so that only gradients of other uses arrive at the parameters.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], *, detach: bool = False) -> None:
-        super().__init__()
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._detach = detach
-        self.calls: list[Call] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        rule = RULES.get(func)
-        if rule is None or torch.is_inference_mode_enabled():
-            return func(*args, **(kwargs or {}))
-        bound = rule.bind(*args, **(kwargs or {}))
-        names = {role: self._names[id(value)] for role, value in bound.operands.items() if id(value) in self._names}
-        if not names or bound.input.is_nested or bound.input.layout != torch.strided:
-            return func(*args, **(kwargs or {}))
-        version = bound.input._version
-        if self._detach:
-            operands = bound.operands
-            output = bound.call({role: v.detach() if role in names else v for role, v in operands.items()})
-        else:
-            output = func(*args, **(kwargs or {}))
-        edge = get_gradient_edge(output) if output.requires_grad else None
-        num_rows = rule.output_rows(output).shape[0]
-        self.calls.append(Call(rule, names, bound.input.detach(), version, edge, num_rows))
-        return output
+NO_RULE = "used by an operation without a rule"
 
 
 @dataclass(frozen=True)
-class Use:
-    """One use of parameters, the same in every batch.
+class Pattern:
+    """What a recorded call looks like in every batch.
 
     Attributes
     ----------
-    rule
-        The function's rule.
-    names
-        Names of the covered parameters by role.
-    leading, trailing
-        Layout of the rows: (leading, samples, trailing). A batch-first layer over T tokens has trailing = T, a
-        time-first one leading = T.
+    function
+        Name of the torch function.
+    sources
+        Per role, the parameters that the argument is made of.
+    shape
+        Of the output: per axis (size, multiple): the size where it is fixed, else how often the batch size.
     """
 
-    rule: Rule
-    names: tuple[tuple[str, str], ...]
-    leading: int
-    trailing: int
+    function: str
+    sources: dict[str, tuple[str, ...]]
+    shape: tuple[tuple[int, int], ...]
 
-    @property
-    def num_positions(self) -> int:
-        """Rows a sample, T."""
-        return self.leading * self.trailing
+    def matches(self, call: Call, num_samples: int) -> bool:
+        """Whether a call of another batch is the same."""
+        sizes = tuple(size + multiple * num_samples for size, multiple in self.shape)
+        return call.name == self.function and call.shape == sizes and _sources(call) == self.sources
 
-    def by_position(self, rows: Tensor, num_samples: int) -> Tensor:
-        """Reorder (rows, n) to (positions, samples, n)."""
-        grouped = rows.reshape(self.leading, num_samples, self.trailing, -1)
-        return grouped.transpose(1, 2).reshape(self.num_positions, num_samples, -1)
+
+def _sources(call: Call) -> dict[str, tuple[str, ...]]:
+    return {role: argument.sources for role, argument in call.arguments.items()}
 
 
 @dataclass(frozen=True)
@@ -129,8 +54,10 @@ class Tracing:
 
     Attributes
     ----------
+    patterns
+        Every recorded call, in order.
     uses
-        Every recorded call in order; one whose parameters all went to the fallback has no names.
+        Those of covered parameters, one for each such argument of a call.
     covered
         Parameters that all their uses account for.
     fallback
@@ -140,38 +67,62 @@ class Tracing:
     edges
         How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no
         rule has seen.
+    expansions
+        Numbers for :class:`~ntkpipe.jacobian.recorder.Recorder`.
     """
 
+    patterns: tuple[Pattern, ...]
     uses: tuple[Use, ...]
     covered: tuple[str, ...]
     fallback: dict[str, str]
     unused: tuple[str, ...]
     edges: Mapping[str, int] = field(default_factory=dict)
+    expansions: frozenset[int] = frozenset()
 
-    def matches(self, calls: list[Call], edges: Mapping[str, int], num_samples: int) -> bool:
+    def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Run the model on a batch: its outputs, and the recorded calls."""
+        with recorder_of(model, uses=self.expansions) as recorder:
+            outputs = model(batch)
+        return outputs, recorder.calls
+
+    def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor], num_samples: int) -> bool:
         """Whether a forward pass, by its calls and its edges to parameters, is the one that was traced."""
-        if any(edges[name] != self.edges[name] for name in self.covered):
-            return False
-        return len(calls) == len(self.uses) and all(
-            call.rule.name == use.rule.name
-            and (not use.names or call.num_rows == use.num_positions * num_samples)
-            and dict(use.names).items() <= call.names.items()
-            for call, use in zip(calls, self.uses, strict=True)
+        edges = count_edges(outputs, parameters)
+        return (
+            all(edges[name] == self.edges[name] for name in self.covered)
+            and len(calls) == len(self.patterns)
+            and all(p.matches(call, num_samples) for p, call in zip(self.patterns, calls, strict=True))
+            and all(_is_output(calls[use.call], outputs) for use in self.uses if use.is_output)
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
         """The same with some covered parameters moved to the fallback, with the reasons."""
-        uses = tuple(
-            Use(
-                use.rule,
-                tuple((role, name) for role, name in use.names if name not in names),
-                use.leading,
-                use.trailing,
-            )
+        joined = {
+            name: why
             for use in self.uses
+            for why in (names[source] for source in use.sources if source in names)
+            for name in use.sources
+        }
+        moved = {**joined, **names}
+        return replace(
+            self,
+            uses=tuple(use for use in self.uses if not moved.keys() & set(use.sources)),
+            covered=tuple(name for name in self.covered if name not in moved),
+            fallback={**self.fallback, **moved},
         )
-        covered = tuple(name for name in self.covered if name not in names)
-        return Tracing(uses, covered, {**self.fallback, **names}, self.unused, self.edges)
+
+
+def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = ()) -> Tracing:
+    """A tracing that leaves every parameter to the fallback."""
+    return Tracing((), (), (), dict.fromkeys((name for name in names if name not in unused), reason), unused)
+
+
+def recorder_of(model: FunctionalModel, *, uses: frozenset[int] = frozenset(), detach: bool = False) -> Recorder:
+    """A recorder for a model's selected parameters."""
+    parameters = model.parameters()
+    selected = {id(parameter) for parameter in parameters.values()}
+    every = (*model.module.parameters(), *model.module.buffers())
+    return Recorder(parameters, (value for value in every if id(value) not in selected), uses=uses, detach=detach)
 
 
 def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
@@ -191,53 +142,277 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
     What must hold for every later batch; :meth:`Tracing.matches` checks it.
     """
     parameters = model.parameters()
-    reached = _gradients(model, parameters, probes, detach=False)
-    elsewhere = _gradients(model, parameters, probes, detach=True)
+    expansions = _expansions(model, probes)
+    reached = _gradients(model, parameters, probes, expansions, detach=False)
+    elsewhere = _gradients(model, parameters, probes, expansions, detach=True)
     unused = tuple(name for name in parameters if name not in reached)
-    probed = [_probe(model, parameters, batch, size) for batch, size in zip(probes, sizes, strict=True)]
-    findings, edges = [found for found, _ in probed], [counted for _, counted in probed]
-    first = findings[0]
-    same = all(
-        len(other) == len(first)
-        and all(a.rule is b.rule and a.names == b.names for a, b in zip(first, other, strict=True))
-        for other in findings[1:]
-    )
-    if not same:
-        reasons = dict.fromkeys(parameters, "the operations of the forward pass depend on the data")
-        return Tracing((), (), {name: why for name, why in reasons.items() if name not in unused}, unused)
-    reasons = dict.fromkeys((name for name in parameters if name in elsewhere), "used by an operation without a rule")
+    probed = [_probe(model, expansions, batch, size) for batch, size in zip(probes, sizes, strict=True)]
+    patterns = _patterns([found.calls for found in probed], sizes)
+    if patterns is None:
+        return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
+    reasons = dict.fromkeys((name for name in parameters if name in elsewhere), NO_RULE)
     for name in parameters:
-        if any(other[name] != edges[0][name] for other in edges[1:]):
+        if any(found.edges[name] != probed[0].edges[name] for found in probed[1:]):
             reasons.setdefault(name, "how often it is used depends on the data")
-    layouts = []
-    for position in range(len(first)):
-        candidates = set.intersection(*(finding[position].layouts for finding in findings))
-        changed = any(finding[position].input_was_changed for finding in findings)
-        layouts.append(min(candidates) if len(candidates) == 1 else (1, 1))
-        for name in first[position].names.values():
-            if changed:
-                reasons.setdefault(name, "an input was changed in place after its use")
-            elif len(candidates) != 1:
-                what = "no fixed layout" if not candidates else "more than one possible layout"
-                reasons.setdefault(name, f"the rows of a use have {what} of samples")
-    roles = {(role, name) for call in first for role, name in call.names.items()}
-    used = {name for _, name in roles}
-    for name in used:
-        if {(WEIGHT, name), (BIAS, name)} <= roles:
-            reasons.setdefault(name, "used both as a weight and as a bias")
-    fallback = {
-        name: reasons.get(name, "used by an operation without a rule")
+    uses = []
+    for number in range(len(patterns)):
+        for role, argument in probed[0].calls[number].arguments.items():
+            found, problem = _layout([(each.layouts[number][role], each.calls[number]) for each in probed])
+            needless = set(argument.sources) & set(unused)
+            if needless:
+                problem = f"made together with {min(needless)}, which the outputs do not depend on"
+            if found is None or needless:
+                for name in argument.sources:
+                    reasons.setdefault(name, problem)
+            else:
+                call = probed[0].calls[number]
+                uses.append(_use(call, number, role, found, sizes[0], all(each.is_output[number] for each in probed)))
+    used = {name for use in uses for name in use.sources}
+    left = {
+        name: reasons.get(name, NO_RULE)
         for name in parameters
         if name not in unused and (name in reasons or name not in used)
     }
-    covered = tuple(name for name in parameters if name in used and name not in fallback and name not in unused)
-    uses = tuple(
-        Use(call.rule, tuple((role, name) for role, name in call.names.items() if name in covered), *layout)
-        for call, layout in zip(first, layouts, strict=True)
-    )
-    tracing = Tracing(uses, covered, fallback, unused, {name: edges[0][name] for name in covered})
+    covered = tuple(name for name in parameters if name in used and name not in unused)
+    edges = {name: probed[0].edges[name] for name in parameters}
+    tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges, expansions).without(left)
     incomplete = _incomplete(model, parameters, tracing, probes[0])
     return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
+
+
+def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
+    """Calls that see parameters alone but return something with a sample axis: its shape depends on the batch size."""
+    found: frozenset[int] = frozenset()
+    while True:
+        made = []
+        for batch in probes:
+            with recorder_of(model, uses=found) as recorder:
+                model(batch)
+            made.append(recorder.made)
+        differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
+        if not differing:
+            return found
+        # What comes after the first is numbered anew once that is a use.
+        found |= {differing[0]}
+
+
+def _gradients(
+    model: FunctionalModel,
+    parameters: Mapping[str, Tensor],
+    probes: list[Batch],
+    expansions: frozenset[int],
+    *,
+    detach: bool,
+) -> set[str]:
+    """Names of the parameters that autograd finds a way to from the outputs of any probe."""
+    reached = set()
+    for batch in probes:
+        with recorder_of(model, uses=expansions, detach=detach):
+            outputs = model(batch)
+        if outputs.requires_grad:
+            grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
+            reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return reached
+
+
+def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...] | None:
+    """What the calls of all probes have in common; none if they differ by more than the batch size."""
+    first = probed[0]
+    if any(len(calls) != len(first) for calls in probed[1:]):
+        return None
+    found = []
+    for calls in zip(*probed, strict=True):
+        one = calls[0]
+        same = all(
+            call.name == one.name
+            and len(call.shape) == len(one.shape)
+            and {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
+            == {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in one.arguments.items()}
+            for call in calls[1:]
+        )
+        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)] if same else [None]
+        if any(axis is None for axis in shape):
+            return None
+        found.append(Pattern(one.name, _sources(one), tuple(axis for axis in shape if axis is not None)))
+    return tuple(found)
+
+
+def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
+    """``(size, 0)`` of an axis that is the same in all probes, ``(0, multiple)`` of one that grows with the batch."""
+    if len(set(axis)) == 1:
+        return axis[0], 0
+    multiples = {divmod(length, size) for length, size in zip(axis, sizes, strict=True)}
+    return (0, min(multiples)[0]) if len(multiples) == 1 and min(multiples)[1] == 0 else None
+
+
+def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, is_output: bool) -> Use:
+    argument = call.arguments[role]
+    form = argument.form
+    with torch.no_grad():
+        d = form.cotangents(call.blank())
+    rows, width = d.shape[: form.row_dims], d.shape[form.row_dims :]
+    groups, n_in, n_out = 1, 0, width.numel()
+    if isinstance(form, Outer):
+        groups, n_out = width[0], width[1:].numel()
+        n_in = form.inputs().shape[form.row_dims + 1 :].numel()
+    return Use(
+        call=number,
+        role=role,
+        function=call.name,
+        kind=kind_of(form),
+        sources=argument.sources,
+        is_parameter=argument.is_parameter,
+        geometry=argument.geometry,
+        shape=argument.shape,
+        layout=layout,
+        num_positions=rows.numel() // num_samples,
+        groups=groups,
+        n_in=n_in,
+        n_out=n_out,
+        is_output=is_output,
+    )
+
+
+def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
+    """The one layout that all probes allow, or why there is none."""
+    if any(call.input_was_changed() for _, call in found):
+        return None, "an input was changed in place after its use"
+    candidates = set.intersection(*(layouts for layouts, _ in found))
+    if len(candidates) == 1:
+        return candidates.pop(), ""
+    what = "no fixed layout" if not candidates else "more than one possible layout"
+    return None, f"the rows of a use have {what} of samples"
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What one probe says: the calls, the layouts that the rows of each argument allow, the edges to parameters."""
+
+    calls: list[Call]
+    layouts: list[dict[str, set[Layout]]]
+    is_output: list[bool]
+    edges: dict[str, int]
+
+
+def _probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> _Probed:
+    """Pull back one sample at a time and see which rows of each call it reaches; count the edges to parameters."""
+    with recorder_of(model, uses=expansions) as recorder:
+        outputs = model(batch)
+    calls = recorder.calls
+    edges = count_edges(outputs, model.parameters())
+    owners = [_Owners(call) for call in calls]
+    live = [(number, call.edge) for number, call in enumerate(calls) if call.edge is not None]
+    generator = torch.Generator().manual_seed(0)
+    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    for sample in range(num_samples if outputs.requires_grad and live else 0):
+        seed = torch.zeros_like(outputs)
+        seed[sample] = covectors[sample]
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            outputs, [edge for _, edge in live], grad_outputs=seed, retain_graph=True, allow_unused=True
+        )
+        for (number, _), grad in zip(live, grads, strict=True):
+            if grad is not None:
+                owners[number].add(sample, grad)
+    changed = _changed_inputs(model, expansions, batch, calls)
+    layouts = [
+        owner.layouts(call, change, num_samples) for owner, call, change in zip(owners, calls, changed, strict=True)
+    ]
+    return _Probed(calls, layouts, [_is_output(call, outputs) for call in calls], edges)
+
+
+def _is_output(call: Call, outputs: Tensor) -> bool:
+    if call.edge is None or not outputs.requires_grad:
+        return False
+    edge = get_gradient_edge(outputs)
+    return call.edge.node is edge.node and call.edge.output_nr == edge.output_nr
+
+
+class _Owners:
+    """Which sample each row of a call belongs to, as far as gradients have reached it."""
+
+    def __init__(self, call: Call) -> None:
+        self._forms = {role: argument.form for role, argument in call.arguments.items()}
+        self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
+        # Roles with the same rows share what is known of them.
+        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}
+        self._shared = dict.fromkeys(self._owners, False)
+
+    def _touched(self, role: str, grad: Tensor) -> Tensor:
+        form = self._forms[role]
+        with torch.no_grad():
+            values = form.cotangents(grad)
+        return (values.reshape(*values.shape[: form.row_dims], -1) != 0).any(dim=-1).cpu()
+
+    def add(self, sample: int, grad: Tensor) -> None:
+        """Note the rows that the gradient of one sample's outputs reaches."""
+        for role, rows in self._rows.items():
+            touched = self._touched(role, grad)
+            self._shared[rows] |= bool(((self._owners[rows] >= 0) & (self._owners[rows] != sample) & touched).any())
+            self._owners[rows][touched] = sample
+
+    def layouts(self, call: Call, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
+        """Per role, every layout that agrees with what is known."""
+        evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
+        for role, rows in self._rows.items():
+            if role in changed:
+                evidence[rows] |= changed[role]
+        return {
+            role: set() if self._shared[rows] else _layouts(self._owners[rows], evidence[rows], num_samples)
+            for role, rows in self._rows.items()
+        }
+
+
+def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
+    """Every layout that agrees with the rows whose owner is known; a row that changed is the last sample's."""
+    found = set()
+    known = owners >= 0
+    for axis, length in enumerate(owners.shape):
+        positions, rest = divmod(length, num_samples)
+        if rest or not positions:
+            continue
+        for trailing in (d for d in range(1, positions + 1) if positions % d == 0):
+            along = torch.arange(length) // trailing % num_samples
+            owner = along.reshape([-1 if each == axis else 1 for each in range(owners.ndim)]).expand_as(owners)
+            if bool((owner[known] == owners[known]).all()) and bool((owner[changed] == num_samples - 1).all()):
+                found.add(Layout(axis, positions // trailing, trailing))
+    return found
+
+
+def _changed_inputs(
+    model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
+) -> list[dict[str, Tensor]]:
+    """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
+    replaced = (
+        {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
+    )
+    with recorder_of(model, uses=expansions) as recorder:
+        model(replaced)
+    others = recorder.calls
+    found: list[dict[str, Tensor]] = []
+    for number, call in enumerate(calls):
+        found.append({})
+        if len(others) != len(calls) or others[number].shape != call.shape or call.input_was_changed():
+            continue
+        for role, argument in call.arguments.items():
+            other = others[number].arguments.get(role)
+            if argument.form.inputs is not None and other is not None and other.form.inputs is not None:
+                found[-1][role] = _rows_that_differ(argument, argument.form.inputs(), other.form.inputs())
+    return found
+
+
+def _rows_that_differ(argument: Argument, values: Tensor, others: Tensor) -> Tensor:
+    if isinstance(argument.form, Lookup):
+        return (values != others).cpu()
+    rows = values.shape[: argument.form.row_dims]
+    # Rounding may differ where nothing else does; a row that depends on the sample changes by far more.
+    moved = (values - others).reshape(*rows, -1).abs().amax(dim=-1)
+    return (moved > 1e-3 * values.abs().amax()).cpu()
+
+
+def _with_last_replaced(values: Tensor) -> Tensor:
+    replaced = values.clone()
+    replaced[-1] = values[0]
+    return replaced
 
 
 def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
@@ -247,25 +422,31 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
     """
     if not tracing.covered:
         return []
-    with Recorder(parameters) as recorder:
-        outputs = model(batch)
-    live = [(c, use) for c, use in zip(recorder.calls, tracing.uses, strict=True) if use.names and c.edge is not None]
+    outputs, calls = tracing.record(model, batch)
+    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
     generator = torch.Generator().manual_seed(1)
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    sources: list[Any] = [parameters[name] for name in tracing.covered] + [call.edge for call, _ in live]
-    found: Sequence[Tensor | None] = torch.autograd.grad(outputs, sources, covectors, allow_unused=True)
+    covered = [parameters[name] for name in tracing.covered]
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        outputs, [*covered, *live.values()], covectors, allow_unused=True, retain_graph=True
+    )
     exact = {
-        name: torch.zeros_like(parameters[name]) if grad is None else grad
-        for name, grad in zip(tracing.covered, found, strict=False)
+        name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
+        for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)
     }
+    grads = dict(zip(live, found[len(covered) :], strict=True))
     left = {name: grad.clone() for name, grad in exact.items()}
-    for (call, use), grad in zip(live, found[len(tracing.covered) :], strict=True):
+    for use in tracing.uses:
+        grad = grads.get(use.call)
         if grad is None:
             continue
-        rows = call.rule.output_rows(grad).to(outputs.dtype)
-        for role, name in use.names:
-            inputs = call.rule.input_rows(call.input).to(outputs.dtype)
-            left[name] -= rows.T @ inputs if role == WEIGHT else rows.sum(dim=0)
+        argument = calls[use.call].arguments[use.role]
+        with torch.no_grad():
+            total = total_gradient(argument.form, grad, argument.shape)
+        sources = [parameters[name] for name in use.sources]
+        parts = torch.autograd.grad([argument.edge], sources, [total.to(outputs.dtype)], retain_graph=True)
+        for name, part in zip(use.sources, parts, strict=True):
+            left[name] -= part.to_dense()
     # Below this is what is zero but for rounding, as the gradient of a key's bias under softmax.
     whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
     floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
@@ -294,120 +475,3 @@ def leaves(outputs: Tensor) -> Iterator[Tensor]:
             elif node is not None and node not in seen:
                 seen.add(node)
                 stack.append(node)
-
-
-def _gradients(
-    model: FunctionalModel, parameters: Mapping[str, Tensor], probes: list[Batch], *, detach: bool
-) -> set[str]:
-    """Names of the parameters that autograd finds a way to from the outputs of any probe."""
-    reached = set()
-    for batch in probes:
-        with Recorder(parameters, detach=detach):
-            outputs = model(batch)
-        if outputs.requires_grad:
-            grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
-            reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
-    return reached
-
-
-@dataclass
-class _Finding:
-    """What one probe says of one call: the layouts (leading, trailing) that its rows allow."""
-
-    rule: Rule
-    names: dict[str, str]
-    layouts: set[tuple[int, int]]
-    input_was_changed: bool
-
-
-def _probe(
-    model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, num_samples: int
-) -> tuple[list[_Finding], dict[str, int]]:
-    """Pull back one sample at a time and see which rows of each call it reaches; count the edges to parameters."""
-    with Recorder(parameters) as recorder:
-        outputs = model(batch)
-    edges = count_edges(outputs, parameters)
-    calls = recorder.calls
-    live = [(number, call.edge) for number, call in enumerate(calls) if call.edge is not None]
-    owners = [torch.full((call.num_rows,), -1) for call in calls]
-    shared = [False] * len(calls)
-    generator = torch.Generator().manual_seed(0)
-    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    for sample in range(num_samples if outputs.requires_grad and live else 0):
-        seed = torch.zeros_like(outputs)
-        seed[sample] = covectors[sample]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            outputs, [edge for _, edge in live], grad_outputs=seed, retain_graph=True, allow_unused=True
-        )
-        for (number, _), grad in zip(live, grads, strict=True):
-            if grad is None:
-                continue
-            touched = (calls[number].rule.output_rows(grad) != 0).any(dim=1).cpu()
-            shared[number] |= bool((owners[number][touched] >= 0).any())
-            owners[number][touched] = sample
-    changes = _changed_inputs(model, parameters, batch, calls, num_samples)
-    return [
-        _Finding(
-            call.rule,
-            call.names,
-            set() if shared[number] else _layouts(owners[number], changes[number], num_samples),
-            call.input_was_changed(),
-        )
-        for number, call in enumerate(calls)
-    ], edges
-
-
-def _changed_inputs(
-    model: FunctionalModel, parameters: Mapping[str, Tensor], batch: Batch, calls: list[Call], num_samples: int
-) -> list[Tensor]:
-    """Per call, the rows of its input that change when the last sample is replaced by the first; none if unknown."""
-    other = (
-        {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
-    )
-    with torch.no_grad(), Recorder(parameters) as recorder:
-        model(other)
-    found = []
-    comparable = len(recorder.calls) == len(calls)
-    for number, call in enumerate(calls):
-        rows = call.rule.input_rows(call.input)
-        changed = torch.zeros(rows.shape[0], dtype=torch.bool)
-        if comparable and recorder.calls[number].input.shape == call.input.shape:
-            # Rounding may differ where nothing else does; a row that depends on the sample changes by far more.
-            moved = (recorder.calls[number].rule.input_rows(recorder.calls[number].input) - rows).abs().amax(dim=1)
-            changed = (moved > 1e-3 * rows.abs().amax()).cpu()
-        found.append(changed)
-    return found
-
-
-def _with_last_replaced(values: Tensor) -> Tensor:
-    replaced = values.clone()
-    replaced[-1] = values[0]
-    return replaced
-
-
-def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[tuple[int, int]]:
-    """Every (leading, trailing) that agrees with the rows whose owner is known."""
-    num_rows = owners.numel()
-    if num_rows % num_samples or num_rows == 0:
-        return set()
-    positions = num_rows // num_samples
-    rows = torch.arange(num_rows)
-    known = owners >= 0
-    found = set()
-    for trailing in (d for d in range(1, positions + 1) if positions % d == 0):
-        owner = rows // trailing % num_samples
-        agrees = bool((owner[known] == owners[known]).all())
-        if agrees and bool((owner[changed] == num_samples - 1).all()):
-            found.add((positions // trailing, trailing))
-    return found
-
-
-def weights_and_biases(uses: tuple[Use, ...]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The uses (by number) of each covered weight and of each covered bias."""
-    weights: dict[str, tuple[int, ...]] = {}
-    biases: dict[str, tuple[int, ...]] = {}
-    for number, use in enumerate(uses):
-        for role, name in use.names:
-            target = weights if role == WEIGHT else biases
-            target[name] = (*target.get(name, ()), number)
-    return weights, biases

@@ -1,0 +1,340 @@
+"""Two pieces of Jacobians become Gram entries: every way of holding them is contracted in its cheapest exact way.
+
+Matrix products run over blocks that stay in a core's cache, into scratch that is allocated once; where a piece meets
+itself, only blocks on or above the diagonal are computed. Sums over many parameters are cut into parts that are added
+up in float64: a float32 product over a million parameters is off by 1e-5 on the diagonal, where all terms are positive.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ntkpipe.jacobian.factors import Dense, Late, Pairwise, Piece, Table
+from ntkpipe.jacobian.workspace import Workspace
+
+# Which pairs of covectors are wanted: all S*S; the S equal ones, kept apart; or their sum.
+Pairs = Literal["all", "same", "sum"]
+
+# Terms of a float32 sum that are left to the matrix product.
+_LONGEST_SUM = 4096
+# Products of factors that are added up in their own dtype; more of them in float64.
+_FEW = 8
+# Edges of the smallest block where a piece meets itself: smaller ones multiply slowly, larger ones waste their half.
+_LEAF = {"cpu": 64, "cuda": 1024}
+# Edge of the largest block: the product of two stays in a core's cache.
+_MOST = {"cpu": 512, "cuda": 8192}
+# Rows of products over several positions: samples * positions.
+_POSITION_ROWS = 128
+# Scratch for Jacobians that are multiplied out late.
+_LATE_BYTES = 48 * 2**20
+
+Cell = tuple[slice, slice]
+
+
+def contract(
+    left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all", out: Tensor | None = None
+) -> Tensor:
+    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``.
+
+    Parameters
+    ----------
+    left, right
+        Of the same engine; may be the same piece, which takes half the work.
+    workspace
+        Scratch of the calling thread: two sums of the shape of the result, and products of a few hundred rows.
+    pairs
+        Which pairs of covectors.
+    out
+        Where the entries go, on any device and in any dtype; a new tensor in the pieces' dtype if none.
+
+    Returns
+    -------
+    Shape (n_left*S, n_right*S), sample-major on both sides; of the pairs with c = d alone (S, n_left, n_right), and
+    their sum (n_left, n_right). Symmetric to the last bit for a piece with itself.
+    """
+    return _Contraction(left, right, workspace, pairs).run(out)
+
+
+class _Contraction:
+    """One call of :func:`contract`.
+
+    Two sums are kept: ``total`` sample-major, (n, S, m, S), for what is multiplied by rows; ``factored``
+    covector-major, (S, n, S, m), for products of Gram matrices, whose elementwise passes then run along memory.
+    """
+
+    def __init__(self, left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> None:
+        self.left, self.right, self.workspace, self.pairs = left, right, workspace, pairs
+        self.covectors, self.rows, self.columns = left.num_covectors, left.num_samples, right.num_samples
+        self.is_mirrored = left is right
+        self.like = left.factors[0].tensors()[-1]
+        high, wide = (1 if pairs == "sum" else self.covectors), (self.covectors if pairs == "all" else 1)
+        self.shape = (high * self.rows, wide * self.columns)
+        by_factors = [factor for factor in left.factors if isinstance(factor, Pairwise | Table)]
+        dtype = self.like.dtype if len(by_factors) <= _FEW else torch.float64
+        self.factored = self._zeros("factored", dtype) if by_factors else None
+        is_all = len(by_factors) == len(left.factors)
+        self.total = None if is_all else self._zeros("total", torch.float64)
+
+    def _zeros(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.workspace.take(name, self.shape, self.like, dtype).zero_()
+
+    def run(self, out: Tensor | None) -> Tensor:
+        for one, other in zip(self.left.factors, self.right.factors, strict=True):
+            if isinstance(one, Dense) and isinstance(other, Dense):
+                self._add_dense(one.matrix, other.matrix)
+            elif isinstance(one, Pairwise) and isinstance(other, Pairwise):
+                self._add_pairwise(one, other)
+            elif isinstance(one, Late) and isinstance(other, Late):
+                self._add_late(one, other)
+            elif isinstance(one, Table) and isinstance(other, Table):
+                self._add_table(one, other)
+        shape = (self.covectors, self.rows, self.columns) if self.pairs == "same" else self.shape
+        if out is None:
+            out = self.like.new_empty(shape)
+        assert out.shape == shape, f"{tuple(out.shape)} is not the shape {shape} of the entries"
+        parts = [part for part in (self.total, self.factored) if part is not None]
+        if len(parts) == 2:
+            assert self.total is not None
+            by_sample = self._sample_major(parts[1])
+            self.total.view(by_sample.shape).add_(by_sample)
+        found = parts[0] if self.total is not None else self._sample_major(parts[0])
+        self._write(found.reshape(shape), out)
+        return out
+
+    def _write(self, found: Tensor, out: Tensor) -> None:
+        """Round to the dtype of ``out``, and mirror what is above the diagonal."""
+        if not self.is_mirrored:
+            out.copy_(found)
+            return
+        for source, target in zip(found.view(-1, *found.shape[-2:]), out.view(-1, *out.shape[-2:]), strict=True):
+            for rows, columns in self._cells(*source.shape):
+                if rows == columns:
+                    upper = source[rows, rows].triu()
+                    target[rows, rows] = upper + upper.triu(1).T
+                else:
+                    target[rows, columns] = source[rows, columns]
+                    target[columns, rows] = target[rows, columns].T
+
+    def _sample_major(self, values: Tensor) -> Tensor:
+        if self.pairs == "all" and self.covectors > 1:
+            return values.view(self.covectors, self.rows, self.covectors, self.columns).permute(1, 0, 3, 2)
+        return values
+
+    def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mm(left, right.T, out=self.workspace.take(name, (left.shape[0], right.shape[0]), left))
+
+    def _cells(self, rows: int, columns: int, least: int = 1) -> tuple[Cell, ...]:
+        """Blocks that cover (rows, columns), or what is on and above the diagonal; each index is ``least`` rows."""
+        device = self.like.device.type
+        most = max(1, _MOST[device] // least)
+        if not self.is_mirrored:
+            return _all_cells(rows, columns, most)
+        return _upper_cells(rows, max(1, _LEAF[device] // least), most)
+
+    def _add_dense(self, left: Tensor, right: Tensor) -> None:
+        """Jacobians (n, S, width) of the same parameters."""
+        assert self.total is not None
+        if self.pairs == "same":
+            per_covector = self.total.view(self.covectors, self.rows, self.columns)
+            for covector in range(self.covectors):
+                self._add_products(per_covector[covector], left[:, covector], right[:, covector])
+        elif self.pairs == "all":
+            self._add_products(self.total, left.flatten(0, 1), right.flatten(0, 1))
+        else:
+            self._add_products(self.total, left.flatten(1), right.flatten(1))
+
+    def _add_products(self, target: Tensor, left: Tensor, right: Tensor) -> None:
+        cells = self._cells(left.shape[0], right.shape[0])
+        step = _LONGEST_SUM if left.dtype != torch.float64 else max(1, left.shape[1])
+        for first in range(0, left.shape[1], step):
+            one, other = left[:, first : first + step], right[:, first : first + step]
+            for rows, columns in cells:
+                target[rows, columns].add_(self._product("part", one[rows], other[columns]))
+
+    def _add_pairwise(self, left: Pairwise, right: Pairwise) -> None:
+        if left.is_constant:
+            self._add_constant(left, right)
+        elif left.inputs.shape[1] > 1:
+            self._add_positions(left, right)
+        elif self.covectors == 1:
+            self._add_one_covector(left, right)
+        else:
+            self._add_one_position(left, right)
+
+    def _blocks(self) -> Tensor:
+        """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart."""
+        assert self.factored is not None
+        high = 1 if self.pairs == "sum" else self.covectors
+        return self.factored.view(high, self.rows, self.shape[1] // self.columns, self.columns)
+
+    def _input_gram(self, left: Pairwise, right: Pairwise) -> Tensor:
+        """``A A' + 1``, of all positions."""
+        entries = self._product("inputs", left.inputs.flatten(0, 1), right.inputs.flatten(0, 1))
+        return entries.add_(1.0) if left.has_bias else entries
+
+    def _add_constant(self, left: Pairwise, right: Pairwise) -> None:
+        """Cotangents that are the covectors: their Gram matrix is known, and often diagonal."""
+        entries, target = self._input_gram(left, right), self._blocks()
+        gram = left.cotangents[:, 0, 0] @ right.cotangents[:, 0, 0].T
+        for row, column in torch.nonzero(gram).tolist():
+            if self.pairs == "all" or row == column:
+                high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
+                target[high, :, wide].add_(entries, alpha=float(gram[row, column]))
+
+    def _add_one_covector(self, left: Pairwise, right: Pairwise) -> None:
+        """``(A A' + 1) o (D D')``: n_in + n_out multiplications a pair instead of n_in * n_out."""
+        assert self.factored is not None
+        a, b, d, e = left.inputs[:, 0], right.inputs[:, 0], left.cotangents[0, :, 0], right.cotangents[0, :, 0]
+        for rows, columns in self._cells(self.rows, self.columns):
+            entries = self._product("inputs", a[rows], b[columns])
+            if left.has_bias:
+                entries.add_(1.0)
+            _add_product(self.factored[rows, columns], self._product("part", d[rows], e[columns]), entries)
+
+    def _add_one_position(self, left: Pairwise, right: Pairwise) -> None:
+        """The same for several covectors: n_in + S*S*n_out multiplications a pair."""
+        entries, target = self._input_gram(left, right), self._blocks()
+        d, e = left.cotangents[:, :, 0], right.cotangents[:, :, 0]
+        if self.pairs == "all":
+            for high, wide in self._cells(self.covectors, self.covectors, least=self.rows):
+                part = self._product("part", d[high].flatten(0, 1), e[wide].flatten(0, 1))
+                shape = (high.stop - high.start, self.rows, wide.stop - wide.start, self.columns)
+                _add_product(target[high, :, wide], part.view(shape), entries[None, :, None, :])
+            if self.is_mirrored:
+                self._mirror_covectors(target)
+            return
+        for covector in range(self.covectors):
+            part = self._product("part", d[covector], e[covector])
+            _add_product(target[covector if self.pairs == "same" else 0, :, 0], part, entries)
+
+    def _mirror_covectors(self, target: Tensor) -> None:
+        """Blocks (c, d) below the diagonal are those above it, transposed."""
+        for column in range(self.covectors):
+            for row in range(column + 1, self.covectors):
+                target[row, :, column] = target[column, :, row].T
+
+    def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
+        """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""
+        target, positions = self._blocks(), (left.inputs.shape[1], right.inputs.shape[1])
+        step = max(1, _POSITION_ROWS // positions[0])
+        for start in range(0, self.rows, step):
+            rows, first = slice(start, min(start + step, self.rows)), start if self.is_mirrored else 0
+            inputs = self._product("inputs", left.inputs[rows].flatten(0, 1), right.inputs[first:].flatten(0, 1))
+            if left.has_bias:
+                inputs.add_(1.0)
+            for row in range(self.covectors):
+                for column in range(self.covectors) if self.pairs == "all" else (row,):
+                    d, e = left.cotangents[row, rows], right.cotangents[column, first:]
+                    part = self._product("part", d.flatten(0, 1), e.flatten(0, 1)).mul_(inputs)
+                    summed = part.view(len(d), positions[0], -1).sum(dim=1).view(len(d), len(e), -1).sum(dim=2)
+                    high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
+                    target[high, rows, wide, first:] += summed
+
+    def _add_late(self, left: Late, right: Late) -> None:
+        """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
+        groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[3]
+        row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        step = max(1, min(n_out, _LATE_BYTES // row_bytes))
+        for group in range(groups):
+            for start in range(0, n_out, step):
+                one = self._multiplied("left", left, group, start, start + step)
+                other = one if self.is_mirrored else self._multiplied("right", right, group, start, start + step)
+                self._add_dense(one, other)
+
+    def _multiplied(self, name: str, factor: Late, group: int, start: int, stop: int) -> Tensor:
+        d, a = factor.cotangents[:, :, group, start:stop], factor.inputs[:, group]
+        num_samples, covectors, n_out, positions = d.shape
+        target = self.workspace.take(name, (num_samples, covectors * n_out, a.shape[2]), a)
+        torch.bmm(d.reshape(num_samples, covectors * n_out, positions), a, out=target)
+        return target.view(num_samples, covectors, -1)
+
+    def _add_table(self, left: Table, right: Table) -> None:
+        """Index by index: the samples on either side that look it up, and the products of their summed cotangents."""
+        target, ones, others = self._blocks(), _by_index(left), _by_index(right)
+        high = torch.arange(self.covectors, device=target.device)
+        for index in sorted(ones.keys() & others.keys()):
+            (rows, d), (columns, e) = ones[index], others[index]
+            if self.pairs == "all":
+                found = (d.flatten(0, 1) @ e.flatten(0, 1).T).view(len(d), len(rows), len(e), len(columns))
+                target[high[:, None, None, None], rows[:, None, None], high[:, None], columns] += found
+            elif self.pairs == "same":
+                target[high[:, None, None], rows[:, None], 0, columns] += d @ e.transpose(1, 2)
+            else:
+                target[0, rows[:, None], 0, columns] += (d @ e.transpose(1, 2)).sum(dim=0)
+
+
+@cache
+def _all_cells(rows: int, columns: int, most: int) -> tuple[Cell, ...]:
+    """Blocks of about equal size that cover everything."""
+    return tuple((row, column) for row in _cuts(0, rows, most) for column in _cuts(0, columns, most))
+
+
+def _cuts(start: int, stop: int, most: int) -> list[slice]:
+    """Parts of at most ``most``, of about equal size; multiples of 16, where that is possible, keep blocks aligned."""
+    size = -(-(stop - start) // max(1, -(-(stop - start) // most)))
+    size = min(most, -(-size // 16) * 16) if size >= 16 else size
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+@cache
+def _upper_cells(size: int, leaf: int, most: int) -> tuple[Cell, ...]:
+    """Blocks on and above the diagonal, by halving: few large ones, and only the smallest waste half of theirs."""
+    return tuple(_halved(0, size, leaf, most))
+
+
+def _halved(start: int, stop: int, leaf: int, most: int) -> Iterator[Cell]:
+    if stop - start <= leaf:
+        yield slice(start, stop), slice(start, stop)
+        return
+    half = (stop - start) // 2
+    middle = start + (-(-half // 16) * 16 if half >= 16 else half)
+    for rows in _cuts(start, middle, most):
+        for columns in _cuts(middle, stop, most):
+            yield rows, columns
+    yield from _halved(start, middle, leaf, most)
+    yield from _halved(middle, stop, leaf, most)
+
+
+def _add_product(target: Tensor, cotangents: Tensor, inputs: Tensor) -> None:
+    if target.dtype == cotangents.dtype:
+        target.addcmul_(cotangents, inputs)
+    else:
+        target.add_(cotangents.mul_(inputs))
+
+
+def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
+    """Index → the samples that have it, and their cotangents (S, samples, n_out), repeated ones added up."""
+    num_samples, positions = table.indices.shape
+    covectors, _, _, width = table.cotangents.shape
+    sample = torch.arange(num_samples, device=table.indices.device).repeat_interleave(positions)
+    keys, inverse = torch.unique(torch.stack([table.indices.reshape(-1), sample]), dim=1, return_inverse=True)
+    summed = table.cotangents.new_zeros((covectors, keys.shape[1], width))
+    summed.index_add_(1, inverse, table.cotangents.reshape(covectors, -1, width))
+    indices, counts = torch.unique_consecutive(keys[0], return_counts=True)
+    parts = zip(indices.tolist(), keys[1].split(counts.tolist()), summed.split(counts.tolist(), dim=1), strict=True)
+    return {index: (rows, d) for index, rows, d in parts}
+
+
+def contract_diagonal(piece: Piece) -> Tensor:
+    """Gram entries of each sample with itself, shape (n, S, S), in the piece's dtype."""
+    found = [_diagonal(factor, piece.num_samples) for factor in piece.factors]
+    return torch.stack([part.double() for part in found]).sum(dim=0).to(found[0].dtype)
+
+
+def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tensor:
+    if isinstance(factor, Dense):
+        parts = factor.matrix.split(_LONGEST_SUM, dim=2)
+        return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0).to(factor.matrix.dtype)
+    if isinstance(factor, Late):
+        gram = factor.inputs @ factor.inputs.transpose(2, 3)
+        return torch.einsum("nsgot,nugop,ngtp->nsu", factor.cotangents, factor.cotangents, gram)
+    if isinstance(factor, Pairwise):
+        gram = factor.inputs @ factor.inputs.transpose(1, 2) + float(factor.has_bias)
+        d = factor.cotangents.expand(-1, num_samples, -1, -1)
+    else:
+        gram = (factor.indices[:, :, None] == factor.indices[:, None, :]).to(factor.cotangents.dtype)
+        d = factor.cotangents
+    return torch.einsum("snto,unpo,ntp->nsu", d, d, gram)

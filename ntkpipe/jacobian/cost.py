@@ -1,0 +1,70 @@
+"""What Jacobians and their contraction cost: all that a plan knows of a model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What Jacobians and their contraction cost; the planner's only view of a model.
+
+    Attributes
+    ----------
+    block_bytes
+        Bytes held a sample.
+    workspace_bytes, fixed_workspace_bytes
+        Bytes that computing one more sample of a batch allocates, at most, and those that any batch does.
+    jacobian_flops
+        Operations a sample, forward and backward.
+    pair_flops
+        Operations to contract one pair of samples, all pairs of covectors that are wanted.
+    """
+
+    block_bytes: int
+    workspace_bytes: int
+    fixed_workspace_bytes: int
+    jacobian_flops: float
+    pair_flops: float
+
+
+def measure(run: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Operations of ``run``, the bytes of all tensors that it allocates, and its result."""
+    with _Meter() as meter:  # type: ignore[no-untyped-call]
+        result = run()
+    return meter.num_flops, meter.num_bytes, result
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up operations, and the bytes of every new tensor: an upper bound on the peak, as nothing is taken off.
+
+    Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
+    """
+
+    num_flops = 0.0
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if count is not None:
+            self.num_flops += float(count(*args, **(kwargs or {}), out_val=result))
+        known = {_address(value) for value in _tensors((args, kwargs))}
+        for value in _tensors(result):
+            if _address(value) not in known:
+                self.num_bytes += value.untyped_storage().nbytes()
+        return result
+
+
+def _address(value: Tensor) -> int:
+    return int(value.untyped_storage()._cdata)  # of the storage itself: functorch's have no data
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    leaves = (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    return (leaf for leaf in leaves if leaf.layout == torch.strided)  # sparse ones have no storage of their own
