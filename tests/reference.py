@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+# Words in the names of what multiplies whole channels, whatever its shape: drawn about 1, not about 0.
+LAYER_SCALES = ("scale", "gamma", "lambda")
+
 
 class Custom(nn.Module):
     """Modules and parameters by name, and a forward pass as a function."""
@@ -34,8 +37,8 @@ def redraw(model, seed=0):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
             last = name.rpartition(".")[2]
-            is_gain = parameter.ndim <= 1 and ("weight" in last or "scale" in last or "gamma" in last)
-            if is_gain or last in {"original0", "weight_g"} or "lambda" in last:
+            is_gain = parameter.ndim <= 1 and "weight" in last
+            if is_gain or last in {"original0", "weight_g"} or any(word in last for word in LAYER_SCALES):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.ndim <= 1:
                 parameter.copy_(0.3 * noise)
