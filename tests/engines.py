@@ -7,6 +7,7 @@ import numpy as np
 import reference
 import torch
 
+import ntkpipe
 from ntkpipe.jacobian import check
 from ntkpipe.jacobian.probe import make_engine
 from ntkpipe.models import exact_math, prepare_model
@@ -16,6 +17,8 @@ RELATIVE, FLOOR = 1e-10, 1e-14
 # |dJ_p| <= ORDER |J|, by row: elements of a Jacobian are in the parameter's order, which no Gram can see.
 ORDER = 1e-9
 NUM_RANDOM = 3
+# What the public function may be off by, on the scale sqrt(K_ii K_jj).
+WHOLE = 1e-12
 
 
 def take(inputs, samples):
@@ -28,10 +31,16 @@ def take(inputs, samples):
     return {name: pick(v) for name, v in inputs.items()} if isinstance(inputs, dict) else pick(inputs)
 
 
-def count_outputs(model, inputs, forward=None):
-    functional = prepare_model(model, forward=forward, dtype=torch.float64, device=torch.device("cpu"))
-    with torch.no_grad(), exact_math():
-        return functional(take(inputs, (0, 1))).shape[1]
+def check_model(model, inputs, *, forward=None, kinds=("ntk", "pntk")):
+    """Assert that a model's kernels are exact, whole through the public function and parameter by parameter."""
+    exact = reference.jacobians(model, inputs, forward=forward or reference.call)
+    check_every_parameter(model, inputs, forward=forward, exact=exact)
+    for kind in kinds:
+        found = ntkpipe.kernel_matrix(model, inputs, kind=kind, forward=forward, compute_dtype="float64", workers=1)
+        one = exact if kind == "ntk" else reference.pseudo(exact, reference.size_of(inputs))
+        error = reference.error(found, sum(reference.grams(one).values()))
+        assert error <= WHOLE, f"the {kind} is off by {error:.1e}"
+        assert found.any()
 
 
 def engine_of(model, inputs, covectors, *, forward=None, structured=True):

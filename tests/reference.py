@@ -47,6 +47,16 @@ def redraw(model, seed=0):
     return model.eval()
 
 
+def draw_statistics(model, seed=0):
+    """Draw the running statistics of every batch norm of a model anew."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+    return model
+
+
 def call(model, batch):
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
@@ -101,6 +111,13 @@ def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
                     (torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1).double()
                 )
     return {name: torch.stack(found).numpy() for name, found in rows.items()}
+
+
+def pseudo(found, size):
+    """Jacobians for the pseudo-NTK from those of every output: their sum over the root of their number."""
+    return {
+        name: rows.reshape(size, -1, rows.shape[1]).sum(1) * (size / len(rows)) ** 0.5 for name, rows in found.items()
+    }
 
 
 def grams(found, other=None):

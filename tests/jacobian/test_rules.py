@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engines import check_every_parameter, fallback_of
-from reference import Custom, redraw
+from reference import Custom, draw_statistics, redraw
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -73,16 +73,6 @@ def param(*shape):
 def frozen(module, *names):
     for name in names:
         module.get_parameter(name).requires_grad_(False)
-    return module
-
-
-def with_statistics(module, seed=0):
-    """Random running statistics for every batch norm of a module."""
-    generator = torch.Generator().manual_seed(seed)
-    for child in module.modules():
-        if getattr(child, "running_mean", None) is not None:
-            child.running_mean.copy_(torch.randn(child.running_mean.shape, generator=generator))
-            child.running_var.copy_(0.5 + torch.rand(child.running_var.shape, generator=generator))
     return module
 
 
@@ -809,17 +799,17 @@ CASES |= {
 for n, inputs in ((0, drawn(B, 4)), (1, SIGNAL), (2, IMAGE), (3, VOLUME)):
     CASES |= {
         f"group_norm, {n}d": case(plain, drawn(B, 4, seed=1) if n == 0 else inputs, a=nn.GroupNorm(2, 4)),
-        f"batch_norm, {n}d": case(plain, inputs, a=with_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4))),
+        f"batch_norm, {n}d": case(plain, inputs, a=draw_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4))),
         f"batch_norm, no parameters, {n}d": case(
             lambda m, x: read(m.n(x * m.a)),
             inputs,
             a=nn.Parameter(torch.ones(4, *[1] * n, dtype=torch.float64)),
-            n=with_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4, affine=False)),
+            n=draw_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4, affine=False)),
         ),
         f"batch_norm, twice, {n}d": case(
             lambda m, x: read(m.a(torch.tanh(m.a(x)))),
             inputs,
-            a=with_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4)),
+            a=draw_statistics(getattr(nn, f"BatchNorm{n or 1}d")(4)),
         ),
     }
     if n:
@@ -840,21 +830,21 @@ for n, inputs in ((0, drawn(B, 4)), (1, SIGNAL), (2, IMAGE), (3, VOLUME)):
             f"instance_norm, of a layer, {n}d": case(hidden, inputs, h=conv(4, 5, 2), a=norm(5, affine=True)),
             f"instance_norm, no parameters, {n}d": case(hidden, inputs, h=conv(4, 5, 2), a=norm(5)),
             f"instance_norm, running statistics, {n}d": case(
-                plain, inputs, a=with_statistics(norm(4, affine=True, track_running_stats=True))
+                plain, inputs, a=draw_statistics(norm(4, affine=True, track_running_stats=True))
             ),
             f"instance_norm, as many channels as samples, {n}d": case(
                 hidden, inputs, h=conv(4, 7, 2), a=norm(7, affine=True)
             ),
             f"batch_norm, of a layer, {n}d": case(
-                hidden, inputs, h=conv(4, 5, 2, bias=False), a=with_statistics(batch_norm(5))
+                hidden, inputs, h=conv(4, 5, 2, bias=False), a=draw_statistics(batch_norm(5))
             ),
             f"batch_norm, as many channels as samples, {n}d": case(
-                hidden, inputs, h=conv(4, 7, 2, bias=False), a=with_statistics(batch_norm(7))
+                hidden, inputs, h=conv(4, 7, 2, bias=False), a=draw_statistics(batch_norm(7))
             ),
             f"batch_norm, frames folded, {n}d": case(
                 lambda m, x: read(m.a(torch.stack([x, x * x], 1).flatten(0, 1)).unflatten(0, (-1, 2))),
                 inputs,
-                a=with_statistics(batch_norm(4)),
+                a=draw_statistics(batch_norm(4)),
             ),
         }
 CASES |= {
@@ -872,14 +862,14 @@ CASES |= {
         var=drawn(4) ** 2,
         may="*",
     ),
-    "batch_norm, weight frozen": case(plain, IMAGE, a=frozen(with_statistics(nn.BatchNorm2d(4)), "weight")),
-    "batch_norm, bias frozen": case(plain, IMAGE, a=frozen(with_statistics(nn.BatchNorm2d(4)), "bias")),
-    "batch_norm, tokens folded": case(folded, T, a=with_statistics(nn.BatchNorm1d(6))),
+    "batch_norm, weight frozen": case(plain, IMAGE, a=frozen(draw_statistics(nn.BatchNorm2d(4)), "weight")),
+    "batch_norm, bias frozen": case(plain, IMAGE, a=frozen(draw_statistics(nn.BatchNorm2d(4)), "bias")),
+    "batch_norm, tokens folded": case(folded, T, a=draw_statistics(nn.BatchNorm1d(6))),
     "batch_norm, channels last": case(
-        lambda m, x: read(m.a(x.to(memory_format=torch.channels_last))), IMAGE, a=with_statistics(nn.BatchNorm2d(4))
+        lambda m, x: read(m.a(x.to(memory_format=torch.channels_last))), IMAGE, a=draw_statistics(nn.BatchNorm2d(4))
     ),
     "batch_norm, tokens as positions": case(
-        lambda m, x: read(m.a(x.transpose(1, 2)).transpose(1, 2)), T, a=with_statistics(nn.BatchNorm1d(6))
+        lambda m, x: read(m.a(x.transpose(1, 2)).transpose(1, 2)), T, a=draw_statistics(nn.BatchNorm1d(6))
     ),
 }
 
