@@ -76,10 +76,15 @@ def double_inside(model):
         yield
 
 
-def from_transformers(name, *, part=None, **fields):
-    """A model of transformers, drawn anew; ``part`` picks a submodule."""
+def from_transformers(name, *, part=None, experts=None, **fields):
+    """A model of transformers, drawn anew.
+
+    ``part`` picks a submodule, ``experts`` how experts are run: not by default, which is float32 only.
+    """
     transformers = pytest.importorskip("transformers")
     model_class = getattr(transformers, name)
     model = model_class(model_class.config_class(**fields))
+    if experts is not None:
+        model.set_experts_implementation(experts)
     model = model if part is None else model.get_submodule(part)
     return redraw(draw_statistics(model))
