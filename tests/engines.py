@@ -9,6 +9,7 @@ import torch
 
 import ntkpipe
 from ntkpipe.jacobian import check
+from ntkpipe.jacobian.factors import Workspace, contract
 from ntkpipe.jacobian.probe import make_engine
 from ntkpipe.models import exact_math, prepare_model
 
@@ -65,6 +66,27 @@ def engine_jacobians(engine, batch, places):
     return {name: value.detach().double() for name, value in found.items()}
 
 
+def engine_kernel(engine, inputs):
+    """The kernel of all samples, sample-major, as the engine contracts its blocks: pieces of four, batches of three.
+
+    Seven samples make two pieces of unlike sizes and batches of three and of one.
+    """
+    size, count = reference.size_of(inputs), len(engine.covectors)
+    with exact_math():
+        block, _ = engine.block(
+            lambda start, stop: take(inputs, range(start, stop)), 0, size, subtile=min(4, size), batch=3
+        )
+        rows = []
+        for left in block.pieces:
+            tiles = [
+                contract(left, right, Workspace()).reshape(count, left.num_samples, count, right.num_samples)
+                for right in block.pieces
+            ]
+            row = [tile.permute(1, 0, 3, 2).flatten(0, 1).flatten(1) for tile in tiles]
+            rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows).double().numpy()
+
+
 def fallback_of(engine):
     """Parameters that are left to plain ``torch.func``, with the reasons."""
     return dict(engine.tracing.fallback)
@@ -110,7 +132,9 @@ def settled(engine, inputs):
 
 
 def check_every_parameter(model, inputs, *, forward=None, exact=None, structured=True, self_checked=False):
-    """Assert that every parameter's kernel is exact, for unit and for random covectors; return the engine.
+    """Assert that every parameter's kernel is exact, for unit and for random covectors, and their sum as contracted.
+
+    Return the engine.
 
     Parameters
     ----------
@@ -138,6 +162,8 @@ def check_every_parameter(model, inputs, *, forward=None, exact=None, structured
     engine = engine_of(model, inputs, torch.eye(outputs, dtype=torch.float64), forward=forward, structured=structured)
     if self_checked:
         engine = settled(engine, inputs)
+    whole = reference.error(engine_kernel(engine, inputs), sum(reference.grams(exact).values()))
+    assert whole <= WHOLE, f"the kernel is off by {whole:.1e}"
     for covectors in (torch.eye(outputs, dtype=torch.float64), drawn):
         wanted = {name: torch.einsum("co,nop->cnp", covectors, value) for name, value in unit.items()}
         found = engine_jacobians(engine.with_covectors(covectors), take(inputs, batch_order), places)
