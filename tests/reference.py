@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+# Words in the names of what multiplies whole channels, whatever its shape: drawn about 1, not about 0.
+LAYER_SCALES = ("scale", "gamma", "lambda")
+
 
 class Custom(nn.Module):
     """Modules and parameters by name, and a forward pass as a function."""
@@ -34,14 +37,24 @@ def redraw(model, seed=0):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
             last = name.rpartition(".")[2]
-            is_gain = parameter.ndim <= 1 and ("weight" in last or "scale" in last or "gamma" in last)
-            if is_gain or last in {"original0", "weight_g"} or "lambda" in last:
+            is_gain = parameter.ndim <= 1 and "weight" in last
+            if is_gain or last in {"original0", "weight_g"} or any(word in last for word in LAYER_SCALES):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.ndim <= 1:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / math.sqrt(max(1, parameter[0].numel())))
     return model.eval()
+
+
+def draw_statistics(model, seed=0):
+    """Draw the running statistics of every batch norm of a model anew."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+    return model
 
 
 def call(model, batch):
@@ -98,6 +111,13 @@ def jacobians(model, inputs, *, kind="ntk", forward=call, dtype=torch.float64):
                     (torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1).double()
                 )
     return {name: torch.stack(found).numpy() for name, found in rows.items()}
+
+
+def pseudo(found, size):
+    """Jacobians for the pseudo-NTK from those of every output: their sum over the root of their number."""
+    return {
+        name: rows.reshape(size, -1, rows.shape[1]).sum(1) * (size / len(rows)) ** 0.5 for name, rows in found.items()
+    }
 
 
 def grams(found, other=None):
