@@ -9,8 +9,11 @@ import torch
 
 import ntkpipe
 from ntkpipe.jacobian import check
-from ntkpipe.jacobian.factors import Workspace, contract
+from ntkpipe.jacobian.block import Setup
+from ntkpipe.jacobian.contract import contract
 from ntkpipe.jacobian.probe import make_engine
+from ntkpipe.jacobian.terms import Rates
+from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.models import exact_math, prepare_model
 
 # |dK_p,ij| <= RELATIVE * sqrt(K_p,ii K_p,jj) + FLOOR * sqrt(K_ii K_jj); the floor is for what is zero but for rounding.
@@ -52,17 +55,36 @@ def engine_of(model, inputs, covectors, *, forward=None, structured=True):
             functional,
             lambda samples: take(inputs, samples),
             reference.size_of(inputs),
-            covectors,
-            torch.float64,
+            setup_of(covectors, num_samples=reference.size_of(inputs)),
             structured=structured,
         )
 
 
+def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):
+    """What an engine is asked for, on a device whose elementwise passes cost as much as 32 operations of a product."""
+    rates = Rates(product=32e9, elementwise=1e9)
+    return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30)
+
+
+def forced(engine):
+    """The engine with every term held in each way that is possible for it: name of the way → engine."""
+    found = {"chosen": engine}
+    for way in ("pairwise", "late", "dense"):
+        labels = {}
+        for term in engine.terms:
+            function, _, chosen = term.label.partition(":")
+            first = term.uses[0]
+            can = first.kind == "outer" and chosen != "joined" and (way != "pairwise" or first.groups == 1)
+            labels[term.name] = f"{function}:{way if can else chosen}"
+        if labels != engine.representations:
+            found[way] = engine.reusing({**engine.representations, **labels})
+    return found
+
+
 def engine_jacobians(engine, batch, places):
     """Name → Jacobian (S, n, P), elements in the parameter's order, of the samples at ``places`` of a batch."""
-    parameter_jacobians = getattr(check, "parameter_jacobians", None) or check._parameter_jacobians
     with exact_math():
-        found = dict(parameter_jacobians(engine, batch, list(places)))
+        found = dict(check.parameter_jacobians(engine, batch, list(places)))
     return {name: value.detach().double() for name, value in found.items()}
 
 
@@ -71,19 +93,14 @@ def engine_kernel(engine, inputs):
 
     Seven samples make two pieces of unlike sizes and batches of three and of one.
     """
-    size, count = reference.size_of(inputs), len(engine.covectors)
+    size = reference.size_of(inputs)
     with exact_math():
         block, _ = engine.block(
             lambda start, stop: take(inputs, range(start, stop)), 0, size, subtile=min(4, size), batch=3
         )
         rows = []
         for left in block.pieces:
-            tiles = [
-                contract(left, right, Workspace()).reshape(count, left.num_samples, count, right.num_samples)
-                for right in block.pieces
-            ]
-            row = [tile.permute(1, 0, 3, 2).flatten(0, 1).flatten(1) for tile in tiles]
-            rows.append(torch.cat(row, dim=1))
+            rows.append(torch.cat([contract(left, right, Workspace()) for right in block.pieces], dim=1))
     return torch.cat(rows).double().numpy()
 
 
@@ -162,11 +179,13 @@ def check_every_parameter(model, inputs, *, forward=None, exact=None, structured
     engine = engine_of(model, inputs, torch.eye(outputs, dtype=torch.float64), forward=forward, structured=structured)
     if self_checked:
         engine = settled(engine, inputs)
-    whole = reference.error(engine_kernel(engine, inputs), sum(reference.grams(exact).values()))
-    assert whole <= WHOLE, f"the kernel is off by {whole:.1e}"
+    kernel = sum(reference.grams(exact).values())
+    for way, held in forced(engine).items():
+        whole = reference.error(engine_kernel(held, inputs), kernel)
+        assert whole <= WHOLE, f"the kernel is off by {whole:.1e}, Jacobians held {way}"
     for covectors in (torch.eye(outputs, dtype=torch.float64), drawn):
         wanted = {name: torch.einsum("co,nop->cnp", covectors, value) for name, value in unit.items()}
-        found = engine_jacobians(engine.with_covectors(covectors), take(inputs, batch_order), places)
+        found = engine_jacobians(engine.with_covectors(covectors, "all"), take(inputs, batch_order), places)
         worst, error = excess(found, wanted)
         assert error <= 1, f"{worst} is off by {error:.1e} times what is allowed"
     return engine

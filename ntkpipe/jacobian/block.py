@@ -290,7 +290,9 @@ class Engine:
                 found.append(grads)
             by_call = {number: [grads[place] for grads in found] for place, number in enumerate(edges)}
             yield covectors, {
-                number: [calls[number].blank() if grad is None else grad for grad in each]
+                number: [
+                    calls[number].blank() if grad is None else grad.reshape(calls[number].shape) for grad in each
+                ]
                 for number, each in by_call.items()
                 if any(grad is not None for grad in each)
             }

@@ -202,19 +202,14 @@ class _Contraction:
             for high, wide in self._cells(self.covectors, self.covectors, least=self.rows):
                 part = self._product("part", d[high].flatten(0, 1), e[wide].flatten(0, 1))
                 shape = (high.stop - high.start, self.rows, wide.stop - wide.start, self.columns)
-                _add_product(target[high, :, wide], part.view(shape), entries[None, :, None, :])
-            if self.is_mirrored:
-                self._mirror_covectors(target)
+                product = part.view(shape).mul_(entries[None, :, None, :])
+                target[high, :, wide] += product
+                if self.is_mirrored and high != wide:
+                    target[wide, :, high] += product.permute(2, 3, 0, 1)
             return
         for covector in range(self.covectors):
             part = self._product("part", d[covector], e[covector])
             _add_product(target[covector if self.pairs == "same" else 0, :, 0], part, entries)
-
-    def _mirror_covectors(self, target: Tensor) -> None:
-        """Blocks (c, d) below the diagonal are those above it, transposed."""
-        for column in range(self.covectors):
-            for row in range(column + 1, self.covectors):
-                target[row, :, column] = target[column, :, row].T
 
     def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
         """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""

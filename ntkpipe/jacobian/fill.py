@@ -159,7 +159,7 @@ class _DenseFiller:
                 _multiply_out(use, call, found, target, self._workspace, adds=number > 0)
                 continue
             for covector, grad in enumerate(found):
-                rows = use.jacobian(call, grad, _count(samples)).flatten(1)
+                rows = use.jacobian(call, grad, _count(samples)).reshape(_count(samples), -1)
                 if number:
                     target[:, covector] += rows
                 else:

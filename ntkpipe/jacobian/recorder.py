@@ -64,8 +64,8 @@ class Call:
     saved
         Tensors that the forms read later, with their version counters at the call.
     edge
-        Place of the output in the autograd graph; none if nothing flows back to it. An edge stays right where the
-        output is changed in place afterwards; the tensor would not.
+        Place of the output's elements in the autograd graph; none if nothing flows back to it. An edge stays right
+        where the output is changed in place afterwards; the tensor would not.
     zero
         A zero of the output's dtype and device.
     shape
@@ -174,7 +174,7 @@ class Recorder(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
         rule = RULES.get(func)
         bound = None
-        if rule is not None and not any(value.is_nested or value.layout != torch.strided for value in _tensors(args)):
+        if rule is not None and all(_is_plain(value) for value in _tensors(args)):
             bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
         own = {} if bound is None else {r: o for r, o in bound.operands.items() if id(o.tensor) in self._made}
         if bound is None or not own:
@@ -189,7 +189,7 @@ class Recorder(TorchFunctionMode):
             cut = {id(operand.tensor) for operand in own.values()}
             args, kwargs = (_replace(value, cut) for value in (args, kwargs))
         output = func(*args, **kwargs)
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        edge = get_gradient_edge(_whole(output)) if output.requires_grad else None
         self.calls.append(Call(func.__name__, arguments, saved, edge, output.new_zeros(()), tuple(output.shape)))
         return self._without(mine, output)
 
@@ -212,6 +212,16 @@ class Recorder(TorchFunctionMode):
         return Argument(sources, is_parameter, geometry, tuple(tensor.shape), edge, form)
 
 
+def _whole(output: Tensor) -> Tensor:
+    """What the output is a view of, if it has the same elements in the same order.
+
+    A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
+    """
+    base = output._base
+    same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if base is not None and same and base.requires_grad else output
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors among the arguments or results of a call."""
     if isinstance(value, Tensor):
@@ -222,6 +232,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return not value.is_nested and value.layout == torch.strided and not value.is_complex()
 
 
 def _replace(value: Any, cut: set[int]) -> Any:

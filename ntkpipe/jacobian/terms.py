@@ -186,8 +186,8 @@ def _is_alike(uses: Sequence[Use]) -> bool:
     """Whether the Jacobians of several uses can be added up by putting their positions side by side."""
     first = uses[0]
     return all(
-        (use.function, use.role, use.kind, use.groups, use.n_in, use.n_out)
-        == (first.function, first.role, first.kind, first.groups, first.n_in, first.n_out)
+        (use.function, use.role, use.kind, use.groups, use.n_in, use.n_out, use.order)
+        == (first.function, first.role, first.kind, first.groups, first.n_in, first.n_out, first.order)
         for use in uses
     )
 

@@ -251,9 +251,9 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
     with torch.no_grad():
         d = form.cotangents(call.blank())
     rows, width = d.shape[: form.row_dims], d.shape[form.row_dims :]
-    groups, n_in, n_out = 1, 0, width.numel()
+    groups, n_in, n_out, order = 1, 0, width.numel(), ()
     if isinstance(form, Outer):
-        groups, n_out = width[0], width[1:].numel()
+        groups, n_out, order = width[0], width[1:].numel(), form.order
         n_in = form.inputs().shape[form.row_dims + 1 :].numel()
     return Use(
         call=number,
@@ -269,6 +269,7 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
         groups=groups,
         n_in=n_in,
         n_out=n_out,
+        order=order,
         is_output=is_output,
     )
 
@@ -312,7 +313,7 @@ def _probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num
         )
         for (number, _), grad in zip(live, grads, strict=True):
             if grad is not None:
-                owners[number].add(sample, grad)
+                owners[number].add(sample, grad.reshape(calls[number].shape))
     changed = _changed_inputs(model, expansions, batch, calls)
     layouts = [
         owner.layouts(call, change, num_samples) for owner, call, change in zip(owners, calls, changed, strict=True)
@@ -403,6 +404,7 @@ def _changed_inputs(
 def _rows_that_differ(argument: Argument, values: Tensor, others: Tensor) -> Tensor:
     if isinstance(argument.form, Lookup):
         return (values != others).cpu()
+    values, others = (value if value.is_floating_point() else value.to(torch.float64) for value in (values, others))
     rows = values.shape[: argument.form.row_dims]
     # Rounding may differ where nothing else does; a row that depends on the sample changes by far more.
     moved = (values - others).reshape(*rows, -1).abs().amax(dim=-1)
@@ -442,7 +444,7 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
             continue
         argument = calls[use.call].arguments[use.role]
         with torch.no_grad():
-            total = total_gradient(argument.form, grad, argument.shape)
+            total = total_gradient(argument.form, grad.reshape(calls[use.call].shape), argument.shape)
         sources = [parameters[name] for name in use.sources]
         parts = torch.autograd.grad([argument.edge], sources, [total.to(outputs.dtype)], retain_graph=True)
         for name, part in zip(use.sources, parts, strict=True):

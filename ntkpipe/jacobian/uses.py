@@ -56,8 +56,9 @@ class Use:
         Where the samples are.
     num_positions
         Rows of a sample, T.
-    groups, n_in, n_out
-        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is.
+    groups, n_in, n_out, order
+        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is. And the order of
+        the Jacobian's elements, as in :class:`~ntkpipe.jacobian.rules.form.Outer`.
     is_output
         Whether the call's output is the model's output, so that its cotangents are the covectors themselves.
     """
@@ -75,6 +76,7 @@ class Use:
     groups: int
     n_in: int
     n_out: int
+    order: tuple[int, ...]
     is_output: bool
 
     @property
@@ -132,7 +134,7 @@ def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor
     By autograd through what made it, batched where that has batching rules, else row by row. Memory: as much again.
     """
     if argument.is_parameter and argument.geometry is None:
-        yield argument.sources[0], rows.flatten(1)
+        yield argument.sources[0], rows.reshape(len(rows), -1)
         return
     sources = [parameters[name] for name in argument.sources]
     step = max(1, _PULLED_BYTES // max(1, rows[0].nbytes))
@@ -153,6 +155,6 @@ def _pulled(argument: Argument, sources: list[Tensor], rows: Tensor) -> list[Ten
         single = [grads(row, batched=False) for row in rows]
         found = tuple(None if all_rows[0] is None else torch.stack(all_rows) for all_rows in zip(*single, strict=True))
     return [
-        rows.new_zeros((len(rows), source.numel())) if grad is None else grad.flatten(1)
+        rows.new_zeros((len(rows), source.numel())) if grad is None else grad.reshape(len(rows), -1)
         for grad, source in zip(found, sources, strict=True)
     ]

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Whether parameters that have a rule must not go to the fallback.
-CHECK_COVERAGE = False
+CHECK_COVERAGE = True
 
 L = nn.Linear
 

@@ -28,12 +28,16 @@ class Outer:
         Takes a gradient of the output to d, shape (*rows, groups, *out).
     arrange
         Takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape).
+    order
+        Names the order of elements in (groups, n_out, n_in): two uses of one function in the same order may be added up
+        before they are arranged.
     """
 
     row_dims: int
     inputs: Thunk
     cotangents: Map
     arrange: Map
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

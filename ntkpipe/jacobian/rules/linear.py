@@ -50,6 +50,7 @@ def contraction(
     summed = [axis for axis, label in enumerate(x_labels) if label not in kept]
     left = [label for label in x_labels if label in kept]
     canonical = [*groups, *out_axes, *in_axes]
+    order = tuple(canonical.index(label) for label in weight_labels)
 
     def inputs() -> Tensor:
         values = x.sum(dim=summed) if summed else x
@@ -62,10 +63,9 @@ def contraction(
     def arrange(jacobian: Tensor) -> Tensor:
         lead = jacobian.shape[:-3]
         split = jacobian.reshape(*lead, *(sizes[label] for label in canonical))
-        order = [len(lead) + canonical.index(label) for label in weight_labels]
-        return split.permute(*range(len(lead)), *order).reshape(*lead, *weight.shape)
+        return split.permute(*range(len(lead)), *(len(lead) + axis for axis in order)).reshape(*lead, *weight.shape)
 
-    return Outer(len(rows), inputs, cotangents, arrange)
+    return Outer(len(rows), inputs, cotangents, arrange, order)
 
 
 def _grouped(values: Tensor, num_rows: int, num_groups: int, has_width: bool) -> Tensor:
