@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers-installed
 BIN := $(VENV)/bin
 
 .PHONY: test lint demo bench clean
@@ -17,7 +18,8 @@ lint: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/ntkpipe run workflows/mnist5k/pntk.yaml
 
-bench: $(STAMP)
+# Scripts only: what they share is in folders.
+bench: $(PEERS)
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 clean:
@@ -27,3 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,examples,dev]'
 	touch $(STAMP)
+
+# The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used.
+$(PEERS): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps asdfghjkl nngeometry
+	touch $(PEERS)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,29 @@ from ntkpipe.runs import checked
 _SHARE_OF_MEMORY = 0.8
 
 
+@dataclass(frozen=True)
+class SettledMatrix:
+    """A kernel in memory that is ready to compute.
+
+    Attributes
+    ----------
+    prepared
+        Model and samples.
+    engine
+        Self-checked, unless the run asks for no self-check.
+    plan
+        Fits in memory.
+    name, grid
+        The one kernel that is computed.
+    """
+
+    prepared: Prepared
+    engine: Engine
+    plan: Plan
+    name: str
+    grid: Grid
+
+
 def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
     """Compute train x train, or test x train where there are test samples.
 
@@ -41,6 +65,17 @@ def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: boo
     ResourceError
         If it does not fit in memory, with both numbers.
     """
+    return build_matrix(settle_matrix(prepared, run), what=what, progress=progress)
+
+
+def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
+    """Do everything that comes before the first tile: measure costs, plan and self-check.
+
+    Raises
+    ------
+    ResourceError
+        If the kernel does not fit in memory, with both numbers.
+    """
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
@@ -50,12 +85,34 @@ def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: boo
             f"the kernel of shape {grid.shape} and dtype {dtype} needs {format_bytes(needed)}; "
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
-    engine, plan = _settle(prepared, run, {name: grid}, needed)
-    sink = _MatrixSink(np.empty(grid.shape, dtype), name, grid)
+    engine = prepared.engine
+    plan = plan_run(prepared, engine, run, {name: grid}, path=None, result_bytes=needed)
+    plan.require_fit()
+    if run.self_check:
+        engine, _ = checked(prepared, engine, plan)
+        if engine.representations != prepared.engine.representations:
+            plan = plan_run(prepared, engine, run, {name: grid}, path=None, result_bytes=needed)
+            plan.require_fit()
+    return SettledMatrix(prepared, engine, plan, name, grid)
+
+
+def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
+    """Compute what is settled, from the first tile to the last; any number of times.
+
+    Parameters
+    ----------
+    settled
+        The kernel.
+    what, progress
+        Of the progress bar.
+    """
+    prepared, plan = settled.prepared, settled.plan
+    dtype = np.dtype(prepared.spec.resolved_store_dtype())
+    sink = _MatrixSink(np.empty(settled.grid.shape, dtype), settled.name, settled.grid)
     sources: dict[str, Source] = {"train": prepared.train.source}
     if prepared.test is not None:
         sources["test"] = prepared.test.source
-    job = BuildJob(engine, plan, sources, prepared.train.is_mapping, sink, StripCache(plan.cache_bytes), dtype)
+    job = BuildJob(settled.engine, plan, sources, prepared.train.is_mapping, sink, StripCache(plan.cache_bytes), dtype)
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records: Iterator[TileRecord] = running
@@ -64,19 +121,6 @@ def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: boo
         for _ in records:
             pass
     return sink.matrix
-
-
-def _settle(prepared: Prepared, run: RunSpec, grids: dict[str, Grid], result_bytes: int) -> tuple[Engine, Plan]:
-    """Plan and self-check a kernel that is not stored."""
-    engine = prepared.engine
-    planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
-    planned.require_fit()
-    if run.self_check:
-        engine, _ = checked(prepared, engine, planned)
-        if engine.representations != prepared.engine.representations:
-            planned = plan_run(prepared, engine, run, grids, path=None, result_bytes=result_bytes)
-            planned.require_fit()
-    return engine, planned
 
 
 class _MatrixSink:

@@ -13,11 +13,11 @@ from ntkpipe.manifest import Choices
 from ntkpipe.resources import format_bytes
 
 # Rows of the pieces in which strips are contracted. Products within them are cut to what stays in a core's cache.
-_SUBTILE_ROWS = 2048
+_SUBTILE_ROWS = 2560
 # What the tensors of one forward and backward pass may take altogether: larger batches gain nothing on a CPU.
 _BATCH_BYTES = 256 * 2**20
 # Scratch of a worker that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
-_SCRATCH_BYTES = 160 * 2**20
+_SCRATCH_BYTES = 112 * 2**20
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
 # A block may take this long, so that a stop or a kill loses little.

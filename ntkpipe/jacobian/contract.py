@@ -95,28 +95,31 @@ class _Contraction:
         if out is None:
             out = self.like.new_empty(shape)
         assert out.shape == shape, f"{tuple(out.shape)} is not the shape {shape} of the entries"
-        parts = [part for part in (self.total, self.factored) if part is not None]
-        if len(parts) == 2:
-            assert self.total is not None
-            by_sample = self._sample_major(parts[1])
-            self.total.view(by_sample.shape).add_(by_sample)
-        found = parts[0] if self.total is not None else self._sample_major(parts[0])
-        self._write(found.reshape(shape), out)
+        if self.total is not None:
+            if self.factored is not None:
+                by_sample = self._sample_major(self.factored)
+                self.total.view(by_sample.shape).add_(by_sample)
+            out.copy_(self.total.view(shape))
+        else:
+            assert self.factored is not None
+            by_sample = self._sample_major(self.factored)
+            target = out
+            if by_sample.ndim == 4:
+                target = out.unflatten(1, by_sample.shape[2:]).unflatten(0, by_sample.shape[:2])
+            target.copy_(by_sample.view(shape) if by_sample.ndim == 2 else by_sample)
+        if self.is_mirrored:
+            for part in out.view(-1, *out.shape[-2:]) if self.pairs == "same" else (out,):
+                self._mirror(part)
         return out
 
-    def _write(self, found: Tensor, out: Tensor) -> None:
-        """Round to the dtype of ``out``, and mirror what is above the diagonal."""
-        if not self.is_mirrored:
-            out.copy_(found)
-            return
-        for source, target in zip(found.view(-1, *found.shape[-2:]), out.view(-1, *out.shape[-2:]), strict=True):
-            for rows, columns in self._cells(*source.shape):
-                if rows == columns:
-                    upper = source[rows, rows].triu()
-                    target[rows, rows] = upper + upper.triu(1).T
-                else:
-                    target[rows, columns] = source[rows, columns]
-                    target[columns, rows] = target[rows, columns].T
+    def _mirror(self, entries: Tensor) -> None:
+        """Copy what is above the diagonal below it."""
+        for rows, columns in self._cells(*entries.shape):
+            if rows == columns:
+                upper = entries[rows, rows].triu()
+                entries[rows, rows] = upper + upper.triu(1).T
+            else:
+                entries[columns, rows] = entries[rows, columns].T
 
     def _sample_major(self, values: Tensor) -> Tensor:
         if self.pairs == "all" and self.covectors > 1:
@@ -148,11 +151,11 @@ class _Contraction:
 
     def _add_products(self, target: Tensor, left: Tensor, right: Tensor) -> None:
         cells = self._cells(left.shape[0], right.shape[0])
-        step = _LONGEST_SUM if left.dtype != torch.float64 else max(1, left.shape[1])
-        for first in range(0, left.shape[1], step):
-            one, other = left[:, first : first + step], right[:, first : first + step]
+        length = left.shape[1]
+        for part in _cuts(0, length, _LONGEST_SUM if left.dtype != torch.float64 else max(1, length)):
+            one, other = left[:, part], right[:, part]
             for rows, columns in cells:
-                target[rows, columns].add_(self._product("part", one[rows], other[columns]))
+                target[rows, columns].add_(self._product("product", one[rows], other[columns]))
 
     def _add_pairwise(self, left: Pairwise, right: Pairwise) -> None:
         if left.is_constant:
@@ -177,12 +180,17 @@ class _Contraction:
 
     def _add_constant(self, left: Pairwise, right: Pairwise) -> None:
         """Cotangents that are the covectors: their Gram matrix is known, and often diagonal."""
-        entries, target = self._input_gram(left, right), self._blocks()
-        gram = left.cotangents[:, 0, 0] @ right.cotangents[:, 0, 0].T
-        for row, column in torch.nonzero(gram).tolist():
-            if self.pairs == "all" or row == column:
+        target, gram = self._blocks(), left.cotangents[:, 0, 0] @ right.cotangents[:, 0, 0].T
+        wanted = [(c, d) for c, d in torch.nonzero(gram).tolist() if self.pairs == "all" or c == d]
+        for rows, columns in self._cells(self.rows, self.columns):
+            entries = self._product("inputs", left.inputs[rows, 0], right.inputs[columns, 0])
+            if left.has_bias:
+                entries.add_(1.0)
+            for row, column in wanted:
                 high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
-                target[high, :, wide].add_(entries, alpha=float(gram[row, column]))
+                target[high, rows, wide, columns].add_(entries, alpha=float(gram[row, column]))
+                if self.is_mirrored and rows != columns:
+                    target[high, columns, wide, rows].add_(entries.T, alpha=float(gram[row, column]))
 
     def _add_one_covector(self, left: Pairwise, right: Pairwise) -> None:
         """``(A A' + 1) o (D D')``: n_in + n_out multiplications a pair instead of n_in * n_out."""
@@ -192,7 +200,7 @@ class _Contraction:
             entries = self._product("inputs", a[rows], b[columns])
             if left.has_bias:
                 entries.add_(1.0)
-            _add_product(self.factored[rows, columns], self._product("part", d[rows], e[columns]), entries)
+            _add_product(self.factored[rows, columns], self._product("product", d[rows], e[columns]), entries)
 
     def _add_one_position(self, left: Pairwise, right: Pairwise) -> None:
         """The same for several covectors: n_in + S*S*n_out multiplications a pair."""
@@ -200,7 +208,7 @@ class _Contraction:
         d, e = left.cotangents[:, :, 0], right.cotangents[:, :, 0]
         if self.pairs == "all":
             for high, wide in self._cells(self.covectors, self.covectors, least=self.rows):
-                part = self._product("part", d[high].flatten(0, 1), e[wide].flatten(0, 1))
+                part = self._product("product", d[high].flatten(0, 1), e[wide].flatten(0, 1))
                 shape = (high.stop - high.start, self.rows, wide.stop - wide.start, self.columns)
                 product = part.view(shape).mul_(entries[None, :, None, :])
                 target[high, :, wide] += product
@@ -208,7 +216,7 @@ class _Contraction:
                     target[wide, :, high] += product.permute(2, 3, 0, 1)
             return
         for covector in range(self.covectors):
-            part = self._product("part", d[covector], e[covector])
+            part = self._product("product", d[covector], e[covector])
             _add_product(target[covector if self.pairs == "same" else 0, :, 0], part, entries)
 
     def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
@@ -223,14 +231,14 @@ class _Contraction:
             for row in range(self.covectors):
                 for column in range(self.covectors) if self.pairs == "all" else (row,):
                     d, e = left.cotangents[row, rows], right.cotangents[column, first:]
-                    part = self._product("part", d.flatten(0, 1), e.flatten(0, 1)).mul_(inputs)
+                    part = self._product("product", d.flatten(0, 1), e.flatten(0, 1)).mul_(inputs)
                     summed = part.view(len(d), positions[0], -1).sum(dim=1).view(len(d), len(e), -1).sum(dim=2)
                     high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
                     target[high, rows, wide, first:] += summed
 
     def _add_late(self, left: Late, right: Late) -> None:
         """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
-        groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[3]
+        groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[4]
         row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
         step = max(1, min(n_out, _LATE_BYTES // row_bytes))
         for group in range(groups):
@@ -240,10 +248,11 @@ class _Contraction:
                 self._add_dense(one, other)
 
     def _multiplied(self, name: str, factor: Late, group: int, start: int, stop: int) -> Tensor:
-        d, a = factor.cotangents[:, :, group, start:stop], factor.inputs[:, group]
-        num_samples, covectors, n_out, positions = d.shape
+        a, d = factor.inputs[:, group], factor.cotangents[:, :, group, :, start:stop]
+        num_samples, covectors, positions, n_out = d.shape
+        rows = d.transpose(1, 2).reshape(num_samples, positions, covectors * n_out)
         target = self.workspace.take(name, (num_samples, covectors * n_out, a.shape[2]), a)
-        torch.bmm(d.reshape(num_samples, covectors * n_out, positions), a, out=target)
+        torch.bmm(rows.transpose(1, 2), a, out=target)
         return target.view(num_samples, covectors, -1)
 
     def _add_table(self, left: Table, right: Table) -> None:
@@ -325,7 +334,7 @@ def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tens
         return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0).to(factor.matrix.dtype)
     if isinstance(factor, Late):
         gram = factor.inputs @ factor.inputs.transpose(2, 3)
-        return torch.einsum("nsgot,nugop,ngtp->nsu", factor.cotangents, factor.cotangents, gram)
+        return torch.einsum("nsgto,nugpo,ngtp->nsu", factor.cotangents, factor.cotangents, gram)
     if isinstance(factor, Pairwise):
         gram = factor.inputs @ factor.inputs.transpose(1, 2) + float(factor.has_bias)
         d = factor.cotangents.expand(-1, num_samples, -1, -1)

@@ -88,7 +88,7 @@ class Late:
     inputs
         a, shape (n, groups, T, n_in).
     cotangents
-        d, shape (n, S, groups, n_out, T).
+        d, shape (n, S, groups, T, n_out).
     """
 
     inputs: Tensor

@@ -1,6 +1,6 @@
 """Terms fill pieces: the factors of each batch and covector go to where they are held."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -77,7 +77,7 @@ class _PairwiseFiller:
         self._inputs = covectors.new_empty((num_samples, positions, first.n_in))
         self._cotangents = covectors[:, None, None]
         if not term.is_constant:
-            self._cotangents = covectors.new_zeros((len(covectors), num_samples, positions, first.n_out))
+            self._cotangents = covectors.new_empty((len(covectors), num_samples, positions, first.n_out))
 
     def add_inputs(self, calls: list[Call], samples: slice) -> None:
         for use, at in _places(self._term):
@@ -85,9 +85,8 @@ class _PairwiseFiller:
 
     def add_cotangents(self, calls: list[Call], grads: Grads, covectors: slice, samples: slice) -> None:
         for use, at in () if self._term.is_constant else _places(self._term):
-            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                target = self._cotangents[number, samples, at]
-                _copy(target, use.cotangents(calls[use.call], grad, _count(samples)))
+            for number, grad in _each(grads, use, covectors):
+                _copy_cotangents(self._cotangents[number, samples, at], use, calls, grad)
 
     def factor(self) -> Factor:
         return Pairwise(self._inputs, self._cotangents, self._term.has_bias, self._term.is_constant)
@@ -98,8 +97,8 @@ class _LateFiller:
         self._term = term
         first, positions = term.uses[0], term.num_positions
         self._inputs = covectors.new_empty((num_samples, first.groups, positions, first.n_in))
-        shape = (num_samples, len(covectors), first.groups, first.n_out, positions)
-        self._cotangents = covectors.new_zeros(shape)
+        shape = (num_samples, len(covectors), first.groups, positions, first.n_out)
+        self._cotangents = covectors.new_empty(shape)
 
     def add_inputs(self, calls: list[Call], samples: slice) -> None:
         for use, at in _places(self._term):
@@ -108,9 +107,9 @@ class _LateFiller:
 
     def add_cotangents(self, calls: list[Call], grads: Grads, covectors: slice, samples: slice) -> None:
         for use, at in _places(self._term):
-            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                target = self._cotangents[samples, number, :, :, at].permute(0, 3, 1, 2)
-                _copy(target, use.cotangents(calls[use.call], grad, _count(samples)))
+            for number, grad in _each(grads, use, covectors):
+                target = self._cotangents[samples, number, :, at].transpose(1, 2)
+                _copy_cotangents(target, use, calls, grad)
 
     def factor(self) -> Factor:
         return Late(self._inputs, self._cotangents)
@@ -121,7 +120,7 @@ class _TableFiller:
         self._term = term
         positions, width = term.num_positions, term.uses[0].n_out
         self._indices = torch.empty((num_samples, positions), dtype=torch.int64, device=covectors.device)
-        self._cotangents = covectors.new_zeros((len(covectors), num_samples, positions, width))
+        self._cotangents = covectors.new_empty((len(covectors), num_samples, positions, width))
 
     def add_inputs(self, calls: list[Call], samples: slice) -> None:
         for use, at in _places(self._term):
@@ -129,9 +128,8 @@ class _TableFiller:
 
     def add_cotangents(self, calls: list[Call], grads: Grads, covectors: slice, samples: slice) -> None:
         for use, at in _places(self._term):
-            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                target = self._cotangents[number, samples, at]
-                _copy(target, use.cotangents(calls[use.call], grad, _count(samples)))
+            for number, grad in _each(grads, use, covectors):
+                _copy_cotangents(self._cotangents[number, samples, at], use, calls, grad)
 
     def factor(self) -> Factor:
         return Table(self._indices, self._cotangents)
@@ -262,6 +260,20 @@ def _places(term: Term) -> list[tuple[Use, slice]]:
         found.append((use, slice(start, start + use.num_positions)))
         start += use.num_positions
     return found
+
+
+def _each(grads: Grads, use: Use, covectors: slice) -> Iterator[tuple[int, Tensor | None]]:
+    """Covectors and their gradients at a use; none where nothing flows back to it."""
+    found = grads.get(use.call)
+    for position, number in enumerate(range(covectors.start, covectors.stop)):
+        yield number, None if found is None else found[position]
+
+
+def _copy_cotangents(target: Tensor, use: Use, calls: list[Call], grad: Tensor | None) -> None:
+    if grad is None:
+        target.zero_()
+    else:
+        _copy(target, use.cotangents(calls[use.call], grad, len(target)))
 
 
 def _copy(target: Tensor, values: Tensor) -> None:

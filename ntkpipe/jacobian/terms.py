@@ -18,7 +18,7 @@ Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 
 # Rows of the pieces that are contracted at a time; Jacobians that are multiplied out late are so for each pair of them,
 # which is left alone while it costs less than this share of the contraction.
-_PIECE_ROWS = 2048
+_PIECE_ROWS = 2560
 _LATE_SHARE = 0.25
 
 

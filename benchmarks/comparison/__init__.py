@@ -1,0 +1,1 @@
+"""What engine.py compares: the work, and the methods that do it."""
