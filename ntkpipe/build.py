@@ -41,6 +41,10 @@ class Sink(Protocol):
         """Keep one chunk; the values may change after the call."""
         ...
 
+    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+        """Where a tile may be computed in place, so that writing it copies nothing; none if it cannot."""
+        ...
+
 
 @dataclass(frozen=True)
 class TileRecord:
@@ -142,7 +146,8 @@ class _Builder:
         self._pause = pause
         self._workspace = Workspace()
         rows = job.plan.workload.tile * job.plan.workload.num_covectors
-        self._buffers = [np.empty((rows, rows), job.store_dtype) for _ in range(_NUM_BUFFERS)]
+        self._buffers = [np.empty(0, job.store_dtype) for _ in range(_NUM_BUFFERS)]
+        self._buffer_shape = rows, rows
         self._held: dict[StripKey, Block] = {}
         self._batch = job.plan.batch
         self._last = perf_counter()
@@ -187,9 +192,16 @@ class _Builder:
             for column in task.block.columns():
                 for row in group:
                     if self._is_missing(task.array, grid, row, column):
-                        buffer = self._buffers[turn % _NUM_BUFFERS]
+                        place = self._job.sink.place(task.array, (row, column))
+                        buffer = self._buffer(turn % _NUM_BUFFERS) if place is None else place
                         turn += 1
                         yield (row, column), self._tile(task.array, grid, row, column, buffer, pinned)
+
+    def _buffer(self, number: int) -> NDArray[Any]:
+        """A tile's memory, allocated when it is first needed."""
+        if self._buffers[number].shape != self._buffer_shape:
+            self._buffers[number] = np.empty(self._buffer_shape, self._job.store_dtype)
+        return self._buffers[number]
 
     def _is_missing(self, array: str, grid: Grid, row: int, column: int) -> bool:
         if not grid.is_stored(row, column):

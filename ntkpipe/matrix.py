@@ -135,11 +135,16 @@ class _MatrixSink:
         """Outputs count as there; no tile does."""
         return array != self._name
 
-    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Copy a tile to its place, and to its mirror image."""
-        if array != self._name:
-            return
+    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+        """The tile's part of the matrix."""
+        return self.matrix[self._region(index)] if array == self._name else None
+
+    def _region(self, index: Index) -> tuple[slice, slice]:
         rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
-        self.matrix[rows.start : rows.stop, columns.start : columns.stop] = values
-        if self._grid.symmetric and index[0] != index[1]:
-            self.matrix[columns.start : columns.stop, rows.start : rows.stop] = values.T
+        return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Copy a tile, which lies in its place, to its mirror image."""
+        if array == self._name and self._grid.symmetric and index[0] != index[1]:
+            rows, columns = self._region(index)
+            self.matrix[columns, rows] = values.T

@@ -303,6 +303,9 @@ class StoreSink:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def place(self, array: str, index: Index) -> None:
+        """Tiles are computed in buffers, and written when they are whole."""
+
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Write the chunk atomically."""
         self.store.arrays[array].write(index, values)

@@ -101,6 +101,9 @@ class DictSink:
     def exists(self, array: str, index: tuple[int, ...]) -> bool:
         return (array, index) in self.chunks
 
+    def place(self, array: str, index: tuple[int, ...]) -> None:
+        return None
+
     def write(self, array: str, index: tuple[int, ...], values: np.ndarray) -> None:
         self.writes.append((array, index))
         self.chunks[array, index] = values.copy()

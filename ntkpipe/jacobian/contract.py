@@ -95,22 +95,19 @@ class _Contraction:
         if out is None:
             out = self.like.new_empty(shape)
         assert out.shape == shape, f"{tuple(out.shape)} is not the shape {shape} of the entries"
-        if self.total is not None:
-            if self.factored is not None:
-                by_sample = self._sample_major(self.factored)
-                self.total.view(by_sample.shape).add_(by_sample)
-            out.copy_(self.total.view(shape))
-        else:
-            assert self.factored is not None
-            by_sample = self._sample_major(self.factored)
-            target = out
-            if by_sample.ndim == 4:
-                target = out.unflatten(1, by_sample.shape[2:]).unflatten(0, by_sample.shape[:2])
-            target.copy_(by_sample.view(shape) if by_sample.ndim == 2 else by_sample)
+        if self.factored is not None and self.is_mirrored:
+            blocks = self._blocks()
+            for covector in range(len(blocks)):
+                self._mirror(blocks[covector, :, covector if self.pairs == "all" else 0])
+        if self.total is None:
+            self._add_factored(out, adds=False)
+            return out
+        if self.factored is not None:
+            self._add_factored(self.total.view(shape), adds=True)
         if self.is_mirrored:
-            for part in out.view(-1, *out.shape[-2:]) if self.pairs == "same" else (out,):
+            for part in self.total.view(-1, *out.shape[-2:]):
                 self._mirror(part)
-        return out
+        return out.copy_(self.total.view(shape))
 
     def _mirror(self, entries: Tensor) -> None:
         """Copy what is above the diagonal below it."""
@@ -121,10 +118,25 @@ class _Contraction:
             else:
                 entries[columns, rows] = entries[rows, columns].T
 
-    def _sample_major(self, values: Tensor) -> Tensor:
-        if self.pairs == "all" and self.covectors > 1:
-            return values.view(self.covectors, self.rows, self.covectors, self.columns).permute(1, 0, 3, 2)
-        return values
+    def _add_factored(self, target: Tensor, *, adds: bool) -> None:
+        """Turn the covector-major sum sample-major: to ``target``, or added to it.
+
+        Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
+        """
+        assert self.factored is not None
+        if self.pairs != "all" or self.covectors == 1:
+            values = self.factored.view(target.shape)
+            target.add_(values) if adds else target.copy_(values)
+            return
+        count, blocks = self.covectors, self._blocks()
+        apart = target.unflatten(1, (self.columns, count)).unflatten(0, (self.rows, count))
+        if not self.is_mirrored:
+            pairs = [(apart, blocks.permute(1, 0, 3, 2))]
+        else:
+            pairs = [(apart[:, c, :, c:], blocks[c, :, c:].transpose(1, 2)) for c in range(count)]
+            pairs += [(apart[:, c + 1 :, :, c], blocks[c, :, c + 1 :].permute(2, 1, 0)) for c in range(count - 1)]
+        for place, values in pairs:
+            place.add_(values) if adds else place.copy_(values)
 
     def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right.T, out=self.workspace.take(name, (left.shape[0], right.shape[0]), left))
@@ -168,7 +180,11 @@ class _Contraction:
             self._add_one_position(left, right)
 
     def _blocks(self) -> Tensor:
-        """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart."""
+        """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart.
+
+        Where a piece meets itself only blocks (c, d) with c <= d are right, of those with c = d what is not below the
+        diagonal.
+        """
         assert self.factored is not None
         high = 1 if self.pairs == "sum" else self.covectors
         return self.factored.view(high, self.rows, self.shape[1] // self.columns, self.columns)
@@ -189,7 +205,7 @@ class _Contraction:
             for row, column in wanted:
                 high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
                 target[high, rows, wide, columns].add_(entries, alpha=float(gram[row, column]))
-                if self.is_mirrored and rows != columns:
+                if self.is_mirrored and rows != columns and row < column:
                     target[high, columns, wide, rows].add_(entries.T, alpha=float(gram[row, column]))
 
     def _add_one_covector(self, left: Pairwise, right: Pairwise) -> None:
@@ -210,10 +226,7 @@ class _Contraction:
             for high, wide in self._cells(self.covectors, self.covectors, least=self.rows):
                 part = self._product("product", d[high].flatten(0, 1), e[wide].flatten(0, 1))
                 shape = (high.stop - high.start, self.rows, wide.stop - wide.start, self.columns)
-                product = part.view(shape).mul_(entries[None, :, None, :])
-                target[high, :, wide] += product
-                if self.is_mirrored and high != wide:
-                    target[wide, :, high] += product.permute(2, 3, 0, 1)
+                _add_product(target[high, :, wide], part.view(shape), entries[None, :, None, :])
             return
         for covector in range(self.covectors):
             part = self._product("product", d[covector], e[covector])
@@ -221,15 +234,16 @@ class _Contraction:
 
     def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
         """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""
-        target, positions = self._blocks(), (left.inputs.shape[1], right.inputs.shape[1])
+        target, positions, is_all = self._blocks(), (left.inputs.shape[1], right.inputs.shape[1]), self.pairs == "all"
         step = max(1, _POSITION_ROWS // positions[0])
         for start in range(0, self.rows, step):
-            rows, first = slice(start, min(start + step, self.rows)), start if self.is_mirrored else 0
+            rows = slice(start, min(start + step, self.rows))
+            first = start if self.is_mirrored and (self.covectors == 1 or self.pairs != "all") else 0
             inputs = self._product("inputs", left.inputs[rows].flatten(0, 1), right.inputs[first:].flatten(0, 1))
             if left.has_bias:
                 inputs.add_(1.0)
             for row in range(self.covectors):
-                for column in range(self.covectors) if self.pairs == "all" else (row,):
+                for column in range(row if self.is_mirrored else 0, self.covectors) if is_all else (row,):
                     d, e = left.cotangents[row, rows], right.cotangents[column, first:]
                     part = self._product("product", d.flatten(0, 1), e.flatten(0, 1)).mul_(inputs)
                     summed = part.view(len(d), positions[0], -1).sum(dim=1).view(len(d), len(e), -1).sum(dim=2)
