@@ -19,7 +19,7 @@ from ntkpipe.jacobian.workspace import Workspace
 Pairs = Literal["all", "same", "sum"]
 
 # Terms of a float32 sum that are left to the matrix product.
-_LONGEST_SUM = 4096
+_LONGEST_SUM = 8192
 # Products of factors that are added up in their own dtype; more of them in float64.
 _FEW = 8
 # Edges of the smallest block where a piece meets itself: smaller ones multiply slowly, larger ones waste their half.
@@ -29,7 +29,7 @@ _MOST = {"cpu": 512, "cuda": 8192}
 # Rows of products over several positions: samples * positions.
 _POSITION_ROWS = 128
 # Scratch for Jacobians that are multiplied out late.
-_LATE_BYTES = 48 * 2**20
+_LATE_BYTES = 24 * 2**20
 
 Cell = tuple[slice, slice]
 
@@ -112,11 +112,11 @@ class _Contraction:
     def _mirror(self, entries: Tensor) -> None:
         """Copy what is above the diagonal below it."""
         for rows, columns in self._cells(*entries.shape):
-            if rows == columns:
+            if rows.start == columns.start:
                 upper = entries[rows, rows].triu()
                 entries[rows, rows] = upper + upper.triu(1).T
-            else:
-                entries[columns, rows] = entries[rows, columns].T
+            right = slice(max(rows.stop, columns.start), columns.stop)
+            entries[right, rows] = entries[rows, right].T
 
     def _add_factored(self, target: Tensor, *, adds: bool) -> None:
         """Turn the covector-major sum sample-major: to ``target``, or added to it.
@@ -198,15 +198,17 @@ class _Contraction:
         """Cotangents that are the covectors: their Gram matrix is known, and often diagonal."""
         target, gram = self._blocks(), left.cotangents[:, 0, 0] @ right.cotangents[:, 0, 0].T
         wanted = [(c, d) for c, d in torch.nonzero(gram).tolist() if self.pairs == "all" or c == d]
-        for rows, columns in self._cells(self.rows, self.columns):
+        # Unit covectors are orthogonal; of other ones all blocks are needed.
+        cells = self._cells(self.rows, self.columns)
+        if any(c != d for c, d in wanted):
+            cells = ((slice(0, self.rows), slice(0, self.columns)),)
+        for rows, columns in cells:
             entries = self._product("inputs", left.inputs[rows, 0], right.inputs[columns, 0])
             if left.has_bias:
                 entries.add_(1.0)
-            for row, column in wanted:
-                high, wide = (0 if self.pairs == "sum" else row), (column if self.pairs == "all" else 0)
-                target[high, rows, wide, columns].add_(entries, alpha=float(gram[row, column]))
-                if self.is_mirrored and rows != columns and row < column:
-                    target[high, columns, wide, rows].add_(entries.T, alpha=float(gram[row, column]))
+            for c, d in wanted:
+                high, wide = (0 if self.pairs == "sum" else c), (d if self.pairs == "all" else 0)
+                target[high, rows, wide, columns].add_(entries, alpha=float(gram[c, d]))
 
     def _add_one_covector(self, left: Pairwise, right: Pairwise) -> None:
         """``(A A' + 1) o (D D')``: n_in + n_out multiplications a pair instead of n_in * n_out."""
@@ -254,15 +256,14 @@ class _Contraction:
         """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
         groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[4]
         row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
-        step = max(1, min(n_out, _LATE_BYTES // row_bytes))
         for group in range(groups):
-            for start in range(0, n_out, step):
-                one = self._multiplied("left", left, group, start, start + step)
-                other = one if self.is_mirrored else self._multiplied("right", right, group, start, start + step)
+            for outputs in _cuts(0, n_out, max(1, _LATE_BYTES // row_bytes)):
+                one = self._multiplied("left", left, group, outputs)
+                other = one if self.is_mirrored else self._multiplied("right", right, group, outputs)
                 self._add_dense(one, other)
 
-    def _multiplied(self, name: str, factor: Late, group: int, start: int, stop: int) -> Tensor:
-        a, d = factor.inputs[:, group], factor.cotangents[:, :, group, :, start:stop]
+    def _multiplied(self, name: str, factor: Late, group: int, outputs: slice) -> Tensor:
+        a, d = factor.inputs[:, group], factor.cotangents[:, :, group, :, outputs]
         num_samples, covectors, positions, n_out = d.shape
         rows = d.transpose(1, 2).reshape(num_samples, positions, covectors * n_out)
         target = self.workspace.take(name, (num_samples, covectors * n_out, a.shape[2]), a)
@@ -299,13 +300,16 @@ def _cuts(start: int, stop: int, most: int) -> list[slice]:
 
 @cache
 def _upper_cells(size: int, leaf: int, most: int) -> tuple[Cell, ...]:
-    """Blocks on and above the diagonal, by halving: few large ones, and only the smallest waste half of theirs."""
+    """Blocks on and above the diagonal: few large ones by halving, strips of rows where little is left."""
     return tuple(_halved(0, size, leaf, most))
 
 
 def _halved(start: int, stop: int, leaf: int, most: int) -> Iterator[Cell]:
-    if stop - start <= leaf:
-        yield slice(start, stop), slice(start, stop)
+    if stop - start <= 4 * leaf:
+        # A strip wastes less than half a square of its height; lower ones multiply more slowly than that saves.
+        height = max(1, 3 * leaf // 4)
+        for first in range(start, stop, height):
+            yield slice(first, min(first + height, stop)), slice(first, stop)
         return
     half = (stop - start) // 2
     middle = start + (-(-half // 16) * 16 if half >= 16 else half)
