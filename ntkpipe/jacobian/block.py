@@ -237,9 +237,7 @@ class Engine:
             outputs, calls = self.tracing.record(self.model, batch)
         size = batch_size(batch)
         if self.terms and not self.tracing.matches(calls, outputs, self.model.parameters(), size):
-            raise ModelError(
-                f"the forward pass used its parameters in another way than on the probe batch: {_DEPENDS}"
-            )
+            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_DEPENDS}")
         if any(calls[use.call].input_was_changed() for use in self.tracing.uses):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
         return outputs, calls
@@ -255,6 +253,10 @@ class Engine:
             Of :meth:`forward`.
         every_use
             Whether uses are included whose cotangents are known to be the covectors; all graphs are kept then.
+
+        Yields
+        ------
+        Which covectors, and for each call that something flows back to, one gradient each.
 
         Raises
         ------
@@ -289,13 +291,16 @@ class Engine:
                     )
                 found.append(grads)
             by_call = {number: [grads[place] for grads in found] for place, number in enumerate(edges)}
-            yield covectors, {
-                number: [
-                    calls[number].blank() if grad is None else grad.reshape(calls[number].shape) for grad in each
-                ]
-                for number, each in by_call.items()
-                if any(grad is not None for grad in each)
-            }
+            yield (
+                covectors,
+                {
+                    number: [
+                        calls[number].blank() if grad is None else grad.reshape(calls[number].shape) for grad in each
+                    ]
+                    for number, each in by_call.items()
+                    if any(grad is not None for grad in each)
+                },
+            )
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""

@@ -300,6 +300,10 @@ def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iter
     """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
 
     By the engine's tracing, rules and fallback, without its ways to hold and contract Jacobians.
+
+    Yields
+    ------
+    Name and Jacobian.
     """
     parameters: Mapping[str, Tensor] = engine.model.parameters()
     shape = (len(engine.covectors), len(places))

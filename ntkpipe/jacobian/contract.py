@@ -349,7 +349,9 @@ def contract_diagonal(piece: Piece) -> Tensor:
 def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tensor:
     if isinstance(factor, Dense):
         parts = factor.matrix.split(_LONGEST_SUM, dim=2)
-        return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0).to(factor.matrix.dtype)
+        return (
+            torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0).to(factor.matrix.dtype)
+        )
     if isinstance(factor, Late):
         gram = factor.inputs @ factor.inputs.transpose(2, 3)
         return torch.einsum("nsgto,nugpo,ngtp->nsu", factor.cotangents, factor.cotangents, gram)

@@ -204,7 +204,9 @@ def _multiply(d: Tensor, a: Tensor, target: Tensor, adds: bool) -> None:
     n_in = a.shape[3]
     if groups == 1 and target.stride(1) == target.shape[2]:
         rows = d.reshape(n, positions, count * n_out).transpose(1, 2)
-        out = target.unflatten(2, (n_out, n_in)).flatten(1, 2) if count > 1 else target[:, 0].unflatten(1, (n_out, n_in))
+        out = (
+            target.unflatten(2, (n_out, n_in)).flatten(1, 2) if count > 1 else target[:, 0].unflatten(1, (n_out, n_in))
+        )
         torch.baddbmm(out, rows, a[:, :, 0], beta=1.0 if adds else 0.0, out=out)
         return
     found = (d.permute(0, 2, 3, 4, 1) @ a.permute(0, 2, 1, 3)[:, None]).flatten(2)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.trace import Tracing, leaves, nothing_traced, trace
+from ntkpipe.jacobian.layouts import leaves
+from ntkpipe.jacobian.trace import Tracing, nothing_traced, trace
 from ntkpipe.models import Batch, FunctionalModel
 
 Load = Callable[[Sequence[int]], Batch]

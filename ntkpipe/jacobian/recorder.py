@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkpipe.jacobian.rules.form import Form
 from ntkpipe.jacobian.rules.table import RULES
+from ntkpipe.models import FunctionalModel
 
 # (offset, size, stride) of a view within its parameter; none for the parameter itself.
 Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -210,6 +211,14 @@ class Recorder(TorchFunctionMode):
         is_parameter = id(tensor) in self._parameters or (is_view and not tensor.is_conj() and not tensor.is_neg())
         edge = get_gradient_edge(tensor)
         return Argument(sources, is_parameter, geometry, tuple(tensor.shape), edge, form)
+
+
+def recorder_of(model: FunctionalModel, *, uses: frozenset[int] = frozenset(), detach: bool = False) -> Recorder:
+    """A recorder for a model's selected parameters."""
+    parameters = model.parameters()
+    selected = {id(parameter) for parameter in parameters.values()}
+    every = (*model.module.parameters(), *model.module.buffers())
+    return Recorder(parameters, (value for value in every if id(value) not in selected), uses=uses, detach=detach)
 
 
 def _whole(output: Tensor) -> Tensor:

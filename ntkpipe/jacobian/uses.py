@@ -100,7 +100,11 @@ class Use:
         form = call.arguments[self.role].form
         d = self.cotangents(call, grad, num_samples)
         if isinstance(form, Outer):
-            a = self.inputs(call, num_samples).to(d.dtype).reshape(num_samples, self.num_positions, self.groups, self.n_in)
+            a = (
+                self.inputs(call, num_samples)
+                .to(d.dtype)
+                .reshape(num_samples, self.num_positions, self.groups, self.n_in)
+            )
             d = d.reshape(num_samples, self.num_positions, self.groups, self.n_out)
             return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
         if isinstance(form, Lookup):

@@ -28,9 +28,7 @@ def scaled(operand: Tensor, x: Tensor | None, shape: Sequence[int], scale: float
         assert x is not None
         return by_row(x.expand(shape))
 
-    return Scale(
-        len(rows), None if x is None else inputs, lambda grad: by_row(grad if scale == 1.0 else grad * scale)
-    )
+    return Scale(len(rows), None if x is None else inputs, lambda grad: by_row(grad if scale == 1.0 else grad * scale))
 
 
 def added(operand: Tensor, shape: Sequence[int], scale: float = 1.0) -> Scale:

@@ -17,7 +17,9 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, normalize
     for role, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             channels = tensor.detach().view(-1, *(1 for _ in range(input.ndim - 2)))
-            operands[role] = Operand(tensor, _scaled_by(channels, normalized if role == "weight" else None, input.shape))
+            operands[role] = Operand(
+                tensor, _scaled_by(channels, normalized if role == "weight" else None, input.shape)
+            )
     return Bound(operands, (input,))
 
 
