@@ -50,6 +50,7 @@ def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_
 
 
 def is_output_of(call: Call, outputs: Tensor) -> bool:
+    """Whether what a call returned is the model's output itself."""
     if call.edge is None or not outputs.requires_grad:
         return False
     edge = get_gradient_edge(outputs)

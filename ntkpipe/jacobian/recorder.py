@@ -1,8 +1,8 @@
 """Watching a forward pass: which calls use a parameter, and where their outputs are in the autograd graph.
 
 A :class:`Recorder` sees every torch function. A tensor that is computed from parameters alone (a transposed weight, a
-position embedding, a weight that is normalised) is *made*, and so is what is made of it; a call that brings a parameter,
-or what was made of it, together with samples is a *use*. Where the function of a use has a rule, the call is noted.
+position embedding, a weight that is normalised) is *made*, and so is what is made of it; a call that brings a
+parameter, or what was made of it, together with samples is a *use*. Where its function has a rule, the call is noted.
 """
 
 import types
@@ -207,7 +207,8 @@ class Recorder(TorchFunctionMode):
         is_view = base is not None and id(base) in self._parameters and tensor.dtype == base.dtype
         geometry = None
         if is_view and base is not None:
-            geometry = (tensor.storage_offset() - base.storage_offset(), tuple(tensor.shape), tensor.stride())
+            offset = int(tensor.storage_offset()) - int(base.storage_offset())
+            geometry = (offset, tuple(tensor.shape), tensor.stride())
         is_parameter = id(tensor) in self._parameters or (is_view and not tensor.is_conj() and not tensor.is_neg())
         edge = get_gradient_edge(tensor)
         return Argument(sources, is_parameter, geometry, tuple(tensor.shape), edge, form)
@@ -262,7 +263,7 @@ def _replace(value: Any, cut: set[int]) -> Any:
 def _body(func: Any) -> Callable[..., Any] | None:
     """A torch function that is written in Python, as one whose calls can be watched; none if it is not.
 
-    Such functions ask ``has_torch_function`` first and hand themselves to the mode; the copy is told that there is none.
+    Such functions ask ``has_torch_function`` first and hand themselves to the mode; the copy is told there is none.
     """
     if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
         return None

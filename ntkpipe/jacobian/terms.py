@@ -237,9 +237,9 @@ def choose_representation(
 ) -> Representation:
     """The cheapest exact way to hold the Jacobians of a term's uses.
 
-    Factored, each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
-    Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample. Jacobians that
-    are larger than their factors are multiplied out late, a part at a time, where that adds little to the work.
+    Factored, each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries;
+    the Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample. Jacobians
+    that are larger than their factors are multiplied out late, a part at a time, where that adds little to the work.
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ the gradient. Which rows of a use belong to which sample is found, too, by pulli
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -243,7 +244,8 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
     with torch.no_grad():
         d = form.cotangents(call.blank())
     rows, width = d.shape[: form.row_dims], d.shape[form.row_dims :]
-    groups, n_in, n_out, order = 1, 0, width.numel(), ()
+    order: tuple[int, ...] = ()
+    groups, n_in, n_out = 1, 0, width.numel()
     if isinstance(form, Outer):
         groups, n_out, order = width[0], width[1:].numel(), form.order
         n_in = form.inputs().shape[form.row_dims + 1 :].numel()
@@ -289,8 +291,9 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
     generator = torch.Generator().manual_seed(1)
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     covered = [parameters[name] for name in tracing.covered]
+    sources: list[Any] = [*covered, *live.values()]
     found: Sequence[Tensor | None] = torch.autograd.grad(
-        outputs, [*covered, *live.values()], covectors, allow_unused=True, retain_graph=True
+        outputs, sources, covectors, allow_unused=True, retain_graph=True
     )
     exact = {
         name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
@@ -305,8 +308,8 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
         argument = calls[use.call].arguments[use.role]
         with torch.no_grad():
             total = total_gradient(argument.form, grad.reshape(calls[use.call].shape), argument.shape)
-        sources = [parameters[name] for name in use.sources]
-        parts = torch.autograd.grad([argument.edge], sources, [total.to(outputs.dtype)], retain_graph=True)
+        made_of = [parameters[name] for name in use.sources]
+        parts = torch.autograd.grad([argument.edge], made_of, [total.to(outputs.dtype)], retain_graph=True)
         for name, part in zip(use.sources, parts, strict=True):
             left[name] -= part.to_dense()
     # Below this is what is zero but for rounding, as the gradient of a key's bias under softmax.

@@ -29,7 +29,7 @@ class Layout:
 
     def split(self, values: Tensor, num_samples: int) -> Tensor:
         """Values (*rows, *rest) as (samples, *positions, *rest), without a copy."""
-        apart = values.unflatten(self.axis, (self.leading, num_samples, self.trailing))
+        apart: Tensor = values.unflatten(self.axis, (self.leading, num_samples, self.trailing))
         return apart.movedim(self.axis + 1, 0)
 
 
@@ -57,8 +57,8 @@ class Use:
     num_positions
         Rows of a sample, T.
     groups, n_in, n_out, order
-        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is. And the order of
-        the Jacobian's elements, as in :class:`~ntkpipe.jacobian.rules.form.Outer`.
+        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is. And the order
+        of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.rules.form.Outer`.
     is_output
         Whether the call's output is the model's output, so that its cotangents are the covectors themselves.
     """
@@ -133,9 +133,13 @@ def total_gradient(form: Form, grad: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Jacobians (m, *shape) by an argument, pulled back to the parameters that it is made of: (name, (m, P)).
+    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is made of.
 
     By autograd through what made it, batched where that has batching rules, else row by row. Memory: as much again.
+
+    Yields
+    ------
+    Names, and Jacobians (m, P).
     """
     if argument.is_parameter and argument.geometry is None:
         yield argument.sources[0], rows.reshape(len(rows), -1)

@@ -13,7 +13,7 @@ class Workspace:
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor, on the device of ``like`` and of its dtype unless another is given; content undefined."""
+        """A contiguous tensor on the device of ``like``, of its dtype unless one is given; its content is undefined."""
         dtype = dtype or like.dtype
         size = torch.Size(shape).numel()
         key = name, dtype, like.device

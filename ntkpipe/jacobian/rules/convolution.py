@@ -78,7 +78,8 @@ def conv(
         return windows(_padded(_channels_last(x), before, after), kernel, steps, holes, count, groups)
 
     def cotangents(grad: Tensor) -> Tensor:
-        return grad.unflatten(1, (groups, -1)).permute(0, *range(3, 3 + dims), 1, 2)
+        apart: Tensor = grad.unflatten(1, (groups, -1))
+        return apart.permute(0, *range(3, 3 + dims), 1, 2)
 
     def arrange(jacobian: Tensor) -> Tensor:
         lead = jacobian.shape[:-3]
@@ -114,7 +115,8 @@ def conv_transpose(
     out = [(size - 1) * step - 2 * edge + hole * (taps - 1) + more + 1 for size, step, edge, hole, taps, more in space]
 
     def inputs() -> Tensor:
-        return x.unflatten(1, (groups, -1)).permute(0, *range(3, 3 + dims), 1, 2)
+        apart: Tensor = x.unflatten(1, (groups, -1))
+        return apart.permute(0, *range(3, 3 + dims), 1, 2)
 
     def cotangents(grad: Tensor) -> Tensor:
         return windows(_padded(_channels_last(grad), edges, edges), kernel, steps, holes, x.shape[2:], groups)

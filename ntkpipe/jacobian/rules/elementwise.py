@@ -37,7 +37,8 @@ def added(operand: Tensor, shape: Sequence[int], scale: float = 1.0) -> Scale:
 
 
 def _shape(*tensors: object) -> torch.Size:
-    return torch.broadcast_shapes(*(value.shape for value in tensors if isinstance(value, Tensor)))
+    shape: torch.Size = torch.broadcast_shapes(*(value.shape for value in tensors if isinstance(value, Tensor)))
+    return shape
 
 
 def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:

@@ -18,7 +18,7 @@ Labels = Sequence[str]
 def contraction(
     x: Tensor, weight: Tensor, x_labels: Labels, weight_labels: Labels, out_labels: Labels, scale: float = 1.0
 ) -> Outer | None:
-    """The form of a product of ``x`` with ``weight`` whose axes are named as in einsum; none if it is no matrix product.
+    """The form of a product of ``x`` with ``weight``, their axes named as in einsum; none if it is no matrix product.
 
     Axes of both that are summed over are a's, axes of the weight alone are d's, axes of x alone number the rows, and
     axes of all three number the groups.
