@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.build import BuildJob, StripCache, TileRecord
+from ntkpipe.build import BuildJob, Halvings, StripCache, TileRecord
 from ntkpipe.config import RunSpec
 from ntkpipe.datasets import Source
 from ntkpipe.errors import ResourceError
@@ -115,9 +115,9 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     job = BuildJob(settled.engine, plan, sources, prepared.train.is_mapping, sink, StripCache(plan.cache_bytes), dtype)
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records: Iterator[TileRecord] = running
+        records: Iterator[TileRecord] = Halvings(plan).watch(running)
         if progress:
-            records = show_progress(running, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+            records = show_progress(records, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
         for _ in records:
             pass
     return sink.matrix
