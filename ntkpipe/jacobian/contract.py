@@ -340,10 +340,19 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
     return {index: (rows, d) for index, rows, d in parts}
 
 
-def contract_diagonal(piece: Piece) -> Tensor:
-    """Gram entries of each sample with itself, shape (n, S, S), in the piece's dtype."""
+def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
+    """Gram entries of each sample with itself, in the piece's dtype.
+
+    Returns
+    -------
+    Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
+    """
     found = [_diagonal(factor, piece.num_samples) for factor in piece.factors]
-    return torch.stack([part.double() for part in found]).sum(dim=0).to(found[0].dtype)
+    total = torch.stack([part.double() for part in found]).sum(dim=0)
+    if pairs != "all":
+        total = total.diagonal(dim1=1, dim2=2)
+        total = total if pairs == "same" else total.sum(dim=1)[:, None, None]
+    return total.to(found[0].dtype)
 
 
 def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tensor:
