@@ -48,7 +48,8 @@ class Kind:
         if self.name == "ntk":
             return unit
         if self.name == "trace":
-            return unit * num_outputs**-0.5
+            scaled: NDArray[np.float64] = unit * num_outputs**-0.5
+            return scaled
         if self.name.startswith(_OUTPUT):
             output = int(self.name.removeprefix(_OUTPUT))
             if output >= num_outputs:
