@@ -14,8 +14,9 @@ from ntkpipe.resources import format_bytes
 
 # Rows of the pieces in which strips are contracted. Products within them are cut to what stays in a core's cache.
 _SUBTILE_ROWS = 2560
-# What the tensors of one forward and backward pass may take altogether: larger batches gain nothing on a CPU.
-_BATCH_BYTES = 256 * 2**20
+# What the tensors of one forward and backward pass may take altogether, and the largest of them: larger batches gain
+# nothing on a CPU, and glibc returns tensors above 32 MiB to the system each time, which costs more than using them.
+_BATCH_BYTES, _TENSOR_BYTES = 512 * 2**20, 24 * 2**20
 # Scratch of a worker that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
 _SCRATCH_BYTES = 112 * 2**20
 _MAX_EDGE = 16
@@ -309,7 +310,8 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     share = (machine.memory_limit - machine.base_memory) / machine.workers
     subtile = min(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile))
-    batch = _power_of_two(max(2, int(min(0.3 * room, _BATCH_BYTES) / cost.workspace_bytes)), subtile)
+    most = min(0.3 * room, _BATCH_BYTES) / cost.workspace_bytes, _TENSOR_BYTES / cost.largest_bytes
+    batch = _power_of_two(max(2, int(min(most))), subtile)
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ntkpipe.errors import ModelError
 from ntkpipe.grid import Span
 from ntkpipe.jacobian.contract import Pairs
-from ntkpipe.jacobian.cost import Cost, measure
+from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.factors import Dense, Factor, Piece
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.fill import Filler, Grads, dense_filler, make_filler
@@ -307,16 +307,19 @@ class Engine:
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
-        flops, bytes_whole, _ = measure(lambda: self.piece(batch))
-        _, bytes_half, _ = measure(lambda: self.piece(half))
-        slope = max(0, bytes_whole - bytes_half) // (size - size // 2)
+        with Meter() as whole:  # type: ignore[no-untyped-call]
+            self.piece(batch)
+        with Meter() as part:  # type: ignore[no-untyped-call]
+            self.piece(half)
+        slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
         squared = len(self.covectors) ** 2 if self.setup.pairs == "all" else len(self.covectors)
         width = sum(self.model.parameters()[name].numel() for name in self.fallback)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
-            fixed_workspace_bytes=max(0, bytes_whole - slope * size),
-            jacobian_flops=flops / size,
+            fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
+            largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
+            jacobian_flops=whole.num_flops / size,
             pair_flops=2.0 * squared * width
             + sum(pair_flops(term, len(self.covectors), self.setup.pairs) for term in self.terms),
         )

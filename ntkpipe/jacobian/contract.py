@@ -28,8 +28,9 @@ _LEAF = {"cpu": 64, "cuda": 1024}
 _MOST = {"cpu": 512, "cuda": 8192}
 # Rows of products over several positions: samples * positions.
 _POSITION_ROWS = 128
-# Scratch for Jacobians that are multiplied out late.
-_LATE_BYTES = 24 * 2**20
+# Scratch for Jacobians that are multiplied out late: what stays in the cache, but a few outputs at least, up to twice
+# as much as that.
+_LATE_BYTES, _LATE_OUTPUTS = 24 * 2**20, 16
 
 Cell = tuple[slice, slice]
 
@@ -255,9 +256,10 @@ class _Contraction:
     def _add_late(self, left: Late, right: Late) -> None:
         """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
         groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[4]
-        row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        output_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        few = min(_LATE_OUTPUTS, 2 * _LATE_BYTES // output_bytes)
         for group in range(groups):
-            for outputs in _cuts(0, n_out, max(1, _LATE_BYTES // row_bytes)):
+            for outputs in _cuts(0, n_out, max(1, few, _LATE_BYTES // output_bytes)):
                 one = self._multiplied("left", left, group, outputs)
                 other = one if self.is_mirrored else self._multiplied("right", right, group, outputs)
                 self._add_dense(one, other)

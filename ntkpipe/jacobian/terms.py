@@ -20,6 +20,8 @@ Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 # which is left alone while it costs less than this share of the contraction.
 _PIECE_ROWS = 2560
 _LATE_SHARE = 0.25
+# How many times smaller than the Jacobians the factors must be.
+_LATE_GAIN = 2
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def choose_representation(
         if per_pair <= 2.0 * squared * width / rates.product + 2.0 * once / max(1, num_samples):
             return "pairwise"
     factors = positions * first.groups * (first.n_in + num_covectors * first.n_out)
-    if factors >= num_covectors * width:
+    if factors * _LATE_GAIN > num_covectors * width:
         return "dense"
     rows = num_samples * (num_covectors if pairs == "all" else 1)
     late_share = 2.0 * positions / _PIECE_ROWS if rows > _PIECE_ROWS else 0.0
