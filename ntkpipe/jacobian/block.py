@@ -18,6 +18,7 @@ from ntkpipe.jacobian.recorder import Call
 from ntkpipe.jacobian.terms import (
     Rates,
     Representation,
+    Term,
     choose_representation,
     kept_numbers,
     make_terms,
@@ -121,18 +122,16 @@ class Engine:
         self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations)))
         self.workspace = Workspace()
 
-    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...], bool], Representation]:
+    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
+        labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
 
-        def choose(name: str, uses: tuple[Use, ...], could_have_bias: bool) -> Representation:
+        def choose(name: str, uses: tuple[Use, ...]) -> Representation:
             if recorded is None:
                 return choose_representation(
                     uses, len(setup.covectors), setup.pairs, setup.rates, setup.num_samples, setup.memory_bytes
                 )
-            # With a partner the term is recorded under both names, or under its own where it is not pairwise.
-            alone = name.partition(" + ")[0] if could_have_bias else name
-            found = recorded.get(name) or recorded.get(alone) or ""
-            label = found.rpartition(":")[2]
+            label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
 
         return choose
@@ -342,7 +341,7 @@ class _Filling:
         self._num_samples = num_samples
         covectors = engine.covectors.to(engine.setup.accumulate_dtype)
         parameters = engine.model.parameters()
-        small = [term for term in engine.terms if term.is_dense and term.width < _SMALL_WIDTH]
+        small = [term for term in engine.terms if _is_small(term)]
         shape = num_samples, len(covectors), sum(term.width for term in small)
         joined = covectors.new_empty(shape)
         parts = joined.split([term.width for term in small], dim=2)
@@ -352,7 +351,7 @@ class _Filling:
         self._large: list[Filler] = [
             make_filler(term, num_samples, covectors, parameters, engine.workspace)
             for term in engine.terms
-            if term not in small
+            if not _is_small(term)
         ]
         self._shared = [Dense(joined)] if small else []
         if engine.fallback:
@@ -378,3 +377,7 @@ class _Filling:
         """The piece, once every batch is in."""
         factors: list[Factor] = [*self._shared, *(filler.factor() for filler in self._large)]
         return Piece(self._num_samples, len(self._engine.covectors), tuple(factors))
+
+
+def _is_small(term: Term) -> bool:
+    return term.is_dense and term.width < _SMALL_WIDTH
