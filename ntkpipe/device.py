@@ -27,8 +27,9 @@ class Sizes:
         Scratch for each pair of rows of a piece: sums, and on a GPU products as large as they are.
     scratch_bytes
         Scratch that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
-    batch_bytes
-        What the tensors of one forward and backward pass may take altogether: larger batches gain nothing.
+    batch_bytes, tensor_bytes
+        What the tensors of one forward and backward pass may take altogether, and the largest of them: larger batches
+        gain nothing, and glibc returns tensors above 32 MiB to the system each time, which costs more than using them.
     smallest_block, largest_block
         Edges of the blocks of products. Where a piece meets itself, small ones multiply slowly, large ones waste half.
     position_rows, position_bytes
@@ -47,6 +48,7 @@ class Sizes:
     piece_entry_bytes: int
     scratch_bytes: int
     batch_bytes: int
+    tensor_bytes: int
     smallest_block: int
     largest_block: int
     position_rows: int
@@ -64,7 +66,8 @@ SIZES = {
         piece_rows=2560,
         piece_entry_bytes=16,
         scratch_bytes=112 * _MIB,
-        batch_bytes=256 * _MIB,
+        batch_bytes=512 * _MIB,
+        tensor_bytes=24 * _MIB,
         smallest_block=64,
         largest_block=512,
         position_rows=128,
@@ -81,6 +84,7 @@ SIZES = {
         piece_entry_bytes=32,
         scratch_bytes=1280 * _MIB,
         batch_bytes=4096 * _MIB,
+        tensor_bytes=1024 * _MIB,
         smallest_block=1024,
         largest_block=8192,
         position_rows=8192,

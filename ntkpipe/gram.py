@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ntkpipe.device import is_out_of_memory, release_memory
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.contract import contract
+from ntkpipe.jacobian.contract import Pairs, contract
 from ntkpipe.jacobian.factors import Piece
 from ntkpipe.jacobian.workspace import Workspace
 
@@ -19,6 +19,7 @@ def fill_tile(
     row: int,
     column: int,
     num_covectors: int,
+    pairs: Pairs,
     is_mirrored: bool,
     workspace: Workspace,
     pause: Callable[[], None],
@@ -34,8 +35,8 @@ def fill_tile(
         Tensor (tile rows, tile rows) in the store dtype.
     row, column
         First sample of each strip, counted from the tile's.
-    num_covectors
-        Rows a sample, S.
+    num_covectors, pairs
+        Rows a sample, and which pairs of covectors are contracted.
     is_mirrored
         Whether the tile lies on the diagonal of a symmetric kernel: then each pair of pieces is computed once, on or
         above the diagonal, and copied below, so that the tile is symmetric to the last bit.
@@ -55,7 +56,7 @@ def fill_tile(
     MemoryError, torch.OutOfMemoryError, RuntimeError
         If there is no memory to contract single samples, as the device says it.
     """
-    while not _filled(left, right, tile, (row, column), num_covectors, is_mirrored, workspace, pause, most):
+    while not _filled(left, right, tile, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
         largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
         most = max(1, min(largest, most or largest) // 2)
         workspace.clear()
@@ -69,6 +70,7 @@ def _filled(
     tile: Tensor,
     corner: tuple[int, int],
     num_covectors: int,
+    pairs: Pairs,
     is_mirrored: bool,
     workspace: Workspace,
     pause: Callable[[], None],
@@ -87,7 +89,7 @@ def _filled(
                 top, side = left_start * num_covectors, right_start * num_covectors
                 height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
                 place = tile[top : top + height, side : side + width]
-                contract(one, other, workspace, out=place)
+                contract(one, other, workspace, pairs, out=place)
                 if is_mirrored and left_start != right_start:
                     tile[side : side + width, top : top + height] = place.T
     except Exception as error:

@@ -313,7 +313,8 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     sizes = machine.sizes
     subtile = min(max(1, sizes.piece_rows // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
-    batch = _power_of_two(max(2, int(min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes)), subtile)
+    most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
+    batch = _power_of_two(max(2, int(min(most))), subtile)
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.

@@ -11,7 +11,7 @@ from ntkpipe.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.errors import ModelError
 from ntkpipe.grid import Span
 from ntkpipe.jacobian.contract import Pairs
-from ntkpipe.jacobian.cost import Cost, measure
+from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.factors import Dense, Factor, Piece
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.fill import Filler, Grads, dense_filler, make_filler
@@ -19,6 +19,7 @@ from ntkpipe.jacobian.recorder import Call
 from ntkpipe.jacobian.terms import (
     Rates,
     Representation,
+    Term,
     choose_representation,
     kept_numbers,
     make_terms,
@@ -119,10 +120,11 @@ class Engine:
         self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations)))
         self.workspace = Workspace()
 
-    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...], bool], Representation]:
+    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
+        labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
 
-        def choose(name: str, uses: tuple[Use, ...], could_have_bias: bool) -> Representation:
+        def choose(name: str, uses: tuple[Use, ...]) -> Representation:
             if recorded is None:
                 return choose_representation(
                     uses,
@@ -133,10 +135,7 @@ class Engine:
                     setup.memory_bytes,
                     sizes_of(self.model.device).piece_rows,
                 )
-            # With a partner the term is recorded under both names, or under its own where it is not pairwise.
-            alone = name.partition(" + ")[0] if could_have_bias else name
-            found = recorded.get(name) or recorded.get(alone) or ""
-            label = found.rpartition(":")[2]
+            label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
 
         return choose
@@ -324,16 +323,19 @@ class Engine:
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
-        flops, bytes_whole, _ = measure(lambda: self.piece(batch))
-        _, bytes_half, _ = measure(lambda: self.piece(half))
-        slope = max(0, bytes_whole - bytes_half) // (size - size // 2)
+        with Meter() as whole:  # type: ignore[no-untyped-call]
+            self.piece(batch)
+        with Meter() as part:  # type: ignore[no-untyped-call]
+            self.piece(half)
+        slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
         squared = len(self.covectors) ** 2 if self.setup.pairs == "all" else len(self.covectors)
         width = sum(self.model.parameters()[name].numel() for name in self.fallback)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
-            fixed_workspace_bytes=max(0, bytes_whole - slope * size),
-            jacobian_flops=flops / size,
+            fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
+            largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
+            jacobian_flops=whole.num_flops / size,
             pair_flops=2.0 * squared * width
             + sum(pair_flops(term, len(self.covectors), self.setup.pairs) for term in self.terms),
         )
@@ -356,7 +358,7 @@ class _Filling:
         self._num_samples = num_samples
         covectors = engine.covectors.to(engine.setup.accumulate_dtype)
         parameters = engine.model.parameters()
-        small = [term for term in engine.terms if term.is_dense and term.width < _SMALL_WIDTH]
+        small = [term for term in engine.terms if _is_small(term)]
         shape = num_samples, len(covectors), sum(term.width for term in small)
         joined = covectors.new_empty(shape)
         parts = joined.split([term.width for term in small], dim=2)
@@ -366,7 +368,7 @@ class _Filling:
         self._large: list[Filler] = [
             make_filler(term, num_samples, covectors, parameters, engine.workspace)
             for term in engine.terms
-            if term not in small
+            if not _is_small(term)
         ]
         self._shared = [Dense(joined)] if small else []
         if engine.fallback:
@@ -392,3 +394,7 @@ class _Filling:
         """The piece, once every batch is in."""
         factors: list[Factor] = [*self._shared, *(filler.factor() for filler in self._large)]
         return Piece(self._num_samples, len(self._engine.covectors), tuple(factors))
+
+
+def _is_small(term: Term) -> bool:
+    return term.is_dense and term.width < _SMALL_WIDTH

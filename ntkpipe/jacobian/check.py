@@ -22,6 +22,8 @@ _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
 _MAX_BATCH = 64
 _SHARE_OF_MEMORY = 0.5
+# What the Jacobians of the chosen samples may take; a random covector alone sees every output, too.
+_JACOBIAN_BYTES = 256 * 2**20
 # |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
 # dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
 _TOLERANCE, _EPSILON = 1e-5, 1e-10
@@ -97,8 +99,8 @@ def self_check(
         If the fallback is wrong, too, or the compute dtype is not enough for this model.
     """
     checked = _Check(engine, load, num_samples, batch, memory_bytes)
-    engine, moved, sided = checked.settle(engine)
-    worst, error = checked.worst(engine, sided)
+    engine, moved, sided, found = checked.settle(engine)
+    worst, error = checked.worst(found, sided)
     compute_error = checked.compute_error(engine)
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
     if compute_error > limit:
@@ -132,16 +134,26 @@ class _Check:
         self._load, self._picked = load, [int(i) for i in picked]
         self.model = _in_float64(engine.model, load, self.chosen)
         num_outputs = engine.covectors.shape[1]
-        row_bytes = 8 * sum(p.numel() for p in self.model.parameters().values()) * len(self.chosen) * 3
-        affordable = int(_SHARE_OF_MEMORY * memory_bytes / max(1, row_bytes))
+        row_bytes = 8 * sum(p.numel() for p in self.model.parameters().values()) * len(self.chosen)
+        affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
         covectors = self.covectors.to(self.model.device)
         self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
         self.scale = _scale(_total(self.reference))
 
-    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str]]:
-        """Move what fails to the fallback, then to the loop; whom finite differences side with is right."""
+    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str], Jacobians]:
+        """Move what fails to the fallback, then to the loop; whom finite differences side with is right.
+
+        Returns
+        -------
+        The engine, what was moved and why, where the reference is wrong, and the engine's Jacobians.
+
+        Raises
+        ------
+        SelfCheckError
+            If the loop is wrong, too.
+        """
         moved: dict[str, str] = {}
         sided: set[str] = set()
         while True:
@@ -154,7 +166,7 @@ class _Check:
                 self.scale = _scale(_total(self.reference))
             failed = {name: error for name, error in failed.items() if name not in by_engine}
             if not failed:
-                return engine, moved, sided
+                return engine, moved, sided, found
             reasons = {name: f"self-check: off by {relative:.1e}" for name, (_, relative) in failed.items()}
             if all(name in engine.fallback for name in failed):
                 if engine.method == "loop":
@@ -169,9 +181,9 @@ class _Check:
             moved |= newly
             engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
 
-    def worst(self, engine: Engine, ignored: set[str]) -> tuple[str, float]:
+    def worst(self, found: Jacobians, ignored: set[str]) -> tuple[str, float]:
         """The parameter with the largest error, and that error."""
-        errors = self._errors(self._jacobians(engine))
+        errors = self._errors(found)
         judged = {name: relative for name, (ratio, relative) in errors.items() if name not in ignored}
         name = max(judged, key=lambda key: judged[key], default="")
         return name, judged.get(name, 0.0)

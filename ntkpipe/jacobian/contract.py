@@ -23,6 +23,8 @@ Pairs = Literal["all", "same", "sum"]
 _LONGEST_SUM = 8192
 # Products of factors that are added up in their own dtype; more of them in float64.
 _FEW = 8
+# Outputs whose Jacobians are multiplied out late at a time, at least, with up to twice the scratch for that.
+_LATE_OUTPUTS = 16
 
 Cell = tuple[slice, slice]
 
@@ -250,9 +252,11 @@ class _Contraction:
     def _add_late(self, left: Late, right: Late) -> None:
         """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
         groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[4]
-        row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        output_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        most = self.sizes.late_bytes
+        few = min(_LATE_OUTPUTS, 2 * most // output_bytes)
         for group in range(groups):
-            for outputs in _cuts(0, n_out, max(1, self.sizes.late_bytes // row_bytes)):
+            for outputs in _cuts(0, n_out, max(1, few, most // output_bytes)):
                 one = self._multiplied("left", left, group, outputs)
                 other = one if self.is_mirrored else self._multiplied("right", right, group, outputs)
                 self._add_dense(one, other)
@@ -336,11 +340,20 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
     return {index: (rows, d) for index, rows, d in parts}
 
 
-def contract_diagonal(piece: Piece) -> Tensor:
-    """Gram entries of each sample with itself, shape (n, S, S), in the piece's dtype."""
+def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
+    """Gram entries of each sample with itself, in the piece's dtype.
+
+    Returns
+    -------
+    Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
+    """
     with without_tf32(piece.device):
         found = [_diagonal(factor, piece.num_samples) for factor in piece.factors]
-    return torch.stack([part.double() for part in found]).sum(dim=0).to(found[0].dtype)
+    total = torch.stack([part.double() for part in found]).sum(dim=0)
+    if pairs != "all":
+        total = total.diagonal(dim1=1, dim2=2)
+        total = total if pairs == "same" else total.sum(dim=1)[:, None, None]
+    return total.to(found[0].dtype)
 
 
 def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tensor:

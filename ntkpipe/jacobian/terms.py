@@ -20,6 +20,8 @@ Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 # Jacobians that are multiplied out late are so for each pair of pieces, which is left alone while it costs less than
 # this share of the contraction.
 _LATE_SHARE = 0.25
+# How many times smaller than the Jacobians the factors must be.
+_LATE_GAIN = 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Term:
 def make_terms(
     tracing: Tracing,
     parameters: Mapping[str, Tensor],
-    choose: Callable[[str, tuple[Use, ...], bool], Representation],
+    choose: Callable[[str, tuple[Use, ...]], Representation],
 ) -> list[Term]:
     """The terms of a tracing.
 
@@ -101,7 +103,7 @@ def make_terms(
     parameters
         The selected parameters.
     choose
-        Says how the Jacobians of a term's uses are held, from its name, uses and whether a bias could be part of it.
+        Says how the Jacobians of a term are held, from its name, without that of a bias, and its uses.
     """
     found = []
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
@@ -111,12 +113,13 @@ def make_terms(
         if unit.is_bias:
             continue
         partner = next((b for b in biases if id(b) not in taken and b.is_of(unit)), None)
-        name = unit.name if partner is None else f"{unit.name} + {partner.name}"
-        representation: Representation = "joined" if unit.is_joined else choose(name, unit.uses, partner is not None)
-        if partner is None or representation != "pairwise":
-            name, partner = unit.name, None
-        else:
+        representation: Representation = "joined" if unit.is_joined else choose(unit.name, unit.uses)
+        name = unit.name
+        if partner is not None and representation == "pairwise":
+            name = f"{unit.name} + {partner.name}"
             taken.add(id(partner))
+        else:
+            partner = None
         names = unit.parameters + (partner.parameters if partner is not None else ())
         found.append(Term(name, names, unit.uses, partner is not None, representation, unit.width(parameters)))
     for unit in biases:
@@ -277,7 +280,7 @@ def choose_representation(
         if per_pair <= 2.0 * squared * width / rates.product + 2.0 * once / max(1, num_samples):
             return "pairwise"
     factors = positions * first.groups * (first.n_in + num_covectors * first.n_out)
-    if factors >= num_covectors * width:
+    if factors * _LATE_GAIN > num_covectors * width:
         return "dense"
     rows = num_samples * (num_covectors if pairs == "all" else 1)
     late_share = 2.0 * positions / piece_rows if rows > piece_rows else 0.0
