@@ -17,7 +17,7 @@ from ntkpipe.grid import default_tile, matrix_tile
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord
 from ntkpipe.matrix import compute_matrix
-from ntkpipe.models import Forward
+from ntkpipe.models import Forward, resolve_device
 from ntkpipe.plan import Plan
 from ntkpipe.prepare import plan_run, prepare, reuse_choices
 from ntkpipe.progress import Ticks
@@ -283,6 +283,7 @@ def kernel_matrix(
     for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
         if samples is not None:
             samples.inspect(label)
+    num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(
             model,
@@ -291,7 +292,7 @@ def kernel_matrix(
             spec,
             forward=forward,
             device=run.device,
-            choose_tile=partial(matrix_tile, num_workers=run.workers or num_cores()),
+            choose_tile=partial(matrix_tile, num_workers=num_workers),
         )
         return compute_matrix(prepared, run, what=kind, progress=progress)
 

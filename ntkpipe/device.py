@@ -119,6 +119,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can still be used: what is free, and what torch keeps for itself unused."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
     """Products of float32 are float32, also in a run whose model may use TF32.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
-from ntkpipe.device import sizes_of, without_tf32
+from ntkpipe.device import free_memory, sizes_of, without_tf32
 from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
@@ -152,7 +152,7 @@ def prepare(
 
 def _memory_of_a_worker(device: torch.device) -> float:
     """Bytes for each core, or those of the GPU, which has one worker."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory() / num_cores()
+    return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
@@ -228,8 +228,7 @@ def plan_run(
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
         # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
-        free = torch.cuda.mem_get_info(engine.model.device)[0]
-        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free))
+        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
     machine = Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
