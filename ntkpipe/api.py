@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.errors import ConfigError, DataError
-from ntkpipe.grid import default_tile, matrix_tile
+from ntkpipe.grid import default_tile
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord
-from ntkpipe.matrix import compute_matrix
+from ntkpipe.matrix import compute_matrix, prepare_matrix
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan
 from ntkpipe.prepare import plan_run, prepare, reuse_choices
 from ntkpipe.progress import Ticks
-from ntkpipe.resources import num_cores
 from ntkpipe.runs import (
     build,
     exact_single_thread,
@@ -283,15 +281,7 @@ def kernel_matrix(
         if samples is not None:
             samples.inspect(label)
     with exact_single_thread():
-        prepared = prepare(
-            model,
-            train,
-            test,
-            spec,
-            forward=forward,
-            device=run.device,
-            choose_tile=partial(matrix_tile, num_workers=run.workers or num_cores()),
-        )
+        prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return compute_matrix(prepared, run, what=kind, progress=progress)
 
 
