@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -16,6 +17,7 @@ from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.kinds import Kind, get_kind
@@ -29,6 +31,8 @@ _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
 _RATE_SIZE = 1024
 _ELEMENTWISE_SIZE = 512
+# A batch of Jacobians that takes this long is long enough to be timed.
+_TIMED_SECONDS = 0.2
 # Strips of Jacobians that a worker has at once.
 _STRIPS = 4
 # What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
@@ -245,6 +249,22 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
     return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
 
 
+def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
+    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
+
+    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit stays as it is.
+    """
+    if plan.problems:
+        return plan
+    batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
+    while True:
+        repeated = take(batch, [i % batch_size(batch) for i in range(size)])
+        seconds = _best_seconds(partial(engine.piece, repeated), engine.model.device, tries=1)
+        if size >= plan.batch or seconds >= _TIMED_SECONDS:
+            return replace(plan, sample_seconds=seconds / size)
+        size = min(4 * size, plan.batch)
+
+
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What one thread of the device does in a second, the best of a few tries, 0.1 s altogether.
 
@@ -259,9 +279,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(product, product / 2.0 ** round(np.log2(product / elementwise)))
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
     best = np.inf
-    for _ in range(3):
+    for _ in range(tries):
         start = perf_counter()
         run()
         if device.type == "cuda":

@@ -49,6 +49,7 @@ HOUSE = {
     "jacobian.fallback": (5, "make"),
     "jacobian.block": (14, "make"),
     "jacobian.products": (6, "make"),
+    "jacobian.report": (15, "make"),
     "jacobian.probe": (15, "make"),
     "jacobian.check": (16, "make"),
     "gram": (15, "make"),

@@ -20,9 +20,10 @@ from ntkpipe.jacobian.terms import (
     Representation,
     Term,
     choose_representation,
+    contraction_flops,
+    covector_pairs,
     kept_numbers,
     make_terms,
-    pair_flops,
 )
 from ntkpipe.jacobian.trace import Tracing
 from ntkpipe.jacobian.uses import Use
@@ -34,6 +35,7 @@ _SMALL_WIDTH = 4096
 # Gradients of several covectors that wait to be multiplied with the inputs at once.
 _GRADIENT_BYTES = 64 * 2**20
 
+_RECORDED = "it is there in the store that is resumed"
 _DEPENDS = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
@@ -157,9 +159,7 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {label.partition(":")[2] for label in recorded.values() if label.startswith("torch.func:")}
-        moved = {
-            name: "as recorded" for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")
-        }
+        moved = {name: _RECORDED for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
         method = methods.pop() if methods else self.method
         tracing = self.tracing.without(moved) if moved else self.tracing
         return Engine(self.model, tracing, method, self.setup, recorded)
@@ -311,16 +311,21 @@ class Engine:
         with Meter() as part:  # type: ignore[no-untyped-call]
             self.piece(half)
         slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
-        squared = len(self.covectors) ** 2 if self.setup.pairs == "all" else len(self.covectors)
-        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
             fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
             largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
             jacobian_flops=whole.num_flops / size,
-            pair_flops=2.0 * squared * width
-            + sum(pair_flops(term, len(self.covectors), self.setup.pairs) for term in self.terms),
+            pair_flops=self.pair_flops(),
+        )
+
+    def pair_flops(self) -> float:
+        """Operations of a contraction that fall on one pair of samples."""
+        count, setup = len(self.covectors), self.setup
+        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
+        return 2.0 * covector_pairs(count, setup.pairs) * width + sum(
+            contraction_flops(term, count, setup.pairs, setup.num_samples) for term in self.terms
         )
 
     def block_bytes(self) -> int:
