@@ -87,9 +87,10 @@ def compute_kernel(
     parameters
         Shell-style patterns of parameter names, as ``"head.*"``; default all that require a gradient.
     compute_dtype
-        Of the forward pass and the Jacobians: ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        Of the forward pass and the Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"``, which is
+        float32 whose products on a GPU may be TF32.
     accumulate_dtype
-        Of the sum over parameters; default ``compute_dtype``, at least float32.
+        Of the sum over parameters and the products in it, never TF32; default ``compute_dtype``, at least float32.
     store_dtype
         Of the stored matrix; default ``accumulate_dtype``.
     tile
@@ -141,7 +142,7 @@ def compute_kernel(
     path = local_path(store)
     existing = prepare_path(path, mode) if mode != "w" else None
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    with exact_single_thread():
+    with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
@@ -196,7 +197,7 @@ def plan_kernel(
     path = local_path(store)
     existing = prepare_path(path, "a")
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    with exact_single_thread():
+    with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
         if existing is not None:
@@ -281,7 +282,7 @@ def kernel_matrix(
     for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
         if samples is not None:
             samples.inspect(label)
-    with exact_single_thread():
+    with exact_single_thread(spec.compute_dtype):
         prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return compute_matrix(prepared, run, what=kind, progress=progress)
 
@@ -331,7 +332,7 @@ def verify(
     opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    with exact_single_thread():
+    with exact_single_thread(opened.manifest.compute_dtype):
         # Whatever does not match is said before a single tile is read.
         witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)

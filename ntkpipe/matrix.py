@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.build import BuildJob, StripCache, TileRecord
+from ntkpipe.build import BuildJob, Halvings, StripCache, TileRecord
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples, Source
 from ntkpipe.errors import ResourceError
@@ -135,9 +135,9 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     )
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records: Iterator[TileRecord] = running
+        records: Iterator[TileRecord] = Halvings(plan).watch(running)
         if progress:
-            records = show_progress(running, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+            records = show_progress(records, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
         for _ in records:
             pass
     return sink.matrix

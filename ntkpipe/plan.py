@@ -6,19 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ntkpipe.device import Sizes, sizes_of
 from ntkpipe.errors import ResourceError
 from ntkpipe.grid import Block, Grid
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.manifest import Choices
 from ntkpipe.resources import format_bytes
 
-# Rows of the pieces in which strips are contracted. Products within them are cut to what stays in a core's cache.
-_SUBTILE_ROWS = 2560
-# What the tensors of one forward and backward pass may take altogether, and the largest of them: larger batches gain
-# nothing on a CPU, and glibc returns tensors above 32 MiB to the system each time, which costs more than using them.
-_BATCH_BYTES, _TENSOR_BYTES = 512 * 2**20, 24 * 2**20
-# Scratch of a worker that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
-_SCRATCH_BYTES = 112 * 2**20
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
 # A block may take this long, so that a stop or a kill loses little.
@@ -95,6 +89,8 @@ class Machine:
         Bytes that can be written; none for a kernel that stays in memory.
     flops_per_second
         Rate of one worker's matrix products.
+    device
+        Where it computes, as torch names it.
     """
 
     workers: int
@@ -102,6 +98,12 @@ class Machine:
     base_memory: int
     free_disk: int | None
     flops_per_second: float
+    device: str = "cpu"
+
+    @property
+    def sizes(self) -> Sizes:
+        """How work is cut on the device."""
+        return sizes_of(self.device)
 
 
 @dataclass(frozen=True)
@@ -317,9 +319,10 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     """The best plan for a number of workers; its memory may still exceed the limit where nothing smaller works."""
     cost, tile = workload.cost, workload.tile
     share = (machine.memory_limit - machine.base_memory) / machine.workers
-    subtile = min(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
-    room = max(0.0, share - _fixed_bytes(workload, subtile))
-    most = min(0.3 * room, _BATCH_BYTES) / cost.workspace_bytes, _TENSOR_BYTES / cost.largest_bytes
+    sizes = machine.sizes
+    subtile = min(max(1, sizes.piece_rows // workload.num_covectors), tile)
+    room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
+    most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
     batch = _power_of_two(max(2, int(min(most))), subtile)
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
@@ -327,7 +330,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     strip = tile if affordable >= 2 * tile + subtile else max(1, affordable // 4)
     if choices is not None:
         strip, subtile, batch = choices.strip, choices.subtile, choices.batch
-        room = max(0.0, share - _fixed_bytes(workload, subtile))
+        room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
         affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     subtile, batch = min(subtile, strip), min(batch, strip)
     edge = _edge(workload, machine)
@@ -383,9 +386,9 @@ def _edge(workload: Workload, machine: Machine) -> int:
     return 1
 
 
-def _fixed_bytes(workload: Workload, subtile: int) -> float:
+def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:
     """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
-    piece = (subtile * workload.num_covectors) ** 2 * 16 + _SCRATCH_BYTES
+    piece = (subtile * workload.num_covectors) ** 2 * sizes.piece_entry_bytes + sizes.scratch_bytes
     tiles = 2 * _BUFFERS * workload.tile_bytes
     return tiles + piece + workload.cost.fixed_workspace_bytes
 
@@ -395,7 +398,12 @@ def _worker_bytes(plan: Plan) -> float:
     strips = (plan.hold + 1) * plan.strip * load.cost.block_bytes
     # The strip that is being computed exists in parts before it is whole.
     assembling = plan.subtile * load.cost.block_bytes
-    return _fixed_bytes(load, plan.subtile) + strips + assembling + plan.batch * load.cost.workspace_bytes
+    return (
+        _fixed_bytes(load, plan.subtile, plan.machine.sizes)
+        + strips
+        + assembling
+        + plan.batch * load.cost.workspace_bytes
+    )
 
 
 def _strip_visits(plan: Plan) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
+from ntkpipe.device import sizes_of, without_tf32
 from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
@@ -29,8 +30,6 @@ from ntkpipe.resources import available_memory, free_disk, num_cores, process_me
 # What a run may take of the memory that is free when it starts, where no limit is given.
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
-_RATE_SIZE = 1024
-_ELEMENTWISE_SIZE = 512
 # A batch of Jacobians that takes this long is long enough to be timed.
 _TIMED_SECONDS = 0.2
 # Strips of Jacobians that a worker has at once.
@@ -134,6 +133,7 @@ def prepare(
         forward=forward,
         parameters=spec.parameters,
         dtype=DTYPES[spec.compute_dtype],
+        tf32=spec.compute_dtype == "tf32",
         device=resolve_device(device),
     )
     load = loader(functional, train)
@@ -148,10 +148,15 @@ def prepare(
         accumulate_dtype=dtype,
         rates=measure_rates(functional.device, dtype),
         num_samples=chosen,
-        memory_bytes=_SHARE_OF_MEMORY * available_memory() / num_cores() / _STRIPS,
+        memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)
+
+
+def _memory_of_a_worker(device: torch.device) -> float:
+    """Bytes for each core, or those of the GPU, which has one worker."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory() / num_cores()
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
@@ -235,6 +240,7 @@ def plan_run(
         base_memory=used + result_bytes,
         free_disk=None if path is None else free_disk(path),
         flops_per_second=engine.setup.rates.product,
+        device=str(engine.model.device),
     )
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
@@ -270,18 +276,22 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
     The elementwise rate is rounded to a power of two times the other: representations, and so bits, depend on it.
     """
-    left: Tensor = torch.ones((_RATE_SIZE, _RATE_SIZE), dtype=dtype, device=device)
+    size, passed = sizes_of(device).rate_size, sizes_of(device).elementwise_size
+    left: Tensor = torch.ones((size, size), dtype=dtype, device=device)
     result = torch.empty_like(left)
-    product = 2.0 * _RATE_SIZE**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
-    small = left[:_ELEMENTWISE_SIZE, :_ELEMENTWISE_SIZE].clone()
+    with without_tf32(device):
+        product = 2.0 * size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
+    small = left[:passed, :passed].clone()
     other, total = small.clone(), small.clone()
-    elementwise = _ELEMENTWISE_SIZE**2 / _best_seconds(lambda: total.addcmul_(small, other), device)
+    elementwise = passed**2 / _best_seconds(lambda: total.addcmul_(small, other), device)
     return Rates(product, product / 2.0 ** round(np.log2(product / elementwise)))
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
     best = np.inf
     for _ in range(tries):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = perf_counter()
         run()
         if device.type == "cuda":

@@ -27,6 +27,8 @@ HOUSE = {
     "views": (4, "shared"),
     "kernel": (5, "shared"),
     "verification": (6, "shared"),
+    "device": (1, "make"),
+    "transfer": (1, "make"),
     "models": (4, "make"),
     "datasets": (5, "make"),
     "jacobian.rules.form": (4, "make"),
@@ -70,6 +72,8 @@ DOORS = {
     "google_crc32c": {"store"},
     "dask": {"views"},
     "torch": {
+        "device",
+        "transfer",
         "models",
         "datasets",
         "jacobian",

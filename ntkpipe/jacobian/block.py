@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkpipe.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.errors import ModelError
 from ntkpipe.grid import Span
 from ntkpipe.jacobian.contract import Pairs
@@ -32,8 +33,6 @@ from ntkpipe.models import Batch, FunctionalModel
 
 # Dense Jacobians of fewer entries share one matrix.
 _SMALL_WIDTH = 4096
-# Gradients of several covectors that wait to be multiplied with the inputs at once.
-_GRADIENT_BYTES = 64 * 2**20
 
 _RECORDED = "it is there in the store that is resumed"
 _DEPENDS = (
@@ -131,7 +130,13 @@ class Engine:
         def choose(name: str, uses: tuple[Use, ...]) -> Representation:
             if recorded is None:
                 return choose_representation(
-                    uses, len(setup.covectors), setup.pairs, setup.rates, setup.num_samples, setup.memory_bytes
+                    uses,
+                    len(setup.covectors),
+                    setup.pairs,
+                    setup.rates,
+                    setup.num_samples,
+                    setup.memory_bytes,
+                    sizes_of(self.model.device).piece_rows,
                 )
             label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
@@ -174,7 +179,7 @@ class Engine:
     ) -> tuple[Block, int]:
         """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
 
-        Memory: the block, and one batch's activations. On a GPU that runs out of memory the batch is halved.
+        Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
 
         Returns
         -------
@@ -182,24 +187,36 @@ class Engine:
 
         Raises
         ------
-        torch.OutOfMemoryError
-            If a GPU cannot even run two samples at a time.
+        MemoryError, torch.OutOfMemoryError, RuntimeError
+            If not even two samples can be run at a time, as the device says it.
         """
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
-            while True:
-                try:
-                    piece, values = self._piece(load, first, last, batch)
-                    break
-                except torch.OutOfMemoryError:
-                    if batch <= 2:
-                        raise
-                    batch //= 2
-                    torch.cuda.empty_cache()
-            pieces.append(piece)
-            outputs.append(values)
+            found = None
+            while found is None:
+                found = self._piece_if_it_fits(load, first, last, batch)
+                if found is None:
+                    batch = max(2, min(batch, last - first) // 2)
+                    self.workspace.clear()
+                    release_memory()
+            pieces.append(found[0])
+            outputs.append(found[1])
         return Block(tuple(pieces), torch.cat(outputs)), batch
+
+    def _piece_if_it_fits(
+        self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int
+    ) -> tuple[Piece, Tensor] | None:
+        """A piece; none if memory ran out for a batch that can be halved.
+
+        A function of its own: once it has returned, nothing keeps the frames of the failed attempt and their tensors.
+        """
+        try:
+            return self._piece(load, start, stop, batch)
+        except Exception as error:
+            if not is_out_of_memory(error) or min(batch, stop - start) <= 2:
+                raise
+            return None
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
@@ -269,7 +286,8 @@ class Engine:
         sources: list[Any] = [*edges.values(), *(parameters[name] for name in self.tracing.unused)]
         count = len(self.covectors)
         num_bytes = sum(calls[number].blank().numel() for number in edges) * outputs.itemsize
-        step = max(1, min(count, _GRADIENT_BYTES // max(1, num_bytes)))
+        most = sizes_of(self.model.device).gradient_bytes
+        step = max(1, min(count, most // max(1, num_bytes)))
         for start in range(0, count, step):
             covectors = slice(start, min(start + step, count))
             found: list[Sequence[Tensor | None]] = []

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ntkpipe.device import SIZES
 from ntkpipe.jacobian.contract import Pairs
 from ntkpipe.jacobian.trace import Tracing
 from ntkpipe.jacobian.uses import LOOKUP, OUTER, SCALE, Use
@@ -16,9 +17,8 @@ from ntkpipe.jacobian.uses import LOOKUP, OUTER, SCALE, Use
 # (``joined``).
 Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 
-# Rows of the pieces that are contracted at a time; Jacobians that are multiplied out late are so for each pair of them,
-# which is left alone while it costs less than this share of the contraction.
-_PIECE_ROWS = 2560
+# Jacobians that are multiplied out late are so for each pair of pieces, which is left alone while it costs less than
+# this share of the contraction.
 _LATE_SHARE = 0.25
 # How many times smaller than the Jacobians the factors must be.
 _LATE_GAIN = 2
@@ -269,7 +269,13 @@ def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples:
 
 
 def choose_representation(
-    uses: tuple[Use, ...], num_covectors: int, pairs: Pairs, rates: Rates, num_samples: int, memory_bytes: float
+    uses: tuple[Use, ...],
+    num_covectors: int,
+    pairs: Pairs,
+    rates: Rates,
+    num_samples: int,
+    memory_bytes: float,
+    piece_rows: int = SIZES["cpu"].piece_rows,
 ) -> Representation:
     """The cheapest exact way to hold the Jacobians of a term's uses.
 
@@ -289,6 +295,8 @@ def choose_representation(
         Samples along a tile's edge: how often a sample's Jacobian is used once it is there.
     memory_bytes
         What the dense Jacobians of that many samples may take.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
     first = uses[0]
     positions = sum(use.num_positions for use in uses)
@@ -308,5 +316,5 @@ def choose_representation(
     if factors * _LATE_GAIN > num_covectors * width:
         return "dense"
     rows = num_samples * (num_covectors if pairs == "all" else 1)
-    late_share = 2.0 * positions / _PIECE_ROWS if rows > _PIECE_ROWS else 0.0
+    late_share = 2.0 * positions / piece_rows if rows > piece_rows else 0.0
     return "late" if late_share <= _LATE_SHARE or width * num_covectors * 4.0 * num_samples > memory_bytes else "dense"
