@@ -149,6 +149,7 @@ def prepare(
         rates=measure_rates(functional.device, dtype),
         num_samples=chosen,
         memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
+        piece_rows=sizes_of(functional.device).piece_rows,
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)

@@ -79,6 +79,8 @@ class Setup:
         Samples along a tile's edge: how often a Jacobian is used once it is there.
     memory_bytes
         What the Jacobians of that many samples may take.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
 
     covectors: Tensor
@@ -87,6 +89,7 @@ class Setup:
     rates: Rates
     num_samples: int
     memory_bytes: float
+    piece_rows: int
 
 
 class Engine:
@@ -136,7 +139,7 @@ class Engine:
                     setup.rates,
                     setup.num_samples,
                     setup.memory_bytes,
-                    sizes_of(self.model.device).piece_rows,
+                    setup.piece_rows,
                 )
             label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
@@ -343,7 +346,7 @@ class Engine:
         count, setup = len(self.covectors), self.setup
         width = sum(self.model.parameters()[name].numel() for name in self.fallback)
         return 2.0 * covector_pairs(count, setup.pairs) * width + sum(
-            contraction_flops(term, count, setup.pairs, setup.num_samples) for term in self.terms
+            contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows) for term in self.terms
         )
 
     def block_bytes(self) -> int:

@@ -136,7 +136,7 @@ def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
 
 def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
     count, setup, first = len(engine.covectors), engine.setup, term.uses[0]
-    flops = contraction_flops(term, count, setup.pairs, setup.num_samples)
+    flops = contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows)
     widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
     groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
     return ParameterReport(

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ntkpipe.device import SIZES
 from ntkpipe.jacobian.contract import Pairs
 from ntkpipe.jacobian.trace import Tracing
 from ntkpipe.jacobian.uses import LOOKUP, OUTER, SCALE, Use
@@ -250,7 +249,7 @@ def sample_flops(term: Term, num_covectors: int) -> float:
     return sum(2.0 * num_covectors * use.num_positions * use.numel for use in term.uses if use.kind == OUTER)
 
 
-def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples: int) -> float:
+def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples: int, piece_rows: int) -> float:
     """Operations of a contraction that fall on one pair of samples: :func:`pair_flops`, and multiplying out late.
 
     Parameters
@@ -259,11 +258,13 @@ def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples:
         As of :func:`pair_flops`.
     num_samples
         Samples along a tile's edge; the more meet at a time, the less often each is multiplied out.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
     flops = pair_flops(term, num_covectors, pairs)
     if term.representation == "late":
         # Two pieces of n samples are multiplied out for n^2 pairs, one with itself for half as many.
-        at_a_time = max(1, min(num_samples, _PIECE_ROWS // num_covectors))
+        at_a_time = max(1, min(num_samples, piece_rows // num_covectors))
         flops += 2.0 * sample_flops(term, num_covectors) / at_a_time
     return flops
 
@@ -275,7 +276,7 @@ def choose_representation(
     rates: Rates,
     num_samples: int,
     memory_bytes: float,
-    piece_rows: int = SIZES["cpu"].piece_rows,
+    piece_rows: int,
 ) -> Representation:
     """The cheapest exact way to hold the Jacobians of a term's uses.
 
