@@ -2,33 +2,24 @@
 
 import pytest
 import torch
+from pieces import Draw, jacobians
 
 from ntkpipe.gram import fill_tile
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.factors import Outer, Piece, Workspace
+from ntkpipe.jacobian.workspace import Workspace
 
 
 def draw_block(sizes, covectors, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    pieces = tuple(
-        Piece(n, (Outer(draw(2, n, 3), draw(2, covectors, n, 2), has_bias=True),), draw(covectors, n, 5)) for n in sizes
-    )
-    return Block(pieces, draw(sum(sizes), covectors))
+    pieces = []
+    for number, size in enumerate(sizes):
+        draw = Draw(size, covectors, seed=100 * seed + number)
+        pieces.append(draw.piece(draw.dense(5), draw.pairwise(2, 3, 2)))
+    return Block(tuple(pieces), torch.zeros((sum(sizes), covectors), dtype=torch.float64))
 
 
 def jacobian(block):
     """Rows sample-major."""
-    parts = []
-    for piece in block.pieces:
-        (outer,) = piece.outers
-        weight = torch.einsum("tcno,tni->cnoi", outer.cotangents, outer.inputs).flatten(2)
-        rows = torch.cat([piece.dense, weight, outer.cotangents.sum(0)], dim=2)
-        parts.append(rows.transpose(0, 1).flatten(0, 1))
-    return torch.cat(parts)
+    return torch.cat([jacobians(piece).flatten(0, 1) for piece in block.pieces])
 
 
 def fill(left, right, tile, covectors, row=0, column=0, is_mirrored=False, pause=lambda: None):
