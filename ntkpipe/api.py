@@ -78,7 +78,7 @@ def compute_kernel(
     store
         Path of the store.
     kind
-        ``"pntk"`` (N x N) or ``"ntk"`` (N*O x N*O); conventions in :mod:`ntkpipe.kinds`.
+        ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N) or ``"ntk"`` (N*O x N*O); conventions in :mod:`ntkpipe.kinds`.
     targets
         First axis N; kept in the store for what is done with the kernel later.
     test_inputs, test_targets

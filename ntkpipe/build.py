@@ -18,7 +18,7 @@ from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
 from ntkpipe.grid import Grid, Span
 from ntkpipe.jacobian.block import Block, Engine
-from ntkpipe.jacobian.contract import contract_diagonal
+from ntkpipe.jacobian.contract import Pairs, contract_diagonal
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
 from ntkpipe.models import Batch
@@ -120,6 +120,8 @@ class BuildJob:
         Shared by the workers of this process.
     store_dtype
         Of tiles and outputs.
+    pairs
+        Which pairs of covectors are contracted.
     """
 
     engine: Engine
@@ -129,6 +131,7 @@ class BuildJob:
     sink: Sink
     cache: StripCache
     store_dtype: np.dtype[Any]
+    pairs: Pairs = "all"
 
     def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[TileRecord]]:
         """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
@@ -246,6 +249,7 @@ class _Builder:
                         row=one.start - row_span.start,
                         column=strip.start - column_span.start,
                         num_covectors=width,
+                        pairs=self._job.pairs,
                         is_mirrored=is_mirrored,
                         workspace=self._workspace,
                         pause=self._pause,
@@ -266,7 +270,7 @@ class _Builder:
         for strip in span.cut(plan.strip):
             self._pause()
             block = self._strip(("test", strip), frozenset())
-            values += [contract_diagonal(piece).cpu() for piece in block.pieces]
+            values += [contract_diagonal(piece, self._job.pairs).cpu() for piece in block.pieces]
             outputs.append(block.outputs)
         blocks = self._to_store_dtype(torch.cat(values))
         self._require_finite("kernel/test_diagonal", blocks, span)

@@ -16,11 +16,13 @@ from torch import nn
 
 from ntkpipe.datasets import Samples, Source, StoredSource, as_samples
 from ntkpipe.errors import ConfigError, StoreMismatchError
+from ntkpipe.jacobian.probe import with_fast_layout
 from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import DataRecord
 from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
+from ntkpipe.prepare import loader
 from ntkpipe.verification import Finding, VerificationReport
 
 # Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
@@ -74,19 +76,19 @@ class Witness:
     Attributes
     ----------
     products
-        Of the model.
+        Of the model; their sum is the kernel's. One, unless pairs of unlike covectors are no part of it.
     sources
         Samples by split.
     """
 
-    products: JacobianProducts
+    products: tuple[JacobianProducts, ...]
     sources: Mapping[str, Source]
 
     @property
     def num_steps(self) -> int:
         """How often :func:`certify` calls ``step``: twice over the train samples, once over the test samples."""
         passes = [self.sources["train"], *self.sources.values()]
-        return sum(len(self.products.spans(source.num_samples)) for source in passes)
+        return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
 
 
 def find_witness(
@@ -123,9 +125,12 @@ def find_witness(
         dtype=DTYPES[manifest.compute_dtype],
         device=resolve_device(device),
     )
-    covectors = torch.from_numpy(get_kind(manifest.kind).covectors(manifest.num_outputs))
+    samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
+    functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
+    kind = get_kind(manifest.kind)
+    covectors = torch.from_numpy(kind.covectors(manifest.num_outputs))
     choices = manifest.choices
-    products = JacobianProducts(
+    whole = JacobianProducts(
         model=functional,
         covectors=covectors.to(device=functional.device, dtype=functional.dtype),
         tile=manifest.tile,
@@ -134,7 +139,9 @@ def find_witness(
         batch=choices.batch,
         is_mapping=manifest.train.is_mapping,
     )
-    return Witness(products, sources)
+    if kind.pairs == "all":
+        return Witness((whole,), sources)
+    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources)
 
 
 def _require_same_model(store: KernelStore, model: nn.Module) -> None:
@@ -179,16 +186,21 @@ def certify(
     step
         Called after each batch of each pass.
     """
-    manifest, products, sources = store.manifest, witness.products, witness.sources
+    manifest, sources = store.manifest, witness.sources
     on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
     coarsest = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=store.train.shape[1])
-    direction = products.transposed(sources["train"], signs, step)
+    directions = [each.transposed(sources["train"], signs, step) for each in witness.products]
     diagonal = store.train.diagonal().astype(np.float64)
-    exact = products.product(sources["train"], direction, step)
+
+    def product(source: Source) -> NDArray[np.float64]:
+        pairs = zip(witness.products, directions, strict=True)
+        return np.sum([each.product(source, direction, step) for each, direction in pairs], axis=0)  # type: ignore[no-any-return]
+
+    exact = product(sources["train"])
     found = [_judge("kernel/train", store.train, signs, exact, diagonal, diagonal.sum(), coarsest)]
     if manifest.test is not None:
-        exact = products.product(sources["test"], direction, step)
+        exact = product(sources["test"])
         rows = np.diagonal(store.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
         kernel = store.test_train
         found.append(_judge("kernel/test_train", kernel, signs, exact, rows, diagonal.sum(), coarsest))

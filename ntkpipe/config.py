@@ -72,7 +72,7 @@ class KernelSpec(Spec):
     Attributes
     ----------
     kind
-        ``ntk`` or ``pntk``.
+        ``ntk``, ``pntk``, ``trace`` or ``output:k``; see :mod:`ntkpipe.kinds`.
     parameters
         Shell-style patterns of parameter names; nothing means every parameter that requires a gradient.
     compute_dtype

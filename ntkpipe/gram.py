@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.contract import contract
+from ntkpipe.jacobian.contract import Pairs, contract
 from ntkpipe.jacobian.factors import Piece
 from ntkpipe.jacobian.workspace import Workspace
 
@@ -18,6 +18,7 @@ def fill_tile(
     row: int,
     column: int,
     num_covectors: int,
+    pairs: Pairs,
     is_mirrored: bool,
     workspace: Workspace,
     pause: Callable[[], None],
@@ -32,8 +33,8 @@ def fill_tile(
         Host tensor (tile rows, tile rows) in the store dtype.
     row, column
         First sample of each strip, counted from the tile's.
-    num_covectors
-        Rows a sample, S.
+    num_covectors, pairs
+        Rows a sample, and which pairs of covectors are contracted.
     is_mirrored
         Whether the tile lies on the diagonal of a symmetric kernel: then each pair of pieces is computed once, on or
         above the diagonal, and copied below, so that the tile is symmetric to the last bit.
@@ -50,7 +51,7 @@ def fill_tile(
             top, side = left_start * num_covectors, right_start * num_covectors
             height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
             place = tile[top : top + height, side : side + width]
-            contract(one, other, workspace, out=place)
+            contract(one, other, workspace, pairs, out=place)
             if is_mirrored and left_start != right_start:
                 tile[side : side + width, top : top + height] = place.T
 

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from ntkpipe.errors import ConfigError
 
+_OUTPUT = "output:"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -21,20 +23,38 @@ class Kind:
     convention
         What one entry of the stored matrix is, as text for the manifest. Implementations differ by factors of
         the number of outputs and do not say so.
+    pairs
+        Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, their
+        sum an entry. Pairs that are not wanted cost nothing.
     """
 
     name: str
     convention: str
-    pairs: Literal["all", "same", "sum"] = "all"
+    pairs: Literal["all", "sum"] = "all"
 
     def num_covectors(self, num_outputs: int) -> int:
-        """Covectors a sample, S; the kernel of N samples has N*S rows."""
+        """Rows a sample, S; the kernel of N samples has N*S rows."""
         return num_outputs if self.name == "ntk" else 1
 
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
-        """Vectors in output space that are pulled back to the parameters, shape (S, O)."""
+        """Vectors in output space that are pulled back to the parameters, one a row, O columns.
+
+        Raises
+        ------
+        ConfigError
+            If the model does not have the output that is asked for.
+        """
+        unit: NDArray[np.float64] = np.eye(num_outputs)
         if self.name == "ntk":
-            return np.eye(num_outputs)
+            return unit
+        if self.name == "trace":
+            scaled: NDArray[np.float64] = unit * num_outputs**-0.5
+            return scaled
+        if self.name.startswith(_OUTPUT):
+            output = int(self.name.removeprefix(_OUTPUT))
+            if output >= num_outputs:
+                raise ConfigError(f"kind={self.name!r}: the model has outputs 0 to {num_outputs - 1}")
+            return unit[output : output + 1]
         return np.full((1, num_outputs), num_outputs**-0.5)
 
 
@@ -49,6 +69,12 @@ KINDS = {
         "K[i, j] = <g(x_i), g(x_j)> with g(x) = d (sum_o f_o(x) / sqrt(O)) / d theta over the selected parameters "
         "(Mohamadi, Bae, Sutherland 2023, arXiv 2206.12543, Eq. 2)",
     ),
+    "trace": Kind(
+        "trace",
+        "K[i, j] = 1/O sum_o <d f_o(x_i) / d theta, d f_o(x_j) / d theta> over the selected parameters: the mean over "
+        "outputs of the diagonal of each O x O block",
+        pairs="sum",
+    ),
 }
 
 
@@ -60,8 +86,17 @@ def get_kind(name: str) -> Kind:
     ConfigError
         If there is no such kind; the message lists those that exist.
     """
-    if name not in KINDS:
-        close = get_close_matches(name, KINDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"kind={name!r} is unknown; needed one of {', '.join(map(repr, KINDS))}{hint}")
-    return KINDS[name]
+    if name in KINDS:
+        return KINDS[name]
+    output = name.removeprefix(_OUTPUT)
+    if output != name and output.isascii() and output.isdecimal():
+        number = int(output)
+        return Kind(
+            f"{_OUTPUT}{number}",
+            f"K[i, j] = <d f_{number}(x_i) / d theta, d f_{number}(x_j) / d theta> over the selected parameters",
+        )
+    close = get_close_matches(name, [*KINDS, _OUTPUT], n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"kind={name!r} is unknown; needed one of {', '.join(map(repr, KINDS))}, or 'output:k' for one output{hint}"
+    )

@@ -112,7 +112,16 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     sources: dict[str, Source] = {"train": prepared.train.source}
     if prepared.test is not None:
         sources["test"] = prepared.test.source
-    job = BuildJob(settled.engine, plan, sources, prepared.train.is_mapping, sink, StripCache(plan.cache_bytes), dtype)
+    job = BuildJob(
+        settled.engine,
+        plan,
+        sources,
+        prepared.train.is_mapping,
+        sink,
+        StripCache(plan.cache_bytes),
+        dtype,
+        settled.engine.setup.pairs,
+    )
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records: Iterator[TileRecord] = running

@@ -163,7 +163,7 @@ def _require_same_entries(store: Store, tile: NDArray[Any], prepared: Prepared, 
 def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
     """The kernel of a few samples, sample-major."""
     piece, _ = prepared.engine.piece(prepared.load(samples))
-    return np.asarray(contract(piece, piece, Workspace()).double().cpu().numpy())
+    return np.asarray(contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy())
 
 
 def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
@@ -346,6 +346,7 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
         sink=StoreSink(store),
         cache=StripCache(plan.cache_bytes),
         store_dtype=np.dtype(store.manifest.store_dtype),
+        pairs=settled.engine.setup.pairs,
     )
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     started = perf_counter()

@@ -54,7 +54,7 @@ HOUSE = {
     "gram": (15, "make"),
     "plan": (5, "make"),
     "build": (16, "make"),
-    "certify": (8, "make"),
+    "certify": (17, "make"),
     "prepare": (16, "make"),
     "runs": (17, "make"),
     "matrix": (18, "make"),

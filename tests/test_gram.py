@@ -22,14 +22,15 @@ def jacobian(block):
     return torch.cat([jacobians(piece).flatten(0, 1) for piece in block.pieces])
 
 
-def fill(left, right, tile, covectors, row=0, column=0, is_mirrored=False, pause=lambda: None):
+def fill(left, right, tile, covectors, pairs="all", row=0, column=0, is_mirrored=False, pause=lambda: None):
     fill_tile(
         left,
         right,
         tile,
         row=row,
         column=column,
-        num_covectors=covectors,
+        num_covectors=covectors if pairs == "all" else 1,
+        pairs=pairs,
         is_mirrored=is_mirrored,
         workspace=Workspace(),
         pause=pause,
@@ -55,6 +56,15 @@ def test_a_diagonal_tile_is_symmetric_to_the_last_bit(sizes, covectors):
     fill(block, block, tile, covectors, is_mirrored=True)
     assert torch.equal(tile, tile.T)
     assert torch.allclose(tile, jacobian(block) @ jacobian(block).T, rtol=0, atol=1e-12)
+
+
+def test_summed_pairs_of_covectors_take_one_row_a_sample():
+    block = draw_block((2, 3), 4, 0)
+    tile = torch.full((5, 5), torch.nan, dtype=torch.float64)
+    fill(block, block, tile, 4, "sum", is_mirrored=True)
+    rows = jacobian(block).view(5, 4, -1)
+    assert torch.equal(tile, tile.T)
+    assert torch.allclose(tile, torch.einsum("isp,jsp->ij", rows, rows), rtol=0, atol=1e-12)
 
 
 def test_two_strips_of_a_diagonal_tile_are_mirrored():

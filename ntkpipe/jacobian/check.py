@@ -148,6 +148,11 @@ class _Check:
         Returns
         -------
         The engine, what was moved and why, where the reference is wrong, and the engine's Jacobians.
+
+        Raises
+        ------
+        SelfCheckError
+            If the loop is wrong, too.
         """
         moved: dict[str, str] = {}
         sided: set[str] = set()

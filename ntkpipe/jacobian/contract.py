@@ -349,13 +349,22 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
     return {index: (rows, d) for index, rows, d in parts}
 
 
-def contract_diagonal(piece: Piece) -> Tensor:
-    """Gram entries of each sample with itself, shape (n, S, S), in the piece's dtype; sums are float64."""
+def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
+    """Gram entries of each sample with itself, in the piece's dtype; sums over parameters are float64.
+
+    Returns
+    -------
+    Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
+    """
     found = [
         torch.cat([_diagonal(factor, samples) for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))])
         for factor in piece.factors
     ]
-    return torch.stack(found).sum(dim=0).to(piece.factors[0].tensors()[-1].dtype)
+    total = torch.stack(found).sum(dim=0)
+    if pairs != "all":
+        total = total.diagonal(dim1=1, dim2=2)
+        total = total if pairs == "same" else total.sum(dim=1)[:, None, None]
+    return total.to(piece.factors[0].tensors()[-1].dtype)
 
 
 def _samples_at_once(factor: Factor) -> int:

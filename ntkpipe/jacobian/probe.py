@@ -164,8 +164,8 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
         first_line = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first_line:.120}"
     exact = engine.changed(method="loop").fallback_jacobian(few)
-    error = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
-    return None if error <= _VMAP_TOLERANCE else f"its Jacobians are off by {error:.1e}"
+    gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
+    return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
 
 def _check_gradients(model: FunctionalModel, batch: Batch) -> None:

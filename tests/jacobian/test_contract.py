@@ -192,5 +192,20 @@ def test_many_factors_are_added_up_in_float64():
 @pytest.mark.parametrize("way", [*WAYS, "all"])
 def test_diagonal_blocks_are_those_of_the_gram(way, num_covectors):
     piece = draw_piece(WAYS if way == "all" else [way], 4, num_covectors)
-    blocks = gram(piece, piece).view(4, num_covectors, 4, num_covectors)
-    assert error(contract_diagonal(piece), blocks[range(4), :, range(4)]) <= EXACT
+    blocks = gram(piece, piece).view(4, num_covectors, 4, num_covectors)[range(4), :, range(4)]
+    assert error(contract_diagonal(piece), blocks) <= EXACT
+    equal = blocks.diagonal(dim1=1, dim2=2)
+    assert error(contract_diagonal(piece, "same"), equal) <= EXACT
+    assert error(contract_diagonal(piece, "sum"), equal.sum(1)[:, None, None]) <= EXACT
+
+
+def test_diagonal_blocks_of_a_few_samples_at_a_time_are_the_same(monkeypatch):
+    piece = draw_piece(WAYS, 7, 2)
+    whole = contract_diagonal(piece)
+    monkeypatch.setattr(module, "_LATE_BYTES", 1)
+    assert error(contract_diagonal(piece), whole) <= EXACT
+
+
+def test_jacobians_are_multiplied_out_a_few_outputs_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "_LATE_BYTES", 1000)
+    check(draw_piece(["late", "late, groups"], 5, 3), draw_piece(["late", "late, groups"], 4, 3, seed=1), "all")
