@@ -9,7 +9,7 @@ from torch import nn
 
 import ntkpipe
 from ntkpipe.errors import ModelError, NonFiniteError
-from ntkpipe.jacobian.probe import check_outputs, probe_samples
+from ntkpipe.jacobian.probe import check_outputs, probe_samples, with_fast_layout
 from ntkpipe.models import prepare_model
 
 L = nn.Linear
@@ -147,3 +147,22 @@ def test_probes_are_five_samples_spread_over_the_data(num_samples):
 def test_number_of_outputs_is_found():
     functional = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu"))
     assert check_outputs(functional, lambda n: X[list(n)], len(X)) == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "is_changed"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2), True),
+        (nn.Conv2d(1, 8, 1, stride=2), True),
+        (nn.Conv2d(16, 8, 1, stride=2), True),
+        # Here the backward of torch 2.13 corrupts memory channels last.
+        (nn.Conv2d(2, 8, 1, stride=2), False),
+        (nn.Conv2d(7, 8, 1, stride=2), False),
+        (L(4, 3), False),
+    ],
+)
+def test_convolutions_are_channels_last_where_that_is_safe(layer, is_changed):
+    inputs = torch.randn(6, layer.in_channels, 4, 4) if isinstance(layer, nn.Conv2d) else X
+    model = prepare_model(nn.Sequential(layer, nn.Flatten()), dtype=torch.float32, device=torch.device("cpu"))
+    changed = with_fast_layout(model, lambda n: inputs[list(n)], len(inputs))
+    assert (changed is not model) is is_changed
