@@ -28,7 +28,9 @@ from ntkpipe.resources import available_memory, free_disk, num_cores, process_me
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
 _RATE_SIZE = 1024
-_ELEMENTWISE_SIZE = 512
+# Operations of a product in the time of one entry that is multiplied and added to another, by device and bytes of an
+# entry: measured on x86 with AVX2, and by the memory rate of GPUs.
+_PRODUCTS_PER_ENTRY = {"cpu": {4: 32.0, 8: 16.0}, "cuda": {4: 256.0, 8: 256.0}}
 # Strips of Jacobians that a worker has at once.
 _STRIPS = 4
 # What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
@@ -246,17 +248,14 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What one thread of the device does in a second, the best of a few tries, 0.1 s altogether.
+    """What one thread of the device does in a second: products measured, the best of a few tries.
 
-    The elementwise rate is rounded to a power of two times the other: representations, and so bits, depend on it.
+    Representations, and so bits, depend on the elementwise rate; a measured one would change with what else runs.
     """
     left: Tensor = torch.ones((_RATE_SIZE, _RATE_SIZE), dtype=dtype, device=device)
     result = torch.empty_like(left)
     product = 2.0 * _RATE_SIZE**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
-    small = left[:_ELEMENTWISE_SIZE, :_ELEMENTWISE_SIZE].clone()
-    other, total = small.clone(), small.clone()
-    elementwise = _ELEMENTWISE_SIZE**2 / _best_seconds(lambda: total.addcmul_(small, other), device)
-    return Rates(product, product / 2.0 ** round(np.log2(product / elementwise)))
+    return Rates(product, product / _PRODUCTS_PER_ENTRY[device.type][dtype.itemsize])
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
