@@ -121,18 +121,17 @@ class Engine:
         self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations)))
         self.workspace = Workspace()
 
-    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...], bool], Representation]:
+    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
+        # A weight that is held with its bias keeps its way where the bias goes to the fallback.
+        labels = {name.partition(" + ")[0]: label for name, label in (recorded or {}).items()}
 
-        def choose(name: str, uses: tuple[Use, ...], could_have_bias: bool) -> Representation:
+        def choose(name: str, uses: tuple[Use, ...]) -> Representation:
             if recorded is None:
                 return choose_representation(
                     uses, len(setup.covectors), setup.pairs, setup.rates, setup.num_samples, setup.memory_bytes
                 )
-            # With a partner the term is recorded under both names, or under its own where it is not pairwise.
-            alone = name.partition(" + ")[0] if could_have_bias else name
-            found = recorded.get(name) or recorded.get(alone) or ""
-            label = found.rpartition(":")[2]
+            label = labels.get(name, "").rpartition(":")[2]
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
 
         return choose
@@ -196,7 +195,7 @@ class Engine:
                 except torch.OutOfMemoryError:
                     if batch <= 2:
                         raise
-                    batch //= 2
+                    batch = max(2, batch // 2)
                     torch.cuda.empty_cache()
             pieces.append(piece)
             outputs.append(values)
@@ -206,7 +205,9 @@ class Engine:
         if stop - start == 1:
             return self.piece(load(start, stop))
         filling = _Filling(self, stop - start)
-        outputs = [filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(batch)]
+        outputs = [
+            filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(max(2, batch))
+        ]
         return filling.piece(), torch.cat(outputs)
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:

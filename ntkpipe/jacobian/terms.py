@@ -90,7 +90,7 @@ class Term:
 def make_terms(
     tracing: Tracing,
     parameters: Mapping[str, Tensor],
-    choose: Callable[[str, tuple[Use, ...], bool], Representation],
+    choose: Callable[[str, tuple[Use, ...]], Representation],
 ) -> list[Term]:
     """The terms of a tracing.
 
@@ -101,7 +101,7 @@ def make_terms(
     parameters
         The selected parameters.
     choose
-        Says how the Jacobians of a term's uses are held, from its name, uses and whether a bias could be part of it.
+        Says how the Jacobians of a term's uses are held, from the weight's name and its uses.
     """
     found = []
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
@@ -112,7 +112,7 @@ def make_terms(
             continue
         partner = next((b for b in biases if id(b) not in taken and b.is_of(unit)), None)
         name = unit.name if partner is None else f"{unit.name} + {partner.name}"
-        representation: Representation = "joined" if unit.is_joined else choose(name, unit.uses, partner is not None)
+        representation: Representation = "joined" if unit.is_joined else choose(unit.name, unit.uses)
         if partner is None or representation != "pairwise":
             name, partner = unit.name, None
         else:
