@@ -31,9 +31,7 @@ class Draw:
         return Pairwise(self.normal(self.n, 1, n_in), cotangents, has_bias, is_constant=True)
 
     def late(self, groups, positions, n_in, n_out):
-        return Late(
-            self.normal(self.n, groups, positions, n_in), self.normal(self.n, self.s, groups, positions, n_out)
-        )
+        return Late(self.normal(self.n, groups, positions, n_in), self.normal(self.n, self.s, groups, positions, n_out))
 
     def table(self, positions, n_out, *, num_indices):
         indices = torch.randint(0, num_indices, (self.n, positions), generator=self.generator)

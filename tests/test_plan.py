@@ -19,7 +19,6 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.manifest import Choices
 from ntkpipe.plan import Machine, Workload, format_seconds, make_plan
 
-
 PLENTY = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
 
 
