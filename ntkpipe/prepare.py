@@ -274,7 +274,7 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What one thread of the device does in a second, the best of a few tries, 0.1 s altogether.
+    """What one thread of the device does in a second: products measured, the best of a few tries.
 
     Representations, and so bits, depend on the ratio of the two rates, and it must not change with what else runs: a
     measurement counts only where it is nearer to 8 (or 1/8, 64, …) times what is usual for such a device.

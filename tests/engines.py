@@ -98,9 +98,12 @@ def engine_kernel(engine, inputs):
         block, _ = engine.block(
             lambda start, stop: take(inputs, range(start, stop)), 0, size, subtile=min(4, size), batch=3
         )
-        rows = []
-        for left in block.pieces:
-            rows.append(torch.cat([contract(left, right, Workspace()) for right in block.pieces], dim=1))
+        return block_kernel(block)
+
+
+def block_kernel(block):
+    """The kernel of a block's samples, sample-major, from each pair of its pieces."""
+    rows = [torch.cat([contract(left, right, Workspace()) for right in block.pieces], dim=1) for left in block.pieces]
     return torch.cat(rows).double().numpy()
 
 

@@ -233,7 +233,7 @@ def test_the_rules_see_what_they_forbid(module, source, words):
     [
         ("kernel", "if TYPE_CHECKING:\n    import dask.array"),
         ("kernel", "def f():\n    from ntkpipe import views"),
-        ("jacobian.trace", "import torch\nfrom ntkpipe.jacobian.rules import RULES"),
+        ("jacobian.trace", "import torch\nfrom ntkpipe.jacobian.rules.table import RULES"),
         ("api", "from ntkpipe import build, kernel\nfrom ntkpipe.analysis import summary"),
     ],
 )

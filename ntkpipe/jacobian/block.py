@@ -128,6 +128,7 @@ class Engine:
 
     def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
+        # A weight that is held with its bias keeps its way where the bias goes to the fallback.
         labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
 
         def choose(name: str, uses: tuple[Use, ...]) -> Representation:
@@ -225,7 +226,9 @@ class Engine:
         if stop - start == 1:
             return self.piece(load(start, stop))
         filling = _Filling(self, stop - start)
-        outputs = [filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(batch)]
+        outputs = [
+            filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(max(2, batch))
+        ]
         return filling.piece(), torch.cat(outputs)
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
