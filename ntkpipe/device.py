@@ -42,6 +42,8 @@ class Sizes:
         Unfolded inputs of a few samples.
     rate_size, elementwise_size
         Edges of the matrices by which rates are measured.
+    entry_flops
+        Operations of a product in the time of one entry that is multiplied and added to another, usually.
     """
 
     piece_rows: int
@@ -58,6 +60,7 @@ class Sizes:
     unfolded_bytes: int
     rate_size: int
     elementwise_size: int
+    entry_flops: float
 
 
 _MIB = 2**20
@@ -77,6 +80,7 @@ SIZES = {
         unfolded_bytes=_MIB,
         rate_size=1024,
         elementwise_size=512,
+        entry_flops=32.0,
     ),
     # Not measured: chosen so that a product or a pass takes a good part of a millisecond, and launching it nothing.
     "cuda": Sizes(
@@ -94,6 +98,7 @@ SIZES = {
         unfolded_bytes=64 * _MIB,
         rate_size=4096,
         elementwise_size=4096,
+        entry_flops=256.0,
     ),
 }
 

@@ -135,6 +135,8 @@ class Plan:
         Upper bound of the process's resident memory.
     problems
         Why it cannot run on this machine, with both numbers each; empty where it can.
+    sample_seconds
+        What the Jacobians of one sample take a worker, as timed; none takes their operations for matrix products.
     """
 
     workload: Workload
@@ -152,6 +154,7 @@ class Plan:
     recompute_factor: float
     memory_bytes: int
     problems: tuple[str, ...] = ()
+    sample_seconds: float | None = None
 
     def require_fit(self) -> None:
         """Refuse a plan that does not fit.
@@ -176,8 +179,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the computing time at the matrix-product rate."""
-        return self.flops / (self.machine.flops_per_second * self.machine.workers)
+        """Estimate of the computing time: contraction at the matrix-product rate, Jacobians as they were timed."""
+        rate = self.machine.flops_per_second
+        jacobians = self.jacobian_flops / rate
+        if self.sample_seconds is not None:
+            jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
+        return (self.pair_flops / rate + jacobians) / self.machine.workers
 
     @property
     def num_tasks(self) -> int:
@@ -223,6 +230,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "memory_limit": self.machine.memory_limit,
             "seconds": self.seconds,
+            "sample_seconds": self.sample_seconds,
             "problems": list(self.problems),
         }
 
@@ -230,6 +238,7 @@ class Plan:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
         shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
+        timed = " at the matrix-product rate" if self.sample_seconds is None else ""
         disk = "kept in memory" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
             ("kernels", shapes),
@@ -243,7 +252,7 @@ class Plan:
             ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
             ("workers", f"{machine.workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
             ("memory bound", f"{format_bytes(self.memory_bytes)}; limit {format_bytes(machine.memory_limit)}"),
-            ("time", f"about {format_seconds(self.seconds)} at the matrix-product rate"),
+            ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
 

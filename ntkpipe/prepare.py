@@ -1,8 +1,10 @@
 """Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -17,6 +19,7 @@ from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.kinds import Kind, get_kind
@@ -28,6 +31,8 @@ from ntkpipe.resources import available_memory, free_disk, num_cores, process_me
 # What a run may take of the memory that is free when it starts, where no limit is given.
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
+# A batch of Jacobians that takes this long is long enough to be timed.
+_TIMED_SECONDS = 0.2
 # Strips of Jacobians that a worker has at once.
 _STRIPS = 4
 # What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
@@ -145,6 +150,7 @@ def prepare(
         rates=measure_rates(functional.device, dtype),
         num_samples=chosen,
         memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
+        piece_rows=sizes_of(functional.device).piece_rows,
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)
@@ -250,10 +256,27 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
     return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What one thread of the device does in a second, the best of a few tries, 0.1 s altogether.
+def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
+    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
 
-    The elementwise rate is rounded to a power of two times the other: representations, and so bits, depend on it.
+    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit stays as it is.
+    """
+    if plan.problems:
+        return plan
+    batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
+    while True:
+        repeated = take(batch, [i % batch_size(batch) for i in range(size)])
+        seconds = _best_seconds(partial(engine.piece, repeated), engine.model.device, tries=1)
+        if size >= plan.batch or seconds >= _TIMED_SECONDS:
+            return replace(plan, sample_seconds=seconds / size)
+        size = min(4 * size, plan.batch)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What one thread of the device does in a second: products measured, the best of a few tries.
+
+    Representations, and so bits, depend on the ratio of the two rates, and it must not change with what else runs: a
+    measurement counts only where it is nearer to 8 (or 1/8, 64, …) times what is usual for such a device.
     """
     size, passed = sizes_of(device).rate_size, sizes_of(device).elementwise_size
     left: Tensor = torch.ones((size, size), dtype=dtype, device=device)
@@ -262,13 +285,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         product = 2.0 * size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
     small = left[:passed, :passed].clone()
     other, total = small.clone(), small.clone()
-    elementwise = passed**2 / _best_seconds(lambda: total.addcmul_(small, other), device)
-    return Rates(product, product / 2.0 ** round(np.log2(product / elementwise)))
+    elementwise = passed**2 / _best_seconds(lambda: total.addcmul_(small, other), device, tries=10)
+    usual = sizes_of(device).entry_flops
+    return Rates(product, product / (usual * 8.0 ** round(math.log(product / elementwise / usual, 8.0))))
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
     best = np.inf
-    for _ in range(3):
+    for _ in range(tries):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = perf_counter()

@@ -63,7 +63,7 @@ def engine_of(model, inputs, covectors, *, forward=None, structured=True):
 def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):
     """What an engine is asked for, on a device whose elementwise passes cost as much as 32 operations of a product."""
     rates = Rates(product=32e9, elementwise=1e9)
-    return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30)
+    return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30, piece_rows=2560)
 
 
 def forced(engine):
@@ -98,9 +98,12 @@ def engine_kernel(engine, inputs):
         block, _ = engine.block(
             lambda start, stop: take(inputs, range(start, stop)), 0, size, subtile=min(4, size), batch=3
         )
-        rows = []
-        for left in block.pieces:
-            rows.append(torch.cat([contract(left, right, Workspace()) for right in block.pieces], dim=1))
+        return block_kernel(block)
+
+
+def block_kernel(block):
+    """The kernel of a block's samples, sample-major, from each pair of its pieces."""
+    rows = [torch.cat([contract(left, right, Workspace()) for right in block.pieces], dim=1) for left in block.pieces]
     return torch.cat(rows).double().numpy()
 
 

@@ -17,6 +17,7 @@ from torch.utils import backend_registration
 from ntkpipe.jacobian import fill
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.contract import contract, contract_diagonal
+from ntkpipe.jacobian.uses import looked_up
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.models import FunctionalModel
 
@@ -97,6 +98,9 @@ def run(engine, inputs):
 
 
 def main():
+    with FakeTensorMode():
+        indices, rows = torch.zeros(7, 5, dtype=torch.int64, device=GPU), torch.zeros(7, 5, 3, device=GPU)
+        assert looked_up(indices, rows, (4, 3)).shape == (7, 4, 3)
     fill._is_viewable = is_viewable
     looked_into = 0
     for model, inputs in models().values():

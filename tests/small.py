@@ -10,7 +10,7 @@ from torch import nn
 
 from ntkpipe import compute_kernel
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.factors import Piece
+from ntkpipe.jacobian.factors import Dense, Piece
 from ntkpipe.kernel import KernelStore
 from ntkpipe.runs import StoreSink
 
@@ -86,9 +86,9 @@ class LinearEngine:
         x = load(start, stop)
         for name in x[:, 0].tolist():
             self.counts[name] = self.counts.get(name, 0) + 1
-        dense = x.reshape(len(x), self.num_covectors, -1).transpose(0, 1)
-        parts = [dense[:, first : first + subtile].contiguous() for first in range(0, len(x), subtile)]
-        return Block(tuple(Piece(part.shape[1], (), part) for part in parts), x[:, :2].clone()), batch
+        parts = x.reshape(len(x), self.num_covectors, -1).split(subtile)
+        pieces = tuple(Piece(len(part), self.num_covectors, (Dense(part),)) for part in parts)
+        return Block(pieces, x[:, :2].clone()), batch
 
 
 class DictSink:

@@ -16,8 +16,9 @@ from ntkpipe.datasets import ArraySource
 from ntkpipe.errors import ModelError, NonFiniteError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.grid import Axis, Grid, Span
-from ntkpipe.jacobian.block import Block, Cost
-from ntkpipe.jacobian.factors import Piece
+from ntkpipe.jacobian.block import Block
+from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.factors import Dense, Piece
 from ntkpipe.plan import Machine, Plan, Workload, make_plan
 
 CPU = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
@@ -197,7 +198,7 @@ def test_samples_of_any_strides_are_taken(strides):
 
 
 def block(num_bytes: int) -> Block:
-    return Block((Piece(1, (), torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),), torch.zeros(1, 0))
+    return Block((Piece(1, 1, (Dense(torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),)),), torch.zeros(1, 0))
 
 
 def test_a_cache_keeps_the_latest_strips_within_its_capacity():

@@ -11,6 +11,7 @@ from torch import nn
 import ntkpipe
 from ntkpipe import build
 from ntkpipe.device import add_rows
+from ntkpipe.jacobian.uses import looked_up
 from ntkpipe.models import exact_math, prepare_model
 from ntkpipe.transfer import DeviceTiles, SideStream, to_host_tensor
 
@@ -169,6 +170,14 @@ def test_rows_are_added_up_in_the_same_order_each_time() -> None:
     assert torch.equal(first, again)
     exact = torch.zeros(2, 7, 8, dtype=torch.float64).index_add_(1, index.cpu(), values.double().cpu())
     torch.testing.assert_close(first.double().cpu(), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_looked_up_jacobians_are_those_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 4, (6, 9), generator=generator)
+    rows = torch.randn(6, 9, 3, generator=generator, dtype=torch.float64)
+    found = looked_up(indices.cuda(), rows.cuda(), (4, 3)).cpu()
+    torch.testing.assert_close(found, looked_up(indices, rows, (4, 3)), rtol=1e-13, atol=1e-13)
 
 
 class Hungry(nn.Module):

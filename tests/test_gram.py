@@ -2,43 +2,35 @@
 
 import pytest
 import torch
+from pieces import Draw, jacobians
 
 from ntkpipe.gram import fill_tile
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.factors import Outer, Piece, Workspace
+from ntkpipe.jacobian.workspace import Workspace
 
 
 def draw_block(sizes, covectors, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    pieces = tuple(
-        Piece(n, (Outer(draw(2, n, 3), draw(2, covectors, n, 2), has_bias=True),), draw(covectors, n, 5)) for n in sizes
-    )
-    return Block(pieces, draw(sum(sizes), covectors))
+    pieces = []
+    for number, size in enumerate(sizes):
+        draw = Draw(size, covectors, seed=100 * seed + number)
+        pieces.append(draw.piece(draw.dense(5), draw.pairwise(2, 3, 2)))
+    return Block(tuple(pieces), torch.zeros((sum(sizes), covectors), dtype=torch.float64))
 
 
 def jacobian(block):
     """Rows sample-major."""
-    parts = []
-    for piece in block.pieces:
-        (outer,) = piece.outers
-        weight = torch.einsum("tcno,tni->cnoi", outer.cotangents, outer.inputs).flatten(2)
-        rows = torch.cat([piece.dense, weight, outer.cotangents.sum(0)], dim=2)
-        parts.append(rows.transpose(0, 1).flatten(0, 1))
-    return torch.cat(parts)
+    return torch.cat([jacobians(piece).flatten(0, 1) for piece in block.pieces])
 
 
-def fill(left, right, tile, covectors, row=0, column=0, is_mirrored=False, pause=lambda: None):
+def fill(left, right, tile, covectors, pairs="all", row=0, column=0, is_mirrored=False, pause=lambda: None):
     fill_tile(
         left,
         right,
         tile,
         row=row,
         column=column,
-        num_covectors=covectors,
+        num_covectors=covectors if pairs == "all" else 1,
+        pairs=pairs,
         is_mirrored=is_mirrored,
         workspace=Workspace(),
         pause=pause,
@@ -64,6 +56,15 @@ def test_a_diagonal_tile_is_symmetric_to_the_last_bit(sizes, covectors):
     fill(block, block, tile, covectors, is_mirrored=True)
     assert torch.equal(tile, tile.T)
     assert torch.allclose(tile, jacobian(block) @ jacobian(block).T, rtol=0, atol=1e-12)
+
+
+def test_summed_pairs_of_covectors_take_one_row_a_sample():
+    block = draw_block((2, 3), 4, 0)
+    tile = torch.full((5, 5), torch.nan, dtype=torch.float64)
+    fill(block, block, tile, 4, "sum", is_mirrored=True)
+    rows = jacobian(block).view(5, 4, -1)
+    assert torch.equal(tile, tile.T)
+    assert torch.allclose(tile, torch.einsum("isp,jsp->ij", rows, rows), rtol=0, atol=1e-12)
 
 
 def test_two_strips_of_a_diagonal_tile_are_mirrored():

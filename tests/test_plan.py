@@ -15,9 +15,17 @@ from ntkpipe.datasets import ArraySource
 from ntkpipe.errors import ResourceError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.grid import Axis, Grid
-from ntkpipe.jacobian.block import Cost
+from ntkpipe.jacobian.cost import Cost
 from ntkpipe.manifest import Choices
 from ntkpipe.plan import Machine, Workload, format_seconds, make_plan
+
+PLENTY = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
+
+
+def with_room_for(workload: Workload, num_samples: int) -> Machine:
+    """A machine whose one worker has memory for the Jacobians of so many samples, beside tiles and scratch."""
+    least = make_plan(workload, replace(PLENTY, memory_limit=1)).memory_bytes  # with three
+    return replace(PLENTY, memory_limit=least + (num_samples - 3) * workload.cost.block_bytes + 1000)
 
 
 def make_workload(num_train: int, num_test: int, tile: int, width: int, cost: Cost) -> Workload:
@@ -106,8 +114,7 @@ def test_what_fits_a_memory_fits_a_larger_one(workload, machine, more):
 def test_heavy_jacobians_fit_any_memory_that_holds_three_samples(tile, largest):
     """One held, one streaming, one being put together: from there on strips grow with the memory."""
     workload = make_workload(2000, 0, tile, 1, Cost(10**9, 1, 0, jacobian_flops=1.0, pair_flops=1.0))
-    small = 10**8  # tiles and scratch
-    plans = [make_plan(workload, replace(PLENTY, memory_limit=small + held * 10**9)) for held in range(3, 60)]
+    plans = [make_plan(workload, with_room_for(workload, held)) for held in range(3, 60)]
     assert all(plan.problems == () for plan in plans)
     strips = [plan.strip for plan in plans]
     assert strips == sorted(strips)
@@ -140,17 +147,13 @@ def test_a_resumed_store_keeps_its_choices_on_any_machine(workload, machine, cho
     assert plan.batch == min(choices.batch, choices.strip)
 
 
-PLENTY = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
-
-
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 15), st.integers(1, 12), st.integers(0, 40), st.integers(1, 4))
 def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, num_test, tile, held, workers):
     """Jacobians that cost nothing are not cached: only strips that a worker holds are reused."""
     cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
     workload = make_workload(num_train, num_test, tile, 1, cost)
-    fixed = make_plan(workload, replace(PLENTY, memory_limit=1)).memory_bytes
-    plan = make_plan(workload, replace(PLENTY, workers=workers, memory_limit=fixed + held * 10**6))
+    plan = make_plan(workload, replace(with_room_for(workload, held + 3), workers=workers))
     assert plan.cache_bytes == 0
     counted = run(plan, num_train, num_test)
     assert sum(counted.values()) <= plan.recompute_factor * workload.num_samples
@@ -162,7 +165,7 @@ def test_the_recompute_factor_is_no_idle_bound(held):
     """Where workers keep nothing from block to block, whole tiles cost what it says, or a strip a block less."""
     cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
     workload = make_workload(32, 0, 4, 1, cost)
-    plan = make_plan(workload, replace(PLENTY, memory_limit=10**5 + held * 10**6))
+    plan = make_plan(workload, with_room_for(workload, held))
     counted = sum(run(plan, 32, 0, forget=True).values()) / 32
     assert 0.9 * plan.recompute_factor <= counted <= plan.recompute_factor
 

@@ -21,9 +21,10 @@ from ntkpipe.jacobian.terms import (
     Representation,
     Term,
     choose_representation,
+    contraction_flops,
+    covector_pairs,
     kept_numbers,
     make_terms,
-    pair_flops,
 )
 from ntkpipe.jacobian.trace import Tracing
 from ntkpipe.jacobian.uses import Use
@@ -32,6 +33,8 @@ from ntkpipe.models import Batch, FunctionalModel
 
 # Dense Jacobians of fewer entries share one matrix.
 _SMALL_WIDTH = 4096
+
+_RECORDED = "it is there in the store that is resumed"
 _DEPENDS = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
@@ -76,6 +79,8 @@ class Setup:
         Samples along a tile's edge: how often a Jacobian is used once it is there.
     memory_bytes
         What the Jacobians of that many samples may take.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
 
     covectors: Tensor
@@ -84,6 +89,7 @@ class Setup:
     rates: Rates
     num_samples: int
     memory_bytes: float
+    piece_rows: int
 
 
 class Engine:
@@ -122,6 +128,7 @@ class Engine:
 
     def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
+        # A weight that is held with its bias keeps its way where the bias goes to the fallback.
         labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
 
         def choose(name: str, uses: tuple[Use, ...]) -> Representation:
@@ -133,7 +140,7 @@ class Engine:
                     setup.rates,
                     setup.num_samples,
                     setup.memory_bytes,
-                    sizes_of(self.model.device).piece_rows,
+                    setup.piece_rows,
                 )
             label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
@@ -161,9 +168,7 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {label.partition(":")[2] for label in recorded.values() if label.startswith("torch.func:")}
-        moved = {
-            name: "as recorded" for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")
-        }
+        moved = {name: _RECORDED for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
         method = methods.pop() if methods else self.method
         tracing = self.tracing.without(moved) if moved else self.tracing
         return Engine(self.model, tracing, method, self.setup, recorded)
@@ -221,7 +226,9 @@ class Engine:
         if stop - start == 1:
             return self.piece(load(start, stop))
         filling = _Filling(self, stop - start)
-        outputs = [filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(batch)]
+        outputs = [
+            filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(max(2, batch))
+        ]
         return filling.piece(), torch.cat(outputs)
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
@@ -328,16 +335,21 @@ class Engine:
         with Meter() as part:  # type: ignore[no-untyped-call]
             self.piece(half)
         slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
-        squared = len(self.covectors) ** 2 if self.setup.pairs == "all" else len(self.covectors)
-        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
             fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
             largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
             jacobian_flops=whole.num_flops / size,
-            pair_flops=2.0 * squared * width
-            + sum(pair_flops(term, len(self.covectors), self.setup.pairs) for term in self.terms),
+            pair_flops=self.pair_flops(),
+        )
+
+    def pair_flops(self) -> float:
+        """Operations of a contraction that fall on one pair of samples."""
+        count, setup = len(self.covectors), self.setup
+        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
+        return 2.0 * covector_pairs(count, setup.pairs) * width + sum(
+            contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows) for term in self.terms
         )
 
     def block_bytes(self) -> int:

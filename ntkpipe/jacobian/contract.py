@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.device import add_rows, sizes_of, without_tf32
-from ntkpipe.jacobian.factors import Dense, Late, Pairwise, Piece, Table
+from ntkpipe.jacobian.factors import Dense, Factor, Late, Pairwise, Piece, Table
 from ntkpipe.jacobian.workspace import Workspace
 
 # Which pairs of covectors are wanted: all S*S; the S equal ones, kept apart; or their sum.
@@ -70,7 +70,9 @@ class _Contraction:
         high, wide = (1 if pairs == "sum" else self.covectors), (self.covectors if pairs == "all" else 1)
         self.shape = (high * self.rows, wide * self.columns)
         by_factors = [factor for factor in left.factors if isinstance(factor, Pairwise | Table)]
-        dtype = self.like.dtype if len(by_factors) <= _FEW else torch.float64
+        # A table is added index by index, of which there may be thousands.
+        is_long = len(by_factors) > _FEW or any(isinstance(factor, Table) for factor in by_factors)
+        dtype = torch.float64 if is_long else self.like.dtype
         self.factored = self._zeros("factored", dtype) if by_factors else None
         is_all = len(by_factors) == len(left.factors)
         self.total = None if is_all else self._zeros("total", torch.float64)
@@ -136,7 +138,14 @@ class _Contraction:
             place.add_(values) if adds else place.copy_(values)
 
     def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right.T, out=self.workspace.take(name, (left.shape[0], right.shape[0]), left))
+        shape = left.shape[0], right.shape[0]
+        out = self.workspace.take(name, shape, left)
+        if left.shape[1] <= _LONGEST_SUM or left.dtype == torch.float64:
+            return torch.mm(left, right.T, out=out)
+        total = self.workspace.take("long sum", shape, left, torch.float64).zero_()
+        for part in _cuts(0, left.shape[1], _LONGEST_SUM):
+            total.add_(torch.mm(left[:, part], right[:, part].T, out=out))
+        return out.copy_(total)
 
     def _cells(self, rows: int, columns: int, least: int = 1) -> tuple[Cell, ...]:
         """Blocks that cover (rows, columns), or what is on and above the diagonal; each index is ``least`` rows."""
@@ -341,34 +350,50 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
-    """Gram entries of each sample with itself, in the piece's dtype.
+    """Gram entries of each sample with itself, in the piece's dtype; sums over parameters are float64.
 
     Returns
     -------
     Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
     """
     with without_tf32(piece.device):
-        found = [_diagonal(factor, piece.num_samples) for factor in piece.factors]
-    total = torch.stack([part.double() for part in found]).sum(dim=0)
+        found = [
+            torch.cat([_diagonal(factor, samples) for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))])
+            for factor in piece.factors
+        ]
+    total = torch.stack(found).sum(dim=0)
     if pairs != "all":
         total = total.diagonal(dim1=1, dim2=2)
         total = total if pairs == "same" else total.sum(dim=1)[:, None, None]
-    return total.to(found[0].dtype)
+    return total.to(piece.factors[0].tensors()[-1].dtype)
 
 
-def _diagonal(factor: Dense | Pairwise | Late | Table, num_samples: int) -> Tensor:
+def _samples_at_once(factor: Factor) -> int:
+    """How many samples' factors, cotangents once more, and Gram matrices of positions stay small in float64."""
     if isinstance(factor, Dense):
-        parts = factor.matrix.split(_LONGEST_SUM, dim=2)
-        return (
-            torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0).to(factor.matrix.dtype)
-        )
+        return len(factor.matrix)
+    inputs = factor.tensors()[0]
+    positions = inputs.shape[2] if isinstance(factor, Late) else inputs.shape[1]
+    groups = inputs.shape[1] if isinstance(factor, Late) else 1
+    per_sample = sum(tensor.numel() for tensor in factor.tensors()) // len(inputs)
+    return max(1, sizes_of(inputs.device).late_bytes // (8 * (2 * per_sample + groups * positions**2)))
+
+
+def _diagonal(factor: Factor, samples: slice) -> Tensor:
+    if isinstance(factor, Dense):
+        parts = factor.matrix[samples].split(_LONGEST_SUM, dim=2)
+        return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
     if isinstance(factor, Late):
-        gram = factor.inputs @ factor.inputs.transpose(2, 3)
-        return torch.einsum("nsgto,nugpo,ngtp->nsu", factor.cotangents, factor.cotangents, gram)
-    if isinstance(factor, Pairwise):
-        gram = factor.inputs @ factor.inputs.transpose(1, 2) + float(factor.has_bias)
-        d = factor.cotangents.expand(-1, num_samples, -1, -1)
+        a, d = factor.inputs[samples].double(), factor.cotangents[samples].double()
+        gram = a @ a.transpose(2, 3)
     else:
-        gram = (factor.indices[:, :, None] == factor.indices[:, None, :]).to(factor.cotangents.dtype)
-        d = factor.cotangents
-    return torch.einsum("snto,unpo,ntp->nsu", d, d, gram)
+        inputs = factor.tensors()[0]
+        # The same cotangents for all samples, or each its own.
+        d = factor.cotangents.expand(-1, len(inputs), -1, -1)[:, samples].double().transpose(0, 1)[:, :, None]
+        if isinstance(factor, Pairwise):
+            a = inputs[samples].double()
+            gram = (a @ a.transpose(1, 2) + float(factor.has_bias))[:, None]
+        else:
+            gram = (inputs[samples, :, None] == inputs[samples, None, :]).double()[:, None]
+    # d is (n, S, groups, T, n_out) and the Gram matrix of the inputs (n, groups, T, T).
+    return d.flatten(2) @ (gram[:, None] @ d).flatten(2).transpose(1, 2)

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ntkpipe.device import SIZES
 from ntkpipe.jacobian.contract import Pairs
 from ntkpipe.jacobian.trace import Tracing
-from ntkpipe.jacobian.uses import LOOKUP, SCALE, Use
+from ntkpipe.jacobian.uses import LOOKUP, OUTER, SCALE, Use
 
 # How a term's Jacobians are held: as in factors.py, or dense after a detour through what was made of the parameters
 # (``joined``).
@@ -222,10 +221,14 @@ def kept_numbers(term: Term, num_covectors: int) -> int:
     return inputs + num_covectors * positions * first.groups * first.n_out
 
 
+def covector_pairs(num_covectors: int, pairs: Pairs) -> int:
+    """How many pairs of covectors are contracted."""
+    return num_covectors**2 if pairs == "all" else num_covectors
+
+
 def pair_flops(term: Term, num_covectors: int, pairs: Pairs) -> float:
     """Operations to contract one pair of samples."""
-    first, positions = term.uses[0], term.num_positions
-    squared = num_covectors**2 if pairs == "all" else num_covectors
+    first, positions, squared = term.uses[0], term.num_positions, covector_pairs(num_covectors, pairs)
     if term.representation == "pairwise":
         cotangents = 0 if term.is_constant else squared * (first.n_out + 1)
         return 2.0 * positions**2 * (first.n_in + cotangents)
@@ -235,6 +238,37 @@ def pair_flops(term: Term, num_covectors: int, pairs: Pairs) -> float:
     return 2.0 * squared * term.width
 
 
+def sample_flops(term: Term, num_covectors: int) -> float:
+    """Operations to multiply out the Jacobians of one sample, beside its forward and backward pass.
+
+    Of those held in factors none, but for ``late``, where it is done whenever they are contracted; of what is joined
+    without the way back through what was made of parameters.
+    """
+    if term.representation in {"pairwise", "table"}:
+        return 0.0
+    return sum(2.0 * num_covectors * use.num_positions * use.numel for use in term.uses if use.kind == OUTER)
+
+
+def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples: int, piece_rows: int) -> float:
+    """Operations of a contraction that fall on one pair of samples: :func:`pair_flops`, and multiplying out late.
+
+    Parameters
+    ----------
+    term, num_covectors, pairs
+        As of :func:`pair_flops`.
+    num_samples
+        Samples along a tile's edge; the more meet at a time, the less often each is multiplied out.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
+    """
+    flops = pair_flops(term, num_covectors, pairs)
+    if term.representation == "late":
+        # Two pieces of n samples are multiplied out for n^2 pairs, one with itself for half as many.
+        at_a_time = max(1, min(num_samples, piece_rows // num_covectors))
+        flops += 2.0 * sample_flops(term, num_covectors) / at_a_time
+    return flops
+
+
 def choose_representation(
     uses: tuple[Use, ...],
     num_covectors: int,
@@ -242,7 +276,7 @@ def choose_representation(
     rates: Rates,
     num_samples: int,
     memory_bytes: float,
-    piece_rows: int = SIZES["cpu"].piece_rows,
+    piece_rows: int,
 ) -> Representation:
     """The cheapest exact way to hold the Jacobians of a term's uses.
 
@@ -271,7 +305,7 @@ def choose_representation(
         return "table" if first.shape[0] > positions else "dense"
     if first.kind == SCALE:
         return "dense"
-    squared = num_covectors**2 if pairs == "all" else num_covectors
+    squared = covector_pairs(num_covectors, pairs)
     width = first.groups * first.n_in * first.n_out
     once = 2.0 * num_covectors * positions * width / rates.product  # to multiply out one sample
     if first.groups == 1:

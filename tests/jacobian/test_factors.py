@@ -1,101 +1,82 @@
-"""Factored Jacobians contract to the Grams of the Jacobians that they stand for."""
+"""Jacobians of a few samples, however they are held: their first sample, whether they are finite, their bytes."""
 
 import pytest
 import torch
+from pieces import Draw, jacobian, jacobians
 
-from ntkpipe.jacobian.factors import (
-    Outer,
-    Piece,
-    Workspace,
-    contract,
-    contract_diagonal,
-    is_factored_cheaper,
-    materialize,
-    pair_flops,
-)
+from ntkpipe.jacobian.factors import Dense, Late, Pairwise, Piece, Table
 
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def outer(positions, covectors, samples, n_in, n_out, *, has_bias=True, seed=0):
-    return Outer(
-        draw(positions, samples, n_in, seed=seed), draw(positions, covectors, samples, n_out, seed=seed + 1), has_bias
-    )
+FACTORS = {
+    "dense": lambda draw: draw.dense(5),
+    "pairwise": lambda draw: draw.pairwise(3, 4, 2),
+    "constant": lambda draw: draw.constant(4, torch.eye(2, 3, dtype=torch.float64)),
+    "late": lambda draw: draw.late(2, 3, 4, 5),
+    "table": lambda draw: draw.table(3, 4, num_indices=6),
+}
+# Tensors with one value for each sample, at an index of sample 2.
+SPOILT = {
+    "dense": ("matrix", (2, 1, 3)),
+    "pairwise": ("inputs", (2, 0, 1)),
+    "constant": ("inputs", (2, 0, 0)),
+    "late": ("cotangents", (2, 1, 0, 2, 4)),
+    "table": ("cotangents", (1, 2, 0, 3)),
+}
 
 
-def dense(one):
-    """The Jacobians (S, n, P) by definition."""
-    weight = torch.einsum("tcno,tni->cnoi", one.cotangents, one.inputs).flatten(2)
-    return torch.cat([weight, one.cotangents.sum(0)], dim=2) if one.has_bias else weight
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_first_sample_is_that_of_the_jacobians(name):
+    factor = FACTORS[name](Draw(4, 2))
+    first = factor.first()
+    assert torch.equal(jacobian(first, 1), jacobian(factor, 4)[:1])
+    assert all(tensor.is_contiguous() for tensor in first.tensors())
 
 
-def whole(piece):
-    rows = torch.cat([piece.dense, *map(dense, piece.outers)], dim=2)
-    return rows.flatten(0, 1)
+def test_the_first_sample_of_a_piece_has_every_factor():
+    draw = Draw(4, 2)
+    piece = draw.piece(*(make(draw) for make in FACTORS.values()))
+    first = piece.first()
+    assert (first.num_samples, first.num_covectors) == (1, 2)
+    assert torch.equal(jacobians(first), jacobians(piece)[:1])
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 4, 2), (3, 2, 4, 5, 3), (2, 3, 1, 1, 1)])
-def test_materialize_is_the_sum_of_outer_products(shape, has_bias):
-    one = outer(*shape, has_bias=has_bias)
-    assert torch.allclose(materialize(one.inputs, one.cotangents, has_bias), dense(one), rtol=1e-13)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", FACTORS)
+def test_samples_that_are_not_finite_are_found(name, value):
+    draw = Draw(4, 2)
+    factor = FACTORS[name](draw)
+    assert draw.piece(factor).is_finite().tolist() == [True] * 4
+    tensor, index = SPOILT[name]
+    getattr(factor, tensor)[index] = value
+    assert draw.piece(draw.dense(3), factor).is_finite().tolist() == [True, True, False, True]
 
 
-def piece(samples, covectors, dense_width, seed):
-    outers = (
-        outer(3, covectors, samples, 4, 2, seed=seed),
-        outer(1, covectors, samples, 5, 3, has_bias=False, seed=seed + 5),
-    )
-    return Piece(samples, outers, draw(covectors, samples, dense_width, seed=seed + 9))
+def test_covectors_that_are_not_finite_spoil_every_sample():
+    draw = Draw(3, 2)
+    factor = draw.constant(4, torch.full((2, 3), torch.nan))
+    assert draw.piece(factor).is_finite().tolist() == [False] * 3
 
 
-@pytest.mark.parametrize("covectors", [1, 3])
-@pytest.mark.parametrize("dense_width", [0, 7])
-def test_contraction_is_the_gram_of_the_jacobians(covectors, dense_width):
-    left, right = piece(4, covectors, dense_width, seed=0), piece(3, covectors, dense_width, seed=20)
-    found = contract(left, right, Workspace())
-    assert torch.allclose(found, whole(left) @ whole(right).T, rtol=0, atol=1e-12)
-
-
-def test_diagonal_blocks_are_those_of_the_contraction():
-    one = piece(4, 2, 6, seed=0)
-    full = contract(one, one, Workspace()).view(2, 4, 2, 4)
-    expected = torch.stack([full[:, i, :, i] for i in range(4)])
-    assert torch.allclose(contract_diagonal(one), expected, rtol=0, atol=1e-12)
-
-
-def test_long_float32_sums_are_as_good_as_float64():
-    rows = draw(1, 3, 300_000, dtype=torch.float32).abs()
-    found = contract(Piece(3, (), rows), Piece(3, (), rows), Workspace())
-    exact = rows[0].double() @ rows[0].double().T
-    assert float(((found - exact) / exact).abs().max()) < 5e-7
-    assert found.dtype == torch.float32
-
-
-def test_workspace_is_reused_and_follows_dtype():
-    workspace = Workspace()
-    first = workspace.take("a", (3, 4), torch.zeros(1))
-    assert workspace.take("a", (2, 5), torch.zeros(1)).data_ptr() == first.data_ptr()
-    assert workspace.take("b", (3, 4), torch.zeros(1)).data_ptr() != first.data_ptr()
-    assert workspace.take("a", (3, 4), torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
-
-
-def test_factors_are_kept_where_they_cost_less():
-    assert is_factored_cheaper(1, 784, 1024, 10)
-    assert not is_factored_cheaper(200, 16, 16, 1)
-    assert pair_flops(outer(2, 3, 1, 4, 5)) == 4 * (2 * 4 + 2 * 9 * 5 + 2 * 9)
-
-
-@pytest.mark.parametrize("where", ["dense", "inputs", "cotangents"])
-def test_samples_that_are_not_finite_are_named(where):
-    one = piece(4, 2, 6, seed=0)
-    target = one.dense if where == "dense" else getattr(one.outers[0], where)
-    target[(..., 2, slice(None))][..., 0] = torch.nan
-    assert one.is_finite().tolist() == [True, True, False, True]
+@pytest.mark.parametrize("name", FACTORS)
+def test_finite_values_whose_sum_overflows_are_finite(name):
+    draw = Draw(4, 2, dtype=torch.float32)
+    factor = FACTORS[name](draw)
+    for tensor in factor.tensors():
+        if tensor.is_floating_point():
+            tensor.fill_(3e38)
+    assert draw.piece(factor).is_finite().tolist() == [True] * 4
 
 
 def test_bytes_are_those_of_all_tensors():
-    one = Piece(2, (outer(1, 1, 2, 3, 4),), draw(1, 2, 5))
-    assert one.num_bytes() == 8 * (2 * 3 + 2 * 4 + 2 * 5)
+    piece = Piece(
+        2,
+        3,
+        (
+            Dense(torch.zeros(2, 3, 7)),
+            Pairwise(torch.zeros(2, 4, 5), torch.zeros(3, 2, 4, 6), True, False),
+            Pairwise(torch.zeros(2, 1, 5), torch.zeros(3, 1, 1, 8), False, True),
+            Late(torch.zeros(2, 2, 4, 5), torch.zeros(2, 3, 2, 4, 6)),
+            Table(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 2, 4, 6)),
+        ),
+    )
+    floats = 42 + (40 + 144) + (10 + 24) + (80 + 288) + 144
+    assert piece.num_bytes() == 4 * floats + 8 * 8
