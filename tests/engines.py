@@ -13,6 +13,7 @@ from ntkpipe.jacobian.block import Setup
 from ntkpipe.jacobian.contract import contract
 from ntkpipe.jacobian.probe import make_engine
 from ntkpipe.jacobian.terms import Rates
+from ntkpipe.jacobian.trace import trace
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.models import exact_math, prepare_model
 
@@ -58,6 +59,21 @@ def engine_of(model, inputs, covectors, *, forward=None, structured=True):
             setup_of(covectors, num_samples=reference.size_of(inputs)),
             structured=structured,
         )
+
+
+def functional(function, **members):
+    """A forward pass over members, modules and parameters, drawn anew, as the package has it, in float64."""
+    model = reference.redraw(reference.Custom(function, **members))
+    return prepare_model(model, dtype=torch.float64, device=torch.device("cpu"))
+
+
+# As those of the package: batches of unlike sizes and orders.
+PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
+
+
+def traced(function, inputs, **members):
+    """What tracing finds in a forward pass."""
+    return trace(functional(function, **members), [take(inputs, order) for order in PROBES], [3, 5])
 
 
 def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):

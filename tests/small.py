@@ -17,6 +17,17 @@ from ntkpipe.kernel import KernelStore
 from ntkpipe.runs import StoreSink
 
 
+class WithoutRule(nn.Module):
+    """A parameter that is used by an operation without a rule, and so is left to vmap."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.linspace(-1, 1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.logaddexp(x, self.offset)
+
+
 def mlp(seed: int = 0, width: int = 5) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import Allowance, chunks, compute, mlp, times, with_sizes
+from small import Allowance, WithoutRule, chunks, compute, mlp, times, with_sizes
 
 from ntkpipe import runs
 from ntkpipe.build import BuildJob
@@ -298,20 +298,9 @@ def test_the_last_writer_removes_what_killed_ones_left(tmp_path):
     assert verify_store(open_kernel(path).store).findings == ()
 
 
-class WithoutRule(torch.nn.Module):
-    """A parameter that is used by an operation without a rule, and so is left to vmap."""
-
-    def __init__(self):
-        super().__init__()
-        self.bias = torch.nn.Parameter(torch.linspace(-1, 1, 4))
-
-    def forward(self, x):
-        return torch.logaddexp(x, self.bias)
-
-
 def test_a_resume_whose_self_check_refuses_the_recorded_way_stops(tmp_path, monkeypatch):
     """What was stored with the self-check off may be wrong: its way is not taken up again."""
-    path, net = tmp_path / "k.zarr", torch.nn.Sequential(WithoutRule(), mlp())
+    path, net = tmp_path / "k.zarr", torch.nn.Sequential(WithoutRule(4), mlp())
     by_vmap = METHODS["vmap"]
     monkeypatch.setitem(METHODS, "vmap", lambda *args: 1.05 * by_vmap(*args))
     compute(path, model=net)

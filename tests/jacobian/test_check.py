@@ -6,7 +6,9 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from engines import setup_of
 from reference import redraw
+from small import WithoutRule
 from torch import nn
 
 import ntkpipe
@@ -14,7 +16,8 @@ from ntkpipe.errors import SelfCheckError
 from ntkpipe.jacobian import check, fallback
 from ntkpipe.jacobian.check import self_check
 from ntkpipe.jacobian.probe import make_engine
-from ntkpipe.jacobian.rules import LINEAR, RULES
+from ntkpipe.jacobian.rules.linear import linear
+from ntkpipe.jacobian.rules.table import RULES
 from ntkpipe.models import prepare_model
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -30,18 +33,25 @@ def checked(model, dtype=torch.float64):
     def load(numbers):
         return X[list(numbers)].to(dtype)
 
-    engine = make_engine(functional, load, len(X), torch.eye(3), torch.float64, structured=True)
+    engine = make_engine(functional, load, len(X), setup_of(torch.eye(3)), structured=True)
     return self_check(engine, load, len(X), batch=64, memory_bytes=2**30)
 
 
 def sabotaged(change):
     """A linear rule whose inputs are changed on batches that tracing does not see: it probes three and five samples."""
 
-    def input_rows(values):
-        rows = LINEAR.input_rows(values)
-        return change(rows) if len(rows) not in {3, 5} else rows
+    def rule(input, weight, bias=None):  # noqa: A002
+        bound = linear(input, weight, bias)
+        operand = bound.operands["weight"]
 
-    return dataclasses.replace(LINEAR, input_rows=input_rows)
+        def inputs():
+            rows = operand.form.inputs()
+            return change(rows) if len(rows) not in {3, 5} else rows
+
+        wrong = dataclasses.replace(operand, form=dataclasses.replace(operand.form, inputs=inputs))
+        return dataclasses.replace(bound, operands={**bound.operands, "weight": wrong})
+
+    return rule
 
 
 SABOTAGE = {
@@ -56,7 +66,7 @@ def test_a_right_engine_passes_untouched():
     assert report.worst_error < 1e-12
     assert report.compute_error < 1e-12
     assert report.dtype == "float64"
-    assert engine.fallback == ("2.weight", "2.bias")
+    assert engine.fallback == ()
 
 
 @pytest.mark.parametrize("name", ["a thousandth more", "samples out of order"])
@@ -68,7 +78,7 @@ def test_a_wrong_rule_goes_to_the_fallback_with_its_error(name, monkeypatch):
     for reason in report.moved.values():
         assert reason.startswith("self-check: off by ")
         assert size / 1.1 <= float(reason.rpartition(" ")[2]) < 10
-    assert set(engine.fallback) == {"0.weight", "3.weight", "2.weight", "2.bias"}
+    assert set(engine.fallback) == {"0.weight", "3.weight"}
     assert report.worst_error < 1e-12
 
 
@@ -97,7 +107,8 @@ def wrong_method(method):
 
 def test_a_wrong_vmap_gives_way_to_the_loop(monkeypatch):
     monkeypatch.setitem(fallback.METHODS, "vmap", wrong_method(fallback.by_vmap))
-    engine, report = checked(mlp())
+    engine, report = checked(nn.Sequential(WithoutRule(6), mlp()))
+    assert engine.fallback == ("0.offset",)
     assert engine.method == "loop"
     assert report.worst_error < 1e-12
 

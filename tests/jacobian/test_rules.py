@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from ntkpipe.jacobian.rules.table import RULES
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -1596,6 +1598,26 @@ WRONG_UNDER_VMAP = ("prelu", "prelu, one slope", "cdist")
 # --- the tests ------------------------------------------------------------------------------------------------------
 
 
+# Torch functions whose rule said something in a case.
+USED = set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def noted():
+    """Note which rules are used."""
+
+    def note(func, rule, *args, **kwargs):
+        bound = rule(*args, **kwargs)
+        if bound is not None:
+            USED.add(func)
+        return bound
+
+    with pytest.MonkeyPatch.context() as patch:
+        for func, rule in list(RULES.items()):
+            patch.setitem(RULES, func, functools.partial(note, func, rule))
+        yield
+
+
 @functools.cache
 def fallback_names(name):
     """The fallback's parameters of a case that is exact; raises if it is not."""
@@ -1620,3 +1642,10 @@ def test_what_has_a_rule_does_not_fall_back(name):
     allowed = CASES[name].may_fall_back
     left = [one for one in fallback_names(name) if not any(fnmatchcase(one, pattern) for pattern in allowed)]
     assert not left
+
+
+def test_every_rule_is_used_in_a_case():
+    for name in CASES:
+        if name not in WRONG_UNDER_VMAP:
+            fallback_names(name)  # once, whichever test comes first
+    assert [func for func in RULES if func not in USED and func not in {F.prelu, torch.prelu}] == []
