@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ntkpipe.jacobian.cost import measure
+from ntkpipe.jacobian.cost import Meter
 
 A, B = torch.ones(5, 7), torch.ones(7, 3)
 # What runs, operations, bytes.
@@ -20,18 +20,27 @@ RUNS = {
 }
 
 
+def measured(run):
+    """A meter that has watched ``run``."""
+    with Meter() as meter:
+        run()
+    return meter
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_operations_and_bytes(name):
     run, flops, num_bytes = RUNS[name]
-    assert measure(run)[:2] == (flops, num_bytes)
+    meter = measured(run)
+    assert (meter.num_flops, meter.num_bytes) == (flops, num_bytes)
 
 
-def test_the_result_is_returned():
-    assert torch.equal(measure(lambda: A @ B)[2], A @ B)
+def test_the_largest_tensor_is_found():
+    assert measured(lambda: (A @ B) @ B.T).largest_bytes == 4 * 35
+    assert measured(lambda: None).largest_bytes == 0
 
 
 def test_backward_is_counted():
     weight = torch.ones(3, 7, requires_grad=True)
-    forward, _, outputs = measure(lambda: F.linear(A, weight))
-    backward, _, _ = measure(lambda: torch.autograd.grad(outputs.sum(), weight))
-    assert (forward, backward) == (2 * 5 * 7 * 3, 2 * 5 * 7 * 3)
+    outputs = F.linear(A, weight)
+    assert measured(lambda: F.linear(A, weight)).num_flops == 2 * 5 * 7 * 3
+    assert measured(lambda: torch.autograd.grad(outputs.sum(), weight)).num_flops == 2 * 5 * 7 * 3
