@@ -88,7 +88,7 @@ def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> Fu
     """
     convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
     weights = [parameter for parameter in model.module.parameters() if parameter.ndim in {4, 5}]
-    # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2, writes
+    # In torch 2.13 the backward of a 1 x 1 convolution with stride 2 of two to seven channels, channels last, writes
     # beyond its memory; a function's stride is not known here, nor what other instruction sets do.
     if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
         return model
