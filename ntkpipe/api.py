@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.errors import ConfigError, DataError
-from ntkpipe.grid import default_tile, matrix_tile
+from ntkpipe.grid import default_tile
+from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord
-from ntkpipe.matrix import compute_matrix
+from ntkpipe.matrix import compute_matrix, prepare_matrix
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan
-from ntkpipe.prepare import plan_run, prepare, reuse_choices
+from ntkpipe.prepare import plan_run, prepare, reuse_choices, time_jacobians
 from ntkpipe.progress import Ticks
-from ntkpipe.resources import num_cores
 from ntkpipe.runs import (
     build,
     exact_single_thread,
@@ -88,9 +87,10 @@ def compute_kernel(
     parameters
         Shell-style patterns of parameter names, as ``"head.*"``; default all that require a gradient.
     compute_dtype
-        Of the forward pass and the Jacobians: ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        Of the forward pass and the Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"``, which is
+        float32 whose products on a GPU may be TF32.
     accumulate_dtype
-        Of the sum over parameters; default ``compute_dtype``, at least float32.
+        Of the sum over parameters and the products in it, never TF32; default ``compute_dtype``, at least float32.
     store_dtype
         Of the stored matrix; default ``accumulate_dtype``.
     tile
@@ -142,7 +142,7 @@ def compute_kernel(
     path = local_path(store)
     existing = prepare_path(path, mode) if mode != "w" else None
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    with exact_single_thread():
+    with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
@@ -177,13 +177,15 @@ def plan_kernel(
     device: str | None = None,
     workers: int | None = None,
     jacobian: str = "structured",
-) -> tuple[Plan, dict[str, str]]:
+) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan what :func:`compute_kernel` would do with the same arguments; reads five samples and writes nothing.
 
     Returns
     -------
-    The plan, and for each parameter how its Jacobian is found; those that go to the fallback with the reason. Where
-    memory or disk cannot hold it, ``plan.problems`` says so with both numbers.
+    The plan, and how the Jacobian of every selected parameter is found and held and what that costs; for those of the
+    fallback why. A parameter and its bias, or all that is computed together, share one report
+    (:class:`ntkpipe.jacobian.report.ParameterReport`). The self-check of a run may move further parameters to the
+    fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
 
     Raises
     ------
@@ -195,7 +197,7 @@ def plan_kernel(
     path = local_path(store)
     existing = prepare_path(path, "a")
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    with exact_single_thread():
+    with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
         if existing is not None:
@@ -211,9 +213,7 @@ def plan_kernel(
             choices=choices,
             **progress_of(asked, existing),
         )
-    reasons = {name: f"torch.func:{engine.method} ({why})" for name, why in engine.tracing.fallback.items()}
-    unused = dict.fromkeys(engine.tracing.unused, "unused: the outputs do not depend on it")
-    return planned, {**engine.representations, **reasons, **unused}
+        return time_jacobians(planned, prepared, engine), report_of(engine)
 
 
 def _tile_of(existing: Store | None) -> Callable[[int, int], int]:
@@ -282,16 +282,8 @@ def kernel_matrix(
     for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
         if samples is not None:
             samples.inspect(label)
-    with exact_single_thread():
-        prepared = prepare(
-            model,
-            train,
-            test,
-            spec,
-            forward=forward,
-            device=run.device,
-            choose_tile=partial(matrix_tile, num_workers=run.workers or num_cores()),
-        )
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return compute_matrix(prepared, run, what=kind, progress=progress)
 
 
@@ -340,7 +332,7 @@ def verify(
     opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    with exact_single_thread():
+    with exact_single_thread(opened.manifest.compute_dtype):
         # Whatever does not match is said before a single tile is read.
         witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)

@@ -1,6 +1,7 @@
 """Build: one block at a time, from samples through Jacobian strips to tiles that are stored."""
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ntkpipe.datasets import Source, show_samples
+from ntkpipe.device import is_out_of_memory
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
@@ -23,11 +25,11 @@ from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
 from ntkpipe.models import Batch
 from ntkpipe.plan import Plan, Task
+from ntkpipe.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 
 StripKey = tuple[str, Span]
 
 _SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}
-_NUM_BUFFERS = 2
 
 
 class Sink(Protocol):
@@ -56,11 +58,55 @@ class TileRecord:
         Which one.
     seconds
         Time since the one before, of the same worker.
+    batch, subtile
+        What the worker has come down to, in samples: those of the plan unless memory ran out.
     """
 
     array: str
     index: Index
     seconds: float
+    batch: int
+    subtile: int
+
+
+class Halvings:
+    """What memory that ran out made of the plan's sizes, over all workers.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._planned = {"batch": plan.batch, "subtile": plan.subtile}
+        self.used = dict(self._planned)
+
+    def watch(self, records: Iterator[TileRecord]) -> Iterator[TileRecord]:
+        """Pass records on, and look at their sizes.
+
+        Warns
+        -----
+        UserWarning
+            Once, if they are smaller than planned.
+
+        Yields
+        ------
+        The records.
+        """
+        for record in records:
+            was_as_planned = self.used == self._planned
+            self.used["batch"] = min(self.used["batch"], record.batch)
+            self.used["subtile"] = min(self.used["subtile"], record.subtile)
+            if was_as_planned and self.used != self._planned:
+                changes = [f"{name} {size} → {self.used[name]}" for name, size in self._planned.items()]
+                warnings.warn(
+                    f"memory ran out, so work was halved (samples: {', '.join(changes)}): what comes from here on "
+                    "agrees with an undisturbed run to rounding, not to the last bit. A lower memory_limit, or fewer "
+                    "workers, plans for less memory",
+                    stacklevel=2,
+                )
+            yield record
 
 
 class StripCache:
@@ -136,7 +182,32 @@ class BuildJob:
     def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[TileRecord]]:
         """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
         torch.set_num_threads(1)
+        device = torch.device(self.plan.machine.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: pinned memory would open a context on the first GPU
         return _Builder(self, pause).run
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A tile on its way to the sink.
+
+    Attributes
+    ----------
+    index
+        Which one.
+    span
+        Its row samples.
+    values
+        Its entries.
+    outputs
+        f of its row samples, where they are written with it.
+    """
+
+    index: Index
+    span: Span
+    values: Arrival
+    outputs: Arrival | None
 
 
 class _Builder:
@@ -149,10 +220,11 @@ class _Builder:
         self._pause = pause
         self._workspace = Workspace()
         rows = job.plan.workload.tile * job.plan.workload.num_covectors
-        self._buffers = [np.empty(0, job.store_dtype) for _ in range(_NUM_BUFFERS)]
-        self._buffer_shape = rows, rows
+        self._device = torch.device(job.plan.machine.device)
+        self._buffers = tile_buffers(self._device, rows, job.store_dtype)
         self._held: dict[StripKey, Block] = {}
         self._batch = job.plan.batch
+        self._most: int | None = None
         self._last = perf_counter()
 
     def run(self, task: Task) -> Iterator[TileRecord]:
@@ -163,13 +235,21 @@ class _Builder:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
             pending: list[tuple[Index, Future[None]]] = []
-            for index, tile in self._tiles(task):
-                pending.append((index, writer.submit(self._write, task.array, index, tile)))
+            for tile in self._tiles(task):
+                pending.append((tile.index, writer.submit(self._keep, task.array, tile)))
                 # The next tile goes to the buffer of the one before this: that must be free again.
-                while len(pending) >= _NUM_BUFFERS:
+                while len(pending) >= NUM_BUFFERS:
                     yield self._finished(task.array, *pending.pop(0))
             while pending:
                 yield self._finished(task.array, *pending.pop(0))
+
+    def _keep(self, array: str, tile: _Computed) -> None:
+        """Write a tile once it has arrived, and before it the outputs of its samples."""
+        values = tile.values()
+        self._require_finite(array, values, tile.span)
+        if tile.outputs is not None:
+            self._write_outputs("train", tile.span, tile.outputs())
+        self._write(array, tile.index, values)
 
     def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
@@ -179,15 +259,16 @@ class _Builder:
     def _finished(self, array: str, index: Index, writing: "Future[None]") -> TileRecord:
         writing.result()
         now = perf_counter()
-        record = TileRecord(array, index, now - self._last)
+        subtile = self._job.plan.subtile
+        record = TileRecord(array, index, now - self._last, self._batch, min(subtile, self._most or subtile))
         self._last = now
         return record
 
-    def _tiles(self, task: Task) -> Iterator[tuple[Index, NDArray[Any]]]:
+    def _tiles(self, task: Task) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: row strips are held, column strips stream past them."""
         grid = self._plan.workload.grids[task.array]
         split = _SPLITS[task.array][0]
-        rows, turn = task.block.rows(), 0
+        rows = task.block.rows()
         for first in range(rows.start, rows.stop, self._plan.rows_held):
             group = range(first, min(first + self._plan.rows_held, rows.stop))
             strips = [(split, strip) for row in group for strip in grid.rows.samples(row).cut(self._plan.strip)]
@@ -195,16 +276,7 @@ class _Builder:
             for column in task.block.columns():
                 for row in group:
                     if self._is_missing(task.array, grid, row, column):
-                        place = self._job.sink.place(task.array, (row, column))
-                        buffer = self._buffer(turn % _NUM_BUFFERS) if place is None else place
-                        turn += 1
-                        yield (row, column), self._tile(task.array, grid, row, column, buffer, pinned)
-
-    def _buffer(self, number: int) -> NDArray[Any]:
-        """A tile's memory, allocated when it is first needed."""
-        if self._buffers[number].shape != self._buffer_shape:
-            self._buffers[number] = np.empty(self._buffer_shape, self._job.store_dtype)
-        return self._buffers[number]
+                        yield self._tile(task.array, grid, row, column, pinned)
 
     def _is_missing(self, array: str, grid: Grid, row: int, column: int) -> bool:
         if not grid.is_stored(row, column):
@@ -219,15 +291,14 @@ class _Builder:
         grid: Grid,
         row: int,
         column: int,
-        buffer: NDArray[Any],
         pinned: frozenset[StripKey],
-    ) -> NDArray[Any]:
+    ) -> _Computed:
         plan, width = self._plan, self._plan.workload.num_covectors
         row_split, column_split = _SPLITS[array]
         row_span, column_span = grid.rows.samples(row), grid.columns.samples(column)
         is_mirrored = grid.symmetric and row == column
-        tile = buffer[: len(row_span) * width, : len(column_span) * width]
-        tensor = torch.from_numpy(tile)
+        shape = len(row_span) * width, len(column_span) * width
+        tile = self._buffers.take(shape, self._job.sink.place(array, (row, column)))
         outputs: dict[Span, torch.Tensor] = {}
         strips = row_span.cut(plan.strip)
         for start in range(0, len(strips), plan.hold):
@@ -242,10 +313,10 @@ class _Builder:
                         continue
                     left = self._strip((row_split, one), keep | {(column_split, strip)})
                     outputs[one] = left.outputs
-                    fill_tile(
+                    self._most = fill_tile(
                         left,
                         right,
-                        tensor,
+                        tile,
                         row=one.start - row_span.start,
                         column=strip.start - column_span.start,
                         num_covectors=width,
@@ -253,11 +324,15 @@ class _Builder:
                         is_mirrored=is_mirrored,
                         workspace=self._workspace,
                         pause=self._pause,
+                        most=self._most,
                     )
-        self._require_finite(array, tile, row_span)
-        if is_mirrored:
-            self._write_outputs("train", row_span, [outputs[strip] for strip in strips])
-        return tile
+        values = self._buffers.send()
+        found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
+        return _Computed((row, column), row_span, values, found)
+
+    def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
+        """Send what is small to the host; in float64, since numpy has no bfloat16."""
+        return self._buffers.fetch(torch.cat(parts).double())
 
     def _diagonal(self, number: int) -> Iterator[TileRecord]:
         """Outputs and diagonal blocks of one tile of test samples."""
@@ -270,22 +345,22 @@ class _Builder:
         for strip in span.cut(plan.strip):
             self._pause()
             block = self._strip(("test", strip), frozenset())
-            values += [contract_diagonal(piece, self._job.pairs).cpu() for piece in block.pieces]
+            values += [contract_diagonal(piece, self._job.pairs) for piece in block.pieces]
             outputs.append(block.outputs)
-        blocks = self._to_store_dtype(torch.cat(values))
+        blocks = self._to_store_dtype(self._fetch(values)())
         self._require_finite("kernel/test_diagonal", blocks, span)
-        self._write_outputs("test", span, outputs)
+        self._write_outputs("test", span, self._fetch(outputs)())
         self._write("kernel/test_diagonal", index, blocks)
         yield self._finished("kernel/test_diagonal", index, _DONE)
 
-    def _write_outputs(self, split: str, span: Span, outputs: list[torch.Tensor]) -> None:
-        values = self._to_store_dtype(torch.cat(outputs))
+    def _write_outputs(self, split: str, span: Span, outputs: NDArray[np.float64]) -> None:
+        values = self._to_store_dtype(outputs)
         self._require_finite(f"outputs/{split}", values, span)
         self._write(f"outputs/{split}", (span.start // self._plan.workload.tile, 0), values)
 
-    def _to_store_dtype(self, values: torch.Tensor) -> NDArray[Any]:
+    def _to_store_dtype(self, values: NDArray[np.float64]) -> NDArray[Any]:
         with np.errstate(over="ignore"):  # an overflow is an error, raised with its samples
-            return values.to("cpu", torch.float64).numpy().astype(self._job.store_dtype)
+            return values.astype(self._job.store_dtype)
 
     def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
         """Check what is about to be written for the samples of ``span``, which run along the first axis."""
@@ -313,28 +388,36 @@ class _Builder:
             nonlocal at
             self._pause()
             at = Span(start, stop)
-            # A plain copy: strides, which may be negative, would reach the model and change its last bits.
-            arrays = {name: torch.from_numpy(np.array(v, order="C")) for name, v in source.read(start, stop).items()}
+            arrays = {name: to_host_tensor(v, self._device) for name, v in source.read(start, stop).items()}
             return self._engine.model.to_batch(arrays, self._job.is_mapping)
 
         try:
             block, self._batch = self._engine.block(
                 load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
             )
-        except (NtkpipeError, Stopped, MemoryError, torch.OutOfMemoryError):
+        except (NtkpipeError, Stopped):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(
                 f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of "
                 "them was written; correct those samples or the model"
             ) from error
-        finite = torch.cat([piece.is_finite() for piece in block.pieces]) & torch.isfinite(block.outputs).all(dim=1)
-        if not bool(finite.all()):
-            bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
+        self._require_finite_block(block, split, span)
+        return block
+
+    def _require_finite_block(self, block: Block, split: str, span: Span) -> None:
+        """Check a strip; where nothing is wrong, a GPU is waited for once."""
+        outputs = torch.isfinite(block.outputs).all(dim=1)
+        if bool((torch.cat([piece.has_finite_sums() for piece in block.pieces]) & outputs).all()):
+            return
+        finite = torch.cat([piece.is_finite() for piece in block.pieces]) & outputs
+        bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
+        if bad:
             raise NonFiniteError(
                 f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of them was written"
             )
-        return block
 
 
 _DONE: "Future[None]" = Future()

@@ -26,7 +26,7 @@ from ntkpipe.prepare import loader
 from ntkpipe.verification import Finding, VerificationReport
 
 # Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
-_TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 5e-2}
+_TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
 # A row is suspect if its error is this many times the median one; rounding alone stays below 8 for a million rows.
 _OUTLIER = 16.0
 _SHOWN = 50
@@ -123,6 +123,7 @@ def find_witness(
         forward=forward,
         parameters=manifest.model.parameters,
         dtype=DTYPES[manifest.compute_dtype],
+        tf32=manifest.compute_dtype == "tf32",
         device=resolve_device(device),
     )
     samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")

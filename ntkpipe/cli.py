@@ -7,7 +7,6 @@ need torch are imported by the commands that compute, so that ``info`` and a pla
 import json
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +33,9 @@ from ntkpipe.verification import verification_rows, verify_and_record
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
+
+# Names of rows are shorter; reasons are folded.
+_NAME_WIDTH = 36
 
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
@@ -79,20 +81,25 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any) -> None:
 @_workflow_file
 @_overrides
 @_as_json
-@click.option("--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found.")
+@click.option(
+    "--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found and held."
+)
 def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter: bool) -> None:
-    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs."""
+    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs, and how Jacobians are found."""
     from ntkpipe import workflow as workflows
+    from ntkpipe.jacobian import report
 
     planned, found = workflows.plan(workflows.load(workflow, overrides))
     if as_json:
-        print(json.dumps({**planned.to_json(), "jacobians": found}, indent=1))
+        print(json.dumps({**planned.to_json(), "jacobians": [each.to_json() for each in found]}, indent=1))
     else:
         _print_rows("plan", planned.rows())
-        counts = Counter(found.values())
-        _print_rows(
-            "Jacobians", list(found.items()) if by_parameter else [(k, f"{n} terms") for k, n in counts.items()]
-        )
+        table = report.list_reports(found) if by_parameter else report.summarize_reports(found)
+        _print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
+        _print_rows("kept as", report.explain_reports(found))
+        reasons = report.fallback_reasons(found)
+        if reasons:
+            _print_rows("in the fallback", reasons)
     if planned.problems:
         sys.exit(_FOUND)
 
@@ -209,11 +216,32 @@ def _describe(store: KernelStore) -> dict[str, Any]:
 
 
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
+    table = _titled(title, show_header=False)
+    table.add_column(style="cyan", max_width=_NAME_WIDTH)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), Text(value))
+    _print(table)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
+    """Print rows below headers; the first column is folded where needed, those after the first few hold numbers."""
+    table = _titled(title, header_style="", collapse_padding=True)
+    table.add_column(Text(columns[0]), style="cyan", overflow="fold")
+    for name in columns[1:num_texts]:
+        table.add_column(Text(name), no_wrap=True)
+    for name in columns[num_texts:]:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print(table)
+
+
+def _titled(title: str, **options: Any) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
+
+
+def _print(table: Table) -> None:
     console = Console()
     # A pipe or a file has no width; do not wrap what a program may read.
     Console(width=None if console.is_terminal else 160).print(table)

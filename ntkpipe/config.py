@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 
 from ntkpipe.errors import ConfigError
 
-ComputeDtype = Literal["float32", "float64", "bfloat16"]
+ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
 RealDtype = Literal["float32", "float64"]
 
 
@@ -76,9 +76,10 @@ class KernelSpec(Spec):
     parameters
         Shell-style patterns of parameter names; nothing means every parameter that requires a gradient.
     compute_dtype
-        dtype of the forward pass and the Jacobians.
+        dtype of the forward pass and the Jacobians; ``tf32`` is float32 whose products on a GPU may be TF32.
     accumulate_dtype
-        dtype of the sum over parameters; default ``compute_dtype``, at least float32.
+        dtype of the sum over parameters and of the products in it, never TF32; default ``compute_dtype``, at least
+        float32.
     store_dtype
         dtype of the stored matrix; default ``accumulate_dtype``.
     tile

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from ntkpipe.device import is_out_of_memory, release_memory
 from ntkpipe.jacobian.block import Block
 from ntkpipe.jacobian.contract import Pairs, contract
 from ntkpipe.jacobian.factors import Piece
@@ -22,7 +23,8 @@ def fill_tile(
     is_mirrored: bool,
     workspace: Workspace,
     pause: Callable[[], None],
-) -> None:
+    most: int | None = None,
+) -> int | None:
     """Write the Gram entries of two strips into a tile, sample-major.
 
     Parameters
@@ -30,7 +32,7 @@ def fill_tile(
     left, right
         Strips of the tile's row and column samples.
     tile
-        Host tensor (tile rows, tile rows) in the store dtype.
+        Tensor (tile rows, tile rows) in the store dtype.
     row, column
         First sample of each strip, counted from the tile's.
     num_covectors, pairs
@@ -42,22 +44,68 @@ def fill_tile(
         Scratch of the calling thread.
     pause
         Called between pieces; may raise to stop the work.
+    most
+        Samples of a piece that are contracted at a time; none for all.
+
+    Returns
+    -------
+    ``most``, halved as often as scratch for contracting so many ran out.
+
+    Raises
+    ------
+    MemoryError, torch.OutOfMemoryError, RuntimeError
+        If there is no memory to contract single samples, as the device says it.
     """
-    for left_start, one in _placed(left, row):
-        for right_start, other in _placed(right, column):
-            if is_mirrored and right_start < left_start:
-                continue
-            pause()
-            top, side = left_start * num_covectors, right_start * num_covectors
-            height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
-            place = tile[top : top + height, side : side + width]
-            contract(one, other, workspace, pairs, out=place)
-            if is_mirrored and left_start != right_start:
-                tile[side : side + width, top : top + height] = place.T
+    while not _filled(left, right, tile, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
+        largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
+        most = max(1, min(largest, most or largest) // 2)
+        workspace.clear()
+        release_memory()
+    return most
 
 
-def _placed(block: Block, start: int) -> Iterator[tuple[int, Piece]]:
-    """Pieces of a block with the position of their first sample."""
+def _filled(
+    left: Block,
+    right: Block,
+    tile: Tensor,
+    corner: tuple[int, int],
+    num_covectors: int,
+    pairs: Pairs,
+    is_mirrored: bool,
+    workspace: Workspace,
+    pause: Callable[[], None],
+    most: int | None,
+) -> bool:
+    """Fill the tile; false if memory ran out for pieces that can be halved."""
+    # The parts of a piece that meets itself must be the same objects on both sides.
+    lefts = list(_placed(left, corner[0], most))
+    rights = lefts if right is left and corner[0] == corner[1] else list(_placed(right, corner[1], most))
+    try:
+        for left_start, one in lefts:
+            for right_start, other in rights:
+                if is_mirrored and right_start < left_start:
+                    continue
+                pause()
+                top, side = left_start * num_covectors, right_start * num_covectors
+                height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
+                place = tile[top : top + height, side : side + width]
+                contract(one, other, workspace, pairs, out=place)
+                if is_mirrored and left_start != right_start:
+                    tile[side : side + width, top : top + height] = place.T
+    except Exception as error:
+        if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
+            raise
+        return False
+    return True
+
+
+def _placed(block: Block, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
+    """Pieces of a block, or parts of at most ``most`` samples, with the position of their first sample."""
     for piece in block.pieces:
-        yield start, piece
-        start += piece.num_samples
+        size = piece.num_samples
+        if most is None or size <= most:
+            yield start, piece
+        else:
+            for first in range(0, size, most):
+                yield start + first, piece.part(first, min(first + most, size))
+        start += size

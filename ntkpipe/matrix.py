@@ -3,23 +3,26 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from ntkpipe.build import BuildJob, StripCache, TileRecord
-from ntkpipe.config import RunSpec
-from ntkpipe.datasets import Source
+from ntkpipe.build import BuildJob, Halvings, StripCache, TileRecord
+from ntkpipe.config import KernelSpec, RunSpec
+from ntkpipe.datasets import Samples, Source
 from ntkpipe.errors import ResourceError
 from ntkpipe.execute import ThreadExecutor
-from ntkpipe.grid import Grid
+from ntkpipe.grid import Grid, matrix_tile
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.layout import Index
+from ntkpipe.models import Forward, resolve_device
 from ntkpipe.plan import Plan, Task
-from ntkpipe.prepare import Prepared, plan_run
+from ntkpipe.prepare import Prepared, plan_run, prepare
 from ntkpipe.progress import show_progress
-from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.resources import available_memory, format_bytes, num_cores
 from ntkpipe.runs import checked
 
 _SHARE_OF_MEMORY = 0.8
@@ -46,6 +49,16 @@ class SettledMatrix:
     plan: Plan
     name: str
     grid: Grid
+
+
+def prepare_matrix(
+    model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
+) -> Prepared:
+    """As :func:`ntkpipe.prepare.prepare`, in tiles as large as leave work for every worker."""
+    # A GPU has one worker.
+    num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
+    choose_tile = partial(matrix_tile, num_workers=num_workers)
+    return prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=choose_tile)
 
 
 def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
@@ -124,9 +137,9 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     )
     executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records: Iterator[TileRecord] = running
+        records: Iterator[TileRecord] = Halvings(plan).watch(running)
         if progress:
-            records = show_progress(running, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+            records = show_progress(records, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
         for _ in records:
             pass
     return sink.matrix

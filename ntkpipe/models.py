@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkpipe.config import ComputeDtype
 from ntkpipe.errors import ConfigError, ModelError, NonFiniteError
 from ntkpipe.manifest import ModelRecord
 
@@ -23,7 +24,13 @@ Forward = str | Callable[..., Any] | None
 Inspectable = Mapping[str, Tensor]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# The dtype of parameters and activations by ``compute_dtype``; TF32 is a way to multiply float32.
+DTYPES: dict[ComputeDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "tf32": torch.float32,
+}
 
 
 class _Hooked(nn.Module):
@@ -96,12 +103,20 @@ class FunctionalModel:
         The selected parameters, as the user's model names them.
     dtype, device
         Of parameters and floating-point inputs.
+    tf32
+        Whether float32 products of a GPU may be TF32; :func:`exact_math` lets them.
     """
 
     module: nn.Module
     names: tuple[str, ...]
     dtype: torch.dtype
     device: torch.device
+    tf32: bool = False
+
+    @property
+    def arithmetic(self) -> ComputeDtype:
+        """The ``compute_dtype``, which tolerances go by."""
+        return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters by name."""
@@ -153,12 +168,13 @@ class FunctionalModel:
 
     def to_batch(self, arrays: Mapping[str, Tensor], is_mapping: bool) -> Batch:
         """Move samples to the device; floating-point ones take the model's dtype, integers and masks keep theirs."""
-        moved = {}
+        moved, is_gpu = {}, self.device.type == "cuda"
         for name, value in arrays.items():
             dtype = self.dtype if value.is_floating_point() else value.dtype
-            if self.device.type == "cuda":
+            if is_gpu and not value.is_pinned():
                 value = value.pin_memory()
-            moved[name] = value.to(self.device, dtype, non_blocking=self.device.type == "cuda")
+            # From pinned memory the host does not wait for the copy; the dtype is converted on the device.
+            moved[name] = value.to(self.device, dtype, non_blocking=is_gpu)
         return moved if is_mapping else moved["input"]
 
     def copy(self) -> "FunctionalModel":
@@ -166,7 +182,7 @@ class FunctionalModel:
         shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
         module = _deepcopy(self.module, shared)
         _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, self.dtype, self.device)
+        return FunctionalModel(module, self.names, self.dtype, self.device, self.tf32)
 
     def channels_last(self) -> "FunctionalModel":
         """A copy with the weights of its convolutions, and so what they compute, channels last in memory.
@@ -178,7 +194,7 @@ class FunctionalModel:
             if parameter.ndim in _CHANNELS_LAST:
                 parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
         _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, self.dtype, self.device)
+        return FunctionalModel(module, self.names, self.dtype, self.device, self.tf32)
 
     def converted(self, dtype: torch.dtype) -> "FunctionalModel":
         """A copy in another dtype, which shares nothing."""
@@ -227,6 +243,7 @@ def prepare_model(
     parameters: str | tuple[str, ...] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    tf32: bool = False,
 ) -> FunctionalModel:
     """Copy ``model`` into the dtype and device of a run and select its parameters. The user's model is not changed.
 
@@ -239,8 +256,8 @@ def prepare_model(
         See :class:`ntkpipe.config.ModelSpec`.
     parameters
         Shell-style patterns; none means all that require a gradient.
-    dtype, device
-        Of the copy.
+    dtype, device, tf32
+        Of the copy, as in :class:`FunctionalModel`.
 
     Raises
     ------
@@ -256,8 +273,33 @@ def prepare_model(
     _check_real(model, names)
     _check_finite(model)
     hooked = _converted(_deepcopy(_Hooked(model, forward), {}), dtype, device)
+    if device.type == "cuda":
+        without_cudnn_rnns(hooked)
     _require_gradients(hooked, names)
-    return FunctionalModel(hooked, names, dtype, device)
+    return FunctionalModel(hooked, names, dtype, device, tf32)
+
+
+def without_cudnn_rnns(module: nn.Module) -> None:
+    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap.
+
+    cuDNN has no switch for RNNs alone, and other layers should keep it: it is off while the forward pass of an RNN
+    runs, and the backward pass follows what that has recorded.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            child.register_forward_pre_hook(_switch_cudnn_off)
+            child.register_forward_hook(_restore_cudnn, always_call=True)
+
+
+def _switch_cudnn_off(module: nn.Module, args: Any) -> None:
+    backend: Any = torch.backends.cudnn
+    module._ntkpipe_cudnn = backend.enabled
+    backend.enabled = False
+
+
+def _restore_cudnn(module: nn.Module, args: Any, output: Any) -> None:
+    backend: Any = torch.backends.cudnn
+    backend.enabled = module._ntkpipe_cudnn
 
 
 def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -400,27 +442,27 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def exact_math() -> Iterator[None]:
+def exact_math(*, tf32: bool = False) -> Iterator[None]:
     """Settings under which numbers are computed, whatever the user's are; restored afterwards.
 
     float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, autocast is off, and fused
     attention paths are off: their math path has the forward-mode derivatives and batching rules that they lack.
+
+    Parameters
+    ----------
+    tf32
+        Whether a GPU may use TF32 in products, convolutions and RNNs of float32. A CPU does not, and contractions do
+        not anywhere.
     """
     backends: Any = torch.backends
-    precisions: list[Any] = [
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-        backends.mkldnn.rnn,
-    ]
+    on_gpu: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    precisions = [*on_gpu, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     before = [setting.fp32_precision for setting in precisions]
     cudnn = backends.cudnn.deterministic, backends.cudnn.benchmark
     fastpath = backends.mha.get_fastpath_enabled()
     try:
         for setting in precisions:
-            setting.fp32_precision = "ieee"
+            setting.fp32_precision = "tf32" if tf32 and setting in on_gpu else "ieee"
         backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
         backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

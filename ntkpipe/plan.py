@@ -6,18 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ntkpipe.device import Sizes, sizes_of
 from ntkpipe.errors import ResourceError
 from ntkpipe.grid import Block, Grid
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.manifest import Choices
 from ntkpipe.resources import format_bytes
 
-# Rows of the pieces in which strips are contracted. Products within them are cut to what stays in a core's cache.
-_SUBTILE_ROWS = 2560
-# What the tensors of one forward and backward pass may take altogether: larger batches gain nothing on a CPU.
-_BATCH_BYTES = 256 * 2**20
-# Scratch of a worker that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
-_SCRATCH_BYTES = 112 * 2**20
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
 # A block may take this long, so that a stop or a kill loses little.
@@ -94,6 +89,8 @@ class Machine:
         Bytes that can be written; none for a kernel that stays in memory.
     flops_per_second
         Rate of one worker's matrix products.
+    device
+        Where it computes, as torch names it.
     """
 
     workers: int
@@ -101,6 +98,12 @@ class Machine:
     base_memory: int
     free_disk: int | None
     flops_per_second: float
+    device: str = "cpu"
+
+    @property
+    def sizes(self) -> Sizes:
+        """How work is cut on the device."""
+        return sizes_of(self.device)
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Plan:
         Upper bound of the process's resident memory.
     problems
         Why it cannot run on this machine, with both numbers each; empty where it can.
+    sample_seconds
+        What the Jacobians of one sample take a worker, as timed; none takes their operations for matrix products.
     """
 
     workload: Workload
@@ -149,6 +154,7 @@ class Plan:
     recompute_factor: float
     memory_bytes: int
     problems: tuple[str, ...] = ()
+    sample_seconds: float | None = None
 
     def require_fit(self) -> None:
         """Refuse a plan that does not fit.
@@ -173,8 +179,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the computing time at the matrix-product rate."""
-        return self.flops / (self.machine.flops_per_second * self.machine.workers)
+        """Estimate of the computing time: contraction at the matrix-product rate, Jacobians as they were timed."""
+        rate = self.machine.flops_per_second
+        jacobians = self.jacobian_flops / rate
+        if self.sample_seconds is not None:
+            jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
+        return (self.pair_flops / rate + jacobians) / self.machine.workers
 
     @property
     def num_tasks(self) -> int:
@@ -220,6 +230,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "memory_limit": self.machine.memory_limit,
             "seconds": self.seconds,
+            "sample_seconds": self.sample_seconds,
             "problems": list(self.problems),
         }
 
@@ -227,6 +238,7 @@ class Plan:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
         shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
+        timed = " at the matrix-product rate" if self.sample_seconds is None else ""
         disk = "kept in memory" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
             ("kernels", shapes),
@@ -240,7 +252,7 @@ class Plan:
             ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
             ("workers", f"{machine.workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
             ("memory bound", f"{format_bytes(self.memory_bytes)}; limit {format_bytes(machine.memory_limit)}"),
-            ("time", f"about {format_seconds(self.seconds)} at the matrix-product rate"),
+            ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
 
@@ -307,16 +319,18 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     """The best plan for a number of workers; its memory may still exceed the limit where nothing smaller works."""
     cost, tile = workload.cost, workload.tile
     share = (machine.memory_limit - machine.base_memory) / machine.workers
-    subtile = min(max(1, _SUBTILE_ROWS // workload.num_covectors), tile)
-    room = max(0.0, share - _fixed_bytes(workload, subtile))
-    batch = _power_of_two(max(2, int(min(0.3 * room, _BATCH_BYTES) / cost.workspace_bytes)), subtile)
+    sizes = machine.sizes
+    subtile = min(max(1, sizes.piece_rows // workload.num_covectors), tile)
+    room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
+    most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
+    batch = _power_of_two(max(2, int(min(most))), subtile)
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.
     strip = tile if affordable >= 2 * tile + subtile else max(1, affordable // 4)
     if choices is not None:
         strip, subtile, batch = choices.strip, choices.subtile, choices.batch
-        room = max(0.0, share - _fixed_bytes(workload, subtile))
+        room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
         affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     subtile, batch = min(subtile, strip), min(batch, strip)
     edge = _edge(workload, machine)
@@ -372,9 +386,9 @@ def _edge(workload: Workload, machine: Machine) -> int:
     return 1
 
 
-def _fixed_bytes(workload: Workload, subtile: int) -> float:
+def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:
     """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
-    piece = (subtile * workload.num_covectors) ** 2 * 16 + _SCRATCH_BYTES
+    piece = (subtile * workload.num_covectors) ** 2 * sizes.piece_entry_bytes + sizes.scratch_bytes
     tiles = 2 * _BUFFERS * workload.tile_bytes
     return tiles + piece + workload.cost.fixed_workspace_bytes
 
@@ -384,7 +398,12 @@ def _worker_bytes(plan: Plan) -> float:
     strips = (plan.hold + 1) * plan.strip * load.cost.block_bytes
     # The strip that is being computed exists in parts before it is whole.
     assembling = plan.subtile * load.cost.block_bytes
-    return _fixed_bytes(load, plan.subtile) + strips + assembling + plan.batch * load.cost.workspace_bytes
+    return (
+        _fixed_bytes(load, plan.subtile, plan.machine.sizes)
+        + strips
+        + assembling
+        + plan.batch * load.cost.workspace_bytes
+    )
 
 
 def _strip_visits(plan: Plan) -> float:

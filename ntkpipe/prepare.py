@@ -1,8 +1,10 @@
 """Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
+from ntkpipe.device import free_memory, sizes_of, without_tf32
 from ntkpipe.errors import DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.kinds import Kind, get_kind
@@ -27,10 +31,8 @@ from ntkpipe.resources import available_memory, free_disk, num_cores, process_me
 # What a run may take of the memory that is free when it starts, where no limit is given.
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
-_RATE_SIZE = 1024
-# Operations of a product in the time of one entry that is multiplied and added to another, by device and bytes of an
-# entry: measured on x86 with AVX2, and by the memory rate of GPUs.
-_PRODUCTS_PER_ENTRY = {"cpu": {4: 32.0, 8: 16.0}, "cuda": {4: 256.0, 8: 256.0}}
+# A batch of Jacobians that takes this long is long enough to be timed.
+_TIMED_SECONDS = 0.2
 # Strips of Jacobians that a worker has at once.
 _STRIPS = 4
 # What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
@@ -132,6 +134,7 @@ def prepare(
         forward=forward,
         parameters=spec.parameters,
         dtype=DTYPES[spec.compute_dtype],
+        tf32=spec.compute_dtype == "tf32",
         device=resolve_device(device),
     )
     load = loader(functional, train)
@@ -146,10 +149,16 @@ def prepare(
         accumulate_dtype=dtype,
         rates=measure_rates(functional.device, dtype),
         num_samples=chosen,
-        memory_bytes=_SHARE_OF_MEMORY * available_memory() / num_cores() / _STRIPS,
+        memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
+        piece_rows=sizes_of(functional.device).piece_rows,
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)
+
+
+def _memory_of_a_worker(device: torch.device) -> float:
+    """Bytes for each core, or those of the GPU, which has one worker."""
+    return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
@@ -225,14 +234,14 @@ def plan_run(
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
         # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
-        free = torch.cuda.mem_get_info(engine.model.device)[0]
-        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free))
+        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
     machine = Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
         base_memory=used + result_bytes,
         free_disk=None if path is None else free_disk(path),
         flops_per_second=engine.setup.rates.product,
+        device=str(engine.model.device),
     )
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
@@ -247,20 +256,45 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
     return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
 
 
+def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
+    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
+
+    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit stays as it is.
+    """
+    if plan.problems:
+        return plan
+    batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
+    while True:
+        repeated = take(batch, [i % batch_size(batch) for i in range(size)])
+        seconds = _best_seconds(partial(engine.piece, repeated), engine.model.device, tries=1)
+        if size >= plan.batch or seconds >= _TIMED_SECONDS:
+            return replace(plan, sample_seconds=seconds / size)
+        size = min(4 * size, plan.batch)
+
+
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What one thread of the device does in a second: products measured, the best of a few tries.
 
-    Representations, and so bits, depend on the elementwise rate; a measured one would change with what else runs.
+    Representations, and so bits, depend on the ratio of the two rates, and it must not change with what else runs: a
+    measurement counts only where it is nearer to 8 (or 1/8, 64, …) times what is usual for such a device.
     """
-    left: Tensor = torch.ones((_RATE_SIZE, _RATE_SIZE), dtype=dtype, device=device)
+    size, passed = sizes_of(device).rate_size, sizes_of(device).elementwise_size
+    left: Tensor = torch.ones((size, size), dtype=dtype, device=device)
     result = torch.empty_like(left)
-    product = 2.0 * _RATE_SIZE**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
-    return Rates(product, product / _PRODUCTS_PER_ENTRY[device.type][dtype.itemsize])
+    with without_tf32(device):
+        product = 2.0 * size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
+    small = left[:passed, :passed].clone()
+    other, total = small.clone(), small.clone()
+    elementwise = passed**2 / _best_seconds(lambda: total.addcmul_(small, other), device, tries=10)
+    usual = sizes_of(device).entry_flops
+    return Rates(product, product / (usual * 8.0 ** round(math.log(product / elementwise / usual, 8.0))))
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
     best = np.inf
-    for _ in range(3):
+    for _ in range(tries):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = perf_counter()
         run()
         if device.type == "cuda":

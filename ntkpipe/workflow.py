@@ -14,6 +14,7 @@ from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.config import StepSpec, Workflow, load_workflow
 from ntkpipe.errors import ConfigError
 from ntkpipe.imports import call_factory, import_object
+from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.kernel import KernelStore
 from ntkpipe.models import Forward, load_checkpoint
 from ntkpipe.plan import Plan, format_seconds
@@ -120,7 +121,7 @@ def run(loaded: Loaded, *, mode: Mode = "a", progress: bool = True) -> Iterator[
         yield StepResult(step.step, rows, is_good)
 
 
-def plan(loaded: Loaded) -> tuple[Plan, dict[str, str]]:
+def plan(loaded: Loaded) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.api.plan_kernel`."""
     workflow = loaded.workflow
     limits = workflow.run

@@ -79,7 +79,7 @@ def traced(function, inputs, **members):
 def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):
     """What an engine is asked for, on a device whose elementwise passes cost as much as 32 operations of a product."""
     rates = Rates(product=32e9, elementwise=1e9)
-    return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30)
+    return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30, piece_rows=2560)
 
 
 def forced(engine):

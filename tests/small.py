@@ -1,6 +1,7 @@
 """A run small enough for any test, and ways to stop it, damage its store and compare it with another."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ntkpipe import compute_kernel
+from ntkpipe.device import SIZES
 from ntkpipe.jacobian.block import Block
 from ntkpipe.jacobian.factors import Dense, Piece
 from ntkpipe.kernel import KernelStore
@@ -60,6 +62,11 @@ def chunks(path: Path) -> dict[str, bytes]:
 def times(path: Path) -> dict[str, int]:
     """When each chunk was written."""
     return {name: (path / name).stat().st_mtime_ns for name in chunks(path)}
+
+
+def with_sizes(monkeypatch: Any, **changes: int) -> None:
+    """Cut work on a CPU in other sizes, as in :class:`ntkpipe.device.Sizes`."""
+    monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], **changes))
 
 
 class Allowance:

@@ -308,7 +308,27 @@ def test_plans_write_nothing_and_say_what_a_run_does(path):
     plan, found = plan_kernel(mlp(), inputs(), store=path, tile=4, test_inputs=inputs(7))
     assert not path.exists()
     assert (plan.workload.num_tiles, plan.tiles_done) == (25, 0)
-    assert sorted(name for term in found for name in term.split(" + ")) == sorted(mlp().state_dict())
+    assert [name for each in found for name in each.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert sum(each.num_parameters for each in found) == 4 * 5 + 5 + 5 * 3 + 3
+    assert sum(each.share for each in found) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("jacobian", ["structured", "fallback"])
+def test_a_plan_reports_what_the_manifest_records(path, jacobian):
+    _, before = plan_kernel(mlp(), inputs(), store=path, tile=4, jacobian=jacobian)
+    recorded = compute(path, jacobian=jacobian).manifest.choices.representations
+    assert {each.name: each.label for each in before} == recorded
+    ask = {"test_inputs": inputs(7, seed=1), "targets": np.arange(18), "jacobian": jacobian}
+    _, after = plan_kernel(mlp(), inputs(), store=path, tile=4, **ask)
+    assert after == before
+
+
+def test_a_plan_times_the_jacobians(path):
+    plan, _ = plan_kernel(mlp(), inputs(), store=path, tile=4, workers=1)
+    assert plan.sample_seconds > 0
+    assert plan.seconds >= 18 * plan.sample_seconds
+    unfit, _ = plan_kernel(mlp(), inputs(), store=path, memory_limit=1)
+    assert unfit.sample_seconds is None
 
 
 def test_a_plan_of_a_store_counts_what_is_there_and_keeps_its_choices(path, monkeypatch):

@@ -22,7 +22,9 @@ from ntkpipe.jacobian.factors import Dense, Piece
 from ntkpipe.plan import Machine, Plan, Workload, make_plan
 
 CPU = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
-COST = Cost(block_bytes=16, workspace_bytes=1, fixed_workspace_bytes=0, jacobian_flops=0.0, pair_flops=1.0)
+COST = Cost(
+    block_bytes=16, workspace_bytes=1, fixed_workspace_bytes=0, largest_bytes=1, jacobian_flops=0.0, pair_flops=1.0
+)
 
 
 def make_plan_of(num_train: int, num_test: int = 0, *, tile: int, width: int = 1, **changes: Any) -> Plan:

@@ -72,6 +72,29 @@ def test_a_clean_store_is_certified(name, dtype, tmp_path):
     assert all(c["error"] < (1e-13 if dtype == "float64" else 1e-5) for c in report.certificates)
 
 
+@pytest.mark.parametrize("kind", ["trace", "output:1"])
+def test_the_other_kinds_are_certified_and_a_wrong_entry_is_found(kind, tmp_path):
+    model = redraw(mlp())
+    store = compute(model, tmp_path / "k.zarr", kind=kind, compute_dtype="float64")
+    assert store.test_diagonal.shape == (9, 1, 1)
+    assert ntkpipe.verify(store, model, progress=False).is_good
+    array = store.store.arrays["kernel/train"]
+    tile = array.read((1, 3)).copy()
+    tile[2, 1] *= 1.001
+    array.write((1, 3), tile)
+    assert not ntkpipe.verify(store, model, progress=False).is_good
+
+
+def test_a_convolution_is_certified_in_float32(tmp_path):
+    """The certificate runs the model in the layout of the run: in another, other units of a ReLU are on."""
+    model = redraw(
+        nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 9, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    )
+    report = ntkpipe.verify(compute(model, tmp_path / "k.zarr", kind="pntk"), model, progress=False)
+    assert report.is_good, report.findings
+    assert all(certificate["error"] < 1e-6 for certificate in report.certificates)
+
+
 @pytest.mark.parametrize(
     ("array", "index"), [("kernel/train", (1, 3)), ("kernel/train", (4, 4)), ("kernel/test_train", (1, 0))]
 )

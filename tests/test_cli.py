@@ -4,15 +4,20 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from ntkpipe import cli
 from ntkpipe.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +105,44 @@ def test_plan_shows_the_numbers(finished: tuple[Path, str]) -> None:
     printed = ntkpipe("plan", DIGITS, *SMALL, cwd=folder).stdout
     for word in ("tiles", "blocks", "to write", "operations", "memory bound", "recompute factor", "free"):
         assert word in printed
+
+
+def test_plan_shows_how_jacobians_are_found_and_held(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    printed = ntkpipe("plan", DIGITS, *SMALL, cwd=folder).stdout
+    assert re.search(r"linear +(pairwise|dense|late) +\d+ +[\d,]+ +[\d.]+ +\d+\.\d%", printed)
+    assert "0.weight" not in printed
+    assert "in the fallback" not in printed
+    listed = ntkpipe("plan", DIGITS, *SMALL, "--parameters", cwd=folder).stdout
+    assert re.search(r"0\.weight .*linear .*64 × 16 +1 ", listed)
+    numbers = json.loads(ntkpipe("plan", DIGITS, *SMALL, "--json", cwd=folder).stdout)["jacobians"]
+    described = json.loads(ntkpipe("info", "runs/digits-pntk.zarr", "--json", cwd=folder).stdout)
+    held = {each["name"]: f"{each['rule']}:{each['representation']}" for each in numbers}
+    assert held == described["manifest"]["choices"]["representations"]
+    for found in numbers:
+        assert found["representation"] in printed
+
+
+@pytest.mark.parametrize("options", [(), ("--parameters",)])
+def test_plan_lists_the_fallback_with_its_reason(tmp_path: Path, options: tuple[str, ...]) -> None:
+    answer = ntkpipe("plan", DIGITS, *SMALL, "--set", "kernel.jacobian=fallback", *options, cwd=tmp_path)
+    assert re.search(r"structure was switched off +0\.weight, 0\.bias, ", answer.stdout)
+    assert "plain torch.func, the samples of a batch at once" in answer.stdout
+
+
+def test_tables_keep_whole_names_at_any_width(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    name = "a.very.long.name." * 9 + "weight"
+    monkeypatch.setattr(cli, "Console", partial(Console, force_terminal=True))
+    monkeypatch.setenv("TERM", "xterm")
+    for width in (60, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        cli._print_table("title", ("parameters", "rule", "KiB"), [(name, "conv_transpose2d", "1,234.5")], num_texts=2)
+        printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        assert max(map(len, printed.splitlines())) <= width
+        assert "conv_transpose2d" in printed
+        assert "1,234.5" in printed
+        folded = "".join(line.split()[0] for line in printed.splitlines()[2:])
+        assert folded == name
 
 
 def test_a_plan_that_does_not_fit_says_so_with_both_numbers(tmp_path: Path) -> None:

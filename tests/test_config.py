@@ -84,7 +84,10 @@ def test_a_missing_key_is_named(load, missing):
         ("kernel: {tile: 1.5}", r"line 8: kernel\.tile=1\.5"),
         ("kernel: {tile: -1}", r"line 8: kernel\.tile=-1.*greater than or equal to 1"),
         ("kernel: {tile: true}", r"kernel\.tile=True"),
-        ("kernel: {compute_dtype: float16}", r"kernel\.compute_dtype='float16'.*'float32', 'float64' or 'bfloat16'"),
+        (
+            "kernel: {compute_dtype: float16}",
+            r"kernel\.compute_dtype='float16'.*'float32', 'float64', 'bfloat16' or 'tf32'",
+        ),
         ("kernel: {store_dtype: bfloat16}", r"kernel\.store_dtype='bfloat16'"),
         ("kernel: {parameters: [3]}", r"kernel\.parameters\.0=3"),
         ("run: {memory_limit: lots}", r"run\.memory_limit='lots'"),

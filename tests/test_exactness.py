@@ -458,6 +458,19 @@ def test_no_option_changes_the_kernel(name, options):
     assert np.array_equal(found, found.T)
 
 
+@pytest.mark.parametrize("name", ["mlp", "convnet", "encoder, time first", "embedding", "lstm", "module used twice"])
+def test_the_other_kinds_are_parts_of_the_full_kernel(name):
+    make, inputs = CASES[name]
+    model = redraw(make())
+    size = reference.size_of(inputs)
+    full = reference.kernel(model, inputs)
+    blocks = full.reshape(size, len(full) // size, size, -1)
+    parts = {"trace": np.einsum("iojo->ij", blocks) / blocks.shape[1], "output:1": blocks[:, 1, :, 1]}
+    for kind, exact in parts.items():
+        found = ntkpipe.kernel_matrix(model, inputs, kind=kind, compute_dtype="float64", workers=1)
+        assert error(found, exact) <= 1e-12
+
+
 @pytest.mark.parametrize("patterns", ["2.*", "*.bias", ("0.weight", "2.bias")])
 def test_selected_parameters_are_the_only_ones(patterns):
     model = redraw(mlp())

@@ -42,6 +42,7 @@ costs = st.builds(
     block_bytes=st.integers(1, 10**6),
     workspace_bytes=st.integers(1, 10**6),
     fixed_workspace_bytes=st.integers(0, 10**6),
+    largest_bytes=st.integers(1, 10**6),
     jacobian_flops=st.floats(0, 1e9),
     pair_flops=st.floats(1, 1e9),
 )
@@ -113,7 +114,7 @@ def test_what_fits_a_memory_fits_a_larger_one(workload, machine, more):
 @pytest.mark.parametrize(("tile", "largest"), [(4, 4), (18, 18), (600, 14)])
 def test_heavy_jacobians_fit_any_memory_that_holds_three_samples(tile, largest):
     """One held, one streaming, one being put together: from there on strips grow with the memory."""
-    workload = make_workload(2000, 0, tile, 1, Cost(10**9, 1, 0, jacobian_flops=1.0, pair_flops=1.0))
+    workload = make_workload(2000, 0, tile, 1, Cost(10**9, 1, 0, 1, jacobian_flops=1.0, pair_flops=1.0))
     plans = [make_plan(workload, with_room_for(workload, held)) for held in range(3, 60)]
     assert all(plan.problems == () for plan in plans)
     strips = [plan.strip for plan in plans]
@@ -151,7 +152,7 @@ def test_a_resumed_store_keeps_its_choices_on_any_machine(workload, machine, cho
 @given(st.integers(1, 40), st.integers(0, 15), st.integers(1, 12), st.integers(0, 40), st.integers(1, 4))
 def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, num_test, tile, held, workers):
     """Jacobians that cost nothing are not cached: only strips that a worker holds are reused."""
-    cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
+    cost = Cost(10**6, 1, 0, 1, jacobian_flops=0.0, pair_flops=1e6)
     workload = make_workload(num_train, num_test, tile, 1, cost)
     plan = make_plan(workload, replace(with_room_for(workload, held + 3), workers=workers))
     assert plan.cache_bytes == 0
@@ -163,7 +164,7 @@ def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, n
 @pytest.mark.parametrize("held", [16, 40])
 def test_the_recompute_factor_is_no_idle_bound(held):
     """Where workers keep nothing from block to block, whole tiles cost what it says, or a strip a block less."""
-    cost = Cost(10**6, 1, 0, jacobian_flops=0.0, pair_flops=1e6)
+    cost = Cost(10**6, 1, 0, 1, jacobian_flops=0.0, pair_flops=1e6)
     workload = make_workload(32, 0, 4, 1, cost)
     plan = make_plan(workload, with_room_for(workload, held))
     counted = sum(run(plan, 32, 0, forget=True).values()) / 32
@@ -171,7 +172,7 @@ def test_the_recompute_factor_is_no_idle_bound(held):
 
 
 def test_a_cache_for_everything_computes_each_jacobian_once():
-    cost = Cost(1000, 1, 0, jacobian_flops=1e9, pair_flops=1.0)
+    cost = Cost(1000, 1, 0, 1, jacobian_flops=1e9, pair_flops=1.0)
     plan = make_plan(make_workload(32, 9, 4, 1, cost), replace(PLENTY, workers=3))
     assert plan.recompute_factor == 1.0
     assert set(run(plan, 32, 9).values()) == {1}
@@ -191,7 +192,7 @@ def run(plan, num_train: int, num_test: int, *, forget: bool = False) -> dict[fl
 
 
 def test_a_million_samples_are_planned_without_listing_their_tiles():
-    cost = Cost(400, 5000, 10**6, jacobian_flops=1e5, pair_flops=200.0)
+    cost = Cost(400, 5000, 10**6, 100, jacobian_flops=1e5, pair_flops=200.0)
     workload = make_workload(10**6, 0, 4096, 1, cost)
     tracemalloc.start()
     plan = make_plan(workload, replace(PLENTY, workers=16, memory_limit=8 * 2**30, flops_per_second=5e10))
@@ -207,7 +208,7 @@ def test_a_million_samples_are_planned_without_listing_their_tiles():
 
 
 def test_a_plan_in_words_and_as_json():
-    plan = make_plan(make_workload(32, 9, 4, 2, Cost(1000, 1, 0, 1e9, 1.0)), PLENTY, tiles_done=3, bytes_to_write=10)
+    plan = make_plan(make_workload(32, 9, 4, 2, Cost(1000, 1, 0, 1, 1e9, 1.0)), PLENTY, tiles_done=3, bytes_to_write=10)
     words = dict(plan.rows())
     assert words["kernels"] == "kernel/train 64 × 64, kernel/test_train 18 × 64"
     assert words["tiles"] == "60, of which 3 exist"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import Allowance, WithoutRule, chunks, compute, mlp, times
+from small import Allowance, WithoutRule, chunks, compute, mlp, times, with_sizes
 
 from ntkpipe import runs
 from ntkpipe.build import BuildJob
@@ -82,7 +82,7 @@ def limit_for_strips(path: Path, monkeypatch, **changes) -> int:
     """A memory limit that is too small for whole tiles; memory that is in use does not count, since it varies."""
     monkeypatch.setattr("ntkpipe.prepare.process_memory", lambda: 0)
     monkeypatch.setattr("ntkpipe.prepare._LIBRARY_BYTES", 0)
-    monkeypatch.setattr("ntkpipe.plan._SCRATCH_BYTES", 0)
+    with_sizes(monkeypatch, scratch_bytes=0)
     for limit in (size * 1024 for size in range(20, 2000, 4)):
         try:
             compute(path, memory_limit=limit, mode="w", **changes)

@@ -13,8 +13,7 @@ from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import as_samples
-from ntkpipe.matrix import SettledMatrix, build_matrix, settle_matrix
-from ntkpipe.prepare import prepare
+from ntkpipe.matrix import SettledMatrix, build_matrix, prepare_matrix, settle_matrix
 from ntkpipe.runs import exact_single_thread
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.
@@ -71,8 +70,9 @@ class Ours(Method):
             start = perf_counter()
             with exact_single_thread():
                 samples = as_samples(self.inputs[:size], with_targets=False)
-                prepared = prepare(self.model, samples, None, spec, forward=None, device="cpu")
-                held = size, settle_matrix(prepared, RunSpec(workers=self.workers, device="cpu"))
+                run = RunSpec(workers=self.workers, device="cpu")
+                prepared = prepare_matrix(self.model, samples, None, spec, run, forward=None)
+                held = size, settle_matrix(prepared, run)
             self._settled, self.settle_seconds = held, perf_counter() - start
         return held[1]
 

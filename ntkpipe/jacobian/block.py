@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkpipe.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.errors import ModelError
 from ntkpipe.grid import Span
 from ntkpipe.jacobian.contract import Pairs
-from ntkpipe.jacobian.cost import Cost, measure
+from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.factors import Dense, Factor, Piece
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.fill import Filler, Grads, dense_filler, make_filler
@@ -18,10 +19,12 @@ from ntkpipe.jacobian.recorder import Call
 from ntkpipe.jacobian.terms import (
     Rates,
     Representation,
+    Term,
     choose_representation,
+    contraction_flops,
+    covector_pairs,
     kept_numbers,
     make_terms,
-    pair_flops,
 )
 from ntkpipe.jacobian.trace import Tracing
 from ntkpipe.jacobian.uses import Use
@@ -30,9 +33,8 @@ from ntkpipe.models import Batch, FunctionalModel
 
 # Dense Jacobians of fewer entries share one matrix.
 _SMALL_WIDTH = 4096
-# Gradients of several covectors that wait to be multiplied with the inputs at once.
-_GRADIENT_BYTES = 64 * 2**20
 
+_RECORDED = "it is there in the store that is resumed"
 _DEPENDS = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
@@ -77,6 +79,8 @@ class Setup:
         Samples along a tile's edge: how often a Jacobian is used once it is there.
     memory_bytes
         What the Jacobians of that many samples may take.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
 
     covectors: Tensor
@@ -85,6 +89,7 @@ class Setup:
     rates: Rates
     num_samples: int
     memory_bytes: float
+    piece_rows: int
 
 
 class Engine:
@@ -124,14 +129,20 @@ class Engine:
     def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
         setup = self.setup
         # A weight that is held with its bias keeps its way where the bias goes to the fallback.
-        labels = {name.partition(" + ")[0]: label for name, label in (recorded or {}).items()}
+        labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
 
         def choose(name: str, uses: tuple[Use, ...]) -> Representation:
             if recorded is None:
                 return choose_representation(
-                    uses, len(setup.covectors), setup.pairs, setup.rates, setup.num_samples, setup.memory_bytes
+                    uses,
+                    len(setup.covectors),
+                    setup.pairs,
+                    setup.rates,
+                    setup.num_samples,
+                    setup.memory_bytes,
+                    setup.piece_rows,
                 )
-            label = labels.get(name, "").rpartition(":")[2]
+            label = labels.get(name, "")
             return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
 
         return choose
@@ -157,9 +168,7 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {label.partition(":")[2] for label in recorded.values() if label.startswith("torch.func:")}
-        moved = {
-            name: "as recorded" for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")
-        }
+        moved = {name: _RECORDED for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
         method = methods.pop() if methods else self.method
         tracing = self.tracing.without(moved) if moved else self.tracing
         return Engine(self.model, tracing, method, self.setup, recorded)
@@ -174,7 +183,7 @@ class Engine:
     ) -> tuple[Block, int]:
         """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
 
-        Memory: the block, and one batch's activations. On a GPU that runs out of memory the batch is halved.
+        Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
 
         Returns
         -------
@@ -182,24 +191,36 @@ class Engine:
 
         Raises
         ------
-        torch.OutOfMemoryError
-            If a GPU cannot even run two samples at a time.
+        MemoryError, torch.OutOfMemoryError, RuntimeError
+            If not even two samples can be run at a time, as the device says it.
         """
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
-            while True:
-                try:
-                    piece, values = self._piece(load, first, last, batch)
-                    break
-                except torch.OutOfMemoryError:
-                    if batch <= 2:
-                        raise
-                    batch = max(2, batch // 2)
-                    torch.cuda.empty_cache()
-            pieces.append(piece)
-            outputs.append(values)
+            found = None
+            while found is None:
+                found = self._piece_if_it_fits(load, first, last, batch)
+                if found is None:
+                    batch = max(2, min(batch, last - first) // 2)
+                    self.workspace.clear()
+                    release_memory()
+            pieces.append(found[0])
+            outputs.append(found[1])
         return Block(tuple(pieces), torch.cat(outputs)), batch
+
+    def _piece_if_it_fits(
+        self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int
+    ) -> tuple[Piece, Tensor] | None:
+        """A piece; none if memory ran out for a batch that can be halved.
+
+        A function of its own: once it has returned, nothing keeps the frames of the failed attempt and their tensors.
+        """
+        try:
+            return self._piece(load, start, stop, batch)
+        except Exception as error:
+            if not is_out_of_memory(error) or min(batch, stop - start) <= 2:
+                raise
+            return None
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
@@ -271,7 +292,8 @@ class Engine:
         sources: list[Any] = [*edges.values(), *(parameters[name] for name in self.tracing.unused)]
         count = len(self.covectors)
         num_bytes = sum(calls[number].blank().numel() for number in edges) * outputs.itemsize
-        step = max(1, min(count, _GRADIENT_BYTES // max(1, num_bytes)))
+        most = sizes_of(self.model.device).gradient_bytes
+        step = max(1, min(count, most // max(1, num_bytes)))
         for start in range(0, count, step):
             covectors = slice(start, min(start + step, count))
             found: list[Sequence[Tensor | None]] = []
@@ -308,18 +330,26 @@ class Engine:
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
-        flops, bytes_whole, _ = measure(lambda: self.piece(batch))
-        _, bytes_half, _ = measure(lambda: self.piece(half))
-        slope = max(0, bytes_whole - bytes_half) // (size - size // 2)
-        squared = len(self.covectors) ** 2 if self.setup.pairs == "all" else len(self.covectors)
-        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
+        with Meter() as whole:  # type: ignore[no-untyped-call]
+            self.piece(batch)
+        with Meter() as part:  # type: ignore[no-untyped-call]
+            self.piece(half)
+        slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
-            fixed_workspace_bytes=max(0, bytes_whole - slope * size),
-            jacobian_flops=flops / size,
-            pair_flops=2.0 * squared * width
-            + sum(pair_flops(term, len(self.covectors), self.setup.pairs) for term in self.terms),
+            fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
+            largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
+            jacobian_flops=whole.num_flops / size,
+            pair_flops=self.pair_flops(),
+        )
+
+    def pair_flops(self) -> float:
+        """Operations of a contraction that fall on one pair of samples."""
+        count, setup = len(self.covectors), self.setup
+        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
+        return 2.0 * covector_pairs(count, setup.pairs) * width + sum(
+            contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows) for term in self.terms
         )
 
     def block_bytes(self) -> int:
@@ -340,7 +370,7 @@ class _Filling:
         self._num_samples = num_samples
         covectors = engine.covectors.to(engine.setup.accumulate_dtype)
         parameters = engine.model.parameters()
-        small = [term for term in engine.terms if term.is_dense and term.width < _SMALL_WIDTH]
+        small = [term for term in engine.terms if _is_small(term)]
         shape = num_samples, len(covectors), sum(term.width for term in small)
         joined = covectors.new_empty(shape)
         parts = joined.split([term.width for term in small], dim=2)
@@ -350,7 +380,7 @@ class _Filling:
         self._large: list[Filler] = [
             make_filler(term, num_samples, covectors, parameters, engine.workspace)
             for term in engine.terms
-            if term not in small
+            if not _is_small(term)
         ]
         self._shared = [Dense(joined)] if small else []
         if engine.fallback:
@@ -376,3 +406,7 @@ class _Filling:
         """The piece, once every batch is in."""
         factors: list[Factor] = [*self._shared, *(filler.factor() for filler in self._large)]
         return Piece(self._num_samples, len(self._engine.covectors), tuple(factors))
+
+
+def _is_small(term: Term) -> bool:
+    return term.is_dense and term.width < _SMALL_WIDTH

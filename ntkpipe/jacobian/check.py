@@ -28,7 +28,7 @@ _JACOBIAN_BYTES = 256 * 2**20
 # dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
 _TOLERANCE, _EPSILON = 1e-5, 1e-10
 # What rounding in the compute dtype may cost the whole kernel before the run is refused.
-_COMPUTE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
+_COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
 
 Jacobians = dict[str, Tensor]
 
@@ -102,10 +102,10 @@ def self_check(
     engine, moved, sided, found = checked.settle(engine)
     worst, error = checked.worst(found, sided)
     compute_error = checked.compute_error(engine)
-    limit = _COMPUTE_TOLERANCE[engine.model.dtype]
+    limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
     if compute_error > limit:
         raise SelfCheckError(
-            f"in {engine.model.dtype} the kernel of samples {checked.chosen} is off by {compute_error:.1e} of "
+            f"in {engine.model.arithmetic} the kernel of samples {checked.chosen} is off by {compute_error:.1e} of "
             f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
         )
     report = CheckReport(

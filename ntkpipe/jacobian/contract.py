@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ntkpipe.device import add_rows, sizes_of, without_tf32
 from ntkpipe.jacobian.factors import Dense, Factor, Late, Pairwise, Piece, Table
 from ntkpipe.jacobian.workspace import Workspace
 
@@ -22,14 +23,8 @@ Pairs = Literal["all", "same", "sum"]
 _LONGEST_SUM = 8192
 # Products of factors that are added up in their own dtype; more of them in float64.
 _FEW = 8
-# Edges of the smallest block where a piece meets itself: smaller ones multiply slowly, larger ones waste their half.
-_LEAF = {"cpu": 64, "cuda": 1024}
-# Edge of the largest block: the product of two stays in a core's cache.
-_MOST = {"cpu": 512, "cuda": 8192}
-# Rows of products over several positions: samples * positions.
-_POSITION_ROWS = 128
-# Scratch for Jacobians that are multiplied out late.
-_LATE_BYTES = 24 * 2**20
+# Outputs whose Jacobians are multiplied out late at a time, at least, with up to twice the scratch for that.
+_LATE_OUTPUTS = 16
 
 Cell = tuple[slice, slice]
 
@@ -37,7 +32,7 @@ Cell = tuple[slice, slice]
 def contract(
     left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all", out: Tensor | None = None
 ) -> Tensor:
-    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``.
+    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products.
 
     Parameters
     ----------
@@ -55,7 +50,8 @@ def contract(
     Shape (n_left*S, n_right*S), sample-major on both sides; of the pairs with c = d alone (S, n_left, n_right), and
     their sum (n_left, n_right). Symmetric to the last bit for a piece with itself.
     """
-    return _Contraction(left, right, workspace, pairs).run(out)
+    with without_tf32(left.device):
+        return _Contraction(left, right, workspace, pairs).run(out)
 
 
 class _Contraction:
@@ -70,6 +66,7 @@ class _Contraction:
         self.covectors, self.rows, self.columns = left.num_covectors, left.num_samples, right.num_samples
         self.is_mirrored = left is right
         self.like = left.factors[0].tensors()[-1]
+        self.sizes = sizes_of(self.like.device)
         high, wide = (1 if pairs == "sum" else self.covectors), (self.covectors if pairs == "all" else 1)
         self.shape = (high * self.rows, wide * self.columns)
         by_factors = [factor for factor in left.factors if isinstance(factor, Pairwise | Table)]
@@ -152,11 +149,10 @@ class _Contraction:
 
     def _cells(self, rows: int, columns: int, least: int = 1) -> tuple[Cell, ...]:
         """Blocks that cover (rows, columns), or what is on and above the diagonal; each index is ``least`` rows."""
-        device = self.like.device.type
-        most = max(1, _MOST[device] // least)
+        most = max(1, self.sizes.largest_block // least)
         if not self.is_mirrored:
             return _all_cells(rows, columns, most)
-        return _upper_cells(rows, max(1, _LEAF[device] // least), most)
+        return _upper_cells(rows, max(1, self.sizes.smallest_block // least), most)
 
     def _add_dense(self, left: Tensor, right: Tensor) -> None:
         """Jacobians (n, S, width) of the same parameters."""
@@ -205,7 +201,7 @@ class _Contraction:
 
     def _add_constant(self, left: Pairwise, right: Pairwise) -> None:
         """Cotangents that are the covectors: their Gram matrix is known, and often diagonal."""
-        target, gram = self._blocks(), left.cotangents[:, 0, 0] @ right.cotangents[:, 0, 0].T
+        target, gram = self._blocks(), left.covectors @ right.covectors.T
         wanted = [(c, d) for c, d in torch.nonzero(gram).tolist() if self.pairs == "all" or c == d]
         # Unit covectors are orthogonal; of other ones all blocks are needed.
         cells = self._cells(self.rows, self.columns)
@@ -246,7 +242,8 @@ class _Contraction:
     def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
         """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""
         target, positions, is_all = self._blocks(), (left.inputs.shape[1], right.inputs.shape[1]), self.pairs == "all"
-        step = max(1, _POSITION_ROWS // positions[0])
+        row_bytes = self.columns * positions[1] * left.inputs.element_size()
+        step = max(1, min(self.sizes.position_rows, self.sizes.position_bytes // row_bytes) // positions[0])
         for start in range(0, self.rows, step):
             rows = slice(start, min(start + step, self.rows))
             first = start if self.is_mirrored and (self.covectors == 1 or self.pairs != "all") else 0
@@ -264,9 +261,11 @@ class _Contraction:
     def _add_late(self, left: Late, right: Late) -> None:
         """Multiply out the Jacobians of a few outputs at a time, then as :meth:`_add_dense`."""
         groups, n_in, n_out = left.inputs.shape[1], left.inputs.shape[3], left.cotangents.shape[4]
-        row_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        output_bytes = max(self.rows, self.columns) * self.covectors * n_in * left.inputs.element_size()
+        most = self.sizes.late_bytes
+        few = min(_LATE_OUTPUTS, 2 * most // output_bytes)
         for group in range(groups):
-            for outputs in _cuts(0, n_out, max(1, _LATE_BYTES // row_bytes)):
+            for outputs in _cuts(0, n_out, max(1, few, most // output_bytes)):
                 one = self._multiplied("left", left, group, outputs)
                 other = one if self.is_mirrored else self._multiplied("right", right, group, outputs)
                 self._add_dense(one, other)
@@ -343,9 +342,10 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
     sample = torch.arange(num_samples, device=table.indices.device).repeat_interleave(positions)
     keys, inverse = torch.unique(torch.stack([table.indices.reshape(-1), sample]), dim=1, return_inverse=True)
     summed = table.cotangents.new_zeros((covectors, keys.shape[1], width))
-    summed.index_add_(1, inverse, table.cotangents.reshape(covectors, -1, width))
-    indices, counts = torch.unique_consecutive(keys[0], return_counts=True)
-    parts = zip(indices.tolist(), keys[1].split(counts.tolist()), summed.split(counts.tolist(), dim=1), strict=True)
+    add_rows(summed, 1, inverse, table.cotangents.reshape(covectors, -1, width))
+    # One wait for a GPU, not one for each list.
+    indices, counts = torch.stack(torch.unique_consecutive(keys[0], return_counts=True)).tolist()
+    parts = zip(indices, keys[1].split(counts), summed.split(counts, dim=1), strict=True)
     return {index: (rows, d) for index, rows, d in parts}
 
 
@@ -356,10 +356,11 @@ def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
     -------
     Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
     """
-    found = [
-        torch.cat([_diagonal(factor, samples) for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))])
-        for factor in piece.factors
-    ]
+    with without_tf32(piece.device):
+        found = [
+            torch.cat([_diagonal(factor, samples) for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))])
+            for factor in piece.factors
+        ]
     total = torch.stack(found).sum(dim=0)
     if pairs != "all":
         total = total.diagonal(dim1=1, dim2=2)
@@ -375,7 +376,7 @@ def _samples_at_once(factor: Factor) -> int:
     positions = inputs.shape[2] if isinstance(factor, Late) else inputs.shape[1]
     groups = inputs.shape[1] if isinstance(factor, Late) else 1
     per_sample = sum(tensor.numel() for tensor in factor.tensors()) // len(inputs)
-    return max(1, _LATE_BYTES // (8 * (2 * per_sample + groups * positions**2)))
+    return max(1, sizes_of(inputs.device).late_bytes // (8 * (2 * per_sample + groups * positions**2)))
 
 
 def _diagonal(factor: Factor, samples: slice) -> Tensor:

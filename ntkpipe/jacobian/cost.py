@@ -1,6 +1,6 @@
 """What Jacobians and their contraction cost: all that a plan knows of a model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ class Cost:
         Bytes held a sample.
     workspace_bytes, fixed_workspace_bytes
         Bytes that computing one more sample of a batch allocates, at most, and those that any batch does.
+    largest_bytes
+        Bytes of the largest tensor among those, a sample.
     jacobian_flops
         Operations a sample, forward and backward.
     pair_flops
@@ -29,18 +31,12 @@ class Cost:
     block_bytes: int
     workspace_bytes: int
     fixed_workspace_bytes: int
+    largest_bytes: int
     jacobian_flops: float
     pair_flops: float
 
 
-def measure(run: Callable[[], Any]) -> tuple[float, int, Any]:
-    """Operations of ``run``, the bytes of all tensors that it allocates, and its result."""
-    with _Meter() as meter:  # type: ignore[no-untyped-call]
-        result = run()
-    return meter.num_flops, meter.num_bytes, result
-
-
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Adds up operations, and the bytes of every new tensor: an upper bound on the peak, as nothing is taken off.
 
     Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
@@ -48,6 +44,7 @@ class _Meter(TorchDispatchMode):
 
     num_flops = 0.0
     num_bytes = 0
+    largest_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -57,7 +54,9 @@ class _Meter(TorchDispatchMode):
         known = {_address(value) for value in _tensors((args, kwargs))}
         for value in _tensors(result):
             if _address(value) not in known:
-                self.num_bytes += value.untyped_storage().nbytes()
+                size = value.untyped_storage().nbytes()
+                self.num_bytes += size
+                self.largest_bytes = max(self.largest_bytes, size)
         return result
 
 

@@ -5,17 +5,20 @@ instead of the product (Novak, Sohl-Dickstein, Schoenholz 2022, arXiv 2206.08720
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
 def _is_finite(values: Tensor) -> Tensor:
-    """Per entry of the first axis, whether all values are finite: a sum is if they are, and takes one pass."""
-    finite = torch.isfinite(values.sum(dim=tuple(range(1, values.ndim))))
-    if bool(finite.all()):
-        return finite
+    """Per entry of the first axis, whether all values are finite."""
     return torch.isfinite(values).flatten(1).all(dim=1)
+
+
+def _has_finite_sum(values: Tensor) -> Tensor:
+    """Per entry of the first axis, whether the sum of all values is finite: then they are, and it takes one pass."""
+    return torch.isfinite(values.sum(dim=tuple(range(1, values.ndim))))
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,13 @@ class Dense:
         """What is held."""
         return (self.matrix,)
 
-    def is_finite(self) -> Tensor:
-        """Per sample, whether all entries are finite."""
-        return _is_finite(self.matrix)
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """What has to be finite, first axis the sample."""
+        return (self.matrix,)
+
+    def part(self, samples: slice) -> "Dense":
+        """Those of some samples, a view."""
+        return Dense(self.matrix[samples])
 
     def first(self) -> "Dense":
         """Those of the first sample."""
@@ -68,9 +75,19 @@ class Pairwise:
         """What is held."""
         return self.inputs, self.cotangents
 
-    def is_finite(self) -> Tensor:
-        """Per sample, whether all entries are finite."""
-        return _is_finite(self.inputs) & _is_finite(self.cotangents.transpose(0, 1))
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """What has to be finite, first axis the sample; of length one where it is the same for all."""
+        return self.inputs, self.cotangents.transpose(0, 1)
+
+    @cached_property
+    def covectors(self) -> Tensor:
+        """Constant cotangents (S, O) on the host, fetched once."""
+        return self.cotangents[:, 0, 0].cpu()
+
+    def part(self, samples: slice) -> "Pairwise":
+        """Those of some samples, views."""
+        cotangents = self.cotangents if self.is_constant else self.cotangents[:, samples]
+        return Pairwise(self.inputs[samples], cotangents, self.has_bias, self.is_constant)
 
     def first(self) -> "Pairwise":
         """Those of the first sample."""
@@ -98,9 +115,13 @@ class Late:
         """What is held."""
         return self.inputs, self.cotangents
 
-    def is_finite(self) -> Tensor:
-        """Per sample, whether all entries are finite."""
-        return _is_finite(self.inputs) & _is_finite(self.cotangents)
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """What has to be finite, first axis the sample."""
+        return self.inputs, self.cotangents
+
+    def part(self, samples: slice) -> "Late":
+        """Those of some samples, views."""
+        return Late(self.inputs[samples], self.cotangents[samples])
 
     def first(self) -> "Late":
         """Those of the first sample."""
@@ -126,9 +147,13 @@ class Table:
         """What is held."""
         return self.indices, self.cotangents
 
-    def is_finite(self) -> Tensor:
-        """Per sample, whether all entries are finite."""
-        return _is_finite(self.cotangents.transpose(0, 1))
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """What has to be finite, first axis the sample."""
+        return (self.cotangents.transpose(0, 1),)
+
+    def part(self, samples: slice) -> "Table":
+        """Those of some samples, views."""
+        return Table(self.indices[samples], self.cotangents[:, samples])
 
     def first(self) -> "Table":
         """Those of the first sample."""
@@ -154,13 +179,30 @@ class Piece:
     num_covectors: int
     factors: tuple[Factor, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.factors[0].tensors()[0].device
+
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for factor in self.factors for tensor in factor.tensors())
 
     def is_finite(self) -> Tensor:
         """Per sample, whether every entry is finite; shape (n,)."""
-        return torch.stack([factor.is_finite().expand(self.num_samples) for factor in self.factors]).all(dim=0)
+        return self._all([_is_finite(values) for factor in self.factors for values in factor.by_sample()])
+
+    def has_finite_sums(self) -> Tensor:
+        """As :meth:`is_finite` in one pass; it may say no where a sum of finite entries overflows."""
+        return self._all([_has_finite_sum(values) for factor in self.factors for values in factor.by_sample()])
+
+    def _all(self, found: list[Tensor]) -> Tensor:
+        return torch.stack([each.expand(self.num_samples) for each in found]).all(dim=0)
+
+    def part(self, start: int, stop: int) -> "Piece":
+        """Jacobians of samples ``start:stop`` of the piece, views."""
+        samples = slice(start, stop)
+        return Piece(stop - start, self.num_covectors, tuple(factor.part(samples) for factor in self.factors))
 
     def first(self) -> "Piece":
         """Jacobians of the first sample."""

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ntkpipe.device import sizes_of
 from ntkpipe.jacobian.factors import Dense, Factor, Late, Pairwise, Table
 from ntkpipe.jacobian.recorder import Call
 from ntkpipe.jacobian.terms import Term
@@ -14,9 +15,6 @@ from ntkpipe.jacobian.workspace import Workspace
 
 # Gradients at the outputs of calls, by number: one for each of a run of covectors.
 Grads = Mapping[int, Sequence[Tensor]]
-
-# Unfolded inputs of a few samples, which should stay in a core's cache.
-_UNFOLDED_BYTES = 2**20
 
 
 class Filler(Protocol):
@@ -180,7 +178,8 @@ def _multiply_out(
     inputs = use.inputs(call, n)
     cotangents = [use.cotangents(call, grad, n) for grad in grads]
     is_plain = groups == 1 and inputs.dtype == target.dtype and _is_viewable(inputs, n, positions, n_in)
-    step = n if is_plain and count == 1 else max(1, _UNFOLDED_BYTES // (target.itemsize * positions * groups * n_in))
+    most = sizes_of(target.device).unfolded_bytes // (target.itemsize * positions * groups * n_in)
+    step = n if is_plain and count == 1 else max(1, most)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         size = part.stop - start

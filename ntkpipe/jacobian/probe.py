@@ -18,10 +18,10 @@ Load = Callable[[Sequence[int]], Batch]
 
 # Batches of unlike sizes and orders: a layout of rows that holds on all of them is no accident of one.
 _PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
-# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
 # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong.
 _VMAP_TOLERANCE = 0.1
-_MIXING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
+_MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
 # Inputs of a 1 x 1 convolution that may be channels last.
 _MANY_CHANNELS = 16
 
@@ -52,7 +52,7 @@ def check_outputs(model: FunctionalModel, load: Load, num_samples: int) -> int:
     if bad:
         raise NonFiniteError(f"the model's outputs are NaN or infinite on samples {sorted(set(bad))}")
     scale = float(outputs.abs().max()) or 1.0
-    tolerance = _MIXING_TOLERANCE[model.dtype] * scale
+    tolerance = _MIXING_TOLERANCE[model.arithmetic] * scale
     if float((outputs - again).abs().max()) > tolerance:
         raise ModelError(
             "two runs of the model on the same batch give different outputs: something in it is random (functional "
@@ -88,8 +88,8 @@ def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> Fu
     """
     convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
     weights = [parameter for parameter in model.module.parameters() if parameter.ndim in {4, 5}]
-    # In torch 2.13 the backward of a 1 x 1 convolution with stride 2 of two to seven channels, channels last, writes
-    # beyond its memory; a function's stride is not known here, nor what other instruction sets do.
+    # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2,
+    # writes beyond its memory; a function's stride is not known here, nor what other instruction sets do.
     if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
         return model
     if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
@@ -102,7 +102,7 @@ def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> Fu
         except RuntimeError:
             return model
     scale = float(outputs.abs().max()) or 1.0
-    return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.dtype] * scale else model
+    return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.arithmetic] * scale else model
 
 
 def make_engine(

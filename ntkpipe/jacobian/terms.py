@@ -10,16 +10,17 @@ from torch import Tensor
 
 from ntkpipe.jacobian.contract import Pairs
 from ntkpipe.jacobian.trace import Tracing
-from ntkpipe.jacobian.uses import LOOKUP, SCALE, Use
+from ntkpipe.jacobian.uses import LOOKUP, OUTER, SCALE, Use
 
 # How a term's Jacobians are held: as in factors.py, or dense after a detour through what was made of the parameters
 # (``joined``).
 Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 
-# Rows of the pieces that are contracted at a time; Jacobians that are multiplied out late are so for each pair of them,
-# which is left alone while it costs less than this share of the contraction.
-_PIECE_ROWS = 2560
+# Jacobians that are multiplied out late are so for each pair of pieces, which is left alone while it costs less than
+# this share of the contraction.
 _LATE_SHARE = 0.25
+# How many times smaller than the Jacobians the factors must be.
+_LATE_GAIN = 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def make_terms(
     parameters
         The selected parameters.
     choose
-        Says how the Jacobians of a term's uses are held, from the weight's name and its uses.
+        Says how the Jacobians of a term are held, from its name, without that of a bias, and its uses.
     """
     found = []
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
@@ -111,12 +112,13 @@ def make_terms(
         if unit.is_bias:
             continue
         partner = next((b for b in biases if id(b) not in taken and b.is_of(unit)), None)
-        name = unit.name if partner is None else f"{unit.name} + {partner.name}"
         representation: Representation = "joined" if unit.is_joined else choose(unit.name, unit.uses)
-        if partner is None or representation != "pairwise":
-            name, partner = unit.name, None
-        else:
+        name = unit.name
+        if partner is not None and representation == "pairwise":
+            name = f"{unit.name} + {partner.name}"
             taken.add(id(partner))
+        else:
+            partner = None
         names = unit.parameters + (partner.parameters if partner is not None else ())
         found.append(Term(name, names, unit.uses, partner is not None, representation, unit.width(parameters)))
     for unit in biases:
@@ -219,10 +221,14 @@ def kept_numbers(term: Term, num_covectors: int) -> int:
     return inputs + num_covectors * positions * first.groups * first.n_out
 
 
+def covector_pairs(num_covectors: int, pairs: Pairs) -> int:
+    """How many pairs of covectors are contracted."""
+    return num_covectors**2 if pairs == "all" else num_covectors
+
+
 def pair_flops(term: Term, num_covectors: int, pairs: Pairs) -> float:
     """Operations to contract one pair of samples."""
-    first, positions = term.uses[0], term.num_positions
-    squared = num_covectors**2 if pairs == "all" else num_covectors
+    first, positions, squared = term.uses[0], term.num_positions, covector_pairs(num_covectors, pairs)
     if term.representation == "pairwise":
         cotangents = 0 if term.is_constant else squared * (first.n_out + 1)
         return 2.0 * positions**2 * (first.n_in + cotangents)
@@ -232,8 +238,45 @@ def pair_flops(term: Term, num_covectors: int, pairs: Pairs) -> float:
     return 2.0 * squared * term.width
 
 
+def sample_flops(term: Term, num_covectors: int) -> float:
+    """Operations to multiply out the Jacobians of one sample, beside its forward and backward pass.
+
+    Of those held in factors none, but for ``late``, where it is done whenever they are contracted; of what is joined
+    without the way back through what was made of parameters.
+    """
+    if term.representation in {"pairwise", "table"}:
+        return 0.0
+    return sum(2.0 * num_covectors * use.num_positions * use.numel for use in term.uses if use.kind == OUTER)
+
+
+def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples: int, piece_rows: int) -> float:
+    """Operations of a contraction that fall on one pair of samples: :func:`pair_flops`, and multiplying out late.
+
+    Parameters
+    ----------
+    term, num_covectors, pairs
+        As of :func:`pair_flops`.
+    num_samples
+        Samples along a tile's edge; the more meet at a time, the less often each is multiplied out.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
+    """
+    flops = pair_flops(term, num_covectors, pairs)
+    if term.representation == "late":
+        # Two pieces of n samples are multiplied out for n^2 pairs, one with itself for half as many.
+        at_a_time = max(1, min(num_samples, piece_rows // num_covectors))
+        flops += 2.0 * sample_flops(term, num_covectors) / at_a_time
+    return flops
+
+
 def choose_representation(
-    uses: tuple[Use, ...], num_covectors: int, pairs: Pairs, rates: Rates, num_samples: int, memory_bytes: float
+    uses: tuple[Use, ...],
+    num_covectors: int,
+    pairs: Pairs,
+    rates: Rates,
+    num_samples: int,
+    memory_bytes: float,
+    piece_rows: int,
 ) -> Representation:
     """The cheapest exact way to hold the Jacobians of a term's uses.
 
@@ -253,6 +296,8 @@ def choose_representation(
         Samples along a tile's edge: how often a sample's Jacobian is used once it is there.
     memory_bytes
         What the dense Jacobians of that many samples may take.
+    piece_rows
+        Rows of the pieces that are contracted at a time.
     """
     first = uses[0]
     positions = sum(use.num_positions for use in uses)
@@ -260,7 +305,7 @@ def choose_representation(
         return "table" if first.shape[0] > positions else "dense"
     if first.kind == SCALE:
         return "dense"
-    squared = num_covectors**2 if pairs == "all" else num_covectors
+    squared = covector_pairs(num_covectors, pairs)
     width = first.groups * first.n_in * first.n_out
     once = 2.0 * num_covectors * positions * width / rates.product  # to multiply out one sample
     if first.groups == 1:
@@ -269,8 +314,8 @@ def choose_representation(
         if per_pair <= 2.0 * squared * width / rates.product + 2.0 * once / max(1, num_samples):
             return "pairwise"
     factors = positions * first.groups * (first.n_in + num_covectors * first.n_out)
-    if factors >= num_covectors * width:
+    if factors * _LATE_GAIN > num_covectors * width:
         return "dense"
     rows = num_samples * (num_covectors if pairs == "all" else 1)
-    late_share = 2.0 * positions / _PIECE_ROWS if rows > _PIECE_ROWS else 0.0
+    late_share = 2.0 * positions / piece_rows if rows > piece_rows else 0.0
     return "late" if late_share <= _LATE_SHARE or width * num_covectors * 4.0 * num_samples > memory_bytes else "dense"

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ntkpipe.device import add_rows
 from ntkpipe.jacobian.recorder import Argument, Call, Geometry
 from ntkpipe.jacobian.rules.form import Form, Lookup, Outer, Scale
 
@@ -109,11 +110,21 @@ class Use:
             return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
         if isinstance(form, Lookup):
             rows = d.reshape(num_samples, self.num_positions, -1)
-            indices = self.inputs(call, num_samples).reshape(num_samples, -1, 1).expand_as(rows).long()
-            return rows.new_zeros((num_samples, *self.shape)).scatter_add_(1, indices, rows)
+            return looked_up(self.inputs(call, num_samples).reshape(num_samples, -1).long(), rows, self.shape)
         if form.inputs is not None:
             d = d * self.inputs(call, num_samples)
         return d.reshape(num_samples, self.num_positions, -1).sum(dim=1).reshape(num_samples, *self.shape)
+
+
+def looked_up(indices: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Jacobians (n, *shape) of a table: rows (n, T, width) where their indices (n, T) say, repeated ones added up."""
+    num_samples, found = len(rows), rows.new_zeros((len(rows), *shape))
+    if rows.device.type == "cpu":
+        return found.scatter_add_(1, indices[:, :, None].expand_as(rows), rows)
+    # One long table of all samples: scatter_add_ adds in any order there.
+    places = indices + shape[0] * torch.arange(num_samples, device=rows.device)[:, None]
+    add_rows(found.flatten(0, 1), 0, places.reshape(-1), rows.flatten(0, 1))
+    return found
 
 
 def total_gradient(form: Form, grad: Tensor, shape: tuple[int, ...]) -> Tensor:

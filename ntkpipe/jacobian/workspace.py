@@ -12,6 +12,10 @@ class Workspace:
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
+    def clear(self) -> None:
+        """Give up what is allocated."""
+        self._tensors.clear()
+
     def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor on the device of ``like``, of its dtype unless one is given; its content is undefined."""
         dtype = dtype or like.dtype

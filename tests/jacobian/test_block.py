@@ -6,10 +6,10 @@ import torch
 from architectures import CAUSAL, IDS, IMAGES, from_transformers, last_logits
 from engines import block_kernel, engine_kernel, engine_of, forced, take
 from reference import Custom, redraw
+from small import with_sizes
 from torch import nn
 
 from ntkpipe.errors import ModelError
-from ntkpipe.jacobian import block as module
 from ntkpipe.jacobian.block import Engine
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_covectors_are_pulled_back_a_few_at_a_time(numbers, runs, monkeypatch):
     model = mlp()
     engine = engine_of(model, X, EYE)
     outputs, calls = engine.forward(X)
-    monkeypatch.setattr(module, "_GRADIENT_BYTES", 8 * numbers * sum(call.blank().numel() for call in calls))
+    with_sizes(monkeypatch, gradient_bytes=8 * numbers * sum(call.blank().numel() for call in calls))
     found = [covectors for covectors, _ in engine.pull_back(outputs, calls)]
     assert [covectors.stop - covectors.start for covectors in found] == runs
     block, _ = engine.block(load, 0, 7, subtile=7, batch=7)

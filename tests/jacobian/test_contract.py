@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from pieces import Draw, error, gram
+from small import with_sizes
 
 from ntkpipe.jacobian import contract as module
 from ntkpipe.jacobian.contract import contract, contract_diagonal
@@ -202,10 +203,10 @@ def test_diagonal_blocks_are_those_of_the_gram(way, num_covectors):
 def test_diagonal_blocks_of_a_few_samples_at_a_time_are_the_same(monkeypatch):
     piece = draw_piece(WAYS, 7, 2)
     whole = contract_diagonal(piece)
-    monkeypatch.setattr(module, "_LATE_BYTES", 1)
+    with_sizes(monkeypatch, late_bytes=1)
     assert error(contract_diagonal(piece), whole) <= EXACT
 
 
 def test_jacobians_are_multiplied_out_a_few_outputs_at_a_time(monkeypatch):
-    monkeypatch.setattr(module, "_LATE_BYTES", 1000)
+    with_sizes(monkeypatch, late_bytes=1000)
     check(draw_piece(["late", "late, groups"], 5, 3), draw_piece(["late", "late, groups"], 4, 3, seed=1), "all")

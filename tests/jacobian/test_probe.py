@@ -149,6 +149,45 @@ def test_number_of_outputs_is_found():
     assert check_outputs(functional, lambda n: X[list(n)], len(X)) == 3
 
 
+def convolving(read):
+    """A convolution and what is done with its output; its strides there are what matters."""
+    model = nn.Sequential(nn.Unflatten(1, (2, 1, 2)), nn.Conv2d(2, 5, (1, 2), padding=(0, 1)), Reading(read), L(15, 2))
+    return prepare_model(redraw(model), dtype=torch.float32, device=torch.device("cpu"))
+
+
+class Reading(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("read", "is_changed"),
+    [
+        (lambda x: x.flatten(1), True),
+        (lambda x: x.view(len(x), -1), False),  # raises for channels that are next to each other
+        (lambda x: x.as_strided((len(x), 15), (15, 1)), False),  # gives other numbers for them
+    ],
+)
+def test_convolutions_run_channels_last_where_the_model_allows_it(read, is_changed):
+    model = convolving(read)
+    changed = with_fast_layout(model, lambda samples: X[list(samples)], len(X))
+    assert (changed is not model) is is_changed
+    assert torch.allclose(changed(X), model(X), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [(L(4, 2), torch.float32), (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 4)), torch.float64)],
+)
+def test_models_without_convolutions_and_float64_keep_their_layout(model, dtype):
+    prepared = prepare_model(model, dtype=dtype, device=torch.device("cpu"))
+    assert with_fast_layout(prepared, lambda samples: X[list(samples)].to(dtype), len(X)) is prepared
+
+
 @pytest.mark.parametrize(
     ("layer", "is_changed"),
     [

@@ -1,0 +1,233 @@
+"""How each parameter's Jacobian is found and held, and what that costs; or why it is left to plain ``torch.func``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.terms import Term, contraction_flops, covector_pairs, kept_numbers, sample_flops
+from ntkpipe.jacobian.uses import LOOKUP
+
+FALLBACK, UNUSED = "torch.func", "unused"
+
+_TITLE = "KiB a sample, share of the contraction"
+
+# What the words of a report mean; n_in and n_out are the width of inputs and cotangents, T is the number of positions.
+LEGEND = {
+    "pairwise": "inputs a and cotangents d of every position; Gram entries are sums of (a·a′)(d·d′)",
+    "late": "a and d as well, multiplied out a part at a time, whenever they are contracted",
+    "table": "indices and cotangents; only samples that look up the same index meet",
+    "dense": "the Jacobian itself, summed over positions: n_in × n_out numbers",
+    "joined": "the Jacobian itself, pulled back through what the model makes of parameters before it uses them",
+    "vmap": "the Jacobian itself, without a rule: plain torch.func, the samples of a batch at once",
+    "loop": "the Jacobian itself, without a rule: plain autograd, one sample after the other",
+    "unused": "nothing: the outputs do not depend on it, its Jacobian is zero",
+}
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Parameters whose Jacobians are found together: a weight and its bias, a part of one, or all that is joined.
+
+    Attributes
+    ----------
+    name
+        As in the manifest's ``choices.representations``; a part of a parameter has its number.
+    parameters
+        Their names.
+    rule
+        Torch functions that use them, as ``linear``; ``torch.func`` in the fallback, empty where nothing does.
+    representation
+        How their Jacobians are held: a word of :data:`LEGEND`.
+    num_parameters
+        Numbers in them.
+    num_positions
+        Positions of a sample at which they are used, T, over all uses; 0 where nothing was traced.
+    groups, n_in, n_out
+        Width of inputs and cotangents in each group; ``n_in`` is 0 where parameters are only added or scale something,
+        and the number of rows for a table that is looked up. All are 0 where uses differ or nothing was traced.
+    sample_bytes
+        Bytes held for one sample.
+    sample_flops
+        Operations to multiply out one sample's Jacobians; what forward and backward pass take is not told apart.
+    pair_flops
+        Operations of a contraction that fall on one pair of samples.
+    share
+        Of that, in the contraction of all parameters.
+    reason
+        Why they are in the fallback; else empty.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    rule: str
+    representation: str
+    num_parameters: int
+    num_positions: int = 0
+    groups: int = 0
+    n_in: int = 0
+    n_out: int = 0
+    sample_bytes: int = 0
+    sample_flops: float = 0.0
+    pair_flops: float = 0.0
+    share: float = 0.0
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        """Rule and representation, as in the manifest's ``choices.representations``; unused ones are not in there."""
+        return f"{self.rule}:{self.representation}"
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether plain ``torch.func`` does it."""
+        return self.rule == FALLBACK
+
+    @property
+    def shape(self) -> str:
+        """``n_in x n_out``, and the number of groups if there are several."""
+        if not self.n_out:
+            return ""
+        shown = f"{self.n_in} × {self.n_out}" if self.n_in else f"{self.n_out}"
+        return shown if self.groups == 1 else f"{shown} (× {self.groups})"
+
+    @property
+    def short_name(self) -> str:
+        """The name, without what a parameter has in common with the one before it: ``head.weight + bias``."""
+        shown, last = [], ""
+        for name in self.name.split(" + "):
+            module = name.rpartition(".")[0]
+            shown.append(name[len(module) + 1 :] if module and module == last else name)
+            last = module
+        return " + ".join(shown)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, in bytes and operations."""
+        return {**asdict(self), "parameters": list(self.parameters)}
+
+
+def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
+    """Every term of an engine, parameter of the fallback and parameter that is not used, in the model's order."""
+    total = engine.pair_flops() or 1.0
+    count, parameters = len(engine.covectors), engine.model.parameters()
+    itemsize = engine.setup.accumulate_dtype.itemsize
+    terms = tuple(_term_report(term, engine, total) for term in engine.terms)
+    fallback = []
+    for name in engine.fallback:
+        width = parameters[name].numel()
+        flops = 2.0 * covector_pairs(count, engine.setup.pairs) * width
+        fallback.append(
+            ParameterReport(
+                name=name,
+                parameters=(name,),
+                rule=FALLBACK,
+                representation=engine.method,
+                num_parameters=width,
+                sample_bytes=count * width * itemsize,
+                pair_flops=flops,
+                share=flops / total,
+                reason=engine.tracing.fallback[name],
+            )
+        )
+    unused = (ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused)
+    order = {name: number for number, name in enumerate(engine.model.names)}
+    return tuple(sorted((*terms, *fallback, *unused), key=lambda report: order[report.parameters[0]]))
+
+
+def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
+    count, setup, first = len(engine.covectors), engine.setup, term.uses[0]
+    flops = contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows)
+    widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
+    groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
+    return ParameterReport(
+        name=term.name,
+        parameters=term.parameters,
+        rule=term.label.rpartition(":")[0],
+        representation=term.representation,
+        num_parameters=term.width + (first.n_out if term.has_bias else 0),
+        num_positions=term.num_positions,
+        groups=groups,
+        n_in=first.shape[0] if n_out and first.kind == LOOKUP else n_in,
+        n_out=n_out,
+        sample_bytes=kept_numbers(term, count) * setup.accumulate_dtype.itemsize,
+        sample_flops=sample_flops(term, count),
+        pair_flops=flops,
+        share=flops / total,
+    )
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """Cells of a table in words.
+
+    Attributes
+    ----------
+    title
+        What the numbers are.
+    columns
+        Headers.
+    rows
+        As many cells each.
+    num_texts
+        How many columns from the left are text; the others are numbers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_texts: int
+
+
+def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
+    """One row for each rule and representation, the costly ones first."""
+    groups: dict[tuple[str, str], list[ParameterReport]] = {}
+    for report in reports:
+        groups.setdefault((report.rule, report.representation), []).append(report)
+    rows = []
+    for (rule, representation), group in sorted(groups.items(), key=lambda item: -_share(item[1])):
+        names = {name for report in group for name in report.parameters}
+        size = sum(report.num_parameters for report in group)
+        rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
+    columns = ("rule", "kept as", "parameters", "numbers", "KiB", "share")
+    return ReportTable(_TITLE, columns, tuple(rows), num_texts=2)
+
+
+def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
+    """One row for each report."""
+    rows = tuple(
+        (
+            report.short_name,
+            report.rule or "–",
+            report.representation,
+            report.shape,
+            f"{report.num_positions or ''}",
+            *_costs([report]),
+        )
+        for report in reports
+    )
+    columns = ("parameters", "rule", "kept as", "n_in × n_out", "positions", "KiB", "share")
+    return ReportTable(_TITLE, columns, rows, num_texts=3)
+
+
+def _costs(group: Sequence[ParameterReport]) -> tuple[str, str]:
+    """KiB a sample, and share of the contraction."""
+    kept = sum(report.sample_bytes for report in group) / 2**10
+    return f"{kept:,.1f}", f"{_share(group):.1%}"
+
+
+def _share(group: Sequence[ParameterReport]) -> float:
+    return sum(report.share for report in group)
+
+
+def explain_reports(reports: Sequence[ParameterReport]) -> list[tuple[str, str]]:
+    """Every word for a representation that occurs, with its meaning."""
+    return [(word, meaning) for word, meaning in LEGEND.items() if any(r.representation == word for r in reports)]
+
+
+def fallback_reasons(reports: Sequence[ParameterReport]) -> list[tuple[str, str]]:
+    """Why parameters are in the fallback, and for each reason the names of all of them."""
+    names: dict[str, list[str]] = {}
+    for report in reports:
+        if report.is_fallback:
+            names.setdefault(report.reason, []).append(report.name)
+    return [(reason, ", ".join(found)) for reason, found in names.items()]
