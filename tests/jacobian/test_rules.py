@@ -1592,6 +1592,42 @@ CASES |= {
 }
 
 
+# --- the same operations by other names -----------------------------------------------------------------------------
+
+
+def joined_token(expand):
+    return lambda m, x: read(torch.cat([expand(m.t, x), x], 1))
+
+
+CASES |= {
+    "mv, method": case(lambda m, x: torch.tanh(x.mv(m.v))[:, None], X, v=param(6)),
+    "addmv": case(lambda m, x: torch.tanh(torch.addmv(m.b, x, m.v, alpha=0.7))[:, None], X, v=param(6), b=param(1)),
+    "addmv, method": case(lambda m, x: torch.tanh(m.b.addmv(x, m.v, beta=0.7))[:, None], X, v=param(6), b=param(1)),
+    "bmm, method": case(lambda m, x: read(x.transpose(0, 1).bmm(m.w).transpose(0, 1)), T, w=param(4, 6, 5)),
+    "baddbmm, method": case(
+        lambda m, x: read(m.b.baddbmm(x.transpose(0, 1), m.w, beta=0.3).transpose(0, 1)),
+        T,
+        w=param(4, 6, 5),
+        b=param(4, 1, 5),
+    ),
+    "index_select, function": case(
+        lambda m, x: read(torch.index_select(m.w, 0, x.flatten()).unflatten(0, x.shape)), IDS, w=param(11, 3)
+    ),
+    "rms_norm, function": case(lambda m, x: read(torch.rms_norm(x, (6,), m.w)), T, w=param(6)),
+    "+, the other way round": case(lambda m, x: read(x.__radd__(m.v)), T, v=param(6)),
+    "-, the other way round": case(lambda m, x: read(x.__rsub__(m.v)), T, v=param(6)),
+    "-, the other way round, from samples": case(lambda m, x: read(m.v.__rsub__(x)), T, v=param(6)),
+    "*, the other way round": case(lambda m, x: read(x.__rmul__(m.v)), T, v=param(6)),
+    "subtract": case(lambda m, x: read(torch.subtract(x, m.v, alpha=0.3)), T, v=param(6)),
+    "sub, in place": case(lambda m, x: read(torch.tanh(x).sub_(m.v, alpha=0.3)), T, v=param(6)),
+    "multiply": case(lambda m, x: read(torch.multiply(x, m.v)), T, v=param(6)),
+    "addcmul, method": case(lambda m, x: read(x.addcmul(m.v, x.cos(), value=0.3)), T, v=param(6)),
+    "token, expand by a size": case(joined_token(lambda t, x: t.expand(x[:, :2].shape)), T, t=param(1, 2, 6)),
+    "token, broadcast_to, method": case(joined_token(lambda t, x: t.broadcast_to((len(x), 2, 6))), T, t=param(2, 1)),
+    "token, tile": case(joined_token(lambda t, x: torch.tile(t, (len(x), 1, 1))), T, t=param(1, 2, 6)),
+    "token, tile, method": case(joined_token(lambda t, x: t.tile(len(x), 1, 1)), T, t=param(1, 2, 6)),
+}
+
 # In torch 2.13 the backward of these under vmap of vmap is wrong, or raises unless samples and covectors are as many.
 WRONG_UNDER_VMAP = ("prelu", "prelu, one slope", "cdist")
 
@@ -1648,4 +1684,4 @@ def test_every_rule_is_used_in_a_case():
     for name in CASES:
         if name not in WRONG_UNDER_VMAP:
             fallback_names(name)  # once, whichever test comes first
-    assert [func for func in RULES if func not in USED and func not in {F.prelu, torch.prelu}] == []
+    assert [func for func in RULES if func not in USED | {F.prelu}] == []

@@ -132,10 +132,10 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:  # noqa: A002
 _METHODS: Any = torch.Tensor
 RULES: dict[Callable[..., Any], Rule] = {
     # In place, too: a sum needs nothing of what was there before.
-    **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_, _METHODS.__radd__), add),
+    **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
     **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
     **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),
-    **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul, _METHODS.__rmul__), mul),
+    **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul), mul),
     **dict.fromkeys((torch.addcmul, _METHODS.addcmul), addcmul),
     **dict.fromkeys((torch.where,), where),
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
