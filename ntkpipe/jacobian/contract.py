@@ -231,13 +231,25 @@ class _Contraction:
         d, e = left.cotangents[:, :, 0], right.cotangents[:, :, 0]
         if self.pairs == "all":
             for high, wide in self._cells(self.covectors, self.covectors, least=self.rows):
+                if self.is_mirrored and high == slice(wide.start, wide.start + 1):
+                    # A covector with itself: half of it is enough.
+                    self._add_equal_covectors(target[high.start, :, high.start], d[high.start], e[high.start], entries)
+                    wide = slice(high.stop, wide.stop)
+                    if wide.start == wide.stop:
+                        continue
                 part = self._product("product", d[high].flatten(0, 1), e[wide].flatten(0, 1))
                 shape = (high.stop - high.start, self.rows, wide.stop - wide.start, self.columns)
                 _add_product(target[high, :, wide], part.view(shape), entries[None, :, None, :])
             return
         for covector in range(self.covectors):
-            part = self._product("product", d[covector], e[covector])
-            _add_product(target[covector if self.pairs == "same" else 0, :, 0], part, entries)
+            place = target[covector if self.pairs == "same" else 0, :, 0]
+            self._add_equal_covectors(place, d[covector], e[covector], entries)
+
+    def _add_equal_covectors(self, target: Tensor, left: Tensor, right: Tensor, entries: Tensor) -> None:
+        """Add ``entries * (left @ right.T)``."""
+        for rows, columns in self._cells(self.rows, self.columns):
+            part = self._product("product", left[rows], right[columns])
+            _add_product(target[rows, columns], part, entries[rows, columns])
 
     def _add_positions(self, left: Pairwise, right: Pairwise) -> None:
         """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""
