@@ -7,6 +7,7 @@ from architectures import IDS, IMAGES
 from engines import engine_of, forced
 from pieces import error, gram
 from reference import Custom, redraw
+from small import with_sizes
 from torch import nn
 
 from ntkpipe.jacobian import fill as module
@@ -93,7 +94,7 @@ def test_every_term_is_the_gram_of_its_parameters(name, step, monkeypatch):
     function, inputs, members = MODELS[name]
     model = redraw(Custom(function, **{n: make() for n, make in members.items()}))
     exact = reference.jacobians(model, inputs)
-    monkeypatch.setattr(module, "_UNFOLDED_BYTES", 2000)  # two or three samples at once
+    with_sizes(monkeypatch, unfolded_bytes=2000)  # two or three samples at once
     for engine in forced(engine_of(model, inputs, COVECTORS)).values():
         parameters = engine.model.parameters()
         for term in engine.terms:

@@ -168,13 +168,13 @@ def use_of(layer, inputs):
 
 
 def choose(uses, covectors=1, pairs="all", *, rates=RATES, num_samples=2000, memory=2.0**40):
-    return choose_representation(uses, covectors, pairs, rates, num_samples, memory)
+    return choose_representation(uses, covectors, pairs, rates, num_samples, memory, piece_rows=2560)
 
 
 # A layer, its inputs, and how its Jacobians are held for tiles of 2000 samples.
 CHOICES = {
     "one row": (lambda: L(6, 300), X, "pairwise"),
-    "one row, two outputs": (lambda: L(6, 2), X, "late"),
+    "one row, two outputs": (lambda: L(6, 2), X, "dense"),
     "few tokens": (lambda: L(40, 500), TOKENS, "pairwise"),
     "many tokens": (lambda: L(2, 3), TOKENS.view(7, 100, 2), "dense"),
     "few positions": (lambda: nn.Conv2d(2, 300, 7), IMAGES, "pairwise"),
@@ -206,10 +206,11 @@ def test_the_choice_is_the_cheapest(width, positions, covectors):
     found = choose(uses, covectors)
     assert (found == "pairwise") == (pairwise <= dense)
     if found != "pairwise":
-        factors, whole = positions * (n_in + covectors * n_out), covectors * n_in * n_out
+        # Factors are worth their while where they are half as large.
+        are_small = 2 * positions * (n_in + covectors * n_out) <= covectors * n_in * n_out
         # Multiplying out once more for each pair of pieces may take a quarter of the time of their contraction.
-        assert found == ("late" if factors < whole and positions <= 320 else "dense")
-        assert choose(uses, covectors, memory=0.0) == ("late" if factors < whole else "dense")
+        assert found == ("late" if are_small and positions <= 320 else "dense")
+        assert choose(uses, covectors, memory=0.0) == ("late" if are_small else "dense")
 
 
 def test_slow_elementwise_passes_rule_out_products_of_gram_matrices():
