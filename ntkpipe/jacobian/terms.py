@@ -19,6 +19,8 @@ Representation = Literal["pairwise", "late", "table", "dense", "joined"]
 # Jacobians that are multiplied out late are so for each pair of pieces, which is left alone while it costs less than
 # this share of the contraction.
 _LATE_SHARE = 0.25
+# A table is contracted row by row, which costs about as much as the product of this many times as many rows.
+_TABLE_GAIN = 4
 # How many times smaller than the Jacobians the factors must be.
 _LATE_GAIN = 2
 
@@ -302,7 +304,7 @@ def choose_representation(
     first = uses[0]
     positions = sum(use.num_positions for use in uses)
     if first.kind == LOOKUP:
-        return "table" if first.shape[0] > positions else "dense"
+        return "table" if first.shape[0] > _TABLE_GAIN * positions else "dense"
     if first.kind == SCALE:
         return "dense"
     squared = covector_pairs(num_covectors, pairs)
