@@ -11,12 +11,13 @@ from torch import nn
 
 from ntkpipe import api
 from ntkpipe.analysis.summary import Summary, summarize
+from ntkpipe.checkpoints import load_checkpoint
 from ntkpipe.config import StepSpec, Workflow, load_workflow
 from ntkpipe.errors import ConfigError
 from ntkpipe.imports import call_factory, import_object
 from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.kernel import KernelStore
-from ntkpipe.models import Forward, load_checkpoint
+from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import Mode
