@@ -1,8 +1,9 @@
 """The pipeline against the same arithmetic in a bare loop: pNTK of an MLP 784-1024-1024-10 on 16,384 inputs.
 
 The bare loop knows the network: it differentiates the three layers by hand, holds all factors in memory, contracts the
-upper tiles in pieces that stay in the cache on the same number of threads, and keeps the result in memory. It checks nothing, writes
-nothing and could not be stopped. The ratio is what tracing, planning, checking, checksums and files cost.
+upper tiles in pieces that stay in the cache on the same number of threads, and keeps the result in memory. It checks
+nothing, writes nothing and could not be stopped. The ratio is what tracing, planning, checking, checksums and files
+cost, less what the engine's halving of diagonal blocks saves.
 
     python benchmarks/pipeline.py [--samples 16384] [--repeats 3]
 """
