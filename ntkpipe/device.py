@@ -40,8 +40,8 @@ class Sizes:
         Gradients of several covectors that wait to be multiplied with the inputs at once.
     unfolded_bytes
         Unfolded inputs of a few samples.
-    rate_size, elementwise_size
-        Edges of the matrices by which rates are measured.
+    rate_size
+        Edge of the matrices by which the rate of products is measured.
     entry_flops
         Operations of a product in the time of one entry that is multiplied and added to another, usually.
     """
@@ -59,7 +59,6 @@ class Sizes:
     gradient_bytes: int
     unfolded_bytes: int
     rate_size: int
-    elementwise_size: int
     entry_flops: float
 
 
@@ -79,7 +78,6 @@ SIZES = {
         gradient_bytes=64 * _MIB,
         unfolded_bytes=_MIB,
         rate_size=1024,
-        elementwise_size=512,
         entry_flops=32.0,
     ),
     # Not measured: chosen so that a product or a pass takes a good part of a millisecond, and launching it nothing.
@@ -97,7 +95,6 @@ SIZES = {
         gradient_bytes=256 * _MIB,
         unfolded_bytes=64 * _MIB,
         rate_size=4096,
-        elementwise_size=4096,
         entry_flops=256.0,
     ),
 }

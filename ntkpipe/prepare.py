@@ -1,6 +1,5 @@
 """Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -275,19 +274,15 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What one thread of the device does in a second: products measured, the best of a few tries.
 
-    Representations, and so bits, depend on the ratio of the two rates, and it must not change with what else runs: a
-    measurement counts only where it is nearer to 8 (or 1/8, 64, …) times what is usual for such a device.
+    Representations, and so bits, depend on the ratio of the two rates. It is what is usual for such a device and not
+    measured: two runs of the same model would differ with what else runs on the machine.
     """
-    size, passed = sizes_of(device).rate_size, sizes_of(device).elementwise_size
-    left: Tensor = torch.ones((size, size), dtype=dtype, device=device)
+    sizes = sizes_of(device)
+    left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)
     result = torch.empty_like(left)
     with without_tf32(device):
-        product = 2.0 * size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
-    small = left[:passed, :passed].clone()
-    other, total = small.clone(), small.clone()
-    elementwise = passed**2 / _best_seconds(lambda: total.addcmul_(small, other), device, tries=10)
-    usual = sizes_of(device).entry_flops
-    return Rates(product, product / (usual * 8.0 ** round(math.log(product / elementwise / usual, 8.0))))
+        product = 2.0 * sizes.rate_size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
+    return Rates(product, product / sizes.entry_flops)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
