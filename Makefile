@@ -27,7 +27,7 @@ clean:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,examples,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,cluster,objects,examples,dev]'
 	touch $(STAMP)
 
 # The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used.
