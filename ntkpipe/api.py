@@ -30,7 +30,7 @@ from ntkpipe.runs import (
     require_same_function,
     settle,
 )
-from ntkpipe.store import Mode, Store, local_path, prepare_path
+from ntkpipe.store import Mode, Store, medium_at, prepare_path
 from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
 
 Patterns = str | tuple[str, ...] | list[str] | None
@@ -75,7 +75,7 @@ def compute_kernel(
         N samples: a tensor or array (first axis the sample), a dict of them (keyword arguments of the model), or a
         map-style data set of samples or (sample, target) pairs.
     store
-        Path of the store.
+        Path or URL of the store.
     kind
         ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N) or ``"ntk"`` (N*O x N*O); conventions in :mod:`ntkpipe.kinds`.
     targets
@@ -139,8 +139,8 @@ def compute_kernel(
         raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
     spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check)
-    path = local_path(store)
-    existing = prepare_path(path, mode) if mode != "w" else None
+    medium = medium_at(store)
+    existing = prepare_path(medium, mode) if mode != "w" else None
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
@@ -153,7 +153,7 @@ def compute_kernel(
             existing.complete_layout()
             if not existing.missing():
                 return KernelStore(existing)
-        settled = settle(prepared, asked, existing, path, run, mode)
+        settled = settle(prepared, asked, existing, medium, run, mode)
         build(settled, train, test, progress=progress)
     return KernelStore(settled.store)
 
@@ -194,8 +194,8 @@ def plan_kernel(
     """
     spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check=False)
-    path = local_path(store)
-    existing = prepare_path(path, "a")
+    medium = medium_at(store)
+    existing = prepare_path(medium, "a")
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
@@ -203,13 +203,13 @@ def plan_kernel(
         if existing is not None:
             _require_same_but_samples(existing, asked)
         choices = None if existing is None else existing.manifest.choices
-        engine = prepared.engine if choices is None else reuse_choices(prepared.engine, choices, path)
+        engine = prepared.engine if choices is None else reuse_choices(prepared.engine, choices, medium.root)
         planned = plan_run(
             prepared,
             engine,
             run,
             prepared.grids(),
-            path=path,
+            medium=medium,
             choices=choices,
             **progress_of(asked, existing),
         )
@@ -229,7 +229,7 @@ def _require_same_but_samples(store: Store, asked: Any) -> None:
         return None if record is None else record.model_copy(update={"inputs_digest": "", "targets_digest": None})
 
     bare = stored.model_copy(update={"train": without(stored.train), "test": without(stored.test)})
-    require_same(Store(store.root, bare), asked)
+    require_same(Store(store.medium, bare), asked)
 
 
 def kernel_matrix(

@@ -292,8 +292,8 @@ class KernelStore:
         )
 
     @property
-    def path(self) -> Path:
-        """Where the store is."""
+    def path(self) -> Path | str:
+        """Path or URL of the store."""
         return self.store.root
 
     @property
@@ -358,7 +358,7 @@ class KernelStore:
         return self.store.arrays[name]
 
     def _kernel(self, name: str) -> Kernel:
-        return Kernel(self._array(name), f"{self.manifest.digest()}-{self.path.resolve()}")
+        return Kernel(self._array(name), f"{self.manifest.digest()}-{self.store.medium.identity()}")
 
     def _read_all(self, name: str) -> NDArray[Any]:
         array = self._array(name)
@@ -367,7 +367,7 @@ class KernelStore:
 
 
 def open_kernel(path: str | Path) -> KernelStore:
-    """Open a kernel store for reading; loads neither torch nor dask, and reads only the manifest.
+    """Open a kernel store, by path or URL, for reading; loads neither torch nor dask, and reads only the manifest.
 
     Raises
     ------

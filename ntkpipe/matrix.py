@@ -99,12 +99,12 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
     engine = prepared.engine
-    plan = plan_run(prepared, engine, run, {name: grid}, path=None, result_bytes=needed)
+    plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
     plan.require_fit()
     if run.self_check:
         engine, _ = checked(prepared, engine, plan)
         if engine.representations != prepared.engine.representations:
-            plan = plan_run(prepared, engine, run, {name: grid}, path=None, result_bytes=needed)
+            plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
             plan.require_fit()
     return SettledMatrix(prepared, engine, plan, name, grid)
 

@@ -23,9 +23,10 @@ from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_sampl
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.kinds import Kind, get_kind
 from ntkpipe.manifest import Choices
+from ntkpipe.medium import Medium
 from ntkpipe.models import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.plan import Machine, Plan, Workload, make_plan
-from ntkpipe.resources import available_memory, free_disk, num_cores, process_memory
+from ntkpipe.resources import available_memory, num_cores, process_memory
 
 # What a run may take of the memory that is free when it starts, where no limit is given.
 _SHARE_OF_MEMORY = 0.7
@@ -160,7 +161,7 @@ def _memory_of_a_worker(device: torch.device) -> float:
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path) -> Engine:
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str) -> Engine:
     """The engine with the recorded choices of the store that is resumed.
 
     Raises
@@ -198,7 +199,7 @@ def plan_run(
     run: RunSpec,
     grids: dict[str, Grid],
     *,
-    path: Path | None,
+    medium: Medium | None,
     choices: Choices | None = None,
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
@@ -212,7 +213,7 @@ def plan_run(
         What is computed, and within what limits.
     grids
         The kernels.
-    path
+    medium
         Where the store is or will be; none for a kernel in memory.
     choices, tiles_done, bytes_to_write
         Of the store that is resumed.
@@ -222,7 +223,7 @@ def plan_run(
     spec = prepared.spec
     workload = Workload(
         grids=grids,
-        num_test=prepared.test.num_samples if prepared.test is not None and path is not None else 0,
+        num_test=prepared.test.num_samples if prepared.test is not None and medium is not None else 0,
         tile=prepared.tile,
         num_covectors=prepared.num_covectors,
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
@@ -238,7 +239,7 @@ def plan_run(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
         base_memory=used + result_bytes,
-        free_disk=None if path is None else free_disk(path),
+        free_disk=None if medium is None else medium.free_bytes(),
         flops_per_second=engine.setup.rates.product,
         device=str(engine.model.device),
     )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -38,6 +37,7 @@ from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.kernel import KernelStore
 from ntkpipe.layout import Index, layouts
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
+from ntkpipe.medium import Medium
 from ntkpipe.models import exact_math, fingerprint
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import Prepared, describe_arithmetic, plan_run, reuse_choices
@@ -221,7 +221,7 @@ class Settled:
 
 
 def settle(
-    prepared: Prepared, asked: Manifest, existing: Store | None, path: Path, run: RunSpec, mode: Mode
+    prepared: Prepared, asked: Manifest, existing: Store | None, medium: Medium, run: RunSpec, mode: Mode
 ) -> Settled:
     """Plan, self-check, and create the store where there is none.
 
@@ -236,7 +236,7 @@ def settle(
     choices = None if existing is None else existing.manifest.choices
     if existing is not None and choices is not None:
         engine = reuse_choices(engine, choices, existing.root)
-    planned = _plan(prepared, engine, asked, existing, path, run)
+    planned = _plan(prepared, engine, asked, existing, medium, run)
     planned.require_fit()
     started = perf_counter()
     check = None
@@ -249,33 +249,33 @@ def settle(
             )
     check_seconds = perf_counter() - started
     if engine.representations != prepared.engine.representations:
-        planned = _plan(prepared, engine, asked, existing, path, run)
+        planned = _plan(prepared, engine, asked, existing, medium, run)
         planned.require_fit()
     if existing is None:
         if mode == "w":
-            prepare_path(path, mode)
+            prepare_path(medium, mode)
         settled = planned.choices(
             engine.representations, engine.model.device.type, describe_arithmetic(engine.model.device)
         )
-        existing = Store.create(path, asked.model_copy(update={"choices": settled}))
+        existing = Store.create(medium, asked.model_copy(update={"choices": settled}))
         require_same(existing, asked)
         if existing.manifest.choices != settled:
             # Another run created the store in the meantime; its choices count.
-            planned = _plan(prepared, engine, asked, existing, path, run)
+            planned = _plan(prepared, engine, asked, existing, medium, run)
             planned.require_fit()
     engine = reuse_choices(engine, existing.manifest.choices, existing.root)
     return Settled(existing, engine, planned, check, check_seconds)
 
 
 def _plan(
-    prepared: Prepared, engine: Engine, asked: Manifest, existing: Store | None, path: Path, run: RunSpec
+    prepared: Prepared, engine: Engine, asked: Manifest, existing: Store | None, medium: Medium, run: RunSpec
 ) -> Plan:
     return plan_run(
         prepared,
         engine,
         run,
         prepared.grids(),
-        path=path,
+        medium=medium,
         choices=None if existing is None else existing.manifest.choices,
         **progress_of(asked, existing),
     )
@@ -300,11 +300,7 @@ class StoreSink:
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether the chunk is there with its whole size."""
-        stored = self.store.arrays[array]
-        try:
-            return stored.path(index).stat().st_size == stored.layout.chunk_bytes
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        return self.store.arrays[array].has(index)
 
     def place(self, array: str, index: Index) -> None:
         """Tiles are computed in buffers, and written when they are whole."""

@@ -1,56 +1,55 @@
-"""The kernel store on disk: how the chunks of its arrays are written, read and listed.
+"""The kernel store: how the chunks of its arrays are written, read and listed.
 
-A chunk is done if its file exists with the expected size: chunks are uncompressed, unsharded, written whole to a
-temporary name and renamed. So one listing tells progress, and a writer that is killed leaves only a ``.partial`` file.
+A chunk is done if it exists with the expected size: chunks are uncompressed, unsharded, and put whole or not at all. So
+one listing tells progress. Where the bytes are, on a disk or in an object store, is the medium's business.
 """
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import MemoryStore
 
+from ntkpipe.documents import array_difference, array_document, group_attributes, group_document
 from ntkpipe.errors import ConfigError, StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
 from ntkpipe.layout import CHECKSUM_BYTES, ArrayLayout, Index, layouts
 from ntkpipe.manifest import ATTRIBUTE, Manifest, from_attribute
-from ntkpipe.resources import format_bytes, free_disk
+from ntkpipe.medium import Folder, Medium, OversizeError
+from ntkpipe.resources import format_bytes
 
 Mode = Literal["a", "w", "w-"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DOCUMENT = "zarr.json"
 
 
 class StoredArray:
     """One array of a store: chunks in and out, each verified."""
 
-    def __init__(self, root: Path, layout: ArrayLayout) -> None:
-        self.root = root
+    def __init__(self, medium: Medium, layout: ArrayLayout) -> None:
+        self.medium = medium
         self.layout = layout
-        self._folder = root / layout.name / "c"
         self._is_checked = False
 
-    def path(self, index: Index) -> Path:
-        """File of chunk ``index``."""
-        return self._folder.joinpath(*map(str, index))
+    def name(self, index: Index) -> str:
+        """Name of chunk ``index`` in the medium."""
+        return f"{self.layout.name}/c/{'/'.join(map(str, index))}"
+
+    def path(self, index: Index) -> Path | str:
+        """Path or URL of chunk ``index``."""
+        return self.medium.address(self.name(index))
 
     def describe(self, index: Index) -> str:
         """Words for messages: which chunk of which array, and the samples or rows that it holds."""
         region = ", ".join(f"{part.start}:{part.stop}" for part in self.layout.region(index)[:2])
         chunk = ", ".join(map(str, index))
         noun = "tile" if self.layout.grid is not None else "chunk"
-        return f"{noun} ({chunk}) of {self.layout.name} (entries [{region}]) in {self.root}"
+        return f"{noun} ({chunk}) of {self.layout.name} (entries [{region}]) in {self.medium.root}"
 
     def present(self) -> set[Index]:
         """Chunks that exist with the expected size, from one listing."""
@@ -58,10 +57,15 @@ class StoredArray:
 
     def sizes(self) -> Iterator[tuple[Index, int]]:
         """Chunks that exist, whatever their size, with the size; files that are no chunks are passed over."""
-        for path, size in _files(self._folder):
-            parts = path.relative_to(self._folder).parts
-            if len(parts) == len(self.layout.chunks) and all(part.isdecimal() for part in parts):
+        prefix = f"{self.layout.name}/c"
+        for name, size in self.medium.sizes(prefix):
+            parts = name[len(prefix) + 1 :].split("/")
+            if len(parts) == len(self.layout.chunks) and all(map(_is_number, parts)):
                 yield tuple(map(int, parts)), size
+
+    def has(self, index: Index) -> bool:
+        """Whether chunk ``index`` exists with the expected size."""
+        return self.medium.size(self.name(index)) == self.layout.chunk_bytes
 
     def missing(self) -> list[Index]:
         """Chunks that a complete array has and that this one has not, in order."""
@@ -76,10 +80,21 @@ class StoredArray:
         StoreError
             If its ``zarr.json`` is damaged or was altered.
         """
-        if not (self.root / self.layout.name / "zarr.json").exists():
-            with _writing(self.root), contextlib.suppress(zarr.errors.ContainsArrayError):
-                _create(str(self.root), self.layout)
+        name = f"{self.layout.name}/{_DOCUMENT}"
+        if self.medium.size(name) is None:
+            with _writing(self.medium):
+                self.medium.put_new(name, self._document())
         self.check_metadata()
+
+    def _document(self) -> bytes:
+        layout = self.layout
+        return array_document(
+            shape=layout.shape,
+            chunks=layout.chunks,
+            dtype=layout.dtype,
+            fill_value=layout.fill_value,
+            dimensions=layout.dimensions,
+        )
 
     def check_metadata(self) -> None:
         """Check that ``zarr.json`` is what this package writes, so that any Zarr reader sees what is stored.
@@ -91,19 +106,16 @@ class StoredArray:
         """
         if self._is_checked:
             return
-        where = f"{self.layout.name}/zarr.json in {self.root}"
+        where = f"{self.layout.name}/{_DOCUMENT} in {self.medium.root}"
         remedy = "delete that file and run again: it is written anew, and every chunk is kept"
         try:
-            array = zarr.open_array(str(self.root / self.layout.name), mode="r")
+            difference = array_difference(self.medium.get(f"{self.layout.name}/{_DOCUMENT}"), self._document(), where)
         except FileNotFoundError:
             raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
-        except Exception as error:
-            raise StoreError(f"{where} is damaged ({error!r}); {remedy}") from error
-        needed = _create(MemoryStore(), self.layout)
-        for field in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
-            found, wanted = (getattr(a.metadata, field) for a in (array, needed))
-            if repr(found) != repr(wanted):  # NaN, a fill value, does not equal itself
-                raise StoreError(f"{where} was altered: it has {field} {found}, needed {wanted}; {remedy}")
+        except OSError as error:
+            raise StoreError(f"{where} is damaged ({error}); {remedy}") from error
+        if difference is not None:
+            raise StoreError(f"{where} was altered: {difference}; {remedy}")
         self._is_checked = True
 
     def write(self, index: Index, values: NDArray[Any]) -> None:
@@ -117,24 +129,14 @@ class StoredArray:
             If it cannot be written for another reason, or the array's ``zarr.json`` was altered.
         """
         self.check_metadata()
-        path = self.path(index)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         chunk = self._whole_chunk(index, values)
         checksum = google_crc32c.value(chunk).to_bytes(CHECKSUM_BYTES, "little")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(chunk.data)
-                file.write(checksum)
-            temporary.replace(path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
-            if error.errno in _DISK_FULL:
+            self.medium.put(self.name(index), chunk.data, checksum)
+        except OSError as error:
+            if isinstance(error, StoreFullError) or error.errno in _DISK_FULL:
                 raise StoreFullError(
-                    f"the disk is full: {format_bytes(free_disk(self.root))} free, "
-                    f"{format_bytes(self.layout.chunk_bytes)} needed for {self.describe(index)}"
+                    f"{_full(self.medium)}, {format_bytes(self.layout.chunk_bytes)} needed for {self.describe(index)}"
                 ) from error
             raise StoreError(f"cannot write {self.describe(index)}: {error}") from error
 
@@ -165,9 +167,14 @@ class StoredArray:
         """
         layout = self.layout
         try:
-            raw = self.path(index).read_bytes()
+            raw = self.medium.get(self.name(index), layout.chunk_bytes)
         except FileNotFoundError:
             raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
+        except OversizeError as error:
+            raise TileError(
+                f"{self.describe(index)} has {error.size} bytes; needed {layout.chunk_bytes}. Delete "
+                f"{self.path(index)} and run again: it is recomputed"
+            ) from error
         except OSError as error:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
         if len(raw) != layout.chunk_bytes:
@@ -195,46 +202,26 @@ class StoredArray:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _create(store: str | MemoryStore, layout: ArrayLayout) -> zarr.Array[Any]:
-    return zarr.create_array(
-        store,
-        name=layout.name,
-        shape=layout.shape,
-        chunks=layout.chunks,
-        dtype=layout.dtype,
-        fill_value=layout.fill_value,
-        serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
-        filters=None,
-        dimension_names=layout.dimensions,
-        config={"write_empty_chunks": True},
-    )
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Every file below ``folder`` with its size; what vanishes meanwhile is passed over."""
-    try:
-        entries = list(os.scandir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path))
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                yield Path(entry.path), entry.stat().st_size
+def _is_number(part: str) -> bool:
+    """Whether it is how a chunk is numbered: no other digits than ours, no leading zero, no number beyond an array."""
+    return part.isascii() and part.isdecimal() and len(part) <= 18 and (part == "0" or part[0] != "0")
 
 
 class Store:
     """A store that exists: its manifest, its arrays, its results."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.root = root
+    def __init__(self, medium: Medium, manifest: Manifest) -> None:
+        self.medium = medium
         self.manifest = manifest
-        self.arrays = {name: StoredArray(root, layout) for name, layout in layouts(manifest).items()}
+        self.arrays = {name: StoredArray(medium, layout) for name, layout in layouts(manifest).items()}
+
+    @property
+    def root(self) -> Path | str:
+        """Path or URL, for messages."""
+        return self.medium.root
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, where: str | Path | Medium) -> "Store":
         """Open a store; reads its manifest and nothing else.
 
         Raises
@@ -244,39 +231,31 @@ class Store:
         StoreError
             If what is there is not a kernel store, or its manifest is damaged.
         """
-        root = local_path(path)
+        medium = medium_at(where)
+        document = medium.address(_DOCUMENT)
         try:
-            text = (root / "zarr.json").read_text()
+            data = medium.get(_DOCUMENT)
         except FileNotFoundError:
-            what = "holds no Zarr group" if root.exists() else "does not exist"
-            raise StoreNotFoundError(f"{root} {what}; needed the path of a kernel store") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"cannot read {root / 'zarr.json'}: {error}") from error
-        try:
-            attributes = json.loads(text)["attributes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{root / 'zarr.json'} is damaged or no Zarr v3 group: {error!r}") from error
-        value = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-        return cls(root, from_attribute(value, str(root)))
+            what = "does not exist or is empty" if medium.is_vacant() else "holds no Zarr group"
+            raise StoreNotFoundError(f"{medium.root} {what}; needed the path of a kernel store") from None
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"cannot read {document}: {error}") from error
+        attributes = group_attributes(data, str(document))
+        return cls(medium, from_attribute(attributes.get(ATTRIBUTE), str(medium.root)))
 
     @classmethod
-    def create(cls, path: str | Path, manifest: Manifest) -> "Store":
+    def create(cls, where: str | Path | Medium, manifest: Manifest) -> "Store":
         """Create a store, or open the one that another process created a moment ago.
 
         The group and its manifest appear in one atomic step, and the first process wins: callers compare the
         manifest they get with the one they asked for.
         """
-        root = local_path(path)
-        with _writing(root):
-            root.mkdir(parents=True, exist_ok=True)
-            temporary = root / f"zarr.json.{uuid.uuid4().hex}.partial"
-            try:
-                temporary.write_text(_group_document({ATTRIBUTE: manifest.to_attribute()}))
-                with contextlib.suppress(FileExistsError):
-                    os.link(temporary, root / "zarr.json")
-            finally:
-                temporary.unlink(missing_ok=True)
-        store = cls.open(root)
+        medium = medium_at(where)
+        with _writing(medium):
+            medium.put_new(_DOCUMENT, group_document({ATTRIBUTE: manifest.to_attribute()}))
+        store = cls.open(medium)
         store.complete_layout()
         return store
 
@@ -288,12 +267,21 @@ class Store:
         StoreError
             If the ``zarr.json`` of one that is there is damaged or was altered.
         """
+        self._create_groups(self.arrays)
         for array in self.arrays.values():
             array.create()
 
-    def partials(self) -> list[Path]:
-        """Files that killed writers left behind; harmless, and never read."""
-        return sorted(path for path, _ in _files(self.root) if path.name.endswith(".partial"))
+    def _create_groups(self, names: Iterable[str]) -> None:
+        """Create the groups that the arrays or groups of these names are in."""
+        folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in names) for depth in range(1, len(parts))}
+        with _writing(self.medium):
+            for folder in sorted(folders):
+                if self.medium.size(f"{folder}/{_DOCUMENT}") is None:
+                    self.medium.put_new(f"{folder}/{_DOCUMENT}", group_document({}))
+
+    def partials(self) -> list[str]:
+        """Names of files that killed writers left behind; harmless, and never read."""
+        return self.medium.leftovers()
 
     def missing(self) -> dict[str, list[Index]]:
         """Missing chunks of each array that has any."""
@@ -311,70 +299,56 @@ class Store:
         StoreError
             If it was replaced since it was opened.
         """
-        with _writing(self.root):
-            file = (self.root / "zarr.json").open("rb")
-        with file:
-            with _writing(self.root):
-                fcntl.flock(file, fcntl.LOCK_SH)
-            if Store.open(self.root).manifest != self.manifest:
+        with contextlib.ExitStack() as held:
+            with _writing(self.medium):
+                held.enter_context(self.medium.in_use())
+            if Store.open(self.medium).manifest != self.manifest:
                 raise StoreError(f"{self.root} was replaced by another run after this one opened it; run again")
-            try:
-                yield
-            finally:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    for path in self.partials():
-                        path.unlink(missing_ok=True)
+            yield
 
     def is_writable(self) -> bool:
-        """Whether this process may write below the root."""
-        return os.access(self.root, os.W_OK)
+        """Whether this process may write below the root, as far as can be told without doing it."""
+        return self.medium.is_writable()
 
     def write_result(self, name: str, result: Mapping[str, Any]) -> None:
         """Store a JSON result below ``results/name``, with the digest of the manifest that it came from."""
-        folder = self.root / "results"
-        with _writing(self.root):
-            for part in ("", *name.split("/")[:-1]):
-                folder = folder / part
-                if not (folder / "zarr.json").exists():
-                    _write_group(folder, {})
-            attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
-            _write_group(self.root / "results" / name, attributes)
+        name = f"results/{name}"
+        self._create_groups([name])
+        attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
+        with _writing(self.medium):
+            self.medium.put(f"{name}/{_DOCUMENT}", group_document(attributes))
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
         """Every result below ``results/folder``, by name."""
-        names = sorted(path.parent.name for path in (self.root / "results" / folder).glob("*/zarr.json"))
+        prefix = f"results/{folder}"
+        below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
+        names = sorted(parts[0] for parts in below if len(parts) == 2 and parts[1] == _DOCUMENT)
         found = [self.read_result(f"{folder}/{name}") for name in names]
         return [result for result in found if result is not None]
 
     def read_result(self, name: str) -> dict[str, Any] | None:
-        """Read a stored result; none if there is none or it came from another manifest."""
+        """Read a stored result; none if there is none or it came from another manifest.
+
+        Raises
+        ------
+        StoreError
+            If it is damaged.
+        """
+        where = f"results/{name} of {self.root}"
         try:
-            attributes = json.loads((self.root / "results" / name / "zarr.json").read_text())["attributes"]
-            result, digest = dict(attributes["result"]), attributes["manifest_digest"]
+            # Results may hold NaN: a mean of nothing is one.
+            attributes = group_attributes(self.medium.get(f"results/{name}/{_DOCUMENT}"), where, allow_nan=True)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"results/{name} of {self.root} is damaged: {error!r}") from error
-        return result if digest == self.manifest.digest() else None
+        except OSError as error:
+            raise StoreError(f"{where} is damaged: {error}") from error
+        result = attributes.get("result")
+        if not isinstance(result, dict) or "manifest_digest" not in attributes:
+            raise StoreError(f"{where} is damaged: it holds no result")
+        return result if attributes["manifest_digest"] == self.manifest.digest() else None
 
 
-def _group_document(attributes: dict[str, Any]) -> str:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1)
-
-
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    """Write a Zarr group of attributes alone, in one atomic step: other processes may write the same one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"zarr.json.{uuid.uuid4().hex}.partial"
-    try:
-        temporary.write_text(_group_document(attributes))
-        temporary.replace(folder / "zarr.json")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def prepare_path(path: str | Path, mode: Mode) -> Store | None:
+def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
     """Apply ``mode`` to what is at the path: the store to resume, or none where one may be created.
 
     Raises
@@ -384,64 +358,79 @@ def prepare_path(path: str | Path, mode: Mode) -> Store | None:
     StoreError
         If what is at the path cannot be read.
     """
-    root = local_path(path)
+    medium = medium_at(where)
     try:
-        is_store = (root / "zarr.json").exists()
+        is_store = medium.size(_DOCUMENT) is not None
+        is_vacant = not is_store and medium.is_vacant()
+    except StoreError:
+        raise
     except OSError as error:
-        raise StoreError(f"cannot read {root}: {error}") from error
-    if not is_store:
-        if root.is_dir() and all(name.endswith(".partial") for name in os.listdir(root)):
-            return None
-        if root.exists():
-            raise StoreExistsError(f"{root} exists and is not a kernel store; choose another path")
+        raise StoreError(f"cannot read {medium.root}: {error}") from error
+    if is_vacant:
         return None
+    if not is_store:
+        raise StoreExistsError(f"{medium.root} exists and is not a kernel store; choose another path")
     if mode == "w-":
-        raise StoreExistsError(f"{root} exists and mode='w-' only creates; use mode='a' to resume or 'w' to start over")
+        raise StoreExistsError(
+            f"{medium.root} exists and mode='w-' only creates; use mode='a' to resume or 'w' to start over"
+        )
     if mode == "a":
-        return Store.open(root)
-    _remove(root)
+        return Store.open(medium)
+    _remove(medium)
     return None
 
 
-def _remove(root: Path) -> None:
+def _remove(medium: Medium) -> None:
     """Remove a store in a way that never leaves half of one at its path; anything but a store is refused."""
     try:
-        is_ours = ATTRIBUTE in json.loads((root / "zarr.json").read_text())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = ATTRIBUTE in group_attributes(medium.get(_DOCUMENT), str(medium.root))
+    except OSError:
         is_ours = False
     if not is_ours:
-        raise StoreExistsError(f"{root} is not a kernel store, so mode='w' does not remove it; choose another path")
-    if root.is_symlink():
-        raise StoreExistsError(f"{root} is a symbolic link, so mode='w' does not remove it; give the path it points to")
-    doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}.removed")
-    with _writing(root), (root / "zarr.json").open("rb") as file:
+        raise StoreExistsError(
+            f"{medium.root} is not a kernel store, so mode='w' does not remove it; choose another path"
+        )
+    with _writing(medium):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            medium.remove()
         except BlockingIOError:
             raise StoreExistsError(
-                f"another run is writing to {root}, so mode='w' does not remove it; stop it, or choose another path"
+                f"another run is writing to {medium.root}, so mode='w' does not remove it; stop it, or choose another "
+                "path"
             ) from None
-        root.rename(doomed)
-    with _writing(doomed):
-        shutil.rmtree(doomed)
 
 
-def local_path(path: str | Path) -> Path:
-    """Return ``path`` as a local path, ``~`` expanded; URLs are refused."""
-    if isinstance(path, str) and "://" in path:
-        raise StoreError(f"{path!r} is a URL; this version writes stores to local paths only")
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigError(f"the store is {type(path).__name__}; needed a path")
-    return Path(os.path.expanduser(path))
+def medium_at(where: str | Path | Medium) -> Medium:
+    """Where a store is: a path of this machine, ``~`` expanded, or the URL of an object store.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither.
+    StoreError
+        If the URL is of no kind that is known.
+    """
+    if isinstance(where, Medium):
+        return where
+    if not isinstance(where, str | os.PathLike):
+        raise ConfigError(f"the store is {type(where).__name__}; needed a path or a URL")
+    if isinstance(where, str) and "://" in where:
+        raise StoreError(f"{where!r} is a URL; this version writes stores to local paths only")
+    return Folder(Path(os.path.expanduser(where)))
+
+
+def _full(medium: Medium) -> str:
+    free = medium.free_bytes()
+    return f"the disk is full: {'an unknown number of bytes' if free is None else format_bytes(free)} free"
 
 
 @contextlib.contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def _writing(medium: Medium) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if isinstance(error, StoreError):
             raise
         if error.errno in _DISK_FULL:
-            raise StoreFullError(f"the disk is full: {format_bytes(free_disk(root))} free at {root}") from error
-        raise StoreError(f"cannot write to {root}: {error}") from error
+            raise StoreFullError(f"{_full(medium)} at {medium.root}") from error
+        raise StoreError(f"cannot write to {medium.root}: {error}") from error

@@ -87,12 +87,12 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
     """
     findings = [
         Finding(
-            str(path.relative_to(store.root)),
+            name,
             (),
             "a partial file of a killed writer; never read",
             is_harmless=True,
         )
-        for path in store.partials()
+        for name in store.partials()
     ]
     diagonals = _diagonals(store)
     count = size = 0

@@ -20,6 +20,8 @@ HOUSE = {
     "config": (1, "shared"),
     "imports": (1, "shared"),
     "manifest": (2, "shared"),
+    "medium": (2, "shared"),
+    "documents": (2, "shared"),
     "execute": (2, "shared"),
     "layout": (3, "shared"),
     "progress": (3, "shared"),
@@ -69,7 +71,7 @@ HOUSE = {
 }
 # Library → the modules that may import it; "jacobian" stands for all modules of that folder.
 DOORS = {
-    "zarr": {"store"},
+    "zarr": {"documents"},
     "google_crc32c": {"store"},
     "dask": {"views"},
     "torch": {

@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch, undi
 
 
 def test_no_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("ntkpipe.prepare.free_disk", lambda _: 1000)
+    monkeypatch.setattr("ntkpipe.medium.free_disk", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"the store needs .* KiB more, 1000 B of disk are free"):
         compute(tmp_path / "k.zarr")
     assert not (tmp_path / "k.zarr").exists()
