@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, verify
     from ntkpipe.errors import NtkpipeError
+    from ntkpipe.export import export_kernel
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ _HOMES = {
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
     "compute_kernel": "api",
+    "export_kernel": "export",
     "kernel_matrix": "api",
     "open_kernel": "kernel",
     "plan_kernel": "api",
@@ -27,6 +29,7 @@ __all__ = [
     "KernelStore",
     "NtkpipeError",
     "compute_kernel",
+    "export_kernel",
     "kernel_matrix",
     "open_kernel",
     "plan_kernel",

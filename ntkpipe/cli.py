@@ -27,6 +27,7 @@ from ntkpipe.errors import (
     StoreFullError,
     TileError,
 )
+from ntkpipe.export import export_kernel, find_array
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.resources import format_bytes
 from ntkpipe.verification import verification_rows, verify_and_record
@@ -172,6 +173,21 @@ def verify(store: Path, workflow: Path | None, overrides: tuple[str, ...], as_js
         _print_rows(f"verify {store}", verification_rows(report))
     if not report.is_good:
         sys.exit(_FOUND)
+
+
+@cli.command()
+@_store_path
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--array", default="train", show_default=True, help="Which one: train, test_train, outputs/train, targets/train, …"
+)
+def export(store: Path, path: Path, array: str) -> None:
+    """Write the full matrix of STORE to PATH: .npy, or .zarr for plain Zarr. It appears there when it is whole."""
+    opened = open_kernel(store)
+    written = export_kernel(opened, path, array=array)
+    layout = find_array(opened.store, array).layout
+    shape = " × ".join(f"{size:,}" for size in layout.shape)
+    _print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

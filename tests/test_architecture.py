@@ -29,6 +29,7 @@ HOUSE = {
     "views": (4, "shared"),
     "kernel": (5, "shared"),
     "verification": (6, "shared"),
+    "export": (6, "shared"),
     "device": (1, "make"),
     "transfer": (1, "make"),
     "checkpoints": (4, "make"),

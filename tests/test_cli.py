@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -171,6 +172,18 @@ def test_verify_finds_a_flipped_byte_and_names_the_tile(finished: tuple[Path, st
     assert answer.returncode == 1
     assert "kernel/train (1, 2)" in answer.stdout
     assert "crc32c" in answer.stdout
+
+
+def test_export_writes_the_full_matrix(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    answer = ntkpipe("export", "runs/digits-pntk.zarr", tmp_path / "k.npy", cwd=folder)
+    assert answer.returncode == 0
+    assert "kernel/train, 1,500 × 1,500 float32" in answer.stdout
+    matrix = np.load(tmp_path / "k.npy", mmap_mode="r")
+    assert np.array_equal(matrix, matrix.T)
+    answer = ntkpipe("export", "runs/digits-pntk.zarr", tmp_path / "k.npy", cwd=folder)
+    assert answer.returncode == 2
+    assert "exists; choose another path" in answer.stderr
 
 
 def test_verify_with_another_model_is_refused(finished: tuple[Path, str]) -> None:
