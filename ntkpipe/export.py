@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ntkpipe.errors import ConfigError, ResourceError, StoreError, StoreExistsError, StoreFullError, TileError
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.layout import ArrayLayout, Index
+from ntkpipe.medium import Folder
 from ntkpipe.progress import Ticks
 from ntkpipe.resources import format_bytes, free_disk
 from ntkpipe.store import Store, StoredArray
@@ -164,9 +165,8 @@ def _write_at(file: BinaryIO, position: int, values: NDArray[Any], dtype: np.dty
 @contextlib.contextmanager
 def _zarr(path: Path, layout: ArrayLayout) -> Iterator[Write]:
     """A Zarr array of the same chunks, all of which are there."""
-    array = StoredArray(
-        path.parent, ArrayLayout(path.name, layout.shape, layout.chunks, layout.dtype, layout.dimensions)
-    )
+    plain = ArrayLayout(path.name, layout.shape, layout.chunks, layout.dtype, layout.dimensions)
+    array = StoredArray(Folder(path.parent), plain)
     array.create()
     yield array.write
 

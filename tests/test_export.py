@@ -172,7 +172,7 @@ def test_wrong_use_says_what_is_known(store, tmp_path, path, array, words):
 
 
 PEAK = """
-import sys, resource
+import sys, zarr
 from ntkpipe import export_kernel
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
