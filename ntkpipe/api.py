@@ -1,9 +1,10 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 from torch import nn
@@ -12,15 +13,17 @@ from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.errors import ConfigError, DataError
+from ntkpipe.execute import Executor
 from ntkpipe.grid import default_tile
 from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord
 from ntkpipe.matrix import compute_matrix, prepare_matrix
-from ntkpipe.models import Forward
-from ntkpipe.plan import Plan
+from ntkpipe.models import DTYPES, Forward
+from ntkpipe.plan import Crew, Plan, Task
 from ntkpipe.prepare import plan_run, prepare, reuse_choices, time_jacobians
 from ntkpipe.progress import Ticks
+from ntkpipe.records import Record
 from ntkpipe.runs import (
     build,
     exact_single_thread,
@@ -33,9 +36,10 @@ from ntkpipe.runs import (
 from ntkpipe.store import Mode, Store, medium_at, prepare_path
 from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
 
-Patterns = str | tuple[str, ...] | list[str] | None
+if TYPE_CHECKING:
+    from distributed import Client
 
-_SHARE_OF_MEMORY = 0.8
+Patterns = str | tuple[str, ...] | list[str] | None
 
 
 def compute_kernel(
@@ -57,7 +61,8 @@ def compute_kernel(
     device: str | None = None,
     self_check: bool = True,
     mode: Mode = "a",
-    client: None = None,
+    client: "Client | None" = None,
+    code: str | Path | None = None,
     workers: int | None = None,
     jacobian: str = "structured",
     progress: bool = True,
@@ -104,7 +109,11 @@ def compute_kernel(
     mode
         As in Zarr: ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates.
     client
-        Reserved for a Dask client; this version computes in this process and needs None.
+        A ``distributed.Client``: blocks are computed by the workers of its cluster, which write to the store
+        themselves; it must be on a disk that they share, or at a URL. Default threads of this process.
+    code
+        A folder whose Python files are sent to the workers of the client, for models that are defined there. Those
+        of ``__main__`` and of installed packages need none.
     workers
         Threads, each with single-threaded arithmetic; default one a core. Results do not depend on it.
     jacobian
@@ -130,11 +139,11 @@ def compute_kernel(
         If the engine and the reference disagree.
     StoreFullError
         If the disk fills up during the run. What is finished is kept.
+    ClusterError
+        If the workers of the client cannot do it, or are lost.
     Interrupted
         On Ctrl-C. What is finished is kept.
     """
-    if client is not None:
-        raise ConfigError(f"client={client!r}; this version computes in this process, so client must be None")
     if mode not in {"a", "w", "w-"}:
         raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
     spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
@@ -142,6 +151,7 @@ def compute_kernel(
     medium = medium_at(store)
     existing = prepare_path(medium, mode) if mode != "w" else None
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
+    crew = None if client is None else _inspect(client, spec, progress)
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(
@@ -153,8 +163,9 @@ def compute_kernel(
             existing.complete_layout()
             if not existing.missing():
                 return KernelStore(existing)
-        settled = settle(prepared, asked, existing, medium, run, mode)
-        build(settled, train, test, progress=progress)
+        settled = settle(prepared, asked, existing, medium, run, mode, crew)
+        executor = None if client is None else _cluster_executor(client, settled.store, code)
+        build(settled, train, test, executor=executor, progress=progress)
     return KernelStore(settled.store)
 
 
@@ -211,9 +222,31 @@ def plan_kernel(
             prepared.grids(),
             medium=medium,
             choices=choices,
+            crew=None,
             **progress_of(asked, existing),
         )
         return time_jacobians(planned, prepared, engine), report_of(engine)
+
+
+def _inspect(client: "Client", spec: KernelSpec, progress: bool) -> Crew:
+    """What the workers of a cluster are; says where its dashboard is."""
+    from ntkpipe import cluster, preflight  # keeps distributed out of runs on one machine
+
+    cluster.require_workers(client)
+    crew = preflight.inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()])
+    if progress:
+        each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
+        where = f"{crew.processes} workers of {each} on {crew.device} ({crew.arithmetic})"
+        print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
+    return crew
+
+
+def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -> Executor[Task, Record]:
+    from ntkpipe import preflight, remote
+
+    preflight.require_shared_store(client, store)
+    packed = None if code is None else remote.pack_code(Path(code))
+    return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
 
 
 def _tile_of(existing: Store | None) -> Callable[[int, int], int]:

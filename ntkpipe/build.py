@@ -1,12 +1,14 @@
 """Build: one block at a time, from samples through Jacobian strips to tiles that are stored."""
 
+import os
+import socket
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from time import perf_counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from time import perf_counter, time
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ntkpipe.datasets import Source, show_samples
-from ntkpipe.device import is_out_of_memory
+from ntkpipe.device import is_out_of_memory, peak_memory
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
@@ -23,8 +25,9 @@ from ntkpipe.jacobian.block import Block, Engine
 from ntkpipe.jacobian.contract import Pairs, contract_diagonal
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
-from ntkpipe.models import Batch
+from ntkpipe.models import Batch, exact_math
 from ntkpipe.plan import Plan, Task
+from ntkpipe.records import BlockRecord, Record, TileRecord
 from ntkpipe.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 
 StripKey = tuple[str, Span]
@@ -48,67 +51,6 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TileRecord:
-    """One chunk that is safely stored.
-
-    Attributes
-    ----------
-    array, index
-        Which one.
-    seconds
-        Time since the one before, of the same worker.
-    batch, subtile
-        What the worker has come down to, in samples: those of the plan unless memory ran out.
-    """
-
-    array: str
-    index: Index
-    seconds: float
-    batch: int
-    subtile: int
-
-
-class Halvings:
-    """What memory that ran out made of the plan's sizes, over all workers.
-
-    Parameters
-    ----------
-    plan
-        The plan.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._planned = {"batch": plan.batch, "subtile": plan.subtile}
-        self.used = dict(self._planned)
-
-    def watch(self, records: Iterator[TileRecord]) -> Iterator[TileRecord]:
-        """Pass records on, and look at their sizes.
-
-        Warns
-        -----
-        UserWarning
-            Once, if they are smaller than planned.
-
-        Yields
-        ------
-        The records.
-        """
-        for record in records:
-            was_as_planned = self.used == self._planned
-            self.used["batch"] = min(self.used["batch"], record.batch)
-            self.used["subtile"] = min(self.used["subtile"], record.subtile)
-            if was_as_planned and self.used != self._planned:
-                changes = [f"{name} {size} → {self.used[name]}" for name, size in self._planned.items()]
-                warnings.warn(
-                    f"memory ran out, so work was halved (samples: {', '.join(changes)}): what comes from here on "
-                    "agrees with an undisturbed run to rounding, not to the last bit. A lower memory_limit, or fewer "
-                    "workers, plans for less memory",
-                    stacklevel=2,
-                )
-            yield record
-
-
 class StripCache:
     """Jacobian strips that the workers of one process share, the least recently used dropped first.
 
@@ -124,6 +66,9 @@ class StripCache:
         self._strips: OrderedDict[StripKey, Block] = OrderedDict()
         self._lock = threading.Lock()
         self._making: dict[StripKey, threading.Lock] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StripCache, (self._capacity,)  # strips stay in the process that computed them
 
     def get(self, key: StripKey, make: Callable[[], Block]) -> Block:
         """The strip, computed by ``make`` if it is not kept. Two workers do not compute the same one at once."""
@@ -179,7 +124,19 @@ class BuildJob:
     store_dtype: np.dtype[Any]
     pairs: Pairs = "all"
 
-    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[TileRecord]]:
+    def session(self) -> AbstractContextManager[None]:
+        """Arithmetic as every tile is computed, for the whole process."""
+        return exact_math(tf32=self.engine.model.tf32)
+
+    def shrunk(self) -> "BuildJob":
+        """The same work in half the memory: strips, pieces and batches of half the size, one held, none shared."""
+        plan = self.plan
+        strip, subtile = max(1, plan.strip // 2), max(1, plan.subtile // 2)
+        batch = max(1, plan.batch // 2)
+        smaller = replace(plan, strip=strip, subtile=subtile, batch=batch, hold=1, cache_bytes=0)
+        return replace(self, plan=smaller, cache=StripCache(0))
+
+    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[Record]]:
         """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
         torch.set_num_threads(1)
         device = torch.device(self.plan.machine.device)
@@ -216,20 +173,50 @@ class _Builder:
     def __init__(self, job: BuildJob, pause: Callable[[], None]) -> None:
         self._job = job
         self._plan = job.plan
-        self._engine = job.engine.copy()
+        self._device = torch.device(job.plan.machine.device)
+        self._engine = job.engine.moved(self._device).copy()
         self._pause = pause
         self._workspace = Workspace()
         rows = job.plan.workload.tile * job.plan.workload.num_covectors
-        self._device = torch.device(job.plan.machine.device)
         self._buffers = tile_buffers(self._device, rows, job.store_dtype)
         self._held: dict[StripKey, Block] = {}
         self._batch = job.plan.batch
         self._most: int | None = None
         self._last = perf_counter()
+        self._flops = 0.0
+        self._num_bytes = 0
 
-    def run(self, task: Task) -> Iterator[TileRecord]:
+    def run(self, task: Task) -> Iterator[Record]:
+        """Do one task, and say at its end what it took."""
+        started, began = time(), perf_counter()
+        self._last, self._flops, self._num_bytes = began, 0.0, 0
+        tiles = 0
+        with peak_memory(self._device) as peak:
+            for tile in self._chunks(task):
+                tiles += 1
+                yield tile
+        if tiles == 0:  # another run had done it
+            return
+        block = task.block
+        yield BlockRecord(
+            array=task.array,
+            rows=(block.row_start, block.row_stop),
+            columns=(block.column_start, block.column_stop),
+            tiles=tiles,
+            started=started,
+            seconds=perf_counter() - began,
+            flops=self._flops,
+            num_bytes=self._num_bytes,
+            peak_memory_bytes=peak(),
+            batch=self._batch,
+            subtile=min(self._plan.subtile, self._most or self._plan.subtile),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            device=str(self._device),
+        )
+
+    def _chunks(self, task: Task) -> Iterator[TileRecord]:
         """Do one task. Tiles are written by a thread of their own while the next ones are computed."""
-        self._last = perf_counter()
         if task.array == "kernel/test_diagonal":
             yield from self._diagonal(task.block.row_start)
             return
@@ -255,6 +242,7 @@ class _Builder:
         """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
         if not self._job.sink.exists(array, index):
             self._job.sink.write(array, index, values)
+            self._num_bytes += values.nbytes
 
     def _finished(self, array: str, index: Index, writing: "Future[None]") -> TileRecord:
         writing.result()
@@ -327,6 +315,8 @@ class _Builder:
                         most=self._most,
                     )
         values = self._buffers.send()
+        rows, columns = len(row_span), len(column_span)
+        self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
         found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
         return _Computed((row, column), row_span, values, found)
 
@@ -405,6 +395,7 @@ class _Builder:
                 "them was written; correct those samples or the model"
             ) from error
         self._require_finite_block(block, split, span)
+        self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         return block
 
     def _require_finite_block(self, block: Block, split: str, span: Span) -> None:

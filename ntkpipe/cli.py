@@ -41,6 +41,11 @@ _NAME_WIDTH = 36
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
 )
+_scheduler = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on a Dask cluster: tcp://host:8786, tls://…, or local for processes of this machine.",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
 _store_path = click.argument("store", type=click.Path(path_type=Path))
@@ -66,10 +71,13 @@ def cli(context: click.Context, traceback: bool) -> None:
     show_default=True,
     help="a: create or resume; w: start over; w-: only create.",
 )
-def run(workflow: Path, overrides: tuple[str, ...], mode: Any) -> None:
+@_scheduler
+def run(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
     from ntkpipe import workflow as workflows
 
+    if scheduler is not None:
+        overrides = (*overrides, f"run.scheduler={scheduler}")
     is_good = True
     for result in workflows.run(workflows.load(workflow, overrides), mode=mode):
         _print_rows(result.step, result.rows)

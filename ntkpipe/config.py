@@ -115,19 +115,24 @@ class RunSpec(Spec):
     ----------
     memory_limit
         Bytes that the process may use, Python and torch included; a number or text such as ``8GiB``. Default
-        70 % of what is available.
+        70 % of what is available. With ``scheduler: local`` of all its processes together, with an address of each.
     device
         ``cpu``, ``cuda`` or ``cuda:1``; default the first GPU where there is one.
     workers
-        Single-threaded workers in this process; default one for each core, on a GPU one.
+        Single-threaded workers in this process; default one for each core, on a GPU one. With ``scheduler: local``
+        processes. Another scheduler has the workers that it has.
     self_check
         Compare the engine with plain ``torch.func`` before the first tile.
+    scheduler
+        Address of a Dask scheduler, as ``tcp://host:8786``, or ``local`` for a cluster of this machine: processes with
+        a thread each, or one for each GPU. Default threads of this process.
     """
 
     memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
     device: str | None = None
     workers: Positive | None = None
     self_check: bool = True
+    scheduler: str | None = None
 
 
 class StepSpec(Spec):

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.errors import NtkpipeError
+from ntkpipe.resources import peak_process_memory
 
 # How failed allocations without an exception of their own are reported: by torch's CPU allocator, CUDA, cuBLAS, cuDNN.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
@@ -121,10 +122,25 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def count_gpus() -> int:
+    """GPUs that torch sees."""
+    return torch.cuda.device_count()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory that can still be used: what is free, and what torch keeps for itself unused."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Bytes that were in use at most: of a GPU's tensors since entering, on a CPU of the process since its start."""
+    if device.type == "cpu":
+        yield peak_process_memory
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: torch.cuda.max_memory_allocated(device)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,10 @@ class ResourceError(NtkpipeError, MemoryError):
     """The work does not fit the memory or the disk; the message holds both numbers."""
 
 
+class ClusterError(NtkpipeError, RuntimeError):
+    """The Dask cluster cannot be used as it is, or was lost. Every tile that was finished is kept."""
+
+
 class StoreError(NtkpipeError, OSError):
     """A kernel store is missing, damaged or cannot be written."""
 

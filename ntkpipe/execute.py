@@ -8,6 +8,7 @@ so results do not depend on how many there are; no port is opened.
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -24,7 +25,15 @@ class Stopped(Exception):  # noqa: N818 - a request, not an error
 
 
 class Job(Protocol[KeyIn, RecordOut]):
-    """What an executor runs."""
+    """What an executor runs. One that sends it to other processes pickles it."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """What must hold in a whole process while it does keys; entered there by whoever owns the process."""
+        ...
+
+    def shrunk(self) -> "Job[KeyIn, RecordOut]":
+        """The same work in less memory, for workers that were killed for using too much; agrees to rounding."""
+        ...
 
     def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
         """Prepare one worker; called in the worker.
@@ -41,10 +50,10 @@ class Job(Protocol[KeyIn, RecordOut]):
         ...
 
 
-class Executor(Protocol):
-    """Runs a job; the cluster's executor has the same method."""
+class Executor(Protocol[Key, Record]):
+    """Runs a job: threads of this process here, workers of a cluster in :mod:`ntkpipe.remote`."""
 
-    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Iterator[Record]:
+    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
         """Do every key once and yield records as they come, in no particular order.
 
         Raises

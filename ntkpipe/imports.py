@@ -1,7 +1,9 @@
 """Objects by import string, from installed packages or from the folder of a workflow file."""
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -61,20 +63,36 @@ def call_factory(factory: str, arguments: dict[str, Any], folder: Path | None = 
 def _import_module(name: str, folder: Path | None) -> ModuleType:
     if folder is None:
         return importlib.import_module(name)
+    with folder_first(folder, name.partition(".")[0]):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def folder_first(folder: Path, top: str | None = None) -> Iterator[None]:
+    """Find modules in ``folder`` before anywhere else, and not those of the same names from other workflows' folders.
+
+    Parameters
+    ----------
+    folder
+        A workflow's folder.
+    top
+        A top-level module that must be the folder's own, if the folder has it, wherever it was loaded from before; none
+        for every module that the folder has, but for names of the standard library.
+    """
     folder = folder.resolve()
-    top = name.partition(".")[0]
     for local in {path.stem for path in folder.glob("*.py")} | {
         path.parent.name for path in folder.glob("*/__init__.py")
     }:
         known = sys.modules.get(local)
-        if known is not None and not _is_below(known, folder) and (local == top or _is_of_another_folder(known)):
+        is_wanted = local == top if top is not None else local not in sys.stdlib_module_names
+        if known is not None and not _is_below(known, folder) and (is_wanted or _is_of_another_folder(known)):
             # Another workflow's module of the same name: forget it, so that this folder's is found.
             for loaded in [key for key in sys.modules if key == local or key.startswith(f"{local}.")]:
                 del sys.modules[loaded]
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()
-        return importlib.import_module(name)
+        yield
     finally:
         sys.path.remove(str(folder))
 

@@ -1,7 +1,6 @@
 """A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.build import BuildJob, Halvings, StripCache, TileRecord
+from ntkpipe.build import BuildJob, StripCache
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples, Source
 from ntkpipe.errors import ResourceError
@@ -22,6 +21,7 @@ from ntkpipe.models import Forward, resolve_device
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import Prepared, plan_run, prepare
 from ntkpipe.progress import show_progress
+from ntkpipe.records import Halvings, Record, TileRecord
 from ntkpipe.resources import available_memory, format_bytes, num_cores
 from ntkpipe.runs import checked
 
@@ -135,12 +135,13 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
         dtype,
         settled.engine.setup.pairs,
     )
-    executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
+    executor: ThreadExecutor[Task, Record] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records: Iterator[TileRecord] = Halvings(plan).watch(running)
+        records = Halvings(plan).watch(running)
+        tiles = (record for record in records if isinstance(record, TileRecord))
         if progress:
-            records = show_progress(records, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
-        for _ in records:
+            tiles = show_progress(tiles, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+        for _ in tiles:
             pass
     return sink.matrix
 

@@ -181,6 +181,14 @@ class FunctionalModel:
         _require_gradients(module, self.names)
         return FunctionalModel(module, self.names, self.dtype, self.device, self.tf32)
 
+    def moved(self, device: torch.device) -> "FunctionalModel":
+        """A copy on another device."""
+        module = _converted(_deepcopy(self.module, {}), self.dtype, device)
+        if device.type == "cuda":
+            without_cudnn_rnns(module)
+        _require_gradients(module, self.names)
+        return FunctionalModel(module, self.names, self.dtype, device, self.tf32)
+
     def channels_last(self) -> "FunctionalModel":
         """A copy with the weights of its convolutions, and so what they compute, channels last in memory.
 

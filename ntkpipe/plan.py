@@ -29,6 +29,11 @@ class Task:
     array: str
     block: Block
 
+    def __str__(self) -> str:
+        block = self.block
+        rows, columns = f"{block.row_start}:{block.row_stop}", f"{block.column_start}:{block.column_stop}"
+        return f"{self.array.removeprefix('kernel/')} tiles {rows} × {columns}"
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -74,15 +79,40 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Crew:
+    """The workers of a cluster, as they were found.
+
+    Attributes
+    ----------
+    processes, threads
+        Worker processes, and threads of each.
+    memory_limit, base_memory
+        Bytes that one process may use, and holds before the first block.
+    flops_per_second
+        Rate of one thread's matrix products.
+    device, arithmetic
+        Where they compute, and what decides the last bits there.
+    """
+
+    processes: int
+    threads: int
+    memory_limit: int
+    base_memory: int
+    flops_per_second: float
+    device: str
+    arithmetic: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """What the run may use.
 
     Attributes
     ----------
     workers
-        Single-threaded workers, at most.
+        Single-threaded workers of one process, at most.
     memory_limit
-        Bytes of the whole process.
+        Bytes of a whole process.
     base_memory
         Bytes that it holds before the first block.
     free_disk
@@ -91,6 +121,8 @@ class Machine:
         Rate of one worker's matrix products.
     device
         Where it computes, as torch names it.
+    processes
+        Processes that compute: this one, or the workers of a cluster.
     """
 
     workers: int
@@ -99,6 +131,12 @@ class Machine:
     free_disk: int | None
     flops_per_second: float
     device: str = "cpu"
+    processes: int = 1
+
+    @property
+    def num_workers(self) -> int:
+        """Single-threaded workers of all processes."""
+        return self.processes * self.workers
 
     @property
     def sizes(self) -> Sizes:
@@ -184,7 +222,7 @@ class Plan:
         jacobians = self.jacobian_flops / rate
         if self.sample_seconds is not None:
             jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
-        return (self.pair_flops / rate + jacobians) / self.machine.workers
+        return (self.pair_flops / rate + jacobians) / self.machine.num_workers
 
     @property
     def num_tasks(self) -> int:
@@ -221,7 +259,8 @@ class Plan:
             "strip": self.strip,
             "subtile": self.subtile,
             "batch": self.batch,
-            "workers": self.machine.workers,
+            "workers": self.machine.num_workers,
+            "processes": self.machine.processes,
             "bytes_to_write": self.bytes_to_write,
             "free_disk_bytes": self.machine.free_disk,
             "flops": self.flops,
@@ -239,6 +278,7 @@ class Plan:
         load, machine = self.workload, self.machine
         shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
         timed = " at the matrix-product rate" if self.sample_seconds is None else ""
+        each = "" if machine.processes == 1 else f" in each of {machine.processes} processes"
         disk = "kept in memory" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
             ("kernels", shapes),
@@ -250,8 +290,11 @@ class Plan:
             ("recompute factor", f"{self.recompute_factor:.2f} (Jacobians computed per sample)"),
             ("Jacobian strips", f"{self.strip} samples, {format_bytes(self.strip * load.cost.block_bytes)} each"),
             ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
-            ("workers", f"{machine.workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
-            ("memory bound", f"{format_bytes(self.memory_bytes)}; limit {format_bytes(machine.memory_limit)}"),
+            ("workers", f"{machine.num_workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
+            (
+                "memory bound",
+                f"{format_bytes(self.memory_bytes)}{each}; limit {format_bytes(machine.memory_limit)}",
+            ),
             ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
@@ -360,7 +403,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     excess = (factor - 1) * num_samples * cost.jacobian_flops
     if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
         plan = replace(plan, cache_bytes=int(min(everything, spare)))
-        if plan.cache_bytes >= everything:
+        if plan.cache_bytes >= everything and machine.processes == 1:
             # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
             plan, factor = replace(plan, edge=1, hold=min(hold, strips)), 1.0
     return replace(
@@ -381,7 +424,7 @@ def _edge(workload: Workload, machine: Machine) -> int:
     tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
     for edge in range(_MAX_EDGE, 1, -1):
         blocks = sum(grid.num_blocks(edge) for grid in workload.grids.values())
-        if blocks >= _BLOCKS_PER_WORKER * machine.workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
+        if blocks >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
             return edge
     return 1
 

@@ -25,7 +25,7 @@ from ntkpipe.kinds import Kind, get_kind
 from ntkpipe.manifest import Choices
 from ntkpipe.medium import Medium
 from ntkpipe.models import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
-from ntkpipe.plan import Machine, Plan, Workload, make_plan
+from ntkpipe.plan import Crew, Machine, Plan, Workload, make_plan
 from ntkpipe.resources import available_memory, num_cores, process_memory
 
 # What a run may take of the memory that is free when it starts, where no limit is given.
@@ -161,7 +161,7 @@ def _memory_of_a_worker(device: torch.device) -> float:
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str) -> Engine:
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew | None = None) -> Engine:
     """The engine with the recorded choices of the store that is resumed.
 
     Raises
@@ -176,14 +176,21 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str) -> Engine:
             f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
             (("choices.representations", choices.representations, engine.representations),),
         )
-    here = describe_arithmetic(engine.model.device)
-    if (engine.model.device.type, here) != (choices.device, choices.arithmetic):
+    device, arithmetic = where_computed(engine, crew)
+    if (device, arithmetic) != (choices.device, choices.arithmetic):
         warnings.warn(
-            f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {engine.model.device.type} "
-            f"({here}): its tiles will agree to rounding, not to the last bit",
+            f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
+            "tiles will agree to rounding, not to the last bit",
             stacklevel=3,
         )
     return engine
+
+
+def where_computed(engine: Engine, crew: Crew | None) -> tuple[str, str]:
+    """Type of the device that computes, and :func:`describe_arithmetic` of it: here, or on the workers."""
+    if crew is not None:
+        return torch.device(crew.device).type, crew.arithmetic
+    return engine.model.device.type, describe_arithmetic(engine.model.device)
 
 
 def describe_arithmetic(device: torch.device) -> str:
@@ -204,6 +211,7 @@ def plan_run(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
     result_bytes: int = 0,
+    crew: Crew | None = None,
 ) -> Plan:
     """Measure what Jacobians cost and this machine can do, and plan.
 
@@ -219,6 +227,8 @@ def plan_run(
         Of the store that is resumed.
     result_bytes
         Bytes of a kernel that stays in memory, about to be allocated.
+    crew
+        Workers of a cluster; none for threads of this process.
     """
     spec = prepared.spec
     workload = Workload(
@@ -230,20 +240,38 @@ def plan_run(
         accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
         cost=measure_cost(prepared, engine),
     )
+    disk = None if medium is None else medium.free_bytes()
+    machine = _this_machine(engine, run, result_bytes, disk) if crew is None else _crew_machine(crew, run, disk)
+    return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
+
+
+def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | None) -> Machine:
     used = process_memory()
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
         # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
         limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
-    machine = Machine(
+    return Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
         base_memory=used + result_bytes,
-        free_disk=None if medium is None else medium.free_bytes(),
+        free_disk=disk,
         flops_per_second=engine.setup.rates.product,
         device=str(engine.model.device),
     )
-    return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
+
+
+def _crew_machine(crew: Crew, run: RunSpec, disk: int | None) -> Machine:
+    """A limit of the run is that of each worker, where that is lower than the worker's own."""
+    return Machine(
+        workers=crew.threads,
+        memory_limit=min(crew.memory_limit, run.memory_limit or crew.memory_limit),
+        base_memory=crew.base_memory,
+        free_disk=disk,
+        flops_per_second=crew.flops_per_second,
+        device=crew.device,
+        processes=crew.processes,
+    )
 
 
 def measure_cost(prepared: Prepared, engine: Engine) -> Cost:

@@ -1,6 +1,8 @@
 """What this machine has: memory, disk, cores. Everything here only looks."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -34,6 +36,12 @@ def process_memory() -> int:
     """Bytes of resident memory of this process."""
     rss: int = psutil.Process().memory_info().rss
     return rss
+
+
+def peak_process_memory() -> int:
+    """Bytes of resident memory that this process has had at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_disk(path: Path) -> int:

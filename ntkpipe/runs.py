@@ -1,7 +1,6 @@
 """One run of a kernel into its store: what was asked meets what is there, is settled, and is built."""
 
 import contextlib
-import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.build import BuildJob, Halvings, StripCache, TileRecord
+from ntkpipe.build import BuildJob, StripCache
 from ntkpipe.config import ComputeDtype, RunSpec
 from ntkpipe.datasets import Samples, Source, StoredSource
 from ntkpipe.device import is_out_of_memory
@@ -28,7 +27,7 @@ from ntkpipe.errors import (
     StoreFullError,
     StoreMismatchError,
 )
-from ntkpipe.execute import ThreadExecutor
+from ntkpipe.execute import Executor, ThreadExecutor
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
 from ntkpipe.jacobian.contract import contract
@@ -39,9 +38,10 @@ from ntkpipe.layout import Index, layouts
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
 from ntkpipe.medium import Medium
 from ntkpipe.models import exact_math, fingerprint
-from ntkpipe.plan import Plan, Task
-from ntkpipe.prepare import Prepared, describe_arithmetic, plan_run, reuse_choices
+from ntkpipe.plan import Crew, Plan, Task
+from ntkpipe.prepare import Prepared, plan_run, reuse_choices, where_computed
 from ntkpipe.progress import show_progress
+from ntkpipe.records import Record, RunLog
 from ntkpipe.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
@@ -221,9 +221,22 @@ class Settled:
 
 
 def settle(
-    prepared: Prepared, asked: Manifest, existing: Store | None, medium: Medium, run: RunSpec, mode: Mode
+    prepared: Prepared,
+    asked: Manifest,
+    existing: Store | None,
+    medium: Medium,
+    run: RunSpec,
+    mode: Mode,
+    crew: Crew | None = None,
 ) -> Settled:
     """Plan, self-check, and create the store where there is none.
+
+    Parameters
+    ----------
+    prepared, asked, existing, medium, run, mode
+        What is computed, where, and within what limits.
+    crew
+        Workers of a cluster; none for threads of this process.
 
     Raises
     ------
@@ -235,8 +248,8 @@ def settle(
     engine = prepared.engine
     choices = None if existing is None else existing.manifest.choices
     if existing is not None and choices is not None:
-        engine = reuse_choices(engine, choices, existing.root)
-    planned = _plan(prepared, engine, asked, existing, medium, run)
+        engine = reuse_choices(engine, choices, existing.root, crew)
+    planned = _plan(prepared, engine, asked, existing, medium, run, crew)
     planned.require_fit()
     started = perf_counter()
     check = None
@@ -249,26 +262,30 @@ def settle(
             )
     check_seconds = perf_counter() - started
     if engine.representations != prepared.engine.representations:
-        planned = _plan(prepared, engine, asked, existing, medium, run)
+        planned = _plan(prepared, engine, asked, existing, medium, run, crew)
         planned.require_fit()
     if existing is None:
         if mode == "w":
             prepare_path(medium, mode)
-        settled = planned.choices(
-            engine.representations, engine.model.device.type, describe_arithmetic(engine.model.device)
-        )
+        settled = planned.choices(engine.representations, *where_computed(engine, crew))
         existing = Store.create(medium, asked.model_copy(update={"choices": settled}))
         require_same(existing, asked)
         if existing.manifest.choices != settled:
             # Another run created the store in the meantime; its choices count.
-            planned = _plan(prepared, engine, asked, existing, medium, run)
+            planned = _plan(prepared, engine, asked, existing, medium, run, crew)
             planned.require_fit()
-    engine = reuse_choices(engine, existing.manifest.choices, existing.root)
+    engine = reuse_choices(engine, existing.manifest.choices, existing.root, crew)
     return Settled(existing, engine, planned, check, check_seconds)
 
 
 def _plan(
-    prepared: Prepared, engine: Engine, asked: Manifest, existing: Store | None, medium: Medium, run: RunSpec
+    prepared: Prepared,
+    engine: Engine,
+    asked: Manifest,
+    existing: Store | None,
+    medium: Medium,
+    run: RunSpec,
+    crew: Crew | None,
 ) -> Plan:
     return plan_run(
         prepared,
@@ -277,6 +294,7 @@ def _plan(
         prepared.grids(),
         medium=medium,
         choices=None if existing is None else existing.manifest.choices,
+        crew=crew,
         **progress_of(asked, existing),
     )
 
@@ -323,8 +341,24 @@ def write_samples(store: Store, split: str, samples: Samples) -> None:
             array.write(index, samples.targets[array.layout.region(index)[0]])
 
 
-def build(settled: Settled, train: Samples, test: Samples | None, *, progress: bool) -> None:
+def build(
+    settled: Settled,
+    train: Samples,
+    test: Samples | None,
+    *,
+    executor: Executor[Task, Record] | None = None,
+    progress: bool,
+) -> None:
     """Write samples, then every missing tile; keep a record of the run.
+
+    Parameters
+    ----------
+    settled, train, test
+        What is computed.
+    executor
+        Where; none for threads of this process.
+    progress
+        Show a progress bar.
 
     Raises
     ------
@@ -347,10 +381,8 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
         store_dtype=np.dtype(store.manifest.store_dtype),
         pairs=settled.engine.setup.pairs,
     )
-    executor: ThreadExecutor[Task, TileRecord] = ThreadExecutor(plan.machine.workers)
-    halvings = Halvings(plan)
-    started = perf_counter()
-    tiles = 0
+    if executor is None:
+        executor = ThreadExecutor(plan.machine.workers)
     try:
         # Whatever is written is written in use: another run that ends meanwhile removes partial files that nobody uses.
         with store.in_use(), contextlib.ExitStack() as at_the_end:
@@ -359,16 +391,16 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
             write_samples(store, "train", train)
             if test is not None:
                 write_samples(store, "test", test)
-            started = perf_counter()
-            at_the_end.callback(lambda: _record(settled, tiles, perf_counter() - started, halvings) if tiles else None)
+            log = RunLog(store, plan, settled.check_seconds)
+            at_the_end.callback(log.close)
             # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
             records = at_the_end.enter_context(contextlib.closing(executor.run(job, plan.tasks())))
-            tiles_only = (record for record in halvings.watch(records) if record.array != "kernel/test_diagonal")
+            tiles = log.tiles(records)
             if progress:
                 total, done = plan.workload.num_tiles, plan.tiles_done
-                tiles_only = show_progress(tiles_only, total=total, done=done, what=store.manifest.kind, unit="tile")
-            for _ in tiles_only:
-                tiles += 1
+                tiles = show_progress(tiles, total=total, done=done, what=store.manifest.kind, unit="tile")
+            for _ in tiles:
+                pass
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
@@ -378,27 +410,3 @@ def build(settled: Settled, train: Samples, test: Samples | None, *, progress: b
 def _state(store: Store) -> str:
     progress = KernelStore(store).progress
     return f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
-
-
-def _record(settled: Settled, tiles: int, seconds: float, halvings: Halvings) -> None:
-    """Add this run below ``results/runs``; a disk too full for it is no reason to hide what happened."""
-    plan, store = settled.plan, settled.store
-    finished = datetime.now(UTC)
-    run = {
-        "finished": finished.isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "workers": plan.machine.workers,
-        "tiles": tiles,
-        "seconds": seconds,
-        # Where memory ran out, "used" is less, and results agree to rounding with those of an undisturbed run.
-        "batch": plan.batch,
-        "batch_used": halvings.used["batch"],
-        "subtile": plan.subtile,
-        "subtile_used": halvings.used["subtile"],
-        "self_check_seconds": settled.check_seconds,
-        "flops": plan.flops * tiles / plan.workload.num_tiles,
-        "recompute_factor": plan.recompute_factor,
-        "memory_bytes": plan.memory_bytes,
-    }
-    with contextlib.suppress(StoreFullError):
-        store.write_result(f"runs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", run)

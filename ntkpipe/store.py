@@ -6,6 +6,7 @@ one listing tells progress. Where the bytes are, on a disk or in an object store
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -317,6 +318,11 @@ class Store:
         attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
         with _writing(self.medium):
             self.medium.put(f"{name}/{_DOCUMENT}", group_document(attributes))
+
+    def append_result(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add a line of JSON to the file ``results/name``, which one process at a time does."""
+        with _writing(self.medium):
+            self.medium.append(f"results/{name}", json.dumps(line).encode() + b"\n")
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
         """Every result below ``results/folder``, by name."""

@@ -1,18 +1,21 @@
 """Workflow files in action: the kernel is computed or resumed, then each step that the file lists is done."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ntkpipe import api
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.checkpoints import load_checkpoint
-from ntkpipe.config import StepSpec, Workflow, load_workflow
+from ntkpipe.config import RunSpec, StepSpec, Workflow, load_workflow
+from ntkpipe.device import count_gpus
 from ntkpipe.errors import ConfigError
 from ntkpipe.imports import call_factory, import_object
 from ntkpipe.jacobian.report import ParameterReport
@@ -22,6 +25,9 @@ from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import Mode
 from ntkpipe.verification import Rows, VerificationReport, verification_rows
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
@@ -38,12 +44,15 @@ class Loaded:
         The model with its checkpoint, and what picks its output.
     data
         ``inputs`` and optionally ``targets``, ``test_inputs``, ``test_targets``.
+    folder
+        Of the workflow file.
     """
 
     workflow: Workflow
     model: nn.Module
     forward: Forward
     data: Mapping[str, Any]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -96,30 +105,62 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     forward: Forward = workflow.model.forward
     if isinstance(forward, str) and ":" in forward:
         forward = import_object(forward, folder)
-    return Loaded(workflow, model, forward, data)
+    return Loaded(workflow, model, forward, data, folder)
 
 
-def run(loaded: Loaded, *, mode: Mode = "a", progress: bool = True) -> Iterator[StepResult]:
-    """Compute or resume the kernel of a workflow, then do its steps one by one."""
+def run(
+    loaded: Loaded, *, mode: Mode = "a", progress: bool = True, client: "Client | None" = None
+) -> Iterator[StepResult]:
+    """Compute or resume the kernel of a workflow, then do its steps one by one.
+
+    Parameters
+    ----------
+    loaded
+        The workflow.
+    mode, progress
+        As for :func:`ntkpipe.api.compute_kernel`.
+    client
+        Of the cluster that computes; default the one that ``run.scheduler`` names, which is left afterwards.
+
+    Yields
+    ------
+    The kernel, then what each step found.
+    """
     workflow = loaded.workflow
     limits = workflow.run
-    store = api.compute_kernel(
-        loaded.model,
-        store=workflow.store,
-        forward=loaded.forward,
-        mode=mode,
-        progress=progress,
-        self_check=limits.self_check,
-        memory_limit=limits.memory_limit,
-        device=limits.device,
-        workers=limits.workers,
-        **_kernel_arguments(workflow),
-        **loaded.data,
-    )
+    with contextlib.ExitStack() as stack:
+        if client is None and limits.scheduler is not None:
+            client = stack.enter_context(_connect(limits.scheduler, limits))
+        store = api.compute_kernel(
+            loaded.model,
+            store=workflow.store,
+            forward=loaded.forward,
+            mode=mode,
+            progress=progress,
+            client=client,
+            code=loaded.folder,
+            self_check=limits.self_check,
+            memory_limit=None if limits.scheduler == "local" else limits.memory_limit,
+            device=limits.device,
+            workers=limits.workers,
+            **_kernel_arguments(workflow),
+            **loaded.data,
+        )
     yield StepResult("kernel", kernel_rows(store), is_good=True)
     for step in workflow.steps:
         rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
         yield StepResult(step.step, rows, is_good)
+
+
+def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
+    try:
+        from ntkpipe import cluster  # keeps distributed out of runs on one machine
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"run.scheduler={scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
+        ) from error
+    num_gpus = 0 if limits.device == "cpu" else count_gpus()
+    return cluster.connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
 
 
 def plan(loaded: Loaded) -> tuple[Plan, tuple[ParameterReport, ...]]:
@@ -173,7 +214,9 @@ def kernel_rows(store: KernelStore) -> Rows:
     if runs:
         seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
         rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))
-        rows.append(("rate", f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"))
+        share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
+        rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
+        rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
     check = store.store.read_result("self_check")
     if check is not None:
         judge = f"{check['reference']} in {check['dtype']}"

@@ -100,6 +100,9 @@ class LinearEngine:
     def copy(self) -> "LinearEngine":
         return self
 
+    def moved(self, device: torch.device) -> "LinearEngine":
+        return self
+
     def block(self, load: Any, start: int, stop: int, *, subtile: int, batch: int) -> tuple[Block, int]:
         x = load(start, stop)
         for name in x[:, 0].tolist():

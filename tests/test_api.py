@@ -126,7 +126,7 @@ def test_starting_over_keeps_the_old_store_until_the_new_one_is_certain(path):
         ({"memory_limit": "much"}, ConfigError, "memory_limit='much'"),
         ({"memory_limit": 1}, ResourceError, r"needs \d.* of which .* are in use already; the limit is 1 B"),
         ({"compute_dtype": "float16"}, ConfigError, "compute_dtype='float16'"),
-        ({"client": object()}, ConfigError, "client must be None"),
+        ({"client": object()}, ConfigError, "needed a distributed.Client"),
         ({"device": "gpu"}, ConfigError, "device='gpu'"),
         ({"parameters": "none*"}, ModelError, "those that require a gradient are 0.weight"),
         ({"model": lambda x: x}, ModelError, "the model is function"),

@@ -153,6 +153,14 @@ class Engine:
         found = {term.name: term.label for term in self.terms}
         return {**found, **dict.fromkeys(self.fallback, f"torch.func:{self.method}")}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without scratch: what another process needs is what it was made of.
+        return Engine, (self.model, self.tracing, self.method, self.setup, self.representations)
+
+    def moved(self, device: torch.device) -> "Engine":
+        """The same engine on another device; itself where it is there already."""
+        return self if device == self.model.device else self.changed(model=self.model.moved(device))
+
     def copy(self) -> "Engine":
         """The same engine on its own copy of the module, for another thread."""
         return Engine(self.model.copy(), self.tracing, self.method, self.setup, self.representations)

@@ -1,0 +1,209 @@
+"""Before a run on a cluster: what every worker is, in what they differ, and whether all of them reach the store."""
+
+import os
+import platform
+import socket
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+from distributed import Client, Worker
+
+from ntkpipe.cluster import address_of
+from ntkpipe.errors import ClusterError
+from ntkpipe.plan import Crew
+from ntkpipe.prepare import describe_arithmetic, measure_rates
+from ntkpipe.resources import available_memory, process_memory
+from ntkpipe.store import Store
+
+Answer = TypeVar("Answer")
+
+VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
+# A nanny ends its worker at 95 % of the limit.
+_SHARE_OF_LIMIT = 0.85
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker is.
+
+    Attributes
+    ----------
+    host
+        Its name.
+    device, arithmetic
+        Type of device, and what decides the last bits: see :func:`ntkpipe.prepare.describe_arithmetic`.
+    versions
+        Of Python and of the packages that matter.
+    num_threads
+        Keys that it does at a time.
+    memory_limit
+        Bytes that it may use before it is ended.
+    base_memory
+        Bytes that it holds now.
+    flops_per_second
+        Rate of one thread's matrix products.
+    """
+
+    host: str
+    device: str
+    arithmetic: str
+    versions: dict[str, str]
+    num_threads: int
+    memory_limit: int
+    base_memory: int
+    flops_per_second: float
+
+
+def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> dict[str, Answer]:
+    """Call a function in every worker.
+
+    Raises
+    ------
+    ClusterError
+        If one fails, with its address and error.
+    """
+    answers: Mapping[str, Any] = client.run(question, *arguments, on_error="return")
+    failed = {address: answer for address, answer in answers.items() if isinstance(answer, BaseException)}
+    if failed:
+        address, error = next(iter(failed.items()))
+        missing = isinstance(error, ModuleNotFoundError)
+        raise ClusterError(
+            f"{len(failed)} of {len(answers)} workers fail, the first at {address}: {error!r}."
+            + (" Install ntkpipe[compute,cluster] there, in the version that is used here" if missing else "")
+        ) from error
+    return dict(answers)
+
+
+def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
+    """Ask every worker what it is; sum them up for the plan.
+
+    Parameters
+    ----------
+    client
+        Connected, with at least one worker.
+    dtype
+        Of the products whose rate is measured.
+
+    Warns
+    -----
+    UserWarning
+        If workers differ from each other or from this process in what decides the last bits.
+
+    Raises
+    ------
+    ClusterError
+        If they cannot work together: other versions of ntkpipe, or CPUs and GPUs mixed.
+    """
+    reports = _ask(client, report_worker, dtype)
+    if not reports:
+        raise ClusterError(f"{address_of(client)} has no workers")
+    here = _versions()
+    for name in ("python", *VERSIONS):
+        by_host = {(r.host, address): r.versions[name] for address, r in reports.items()}
+        found = _differing({**by_host, (f"{socket.gethostname()} (this process)", ""): here[name]})
+        if found and name == "ntkpipe":
+            raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
+        if found:
+            warnings.warn(f"versions of {name} differ: {found}; results may agree to rounding only", stacklevel=3)
+    devices = _differing({(r.host, address): r.device for address, r in reports.items()})
+    if devices:
+        raise ClusterError(f"workers have different devices: {devices}; use workers of one type")
+    arithmetic = _differing({(r.host, address): r.arithmetic for address, r in reports.items()})
+    if arithmetic:
+        warnings.warn(
+            f"workers compute differently: {arithmetic}; tiles agree to rounding, not to the last bit", stacklevel=3
+        )
+    every = list(reports.values())
+    return Crew(
+        processes=len(every),
+        threads=max(r.num_threads for r in every),
+        memory_limit=int(_SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
+        base_memory=max(r.base_memory for r in every),
+        flops_per_second=sum(r.flops_per_second for r in every) / len(every),
+        device=every[0].device,
+        arithmetic=every[0].arithmetic,
+    )
+
+
+def report_worker(dtype: torch.dtype, dask_worker: Worker | None = None) -> WorkerReport:
+    """What this worker is; called in it, by Dask, which knows the name of the last argument."""
+    assert dask_worker is not None
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rate = measure_rates(device, dtype).product
+    finally:
+        torch.set_num_threads(threads)
+    return WorkerReport(
+        host=socket.gethostname(),
+        device=str(device),
+        arithmetic=describe_arithmetic(device),
+        versions=_versions(),
+        num_threads=dask_worker.state.nthreads,
+        memory_limit=dask_worker.memory_manager.memory_limit or available_memory(),
+        base_memory=process_memory(),
+        flops_per_second=rate,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def _differing(values: Mapping[tuple[str, str], str]) -> str:
+    """``2.13 on a, b; 2.12 on c`` if there are several values; else nothing."""
+    hosts: defaultdict[str, set[str]] = defaultdict(set)
+    for (host, _), value in values.items():
+        hosts[value].add(host)
+    if len(hosts) == 1:
+        return ""
+    return "; ".join(f"{value} on {', '.join(sorted(names))}" for value, names in sorted(hosts.items()))
+
+
+def require_shared_store(client: Client, store: Store) -> None:
+    """Check that every worker can write, read and delete in the store that this process sees.
+
+    Raises
+    ------
+    ClusterError
+        If one cannot, with its address and host.
+    """
+    ours = f"{uuid4().hex}.partial"  # a name that listings pass over, and that the end of a run removes
+    store.medium.put(ours, ours.encode())
+    try:
+        problems = {address: problem for address, problem in _ask(client, _try_store, store, ours).items() if problem}
+    finally:
+        store.medium.delete(ours)
+    if problems:
+        listed = "; ".join(f"{address}: {problem}" for address, problem in list(problems.items())[:5])
+        raise ClusterError(
+            f"{len(problems)} workers do not reach the store {store.root}: {listed}. It must be at the same path on "
+            "a disk that all of them share, or a URL of an object store with credentials in every worker's environment"
+        )
+
+
+def _try_store(store: Store, token: str) -> str:
+    """What keeps this worker from the store; nothing if it can use it."""
+    mine = f"{uuid4().hex}.partial"
+    where = f"host {socket.gethostname()}, process {os.getpid()}"
+    try:
+        step = "write there"
+        store.medium.put(mine, mine.encode())
+        step = "read what it wrote there"
+        if store.medium.get(mine) != mine.encode():
+            return f"{where} reads something else than it wrote"
+        step = "delete there"
+        store.medium.delete(mine)
+        step = "see what this run's driver wrote there (another disk?)"
+        if store.medium.get(token) != token.encode():
+            return f"{where} reads something else than the driver wrote"
+    except OSError as error:
+        return f"{where} cannot {step}: {error}"
+    return ""
