@@ -48,7 +48,7 @@ _scheduler = click.option(
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
-_store_path = click.argument("store", type=click.Path(path_type=Path))
+_store = click.argument("store", metavar="STORE")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,9 +114,9 @@ def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter
 
 
 @cli.command()
-@_store_path
+@_store
 @_as_json
-def info(store: Path, as_json: bool) -> None:
+def info(store: str, as_json: bool) -> None:
     """Show what STORE holds, how far it is and what was found; reads no tile."""
     opened = open_kernel(store)
     described = _describe(opened)
@@ -156,7 +156,7 @@ def info(store: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@_store_path
+@_store
 @click.option(
     "--workflow",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -164,7 +164,7 @@ def info(store: Path, as_json: bool) -> None:
 )
 @_overrides
 @_as_json
-def verify(store: Path, workflow: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def verify(store: str, workflow: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check every chunk of STORE, and with --workflow the whole kernel against its model."""
     opened = open_kernel(store)
     if workflow is not None:
@@ -184,7 +184,7 @@ def verify(store: Path, workflow: Path | None, overrides: tuple[str, ...], as_js
 
 
 @cli.command()
-@_store_path
+@_store
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--array", default="train", show_default=True, help="Which one: train, test_train, outputs/train, targets/train, …"

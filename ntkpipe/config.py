@@ -25,6 +25,11 @@ def _as_int(value: object) -> object:
 Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
 
 
+def _as_location(value: object) -> object:
+    """URLs stay text: a path would lose one of their slashes."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
 def _as_patterns(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -148,12 +153,13 @@ class Workflow(Spec):
     Attributes
     ----------
     store
-        Path of the store, relative to the folder that the command is run in.
+        Path of the store, relative to the folder that the command is run in, or a URL such as
+        ``s3://bucket/prefix/run.zarr``.
     steps
         What is done once the kernel is complete, in order.
     """
 
-    store: Path
+    store: Annotated[Path | str, BeforeValidator(_as_location)]
     model: ModelSpec
     data: DataSpec
     kernel: KernelSpec = KernelSpec()

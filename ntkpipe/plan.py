@@ -279,7 +279,7 @@ class Plan:
         shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
         timed = " at the matrix-product rate" if self.sample_seconds is None else ""
         each = "" if machine.processes == 1 else f" in each of {machine.processes} processes"
-        disk = "kept in memory" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
+        disk = "free space unknown" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
             ("kernels", shapes),
             ("tile", f"{load.tile} samples, {load.tile * load.num_covectors} rows, {format_bytes(load.tile_bytes)}"),

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ Mode = Literal["a", "w", "w-"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DOCUMENT = "zarr.json"
+# What pathlib makes of s3://bucket.
+_SHORTENED_URL = re.compile(r"(s3|gs|az):/[^/]")
 
 
 class StoredArray:
@@ -414,15 +417,22 @@ def medium_at(where: str | Path | Medium) -> Medium:
     ConfigError
         If it is neither.
     StoreError
-        If the URL is of no kind that is known.
+        If the URL is of no kind that is known, or holds credentials.
     """
     if isinstance(where, Medium):
         return where
     if not isinstance(where, str | os.PathLike):
         raise ConfigError(f"the store is {type(where).__name__}; needed a path or a URL")
-    if isinstance(where, str) and "://" in where:
-        raise StoreError(f"{where!r} is a URL; this version writes stores to local paths only")
-    return Folder(Path(os.path.expanduser(where)))
+    text = os.fspath(where)
+    if "://" in text:
+        try:
+            from ntkpipe.objects import ObjectMedium  # keeps obstore out of sessions that use local stores
+        except ModuleNotFoundError as error:
+            raise StoreError(f"stores in object storage need {error.name}: pip install 'ntkpipe[objects]'") from error
+        return ObjectMedium(text)
+    if _SHORTENED_URL.match(text):
+        raise StoreError(f"{text!r} is a URL that became a path on its way and lost a slash; give it as text")
+    return Folder(Path(os.path.expanduser(text)))
 
 
 def _full(medium: Medium) -> str:

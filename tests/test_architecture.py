@@ -22,6 +22,7 @@ HOUSE = {
     "manifest": (2, "shared"),
     "medium": (2, "shared"),
     "documents": (2, "shared"),
+    "objects": (3, "shared"),
     "execute": (2, "shared"),
     "cluster": (2, "shared"),
     "remote": (3, "shared"),
@@ -82,6 +83,7 @@ DOORS = {
     "distributed": {"cluster", "remote", "preflight"},
     "dask_cuda": {"cluster"},
     "cloudpickle": {"remote"},
+    "obstore": {"objects"},
     "torch": {
         "device",
         "transfer",
