@@ -189,7 +189,7 @@ def verify(store: str, workflow: Path | None, overrides: tuple[str, ...], as_jso
 @click.option(
     "--array", default="train", show_default=True, help="Which one: train, test_train, outputs/train, targets/train, …"
 )
-def export(store: Path, path: Path, array: str) -> None:
+def export(store: str, path: Path, array: str) -> None:
     """Write the full matrix of STORE to PATH: .npy, or .zarr for plain Zarr. It appears there when it is whole."""
     opened = open_kernel(store)
     written = export_kernel(opened, path, array=array)

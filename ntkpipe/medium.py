@@ -11,7 +11,7 @@ import shutil
 import stat
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ DOCUMENT_BYTES = 16 * 2**20
 # Writers hold a lock on it, since every store has one.
 _LOCKED = "zarr.json"
 _PARTIAL = ".partial"
+# Parts of a name: more than the chunks of an array of 64 axes, the most that numpy has, can need.
+_DEEPEST = 70
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -216,22 +218,23 @@ class Folder(Medium):
         path = self._inside(name)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
         try:
-            with self._create(temporary) as file:
+            with self._create(temporary, lambda path: path.open("wb")) as file:
                 for part in parts:
                     file.write(part)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _create(self, path: Path) -> IO[bytes]:
+    def _create(self, path: Path, create: Callable[[Path], IO[bytes]]) -> IO[bytes]:
+        """A new file, in a new folder where there is none."""
         try:
-            return path.open("wb")
+            return create(path)
         except FileNotFoundError:
             if not self.root.is_dir():
                 # A writer that outlives its store must not begin another one.
                 raise StoreError(f"{self.root} was removed or renamed while it was written to") from None
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("wb")
+            return create(path)
 
     def _inside(self, name: str) -> Path:
         """Path of ``name`` for writing.
@@ -251,10 +254,8 @@ class Folder(Medium):
 
     def append(self, name: str, line: bytes) -> None:
         """See :meth:`Medium.append`."""
-        path = self._inside(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags, 0o666), "ab") as file:
+        with self._create(self._inside(name), lambda path: open(os.open(path, flags, 0o666), "ab")) as file:
             file.write(line)
 
     def size(self, name: str) -> int | None:
@@ -262,8 +263,10 @@ class Folder(Medium):
         check_name(name)
         try:
             status = os.stat(self.root / name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                return None
+            raise
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
@@ -278,10 +281,10 @@ class Folder(Medium):
             for entry in entries:
                 name = f"{prefix}/{entry.name}" if prefix else entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    yield from self.sizes(name)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        yield name, entry.stat().st_size
+                    if name.count("/") < _DEEPEST:
+                        yield from self.sizes(name)
+                elif (size := self.size(name)) is not None:
+                    yield name, size
 
     def delete(self, name: str) -> None:
         """See :meth:`Medium.delete`."""

