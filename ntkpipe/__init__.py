@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, verify
+    from ntkpipe.config import ClusterSpec
     from ntkpipe.errors import NtkpipeError
+    from ntkpipe.estimate import estimate_cluster
     from ntkpipe.export import export_kernel
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
 
@@ -13,10 +15,12 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that reading a store loads neither torch nor dask.
 _HOMES = {
+    "ClusterSpec": "config",
     "Kernel": "kernel",
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
     "compute_kernel": "api",
+    "estimate_cluster": "estimate",
     "export_kernel": "export",
     "kernel_matrix": "api",
     "open_kernel": "kernel",
@@ -25,10 +29,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClusterSpec",
     "Kernel",
     "KernelStore",
     "NtkpipeError",
     "compute_kernel",
+    "estimate_cluster",
     "export_kernel",
     "kernel_matrix",
     "open_kernel",

@@ -94,22 +94,33 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str | 
     "--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found and held."
 )
 def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter: bool) -> None:
-    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs, and how Jacobians are found."""
+    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs, and how Jacobians are found.
+
+    With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
+    """
     from ntkpipe import workflow as workflows
+    from ntkpipe.estimate import estimate_cluster
     from ntkpipe.jacobian import report
 
-    planned, found = workflows.plan(workflows.load(workflow, overrides))
+    loaded = workflows.load(workflow, overrides)
+    planned, found = workflows.plan(loaded)
+    described = loaded.workflow.cluster
+    estimate = None if described is None else estimate_cluster(planned, described)
     if as_json:
-        print(json.dumps({**planned.to_json(), "jacobians": [each.to_json() for each in found]}, indent=1))
+        numbers = {**planned.to_json(), "jacobians": [each.to_json() for each in found]}
+        print(json.dumps({**numbers, "cluster": None if estimate is None else estimate.to_json()}, indent=1))
     else:
-        _print_rows("plan", planned.rows())
+        _print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
+        if estimate is not None:
+            _print_rows("estimate for the described cluster", estimate.rows())
         table = report.list_reports(found) if by_parameter else report.summarize_reports(found)
         _print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
         _print_rows("kept as", report.explain_reports(found))
         reasons = report.fallback_reasons(found)
         if reasons:
             _print_rows("in the fallback", reasons)
-    if planned.problems:
+    # Whoever describes a cluster asks about that one.
+    if planned.problems if estimate is None else estimate.plan.problems:
         sys.exit(_FOUND)
 
 

@@ -140,6 +140,40 @@ class RunSpec(Spec):
     scheduler: str | None = None
 
 
+class ClusterSpec(Spec):
+    """A cluster in words: ``ntkpipe plan`` says what it would take. It plays no part in a run.
+
+    Attributes
+    ----------
+    workers
+        Workers, each single-threaded on a CPU, or with a GPU of its own.
+    device
+        What a worker computes on.
+    flops_per_second
+        Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it computes on
+        such a device.
+    memory_limit
+        Bytes of one worker: of its process, Python and torch included, or what is free on its GPU; a number or text
+        such as ``8GiB``. 85 % of it are planned. Default what a worker has here, if this machine computes on such a
+        device.
+    write_bytes_per_second
+        What the store takes from all workers together; a number or text such as ``500MB``. By default writing is
+        taken to be faster than computing.
+    price
+        Of one worker for one hour.
+    currency
+        Of ``price``; printed as it is.
+    """
+
+    workers: Positive
+    device: Literal["cpu", "cuda"] = "cpu"
+    flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
+    write_bytes_per_second: Annotated[ByteSize, Field(gt=0)] | None = None
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    currency: str = ""
+
+
 class StepSpec(Spec):
     """Something done with the finished store: the name of a step and its options."""
 
@@ -157,6 +191,8 @@ class Workflow(Spec):
         ``s3://bucket/prefix/run.zarr``.
     steps
         What is done once the kernel is complete, in order.
+    cluster
+        What ``ntkpipe plan`` estimates beside this machine.
     """
 
     store: Annotated[Path | str, BeforeValidator(_as_location)]
@@ -165,6 +201,7 @@ class Workflow(Spec):
     kernel: KernelSpec = KernelSpec()
     run: RunSpec = RunSpec()
     steps: tuple[StepSpec, ...] = ()
+    cluster: ClusterSpec | None = None
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)

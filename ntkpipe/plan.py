@@ -20,6 +20,8 @@ _BLOCK_SECONDS = 60.0
 # Computing Jacobians again is left alone while it costs less than this share of the contraction.
 _RECOMPUTE_SHARE = 0.03
 _BUFFERS = 3
+# What is planned of a Dask worker's memory: its nanny ends it at 95 %.
+SHARE_OF_LIMIT = 0.85
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class Plan:
         Why it cannot run on this machine, with both numbers each; empty where it can.
     sample_seconds
         What the Jacobians of one sample take a worker, as timed; none takes their operations for matrix products.
+    is_resumed
+        Whether strip, subtile and batch are those of a store that exists.
     """
 
     workload: Workload
@@ -193,6 +197,7 @@ class Plan:
     memory_bytes: int
     problems: tuple[str, ...] = ()
     sample_seconds: float | None = None
+    is_resumed: bool = False
 
     def require_fit(self) -> None:
         """Refuse a plan that does not fit.
@@ -355,7 +360,13 @@ def make_plan(
             f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "
             "free some, choose another path, a smaller store_dtype or fewer samples"
         )
-    return replace(plan, tiles_done=tiles_done, bytes_to_write=bytes_to_write, problems=tuple(problems))
+    return replace(
+        plan,
+        tiles_done=tiles_done,
+        bytes_to_write=bytes_to_write,
+        problems=tuple(problems),
+        is_resumed=choices is not None,
+    )
 
 
 def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:

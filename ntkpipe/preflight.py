@@ -16,7 +16,7 @@ from distributed import Client, Worker
 
 from ntkpipe.cluster import address_of
 from ntkpipe.errors import ClusterError
-from ntkpipe.plan import Crew
+from ntkpipe.plan import SHARE_OF_LIMIT, Crew
 from ntkpipe.prepare import describe_arithmetic, measure_rates
 from ntkpipe.resources import available_memory, process_memory
 from ntkpipe.store import Store
@@ -24,8 +24,6 @@ from ntkpipe.store import Store
 Answer = TypeVar("Answer")
 
 VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
-# A nanny ends its worker at 95 % of the limit.
-_SHARE_OF_LIMIT = 0.85
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
     return Crew(
         processes=len(every),
         threads=max(r.num_threads for r in every),
-        memory_limit=int(_SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
+        memory_limit=int(SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
         base_memory=max(r.base_memory for r in every),
         flops_per_second=sum(r.flops_per_second for r in every) / len(every),
         device=every[0].device,

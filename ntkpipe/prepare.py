@@ -287,9 +287,10 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
     """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
 
-    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit stays as it is.
+    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit the memory stays as it
+    is.
     """
-    if plan.problems:
+    if plan.memory_bytes > plan.machine.memory_limit:
         return plan
     batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
     while True:

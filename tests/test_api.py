@@ -323,12 +323,16 @@ def test_a_plan_reports_what_the_manifest_records(path, jacobian):
     assert after == before
 
 
-def test_a_plan_times_the_jacobians(path):
+def test_a_plan_times_the_jacobians(path, monkeypatch):
     plan, _ = plan_kernel(mlp(), inputs(), store=path, tile=4, workers=1)
     assert plan.sample_seconds > 0
     assert plan.seconds >= 18 * plan.sample_seconds
     unfit, _ = plan_kernel(mlp(), inputs(), store=path, memory_limit=1)
     assert unfit.sample_seconds is None
+    monkeypatch.setattr("ntkpipe.medium.free_disk", lambda _: 1)
+    too_large, _ = plan_kernel(mlp(), inputs(), store=path, tile=4, workers=1)
+    assert too_large.problems
+    assert too_large.sample_seconds > 0
 
 
 def test_a_plan_of_a_store_counts_what_is_there_and_keeps_its_choices(path, monkeypatch):

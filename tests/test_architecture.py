@@ -64,6 +64,7 @@ HOUSE = {
     "gram": (15, "make"),
     "plan": (5, "make"),
     "records": (6, "make"),
+    "estimate": (6, "make"),
     "build": (16, "make"),
     "certify": (17, "make"),
     "prepare": (16, "make"),

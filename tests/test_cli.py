@@ -108,6 +108,23 @@ def test_plan_shows_the_numbers(finished: tuple[Path, str]) -> None:
         assert word in printed
 
 
+def test_plan_shows_what_a_described_cluster_takes(tmp_path: Path) -> None:
+    cluster = ("--set", "cluster.workers=64", "--set", "cluster.price=0.5", "--set", "cluster.currency=EUR")
+    # This machine is out of the question, but nobody asks about it.
+    ask = (DIGITS, *SMALL, *cluster, "--set", "run.memory_limit=50MiB", "--set", "cluster.memory_limit=8GiB")
+    answer = ntkpipe("plan", *ask, cwd=tmp_path)
+    assert answer.returncode == 0
+    words = " ".join(answer.stdout.split())
+    assert "plan for this machine" in words
+    assert re.search(r"estimate for the described cluster workers 64 on cpu.* bound by \w+ cost [\d.]+ EUR", words)
+    found = json.loads(ntkpipe("plan", *ask, "--json", cwd=tmp_path).stdout)
+    assert (found["cluster"]["workers"], found["cluster"]["currency"], found["cluster"]["problems"]) == (64, "EUR", [])
+    assert found["problems"]
+    answer = ntkpipe("plan", *ask, "--set", "cluster.memory_limit=60MiB", cwd=tmp_path)
+    assert answer.returncode == 1
+    assert "the limit is 51.0 MiB" in " ".join(answer.stdout.split())
+
+
 def test_plan_shows_how_jacobians_are_found_and_held(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     printed = ntkpipe("plan", DIGITS, *SMALL, cwd=folder).stdout

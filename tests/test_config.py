@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from pydantic import ValidationError
 
-from ntkpipe.config import KernelSpec, RunSpec, Workflow, check_number, load_workflow, parse
+from ntkpipe.config import ClusterSpec, KernelSpec, RunSpec, Workflow, check_number, load_workflow, parse
 from ntkpipe.errors import ConfigError
 
 MINIMAL = """
@@ -39,6 +39,21 @@ def test_a_minimal_file_has_the_documented_defaults(load):
     assert workflow.steps == ()
 
 
+def test_a_cluster_is_described_in_the_file_or_by_overrides(load):
+    text = (
+        MINIMAL
+        + "cluster: {workers: 64, memory_limit: 8GiB, write_bytes_per_second: 500MB, price: 0.05, currency: EUR}"
+    )
+    described = ClusterSpec(
+        workers=64, memory_limit=8 * 2**30, write_bytes_per_second=500 * 10**6, price=0.05, currency="EUR"
+    )
+    assert load(text).cluster == described
+    assert load(MINIMAL).cluster is None
+    assert load(MINIMAL, "cluster.workers=64", "cluster.flops_per_second=5e10").cluster == ClusterSpec(
+        workers=64, flops_per_second=5e10
+    )
+
+
 def test_specs_are_frozen_and_pickle(load):
     workflow = load(MINIMAL)
     assert pickle.loads(pickle.dumps(workflow)) == workflow
@@ -52,6 +67,7 @@ def test_specs_are_frozen_and_pickle(load):
         ("kernal: {kind: ntk}", 8, "kernal", "kernel"),
         ("kernel:\n  kind: ntk\n  tyle: 3", 10, "kernel.tyle", "tile"),
         ("run: {worker: 3}", 8, "run.worker", "workers"),
+        ("cluster: {worker: 3}", 8, "cluster.worker", "workers"),
         ("steps:\n  - step: a\n  - step: b\n    optoins: {}", 11, "steps.1.optoins", "options"),
     ],
 )
@@ -93,6 +109,9 @@ def test_a_missing_key_is_named(load, missing):
         ("run: {memory_limit: lots}", r"run\.memory_limit='lots'"),
         ("run: {memory_limit: -5}", r"run\.memory_limit=-5"),
         ("run: {self_check: perhaps}", r"run\.self_check='perhaps'"),
+        ("cluster: {workers: 3, flops_per_second: 0}", r"cluster\.flops_per_second=0"),
+        ("cluster: {workers: 3, price: .inf}", r"cluster\.price=inf"),
+        ("cluster: {price: 3}", "'cluster.workers' is missing"),
         ("steps: 3", r"line 8: steps=3"),
         ("kernel: null", r"line 8: kernel=None"),
         ("1: 2", "keys should be strings"),
