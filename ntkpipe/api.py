@@ -1,7 +1,7 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from ntkpipe.runs import (
     exact_single_thread,
     manifest_of,
     progress_of,
+    require_made_from_model,
     require_same,
     require_same_function,
     settle,
@@ -53,6 +54,7 @@ def compute_kernel(
     test_targets: object = None,
     forward: Forward = None,
     parameters: Patterns = None,
+    groups: Mapping[str, Patterns] | None = None,
     compute_dtype: str = "float32",
     accumulate_dtype: str | None = None,
     store_dtype: str | None = None,
@@ -82,7 +84,8 @@ def compute_kernel(
     store
         Path or URL of the store.
     kind
-        ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N) or ``"ntk"`` (N*O x N*O); conventions in :mod:`ntkpipe.kinds`.
+        ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or ``"ntk"``
+        (N*O x N*O); conventions in :mod:`ntkpipe.kinds`.
     targets
         First axis N; kept in the store for what is done with the kernel later.
     test_inputs, test_targets
@@ -91,6 +94,9 @@ def compute_kernel(
         Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
     parameters
         Shell-style patterns of parameter names, as ``"head.*"``; default all that require a gradient.
+    groups
+        Name → patterns among those parameters: adds a kernel of each group, from the same pass, as
+        ``store.group(name).train``. Groups have no parameter in common; where they cover all, they sum to the whole.
     compute_dtype
         Of the forward pass and the Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"``, which is
         float32 whose products on a GPU may be TF32.
@@ -146,7 +152,7 @@ def compute_kernel(
     """
     if mode not in {"a", "w", "w-"}:
         raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
-    spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
+    spec = _kernel_spec(kind, parameters, groups, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check)
     medium = medium_at(store)
     existing = prepare_path(medium, mode) if mode != "w" else None
@@ -160,6 +166,7 @@ def compute_kernel(
         if existing is not None:
             require_same(existing, asked)
             require_same_function(existing, prepared)
+            require_made_from_model(existing)
             existing.complete_layout()
             if not existing.missing():
                 return KernelStore(existing)
@@ -180,6 +187,7 @@ def plan_kernel(
     test_targets: object = None,
     forward: Forward = None,
     parameters: Patterns = None,
+    groups: Mapping[str, Patterns] | None = None,
     compute_dtype: str = "float32",
     accumulate_dtype: str | None = None,
     store_dtype: str | None = None,
@@ -203,7 +211,7 @@ def plan_kernel(
     ConfigError, ModelError, DataError, NonFiniteError, StoreMismatchError
         As :func:`compute_kernel`.
     """
-    spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
+    spec = _kernel_spec(kind, parameters, groups, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check=False)
     medium = medium_at(store)
     existing = prepare_path(medium, "a")
@@ -249,7 +257,7 @@ def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -
     return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
 
 
-def _tile_of(existing: Store | None) -> Callable[[int, int], int]:
+def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:
     """The tile of the store that is resumed, or the default."""
     return default_tile if existing is None else lambda *_: existing.manifest.tile
 
@@ -298,14 +306,14 @@ def kernel_matrix(
     Returns
     -------
     K(inputs, other), shape (N*S, M*S), or the symmetric K(inputs, inputs), shape (N*S, N*S); row = sample * S +
-    covector.
+    covector. For ``kind="diagonal"`` one for each output, shape (O, N, M).
 
     Raises
     ------
     ResourceError
         If the matrix does not fit in memory.
     """
-    spec = _kernel_spec(kind, parameters, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
+    spec = _kernel_spec(kind, parameters, None, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check)
     # The columns play the part of the train samples: a symmetric kernel is train x train, another test x train.
     train, test = as_samples(inputs, with_targets=False), None
@@ -395,6 +403,7 @@ def _as_both(
 def _kernel_spec(
     kind: str,
     parameters: Patterns,
+    groups: Mapping[str, Patterns] | None,
     compute_dtype: str,
     accumulate_dtype: str | None,
     store_dtype: str | None,
@@ -404,6 +413,7 @@ def _kernel_spec(
     values = {
         "kind": kind,
         "parameters": parameters,
+        "groups": groups or {},
         "compute_dtype": compute_dtype,
         "accumulate_dtype": accumulate_dtype,
         "store_dtype": store_dtype,

@@ -22,11 +22,12 @@ from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
 from ntkpipe.grid import Grid, Span
 from ntkpipe.jacobian.block import Block, Engine
-from ntkpipe.jacobian.contract import Pairs, contract_diagonal
+from ntkpipe.jacobian.contract import Pairs, contract_diagonal_planes
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
 from ntkpipe.models import Batch, exact_math
 from ntkpipe.plan import Plan, Task
+from ntkpipe.planes import array_of
 from ntkpipe.records import BlockRecord, Record, TileRecord
 from ntkpipe.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 
@@ -113,6 +114,8 @@ class BuildJob:
         Of tiles and outputs.
     pairs
         Which pairs of covectors are contracted.
+    prefixes
+        Folders of the planes, in the order in which they are contracted.
     """
 
     engine: Engine
@@ -123,6 +126,7 @@ class BuildJob:
     cache: StripCache
     store_dtype: np.dtype[Any]
     pairs: Pairs = "all"
+    prefixes: tuple[str, ...] = ("kernel",)
 
     def session(self) -> AbstractContextManager[None]:
         """Arithmetic as every tile is computed, for the whole process."""
@@ -147,7 +151,7 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tile on its way to the sink.
+    """A tile of every plane on its way to the sink.
 
     Attributes
     ----------
@@ -156,14 +160,14 @@ class _Computed:
     span
         Its row samples.
     values
-        Its entries.
+        Its entries by array, of those that do not have them.
     outputs
         f of its row samples, where they are written with it.
     """
 
     index: Index
     span: Span
-    values: Arrival
+    values: dict[str, Arrival]
     outputs: Arrival | None
 
 
@@ -178,7 +182,7 @@ class _Builder:
         self._pause = pause
         self._workspace = Workspace()
         rows = job.plan.workload.tile * job.plan.workload.num_covectors
-        self._buffers = tile_buffers(self._device, rows, job.store_dtype)
+        self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
         self._held: dict[StripKey, Block] = {}
         self._batch = job.plan.batch
         self._most: int | None = None
@@ -221,22 +225,33 @@ class _Builder:
             yield from self._diagonal(task.block.row_start)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
-            pending: list[tuple[Index, Future[None]]] = []
+            pending: list[tuple[_Computed, Future[None]]] = []
             for tile in self._tiles(task):
-                pending.append((tile.index, writer.submit(self._keep, task.array, tile)))
-                # The next tile goes to the buffer of the one before this: that must be free again.
+                pending.append((tile, writer.submit(self._keep, tile)))
+                # The next tile goes to the buffers of the one before this: these must be free again.
                 while len(pending) >= NUM_BUFFERS:
-                    yield self._finished(task.array, *pending.pop(0))
+                    yield from self._kept(*pending.pop(0))
             while pending:
-                yield self._finished(task.array, *pending.pop(0))
+                yield from self._kept(*pending.pop(0))
 
-    def _keep(self, array: str, tile: _Computed) -> None:
-        """Write a tile once it has arrived, and before it the outputs of its samples."""
-        values = tile.values()
-        self._require_finite(array, values, tile.span)
+    def _kept(self, tile: _Computed, writing: "Future[None]") -> Iterator[TileRecord]:
+        writing.result()
+        for array in tile.values:
+            yield self._finished(array, tile.index)
+
+    def _arrays(self, name: str) -> list[str]:
+        """That array of every plane."""
+        return [array_of(prefix, name) for prefix in self._job.prefixes]
+
+    def _keep(self, tile: _Computed) -> None:
+        """Write a tile of each plane once it has arrived, and before them the outputs of its samples."""
+        values = {array: arrive() for array, arrive in tile.values.items()}
+        for array, entries in values.items():
+            self._require_finite(array, entries, tile.span)
         if tile.outputs is not None:
             self._write_outputs("train", tile.span, tile.outputs())
-        self._write(array, tile.index, values)
+        for array, entries in values.items():
+            self._write(array, tile.index, entries)
 
     def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
@@ -244,8 +259,7 @@ class _Builder:
             self._job.sink.write(array, index, values)
             self._num_bytes += values.nbytes
 
-    def _finished(self, array: str, index: Index, writing: "Future[None]") -> TileRecord:
-        writing.result()
+    def _finished(self, array: str, index: Index) -> TileRecord:
         now = perf_counter()
         subtile = self._job.plan.subtile
         record = TileRecord(array, index, now - self._last, self._batch, min(subtile, self._most or subtile))
@@ -271,7 +285,7 @@ class _Builder:
             return False
         if grid.symmetric and row == column and not self._job.sink.exists("outputs/train", (row, 0)):
             return True
-        return not self._job.sink.exists(array, (row, column))
+        return not all(self._job.sink.exists(each, (row, column)) for each in self._arrays(array))
 
     def _tile(
         self,
@@ -286,7 +300,9 @@ class _Builder:
         row_span, column_span = grid.rows.samples(row), grid.columns.samples(column)
         is_mirrored = grid.symmetric and row == column
         shape = len(row_span) * width, len(column_span) * width
-        tile = self._buffers.take(shape, self._job.sink.place(array, (row, column)))
+        arrays = self._arrays(array)
+        places = [self._job.sink.place(each, (row, column)) for each in arrays]
+        tiles = [buffers.take(shape, place) for buffers, place in zip(self._buffers, places, strict=True)]
         outputs: dict[Span, torch.Tensor] = {}
         strips = row_span.cut(plan.strip)
         for start in range(0, len(strips), plan.hold):
@@ -304,7 +320,7 @@ class _Builder:
                     self._most = fill_tile(
                         left,
                         right,
-                        tile,
+                        tiles,
                         row=one.start - row_span.start,
                         column=strip.start - column_span.start,
                         num_covectors=width,
@@ -314,7 +330,10 @@ class _Builder:
                         pause=self._pause,
                         most=self._most,
                     )
-        values = self._buffers.send()
+        sent = {each: buffers.send() for each, buffers in zip(arrays, self._buffers, strict=True)}
+        # Where outputs alone are missing, all that is done is told by the first plane.
+        missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]
+        values = {each: sent[each] for each in missing}
         rows, columns = len(row_span), len(column_span)
         self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
         found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
@@ -322,26 +341,32 @@ class _Builder:
 
     def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
         """Send what is small to the host; in float64, since numpy has no bfloat16."""
-        return self._buffers.fetch(torch.cat(parts).double())
+        return self._buffers[0].fetch(torch.cat(parts).double())
 
     def _diagonal(self, number: int) -> Iterator[TileRecord]:
         """Outputs and diagonal blocks of one tile of test samples."""
         plan, sink = self._plan, self._job.sink
-        index = (number, 0, 0)
-        if sink.exists("kernel/test_diagonal", index) and sink.exists("outputs/test", (number, 0)):
+        index, arrays = (number, 0, 0), self._arrays("kernel/test_diagonal")
+        if sink.exists("outputs/test", (number, 0)) and all(sink.exists(array, index) for array in arrays):
             return
         span = plan.workload.grids["kernel/test_train"].rows.samples(number)
-        values, outputs = [], []
+        parts: list[list[torch.Tensor]] = [[] for _ in arrays]
+        outputs = []
         for strip in span.cut(plan.strip):
             self._pause()
             block = self._strip(("test", strip), frozenset())
-            values += [contract_diagonal(piece, self._job.pairs) for piece in block.pieces]
+            for piece in block.pieces:
+                found = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                for part, values in zip(parts, found, strict=True):
+                    part.append(values)
             outputs.append(block.outputs)
-        blocks = self._to_store_dtype(self._fetch(values)())
-        self._require_finite("kernel/test_diagonal", blocks, span)
+        kept = [self._to_store_dtype(self._fetch(part)()) for part in parts]
+        for array, blocks in zip(arrays, kept, strict=True):
+            self._require_finite(array, blocks, span)
         self._write_outputs("test", span, self._fetch(outputs)())
-        self._write("kernel/test_diagonal", index, blocks)
-        yield self._finished("kernel/test_diagonal", index, _DONE)
+        for array, blocks in zip(arrays, kept, strict=True):
+            self._write(array, index, blocks)
+            yield self._finished(array, index)
 
     def _write_outputs(self, split: str, span: Span, outputs: NDArray[np.float64]) -> None:
         values = self._to_store_dtype(outputs)
@@ -409,7 +434,3 @@ class _Builder:
             raise NonFiniteError(
                 f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of them was written"
             )
-
-
-_DONE: "Future[None]" = Future()
-_DONE.set_result(None)

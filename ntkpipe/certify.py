@@ -18,9 +18,10 @@ from ntkpipe.datasets import Samples, Source, StoredSource, as_samples
 from ntkpipe.errors import ConfigError, StoreMismatchError
 from ntkpipe.jacobian.probe import with_fast_layout
 from ntkpipe.jacobian.products import JacobianProducts
-from ntkpipe.kernel import Kernel, KernelStore
+from ntkpipe.kernel import Kernel, KernelSet, KernelStore
 from ntkpipe.kinds import get_kind
-from ntkpipe.manifest import DataRecord
+from ntkpipe.layout import planes
+from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.models import DTYPES, Forward, fingerprint, prepare_model, resolve_device
 from ntkpipe.prepare import loader
 from ntkpipe.verification import Finding, VerificationReport
@@ -76,18 +77,21 @@ class Witness:
     Attributes
     ----------
     products
-        Of the model; their sum is the kernel's. One, unless pairs of unlike covectors are no part of it.
+        Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
     sources
         Samples by split.
+    groups
+        Parameters of each group by name; what is in none comes last.
     """
 
     products: tuple[JacobianProducts, ...]
     sources: Mapping[str, Source]
+    groups: tuple[frozenset[str], ...]
 
     @property
     def num_steps(self) -> int:
-        """How often :func:`certify` calls ``step``: twice over the train samples, once over the test samples."""
-        passes = [self.sources["train"], *self.sources.values()]
+        """How often :func:`certify` calls ``step``: in a pass over the train samples, and one a group over all."""
+        passes = [self.sources["train"], *len(self.groups) * list(self.sources.values())]
         return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
 
 
@@ -107,13 +111,24 @@ def find_witness(
 
     Raises
     ------
+    ConfigError
+        If samples are given that the store was made without, or needed since it was derived without them.
     StoreMismatchError
         If the fingerprints of model or samples differ.
     """
     manifest = store.manifest
-    sources: dict[str, Source] = {"train": StoredSource(store.store, "train", manifest.train.num_samples)}
-    if manifest.test is not None:
-        sources["test"] = StoredSource(store.store, "test", manifest.test.num_samples)
+    records = {"train": manifest.train, "test": manifest.test}
+    sources: dict[str, Source] = {
+        split: StoredSource(store.store, split, record.num_samples)
+        for split, record in records.items()
+        if record is not None
+    }
+    if manifest.derived is not None and not manifest.derived.has_samples:
+        absent = [split for split, given in (("train", inputs), ("test", test_inputs)) if given is None]
+        if sources.keys() & set(absent):
+            raise ConfigError(
+                f"{store.path} was derived without the samples; needed inputs and, if it has a test set, test_inputs"
+            )
     for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
         if given is not None:
             sources[split] = _matching_samples(store, given, record, split).source
@@ -140,9 +155,11 @@ def find_witness(
         batch=choices.batch,
         is_mapping=manifest.train.is_mapping,
     )
+    left = frozenset(manifest.model.parameters).difference(*manifest.groups.values())
+    groups = (*map(frozenset, manifest.groups.values()), *([left] if left else []))
     if kind.pairs == "all":
-        return Witness((whole,), sources)
-    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources)
+        return Witness((whole,), sources, groups)
+    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources, groups)
 
 
 def _require_same_model(store: KernelStore, model: nn.Module) -> None:
@@ -176,6 +193,8 @@ def certify(
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store.
 
+    J'v is computed once; its part of each group of parameters gives the kernels of the group, their sum the whole ones.
+
     Parameters
     ----------
     store
@@ -187,25 +206,46 @@ def certify(
     step
         Called after each batch of each pass.
     """
-    manifest, sources = store.manifest, witness.sources
-    on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
-    coarsest = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=store.train.shape[1])
-    directions = [each.transposed(sources["train"], signs, step) for each in witness.products]
-    diagonal = store.train.diagonal().astype(np.float64)
-
-    def product(source: Source) -> NDArray[np.float64]:
-        pairs = zip(witness.products, directions, strict=True)
-        return np.sum([each.product(source, direction, step) for each, direction in pairs], axis=0)  # type: ignore[no-any-return]
-
-    exact = product(sources["train"])
-    found = [_judge("kernel/train", store.train, signs, exact, diagonal, diagonal.sum(), coarsest)]
-    if manifest.test is not None:
-        exact = product(sources["test"])
-        rows = np.diagonal(store.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
-        kernel = store.test_train
-        found.append(_judge("kernel/test_train", kernel, signs, exact, rows, diagonal.sum(), coarsest))
+    manifest = store.manifest
+    rows = next(iter(store.store.arrays.values())).layout.shape[0]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
+    exact = _products(witness, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
+    found: list[Certificate] = []
+    wholes: dict[int | None, dict[str, NDArray[np.float64]]] = {}
+    for plane in planes(manifest):
+        kernels: KernelSet = store if plane.group is None else store.group(list(manifest.groups)[plane.group])
+        if plane.output is not None:
+            kernels = kernels.output(plane.output)
+        diagonals = {"train": kernels.train.diagonal().astype(np.float64)}
+        if manifest.test is not None:
+            diagonals["test"] = np.diagonal(kernels.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
+        trace = float(diagonals["train"].sum())
+        scales = {split: np.sqrt(np.clip(diagonal, 0, None) * trace) for split, diagonal in diagonals.items()}
+        if plane.group is None:
+            wholes[plane.output] = scales
+        for split, scale in scales.items():
+            kernel = kernels.train if split == "train" else kernels.test_train
+            floor = None if plane.group is None else wholes[plane.output][split]
+            product = exact[plane.group, plane.output, split]
+            found.append(_judge(kernel, signs, product, scale, floor, manifest))
     return tuple(found)
+
+
+def _products(
+    witness: Witness, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
+) -> dict[tuple[int | None, int | None, str], NDArray[np.float64]]:
+    """``J J'v`` by number of the group (none for all parameters), number of the output where apart, and split."""
+    found: dict[tuple[int | None, int | None, str], NDArray[np.float64]] = {}
+    for output, each in enumerate(witness.products):
+        direction = each.transposed(witness.sources["train"], signs, step)
+        for group, names in enumerate(witness.groups):
+            part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
+            for split, source in witness.sources.items():
+                product = each.product(source, part, step)
+                for number in (None, group):
+                    key = number, output if is_apart else None, split
+                    found[key] = found[key] + product if key in found else product
+    return found
 
 
 def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:
@@ -228,23 +268,26 @@ def with_certificates(report: VerificationReport, certificates: tuple[Certificat
 
 
 def _judge(
-    name: str,
     kernel: Kernel,
     signs: NDArray[np.float64],
     exact: NDArray[np.float64],
-    diagonal: NDArray[np.float64],
-    trace: float,
-    dtype: str,
+    scale: NDArray[np.float64],
+    whole: NDArray[np.float64] | None,
+    manifest: Manifest,
 ) -> Certificate:
+    """Judge rows by their scale; those of a group, whose Jacobian may be zero but for rounding, also by the whole's."""
+    on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
+    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    if whole is not None:
+        scale = scale + precision**0.5 * whole
     gap = np.abs(_multiply(kernel, signs) - exact)
-    scale = np.sqrt(np.clip(diagonal, 0, None) * trace)
     errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
     median = float(np.median(errors))
-    floor = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    suspect = np.flatnonzero(errors > _OUTLIER * max(median, floor / 4))
+    suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
     ranked = suspect[np.argsort(-errors[suspect])]
     return Certificate(
-        array=name,
+        array=kernel.name,
         error=float(errors.max()),
         median_error=median,
         tolerance=_TOLERANCE[dtype],

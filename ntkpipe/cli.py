@@ -29,6 +29,7 @@ from ntkpipe.errors import (
 )
 from ntkpipe.export import export_kernel, find_array
 from ntkpipe.kernel import KernelStore, open_kernel
+from ntkpipe.manifest import Manifest
 from ntkpipe.resources import format_bytes
 from ntkpipe.verification import verification_rows, verify_and_record
 
@@ -138,7 +139,7 @@ def info(store: str, as_json: bool) -> None:
     train, test = manifest.train, manifest.test
     rows = [
         ("kind", f"{manifest.kind}: {manifest.convention}"),
-        ("kernel", f"{opened.train.shape[0]:,} × {opened.train.shape[1]:,} {manifest.store_dtype}"),
+        ("kernel", f"{_shape_in_words(opened)} {manifest.store_dtype}"),
         (
             "samples",
             f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs",
@@ -154,6 +155,10 @@ def info(store: str, as_json: bool) -> None:
         ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
         ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
     ]
+    if manifest.groups:
+        rows.append(("groups", _groups_in_words(manifest)))
+    if manifest.derived is not None:
+        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
     report, certificate = described["verification"], described["certificate"]
     if report is None:
         rows.append(("verified", "never"))
@@ -248,6 +253,20 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "runs": store.store.read_results("runs"),
         **{name: store.store.read_result(name) for name in ("verification", "certificate", "self_check", "summary")},
     }
+
+
+def _shape_in_words(store: KernelStore) -> str:
+    """Shape of the train kernels, and how many there are."""
+    arrays = [a for a in store.store.arrays.values() if a.layout.grid is not None and a.layout.grid.symmetric]
+    rows, columns = arrays[0].layout.shape
+    return f"{rows:,} × {columns:,}" if len(arrays) == 1 else f"{len(arrays)} of {rows:,} × {columns:,}"
+
+
+def _groups_in_words(manifest: Manifest) -> str:
+    """Each group with its number of parameters, and how many are in none."""
+    sizes = [f"{name} ({len(parameters)})" for name, parameters in manifest.groups.items()]
+    left = len(manifest.model.parameters) - sum(map(len, manifest.groups.values()))
+    return ", ".join(sizes) + (f"; {left} parameters in none" if left else "")
 
 
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

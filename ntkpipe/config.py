@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from ntkpipe.errors import ConfigError
 
@@ -32,6 +32,20 @@ def _as_location(value: object) -> object:
 
 def _as_patterns(value: object) -> object:
     return (value,) if isinstance(value, str) else value
+
+
+# A folder of the store.
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_patterns), Field(min_length=1)]
+
+
+def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return groups whose names can be folders side by side; some file systems ignore case."""
+    seen = {"zarr.json": "zarr.json"}
+    for name in groups:
+        if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
+            raise ValueError(f"the name {name!r} would be the folder of {seen[name.casefold()]!r}")
+    return groups
 
 
 class Spec(BaseModel):
@@ -77,9 +91,11 @@ class KernelSpec(Spec):
     Attributes
     ----------
     kind
-        ``ntk``, ``pntk``, ``trace`` or ``output:k``; see :mod:`ntkpipe.kinds`.
+        ``ntk``, ``pntk``, ``trace``, ``diagonal`` or ``output:k``; see :mod:`ntkpipe.kinds`.
     parameters
         Shell-style patterns of parameter names; nothing means every parameter that requires a gradient.
+    groups
+        Name → shell-style patterns of the selected parameters: a kernel of each group, beside that of all.
     compute_dtype
         dtype of the forward pass and the Jacobians; ``tf32`` is float32 whose products on a GPU may be TF32.
     accumulate_dtype
@@ -96,6 +112,7 @@ class KernelSpec(Spec):
 
     kind: str = "pntk"
     parameters: Annotated[tuple[str, ...] | None, BeforeValidator(_as_patterns)] = None
+    groups: Annotated[dict[GroupName, Patterns], AfterValidator(require_folders)] = {}
     compute_dtype: ComputeDtype = "float32"
     accumulate_dtype: RealDtype | None = None
     store_dtype: RealDtype | None = None

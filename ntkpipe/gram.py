@@ -1,12 +1,12 @@
 """Two Jacobian blocks become a part of a tile: pieces are contracted, turned sample-major, and mirrored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
 from ntkpipe.device import is_out_of_memory, release_memory
 from ntkpipe.jacobian.block import Block
-from ntkpipe.jacobian.contract import Pairs, contract
+from ntkpipe.jacobian.contract import Pairs, contract_planes
 from ntkpipe.jacobian.factors import Piece
 from ntkpipe.jacobian.workspace import Workspace
 
@@ -14,7 +14,7 @@ from ntkpipe.jacobian.workspace import Workspace
 def fill_tile(
     left: Block,
     right: Block,
-    tile: Tensor,
+    tiles: Sequence[Tensor],
     *,
     row: int,
     column: int,
@@ -25,14 +25,15 @@ def fill_tile(
     pause: Callable[[], None],
     most: int | None = None,
 ) -> int | None:
-    """Write the Gram entries of two strips into a tile, sample-major.
+    """Write the Gram entries of two strips into the tile of every plane, sample-major.
 
     Parameters
     ----------
     left, right
         Strips of the tile's row and column samples.
-    tile
-        Tensor (tile rows, tile rows) in the store dtype.
+    tiles
+        Tensors (tile rows, tile rows) in the store dtype, in the order of
+        :func:`~ntkpipe.jacobian.contract.contract_planes`.
     row, column
         First sample of each strip, counted from the tile's.
     num_covectors, pairs
@@ -56,7 +57,7 @@ def fill_tile(
     MemoryError, torch.OutOfMemoryError, RuntimeError
         If there is no memory to contract single samples, as the device says it.
     """
-    while not _filled(left, right, tile, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
+    while not _filled(left, right, tiles, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
         largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
         most = max(1, min(largest, most or largest) // 2)
         workspace.clear()
@@ -67,7 +68,7 @@ def fill_tile(
 def _filled(
     left: Block,
     right: Block,
-    tile: Tensor,
+    tiles: Sequence[Tensor],
     corner: tuple[int, int],
     num_covectors: int,
     pairs: Pairs,
@@ -76,7 +77,7 @@ def _filled(
     pause: Callable[[], None],
     most: int | None,
 ) -> bool:
-    """Fill the tile; false if memory ran out for pieces that can be halved."""
+    """Fill the tiles; false if memory ran out for pieces that can be halved."""
     # The parts of a piece that meets itself must be the same objects on both sides.
     lefts = list(_placed(left, corner[0], most))
     rights = lefts if right is left and corner[0] == corner[1] else list(_placed(right, corner[1], most))
@@ -88,10 +89,11 @@ def _filled(
                 pause()
                 top, side = left_start * num_covectors, right_start * num_covectors
                 height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
-                place = tile[top : top + height, side : side + width]
-                contract(one, other, workspace, pairs, out=place)
+                places = [tile[top : top + height, side : side + width] for tile in tiles]
+                contract_planes(one, other, workspace, pairs, places)
                 if is_mirrored and left_start != right_start:
-                    tile[side : side + width, top : top + height] = place.T
+                    for tile, place in zip(tiles, places, strict=True):
+                        tile[side : side + width, top : top + height] = place.T
     except Exception as error:
         if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
             raise

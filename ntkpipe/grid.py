@@ -6,6 +6,9 @@ The only module that knows that a symmetric kernel keeps its upper tiles. It tou
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# Tiles of so many planes are of full size; of more they are smaller, since a worker holds one of each.
+_FULL_PLANES = 16
+
 
 @dataclass(frozen=True, order=True)
 class Span:
@@ -144,19 +147,23 @@ def kernel_grids(num_train: int, num_test: int | None, num_covectors: int, tile:
     return grids
 
 
-def default_tile(num_samples: int, num_covectors: int) -> int:
+def default_tile(num_samples: int, num_covectors: int, num_planes: int = 1) -> int:
     """Samples along a tile's edge where none are asked for.
 
     About 2048 rows (16 MiB in float32), 4096 from 500,000 rows on, and fewer for small kernels so that there is
-    work for several workers. The number of workers plays no part: the tile decides bits.
+    work for several workers, or where tiles of many planes are filled at once. The number of workers plays no part:
+    the tile decides bits.
     """
     rows = num_samples * num_covectors
     edge = 4096 if rows >= 500_000 else min(2048, max(256, -(-rows // 8) // 64 * 64))
+    if num_planes > _FULL_PLANES:
+        edge = max(128, int(edge * (_FULL_PLANES / num_planes) ** 0.5) // 64 * 64)
     return max(1, min(num_samples, edge // num_covectors))
 
 
-def matrix_tile(num_samples: int, num_covectors: int, num_workers: int) -> int:
+def matrix_tile(num_samples: int, num_covectors: int, num_planes: int, num_workers: int) -> int:
     """Samples along a tile's edge of a kernel that stays in memory: the largest that leave work for every worker."""
+    del num_planes  # tiles are computed where they stay
     edge = 1
     while num_workers > 1 and edge * (edge + 1) // 2 < 1.5 * num_workers:
         edge += 1

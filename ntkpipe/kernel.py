@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ntkpipe.errors import ResourceError, StoreError
+from ntkpipe.errors import ConfigError, ResourceError, StoreError
 from ntkpipe.grid import Grid
+from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import Manifest
+from ntkpipe.planes import array_of, prefix_of
 from ntkpipe.resources import available_memory, format_bytes
 from ntkpipe.store import Store, StoredArray
 
@@ -51,6 +53,11 @@ class Kernel:
         self._array = array
         self._grid: Grid = array.layout.grid
         self.token = f"{token}-{array.layout.name.replace('/', '-')}"
+
+    @property
+    def name(self) -> str:
+        """The array in the store, as ``kernel/train``."""
+        return self._array.layout.name
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,8 +107,7 @@ class Kernel:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        name = self._array.layout.name
-        return f"<Kernel {name} {self.shape[0]} x {self.shape[1]} {self.dtype}, {format_bytes(self.nbytes)}>"
+        return f"<Kernel {self.name} {self.shape[0]} x {self.shape[1]} {self.dtype}, {format_bytes(self.nbytes)}>"
 
     def read_tile(self, row: int, column: int) -> NDArray[Any]:
         """Tile (row, column) of the full matrix, read-only, transposed from its mirror where that is what is stored."""
@@ -257,7 +263,7 @@ class Progress:
     Attributes
     ----------
     tiles_done, tiles_total
-        Tiles of ``kernel/train`` and ``kernel/test_train``.
+        Tiles of all kernels.
     bytes_done
         Bytes of the tiles that exist.
     """
@@ -272,7 +278,83 @@ class Progress:
         return self.tiles_done == self.tiles_total
 
 
-class KernelStore:
+class KernelSet:
+    """The kernels of one sum over parameters: of all selected ones, or of a group; where asked for, of one output.
+
+    Attributes
+    ----------
+    store
+        The arrays underneath.
+    """
+
+    def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
+        self.store = store
+        self._group = group
+        self._output = output
+
+    def __repr__(self) -> str:
+        return f"<KernelSet {prefix_of(self._group, self._output)} of {self.store.root}>"
+
+    @property
+    def train(self) -> Kernel:
+        """Train x train, symmetric, shape (N*S, N*S).
+
+        Raises
+        ------
+        ConfigError
+            If each output has a kernel of its own: then :meth:`output` picks one.
+        """
+        return self._kernel("kernel/train")
+
+    @property
+    def test_train(self) -> Kernel:
+        """Test x train, shape (M*S, N*S); raises as :attr:`train`."""
+        return self._kernel("kernel/test_train")
+
+    @property
+    def test_diagonal(self) -> NDArray[Any]:
+        """The S x S block of each test sample with itself, shape (M, S, S); raises as :attr:`train`."""
+        return self._read_all(self._name("kernel/test_diagonal"))
+
+    def output(self, number: int) -> "KernelSet":
+        """The kernels of one output, in a store of kind ``diagonal``.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such output, or the store does not keep outputs apart.
+        """
+        manifest = self.store.manifest
+        if get_kind(manifest.kind).pairs != "same" or self._output is not None:
+            raise ConfigError(f"{self!r} has no kernels of single outputs; they are those of kind='diagonal'")
+        if not 0 <= number < manifest.num_outputs:
+            raise ConfigError(f"output({number}): {self.store.root} has outputs 0 to {manifest.num_outputs - 1}")
+        return KernelSet(self.store, self._group, number)
+
+    def _name(self, name: str) -> str:
+        if self._output is None and get_kind(self.store.manifest.kind).pairs == "same":
+            raise ConfigError(
+                f"{self.store.root} has a kernel for each of {self.store.manifest.num_outputs} outputs; use "
+                f".output(k).{name.rpartition('/')[2]}"
+            )
+        return array_of(prefix_of(self._group, self._output), name)
+
+    def _kernel(self, name: str) -> Kernel:
+        token = f"{self.store.manifest.digest()}-{self.store.medium.identity()}"
+        return Kernel(self._array(self._name(name)), token)
+
+    def _array(self, name: str) -> StoredArray:
+        if name not in self.store.arrays:
+            raise StoreError(f"{self.store.root} has no {name}: it was made without test_inputs")
+        return self.store.arrays[name]
+
+    def _read_all(self, name: str) -> NDArray[Any]:
+        array = self._array(name)
+        _require_memory(array.layout.shape, array.layout.dtype, name)
+        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
+
+
+class KernelStore(KernelSet):
     """A kernel store, opened for reading.
 
     Attributes
@@ -282,7 +364,7 @@ class KernelStore:
     """
 
     def __init__(self, store: Store) -> None:
-        self.store = store
+        super().__init__(store)
 
     def __repr__(self) -> str:
         manifest, progress = self.manifest, self.progress
@@ -305,28 +387,30 @@ class KernelStore:
     def progress(self) -> Progress:
         """What exists, from one listing; no tile is read."""
         done = total = num_bytes = 0
-        for name in ("kernel/train", "kernel/test_train"):
-            if name in self.store.arrays:
-                array = self.store.arrays[name]
+        for array in self.store.arrays.values():
+            if array.layout.grid is not None:
                 present = array.layout.num_chunks - len(array.missing())
                 done, total = done + present, total + array.layout.num_chunks
                 num_bytes += present * array.layout.chunk_bytes
         return Progress(done, total, num_bytes)
 
     @property
-    def train(self) -> Kernel:
-        """Train x train, symmetric, shape (N*S, N*S)."""
-        return self._kernel("kernel/train")
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Name → parameters of each group that has kernels of its own."""
+        return dict(self.manifest.groups)
 
-    @property
-    def test_train(self) -> Kernel:
-        """Test x train, shape (M*S, N*S)."""
-        return self._kernel("kernel/test_train")
+    def group(self, name: str) -> KernelSet:
+        """The kernels of one group of parameters.
 
-    @property
-    def test_diagonal(self) -> NDArray[Any]:
-        """The S x S block of each test sample with itself, shape (M, S, S)."""
-        return self._read_all("kernel/test_diagonal")
+        Raises
+        ------
+        ConfigError
+            If the store has no such group; the message lists those that it has.
+        """
+        if name not in self.manifest.groups:
+            known = ", ".join(map(repr, self.manifest.groups)) or "none"
+            raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")
+        return KernelSet(self.store, name)
 
     @property
     def outputs(self) -> NDArray[Any]:
@@ -351,19 +435,6 @@ class KernelStore:
 
     def _read_targets(self, split: str, exists: bool) -> NDArray[Any] | None:
         return self._read_all(f"targets/{split}") if exists else None
-
-    def _array(self, name: str) -> StoredArray:
-        if name not in self.store.arrays:
-            raise StoreError(f"{self.path} has no {name}: it was made without test_inputs")
-        return self.store.arrays[name]
-
-    def _kernel(self, name: str) -> Kernel:
-        return Kernel(self._array(name), f"{self.manifest.digest()}-{self.store.medium.identity()}")
-
-    def _read_all(self, name: str) -> NDArray[Any]:
-        array = self._array(name)
-        _require_memory(array.layout.shape, array.layout.dtype, name)
-        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
 
 
 def open_kernel(path: str | Path) -> KernelStore:

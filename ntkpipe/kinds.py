@@ -24,17 +24,21 @@ class Kind:
         What one entry of the stored matrix is, as text for the manifest. Implementations differ by factors of
         the number of outputs and do not say so.
     pairs
-        Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, their
-        sum an entry. Pairs that are not wanted cost nothing.
+        Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, each
+        an entry of a matrix of its own (``same``) or their sum an entry. Pairs that are not wanted cost nothing.
     """
 
     name: str
     convention: str
-    pairs: Literal["all", "sum"] = "all"
+    pairs: Literal["all", "same", "sum"] = "all"
 
     def num_covectors(self, num_outputs: int) -> int:
         """Rows a sample, S; the kernel of N samples has N*S rows."""
         return num_outputs if self.name == "ntk" else 1
+
+    def num_matrices(self, num_outputs: int) -> int:
+        """Matrices of that size: one, but of the kernels of single outputs one each."""
+        return num_outputs if self.pairs == "same" else 1
 
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
         """Vectors in output space that are pulled back to the parameters, one a row, O columns.
@@ -45,7 +49,7 @@ class Kind:
             If the model does not have the output that is asked for.
         """
         unit: NDArray[np.float64] = np.eye(num_outputs)
-        if self.name == "ntk":
+        if self.name in {"ntk", "diagonal"}:
             return unit
         if self.name == "trace":
             scaled: NDArray[np.float64] = unit * num_outputs**-0.5
@@ -74,6 +78,12 @@ KINDS = {
         "K[i, j] = 1/O sum_o <d f_o(x_i) / d theta, d f_o(x_j) / d theta> over the selected parameters: the mean over "
         "outputs of the diagonal of each O x O block",
         pairs="sum",
+    ),
+    "diagonal": Kind(
+        "diagonal",
+        "K_o[i, j] = <d f_o(x_i) / d theta, d f_o(x_j) / d theta> over the selected parameters, a matrix of its own "
+        "for each output o; no normalisation",
+        pairs="same",
     ),
 }
 

@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from ntkpipe.errors import StoreError
 from ntkpipe.grid import Grid, kernel_grids
 from ntkpipe.manifest import DataRecord, Manifest
+from ntkpipe.planes import MAX_PLANES, Plane, num_planes, planes_of
 
 Index = tuple[int, ...]
 
 # A chunk is followed by the crc32c of its bytes.
 CHECKSUM_BYTES = 4
+_BLOCK_DIMENSIONS = ("sample", "row", "column")
 _SAMPLE_CHUNK_BYTES = 16 * 2**20
 
 
@@ -36,6 +39,11 @@ class ArrayLayout:
     dtype: np.dtype[Any]
     dimensions: tuple[str, ...]
     grid: Grid | None = None
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether it is a ``test_diagonal``: the S x S block of each sample with itself."""
+        return self.dimensions == _BLOCK_DIMENSIONS
 
     @property
     def chunk_bytes(self) -> int:
@@ -68,28 +76,47 @@ class ArrayLayout:
         )
 
 
+def planes(manifest: Manifest) -> tuple[Plane, ...]:
+    """The matrices that a store of this manifest has of each kernel.
+
+    Raises
+    ------
+    StoreError
+        If these are more than any run makes: the manifest is not one of ours.
+    """
+    count = num_planes(manifest.kind, manifest.num_outputs, len(manifest.groups))
+    if count > MAX_PLANES:
+        raise StoreError(f"the manifest asks for {count} kernels beside each other; at most {MAX_PLANES} are possible")
+    return planes_of(manifest.kind, manifest.num_outputs, manifest.groups)
+
+
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array that a store of this manifest has, by name."""
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
     num_test = None if manifest.test is None else manifest.test.num_samples
     grids = kernel_grids(manifest.train.num_samples, num_test, manifest.num_covectors, manifest.tile)
-    for name, grid in grids.items():
-        chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
-        found.append(ArrayLayout(name, grid.shape, chunks, store_dtype, ("row", "column"), grid))
+    for plane in planes(manifest):
+        for name, grid in grids.items():
+            chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
+            dimensions = ("row", "column")
+            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, store_dtype, dimensions, grid))
     for split, data in (("train", manifest.train), ("test", manifest.test)):
         if data is not None:
             found += _data_layouts(split, data, manifest)
     if manifest.test is not None:
         width = manifest.num_covectors
         blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
-        dimensions = ("sample", "row", "column")
-        found.append(ArrayLayout("kernel/test_diagonal", blocks, block_chunks, store_dtype, dimensions))
+        for plane in planes(manifest):
+            name = plane.array("kernel/test_diagonal")
+            found.append(ArrayLayout(name, blocks, block_chunks, store_dtype, _BLOCK_DIMENSIONS))
     return {layout.name: layout for layout in found}
 
 
 def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
     arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
+    if manifest.derived is not None and not manifest.derived.has_samples:
+        arrays = {}
     if data.targets is not None:
         arrays[f"targets/{split}"] = data.targets
     found = []

@@ -4,9 +4,18 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
-from ntkpipe.config import ComputeDtype, RealDtype
+from ntkpipe.config import ComputeDtype, GroupName, RealDtype, require_folders
 from ntkpipe.errors import StoreError
 
 FORMAT: Literal[1] = 1
@@ -101,6 +110,28 @@ class Choices(_Record):
     arithmetic: str
 
 
+class DerivedRecord(_Record):
+    """The store that one was derived from, without the model.
+
+    Attributes
+    ----------
+    kind
+        Its kind.
+    digest
+        Digest of its manifest.
+    has_samples
+        Whether the samples were copied, too.
+    """
+
+    kind: str
+    digest: str
+    has_samples: bool
+
+
+# Fields that came later, left out of the JSON where they say nothing: stores without them keep manifest and digest.
+_LATER: dict[str, object] = {"groups": {}, "derived": None}
+
+
 class Manifest(_Record):
     """What a store holds. Frozen; its digest is stored beside it, so that an altered one is noticed.
 
@@ -108,6 +139,10 @@ class Manifest(_Record):
     ----------
     environment
         Versions, host and time of the run that made the store; for people, never compared.
+    groups
+        Name → parameters of each group that has kernels of its own; they have none in common.
+    derived
+        Where the kernels come from, if not from the model.
     """
 
     format: Literal[1]
@@ -124,6 +159,18 @@ class Manifest(_Record):
     test: DataRecord | None
     choices: Choices
     environment: dict[str, str]
+    groups: dict[GroupName, tuple[str, ...]] = {}
+    derived: DerivedRecord | None = None
+
+    @field_validator("groups")
+    @classmethod
+    def _require_folders(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return require_folders(groups)
+
+    @model_serializer(mode="wrap")
+    def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
@@ -168,6 +215,7 @@ _IDENTITY = (
     "accumulate_dtype",
     "store_dtype",
     "model",
+    "groups",
     "train",
     "test",
 )

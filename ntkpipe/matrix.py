@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ntkpipe.jacobian.block import Engine
 from ntkpipe.layout import Index
 from ntkpipe.models import Forward, resolve_device
 from ntkpipe.plan import Plan, Task
+from ntkpipe.planes import array_of
 from ntkpipe.prepare import Prepared, plan_run, prepare
 from ntkpipe.progress import show_progress
 from ntkpipe.records import Halvings, Record, TileRecord
@@ -41,7 +43,7 @@ class SettledMatrix:
     plan
         Fits in memory.
     name, grid
-        The one kernel that is computed.
+        The one kernel that is computed, or one of each output.
     """
 
     prepared: Prepared
@@ -92,10 +94,11 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    needed, available = grid.shape[0] * grid.shape[1] * dtype.itemsize, available_memory()
+    shape = _shape(prepared, grid)
+    needed, available = prod(shape) * dtype.itemsize, available_memory()
     if needed > _SHARE_OF_MEMORY * available:
         raise ResourceError(
-            f"the kernel of shape {grid.shape} and dtype {dtype} needs {format_bytes(needed)}; "
+            f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
     engine = prepared.engine
@@ -121,7 +124,10 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     """
     prepared, plan = settled.prepared, settled.plan
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    sink = _MatrixSink(np.empty(settled.grid.shape, dtype), settled.name, settled.grid)
+    matrix = np.empty(_shape(prepared, settled.grid), dtype)
+    prefixes = tuple(plane.prefix for plane in prepared.planes)
+    names = [array_of(prefix, settled.name) for prefix in prefixes]
+    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *settled.grid.shape), strict=True)), settled.grid)
     sources: dict[str, Source] = {"train": prepared.train.source}
     if prepared.test is not None:
         sources["test"] = prepared.test.source
@@ -134,6 +140,7 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
         StripCache(plan.cache_bytes),
         dtype,
         settled.engine.setup.pairs,
+        prefixes,
     )
     executor: ThreadExecutor[Task, Record] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
@@ -143,24 +150,28 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
             tiles = show_progress(tiles, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
         for _ in tiles:
             pass
-    return sink.matrix
+    return matrix
+
+
+def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
+    """Of the result."""
+    return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
 
 
 class _MatrixSink:
-    """Tiles go to a matrix in memory, mirrored where it is symmetric; outputs are dropped."""
+    """Tiles go to matrices in memory, mirrored where these are symmetric; outputs are dropped."""
 
-    def __init__(self, matrix: NDArray[Any], name: str, grid: Grid) -> None:
-        self.matrix = matrix
-        self._name = name
+    def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
+        self._matrices = matrices
         self._grid = grid
 
     def exists(self, array: str, index: Index) -> bool:
         """Outputs count as there; no tile does."""
-        return array != self._name
+        return array not in self._matrices
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
         """The tile's part of the matrix."""
-        return self.matrix[self._region(index)] if array == self._name else None
+        return self._matrices[array][self._region(index)] if array in self._matrices else None
 
     def _region(self, index: Index) -> tuple[slice, slice]:
         rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
@@ -168,6 +179,6 @@ class _MatrixSink:
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Copy a tile, which lies in its place, to its mirror image."""
-        if array == self._name and self._grid.symmetric and index[0] != index[1]:
+        if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
-            self.matrix[columns, rows] = values.T
+            self._matrices[array][columns, rows] = values.T

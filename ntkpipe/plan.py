@@ -53,6 +53,10 @@ class Workload:
         Bytes of one entry as stored, and as summed.
     cost
         Of the Jacobians.
+    num_matrices
+        Matrices of each kernel: one, or one for each output.
+    num_groups
+        Groups of parameters that have kernels of their own beside those of all.
     """
 
     grids: Mapping[str, Grid]
@@ -62,6 +66,13 @@ class Workload:
     store_itemsize: int
     accumulate_itemsize: int
     cost: Cost
+    num_matrices: int = 1
+    num_groups: int = 0
+
+    @property
+    def num_planes(self) -> int:
+        """Matrices that are filled together, each with tiles of its own."""
+        return self.num_matrices * (1 + self.num_groups)
 
     @property
     def tile_bytes(self) -> int:
@@ -70,8 +81,8 @@ class Workload:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of all kernels."""
-        return sum(grid.num_tiles for grid in self.grids.values())
+        """Tiles of all kernels and planes."""
+        return self.num_planes * sum(grid.num_tiles for grid in self.grids.values())
 
     @property
     def num_samples(self) -> int:
@@ -260,6 +271,7 @@ class Plan:
             "tile": self.workload.tile,
             "tiles": self.workload.num_tiles,
             "tiles_done": self.tiles_done,
+            "planes": self.workload.num_planes,
             "blocks": self.num_tasks,
             "strip": self.strip,
             "subtile": self.subtile,
@@ -278,6 +290,12 @@ class Plan:
             "problems": list(self.problems),
         }
 
+    def _planes_in_words(self) -> str:
+        load = self.workload
+        words = [f"of each of {load.num_matrices} outputs"] if load.num_matrices > 1 else []
+        words += [f"of all parameters and {load.num_groups} groups of them"] if load.num_groups else []
+        return f"{load.num_planes} of each, {', '.join(words)}"
+
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
@@ -286,7 +304,7 @@ class Plan:
         each = "" if machine.processes == 1 else f" in each of {machine.processes} processes"
         disk = "free space unknown" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
-            ("kernels", shapes),
+            ("kernels", shapes if load.num_planes == 1 else f"{shapes}; {self._planes_in_words()}"),
             ("tile", f"{load.tile} samples, {load.tile * load.num_covectors} rows, {format_bytes(load.tile_bytes)}"),
             ("tiles", f"{load.num_tiles:,}, of which {self.tiles_done:,} exist"),
             ("blocks", f"{self.num_tasks:,}, of up to {self.edge} × {self.edge} tiles"),
@@ -374,7 +392,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     cost, tile = workload.cost, workload.tile
     share = (machine.memory_limit - machine.base_memory) / machine.workers
     sizes = machine.sizes
-    subtile = min(max(1, sizes.piece_rows // workload.num_covectors), tile)
+    subtile = min(max(1, int(sizes.piece_rows / workload.num_matrices**0.5) // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
     most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
     batch = _power_of_two(max(2, int(min(most))), subtile)
@@ -442,8 +460,11 @@ def _edge(workload: Workload, machine: Machine) -> int:
 
 def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:
     """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
-    piece = (subtile * workload.num_covectors) ** 2 * sizes.piece_entry_bytes + sizes.scratch_bytes
-    tiles = 2 * _BUFFERS * workload.tile_bytes
+    entries = workload.num_matrices * (subtile * workload.num_covectors) ** 2
+    # With groups, the sum over all of them in float64 is kept beside that of one.
+    piece = entries * (sizes.piece_entry_bytes + (8 if workload.num_groups else 0)) + sizes.scratch_bytes
+    # Tiles of all planes are computed at once, and written one after the other.
+    tiles = (2 * _BUFFERS + 2 * (workload.num_planes - 1)) * workload.tile_bytes
     return tiles + piece + workload.cost.fixed_workspace_bytes
 
 

@@ -1,7 +1,7 @@
 """Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
 from ntkpipe.device import free_memory, sizes_of, without_tf32
-from ntkpipe.errors import DataError, StoreMismatchError
+from ntkpipe.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
 from ntkpipe.jacobian.cost import Cost
@@ -26,6 +26,7 @@ from ntkpipe.manifest import Choices
 from ntkpipe.medium import Medium
 from ntkpipe.models import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.plan import Crew, Machine, Plan, Workload, make_plan
+from ntkpipe.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.resources import available_memory, num_cores, process_memory
 
 # What a run may take of the memory that is free when it starts, where no limit is given.
@@ -58,6 +59,8 @@ class Prepared:
         Outputs O.
     tile
         Samples along a tile's edge.
+    groups
+        Parameters of each group by name.
     """
 
     spec: KernelSpec
@@ -68,6 +71,12 @@ class Prepared:
     test: Samples | None
     num_outputs: int
     tile: int
+    groups: Mapping[str, tuple[str, ...]]
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The matrices that are filled together."""
+        return planes_of(self.spec.kind, self.num_outputs, self.groups)
 
     @property
     def num_covectors(self) -> int:
@@ -108,7 +117,7 @@ def prepare(
     *,
     forward: Forward,
     device: str | None,
-    choose_tile: Callable[[int, int], int] = default_tile,
+    choose_tile: Callable[[int, int, int], int] = default_tile,
 ) -> Prepared:
     """Check the model on a few samples and find out how its Jacobians are computed.
 
@@ -119,10 +128,12 @@ def prepare(
     device
         ``cpu``, ``cuda``, ``cuda:1``; none takes the first GPU where there is one.
     choose_tile
-        Takes the numbers of samples and of covectors to a tile, used where the spec names none.
+        Takes the numbers of samples, of rows a sample and of planes to a tile, used where the spec names none.
 
     Raises
     ------
+    ConfigError
+        If a group does not fit the parameters, or there are too many kernels beside each other.
     ModelError
         If the model cannot be used as it is.
     NonFiniteError
@@ -140,7 +151,14 @@ def prepare(
     load = loader(functional, train)
     num_outputs = check_outputs(functional, load, train.num_samples)
     functional = with_fast_layout(functional, load, train.num_samples)
-    chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs))
+    groups = match_groups(spec.groups, functional.names)
+    count = num_planes(spec.kind, num_outputs, len(groups))
+    if count > MAX_PLANES:
+        raise ConfigError(
+            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels beside each "
+            f"other; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
+        )
+    chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
     chosen = min(chosen, train.num_samples)
     dtype = DTYPES[spec.resolved_accumulate_dtype()]
     setup = Setup(
@@ -151,9 +169,10 @@ def prepare(
         num_samples=chosen,
         memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
         piece_rows=sizes_of(functional.device).piece_rows,
+        groups=tuple(groups.values()),
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
-    return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen)
+    return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen, groups)
 
 
 def _memory_of_a_worker(device: torch.device) -> float:
@@ -239,6 +258,8 @@ def plan_run(
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
         accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
         cost=measure_cost(prepared, engine),
+        num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
+        num_groups=len(prepared.groups),
     )
     disk = None if medium is None else medium.free_bytes()
     machine = _this_machine(engine, run, result_bytes, disk) if crew is None else _crew_machine(crew, run, disk)

@@ -34,7 +34,7 @@ from ntkpipe.jacobian.contract import contract
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.kernel import KernelStore
-from ntkpipe.layout import Index, layouts
+from ntkpipe.layout import Index, layouts, planes
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
 from ntkpipe.medium import Medium
 from ntkpipe.models import exact_math, fingerprint
@@ -89,6 +89,7 @@ def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: D
             "processor": platform.processor() or platform.machine(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
+        groups=dict(prepared.groups),
     )
 
 
@@ -113,6 +114,23 @@ def require_same(store: Store, asked: Manifest) -> None:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def require_made_from_model(store: Store) -> None:
+    """Refuse to go on computing a store that another run derives from a stored kernel.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the store is a derived one and not complete.
+    """
+    derived = store.manifest.derived
+    if derived is not None and store.missing():
+        raise StoreMismatchError(
+            f"{store.root} is being derived from a store of kind {derived.kind!r} and is not complete: go on with "
+            "ntkpipe derive, or use mode='w' to compute it from the model",
+            (("derived", derived.model_dump(), None),),
+        )
 
 
 def require_same_function(store: Store, prepared: Prepared) -> None:
@@ -142,7 +160,7 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
             f"{scale:.2g}): the model's forward pass or the forward hook is another one",
             (("outputs", stored[samples].tolist(), outputs.tolist()),),
         )
-    tile = store.arrays["kernel/train"]
+    tile = store.arrays[prepared.planes[0].array("kernel/train")]
     if first in tile.present():
         _require_same_entries(store, tile.read(first), prepared, samples)
 
@@ -162,9 +180,10 @@ def _require_same_entries(store: Store, tile: NDArray[Any], prepared: Prepared, 
 
 
 def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
-    """The kernel of a few samples, sample-major."""
+    """The kernel of a few samples, sample-major; of the first output, where each has its own."""
     piece, _ = prepared.engine.piece(prepared.load(samples))
-    return np.asarray(contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy())
+    found = contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy()
+    return np.asarray(found if prepared.kind.pairs != "same" else found[0])
 
 
 def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
@@ -380,6 +399,7 @@ def build(
         cache=StripCache(plan.cache_bytes),
         store_dtype=np.dtype(store.manifest.store_dtype),
         pairs=settled.engine.setup.pairs,
+        prefixes=tuple(plane.prefix for plane in planes(store.manifest)),
     )
     if executor is None:
         executor = ThreadExecutor(plan.machine.workers)

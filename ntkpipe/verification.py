@@ -72,7 +72,7 @@ class VerificationReport:
 
 
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
-    """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonal.
+    """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonals.
 
     Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
     diagonal tiles are symmetric to the last bit; that the diagonal is not negative and
@@ -141,26 +141,32 @@ def _belongs(array: StoredArray, index: Index) -> bool:
 
 
 def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
-    """Diagonal entries by split, NaN where a chunk cannot be read; that is reported where the chunk is checked."""
+    """Diagonal entries of the train and test samples of each plane, by the array that they are in.
+
+    NaN where a chunk cannot be read; that is reported where the chunk is checked.
+    """
     found = {}
-    train = store.arrays["kernel/train"]
-    assert train.layout.grid is not None
-    parts = []
-    for number in range(train.layout.grid.rows.num_tiles):
-        tile = _try_read(train, (number, number))
-        rows = len(train.layout.grid.rows.rows(number))
-        parts.append(np.full(rows, np.nan) if tile is None else tile.diagonal().astype(np.float64))
-    found["train"] = np.concatenate(parts)
-    test = store.arrays.get("kernel/test_diagonal")
-    if test is not None:
-        parts = []
-        for index in test.layout.indices():
-            blocks = _try_read(test, index)
-            rows = (test.layout.region(index)[0].stop - test.layout.region(index)[0].start) * test.layout.shape[1]
-            diagonal = None if blocks is None else blocks.diagonal(axis1=1, axis2=2).reshape(-1)
-            parts.append(np.full(rows, np.nan) if diagonal is None else diagonal.astype(np.float64))
-        found["test"] = np.concatenate(parts)
+    for name, array in store.arrays.items():
+        layout = array.layout
+        if layout.grid is not None and layout.grid.symmetric:
+            axis = layout.grid.rows
+            found[name] = np.concatenate(
+                [_diagonal_of(_try_read(array, (i, i)), len(axis.rows(i))) for i in range(axis.num_tiles)]
+            )
+        elif layout.holds_blocks:
+            parts = []
+            for index in layout.indices():
+                region = layout.region(index)[0]
+                parts.append(_diagonal_of(_try_read(array, index), (region.stop - region.start) * layout.shape[1]))
+            found[name] = np.concatenate(parts)
     return found
+
+
+def _diagonal_of(values: NDArray[Any] | None, rows: int) -> NDArray[np.float64]:
+    """The diagonal along the last two axes."""
+    if values is None:
+        return np.full(rows, np.nan)
+    return values.diagonal(axis1=-2, axis2=-1).reshape(-1).astype(np.float64)
 
 
 def _try_read(array: StoredArray, index: Index) -> NDArray[Any] | None:
@@ -179,7 +185,7 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{int((~np.isfinite(values)).sum())} entries are NaN or infinite"
     name, grid = array.layout.name, array.layout.grid
-    if name == "kernel/test_diagonal":
+    if array.layout.holds_blocks:
         negative = int((values.diagonal(axis1=1, axis2=2) < 0).sum())
         return f"{negative} diagonal entries are negative" if negative else None
     if grid is None:
@@ -189,7 +195,9 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
         return "the diagonal tile is not symmetric"
     if is_mirrored and bool((values.diagonal() < 0).any()):
         return f"{int((values.diagonal() < 0).sum())} diagonal entries are negative"
-    left, right = diagonals["train" if grid.symmetric else "test"], diagonals["train"]
+    plane = name.rpartition("/")[0]
+    right = diagonals[f"{plane}/train"]
+    left = right if grid.symmetric else diagonals[f"{plane}/test_diagonal"]
     rows, columns = grid.rows.rows(index[0]), grid.columns.rows(index[1])
     bound = np.sqrt(np.clip(left[rows.start : rows.stop], 0, None))[:, None] * np.sqrt(
         np.clip(right[columns.start : columns.stop], 0, None)

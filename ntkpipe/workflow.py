@@ -20,6 +20,7 @@ from ntkpipe.errors import ConfigError
 from ntkpipe.imports import call_factory, import_object
 from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.kernel import KernelStore
+from ntkpipe.layout import planes
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
@@ -199,9 +200,13 @@ def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:
 def kernel_rows(store: KernelStore) -> Rows:
     """Size of a kernel and how fast it was computed, in words."""
     manifest, progress = store.manifest, store.progress
-    size = f"{store.train.shape[0]:,} × {store.train.shape[1]:,}"
+    shapes = [a.layout.shape for a in store.store.arrays.values() if a.layout.grid is not None]
+    train, count = shapes[0], len(planes(manifest))
+    size = f"{train[0]:,} × {train[1]:,}"
     if manifest.test is not None:
-        size += f", test × train {store.test_train.shape[0]:,} × {store.test_train.shape[1]:,}"
+        size += f", test × train {shapes[1][0]:,} × {shapes[1][1]:,}"
+    if count > 1:
+        size += f", {count} of each"
     rows = [
         ("store", str(store.path)),
         ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),

@@ -20,6 +20,7 @@ HOUSE = {
     "config": (1, "shared"),
     "imports": (1, "shared"),
     "manifest": (2, "shared"),
+    "planes": (2, "shared"),
     "medium": (2, "shared"),
     "documents": (2, "shared"),
     "objects": (3, "shared"),

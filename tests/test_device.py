@@ -167,7 +167,7 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
 
     def fill(right, width, is_mirrored):
         tile = torch.full((39, 3 * width), torch.nan, dtype=torch.float64)
-        most = fill_tile(block, right, tile, is_mirrored=is_mirrored, workspace=Workspace(), **options)
+        most = fill_tile(block, right, [tile], is_mirrored=is_mirrored, workspace=Workspace(), **options)
         return tile, most
 
     whole = [fill(block, 13, True), fill(other, 5, False)]
@@ -194,7 +194,7 @@ def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypat
     monkeypatch.setattr(gram, "contract", failing)
     options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "is_mirrored": True}
     with pytest.raises(MemoryError):
-        fill_tile(block, block, torch.empty(15, 15), workspace=Workspace(), pause=lambda: None, **options)
+        fill_tile(block, block, [torch.empty(15, 15)], workspace=Workspace(), pause=lambda: None, **options)
 
 
 def limit_batches(monkeypatch, most):

@@ -26,7 +26,7 @@ def fill(left, right, tile, covectors, pairs="all", row=0, column=0, is_mirrored
     fill_tile(
         left,
         right,
-        tile,
+        [tile],
         row=row,
         column=column,
         num_covectors=covectors if pairs == "all" else 1,

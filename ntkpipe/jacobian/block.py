@@ -81,6 +81,8 @@ class Setup:
         What the Jacobians of that many samples may take.
     piece_rows
         Rows of the pieces that are contracted at a time.
+    groups
+        Parameters that are summed over by themselves, too.
     """
 
     covectors: Tensor
@@ -90,6 +92,7 @@ class Setup:
     num_samples: int
     memory_bytes: float
     piece_rows: int
+    groups: tuple[tuple[str, ...], ...] = ()
 
 
 class Engine:
@@ -123,7 +126,8 @@ class Engine:
         self.setup = setup
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
-        self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations)))
+        self.group_of = {name: number for number, names in enumerate(setup.groups) for name in names}
+        self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), self.group_of))
         self.workspace = Workspace()
 
     def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
@@ -184,6 +188,11 @@ class Engine:
     def with_covectors(self, covectors: Tensor, pairs: Pairs) -> "Engine":
         """The same engine for other covectors."""
         setup = replace(self.setup, covectors=covectors, pairs=pairs)
+        return Engine(self.model, self.tracing, self.method, setup, self.representations)
+
+    def with_groups(self, groups: tuple[tuple[str, ...], ...]) -> "Engine":
+        """The same engine with other groups of parameters."""
+        setup = replace(self.setup, groups=groups)
         return Engine(self.model, self.tracing, self.method, setup, self.representations)
 
     def block(
@@ -376,44 +385,84 @@ class _Filling:
     def __init__(self, engine: Engine, num_samples: int) -> None:
         self._engine = engine
         self._num_samples = num_samples
-        covectors = engine.covectors.to(engine.setup.accumulate_dtype)
+        self._covectors = engine.covectors.to(engine.setup.accumulate_dtype)
+        self._fillers: list[Filler] = []
+        self._fallback: dict[str, Tensor] = {}
+        # The last number is that of parameters in no group: of all, where there are no groups.
+        groups = range(len(engine.setup.groups) + 1)
+        self._factors: list[tuple[int, Factor]] = []
+        for number in groups:
+            self._factors += [(number, Dense(matrix)) for matrix in self._shared(number)]
+        self._factors += [found for term in engine.terms for found in self._own(term)]
+
+    def _owners(self, names: tuple[str, ...]) -> list[int]:
+        """Numbers of the groups that parameters are in."""
+        setup = self._engine.setup
+        return [self._engine.group_of.get(name, len(setup.groups)) for name in names]
+
+    def _is_shared(self, term: Term) -> bool:
+        return _is_small(term) and len(set(self._owners(term.parameters))) == 1
+
+    def _empty(self, width: int) -> Tensor:
+        return self._covectors.new_empty((self._num_samples, len(self._covectors), width))
+
+    def _shared(self, group: int) -> Iterator[Tensor]:
+        """Jacobians of several terms of a group side by side, and those of the fallback."""
+        engine = self._engine
         parameters = engine.model.parameters()
-        small = [term for term in engine.terms if _is_small(term)]
-        shape = num_samples, len(covectors), sum(term.width for term in small)
-        joined = covectors.new_empty(shape)
-        parts = joined.split([term.width for term in small], dim=2)
-        self._small = [
-            dense_filler(term, part, parameters, engine.workspace) for term, part in zip(small, parts, strict=True)
-        ]
-        self._large: list[Filler] = [
-            make_filler(term, num_samples, covectors, parameters, engine.workspace)
-            for term in engine.terms
-            if not _is_small(term)
-        ]
-        self._shared = [Dense(joined)] if small else []
-        if engine.fallback:
-            width = sum(parameters[name].numel() for name in engine.fallback)
-            self._shared.append(Dense(covectors.new_empty((num_samples, len(covectors), width))))
+        small = [t for t in engine.terms if self._is_shared(t) and self._owners(t.parameters)[0] == group]
+        widths = [term.width for term in small]
+        if small:
+            joined = self._empty(sum(widths))
+            for term, part in zip(small, joined.split(widths, dim=2), strict=True):
+                self._fillers.append(dense_filler(term, part, parameters, engine.workspace))
+            yield joined
+        names = [name for name in engine.fallback if self._owners((name,)) == [group]]
+        if names:
+            sizes = [parameters[name].numel() for name in names]
+            matrix = self._empty(sum(sizes))
+            self._fallback |= zip(names, matrix.split(sizes, dim=2), strict=True)
+            yield matrix
+
+    def _own(self, term: Term) -> Iterator[tuple[int, Factor]]:
+        """What a term holds by itself; Jacobians that span groups parameter by parameter."""
+        engine = self._engine
+        parameters, owners = engine.model.parameters(), self._owners(term.parameters)
+        if self._is_shared(term):
+            return
+        filler = make_filler(term, self._num_samples, self._covectors, parameters, engine.workspace)
+        self._fillers.append(filler)
+        factor = filler.factor()
+        if len(set(owners)) == 1:
+            yield owners[0], factor
+            return
+        assert isinstance(factor, Dense), "only what is joined spans groups"
+        parts = factor.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
+        for number, part in zip(owners, parts, strict=True):
+            yield number, Dense(part)
 
     def add(self, batch: Batch, first: int) -> Tensor:
         """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
         engine, samples = self._engine, slice(first, first + batch_size(batch))
         outputs, calls = engine.forward(batch)
-        fillers = [*self._small, *self._large]
-        for filler in fillers:
+        for filler in self._fillers:
             filler.add_inputs(calls, samples)
         for covectors, grads in engine.pull_back(outputs, calls):
             with torch.no_grad():
-                for filler in fillers:
+                for filler in self._fillers:
                     filler.add_cotangents(calls, grads, covectors, samples)
         if engine.fallback:
-            self._shared[-1].matrix[samples] = engine.fallback_jacobian(batch).transpose(0, 1)
+            targets = [self._fallback[name] for name in engine.fallback]
+            found = engine.fallback_jacobian(batch).transpose(0, 1)
+            for target, part in zip(targets, found.split([each.shape[2] for each in targets], dim=2), strict=True):
+                target[samples] = part
         return outputs.detach()
 
     def piece(self) -> Piece:
         """The piece, once every batch is in."""
-        factors: list[Factor] = [*self._shared, *(filler.factor() for filler in self._large)]
-        return Piece(self._num_samples, len(self._engine.covectors), tuple(factors))
+        numbers, factors = zip(*self._factors, strict=True)
+        groups = numbers if self._engine.setup.groups else ()
+        return Piece(self._num_samples, len(self._covectors), factors, groups)
 
 
 def _is_small(term: Term) -> bool:

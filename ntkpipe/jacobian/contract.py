@@ -5,7 +5,7 @@ itself, only blocks on or above the diagonal are computed. Sums over many parame
 up in float64: a float32 product over a million parameters is off by 1e-5 on the diagonal, where all terms are positive.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -54,6 +54,52 @@ def contract(
         return _Contraction(left, right, workspace, pairs).run(out)
 
 
+def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, outs: Sequence[Tensor]) -> None:
+    """As :func:`contract`, for every plane at once: by all parameters, and by each group of them.
+
+    Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
+
+    Parameters
+    ----------
+    left, right, workspace, pairs
+        As of :func:`contract`. With groups one more sum is kept in the workspace.
+    outs
+        Where the entries go, (n_left*S, n_right*S), or (n_left, n_right) where equal covectors are summed: by all
+        parameters, then by each group. Where equal covectors are kept apart, S of them each time, (n_left, n_right).
+    """
+    apart = left.num_covectors if pairs == "same" else 1
+    if len(outs) == 1 and pairs != "same":
+        contract(left, right, workspace, pairs, outs[0])
+        return
+    whole, *groups = (outs[start : start + apart] for start in range(0, len(outs), apart))
+    with without_tf32(left.device):
+        if not groups:
+            _spread(_Contraction(left, right, workspace, pairs).sums(), whole)
+            return
+        total = None
+        for number in sorted({*left.groups, *range(len(groups))}):
+            one = left.of_group(number)
+            other = one if right is left else right.of_group(number)
+            if not one.factors:
+                for out in groups[number]:
+                    out.zero_()
+                continue
+            found = _Contraction(one, other, workspace, pairs, keeps_total=True).sums()
+            if number < len(groups):
+                _spread(found, groups[number])
+            if total is None:
+                total = workspace.take("planes", found.shape, found).copy_(found)
+            else:
+                total.add_(found)
+        assert total is not None
+        _spread(total, whole)
+
+
+def _spread(found: Tensor, outs: Sequence[Tensor]) -> None:
+    for out, values in zip(outs, found.view(len(outs), *outs[0].shape), strict=True):
+        out.copy_(values)
+
+
 class _Contraction:
     """One call of :func:`contract`.
 
@@ -61,7 +107,9 @@ class _Contraction:
     covector-major, (S, n, S, m), for products of Gram matrices, whose elementwise passes then run along memory.
     """
 
-    def __init__(self, left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> None:
+    def __init__(
+        self, left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, *, keeps_total: bool = False
+    ) -> None:
         self.left, self.right, self.workspace, self.pairs = left, right, workspace, pairs
         self.covectors, self.rows, self.columns = left.num_covectors, left.num_samples, right.num_samples
         self.is_mirrored = left is right
@@ -75,12 +123,37 @@ class _Contraction:
         dtype = torch.float64 if is_long else self.like.dtype
         self.factored = self._zeros("factored", dtype) if by_factors else None
         is_all = len(by_factors) == len(left.factors)
-        self.total = None if is_all else self._zeros("total", torch.float64)
+        self.total = None if is_all and not keeps_total else self._zeros("total", torch.float64)
 
     def _zeros(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.workspace.take(name, self.shape, self.like, dtype).zero_()
 
     def run(self, out: Tensor | None) -> Tensor:
+        """All entries, in ``out``."""
+        self._add_all()
+        if out is None:
+            out = self.like.new_empty(self.entries)
+        assert out.shape == self.entries, f"{tuple(out.shape)} is not the shape {self.entries} of the entries"
+        if self.total is None:
+            self._add_factored(out, adds=False)
+            return out
+        return out.copy_(self.total.view(self.entries))
+
+    def sums(self) -> Tensor:
+        """All entries, in scratch that the next contraction overwrites; not if covector-major is all there is."""
+        self._add_all()
+        if self.total is not None:
+            return self.total.view(self.entries)
+        assert self.factored is not None
+        assert self.pairs != "all"
+        return self.factored.view(self.entries)
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.covectors, self.rows, self.columns) if self.pairs == "same" else self.shape
+
+    def _add_all(self) -> None:
         for one, other in zip(self.left.factors, self.right.factors, strict=True):
             if isinstance(one, Dense) and isinstance(other, Dense):
                 self._add_dense(one.matrix, other.matrix)
@@ -90,23 +163,18 @@ class _Contraction:
                 self._add_late(one, other)
             elif isinstance(one, Table) and isinstance(other, Table):
                 self._add_table(one, other)
-        shape = (self.covectors, self.rows, self.columns) if self.pairs == "same" else self.shape
-        if out is None:
-            out = self.like.new_empty(shape)
-        assert out.shape == shape, f"{tuple(out.shape)} is not the shape {shape} of the entries"
         if self.factored is not None and self.is_mirrored:
             blocks = self._blocks()
             for covector in range(len(blocks)):
                 self._mirror(blocks[covector, :, covector if self.pairs == "all" else 0])
         if self.total is None:
-            self._add_factored(out, adds=False)
-            return out
+            return
+        entries = self.total.view(self.entries)
         if self.factored is not None:
-            self._add_factored(self.total.view(shape), adds=True)
+            self._add_factored(entries, adds=True)
         if self.is_mirrored:
-            for part in self.total.view(-1, *out.shape[-2:]):
+            for part in entries.view(-1, *self.entries[-2:]):
                 self._mirror(part)
-        return out.copy_(self.total.view(shape))
 
     def _mirror(self, entries: Tensor) -> None:
         """Copy what is above the diagonal below it."""
@@ -368,16 +436,47 @@ def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
     -------
     Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
     """
+    return _as_pairs(_diagonals(piece, pairs).sum(dim=0), pairs).to(_dtype(piece))
+
+
+def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:
+    """As :func:`contract_diagonal`, for every plane, in the order of :func:`contract_planes`.
+
+    Returns
+    -------
+    Shape (n, S, S) each, or (n, 1, 1) where equal covectors are kept apart or summed.
+    """
+    by_factor, groups = _diagonals(piece, pairs), torch.tensor(piece.groups)
+    num_groups = num_planes // (piece.num_covectors if pairs == "same" else 1) - 1
+    parts = [by_factor, *(by_factor[groups == number] for number in range(num_groups))]
+    found = [_as_pairs(part.sum(dim=0), pairs).to(_dtype(piece)) for part in parts]
+    if pairs != "same":
+        return found
+    return [values[:, covector, None, None] for values in found for covector in range(piece.num_covectors)]
+
+
+def _dtype(piece: Piece) -> torch.dtype:
+    return piece.factors[0].tensors()[-1].dtype
+
+
+def _as_pairs(total: Tensor, pairs: Pairs) -> Tensor:
+    return total.sum(dim=1)[:, None, None] if pairs == "sum" else total
+
+
+def _diagonals(piece: Piece, pairs: Pairs) -> Tensor:
+    """Of each factor, first axis, the entries of each sample with itself."""
     with without_tf32(piece.device):
-        found = [
-            torch.cat([_diagonal(factor, samples) for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))])
-            for factor in piece.factors
-        ]
-    total = torch.stack(found).sum(dim=0)
-    if pairs != "all":
-        total = total.diagonal(dim1=1, dim2=2)
-        total = total if pairs == "same" else total.sum(dim=1)[:, None, None]
-    return total.to(piece.factors[0].tensors()[-1].dtype)
+        return torch.stack(
+            [
+                torch.cat(
+                    [
+                        _diagonal(factor, samples, is_all=pairs == "all")
+                        for samples in _cuts(0, piece.num_samples, _samples_at_once(factor))
+                    ]
+                )
+                for factor in piece.factors
+            ]
+        )
 
 
 def _samples_at_once(factor: Factor) -> int:
@@ -391,10 +490,14 @@ def _samples_at_once(factor: Factor) -> int:
     return max(1, sizes_of(inputs.device).late_bytes // (8 * (2 * per_sample + groups * positions**2)))
 
 
-def _diagonal(factor: Factor, samples: slice) -> Tensor:
+def _diagonal(factor: Factor, samples: slice, *, is_all: bool) -> Tensor:
+    """Entries of each sample with itself: of all pairs of covectors (n, S, S), or of equal ones alone (n, S)."""
     if isinstance(factor, Dense):
         parts = factor.matrix[samples].split(_LONGEST_SUM, dim=2)
-        return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
+        if is_all:
+            return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
+        found = [(part[:, :, None] @ part[:, :, :, None])[:, :, 0, 0].double() for part in parts]
+        return torch.stack(found).sum(dim=0)
     if isinstance(factor, Late):
         a, d = factor.inputs[samples].double(), factor.cotangents[samples].double()
         gram = a @ a.transpose(2, 3)
@@ -408,4 +511,5 @@ def _diagonal(factor: Factor, samples: slice) -> Tensor:
         else:
             gram = (inputs[samples, :, None] == inputs[samples, None, :]).double()[:, None]
     # d is (n, S, groups, T, n_out) and the Gram matrix of the inputs (n, groups, T, T).
-    return d.flatten(2) @ (gram[:, None] @ d).flatten(2).transpose(1, 2)
+    other = gram[:, None] @ d
+    return d.flatten(2) @ other.flatten(2).transpose(1, 2) if is_all else (d * other).flatten(2).sum(dim=2)

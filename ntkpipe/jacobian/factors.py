@@ -172,12 +172,16 @@ class Piece:
     num_samples, num_covectors
         n and S.
     factors
-        Of groups of parameters, in the same order in every piece of an engine.
+        Of some parameters each, in the same order in every piece of an engine.
+    groups
+        For each factor, the number of the group that its parameters are in, with one more number for those in none;
+        empty if there are no groups.
     """
 
     num_samples: int
     num_covectors: int
     factors: tuple[Factor, ...]
+    groups: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -202,8 +206,14 @@ class Piece:
     def part(self, start: int, stop: int) -> "Piece":
         """Jacobians of samples ``start:stop`` of the piece, views."""
         samples = slice(start, stop)
-        return Piece(stop - start, self.num_covectors, tuple(factor.part(samples) for factor in self.factors))
+        factors = tuple(factor.part(samples) for factor in self.factors)
+        return Piece(stop - start, self.num_covectors, factors, self.groups)
 
     def first(self) -> "Piece":
         """Jacobians of the first sample."""
-        return Piece(1, self.num_covectors, tuple(factor.first() for factor in self.factors))
+        return Piece(1, self.num_covectors, tuple(factor.first() for factor in self.factors), self.groups)
+
+    def of_group(self, number: int) -> "Piece":
+        """Jacobians by the parameters of one group alone, views; without factors if the outputs depend on none."""
+        factors = tuple(f for f, group in zip(self.factors, self.groups, strict=True) if group == number)
+        return Piece(self.num_samples, self.num_covectors, factors)

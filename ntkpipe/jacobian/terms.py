@@ -94,6 +94,7 @@ def make_terms(
     tracing: Tracing,
     parameters: Mapping[str, Tensor],
     choose: Callable[[str, tuple[Use, ...]], Representation],
+    group_of: Mapping[str, int] | None = None,
 ) -> list[Term]:
     """The terms of a tracing.
 
@@ -105,7 +106,11 @@ def make_terms(
         The selected parameters.
     choose
         Says how the Jacobians of a term are held, from its name, without that of a bias, and its uses.
+    group_of
+        Parameter → number of the group that is summed over by itself. A weight and a bias of two groups are two terms;
+        what is joined may still span several, and is held by parameter.
     """
+    owners = group_of or {}
     found = []
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
     biases = [unit for unit in units if unit.is_bias]
@@ -113,7 +118,9 @@ def make_terms(
     for unit in units:
         if unit.is_bias:
             continue
-        partner = next((b for b in biases if id(b) not in taken and b.is_of(unit)), None)
+        owner = owners.get(unit.parameters[0])
+        own_biases = (b for b in biases if owners.get(b.parameters[0]) == owner and id(b) not in taken)
+        partner = next((b for b in own_biases if b.is_of(unit)), None)
         representation: Representation = "joined" if unit.is_joined else choose(unit.name, unit.uses)
         name = unit.name
         if partner is not None and representation == "pairwise":
