@@ -24,7 +24,7 @@ from ntkpipe.device import SIZES, add_rows, is_out_of_memory, sizes_of, without_
 from ntkpipe.errors import ResourceError
 from ntkpipe.gram import fill_tile
 from ntkpipe.jacobian.block import Engine
-from ntkpipe.jacobian.contract import contract
+from ntkpipe.jacobian.contract import contract, contract_planes
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.models import exact_math, prepare_model, without_cudnn_rnns
@@ -176,9 +176,9 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
     def limited(one, two, *args, **changes):
         if max(one.num_samples, two.num_samples) > 3:
             raise failure
-        return contract(one, two, *args, **changes)
+        contract_planes(one, two, *args, **changes)
 
-    monkeypatch.setattr(gram, "contract", limited)
+    monkeypatch.setattr(gram, "contract_planes", limited)
     halved = [fill(block, 13, True), fill(other, 5, False)]
     assert [most for _, most in halved] == [2, 2]
     for (tile, _), (wanted, _) in zip(halved, whole, strict=True):
@@ -191,7 +191,7 @@ def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypat
         raise MemoryError
 
     block, _ = engines.engine_of(mlp(), X, EYE).block(lambda start, stop: X[start:stop], 0, 5, subtile=8, batch=8)
-    monkeypatch.setattr(gram, "contract", failing)
+    monkeypatch.setattr(gram, "contract_planes", failing)
     options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "is_mirrored": True}
     with pytest.raises(MemoryError):
         fill_tile(block, block, [torch.empty(15, 15)], workspace=Workspace(), pause=lambda: None, **options)
