@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, verify
     from ntkpipe.config import ClusterSpec
+    from ntkpipe.derive import derive_kernel
     from ntkpipe.errors import NtkpipeError
     from ntkpipe.estimate import estimate_cluster
     from ntkpipe.export import export_kernel
@@ -20,6 +21,7 @@ _HOMES = {
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
     "compute_kernel": "api",
+    "derive_kernel": "derive",
     "estimate_cluster": "estimate",
     "export_kernel": "export",
     "kernel_matrix": "api",
@@ -34,6 +36,7 @@ __all__ = [
     "KernelStore",
     "NtkpipeError",
     "compute_kernel",
+    "derive_kernel",
     "estimate_cluster",
     "export_kernel",
     "kernel_matrix",

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ntkpipe import __version__
+from ntkpipe.derive import derive_kernel
 from ntkpipe.errors import (
     Interrupted,
     NonFiniteError,
@@ -197,6 +198,19 @@ def verify(store: str, workflow: Path | None, overrides: tuple[str, ...], as_jso
         _print_rows(f"verify {store}", verification_rows(report))
     if not report.is_good:
         sys.exit(_FOUND)
+
+
+@cli.command()
+@_store
+@click.option("--kind", required=True, help="pntk, trace, diagonal or output:k; trace and output:k also from diagonal.")
+@click.option("--to", required=True, metavar="PATH", help="Path or URL of the new store.")
+@click.option("--samples", is_flag=True, help="Copy the samples, too: a certificate needs them, or a workflow file.")
+def derive(store: str, kind: str, to: str, samples: bool) -> None:
+    """Write a store of another KIND from the complete STORE of kind ntk or diagonal, without its model."""
+    written = derive_kernel(store, kind=kind, to=to, samples=samples)
+    progress = written.progress
+    size = f"{_shape_in_words(written)}, {progress.tiles_total:,} tiles, {format_bytes(progress.bytes_done)}"
+    _print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
 
 
 @cli.command()

@@ -33,6 +33,7 @@ HOUSE = {
     "views": (4, "shared"),
     "kernel": (5, "shared"),
     "verification": (6, "shared"),
+    "derive": (6, "use"),
     "export": (6, "shared"),
     "device": (2, "make"),
     "transfer": (1, "make"),
