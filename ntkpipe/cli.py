@@ -32,6 +32,7 @@ from ntkpipe.export import export_kernel, find_array
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.manifest import Manifest
 from ntkpipe.resources import format_bytes
+from ntkpipe.store import reading_results
 from ntkpipe.verification import verification_rows, verify_and_record
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
@@ -160,16 +161,9 @@ def info(store: str, as_json: bool) -> None:
         rows.append(("groups", _groups_in_words(manifest)))
     if manifest.derived is not None:
         rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
-    report, certificate = described["verification"], described["certificate"]
-    if report is None:
-        rows.append(("verified", "never"))
-    else:
-        verdict = "good" if report["is_good"] else f"{len(report['findings'])} findings"
-        rows.append(("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}"))
-    if certificate is not None:
-        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
-        rows.append(("certified", f"{errors}, {certificate['checked']}"))
-    _print_rows(str(store), rows)
+    with reading_results(opened.path):
+        rows += _result_rows(described["verification"], described["certificate"])
+    _print_rows(store, rows)
 
 
 @cli.command()
@@ -248,7 +242,7 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
     """Print an error as one line, or with its traceback; called while the error is handled."""
     if "--traceback" in arguments:
         Console(stderr=True).print_exception()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -283,30 +277,52 @@ def _groups_in_words(manifest: Manifest) -> str:
     return ", ".join(sizes) + (f"; {left} parameters in none" if left else "")
 
 
+def _result_rows(report: dict[str, Any] | None, certificate: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What was found of a store, in words."""
+    rows = [("verified", "never")]
+    if report is not None:
+        verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
+        rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
+    if certificate is not None:
+        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
+        rows.append(("certified", f"{errors}, {certificate['checked']}"))
+    return rows
+
+
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table = _titled(title, show_header=False)
     table.add_column(style="cyan", max_width=_NAME_WIDTH)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name), Text(value))
+        table.add_row(_text(name), _text(value))
     _print(table)
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
     """Print rows below headers; the first column is folded where needed, those after the first few hold numbers."""
     table = _titled(title, header_style="", collapse_padding=True)
-    table.add_column(Text(columns[0]), style="cyan", overflow="fold")
+    table.add_column(_text(columns[0]), style="cyan", overflow="fold")
     for name in columns[1:num_texts]:
         table.add_column(Text(name), no_wrap=True)
     for name in columns[num_texts:]:
         table.add_column(Text(name), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_text, row))
     _print(table)
 
 
 def _titled(title: str, **options: Any) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
+    return Table(title=_text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
+
+
+def _text(text: str) -> Text:
+    """Text of anybody: neither markup nor what a terminal would obey."""
+    return Text(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """``text`` with control characters spelled out: names in a store may come from anybody."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print(table: Table) -> None:
@@ -324,4 +340,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     del category, filename, lineno, line
-    print(f"warning: {message}", file=file or sys.stderr)
+    print(f"warning: {_printable(str(message))}", file=file or sys.stderr)

@@ -285,8 +285,7 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
             raise DataError(f"{label} is an empty dict; needed name → array")
         arrays = {}
         for name, values in inputs.items():
-            if not isinstance(name, str) or not name.isidentifier():
-                raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
+            _require_key(name, label)
             arrays[name] = _to_array(values, f"{label}[{name!r}]")
         lengths = {name: values.shape[:1] for name, values in arrays.items()}
         if len(set(lengths.values())) > 1 or () in lengths.values():
@@ -321,7 +320,14 @@ def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
     if isinstance(first, tuple) and len(first) == 1:
         dataset, first = _First(dataset), first[0]
     sample = first[0] if has_targets else first
+    for name in sample if isinstance(sample, Mapping) else ():
+        _require_key(name, label)
     return DatasetSource(dataset, len(dataset), has_targets), isinstance(sample, Mapping)
+
+
+def _require_key(name: object, label: str) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which arrays a store has: names, shapes, chunks and dtypes, all decided by the manifest."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ Index = tuple[int, ...]
 # A chunk is followed by the crc32c of its bytes.
 CHECKSUM_BYTES = 4
 _BLOCK_DIMENSIONS = ("sample", "row", "column")
+# What is missing is listed in memory, and a chunk is read as a whole.
+MOST_CHUNKS = 2**22
+MOST_CHUNK_BYTES = 2**33
 _SAMPLE_CHUNK_BYTES = 16 * 2**20
 
 
@@ -48,7 +52,7 @@ class ArrayLayout:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
-        return int(np.prod(self.chunks)) * self.dtype.itemsize + CHECKSUM_BYTES
+        return math.prod(self.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
 
     @property
     def fill_value(self) -> float:
@@ -66,7 +70,13 @@ class ArrayLayout:
         """Number of :meth:`indices`."""
         if self.grid is not None:
             return self.grid.num_tiles
-        return int(np.prod([-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]))
+        return math.prod(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+
+    def holds(self, index: Index) -> bool:
+        """Whether a complete array has chunk ``index``."""
+        counts = (-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+        inside = all(0 <= i < count for i, count in zip(index, counts, strict=True))
+        return inside and (self.grid is None or self.grid.is_stored(*index))
 
     def region(self, index: Index) -> tuple[slice, ...]:
         """Part of the array that chunk ``index`` holds, cut at the array's end."""
@@ -91,7 +101,13 @@ def planes(manifest: Manifest) -> tuple[Plane, ...]:
 
 
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
-    """Every array that a store of this manifest has, by name."""
+    """Every array that a store of this manifest has, by name.
+
+    Raises
+    ------
+    StoreError
+        If one has more or larger chunks than can be handled.
+    """
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
     num_test = None if manifest.test is None else manifest.test.num_samples
@@ -110,7 +126,33 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
         for plane in planes(manifest):
             name = plane.array("kernel/test_diagonal")
             found.append(ArrayLayout(name, blocks, block_chunks, store_dtype, _BLOCK_DIMENSIONS))
+    for layout in found:
+        _require_possible(layout)
     return {layout.name: layout for layout in found}
+
+
+def _require_possible(layout: ArrayLayout) -> None:
+    """Check that listing the chunks and reading one is possible, by numbers of any size, before anything is allocated.
+
+    Raises
+    ------
+    StoreError
+        If it is not.
+    """
+    if layout.num_chunks > MOST_CHUNKS:
+        raise StoreError(
+            f"{layout.name} of {_about(layout.shape[0])} rows would have {_about(layout.num_chunks)} chunks; at most "
+            f"{MOST_CHUNKS:,} can be listed. Choose a larger tile"
+        )
+    if layout.chunk_bytes > MOST_CHUNK_BYTES:
+        raise StoreError(
+            f"one chunk of {layout.name} would have {_about(layout.chunk_bytes)} bytes; at most {MOST_CHUNK_BYTES:,} "
+            "are possible. Choose a smaller tile"
+        )
+
+
+def _about(count: int) -> str:
+    return f"{count:,}" if count < 10**15 else f"10^{len(str(count)) - 1}"
 
 
 def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
@@ -121,7 +163,7 @@ def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[Arra
         arrays[f"targets/{split}"] = data.targets
     found = []
     for name, record in arrays.items():
-        sample_bytes = max(1, int(np.prod(record.shape)) * np.dtype(record.dtype).itemsize)
+        sample_bytes = max(1, math.prod(record.shape) * np.dtype(record.dtype).itemsize)
         chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
         dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
         shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
-    NonNegativeInt,
+    Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -21,16 +22,38 @@ from ntkpipe.errors import StoreError
 FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
+# numpy has 64 axes at most, and one is the sample.
+_MOST_AXES = 63
+# Other readers of JSON take numbers for float64.
+_LARGEST = 2**53
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Numbers of machines, never objects, dates or structures.
+_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
+
+
+def _require_dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise ValueError("no dtype of samples")
+    return name
+
+
 class ArrayRecord(_Record):
     """Shape of one sample's entry, and dtype, of one array."""
 
-    shape: tuple[NonNegativeInt, ...]
-    dtype: str
+    shape: Annotated[tuple[PositiveInt, ...], Field(max_length=_MOST_AXES)]
+    dtype: Annotated[str, AfterValidator(_require_dtype)]
+
+
+def _require_identifier(name: str) -> str:
+    """Names of arrays are keyword arguments of a model, and folders of the store."""
+    if not name.isidentifier():
+        raise ValueError("no name of an array")
+    return name
 
 
 class DataRecord(_Record):
@@ -51,7 +74,7 @@ class DataRecord(_Record):
     """
 
     num_samples: PositiveInt
-    inputs: dict[str, ArrayRecord]
+    inputs: dict[Annotated[str, AfterValidator(_require_identifier)], ArrayRecord]
     is_mapping: bool
     inputs_digest: str
     targets: ArrayRecord | None
@@ -193,16 +216,35 @@ def from_attribute(value: object, where: str) -> Manifest:
         raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
     found = value["manifest"].get("format")
     if found != FORMAT:
-        raise StoreError(f"{where} has store format {found!r}; this version reads format {FORMAT}")
+        raise StoreError(f"{where} has store format {str(found)[:20]!r}; this version reads format {FORMAT}")
+    problem = _implausible(value["manifest"])
+    if problem is not None:
+        raise StoreError(f"the manifest of {where} is damaged: {problem}")
     try:
         # Through JSON, so that strict types hold and lists may become tuples.
         manifest = Manifest.model_validate_json(json.dumps(value["manifest"]))
     except ValidationError as error:
-        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
-        raise StoreError(f"the manifest of {where} is damaged: bad values in {fields}") from error
+        places = [".".join(map(str, item["loc"])) for item in error.errors(include_url=False, include_input=False)]
+        shown = ", ".join(place[:100] for place in places[:8])
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        raise StoreError(f"the manifest of {where} is damaged: bad values in {shown}{more}") from error
     if manifest.digest() != value.get("digest"):
         raise StoreError(f"the manifest of {where} does not match its digest; it was altered after it was written")
     return manifest
+
+
+def _implausible(value: object) -> str | None:
+    """What no manifest of ours holds: text that is no text, numbers that are no counts; none if there is no such thing.
+
+    Whoever made the store, its words are printed and its numbers become shapes.
+    """
+    if isinstance(value, str) and any(not (c.isprintable() or c in "\n\t") for c in value):
+        return f"control characters in {value[:40]!a}"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"a number of {value.bit_length()} bits"
+    parts: list[object] = [*value, *value.values()] if isinstance(value, dict) else []
+    parts += value if isinstance(value, list) else []
+    return next((problem for part in parts if (problem := _implausible(part)) is not None), None)
 
 
 # Choices and environment may differ between runs; everything else may not.

@@ -163,6 +163,17 @@ def check_name(name: str) -> None:
         raise StoreError(f"{name!r} is no name inside a store; nothing was read or written")
 
 
+def _size_of_file(look: Callable[[], os.stat_result]) -> int | None:
+    """Bytes of a plain file; none if it is another thing, or a link that leads nowhere."""
+    try:
+        status = look()
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            return None
+        raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 @dataclass(frozen=True)
 class Folder(Medium):
     """A folder of a file system.
@@ -261,13 +272,7 @@ class Folder(Medium):
     def size(self, name: str) -> int | None:
         """See :meth:`Medium.size`."""
         check_name(name)
-        try:
-            status = os.stat(self.root / name)
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
-                return None
-            raise
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+        return _size_of_file((self.root / name).stat)
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         """See :meth:`Medium.sizes`. What vanishes meanwhile is passed over; links to folders are not entered."""
@@ -283,7 +288,7 @@ class Folder(Medium):
                 if entry.is_dir(follow_symlinks=False):
                     if name.count("/") < _DEEPEST:
                         yield from self.sizes(name)
-                elif (size := self.size(name)) is not None:
+                elif (size := _size_of_file(entry.stat)) is not None:
                     yield name, size
 
     def delete(self, name: str) -> None:

@@ -30,6 +30,7 @@ _VENDORS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _TIMEOUTS = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=5)}
 _RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
 _LISTED_AT_ONCE = 1000
+_LONGEST_LOG_BYTES = 2**30
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 # Without credentials in the environment the client asks what hands them out on machines of the cloud.
@@ -66,6 +67,7 @@ class ObjectMedium(Medium):
         self._scheme, self._bucket, self._prefix = _split(url)
         self.root: str = f"{self._scheme}://{self._bucket}/{self._prefix}"
         self._refuses_to_overwrite = False
+        self._appended: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
         return f"ObjectMedium({self.root!r})"
@@ -149,12 +151,14 @@ class ObjectMedium(Medium):
         )
 
     def append(self, name: str, line: bytes) -> None:
-        """See :meth:`Medium.append`: rewrites the whole, so it is never cut."""
-        try:
-            before = self.get(name)
-        except FileNotFoundError:
-            before = b""
-        self.put(name, before, line)
+        """See :meth:`Medium.append`: rewrites the whole, so it is never cut; this process remembers what it wrote."""
+        if name not in self._appended:
+            try:
+                self._appended[name] = self.get(name, _LONGEST_LOG_BYTES)
+            except FileNotFoundError:
+                self._appended[name] = b""
+        self.put(name, self._appended[name], line)
+        self._appended[name] += line
 
     def size(self, name: str) -> int | None:
         """See :meth:`Medium.size`."""

@@ -6,6 +6,7 @@ one listing tells progress. Where the bytes are, on a disk or in an object store
 
 import contextlib
 import errno
+import heapq
 import json
 import os
 import re
@@ -18,16 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.documents import array_difference, array_document, group_attributes, group_document
-from ntkpipe.errors import ConfigError, StoreError, StoreExistsError, StoreFullError, StoreNotFoundError, TileError
+from ntkpipe.errors import (
+    ConfigError,
+    NtkpipeError,
+    StoreError,
+    StoreExistsError,
+    StoreFullError,
+    StoreNotFoundError,
+    TileError,
+)
 from ntkpipe.layout import CHECKSUM_BYTES, ArrayLayout, Index, layouts
 from ntkpipe.manifest import ATTRIBUTE, Manifest, from_attribute
-from ntkpipe.medium import Folder, Medium, OversizeError
+from ntkpipe.medium import DOCUMENT_BYTES, Folder, Medium, OversizeError
 from ntkpipe.resources import format_bytes
 
 Mode = Literal["a", "w", "w-"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DOCUMENT = "zarr.json"
+_MOST_RESULTS = 1000
+_OF_WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # What pathlib makes of s3://bucket.
 _SHORTENED_URL = re.compile(r"(s3|gs|az):/[^/]")
 
@@ -57,7 +68,8 @@ class StoredArray:
 
     def present(self) -> set[Index]:
         """Chunks that exist with the expected size, from one listing."""
-        return {index for index, size in self.sizes() if size == self.layout.chunk_bytes}
+        size_of_one, holds = self.layout.chunk_bytes, self.layout.holds
+        return {index for index, size in self.sizes() if size == size_of_one and holds(index)}
 
     def sizes(self) -> Iterator[tuple[Index, int]]:
         """Chunks that exist, whatever their size, with the size; files that are no chunks are passed over."""
@@ -258,7 +270,7 @@ class Store:
         """
         medium = medium_at(where)
         with _writing(medium):
-            medium.put_new(_DOCUMENT, group_document({ATTRIBUTE: manifest.to_attribute()}))
+            medium.put_new(_DOCUMENT, _readable_group({ATTRIBUTE: manifest.to_attribute()}, _DOCUMENT))
         store = cls.open(medium)
         store.complete_layout()
         return store
@@ -320,7 +332,7 @@ class Store:
         self._create_groups([name])
         attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
         with _writing(self.medium):
-            self.medium.put(f"{name}/{_DOCUMENT}", group_document(attributes))
+            self.medium.put(f"{name}/{_DOCUMENT}", _readable_group(attributes, name))
 
     def append_result(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line of JSON to the file ``results/name``, which one process at a time does."""
@@ -328,10 +340,11 @@ class Store:
             self.medium.append(f"results/{name}", json.dumps(line).encode() + b"\n")
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
-        """Every result below ``results/folder``, by name."""
+        """Results below ``results/folder`` by name: all, or the last thousand."""
         prefix = f"results/{folder}"
         below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
-        names = sorted(parts[0] for parts in below if len(parts) == 2 and parts[1] == _DOCUMENT)
+        every = (parts[0] for parts in below if len(parts) == 2 and parts[1] == _DOCUMENT)
+        names = heapq.nlargest(_MOST_RESULTS, every)[::-1]
         found = [self.read_result(f"{folder}/{name}") for name in names]
         return [result for result in found if result is not None]
 
@@ -355,6 +368,44 @@ class Store:
         if not isinstance(result, dict) or "manifest_digest" not in attributes:
             raise StoreError(f"{where} is damaged: it holds no result")
         return result if attributes["manifest_digest"] == self.manifest.digest() else None
+
+
+@contextlib.contextmanager
+def reading_results(root: Path | str) -> Iterator[None]:
+    """What results hold is anybody's: there, a value that is missing or of another type is damage and no bug.
+
+    Raises
+    ------
+    StoreError
+        If there is one.
+    NtkpipeError
+        What else this package says.
+    """
+    try:
+        yield
+    except NtkpipeError:
+        raise
+    except _OF_WRONG_VALUES as error:
+        raise StoreError(
+            f"a result in {root} is damaged, or of another version ({error!r}); delete its folder below results, and "
+            "run or verify again"
+        ) from error
+
+
+def _readable_group(attributes: dict[str, Any], name: str) -> bytes:
+    """A group that is small enough to be read back.
+
+    Raises
+    ------
+    StoreError
+        If it is not.
+    """
+    data = group_document(attributes)
+    if len(data) > DOCUMENT_BYTES:
+        raise StoreError(
+            f"{name} would have {format_bytes(len(data))}; at most {format_bytes(DOCUMENT_BYTES)} are read back"
+        )
+    return data
 
 
 def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:

@@ -24,7 +24,7 @@ from ntkpipe.layout import planes
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
-from ntkpipe.store import Mode
+from ntkpipe.store import Mode, reading_results
 from ntkpipe.verification import Rows, VerificationReport, verification_rows
 
 if TYPE_CHECKING:
@@ -215,6 +215,13 @@ def kernel_rows(store: KernelStore) -> Rows:
             f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
         ),
     ]
+    with reading_results(store.path):
+        return rows + _result_rows(store)
+
+
+def _result_rows(store: KernelStore) -> Rows:
+    """How the kernel was computed and checked, in words."""
+    rows: Rows = []
     runs = store.store.read_results("runs")
     if runs:
         seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
