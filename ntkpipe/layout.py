@@ -106,7 +106,7 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     Raises
     ------
     StoreError
-        If one has more or larger chunks than can be handled.
+        If there are more or larger chunks than can be handled.
     """
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
@@ -126,12 +126,11 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
         for plane in planes(manifest):
             name = plane.array("kernel/test_diagonal")
             found.append(ArrayLayout(name, blocks, block_chunks, store_dtype, _BLOCK_DIMENSIONS))
-    for layout in found:
-        _require_possible(layout)
+    _require_possible(found)
     return {layout.name: layout for layout in found}
 
 
-def _require_possible(layout: ArrayLayout) -> None:
+def _require_possible(found: list[ArrayLayout]) -> None:
     """Check that listing the chunks and reading one is possible, by numbers of any size, before anything is allocated.
 
     Raises
@@ -139,15 +138,17 @@ def _require_possible(layout: ArrayLayout) -> None:
     StoreError
         If it is not.
     """
-    if layout.num_chunks > MOST_CHUNKS:
+    count = sum(layout.num_chunks for layout in found)
+    if count > MOST_CHUNKS:
         raise StoreError(
-            f"{layout.name} of {_about(layout.shape[0])} rows would have {_about(layout.num_chunks)} chunks; at most "
-            f"{MOST_CHUNKS:,} can be listed. Choose a larger tile"
+            f"a store of {_about(found[0].shape[0])} rows in tiles of {_about(found[0].chunks[0])} would have "
+            f"{_about(count)} chunks; at most {MOST_CHUNKS:,} can be listed. Choose a larger tile"
         )
-    if layout.chunk_bytes > MOST_CHUNK_BYTES:
+    largest = max(found, key=lambda layout: layout.chunk_bytes)
+    if largest.chunk_bytes > MOST_CHUNK_BYTES:
         raise StoreError(
-            f"one chunk of {layout.name} would have {_about(layout.chunk_bytes)} bytes; at most {MOST_CHUNK_BYTES:,} "
-            "are possible. Choose a smaller tile"
+            f"one chunk of {largest.name} would have {_about(largest.chunk_bytes)} bytes; at most "
+            f"{MOST_CHUNK_BYTES:,} are possible. Choose a smaller tile"
         )
 
 

@@ -216,7 +216,7 @@ def from_attribute(value: object, where: str) -> Manifest:
         raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
     found = value["manifest"].get("format")
     if found != FORMAT:
-        raise StoreError(f"{where} has store format {str(found)[:20]!r}; this version reads format {FORMAT}")
+        raise StoreError(f"{where} has store format {repr(found)[:20]}; this version reads format {FORMAT}")
     problem = _implausible(value["manifest"])
     if problem is not None:
         raise StoreError(f"the manifest of {where} is damaged: {problem}")
