@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 import cloudpickle
-from distributed import Client, Future, KilledWorker, Reschedule, WorkerPlugin, get_worker
+from distributed import Client, Future, KilledWorker, Reschedule, Scheduler, WorkerPlugin, get_worker
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
@@ -39,6 +39,7 @@ _SPARE_KEYS = 8
 _POLL_SECONDS = 1.0
 # Workers that are killed for memory within this time are taken for one: they were doing the same.
 _GRACE_SECONDS = 10.0
+_PLUGIN_PREFIX = "ntkpipe-"
 _MEMORY_TOPIC = "worker-restart-memory"
 # Sizes are halved at most so often; smaller ones gain nothing.
 _MOST_SHRINKING = 8
@@ -109,7 +110,7 @@ class _Run(Generic[Key, Record]):
         self._token = uuid4().hex[:16]
         self._prefix = f"{name}-{self._token}"
         self._max_failures = max_failures
-        self._plugin = _JobPlugin(_Parcel(self._token, _pickle(job), code))
+        self._plugin = _JobPlugin(_Parcel(self._token, _pickle(job), code), owner=client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._failures: Counter[str] = Counter()
@@ -121,6 +122,8 @@ class _Run(Generic[Key, Record]):
         self._counted_at = -_POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
+        for name in self._client.run_on_scheduler(_plugins_of_the_dead):
+            self._client.unregister_worker_plugin(name)
         self._deliver()
         is_exhausted = False
         while True:
@@ -147,7 +150,10 @@ class _Run(Generic[Key, Record]):
 
     def _window(self) -> int:
         if monotonic() - self._counted_at > _POLL_SECONDS:
-            self._num_threads, self._counted_at = sum(self._client.nthreads().values()), monotonic()
+            # Where the scheduler is gone, its futures are cancelled and say so.
+            with contextlib.suppress(CommClosedError, OSError):
+                self._num_threads = sum(self._client.nthreads().values())
+            self._counted_at = monotonic()
         return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
 
     def _submit(self, key: Key, shrinking: int) -> None:
@@ -197,22 +203,27 @@ class _Run(Generic[Key, Record]):
 
     def _reconnect(self, attempt: _Attempt, error: Exception) -> None:
         """The scheduler is gone, and every task with it: wait for it, or for another one at its address."""
-        lost = [attempt, *self._pending.values()]
+        self._again += [attempt, *self._pending.values()]
         self._pending.clear()
-        while self._client.status == "connecting":
+        while not self._is_delivered_again():
             threading.Event().wait(_POLL_SECONDS)
-        if self._client.status != "running":
-            raise ClusterError(
-                "the scheduler is gone and did not come back in time; every finished tile is stored, and the same call "
-                "or command resumes once it is there again"
-            ) from error
-        self._again += lost
-        self._wait_for_workers()
-        self._deliver()
+            if self._client.status not in {"connecting", "running"}:
+                raise ClusterError(
+                    "the scheduler is gone and did not come back in time; every finished tile is stored, and the same "
+                    "call or command resumes once it is there again"
+                ) from error
 
-    def _wait_for_workers(self) -> None:
-        while not self._client.nthreads():
-            threading.Event().wait(_POLL_SECONDS)
+    def _is_delivered_again(self) -> bool:
+        """Give the job to the workers of a scheduler that is there again, if it has any and stays."""
+        if self._client.status != "running":
+            return False
+        try:
+            if not self._client.nthreads():
+                return False
+            self._deliver()
+        except (CommClosedError, OSError):
+            return False
+        return True
 
     def _shrink(self, seen: float) -> None:
         """A nanny killed a worker for its memory: everything that is not done is tried in half the memory."""
@@ -308,10 +319,10 @@ class _Parcel:
 
 
 class _JobPlugin(WorkerPlugin):
-    """Brings a parcel to every worker, and removes what it has become there."""
+    """Brings a parcel to every worker, and removes what it has become there; its name says whose it is."""
 
-    def __init__(self, parcel: _Parcel) -> None:
-        self.name = f"ntkpipe-{parcel.token}"
+    def __init__(self, parcel: _Parcel, owner: str) -> None:
+        self.name = f"{_PLUGIN_PREFIX}{parcel.token}@{owner}"
         self.parcel = parcel
 
     def setup(self, worker: Any) -> None:
@@ -319,6 +330,12 @@ class _JobPlugin(WorkerPlugin):
 
     def teardown(self, worker: Any) -> None:
         _OPENED.pop((worker.id, self.parcel.token), None)
+
+
+def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
+    """Plugins of drivers that were killed: a scheduler would keep their models, and give them to every new worker."""
+    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
+    return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
 # In a worker's process: the parcels that have arrived, by worker (threads of one process may hold several) and run.

@@ -1,9 +1,12 @@
 """On a cluster: every key once, the bits of threads, and whatever dies, leaves or grows too large is made good."""
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,17 @@ def test_a_store_has_the_bits_of_one_that_threads_computed(client, tmp_path):
         assert there.manifest.choices == here.manifest.choices
         assert chunks(there.path) == chunks(here.path)
         assert verify(there, mlp()).is_good
+
+
+def test_what_a_killed_driver_left_on_the_cluster_is_removed(client):
+    program = (
+        "import os, sys; from distributed import Client; from ntkpipe.remote import ClusterExecutor\n"
+        "sys.path.insert(0, sys.argv[2]); from test_remote import Numbers\n"
+        "run = ClusterExecutor(Client(sys.argv[1]), name='killed').run(Numbers(), range(1, 9)); next(run); os._exit(1)"
+    )
+    command = [sys.executable, "-c", program, client.scheduler.address, str(Path(__file__).parent)]
+    subprocess.run(command, check=False)
+    plugins = partial(client.run_on_scheduler, lambda dask_scheduler: list(dask_scheduler.worker_plugins))
+    assert any(name.startswith("ntkpipe-") for name in plugins())
+    assert len(list(ClusterExecutor(client, name="numbers").run(Numbers(), range(1, 9)))) == 16
+    assert not any(name.startswith("ntkpipe-") for name in plugins())
