@@ -32,8 +32,6 @@ DRILL = Path(__file__).parent / "drill"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OTHERS = ("driver", "scheduler", "stop", "join", "leave")
 KILLS = 3
-# Of each of the others in a drill.
-CHANCE = 0.3
 MOST_SECONDS = 240.0
 MOST_ATTEMPTS = 8
 
@@ -114,15 +112,11 @@ class Cluster:
         files = list(self.executing.iterdir())
         rng.shuffle(files)
         for file in files:
-            try:
-                process = psutil.Process(int(file.name))
-                process.suspend()
-            except psutil.NoSuchProcess:
+            process = self._stop(int(file.name))
+            if process is None:
                 file.unlink(missing_ok=True)
                 continue
             try:
-                while process.status() != psutil.STATUS_STOPPED:
-                    sleep(0.001)
                 key = file.read_text() if file.exists() else ""
                 if key:
                     yield process, key
@@ -131,6 +125,19 @@ class Cluster:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume()
         yield None
+
+    def _stop(self, number: int) -> psutil.Process | None:
+        """Stop a process, if it is there and a descendant of this one: numbers are used again."""
+        try:
+            process = psutil.Process(number)
+            if all(parent.pid != os.getpid() for parent in process.parents()):
+                return None
+            process.suspend()
+            while process.status() != psutil.STATUS_STOPPED:
+                sleep(0.001)
+        except psutil.NoSuchProcess:
+            return None
+        return process
 
 
 def missing_tiles(store: Path, key: str) -> int:
@@ -165,15 +172,22 @@ class Drill:
         A path where nothing is.
     stop_seconds
         For how long a worker is stopped, at most.
-    others
-        What may happen beside kills of workers.
+    others, chance
+        What may happen beside kills of workers, and how likely each is.
     """
 
     def __init__(
-        self, cluster: Cluster, rng: random.Random, store: Path, stop_seconds: float, others: Sequence[str]
+        self,
+        cluster: Cluster,
+        rng: random.Random,
+        store: Path,
+        *,
+        stop_seconds: float,
+        others: Sequence[str],
+        chance: float,
     ) -> None:
         self.cluster, self.rng, self.store, self.stop_seconds = cluster, rng, store, stop_seconds
-        self.others = others
+        self.others, self.chance = others, chance
         self.counts: Counter[str] = Counter()
         self.driver = self._start_driver()
         self._until: list[tuple[float, psutil.Process]] = []
@@ -187,7 +201,7 @@ class Drill:
         rng, deadline = self.rng, monotonic() + MOST_SECONDS
         faults, due = ["kill"] * rng.randint(KILLS, 2 * KILLS), 0.0
         for name in self.others:
-            if rng.random() < CHANCE:
+            if rng.random() < self.chance:
                 # Before the last kill that is needed: what comes late might not come any more.
                 faults.insert(rng.randrange(KILLS), name)
         while True:
@@ -206,7 +220,8 @@ class Drill:
                 due = monotonic() + rng.uniform(0, 1.5)
             sleep(0.02)
         for _, process in self._until:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def _again(self) -> None:
         if self.driver.returncode != -signal.SIGKILL:
@@ -261,7 +276,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--stop-seconds", type=float, default=5.0)
-    parser.add_argument("--others", nargs="*", default=OTHERS, choices=OTHERS)
+    parser.add_argument("--others", nargs="*", default=OTHERS, choices=OTHERS, help="what happens beside kills")
+    parser.add_argument("--chance", type=float, default=0.3, help="of each of the others in a drill")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="drills-"))
     print(f"logs and stores in {folder}", flush=True)
@@ -276,7 +292,14 @@ def main() -> None:
         for number in range(options.drills):
             start = monotonic()
             rng = random.Random(f"{options.seed}-{number}")
-            drill = Drill(cluster, rng, folder / f"{number}.zarr", options.stop_seconds, options.others)
+            drill = Drill(
+                cluster,
+                rng,
+                folder / f"{number}.zarr",
+                stop_seconds=options.stop_seconds,
+                others=options.others,
+                chance=options.chance,
+            )
             drill.run()
             findings = drill.findings(expected)
             total += drill.counts
