@@ -12,12 +12,14 @@ from torch import nn
 from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
+from ntkpipe.enlarge import chunks_left, grow_store
 from ntkpipe.errors import ConfigError, DataError
 from ntkpipe.execute import Executor
 from ntkpipe.grid import default_tile
+from ntkpipe.growth import end_growth, is_larger, undo_cut_growth
 from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
-from ntkpipe.manifest import DataRecord
+from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.matrix import compute_matrix, prepare_matrix
 from ntkpipe.models import DTYPES, Forward
 from ntkpipe.plan import Crew, Plan, Task
@@ -63,6 +65,7 @@ def compute_kernel(
     device: str | None = None,
     self_check: bool = True,
     mode: Mode = "a",
+    grow: bool = False,
     client: "Client | None" = None,
     code: str | Path | None = None,
     workers: int | None = None,
@@ -114,6 +117,9 @@ def compute_kernel(
         Compare the engine with plain ``torch.func`` on three samples before the first tile.
     mode
         As in Zarr: ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates.
+    grow
+        Whether a store with fewer samples gets those that are new: more after the stored ones, a test set where there
+        was none. Only new tiles are computed, and what is stored keeps its bits.
     client
         A ``distributed.Client``: blocks are computed by the workers of its cluster, which write to the store
         themselves; it must be on a disk that they share, or at a URL. Default threads of this process.
@@ -152,27 +158,40 @@ def compute_kernel(
     """
     if mode not in {"a", "w", "w-"}:
         raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
+    if grow and mode != "a":
+        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
     spec = _kernel_spec(kind, parameters, groups, compute_dtype, accumulate_dtype, store_dtype, tile, jacobian)
     run = _run_spec(memory_limit, device, workers, self_check)
     medium = medium_at(store)
     existing = prepare_path(medium, mode) if mode != "w" else None
+    if existing is not None:
+        undo_cut_growth(existing)
+        spec = _with_tile_of(existing, spec)
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     crew = None if client is None else _inspect(client, spec, progress)
+
+    def executor(store: Store) -> Executor[Task, Record] | None:
+        return None if client is None else _cluster_executor(client, store, code)
+
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
         )
-        if existing is not None:
-            require_same(existing, asked)
-            require_same_function(existing, prepared)
-            require_made_from_model(existing)
-            existing.complete_layout()
-            if not existing.missing():
-                return KernelStore(existing)
-        settled = settle(prepared, asked, existing, medium, run, mode, crew)
-        executor = None if client is None else _cluster_executor(client, settled.store, code)
-        build(settled, train, test, executor=executor, progress=progress)
+        if existing is not None and grow and is_larger(existing.manifest, asked):
+            settled = grow_store(prepared, asked, existing, run, crew=crew, executor=executor, progress=progress)
+            settled.store.complete_layout()
+        else:
+            if existing is not None:
+                require_same(existing, asked)
+                require_same_function(existing, prepared)
+                require_made_from_model(existing)
+                existing.complete_layout()
+                if not existing.missing():
+                    end_growth(existing)
+                    return KernelStore(existing)
+            settled = settle(prepared, asked, existing, medium, run, mode, crew)
+        build(settled, train, test, executor=executor(settled.store), progress=progress)
     return KernelStore(settled.store)
 
 
@@ -196,6 +215,7 @@ def plan_kernel(
     device: str | None = None,
     workers: int | None = None,
     jacobian: str = "structured",
+    grow: bool = False,
 ) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan what :func:`compute_kernel` would do with the same arguments; reads five samples and writes nothing.
 
@@ -215,12 +235,17 @@ def plan_kernel(
     run = _run_spec(memory_limit, device, workers, self_check=False)
     medium = medium_at(store)
     existing = prepare_path(medium, "a")
+    if existing is not None:
+        spec = _with_tile_of(existing, spec)
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
+        left = None
         if existing is not None:
-            _require_same_but_samples(existing, asked)
+            _require_same_but_samples(existing, asked, grow=grow)
+            if is_larger(existing.manifest, asked):
+                left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
         choices = None if existing is None else existing.manifest.choices
         engine = prepared.engine if choices is None else reuse_choices(prepared.engine, choices, medium.root)
         planned = plan_run(
@@ -231,7 +256,7 @@ def plan_kernel(
             medium=medium,
             choices=choices,
             crew=None,
-            **progress_of(asked, existing),
+            **progress_of(asked, existing, left),
         )
         return time_jacobians(planned, prepared, engine), report_of(engine)
 
@@ -257,20 +282,33 @@ def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -
     return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
 
 
+def _with_tile_of(existing: Store, spec: KernelSpec) -> KernelSpec:
+    """Take the tile that is asked for to the store's, where it was cut to the samples that there were at first."""
+    manifest = existing.manifest
+    first = (manifest.earlier() or (manifest,))[0].train.num_samples
+    is_same = spec.tile is not None and min(spec.tile, first) == manifest.tile
+    return spec.model_copy(update={"tile": manifest.tile}) if is_same else spec
+
+
 def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:
     """The tile of the store that is resumed, or the default."""
     return default_tile if existing is None else lambda *_: existing.manifest.tile
 
 
-def _require_same_but_samples(store: Store, asked: Any) -> None:
-    """As :func:`require_same`, without the fingerprints of samples, which a plan does not read."""
+def _require_same_but_samples(store: Store, asked: Manifest, *, grow: bool) -> None:
+    """As :func:`require_same`, without fingerprints of samples, which a plan does not read, or sizes that may grow."""
     stored = store.manifest
+    if grow and is_larger(stored, asked):
+        sized = {"num_samples": stored.train.num_samples}
+        asked = asked.model_copy(update={"train": asked.train.model_copy(update=sized), "test": stored.test})
 
     def without(record: DataRecord | None) -> DataRecord | None:
         return None if record is None else record.model_copy(update={"inputs_digest": "", "targets_digest": None})
 
-    bare = stored.model_copy(update={"train": without(stored.train), "test": without(stored.test)})
-    require_same(Store(store.medium, bare), asked)
+    def bare(manifest: Manifest) -> Manifest:
+        return manifest.model_copy(update={"train": without(manifest.train), "test": without(manifest.test)})
+
+    require_same(Store(store.medium, bare(stored)), bare(asked))
 
 
 def kernel_matrix(

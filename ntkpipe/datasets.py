@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -118,6 +118,18 @@ class StoredSource:
 
 
 @dataclass(frozen=True)
+class FirstSource:
+    """The first samples of a longer source."""
+
+    source: Source
+    num_samples: int
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Samples ``start:stop``."""
+        return self.source.read(start, stop)
+
+
+@dataclass(frozen=True)
 class Samples:
     """Samples and their targets.
 
@@ -168,6 +180,12 @@ class Samples:
     def num_samples(self) -> int:
         """Number of samples."""
         return self.source.num_samples
+
+    def first(self, count: int) -> "Samples":
+        """The first ``count`` of these samples, with their targets."""
+        if count == self.num_samples:
+            return self
+        return replace(self, source=FirstSource(self.source, count), given_targets=self._first_targets(count))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Runs of samples of about 32 MiB that cover all."""

@@ -151,8 +151,24 @@ class DerivedRecord(_Record):
     has_samples: bool
 
 
+class GrowthRecord(_Record):
+    """What a store held before it got more samples. Bits of tiles at its old edge depend on it.
+
+    Attributes
+    ----------
+    train, test
+        The samples before.
+    environment
+        Versions, host and time of the run that added more; for people, never compared.
+    """
+
+    train: DataRecord
+    test: DataRecord | None
+    environment: dict[str, str]
+
+
 # Fields that came later, left out of the JSON where they say nothing: stores without them keep manifest and digest.
-_LATER: dict[str, object] = {"groups": {}, "derived": None}
+_LATER = frozenset({"groups", "derived", "growth"})
 
 
 class Manifest(_Record):
@@ -166,6 +182,8 @@ class Manifest(_Record):
         Name → parameters of each group that has kernels of its own; they have none in common.
     derived
         Where the kernels come from, if not from the model.
+    growth
+        What the store held before each time that it got more samples, the oldest first; never compared.
     """
 
     format: Literal[1]
@@ -184,6 +202,7 @@ class Manifest(_Record):
     environment: dict[str, str]
     groups: dict[GroupName, tuple[str, ...]] = {}
     derived: DerivedRecord | None = None
+    growth: tuple[GrowthRecord, ...] = ()
 
     @field_validator("groups")
     @classmethod
@@ -193,7 +212,19 @@ class Manifest(_Record):
     @model_serializer(mode="wrap")
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
+        return {name: value for name, value in values.items() if value or name not in _LATER}
+
+    def earlier(self) -> tuple["Manifest", ...]:
+        """The manifests that the store had before each growth, the oldest first, as they were."""
+        return tuple(
+            self.model_copy(update={"train": before.train, "test": before.test, "growth": self.growth[:number]})
+            for number, before in enumerate(self.growth)
+        )
+
+    def grown(self, train: DataRecord, test: DataRecord | None, environment: dict[str, str]) -> "Manifest":
+        """The manifest of the same store with more samples."""
+        before = GrowthRecord(train=self.train, test=self.test, environment=environment)
+        return self.model_copy(update={"train": train, "test": test, "growth": (*self.growth, before)})
 
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
@@ -247,7 +278,7 @@ def _implausible(value: object) -> str | None:
     return next((problem for part in parts if (problem := _implausible(part)) is not None), None)
 
 
-# Choices and environment may differ between runs; everything else may not.
+# Choices, environment and history may differ between runs; everything else may not.
 _IDENTITY = (
     "kind",
     "convention",

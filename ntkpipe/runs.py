@@ -3,7 +3,7 @@
 import contextlib
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,8 +26,10 @@ from ntkpipe.errors import (
     SelfCheckError,
     StoreFullError,
     StoreMismatchError,
+    TileError,
 )
 from ntkpipe.execute import Executor, ThreadExecutor
+from ntkpipe.growth import NOTHING, Chunk, Kept, aside, finish, is_larger
 from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.check import CheckReport, self_check
 from ntkpipe.jacobian.contract import contract
@@ -42,7 +44,7 @@ from ntkpipe.plan import Crew, Plan, Task
 from ntkpipe.prepare import Prepared, plan_run, reuse_choices, where_computed
 from ntkpipe.progress import show_progress
 from ntkpipe.records import Record, RunLog
-from ntkpipe.store import Mode, Store, prepare_path
+from ntkpipe.store import Mode, Store, StoredArray, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.
@@ -103,10 +105,12 @@ def require_same(store: Store, asked: Manifest) -> None:
     """
     found = differences(store.manifest, asked)
     if found:
+        hint = "Use another path, mode='w' to start over, or ask for what is stored"
+        if is_larger(store.manifest, asked) and all(field.startswith(("train", "test")) for field, _, _ in found):
+            hint = "With grow=True (run --grow) samples are added to those that are stored. " + hint
         listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
         raise StoreMismatchError(
-            f"{store.root} holds another kernel; {len(found)} fields differ: {listed}. Use another path, mode='w' to "
-            "start over, or ask for what is stored",
+            f"{store.root} holds another kernel; {len(found)} fields differ: {listed}. {hint}",
             found,
         )
 
@@ -133,11 +137,18 @@ def require_made_from_model(store: Store) -> None:
         )
 
 
-def require_same_function(store: Store, prepared: Prepared) -> None:
+def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[Chunk] = frozenset()) -> None:
     """Check that the model still maps stored samples to the outputs that were stored with the first tiles.
 
     Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook. So
     outputs of a few samples are compared with the stored ones, and their kernel entries with those of the first tile.
+
+    Parameters
+    ----------
+    store, prepared
+        What is there, and what is asked for.
+    doubted
+        Chunks that are known to be bad; others are looked at.
 
     Raises
     ------
@@ -145,30 +156,34 @@ def require_same_function(store: Store, prepared: Prepared) -> None:
         If it does not.
     """
     array = store.arrays["outputs/train"]
-    first = (0, 0)
-    if first not in array.present():  # a truncated chunk is not there, either: it is written again
+    # A truncated chunk is not there, either: it is written again.
+    good = sorted(index for index in array.present() if (array.layout.name, index) not in doubted)
+    if not good:
         return
+    first = good[0]
     stored = array.read(first)
-    samples = probe_samples(len(stored))
+    picked = probe_samples(len(stored))
+    samples = [first[0] * store.manifest.tile + sample for sample in picked]
     with torch.no_grad():
         outputs = prepared.model(prepared.load(samples)).double().cpu().numpy()
-    gap = float(np.abs(outputs - stored[samples]).max())
-    scale = float(np.abs(stored[samples]).max()) or 1.0
+    gap = float(np.abs(outputs - stored[picked]).max())
+    scale = float(np.abs(stored[picked]).max()) or 1.0
     if gap > _OUTPUT_TOLERANCE[store.manifest.compute_dtype] * scale:
         raise StoreMismatchError(
             f"{store.root}: parameters and samples are those of the store, but outputs differ by {gap:.2g} (of "
             f"{scale:.2g}): the model's forward pass or the forward hook is another one",
-            (("outputs", stored[samples].tolist(), outputs.tolist()),),
+            (("outputs", stored[picked].tolist(), outputs.tolist()),),
         )
-    tile = store.arrays[prepared.planes[0].array("kernel/train")]
-    if first in tile.present():
-        _require_same_entries(store, tile.read(first), prepared, samples)
+    tile, index = store.arrays[prepared.planes[0].array("kernel/train")], (first[0], first[0])
+    if tile.has(index) and (tile.layout.name, index) not in doubted:
+        _require_same_entries(store, tile.read(index), picked, _entries(prepared, samples))
 
 
-def _require_same_entries(store: Store, tile: NDArray[Any], prepared: Prepared, samples: list[int]) -> None:
-    width = prepared.num_covectors
-    rows = np.add.outer(np.array(samples) * width, np.arange(width)).reshape(-1)
-    stored, found = tile[np.ix_(rows, rows)].astype(np.float64), _entries(prepared, samples)
+def _require_same_entries(store: Store, tile: NDArray[Any], picked: list[int], found: NDArray[np.float64]) -> None:
+    """Compare entries of a few samples of a diagonal tile."""
+    width = store.manifest.num_covectors
+    rows = np.add.outer(np.array(picked) * width, np.arange(width)).reshape(-1)
+    stored = tile[np.ix_(rows, rows)].astype(np.float64)
     scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
     error = float(np.abs(found - stored).max()) / scale
     if error > _ENTRY_TOLERANCE[store.manifest.compute_dtype]:
@@ -247,6 +262,7 @@ def settle(
     run: RunSpec,
     mode: Mode,
     crew: Crew | None = None,
+    left: Mapping[str, int] | None = None,
 ) -> Settled:
     """Plan, self-check, and create the store where there is none.
 
@@ -256,6 +272,8 @@ def settle(
         What is computed, where, and within what limits.
     crew
         Workers of a cluster; none for threads of this process.
+    left
+        How many chunks of each array are to be computed; default those that are missing.
 
     Raises
     ------
@@ -268,7 +286,7 @@ def settle(
     choices = None if existing is None else existing.manifest.choices
     if existing is not None and choices is not None:
         engine = reuse_choices(engine, choices, existing.root, crew)
-    planned = _plan(prepared, engine, asked, existing, medium, run, crew)
+    planned = _plan(prepared, engine, asked, existing, medium, run, crew, left)
     planned.require_fit()
     started = perf_counter()
     check = None
@@ -281,7 +299,7 @@ def settle(
             )
     check_seconds = perf_counter() - started
     if engine.representations != prepared.engine.representations:
-        planned = _plan(prepared, engine, asked, existing, medium, run, crew)
+        planned = _plan(prepared, engine, asked, existing, medium, run, crew, left)
         planned.require_fit()
     if existing is None:
         if mode == "w":
@@ -291,7 +309,7 @@ def settle(
         require_same(existing, asked)
         if existing.manifest.choices != settled:
             # Another run created the store in the meantime; its choices count.
-            planned = _plan(prepared, engine, asked, existing, medium, run, crew)
+            planned = _plan(prepared, engine, asked, existing, medium, run, crew, left)
             planned.require_fit()
     engine = reuse_choices(engine, existing.manifest.choices, existing.root, crew)
     return Settled(existing, engine, planned, check, check_seconds)
@@ -305,6 +323,7 @@ def _plan(
     medium: Medium,
     run: RunSpec,
     crew: Crew | None,
+    left: Mapping[str, int] | None,
 ) -> Plan:
     return plan_run(
         prepared,
@@ -314,49 +333,76 @@ def _plan(
         medium=medium,
         choices=None if existing is None else existing.manifest.choices,
         crew=crew,
-        **progress_of(asked, existing),
+        **progress_of(asked, existing, left),
     )
 
 
-def progress_of(asked: Manifest, existing: Store | None) -> dict[str, int]:
-    """Tiles that exist, and bytes that are still to be written."""
-    missing = {} if existing is None else existing.missing()
+def progress_of(asked: Manifest, existing: Store | None, left: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Tiles that exist, and bytes still to be written; ``left`` counts the chunks, if not all that are missing."""
+    if left is None and existing is not None:
+        left = {name: len(indices) for name, indices in existing.missing().items()}
     done = to_write = 0
     for name, layout in layouts(asked).items():
-        left = layout.num_chunks if existing is None else len(missing.get(name, ()))
-        to_write += left * layout.chunk_bytes
-        done += layout.num_chunks - left if layout.grid is not None else 0
+        chunks = layout.num_chunks if left is None else left.get(name, 0)
+        to_write += chunks * layout.chunk_bytes
+        done += layout.num_chunks - chunks if layout.grid is not None else 0
     return {"tiles_done": done, "bytes_to_write": to_write}
 
 
 @dataclass(frozen=True)
 class StoreSink:
-    """Chunks go to a store."""
+    """Chunks go to a store.
 
-    store: Store
+    Attributes
+    ----------
+    arrays
+        Where they go.
+    wanted
+        The chunks that are computed, whether they are there or not: those that a repair replaces. None: those that
+        are not there.
+    kept
+        Old entries that a growth must not change.
+    """
+
+    arrays: Mapping[str, StoredArray]
+    wanted: frozenset[Chunk] | None = None
+    kept: Kept = NOTHING
 
     def exists(self, array: str, index: Index) -> bool:
-        """Whether the chunk is there with its whole size."""
-        return self.store.arrays[array].has(index)
+        """Whether the chunk is there with its whole size, or not wanted."""
+        return self.arrays[array].has(index) if self.wanted is None else (array, index) not in self.wanted
 
     def place(self, array: str, index: Index) -> None:
         """Tiles are computed in buffers, and written when they are whole."""
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Write the chunk atomically."""
-        self.store.arrays[array].write(index, values)
+        """Write the chunk atomically; old entries of a growth are put into ``values`` before."""
+        stored = self.arrays[array]
+        try:
+            self.kept.paste(array, index, values)
+        except TileError:
+            if self.wanted is None and stored.has(index):  # another run has written it and cleared up
+                return
+            raise
+        stored.write(index, values)
 
 
-def write_samples(store: Store, split: str, samples: Samples) -> None:
-    """Write the samples and targets that the store does not have yet."""
+def write_samples(store: Store, split: str, samples: Samples, wanted: frozenset[Chunk] | None = None) -> None:
+    """Write the samples and targets that the store does not have yet, or those of the chunks that are wanted."""
+
+    def todo(array: StoredArray) -> list[Index]:
+        if wanted is None:
+            return array.missing()
+        return sorted(index for name, index in wanted if name == array.layout.name)
+
     arrays = {name: array for name, array in store.arrays.items() if name.startswith(f"samples/{split}/")}
     for name, array in arrays.items():
-        for index in array.missing():
+        for index in todo(array):
             part = array.layout.region(index)[0]
             array.write(index, samples.source.read(part.start, part.stop)[name.rpartition("/")[2]])
     if samples.targets is not None:
         array = store.arrays[f"targets/{split}"]
-        for index in array.missing():
+        for index in todo(array):
             array.write(index, samples.targets[array.layout.region(index)[0]])
 
 
@@ -366,6 +412,8 @@ def build(
     test: Samples | None,
     *,
     executor: Executor[Task, Record] | None = None,
+    wanted: frozenset[Chunk] | None = None,
+    stage: Manifest | None = None,
     progress: bool,
 ) -> None:
     """Write samples, then every missing tile; keep a record of the run.
@@ -376,6 +424,10 @@ def build(
         What is computed.
     executor
         Where; none for threads of this process.
+    wanted
+        The chunks to compute, as of a repair; default those that are missing.
+    stage
+        An earlier manifest of a store that grew: chunks are computed as they were then, and kept aside.
     progress
         Show a progress bar.
 
@@ -387,6 +439,8 @@ def build(
         If the disk fills up, saying how far it came.
     """
     store, plan = settled.store, settled.plan
+    manifest = stage or store.manifest
+    arrays = store.arrays if stage is None else aside(store, stage)
     stored: dict[str, Source] = {"train": StoredSource(store, "train", train.num_samples)}
     if test is not None:
         stored["test"] = StoredSource(store, "test", test.num_samples)
@@ -395,7 +449,7 @@ def build(
         plan=plan,
         sources=stored,
         is_mapping=train.is_mapping,
-        sink=StoreSink(store),
+        sink=StoreSink(arrays, wanted, Kept.of(store, manifest.earlier())),
         cache=StripCache(plan.cache_bytes),
         store_dtype=np.dtype(store.manifest.store_dtype),
         pairs=settled.engine.setup.pairs,
@@ -408,9 +462,10 @@ def build(
         with store.in_use(), contextlib.ExitStack() as at_the_end:
             if settled.check is not None:
                 store.write_result("self_check", settled.check.to_json())
-            write_samples(store, "train", train)
-            if test is not None:
-                write_samples(store, "test", test)
+            if stage is None:
+                write_samples(store, "train", train, wanted)
+                if test is not None:
+                    write_samples(store, "test", test, wanted)
             log = RunLog(store, plan, settled.check_seconds)
             at_the_end.callback(log.close)
             # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
@@ -421,6 +476,8 @@ def build(
                 tiles = show_progress(tiles, total=total, done=done, what=store.manifest.kind, unit="tile")
             for _ in tiles:
                 pass
+            if stage is None:
+                finish(store)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:

@@ -102,6 +102,11 @@ class StoredArray:
                 self.medium.put_new(name, self._document())
         self.check_metadata()
 
+    def replace_metadata(self) -> None:
+        """Write ``zarr.json`` anew, whatever is there; chunks are left as they are."""
+        with _writing(self.medium):
+            self.medium.put(f"{self.layout.name}/{_DOCUMENT}", self._document())
+
     def _document(self) -> bytes:
         layout = self.layout
         return array_document(
@@ -318,9 +323,44 @@ class Store:
         with contextlib.ExitStack() as held:
             with _writing(self.medium):
                 held.enter_context(self.medium.in_use())
-            if Store.open(self.medium).manifest != self.manifest:
-                raise StoreError(f"{self.root} was replaced by another run after this one opened it; run again")
+            self._require_current()
             yield
+
+    @contextlib.contextmanager
+    def exclusive(self, otherwise: str) -> Iterator[None]:
+        """Be the only one who writes to the store.
+
+        Parameters
+        ----------
+        otherwise
+            What cannot be done without, for the message.
+
+        Raises
+        ------
+        StoreError
+            If another run writes to it, or has replaced its manifest, or nobody knows whether one does.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self.medium.exclusive())
+            except BlockingIOError:
+                raise StoreError(
+                    f"another run is writing to {self.root}, so {otherwise} now; wait for its end, or stop it"
+                ) from None
+            except OSError as error:
+                raise StoreError(f"{self.root} cannot be locked, so {otherwise}: {error}") from error
+            self._require_current()
+            yield
+
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest in one atomic step; other attributes of the group are kept."""
+        with _writing(self.medium):
+            attributes = group_attributes(self.medium.get(_DOCUMENT), str(self.medium.address(_DOCUMENT)))
+            self.medium.put(_DOCUMENT, group_document({**attributes, ATTRIBUTE: manifest.to_attribute()}))
+
+    def _require_current(self) -> None:
+        if Store.open(self.medium).manifest != self.manifest:
+            raise StoreError(f"{self.root} was replaced by another run after this one opened it; run again")
 
     def is_writable(self) -> bool:
         """Whether this process may write below the root, as far as can be told without doing it."""
