@@ -49,6 +49,9 @@ _scheduler = click.option(
     metavar="ADDRESS",
     help="Compute on a Dask cluster: tcp://host:8786, tls://…, or local for processes of this machine.",
 )
+_grow = click.option(
+    "--grow", is_flag=True, help="Add samples to a store that holds fewer: the first ones of the workflow's."
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
 _store = click.argument("store", metavar="STORE")
@@ -74,15 +77,16 @@ def cli(context: click.Context, traceback: bool) -> None:
     show_default=True,
     help="a: create or resume; w: start over; w-: only create.",
 )
+@_grow
 @_scheduler
-def run(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str | None) -> None:
+def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
     from ntkpipe import workflow as workflows
 
     if scheduler is not None:
         overrides = (*overrides, f"run.scheduler={scheduler}")
     is_good = True
-    for result in workflows.run(workflows.load(workflow, overrides), mode=mode):
+    for result in workflows.run(workflows.load(workflow, overrides), mode=mode, grow=grow):
         _print_rows(result.step, result.rows)
         is_good &= result.is_good
     if not is_good:
@@ -92,11 +96,12 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str | 
 @cli.command()
 @_workflow_file
 @_overrides
+@_grow
 @_as_json
 @click.option(
     "--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found and held."
 )
-def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter: bool) -> None:
+def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, by_parameter: bool) -> None:
     """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs, and how Jacobians are found.
 
     With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
@@ -106,7 +111,7 @@ def plan(workflow: Path, overrides: tuple[str, ...], as_json: bool, by_parameter
     from ntkpipe.jacobian import report
 
     loaded = workflows.load(workflow, overrides)
-    planned, found = workflows.plan(loaded)
+    planned, found = workflows.plan(loaded, grow=grow)
     described = loaded.workflow.cluster
     estimate = None if described is None else estimate_cluster(planned, described)
     if as_json:
@@ -161,6 +166,9 @@ def info(store: str, as_json: bool) -> None:
         rows.append(("groups", _groups_in_words(manifest)))
     if manifest.derived is not None:
         rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
+    for before in manifest.growth:
+        held = f"{before.train.num_samples:,} train, {before.test.num_samples if before.test else 0:,} test"
+        rows.append(("grown from", f"{held} samples, {before.environment.get('created', 'at an unknown time')}"))
     with reading_results(opened.path):
         rows += _result_rows(described["verification"], described["certificate"])
     _print_rows(store, rows)

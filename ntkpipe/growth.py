@@ -235,7 +235,8 @@ def finish(store: Store) -> None:
     """
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
-    kept = Kept.of(store, store.manifest.earlier())
+    is_grown = state_of(store) is State.RESUMABLE  # else a repair has left them
+    kept = Kept.of(store, store.manifest.earlier()) if is_grown else NOTHING
     for name, index in sorted(kept.chunks()):
         array, old = store.arrays[name], kept.read(name, index)
         if old is None or not array.has(index):
@@ -252,8 +253,8 @@ def finish(store: Store) -> None:
 
 
 def _clear(store: Store) -> None:
-    """Remove all copies, and then what says that there are any."""
-    for name, _ in list(store.medium.sizes(_FOLDER)):
-        if name != _RECORD:
-            store.medium.delete(name)
-    store.medium.delete(_RECORD)
+    """Remove all copies, and at last what says that there are any."""
+    copies = {"/".join(name.split("/")[:2]) for name, _ in store.medium.sizes(_FOLDER)} - {_RECORD}
+    for level in sorted(copies):
+        store.medium.delete_below(level)
+    store.medium.delete_below(_FOLDER)

@@ -92,6 +92,11 @@ class Medium(ABC):
     def delete(self, name: str) -> None:
         """Delete ``name``, if it is there."""
 
+    def delete_below(self, prefix: str) -> None:
+        """Delete all that is below ``prefix``, where nobody else writes; folders, too, where the medium has them."""
+        for name, _ in list(self.sizes(prefix)):
+            self.delete(name)
+
     @abstractmethod
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, or none where that is not known."""
@@ -294,6 +299,12 @@ class Folder(Medium):
     def delete(self, name: str) -> None:
         """See :meth:`Medium.delete`."""
         self._inside(name).unlink(missing_ok=True)
+
+    def delete_below(self, prefix: str) -> None:
+        """See :meth:`Medium.delete_below`."""
+        super().delete_below(prefix)
+        for folder, _, _ in os.walk(self._inside(prefix), topdown=False):
+            os.rmdir(folder)
 
     def free_bytes(self) -> int:
         """See :meth:`Medium.free_bytes`."""

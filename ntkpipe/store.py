@@ -380,22 +380,27 @@ class Store:
             self.medium.append(f"results/{name}", json.dumps(line).encode() + b"\n")
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
-        """Results below ``results/folder`` by name: all, or the last thousand."""
+        """Results below ``results/folder`` by name, also from before the store grew: all, or the last thousand."""
         prefix = f"results/{folder}"
         below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
         every = (parts[0] for parts in below if len(parts) == 2 and parts[1] == _DOCUMENT)
         names = heapq.nlargest(_MOST_RESULTS, every)[::-1]
-        found = [self.read_result(f"{folder}/{name}") for name in names]
+        known = {manifest.digest() for manifest in (self.manifest, *self.manifest.earlier())}
+        found = [self._read_result(f"{folder}/{name}", known) for name in names]
         return [result for result in found if result is not None]
 
     def read_result(self, name: str) -> dict[str, Any] | None:
-        """Read a stored result; none if there is none or it came from another manifest.
+        """Read a stored result; none if there is none or it came from another manifest, as before a growth.
 
         Raises
         ------
         StoreError
             If it is damaged.
         """
+        return self._read_result(name, {self.manifest.digest()})
+
+    def _read_result(self, name: str, known: set[str]) -> dict[str, Any] | None:
+        """A result that came from a manifest with one of these digests."""
         where = f"results/{name} of {self.root}"
         try:
             # Results may hold NaN: a mean of nothing is one.
@@ -407,7 +412,7 @@ class Store:
         result = attributes.get("result")
         if not isinstance(result, dict) or "manifest_digest" not in attributes:
             raise StoreError(f"{where} is damaged: it holds no result")
-        return result if attributes["manifest_digest"] == self.manifest.digest() else None
+        return result if attributes["manifest_digest"] in known else None
 
 
 @contextlib.contextmanager

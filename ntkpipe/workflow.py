@@ -110,7 +110,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def run(
-    loaded: Loaded, *, mode: Mode = "a", progress: bool = True, client: "Client | None" = None
+    loaded: Loaded, *, mode: Mode = "a", grow: bool = False, progress: bool = True, client: "Client | None" = None
 ) -> Iterator[StepResult]:
     """Compute or resume the kernel of a workflow, then do its steps one by one.
 
@@ -118,7 +118,7 @@ def run(
     ----------
     loaded
         The workflow.
-    mode, progress
+    mode, grow, progress
         As for :func:`ntkpipe.api.compute_kernel`.
     client
         Of the cluster that computes; default the one that ``run.scheduler`` names, which is left afterwards.
@@ -137,6 +137,7 @@ def run(
             store=workflow.store,
             forward=loaded.forward,
             mode=mode,
+            grow=grow,
             progress=progress,
             client=client,
             code=loaded.folder,
@@ -164,7 +165,7 @@ def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"
     return cluster.connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
 
 
-def plan(loaded: Loaded) -> tuple[Plan, tuple[ParameterReport, ...]]:
+def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.api.plan_kernel`."""
     workflow = loaded.workflow
     limits = workflow.run
@@ -175,6 +176,7 @@ def plan(loaded: Loaded) -> tuple[Plan, tuple[ParameterReport, ...]]:
         memory_limit=limits.memory_limit,
         device=limits.device,
         workers=limits.workers,
+        grow=grow,
         **_kernel_arguments(workflow),
         **loaded.data,
     )

@@ -211,7 +211,7 @@ def test_an_interrupt_in_the_progress_bar_stops_the_workers_first(tmp_path, monk
     assert chunks(tmp_path / "k.zarr") == chunks(undisturbed)
 
 
-def slowly(path: Path, seconds: float) -> None:
+def slowly(path: Path, seconds: float, **changes) -> None:
     """The run of a child process, slow enough to be killed in the middle."""
     write = StoreSink.write
 
@@ -220,7 +220,7 @@ def slowly(path: Path, seconds: float) -> None:
         time.sleep(seconds)
 
     StoreSink.write = write_and_wait
-    compute(path)
+    compute(path, **changes)
 
 
 def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path, undisturbed):
