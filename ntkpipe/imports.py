@@ -97,6 +97,13 @@ def folder_first(folder: Path, top: str | None = None) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+def forget_folder(folder: Path) -> None:
+    """Forget the modules of a folder, so that a later import of one of these names finds another; objects live on."""
+    folder = folder.resolve()
+    for name in [name for name, module in sys.modules.items() if _is_below(module, folder)]:
+        del sys.modules[name]
+
+
 def _is_of_another_folder(module: ModuleType) -> bool:
     """Whether a top-level module was found in a folder that is on ``sys.path`` no longer: an earlier workflow's."""
     file = getattr(module, "__file__", None)

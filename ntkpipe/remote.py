@@ -26,7 +26,7 @@ from distributed.core import Status
 
 from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError
 from ntkpipe.execute import Job, Stopped
-from ntkpipe.imports import folder_first
+from ntkpipe.imports import folder_first, forget_folder
 
 Key = TypeVar("Key")
 Record = TypeVar("Record")
@@ -381,6 +381,7 @@ class _Opened:
                 unpack_code(parcel.code, self._folder)
                 with folder_first(self._folder):
                     found = cloudpickle.loads(parcel.job)
+                forget_folder(self._folder)  # another run may have modules of the same names
         except Exception as error:
             raise ClusterError(
                 f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "

@@ -1,43 +1,61 @@
 """On a cluster: every key once, the bits of threads, and whatever dies, leaves or grows too large is made good."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
+import dask
+import numpy as np
 import pytest
 from distributed import Client
 from small import chunks, compute, mlp
 
 from ntkpipe import cluster, verify
-from ntkpipe.remote import ClusterExecutor
+from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
+from ntkpipe.remote import ClusterExecutor, pack_code
+
+MIB = 2**20
+Pause = Callable[[], None]
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster.connect("local", workers=2, memory_limit=2 * 2**30) as joined:
+    """Two workers of 768 MiB; a task that met two deaths is given back to us."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        cluster.connect("local", workers=2, memory_limit=1536 * MIB) as joined,
+    ):
         yield joined
+
+
+def nothing(job: "Numbers", key: int, pause: Pause) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Yields a key and its negative; ``act`` is called in the worker with (job, key, pause)."""
+    """Yields a key and its negative; in between ``act`` is called."""
 
-    act: Callable[["Numbers", int, Callable[[], None]], None] = lambda job, key, pause: None
-    folder: str = ""
+    act: Callable[["Numbers", int, Pause], None] = nothing
     size: int = 64
 
-    def session(self):
+    def session(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def shrunk(self):
+    def shrunk(self) -> "Numbers":
         return replace(self, size=self.size // 2)
 
-    def open(self, pause):
+    def open(self, pause: Pause) -> Callable[[int], Iterator[int]]:
         def do(key: int) -> Iterator[int]:
             yield key
             self.act(self, key, pause)
@@ -46,28 +64,35 @@ class Numbers:
         return do
 
 
-def once(folder: str, name: str) -> bool:
-    """True the first time that it is called with these arguments, in whatever process."""
+def run(client: Client, job: Numbers, num_keys: int = 12, **options: int) -> Counter[int]:
+    executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers", **options)
+    return Counter(executor.run(job, range(1, num_keys + 1)))
+
+
+def every(num_keys: int = 12) -> Counter[int]:
+    return Counter({sign * key: 1 for key in range(1, num_keys + 1) for sign in (1, -1)})
+
+
+def first_time(folder: Path, name: object) -> bool:
+    """Whether this is the first call with these arguments, in whatever process."""
     try:
-        Path(folder, name).touch(exist_ok=False)
+        (folder / str(name)).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
 def test_every_key_is_done_once_and_every_record_arrives(client):
-    executor = ClusterExecutor(client, name="numbers")
-    found = Counter(executor.run(Numbers(), range(1, 61)))
-    assert found == {sign * key: 1 for key in range(1, 61) for sign in (1, -1)}
+    assert run(client, Numbers(), 60) == every(60)
 
 
 def test_a_store_has_the_bits_of_one_that_threads_computed(client, tmp_path):
-    for kind in ("pntk", "ntk", "trace"):
+    for kind in ("pntk", "ntk"):
         here = compute(tmp_path / f"{kind}-threads.zarr", kind=kind)
         there = compute(tmp_path / f"{kind}-cluster.zarr", kind=kind, client=client)
         assert there.manifest.choices == here.manifest.choices
         assert chunks(there.path) == chunks(here.path)
-        assert verify(there, mlp()).is_good
+        assert verify(there, mlp(), progress=False).is_good
 
 
 def test_what_a_killed_driver_left_on_the_cluster_is_removed(client):
@@ -82,3 +107,189 @@ def test_what_a_killed_driver_left_on_the_cluster_is_removed(client):
     assert any(name.startswith("ntkpipe-") for name in plugins())
     assert len(list(ClusterExecutor(client, name="numbers").run(Numbers(), range(1, 9)))) == 16
     assert not any(name.startswith("ntkpipe-") for name in plugins())
+
+
+def test_nothing_is_left_on_the_cluster(client):
+    from ntkpipe.remote import _OPENED
+
+    run(client, Numbers())
+    assert set(client.run(lambda: len(_OPENED)).values()) == {0}
+    assert not client.futures
+
+
+def test_the_error_of_a_worker_reaches_the_caller_and_stops_the_others(client):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        if key == 3:
+            raise StoreFullError("the disk is full")
+        while key > 3:
+            pause()
+
+    with pytest.raises(StoreFullError, match="the disk is full"):
+        run(client, Numbers(act))
+    assert run(client, Numbers()) == every()  # workers are free again
+
+
+def test_a_worker_that_is_killed_loses_nothing(client, tmp_path):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        if key in {2, 7} and first_time(tmp_path, key):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run(client, Numbers(act)) == every()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_key_that_kills_its_workers_again_and_again_ends_the_run(client):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        if key == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+
+    with pytest.raises(
+        ClusterError, match="block 1 failed 1 times while no other block was finished: its workers died"
+    ):
+        run(client, Numbers(act), 1, max_failures=1)
+
+
+def test_deaths_are_forgiven_while_other_keys_are_finished(client, tmp_path):
+    """A key is given back after two deaths; one such failure is allowed, then another key must be finished."""
+
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        if key == 1 and (first_time(tmp_path, "a") or first_time(tmp_path, "b") or first_time(tmp_path, "c")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run(client, Numbers(act), 4, max_failures=2) == every(4)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_store_that_is_out_of_reach_for_a_moment_is_tried_again(client, tmp_path):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        if key == 5 and (first_time(tmp_path, "a") or first_time(tmp_path, "b")):
+            raise StoreError("the network disk does not answer")
+
+    assert run(client, Numbers(act)) == every()
+    with pytest.raises(ClusterError, match=r"block 1 failed 3 times .*: gone for good"):
+        run(client, Numbers(gone_for_good), max_failures=3)
+
+
+def gone_for_good(job: Numbers, key: int, pause: Pause) -> None:
+    raise StoreError("gone for good")
+
+
+def greedy(job: Numbers, key: int, pause: Pause) -> None:
+    """Takes more memory than a worker has, until the job has shrunk."""
+    taken = []
+    while job.size == 64:
+        taken.append(np.ones(64 * MIB, np.uint8))
+        pause()
+        time.sleep(0.05 * (len(taken) > 10))
+
+
+def test_a_worker_that_is_killed_for_its_memory_makes_the_work_smaller(client):
+    with pytest.warns(UserWarning, match="killed for exceeding its memory"):
+        assert run(client, Numbers(greedy), 3) == every(3)
+
+
+def test_memory_that_never_suffices_ends_the_run(client, monkeypatch):
+    monkeypatch.setattr("ntkpipe.remote._MOST_SHRINKING", 0)
+    with pytest.raises(ResourceError, match="killed for their memory again and again"):
+        run(client, Numbers(greedy), 2)
+
+
+def interrupt_once(is_time: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_time() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_workers_leave_work_that_nobody_waits_for(client, tmp_path):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        (tmp_path / f"{key}.begun").touch()
+        try:
+            while True:
+                time.sleep(0.01)
+                pause()
+        finally:
+            (tmp_path / f"{key}.left").touch()
+
+    executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers")
+    threading.Thread(target=interrupt_once, args=(lambda: list(tmp_path.glob("*.begun")),)).start()
+    with pytest.raises(Interrupted), closing(executor.run(Numbers(act), count(1))) as records:
+        list(records)
+    deadline = time.monotonic() + 10
+    while len(list(tmp_path.glob("*.left"))) < len(list(tmp_path.glob("*.begun"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_workers_may_join_and_leave(client, tmp_path):
+    def act(job: Numbers, key: int, pause: Pause) -> None:
+        (tmp_path / f"{os.getpid()}").touch()
+        for _ in range(20):
+            time.sleep(0.01)
+            pause()
+
+    def change() -> None:
+        client.cluster.scale(3)
+        client.wait_for_workers(3, timeout=30)
+        client.retire_workers(list(client.nthreads())[:1])
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        assert run(client, Numbers(act), 60) == every(60)
+    finally:
+        changing.join()
+        client.cluster.scale(2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+class TestWhatReachesTheWorkers:
+    def write(self, folder: Path, sign: int) -> None:
+        """A module of one name and another content."""
+        folder.mkdir()
+        (folder / "parts").mkdir()
+        (folder / "parts" / "__init__.py").write_text(f"SIGN = {sign}\n")
+        (folder / "numbers_of_mine.py").write_text(
+            "from parts import SIGN\n\ndef act(job, key, pause):\n    assert SIGN == job.size, SIGN\n"
+        )
+        (folder / "data.bin").write_bytes(b"x" * 100)
+
+    def job(self, folder: Path, size: int) -> Numbers:
+        from ntkpipe.imports import import_object
+
+        return Numbers(import_object("numbers_of_mine:act", folder), size)
+
+    def test_a_folder_of_modules_is_sent_along_and_each_run_sees_its_own(self, client, tmp_path):
+        for sign in (1, -1, 2):
+            folder = tmp_path / str(sign)
+            self.write(folder, sign)
+            executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers", code=pack_code(folder))
+            assert Counter(executor.run(self.job(folder, sign), range(1, 5))) == every(4)
+
+    def test_without_it_the_error_says_what_to_do(self, client, tmp_path):
+        self.write(tmp_path / "a", 1)
+        with pytest.raises(ClusterError, match=r"cannot load the model: ModuleNotFoundError.*workflow's folder"):
+            run(client, self.job(tmp_path / "a", 1))
+
+    def test_what_cannot_be_pickled_is_refused_here(self, client):
+        lock = threading.Lock()
+        with pytest.raises(ModelError, match=r"cannot be sent to workers .*cannot pickle"):
+            run(client, Numbers(lambda job, key, pause: lock.acquire()))
+
+    def test_data_and_stores_stay_at_home(self, tmp_path):
+        self.write(tmp_path / "a", 1)
+        (tmp_path / "a" / "run.zarr").mkdir()
+        (tmp_path / "a" / "run.zarr" / "zarr.json").write_text("{}")
+        (tmp_path / "a" / ".git").mkdir()
+        names = {False: set(), True: set()}
+        for everything, found in names.items():
+            import io
+            import zipfile
+
+            archive = zipfile.ZipFile(io.BytesIO(pack_code(tmp_path / "a", everything=everything)))
+            found.update(archive.namelist())
+        assert names[False] == {"numbers_of_mine.py", "parts/__init__.py"}
+        assert names[True] == names[False] | {"data.bin"}
+        with pytest.raises(ClusterError, match=r"0 MiB of files .* the largest is .*data.bin"):
+            pack_code(tmp_path / "a", everything=True, most_bytes=120)
