@@ -278,6 +278,7 @@ def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -
     from ntkpipe import preflight, remote
 
     preflight.require_shared_store(client, store)
+    client.log_event(remote.TOPIC, {"store": str(store.root), "state": "building"})
     packed = None if code is None else remote.pack_code(Path(code))
     return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
 

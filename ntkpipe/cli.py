@@ -7,7 +7,7 @@ need torch are imported by the commands that compute, so that ``info`` and a pla
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +34,7 @@ from ntkpipe.manifest import Manifest
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import reading_results
 from ntkpipe.verification import verification_rows, verify_and_record
+from ntkpipe.watch import watch
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
@@ -51,6 +52,13 @@ _scheduler = click.option(
 )
 _grow = click.option(
     "--grow", is_flag=True, help="Add samples to a store that holds fewer: the first ones of the workflow's."
+)
+_mode = click.option(
+    "--mode",
+    type=click.Choice(["a", "w", "w-"]),
+    default="a",
+    show_default=True,
+    help="a: create or resume; w: start over; w-: only create.",
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
@@ -70,14 +78,8 @@ def cli(context: click.Context, traceback: bool) -> None:
 @cli.command()
 @_workflow_file
 @_overrides
-@click.option(
-    "--mode",
-    type=click.Choice(["a", "w", "w-"]),
-    default="a",
-    show_default=True,
-    help="a: create or resume; w: start over; w-: only create.",
-)
 @_grow
+@_mode
 @_scheduler
 def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
@@ -91,6 +93,20 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
         is_good &= result.is_good
     if not is_good:
         sys.exit(_FOUND)
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@_mode
+@click.option("--scheduler", metavar="ADDRESS", required=True, help="Of the cluster: tcp://host:8786 or tls://….")
+def submit(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str) -> None:
+    """Run WORKFLOW on a Dask cluster, its driver included, and return once the first block is handed out."""
+    from ntkpipe.submission import submit as submit_workflow
+
+    submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode)
+    rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]
+    _print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
 
 
 @cli.command()
@@ -135,9 +151,10 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
 @cli.command()
 @_store
 @_as_json
-def info(store: str, as_json: bool) -> None:
+@click.option("--watch", "is_watched", is_flag=True, help="Follow a run until it is complete or has failed.")
+def info(store: str, as_json: bool, is_watched: bool) -> None:
     """Show what STORE holds, how far it is and what was found; reads no tile."""
-    opened = open_kernel(store)
+    opened = watch(store) if is_watched else open_kernel(store)
     described = _describe(opened)
     if as_json:
         print(json.dumps(described, indent=1))
@@ -170,7 +187,7 @@ def info(store: str, as_json: bool) -> None:
         held = f"{before.train.num_samples:,} train, {before.test.num_samples if before.test else 0:,} test"
         rows.append(("grown from", f"{held} samples, {before.environment.get('created', 'at an unknown time')}"))
     with reading_results(opened.path):
-        rows += _result_rows(described["verification"], described["certificate"])
+        rows += _result_rows(described)
     _print_rows(store, rows)
 
 
@@ -267,7 +284,10 @@ def _describe(store: KernelStore) -> dict[str, Any]:
             if array.layout.grid is not None
         },
         "runs": store.store.read_results("runs"),
-        **{name: store.store.read_result(name) for name in ("verification", "certificate", "self_check", "summary")},
+        **{
+            name: store.store.read_result(name)
+            for name in ("verification", "certificate", "self_check", "summary", "driver")
+        },
     }
 
 
@@ -285,15 +305,22 @@ def _groups_in_words(manifest: Manifest) -> str:
     return ", ".join(sizes) + (f"; {left} parameters in none" if left else "")
 
 
-def _result_rows(report: dict[str, Any] | None, certificate: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What was found of a store, in words."""
+def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was found of a store, and what its runs say, in words."""
     rows = [("verified", "never")]
+    report, certificate, driver = (described[name] for name in ("verification", "certificate", "driver"))
     if report is not None:
         verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
         rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
     if certificate is not None:
         errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
         rows.append(("certified", f"{errors}, {certificate['checked']}"))
+    for run in described["runs"][-1:]:
+        halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
+        rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
+        rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
+    if driver is not None:
+        rows.append(("driver", f"{driver['state']} on {driver['host']}, {driver['time']} {driver['message']}"))
     return rows
 
 

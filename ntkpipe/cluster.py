@@ -5,6 +5,7 @@ import importlib.util
 import os
 import socket
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import dask
@@ -96,6 +97,27 @@ def require_workers(client: object) -> None:
             f"no worker joined {address_of(client)} in {_WAIT_SECONDS // 60} minutes; start some with "
             f"`dask worker {address_of(client)} --nthreads 1`"
         ) from error
+
+
+def require_package(client: Client) -> None:
+    """Check that the scheduler, which looks into tasks, has this package; it does not need torch.
+
+    Raises
+    ------
+    ClusterError
+        If it does not, or has another version.
+    """
+    try:
+        found = client.run_on_scheduler(version, "ntkpipe")
+    except Exception as error:  # whatever happens there comes back as it is
+        raise ClusterError(
+            f"the scheduler at {address_of(client)} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
+        ) from error
+    here = version("ntkpipe")
+    if found != here:
+        raise ClusterError(
+            f"the scheduler at {address_of(client)} has ntkpipe {found}, this process {here}; install the same"
+        )
 
 
 def address_of(client: Client) -> str:

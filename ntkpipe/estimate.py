@@ -199,6 +199,7 @@ def _machine_of(cluster: ClusterSpec, plan: Plan) -> Machine:
     return Machine(
         workers=1,
         processes=cluster.workers,
+        is_remote=True,
         memory_limit=int(SHARE_OF_LIMIT * (cluster.memory_limit or 0)),
         base_memory=plan.machine.base_memory if cluster.device == "cpu" else 0,
         free_disk=None,

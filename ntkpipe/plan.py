@@ -136,6 +136,8 @@ class Machine:
         Where it computes, as torch names it.
     processes
         Processes that compute: this one, or the workers of a cluster.
+    is_remote
+        Whether they are workers of a cluster, whose threads are not ours to lower.
     """
 
     workers: int
@@ -145,6 +147,7 @@ class Machine:
     flops_per_second: float
     device: str = "cpu"
     processes: int = 1
+    is_remote: bool = False
 
     @property
     def num_workers(self) -> int:
@@ -361,16 +364,20 @@ def make_plan(
         bytes_to_write = workload.num_tiles * workload.tile_bytes
     workers = machine.workers
     plan = _fit(workload, machine, choices)
-    while plan.memory_bytes > machine.memory_limit and workers > 1:
+    while plan.memory_bytes > machine.memory_limit and workers > 1 and not machine.is_remote:
         workers //= 2
         plan = _fit(workload, replace(machine, workers=workers), choices)
     problems = []
     if plan.memory_bytes > machine.memory_limit:
+        who, remedy, threads = "the run needs", "Raise memory_limit", "one worker"
+        if machine.is_remote:
+            who, threads = "a worker process needs", f"{machine.workers} thread(s)"
+            remedy = "Start workers with more memory (ntkpipe uses 85 % of their limit) or fewer threads"
         problems.append(
-            f"the run needs {format_bytes(plan.memory_bytes)} of memory with one worker, of which "
+            f"{who} {format_bytes(plan.memory_bytes)} of memory with {threads}, of which "
             f"{format_bytes(machine.base_memory)} are in use already; the limit is "
-            f"{format_bytes(machine.memory_limit)}. Raise memory_limit, or use a smaller tile (now {workload.tile} "
-            f"samples, {format_bytes(workload.tile_bytes)})"
+            f"{format_bytes(machine.memory_limit)}. {remedy}, or use a smaller tile (now {workload.tile} samples, "
+            f"{format_bytes(workload.tile_bytes)})"
             + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
         )
     if machine.free_disk is not None and bytes_to_write > machine.free_disk:
@@ -432,7 +439,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     excess = (factor - 1) * num_samples * cost.jacobian_flops
     if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
         plan = replace(plan, cache_bytes=int(min(everything, spare)))
-        if plan.cache_bytes >= everything and machine.processes == 1:
+        if plan.cache_bytes >= everything and not machine.is_remote:
             # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
             plan, factor = replace(plan, edge=1, hold=min(hold, strips)), 1.0
     return replace(

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from distributed import Client, Worker
 
-from ntkpipe.cluster import address_of
+from ntkpipe.cluster import address_of, require_package
 from ntkpipe.errors import ClusterError
 from ntkpipe.plan import SHARE_OF_LIMIT, Crew
 from ntkpipe.prepare import describe_arithmetic, measure_rates
@@ -98,6 +98,7 @@ def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
     ClusterError
         If they cannot work together: other versions of ntkpipe, or CPUs and GPUs mixed.
     """
+    require_package(client)
     reports = _ask(client, report_worker, dtype)
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")

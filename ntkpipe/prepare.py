@@ -292,6 +292,7 @@ def _crew_machine(crew: Crew, run: RunSpec, disk: int | None) -> Machine:
         flops_per_second=crew.flops_per_second,
         device=crew.device,
         processes=crew.processes,
+        is_remote=True,
     )
 
 

@@ -6,6 +6,7 @@ dies, and here where a task has met too many deaths, the scheduler is gone, or w
 
 import contextlib
 import io
+import pickle
 import queue
 import threading
 import warnings
@@ -30,6 +31,9 @@ from ntkpipe.imports import folder_first, forget_folder
 
 Key = TypeVar("Key")
 Record = TypeVar("Record")
+
+# Of events on the scheduler: a kernel is about to be built.
+TOPIC = "ntkpipe"
 
 _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 
@@ -161,7 +165,7 @@ class _Run(Generic[Key, Record]):
         future: Future[list[Record]] = self._client.submit(
             _run_key,
             self._token,
-            key,
+            pickle.dumps(key),  # the scheduler looks into arguments, and shall not need what keys are made of
             shrinking,
             key=(self._prefix, str(key), self._attempts),
             priority=-self._attempts,
@@ -425,10 +429,10 @@ def unpack_code(code: bytes, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _run_key(token: str, key: Any, shrinking: int) -> list[Any]:
+def _run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
     """What Dask runs for one key."""
     worker = get_worker()
     opened = _OPENED.get((worker.id, token))
     if opened is None:
         raise _ParcelMissingError(token)
-    return opened.run(worker, key, shrinking)
+    return opened.run(worker, pickle.loads(key), shrinking)

@@ -78,14 +78,16 @@ HOUSE = {
     "analysis.summary": (6, "use"),
     "api": (19, "joins"),
     "workflow": (20, "joins"),
-    "cli": (21, "joins"),
+    "watch": (6, "shared"),
+    "submission": (21, "joins"),
+    "cli": (22, "joins"),
 }
 # Library → the modules that may import it; "jacobian" stands for all modules of that folder.
 DOORS = {
     "zarr": {"documents"},
     "google_crc32c": {"store"},
     "dask": {"views", "cluster"},
-    "distributed": {"cluster", "remote", "preflight"},
+    "distributed": {"cluster", "remote", "preflight", "submission"},
     "dask_cuda": {"cluster"},
     "cloudpickle": {"remote"},
     "obstore": {"objects"},

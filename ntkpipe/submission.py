@@ -1,0 +1,147 @@
+"""Submit a workflow to a cluster: its driver runs there, and this process is free once the first block is handed out.
+
+The scheduler imports this module, too, so it keeps torch out.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import sleep
+from typing import Any
+from uuid import uuid4
+
+from distributed import Client, Future, fire_and_forget, get_worker, worker_client
+
+from ntkpipe import cluster
+from ntkpipe.config import load_workflow
+from ntkpipe.errors import ClusterError, ConfigError, StoreNotFoundError
+from ntkpipe.remote import TOPIC, pack_code, unpack_code
+from ntkpipe.store import Mode, Store, medium_at
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A driver on a cluster.
+
+    Attributes
+    ----------
+    key
+        Its task.
+    store
+        Path or URL that it writes to.
+    dashboard
+        Address of the cluster's dashboard.
+    """
+
+    key: str
+    store: str
+    dashboard: str
+
+
+def submit(path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a") -> Submission:
+    """Send a workflow file, with all files of its folder, to a cluster and let it run there.
+
+    Parameters
+    ----------
+    path
+        The workflow file.
+    overrides
+        As for ``ntkpipe run --set``.
+    scheduler
+        Address of the cluster.
+    mode
+        As for :func:`ntkpipe.api.compute_kernel`.
+
+    Returns
+    -------
+    What was submitted, once its kernel is checked and the first block handed out, or all is done.
+
+    Raises
+    ------
+    ConfigError
+        If the file is wrong, or the scheduler would end with this process.
+    ClusterError
+        If the cluster cannot be reached, or the folder is too large to send.
+    NtkpipeError
+        What the driver raises until then.
+    """
+    if scheduler == cluster.LOCAL:
+        raise ConfigError(
+            "a local cluster would end with this command; start one with `dask scheduler` and `dask worker` and give "
+            "its address, or use `ntkpipe run --scheduler local`"
+        )
+    where = str(medium_at(load_workflow(path, overrides).store).root)
+    store = where if "://" in where else str(Path(where).absolute())
+    code = pack_code(path.resolve().parent, everything=True)
+    with cluster.connect(scheduler) as client:
+        cluster.require_workers(client)
+        cluster.require_package(client)
+        key = f"ntkpipe-driver-{uuid4().hex}"
+        seen = len(_announced(client, store))
+        future: Future[None] = client.submit(
+            _drive, code, path.name, [*overrides, f"store={store}"], mode, key, key=key, pure=False
+        )
+        fire_and_forget(future)
+        while not future.done() and len(_announced(client, store)) == seen:
+            sleep(_POLL_SECONDS)
+        if future.done():
+            future.result()
+        return Submission(key, store, client.dashboard_link)
+
+
+def _announced(client: Client, store: str) -> list[Any]:
+    """Events that tell of blocks of a store."""
+    return [event for _, event in client.get_events(TOPIC) if event["store"] == store]
+
+
+def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, key: str) -> None:
+    """The driver: a task that gives its thread back to the worker, and that Dask may repeat elsewhere."""
+    from ntkpipe import workflow
+
+    folder = Path(get_worker().local_directory) / f"ntkpipe-{uuid4().hex}"
+    unpack_code(code, folder)
+    loaded = workflow.load(folder / name, overrides)
+    store = loaded.workflow.store
+    with worker_client() as client, _state_kept(store, key):
+        # A store that is not there yet can only say that it has a driver once that has created it.
+        client.subscribe_topic(TOPIC, lambda _: _write_state(store, key, "running", ""))
+        bad = [result.step for result in workflow.run(loaded, mode=mode, client=client) if not result.is_good]
+        client.unsubscribe_topic(TOPIC)
+        if bad:
+            raise ClusterError(f"the kernel is complete, but steps found something wrong: {', '.join(bad)}")
+
+
+@contextlib.contextmanager
+def _state_kept(where: str | Path, key: str) -> Iterator[None]:
+    """Say in ``results/driver`` of the store what becomes of the driver."""
+    _write_state(where, key, "running", "")
+    try:
+        yield
+    except BaseException as error:
+        _write_state(where, key, "failed", f"{type(error).__name__}: {error}")
+        raise
+    _write_state(where, key, "finished", "")
+
+
+def _write_state(where: str | Path, key: str, state: str, message: str) -> None:
+    try:
+        store = Store.open(where)
+    except StoreNotFoundError:  # not begun yet, or refused before it was
+        return
+    store.write_result(
+        "driver",
+        {
+            "state": state,
+            "message": message,
+            "key": key,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )

@@ -1,0 +1,102 @@
+"""A submitted workflow runs on the cluster as it would run here, and says in its store what becomes of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small import chunks
+
+from ntkpipe import cluster, open_kernel, workflow
+from ntkpipe.cli import main
+from ntkpipe.errors import ClusterError, ConfigError
+from ntkpipe.submission import submit
+from ntkpipe.watch import watch
+
+FACTORIES = """
+import numpy as np, torch
+from parts import WIDTH
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(4, WIDTH), torch.nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+def model(): return Net().eval()
+def broken(): return Net().train().eval().append(1)
+def data(): return {"inputs": np.random.default_rng(0).standard_normal((18, 4)).astype(np.float32), "targets": np.arange(18)}
+"""
+YAML = """
+store: runs/small.zarr
+model: {factory: "factories:model"}
+data: {factory: "factories:data"}
+kernel: {kind: ntk, tile: 4}
+steps: [{step: verify}]
+"""
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    with cluster.connect("local", workers=2, memory_limit=3 * 2**30) as client:
+        yield cluster.address_of(client)
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "factories.py").write_text(FACTORIES)
+    (folder / "parts.py").write_text("WIDTH = 5\n")
+    (folder / "study.yaml").write_text(YAML)
+    monkeypatch.chdir(tmp_path)
+    return folder / "study.yaml"
+
+
+def test_a_submitted_workflow_ends_as_one_that_runs_here(scheduler, file, tmp_path, capsys):
+    submission = submit(file, scheduler=scheduler)
+    assert submission.store == str(tmp_path / "runs" / "small.zarr")
+    store = watch(submission.store)
+    driver = store.store.read_result("driver")
+    assert driver["state"] == "finished"
+    assert store.progress.is_complete
+    assert store.store.read_result("certificate")["kernels"][0]["is_good"]
+    list(workflow.run(workflow.load(file, [f"store={tmp_path / 'here.zarr'}"]), progress=False))
+    assert chunks(tmp_path / "here.zarr") == chunks(tmp_path / "runs" / "small.zarr")
+    capsys.readouterr()
+    main(["info", submission.store, "--watch"])
+    assert "finished on" in capsys.readouterr().out
+
+
+def test_the_same_command_computes_on_the_cluster(scheduler, file, tmp_path, capsys):
+    main(["run", str(file), "--scheduler", scheduler])
+    assert "2 workers of 1 thread on cpu" in capsys.readouterr().err
+    main(["run", str(file), "--set", "store=here.zarr"])
+    assert chunks(tmp_path / "here.zarr") == chunks(tmp_path / "runs" / "small.zarr")
+
+
+def test_what_is_wrong_is_said_before_the_command_returns(scheduler, file):
+    with pytest.raises(ConfigError, match="factories:broken"):
+        submit(file, ["model.factory=factories:broken"], scheduler=scheduler)
+    assert not Path("runs").exists()
+
+
+def test_a_driver_that_fails_later_is_reported(scheduler, file):
+    submission = submit(file, scheduler=scheduler)
+    watch(submission.store)
+    store = open_kernel(submission.store).store
+    store.write_result("driver", {"state": "failed", "host": "far", "message": "the disk is full"})
+    with pytest.raises(ClusterError, match="the driver on far failed: the disk is full"):
+        watch(submission.store)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("local", "would end with this command"), ("host", "needed an address"), ("tcp://127.0.0.1:1", "cannot join")],
+)
+def test_addresses_that_are_of_no_use(file, address, words, monkeypatch):
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
+    with pytest.raises((ConfigError, ClusterError), match=words):
+        submit(file, scheduler=address)
