@@ -190,6 +190,9 @@ class Folder(Medium):
 
     root: Path
 
+    def __reduce__(self) -> tuple[type["Folder"], tuple[Path]]:
+        return Folder, (self.root.absolute(),)  # other processes have other current folders
+
     def address(self, name: str) -> Path:
         """Path of ``name``."""
         return self.root / name

@@ -27,7 +27,8 @@ class Net(torch.nn.Module):
 
 def model(): return Net().eval()
 def broken(): return Net().train().eval().append(1)
-def data(): return {"inputs": np.random.default_rng(0).standard_normal((18, 4)).astype(np.float32), "targets": np.arange(18)}
+def data():
+    return {"inputs": np.random.default_rng(0).standard_normal((18, 4)).astype(np.float32), "targets": np.arange(18)}
 """
 YAML = """
 store: runs/small.zarr
