@@ -45,6 +45,8 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
 _PLUGIN_PREFIX = "ntkpipe-"
 _MEMORY_TOPIC = "worker-restart-memory"
+# A store that does not answer is tried again after twice as long each time.
+_BACKOFF_SECONDS = 1.0
 # Sizes are halved at most so often; smaller ones gain nothing.
 _MOST_SHRINKING = 8
 
@@ -71,7 +73,7 @@ class ClusterExecutor(Generic[Key, Record]):
         A key whose workers died in so many attempts, each of several deaths, without progress elsewhere ends the run.
     """
 
-    def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 4) -> None:
+    def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
         self._client = client
         self._name = name
         self._code = code
@@ -117,6 +119,7 @@ class _Run(Generic[Key, Record]):
         self._plugin = _JobPlugin(_Parcel(self._token, _pickle(job), code), owner=client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
+        self._later: list[tuple[float, _Attempt]] = []
         self._failures: Counter[str] = Counter()
         self._events: queue.SimpleQueue[Future[list[Record]] | float] = queue.SimpleQueue()
         self._shrinking = 0
@@ -131,6 +134,8 @@ class _Run(Generic[Key, Record]):
         self._deliver()
         is_exhausted = False
         while True:
+            self._again += [attempt for due, attempt in self._later if due <= monotonic()]
+            self._later = [(due, attempt) for due, attempt in self._later if due > monotonic()]
             while not is_exhausted and len(self._pending) + len(self._again) < self._window():
                 try:
                     self._again.append((next(keys), self._shrinking))
@@ -138,7 +143,7 @@ class _Run(Generic[Key, Record]):
                     is_exhausted = True
             while self._again:
                 self._submit(*self._again.popleft())
-            if not self._pending:
+            if not self._pending and not self._later:
                 return
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=_POLL_SECONDS)
@@ -189,12 +194,12 @@ class _Run(Generic[Key, Record]):
             if type(error) is not StoreError:  # a full disk, a damaged chunk
                 raise
             # A shared disk or a network may be gone for a moment.
-            self._fail((key, shrinking), str(error), error)
+            self._fail((key, shrinking), str(error), error, wait=True)
         else:
             self._failures.clear()
             yield from records
 
-    def _fail(self, attempt: _Attempt, reason: str, error: Exception) -> None:
+    def _fail(self, attempt: _Attempt, reason: str, error: Exception, *, wait: bool = False) -> None:
         key = str(attempt[0])
         self._failures[key] += 1
         if self._failures[key] >= self._max_failures:
@@ -203,7 +208,10 @@ class _Run(Generic[Key, Record]):
                 "the workers' logs; if they were killed for their memory, start them with a nanny, more memory or "
                 "fewer threads each, or plan for less with memory_limit"
             ) from error
-        self._again.append(attempt)
+        if wait:
+            self._later.append((monotonic() + _BACKOFF_SECONDS * 2 ** self._failures[key], attempt))
+        else:
+            self._again.append(attempt)
 
     def _reconnect(self, attempt: _Attempt, error: Exception) -> None:
         """The scheduler is gone, and every task with it: wait for it, or for another one at its address."""
@@ -246,7 +254,8 @@ class _Run(Generic[Key, Record]):
         futures, attempts = list(self._pending), [key for key, _ in self._pending.values()]
         self._pending.clear()
         self._client.cancel(futures, force=True)
-        self._again = deque((key, self._shrinking) for key in [*attempts, *(key for key, _ in self._again)])
+        waiting = [*(key for key, _ in self._again), *(key for _, (key, _) in self._later)]
+        self._again, self._later = deque((key, self._shrinking) for key in [*attempts, *waiting]), []
 
     def close(self) -> None:
         """Tell workers to leave what they are doing, and to forget the job."""
