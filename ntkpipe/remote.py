@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -44,6 +45,7 @@ _POLL_SECONDS = 1.0
 # Workers that are killed for memory within this time are taken for one: they were doing the same.
 _GRACE_SECONDS = 10.0
 _PLUGIN_PREFIX = "ntkpipe-"
+_ALONE_SECONDS = 30.0
 _MEMORY_TOPIC = "worker-restart-memory"
 # A store that does not answer is tried again after twice as long each time.
 _BACKOFF_SECONDS = 1.0
@@ -122,10 +124,12 @@ class _Run(Generic[Key, Record]):
         self._later: list[tuple[float, _Attempt]] = []
         self._failures: Counter[str] = Counter()
         self._events: queue.SimpleQueue[Future[list[Record]] | float] = queue.SimpleQueue()
+        self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
         self._shrinking = 0
         self._shrunk_at = -_GRACE_SECONDS
         self._attempts = 0
         self._num_threads = 0
+        self._alone_since: float | None = None
         self._counted_at = -_POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
@@ -154,8 +158,14 @@ class _Run(Generic[Key, Record]):
 
     def _deliver(self) -> None:
         """Give the job to every worker that is there, and to those that will come."""
-        self._client.subscribe_topic(_MEMORY_TOPIC, lambda _: self._events.put(monotonic()))
+        self._client.subscribe_topic(self._plugin.name, lambda event: self._busy.add(event[1]["worker"]))
+        self._client.subscribe_topic(_MEMORY_TOPIC, self._note_memory)
         self._client.register_plugin(self._plugin, name=self._plugin.name)
+
+    def _note_memory(self, event: tuple[float, dict[str, Any]]) -> None:
+        """A nanny has killed a worker; others' work may be on the same cluster."""
+        if event[1]["worker"] in self._busy:
+            self._events.put(monotonic())
 
     def _window(self) -> int:
         if monotonic() - self._counted_at > _POLL_SECONDS:
@@ -163,7 +173,18 @@ class _Run(Generic[Key, Record]):
             with contextlib.suppress(CommClosedError, OSError):
                 self._num_threads = sum(self._client.nthreads().values())
             self._counted_at = monotonic()
+            self._warn_if_alone()
         return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
+
+    def _warn_if_alone(self) -> None:
+        """Say that nothing goes on, once each time that the last worker has been gone for a while."""
+        if self._num_threads:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = monotonic()
+        elif monotonic() - self._alone_since > _ALONE_SECONDS:
+            self._alone_since = inf
+            warnings.warn("the cluster has no workers; waiting for some to join", stacklevel=2)
 
     def _submit(self, key: Key, shrinking: int) -> None:
         self._attempts += 1
@@ -263,6 +284,7 @@ class _Run(Generic[Key, Record]):
             return
         with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go this moment
             self._client.unsubscribe_topic(_MEMORY_TOPIC)
+            self._client.unsubscribe_topic(self._plugin.name)
             if self._pending:
                 self._client.cancel(list(self._pending), force=True)
             self._client.unregister_worker_plugin(self._plugin.name)
@@ -339,7 +361,7 @@ class _JobPlugin(WorkerPlugin):
         self.parcel = parcel
 
     def setup(self, worker: Any) -> None:
-        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory))
+        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
 
     def teardown(self, worker: Any) -> None:
         _OPENED.pop((worker.id, self.parcel.token), None)
@@ -358,8 +380,9 @@ _OPENED: dict[tuple[str, str], "_Opened"] = {}
 class _Opened:
     """A parcel in a worker."""
 
-    def __init__(self, parcel: _Parcel, folder: Path) -> None:
+    def __init__(self, parcel: _Parcel, folder: Path, topic: str) -> None:
         self._parcel = parcel
+        self._topic = topic
         self._folder = folder / f"ntkpipe-{parcel.token}"
         self._lock = threading.Lock()
         self._jobs: dict[int, Job[Any, Any]] = {}
@@ -374,6 +397,7 @@ class _Opened:
             opened = vars(self._mine).setdefault("opened", {})
             if shrinking not in opened:
                 opened.clear()  # larger ones are not wanted any more
+                worker.log_event(self._topic, {"worker": worker.address})
                 opened[shrinking] = job.open(self._pause)
             return list(opened[shrinking](key))
 
