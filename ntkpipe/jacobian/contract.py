@@ -84,20 +84,33 @@ def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pair
                 for out in groups[number]:
                     out.zero_()
                 continue
-            found = _Contraction(one, other, workspace, pairs, keeps_total=True).sums()
-            if number < len(groups):
-                _spread(found, groups[number])
+            found = _Contraction(one, other, workspace, pairs).sums()
+            is_first = total is None
             if total is None:
-                total = workspace.take("planes", found.shape, found).copy_(found)
-            else:
-                total.add_(found)
+                total = workspace.take("planes", found.shape, found, torch.float64)
+            _spread(found, groups[number] if number < len(groups) else None, total, is_first=is_first)
         assert total is not None
         _spread(total, whole)
 
 
-def _spread(found: Tensor, outs: Sequence[Tensor]) -> None:
-    for out, values in zip(outs, found.view(len(outs), *outs[0].shape), strict=True):
-        out.copy_(values)
+def _spread(
+    found: Tensor, outs: Sequence[Tensor] | None, total: Tensor | None = None, *, is_first: bool = False
+) -> None:
+    """Copy sums (k, n, S, m, S) to k tensors, add them to ``total`` or begin it, a few rows at a time: in the cache."""
+    entries = sizes_of(found.device).unfolded_bytes // 8
+    for number, values in enumerate(found):
+        size, covectors, width, _ = values.shape
+        for rows in _cuts(0, size, max(1, entries // (covectors * width * covectors))):
+            part = values[rows]
+            if outs is not None:
+                place = outs[number].unflatten(1, (width, covectors)).unflatten(0, (size, covectors))[rows]
+                place.copy_(part)
+                # Where that lost nothing, the entries are now in order.
+                part = place if place.dtype in {part.dtype, torch.float64} else part
+            if total is not None and is_first:
+                total[number, rows].copy_(part)
+            elif total is not None:
+                total[number, rows].add_(part)
 
 
 class _Contraction:
@@ -107,9 +120,7 @@ class _Contraction:
     covector-major, (S, n, S, m), for products of Gram matrices, whose elementwise passes then run along memory.
     """
 
-    def __init__(
-        self, left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, *, keeps_total: bool = False
-    ) -> None:
+    def __init__(self, left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> None:
         self.left, self.right, self.workspace, self.pairs = left, right, workspace, pairs
         self.covectors, self.rows, self.columns = left.num_covectors, left.num_samples, right.num_samples
         self.is_mirrored = left is right
@@ -123,7 +134,7 @@ class _Contraction:
         dtype = torch.float64 if is_long else self.like.dtype
         self.factored = self._zeros("factored", dtype) if by_factors else None
         is_all = len(by_factors) == len(left.factors)
-        self.total = None if is_all and not keeps_total else self._zeros("total", torch.float64)
+        self.total = None if is_all else self._zeros("total", torch.float64)
 
     def _zeros(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.workspace.take(name, self.shape, self.like, dtype).zero_()
@@ -140,13 +151,17 @@ class _Contraction:
         return out.copy_(self.total.view(self.entries))
 
     def sums(self) -> Tensor:
-        """All entries, in scratch that the next contraction overwrites; not if covector-major is all there is."""
+        """All entries in scratch that the next contraction overwrites, shape (k, n, S, m, S), perhaps not contiguous.
+
+        k is the number of covectors that are kept apart, or one; S is one unless all pairs are wanted.
+        """
+        if self.total is None and self.is_mirrored and self.pairs == "all" and self.covectors > 1:
+            self.total = self._zeros("total", torch.float64)  # half of the covector-major blocks stand for the others
         self._add_all()
+        apart, covectors = self.covectors if self.pairs == "same" else 1, self.covectors if self.pairs == "all" else 1
         if self.total is not None:
-            return self.total.view(self.entries)
-        assert self.factored is not None
-        assert self.pairs != "all"
-        return self.factored.view(self.entries)
+            return self.total.view(apart, self.rows, covectors, self.columns, covectors)
+        return self._blocks().permute(1, 0, 3, 2)[None] if self.pairs == "all" else self._blocks()[..., None]
 
     @property
     def entries(self) -> tuple[int, ...]:
@@ -203,7 +218,9 @@ class _Contraction:
             pairs = [(apart[:, c, :, c:], blocks[c, :, c:].transpose(1, 2)) for c in range(count)]
             pairs += [(apart[:, c + 1 :, :, c], blocks[c, :, c + 1 :].permute(2, 1, 0)) for c in range(count - 1)]
         for place, values in pairs:
-            place.add_(values) if adds else place.copy_(values)
+            # A few rows at a time: torch converts values of another dtype in memory that is new each time.
+            for rows in _cuts(0, len(place), max(1, self.sizes.unfolded_bytes // (8 * place[0].numel()))):
+                place[rows].add_(values[rows]) if adds else place[rows].copy_(values[rows])
 
     def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         shape = left.shape[0], right.shape[0]
