@@ -98,13 +98,14 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
 @cli.command()
 @_workflow_file
 @_overrides
+@_grow
 @_mode
 @click.option("--scheduler", metavar="ADDRESS", required=True, help="Of the cluster: tcp://host:8786 or tls://….")
-def submit(workflow: Path, overrides: tuple[str, ...], mode: Any, scheduler: str) -> None:
+def submit(workflow: Path, overrides: tuple[str, ...], grow: bool, mode: Any, scheduler: str) -> None:
     """Run WORKFLOW on a Dask cluster, its driver included, and return once the first block is handed out."""
     from ntkpipe.submission import submit as submit_workflow
 
-    submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode)
+    submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow)
     rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]
     _print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
 

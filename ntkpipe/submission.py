@@ -44,7 +44,9 @@ class Submission:
     dashboard: str
 
 
-def submit(path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a") -> Submission:
+def submit(
+    path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a", grow: bool = False
+) -> Submission:
     """Send a workflow file, with all files of its folder, to a cluster and let it run there.
 
     Parameters
@@ -55,7 +57,7 @@ def submit(path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: M
         As for ``ntkpipe run --set``.
     scheduler
         Address of the cluster.
-    mode
+    mode, grow
         As for :func:`ntkpipe.api.compute_kernel`.
 
     Returns
@@ -85,7 +87,7 @@ def submit(path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: M
         key = f"ntkpipe-driver-{uuid4().hex}"
         seen = len(_announced(client, store))
         future: Future[None] = client.submit(
-            _drive, code, path.name, [*overrides, f"store={store}"], mode, key, key=key, pure=False
+            _drive, code, path.name, [*overrides, f"store={store}"], mode, grow, key, key=key, pure=False
         )
         fire_and_forget(future)
         while not future.done() and len(_announced(client, store)) == seen:
@@ -100,7 +102,7 @@ def _announced(client: Client, store: str) -> list[Any]:
     return [event for _, event in client.get_events(TOPIC) if event["store"] == store]
 
 
-def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, key: str) -> None:
+def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, grow: bool, key: str) -> None:
     """The driver: a task that gives its thread back to the worker, and that Dask may repeat elsewhere."""
     from ntkpipe import workflow
 
@@ -111,7 +113,9 @@ def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, key: st
     with worker_client() as client, _state_kept(store, key):
         # A store that is not there yet can only say that it has a driver once that has created it.
         client.subscribe_topic(TOPIC, lambda _: _write_state(store, key, "running", ""))
-        bad = [result.step for result in workflow.run(loaded, mode=mode, client=client) if not result.is_good]
+        bad = [
+            result.step for result in workflow.run(loaded, mode=mode, grow=grow, client=client) if not result.is_good
+        ]
         client.unsubscribe_topic(TOPIC)
         if bad:
             raise ClusterError(f"the kernel is complete, but steps found something wrong: {', '.join(bad)}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -17,8 +18,10 @@ from pathlib import Path
 import dask
 import numpy as np
 import pytest
+import torch
 from distributed import Client
-from small import chunks, compute, mlp
+from small import chunks, compute, inputs, mlp
+from torch import nn
 
 from ntkpipe import cluster, verify
 from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
@@ -195,6 +198,33 @@ def test_memory_that_never_suffices_ends_the_run(client, monkeypatch):
     monkeypatch.setattr("ntkpipe.remote._MOST_SHRINKING", 0)
     with pytest.raises(ResourceError, match="killed for their memory again and again"):
         run(client, Numbers(greedy), 2)
+
+
+class Greedy(nn.Module):
+    """Takes 48 MiB a sample, which no plan can see, since torch does not allocate it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        taken = np.ones(48 * MIB * len(x), np.uint8)
+        time.sleep(0.4 * (len(x) > 8))  # a nanny looks every 0.1 s
+        return self.inner(x) * float(taken[0])
+
+
+def test_a_greedy_model_gets_smaller_batches_and_the_same_kernel_to_rounding(client, tmp_path):
+    options = {"model": Greedy(), "inputs": inputs(20), "targets": None, "test_inputs": None, "tile": 20}
+    with warnings.catch_warnings(record=True) as caught:
+        store = compute(tmp_path / "greedy.zarr", client=client, **options)
+    found = " ".join(str(warning.message) for warning in caught)
+    assert "killed for exceeding its memory" in found
+    assert "agrees with an undisturbed run to rounding" in found
+    expected = compute(tmp_path / "modest.zarr", **{**options, "model": mlp()}).train[:]
+    assert np.abs(store.train[:] - expected).max() <= 1e-6 * expected.diagonal().max()
+    (run,) = store.store.read_results("runs")
+    assert run["batch"] == store.manifest.choices.batch
+    assert run["batch_used"] < run["batch"]
 
 
 def interrupt_once(is_time: Callable[[], object]) -> None:
