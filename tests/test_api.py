@@ -270,7 +270,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert open_kernel("~/k.zarr").path == tmp_path / "k.zarr"
 
 
-@pytest.mark.parametrize("given", [None, 3, "s3://bucket/k.zarr"])
+@pytest.mark.parametrize("given", [None, 3, "https://bucket/k.zarr"])
 def test_what_is_no_path_is_refused(given):
     with pytest.raises(NtkpipeError, match="path"):
         compute(given)
