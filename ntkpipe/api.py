@@ -179,6 +179,7 @@ def compute_kernel(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
         )
         if existing is not None and grow and is_larger(existing.manifest, asked):
+            require_made_from_model(existing, grows=True)
             settled = grow_store(prepared, asked, existing, run, crew=crew, executor=executor, progress=progress)
             settled.store.complete_layout()
         else:

@@ -128,6 +128,7 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
             "convention": wanted.convention,
             "num_covectors": wanted.num_covectors(source.num_outputs),
             "derived": DerivedRecord(kind=source.kind, digest=source.digest(), has_samples=samples),
+            "growth": (),
             "environment": {**source.environment, "derived": datetime.now(UTC).isoformat(timespec="seconds")},
         }
     )

@@ -120,19 +120,20 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def require_made_from_model(store: Store) -> None:
-    """Refuse to go on computing a store that another run derives from a stored kernel.
+def require_made_from_model(store: Store, *, grows: bool = False) -> None:
+    """Refuse to compute the rest of a store that is derived from another one, or more samples of it.
 
     Raises
     ------
     StoreMismatchError
-        If the store is a derived one and not complete.
+        If the store is a derived one, and not complete or about to grow.
     """
     derived = store.manifest.derived
-    if derived is not None and store.missing():
+    if derived is not None and (grows or store.missing()):
+        what = "does not grow by itself: grow its source, and derive to another path" if grows else "is not complete"
         raise StoreMismatchError(
-            f"{store.root} is being derived from a store of kind {derived.kind!r} and is not complete: go on with "
-            "ntkpipe derive, or use mode='w' to compute it from the model",
+            f"{store.root} is derived from a store of kind {derived.kind!r} and {what}; go on with ntkpipe derive, or "
+            "use mode='w' to compute it from the model",
             (("derived", derived.model_dump(), None),),
         )
 

@@ -128,7 +128,7 @@ def test_it_goes_on_where_it_stopped(allowed, tmp_path, monkeypatch):
             derive(source, "diagonal", tmp_path / "cut")
     written = times(tmp_path / "cut")
     assert len(written) == allowed
-    with pytest.raises(StoreMismatchError, match="go on with ntkpipe derive"):
+    with pytest.raises(StoreMismatchError, match="is not complete; go on with ntkpipe derive"):
         compute(tmp_path / "cut", "diagonal", groups=GROUPS)
     derive(source, "diagonal", tmp_path / "cut")
     assert chunks(tmp_path / "cut") == chunks(tmp_path / "whole")
@@ -249,3 +249,18 @@ def test_the_command_derives_and_says_what_it_wrote(tmp_path):
     assert "54 tiles" in result.output
     info = CliRunner().invoke(cli, ["info", str(tmp_path / "d")])
     assert "from kind ntk, manifest" in info.output
+
+
+def test_a_derived_store_grows_with_its_source_alone(tmp_path):
+    compute(tmp_path / "s", "ntk", test_inputs=None, targets=None)
+    derive(tmp_path / "s", "trace", tmp_path / "d")
+    options = {"tile": 4, "workers": 1, "progress": False, "self_check": False, "grow": True}
+    longer = np.concatenate([inputs(13), inputs(4, seed=5)])
+    with pytest.raises(StoreMismatchError, match="does not grow by itself: grow its source"):
+        ntkpipe.compute_kernel(model(), longer, store=tmp_path / "d", kind="trace", **options)
+    grown = ntkpipe.compute_kernel(model(), longer, store=tmp_path / "s", kind="ntk", **options)
+    found = derive(grown, "trace", tmp_path / "e")
+    blocks = grown.train.blocks[:, :]
+    assert np.allclose(found.train, np.einsum("ijoo->ij", blocks) / 3, rtol=1e-5, atol=1e-6)
+    assert found.manifest.growth == ()
+    assert ntkpipe.verify(found, model(), longer, progress=False).is_good

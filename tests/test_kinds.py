@@ -22,6 +22,13 @@ def test_the_trace_has_one_row_a_sample_and_a_covector_an_output():
     assert np.array_equal(kind.covectors(4), np.eye(4) / 2)
 
 
+def test_the_diagonal_is_a_matrix_of_one_row_a_sample_for_each_output():
+    kind = get_kind("diagonal")
+    assert (kind.num_covectors(4), kind.num_matrices(4), kind.pairs) == (1, 4, "same")
+    assert [get_kind(name).num_matrices(4) for name in ("ntk", "pntk", "trace", "output:1")] == [1, 1, 1, 1]
+    assert np.array_equal(kind.covectors(4), np.eye(4))
+
+
 def test_one_output_is_a_unit_vector():
     assert np.array_equal(get_kind("output:2").covectors(3), [[0, 0, 1]])
     with pytest.raises(ConfigError, match="the model has outputs 0 to 2"):

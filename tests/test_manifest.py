@@ -104,3 +104,19 @@ def test_differences_see_an_array_that_only_one_side_has(manifest):
     other = manifest.model_copy(update={"train": manifest.train.model_copy(update={"inputs": inputs})})
     assert [name for name, _, _ in differences(manifest, other)] == ["train.inputs.mask"]
     assert [name for name, _, _ in differences(other, manifest)] == ["train.inputs.mask"]
+
+
+def test_stores_without_groups_keep_the_manifest_that_they_had(manifest, make_manifest):
+    """Fields that came later are not there where they say nothing, and so not in the digest."""
+    assert not {"groups", "derived"} & manifest.to_attribute()["manifest"].keys()
+    grouped = manifest.model_copy(update={"groups": {"head": ("b",), "all": ("a",)}})
+    assert from_attribute(json.loads(json.dumps(grouped.to_attribute())), "here") == grouped
+    assert grouped.digest() != manifest.digest()
+    assert differences(manifest, grouped) == (("groups.head", None, ("b",)), ("groups.all", None, ("a",)))
+
+
+@pytest.mark.parametrize("name", ["../head", "a/b", "", ".", "zarr.json"])
+def test_a_group_of_a_hostile_manifest_is_no_path(manifest, name):
+    altered = manifest.model_copy(update={"groups": {name: ("a",)}})
+    with pytest.raises(StoreError, match="damaged: bad values in groups"):
+        from_attribute(altered.to_attribute(), "here")

@@ -217,6 +217,23 @@ def test_a_plan_in_words_and_as_json():
     assert plan.to_json()["memory_bytes"] == plan.memory_bytes
 
 
+def test_every_plane_has_tiles_buffers_and_bytes():
+    """Tiles of all planes are held twice; sums of single outputs are kept apart, and with groups once more."""
+    one = make_workload(640, 90, 64, 1, Cost(1000, 1, 0, 1, 1e9, 1.0))
+    many = replace(one, num_matrices=10, num_groups=2)
+    few, lots = make_plan(one, PLENTY), make_plan(many, PLENTY)
+    assert (many.num_planes, many.num_tiles, many.tile_bytes) == (30, 30 * one.num_tiles, one.tile_bytes)
+    assert lots.bytes_to_write == 30 * few.bytes_to_write
+    assert lots.num_tasks == few.num_tasks
+    assert lots.flops == few.flops
+    assert lots.memory_bytes - few.memory_bytes >= 2 * 29 * one.tile_bytes + 9 * 64**2 * 16 + 10 * 64**2 * 8
+    assert lots.to_json()["planes"] == 30
+    assert "30 of each, of each of 10 outputs, of all parameters and 2 groups" in dict(lots.rows())["kernels"]
+    large = replace(PLENTY, memory_limit=2**40)
+    subtiles = [make_plan(replace(load, tile=5000), large).subtile for load in (one, many)]
+    assert subtiles == [2560, 809]
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(1.0, "1.0 s"), (99, "99.0 s"), (120, "2.0 min"), (7200, "2.0 h")])
 def test_seconds_in_words(seconds, words):
     assert format_seconds(seconds) == words

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from reference import Custom, redraw
 from small import Allowance, chunks, inputs, mlp, times
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ntkpipe
-from ntkpipe.errors import ConfigError, StoreFullError, StoreMismatchError
+from ntkpipe.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
 from ntkpipe.jacobian.contract import contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.cost import Meter
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.kernel import KernelSet, KernelStore
+from ntkpipe.layout import layouts
 from ntkpipe.models import exact_math
 from ntkpipe.planes import MAX_PLANES, match_groups, num_planes, planes_of
 
@@ -339,3 +342,96 @@ def test_no_run_is_planned_with_too_many_planes(tmp_path):
     model = nn.Sequential(L(4, 1, bias=False), L(1, MAX_PLANES // 2 + 1, bias=False))
     with pytest.raises(ConfigError, match="kernels beside each other; at most 65536"):
         ntkpipe.plan_kernel(model, inputs(), store=tmp_path / "s", kind="diagonal", groups={"a": "0.*"})
+
+
+def flops_of(kind, held):
+    """Operations that torch counts in a contraction of 40 samples with 30 others, and those that are planned."""
+    model = redraw(nn.Sequential(L(30, 40), nn.Tanh(), L(40, 12)))
+    samples = torch.randn(70, 30, generator=torch.Generator().manual_seed(0))
+    pairs = {"ntk": "all", "trace": "sum", "diagonal": "same"}[kind]
+    plain = engine_of(model, samples, torch.eye(12, dtype=torch.float64))
+    engine = forced(plain).get(held, plain).with_covectors(torch.eye(12, dtype=torch.float64), pairs)
+    with exact_math():
+        left, right = (engine.piece(take(samples, range(*part)))[0] for part in ((0, 40), (40, 70)))
+        width = 12 if pairs == "all" else 1
+        outs = [torch.empty(40 * width, 30 * width, dtype=torch.float64) for _ in range(12 if pairs == "same" else 1)]
+        with FlopCounterMode(display=False) as counter:
+            contract_planes(left, right, Workspace(), pairs, outs)
+        with FlopCounterMode(display=False) as diagonal:
+            contract_diagonal_planes(left, pairs, len(outs))
+    return counter.get_total_flops(), engine.pair_flops() * 40 * 30, diagonal.get_total_flops()
+
+
+@pytest.mark.parametrize("held", ["pairwise", "dense"])
+def test_single_outputs_do_not_pay_for_pairs_of_them(held):
+    """The diagonal costs what the trace does; the full kernel 12 times as much where cotangents are multiplied."""
+    full, trace, diagonal = (flops_of(kind, held) for kind in ("ntk", "trace", "diagonal"))
+    assert diagonal[0] == trace[0] < full[0] / 4
+    assert diagonal[1] == trace[1] < full[1] / 4
+    assert diagonal[0] <= 1.05 * diagonal[1]
+    assert diagonal[2] == trace[2] < full[2] / 2
+
+
+def test_groups_multiply_nothing_twice():
+    """But for a bias that is in another group than the weight of its layer: apart they take a product more."""
+    model, samples = redraw(normed()), X.double()
+    plain = engine_of(model, X, torch.eye(3, dtype=torch.float64))
+    names = plain.model.names
+    counted = set()
+    for groups in ((), (names[:2],), (names[:2], names[2:5], names[5:])):
+        engine = plain.with_groups(groups)
+        with exact_math():
+            with Meter() as jacobians:
+                left, right = (engine.piece(samples[start : start + 5])[0] for start in (0, 5))
+            outs = [torch.empty(15, 15, dtype=torch.float64) for _ in range(len(groups) + 1)]
+            with FlopCounterMode(display=False) as contraction:
+                contract_planes(left, right, Workspace(), "all", outs)
+        counted.add((jacobians.num_flops, contraction.get_total_flops()))
+    assert len(counted) == 1
+
+
+def test_the_certificate_of_each_plane_finds_its_wrong_entry(tmp_path):
+    store = run(tmp_path / "s", groups={"head": "2.*", "in": "0.*"})
+    assert ntkpipe.verify(store, mlp(), progress=False).is_good
+    array = store.store.arrays["groups/in/output_1/train"]
+    tile = array.read((0, 2)).copy()
+    tile[1, 2] *= 1.05
+    array.write((0, 2), tile)
+    report = ntkpipe.verify(store, mlp(), progress=False)
+    assert [finding.array for finding in report.findings] == ["groups/in/output_1/train"]
+    (bad,) = (each for each in report.certificates if not each["is_good"])
+    assert set(bad["suspect_rows"]) & {1, 10}
+
+
+def test_a_group_that_is_zero_but_for_rounding_is_good(tmp_path):
+    """A shift of all logits: softmax does not depend on it."""
+    model = redraw(Custom(lambda m, x: torch.softmax(m.a(x) + m.c, 1), a=L(4, 3), c=nn.Parameter(torch.zeros(1))))
+    store = ntkpipe.compute_kernel(
+        model, inputs(30), store=tmp_path / "s", groups={"c": "c"}, tile=8, kind="ntk", workers=1, progress=False
+    )
+    assert np.abs(store.group("c").train[:]).max() < 1e-12
+    assert ntkpipe.verify(store, model, progress=False).is_good
+
+
+def test_a_hostile_manifest_has_no_endless_planes(tmp_path):
+    store = run(tmp_path / "s", groups=None)
+    manifest = store.manifest.model_copy(update={"num_outputs": 10**12})
+    with pytest.raises(StoreError, match="kernels beside each other"):
+        layouts(manifest)
+
+
+def test_every_plane_grows_and_keeps_its_entries(tmp_path):
+    def data(num_train, num_test):
+        return {"inputs": inputs(30)[:num_train], "test_inputs": inputs(20, seed=1)[:num_test]}
+
+    options = {"kind": "diagonal", "groups": {"head": "2.*"}, "tile": 4, "workers": 1, "progress": False}
+    small = ntkpipe.compute_kernel(mlp(), store=tmp_path / "s", **options, **data(10, 3))
+    old = {(g, o): pick(small, g, o).train[:] for g in (None, "head") for o in range(3)}
+    grown = ntkpipe.compute_kernel(mlp(), store=tmp_path / "s", grow=True, **options, **data(17, 6))
+    whole = ntkpipe.compute_kernel(mlp(), store=tmp_path / "w", **options, **data(17, 6))
+    for (group, output), entries in old.items():
+        found = pick(grown, group, output)
+        assert np.array_equal(found.train[:10, :10], entries)
+        assert np.allclose(found.train, pick(whole, group, output).train, rtol=1e-5, atol=1e-6)
+        assert np.allclose(found.test_diagonal, pick(whole, group, output).test_diagonal, rtol=1e-5, atol=1e-6)
+    assert ntkpipe.verify(grown, mlp(), progress=False).is_good
