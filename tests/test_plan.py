@@ -212,7 +212,7 @@ def test_a_plan_in_words_and_as_json():
     words = dict(plan.rows())
     assert words["kernels"] == "kernel/train 64 × 64, kernel/test_train 18 × 64"
     assert words["tiles"] == "60, of which 3 exist"
-    assert words["to write"] == "10 B; kept in memory"
+    assert words["to write"] == "10 B; free space unknown"
     assert plan.to_json()["tiles_done"] == 3
     assert plan.to_json()["memory_bytes"] == plan.memory_bytes
 
