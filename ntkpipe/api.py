@@ -276,11 +276,11 @@ def _inspect(client: "Client", spec: KernelSpec, progress: bool) -> Crew:
 
 
 def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -> Executor[Task, Record]:
-    from ntkpipe import preflight, remote
+    from ntkpipe import parcel, preflight, remote
 
     preflight.require_shared_store(client, store)
     client.log_event(remote.TOPIC, {"store": str(store.root), "state": "building"})
-    packed = None if code is None else remote.pack_code(Path(code))
+    packed = None if code is None else parcel.pack_code(Path(code))
     return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
 
 

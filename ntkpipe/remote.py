@@ -1,34 +1,28 @@
-"""A job on the workers of a Dask cluster: what reaches them, how keys are handed out, and what happens when they die.
+"""A job on the workers of a Dask cluster: how keys are handed out, and what happens when workers or the scheduler die.
 
 Tasks are idempotent and return small records, so whatever is lost is simply asked for again: by Dask where a worker
 dies, and here where a task has met too many deaths, the scheduler is gone, or workers were killed for their memory.
 """
 
 import contextlib
-import io
 import pickle
 import queue
 import threading
 import warnings
-import zipfile
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
-import cloudpickle
-from distributed import Client, Future, KilledWorker, Reschedule, Scheduler, WorkerPlugin, get_worker
+from distributed import Client, Future, KilledWorker
 from distributed.comm.core import CommClosedError
-from distributed.core import Status
 
-from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError
-from ntkpipe.execute import Job, Stopped
-from ntkpipe.imports import folder_first, forget_folder
+from ntkpipe.errors import ClusterError, Interrupted, ResourceError, StoreError
+from ntkpipe.execute import Job
+from ntkpipe.parcel import JobPlugin, Parcel, ParcelMissingError, pickle_job, plugins_of_the_dead, run_key
 
 Key = TypeVar("Key")
 Record = TypeVar("Record")
@@ -44,17 +38,12 @@ _SPARE_KEYS = 8
 _POLL_SECONDS = 1.0
 # Workers that are killed for memory within this time are taken for one: they were doing the same.
 _GRACE_SECONDS = 10.0
-_PLUGIN_PREFIX = "ntkpipe-"
 _ALONE_SECONDS = 30.0
 _MEMORY_TOPIC = "worker-restart-memory"
 # A store that does not answer is tried again after twice as long each time.
 _BACKOFF_SECONDS = 1.0
 # Sizes are halved at most so often; smaller ones gain nothing.
 _MOST_SHRINKING = 8
-
-
-class _ParcelMissingError(Exception):
-    """A worker does not have the job: it came while a new scheduler did not have it yet."""
 
 
 class ClusterExecutor(Generic[Key, Record]):
@@ -70,7 +59,7 @@ class ClusterExecutor(Generic[Key, Record]):
     name
         Of the tasks on the dashboard, as ``pntk``.
     code
-        A zip archive with modules that the job's classes are imported from, or none; see :func:`pack_code`.
+        A zip archive with modules that the job needs, or none; see :func:`ntkpipe.parcel.pack_code`.
     max_failures
         A key whose workers died in so many attempts, each of several deaths, without progress elsewhere ends the run.
     """
@@ -118,7 +107,7 @@ class _Run(Generic[Key, Record]):
         self._token = uuid4().hex[:16]
         self._prefix = f"{name}-{self._token}"
         self._max_failures = max_failures
-        self._plugin = _JobPlugin(_Parcel(self._token, _pickle(job), code), owner=client.id)
+        self._plugin = JobPlugin(Parcel(self._token, pickle_job(job), code), owner=client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
@@ -133,7 +122,7 @@ class _Run(Generic[Key, Record]):
         self._counted_at = -_POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
-        for name in self._client.run_on_scheduler(_plugins_of_the_dead):
+        for name in self._client.run_on_scheduler(plugins_of_the_dead):
             self._client.unregister_worker_plugin(name)
         self._deliver()
         is_exhausted = False
@@ -189,7 +178,7 @@ class _Run(Generic[Key, Record]):
     def _submit(self, key: Key, shrinking: int) -> None:
         self._attempts += 1
         future: Future[list[Record]] = self._client.submit(
-            _run_key,
+            run_key,
             self._token,
             pickle.dumps(key),  # the scheduler looks into arguments, and shall not need what keys are made of
             shrinking,
@@ -208,7 +197,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
             self._reconnect((key, shrinking), error)
-        except _ParcelMissingError:
+        except ParcelMissingError:
             self._deliver()
             self._again.append((key, shrinking))
         except StoreError as error:
@@ -288,184 +277,3 @@ class _Run(Generic[Key, Record]):
             if self._pending:
                 self._client.cancel(list(self._pending), force=True)
             self._client.unregister_worker_plugin(self._plugin.name)
-
-
-def _pickle(job: object) -> bytes:
-    try:
-        pickled: bytes = cloudpickle.dumps(job)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be sent to workers (pickling it raised {error!r}): define its class in a module, in the "
-            "workflow's folder, or in __main__, and keep open files, locks and scripted modules out of it"
-        ) from error
-    return pickled
-
-
-def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 2**20) -> bytes:
-    """A zip archive of a folder's Python files, or of all its files but stores and hidden ones.
-
-    Raises
-    ------
-    ClusterError
-        If it is too large, naming the largest file.
-    """
-    sizes = {path: path.stat().st_size for path in _files_of(folder, everything)}
-    if sum(sizes.values()) > most_bytes:
-        largest = max(sizes, key=lambda path: sizes[path])
-        raise ClusterError(
-            f"{folder} has {sum(sizes.values()) >> 20} MiB of files to send to workers, at most {most_bytes >> 20} MiB "
-            f"are sent; the largest is {largest} ({sizes[largest] >> 20} MiB): keep data outside of the folder"
-        )
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sizes:
-            archive.write(path, path.relative_to(folder))
-    return buffer.getvalue()
-
-
-def _files_of(folder: Path, everything: bool) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__pycache__":
-            continue
-        if path.is_dir():
-            if not (path / "zarr.json").exists():
-                yield from _files_of(path, everything)
-        elif path.is_file() and (everything or path.suffix == ".py"):
-            yield path
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """What a worker needs of a run.
-
-    Attributes
-    ----------
-    token
-        Of the run.
-    job
-        Pickled: opened by the first task, so that what goes wrong is an error of the task and not of the worker.
-    code
-        Zip archive with its modules.
-    """
-
-    token: str
-    job: bytes
-    code: bytes | None
-
-
-class _JobPlugin(WorkerPlugin):
-    """Brings a parcel to every worker, and removes what it has become there; its name says whose it is."""
-
-    def __init__(self, parcel: _Parcel, owner: str) -> None:
-        self.name = f"{_PLUGIN_PREFIX}{parcel.token}@{owner}"
-        self.parcel = parcel
-
-    def setup(self, worker: Any) -> None:
-        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
-
-    def teardown(self, worker: Any) -> None:
-        _OPENED.pop((worker.id, self.parcel.token), None)
-
-
-def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
-    """Plugins of drivers that were killed: a scheduler would keep their models, and give them to every new worker."""
-    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
-    return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
-
-
-# In a worker's process: the parcels that have arrived, by worker (threads of one process may hold several) and run.
-_OPENED: dict[tuple[str, str], "_Opened"] = {}
-
-
-class _Opened:
-    """A parcel in a worker."""
-
-    def __init__(self, parcel: _Parcel, folder: Path, topic: str) -> None:
-        self._parcel = parcel
-        self._topic = topic
-        self._folder = folder / f"ntkpipe-{parcel.token}"
-        self._lock = threading.Lock()
-        self._jobs: dict[int, Job[Any, Any]] = {}
-        self._mine = threading.local()
-        self._session = contextlib.ExitStack()
-        self._num_running = 0
-
-    def run(self, worker: Any, key: Any, shrinking: int) -> list[Any]:
-        self._mine.worker, self._mine.task = worker, worker.get_current_task()
-        job = self._job(shrinking)
-        with self._in_session(job):
-            opened = vars(self._mine).setdefault("opened", {})
-            if shrinking not in opened:
-                opened.clear()  # larger ones are not wanted any more
-                worker.log_event(self._topic, {"worker": worker.address})
-                opened[shrinking] = job.open(self._pause)
-            return list(opened[shrinking](key))
-
-    def _job(self, shrinking: int) -> Job[Any, Any]:
-        with self._lock:
-            if not self._jobs:
-                self._jobs[0] = self._unpickle()
-            for level in range(len(self._jobs), shrinking + 1):
-                self._jobs[level] = self._jobs[level - 1].shrunk()
-            return self._jobs[shrinking]
-
-    def _unpickle(self) -> Job[Any, Any]:
-        parcel = self._parcel
-        try:
-            if parcel.code is None:
-                found = cloudpickle.loads(parcel.job)
-            else:
-                unpack_code(parcel.code, self._folder)
-                with folder_first(self._folder):
-                    found = cloudpickle.loads(parcel.job)
-                forget_folder(self._folder)  # another run may have modules of the same names
-        except Exception as error:
-            raise ClusterError(
-                f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
-                "the workflow's folder, which is sent along"
-            ) from error
-        job: Job[Any, Any] = found
-        return job
-
-    @contextlib.contextmanager
-    def _in_session(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Settings of the process, entered by the first thread and left by the last one."""
-        with self._lock:
-            if self._num_running == 0:
-                self._session.enter_context(job.session())
-            self._num_running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                if self._num_running == 0:
-                    self._session.close()
-
-    def _pause(self) -> None:
-        """Leave work that nobody waits for any more, or that this worker will not finish since it is about to leave."""
-        worker = self._mine.worker
-        state = worker.state.tasks.get(self._mine.task)
-        if state is None or state.state == "cancelled":
-            raise Stopped
-        if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
-            raise Reschedule
-
-
-def unpack_code(code: bytes, folder: Path) -> None:
-    """Unpack what :func:`pack_code` packed; a folder that is there is complete."""
-    if folder.exists():
-        return
-    temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
-    with zipfile.ZipFile(io.BytesIO(code)) as archive:
-        archive.extractall(temporary)
-    temporary.rename(folder)
-
-
-def _run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
-    """What Dask runs for one key."""
-    worker = get_worker()
-    opened = _OPENED.get((worker.id, token))
-    if opened is None:
-        raise _ParcelMissingError(token)
-    return opened.run(worker, pickle.loads(key), shrinking)

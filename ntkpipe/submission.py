@@ -19,7 +19,8 @@ from distributed import Client, Future, fire_and_forget, get_worker, worker_clie
 from ntkpipe import cluster
 from ntkpipe.config import load_workflow
 from ntkpipe.errors import ClusterError, ConfigError, StoreNotFoundError
-from ntkpipe.remote import TOPIC, pack_code, unpack_code
+from ntkpipe.parcel import pack_code, unpack_code
+from ntkpipe.remote import TOPIC
 from ntkpipe.store import Mode, Store, medium_at
 
 _POLL_SECONDS = 0.5

@@ -25,7 +25,8 @@ from torch import nn
 
 from ntkpipe import cluster, verify
 from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
-from ntkpipe.remote import ClusterExecutor, pack_code
+from ntkpipe.parcel import pack_code
+from ntkpipe.remote import ClusterExecutor
 
 MIB = 2**20
 Pause = Callable[[], None]
@@ -113,7 +114,7 @@ def test_what_a_killed_driver_left_on_the_cluster_is_removed(client):
 
 
 def test_nothing_is_left_on_the_cluster(client):
-    from ntkpipe.remote import _OPENED
+    from ntkpipe.parcel import _OPENED
 
     run(client, Numbers())
     assert set(client.run(lambda: len(_OPENED)).values()) == {0}
@@ -216,6 +217,7 @@ class Greedy(nn.Module):
 def test_a_greedy_model_gets_smaller_batches_and_the_same_kernel_to_rounding(client, tmp_path):
     options = {"model": Greedy(), "inputs": inputs(20), "targets": None, "test_inputs": None, "tile": 20}
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         store = compute(tmp_path / "greedy.zarr", client=client, **options)
     found = " ".join(str(warning.message) for warning in caught)
     assert "killed for exceeding its memory" in found
