@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, verify
+    from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, repair, verify
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
     from ntkpipe.errors import NtkpipeError
@@ -27,6 +27,7 @@ _HOMES = {
     "kernel_matrix": "api",
     "open_kernel": "kernel",
     "plan_kernel": "api",
+    "repair": "api",
     "verify": "api",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "kernel_matrix",
     "open_kernel",
     "plan_kernel",
+    "repair",
     "verify",
 ]
 

@@ -21,10 +21,12 @@ from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.matrix import compute_matrix, prepare_matrix
+from ntkpipe.mending import RepairReport, mend, undo
 from ntkpipe.models import DTYPES, Forward
 from ntkpipe.plan import Crew, Plan, Task
 from ntkpipe.prepare import plan_run, prepare, reuse_choices, time_jacobians
 from ntkpipe.progress import Ticks
+from ntkpipe.recompute import given_or_stored, recompute, spec_of
 from ntkpipe.records import Record
 from ntkpipe.runs import (
     build,
@@ -410,9 +412,114 @@ def verify(
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
-    opened = store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
+    opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
+    return _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress)
+
+
+def repair(
+    store: str | Path | KernelStore,
+    model: nn.Module | None = None,
+    inputs: object = None,
+    *,
+    targets: object = None,
+    test_inputs: object = None,
+    test_targets: object = None,
+    forward: Forward = None,
+    memory_limit: int | str | None = None,
+    device: str | None = None,
+    self_check: bool = True,
+    client: "Client | None" = None,
+    code: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> RepairReport:
+    """Verify a store and put right what is bad; what was done is kept in the store below ``results/repairs``.
+
+    With the model, exactly the chunks that are missing or bad are computed again, with the choices that the store
+    recorded, so they get the bits that they had; each is replaced when the new one is written. Then the kernels are
+    certified. Without a model: leftovers and chunks that belong to no array are removed, damaged ``zarr.json`` of
+    arrays written anew, a growth that was cut short is undone; bad chunks are reported and stay.
+
+    Parameters
+    ----------
+    store
+        Path, or an open store.
+    model, forward
+        What the store was made with.
+    inputs, targets, test_inputs, test_targets
+        The samples it was made with; default those in the store.
+    memory_limit, device, self_check, client, code, workers, progress
+        As for :func:`compute_kernel`.
+
+    Returns
+    -------
+    What was found, done and left; ``report.is_good`` says whether the store is good now.
+
+    Raises
+    ------
+    ConfigError
+        If inputs are given without a model, or none are given and those in the store are damaged; or the store was
+        derived from another one.
+    StoreMismatchError
+        If model or samples are not those of the store. Nothing was changed then.
+    StoreError
+        If the store cannot be written.
+    """
+    opened = _open(store)
+    if model is None:
+        if inputs is not None:
+            raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
+        return mend(opened.store, done=undo(opened.store), progress=progress)
+    kept, manifest = opened.store, opened.manifest
+    if manifest.derived is not None:
+        raise ConfigError(
+            f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
+            "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
+        )
+    spec, run = spec_of(manifest), _run_spec(memory_limit, device, workers, self_check)
+    done = undo(kept)
+    train = given_or_stored(kept, "train", inputs, targets)
+    test = given_or_stored(kept, "test", test_inputs, test_targets)
+    assert train is not None
+    crew = None if client is None else _inspect(client, spec, progress)
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare(model, train, test, spec, forward=forward, device=run.device)
+        test_record = None if test is None else test.inspect("test_inputs")
+        require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
+        return mend(
+            kept,
+            lambda chunks: recompute(
+                kept,
+                chunks,
+                prepared,
+                run,
+                crew=crew,
+                executor=lambda store: None if client is None else _cluster_executor(client, store, code),
+                progress=progress,
+            ),
+            lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress),
+            done=done,
+            progress=progress,
+        )
+
+
+def _open(store: str | Path | KernelStore) -> KernelStore:
+    return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
+
+
+def _verify(
+    opened: KernelStore,
+    model: nn.Module,
+    inputs: object,
+    test_inputs: object,
+    *,
+    forward: Forward,
+    device: str | None,
+    progress: bool,
+) -> VerificationReport:
+    """Verify and certify."""
     with exact_single_thread(opened.manifest.compute_dtype):
         # Whatever does not match is said before a single tile is read.
         witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)

@@ -31,9 +31,10 @@ from ntkpipe.errors import (
 from ntkpipe.export import export_kernel, find_array
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.manifest import Manifest
+from ntkpipe.mending import RepairReport, bad_chunks, mend, repair_rows, undo
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import reading_results
-from ntkpipe.verification import verification_rows, verify_and_record
+from ntkpipe.verification import VerificationReport, verification_rows, verify_and_record
 from ntkpipe.watch import watch
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
@@ -200,20 +201,43 @@ def info(store: str, as_json: bool, is_watched: bool) -> None:
     help="Also certify the whole kernel against the model and data of this workflow file.",
 )
 @_overrides
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Put right what is bad: leftovers, descriptions of arrays, and with --workflow the bad tiles.",
+)
+@_scheduler
 @_as_json
-def verify(store: str, workflow: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    store: str, workflow: Path | None, overrides: tuple[str, ...], repair: bool, scheduler: str | None, as_json: bool
+) -> None:
     """Check every chunk of STORE, and with --workflow the whole kernel against its model."""
+    if scheduler is not None and not (repair and workflow):
+        raise click.UsageError(
+            "--scheduler is where bad tiles are computed again; give --repair and --workflow as well"
+        )
     opened = open_kernel(store)
+    report: VerificationReport | RepairReport
     if workflow is not None:
         from ntkpipe import workflow as workflows
 
-        report = workflows.verify(workflows.load(workflow, overrides), opened)
+        if scheduler is not None:
+            overrides = (*overrides, f"run.scheduler={scheduler}")
+        loaded = workflows.load(workflow, overrides)
+        report = workflows.repair(loaded, opened) if repair else workflows.verify(loaded, opened)
     elif overrides:
         raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
+    elif repair:
+        report = mend(opened.store, done=undo(opened.store), progress=True)
     else:
         report = verify_and_record(opened.store, progress=True)
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
+    elif isinstance(report, RepairReport):
+        rows = repair_rows(report)
+        if workflow is None and bad_chunks(opened.store, report.left):
+            rows.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
+        _print_rows(f"repair {store}", rows)
     else:
         _print_rows(f"verify {store}", verification_rows(report))
     if not report.is_good:

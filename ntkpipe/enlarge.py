@@ -15,7 +15,7 @@ from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.plan import Crew, Task
 from ntkpipe.prepare import Prepared
 from ntkpipe.records import Record
-from ntkpipe.runs import Settled, build, require_same, require_same_function, settle
+from ntkpipe.runs import Settled, build, first_of, require_same, require_same_function, settle
 from ntkpipe.store import Store
 
 
@@ -58,7 +58,7 @@ def grow_store(
         If a chunk at the store's edge is damaged; nothing has changed then.
     """
     after = existing.manifest.grown(asked.train, asked.test, asked.environment)
-    before = _first(prepared, existing.manifest)
+    before = first_of(prepared, existing.manifest)
     require_beginning(existing, before, asked)
     require_same_function(existing, prepared)
     existing.complete_layout()
@@ -86,13 +86,6 @@ def chunks_left(store: Store, after: Manifest) -> Mapping[str, int]:
         is_recut = name in store.arrays and store.arrays[name].layout.chunks != array.layout.chunks
         left[name] = array.layout.num_chunks if is_recut else len(array.missing()) + edge[name]
     return left
-
-
-def _first(prepared: Prepared, stored: Manifest) -> Prepared:
-    """The same work on the samples that are stored."""
-    train = prepared.train.first(stored.train.num_samples)
-    test = None if prepared.test is None or stored.test is None else prepared.test.first(stored.test.num_samples)
-    return replace(prepared, train=train, test=test)
 
 
 def require_beginning(store: Store, before: Prepared, asked: Manifest) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from time import perf_counter
@@ -93,6 +93,13 @@ def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: D
         },
         groups=dict(prepared.groups),
     )
+
+
+def first_of(prepared: Prepared, stored: Manifest) -> Prepared:
+    """The same work on the first samples, as many as a manifest has of each set."""
+    train = prepared.train.first(stored.train.num_samples)
+    test = None if prepared.test is None or stored.test is None else prepared.test.first(stored.test.num_samples)
+    return replace(prepared, train=train, test=test)
 
 
 def require_same(store: Store, asked: Manifest) -> None:

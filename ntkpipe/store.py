@@ -288,9 +288,13 @@ class Store:
         StoreError
             If the ``zarr.json`` of one that is there is damaged or was altered.
         """
-        self._create_groups(self.arrays)
+        self.complete_groups()
         for array in self.arrays.values():
             array.create()
+
+    def complete_groups(self) -> None:
+        """Create the groups of the arrays that are missing."""
+        self._create_groups(self.arrays)
 
     def _create_groups(self, names: Iterable[str]) -> None:
         """Create the groups that the arrays or groups of these names are in."""

@@ -21,6 +21,7 @@ from ntkpipe.imports import call_factory, import_object
 from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.kernel import KernelStore
 from ntkpipe.layout import planes
+from ntkpipe.mending import RepairReport
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
@@ -193,6 +194,26 @@ def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) 
         device=loaded.workflow.run.device,
         progress=progress,
     )
+
+
+def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
+    """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.api.repair`."""
+    limits = loaded.workflow.run
+    with contextlib.ExitStack() as stack:
+        client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
+        return api.repair(
+            store,
+            loaded.model,
+            forward=loaded.forward,
+            memory_limit=limits.memory_limit,
+            device=limits.device,
+            self_check=limits.self_check,
+            client=client,
+            code=loaded.folder,
+            workers=limits.workers,
+            progress=progress,
+            **loaded.data,
+        )
 
 
 def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:

@@ -191,6 +191,44 @@ def test_verify_finds_a_flipped_byte_and_names_the_tile(finished: tuple[Path, st
     assert "crc32c" in answer.stdout
 
 
+def test_verify_repair_computes_the_bad_tile_again(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    store = Path("runs/digits-pntk.zarr")
+    tile, stray = folder / store / "kernel/train/c/1/2", folder / store / "kernel/train/c/2/1"
+    whole = tile.read_bytes()
+    tile.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    stray.write_bytes(b"stray")
+    answer = ntkpipe("verify", store, "--repair", cwd=folder)
+    assert answer.returncode == 1
+    assert "kernel/train (2, 1): removed: it did not belong to the array" in answer.stdout
+    assert "the chunks above need the model and the data: give --workflow FILE as well" in answer.stdout
+    answer = ntkpipe("verify", store, "--repair", "--workflow", DIGITS, *SMALL, "--json", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["actions"] == [{"array": "kernel/train", "index": [1, 2], "done": "computed again"}]
+    assert found["is_good"]
+    assert tile.read_bytes() == whole
+    answer = ntkpipe("verify", store, "--repair", cwd=folder)
+    assert answer.returncode == 0
+    assert re.search(r"repaired +nothing", answer.stdout)
+
+
+def test_run_grow_adds_samples(tmp_path: Path) -> None:
+    few = (*SMALL, "--set", "kernel.tile=64", "--set", "data.arguments.num_train=100", "--set", "steps=[]")
+    assert ntkpipe("run", DIGITS, *few, cwd=tmp_path).returncode == 0
+    more = (*few, "--set", "data.arguments.num_train=150")
+    answer = ntkpipe("run", DIGITS, *more, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "With grow=True (run --grow) samples are added" in answer.stderr
+    planned = json.loads(ntkpipe("plan", DIGITS, *more, "--grow", "--json", cwd=tmp_path).stdout)
+    assert (planned["tiles"], planned["tiles_done"]) == (6 + 3 * 5, 1 + 5)
+    answer = ntkpipe("run", DIGITS, *more, "--grow", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    printed = ntkpipe("info", "runs/digits-pntk.zarr", cwd=tmp_path).stdout
+    assert re.search(r"grown from +100 train, 297 test samples", printed)
+    assert ntkpipe("verify", "runs/digits-pntk.zarr", "--workflow", DIGITS, *more, cwd=tmp_path).returncode == 0
+
+
 def test_export_writes_the_full_matrix(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     answer = ntkpipe("export", "runs/digits-pntk.zarr", tmp_path / "k.npy", cwd=folder)

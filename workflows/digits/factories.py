@@ -10,7 +10,7 @@ from torch import nn
 NUM_TRAIN = 1500
 
 
-def data(flat: bool = True, seed: int = 0) -> dict[str, Any]:
+def data(flat: bool = True, seed: int = 0, num_train: int = NUM_TRAIN) -> dict[str, Any]:
     """scikit-learn's 1,797 digits of 8 x 8 pixels in [0, 1], shuffled: 1,500 to train, 297 to test.
 
     Parameters
@@ -19,14 +19,16 @@ def data(flat: bool = True, seed: int = 0) -> dict[str, Any]:
         Shape (64,) a sample for an MLP, or (1, 8, 8) for a CNN.
     seed
         Of the shuffle.
+    num_train
+        Only the first ones of those to train with; ``ntkpipe run --grow`` adds the others later.
     """
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     images, labels = (digits.data[order] / 16).astype(np.float32), digits.target[order].astype(np.int64)
     images = images if flat else images.reshape(-1, 1, 8, 8)
     return {
-        "inputs": images[:NUM_TRAIN],
-        "targets": labels[:NUM_TRAIN],
+        "inputs": images[:num_train],
+        "targets": labels[:num_train],
         "test_inputs": images[NUM_TRAIN:],
         "test_targets": labels[NUM_TRAIN:],
     }
