@@ -28,6 +28,9 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,cluster,objects,examples,dev]'
+	# For its schemas alone, and so out of sight of Python: it depends on three Kubernetes clients.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target $(VENV)/share/dask-kubernetes dask-kubernetes
 	touch $(STAMP)
 
 # The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used.
