@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster
 
 from ntkpipe.errors import ClusterError, ConfigError
 from ntkpipe.resources import available_memory, num_cores
@@ -68,10 +68,17 @@ def _join(scheduler: str) -> Client:
             f"scheduler={scheduler!r}; needed an address as 'tcp://host:8786' or 'tls://host:8786', or 'local' for "
             "processes of this machine"
         )
+    certificate = Security().get_tls_config_for_role("client")
+    if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):
+        # A client of Dask would find out, but then hang for a minute when the process ends.
+        raise ClusterError(
+            f"{scheduler} takes clients with a certificate, and Dask's settings name none: set distributed.comm.tls "
+            "or DASK_CONFIG to a folder made by cluster/tls/make_certificates.sh"
+        )
     try:
         return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        # What Dask raises for no answer, an unknown protocol, and TLS without certificates.
+        # What Dask raises for no answer, an unknown protocol, and certificates of another authority.
         raise ClusterError(
             f"cannot join the scheduler at {scheduler}: {error}. Is it running (`dask scheduler`), reachable from "
             "here, and, for tls://, do Dask's settings distributed.comm.tls name this client's certificate?"

@@ -61,7 +61,7 @@ def test_those_with_certificates_compute(certificates: Path, address: str, tmp_p
 
 
 def test_a_client_without_certificate_is_refused(address: str) -> None:
-    with pytest.raises(ClusterError, match=r"cannot join the scheduler at tls://.*distributed\.comm\.tls"):
+    with pytest.raises(ClusterError, match="takes clients with a certificate, and Dask's settings name none"):
         cluster.connect(address).__enter__()
 
 
