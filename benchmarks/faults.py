@@ -31,7 +31,6 @@ import ntkpipe
 DRILL = Path(__file__).parent / "drill"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OTHERS = ("driver", "scheduler", "stop", "join", "leave")
-KILLS = 3
 MOST_SECONDS = 240.0
 MOST_ATTEMPTS = 8
 
@@ -170,6 +169,8 @@ class Drill:
         Decides what happens.
     store
         A path where nothing is.
+    kills
+        Workers that are killed, at least; at most twice as many.
     stop_seconds
         For how long a worker is stopped, at most.
     others, chance
@@ -182,11 +183,13 @@ class Drill:
         rng: random.Random,
         store: Path,
         *,
+        kills: int,
         stop_seconds: float,
         others: Sequence[str],
         chance: float,
     ) -> None:
-        self.cluster, self.rng, self.store, self.stop_seconds = cluster, rng, store, stop_seconds
+        self.cluster, self.rng, self.store = cluster, rng, store
+        self.kills, self.stop_seconds = kills, stop_seconds
         self.others, self.chance = others, chance
         self.counts: Counter[str] = Counter()
         self.driver = self._start_driver()
@@ -199,11 +202,11 @@ class Drill:
     def run(self) -> None:
         """Run until the driver is done, whatever it takes."""
         rng, deadline = self.rng, monotonic() + MOST_SECONDS
-        faults, due = ["kill"] * rng.randint(KILLS, 2 * KILLS), 0.0
+        faults, due = ["kill"] * rng.randint(self.kills, 2 * self.kills), 0.0
         for name in self.others:
             if rng.random() < self.chance:
                 # Before the last kill that is needed: what comes late might not come any more.
-                faults.insert(rng.randrange(KILLS), name)
+                faults.insert(rng.randrange(self.kills), name)
         while True:
             if monotonic() > deadline:
                 raise SystemExit(
@@ -275,6 +278,7 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=3, help="workers that are killed in each drill, at least")
     parser.add_argument("--stop-seconds", type=float, default=5.0)
     parser.add_argument("--others", nargs="*", default=OTHERS, choices=OTHERS, help="what happens beside kills")
     parser.add_argument("--chance", type=float, default=0.3, help="of each of the others in a drill")
@@ -296,6 +300,7 @@ def main() -> None:
                 cluster,
                 rng,
                 folder / f"{number}.zarr",
+                kills=options.kills,
                 stop_seconds=options.stop_seconds,
                 others=options.others,
                 chance=options.chance,
@@ -303,7 +308,7 @@ def main() -> None:
             drill.run()
             findings = drill.findings(expected)
             total += drill.counts
-            failed += bool(findings) or drill.counts["kill"] < KILLS
+            failed += bool(findings) or drill.counts["kill"] < options.kills
             happened = ", ".join(f"{count} × {name}" for name, count in drill.counts.items())
             print(f"drill {number}: {monotonic() - start:.0f} s; {happened}; {findings or 'good'}", flush=True)
     finally:

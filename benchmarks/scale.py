@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, sleep, time
 from typing import Any
@@ -135,6 +135,8 @@ def drive(options: argparse.Namespace) -> None:
     with Client(options.address) as client:
         client.wait_for_workers(workers, timeout=120)
         scheduler = psutil.Process(options.scheduler)
+        # The scheduler imports what a task is made of once, as workers do.
+        list(ClusterExecutor(client, name="first").run(replace(job, pair_seconds=0.0), [next(found.plan.tasks())]))
         at_rest = cpu_seconds(scheduler)
         sleep(IDLE_SECONDS)
         idle = (cpu_seconds(scheduler) - at_rest) / IDLE_SECONDS

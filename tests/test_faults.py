@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--drills", "1", "--workers", "2", "--others"]
+    options = ["--drills", "1", "--workers", "2", "--kills", "1", "--others"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *options]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert answer.returncode == 0, answer.stdout + answer.stderr
