@@ -173,7 +173,7 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Es
         binds = "disk"
     else:
         binds = "memory" if _worker_seconds(roomy) < _RELIEF * _worker_seconds(found) else "compute"
-    return Estimate(cluster, found, compute_seconds, _block_seconds(found) if left else 0.0, write_seconds, binds)
+    return Estimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
 
 
 def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
@@ -226,11 +226,3 @@ def _planned(plan: Plan, machine: Machine) -> Plan:
 def _worker_seconds(plan: Plan) -> float:
     """Computing time of all workers together, for all tiles."""
     return plan.seconds * plan.machine.num_workers
-
-
-def _block_seconds(plan: Plan) -> float:
-    """Computing time of a whole block, or of a kernel that is smaller than one: its share of all pairs of samples."""
-    load = plan.workload
-    num_pairs = [grid.num_pairs for grid in load.grids.values()]
-    share = min(max(num_pairs), (plan.edge * load.tile) ** 2) / sum(num_pairs)
-    return _worker_seconds(plan) * share

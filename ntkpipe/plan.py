@@ -15,6 +15,10 @@ from ntkpipe.resources import format_bytes
 
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
+# More blocks than that balance workers no better.
+_MOST_BLOCKS_PER_WORKER = 64
+# What handing out a block and its last tile take a worker, about.
+_BLOCK_OVERHEAD_SECONDS = 0.05
 # A block may take this long, so that a stop or a kill loses little.
 _BLOCK_SECONDS = 60.0
 # Computing Jacobians again is left alone while it costs less than this share of the contraction.
@@ -244,6 +248,13 @@ class Plan:
         return (self.pair_flops / rate + jacobians) / self.machine.num_workers
 
     @property
+    def block_seconds(self) -> float:
+        """Computing time of a whole block, or of a kernel that is smaller than one: its share of all pairs."""
+        num_pairs = [grid.num_pairs for grid in self.workload.grids.values()]
+        share = min(max(num_pairs), (self.edge * self.workload.tile) ** 2) / sum(num_pairs)
+        return self.seconds * self.machine.num_workers * share
+
+    @property
     def num_tasks(self) -> int:
         """Number of :meth:`tasks`."""
         blocks = sum(grid.num_blocks(self.edge) for grid in self.workload.grids.values())
@@ -412,28 +423,32 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
         room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
         affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     subtile, batch = min(subtile, strip), min(batch, strip)
-    edge = _edge(workload, machine)
     strips = -(-tile // strip)
     affordable_strips = max(2, (affordable - subtile) // strip)
-    hold = max(1, min(affordable_strips - 1, edge if strips == 1 else strips))
-    plan = Plan(
-        workload=workload,
-        machine=machine,
-        strip=strip,
-        subtile=subtile,
-        batch=batch,
-        hold=hold,
-        edge=edge,
-        cache_bytes=0,
-        tiles_done=0,
-        bytes_to_write=0,
-        pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
-        jacobian_flops=0.0,
-        recompute_factor=0.0,
-        memory_bytes=0,
-    )
     num_samples = workload.num_samples
-    factor = _strip_visits(plan) / num_samples
+
+    def with_edge(edge: int) -> Plan:
+        plan = Plan(
+            workload=workload,
+            machine=machine,
+            strip=strip,
+            subtile=subtile,
+            batch=batch,
+            hold=max(1, min(affordable_strips - 1, edge if strips == 1 else strips)),
+            edge=edge,
+            cache_bytes=0,
+            tiles_done=0,
+            bytes_to_write=0,
+            pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
+            jacobian_flops=0.0,
+            recompute_factor=0.0,
+            memory_bytes=0,
+        )
+        factor = _strip_visits(plan) / num_samples
+        return replace(plan, recompute_factor=factor, jacobian_flops=factor * num_samples * cost.jacobian_flops)
+
+    plan = min(map(with_edge, _edges(workload, machine)), key=_seconds_to_the_end)
+    factor, hold = plan.recompute_factor, plan.hold
     everything = num_samples * cost.block_bytes
     spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
     excess = (factor - 1) * num_samples * cost.jacobian_flops
@@ -455,14 +470,28 @@ def _power_of_two(value: int, limit: int) -> int:
     return min(1 << (max(1, value).bit_length() - 1), limit)
 
 
-def _edge(workload: Workload, machine: Machine) -> int:
-    """Largest block that leaves several for each worker and does not take too long."""
+def _edges(workload: Workload, machine: Machine) -> list[int]:
+    """Edges of blocks to choose from: the largest that leaves several for each worker and does not take too long.
+
+    Processes that share no strips may do better with smaller ones, which keep them all at work until the end.
+    """
     tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
-    for edge in range(_MAX_EDGE, 1, -1):
-        blocks = sum(grid.num_blocks(edge) for grid in workload.grids.values())
-        if blocks >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
-            return edge
-    return 1
+    blocks = {edge: sum(grid.num_blocks(edge) for grid in workload.grids.values()) for edge in range(1, _MAX_EDGE + 1)}
+    largest = 1
+    for edge in range(2, _MAX_EDGE + 1):
+        if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
+            largest = edge
+    if machine.processes == 1:
+        return [largest]
+    most = _MOST_BLOCKS_PER_WORKER * machine.num_workers
+    return [largest, *(edge for edge in range(largest - 1, 0, -1) if blocks[edge] <= most)]
+
+
+def _seconds_to_the_end(plan: Plan) -> float:
+    """Computing, handing out blocks, and waiting for the last one: see :class:`ntkpipe.estimate.Estimate`."""
+    workers = plan.machine.num_workers
+    overhead = _BLOCK_OVERHEAD_SECONDS * plan.num_tasks / workers
+    return plan.seconds + overhead + (1 - 1 / workers) * plan.block_seconds
 
 
 def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:

@@ -207,6 +207,17 @@ def test_a_million_samples_are_planned_without_listing_their_tiles():
     assert peak < 2**20
 
 
+@pytest.mark.parametrize(("jacobian_flops", "edges"), [(1e5, {1, 2, 3}), (1e9, {4, 5})])
+def test_blocks_of_many_processes_keep_them_busy_unless_jacobians_are_dear(jacobian_flops, edges):
+    cost = Cost(400, 5000, 10**6, 100, jacobian_flops=jacobian_flops, pair_flops=4000.0)
+    workload = make_workload(10**6, 0, 4096, 1, cost)
+    plan = make_plan(workload, replace(PLENTY, processes=256, memory_limit=8 * 2**30, flops_per_second=1e10))
+    assert plan.num_tasks >= 4 * 256
+    assert plan.edge in edges
+    idle = plan.block_seconds / (plan.seconds + plan.block_seconds)
+    assert (idle < 0.05) == (jacobian_flops < 1e9)
+
+
 def test_a_plan_in_words_and_as_json():
     plan = make_plan(make_workload(32, 9, 4, 2, Cost(1000, 1, 0, 1, 1e9, 1.0)), PLENTY, tiles_done=3, bytes_to_write=10)
     words = dict(plan.rows())
