@@ -426,6 +426,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     strips = -(-tile // strip)
     affordable_strips = max(2, (affordable - subtile) // strip)
     num_samples = workload.num_samples
+    everything = num_samples * cost.block_bytes
 
     def with_edge(edge: int) -> Plan:
         plan = Plan(
@@ -445,24 +446,20 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
             memory_bytes=0,
         )
         factor = _strip_visits(plan) / num_samples
+        excess = (factor - 1) * num_samples * cost.jacobian_flops
+        spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
+        if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
+            plan = replace(plan, cache_bytes=int(min(everything, spare)))
+            if plan.cache_bytes >= everything:
+                factor = min(factor, float(machine.processes))
         return replace(plan, recompute_factor=factor, jacobian_flops=factor * num_samples * cost.jacobian_flops)
 
     plan = min(map(with_edge, _edges(workload, machine)), key=_seconds_to_the_end)
-    factor, hold = plan.recompute_factor, plan.hold
-    everything = num_samples * cost.block_bytes
-    spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
-    excess = (factor - 1) * num_samples * cost.jacobian_flops
-    if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
-        plan = replace(plan, cache_bytes=int(min(everything, spare)))
-        if plan.cache_bytes >= everything and not machine.is_remote:
-            # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
-            plan, factor = replace(plan, edge=1, hold=min(hold, strips)), 1.0
-    return replace(
-        plan,
-        jacobian_flops=factor * num_samples * cost.jacobian_flops,
-        recompute_factor=factor,
-        memory_bytes=int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan)),
-    )
+    if plan.cache_bytes >= everything and not machine.is_remote:
+        # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
+        plan = replace(plan, edge=1, hold=min(plan.hold, strips))
+    memory_bytes = int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan))
+    return replace(plan, memory_bytes=memory_bytes)
 
 
 def _power_of_two(value: int, limit: int) -> int:
@@ -481,7 +478,7 @@ def _edges(workload: Workload, machine: Machine) -> list[int]:
     for edge in range(2, _MAX_EDGE + 1):
         if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
             largest = edge
-    if machine.processes == 1:
+    if not machine.is_remote:
         return [largest]
     most = _MOST_BLOCKS_PER_WORKER * machine.num_workers
     return [largest, *(edge for edge in range(largest - 1, 0, -1) if blocks[edge] <= most)]

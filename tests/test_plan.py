@@ -211,7 +211,9 @@ def test_a_million_samples_are_planned_without_listing_their_tiles():
 def test_blocks_of_many_processes_keep_them_busy_unless_jacobians_are_dear(jacobian_flops, edges):
     cost = Cost(400, 5000, 10**6, 100, jacobian_flops=jacobian_flops, pair_flops=4000.0)
     workload = make_workload(10**6, 0, 4096, 1, cost)
-    plan = make_plan(workload, replace(PLENTY, processes=256, memory_limit=8 * 2**30, flops_per_second=1e10))
+    plan = make_plan(
+        workload, replace(PLENTY, processes=256, is_remote=True, memory_limit=2**30, flops_per_second=1e11)
+    )
     assert plan.num_tasks >= 4 * 256
     assert plan.edge in edges
     idle = plan.block_seconds / (plan.seconds + plan.block_seconds)
