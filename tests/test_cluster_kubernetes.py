@@ -114,8 +114,9 @@ def test_pods_fit_each_other(name: str) -> None:
     assert options["--name"] == "$(DASK_WORKER_NAME)"
     if "job" in containers:
         assert worker["envFrom"] == containers["job"]["envFrom"]
-    else:
-        assert worker["volumeMounts"] == containers["scheduler"]["volumeMounts"]
+    for _, pod in pods(document):
+        mounted = {each["name"] for each in pod["containers"][0].get("volumeMounts", [])}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "job.yaml"])

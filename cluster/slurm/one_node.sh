@@ -10,7 +10,9 @@ HOME_DIR=${ONE_NODE_SLURM:-/var/tmp/one-node-slurm}
 export SLURM_CONF=$HOME_DIR/slurm.conf
 
 install_packages() {
-    command -v slurmctld slurmd sbatch munged >/dev/null && return
+    local name missing=
+    for name in slurmctld slurmd sbatch munged; do command -v "$name" >/dev/null || missing=yes; done
+    if [[ -z $missing ]]; then return; fi
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge
 }
@@ -68,8 +70,13 @@ start() {
 }
 
 stop() {
-    scancel --user=root --wait 2>/dev/null || true
     local name
+    if scancel --user=root 2>/dev/null; then
+        for _ in $(seq 60); do
+            if [[ -z $(squeue --noheader 2>/dev/null) ]]; then break; fi
+            sleep 1
+        done
+    fi
     for name in slurmd slurmctld; do
         if [[ -f $HOME_DIR/$name.pid ]]; then kill "$(<"$HOME_DIR/$name.pid")" || true; fi
     done
