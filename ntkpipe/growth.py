@@ -216,11 +216,13 @@ def undo_cut_growth(store: Store) -> bool:
     return True
 
 
-def end_growth(store: Store) -> None:
-    """As :func:`finish`, for a store that nobody uses here."""
-    if state_of(store) is State.RESUMABLE:
-        with store.in_use():
-            finish(store)
+def end_growth(store: Store) -> bool:
+    """As :func:`finish`, for a store that nobody uses here; says whether there was something to end, and now is not."""
+    if state_of(store) is not State.RESUMABLE:
+        return False
+    with store.in_use():
+        finish(store)
+    return state_of(store) is State.NONE
 
 
 def finish(store: Store) -> None:

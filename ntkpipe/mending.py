@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.errors import StoreError, TileError
-from ntkpipe.growth import Chunk, undo_cut_growth
+from ntkpipe.growth import Chunk, end_growth, undo_cut_growth
 from ntkpipe.layout import Index
 from ntkpipe.store import Store
 from ntkpipe.verification import Rows, VerificationReport, verification_rows, verify_and_record
@@ -139,6 +139,8 @@ def mend(
             changed = [chunk for chunk in sorted(doubted) if _digest(store, chunk) != before[chunk]]
             actions += [Action(name, index, _COMPUTED) for name, index in changed]
             left = look()
+    if left.is_good and end_growth(store):
+        actions.append(Action("growth", (), "ended: copies of old entries removed"))
     report = RepairReport(found, tuple(actions), left)
     if actions:
         _record(store, report)
