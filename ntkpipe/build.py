@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter, time
 from typing import Any, Protocol
@@ -116,6 +116,8 @@ class BuildJob:
         Which pairs of covectors are contracted.
     prefixes
         Folders of the planes, in the order in which they are contracted.
+    in_use
+        Keeps others from replacing what is written to, by a worker that may outlive its driver.
     """
 
     engine: Engine
@@ -127,10 +129,13 @@ class BuildJob:
     store_dtype: np.dtype[Any]
     pairs: Pairs = "all"
     prefixes: tuple[str, ...] = ("kernel",)
+    in_use: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def session(self) -> AbstractContextManager[None]:
-        """Arithmetic as every tile is computed, for the whole process."""
-        return exact_math(tf32=self.engine.model.tf32)
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Arithmetic as every tile is computed, and what is written to held in use, in a process of its own."""
+        with exact_math(tf32=self.engine.model.tf32), self.in_use():
+            yield
 
     def shrunk(self) -> "BuildJob":
         """The same work in half the memory: strips, pieces and batches of half the size, one held, none shared."""

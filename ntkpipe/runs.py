@@ -462,6 +462,7 @@ def build(
         store_dtype=np.dtype(store.manifest.store_dtype),
         pairs=settled.engine.setup.pairs,
         prefixes=tuple(plane.prefix for plane in planes(store.manifest)),
+        in_use=store.in_use,
     )
     if executor is None:
         executor = ThreadExecutor(plan.machine.workers)

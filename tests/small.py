@@ -89,6 +89,8 @@ class Allowance:
 class LinearEngine:
     """An engine whose Jacobians are the samples themselves: K = x x', exact for small integers. Counts its work."""
 
+    tf32 = False
+
     def __init__(self, num_covectors: int = 1) -> None:
         self.num_covectors = num_covectors
         self.counts: dict[float, int] = {}

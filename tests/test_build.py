@@ -1,5 +1,6 @@
 """Blocks become tiles: the kernel does not depend on how it is cut, and nothing that is not finite is kept."""
 
+import pickle
 import threading
 from dataclasses import replace
 from typing import Any
@@ -9,17 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import DictSink, LinearEngine
+from small import DictSink, LinearEngine, compute
 
 from ntkpipe.build import BuildJob, StripCache
 from ntkpipe.datasets import ArraySource
-from ntkpipe.errors import ModelError, NonFiniteError
+from ntkpipe.errors import ModelError, NonFiniteError, StoreExistsError
 from ntkpipe.execute import ThreadExecutor
 from ntkpipe.grid import Axis, Grid, Span
 from ntkpipe.jacobian.block import Block
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.factors import Dense, Piece
 from ntkpipe.plan import Machine, Plan, Workload, make_plan
+from ntkpipe.store import prepare_path
 
 CPU = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
 COST = Cost(
@@ -247,3 +249,13 @@ def test_a_strip_whose_computation_fails_can_be_had_again():
     with pytest.raises(ArithmeticError):
         cache.get(("train", Span(0, 1)), lambda: (_ for _ in ()).throw(ArithmeticError))
     assert cache.get(("train", Span(0, 1)), lambda: block(40)).num_bytes() == 40
+
+
+def test_a_worker_that_outlives_its_driver_keeps_the_store_from_being_replaced(tmp_path):
+    store = compute(tmp_path / "run.zarr").store
+    plan = make_plan_of(4, tile=2)
+    job = BuildJob(LinearEngine(), plan, {}, False, DictSink(), StripCache(0), np.dtype("float32"), in_use=store.in_use)
+    session = pickle.loads(pickle.dumps(job.session))
+    with session(), pytest.raises(StoreExistsError, match="another run is writing"):
+        prepare_path(store.root, "w")
+    assert prepare_path(store.root, "w") is None
