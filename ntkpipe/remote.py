@@ -11,7 +11,8 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -35,6 +36,8 @@ _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 # Keys that are handed out beforehand, for each thread of a worker: one runs, one waits there.
 _KEYS_PER_THREAD = 2
 _SPARE_KEYS = 8
+# Results that are brought at a time: one after the other they would keep some hundred workers waiting.
+_FETCHERS = 32
 _POLL_SECONDS = 1.0
 # Workers that are killed for memory within this time are taken for one: they were doing the same.
 _GRACE_SECONDS = 10.0
@@ -99,6 +102,15 @@ class ClusterExecutor(Generic[Key, Record]):
             running.close()
 
 
+@dataclass(frozen=True)
+class _Outcome(Generic[Record]):
+    """How a task ended: with records, or with an error."""
+
+    future: "Future[list[Record]]"
+    records: list[Record]
+    error: BaseException | None
+
+
 class _Run(Generic[Key, Record]):
     """One call of :meth:`ClusterExecutor.run`."""
 
@@ -112,7 +124,8 @@ class _Run(Generic[Key, Record]):
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
         self._failures: Counter[str] = Counter()
-        self._events: queue.SimpleQueue[Future[list[Record]] | float] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Outcome[Record] | float] = queue.SimpleQueue()
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="ntkpipe-fetcher")
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
         self._shrinking = 0
         self._shrunk_at = -_GRACE_SECONDS
@@ -142,7 +155,7 @@ class _Run(Generic[Key, Record]):
                 event = self._events.get(timeout=_POLL_SECONDS)
                 if isinstance(event, float):
                     self._shrink(event)
-                elif event in self._pending:
+                elif event.future in self._pending:
                     yield from self._finish(event)
 
     def _deliver(self) -> None:
@@ -187,12 +200,27 @@ class _Run(Generic[Key, Record]):
             pure=False,
         )
         self._pending[future] = (key, shrinking)
-        future.add_done_callback(self._events.put)
+        future.add_done_callback(self._fetch_soon)
 
-    def _finish(self, future: "Future[list[Record]]") -> Iterator[Record]:
-        key, shrinking = self._pending.pop(future)
+    def _fetch_soon(self, future: "Future[list[Record]]") -> None:
+        with contextlib.suppress(RuntimeError):  # the run is over, and nobody asks
+            self._fetchers.submit(self._fetch, future)
+
+    def _fetch(self, future: "Future[list[Record]]") -> None:
+        """Bring the records of a key that is done; some at a time, since each takes a way to its worker and back."""
+        records: list[Record] = []
+        error: BaseException | None = None
         try:
             records = future.result()
+        except BaseException as raised:  # noqa: BLE001 - carried to the caller's thread and raised there
+            error = raised
+        self._events.put(_Outcome(future, records, error))
+
+    def _finish(self, outcome: "_Outcome[Record]") -> Iterator[Record]:
+        key, shrinking = self._pending.pop(outcome.future)
+        try:
+            if outcome.error is not None:
+                raise outcome.error
         except KilledWorker as error:
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
@@ -207,7 +235,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), str(error), error, wait=True)
         else:
             self._failures.clear()
-            yield from records
+            yield from outcome.records
 
     def _fail(self, attempt: _Attempt, reason: str, error: Exception, *, wait: bool = False) -> None:
         key = str(attempt[0])
@@ -269,6 +297,7 @@ class _Run(Generic[Key, Record]):
 
     def close(self) -> None:
         """Tell workers to leave what they are doing, and to forget the job."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         if self._client.status != "running":
             return
         with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go this moment

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Future
 from small import chunks, compute, inputs, mlp
 from torch import nn
 
@@ -234,6 +235,18 @@ def interrupt_once(is_time: Callable[[], object]) -> None:
     while not is_time() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_results_do_not_wait_for_each_other(client, monkeypatch):
+    fetch, together = Future.result, threading.Barrier(2, timeout=60)
+
+    def result(future: Any, *args: Any) -> Any:
+        together.wait()
+        return fetch(future, *args)
+
+    monkeypatch.setattr(Future, "result", result)
+    executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers")
+    assert len(list(executor.run(Numbers(), range(1, 9)))) == 16
 
 
 def test_workers_leave_work_that_nobody_waits_for(client, tmp_path):
