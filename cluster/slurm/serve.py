@@ -57,7 +57,7 @@ def make_cluster(**options: Any) -> SLURMCluster:
     if dask.config.get("jobqueue.slurm.cores") is None:
         sys.exit("error: Dask's configuration does not say what a job is; copy slurm.yaml into the folder DASK_CONFIG")
     lifetime, stagger = leaving_times(dask.config.get("jobqueue.slurm.walltime"))
-    extra = ["--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{stagger}s", "--no-dashboard"]
+    extra = ["--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{stagger}s", "--dashboard-address", "127.0.0.1:0"]
     security = Security()
     if security.tls_ca_file is not None:
         options.update(security=security, protocol="tls://")
