@@ -170,13 +170,14 @@ def compute_kernel(
         undo_cut_growth(existing)
         spec = _with_tile_of(existing, spec)
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    crew = None if client is None else _inspect(client, spec, progress)
+    crew = None if client is None else _inspect(client, spec, run.device, progress)
 
     def executor(store: Store) -> Executor[Task, Record] | None:
         return None if client is None else _cluster_executor(client, store, code)
 
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
+        device = _device_here(run.device, crew)
+        prepared = prepare(model, train, test, spec, forward=forward, device=device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
         )
@@ -264,17 +265,24 @@ def plan_kernel(
         return time_jacobians(planned, prepared, engine), report_of(engine)
 
 
-def _inspect(client: "Client", spec: KernelSpec, progress: bool) -> Crew:
+def _inspect(client: "Client", spec: KernelSpec, device: str | None, progress: bool) -> Crew:
     """What the workers of a cluster are; says where its dashboard is."""
     from ntkpipe import cluster, preflight  # keeps distributed out of runs on one machine
 
     cluster.require_workers(client)
-    crew = preflight.inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()])
+    crew = preflight.inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], device)
     if progress:
         each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
         where = f"{crew.processes} workers of {each} on {crew.device} ({crew.arithmetic})"
         print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
     return crew
+
+
+def _device_here(device: str | None, crew: Crew | None) -> str | None:
+    """Where this process looks at the model: as the workers do if it can, for it may have no GPU and they some."""
+    if crew is None:
+        return device
+    return "cpu" if crew.device == "cpu" else None
 
 
 def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -> Executor[Task, Record]:
@@ -483,9 +491,9 @@ def repair(
     train = given_or_stored(kept, "train", inputs, targets)
     test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
-    crew = None if client is None else _inspect(client, spec, progress)
+    crew = None if client is None else _inspect(client, spec, run.device, progress)
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device)
+        prepared = prepare(model, train, test, spec, forward=forward, device=_device_here(run.device, crew))
         test_record = None if test is None else test.inspect("test_inputs")
         require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
         return mend(

@@ -16,6 +16,7 @@ from distributed import Client, Worker
 
 from ntkpipe.cluster import address_of, require_package
 from ntkpipe.errors import ClusterError
+from ntkpipe.models import resolve_device
 from ntkpipe.plan import SHARE_OF_LIMIT, Crew
 from ntkpipe.prepare import describe_arithmetic, measure_rates
 from ntkpipe.resources import available_memory, process_memory
@@ -78,7 +79,7 @@ def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> di
     return dict(answers)
 
 
-def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
+def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = None) -> Crew:
     """Ask every worker what it is; sum them up for the plan.
 
     Parameters
@@ -87,6 +88,8 @@ def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
         Connected, with at least one worker.
     dtype
         Of the products whose rate is measured.
+    device
+        That the workers shall use; none for the first GPU of each, where it sees one.
 
     Warns
     -----
@@ -99,7 +102,7 @@ def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
         If they cannot work together: other versions of ntkpipe, or CPUs and GPUs mixed.
     """
     require_package(client)
-    reports = _ask(client, report_worker, dtype)
+    reports = _ask(client, report_worker, dtype, device)
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")
     here = _versions()
@@ -130,20 +133,20 @@ def inspect_workers(client: Client, dtype: torch.dtype) -> Crew:
     )
 
 
-def report_worker(dtype: torch.dtype, dask_worker: Worker | None = None) -> WorkerReport:
+def report_worker(dtype: torch.dtype, device: str | None, dask_worker: Worker | None = None) -> WorkerReport:
     """What this worker is; called in it, by Dask, which knows the name of the last argument."""
     assert dask_worker is not None
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    found = resolve_device(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rate = measure_rates(device, dtype).product
+        rate = measure_rates(found, dtype).product
     finally:
         torch.set_num_threads(threads)
     return WorkerReport(
         host=socket.gethostname(),
-        device=str(device),
-        arithmetic=describe_arithmetic(device),
+        device=str(found),
+        arithmetic=describe_arithmetic(found),
         versions=_versions(),
         num_threads=dask_worker.state.nthreads,
         memory_limit=dask_worker.memory_manager.memory_limit or available_memory(),
