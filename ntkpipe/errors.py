@@ -29,7 +29,7 @@ class SelfCheckError(NtkpipeError, ArithmeticError):
     """The Jacobian engine and the plain reference disagree, so no tile was computed."""
 
 
-class ResourceError(NtkpipeError, MemoryError):
+class ResourceError(MemoryError, NtkpipeError):  # in this order: Dask makes it by the first base's ``__new__``
     """The work does not fit the memory or the disk; the message holds both numbers."""
 
 

@@ -1,0 +1,29 @@
+"""Errors reach the driver from a worker as they were raised there."""
+
+import inspect
+
+import pytest
+import tblib.pickling_support
+from distributed.protocol.pickle import dumps, loads
+
+from ntkpipe import errors
+from ntkpipe.medium import OversizeError
+
+FAMILY = [each for _, each in inspect.getmembers(errors, inspect.isclass) if each not in {errors.StoreMismatchError}]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(each("what was found") for each in FAMILY),
+        errors.StoreMismatchError("another kernel", (("kind", "ntk", "pntk"),)),
+        OversizeError("a.zarr/zarr.json", 3, 2),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_error_survives_the_way_from_a_worker(error):
+    tblib.pickling_support.install(type(error))  # as Dask does for all that are known when it is imported
+    found = loads(dumps(error))
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    assert vars(found) == vars(error)
