@@ -14,11 +14,11 @@ from time import sleep
 from typing import Any
 from uuid import uuid4
 
-from distributed import Client, Future, fire_and_forget, get_worker, worker_client
+from distributed import Client, Future, fire_and_forget, get_worker, secede
 
 from ntkpipe import cluster
 from ntkpipe.config import load_workflow
-from ntkpipe.errors import ClusterError, ConfigError, StoreNotFoundError
+from ntkpipe.errors import ClusterError, ConfigError, StoreError, StoreNotFoundError
 from ntkpipe.parcel import pack_code, unpack_code
 from ntkpipe.remote import TOPIC
 from ntkpipe.store import Mode, Store, medium_at
@@ -111,7 +111,9 @@ def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, grow: b
     unpack_code(code, folder)
     loaded = workflow.load(folder / name, overrides)
     store = loaded.workflow.store
-    with worker_client() as client, _state_kept(store, key):
+    if _is_driven_by(store, key):  # Dask repeats it: mode="w" has started over, and what came since is kept
+        mode = "a"
+    with _own_client() as client, _state_kept(store, key, mode):
         # A store that is not there yet can only say that it has a driver once that has created it.
         client.subscribe_topic(TOPIC, lambda _: _write_state(store, key, "running", ""))
         bad = [
@@ -123,15 +125,35 @@ def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, grow: b
 
 
 @contextlib.contextmanager
-def _state_kept(where: str | Path, key: str) -> Iterator[None]:
-    """Say in ``results/driver`` of the store what becomes of the driver."""
-    _write_state(where, key, "running", "")
+def _own_client() -> Iterator[Client]:
+    """A client of this driver alone, whose thread the worker gets back; another driver may be in the same process."""
+    worker = get_worker()
+    secede()
+    with Client(worker.scheduler.address, security=worker.security, set_as_default=False) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _state_kept(where: str | Path, key: str, mode: Mode) -> Iterator[None]:
+    """Say in ``results/driver`` of the store what becomes of the driver, unless the store is not its own."""
+    if mode == "a":
+        _write_state(where, key, "running", "")
     try:
         yield
     except BaseException as error:
-        _write_state(where, key, "failed", f"{type(error).__name__}: {error}")
+        if mode == "a" or _is_driven_by(where, key):
+            _write_state(where, key, "failed", f"{type(error).__name__}: {error}")
         raise
     _write_state(where, key, "finished", "")
+
+
+def _is_driven_by(where: str | Path, key: str) -> bool:
+    """Whether a store was made, or resumed, by the driver of this key."""
+    try:
+        found = Store.open(where).read_result("driver")
+    except StoreError:  # none, or a damaged one
+        return False
+    return found is not None and found.get("key") == key
 
 
 def _write_state(where: str | Path, key: str, state: str, message: str) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small import chunks
+from distributed import Client
+from small import chunks, times
 
 from ntkpipe import cluster, open_kernel, workflow
 from ntkpipe.cli import main
-from ntkpipe.errors import ClusterError, ConfigError
-from ntkpipe.submission import submit
+from ntkpipe.errors import ClusterError, ConfigError, StoreExistsError
+from ntkpipe.parcel import pack_code
+from ntkpipe.submission import _drive, submit
 from ntkpipe.watch import watch
 
 FACTORIES = """
@@ -101,3 +103,26 @@ def test_addresses_that_are_of_no_use(file, address, words, monkeypatch):
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
     with pytest.raises((ConfigError, ClusterError), match=words):
         submit(file, scheduler=address)
+
+
+def test_two_drivers_on_one_worker_do_not_meet(file):
+    with cluster.connect("local", workers=1, memory_limit=2 * 2**30) as client:
+        stores = [submit(file, [f"store={name}.zarr"], scheduler=cluster.address_of(client)).store for name in "ab"]
+        for store in stores:
+            assert watch(store).store.read_result("driver")["state"] == "finished"
+
+
+def test_a_driver_that_dask_repeats_does_not_start_over_again(scheduler, file, tmp_path):
+    def drive(mode: str, key: str) -> dict[str, int]:
+        code = pack_code(file.parent, everything=True)
+        client.submit(_drive, code, file.name, [f"store={store}"], mode, False, key, pure=False).result()
+        return times(store)
+
+    store = tmp_path / "k.zarr"
+    with Client(scheduler, set_as_default=False) as client:
+        first = drive("w", "one")
+        assert drive("w", "one") == drive("w-", "one") == first
+        with pytest.raises(StoreExistsError):
+            drive("w-", "two")
+        assert open_kernel(store).store.read_result("driver")["key"] == "one"
+        assert drive("w", "two") != first
