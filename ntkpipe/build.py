@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter, time
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from ntkpipe.jacobian.block import Block, Engine
 from ntkpipe.jacobian.contract import Pairs, contract_diagonal_planes
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
-from ntkpipe.models import Batch, exact_math
+from ntkpipe.models import Batch, exact_process
 from ntkpipe.plan import Plan, Task
 from ntkpipe.planes import array_of
 from ntkpipe.records import BlockRecord, Record, TileRecord
@@ -118,6 +118,8 @@ class BuildJob:
         Folders of the planes, in the order in which they are contracted.
     in_use
         Keeps others from replacing what is written to, by a worker that may outlive its driver.
+    default_dtype
+        That of torch where the job was made; another process may have another one.
     """
 
     engine: Engine
@@ -130,11 +132,12 @@ class BuildJob:
     pairs: Pairs = "all"
     prefixes: tuple[str, ...] = ("kernel",)
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Arithmetic as every tile is computed, and what is written to held in use, in a process of its own."""
-        with exact_math(tf32=self.engine.model.tf32), self.in_use():
+        with exact_process(tf32=self.engine.model.tf32, default_dtype=self.default_dtype), self.in_use():
             yield
 
     def shrunk(self) -> "BuildJob":

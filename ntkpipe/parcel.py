@@ -1,6 +1,7 @@
 """What reaches the workers of a cluster: the job once, with the modules it needs, and what becomes of it there."""
 
 import contextlib
+import gc
 import io
 import pickle
 import threading
@@ -15,7 +16,7 @@ import cloudpickle
 from distributed import Reschedule, Scheduler, WorkerPlugin, get_worker
 from distributed.core import Status
 
-from ntkpipe.errors import ClusterError, ModelError
+from ntkpipe.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.execute import Job, Stopped
 from ntkpipe.imports import folder_first, forget_folder
 
@@ -24,6 +25,10 @@ _PLUGIN_PREFIX = "ntkpipe-"
 
 class ParcelMissingError(Exception):
     """A worker does not have the job: it came while a new scheduler did not have it yet."""
+
+
+class Leaving(Stopped, Reschedule):
+    """Raised inside a worker that is about to leave: a request to stop, and Dask does the key elsewhere."""
 
 
 def pickle_job(job: object) -> bytes:
@@ -49,9 +54,22 @@ def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 
 
     Raises
     ------
+    ConfigError
+        If it is no folder.
     ClusterError
-        If it is too large, naming the largest file.
+        If it cannot be read, or is too large, naming the largest file.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"code={str(folder)!r} is not a folder; needed the one whose modules are sent to workers")
+    try:
+        return _pack(folder, everything, most_bytes)
+    except OSError as error:
+        raise ClusterError(
+            f"cannot send the files of {folder} to workers: {error}; keep other files elsewhere"
+        ) from error
+
+
+def _pack(folder: Path, everything: bool, most_bytes: int) -> bytes:
     sizes = {path: path.stat().st_size for path in _files_of(folder, everything)}
     if sum(sizes.values()) > most_bytes:
         largest = max(sizes, key=lambda path: sizes[path])
@@ -60,19 +78,23 @@ def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 
             f"are sent; the largest is {largest} ({sizes[largest] >> 20} MiB): keep data outside of the folder"
         )
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    # Files that were made reproducible may be of 1970.
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         for path in sizes:
             archive.write(path, path.relative_to(folder))
     return buffer.getvalue()
 
 
-def _files_of(folder: Path, everything: bool) -> Iterator[Path]:
+def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files of a folder; neither stores, nor virtual environments, nor links to a folder that is above."""
+    above |= {folder.resolve()}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
-            if not (path / "zarr.json").exists():
-                yield from _files_of(path, everything)
+            is_foreign = (path / "zarr.json").exists() or (path / "pyvenv.cfg").exists()
+            if not is_foreign and path.resolve() not in above:
+                yield from _files_of(path, everything, above)
         elif path.is_file() and (everything or path.suffix == ".py"):
             yield path
 
@@ -109,7 +131,8 @@ class JobPlugin(WorkerPlugin):
 
     def teardown(self, worker: Any) -> None:
         """Called in each worker when the run has ended."""
-        _OPENED.pop((worker.id, self.parcel.token), None)
+        if _OPENED.pop((worker.id, self.parcel.token), None) is not None:
+            gc.collect()  # what threads have opened refers to itself: a next run would find its memory taken
 
 
 def plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
@@ -194,7 +217,7 @@ class _Opened:
         if state is None or state.state == "cancelled":
             raise Stopped
         if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
-            raise Reschedule
+            raise Leaving
 
 
 def unpack_code(code: bytes, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed import Reschedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import DictSink, LinearEngine, compute
@@ -20,6 +21,7 @@ from ntkpipe.grid import Axis, Grid, Span
 from ntkpipe.jacobian.block import Block
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.factors import Dense, Piece
+from ntkpipe.parcel import Leaving
 from ntkpipe.plan import Machine, Plan, Workload, make_plan
 from ntkpipe.store import prepare_path
 
@@ -259,3 +261,34 @@ def test_a_worker_that_outlives_its_driver_keeps_the_store_from_being_replaced(t
     with session(), pytest.raises(StoreExistsError, match="another run is writing"):
         prepare_path(store.root, "w")
     assert prepare_path(store.root, "w") is None
+
+
+def test_a_worker_that_leaves_while_the_model_works_does_not_blame_the_model():
+    """For Dask it is a key to be done elsewhere, in the middle of a model's samples as between tiles."""
+    plan = make_plan_of(8, 4, tile=4)
+    sources = {"train": ArraySource({"input": draw(8)}, 8), "test": ArraySource({"input": draw(4, seed=1)}, 4)}
+
+    def times_paused(most: float) -> int:
+        num = 0
+
+        def pause() -> None:
+            nonlocal num
+            num += 1
+            if num > most:
+                raise Leaving
+
+        do = BuildJob(LinearEngine(), plan, sources, False, DictSink(), StripCache(0), np.dtype("float64")).open(pause)
+        for task in plan.tasks():
+            list(do(task))
+        return num
+
+    for most in range(times_paused(np.inf)):
+        with pytest.raises(Reschedule):
+            times_paused(most)
+
+
+def test_a_process_of_its_own_has_the_default_dtype_of_the_driver():
+    job = BuildJob(LinearEngine(), make_plan_of(4, tile=4), {}, False, DictSink(), StripCache(0), np.dtype("float64"))
+    with replace(job, default_dtype=torch.float64).session():
+        assert torch.tensor([0.1]).dtype == torch.float64
+    assert torch.tensor([0.1]).dtype == torch.float32
