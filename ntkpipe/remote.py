@@ -127,6 +127,7 @@ class _Run(Generic[Key, Record]):
         self._events: queue.SimpleQueue[_Outcome[Record] | float] = queue.SimpleQueue()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="ntkpipe-fetcher")
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
+        self._is_delivered = False
         self._shrinking = 0
         self._shrunk_at = -_GRACE_SECONDS
         self._attempts = 0
@@ -136,7 +137,9 @@ class _Run(Generic[Key, Record]):
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
         for name in self._client.run_on_scheduler(plugins_of_the_dead):
-            self._client.unregister_worker_plugin(name)
+            # A worker may die this moment, and another driver do the same.
+            with contextlib.suppress(CommClosedError, OSError, ValueError):
+                self._client.unregister_worker_plugin(name)
         self._deliver()
         is_exhausted = False
         while True:
@@ -160,14 +163,19 @@ class _Run(Generic[Key, Record]):
 
     def _deliver(self) -> None:
         """Give the job to every worker that is there, and to those that will come."""
-        self._client.subscribe_topic(self._plugin.name, lambda event: self._busy.add(event[1]["worker"]))
-        self._client.subscribe_topic(_MEMORY_TOPIC, self._note_memory)
-        self._client.register_plugin(self._plugin, name=self._plugin.name)
+        busy, events = self._busy, self._events  # a client keeps what it calls, which shall not be the job
 
-    def _note_memory(self, event: tuple[float, dict[str, Any]]) -> None:
-        """A nanny has killed a worker; others' work may be on the same cluster."""
-        if event[1]["worker"] in self._busy:
-            self._events.put(monotonic())
+        def note_memory(event: tuple[float, dict[str, Any]]) -> None:
+            """A nanny has killed a worker; others' work may be on the same cluster."""
+            if event[1]["worker"] in busy:
+                events.put(monotonic())
+
+        self._client.subscribe_topic(self._plugin.name, lambda event: busy.add(event[1]["worker"]))
+        self._client.subscribe_topic(_MEMORY_TOPIC, note_memory)
+        self._is_delivered = True
+        # Where a worker dies this moment; others, or a scheduler that is gone, say that they do not have it.
+        with contextlib.suppress(CommClosedError, OSError):
+            self._client.register_plugin(self._plugin, name=self._plugin.name)
 
     def _window(self) -> int:
         if monotonic() - self._counted_at > _POLL_SECONDS:
@@ -298,7 +306,7 @@ class _Run(Generic[Key, Record]):
     def close(self) -> None:
         """Tell workers to leave what they are doing, and to forget the job."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
-        if self._client.status != "running":
+        if self._client.status != "running" or not self._is_delivered:
             return
         with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go this moment
             self._client.unsubscribe_topic(_MEMORY_TOPIC)

@@ -1,5 +1,7 @@
 """On a cluster: every key once, the bits of threads, and whatever dies, leaves or grows too large is made good."""
 
+import gc
+import io
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -20,13 +23,13 @@ import dask
 import numpy as np
 import pytest
 import torch
-from distributed import Client, Future
+from distributed import Client, Future, Worker
 from small import chunks, compute, inputs, mlp
 from torch import nn
 
 from ntkpipe import cluster, verify
-from ntkpipe.errors import ClusterError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
-from ntkpipe.parcel import pack_code
+from ntkpipe.errors import ClusterError, ConfigError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
+from ntkpipe.parcel import JobPlugin, pack_code
 from ntkpipe.remote import ClusterExecutor
 
 MIB = 2**20
@@ -120,6 +123,32 @@ def test_nothing_is_left_on_the_cluster(client):
     run(client, Numbers())
     assert set(client.run(lambda: len(_OPENED)).values()) == {0}
     assert not client.futures
+
+
+def test_the_client_and_the_workers_keep_nothing_of_a_run(client, tmp_path):
+    from ntkpipe.build import BuildJob
+
+    def num_jobs() -> int:
+        return sum(type(each) is BuildJob for each in gc.get_objects())
+
+    compute(tmp_path / "k.zarr", client=client)
+    assert set(client.run(num_jobs).values()) == {0}
+    gc.collect()
+    assert num_jobs() == 0
+    assert not any(type(each) is JobPlugin for each in gc.get_objects())
+
+
+def test_a_worker_that_dies_while_the_job_is_delivered_loses_nothing(client, tmp_path, monkeypatch):
+    def dies(plugin: JobPlugin, worker: Worker) -> None:
+        if first_time(tmp_path, "died"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        JobPlugin.setup(plugin, worker)
+
+    monkeypatch.setattr(
+        "ntkpipe.remote.JobPlugin", type("Dying", (JobPlugin,), {"setup": dies, "__module__": "__main__"})
+    )
+    assert run(client, Numbers()) == every()
+    assert list(tmp_path.iterdir())
 
 
 def test_the_error_of_a_worker_reaches_the_caller_and_stops_the_others(client):
@@ -333,12 +362,27 @@ class TestWhatReachesTheWorkers:
         (tmp_path / "a" / ".git").mkdir()
         names = {False: set(), True: set()}
         for everything, found in names.items():
-            import io
-            import zipfile
-
             archive = zipfile.ZipFile(io.BytesIO(pack_code(tmp_path / "a", everything=everything)))
             found.update(archive.namelist())
         assert names[False] == {"numbers_of_mine.py", "parts/__init__.py"}
         assert names[True] == names[False] | {"data.bin"}
         with pytest.raises(ClusterError, match=r"0 MiB of files .* the largest is .*data.bin"):
             pack_code(tmp_path / "a", everything=True, most_bytes=120)
+
+    def test_a_folder_may_be_old_and_have_links_and_environments(self, tmp_path):
+        folder = tmp_path / "a"
+        self.write(folder, 1)
+        os.utime(folder / "numbers_of_mine.py", (0, 0))
+        (folder / "loop").symlink_to(folder)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "more.py").touch()
+        (folder / "linked").symlink_to(tmp_path / "elsewhere")
+        (folder / "venv").mkdir()
+        (folder / "venv" / "pyvenv.cfg").touch()
+        (folder / "venv" / "site.py").touch()
+        with zipfile.ZipFile(io.BytesIO(pack_code(folder))) as archive:
+            assert set(archive.namelist()) == {"numbers_of_mine.py", "parts/__init__.py", "linked/more.py"}
+
+    def test_what_is_no_folder_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="is not a folder"):
+            pack_code(tmp_path / "nothing")
