@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ntkpipe.datasets import Source, show_samples
-from ntkpipe.device import is_out_of_memory, peak_memory
+from ntkpipe.device import describe_arithmetic, is_out_of_memory, peak_memory
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.execute import Stopped
 from ntkpipe.gram import fill_tile
@@ -225,6 +225,7 @@ class _Builder:
             host=socket.gethostname(),
             process=os.getpid(),
             device=str(self._device),
+            arithmetic=describe_arithmetic(self._device),
         )
 
     def _chunks(self, task: Task) -> Iterator[TileRecord]:

@@ -20,6 +20,7 @@ from rich.text import Text
 from ntkpipe import __version__
 from ntkpipe.derive import derive_kernel
 from ntkpipe.errors import (
+    ConfigError,
     Interrupted,
     NonFiniteError,
     NtkpipeError,
@@ -104,7 +105,10 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
 @click.option("--scheduler", metavar="ADDRESS", required=True, help="Of the cluster: tcp://host:8786 or tls://….")
 def submit(workflow: Path, overrides: tuple[str, ...], grow: bool, mode: Any, scheduler: str) -> None:
     """Run WORKFLOW on a Dask cluster, its driver included, and return once the first block is handed out."""
-    from ntkpipe.submission import submit as submit_workflow
+    try:
+        from ntkpipe.submission import submit as submit_workflow
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"submit needs Dask's distributed ({error}); install ntkpipe[cluster]") from error
 
     submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow)
     rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]

@@ -127,6 +127,13 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def describe_arithmetic(device: torch.device) -> str:
+    """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory that can still be used: what is free, and what torch keeps for itself unused."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

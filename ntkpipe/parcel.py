@@ -39,14 +39,15 @@ def pickle_job(job: object) -> bytes:
     ModelError
         If it cannot be pickled.
     """
+    from ntkpipe import pickling  # keeps torch out of the scheduler, which imports this module
+
     try:
-        pickled: bytes = cloudpickle.dumps(job)
+        return pickling.dumps(job)
     except Exception as error:
         raise ModelError(
             f"the model cannot be sent to workers (pickling it raised {error!r}): define its class in a module, in the "
             "workflow's folder, or in __main__, and keep open files, locks and scripted modules out of it"
         ) from error
-    return pickled
 
 
 def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 2**20) -> bytes:

@@ -15,10 +15,11 @@ import torch
 from distributed import Client, Worker
 
 from ntkpipe.cluster import address_of, require_package
+from ntkpipe.device import describe_arithmetic
 from ntkpipe.errors import ClusterError
 from ntkpipe.models import resolve_device
 from ntkpipe.plan import SHARE_OF_LIMIT, Crew
-from ntkpipe.prepare import describe_arithmetic, measure_rates
+from ntkpipe.prepare import measure_rates
 from ntkpipe.resources import available_memory, process_memory
 from ntkpipe.store import Store
 
@@ -36,7 +37,7 @@ class WorkerReport:
     host
         Its name.
     device, arithmetic
-        Type of device, and what decides the last bits: see :func:`ntkpipe.prepare.describe_arithmetic`.
+        Type of device, and what decides the last bits: see :func:`ntkpipe.device.describe_arithmetic`.
     versions
         Of Python and of the packages that matter.
     num_threads
@@ -99,7 +100,7 @@ def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = Non
     Raises
     ------
     ClusterError
-        If they cannot work together: other versions of ntkpipe, or CPUs and GPUs mixed.
+        If they cannot work together: other versions of ntkpipe, CPUs and GPUs mixed, or several threads on a GPU.
     """
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
@@ -122,6 +123,10 @@ def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = Non
             f"workers compute differently: {arithmetic}; tiles agree to rounding, not to the last bit", stacklevel=3
         )
     every = list(reports.values())
+    if every[0].device != "cpu" and any(r.num_threads > 1 for r in every):
+        raise ClusterError(
+            "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
+        )
     return Crew(
         processes=len(every),
         threads=max(r.num_threads for r in every),

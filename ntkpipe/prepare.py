@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ntkpipe.config import KernelSpec, RunSpec
 from ntkpipe.datasets import Samples
-from ntkpipe.device import free_memory, sizes_of, without_tf32
+from ntkpipe.device import describe_arithmetic, free_memory, sizes_of, without_tf32
 from ntkpipe.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.grid import Grid, default_tile, kernel_grids
 from ntkpipe.jacobian.block import Engine, Setup
@@ -206,17 +206,10 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew
 
 
 def where_computed(engine: Engine, crew: Crew | None) -> tuple[str, str]:
-    """Type of the device that computes, and :func:`describe_arithmetic` of it: here, or on the workers."""
+    """Type of the device that computes, here or on the workers, and what decides the last bits there."""
     if crew is not None:
         return torch.device(crew.device).type, crew.arithmetic
     return engine.model.device.type, describe_arithmetic(engine.model.device)
-
-
-def describe_arithmetic(device: torch.device) -> str:
-    """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def plan_run(

@@ -63,6 +63,8 @@ class BlockRecord:
         As in :class:`TileRecord`.
     host, process, device
         Where it was computed.
+    arithmetic
+        What decides the last bits there: see :func:`ntkpipe.device.describe_arithmetic`.
     """
 
     array: str
@@ -79,6 +81,7 @@ class BlockRecord:
     host: str
     process: int
     device: str
+    arithmetic: str
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -115,6 +118,7 @@ class RunLog:
         self._num_bytes = 0
         self._peak_memory_bytes = 0
         self._hosts: set[str] = set()
+        self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
     def tiles(self, records: Iterator[Record]) -> Iterator[TileRecord]:
         """The tiles among the records; blocks are logged.
@@ -131,6 +135,14 @@ class RunLog:
                 yield record
 
     def _add(self, block: BlockRecord) -> None:
+        expected = self._store.manifest.choices.arithmetic
+        if block.arithmetic != expected and block.host not in self._strangers:
+            self._strangers.add(block.host)
+            warnings.warn(
+                f"{block.host} computes with {block.arithmetic}, the store was begun with {expected}: its tiles "
+                "agree to rounding, not to the last bit",
+                stacklevel=2,
+            )
         self._flops += block.flops
         self._num_bytes += block.num_bytes
         self._peak_memory_bytes = max(self._peak_memory_bytes, block.peak_memory_bytes)

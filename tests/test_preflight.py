@@ -74,6 +74,7 @@ def test_what_differs_is_said_with_the_names_of_hosts():
     ("reports", "words"),
     [
         ([], "has no workers"),
+        ([other("two", device="cuda:0", num_threads=2)], "several threads; a GPU has one worker"),
         ([USUAL, other("two", device="cuda:0")], "different devices: cpu on one; cuda:0 on two"),
         (
             [other("two", versions={**USUAL.versions, "ntkpipe": "0.0.1"})],

@@ -40,3 +40,10 @@ def test_a_resumed_run_tells_of_its_own_blocks_alone(tmp_path):
     (added,) = lines_of(open_kernel(tmp_path / "run.zarr"))[before:]
     assert (added["array"], added["tiles"]) == ("kernel/train", 1)
     assert len(store.store.read_results("runs")) == 2
+
+
+def test_a_worker_of_another_type_that_joins_later_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("ntkpipe.build.describe_arithmetic", lambda device: "SSE2")
+    monkeypatch.setattr("ntkpipe.build.socket.gethostname", lambda: "late")
+    with pytest.warns(UserWarning, match="late computes with SSE2, the store was begun with"):
+        compute(tmp_path / "run.zarr")

@@ -13,7 +13,12 @@ READERS = (
     *("checkpoints", "datasets", "certify", "analysis.summary"),
 )
 # Names come from the user's workflow file; tasks go between a client and its own cluster.
-TRUSTED = {"imports": {"importlib"}, "parcel": {"cloudpickle", "pickle"}, "remote": {"pickle"}}
+TRUSTED = {
+    "imports": {"importlib"},
+    "pickling": {"cloudpickle"},
+    "parcel": {"cloudpickle", "pickle"},
+    "remote": {"pickle"},
+}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 # They look, and import nothing.
