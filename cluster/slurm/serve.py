@@ -18,6 +18,9 @@ import dask
 from dask_jobqueue import SLURMCluster
 from distributed import Security
 
+# dask_jobqueue takes over the whole process's Ctrl-C when it is imported, as an exit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A worker that leaves waits up to 30 seconds for the piece that it computes; SLURM looks at walltimes twice a minute.
 LEAVE_EARLY_SECONDS = 60
 # Workers that start together leave one after the other, over this share of the walltime.
