@@ -31,6 +31,7 @@ import numpy as np
 import psutil
 import torch
 from distributed import Client, Worker
+from samples.generated import Generated
 
 import ntkpipe
 from ntkpipe.estimate import Estimate, estimate_cluster
@@ -48,19 +49,6 @@ CHEAP = {
     "distributed.admin.system-monitor.interval": "60s",
     "logging": {"distributed": "critical"},
 }
-
-
-class Generated(torch.utils.data.Dataset[np.ndarray]):
-    """Samples that are made when they are read; a plan reads five."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return np.random.default_rng(i).random(784, dtype=np.float32)
 
 
 @dataclass(frozen=True)

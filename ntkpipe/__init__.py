@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel, repair, verify
+    from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
     from ntkpipe.errors import NtkpipeError
     from ntkpipe.estimate import estimate_cluster
     from ntkpipe.export import export_kernel
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
+    from ntkpipe.upkeep import repair, verify
 
 __version__ = "0.1.0"
 
@@ -27,8 +28,8 @@ _HOMES = {
     "kernel_matrix": "api",
     "open_kernel": "kernel",
     "plan_kernel": "api",
-    "repair": "api",
-    "verify": "api",
+    "repair": "upkeep",
+    "verify": "upkeep",
 }
 
 __all__ = [

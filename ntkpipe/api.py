@@ -1,15 +1,12 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.certify import certify, find_witness, with_certificates
 from ntkpipe.config import KernelSpec, RunSpec, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.enlarge import chunks_left, grow_store
@@ -21,12 +18,9 @@ from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.matrix import compute_matrix, prepare_matrix
-from ntkpipe.mending import RepairReport, mend, undo
-from ntkpipe.models import DTYPES, Forward
-from ntkpipe.plan import Crew, Plan, Task
+from ntkpipe.models import Forward
+from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import plan_run, prepare, reuse_choices, time_jacobians
-from ntkpipe.progress import Ticks
-from ntkpipe.recompute import given_or_stored, recompute, spec_of
 from ntkpipe.records import Record
 from ntkpipe.runs import (
     build,
@@ -39,7 +33,7 @@ from ntkpipe.runs import (
     settle,
 )
 from ntkpipe.store import Mode, Store, medium_at, prepare_path
-from ntkpipe.verification import Finding, VerificationReport, record_report, verify_and_record
+from ntkpipe.team import cluster_executor, device_here, inspect_crew
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -170,13 +164,13 @@ def compute_kernel(
         undo_cut_growth(existing)
         spec = _with_tile_of(existing, spec)
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
-    crew = None if client is None else _inspect(client, spec, run.device, progress)
+    crew = None if client is None else inspect_crew(client, spec, run.device, progress)
 
     def executor(store: Store) -> Executor[Task, Record] | None:
-        return None if client is None else _cluster_executor(client, store, code)
+        return None if client is None else cluster_executor(client, store, code)
 
     with exact_single_thread(spec.compute_dtype):
-        device = _device_here(run.device, crew)
+        device = device_here(run.device, crew)
         prepared = prepare(model, train, test, spec, forward=forward, device=device, choose_tile=_tile_of(existing))
         asked = manifest_of(
             model, prepared, train.inspect("inputs"), None if test is None else test.inspect("test_inputs")
@@ -265,35 +259,6 @@ def plan_kernel(
         return time_jacobians(planned, prepared, engine), report_of(engine)
 
 
-def _inspect(client: "Client", spec: KernelSpec, device: str | None, progress: bool) -> Crew:
-    """What the workers of a cluster are; says where its dashboard is."""
-    from ntkpipe import cluster, preflight  # keeps distributed out of runs on one machine
-
-    cluster.require_workers(client)
-    crew = preflight.inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], device)
-    if progress:
-        each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
-        where = f"{crew.processes} workers of {each} on {crew.device} ({crew.arithmetic})"
-        print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
-    return crew
-
-
-def _device_here(device: str | None, crew: Crew | None) -> str | None:
-    """Where this process looks at the model: as the workers do if it can, for it may have no GPU and they some."""
-    if crew is None:
-        return device
-    return "cpu" if crew.device == "cpu" else None
-
-
-def _cluster_executor(client: "Client", store: Store, code: str | Path | None) -> Executor[Task, Record]:
-    from ntkpipe import parcel, preflight, remote
-
-    preflight.require_shared_store(client, store)
-    client.log_event(remote.TOPIC, {"store": str(store.root), "state": "building"})
-    packed = None if code is None else parcel.pack_code(Path(code))
-    return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
-
-
 def _with_tile_of(existing: Store, spec: KernelSpec) -> KernelSpec:
     """Take the tile that is asked for to the store's, where it was cut to the samples that there were at first."""
     manifest = existing.manifest
@@ -376,170 +341,6 @@ def kernel_matrix(
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return compute_matrix(prepared, run, what=kind, progress=progress)
-
-
-def verify(
-    store: str | Path | KernelStore,
-    model: nn.Module | None = None,
-    inputs: object = None,
-    *,
-    test_inputs: object = None,
-    forward: Forward = None,
-    device: str | None = None,
-    progress: bool = True,
-) -> VerificationReport:
-    """Verify a store, and with a model certify its whole kernels; the report is kept in the store.
-
-    Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
-    Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
-    J(J'v), which every entry takes part in.
-
-    Parameters
-    ----------
-    store
-        Path, or an open store.
-    model
-        What the store was made with.
-    inputs, test_inputs
-        The samples it was made with; default those in the store.
-    forward, device
-        As for :func:`compute_kernel`.
-    progress
-        Show progress bars on standard error.
-
-    Returns
-    -------
-    The report; ``report.is_good`` says whether anything was found.
-
-    Raises
-    ------
-    ConfigError
-        If inputs are given without a model.
-    StoreMismatchError
-        If model or samples are not those of the store.
-    """
-    if model is None and inputs is not None:
-        raise ConfigError("inputs were given without a model; a certificate needs both")
-    opened = _open(store)
-    if model is None:
-        return verify_and_record(opened.store, progress=progress)
-    return _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress)
-
-
-def repair(
-    store: str | Path | KernelStore,
-    model: nn.Module | None = None,
-    inputs: object = None,
-    *,
-    targets: object = None,
-    test_inputs: object = None,
-    test_targets: object = None,
-    forward: Forward = None,
-    memory_limit: int | str | None = None,
-    device: str | None = None,
-    self_check: bool = True,
-    client: "Client | None" = None,
-    code: str | Path | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-) -> RepairReport:
-    """Verify a store and put right what is bad; what was done is kept in the store below ``results/repairs``.
-
-    With the model, exactly the chunks that are missing or bad are computed again, with the choices that the store
-    recorded, so they get the bits that they had; each is replaced when the new one is written. Then the kernels are
-    certified. Without a model: leftovers and chunks that belong to no array are removed, damaged ``zarr.json`` of
-    arrays written anew, a growth that was cut short is undone; bad chunks are reported and stay.
-
-    Parameters
-    ----------
-    store
-        Path, or an open store.
-    model, forward
-        What the store was made with.
-    inputs, targets, test_inputs, test_targets
-        The samples it was made with; default those in the store.
-    memory_limit, device, self_check, client, code, workers, progress
-        As for :func:`compute_kernel`.
-
-    Returns
-    -------
-    What was found, done and left; ``report.is_good`` says whether the store is good now.
-
-    Raises
-    ------
-    ConfigError
-        If inputs are given without a model, or none are given and those in the store are damaged; or the store was
-        derived from another one.
-    StoreMismatchError
-        If model or samples are not those of the store. Nothing was changed then.
-    StoreError
-        If the store cannot be written.
-    """
-    opened = _open(store)
-    if model is None:
-        if inputs is not None:
-            raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
-        return mend(opened.store, done=undo(opened.store), progress=progress)
-    kept, manifest = opened.store, opened.manifest
-    if manifest.derived is not None:
-        raise ConfigError(
-            f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
-            "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
-        )
-    spec, run = spec_of(manifest), _run_spec(memory_limit, device, workers, self_check)
-    done = undo(kept)
-    train = given_or_stored(kept, "train", inputs, targets)
-    test = given_or_stored(kept, "test", test_inputs, test_targets)
-    assert train is not None
-    crew = None if client is None else _inspect(client, spec, run.device, progress)
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=_device_here(run.device, crew))
-        test_record = None if test is None else test.inspect("test_inputs")
-        require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
-        return mend(
-            kept,
-            lambda chunks: recompute(
-                kept,
-                chunks,
-                prepared,
-                run,
-                crew=crew,
-                executor=lambda store: None if client is None else _cluster_executor(client, store, code),
-                progress=progress,
-            ),
-            lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress),
-            done=done,
-            progress=progress,
-        )
-
-
-def _open(store: str | Path | KernelStore) -> KernelStore:
-    return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
-
-
-def _verify(
-    opened: KernelStore,
-    model: nn.Module,
-    inputs: object,
-    test_inputs: object,
-    *,
-    forward: Forward,
-    device: str | None,
-    progress: bool,
-) -> VerificationReport:
-    """Verify and certify."""
-    with exact_single_thread(opened.manifest.compute_dtype):
-        # Whatever does not match is said before a single tile is read.
-        witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
-        report = verify_and_record(opened.store, progress=progress)
-        if not report.is_good:
-            missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
-            return replace(report, findings=(*report.findings, missing))
-        with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
-            certificates = certify(opened, witness, step=ticks.tick)
-    report = with_certificates(report, certificates)
-    record_report(opened.store, report)
-    return report
 
 
 def _as_both(

@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import ConfigError, ResourceError, StoreError, StoreExistsError, StoreFullError, TileError
+from ntkpipe.errors import ConfigError, ResourceError, StoreExistsError, TileError
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.layout import ArrayLayout, Index
 from ntkpipe.medium import Folder
 from ntkpipe.progress import Ticks
 from ntkpipe.resources import format_bytes, free_disk
-from ntkpipe.store import Store, StoredArray
+from ntkpipe.store import Store, StoredArray, writing
 
 _KERNELS = "kernel/"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,7 +76,10 @@ def export_kernel(
     _require_room(source.layout, target)
     folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     partial = folder / "array"
-    with _writing(target), Ticks(source.layout.num_chunks, what="export", unit="chunk", enabled=progress) as ticks:
+    with (
+        writing(Folder(target.parent)),
+        Ticks(source.layout.num_chunks, what="export", unit="chunk", enabled=progress) as ticks,
+    ):
         folder.mkdir(parents=True)
         try:
             with _WRITERS[target.suffix](partial, source.layout) as write:
@@ -172,17 +175,3 @@ def _zarr(path: Path, layout: ArrayLayout) -> Iterator[Write]:
 
 
 _WRITERS = {".npy": _npy, ".zarr": _zarr}
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        if error.errno in _DISK_FULL:
-            raise StoreFullError(
-                f"the disk is full: {format_bytes(free_disk(target))} free at {target}; nothing is left there"
-            ) from error
-        raise StoreError(f"cannot write {target}: {error}") from error

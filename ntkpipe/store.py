@@ -98,13 +98,13 @@ class StoredArray:
         """
         name = f"{self.layout.name}/{_DOCUMENT}"
         if self.medium.size(name) is None:
-            with _writing(self.medium):
+            with writing(self.medium):
                 self.medium.put_new(name, self._document())
         self.check_metadata()
 
     def replace_metadata(self) -> None:
         """Write ``zarr.json`` anew, whatever is there; chunks are left as they are."""
-        with _writing(self.medium):
+        with writing(self.medium):
             self.medium.put(f"{self.layout.name}/{_DOCUMENT}", self._document())
 
     def _document(self) -> bytes:
@@ -274,7 +274,7 @@ class Store:
         manifest they get with the one they asked for.
         """
         medium = medium_at(where)
-        with _writing(medium):
+        with writing(medium):
             medium.put_new(_DOCUMENT, _readable_group({ATTRIBUTE: manifest.to_attribute()}, _DOCUMENT))
         store = cls.open(medium)
         store.complete_layout()
@@ -299,7 +299,7 @@ class Store:
     def _create_groups(self, names: Iterable[str]) -> None:
         """Create the groups that the arrays or groups of these names are in."""
         folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in names) for depth in range(1, len(parts))}
-        with _writing(self.medium):
+        with writing(self.medium):
             for folder in sorted(folders):
                 if self.medium.size(f"{folder}/{_DOCUMENT}") is None:
                     self.medium.put_new(f"{folder}/{_DOCUMENT}", group_document({}))
@@ -325,7 +325,7 @@ class Store:
             If it was replaced since it was opened.
         """
         with contextlib.ExitStack() as held:
-            with _writing(self.medium):
+            with writing(self.medium):
                 held.enter_context(self.medium.in_use())
             self._require_current()
             yield
@@ -358,7 +358,7 @@ class Store:
 
     def replace_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest in one atomic step; other attributes of the group are kept."""
-        with _writing(self.medium):
+        with writing(self.medium):
             attributes = group_attributes(self.medium.get(_DOCUMENT), str(self.medium.address(_DOCUMENT)))
             self.medium.put(_DOCUMENT, group_document({**attributes, ATTRIBUTE: manifest.to_attribute()}))
 
@@ -375,12 +375,12 @@ class Store:
         name = f"results/{name}"
         self._create_groups([name])
         attributes = {"result": dict(result), "manifest_digest": self.manifest.digest()}
-        with _writing(self.medium):
+        with writing(self.medium):
             self.medium.put(f"{name}/{_DOCUMENT}", _readable_group(attributes, name))
 
     def append_result(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line of JSON to the file ``results/name``, which one process at a time does."""
-        with _writing(self.medium):
+        with writing(self.medium):
             self.medium.append(f"results/{name}", json.dumps(line).encode() + b"\n")
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
@@ -499,7 +499,7 @@ def _remove(medium: Medium) -> None:
         raise StoreExistsError(
             f"{medium.root} is not a kernel store, so mode='w' does not remove it; choose another path"
         )
-    with _writing(medium):
+    with writing(medium):
         try:
             medium.remove()
         except BlockingIOError:
@@ -541,7 +541,18 @@ def _full(medium: Medium) -> str:
 
 
 @contextlib.contextmanager
-def _writing(medium: Medium) -> Iterator[None]:
+def writing(medium: Medium) -> Iterator[None]:
+    """Say what it means that something cannot be written.
+
+    Raises
+    ------
+    StoreFullError
+        If the disk is full.
+    StoreError
+        For every other error of the system.
+    OSError
+        A StoreError from within, as it is.
+    """
     try:
         yield
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ntkpipe import api
+from ntkpipe import api, upkeep
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.checkpoints import load_checkpoint
 from ntkpipe.config import RunSpec, StepSpec, Workflow, load_workflow
@@ -185,7 +185,7 @@ def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterRe
 
 def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    return api.verify(
+    return upkeep.verify(
         store,
         loaded.model,
         loaded.data["inputs"],
@@ -197,11 +197,11 @@ def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) 
 
 
 def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
-    """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.api.repair`."""
+    """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.upkeep.repair`."""
     limits = loaded.workflow.run
     with contextlib.ExitStack() as stack:
         client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
-        return api.repair(
+        return upkeep.repair(
             store,
             loaded.model,
             forward=loaded.forward,
@@ -260,7 +260,7 @@ def _result_rows(store: KernelStore) -> Rows:
 
 
 def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[Rows, bool]:
-    report = verify(loaded, store, progress=progress) if certify else api.verify(store, progress=progress)
+    report = verify(loaded, store, progress=progress) if certify else upkeep.verify(store, progress=progress)
     return verification_rows(report), report.is_good
 
 

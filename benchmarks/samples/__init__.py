@@ -1,0 +1,1 @@
+"""Samples that several benchmarks plan for."""
