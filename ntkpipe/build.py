@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ntkpipe.arithmetic import exact_process
 from ntkpipe.datasets import Source, show_samples
 from ntkpipe.device import describe_arithmetic, is_out_of_memory, peak_memory
 from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
@@ -25,7 +26,7 @@ from ntkpipe.jacobian.block import Block, Engine
 from ntkpipe.jacobian.contract import Pairs, contract_diagonal_planes
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.layout import Index
-from ntkpipe.models import Batch, exact_process
+from ntkpipe.models import Batch
 from ntkpipe.plan import Plan, Task
 from ntkpipe.planes import array_of
 from ntkpipe.records import BlockRecord, Record, TileRecord

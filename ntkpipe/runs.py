@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.build import BuildJob, StripCache
 from ntkpipe.config import ComputeDtype, RunSpec
 from ntkpipe.datasets import Samples, Source, StoredSource
@@ -39,7 +40,7 @@ from ntkpipe.kernel import KernelStore
 from ntkpipe.layout import Index, layouts, planes
 from ntkpipe.manifest import FORMAT, Choices, DataRecord, Manifest, differences
 from ntkpipe.medium import Medium
-from ntkpipe.models import exact_math, fingerprint
+from ntkpipe.models import fingerprint
 from ntkpipe.plan import Crew, Plan, Task
 from ntkpipe.prepare import Prepared, plan_run, reuse_choices, where_computed
 from ntkpipe.progress import show_progress

@@ -8,6 +8,7 @@ import reference
 import torch
 
 import ntkpipe
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.jacobian import check
 from ntkpipe.jacobian.block import Setup
 from ntkpipe.jacobian.contract import contract
@@ -15,7 +16,7 @@ from ntkpipe.jacobian.probe import make_engine
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.jacobian.trace import trace
 from ntkpipe.jacobian.workspace import Workspace
-from ntkpipe.models import exact_math, prepare_model
+from ntkpipe.models import prepare_model
 
 # |dK_p,ij| <= RELATIVE * sqrt(K_p,ii K_p,jj) + FLOOR * sqrt(K_ii K_jj); the floor is for what is zero but for rounding.
 RELATIVE, FLOOR = 1e-10, 1e-14

@@ -41,6 +41,7 @@ HOUSE = {
     "export": (6, "shared"),
     "device": (2, "make"),
     "transfer": (1, "make"),
+    "arithmetic": (1, "make"),
     "checkpoints": (4, "make"),
     "models": (4, "make"),
     "datasets": (5, "make"),
@@ -98,6 +99,7 @@ DOORS = {
     "cloudpickle": {"parcel", "pickling"},
     "obstore": {"objects"},
     "torch": {
+        "arithmetic",
         "pickling",
         "device",
         "transfer",

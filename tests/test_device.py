@@ -20,6 +20,7 @@ from torch.utils import backend_registration
 
 import ntkpipe
 from ntkpipe import build, gram, prepare
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.device import SIZES, add_rows, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.errors import ResourceError
 from ntkpipe.gram import fill_tile
@@ -27,7 +28,7 @@ from ntkpipe.jacobian.block import Engine
 from ntkpipe.jacobian.contract import contract, contract_planes
 from ntkpipe.jacobian.terms import Rates
 from ntkpipe.jacobian.workspace import Workspace
-from ntkpipe.models import exact_math, prepare_model, without_cudnn_rnns
+from ntkpipe.models import prepare_model, without_cudnn_rnns
 from ntkpipe.plan import Machine
 from ntkpipe.runs import StoreSink
 from ntkpipe.transfer import DeviceTiles

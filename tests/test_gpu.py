@@ -10,9 +10,10 @@ from torch import nn
 
 import ntkpipe
 from ntkpipe import build
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.device import add_rows
 from ntkpipe.jacobian.uses import looked_up
-from ntkpipe.models import exact_math, prepare_model
+from ntkpipe.models import prepare_model
 from ntkpipe.transfer import DeviceTiles, SideStream, to_host_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ntkpipe.errors import ConfigError, ModelError, NonFiniteError
-from ntkpipe.models import exact_math, exact_process, fingerprint, prepare_model, resolve_device, select_parameters
+from ntkpipe.models import fingerprint, prepare_model, resolve_device, select_parameters
 
 CPU = torch.device("cpu")
 BATCH = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -245,46 +245,3 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device(None) == resolve_device("cuda") == torch.device("cuda:0")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
-
-
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_exact_math_restores_the_settings(precision):
-    torch.set_float32_matmul_precision(precision)
-
-    def settings():
-        return (
-            torch.backends.cuda.matmul.fp32_precision,
-            torch.backends.cudnn.conv.fp32_precision,
-            torch.backends.mkldnn.matmul.fp32_precision,
-            torch.backends.mha.get_fastpath_enabled(),
-            torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.math_sdp_enabled(),
-        )
-
-    def stop():
-        with exact_math():
-            assert settings() == ("ieee", "ieee", "ieee", False, False, True)
-            raise KeyError
-
-    before = settings()
-    with pytest.raises(KeyError):
-        stop()
-    assert settings() == before
-    torch.set_float32_matmul_precision("highest")
-
-
-@pytest.mark.parametrize("first_out", [0, 1])
-def test_threads_may_leave_exact_math_in_any_order(first_out):
-    """As the drivers and the workers' threads of a process do."""
-
-    def settings():
-        return torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(), torch.ones(1).dtype
-
-    before = settings()
-    users = [exact_process(), exact_process(default_dtype=torch.float64)]
-    for user in users:
-        user.__enter__()
-    users.pop(first_out).__exit__(None, None, None)
-    assert settings() == (False, False, [torch.float64, torch.float32][first_out])
-    users.pop().__exit__(None, None, None)
-    assert settings() == before

@@ -17,13 +17,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ntkpipe
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
 from ntkpipe.jacobian.contract import contract_diagonal_planes, contract_planes
 from ntkpipe.jacobian.cost import Meter
 from ntkpipe.jacobian.workspace import Workspace
 from ntkpipe.kernel import KernelSet, KernelStore
 from ntkpipe.layout import layouts
-from ntkpipe.models import exact_math
 from ntkpipe.planes import MAX_PLANES, match_groups, num_planes, planes_of
 
 L = nn.Linear

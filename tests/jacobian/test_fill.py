@@ -10,10 +10,10 @@ from reference import Custom, redraw
 from small import with_sizes
 from torch import nn
 
+from ntkpipe.arithmetic import exact_math
 from ntkpipe.jacobian import fill as module
 from ntkpipe.jacobian.factors import Dense, Late, Pairwise, Piece, Table
 from ntkpipe.jacobian.fill import dense_filler, make_filler
-from ntkpipe.models import exact_math
 
 L = nn.Linear
 T = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
