@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+import signal
 import socket
+import time
 from collections import Counter
 
+import dask
 import pytest
 from distributed import Client
 
@@ -35,6 +38,23 @@ def test_a_local_cluster_has_single_threaded_processes_that_only_this_machine_re
         scheduler = cluster.address_of(client)
     with pytest.raises(OSError, match=r"Timed out|timed out|refused"):
         Client(scheduler, timeout=0.5)
+
+
+def test_a_worker_of_a_local_cluster_comes_back_however_often_it_dies():
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "50 ms"}),
+        connect("local", workers=1, memory_limit=2**30) as client,
+    ):
+        seen: set[int] = set()
+        for deaths in range(1, 4):
+            client.wait_for_workers(1, timeout=30)
+            (process,) = [process for process, _ in client.run(environment).values()]
+            seen.add(process)
+            assert len(seen) == deaths
+            os.kill(process, signal.SIGKILL)
+            while client.nthreads():
+                time.sleep(0.02)
+        client.wait_for_workers(1, timeout=30)
 
 
 def test_every_gpu_gets_a_process_that_sees_it_alone(monkeypatch):
