@@ -20,7 +20,16 @@ _LOOPBACK = "127.0.0.1"
 _DASHBOARD_PORT = 8787
 _SHARE_OF_MEMORY = 0.7
 _CONNECT_SECONDS = 30
-_LOST_FOR_GOOD = "100 days"
+# Of a local cluster.
+_SETTINGS = {
+    # Its nannies restart what dies. Left alone, Dask would close one whose worker is just dying again when the time
+    # after an earlier death is over, and the cluster would be without that worker for good.
+    "distributed.deploy.lost-worker-timeout": "100 days",
+    # Profiles of a hundred stacks a second, and clocks that tick fifty times, take a tenth of a busy core. Blocks are
+    # few and long.
+    "distributed.worker.profile.interval": "500 ms",
+    "distributed.admin.tick.interval": "500 ms",
+}
 # Workers of a batch system may wait in its queue.
 _WAIT_SECONDS = 600
 
@@ -56,9 +65,7 @@ def connect(
     """
     with contextlib.ExitStack() as stack:
         if scheduler == LOCAL:
-            # Its nannies restart what dies. Left alone, Dask would close one whose worker is just dying again when the
-            # time after an earlier death is over, and the cluster would be without that worker for good.
-            stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_FOR_GOOD}))
+            stack.enter_context(dask.config.set(_SETTINGS))
             cluster = stack.enter_context(_start(workers, memory_limit, num_gpus))
             client = stack.enter_context(Client(cluster, set_as_default=False))
         else:
