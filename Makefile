@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 
 .PHONY: test lint demo bench clean
 
+# Processes of one thread each: with threads of their own they would wait for each other.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

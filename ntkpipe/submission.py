@@ -6,6 +6,7 @@ The scheduler imports this module, too, so it keeps torch out.
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ from ntkpipe.remote import TOPIC
 from ntkpipe.store import Mode, Store, medium_at
 
 _POLL_SECONDS = 0.5
+# How often a driver says that it is there; `ntkpipe info --watch` waits ten times as long.
+_BEAT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,34 @@ def _state_kept(where: str | Path, key: str, mode: Mode) -> Iterator[None]:
     if mode == "a":
         _write_state(where, key, "running", "")
     try:
-        yield
+        with _beating(where, key):
+            yield
     except BaseException as error:
         if mode == "a" or _is_driven_by(where, key):
             _write_state(where, key, "failed", f"{type(error).__name__}: {error}")
         raise
     _write_state(where, key, "finished", "")
+
+
+@contextlib.contextmanager
+def _beating(where: str | Path, key: str) -> Iterator[None]:
+    """Say now and then that the driver is there: one that is lost with its machine says nothing any more."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            # A disk that does not answer now may do so at the next beat, and is the run's to complain about.
+            with contextlib.suppress(StoreError):
+                if _is_driven_by(where, key):
+                    _write_state(where, key, "running", "")
+
+    beating = threading.Thread(target=beat, name="ntkpipe-driver", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join()
 
 
 def _is_driven_by(where: str | Path, key: str) -> bool:

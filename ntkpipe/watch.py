@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 from ntkpipe.errors import ClusterError, StoreNotFoundError
@@ -10,6 +10,8 @@ from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.progress import show_progress
 
 _POLL_SECONDS = 2.0
+# A driver says every half minute that it is there.
+_SILENCE_SECONDS = 300.0
 
 
 def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> KernelStore:
@@ -29,7 +31,7 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
     Raises
     ------
     ClusterError
-        If the driver that was submitted has failed, with its message.
+        If the driver that was submitted has failed, with its message, or says nothing for five minutes.
     """
     while True:
         try:
@@ -37,18 +39,18 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
             break
         except StoreNotFoundError:
             pause(_POLL_SECONDS)
-    first = store.progress
-    tiles = _new_tiles(store, first.tiles_done, pause)
+    first, driver = store.progress, _Driver(store)
+    tiles = _new_tiles(store, first.tiles_done, driver, pause)
     for _ in show_progress(
         tiles, total=first.tiles_total, done=first.tiles_done, what=store.manifest.kind, unit="tile"
     ):
         pass
-    while _driver(store).get("state") == "running":  # the steps of its workflow
+    while driver.is_running():  # the steps of its workflow
         pause(_POLL_SECONDS)
     return store
 
 
-def _new_tiles(store: KernelStore, seen: int, pause: Callable[[float], None]) -> Iterator[int]:
+def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable[[float], None]) -> Iterator[int]:
     """A number for each tile that appears, until there is none to come."""
     while True:
         progress = store.progress
@@ -56,13 +58,36 @@ def _new_tiles(store: KernelStore, seen: int, pause: Callable[[float], None]) ->
         seen = max(seen, progress.tiles_done)
         if progress.is_complete:
             return
-        _driver(store)
+        driver.is_running()
         pause(_POLL_SECONDS)
 
 
-def _driver(store: KernelStore) -> dict[str, Any]:
-    """What the driver that was submitted says of itself; nothing where there is none."""
-    found = store.store.read_result("driver") or {}
-    if found.get("state") == "failed":
-        raise ClusterError(f"the driver on {found.get('host')} failed: {found.get('message')}")
-    return found
+class _Driver:
+    """The driver that was submitted, by what it says of itself in the store; there may be none."""
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store
+        self._heard: dict[str, Any] = {}
+        self._heard_at = monotonic()
+
+    def is_running(self) -> bool:
+        """Whether it says so.
+
+        Raises
+        ------
+        ClusterError
+            If it says that it has failed, or has said nothing new for too long by this machine's clock.
+        """
+        found = self._store.store.read_result("driver") or {}
+        if found.get("state") == "failed":
+            raise ClusterError(f"the driver on {found.get('host')} failed: {found.get('message')}")
+        if found.get("state") != "running":
+            return False
+        if found != self._heard:
+            self._heard, self._heard_at = found, monotonic()
+        elif monotonic() - self._heard_at > _SILENCE_SECONDS:
+            raise ClusterError(
+                f"the driver on {found.get('host')} has said nothing since {found.get('time')}: it was lost, with its "
+                "worker or its cluster. Every finished tile is stored; submit again, and it resumes"
+            )
+        return True

@@ -41,9 +41,9 @@ def test_memory_that_is_freed_is_used_again_where_a_nanny_would_have_it_returned
 
 @pytest.mark.skipif(sys.platform != "linux", reason="thresholds of glibc")
 def test_a_process_of_no_nanny_is_left_as_it_is():
-    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_TRIM_THRESHOLD_"}
-    assert environment == {**os.environ}, "pytest itself does not run under a nanny"
     source = "from unittest import mock; import ctypes\nwith mock.patch('ctypes.CDLL') as library:\n"
     source += "    from ntkpipe.allocator import *\n    keep_freed_memory(); return_freed_memory()\n"
     source += "assert not library.called"
-    subprocess.run([sys.executable, "-c", source], check=True)
+    # A nanny that another test has started in this process leaves the variable behind.
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_TRIM_THRESHOLD_"}
+    subprocess.run([sys.executable, "-c", source], env=environment, check=True)

@@ -1,17 +1,20 @@
 """A submitted workflow runs on the cluster as it would run here, and says in its store what becomes of it."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distributed import Client
-from small import chunks, times
+from small import chunks, compute, times
 
 from ntkpipe import cluster, open_kernel, workflow
+from ntkpipe import submission as submission_module
+from ntkpipe import watch as watching
 from ntkpipe.cli import main
 from ntkpipe.errors import ClusterError, ConfigError, StoreExistsError
 from ntkpipe.parcel import pack_code
-from ntkpipe.submission import _drive, submit
+from ntkpipe.submission import _drive, _state_kept, submit
 from ntkpipe.watch import watch
 
 FACTORIES = """
@@ -93,6 +96,32 @@ def test_a_driver_that_fails_later_is_reported(scheduler, file):
     store.write_result("driver", {"state": "failed", "host": "far", "message": "the disk is full"})
     with pytest.raises(ClusterError, match="the driver on far failed: the disk is full"):
         watch(submission.store)
+
+
+def test_a_driver_that_is_lost_is_reported(scheduler, file, monkeypatch):
+    submission = submit(file, scheduler=scheduler)
+    watch(submission.store)
+    store = open_kernel(submission.store).store
+    store.write_result("driver", {"state": "running", "host": "far", "time": "then"})
+    monkeypatch.setattr(watching, "_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "_POLL_SECONDS", 0.05)
+    with pytest.raises(ClusterError, match="the driver on far has said nothing since then"):
+        watch(submission.store)
+
+
+def test_a_driver_says_now_and_then_that_it_is_there(tmp_path, monkeypatch):
+    store = compute(tmp_path / "small.zarr").store
+    monkeypatch.setattr(submission_module, "_BEAT_SECONDS", 0.02)
+    with _state_kept(store.root, "mine", "a"):
+        said = {store.read_result("driver")["time"]}
+        deadline = time.monotonic() + 30
+        while len(said) < 3:
+            assert time.monotonic() < deadline
+            said.add(store.read_result("driver")["time"])
+            time.sleep(0.02)
+        store.write_result("driver", {"state": "running", "key": "another's", "time": "now"})
+        time.sleep(0.2)
+        assert store.read_result("driver")["key"] == "another's"
 
 
 @pytest.mark.parametrize(
