@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 from distributed import Client, Worker
+from distributed.comm.core import CommClosedError
 
 from ntkpipe.cluster import address_of, require_package
 from ntkpipe.device import describe_arithmetic
@@ -61,7 +62,7 @@ class WorkerReport:
 
 
 def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> dict[str, Answer]:
-    """Call a function in every worker.
+    """Call a function in every worker; one that dies meanwhile is left out.
 
     Raises
     ------
@@ -70,6 +71,9 @@ def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> di
     """
     answers: Mapping[str, Any] = client.run(question, *arguments, on_error="return")
     failed = {address: answer for address, answer in answers.items() if isinstance(answer, BaseException)}
+    if any(map(_is_lost, failed.values())):
+        there = client.nthreads()
+        failed = {address: error for address, error in failed.items() if address in there or not _is_lost(error)}
     if failed:
         address, error = next(iter(failed.items()))
         missing = isinstance(error, ModuleNotFoundError)
@@ -77,7 +81,12 @@ def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> di
             f"{len(failed)} of {len(answers)} workers fail, the first at {address}: {error!r}."
             + (" Install ntkpipe[compute,cluster] there, in the version that is used here" if missing else "")
         ) from error
-    return dict(answers)
+    return {address: answer for address, answer in answers.items() if not isinstance(answer, BaseException)}
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether it is what Dask says of a worker that does not answer any more."""
+    return isinstance(error, CommClosedError | OSError)
 
 
 def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = None) -> Crew:

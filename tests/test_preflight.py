@@ -1,15 +1,19 @@
 """Before a run on a cluster every worker says what it is, and proves that it reaches the store."""
 
+import os
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Worker
 from small import compute
 
 from ntkpipe import preflight
+from ntkpipe.cluster import connect
 from ntkpipe.errors import ClusterError
 from ntkpipe.medium import Folder
 from ntkpipe.preflight import WorkerReport, inspect_workers, require_shared_store
@@ -50,6 +54,20 @@ def inspect(*reports: object):
 
 def other(host: str, **changes: object) -> WorkerReport:
     return replace(USUAL, host=host, **changes)
+
+
+def die_in(address: str, dask_worker: Worker) -> int:
+    """Called in every worker."""
+    if dask_worker.address == address:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_a_worker_that_dies_while_it_is_asked_is_left_out():
+    settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
+    with dask.config.set(settings), connect("local", workers=2, memory_limit=2 * GIB) as client:
+        doomed, other = sorted(client.nthreads())
+        assert list(preflight._ask(client, die_in, doomed)) == [other]
 
 
 def test_a_plan_is_made_for_the_weakest_of_them():
