@@ -3,6 +3,9 @@
 # and compared with one on a disk, chunk by chunk. Needs `pip install 'ntkpipe[compute,objects,examples,dev]'`.
 set -euo pipefail
 
+for tool in weed ntkpipe python openssl; do
+    command -v "$tool" >/dev/null || { echo "there is no $tool on the PATH: activate the virtual environment" >&2; exit 2; }
+done
 kills=${1:-4}
 folder=$(mktemp -d)
 workflow=$(dirname "$0")/../../workflows/digits/pntk.yaml
