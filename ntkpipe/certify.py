@@ -163,7 +163,16 @@ def find_witness(
 
 
 def _require_same_model(store: KernelStore, model: nn.Module) -> None:
-    stored, given = store.manifest.model, fingerprint(model, store.manifest.model.parameters)
+    stored, remedy = store.manifest.model, "Give the model, or the workflow file and options, that it was made with"
+    known = dict(model.named_parameters())
+    missing = [name for name in stored.parameters if name not in known]
+    if missing:
+        raise StoreMismatchError(
+            f"{store.path} was made with another model: this one has no parameter {missing[0]!r}, and "
+            f"{len(missing) - 1} others of {len(stored.parameters)} are missing. {remedy}",
+            (("model.parameters", stored.parameters, tuple(known)),),
+        )
+    given = fingerprint(model, stored.parameters)
     differing = tuple(
         (f"model.{field}", getattr(stored, field), getattr(given, field))
         for field in ("state_digest", "structure_digest", "num_parameters")
@@ -171,7 +180,7 @@ def _require_same_model(store: KernelStore, model: nn.Module) -> None:
     )
     if differing:
         names = ", ".join(field for field, _, _ in differing)
-        raise StoreMismatchError(f"{store.path} was made with another model: {names} differ", differing)
+        raise StoreMismatchError(f"{store.path} was made with another model: {names} differ. {remedy}", differing)
 
 
 def _matching_samples(store: KernelStore, given: object, record: DataRecord | None, split: str) -> Samples:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -99,6 +100,11 @@ def _join(scheduler: str) -> Client:
 def require_workers(client: object) -> None:
     """Wait until a cluster has a worker.
 
+    Warns
+    -----
+    UserWarning
+        If there is none yet.
+
     Raises
     ------
     ConfigError
@@ -109,6 +115,12 @@ def require_workers(client: object) -> None:
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
     try:
+        if not client.nthreads():
+            warnings.warn(
+                f"{address_of(client)} has no workers yet; waiting up to {_WAIT_SECONDS // 60} minutes for one (`dask "
+                f"worker {address_of(client)} --nthreads 1` starts one)",
+                stacklevel=2,
+            )
         client.wait_for_workers(1, timeout=_WAIT_SECONDS)
     except TimeoutError as error:
         raise ClusterError(

@@ -116,13 +116,10 @@ def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, grow: b
     store = loaded.workflow.store
     if _is_driven_by(store, key):  # Dask repeats it: mode="w" has started over, and what came since is kept
         mode = "a"
-    with _own_client() as client, _state_kept(store, key, mode):
-        # A store that is not there yet can only say that it has a driver once that has created it.
-        client.subscribe_topic(TOPIC, lambda _: _write_state(store, key, "running", ""))
+    with _own_client() as client, _state_kept(client, store, key):
         bad = [
             result.step for result in workflow.run(loaded, mode=mode, grow=grow, client=client) if not result.is_good
         ]
-        client.unsubscribe_topic(TOPIC)
         if bad:
             raise ClusterError(f"the kernel is complete, but steps found something wrong: {', '.join(bad)}")
 
@@ -137,17 +134,28 @@ def _own_client() -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def _state_kept(where: str | Path, key: str, mode: Mode) -> Iterator[None]:
-    """Say in ``results/driver`` of the store what becomes of the driver, unless the store is not its own."""
-    if mode == "a":
-        _write_state(where, key, "running", "")
+def _state_kept(client: Client, where: str | Path, key: str) -> Iterator[None]:
+    """Say in ``results/driver`` of the store what becomes of the driver, from when blocks of it are handed out.
+
+    Before that the store may not be there, or another kernel's, of which nothing is said then.
+    """
+    seen, is_over = len(_announced(client, str(where))), threading.Event()
+
+    def note(event: tuple[float, dict[str, Any]]) -> None:
+        if event[1]["store"] == str(where) and not is_over.is_set():
+            _write_state(where, key, "running", "")
+
+    client.subscribe_topic(TOPIC, note)
     try:
         with _beating(where, key):
             yield
     except BaseException as error:
-        if mode == "a" or _is_driven_by(where, key):
+        is_over.set()
+        if _is_driven_by(where, key) or len(_announced(client, str(where))) > seen:
             _write_state(where, key, "failed", f"{type(error).__name__}: {error}")
         raise
+    is_over.set()
+    client.unsubscribe_topic(TOPIC)
     _write_state(where, key, "finished", "")
 
 

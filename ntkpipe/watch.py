@@ -1,5 +1,6 @@
 """Follow a run from outside, by what its store says; loads neither torch nor dask."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
@@ -33,11 +34,15 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
     ClusterError
         If the driver that was submitted has failed, with its message, or says nothing for five minutes.
     """
+    is_announced = False
     while True:
         try:
             store = open_kernel(where)
             break
-        except StoreNotFoundError:
+        except StoreNotFoundError as error:
+            if not is_announced:
+                print(f"{error}; waiting until there is one", file=sys.stderr)
+            is_announced = True
             pause(_POLL_SECONDS)
     first, driver = store.progress, _Driver(store)
     tiles = _new_tiles(store, first.tiles_done, driver, pause)

@@ -276,8 +276,9 @@ def _summary_step(
 def summary_rows(found: Summary) -> Rows:
     """A summary in words."""
     shown = ", ".join(f"{value:,.4g}" for value in found.eigenvalues)
+    part = "" if found.num_samples == found.num_train else "; all below is of these alone, `samples` takes more"
     rows = [
-        ("leading block", f"{found.num_samples:,} samples, {found.num_rows:,} rows"),
+        ("leading block", f"{found.num_samples:,} of {found.num_train:,} samples, {found.num_rows:,} rows{part}"),
         ("eigenvalues", f"{shown}, …, {found.smallest_eigenvalue:.3g}"),
         ("λ₁ / trace", f"{found.eigenvalues[0] / found.trace:.1%}" if found.trace else "-"),
     ]

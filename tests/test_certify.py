@@ -137,6 +137,8 @@ def test_a_model_that_differs_is_refused(tmp_path):
     store = compute(model, tmp_path / "k.zarr")
     with pytest.raises(StoreMismatchError, match="state_digest"):
         ntkpipe.verify(store, redraw(mlp(), seed=1), progress=False)
+    with pytest.raises(StoreMismatchError, match=r"has no parameter '0\.weight'"):
+        ntkpipe.verify(store, nn.Identity(), progress=False)
     with pytest.raises(StoreMismatchError, match="inputs"):
         ntkpipe.verify(store, model, X + 1, progress=False)
 

@@ -12,9 +12,9 @@ from ntkpipe import cluster, open_kernel, workflow
 from ntkpipe import submission as submission_module
 from ntkpipe import watch as watching
 from ntkpipe.cli import main
-from ntkpipe.errors import ClusterError, ConfigError, StoreExistsError
+from ntkpipe.errors import ClusterError, ConfigError, StoreExistsError, StoreMismatchError
 from ntkpipe.parcel import pack_code
-from ntkpipe.submission import _drive, _state_kept, submit
+from ntkpipe.submission import _beating, _drive, _write_state, submit
 from ntkpipe.watch import watch
 
 FACTORIES = """
@@ -109,10 +109,20 @@ def test_a_driver_that_is_lost_is_reported(scheduler, file, monkeypatch):
         watch(submission.store)
 
 
+def test_a_driver_that_is_refused_says_nothing_of_a_store_of_others(scheduler, file, tmp_path):
+    submission = submit(file, scheduler=scheduler)
+    watch(submission.store)
+    before = open_kernel(submission.store).store.read_result("driver")
+    with pytest.raises(StoreMismatchError):
+        submit(file, ["kernel.kind=pntk"], scheduler=scheduler)
+    assert open_kernel(submission.store).store.read_result("driver") == before
+
+
 def test_a_driver_says_now_and_then_that_it_is_there(tmp_path, monkeypatch):
     store = compute(tmp_path / "small.zarr").store
     monkeypatch.setattr(submission_module, "_BEAT_SECONDS", 0.02)
-    with _state_kept(store.root, "mine", "a"):
+    _write_state(store.root, "mine", "running", "")
+    with _beating(store.root, "mine"):
         said = {store.read_result("driver")["time"]}
         deadline = time.monotonic() + 30
         while len(said) < 3:

@@ -19,6 +19,8 @@ class Summary:
 
     Attributes
     ----------
+    num_train
+        Train samples of the store.
     num_samples, num_rows
         Leading samples that were looked at, and their rows.
     eigenvalues
@@ -40,6 +42,7 @@ class Summary:
         Test samples.
     """
 
+    num_train: int
     num_samples: int
     num_rows: int
     eigenvalues: tuple[float, ...]
@@ -90,6 +93,7 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
         ridge = ridge_scale * float(np.trace(block)) / len(block)
         found = _regression(store, block, rows, targets, ridge, count)
     return Summary(
+        num_train=total,
         num_samples=count,
         num_rows=len(block),
         eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
