@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import socket
-import warnings
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -98,12 +98,7 @@ def _join(scheduler: str) -> Client:
 
 
 def require_workers(client: object) -> None:
-    """Wait until a cluster has a worker.
-
-    Warns
-    -----
-    UserWarning
-        If there is none yet.
+    """Wait until a cluster has a worker, and say so where there is none yet.
 
     Raises
     ------
@@ -116,10 +111,10 @@ def require_workers(client: object) -> None:
         raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
     try:
         if not client.nthreads():
-            warnings.warn(
+            print(
                 f"{address_of(client)} has no workers yet; waiting up to {_WAIT_SECONDS // 60} minutes for one (`dask "
                 f"worker {address_of(client)} --nthreads 1` starts one)",
-                stacklevel=2,
+                file=sys.stderr,
             )
         client.wait_for_workers(1, timeout=_WAIT_SECONDS)
     except TimeoutError as error:
