@@ -16,7 +16,6 @@ import cloudpickle
 from distributed import Reschedule, Scheduler, WorkerPlugin, get_worker
 from distributed.core import Status
 
-from ntkpipe.allocator import keep_freed_memory, return_freed_memory
 from ntkpipe.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.execute import Job, Stopped
 from ntkpipe.imports import folder_first, forget_folder
@@ -129,15 +128,12 @@ class JobPlugin(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Called in each worker, also in those that join later."""
-        keep_freed_memory()
         _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
 
     def teardown(self, worker: Any) -> None:
         """Called in each worker when the run has ended."""
         if _OPENED.pop((worker.id, self.parcel.token), None) is not None:
             gc.collect()  # what threads have opened refers to itself: a next run would find its memory taken
-            if not _OPENED:
-                return_freed_memory()
 
 
 def plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:

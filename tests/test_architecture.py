@@ -15,7 +15,6 @@ PACKAGE = Path(ntkpipe.__file__).parent
 HOUSE = {
     "errors": (0, "shared"),
     "resources": (1, "shared"),
-    "allocator": (1, "shared"),
     "kinds": (1, "shared"),
     "grid": (1, "shared"),
     "config": (1, "shared"),
