@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import threading
+import traceback
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,13 @@ class _Opened:
                 opened.clear()  # larger ones are not wanted any more
                 worker.log_event(self._topic, {"worker": worker.address})
                 opened[shrinking] = job.open(self._pause)
-            return list(opened[shrinking](key))
+            try:
+                return list(opened[shrinking](key))
+            except BaseException as error:
+                # Dask keeps the error, and so would keep the memory of every frame that it went through: a worker that
+                # is paused for its memory would stay so.
+                traceback.clear_frames(error.__traceback__)
+                raise
 
     def _job(self, shrinking: int) -> Job[Any, Any]:
         with self._lock:

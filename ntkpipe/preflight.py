@@ -15,7 +15,7 @@ import torch
 from distributed import Client, Worker
 from distributed.comm.core import CommClosedError
 
-from ntkpipe.cluster import address_of, require_package
+from ntkpipe.cluster import address_of, require_package, require_workers
 from ntkpipe.device import describe_arithmetic
 from ntkpipe.errors import ClusterError
 from ntkpipe.models import resolve_device
@@ -113,6 +113,9 @@ def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = Non
     """
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
+    if not reports:  # all that there were have died, as after a run that took too much memory
+        require_workers(client)
+        reports = _ask(client, report_worker, dtype, device)
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")
     here = _versions()

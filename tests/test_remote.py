@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -29,7 +31,7 @@ from torch import nn
 
 from ntkpipe import cluster, verify
 from ntkpipe.errors import ClusterError, ConfigError, Interrupted, ModelError, ResourceError, StoreError, StoreFullError
-from ntkpipe.parcel import JobPlugin, pack_code
+from ntkpipe.parcel import JobPlugin, Parcel, _Opened, pack_code
 from ntkpipe.remote import ClusterExecutor
 
 MIB = 2**20
@@ -223,6 +225,28 @@ def greedy(job: Numbers, key: int, pause: Pause) -> None:
 def test_a_worker_that_is_killed_for_its_memory_makes_the_work_smaller(client):
     with pytest.warns(UserWarning, match="killed for exceeding its memory"):
         assert run(client, Numbers(greedy), 3) == every(3)
+
+
+class Large:
+    """Stands for memory."""
+
+
+def fail_with(taken: weakref.WeakSet[Large], job: Numbers, key: int, pause: Pause) -> None:
+    large = Large()
+    taken.add(large)
+    raise StoreError("it fails")
+
+
+def test_an_error_keeps_no_memory_of_the_work_that_failed(tmp_path):
+    """A worker that is paused for its memory, and whose key is given up, would stay paused."""
+    taken: weakref.WeakSet[Large] = weakref.WeakSet()
+    worker = SimpleNamespace(address="here", get_current_task=lambda: "key", log_event=lambda *_: None)
+    opened = _Opened(Parcel("token", b"", None), tmp_path, "topic")
+    opened._jobs[0] = Numbers(partial(fail_with, taken))
+    with pytest.raises(StoreError, match="it fails") as failure:
+        opened.run(worker, 1, 0)
+    assert failure.value.__traceback__ is not None
+    assert not taken
 
 
 def test_memory_that_never_suffices_ends_the_run(client, monkeypatch):
