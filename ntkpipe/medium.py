@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -67,6 +68,20 @@ class Medium(ABC):
         OversizeError
             If they are more than ``limit``; none of them was read.
         """
+
+    def get_into(self, name: str, buffer: memoryview) -> int:
+        """All bytes of ``name`` at the beginning of a buffer that may be reused, and their number.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        OversizeError
+            If they are more than the buffer; none of them was read.
+        """
+        data = self.get(name, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     @abstractmethod
     def put(self, name: str, *parts: Data) -> None:
@@ -203,10 +218,24 @@ class Folder(Medium):
 
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
         """See :meth:`Medium.get`."""
+        with self._opened(name, limit) as file:
+            return file.readall()
+
+    def get_into(self, name: str, buffer: memoryview) -> int:
+        """See :meth:`Medium.get_into`."""
+        with self._opened(name, len(buffer)) as file:
+            done = 0
+            while count := file.readinto(buffer[done:]):
+                done += count
+            return done
+
+    @contextlib.contextmanager
+    def _opened(self, name: str, limit: int) -> Iterator[FileIO]:
+        """``name`` for reading, if it is a file of at most ``limit`` bytes."""
         check_name(name)
         # Without waiting: a pipe in a store of somebody else would never answer.
         descriptor = os.open(self.root / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
+        with FileIO(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "is a folder", str(self.root / name))
@@ -214,7 +243,7 @@ class Folder(Medium):
                 raise StoreError(f"{self.root / name} is a device or a pipe; needed a file")
             if status.st_size > limit:
                 raise OversizeError(self.root / name, status.st_size, limit)
-            return file.readall()
+            yield file
 
     def put(self, name: str, *parts: Data) -> None:
         """See :meth:`Medium.put`."""

@@ -178,8 +178,16 @@ class StoredArray:
         chunk.flags.writeable = False
         return chunk
 
-    def read(self, index: Index) -> NDArray[Any]:
+    def read(self, index: Index, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Read one chunk and check it, shape as :meth:`ArrayLayout.region` says.
+
+        Parameters
+        ----------
+        index
+            Which one.
+        buffer
+            Memory of :attr:`ArrayLayout.chunk_bytes` bytes that the chunk is read into, for who reads many and is done
+            with one before the next; the result is a view of it. Default new memory.
 
         Raises
         ------
@@ -188,7 +196,10 @@ class StoredArray:
         """
         layout = self.layout
         try:
-            raw = self.medium.get(self.name(index), layout.chunk_bytes)
+            if buffer is None:
+                raw = np.frombuffer(self.medium.get(self.name(index), layout.chunk_bytes), np.uint8)
+            else:
+                raw = buffer[: self.medium.get_into(self.name(index), buffer.data)]
         except FileNotFoundError:
             raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
         except OversizeError as error:
@@ -203,8 +214,9 @@ class StoredArray:
                 f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run "
                 "again: it is recomputed"
             )
-        payload = np.frombuffer(raw, np.uint8)[:-CHECKSUM_BYTES]
-        if google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little") != raw[-CHECKSUM_BYTES:]:
+        raw.flags.writeable = False
+        payload, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
+        if google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little") != checksum.tobytes():
             raise TileError(
                 f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "
                 "and run again: it is recomputed"

@@ -1,0 +1,216 @@
+"""Results and checkpoints as plain Zarr, readable without this package: JSON in a group's attributes, and arrays."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.documents import group_attributes, group_document, parse
+from ntkpipe.errors import StoreError
+from ntkpipe.layout import MOST_CHUNK_BYTES, MOST_CHUNKS, ArrayLayout
+from ntkpipe.medium import Medium
+from ntkpipe.store import Store, StoredArray, medium_at, writing
+
+_DOCUMENT = "zarr.json"
+_CHUNK_BYTES = 16 * 2**20
+_DTYPES = ("float64", "float32", "int64", "uint8")
+_CHECKPOINTS = "checkpoints"
+_MOST_AXES = 8
+
+
+class ArrayFolder:
+    """A Zarr group of arrays and attributes, in a store or by itself.
+
+    Attributes are put whole. What they name is there if arrays are written first.
+
+    Parameters
+    ----------
+    medium, name
+        Where: the folder ``name`` below the root of a medium.
+    """
+
+    def __init__(self, medium: Medium, name: str) -> None:
+        self._medium = medium
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<ArrayFolder {self._medium.address(self._name)}>"
+
+    def _below(self, name: str) -> str:
+        return f"{self._name}/{name}"
+
+    def write_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Replace the attributes in one atomic step."""
+        with writing(self._medium):
+            self._create_groups()
+            self._medium.put(self._below(_DOCUMENT), group_document(dict(attributes)))
+
+    def _create_groups(self) -> None:
+        """The groups that this one is in, and the root, where there is none."""
+        parts = self._name.split("/")
+        for document in (_DOCUMENT, *(f"{'/'.join(parts[:depth])}/{_DOCUMENT}" for depth in range(1, len(parts)))):
+            if self._medium.size(document) is None:
+                self._medium.put_new(document, group_document({}))
+
+    def read_attributes(self) -> dict[str, Any] | None:
+        """The attributes, or none if there is no such group.
+
+        Raises
+        ------
+        StoreError
+            If they are damaged.
+        """
+        name = self._below(_DOCUMENT)
+        try:
+            data = self._medium.get(name)
+        except FileNotFoundError:
+            return None
+        return group_attributes(data, str(self._medium.address(name)), allow_nan=True)
+
+    def write_array(self, name: str, values: NDArray[Any]) -> None:
+        """Write an array of float or integer numbers, over one of the same name."""
+        self.delete_array(name)
+        array = self._array(name, values.shape, values.dtype)
+        with writing(self._medium):
+            self._create_groups()
+        array.create()
+        for index in array.layout.indices():
+            array.write(index, values[array.layout.region(index)])
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """An array, its checksums verified; memory is the array plus one chunk.
+
+        Raises
+        ------
+        StoreError
+            If there is none, or it is damaged.
+        """
+        where = f"{self._below(name)}/{_DOCUMENT}"
+        address = str(self._medium.address(where))
+        try:
+            document = parse(self._medium.get(where), address)
+        except FileNotFoundError:
+            raise StoreError(f"{address} is missing") from None
+        array = self._array(name, *_shape_and_dtype(document, address))
+        array.check_metadata()
+        values = np.empty(array.layout.shape, array.layout.dtype)
+        for index in array.layout.indices():
+            values[array.layout.region(index)] = array.read(index)
+        return values
+
+    def array_names(self) -> list[str]:
+        """Names of the arrays that are complete."""
+        names = (name[len(self._name) + 1 :].split("/") for name, _ in self._medium.sizes(self._name))
+        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == _DOCUMENT)
+
+    def delete_array(self, name: str) -> None:
+        """Delete an array, if it is there: first what makes it one."""
+        with writing(self._medium):
+            self._medium.delete(f"{self._below(name)}/{_DOCUMENT}")
+            self._medium.delete_below(self._below(name))
+
+    def delete(self) -> None:
+        """Delete the group with all that is in it, its attributes first."""
+        with writing(self._medium):
+            self._medium.delete(self._below(_DOCUMENT))
+            self._medium.delete_below(self._name)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
+        """The array of this name; chunks are whole rows."""
+        row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        chunks = (max(1, min(shape[0], _CHUNK_BYTES // row_bytes)), *(max(1, size) for size in shape[1:]))
+        dimensions = tuple(f"axis_{axis}" for axis in range(len(shape)))
+        return StoredArray(self._medium, ArrayLayout(self._below(name), shape, chunks, dtype, dimensions))
+
+
+def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array that anybody may have written, checked before anything is allocated.
+
+    Raises
+    ------
+    StoreError
+        If they are not of an array that :meth:`ArrayFolder.write_array` writes.
+    """
+    fields = document if isinstance(document, dict) else {}
+    sizes = shape if isinstance(shape := fields.get("shape"), list) else []
+    is_shape = 1 <= len(sizes) <= _MOST_AXES and all(type(size) is int and 0 <= size < 2**48 for size in sizes)
+    if not is_shape or fields.get("data_type") not in _DTYPES:
+        raise StoreError(f"{where} is damaged, or describes no array that results have")
+    dtype = np.dtype(fields["data_type"])
+    row_bytes = math.prod(sizes[1:]) * dtype.itemsize
+    if row_bytes > MOST_CHUNK_BYTES or row_bytes * sizes[0] > MOST_CHUNKS * _CHUNK_BYTES:
+        raise StoreError(f"{where} describes an array of {row_bytes * sizes[0]} bytes; no result has as many")
+    return tuple(sizes), dtype
+
+
+class Checkpoint:
+    """The state of one calculation: arrays that are written once, and a small JSON that says which of them count.
+
+    Killed at any moment, what the last :meth:`commit` named is there.
+
+    Parameters
+    ----------
+    where
+        A folder, by path or URL, of which this becomes a Zarr group; or a store.
+    name
+        Of the calculation, with everything that decides it: another one has another name.
+    """
+
+    def __init__(self, where: str | Path | Store, name: str) -> None:
+        inside = isinstance(where, Store)
+        medium = where.medium if isinstance(where, Store) else medium_at(where)
+        self._folder = ArrayFolder(medium, f"results/{_CHECKPOINTS}/{name}" if inside else name)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint in {self._folder!r}>"
+
+    def load(self) -> dict[str, Any] | None:
+        """What the last :meth:`commit` said, or none.
+
+        Raises
+        ------
+        StoreError
+            If it is damaged.
+        """
+        attributes = self._folder.read_attributes()
+        return None if attributes is None else dict(attributes.get("state", {}))
+
+    def put(self, name: str, values: NDArray[Any]) -> None:
+        """Write an array under a name that no committed state uses."""
+        self._folder.write_array(name, values)
+
+    def get(self, name: str) -> NDArray[Any]:
+        """An array that the state names."""
+        return self._folder.read_array(name)
+
+    def commit(self, state: Mapping[str, Any], keep: set[str]) -> None:
+        """Make this the state, and delete every array but those it needs."""
+        self._folder.write_attributes({"state": json.loads(json.dumps(dict(state)))})
+        for name in self._folder.array_names():
+            if name not in keep:
+                self._folder.delete_array(name)
+
+    def clear(self) -> None:
+        """Delete it, once the result is safe."""
+        self._folder.delete()
+
+
+def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Save a result below ``results/name`` with the digest of the manifest that it came from, over an older one.
+
+    It counts from the moment that its attributes are there, which are written last.
+    """
+    folder = ArrayFolder(store.medium, f"results/{name}")
+    folder.delete()
+    for key, values in arrays.items():
+        folder.write_array(key, values)
+    store.write_result(name, result)
+
+
+def read_array(store: Store, name: str, array: str) -> NDArray[Any]:
+    """An array of a saved result; its numbers and words are :meth:`ntkpipe.store.Store.read_result`'s."""
+    return ArrayFolder(store.medium, f"results/{name}").read_array(array)

@@ -1,0 +1,1 @@
+"""What is done with an operator: eigenpairs, linear systems, factors, functions of a matrix."""
