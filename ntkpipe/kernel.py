@@ -48,11 +48,16 @@ class Kernel:
 
     ndim = 2
 
-    def __init__(self, array: StoredArray, token: str) -> None:
+    def __init__(self, array: StoredArray, digest: str) -> None:
         assert array.layout.grid is not None
         self._array = array
         self._grid: Grid = array.layout.grid
-        self.token = f"{token}-{array.layout.name.replace('/', '-')}"
+        self._digest = digest
+
+    @property
+    def token(self) -> str:
+        """Names the entries and where they are, for caches of lazy arrays."""
+        return f"{self._digest}-{self._array.medium.identity()}-{self.name.replace('/', '-')}"
 
     @property
     def name(self) -> str:
@@ -114,6 +119,25 @@ class Kernel:
         stored_row, stored_column, mirrored = self._grid.locate(row, column)
         tile = self._array.read((stored_row, stored_column))
         return tile.T if mirrored else tile
+
+    def read_stored(self, row: int, column: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+        """A tile that is stored, as it is there; with a ``buffer`` of :attr:`tile_bytes` bytes, a view of that."""
+        return self._array.read((row, column), buffer)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile's file."""
+        return self._array.layout.chunk_bytes
+
+    @property
+    def is_local(self) -> bool:
+        """Whether tiles are files of this machine's file system, rather than objects that a server sends."""
+        return isinstance(self._array.medium.root, Path)
+
+    @property
+    def identity(self) -> str:
+        """What decided the entries, wherever they are: digest of the manifest and name of the array."""
+        return f"{self._digest}/{self.name}"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         if isinstance(key, np.ndarray) and key.ndim == 2:
@@ -340,8 +364,7 @@ class KernelSet:
         return array_of(prefix_of(self._group, self._output), name)
 
     def _kernel(self, name: str) -> Kernel:
-        token = f"{self.store.manifest.digest()}-{self.store.medium.identity()}"
-        return Kernel(self._array(self._name(name)), token)
+        return Kernel(self._array(self._name(name)), self.store.manifest.digest())
 
     def _array(self, name: str) -> StoredArray:
         if name not in self.store.arrays:

@@ -1,0 +1,137 @@
+"""A stored matrix as an operator on this machine: its tiles pass by, each used for both halves."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from ntkpipe.operators.operator import Operator, Statistics, Work
+from ntkpipe.operators.reading import TileReader
+from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, multiply
+
+Found = TypeVar("Found")
+
+# Runs of tiles whose products add up in this order, whoever computes them: so bits depend on the matrix alone.
+NUM_SHARDS = 16
+
+
+class StreamingOperator(Operator):
+    """A symmetric matrix of tiles, read from its store in every pass but for those that are kept.
+
+    Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added in
+    the order of the shards, so the number of threads changes no bit. Memory is the reader's,
+    and for each thread one block of the shape of the product and a megabyte.
+
+    Parameters
+    ----------
+    reader
+        Streams the tiles.
+    threads
+        That multiply.
+    num_rows
+        Of a leading block, whose tiles alone are read; default all.
+    """
+
+    def __init__(self, reader: TileReader, *, threads: int, num_rows: int | None = None) -> None:
+        self._reader = reader
+        self._grid = reader.source.grid
+        self._num_threads = threads
+        super().__init__(num_rows or self._grid.shape[0], reader.source.dtype)
+        self._shards = cut_shards(self._grid, self.num_rows, NUM_SHARDS)
+
+    @property
+    def share_kept(self) -> float:
+        """Share of the tiles that is kept in memory."""
+        return self._reader.share_kept
+
+    @property
+    def work(self) -> Work:
+        """See :attr:`Operator.work`; a pass is all tiles of the whole matrix."""
+        return self._reader.work
+
+    def identity(self) -> str:
+        """See :meth:`Operator.identity`."""
+        whole = self._reader.source.identity()
+        return whole if self.num_rows == self._grid.shape[0] else f"leading({whole}, {self.num_rows})"
+
+    def _leading(self, num_rows: int) -> Operator:
+        return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows)
+
+    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        product = np.zeros_like(block)
+        for part in self._map(lambda tiles: multiply(tiles, self._grid, block), self._shards):
+            part.add_to(product)
+        return product
+
+    def _measure(self) -> Statistics:
+        diagonal, squared = np.empty(self.num_rows), 0.0
+        for part in self._map(lambda tiles: measure(tiles, self._grid, self.num_rows), self._shards):
+            squared += part.squared
+            for start, values in part.diagonals:
+                diagonal[start : start + len(values)] = values
+        return Statistics(diagonal, squared**0.5)
+
+    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._gather(Columns(indices), (self.num_rows, len(indices)))
+
+    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+        return self._gather(Rectangle(rows, columns), (rows.stop - rows.start, columns.stop - columns.start))
+
+    def _gather(self, request: Columns | Rectangle, shape: tuple[int, int]) -> NDArray[np.float64]:
+        values = np.empty(shape)
+
+        def place(tiles: Tiles) -> None:
+            for where, entries in request.pieces(tiles, self._grid, self.num_rows):
+                values[where] = entries
+
+        touched = (tuple(t for t in shard.tiles if request.touches(t, self._grid)) for shard in self._shards)
+        for _ in self._map(place, tuple(Shard(number, tiles) for number, tiles in enumerate(touched) if tiles)):
+            pass
+        return values
+
+    @cached_property
+    def _blas(self) -> ThreadpoolController:
+        return ThreadpoolController()
+
+    def _map(self, work: Callable[[Tiles], Found], shards: tuple[Shard, ...]) -> Iterator[Found]:
+        """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead."""
+        start = perf_counter()
+        stop = threading.Event()
+
+        def tiles_of(shard: Shard) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
+            for item in self._reader.tiles(shard.tiles):
+                if stop.is_set():
+                    raise _Stopped
+                yield item
+
+        def do(shard: Shard) -> Found:
+            return work(tiles_of(shard))
+
+        waiting: list[Future[Found]] = []
+        with self._blas.limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._num_threads) as threads:
+            try:
+                for shard in shards:
+                    waiting.append(threads.submit(do, shard))
+                    if len(waiting) > self._num_threads:
+                        yield waiting.pop(0).result()
+                while waiting:
+                    yield waiting.pop(0).result()
+            finally:
+                stop.set()
+                for future in waiting:
+                    future.cancel()
+                self._reader.add_seconds(perf_counter() - start)
+
+    def close(self) -> None:
+        """See :meth:`Operator.close`."""
+        self._reader.close()
+
+
+class _Stopped(Exception):  # noqa: N818 - a request, not an error
+    """Leaves a shard when another one has failed, or the pass was interrupted."""

@@ -1,0 +1,360 @@
+"""Tiles of a stored symmetric matrix: where they come from, how they are cut into shards, and what is done with one."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import ConfigError
+from ntkpipe.grid import Axis, Grid
+from ntkpipe.kernel import Kernel
+from ntkpipe.operators.operator import digest_of
+
+TileIndex = tuple[int, int]
+# Passes a tile on with its place, as :meth:`ntkpipe.operators.reading.TileReader.tiles` does.
+Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]
+
+# Of the float64 copy of some rows of a tile: it stays in the cache for both of its products.
+_UPCAST_BYTES = 2**20
+_UPCAST_ROWS = 16
+_DEFAULT_EDGE = 2048
+
+
+class TileSource(Protocol):
+    """Where tiles come from. Pickles, so that workers of a cluster can read for themselves."""
+
+    @property
+    def grid(self) -> Grid:
+        """The tiles of a symmetric matrix."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """dtype of the entries."""
+        ...
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile as it is read."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether one reader at a time keeps the medium busy."""
+        ...
+
+    def identity(self) -> str:
+        """Names the matrix; see :meth:`ntkpipe.operators.operator.Operator.identity`."""
+        ...
+
+    def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
+        """A stored tile, in the buffer if there is one."""
+        ...
+
+
+@dataclass(frozen=True)
+class KernelTiles:
+    """Tiles of a stored kernel, each verified by its checksum.
+
+    Attributes
+    ----------
+    kernel
+        Symmetric.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+
+    kernel: Kernel
+
+    def __post_init__(self) -> None:
+        if not self.kernel.is_symmetric:
+            raise ConfigError(f"{self.kernel!r} is not symmetric; needed the kernel of samples with themselves")
+
+    @property
+    def grid(self) -> Grid:
+        """See :class:`TileSource`."""
+        return self.kernel.grid
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """See :class:`TileSource`."""
+        return self.kernel.dtype
+
+    @property
+    def tile_bytes(self) -> int:
+        """See :class:`TileSource`."""
+        return self.kernel.tile_bytes
+
+    @property
+    def is_local(self) -> bool:
+        """See :class:`TileSource`."""
+        return self.kernel.is_local
+
+    def identity(self) -> str:
+        """See :class:`TileSource`."""
+        return self.kernel.identity
+
+    def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
+        """See :class:`TileSource`."""
+        return self.kernel.read_stored(*index, buffer)
+
+
+@dataclass(frozen=True)
+class ArrayTiles:
+    """Tiles of any matrix that gives slices as arrays: a ``zarr.Array``, a memory map. Only upper tiles are read.
+
+    Attributes
+    ----------
+    array
+        Shape (n, n), float32 or float64, symmetric; what is below its diagonal tiles is not looked at.
+    edge
+        Rows of a tile; best a multiple of the chunks of the array.
+
+    Raises
+    ------
+    ConfigError
+        If it is no square matrix of floats.
+    """
+
+    array: Any
+    edge: int = _DEFAULT_EDGE
+
+    def __post_init__(self) -> None:
+        shape, dtype = tuple(self.array.shape), np.dtype(self.array.dtype)
+        if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or dtype not in (np.float32, np.float64):
+            raise ConfigError(f"a matrix of shape {shape} and dtype {dtype}; needed (n, n) in float32 or float64")
+
+    @property
+    def grid(self) -> Grid:
+        """See :class:`TileSource`."""
+        axis = Axis(self.array.shape[0], 1, min(self.edge, self.array.shape[0]))
+        return Grid(axis, axis, symmetric=True)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """See :class:`TileSource`."""
+        dtype: np.dtype[Any] = np.dtype(self.array.dtype)
+        return dtype
+
+    @property
+    def tile_bytes(self) -> int:
+        """See :class:`TileSource`."""
+        return int(self.grid.rows.tile) ** 2 * self.dtype.itemsize
+
+    @property
+    def is_local(self) -> bool:
+        """See :class:`TileSource`."""
+        return True
+
+    def identity(self) -> str:
+        """Digest of the diagonal tiles: a whole matrix is too much to read for a name."""
+        digests = "".join(digest_of(self.read((i, i), None)) for i in range(self.grid.rows.num_tiles))
+        return digest_of(np.frombuffer(digests.encode(), np.uint8))
+
+    def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
+        """See :class:`TileSource`; the array decides about memory."""
+        del buffer
+        rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
+        return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of stored tiles, in order: what one thread or worker multiplies at a time.
+
+    Shards and the order in which they add up depend on the matrix alone, so bits do not depend on who computes.
+
+    Attributes
+    ----------
+    number
+        Its place in the sum.
+    tiles
+        At least one.
+    """
+
+    number: int
+    tiles: tuple[TileIndex, ...]
+
+
+def cut_shards(grid: Grid, num_rows: int, count: int) -> tuple[Shard, ...]:
+    """The tiles of the leading ``num_rows`` rows in at most ``count`` runs of equal length."""
+    edge = grid.rows.tile_rows
+    tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
+    cuts = [len(tiles) * number // count for number in range(count + 1)]
+    runs = [tuple(tiles[start:stop]) for start, stop in pairwise(cuts) if start < stop]
+    return tuple(Shard(number, run) for number, run in enumerate(runs))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a shard adds to a product: rows from ``start`` on, shape (rows, r), float64."""
+
+    start: int
+    values: NDArray[np.float64]
+
+    def add_to(self, product: NDArray[np.float64]) -> None:
+        """Add it where it belongs."""
+        product[self.start : self.start + len(self.values)] += self.values
+
+
+def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64]) -> Part:
+    """The part of ``K @ block`` that comes from some tiles, each used for itself and for its mirror.
+
+    Parameters
+    ----------
+    tiles
+        In the order of the grid, at least one.
+    grid
+        Theirs.
+    block
+        Shape (n, r); where n is less than the rows of the grid, tiles are cut.
+    """
+    edge, num_rows, start = grid.rows.tile_rows, len(block), 0
+    product: NDArray[np.float64] | None = None
+    for (row, column), whole in tiles:
+        if product is None:
+            start = row * edge
+            product = np.zeros((num_rows - start, block.shape[1]))
+        tile = whole[: num_rows - row * edge, : num_rows - column * edge]
+        rows = slice(row * edge, row * edge + tile.shape[0])
+        columns = slice(column * edge, column * edge + tile.shape[1])
+        of_rows = product[rows.start - start : rows.stop - start]
+        of_columns = product[columns.start - start : columns.stop - start] if row != column else None
+        _multiply_tile(tile, block[rows], block[columns], of_rows, of_columns)
+    assert product is not None
+    return Part(start, product)
+
+
+def _multiply_tile(
+    tile: NDArray[Any],
+    block_of_rows: NDArray[np.float64],
+    block_of_columns: NDArray[np.float64],
+    of_rows: NDArray[np.float64],
+    of_columns: NDArray[np.float64] | None,
+) -> None:
+    """Add ``T X_j`` to the rows and, off the diagonal, ``T' X_i`` to the columns, in float64."""
+    for run, part in upcast(tile):
+        of_rows[run] += part @ block_of_columns
+        if of_columns is not None:
+            of_columns += part.T @ block_of_rows[run]
+
+
+def upcast(tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Runs of rows of a tile in float64, small enough to stay in the cache; memory is one of them."""
+    height, width = tile.shape
+    step = min(height, max(_UPCAST_ROWS, _UPCAST_BYTES // (8 * max(1, width))))
+    is_ready = tile.dtype == np.float64 and tile.dtype.isnative
+    scratch = None if is_ready else np.empty((step, width))
+    for first in range(0, height, step):
+        part = tile[first : first + step]
+        if scratch is not None:
+            upcasted = scratch[: len(part)]
+            np.copyto(upcasted, part)
+            part = upcasted
+        yield slice(first, first + len(part)), part
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What some tiles say of the diagonal (start of each run, and its entries) and of the squared Frobenius norm."""
+
+    diagonals: tuple[tuple[int, NDArray[np.float64]], ...]
+    squared: float
+
+
+def measure(tiles: Tiles, grid: Grid, num_rows: int) -> Measure:
+    """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
+    edge, squared = grid.rows.tile_rows, 0.0
+    diagonals = []
+    for (row, column), whole in tiles:
+        tile = whole[: num_rows - row * edge, : num_rows - column * edge]
+        weight = 1.0 if row == column else 2.0
+        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast(tile))
+        if row == column:
+            diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
+    return Measure(tuple(diagonals), squared)
+
+
+# Where entries belong in the result of a request, and the entries.
+Piece = tuple[Any, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A request for columns of the full matrix.
+
+    Attributes
+    ----------
+    indices
+        Shape (c,); the result has shape (n, c).
+    """
+
+    indices: NDArray[np.int64]
+
+    def touches(self, index: TileIndex, grid: Grid) -> bool:
+        """Whether it needs a stored tile."""
+        return bool(np.isin(self.indices // grid.rows.tile_rows, index).any())
+
+    def pieces(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[Piece]:
+        """What tiles give to the result, every entry once; a piece is valid until the next."""
+        edge = grid.rows.tile_rows
+        for (row, column), tile in tiles:
+            rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
+            here = np.flatnonzero(self.indices // edge == column)
+            if here.size:
+                yield (rows, here), tile[: rows.stop - rows.start, self.indices[here] - columns.start]
+            mirrored = np.flatnonzero(self.indices // edge == row)
+            if mirrored.size and row != column:
+                picked = tile[self.indices[mirrored] - rows.start, : columns.stop - columns.start]
+                yield (columns, mirrored), picked.T
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A request for a run of rows by a run of columns of the full matrix."""
+
+    rows: slice
+    columns: slice
+
+    def touches(self, index: TileIndex, grid: Grid) -> bool:
+        """Whether it needs a stored tile."""
+        edge = grid.rows.tile_rows
+        row, column = (slice(number * edge, (number + 1) * edge) for number in index)
+        return any(
+            _length(_common(self.rows, one)) > 0 and _length(_common(self.columns, other)) > 0
+            for one, other in ((row, column), (column, row))
+        )
+
+    def pieces(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[Piece]:
+        """What tiles give to the result, every entry once; a piece is valid until the next."""
+        edge = grid.rows.tile_rows
+        for (row, column), tile in tiles:
+            places = (_span(row, edge, num_rows), _span(column, edge, num_rows))
+            for (of_rows, of_columns), values in ((places, tile), (places[::-1], tile.T))[: 1 + (row != column)]:
+                rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
+                if _length(rows) > 0 and _length(columns) > 0:
+                    inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
+                    yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
+
+
+def _span(tile: int, edge: int, num_rows: int) -> slice:
+    """Rows of a tile, cut at the end of the matrix."""
+    return slice(tile * edge, min((tile + 1) * edge, num_rows))
+
+
+def _common(one: slice, other: slice) -> slice:
+    return slice(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _length(run: slice) -> int:
+    return int(run.stop - run.start)
+
+
+def _moved(run: slice, origin: int) -> slice:
+    return slice(run.start - origin, run.stop - origin)
