@@ -1,6 +1,7 @@
 """A stored matrix as an operator on this machine: its tiles pass by, each used for both halves."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -13,12 +14,9 @@ from threadpoolctl import ThreadpoolController
 
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, multiply
+from ntkpipe.operators.tiles import Columns, Part, Rectangle, Shard, Tiles, cut_shards, measure, multiply
 
 Found = TypeVar("Found")
-
-# Runs of tiles whose products add up in this order, whoever computes them: so bits depend on the matrix alone.
-NUM_SHARDS = 16
 
 
 class StreamingOperator(Operator):
@@ -43,7 +41,7 @@ class StreamingOperator(Operator):
         self._grid = reader.source.grid
         self._num_threads = threads
         super().__init__(num_rows or self._grid.shape[0], reader.source.dtype)
-        self._shards = cut_shards(self._grid, self.num_rows, NUM_SHARDS)
+        self._shards = cut_shards(self._grid, self.num_rows)
 
     @property
     def share_kept(self) -> float:
@@ -65,8 +63,16 @@ class StreamingOperator(Operator):
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = np.zeros_like(block)
-        for part in self._map(lambda tiles: multiply(tiles, self._grid, block), self._shards):
+        free: deque[NDArray[np.float64]] = deque()
+
+        def work(tiles: Tiles) -> tuple[Part, NDArray[np.float64]]:
+            # Memory is used again: a fresh one costs page faults as long as a tile takes.
+            memory = free.pop() if free else np.empty_like(block)
+            return multiply(tiles, self._grid, block, memory), memory
+
+        for part, memory in self._map(work, self._shards):
             part.add_to(product)
+            free.append(memory)
         return product
 
     def _measure(self) -> Statistics:

@@ -17,10 +17,15 @@ TileIndex = tuple[int, int]
 # Passes a tile on with its place, as :meth:`ntkpipe.operators.reading.TileReader.tiles` does.
 Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]
 
-# Of the float64 copy of some rows of a tile: it stays in the cache for both of its products.
-_UPCAST_BYTES = 2**20
-_UPCAST_ROWS = 16
+# Rows of a tile that are upcast at a time. For few columns they stay in the cache for both products, and OpenBLAS has
+# kernels for small products (up to 10⁶ multiplications), twice as fast; for many columns large products are faster.
+_SMALL_PRODUCT = 10**6
+_FEW_ROWS = (32, 64)
+_MANY_ROWS = 512
 _DEFAULT_EDGE = 2048
+# Enough for the workers that a disk can feed; each costs a block of the size of the product.
+_NUM_SHARDS = 16
+_LEAST_TILES = 4
 
 
 class TileSource(Protocol):
@@ -182,13 +187,15 @@ class Shard:
     tiles: tuple[TileIndex, ...]
 
 
-def cut_shards(grid: Grid, num_rows: int, count: int) -> tuple[Shard, ...]:
-    """The tiles of the leading ``num_rows`` rows in at most ``count`` runs of equal length."""
+def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
+    """The tiles of the leading ``num_rows`` rows in runs of equal length: 16, or fewer of at least four tiles."""
     edge = grid.rows.tile_rows
     tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
+    count = _NUM_SHARDS
+    while count > 1 and len(tiles) < _LEAST_TILES * count:
+        count //= 2
     cuts = [len(tiles) * number // count for number in range(count + 1)]
-    runs = [tuple(tiles[start:stop]) for start, stop in pairwise(cuts) if start < stop]
-    return tuple(Shard(number, run) for number, run in enumerate(runs))
+    return tuple(Shard(number, tuple(tiles[start:stop])) for number, (start, stop) in enumerate(pairwise(cuts)))
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class Part:
         product[self.start : self.start + len(self.values)] += self.values
 
 
-def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64]) -> Part:
+def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None) -> Part:
     """The part of ``K @ block`` that comes from some tiles, each used for itself and for its mirror.
 
     Parameters
@@ -214,50 +221,54 @@ def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64]) -> Part:
         Theirs.
     block
         Shape (n, r); where n is less than the rows of the grid, tiles are cut.
+    memory
+        Of the shape of the block, to hold the result; default new memory.
     """
     edge, num_rows, start = grid.rows.tile_rows, len(block), 0
     product: NDArray[np.float64] | None = None
+    upcast = _Upcast(edge, block.shape[1])
     for (row, column), whole in tiles:
         if product is None:
             start = row * edge
-            product = np.zeros((num_rows - start, block.shape[1]))
-        tile = whole[: num_rows - row * edge, : num_rows - column * edge]
-        rows = slice(row * edge, row * edge + tile.shape[0])
-        columns = slice(column * edge, column * edge + tile.shape[1])
-        of_rows = product[rows.start - start : rows.stop - start]
-        of_columns = product[columns.start - start : columns.stop - start] if row != column else None
-        _multiply_tile(tile, block[rows], block[columns], of_rows, of_columns)
+            product = np.empty_like(block)[start:] if memory is None else memory[start:]
+            product.fill(0.0)
+        rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
+        tile = whole[: _length(rows), : _length(columns)]
+        of_rows = product[_moved(rows, start)]
+        # Of the mirrored tile, transposed: faster so for BLAS.
+        mirrored = np.zeros((block.shape[1], _length(columns))) if row != column else None
+        for run, part in upcast.parts(tile):
+            of_rows[run] += part @ block[columns]
+            if mirrored is not None:
+                mirrored += block[rows][run].T @ part
+        if mirrored is not None:
+            product[_moved(columns, start)] += mirrored.T
     assert product is not None
     return Part(start, product)
 
 
-def _multiply_tile(
-    tile: NDArray[Any],
-    block_of_rows: NDArray[np.float64],
-    block_of_columns: NDArray[np.float64],
-    of_rows: NDArray[np.float64],
-    of_columns: NDArray[np.float64] | None,
-) -> None:
-    """Add ``T X_j`` to the rows and, off the diagonal, ``T' X_i`` to the columns, in float64."""
-    for run, part in upcast(tile):
-        of_rows[run] += part @ block_of_columns
-        if of_columns is not None:
-            of_columns += part.T @ block_of_rows[run]
+class _Upcast:
+    """Runs of rows of tiles in float64; memory is the longest of them."""
 
+    def __init__(self, edge: int, num_columns: int) -> None:
+        few = _SMALL_PRODUCT // (edge * num_columns)
+        self._step = min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
+        self._edge = edge
+        self._scratch: NDArray[np.float64] | None = None
 
-def upcast(tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Runs of rows of a tile in float64, small enough to stay in the cache; memory is one of them."""
-    height, width = tile.shape
-    step = min(height, max(_UPCAST_ROWS, _UPCAST_BYTES // (8 * max(1, width))))
-    is_ready = tile.dtype == np.float64 and tile.dtype.isnative
-    scratch = None if is_ready else np.empty((step, width))
-    for first in range(0, height, step):
-        part = tile[first : first + step]
-        if scratch is not None:
-            upcasted = scratch[: len(part)]
-            np.copyto(upcasted, part)
-            part = upcasted
-        yield slice(first, first + len(part)), part
+    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+        """The rows of a tile, each run valid until the next."""
+        is_ready = tile.dtype == np.float64 and tile.dtype.isnative
+        if not is_ready and self._scratch is None:
+            self._scratch = np.empty((self._step, self._edge))
+        for first in range(0, len(tile), self._step):
+            part = tile[first : first + self._step]
+            if not is_ready:
+                assert self._scratch is not None
+                upcasted = self._scratch[: len(part), : tile.shape[1]]
+                np.copyto(upcasted, part)
+                part = upcasted
+            yield slice(first, first + len(part)), part
 
 
 @dataclass(frozen=True)
@@ -271,11 +282,11 @@ class Measure:
 def measure(tiles: Tiles, grid: Grid, num_rows: int) -> Measure:
     """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
     edge, squared = grid.rows.tile_rows, 0.0
-    diagonals = []
+    diagonals, upcast = [], _Upcast(edge, 1)
     for (row, column), whole in tiles:
         tile = whole[: num_rows - row * edge, : num_rows - column * edge]
         weight = 1.0 if row == column else 2.0
-        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast(tile))
+        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast.parts(tile))
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
     return Measure(tuple(diagonals), squared)
