@@ -1,0 +1,367 @@
+"""Training by gradient flow, at many times from one Krylov space."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.operator import Operator
+from ntkpipe.solvers.flow import Flow
+from ntkpipe.solvers.krylov import BlockLanczos, TopEigenvalue, steps_that_fit
+from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamics(Result):
+    """Gradient flow of the linearised model on ``½ |f - Y|²``: functions on the train samples, coefficients for others.
+
+    With targets of shape (n,), the last axis of arrays is absent.
+
+    Attributes
+    ----------
+    times
+        Shape (T,); infinity may be among them.
+    learning_rate
+        η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
+    residuals
+        ``f_t - Y`` on the train samples, shape (T, n, c).
+    coefficients
+        ``K^-1 (I - exp(-η t K)) (Y - f_0)``, shape (T, n, c): see :meth:`predict`.
+    losses
+        ``½ |f_t - Y|²`` of each output, shape (T, c).
+    errors
+        Bounds of ``|residuals - exact| / |Y - f_0|``, the largest over outputs, shape (T,). ``K @ coefficients`` is
+        right to twice that.
+    storage_errors
+        What rounding to the dtype of storage can have done to the same, to first order: not in ``errors``; shape (T,).
+    defect
+        ``|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|`` by products with K at the last finite time and at
+        infinity: zero for exact functions. The largest.
+    statuses
+        Of each time.
+    largest_eigenvalue
+        The largest Ritz value.
+    num_steps
+        Block Lanczos steps.
+    dimension
+        Of the Krylov space.
+    """
+
+    times: NDArray[np.float64]
+    learning_rate: float
+    residuals: NDArray[np.float64] = field(repr=False)
+    coefficients: NDArray[np.float64] = field(repr=False)
+    losses: NDArray[np.float64] = field(repr=False)
+    errors: NDArray[np.float64]
+    storage_errors: NDArray[np.float64]
+    defect: float
+    statuses: tuple[Status, ...]
+    largest_eigenvalue: float
+    num_steps: int
+    dimension: int
+
+    def predict(self, cross: ArrayLike, initial: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``.
+
+        Parameters
+        ----------
+        cross
+            Kernel of m samples with the train samples, shape (m, n).
+        initial
+            f_0 on the m samples, shape (m, c) or (m,); zero if none.
+
+        Raises
+        ------
+        ConfigError
+            If shapes do not fit.
+        """
+        block = np.asarray(cross)
+        if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
+            raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
+        found = np.stack([block @ at_time for at_time in self.coefficients]).astype(np.float64, copy=False)
+        if initial is None:
+            return found
+        start = np.asarray(initial, np.float64)
+        if start.shape != found.shape[1:]:
+            raise ConfigError(f"initial functions of shape {start.shape}; needed {found.shape[1:]}")
+        return np.asarray(found + start)
+
+    def _rows(self) -> Rows:
+        reached = [
+            (f"t = {time:.4g}", f"loss {np.sum(loss):.4g}, error {error:.1e} ({status})")
+            for time, loss, error, status in zip(self.times, self.losses, self.errors, self.statuses, strict=True)
+        ]
+        rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
+        return [
+            ("learning rate", rate),
+            *reached,
+            ("defect", f"{self.defect:.1e}, by products with K"),
+            ("Krylov space", f"{self.num_steps} steps, {self.dimension} dimensions"),
+        ]
+
+
+def dynamics(
+    matrix: Any,
+    targets: ArrayLike,
+    *,
+    times: Sequence[float] | NDArray[Any],
+    learning_rate: float | None = None,
+    initial: ArrayLike | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 500,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> Dynamics:
+    """Training by gradient flow with a fixed kernel, ``df/dt = -η K (f - Y)``, without eigenvectors.
+
+    The loss is ``½ |f - Y|²``, summed over samples and outputs: no 1/n. For the mean, give ``learning_rate = η / n``.
+    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like
+    ``sqrt(η t λ_max)`` at worst; one more checks the result, one more measures the storage floor if that is not known.
+
+    Parameters
+    ----------
+    matrix
+        K, positive semi-definite: what :func:`ntkpipe.operators.opening.as_operator` takes.
+    targets
+        Y, shape (n, c) or (n,).
+    times
+        t ≥ 0, in steps of gradient descent; ``math.inf`` is the limit, a ridgeless regression.
+    learning_rate
+        η > 0; one over the largest eigenvalue if none, for which a random vector joins the first passes.
+    initial
+        f_0, of the shape of ``targets``; zero if none.
+    tol
+        Largest error at each time, relative to ``|Y - f_0|`` of each output.
+    max_passes
+        Most steps.
+    memory_limit
+        Bytes for the vectors of the space, ``steps * c * n`` float64, which dominate with the results of
+        ``2 T c n``; half of what is available if none.
+    seed
+        Of the random vector.
+    monitor
+        Called after each pass.
+
+    Raises
+    ------
+    ConfigError
+        If shapes, times, rate, tolerance or passes are wrong.
+    NonFiniteError
+        If targets or initial functions hold NaN or infinity.
+    ResourceError
+        If memory does not hold two steps.
+
+    Notes
+    -----
+    Functions are ``V f(T) V'`` of the block Lanczos process with full reorthogonalisation (Saad 1992; Hochbruck and
+    Lubich 1997). The formulas of the flow are those of Jacot, Gabriel and Hongler (2018) and Lee et al. (2019), with
+    the loss above.
+
+    Errors are bounds and not estimates from the last coefficient, which is unsafe where η t is large: the Krylov
+    function u satisfies ``u' + η K u = η d(t)`` with a known defect d, so that its error is at most
+    ``η ∫ |d(s)| ds`` up to t, since ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times. A
+    term for rounding in float64 is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values
+    within rounding of zero, or below the storage floor, count as zero there: the limit is the pseudo-inverse's, and the
+    status says so if targets have a part there.
+    """
+    begin = perf_counter()
+    operator = as_operator(matrix)
+    before = operator.work
+    goals = _block(targets, operator.num_rows, "targets")
+    wanted = _times(times)
+    check_number("tol", tol, low=1e-14, high=1.0)
+    check_number("max_passes", max_passes, low=1)
+    if learning_rate is not None and not (0 < learning_rate < math.inf):
+        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    start = goals if initial is None else goals - _block(initial, operator.num_rows, "initial", goals.shape)
+    columns = start.reshape(operator.num_rows, -1)
+    sizes = np.linalg.norm(columns, axis=0)
+    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, memory_limit)
+    floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+    space = BlockLanczos(columns / np.where(sizes > 0, sizes, 1.0), most)
+    top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
+
+    next_check, error = 1, math.inf
+    while not space.is_exhausted and space.num_steps < most and error > tol:
+        _advance(operator, space, top)
+        is_checked = space.num_steps >= next_check or space.num_steps == most or space.is_exhausted
+        if is_checked:
+            error = float(Flow(space, wanted, learning_rate or _rate(top), floor).errors.max(initial=0.0))
+            next_check = space.num_steps + max(1, space.num_steps // 8)
+        monitor(Step(operator.work - before, error if is_checked else None, tol))
+    while top is not None and not top.is_settled:
+        _advance(operator, None, top)
+        monitor(Step(operator.work - before, None, tol))
+
+    rate = learning_rate or _rate(top)
+    flow = Flow(space, wanted, rate, floor)
+    shape = (len(wanted), *columns.shape)
+    functions, coefficients = np.empty(shape), np.empty(shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, (decayed, grown) in enumerate(flow.functions()):
+            functions[index], coefficients[index] = space.combine(decayed), space.combine(grown)
+    errors, defect = _verify(operator, columns, sizes, wanted, functions, coefficients, flow.errors)
+    functions *= -sizes
+    coefficients *= sizes
+    is_cut = space.num_steps == most and not space.is_exhausted
+    missed: Status = "step limit" if is_cut else "stagnated"
+    statuses = tuple(
+        flow.status(index, tol) or ("converged" if errors[index] <= tol else missed) for index in range(len(wanted))
+    )
+    status, message = _judge(flow, wanted, statuses, errors, tol, "memory_limit" if most < max_passes else "max_passes")
+    return Dynamics(
+        status=status,
+        message=message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={
+            "learning_rate": learning_rate,
+            "tol": tol,
+            "max_passes": max_passes,
+            "memory_limit": memory_limit,
+            "seed": seed,
+        },
+        matrix=operator.identity(),
+        times=wanted,
+        learning_rate=rate,
+        residuals=functions.reshape(len(wanted), *goals.shape),
+        coefficients=coefficients.reshape(len(wanted), *goals.shape),
+        losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *goals.shape[1:]),
+        errors=errors,
+        storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
+        defect=defect,
+        statuses=statuses,
+        largest_eigenvalue=max(flow.largest, 0.0 if top is None else top.value),
+        num_steps=space.num_steps,
+        dimension=space.dimension,
+    )
+
+
+def _advance(operator: Operator, space: BlockLanczos | None, top: TopEigenvalue | None) -> None:
+    """One pass, for the space, the largest eigenvalue, or both."""
+    is_open = top is not None and not top.is_settled
+    blocks = [] if space is None else [space.block]
+    if is_open and top is not None:
+        blocks.append(top.lanczos.block)
+    product = operator.matmat(np.concatenate(blocks, axis=1))
+    if is_open and top is not None:
+        top.absorb(product[:, -1:])
+        product = product[:, :-1]
+    if space is not None:
+        space.absorb(np.ascontiguousarray(product))
+
+
+def _rate(top: TopEigenvalue | None) -> float:
+    """One over the largest eigenvalue.
+
+    Raises
+    ------
+    ConfigError
+        If there is no positive one.
+    """
+    if top is None or top.value <= 0:
+        raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
+    return 1.0 / top.value
+
+
+def _verify(
+    operator: Operator,
+    columns: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    times: NDArray[np.float64],
+    functions: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    errors: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], float]:
+    """Errors with the true residual at infinity, and the defect; one pass for the last finite time and infinity."""
+    finite = np.flatnonzero(np.isfinite(times))
+    checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
+    checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
+    if not checked or not columns.any():
+        return errors, 0.0 if not columns.any() else math.inf
+    products = operator.matmat(np.concatenate([coefficients[index] for index in checked], axis=1))
+    found, defect = errors.copy(), 0.0
+    units = columns / np.where(sizes > 0, sizes, 1.0)
+    for index, product in zip(checked, np.split(products, len(checked), axis=1), strict=True):
+        size = float(np.linalg.norm(product + functions[index] - units, axis=0).max())
+        defect = max(defect, size)
+        same = times == times[index]
+        found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
+    return found, defect
+
+
+def _judge(
+    flow: Flow,
+    times: NDArray[np.float64],
+    statuses: tuple[Status, ...],
+    errors: NDArray[np.float64],
+    tol: float,
+    limit: str,
+) -> tuple[Status, str]:
+    """Status of the whole and its sentence."""
+    if "indefinite at storage precision" in statuses:
+        index = statuses.index("indefinite at storage precision")
+        why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
+        if flow.growth(index) > tol:
+            why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
+        return statuses[index], f"at t = {times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
+    if "stagnated" in statuses:
+        worst = int(np.argmax(errors))
+        why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {times[worst]:.4g}"
+        return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+    if "step limit" in statuses:
+        worst = int(np.argmax(errors))
+        return (
+            "step limit",
+            f"{limit} is reached with an error of {errors[worst]:.1e} at t = {times[worst]:.4g}; raise it",
+        )
+    return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
+
+
+def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+    """Times as an array.
+
+    Raises
+    ------
+    ConfigError
+        If one is negative or no number, or there is none.
+    """
+    found = np.array(times, np.float64)
+    if found.ndim != 1 or not len(found) or not (found >= 0).all():
+        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
+    return found
+
+
+def _block(values: ArrayLike, num_rows: int, name: str, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
+    """A block of real numbers as float64.
+
+    Raises
+    ------
+    ConfigError
+        If its shape or dtype is another.
+    NonFiniteError
+        If it holds NaN or infinity.
+    """
+    found = np.asarray(values)
+    wanted = f"({num_rows},) or ({num_rows}, c)" if shape is None else str(shape)
+    fits = (
+        found.ndim in {1, 2} and found.shape[:1] == (num_rows,) and found.size
+        if shape is None
+        else found.shape == shape
+    )
+    if not fits or found.dtype.kind not in "fiub":
+        raise ConfigError(f"{name} of shape {found.shape} and dtype {found.dtype}; needed {wanted} of real numbers")
+    found = found.astype(np.float64)
+    if not np.isfinite(found).all():
+        raise NonFiniteError(f"{name} hold NaN or infinity")
+    return found

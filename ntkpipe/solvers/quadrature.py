@@ -1,0 +1,113 @@
+"""Quadrature rules of the measures that Lanczos coefficients stand for: Gauss, Gauss-Radau, and bounds of counts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_EPS = float(np.finfo(np.float64).eps)
+# A node counts as an eigenvalue where the residual of its Ritz pair is this small against the distance that matters.
+_SETTLED = 1e-2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule for each of p measures.
+
+    Attributes
+    ----------
+    nodes
+        Ritz values, shape (p, m), ascending.
+    weights
+        Shape (p, m), not negative. They add up to the mass of the measure, which is the probe's squared norm.
+    residuals
+        Of the Ritz pairs, with rounding, shape (p, m): an eigenvalue is so near.
+    """
+
+    nodes: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+
+    def integrate(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Integral of a function of the nodes, shape (p,)."""
+        return np.asarray((self.weights * function(self.nodes)).sum(axis=1))
+
+    def mass_above(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weight of the nodes above each of L thresholds, shape (p, L)."""
+        found = np.zeros((len(self.nodes), len(thresholds)))
+        for row, nodes, weights in zip(found, self.nodes, self.weights, strict=True):
+            tails = np.append(np.cumsum(weights[::-1])[::-1], 0.0)
+            row[:] = tails[np.searchsorted(nodes, thresholds, "right")]
+        return found
+
+    def unsettled(self, thresholds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Weight of the nodes next to each of L thresholds that may be of the other side: (above, below), each (p, L).
+
+        By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) the
+        mass below a node lies between the weights of the nodes before it, and these with its own. So what a measure
+        has above λ differs from its rule by no more than the weights of the two nodes around λ. Nodes that have
+        converged to an eigenvalue are on their side, to 1e-4 of their weight.
+        """
+        above, below = np.zeros((2, len(self.nodes), len(thresholds)))
+        for index in range(len(self.nodes)):
+            kept = self.weights[index] > 0
+            nodes, weights, residuals = self.nodes[index, kept], self.weights[index, kept], self.residuals[index, kept]
+            places = np.searchsorted(nodes, thresholds, "right")
+            for found, has, at in (
+                (above, places < len(nodes), places),
+                (below, places > 0, places - 1),
+            ):
+                at = at[has]
+                open_ = residuals[at] > _SETTLED * np.abs(nodes[at] - thresholds[has])
+                found[index, has] = np.where(open_, weights[at], 0.0)
+        return above, below
+
+
+def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64]) -> Rule:
+    """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969).
+
+    Parameters
+    ----------
+    alphas, betas
+        Diagonals and couplings, both of shape (p, m); the last coupling leads out of the space.
+    masses
+        Shape (p,).
+    """
+    nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
+    rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
+    return Rule(nodes, masses[:, None] * vectors[:, 0] ** 2, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
+
+
+def radau_rule(
+    alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64], end: float
+) -> Rule:
+    """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973).
+
+    Parameters
+    ----------
+    alphas, betas
+        Shape (p, m); the last coupling leads out of the space.
+    masses
+        Shape (p,).
+    end
+        A lower bound of the spectrum, strictly below the Gauss nodes.
+    """
+    num_steps = alphas.shape[1]
+    shifted = _tridiagonal(alphas, betas) - end * np.eye(num_steps)
+    right = np.zeros((*alphas.shape, 1))
+    right[:, -1, 0] = betas[:, -1] ** 2
+    last = end + np.linalg.solve(shifted, right)[:, -1, 0]
+    # A space that has ended is not coupled: any node without weight will do, and this one is in its spectrum.
+    last = np.where(betas[:, -1] > 0, last, alphas[:, 0])
+    longer = np.concatenate([betas, np.zeros_like(last)[:, None]], axis=1)
+    return gauss_rule(np.concatenate([alphas, last[:, None]], axis=1), longer, masses)
+
+
+def _tridiagonal(alphas: NDArray[np.float64], betas: NDArray[np.float64]) -> NDArray[np.float64]:
+    num_probes, size = alphas.shape
+    found = np.zeros((num_probes, size, size))
+    index = np.arange(size)
+    found[:, index, index] = alphas
+    found[:, index[1:], index[:-1]] = found[:, index[:-1], index[1:]] = betas[:, : size - 1]
+    return found
