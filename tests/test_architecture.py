@@ -91,6 +91,7 @@ HOUSE = {
     "solvers.result": (7, "use"),
     "solvers.krylov": (8, "use"),
     "solvers.quadrature": (8, "use"),
+    "solvers.resuming": (9, "use"),
     "solvers.flow": (9, "use"),
     "solvers.density": (11, "use"),
     "solvers.dynamics": (11, "use"),

@@ -11,9 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.solvers.krylov import ProbeLanczos, steps_that_fit
+from ntkpipe.operators.operator import digest_of
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.quadrature import Rule, gauss_rule
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import Journal
 
 # Thresholds, from the floor to the largest eigenvalue, at which counts must have settled.
 _NUM_THRESHOLDS = 64
@@ -156,6 +159,7 @@ def density(
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> Density:
     """The spectral density of K by stochastic Lanczos quadrature: how many eigenvalues lie where.
 
@@ -181,6 +185,9 @@ def density(
         Of the probes.
     monitor
         Called after each pass.
+    checkpoint
+        Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
 
     Raises
     ------
@@ -215,24 +222,29 @@ def density(
     masses = np.where(lanczos.squared_norms > 0, n - len(values), 0.0)
     floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
 
-    next_check, settled = 1, False
-    rule, largest = Rule(*np.zeros((3, num_probes, 1))), max(floor, float(values.max(initial=0.0)))
-    worst = math.inf
-    while lanczos.num_steps < most and not settled and not lanczos.ended.all():
-        lanczos.absorb(operator.matmat(lanczos.block))
+    decides = {"function": "density", "matrix": operator.identity(), "probes": num_probes, "seed": seed}
+    journal = Journal(checkpoint, {**decides, "top": _name_of(vectors)}, {"probes": lanczos})
+
+    rule, counts, worst = Rule(*np.zeros((3, num_probes, 1))), None, math.inf
+    largest = max(floor, float(values.max(initial=0.0)))
+    is_begun = False
+    while True:
         steps = lanczos.num_steps
-        is_checked = steps >= next_check or steps == most
-        if is_checked:
-            rule = gauss_rule(*lanczos.coefficients(steps), masses)
+        is_last = steps == most or bool(lanczos.ended.all())
+        settled = False
+        if counts is None or is_last or is_due(steps):
+            rule = gauss_rule(*lanczos.coefficients(steps), masses) if steps else rule
             counts = _count(rule, values, n, _thresholds(floor, largest, rule))
             worst = float((counts.standard_errors + counts.truncation_errors).max()) / n
             is_even = bool((counts.truncation_errors <= counts.standard_errors / 4).all())
-            settled = num_steps is None and (worst <= tol or is_even)
-            next_check = steps + max(1, steps // 8)
-        monitor(Step(operator.work - before, worst if is_checked else None, tol))
-    if lanczos.num_steps:
-        rule = gauss_rule(*lanczos.coefficients(lanczos.num_steps), masses)
-    counts = _count(rule, values, n, _thresholds(floor, largest, rule))
+            settled = num_steps is None and (worst <= tol or is_even) and steps > 0
+        if is_begun:
+            monitor(Step(operator.work - before, worst, tol))
+        if is_last or settled:
+            break
+        lanczos.absorb(operator.matmat(lanczos.block))
+        journal.save()
+        is_begun = True
     status, message, resolved = _judge(counts, n, tol, "memory_limit" if most < asked else "num_steps or max_passes")
     return Density(
         status=status,
@@ -258,6 +270,10 @@ def density(
         floor=floor,
         resolved_above=resolved,
     )
+
+
+def _name_of(vectors: NDArray[np.float64] | None) -> str | None:
+    return None if vectors is None else digest_of(vectors)
 
 
 def _thresholds(floor: float, largest: float, rule: Rule) -> NDArray[np.float64]:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from ntkpipe.config import check_number
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.solvers.krylov import ProbeLanczos, steps_that_fit
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.quadrature import gauss_rule, radau_rule
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import Journal
 
 _EPS = float(np.finfo(np.float64).eps)
 # Below it the half of the steps says nothing.
@@ -106,6 +108,7 @@ def slq_logdet(
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> LogDeterminantEstimate:
     """``log det(K + ridge I)`` by stochastic Lanczos quadrature, with both of its errors.
 
@@ -135,6 +138,9 @@ def slq_logdet(
         Of the probes.
     monitor
         Called after each pass.
+    checkpoint
+        Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
 
     Raises
     ------
@@ -170,18 +176,27 @@ def slq_logdet(
     end = (ridge - floor) / scale
     end = end if preconditioner is None else min(end, 1.0)
 
-    next_check, is_done, found = 1, False, None
-    while found is None or not (is_done or lanczos.num_steps == most or lanczos.ended.all()):
-        lanczos.absorb(sampled.multiply(lanczos.block))
+    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": num_probes, "seed": seed}
+    # One of equal rank, shift and determinant is taken for the same.
+    chosen = None if preconditioner is None else [preconditioner.rank, scale, known]
+    journal = Journal(checkpoint, {**decides, "preconditioner": chosen}, {"probes": lanczos})
+
+    found, error, is_begun = None, None, False
+    while True:
         steps = lanczos.num_steps
-        error = None
-        if steps >= next_check or steps == most or lanczos.ended.all():
+        is_done = is_last = steps == most or bool(lanczos.ended.all())
+        if steps and (found is None or is_last or is_due(steps)):
             found = _Estimate(lanczos, end, known)
             error = (found.standard_error + found.truncation) / n
             is_enough = found.truncation <= max(found.standard_error / 4, tol * n / 20)
-            is_done = not found.is_positive or (num_steps is None and is_enough)
-            next_check = steps + max(1, steps // 8)
-        monitor(Step(operator.work - before, error, tol))
+            is_done = is_last or not found.is_positive or (num_steps is None and is_enough)
+        if is_begun:
+            monitor(Step(operator.work - before, error, tol))
+        if found is not None and is_done:
+            break
+        lanczos.absorb(sampled.multiply(lanczos.block))
+        journal.save()
+        is_begun = True
     status, message = _judge(
         found, n, tol, floor / scale, "memory_limit" if most < asked else "num_steps or max_passes"
     )
