@@ -68,9 +68,7 @@ class Flow:
         if not is_finite.all():
             left = self._exit @ (self._phi(math.inf)[:, None] * self._start)
             found[~is_finite] = np.linalg.norm(left, axis=0).max(initial=0.0)
-        return (
-            found + 32 * _EPS + np.where(is_finite, np.minimum(4 * _EPS * self.sensitivities(self.largest), 1.0), 0.0)
-        )
+        return found + 32 * _EPS + np.where(is_finite, 4 * _EPS * self.sensitivities(self.largest), 0.0)
 
     def _integrals(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
         """``∫ |d(s)| ds`` up to each time, by the trapezoidal rule in log s; infinite where numbers end."""
