@@ -16,6 +16,10 @@ MATRIX = matrix_with_spectrum(power_law(120, condition=1e4))
 TARGETS = np.random.default_rng(1).standard_normal((120, 3))
 
 
+def plain_logdet(operator, **options):
+    return slq_logdet(operator, preconditioner=None, **options)
+
+
 def flow(operator, **options):
     return dynamics(operator, TARGETS, times=[10.0, 1e4, math.inf], **options)
 
@@ -42,7 +46,7 @@ def arrays_equal(first, second):
     assert first.status == second.status
 
 
-@pytest.mark.parametrize("function", [density, slq_logdet, flow])
+@pytest.mark.parametrize("function", [density, plain_logdet, flow])
 @pytest.mark.parametrize("passes", [1, 2, 7, 13])
 def test_cut_short_it_goes_on_to_the_same_bits(function, passes, tmp_path):
     operator = DenseOperator(MATRIX)
@@ -55,7 +59,7 @@ def test_cut_short_it_goes_on_to_the_same_bits(function, passes, tmp_path):
     assert rest.work.passes == whole.work.passes - passes
 
 
-@pytest.mark.parametrize("function", [density, slq_logdet, flow])
+@pytest.mark.parametrize("function", [density, plain_logdet, flow])
 def test_one_that_is_done_needs_no_more_steps_and_may_be_given_more(function, tmp_path):
     operator = DenseOperator(MATRIX)
     operator.statistics()
@@ -70,6 +74,15 @@ def test_one_that_is_done_needs_no_more_steps_and_may_be_given_more(function, tm
         function(operator, checkpoint=Checkpoint(tmp_path, "run"), max_passes=9)
 
 
+def test_a_preconditioner_is_made_again(tmp_path):
+    whole = slq_logdet(MATRIX)
+    with pytest.raises(CutShortError):
+        slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run"), monitor=cut_after(5))
+    arrays_equal(whole, slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run")))
+    with pytest.raises(ConfigError, match="give another name"):
+        slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run"), rank=5)
+
+
 def test_a_space_that_ends_is_read_again(tmp_path):
     matrix, goals = matrix_with_spectrum(np.arange(1.0, 9.0)), TARGETS[:8]
     first, second = (
@@ -79,7 +92,7 @@ def test_a_space_that_ends_is_read_again(tmp_path):
     arrays_equal(first, second)
 
 
-@pytest.mark.parametrize("function", [density, slq_logdet, flow])
+@pytest.mark.parametrize("function", [density, plain_logdet, flow])
 def test_a_checkpoint_of_another_calculation_is_refused(function, tmp_path):
     function(MATRIX, checkpoint=Checkpoint(tmp_path, "run"))
     for matrix, seed in ((2 * MATRIX, 0), (MATRIX, 1)):
