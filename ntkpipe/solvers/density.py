@@ -209,11 +209,11 @@ def density(
     begin = perf_counter()
     operator = as_operator(matrix)
     before, n = operator.work, operator.num_rows
-    check_number("num_probes", num_probes, low=2)
-    check_number("tol", tol, low=0.0, high=1.0)
-    check_number("max_passes", max_passes, low=1)
+    num_probes = int(check_number("num_probes", num_probes, low=2))
+    tol = float(check_number("tol", tol, low=0.0, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
     if num_steps is not None:
-        check_number("num_steps", num_steps, low=1)
+        num_steps = int(check_number("num_steps", num_steps, low=1))
     values, vectors = _exact_pairs(top, n)
     asked = min(num_steps or max_passes, n)
     most = steps_that_fit(n, num_probes, asked, memory_limit)

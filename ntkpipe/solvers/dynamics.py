@@ -185,10 +185,11 @@ def dynamics(
     before = operator.work
     goals = _block(targets, operator.num_rows, "targets")
     wanted = _times(times)
-    check_number("tol", tol, low=1e-14, high=1.0)
-    check_number("max_passes", max_passes, low=1)
+    tol = float(check_number("tol", tol, low=1e-14, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
     if learning_rate is not None and not (0 < learning_rate < math.inf):
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    learning_rate = None if learning_rate is None else float(learning_rate)
     start = goals if initial is None else goals - _block(initial, operator.num_rows, "initial", goals.shape)
     columns = start.reshape(operator.num_rows, -1)
     sizes = np.linalg.norm(columns, axis=0)

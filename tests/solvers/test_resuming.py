@@ -1,5 +1,6 @@
 """Calculations cut short after any pass go on to the same bits, without a pass done twice."""
 
+import json
 import math
 
 import numpy as np
@@ -102,3 +103,15 @@ def test_a_checkpoint_of_another_calculation_is_refused(function, tmp_path):
 
 def test_errors_are_looked_at_often_first_and_then_each_eighth():
     assert [step for step in range(41) if is_due(step)] == [*range(1, 17), 18, 20, 22, 24, 27, 30, 33, 37]
+
+
+def test_options_that_are_numpy_numbers_are_saved_as_json_too(tmp_path):
+    one, few = np.float32(0.5), np.int64(4)
+    for index, result in enumerate(
+        [
+            density(MATRIX, num_probes=few, num_steps=few, tol=one, checkpoint=Checkpoint(tmp_path, "a")),
+            slq_logdet(MATRIX, ridge=one, num_probes=few, tol=one, checkpoint=Checkpoint(tmp_path, "b")),
+            flow(MATRIX, learning_rate=one, tol=one, max_passes=few, checkpoint=Checkpoint(tmp_path, "c")),
+        ]
+    ):
+        assert json.loads(json.dumps(result.to_json()))["status"] == result.status, index
