@@ -149,7 +149,7 @@ def slq_logdet(
     begin = perf_counter()
     operator = as_operator(matrix)
     before, n = operator.work, operator.num_rows
-    ridge = float(check_number("ridge", ridge, low=0.0, high=1e300))
+    ridge = float(check_number("ridge", float(ridge), low=0.0, high=1e300))
     num_probes = int(check_number("num_probes", num_probes, low=2))
     tol = float(check_number("tol", tol, low=0.0, high=1.0))
     max_passes = int(check_number("max_passes", max_passes, low=1))
