@@ -1,6 +1,6 @@
 """The operator of what users have: a stored kernel, an array, or an operator already."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,11 +14,16 @@ from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
 from ntkpipe.resources import available_memory, format_bytes, num_cores, process_memory
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 # Of what is free: the rest is for vectors, and for others.
 _SHARE_OF_MEMORY = 0.5
 
 
-def as_operator(matrix: Any, *, memory_limit: int | None = None, threads: int | None = None) -> Operator:
+def as_operator(
+    matrix: Any, *, memory_limit: int | None = None, threads: int | None = None, client: "Client | None" = None
+) -> Operator:
     """The operator of a matrix.
 
     Parameters
@@ -28,29 +33,41 @@ def as_operator(matrix: Any, *, memory_limit: int | None = None, threads: int | 
         ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is.
     memory_limit
         Bytes that this process may have once tiles are kept; default what it has and half of what is free. What does
-        not fit is read again in each pass. For a matrix in memory, or an operator, it means nothing.
+        not fit is read again in each pass. For a matrix in memory, or an operator, it means nothing. With a client: of
+        each worker; default 60 % of what its Dask gives it.
     threads
-        That multiply; default one for each core. No number depends on it.
+        That multiply; default one for each core. No number depends on it. With a client: of each worker; default those
+        of its Dask.
+    client
+        Of a Dask cluster whose workers read and keep the tiles of a stored matrix, see
+        :class:`ntkpipe.operators.workers.WorkersOperator`; results have the same bits. For a matrix in memory, or an
+        operator, it means nothing.
 
     Raises
     ------
     ConfigError
-        If it is no symmetric matrix, or an option is out of range.
+        If it is no symmetric matrix, an option is out of range, or the client is none.
     NonFiniteError
         If an array holds NaN or infinity.
     ResourceError
         If the limit leaves no room for the tiles in use.
+    ClusterError
+        If the cluster has no workers, or one of no use.
     """
     if isinstance(matrix, Operator):
         return matrix
     if isinstance(matrix, Kernel):
-        return _stream(KernelTiles(matrix), memory_limit, threads)
+        return _open(KernelTiles(matrix), memory_limit, threads, client)
     if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
-        return _stream(ArrayTiles(matrix), memory_limit, threads)
+        return _open(ArrayTiles(matrix), memory_limit, threads, client)
     return DenseOperator(matrix)
 
 
-def _stream(source: TileSource, memory_limit: int | None, threads: int | None) -> StreamingOperator:
+def _open(source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None") -> Operator:
+    if client is not None:
+        from ntkpipe.operators.workers import WorkersOperator  # keeps distributed out of work on one machine
+
+        return WorkersOperator(source, client, memory_limit=memory_limit, threads=threads)
     if threads is not None:
         check_number("threads", threads, low=1)
     threads = threads or num_cores()

@@ -132,7 +132,8 @@ class Operator(ABC):
                 f"a block of shape {values.shape} and dtype {values.dtype}; needed ({self.num_rows},) or "
                 f"({self.num_rows}, r) of real numbers"
             )
-        values = np.ascontiguousarray(values, np.float64)
+        # Where BLAS does not take it, for its order or address, numpy's own loops would give other bits.
+        values = np.require(values, np.float64, ["C", "ALIGNED"])
         if not np.isfinite(values).all():
             raise NonFiniteError("a block that the matrix is multiplied with holds NaN or infinity")
         if values.size == 0:

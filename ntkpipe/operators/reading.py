@@ -17,6 +17,10 @@ _LOCAL_DEPTH = 2
 _REMOTE_DEPTH = 8
 
 
+# A tile that was asked for: kept already or on its way, then into this memory unless it is to be kept.
+_Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uint8] | None]
+
+
 class TileReader:
     """Streams tiles of a source, any number of streams at a time.
 
@@ -38,28 +42,48 @@ class TileReader:
 
     def __init__(self, source: TileSource, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
         self.source = source
-        every = list(tiles)
-        count = min(len(every), cache_bytes // source.tile_bytes)
-        self._pinned = {
-            index
-            for number, index in enumerate(every)
-            if number * count // len(every) != (number + 1) * count // len(every)
-        }
-        self.share_kept = count / len(every) if every else 0.0
+        self._every = tuple(tiles)
+        self._pinned: set[TileIndex] = set()
+        self._kept: dict[TileIndex, NDArray[Any]] = {}
         self._depth = _depth(source)
         self._num_threads = streams if source.is_local else streams * _REMOTE_DEPTH
-        self._kept: dict[TileIndex, NDArray[Any]] = {}
         self._free: deque[NDArray[np.uint8]] = deque()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
-        self._num_tiles = len(every)
         self._tiles_given = self._bytes_read = 0
         self._seconds = 0.0
+        self.keep(cache_bytes)
+
+    def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
+        """Choose anew what is kept, of other tiles or in another memory; the rest is let go."""
+        if tiles is not None:
+            self._every = tuple(tiles)
+        total = len(self._every)
+        count = min(total, max(0, cache_bytes) // self.source.tile_bytes)
+        pinned = {
+            index
+            for number, index in enumerate(self._every)
+            if number * count // total != (number + 1) * count // total
+        }
+        with self._lock:
+            self._pinned = pinned
+            self._kept = {index: tile for index, tile in self._kept.items() if index in pinned}
+        self.share_kept = count / total if total else 0.0
+
+    @property
+    def num_given(self) -> int:
+        """Tiles that it has passed on."""
+        return self._tiles_given
+
+    @property
+    def num_kept(self) -> int:
+        """Tiles that are in memory now."""
+        return len(self._kept)
 
     @property
     def work(self) -> Work:
         """What it has cost; a pass is all tiles, kept ones included."""
-        return Work(self._tiles_given / max(1, self._num_tiles), self._bytes_read, self._seconds)
+        return Work(self._tiles_given / max(1, len(self._every)), self._bytes_read, self._seconds)
 
     def add_seconds(self, seconds: float) -> None:
         """Count time that was spent with its tiles."""
@@ -77,7 +101,7 @@ class TileReader:
         TileError
             If one is missing or damaged.
         """
-        coming: deque[tuple[TileIndex, Future[NDArray[Any]] | None, NDArray[np.uint8] | None]] = deque()
+        coming: deque[_Coming] = deque()
         try:
             for index in indices:
                 coming.append(self._start(index))
@@ -86,31 +110,28 @@ class TileReader:
             while coming:
                 yield from self._finish(coming)
         finally:
-            for _, future, buffer in coming:
+            for _, tile, buffer in coming:
                 # Memory that is still written to must not be handed out.
-                if future is not None and not future.cancel():
-                    future.exception()
+                if isinstance(tile, Future) and not tile.cancel():
+                    tile.exception()
                 self._give_back(buffer)
 
-    def _start(self, index: TileIndex) -> tuple[TileIndex, "Future[NDArray[Any]] | None", NDArray[np.uint8] | None]:
-        if index in self._kept:
-            return index, None, None
+    def _start(self, index: TileIndex) -> "_Coming":
         with self._lock:
+            if (kept := self._kept.get(index)) is not None:
+                return index, kept, None
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="tiles")
-            threads = self._threads
-        buffer = None if index in self._pinned else self._take()
-        return index, threads.submit(self.source.read, index, buffer), buffer
+            buffer = None if index in self._pinned else self._take()
+            return index, self._threads.submit(self.source.read, index, buffer), buffer
 
-    def _finish(
-        self, coming: "deque[tuple[TileIndex, Future[NDArray[Any]] | None, NDArray[np.uint8] | None]]"
-    ) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
-        index, future, buffer = coming[0]
-        tile = self._kept[index] if future is None else future.result()
+    def _finish(self, coming: "deque[_Coming]") -> Iterator[tuple[TileIndex, NDArray[Any]]]:
+        index, found, buffer = coming[0]
+        tile = found.result() if isinstance(found, Future) else found
         coming.popleft()
         with self._lock:
             self._tiles_given += 1
-            if future is not None:
+            if isinstance(found, Future):
                 self._bytes_read += self.source.tile_bytes
                 if buffer is None and index in self._pinned:
                     self._kept[index] = tile
@@ -135,8 +156,9 @@ class TileReader:
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown()
-        self._kept.clear()
-        self._free.clear()
+        with self._lock:
+            self._kept.clear()
+            self._free.clear()
 
 
 def _depth(source: TileSource) -> int:

@@ -1,19 +1,16 @@
 """A stored matrix as an operator on this machine: its tiles pass by, each used for both halves."""
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader
+from ntkpipe.operators.shards import map_shards
 from ntkpipe.operators.tiles import Columns, Part, Rectangle, Shard, Tiles, cut_shards, measure, multiply
 
 Found = TypeVar("Found")
@@ -101,43 +98,14 @@ class StreamingOperator(Operator):
             pass
         return values
 
-    @cached_property
-    def _blas(self) -> ThreadpoolController:
-        return ThreadpoolController()
-
     def _map(self, work: Callable[[Tiles], Found], shards: tuple[Shard, ...]) -> Iterator[Found]:
-        """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead."""
+        """What ``work`` finds in the tiles of each shard, in order."""
         start = perf_counter()
-        stop = threading.Event()
-
-        def tiles_of(shard: Shard) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
-            for item in self._reader.tiles(shard.tiles):
-                if stop.is_set():
-                    raise _Stopped
-                yield item
-
-        def do(shard: Shard) -> Found:
-            return work(tiles_of(shard))
-
-        waiting: list[Future[Found]] = []
-        with self._blas.limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._num_threads) as threads:
-            try:
-                for shard in shards:
-                    waiting.append(threads.submit(do, shard))
-                    if len(waiting) > self._num_threads:
-                        yield waiting.pop(0).result()
-                while waiting:
-                    yield waiting.pop(0).result()
-            finally:
-                stop.set()
-                for future in waiting:
-                    future.cancel()
-                self._reader.add_seconds(perf_counter() - start)
+        try:
+            yield from map_shards(work, shards, self._reader.tiles, self._num_threads)
+        finally:
+            self._reader.add_seconds(perf_counter() - start)
 
     def close(self) -> None:
         """See :meth:`Operator.close`."""
         self._reader.close()
-
-
-class _Stopped(Exception):  # noqa: N818 - a request, not an error
-    """Leaves a shard when another one has failed, or the pass was interrupted."""

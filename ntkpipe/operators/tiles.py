@@ -1,9 +1,10 @@
 """Tiles of a stored symmetric matrix: where they come from, how they are cut into shards, and what is done with one."""
 
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +115,8 @@ class KernelTiles:
 class ArrayTiles:
     """Tiles of any matrix that gives slices as arrays: a ``zarr.Array``, a memory map. Only upper tiles are read.
 
+    Pickled, a memory map is the name of its file, which must be there where it is opened.
+
     Attributes
     ----------
     array
@@ -134,6 +137,16 @@ class ArrayTiles:
         shape, dtype = tuple(self.array.shape), np.dtype(self.array.dtype)
         if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or dtype not in (np.float32, np.float64):
             raise ConfigError(f"a matrix of shape {shape} and dtype {dtype}; needed (n, n) in float32 or float64")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self.array, np.memmap):
+            return ArrayTiles, (self.array, self.edge)
+        base: Any = self.array.base
+        if not isinstance(base, mmap.mmap):  # then numpy does not know where it begins
+            raise ConfigError("part of a memory map cannot be sent to workers; give a numpy.memmap of that part")
+        order: Literal["C", "F"] = "C" if self.array.flags.c_contiguous else "F"
+        place = str(self.array.filename), self.array.dtype, self.array.offset, self.array.shape, order
+        return _open_mapped, (*place, self.edge)
 
     @property
     def grid(self) -> Grid:
@@ -167,6 +180,12 @@ class ArrayTiles:
         del buffer
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
         return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
+
+
+def _open_mapped(
+    path: str, dtype: np.dtype[Any], offset: int, shape: tuple[int, int], order: Literal["C", "F"], edge: int
+) -> ArrayTiles:
+    return ArrayTiles(np.memmap(path, dtype, "r", offset, shape, order), edge)
 
 
 @dataclass(frozen=True)
@@ -258,7 +277,7 @@ class _Upcast:
 
     def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
         """The rows of a tile, each run valid until the next."""
-        is_ready = tile.dtype == np.float64 and tile.dtype.isnative
+        is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
         if not is_ready and self._scratch is None:
             self._scratch = np.empty((self._step, self._edge))
         for first in range(0, len(tile), self._step):

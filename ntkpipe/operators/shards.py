@@ -1,0 +1,146 @@
+"""Shards of tiles: who owns which, and threads that work through them with single-threaded BLAS."""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+from ntkpipe.operators.tiles import Shard, TileIndex, Tiles
+
+Found = TypeVar("Found")
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """Leaves a shard when another one has failed, or nobody waits for the pass any more."""
+
+
+def map_shards(
+    work: Callable[[Tiles], Found],
+    shards: Iterable[Shard],
+    read: Callable[[tuple[TileIndex, ...]], Tiles],
+    num_threads: int,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> Iterator[Found]:
+    """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead.
+
+    Parameters
+    ----------
+    work
+        Called in threads; no result depends on how many there are.
+    shards
+        In the order of the results.
+    read
+        Passes tiles on.
+    num_threads
+        That work at a time.
+    is_unwanted
+        Asked at every tile.
+
+    Yields
+    ------
+    One result a shard.
+
+    Raises
+    ------
+    Stopped
+        Once it is unwanted.
+    """
+    stop = threading.Event()
+
+    def tiles_of(shard: Shard) -> Iterator[tuple[TileIndex, Any]]:
+        for item in read(shard.tiles):
+            if stop.is_set() or is_unwanted():
+                raise Stopped
+            yield item
+
+    def do(shard: Shard) -> Found:
+        return work(tiles_of(shard))
+
+    waiting: list[Future[Found]] = []
+    with _SingleThreadedBlas.entered(), ThreadPoolExecutor(num_threads) as threads:
+        try:
+            for shard in shards:
+                waiting.append(threads.submit(do, shard))
+                if len(waiting) > num_threads:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            stop.set()
+            for future in waiting:
+                future.cancel()
+
+
+class _SingleThreadedBlas:
+    """A setting of the process: made by the first pass at a time, and unmade by the last."""
+
+    _lock = threading.Lock()
+    _num_passes = 0
+    _setting: Any = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def entered(cls) -> Iterator[None]:
+        with cls._lock:
+            if cls._num_passes == 0:
+                cls._setting = _controller().limit(limits=1, user_api="blas")
+            cls._num_passes += 1
+        try:
+            yield
+        finally:
+            with cls._lock:
+                cls._num_passes -= 1
+                if cls._num_passes == 0:
+                    cls._setting.restore_original_limits()
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
+    """Owner of each shard: the one it has where he is there, and everybody has about as many for each of his threads.
+
+    Parameters
+    ----------
+    numbers
+        Of the shards, which are equally long.
+    workers
+        Threads by address, at least one.
+    known
+        Owners up to now; where there are none, shards beside each other go to the same.
+    """
+    if not set(known.values()) & set(workers):
+        known, threads, position = {}, sum(workers.values()), 0
+        fresh = {}
+        for address, count in workers.items():
+            first, position = position, position + count
+            for number in numbers[len(numbers) * first // threads : len(numbers) * position // threads]:
+                fresh[number] = address
+        return fresh
+    owners = {number: known[number] for number in numbers if known.get(number) in workers}
+    held = Counter({address: 0 for address in workers})
+    held.update(owners.values())
+
+    def give(number: int) -> None:
+        owners[number] = min(workers, key=lambda address: (held[address] + 1) / workers[address])
+        held[owners[number]] += 1
+
+    for number in numbers:
+        if number not in owners:
+            give(number)
+    while True:
+        fullest = max(workers, key=lambda address: held[address] / workers[address])
+        emptiest = min(workers, key=lambda address: (held[address] + 1) / workers[address])
+        if (held[emptiest] + 1) / workers[emptiest] >= held[fullest] / workers[fullest]:
+            return dict(sorted(owners.items()))
+        moved = max(number for number, owner in owners.items() if owner == fullest)
+        held[fullest] -= 1
+        owners[moved] = emptiest
+        held[emptiest] += 1
