@@ -95,6 +95,8 @@ HOUSE = {
     "solvers.result": (7, "use"),
     "solvers.krylov": (8, "use"),
     "solvers.quadrature": (8, "use"),
+    "solvers.thickrestart": (11, "use"),
+    "solvers.lanczos": (12, "use"),
     "solvers.flow": (9, "use"),
     "solvers.density": (12, "use"),
     "solvers.dynamics": (12, "use"),
