@@ -11,9 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.solvers.krylov import ProbeLanczos, steps_that_fit
+from ntkpipe.operators.operator import digest_of
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.quadrature import Rule, gauss_rule
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import Journal
 
 # Thresholds, from the floor to the largest eigenvalue, at which counts must have settled.
 _NUM_THRESHOLDS = 64
@@ -124,8 +127,9 @@ class Density(Result):
         return 10.0**grid, found / (width * math.sqrt(2 * math.pi))
 
     def _below(self) -> float:
-        """Eigenvalues under minus the floor."""
-        return max(0.0, self.num_rows - float(self.count_above([-self.floor]).values[0]))
+        """Eigenvalues under minus the floor, as far as nodes show them."""
+        found = (self.weights * (self.nodes < -self.floor)).sum() / len(self.weights)
+        return float(found) + int((self.eigenvalues < -self.floor).sum())
 
     def _rows(self) -> Rows:
         largest = max(self.nodes.max(initial=0.0), self.eigenvalues.max(initial=0.0))
@@ -155,6 +159,7 @@ def density(
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> Density:
     """The spectral density of K by stochastic Lanczos quadrature: how many eigenvalues lie where.
 
@@ -180,6 +185,9 @@ def density(
         Of the probes.
     monitor
         Called after each pass.
+    checkpoint
+        Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
 
     Raises
     ------
@@ -195,41 +203,48 @@ def density(
     and Stieltjes, and half of that range is the truncation error. The usual sign, a small change from half as many
     steps, is unsafe: below the smallest node it is zero, where counts of ill-conditioned matrices are wrong by half
     of n. The standard error is at least that of a projector with Rademacher probes, ``2 N (n - N) / (n p)`` squared,
-    since the scatter of few probes says little where counts are small.
+    since the scatter of few probes says little where counts are small. Where pairs are spliced in, probes are scaled
+    to the number of the others, which is known; the bias of that, of order ``1 / n``, is far below all errors.
     """
     begin = perf_counter()
     operator = as_operator(matrix)
     before, n = operator.work, operator.num_rows
-    check_number("num_probes", num_probes, low=2)
-    check_number("tol", tol, low=0.0, high=1.0)
-    check_number("max_passes", max_passes, low=1)
+    num_probes = int(check_number("num_probes", num_probes, low=2))
+    tol = float(check_number("tol", tol, low=0.0, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
     if num_steps is not None:
-        check_number("num_steps", num_steps, low=1)
+        num_steps = int(check_number("num_steps", num_steps, low=1))
     values, vectors = _exact_pairs(top, n)
     asked = min(num_steps or max_passes, n)
     most = steps_that_fit(n, num_probes, asked, memory_limit)
     probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
     lanczos = ProbeLanczos(probes, most, vectors)
+    masses = np.where(lanczos.squared_norms > 0, n - len(values), 0.0)
     floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
 
-    next_check, settled = 1, False
-    rule, largest = Rule(*np.zeros((3, num_probes, 1))), max(floor, float(values.max(initial=0.0)))
-    worst = math.inf
-    while lanczos.num_steps < most and not settled and not lanczos.ended.all():
-        lanczos.absorb(operator.matmat(lanczos.block))
+    decides = {"function": "density", "matrix": operator.identity(), "probes": num_probes, "seed": seed}
+    journal = Journal(checkpoint, {**decides, "top": _name_of(vectors)}, {"probes": lanczos})
+
+    rule, counts, worst = Rule(*np.zeros((3, num_probes, 1))), None, math.inf
+    largest = max(floor, float(values.max(initial=0.0)))
+    is_begun = False
+    while True:
         steps = lanczos.num_steps
-        is_checked = steps >= next_check or steps == most
-        if is_checked:
-            rule = gauss_rule(*lanczos.coefficients(steps), lanczos.squared_norms)
+        is_last = steps == most or bool(lanczos.ended.all())
+        settled = False
+        if counts is None or is_last or is_due(steps):
+            rule = gauss_rule(*lanczos.coefficients(steps), masses) if steps else rule
             counts = _count(rule, values, n, _thresholds(floor, largest, rule))
             worst = float((counts.standard_errors + counts.truncation_errors).max()) / n
             is_even = bool((counts.truncation_errors <= counts.standard_errors / 4).all())
-            settled = num_steps is None and (worst <= tol or is_even)
-            next_check = steps + max(1, steps // 8)
-        monitor(Step(operator.work - before, worst if is_checked else None, tol))
-    if lanczos.num_steps:
-        rule = gauss_rule(*lanczos.coefficients(lanczos.num_steps), lanczos.squared_norms)
-    counts = _count(rule, values, n, _thresholds(floor, largest, rule))
+            settled = num_steps is None and (worst <= tol or is_even) and steps > 0
+        if is_begun:
+            monitor(Step(operator.work - before, worst, tol))
+        if is_last or settled:
+            break
+        lanczos.absorb(operator.matmat(lanczos.block))
+        journal.save()
+        is_begun = True
     status, message, resolved = _judge(counts, n, tol, "memory_limit" if most < asked else "num_steps or max_passes")
     return Density(
         status=status,
@@ -255,6 +270,10 @@ def density(
         floor=floor,
         resolved_above=resolved,
     )
+
+
+def _name_of(vectors: NDArray[np.float64] | None) -> str | None:
+    return None if vectors is None else digest_of(vectors)
 
 
 def _thresholds(floor: float, largest: float, rule: Rule) -> NDArray[np.float64]:

@@ -12,10 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.operator import Operator
+from ntkpipe.operators.operator import Operator, digest_of
+from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.flow import Flow
-from ntkpipe.solvers.krylov import BlockLanczos, TopEigenvalue, steps_that_fit
+from ntkpipe.solvers.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import Journal, Space
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -121,6 +123,7 @@ def dynamics(
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> Dynamics:
     """Training by gradient flow with a fixed kernel, ``df/dt = -η K (f - Y)``, without eigenvectors.
 
@@ -151,6 +154,9 @@ def dynamics(
         Of the random vector.
     monitor
         Called after each pass.
+    checkpoint
+        Where each step is written, 8 c n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
 
     Raises
     ------
@@ -179,10 +185,11 @@ def dynamics(
     before = operator.work
     goals = _block(targets, operator.num_rows, "targets")
     wanted = _times(times)
-    check_number("tol", tol, low=1e-14, high=1.0)
-    check_number("max_passes", max_passes, low=1)
+    tol = float(check_number("tol", tol, low=1e-14, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
     if learning_rate is not None and not (0 < learning_rate < math.inf):
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    learning_rate = None if learning_rate is None else float(learning_rate)
     start = goals if initial is None else goals - _block(initial, operator.num_rows, "initial", goals.shape)
     columns = start.reshape(operator.num_rows, -1)
     sizes = np.linalg.norm(columns, axis=0)
@@ -191,17 +198,25 @@ def dynamics(
     space = BlockLanczos(columns / np.where(sizes > 0, sizes, 1.0), most)
     top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
 
-    next_check, error = 1, math.inf
-    while not space.is_exhausted and space.num_steps < most and error > tol:
-        _advance(operator, space, top)
-        is_checked = space.num_steps >= next_check or space.num_steps == most or space.is_exhausted
-        if is_checked:
+    spaces: dict[str, Space] = {"targets": space} if top is None else {"targets": space, "top": top}
+    decides = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
+    journal = Journal(checkpoint, {**decides, "seed": None if top is None else seed}, spaces)
+
+    error, is_begun = math.inf, False
+    while True:
+        steps = space.num_steps
+        is_last = steps == most or space.is_exhausted
+        is_open = top is not None and not top.is_settled
+        if steps and (is_last or is_due(steps)) and (top is None or top.value > 0):
             error = float(Flow(space, wanted, learning_rate or _rate(top), floor).errors.max(initial=0.0))
-            next_check = space.num_steps + max(1, space.num_steps // 8)
-        monitor(Step(operator.work - before, error if is_checked else None, tol))
-    while top is not None and not top.is_settled:
-        _advance(operator, None, top)
-        monitor(Step(operator.work - before, None, tol))
+        if is_begun:
+            monitor(Step(operator.work - before, error, tol))
+        is_last = is_last or error <= tol
+        if is_last and not is_open:
+            break
+        _advance(operator, None if is_last else space, top)
+        journal.save()
+        is_begun = True
 
     rate = learning_rate or _rate(top)
     flow = Flow(space, wanted, rate, floor)

@@ -3,11 +3,15 @@
 Both ask for products and are given them, so one pass can serve several.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.errors import ResourceError
 from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.saving import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
 # A direction this far below the norm of the matrix is what rounding left of none.
@@ -45,6 +49,14 @@ def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: i
     return int(min(wanted, fitting))
 
 
+def is_due(num_steps: int) -> bool:
+    """Whether errors are looked at after this step: each of the first, then every eighth of those taken."""
+    step = 1
+    while step < num_steps:
+        step += max(1, step // 8)
+    return step == num_steps
+
+
 class ProbeLanczos:
     """The Lanczos process of each column of a block by itself; all columns share a pass.
 
@@ -63,6 +75,7 @@ class ProbeLanczos:
 
     def __init__(self, probes: NDArray[np.float64], max_steps: int, deflate: NDArray[np.float64] | None = None) -> None:
         num_rows, num_probes = probes.shape
+        self.max_steps = max_steps
         self._deflate = deflate
         self._dimension = num_rows - (0 if deflate is None else deflate.shape[1])
         self._basis = np.empty((num_probes, max_steps + 1, num_rows))
@@ -115,6 +128,27 @@ class ProbeLanczos:
         beyond = np.arange(num_steps) >= self._lengths[:, None]
         return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
 
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        step = self.num_steps
+        checkpoint.put(f"{prefix}{step}", self._basis[:, step])
+        state = {
+            "num_steps": step,
+            "alphas": self._alphas[:, :step].tolist(),
+            "betas": self._betas[:, :step].tolist(),
+            "scales": self._scales.tolist(),
+            "lengths": self._lengths.tolist(),
+        }
+        return state, {f"{prefix}{index}" for index in range(1, step + 1)}
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        step = self.num_steps = int(state["num_steps"])
+        for index in range(1, step + 1):
+            self._basis[:, index] = checkpoint.get(f"{prefix}{index}")
+        self._alphas[:, :step], self._betas[:, :step] = state["alphas"], state["betas"]
+        self._scales, self._lengths = np.array(state["scales"], np.float64), np.array(state["lengths"], np.int64)
+
     def _project(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rows without their part in what is deflated."""
         return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
@@ -142,12 +176,34 @@ class TopEigenvalue:
     def absorb(self, product: NDArray[np.float64]) -> None:
         """Take ``K @ lanczos.block``."""
         self.lanczos.absorb(product)
-        num_steps = self.lanczos.num_steps
+        self._look()
+
+    @property
+    def num_steps(self) -> int:
+        """Products taken."""
+        return self.lanczos.num_steps
+
+    @property
+    def max_steps(self) -> int:
+        """Most of them."""
+        return self.lanczos.max_steps
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        return self.lanczos.write_step(checkpoint, prefix)
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        self.lanczos.read_steps(checkpoint, prefix, state)
+        self._look()
+
+    def _look(self) -> None:
+        num_steps = self.num_steps
         (alphas,), (betas,) = self.lanczos.coefficients(num_steps)
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
         self.value = float(values[-1])
         gap = betas[-1] * abs(vectors[-1, -1])
-        is_last = num_steps == min(_MOST_RATE_STEPS, self.lanczos.block.shape[0])
+        is_last = num_steps == self.max_steps
         self.is_settled = bool(is_last or self.lanczos.ended.all() or gap <= _RATE_TOLERANCE * abs(self.value))
 
 
@@ -168,6 +224,7 @@ class BlockLanczos:
 
     def __init__(self, block: NDArray[np.float64], max_steps: int) -> None:
         num_rows, num_columns = block.shape
+        self.max_steps = max_steps
         self._num_rows = num_rows
         self._vectors = np.empty((min(num_rows, num_columns * max_steps) + num_columns, num_rows))
         vectors, self.start = _orthonormal(block, _NOTHING * float(np.linalg.norm(block)), num_rows)
@@ -217,10 +274,37 @@ class BlockLanczos:
             vectors -= older.T @ (older @ vectors)
             vectors, upper = np.linalg.qr(vectors)
             coupling = upper @ coupling
-        self._vectors[last : last + vectors.shape[1]] = vectors.T
-        self._diagonals.append((diagonal + diagonal.T) / 2)
+        self._append(vectors.T, (diagonal + diagonal.T) / 2, coupling)
+
+    def _append(self, rows: NDArray[np.float64], diagonal: NDArray[np.float64], coupling: NDArray[np.float64]) -> None:
+        last = self._bounds[-1]
+        self._vectors[last : last + len(rows)] = rows
+        self._diagonals.append(diagonal)
         self._couplings.append(coupling)
-        self._bounds.append(last + vectors.shape[1])
+        self._bounds.append(last + len(rows))
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        first, last = self._bounds[-2:]
+        # Arrays without entries are not written.
+        if last > first:
+            checkpoint.put(f"{prefix}rows_{self.num_steps}", self._vectors[first:last])
+            checkpoint.put(f"{prefix}coupling_{self.num_steps}", self.coupling)
+        checkpoint.put(f"{prefix}diagonal_{self.num_steps}", self._diagonals[-1])
+        names = {f"{prefix}diagonal_{step}" for step in range(1, self.num_steps + 1)}
+        for kind in ("rows", "coupling"):
+            names |= {f"{prefix}{kind}_{step}" for step in range(1, self.num_steps + (last > first))}
+        return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}, names
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        self._scale = float(state["scale"])
+        for step in range(1, int(state["num_steps"]) + 1):
+            width, here = (state["bounds"][at + 1] - state["bounds"][at] for at in (step - 1, step))
+            rows, coupling = np.empty((0, self._num_rows)), np.empty((0, width))
+            if here:
+                rows, coupling = checkpoint.get(f"{prefix}rows_{step}"), checkpoint.get(f"{prefix}coupling_{step}")
+            self._append(rows, checkpoint.get(f"{prefix}diagonal_{step}"), coupling)
 
     def matrix(self) -> NDArray[np.float64]:
         """T, symmetric, shape (dimension, dimension)."""

@@ -3,39 +3,25 @@
 import math
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.solvers.krylov import ProbeLanczos, steps_that_fit
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
+from ntkpipe.solvers.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.quadrature import gauss_rule, radau_rule
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import Journal
 
 _EPS = float(np.finfo(np.float64).eps)
 # Below it the half of the steps says nothing.
 _FEWEST_STEPS = 8
-
-
-class Preconditioner(Protocol):
-    """P = F F' + μ I with F F' ≤ K, as random pivoted Cholesky makes it."""
-
-    @property
-    def mu(self) -> float:
-        """μ > 0."""
-
-    @property
-    def rank(self) -> int:
-        """Columns of F."""
-
-    def inverse_sqrt(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``P^-1/2 @ block``."""
-
-    def logdet(self) -> float:
-        """``log det P``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +84,8 @@ def slq_logdet(
     matrix: Any,
     *,
     ridge: float = 0.0,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner | None = "rpcholesky",
+    rank: int | None = None,
     num_probes: int = 16,
     num_steps: int | None = None,
     tol: float = 0.01,
@@ -106,11 +93,12 @@ def slq_logdet(
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> LogDeterminantEstimate:
     """``log det(K + ridge I)`` by stochastic Lanczos quadrature, with both of its errors.
 
-    One pass a step for all probes, and one for the Frobenius norm if that is not known. A preconditioner makes both
-    errors smaller by far where K is ill-conditioned.
+    One pass a step for all probes, one for diagonal and Frobenius norm if these are not known, and what the
+    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned.
 
     Parameters
     ----------
@@ -119,7 +107,10 @@ def slq_logdet(
     ridge
         λ ≥ 0, added to the diagonal.
     preconditioner
-        P = F F' + μ I; then ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)``, of which the trace is estimated.
+        P = F F' + μ I, or how it is made; then ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is computed, and only
+        the trace is estimated. None samples K + λ I itself.
+    rank
+        Of a preconditioner that is made; default ``min(1000, n/10)``.
     num_probes
         Random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
@@ -130,16 +121,20 @@ def slq_logdet(
     max_passes
         Most steps, if ``num_steps`` is none.
     memory_limit
-        Bytes for the Lanczos vectors, ``steps * p * n`` float64, which dominate; half of what is available if none.
+        Bytes for the Lanczos vectors, ``steps * p * n`` float64; half of what is available if none. The
+        preconditioner has ``rank * n`` more, three times that while it is made.
     seed
-        Of the probes.
+        Of the probes, and of a preconditioner that is made.
     monitor
         Called after each pass.
+    checkpoint
+        Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
 
     Raises
     ------
     ConfigError
-        If numbers are out of range.
+        If numbers are out of range, or the preconditioner is of another matrix.
     ResourceError
         If memory does not hold two steps.
 
@@ -154,12 +149,17 @@ def slq_logdet(
     begin = perf_counter()
     operator = as_operator(matrix)
     before, n = operator.work, operator.num_rows
-    check_number("ridge", ridge, low=0.0)
-    check_number("num_probes", num_probes, low=2)
-    check_number("tol", tol, low=0.0, high=1.0)
-    check_number("max_passes", max_passes, low=1)
+    ridge = float(check_number("ridge", float(ridge), low=0.0, high=1e300))
+    num_probes = int(check_number("num_probes", num_probes, low=2))
+    tol = float(check_number("tol", tol, low=0.0, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
     if num_steps is not None:
-        check_number("num_steps", num_steps, low=1)
+        num_steps = int(check_number("num_steps", num_steps, low=1))
+    named = preconditioner
+    if isinstance(preconditioner, str):
+        preconditioner = preconditioner_of(operator, preconditioner, rank, ridge=ridge, seed=seed)
+    elif preconditioner is not None and preconditioner.num_rows != n:
+        raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
     asked = min(num_steps or max_passes, n)
     most = steps_that_fit(n, num_probes, asked, memory_limit)
     probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
@@ -170,18 +170,27 @@ def slq_logdet(
     end = (ridge - floor) / scale
     end = end if preconditioner is None else min(end, 1.0)
 
-    next_check, is_done, found = 1, False, None
-    while found is None or not (is_done or lanczos.num_steps == most or lanczos.ended.all()):
-        lanczos.absorb(sampled.multiply(lanczos.block))
+    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": num_probes, "seed": seed}
+    # One of equal rank, shift and determinant is taken for the same.
+    chosen = None if preconditioner is None else [preconditioner.rank, scale, known]
+    journal = Journal(checkpoint, {**decides, "preconditioner": chosen}, {"probes": lanczos})
+
+    found, error, is_begun = None, None, False
+    while True:
         steps = lanczos.num_steps
-        error = None
-        if steps >= next_check or steps == most or lanczos.ended.all():
+        is_done = is_last = steps == most or bool(lanczos.ended.all())
+        if steps and (found is None or is_last or is_due(steps)):
             found = _Estimate(lanczos, end, known)
             error = (found.standard_error + found.truncation) / n
             is_enough = found.truncation <= max(found.standard_error / 4, tol * n / 20)
-            is_done = not found.is_positive or (num_steps is None and is_enough)
-            next_check = steps + max(1, steps // 8)
-        monitor(Step(operator.work - before, error, tol))
+            is_done = is_last or not found.is_positive or (num_steps is None and is_enough)
+        if is_begun:
+            monitor(Step(operator.work - before, error, tol))
+        if found is not None and is_done:
+            break
+        lanczos.absorb(sampled.multiply(lanczos.block))
+        journal.save()
+        is_begun = True
     status, message = _judge(
         found, n, tol, floor / scale, "memory_limit" if most < asked else "num_steps or max_passes"
     )
@@ -192,6 +201,7 @@ def slq_logdet(
         seconds=perf_counter() - begin,
         options={
             "ridge": ridge,
+            "preconditioner": named if named is None or isinstance(named, str) else named.method,
             "rank": 0 if preconditioner is None else preconditioner.rank,
             "num_probes": num_probes,
             "num_steps": num_steps,

@@ -8,29 +8,12 @@ import pytest
 from ntkpipe.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.logdet import slq_logdet
+from ntkpipe.solvers.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.testing import matrix_with_spectrum, power_law, spectra
 
 
-class DensePreconditioner:
-    """F F' + μ I of a partial pivoted Cholesky factor, with its square root by eigenvectors."""
-
-    def __init__(self, matrix, rank, ridge=0.0):
-        rest, factor, rng = matrix.copy(), np.zeros((len(matrix), rank)), np.random.default_rng(0)
-        for column in range(rank):
-            diagonal = np.maximum(rest.diagonal(), 0)
-            pivot = rng.choice(len(matrix), p=diagonal / diagonal.sum())
-            factor[:, column] = rest[:, pivot] / np.sqrt(rest[pivot, pivot])
-            rest -= np.outer(factor[:, column], factor[:, column])
-        self.rank = rank
-        self.mu = ridge + max(np.trace(rest), 0) / len(matrix)
-        values, self._vectors = np.linalg.eigh(factor @ factor.T)
-        self._values = np.maximum(values, 0) + self.mu
-
-    def inverse_sqrt(self, block):
-        return self._vectors @ ((self._vectors.T @ block) / np.sqrt(self._values)[:, None])
-
-    def logdet(self):
-        return float(np.log(self._values).sum())
+def plain_logdet(matrix, **options):
+    return slq_logdet(matrix, preconditioner=None, **options)
 
 
 def reference(matrix, ridge):
@@ -54,11 +37,11 @@ WELL_DEFINED = [name for name in spectra(300) if name not in {"singular", "indef
 def test_values_are_within_their_errors(name, rank, relative_ridge):
     matrix = matrix_with_spectrum(spectra(300)[name])
     ridge = relative_ridge * np.trace(matrix) / 300
-    preconditioner = DensePreconditioner(matrix, rank, ridge) if rank else None
-    found = slq_logdet(matrix, ridge=ridge, preconditioner=preconditioner)
+    found = slq_logdet(matrix, ridge=ridge, rank=rank or None, preconditioner="rpcholesky" if rank else None)
     assert abs(found.value - reference(matrix, ridge)) <= 3 * found.standard_error + found.truncation_error + 1e-9
     assert found.truncation_error <= max(found.standard_error / 4, 0.15)
-    assert found.rank == rank
+    assert found.rank <= rank
+    assert (found.rank > 0) == (rank > 0)
 
 
 @pytest.mark.parametrize("name", WELL_DEFINED)
@@ -66,7 +49,7 @@ def test_values_are_within_their_errors(name, rank, relative_ridge):
 @pytest.mark.parametrize("ridge", [0.0, 0.1])
 def test_the_truncation_error_is_honest_at_any_number_of_steps(name, steps, ridge):
     matrix = matrix_with_spectrum(spectra(300)[name])
-    found = slq_logdet(matrix, num_steps=steps, ridge=ridge)
+    found = plain_logdet(matrix, num_steps=steps, ridge=ridge)
     exact = exact_samples(matrix, ridge).mean()
     slack = 1e-6 * abs(exact)
     assert abs(found.value - exact) <= found.truncation_error + slack
@@ -77,7 +60,7 @@ def test_the_truncation_error_is_honest_at_any_number_of_steps(name, steps, ridg
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 20])
 def test_plain_quadrature_of_few_steps_is_not_called_converged(condition, steps):
     matrix = matrix_with_spectrum(power_law(400, condition=condition))
-    found = slq_logdet(matrix, num_steps=steps, tol=0.05)
+    found = plain_logdet(matrix, num_steps=steps, tol=0.05)
     assert abs(found.value - reference(matrix, 0.0)) > 3 * found.standard_error
     assert found.status == "step limit"
     assert "truncation" in found.message
@@ -86,7 +69,7 @@ def test_plain_quadrature_of_few_steps_is_not_called_converged(condition, steps)
 def test_the_bracket_of_a_preconditioned_matrix_holds():
     matrix = matrix_with_spectrum(power_law(300, condition=1e6))
     ridge = 1e-2
-    preconditioner = DensePreconditioner(matrix, 20, ridge)
+    preconditioner = randomly_pivoted_cholesky(matrix, 20, ridge=ridge)
     settled = slq_logdet(matrix, ridge=ridge, preconditioner=preconditioner, num_steps=150)
     for steps in (2, 5, 10, 20):
         found = slq_logdet(matrix, ridge=ridge, preconditioner=preconditioner, num_steps=steps)
@@ -99,7 +82,7 @@ def test_standard_errors_cover_as_often_as_they_say():
     matrix = matrix_with_spectrum(np.repeat([100.0, 1.0], 50))
     gaps, errors = [], []
     for seed in range(100):
-        found = slq_logdet(matrix, seed=seed, num_steps=4)
+        found = plain_logdet(matrix, seed=seed, num_steps=4)
         gaps.append(abs(found.value - reference(matrix, 0.0)))
         errors.append(found.standard_error)
     assert 56 <= np.sum(np.array(gaps) <= errors) <= 80
@@ -108,19 +91,19 @@ def test_standard_errors_cover_as_often_as_they_say():
 
 def test_a_preconditioner_takes_fewer_passes_and_leaves_smaller_errors():
     matrix = matrix_with_spectrum(power_law(300, condition=1e8))
-    plain, better = slq_logdet(matrix), slq_logdet(matrix, preconditioner=DensePreconditioner(matrix, 60))
+    plain, better = plain_logdet(matrix), slq_logdet(matrix, rank=60)
     assert better.work.passes < 0.7 * plain.work.passes
     assert better.standard_error < 0.7 * plain.standard_error
 
 
 def test_too_few_probes_are_called_so():
-    found = slq_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), num_probes=4, tol=1e-3)
+    found = plain_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), num_probes=4, tol=1e-3)
     assert found.status == "not converged"
     assert "times the probes" in found.message
 
 
 def test_enough_probes_converge():
-    found = slq_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), num_probes=64, tol=0.03)
+    found = plain_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), num_probes=64, tol=0.03)
     assert found.status == "converged"
     assert "converged" in str(found)
 
@@ -129,7 +112,7 @@ def test_enough_probes_converge():
 @pytest.mark.parametrize("rank", [0, 30])
 def test_a_matrix_that_is_not_definite_has_no_log_determinant(name, rank):
     matrix = matrix_with_spectrum(spectra(300)[name])
-    found = slq_logdet(matrix, preconditioner=DensePreconditioner(matrix, rank) if rank else None)
+    found = slq_logdet(matrix, rank=rank or None, preconditioner="rpcholesky" if rank else None)
     assert found.status == "indefinite at storage precision"
     assert "larger ridge" in found.message
     assert str(found)
@@ -152,14 +135,14 @@ def test_a_ridge_makes_an_indefinite_matrix_a_definite_one():
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_tiny_diagonal_matrices_are_exact(size):
     """Rademacher probes know diagonals."""
-    found = slq_logdet(np.diag(np.arange(1.0, size + 1)))
+    found = plain_logdet(np.diag(np.arange(1.0, size + 1)))
     assert found.status == "converged"
     assert found.value == pytest.approx(math.lgamma(size + 1), abs=1e-9)
     assert found.work.passes == size + 1
 
 
 def test_the_identity_needs_one_step():
-    found = slq_logdet(3 * np.eye(50))
+    found = plain_logdet(3 * np.eye(50))
     assert found.num_steps == 1
     assert found.value == pytest.approx(50 * math.log(3))
     assert (found.status, found.lower) == ("converged", found.upper)
@@ -176,6 +159,23 @@ def test_monitors_are_called_after_each_pass():
     seen = []
     slq_logdet(matrix_with_spectrum(power_law(100, condition=1e4)), num_steps=12, monitor=seen.append)
     assert len(seen) == 12
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_tiny_matrices_with_the_defaults(size):
+    matrix = matrix_with_spectrum(np.arange(1.0, size + 1))
+    found = slq_logdet(matrix)
+    assert abs(found.value - math.lgamma(size + 1)) <= 3 * found.standard_error + found.truncation_error + 1e-9
+
+
+def test_a_preconditioner_may_be_made_before_for_another_ridge():
+    matrix = matrix_with_spectrum(power_law(300, condition=1e6))
+    made = randomly_pivoted_cholesky(matrix, 50, ridge=1.0)
+    found = slq_logdet(matrix, ridge=0.1, preconditioner=made)
+    assert abs(found.value - reference(matrix, 0.1)) <= 3 * found.standard_error + found.truncation_error
+    assert found.options["preconditioner"] == "rpcholesky"
+    with pytest.raises(ConfigError, match="300 rows for a matrix of 4"):
+        slq_logdet(np.eye(4), preconditioner=made)
 
 
 @pytest.mark.parametrize("options", [{"num_probes": 1}, {"num_steps": 0}, {"ridge": -1.0}, {"max_passes": 0}])

@@ -1,0 +1,84 @@
+"""Krylov spaces that outlive their process: each step is written once, and a small state says which count."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ntkpipe.errors import ConfigError
+from ntkpipe.saving import Checkpoint
+
+
+class Space(Protocol):
+    """A Krylov space that can be written a step at a time."""
+
+    @property
+    def num_steps(self) -> int:
+        """Products taken."""
+
+    @property
+    def max_steps(self) -> int:
+        """Most of them."""
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+        """Write the arrays of the last step; returns the state, and names of all arrays that it needs."""
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """Take all steps of a state."""
+
+
+class Journal:
+    """Spaces of one calculation and their checkpoint, if there is one.
+
+    Parameters
+    ----------
+    checkpoint
+        Where; none writes nothing.
+    decides
+        What decides the numbers, as JSON. A checkpoint of anything else is refused.
+    spaces
+        By name, before any step. They take the steps that the checkpoint has.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint is of another calculation, or has more steps than there may be.
+    StoreError
+        If it is damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], spaces: Mapping[str, Space]) -> None:
+        self._checkpoint = checkpoint
+        self._decides = json.loads(json.dumps(dict(decides)))
+        self._spaces = dict(spaces)
+        self._written = dict.fromkeys(spaces, 0)
+        self._states: dict[str, Any] = {}
+        self._names: dict[str, set[str]] = {name: set() for name in spaces}
+        found = None if checkpoint is None else checkpoint.load()
+        if checkpoint is None or found is None:
+            return
+        if found.get("decides") != self._decides or set(found.get("spaces", {})) - set(spaces):
+            raise ConfigError(
+                f"{checkpoint!r} is of {found.get('decides')}; this is {self._decides}: give another name"
+            )
+        for name, state in found["spaces"].items():
+            if state["num_steps"] > self._spaces[name].max_steps:
+                raise ConfigError(
+                    f"{checkpoint!r} has {state['num_steps']} steps, and {self._spaces[name].max_steps} are allowed; "
+                    "raise max_passes, num_steps or memory_limit"
+                )
+            self._spaces[name].read_steps(checkpoint, f"{name}_", state)
+            self._written[name] = state["num_steps"]
+            self._states[name] = state
+            self._names[name] = set(state["names"])
+
+    def save(self) -> None:
+        """Write what has been added, at most a step of each space."""
+        if self._checkpoint is None:
+            return
+        for name, space in self._spaces.items():
+            if space.num_steps > self._written[name]:
+                state, names = space.write_step(self._checkpoint, f"{name}_")
+                self._names[name] = names
+                self._states[name] = {**state, "names": sorted(names)}
+                self._written[name] = space.num_steps
+        self._checkpoint.commit({"decides": self._decides, "spaces": self._states}, set().union(*self._names.values()))

@@ -1,0 +1,149 @@
+"""Regression systems: one call, true residuals, preconditioner's cost apart, paths of ridges, clear refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
+from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers.preconditioner import randomly_pivoted_cholesky
+from ntkpipe.solvers.solve import solve, solve_path
+from ntkpipe.testing import matrix_with_spectrum, power_law
+
+N = 300
+METHODS = ("auto", "pcg", "block_cg")
+
+
+@pytest.fixture
+def matrix():
+    return matrix_with_spectrum(power_law(N, condition=1e5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 7)])
+def test_three_lines_are_enough(matrix, method, shape, rng):
+    rhs = rng.standard_normal(shape)
+    found = solve(matrix, rhs, ridge=0.5, method=method)
+    wide = matrix.astype(np.float64) + 0.5 * np.eye(N)
+    assert found.is_converged
+    assert found.coefficients.shape == shape
+    assert np.linalg.norm(wide @ found.coefficients - rhs) <= 1e-6 * np.linalg.norm(rhs)
+    np.testing.assert_allclose(found.coefficients, np.linalg.solve(wide, rhs), atol=1e-4)
+
+
+@pytest.mark.parametrize("preconditioner", ["rpcholesky", "nystrom"])
+def test_cost_and_preconditioner_are_told_apart(matrix, preconditioner, rng):
+    operator = DenseOperator(matrix)
+    found = solve(operator, rng.standard_normal((N, 3)), rank=40, preconditioner=preconditioner, method="pcg")
+    assert found.rank == 40
+    assert found.work == operator.work
+    cg_passes = found.iterations + len(found.checks)
+    assert found.work.passes == pytest.approx(found.preconditioner_work.passes + cg_passes)
+    assert found.history.shape == (found.iterations, 3)
+    assert found.check_residuals.shape == (len(found.checks), 3)
+    assert found.residuals.max() == found.check_residuals[-1].max()
+    said = str(found)
+    for words in ("converged", "rank 40", "iterations", "passes"):
+        assert words in said
+
+
+def test_a_result_is_data(matrix, rng):
+    found = solve(matrix, rng.standard_normal((N, 2)))
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["preconditioner_work"]["passes"] == found.preconditioner_work.passes
+    assert data["options"]["rank"] == 30
+    assert not found.coefficients.flags.writeable
+
+
+def test_a_preconditioner_that_was_made_before_costs_nothing(matrix, rng):
+    operator = DenseOperator(matrix)
+    made = randomly_pivoted_cholesky(operator, 50)
+    rhs = rng.standard_normal((N, 2))
+    given = solve(operator, rhs, ridge=0.1, preconditioner=made)
+    assert given.preconditioner_work.passes == 0.0
+    assert (given.rank, given.mu) == (50, made.tail + 0.1)
+    np.testing.assert_array_equal(given.coefficients, solve(operator, rhs, ridge=0.1, rank=50).coefficients)
+    with pytest.raises(ConfigError, match="300 rows for a matrix of 5 rows"):
+        solve(np.eye(5), np.ones(5), preconditioner=made)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_path_is_its_single_solutions(matrix, method, rng):
+    rhs, ridges = rng.standard_normal((N, 3)), [0.0, 10.0, 0.1]
+    path = solve_path(matrix, rhs, ridges, method=method, tol=1e-9)
+    assert [found.ridge for found in path] == ridges
+    for found, ridge in zip(path, ridges, strict=True):
+        alone = solve(matrix, rhs, ridge=ridge, method=method, tol=1e-9)
+        assert found.is_converged
+        assert found.mu == alone.mu
+        np.testing.assert_allclose(found.coefficients, alone.coefficients, atol=1e-5)
+    assert [found.preconditioner_work.passes > 0 for found in path] == [False, True, False]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8])
+def test_small_arrays(num_rows, rng):
+    matrix = matrix_with_spectrum(np.arange(1.0, num_rows + 1))
+    rhs = rng.standard_normal((num_rows, 2 * num_rows))
+    for method in METHODS:
+        found = solve(matrix, rhs, method=method, tol=1e-10)
+        assert found.is_converged
+        np.testing.assert_allclose(found.coefficients, np.linalg.solve(matrix, rhs), atol=1e-8)
+
+
+def test_samples_that_occur_twice_need_a_ridge_and_get_an_honest_status_without(rng):
+    kernel = np.kron(matrix_with_spectrum(power_law(100, condition=1e3)), np.ones((3, 3)))
+    rhs = rng.standard_normal((300, 2))
+    assert solve(kernel, rhs, ridge=1e-2).is_converged
+    without = solve(kernel, rhs, max_passes=500)
+    assert without.status in {"stagnated", "indefinite at storage precision"}
+    least = np.linalg.norm(rhs - kernel @ np.linalg.lstsq(kernel, rhs, rcond=1e-10)[0], axis=0)
+    assert (without.residuals >= 0.999 * least / np.linalg.norm(rhs, axis=0)).all()
+
+
+def test_an_initial_guess_is_used(matrix, rng):
+    rhs = rng.standard_normal((N, 2))
+    first = solve(matrix, rhs)
+    again = solve(matrix, rhs, initial=first.coefficients)
+    assert (again.iterations, again.status) == (0, "converged")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rhs": np.ones(3)}, r"shape \(3,\).*needed \(300,\)"),
+        ({"rhs": np.ones((N, 0))}, r"shape \(300, 0\)"),
+        ({"rhs": np.ones((N, 1, 1))}, "shape"),
+        ({"rhs": np.ones(N, complex)}, "complex128"),
+        ({"ridge": -1.0}, "ridge=-1"),
+        ({"ridge": float("inf")}, "ridge=inf"),
+        ({"tol": float("nan")}, "tol=nan"),
+        ({"rank": 0}, "rank=0"),
+        ({"max_passes": 1}, "max_passes=1"),
+        ({"method": "lu"}, "method='lu'"),
+        ({"preconditioner": "jacobi"}, "preconditioner='jacobi'"),
+        ({"initial": np.ones((N, 2))}, "initial of 2 columns"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_read(matrix, options, words):
+    operator = DenseOperator(matrix)
+    with pytest.raises(ConfigError, match=words):
+        solve(operator, **{"rhs": np.ones(N), **options})
+    assert operator.work.passes == 0.0
+
+
+def test_nan_is_an_error(matrix):
+    rhs = np.ones(N)
+    rhs[7] = np.nan
+    with pytest.raises(NonFiniteError, match="right-hand sides"):
+        solve(matrix, rhs)
+
+
+def test_memory_is_refused_with_both_numbers(matrix):
+    with pytest.raises(ResourceError, match=r"need .* may be used"):
+        solve(DenseOperator(matrix), np.ones(N), memory_limit=1000)
+
+
+def test_no_ridge_is_no_path(matrix):
+    with pytest.raises(ConfigError, match="no ridge"):
+        solve_path(matrix, np.ones(N), [])
