@@ -4,6 +4,8 @@ Every error that ntkpipe raises on purpose derives from :class:`NtkpipeError`. L
 builtin that a caller would expect, so ``except ValueError`` or ``except OSError`` keep working.
 """
 
+from numpy.linalg import LinAlgError
+
 
 class NtkpipeError(Exception):
     """Base of every error that ntkpipe raises on purpose."""
@@ -27,6 +29,26 @@ class NonFiniteError(NtkpipeError, ArithmeticError):
 
 class SelfCheckError(NtkpipeError, ArithmeticError):
     """The Jacobian engine and the plain reference disagree, so no tile was computed."""
+
+
+class IndefiniteError(NtkpipeError, LinAlgError):
+    """A matrix that must be positive definite is not.
+
+    Attributes
+    ----------
+    row
+        Rows of the smallest leading block that is not positive definite.
+    pivot
+        The pivot that is not positive.
+    floor
+        What rounding of the stored entries does to eigenvalues.
+    """
+
+    def __init__(self, message: str, *, row: int, pivot: float, floor: float) -> None:
+        super().__init__(message)
+        self.row = row
+        self.pivot = pivot
+        self.floor = floor
 
 
 class ResourceError(MemoryError, NtkpipeError):  # in this order: Dask makes it by the first base's ``__new__``

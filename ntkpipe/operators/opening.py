@@ -22,7 +22,12 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def as_operator(
-    matrix: Any, *, memory_limit: int | None = None, threads: int | None = None, client: "Client | None" = None
+    matrix: Any,
+    *,
+    memory_limit: int | None = None,
+    threads: int | None = None,
+    client: "Client | None" = None,
+    keep_tiles: bool = True,
 ) -> Operator:
     """The operator of a matrix.
 
@@ -42,6 +47,9 @@ def as_operator(
         Of a Dask cluster whose workers read and keep the tiles of a stored matrix, see
         :class:`ntkpipe.operators.workers.WorkersOperator`; results have the same bits. For a matrix in memory, or an
         operator, it means nothing.
+    keep_tiles
+        Whether tiles that fit are kept for further passes; who reads each of them once has better uses of memory. With
+        a client it means nothing.
 
     Raises
     ------
@@ -57,13 +65,15 @@ def as_operator(
     if isinstance(matrix, Operator):
         return matrix
     if isinstance(matrix, Kernel):
-        return _open(KernelTiles(matrix), memory_limit, threads, client)
+        return _open(KernelTiles(matrix), memory_limit, threads, client, keep_tiles)
     if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
-        return _open(ArrayTiles(matrix), memory_limit, threads, client)
+        return _open(ArrayTiles(matrix), memory_limit, threads, client, keep_tiles)
     return DenseOperator(matrix)
 
 
-def _open(source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None") -> Operator:
+def _open(
+    source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None", keep_tiles: bool
+) -> Operator:
     if client is not None:
         from ntkpipe.operators.workers import WorkersOperator  # keeps distributed out of work on one machine
 
@@ -82,5 +92,6 @@ def _open(source: TileSource, memory_limit: int | None, threads: int | None, cli
                 f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
                 f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
             )
-    reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room - in_use), streams=threads)
+    cache_bytes = max(0, room - in_use) if keep_tiles else 0
+    reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
     return StreamingOperator(reader, threads=threads)

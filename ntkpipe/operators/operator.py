@@ -317,10 +317,14 @@ class _Scaled(_View):
         return product
 
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._base.columns(indices) * self._factor
+        found = self._base.columns(indices)
+        found *= self._factor
+        return found
 
     def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        return self._base.block(rows, columns) * self._factor
+        found = self._base.block(rows, columns)
+        found *= self._factor
+        return found
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
@@ -360,6 +364,13 @@ class _Centred(_View):
         found -= means[indices] - means.mean()
         return found
 
+    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+        means = self._row_means()
+        found = self._base.block(rows, columns)
+        found -= means[rows, None]
+        found -= means[columns] - means.mean()
+        return found
+
     def _measure(self) -> Statistics:
         of_base, means, n = self._base.statistics(), self._row_means(), self.num_rows
         mean = float(means.mean())
@@ -387,6 +398,18 @@ class _Kronecker(_View):
         found = np.zeros((self._base.num_rows, self._num_outputs, len(indices)))
         found[:, outputs, np.arange(len(indices))] = of_base
         return found.reshape(self.num_rows, len(indices))
+
+    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+        size = self._num_outputs
+        inner = [slice(run.start // size, -(-run.stop // size)) for run in (rows, columns)]
+        of_base = self._base.block(*inner)
+        found = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
+        for output in range(size):
+            # The rows and columns of this output, and the samples that they are of.
+            first, second = (-(-(run.start - output) // size) for run in (rows, columns))
+            into = found[first * size + output - rows.start :: size, second * size + output - columns.start :: size]
+            into[:] = of_base[first - inner[0].start :, second - inner[1].start :][: into.shape[0], : into.shape[1]]
+        return found
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()

@@ -43,7 +43,7 @@ def ignore(step: Step) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Base of all results. Arrays are read-only.
+    """Base of all results. Arrays are read-only. Fields whose names begin with an underscore are not told.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Everything else, as JSON."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
         plain = {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
         work = {"passes": self.work.passes, "bytes_read": self.work.bytes_read, "seconds": self.work.seconds}
         return {**plain, "work": work, "options": dict(self.options)}

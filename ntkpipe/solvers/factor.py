@@ -1,0 +1,292 @@
+"""A Cholesky factor, and what is done with it: systems, the log-determinant, the diagonal of the inverse."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.operators.operator import Operator
+from ntkpipe.resources import format_bytes
+from ntkpipe.solvers.panels import Panels
+from ntkpipe.solvers.result import Result, Rows, Status
+from ntkpipe.solvers.triangular import solve_lower
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectSolution(Result):
+    """Columns X with (K + shift I) X = B, by a factor.
+
+    Attributes
+    ----------
+    coefficients
+        X, of the shape of B, float64.
+    residuals
+        |B - (K + shift I) X| / |B| of each column, shape (r,): computed in float64 with the matrix, after the last
+        step. Zero for a column of zeros.
+    refinements
+        Steps of refinement that were made.
+    factor_passes, factor_bytes_read
+        Reads of the whole factor, and what of them came from files.
+    """
+
+    coefficients: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    refinements: int
+    factor_passes: float
+    factor_bytes_read: int
+
+    def _rows(self) -> Rows:
+        worst, count = float(self.residuals.max(initial=0.0)), len(self.residuals)
+        read = f", {format_bytes(self.factor_bytes_read)}" if self.factor_bytes_read else ""
+        return [
+            ("residual", f"{worst:.2g}, the largest of {count} column{'' if count == 1 else 's'}"),
+            ("factor", f"read {self.factor_passes:.3g} times{read}"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CholeskyFactor(Result):
+    """``K + shift I = L L'``: what :func:`ntkpipe.solvers.cholesky.cholesky` returns.
+
+    Results that are made with it read L once or more; see each method. L may be in files, which must stay as they are.
+
+    Attributes
+    ----------
+    num_rows
+        n.
+    ridge, jitter
+        What was added to the diagonal: ``ridge`` was asked for, ``jitter`` was needed besides and allowed.
+    logdet
+        log det(K + shift I) = 2 Σ log L_ii.
+    smallest_pivot, largest_pivot
+        Of the L_ii². Their ratio is at most the condition number.
+    num_panels, panel_width
+        How L is cut.
+    resumed
+        Panels that were there already.
+    path
+        Where L is, or none if it is in memory.
+    factor_passes, factor_bytes_read, factor_bytes_written
+        Reads of the whole factor while it was made, and bytes from and to files.
+    """
+
+    num_rows: int
+    ridge: float
+    jitter: float
+    logdet: float
+    smallest_pivot: float
+    largest_pivot: float
+    num_panels: int
+    panel_width: int
+    resumed: int
+    path: str | None
+    factor_passes: float
+    factor_bytes_read: int
+    factor_bytes_written: int
+    _panels: Panels = field(repr=False, compare=False)
+    _operator: Operator = field(repr=False, compare=False)
+
+    @property
+    def shift(self) -> float:
+        """``ridge + jitter``."""
+        return self.ridge + self.jitter
+
+    def _rows(self) -> Rows:
+        where = "in memory" if self.path is None else f"in {self.path}"
+        added = f"{self.ridge:.4g}" + (f", and a jitter of {self.jitter:.4g}" if self.jitter else "")
+        written = f", {format_bytes(self.factor_bytes_written)} written" if self.factor_bytes_written else ""
+        read = f", {format_bytes(self.factor_bytes_read)} read" if self.factor_bytes_read else ""
+        return [
+            ("ridge", added),
+            ("log det", f"{self.logdet:.12g}"),
+            ("pivots", f"{self.smallest_pivot:.4g} to {self.largest_pivot:.4g}"),
+            ("factor", f"{self.num_rows:,} rows, {self.num_panels} panels of {self.panel_width:,} columns {where}"),
+            ("traffic", f"the factor was read {self.factor_passes:.3g} times{read}{written}"),
+        ]
+
+    def solve(self, rhs: ArrayLike, *, refine: int = 1, tol: float = 1e-6) -> DirectSolution:
+        """Solve (K + shift I) X = B for all columns together.
+
+        Forward and back substitution read L twice, and once more each for every step of refinement: the residual in
+        float64 with the matrix, one pass, and its correction (Wilkinson; Higham, Accuracy and Stability of Numerical
+        Algorithms, 2nd ed., chapter 12, there "fixed precision iterative refinement"). A step that makes the residual
+        of a column larger is not taken for it.
+
+        Parameters
+        ----------
+        rhs
+            B, shape (n, r) or (n,).
+        refine
+            Steps of refinement, at most.
+        tol
+            The status is ``converged`` if every residual, relative to its column, is at most this; otherwise
+            ``stagnated``.
+
+        Raises
+        ------
+        ConfigError
+            If the shape or an option is wrong.
+        NonFiniteError
+            If B holds NaN or infinity.
+        TileError
+            If a part of the matrix or of L is missing or damaged; the message names it.
+
+        Notes
+        -----
+        Memory is four blocks of the shape of B and a few chunks of L.
+        """
+        check_number("refine", refine, low=0)
+        check_number("tol", tol, low=0.0)
+        start, work, traffic = perf_counter(), self._operator.work, self._panels.traffic
+        block = self._right_hand_sides(rhs)
+        sizes = np.linalg.norm(block, axis=0)
+        solution = self._inverse_times(block.copy())
+        residual = self._residual(block, solution)
+        norms = np.linalg.norm(residual, axis=0)
+        taken = 0
+        while taken < refine and norms.any():
+            solution_next = self._inverse_times(residual)
+            solution_next += solution
+            residual = self._residual(block, solution_next)
+            norms_next = np.linalg.norm(residual, axis=0)
+            better = norms_next < norms
+            taken += 1
+            if not better.any():
+                break
+            solution[:, better], norms = solution_next[:, better], np.minimum(norms, norms_next)
+            if not better.all():
+                break
+        relative = np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)
+        worst = float(relative.max(initial=0.0))
+        status: Status = "converged" if worst <= tol else "stagnated"
+        message = f"residuals are at most {worst:.2g}"
+        if status == "stagnated":
+            message += f", more than tol={tol:.2g}: the matrix is too ill-conditioned for float64; a larger ridge helps"
+        used = self._panels.traffic - traffic
+        return DirectSolution(
+            status=status,
+            message=message,
+            work=self._operator.work - work,
+            seconds=perf_counter() - start,
+            options={"ridge": self.ridge, "jitter": self.jitter, "refine": refine, "tol": tol},
+            matrix=self.matrix,
+            coefficients=solution.reshape(np.shape(rhs)),
+            residuals=relative,
+            refinements=taken,
+            factor_passes=used.passes,
+            factor_bytes_read=used.bytes_read,
+        )
+
+    def half_solve(self, rhs: ArrayLike) -> NDArray[np.float64]:
+        """``inv(L) @ B``, shape of B, whose squared norms are those of B in the metric of the inverse; reads L once.
+
+        Raises
+        ------
+        ConfigError
+            If the shape is wrong.
+        NonFiniteError
+            If B holds NaN or infinity.
+        TileError
+            If a part of L is missing or damaged; the message names it.
+        """
+        return self._forward(self._right_hand_sides(rhs).copy(), 0).reshape(np.shape(rhs))
+
+    def inverse_diagonal(self, rows: ArrayLike | None = None, *, columns_at_once: int | None = None) -> NDArray[Any]:
+        """Entries ``(K + shift I)^-1_ii``, shape (len(rows),), float64.
+
+        Each is the squared norm of a column of inv(L). With ``alpha = solve(y)`` the exact leave-one-out residual of
+        kernel ridge regression is ``alpha_i / inverse_diagonal()_i`` (Rasmussen and Williams, Gaussian Processes for
+        Machine Learning, 2006, equation 5.12).
+
+        Parameters
+        ----------
+        rows
+            Which; default all.
+        columns_at_once
+            Columns of inv(L) that are found together; default as many as a panel of L has. All rows are n³/3
+            multiplications and additions, as the factor itself, and L is read about n / (3 columns_at_once) + 1 times.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such row, or an option is out of range.
+        TileError
+            If a part of L is missing or damaged; the message names it.
+
+        Notes
+        -----
+        Memory is n · columns_at_once float64, and a few chunks of L.
+        """
+        n = self.num_rows
+        wanted = np.arange(n) if rows is None else np.asarray(rows, np.int64).reshape(-1)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < n:
+            raise ConfigError(f"rows {wanted.min()} to {wanted.max()} of a matrix that has 0 to {n - 1}")
+        at_once = self.panel_width if columns_at_once is None else columns_at_once
+        check_number("columns_at_once", at_once, low=1)
+        order = np.argsort(wanted, kind="stable")
+        found = np.empty(len(wanted))
+        for start in range(0, len(wanted), at_once):
+            places = order[start : start + at_once]
+            of_rows = wanted[places]
+            # Columns of inv(L) begin at their diagonal, so panels before the first have no part in them.
+            first_panel = int(of_rows[0]) // self.panel_width
+            first_row = first_panel * self.panel_width
+            unit = np.zeros((n - first_row, len(places)))
+            unit[of_rows - first_row, np.arange(len(places))] = 1.0
+            self._forward(unit, first_panel)
+            found[places] = np.einsum("ij,ij->j", unit, unit)
+        return found
+
+    def _right_hand_sides(self, rhs: ArrayLike) -> NDArray[np.float64]:
+        """B as float64 of two axes, checked."""
+        values = np.asarray(rhs)
+        if values.ndim not in {1, 2} or values.shape[0] != self.num_rows or values.dtype.kind not in "fiub":
+            raise ConfigError(
+                f"right-hand sides of shape {values.shape} and dtype {values.dtype}; needed ({self.num_rows},) or "
+                f"({self.num_rows}, r) of real numbers"
+            )
+        values = np.ascontiguousarray(values, np.float64).reshape(self.num_rows, -1)
+        if not np.isfinite(values).all():
+            raise NonFiniteError("the right-hand sides hold NaN or infinity")
+        return values
+
+    def _residual(self, block: NDArray[np.float64], solution: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``B - (K + shift I) X``; one pass."""
+        residual = self._operator.matmat(solution)
+        residual += self.shift * solution
+        return np.subtract(block, residual, out=residual)
+
+    def _inverse_times(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Overwrite a block with the solution; reads L twice."""
+        return self._backward(self._forward(block, 0))
+
+    def _forward(self, block: NDArray[np.float64], first_panel: int) -> NDArray[np.float64]:
+        """Overwrite ``block`` by ``inv(L) @ block``; its rows are those from the first of a panel on, as those of L."""
+        shape = self._panels.shape
+        origin = first_panel * shape.width
+        requests = ((p, rows) for p in range(first_panel, shape.num_panels) for rows in shape.chunks(p))
+        for panel, rows, chunk in self._panels.read(requests):
+            columns = shape.columns(panel)
+            target = block[rows.start - origin : rows.stop - origin]
+            inner = min(rows.start, columns.stop) - columns.start
+            target -= chunk[:, :inner] @ block[columns.start - origin : columns.start - origin + inner]
+            if rows.start < columns.stop:
+                target[:] = solve_lower(chunk[:, inner : inner + len(chunk)], target, transposed=False)
+        return block
+
+    def _backward(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Overwrite ``block`` by ``inv(L).T @ block``."""
+        shape = self._panels.shape
+        panels = reversed(range(shape.num_panels))
+        requests = ((p, rows) for p in panels for rows in reversed(list(shape.chunks(p))))
+        for panel, rows, chunk in self._panels.read(requests):
+            columns, target = shape.columns(panel), block[rows]
+            inner = min(rows.start, columns.stop) - columns.start
+            if rows.start < columns.stop:
+                target[:] = solve_lower(chunk[:, inner : inner + len(chunk)], target, transposed=True)
+            block[columns.start : columns.start + inner] -= chunk[:, :inner].T @ target
+        return block
