@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,16 @@ class Iterate:
     def iterations(self) -> int:
         """Steps, a pass each; every check is one more."""
         return len(self.history)
+
+    def after(self, earlier: "Iterate") -> "Iterate":
+        """The same with what led to its start."""
+        return replace(
+            self,
+            history=np.concatenate([earlier.history, self.history]),
+            checks=np.concatenate([earlier.checks, self.checks + earlier.iterations]),
+            check_residuals=np.concatenate([earlier.check_residuals, self.check_residuals]),
+            replacements=earlier.replacements + self.replacements,
+        )
 
 
 def iterate(

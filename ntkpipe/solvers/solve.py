@@ -1,27 +1,25 @@
 """Kernel regression systems: coefficients of many outputs, for one ridge or for a path of them."""
 
 from collections.abc import Sequence
-from time import perf_counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
+from ntkpipe.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.operator import Operator, Work
-from ntkpipe.resources import available_memory, format_bytes, process_memory
-from ntkpipe.solvers.cg import block_cg, pcg
-from ntkpipe.solvers.preconditioner import Preconditioner, default_rank, preconditioner_of
+from ntkpipe.solvers.preconditioner import Preconditioner
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.solvers.solution import Solution
+from ntkpipe.solvers.systems import Options, Systems
 
-Method = Literal["auto", "pcg", "block_cg"]
-_METHODS = ("auto", "pcg", "block_cg")
-# Blocks of the shape of the right-hand sides, and of the preconditioner, that are in memory at a time.
-_BLOCKS = 10
-_FACTORS = 3
+Method = Literal["auto", "pcg", "block_cg", "cholesky"]
+_METHODS = ("auto", "pcg", "block_cg", "cholesky")
+_PRECONDITIONERS = ("rpcholesky", "nystrom")
+_MOST_PASSES = 1000
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 def solve(
@@ -52,7 +50,12 @@ def solve(
         :meth:`ntkpipe.operators.operator.Operator.storage_floor`.
     method
         ``pcg``: conjugate gradients, each column for itself in shared passes. ``block_cg``: columns share directions,
-        fewer passes and more memory and arithmetic in this process. ``auto``: ``block_cg`` for more than one column.
+        fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor in memory, with one step of
+        refinement; for factors in files see :func:`ntkpipe.solvers.cholesky.cholesky`. ``auto``: what is expected to be
+        fastest of Cholesky, if it fits memory, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass
+        and the rate of matrix products; conjugate gradients that turn out slow are given up for Cholesky, and a
+        Cholesky that meets a pivot that is not positive for conjugate gradients. ``method`` and ``why`` of the result
+        tell. Since clocks decide, name a method if bits must repeat.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
     rank
@@ -75,6 +78,8 @@ def solve(
     ------
     ConfigError
         If the matrix, the right-hand sides or an option is wrong.
+    IndefiniteError
+        If ``cholesky`` was asked for and a pivot is not positive.
     NonFiniteError
         If one of them holds NaN or infinity.
     ResourceError
@@ -84,21 +89,23 @@ def solve(
 
     Notes
     -----
-    In this process: ``8 n (3 rank + 10 c)`` bytes, and the tiles that are kept.
+    In this process: ``8 n (3 rank + 11 c)`` bytes, and the tiles that are kept.
     """
     return _solve_all(
         matrix,
         rhs,
         [ridge],
-        method=method,
-        tol=tol,
-        rank=rank,
-        preconditioner=preconditioner,
-        initial=initial,
-        max_passes=max_passes,
-        seed=seed,
-        memory_limit=memory_limit,
-        monitor=monitor,
+        initial,
+        Options(
+            method,
+            tol,
+            rank,
+            preconditioner,
+            _MOST_PASSES if max_passes is None else max_passes,
+            seed,
+            memory_limit,
+            monitor,
+        ),
     )[0]
 
 
@@ -124,7 +131,7 @@ def solve_path(
     Parameters
     ----------
     matrix, rhs, method, tol, rank, preconditioner, seed, memory_limit, monitor
-        As of :func:`solve`.
+        As of :func:`solve`. ``auto`` takes one decision for all ridges.
     ridges
         λ of each solution, at least one.
     max_passes
@@ -134,6 +141,8 @@ def solve_path(
     ------
     ConfigError
         If the matrix, the right-hand sides or an option is wrong.
+    IndefiniteError
+        If ``cholesky`` was asked for and a pivot is not positive.
     NonFiniteError
         If one of them holds NaN or infinity.
     ResourceError
@@ -145,106 +154,56 @@ def solve_path(
         matrix,
         rhs,
         ridges,
-        method=method,
-        tol=tol,
-        rank=rank,
-        preconditioner=preconditioner,
-        initial=None,
-        max_passes=max_passes,
-        seed=seed,
-        memory_limit=memory_limit,
-        monitor=monitor,
+        None,
+        Options(
+            method,
+            tol,
+            rank,
+            preconditioner,
+            _MOST_PASSES if max_passes is None else max_passes,
+            seed,
+            memory_limit,
+            monitor,
+        ),
     )
 
 
 def _solve_all(
-    matrix: Any,
-    rhs: ArrayLike,
-    ridges: Sequence[float],
-    *,
-    method: Method,
-    tol: float,
-    rank: int | None,
-    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner,
-    initial: ArrayLike | None,
-    max_passes: int | None,
-    seed: int,
-    memory_limit: int | None,
-    monitor: Monitor,
+    matrix: Any, rhs: ArrayLike, ridges: Sequence[float], initial: ArrayLike | None, options: Options
 ) -> tuple[Solution, ...]:
-    start, operator = perf_counter(), as_operator(matrix, memory_limit=memory_limit)
+    """Check everything, and solve from the largest ridge to the smallest.
+
+    Raises
+    ------
+    ConfigError
+        If an option is wrong.
+    """
+    operator = as_operator(matrix, memory_limit=options.memory_limit)
     block = _columns("right-hand sides", rhs, operator.num_rows)
     guess = None if initial is None else _columns("initial", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:
         raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
-    if method not in _METHODS:
-        raise ConfigError(f"method={method!r}; needed one of {', '.join(_METHODS)}")
+    if options.method not in _METHODS:
+        raise ConfigError(f"method={options.method!r}; needed one of {', '.join(_METHODS)}")
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    values = [float(check_number("ridge", ridge, low=0.0, high=float(np.finfo(np.float64).max))) for ridge in ridges]
-    check_number("tol", tol, low=0.0)
-    most = int(check_number("max_passes", 1000 if max_passes is None else max_passes, low=2))
-    rank_asked = _rank_of(operator, rank, preconditioner)
-    options = {
-        "method": method,
-        "tol": tol,
-        "rank": rank_asked,
-        "preconditioner": preconditioner if isinstance(preconditioner, str) else preconditioner.method,
-        "max_passes": most,
-        "seed": seed,
-        "memory_limit": memory_limit,
-    }
-    _require_room(block, rank_asked, memory_limit)
-    chosen, why = _choose(method, block.shape[1])
-    before = operator.work
-    made = _prepare(operator, preconditioner, rank, seed)
-    made_work = operator.work - before
+    values = [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in ridges]
+    check_number("tol", options.tol, low=0.0)
+    check_number("max_passes", options.max_passes, low=2)
+    if options.rank is not None:
+        check_number("rank", options.rank, low=1)
+    if not isinstance(options.preconditioner, Preconditioner) and options.preconditioner not in _PRECONDITIONERS:
+        raise ConfigError(
+            f"preconditioner={options.preconditioner!r}; needed one of {', '.join(_PRECONDITIONERS)}, or one that was "
+            "made before"
+        )
+    systems = Systems(operator, block, options, len(values))
     found: dict[int, Solution] = {}
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
-        started = operator.work
-        run = block_cg if chosen == "block_cg" else pcg
-        at_ridge = made.for_ridge(values[number])
-        end = run(
-            operator.shifted(values[number]),
-            block,
-            preconditioner=at_ridge,
-            initial=guess,
-            tol=tol,
-            max_passes=most,
-            monitor=monitor,
-        )
-        found[number] = Solution(
-            status=end.status,
-            message=end.message,
-            work=operator.work - started + made_work,
-            seconds=perf_counter() - start,
-            options={"ridge": values[number], **options},
-            matrix=operator.identity(),
-            coefficients=end.solution.reshape(np.shape(rhs)),
-            residuals=end.residuals,
-            ridge=values[number],
-            method=chosen,
-            why=why,
-            iterations=end.iterations,
-            history=end.history,
-            checks=end.checks,
-            check_residuals=end.check_residuals,
-            replacements=end.replacements,
-            rank=at_ridge.rank,
-            mu=at_ridge.mu,
-            preconditioner_work=made_work,
-        )
-        start, made_work, guess = perf_counter(), Work(), end.solution
+        one = systems.solve(values[number], guess)
+        guess = np.asarray(one.coefficients)
+        found[number] = replace(one, coefficients=guess.reshape(np.shape(rhs)))
     return tuple(found[number] for number in range(len(values)))
-
-
-def _choose(method: Method, num_columns: int) -> tuple[str, str]:
-    """The method, and why it is this one."""
-    if method != "auto":
-        return method, "asked for"
-    if num_columns > 1:
-        return "block_cg", f"{num_columns} columns share directions"
-    return "pcg", "there is one column"
 
 
 def _columns(name: str, values: ArrayLike, num_rows: int) -> NDArray[np.float64]:
@@ -268,43 +227,3 @@ def _columns(name: str, values: ArrayLike, num_rows: int) -> NDArray[np.float64]
     if not np.isfinite(block).all():
         raise NonFiniteError(f"{name}: they hold NaN or infinity")
     return block
-
-
-def _rank_of(operator: Operator, rank: int | None, preconditioner: str | Preconditioner) -> int:
-    if isinstance(preconditioner, Preconditioner):
-        return preconditioner.rank
-    return default_rank(operator.num_rows) if rank is None else rank
-
-
-def _prepare(operator: Operator, preconditioner: str | Preconditioner, rank: int | None, seed: int) -> Preconditioner:
-    """The preconditioner, whose ridge is not set yet.
-
-    Raises
-    ------
-    ConfigError
-        If one was given that is of another size.
-    """
-    if not isinstance(preconditioner, Preconditioner):
-        return preconditioner_of(operator, preconditioner, rank, ridge=0.0, seed=seed)
-    if preconditioner.num_rows != operator.num_rows:
-        raise ConfigError(
-            f"a preconditioner of {preconditioner.num_rows:,} rows for a matrix of {operator.num_rows:,} rows"
-        )
-    return preconditioner
-
-
-def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:
-    """Refuse before anything is read.
-
-    Raises
-    ------
-    ResourceError
-        If blocks and preconditioner do not fit.
-    """
-    needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
-    room = available_memory() if memory_limit is None else memory_limit - process_memory()
-    if needed > room:
-        raise ResourceError(
-            f"rank {rank:,} and {block.shape[1]:,} columns of {block.shape[0]:,} rows need {format_bytes(needed)} of "
-            f"memory; {format_bytes(room)} may be used. Give a smaller rank, or fewer columns at a time"
-        )

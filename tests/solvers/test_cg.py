@@ -7,6 +7,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.solvers.cg import block_cg, pcg
 from ntkpipe.solvers.preconditioner import randomly_pivoted_cholesky
+from ntkpipe.solvers.replacement import Recurrence, iterate
 from ntkpipe.testing import matrix_with_spectrum, power_law, spectra
 
 N = 240
@@ -230,3 +231,54 @@ def test_bits_repeat(method, rng):
     operator = DenseOperator(matrix_with_spectrum(power_law(N, condition=1e4)))
     rhs = rng.standard_normal((N, 3))
     np.testing.assert_array_equal(method(operator, rhs).solution, method(operator, rhs).solution)
+
+
+def test_a_block_is_as_wide_as_its_rank(rng):
+    widths = []
+
+    class Watched(DenseOperator):
+        def _multiply(self, block):
+            widths.append(block.shape[1])
+            return super()._multiply(block)
+
+    rhs = np.repeat(rng.standard_normal((N, 2)), 3, axis=1)
+    found = block_cg(Watched(matrix_with_spectrum(power_law(N, condition=1e3))), rhs)
+    assert found.status == "converged"
+    assert sorted(set(widths)) == [2, 6]  # directions, and checks of all columns
+
+
+def test_a_block_whose_space_is_used_up_goes_on_without_curvature(rng):
+    """Three residuals in a space of five dimensions: after one step only two are left, the third is rounding."""
+    matrix = matrix_with_spectrum(np.concatenate([[5.0, 4.0, 3.0, 2.0, 1.0], np.zeros(N - 5)]))
+    rhs = matrix @ rng.standard_normal((N, 3))
+    found = block_cg(DenseOperator(matrix), rhs, tol=1e-12)
+    assert (found.status, found.replacements) == ("converged", 0)
+    assert residuals(matrix, rhs, found.solution).max() <= 1.1e-12
+    # Nothing of the null space has come in.
+    np.testing.assert_allclose(found.solution, np.linalg.pinv(matrix, rcond=1e-10) @ rhs, atol=1e-10)
+
+
+class Boasting(Recurrence):
+    """Halves the residual at each step, and says that it is a little less."""
+
+    def __init__(self, solution, residual, factor):
+        super().__init__(solution, residual)
+        self._rhs, self._factor = residual + solution, factor
+
+    def restart(self, columns):
+        self._true = self.residual.copy()
+
+    def step(self, columns):
+        assert columns.any()
+        self._true /= 2
+        self.solution[:] = self._rhs - self._true
+        self.residual[:] = self._factor * self._true
+        return np.zeros_like(columns)
+
+
+def test_who_claims_a_little_too_much_goes_on(rng):
+    operator, rhs = DenseOperator(np.eye(20)), rng.standard_normal((20, 2))
+    found = iterate(operator, rhs, lambda x, r: Boasting(x, r, 0.2), tol=1.001 * 2.0**-10)
+    # It claims success after eight steps, is told that it must halve what it claims, and has it after ten.
+    assert (found.status, found.iterations, list(found.checks)) == ("converged", 10, [8, 9, 10])
+    assert found.replacements == 0

@@ -72,6 +72,16 @@ def test_rounds_find_small_clusters_that_one_round_misses(rng):
     assert np.trace(matrix - five @ five.T) < 1e-3 < np.trace(matrix - one @ one.T)
 
 
+def test_candidates_near_a_pivot_are_left_for_others():
+    """Ten places of 30 samples: of 20 candidates, which are in nine places, ten pivots are in nearly as many."""
+    rng = np.random.default_rng(0)
+    points = np.repeat(100.0 * np.arange(10)[:, None], 30, axis=0) + 1e-3 * rng.standard_normal((300, 1))
+    matrix = np.exp(-((points - points.T) ** 2) / 2)
+    made = [randomly_pivoted_cholesky(matrix, 10, rounds=1, seed=seed) for seed in range(8)]
+    missed = [np.count_nonzero(matrix.diagonal() - (one.factor**2).sum(axis=1) > 0.5) / 30 for one in made]
+    assert np.mean(missed) < 2.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("matrix", "rank"),
@@ -103,6 +113,10 @@ def test_it_survives_matrices_that_rounding_made_indefinite(method):
     matrix = matrix_with_spectrum(spectra(N)["indefinite"])
     made = make(matrix, method, rank=N)
     assert made.mu > 0.0
+    if method == "nystrom":
+        # It is exact at full rank: what made it stable has been taken away again.
+        assert made.shift > 1e-5
+        np.testing.assert_allclose(made.values[:50], spectra(N)["indefinite"][:50], atol=0.1 * made.shift)
     assert made.values.min() >= 0.0
     np.testing.assert_allclose(made.vectors.T @ made.vectors, np.eye(made.rank), atol=1e-12)
 

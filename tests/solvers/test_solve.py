@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
+from ntkpipe.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers import systems
+from ntkpipe.solvers.choosing import Forecast
 from ntkpipe.solvers.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.solve import solve, solve_path
 from ntkpipe.testing import matrix_with_spectrum, power_law
 
 N = 300
-METHODS = ("auto", "pcg", "block_cg")
+METHODS = ("auto", "pcg", "block_cg", "cholesky")
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_cost_and_preconditioner_are_told_apart(matrix, preconditioner, rng):
 
 
 def test_a_result_is_data(matrix, rng):
-    found = solve(matrix, rng.standard_normal((N, 2)))
+    found = solve(matrix, rng.standard_normal((N, 2)), method="block_cg")
     data = json.loads(json.dumps(found.to_json()))
     assert data["preconditioner_work"]["passes"] == found.preconditioner_work.passes
     assert data["options"]["rank"] == 30
@@ -60,10 +62,12 @@ def test_a_preconditioner_that_was_made_before_costs_nothing(matrix, rng):
     operator = DenseOperator(matrix)
     made = randomly_pivoted_cholesky(operator, 50)
     rhs = rng.standard_normal((N, 2))
-    given = solve(operator, rhs, ridge=0.1, preconditioner=made)
+    given = solve(operator, rhs, ridge=0.1, preconditioner=made, method="block_cg")
     assert given.preconditioner_work.passes == 0.0
     assert (given.rank, given.mu) == (50, made.tail + 0.1)
-    np.testing.assert_array_equal(given.coefficients, solve(operator, rhs, ridge=0.1, rank=50).coefficients)
+    np.testing.assert_array_equal(
+        given.coefficients, solve(operator, rhs, ridge=0.1, rank=50, method="block_cg").coefficients
+    )
     with pytest.raises(ConfigError, match="300 rows for a matrix of 5 rows"):
         solve(np.eye(5), np.ones(5), preconditioner=made)
 
@@ -78,7 +82,16 @@ def test_a_path_is_its_single_solutions(matrix, method, rng):
         assert found.is_converged
         assert found.mu == alone.mu
         np.testing.assert_allclose(found.coefficients, alone.coefficients, atol=1e-5)
-    assert [found.preconditioner_work.passes > 0 for found in path] == [False, True, False]
+    is_iterated = method in {"pcg", "block_cg"}
+    assert [found.preconditioner_work.passes > 0 for found in path] == [False, is_iterated, False]
+    assert [found.iterations > 0 for found in path] == [is_iterated] * 3
+
+
+def test_a_path_makes_its_preconditioner_once_and_starts_where_it_was(matrix, rng):
+    operator, rhs = DenseOperator(matrix), rng.standard_normal((N, 3))
+    path = solve_path(operator, rhs, [1.0, 0.99], method="block_cg")
+    assert sum(found.work.passes for found in path) == pytest.approx(operator.work.passes)
+    assert path[1].iterations < path[0].iterations
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 8])
@@ -95,7 +108,7 @@ def test_samples_that_occur_twice_need_a_ridge_and_get_an_honest_status_without(
     kernel = np.kron(matrix_with_spectrum(power_law(100, condition=1e3)), np.ones((3, 3)))
     rhs = rng.standard_normal((300, 2))
     assert solve(kernel, rhs, ridge=1e-2).is_converged
-    without = solve(kernel, rhs, max_passes=500)
+    without = solve(kernel, rhs, max_passes=500, method="block_cg")
     assert without.status in {"stagnated", "indefinite at storage precision"}
     least = np.linalg.norm(rhs - kernel @ np.linalg.lstsq(kernel, rhs, rcond=1e-10)[0], axis=0)
     assert (without.residuals >= 0.999 * least / np.linalg.norm(rhs, axis=0)).all()
@@ -104,7 +117,7 @@ def test_samples_that_occur_twice_need_a_ridge_and_get_an_honest_status_without(
 def test_an_initial_guess_is_used(matrix, rng):
     rhs = rng.standard_normal((N, 2))
     first = solve(matrix, rhs)
-    again = solve(matrix, rhs, initial=first.coefficients)
+    again = solve(matrix, rhs, initial=first.coefficients, method="block_cg")
     assert (again.iterations, again.status) == (0, "converged")
 
 
@@ -141,9 +154,45 @@ def test_nan_is_an_error(matrix):
 
 def test_memory_is_refused_with_both_numbers(matrix):
     with pytest.raises(ResourceError, match=r"need .* may be used"):
-        solve(DenseOperator(matrix), np.ones(N), memory_limit=1000)
+        solve(DenseOperator(matrix), np.ones(N), memory_limit=1000, method="pcg")
 
 
 def test_no_ridge_is_no_path(matrix):
     with pytest.raises(ConfigError, match="no ridge"):
         solve_path(matrix, np.ones(N), [])
+
+
+def test_few_rows_are_factored(matrix, rng):
+    found = solve(matrix, rng.standard_normal((N, 3)))
+    assert (found.method, found.why) == ("cholesky", "300 rows are few")
+
+
+def test_auto_iterates_where_no_factor_is_possible(rng):
+    """By rounding to float32 it is indefinite: Cholesky refuses, conjugate gradients say what they have."""
+    matrix = matrix_with_spectrum(power_law(N, condition=1e10)).astype(np.float32)
+    rhs = matrix @ rng.standard_normal(N)
+    found = solve(matrix, rhs)
+    assert (found.method, found.why) == ("pcg", "Cholesky met a pivot that is not positive")
+    assert found.residuals[0] == pytest.approx(np.linalg.norm(rhs - matrix @ found.coefficients) / np.linalg.norm(rhs))
+    with pytest.raises(IndefiniteError, match="ridge of at least"):
+        solve(matrix, rhs, method="cholesky")
+
+
+@pytest.mark.parametrize("is_definite", [True, False])
+def test_what_turns_out_slow_is_given_up(matrix, is_definite, rng, monkeypatch):
+    """Iterating was expected to cost nothing, and factoring to cost nothing as well."""
+    monkeypatch.setattr(systems, "forecast", lambda *_, **__: Forecast(-1.0, 0.0))
+    if not is_definite:
+        matrix = matrix_with_spectrum(power_law(N, condition=1e10)).astype(np.float32)
+    rhs = rng.standard_normal((N, 3))
+    found = solve(matrix, rhs, rank=2, tol=1e-9)
+    if is_definite:
+        assert (found.method, found.status, found.iterations) == ("cholesky", "converged", 10)
+        assert "given up after 10 iterations" in found.why
+        assert found.preconditioner_work.passes > 0
+    else:
+        assert (found.method, found.why) == ("block_cg", "Cholesky met a pivot that is not positive")
+        assert not found.is_converged
+        assert found.checks[0] == 10 < found.iterations == len(found.history)
+    own = np.linalg.norm(rhs - matrix.astype(float) @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
+    np.testing.assert_allclose(found.residuals, own, rtol=1e-3, atol=1e-10)

@@ -1,0 +1,218 @@
+"""Systems with one matrix and one block of right-hand sides, by the method that was asked for or is fastest."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import ConfigError, IndefiniteError, ResourceError
+from ntkpipe.operators.operator import Operator, Work
+from ntkpipe.resources import available_memory, format_bytes, process_memory
+from ntkpipe.solvers.cg import block_cg, pcg
+from ntkpipe.solvers.cholesky import cholesky
+from ntkpipe.solvers.choosing import forecast, hopeless_after
+from ntkpipe.solvers.preconditioner import Preconditioner, default_rank, preconditioner_of
+from ntkpipe.solvers.replacement import Iterate
+from ntkpipe.solvers.result import Monitor, Status
+from ntkpipe.solvers.solution import Solution
+
+# Blocks of the shape of the right-hand sides, and of the preconditioner, that are in memory at a time.
+_BLOCKS = 11
+_FACTORS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for all ridges."""
+
+    method: str
+    tol: float
+    rank: int | None
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner
+    max_passes: int
+    seed: int
+    memory_limit: int | None
+    monitor: Monitor
+
+    def to_json(self, operator: Operator) -> dict[str, Any]:
+        """As data, defaults filled in."""
+        given = self.preconditioner
+        return {
+            "method": self.method,
+            "tol": self.tol,
+            "rank": self.rank_of(operator),
+            "preconditioner": given if isinstance(given, str) else given.method,
+            "max_passes": self.max_passes,
+            "seed": self.seed,
+            "memory_limit": self.memory_limit,
+        }
+
+    def rank_of(self, operator: Operator) -> int:
+        """Of the preconditioner."""
+        if isinstance(self.preconditioner, Preconditioner):
+            return self.preconditioner.rank
+        return default_rank(operator.num_rows) if self.rank is None else min(self.rank, operator.num_rows)
+
+
+class Systems:
+    """Systems with one matrix and one block of right-hand sides, solved one after another."""
+
+    def __init__(self, operator: Operator, rhs: NDArray[np.float64], options: Options, num_ridges: int) -> None:
+        self._operator, self._rhs, self._options = operator, rhs, options
+        self._given = options.preconditioner
+        if isinstance(self._given, Preconditioner) and self._given.num_rows != operator.num_rows:
+            raise ConfigError(
+                f"a preconditioner of {self._given.num_rows:,} rows for a matrix of {operator.num_rows:,} rows"
+            )
+        self._preconditioner = self._given if isinstance(self._given, Preconditioner) else None
+        self._start, self._before, self._made = perf_counter(), operator.work, Work()
+        self._alternative: float | None = None
+        self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
+        self._direct, self._why = options.method == "cholesky", "asked for"
+        if options.method == "auto":
+            self._choose(num_ridges)
+        elif options.method in {"pcg", "block_cg"}:
+            self._cg = cast(Literal["pcg", "block_cg"], options.method)
+
+    def _choose(self, num_ridges: int) -> None:
+        """Take what is expected to be faster."""
+        expected = forecast(
+            self._operator,
+            num_columns=self._rhs.shape[1],
+            rank=0 if self._preconditioner else self._options.rank_of(self._operator),
+            num_ridges=num_ridges,
+            memory_limit=self._options.memory_limit,
+        )
+        self._alternative = expected.factoring
+        self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
+        small = f"{self._operator.num_rows:,} rows are few"
+        self._why = expected.words if math.isfinite(expected.iterating) else small
+
+    def solve(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
+        """One system.
+
+        Raises
+        ------
+        IndefiniteError
+            If Cholesky was asked for and met a pivot that is not positive.
+        ResourceError
+            If memory does not suffice.
+        """
+        if self._direct:
+            try:
+                return self._factor(ridge)
+            except (IndefiniteError, ResourceError) as error:
+                if self._options.method != "auto":
+                    raise
+                self._without_factor(error)
+        return self._iterate(ridge, initial)
+
+    def _without_factor(self, error: Exception) -> None:
+        """From now on by conjugate gradients alone."""
+        self._direct, self._alternative = False, None
+        what = "met a pivot that is not positive" if isinstance(error, IndefiniteError) else "does not fit memory"
+        self._why = f"Cholesky {what}"
+
+    def _factor(self, ridge: float, after: Iterate | None = None) -> Solution:
+        """By Cholesky; after conjugate gradients, if they were given up."""
+        options = self._options
+        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit)
+        found = factor.solve(self._rhs, refine=1, tol=options.tol)
+        residuals = np.array(found.residuals)
+        return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
+
+    def _iterate(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
+        options, rank = self._options, self._options.rank_of(self._operator)
+        _require_room(self._rhs, rank, options.memory_limit)
+        if self._preconditioner is None:
+            before = self._operator.work
+            assert isinstance(self._given, str)
+            self._preconditioner = preconditioner_of(
+                self._operator, self._given, options.rank, ridge=0.0, seed=options.seed
+            )
+            self._made = self._operator.work - before
+        run = block_cg if self._cg == "block_cg" else pcg
+        shifted, at_ridge = self._operator.shifted(ridge), self._preconditioner.for_ridge(ridge)
+        give_up = None if self._alternative is None else hopeless_after(self._alternative, options.tol)
+
+        def go_on(start: NDArray[np.float64] | None, until: Callable[[NDArray[np.float64]], bool] | None) -> Iterate:
+            return run(
+                shifted,
+                self._rhs,
+                preconditioner=at_ridge,
+                initial=start,
+                tol=options.tol,
+                max_passes=options.max_passes,
+                monitor=options.monitor,
+                give_up=until,
+            )
+
+        end = go_on(initial, give_up)
+        if end.gave_up and end.status != "converged":
+            try:
+                return self._factor(ridge, end)
+            except (IndefiniteError, ResourceError) as error:
+                self._without_factor(error)
+                end = go_on(end.solution, None).after(end)
+        return self._solution(ridge, self._cg, end.status, end.message, end.solution, end.residuals, end)
+
+    def _solution(
+        self,
+        ridge: float,
+        method: str,
+        status: Status,
+        message: str,
+        coefficients: NDArray[np.float64],
+        residuals: NDArray[np.float64],
+        iterate: Iterate | None,
+    ) -> Solution:
+        """The result, with what was spent since the one before."""
+        operator, made, used = self._operator, self._made, self._preconditioner if iterate else None
+        why = self._why
+        if iterate and iterate.gave_up and method == "cholesky":
+            why = f"conjugate gradients were given up after {iterate.iterations} iterations, as too slow"
+        columns = self._rhs.shape[1]
+        solution = Solution(
+            status=status,
+            message=message,
+            work=operator.work - self._before,
+            seconds=perf_counter() - self._start,
+            options={"ridge": ridge, **self._options.to_json(operator)},
+            matrix=operator.identity(),
+            coefficients=coefficients,
+            residuals=residuals,
+            ridge=ridge,
+            method=method,
+            why=why,
+            iterations=iterate.iterations if iterate else 0,
+            history=iterate.history if iterate else np.zeros((0, columns)),
+            checks=iterate.checks if iterate else np.zeros(0, np.int64),
+            check_residuals=iterate.check_residuals if iterate else np.zeros((0, columns)),
+            replacements=iterate.replacements if iterate else 0,
+            rank=used.rank if used else 0,
+            mu=used.for_ridge(ridge).mu if used else 1.0,
+            preconditioner_work=made,
+        )
+        self._start, self._before, self._made = perf_counter(), operator.work, Work()
+        return solution
+
+
+def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:
+    """Refuse before anything is read.
+
+    Raises
+    ------
+    ResourceError
+        If blocks and preconditioner do not fit.
+    """
+    needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
+    room = available_memory() if memory_limit is None else memory_limit - process_memory()
+    if needed > room:
+        raise ResourceError(
+            f"rank {rank:,} and {block.shape[1]:,} columns of {block.shape[0]:,} rows need {format_bytes(needed)} of "
+            f"memory; {format_bytes(room)} may be used. Give a smaller rank, or fewer columns at a time"
+        )
