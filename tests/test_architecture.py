@@ -98,6 +98,7 @@ HOUSE = {
     "solvers.resuming": (9, "use"),
     "solvers.thickrestart": (11, "use"),
     "solvers.lanczos": (12, "use"),
+    "solvers.dense": (12, "use"),
     "solvers.flow": (9, "use"),
     "solvers.density": (12, "use"),
     "solvers.dynamics": (12, "use"),

@@ -167,7 +167,8 @@ def _options(
     check_number("max_basis", most, low=min(num_rows, k + 2 * width))
     passes = _MOST_PASSES if max_passes is None else max_passes
     check_number("max_passes", passes, low=1)
-    return {"k": k, "tol": tol, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
+    whole = {"k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
+    return {"tol": float(tol), **{name: int(value) for name, value in whole.items()}}
 
 
 class _Search:

@@ -209,7 +209,7 @@ def test_interrupted_at_every_pass(tmp_path):
 
 def test_more_passes_go_on_where_the_limit_was(tmp_path):
     matrix, checkpoint = matrix_with_spectrum(power_law(300, condition=1e4)), Checkpoint(tmp_path, "pairs")
-    short = eigsh(matrix, 12, max_passes=3, checkpoint=checkpoint)
+    short = eigsh(matrix, np.int64(12), max_passes=np.int32(3), checkpoint=checkpoint)
     assert eigsh(matrix, 12, max_passes=3, checkpoint=checkpoint).work == short.work
     found = eigsh(matrix, 12, checkpoint=checkpoint)
     assert found.status == "converged"
