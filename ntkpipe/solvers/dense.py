@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import NonFiniteError, ResourceError, SelfCheckError
@@ -67,7 +68,7 @@ class Spectrum(Result):
         return rows
 
 
-def eigvalsh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues of a symmetric matrix that fits into memory.
 
     Reads one triangle of K into one float64 array, one pass. LAPACK's ``syevd`` by numpy takes a copy; where that does
@@ -78,7 +79,7 @@ def eigvalsh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, m
     Parameters
     ----------
     matrix
-        K: an operator, or a symmetric array of shape (n, n), which stays as it is.
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes. It stays as it is.
     memory_limit
         Bytes that may be used; what is available if none.
     monitor
@@ -97,10 +98,10 @@ def eigvalsh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, m
     TileError
         If a tile of a stored kernel is missing or damaged.
     """
-    return _decompose(as_operator(matrix), memory_limit, monitor, with_vectors=False)
+    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=False)
 
 
-def eigh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues and eigenvectors of a symmetric matrix that fits into memory.
 
     As :func:`eigvalsh`, and one more pass that checks the vectors on random combinations of them. Memory is ``40 n²``
@@ -109,7 +110,7 @@ def eigh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, monit
     Parameters
     ----------
     matrix
-        K: an operator, or a symmetric array of shape (n, n), which stays as it is.
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes. It stays as it is.
     memory_limit
         Bytes that may be used; what is available if none.
     monitor
@@ -128,7 +129,7 @@ def eigh(matrix: Operator | ArrayLike, *, memory_limit: int | None = None, monit
     TileError
         If a tile of a stored kernel is missing or damaged.
     """
-    return _decompose(as_operator(matrix), memory_limit, monitor, with_vectors=True)
+    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=True)
 
 
 def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *, with_vectors: bool) -> Spectrum:

@@ -6,12 +6,13 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError
+from ntkpipe.errors import ConfigError, ResourceError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator, Work
+from ntkpipe.resources import available_memory, format_bytes
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
 from ntkpipe.solvers.thickrestart import ThickRestart
@@ -80,7 +81,7 @@ class _Checked:
 
 
 def eigsh(
-    matrix: Operator | ArrayLike,
+    matrix: Any,
     k: int = 100,
     *,
     tol: float = 1e-6,
@@ -109,7 +110,7 @@ def eigsh(
     Parameters
     ----------
     matrix
-        K: an operator, or a symmetric array of shape (n, n).
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes: a stored kernel, a symmetric array, an operator.
     k
         Number of eigenpairs, up to n.
     tol
@@ -135,6 +136,8 @@ def eigsh(
     ------
     ConfigError
         If a number is out of range, the matrix is not symmetric, or the checkpoint is of another calculation.
+    ResourceError
+        If the vectors do not fit the memory.
     NonFiniteError
         If the matrix holds NaN or infinity.
     TileError
@@ -171,6 +174,23 @@ def _options(
     return {"tol": float(tol), **{name: int(value) for name, value in whole.items()}}
 
 
+def _require_memory(num_rows: int, k: int, block: int, max_basis: int) -> None:
+    """Fail now and not when the basis is nearly full.
+
+    Raises
+    ------
+    ResourceError
+        If the vectors do not fit.
+    """
+    need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
+    if need > (free := available_memory()):
+        raise ResourceError(
+            f"{max_basis} vectors of {num_rows} rows, and room to work, take {format_bytes(need)}, and "
+            f"{format_bytes(free)} are free; give a smaller max_basis (with {k + 2 * block} it is "
+            f"{format_bytes(least)}), k or block"
+        )
+
+
 class _Search:
     """One call of :func:`eigsh`."""
 
@@ -178,6 +198,7 @@ class _Search:
         self._operator, self._options, self._checkpoint = operator, options, checkpoint
         self._k, self._tol = int(options["k"]), float(options["tol"])
         width, most = int(options["block"]), int(options["max_basis"])
+        _require_memory(operator.num_rows, self._k, width, most)
         # Of what is kept most is spectrum beside the wanted pairs, which filters for them; the rest makes room.
         keep = max(self._k, min(self._k + width, most - width), most - 4 * width)
         self._space = ThickRestart(operator.num_rows, width, most, keep, int(options["seed"]))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers import lanczos
 from ntkpipe.solvers.lanczos import eigsh
 from ntkpipe.testing import matrix_with_spectrum, power_law, spectra
 
@@ -241,3 +242,12 @@ def test_a_matrix_with_nan_is_refused():
     matrix[3, 3] = np.nan
     with pytest.raises(NonFiniteError):
         eigsh(matrix, 5)
+
+
+def test_vectors_that_do_not_fit_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(lanczos, "available_memory", lambda: 8 * 300 * 150)
+    operator = DenseOperator(matrix_with_spectrum(power_law(300, condition=1e4)))
+    with pytest.raises(ResourceError, match="smaller max_basis"):
+        eigsh(operator, 20)
+    assert operator.work.passes == 0
+    assert eigsh(operator, 20, max_basis=45).status == "converged"
