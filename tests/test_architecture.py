@@ -159,7 +159,7 @@ DOORS = {
     "yaml": {"config"},
     "psutil": {"resources"},
     "threadpoolctl": {"operators"},
-    "scipy": {"operators", "solvers"},
+    "scipy": {"operators", "solvers", "testing"},
     "click": {"cli"},
     "rich": {"cli", "progress"},
 }
