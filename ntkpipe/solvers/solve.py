@@ -54,8 +54,8 @@ def solve(
         refinement; for factors in files see :func:`ntkpipe.solvers.cholesky.cholesky`. ``auto``: what is expected to be
         fastest of Cholesky, if it fits memory, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass
         and the rate of matrix products; conjugate gradients that turn out slow are given up for Cholesky, and a
-        Cholesky that meets a pivot that is not positive for conjugate gradients. ``method`` and ``why`` of the result
-        tell. Since clocks decide, name a method if bits must repeat.
+        Cholesky that meets a pivot that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and
+        ``why`` of the result tell. Since clocks decide, name a method if bits must repeat.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
     rank
@@ -72,7 +72,8 @@ def solve(
     memory_limit
         Bytes that this process may have; default all that is free.
     monitor
-        Called after each pass of conjugate gradients.
+        Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
+        arithmetic that is left.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def solve(
 
     Notes
     -----
-    In this process: ``8 n (3 rank + 11 c)`` bytes, and the tiles that are kept.
+    In this process: ``8 n (3 rank + 11 c)`` bytes, and the tiles that are kept; Cholesky 4 n² bytes, and a few panels.
     """
     return _solve_all(
         matrix,

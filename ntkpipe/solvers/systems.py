@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -104,23 +104,38 @@ class Systems:
         """
         if self._direct:
             try:
-                return self._factor(ridge)
+                factored = self._factor(ridge)
             except (IndefiniteError, ResourceError) as error:
                 if self._options.method != "auto":
                     raise
-                self._without_factor(error)
+                self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
+            else:
+                if factored.is_converged or self._options.method != "auto":
+                    return factored
+                return self._better(factored, ridge, initial)
         return self._iterate(ridge, initial)
 
-    def _without_factor(self, error: Exception) -> None:
+    def _better(self, factored: Solution, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
+        """Iterate, too, where a factor is no help: a singular matrix may have passed for a definite one."""
+        worst = float(factored.residuals.max())
+        self._without_factor(f"left a residual of {worst:.2g}")
+        iterated = self._iterate(ridge, initial)
+        best = iterated if iterated.is_converged or iterated.residuals.max() < worst else factored
+        return replace(
+            best,
+            work=factored.work + iterated.work,
+            seconds=factored.seconds + iterated.seconds,
+            preconditioner_work=iterated.preconditioner_work,
+        )
+
+    def _without_factor(self, why: str) -> None:
         """From now on by conjugate gradients alone."""
-        self._direct, self._alternative = False, None
-        what = "met a pivot that is not positive" if isinstance(error, IndefiniteError) else "does not fit memory"
-        self._why = f"Cholesky {what}"
+        self._direct, self._alternative, self._why = False, None, f"Cholesky {why}"
 
     def _factor(self, ridge: float, after: Iterate | None = None) -> Solution:
         """By Cholesky; after conjugate gradients, if they were given up."""
         options = self._options
-        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit)
+        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit, monitor=options.monitor)
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
@@ -156,7 +171,7 @@ class Systems:
             try:
                 return self._factor(ridge, end)
             except (IndefiniteError, ResourceError) as error:
-                self._without_factor(error)
+                self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
                 end = go_on(end.solution, None).after(end)
         return self._solution(ridge, self._cg, end.status, end.message, end.solution, end.residuals, end)
 
@@ -199,6 +214,10 @@ class Systems:
         )
         self._start, self._before, self._made = perf_counter(), operator.work, Work()
         return solution
+
+
+def _is_indefinite(error: Exception) -> bool:
+    return isinstance(error, IndefiniteError)
 
 
 def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:

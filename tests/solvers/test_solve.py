@@ -1,6 +1,7 @@
 """Regression systems: one call, true residuals, preconditioner's cost apart, paths of ridges, clear refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ntkpipe.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers import systems
+from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.choosing import Forecast
 from ntkpipe.solvers.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.solve import solve, solve_path
@@ -196,3 +198,28 @@ def test_what_turns_out_slow_is_given_up(matrix, is_definite, rng, monkeypatch):
         assert found.checks[0] == 10 < found.iterations == len(found.history)
     own = np.linalg.norm(rhs - matrix.astype(float) @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
     np.testing.assert_allclose(found.residuals, own, rtol=1e-3, atol=1e-10)
+
+
+def test_auto_iterates_where_a_factor_is_no_help(rng, monkeypatch):
+    """Of a singular matrix whose pivots happen to be positive."""
+    matrix = np.kron(matrix_with_spectrum(power_law(100, condition=1e3)), np.ones((3, 3)))
+    inside = matrix @ rng.standard_normal((300, 2))
+
+    factor = cholesky(matrix, ridge=0.5)
+    monkeypatch.setattr(systems, "cholesky", lambda *_, **__: _Wrong(factor, matrix))
+    found = solve(matrix, inside)
+    assert (found.status, found.method) == ("converged", "block_cg")
+    assert "Cholesky left a residual of" in found.why
+    assert np.linalg.norm(matrix @ found.coefficients - inside) <= 1e-6 * np.linalg.norm(inside)
+
+
+class _Wrong:
+    """A factor of another matrix."""
+
+    def __init__(self, factor, matrix):
+        self._factor, self._matrix = factor, matrix
+
+    def solve(self, rhs, *, refine, tol):
+        found = self._factor.solve(rhs, refine=0, tol=1.0)
+        left = np.linalg.norm(rhs - self._matrix @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
+        return replace(found, status="stagnated", residuals=left)
