@@ -4,47 +4,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkpipe.api import compute_kernel, kernel_matrix, plan_kernel
+    from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
     from ntkpipe.errors import NtkpipeError
     from ntkpipe.estimate import estimate_cluster
     from ntkpipe.export import export_kernel
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
+    from ntkpipe.operators.opening import as_operator
+    from ntkpipe.saving import Checkpoint
+    from ntkpipe.solvers.cholesky import cholesky
+    from ntkpipe.solvers.functions import density, dynamics, slq_logdet
+    from ntkpipe.solvers.lanczos import eigsh
+    from ntkpipe.solvers.solve import solve, solve_path
     from ntkpipe.upkeep import repair, verify
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that reading a store loads neither torch nor dask.
 _HOMES = {
+    "Checkpoint": "saving",
     "ClusterSpec": "config",
     "Kernel": "kernel",
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
+    "as_operator": "operators.opening",
+    "cholesky": "solvers.cholesky",
     "compute_kernel": "api",
+    "density": "solvers.functions",
     "derive_kernel": "derive",
+    "dynamics": "solvers.functions",
+    "eigsh": "solvers.lanczos",
     "estimate_cluster": "estimate",
     "export_kernel": "export",
+    "jacobian_operator": "api",
     "kernel_matrix": "api",
     "open_kernel": "kernel",
     "plan_kernel": "api",
     "repair": "upkeep",
+    "slq_logdet": "solvers.functions",
+    "solve": "solvers.solve",
+    "solve_path": "solvers.solve",
     "verify": "upkeep",
 }
 
 __all__ = [
+    "Checkpoint",
     "ClusterSpec",
     "Kernel",
     "KernelStore",
     "NtkpipeError",
+    "as_operator",
+    "cholesky",
     "compute_kernel",
+    "density",
     "derive_kernel",
+    "dynamics",
+    "eigsh",
     "estimate_cluster",
     "export_kernel",
+    "jacobian_operator",
     "kernel_matrix",
     "open_kernel",
     "plan_kernel",
     "repair",
+    "slq_logdet",
+    "solve",
+    "solve_path",
     "verify",
 ]
 

@@ -1,27 +1,31 @@
 """The public functions that compute: they join the making of a kernel with its store."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.config import KernelSpec, RunSpec, parse
+from ntkpipe.config import KernelSpec, RunSpec, check_number, parse
 from ntkpipe.datasets import Samples, as_samples, require_same_arrays
 from ntkpipe.enlarge import chunks_left, grow_store
 from ntkpipe.errors import ConfigError, DataError
 from ntkpipe.execute import Executor
 from ntkpipe.grid import default_tile
 from ntkpipe.growth import end_growth, is_larger, undo_cut_growth
+from ntkpipe.implicit import JacobianOperator
+from ntkpipe.jacobian.check import self_check
 from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.kernel import KernelStore
 from ntkpipe.manifest import DataRecord, Manifest
 from ntkpipe.matrix import compute_matrix, prepare_matrix
-from ntkpipe.models import Forward
+from ntkpipe.models import Forward, fingerprint
 from ntkpipe.plan import Plan, Task
 from ntkpipe.prepare import plan_run, prepare, reuse_choices, time_jacobians
 from ntkpipe.records import Record
+from ntkpipe.resources import available_memory
 from ntkpipe.runs import (
     build,
     exact_single_thread,
@@ -37,6 +41,9 @@ from ntkpipe.team import cluster_executor, device_here, inspect_crew
 
 if TYPE_CHECKING:
     from distributed import Client
+
+# Of what is free, for the self-check of a model without a plan.
+_SHARE_OF_MEMORY = 0.5
 
 Patterns = str | tuple[str, ...] | list[str] | None
 
@@ -341,6 +348,55 @@ def kernel_matrix(
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return compute_matrix(prepared, run, what=kind, progress=progress)
+
+
+def jacobian_operator(
+    model: nn.Module,
+    inputs: object,
+    *,
+    kind: str = "pntk",
+    forward: Forward = None,
+    parameters: Patterns = None,
+    compute_dtype: str = "float64",
+    batch: int = 64,
+    device: str | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> JacobianOperator:
+    """The kernel as an operator for solvers, without a matrix anywhere; see :class:`ntkpipe.implicit.JacobianOperator`.
+
+    Parameters
+    ----------
+    model, inputs, kind, forward, parameters, device
+        As for :func:`compute_kernel`.
+    compute_dtype
+        dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
+    batch
+        Samples of one forward pass, at least 2.
+    step
+        Called after each batch of each product.
+
+    Raises
+    ------
+    ConfigError
+        If an option is wrong, or the kind has a matrix for each output.
+    DataError
+        If the samples cannot be used as they are.
+    ModelError
+        If the model cannot.
+    SelfCheckError
+        If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
+    """
+    check_number("batch", batch, low=2)
+    spec = _kernel_spec(kind, parameters, None, compute_dtype, None, None, None, "structured")
+    samples = as_samples(inputs, with_targets=False)
+    digest = samples.inspect("inputs").inputs_digest
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare(model, samples, None, spec, forward=forward, device=device)
+        memory = int(_SHARE_OF_MEMORY * available_memory())
+        engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
+    made_from = fingerprint(model, prepared.model.names)
+    identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
+    return JacobianOperator(replace(prepared, engine=engine), batch=batch, identity=identity, step=step)
 
 
 def _as_both(

@@ -46,7 +46,7 @@ class JacobianProducts:
         parameters = self.model.parameters()
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
-        for span, batch in self._batches(source):
+        for span, batch in self.batches(source):
             outputs = self.model(batch)
             seed = torch.zeros_like(outputs)
             seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
@@ -63,7 +63,7 @@ class JacobianProducts:
         norm = float(torch.stack([(value**2).sum() for value in direction.values()]).sum().sqrt())
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
-        for span, batch in self._batches(source):
+        for span, batch in self.batches(source):
             slopes = self._slopes(parameters, tangents, batch).double() * norm
             parts.append((slopes @ self.covectors.double().T)[: len(span)].reshape(-1).cpu())
             step()
@@ -104,7 +104,8 @@ class JacobianProducts:
             spans = [part for span in spans for part in span.cut(size)]
         return [part for span in spans for part in span.batches(self.batch)]
 
-    def _batches(self, source: Source) -> Iterator[tuple[Span, Batch]]:
+    def batches(self, source: Source) -> Iterator[tuple[Span, Batch]]:
+        """Samples and their batch, on the device; a single sample is there twice."""
         for span in self.spans(source.num_samples):
             arrays = {name: torch.tensor(values) for name, values in source.read(span.start, span.stop).items()}
             if len(span) == 1:  # as the engine does: never a batch of one
