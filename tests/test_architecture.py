@@ -83,7 +83,7 @@ HOUSE = {
     "recompute": (18, "make"),
     "analysis.summary": (6, "use"),
     "saving": (5, "shared"),
-    "operators.operator": (5, "use"),
+    "operators.operator": (5, "shared"),
     "operators.dense": (7, "use"),
     "operators.tiles": (6, "use"),
     "operators.reading": (7, "use"),

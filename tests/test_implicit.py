@@ -70,5 +70,5 @@ def test_samples_that_depend_on_each_other_are_refused():
         def forward(self, inputs):
             return inputs - inputs.mean(dim=0)
 
-    with pytest.raises((SelfCheckError, ntkpipe.NtkpipeError), match="batch|sample"):
+    with pytest.raises((SelfCheckError, ntkpipe.NtkpipeError), match=r"batch|sample"):
         ntkpipe.jacobian_operator(torch.nn.Sequential(network(), Centring()), DIGITS)
