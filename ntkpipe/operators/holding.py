@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ntkpipe.errors import StoreError
 from ntkpipe.operators.operator import digest_of
 from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.shards import map_shards
-from ntkpipe.operators.tiles import Columns, Piece, Rectangle, Shard, Tiles, TileSource, cut_shards, measure, multiply
+from ntkpipe.operators.shards import map_shards, multiply_shards
+from ntkpipe.operators.tiles import Columns, Piece, Rectangle, Shard, Tiles, TileSource, cut_shards, measure
 from ntkpipe.resources import available_memory, process_memory
 
 # What a pass is for: a product with a block, statistics, or entries.
@@ -61,14 +61,14 @@ class Answer:
     Attributes
     ----------
     found
-        ``(number of the shard, its part, measure or pieces)``.
+        By number of the shard its measure or pieces; by node the part of a product.
     num_tiles, bytes_read
         Tiles that were used, and bytes that came from the store.
     num_kept
         Tiles in memory, by the rows of the leading block whose shards hold them.
     """
 
-    found: tuple[tuple[int, Any], ...]
+    found: Mapping[Any, Any]
     num_tiles: int
     bytes_read: int
     num_kept: Mapping[int, int]
@@ -152,24 +152,28 @@ class Holder:
         aligned = None if block is None else np.require(block, np.float64, ["C", "ALIGNED"])
         reader, every = self._open(order)
         grid, request = self._source.grid, order.request
-        shards = [every[number] for number in order.shards]
+        shards = tuple(every[number] for number in order.shards)
         if request is not None:
             touched = [tuple(t for t in shard.tiles if request.touches(t, grid)) for shard in shards]
-            shards = [Shard(shard.number, tiles) for shard, tiles in zip(shards, touched, strict=True) if tiles]
+            shards = tuple(Shard(shard.number, tiles) for shard, tiles in zip(shards, touched, strict=True) if tiles)
 
         def work(tiles: Tiles) -> Any:
             if request is not None:
                 return _copied(request, tiles, grid, order.num_rows)
-            return measure(tiles, grid, order.num_rows) if aligned is None else multiply(tiles, grid, aligned)
+            return measure(tiles, grid, order.num_rows)
 
-        found = list(map_shards(work, shards, reader.tiles, order.threads, is_unwanted))
+        found: dict[Any, Any]
+        if aligned is not None:
+            found = dict(multiply_shards(grid, aligned, shards, reader.tiles, order.threads, is_unwanted).parts)
+        else:
+            numbers = (shard.number for shard in shards)
+            found = dict(zip(numbers, map_shards(work, shards, reader.tiles, order.threads, is_unwanted), strict=True))
         with self._lock:
             num_tiles = sum(each.num_given for each in self._readers.values())
             bytes_read = sum(each.work.bytes_read for each in self._readers.values())
             before, self._counted = self._counted, (num_tiles, bytes_read)
             num_kept = {num_rows: each.num_kept for num_rows, each in self._readers.items()}
-        numbered = tuple((shard.number, each) for shard, each in zip(shards, found, strict=True))
-        return Answer(numbered, num_tiles - before[0], bytes_read - before[1], num_kept)
+        return Answer(found, num_tiles - before[0], bytes_read - before[1], num_kept)
 
     def _open(self, order: Order) -> tuple[TileReader, tuple[Shard, ...]]:
         with self._lock:

@@ -1,18 +1,24 @@
-"""Shards of tiles: who owns which, and threads that work through them with single-threaded BLAS."""
+"""Shards of tiles: who owns which, threads that work through them with single-threaded BLAS, how results add up."""
 
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from ntkpipe.operators.tiles import Shard, TileIndex, Tiles
+from ntkpipe.grid import Grid
+from ntkpipe.operators.tiles import Part, Shard, TileIndex, Tiles, multiply
 
 Found = TypeVar("Found")
+
+# Shards 2^level * index to 2^level * (index + 1).
+Node = tuple[int, int]
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
@@ -74,6 +80,71 @@ def map_shards(
             stop.set()
             for future in waiting:
                 future.cancel()
+
+
+class PairwiseSum:
+    """Adds parts: those of neighbours, then those of neighbouring pairs, and so on.
+
+    So whoever has neighbours may add them, in whatever order they come: the bits are the same. The error grows with
+    the logarithm of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
+
+    Attributes
+    ----------
+    parts
+        Sums that have no neighbour yet.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[Node, Part] = {}
+
+    def add(self, node: Node, part: Part) -> list[Part]:
+        """Add a part, into the memory of parts before; returns those that are not needed any more."""
+        done = []
+        level, index = node
+        while (other := self.parts.pop((level, index ^ 1), None)) is not None:
+            # Rows of a shard begin where, or below where those of the one before begin.
+            into, added = (other, part) if index % 2 else (part, other)
+            into.values[added.start - into.start :] += added.values
+            done.append(added)
+            part, level, index = into, level + 1, index // 2
+        self.parts[level, index] = part
+        return done
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """The sum of all shards."""
+        (part,) = self.parts.values()
+        return part.values
+
+
+def multiply_shards(
+    grid: Grid,
+    block: NDArray[np.float64],
+    shards: tuple[Shard, ...],
+    read: Callable[[tuple[TileIndex, ...]], Tiles],
+    num_threads: int,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> PairwiseSum:
+    """What shards add to ``K @ block``, neighbours added; see :func:`map_shards`.
+
+    Memory is a block for each thread, one that waits, and those of the sum.
+    """
+    total = PairwiseSum()
+    free: deque[NDArray[np.float64]] = deque()
+
+    def work(tiles: Tiles) -> Part:
+        try:
+            # Fresh memory costs page faults as long as a tile takes.
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty_like(block)
+        return multiply(tiles, grid, block, memory)
+
+    for shard, part in zip(shards, map_shards(work, shards, read, num_threads, is_unwanted), strict=True):
+        for done in total.add((0, shard.number), part):
+            assert done.values.base is not None
+            free.append(done.values.base)
+    return total
 
 
 class _SingleThreadedBlas:

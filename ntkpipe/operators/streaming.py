@@ -1,6 +1,5 @@
 """A stored matrix as an operator on this machine: its tiles pass by, each used for both halves."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TypeVar
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.shards import map_shards
-from ntkpipe.operators.tiles import Columns, Part, Rectangle, Shard, Tiles, cut_shards, measure, multiply
+from ntkpipe.operators.shards import map_shards, multiply_shards
+from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure
 
 Found = TypeVar("Found")
 
@@ -19,9 +18,9 @@ Found = TypeVar("Found")
 class StreamingOperator(Operator):
     """A symmetric matrix of tiles, read from its store in every pass but for those that are kept.
 
-    Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added in
-    the order of the shards, so the number of threads changes no bit. Memory is the reader's,
-    and for each thread one block of the shape of the product and a megabyte.
+    Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
+    pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, for each thread a block of the
+    shape of the product and a megabyte, and three such blocks, up to five for 128 shards.
 
     Parameters
     ----------
@@ -59,18 +58,11 @@ class StreamingOperator(Operator):
         return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows)
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        product = np.zeros_like(block)
-        free: deque[NDArray[np.float64]] = deque()
-
-        def work(tiles: Tiles) -> tuple[Part, NDArray[np.float64]]:
-            # Memory is used again: a fresh one costs page faults as long as a tile takes.
-            memory = free.pop() if free else np.empty_like(block)
-            return multiply(tiles, self._grid, block, memory), memory
-
-        for part, memory in self._map(work, self._shards):
-            part.add_to(product)
-            free.append(memory)
-        return product
+        start = perf_counter()
+        try:
+            return multiply_shards(self._grid, block, self._shards, self._reader.tiles, self._num_threads).total
+        finally:
+            self._reader.add_seconds(perf_counter() - start)
 
     def _measure(self) -> Statistics:
         diagonal, squared = np.empty(self.num_rows), 0.0

@@ -24,9 +24,8 @@ _SMALL_PRODUCT = 10**6
 _FEW_ROWS = (32, 64)
 _MANY_ROWS = 512
 _DEFAULT_EDGE = 2048
-# Enough for the workers that a disk can feed; each costs a block of the size of the product.
-_NUM_SHARDS = 16
-_LEAST_TILES = 4
+# At least so many tiles in each of so many shards: enough for the threads of a cluster where a matrix is worth one.
+_TILES_OF_SHARDS = {128: 16, 64: 16, 32: 16, 16: 4, 8: 4, 4: 4, 2: 4}
 
 
 class TileSource(Protocol):
@@ -190,9 +189,9 @@ def _open_mapped(
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of stored tiles, in order: what one thread or worker multiplies at a time.
+    """A run of stored tiles, in order: what one thread multiplies at a time.
 
-    Shards and the order in which they add up depend on the matrix alone, so bits do not depend on who computes.
+    Shards and how they add up depend on the matrix alone, so bits do not depend on who computes.
 
     Attributes
     ----------
@@ -207,26 +206,20 @@ class Shard:
 
 
 def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
-    """The tiles of the leading ``num_rows`` rows in runs of equal length: 16, or fewer of at least four tiles."""
+    """The tiles of the leading ``num_rows`` rows in runs of equal length: a power of two, at most 128."""
     edge = grid.rows.tile_rows
     tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
-    count = _NUM_SHARDS
-    while count > 1 and len(tiles) < _LEAST_TILES * count:
-        count //= 2
+    count = next((count for count, least in _TILES_OF_SHARDS.items() if len(tiles) >= least * count), 1)
     cuts = [len(tiles) * number // count for number in range(count + 1)]
     return tuple(Shard(number, tuple(tiles[start:stop])) for number, (start, stop) in enumerate(pairwise(cuts)))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a shard adds to a product: rows from ``start`` on, shape (rows, r), float64."""
+    """What shards add to a product: rows from ``start`` on, shape (rows, r), float64."""
 
     start: int
     values: NDArray[np.float64]
-
-    def add_to(self, product: NDArray[np.float64]) -> None:
-        """Add it where it belongs."""
-        product[self.start : self.start + len(self.values)] += self.values
 
 
 def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None) -> Part:

@@ -17,8 +17,8 @@ from ntkpipe.operators.crew import SHARE_OF_LIMIT, Asked, Crew, Member
 from ntkpipe.operators.holding import Answer, Order, Request
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import buffer_bytes
-from ntkpipe.operators.shards import share_out
-from ntkpipe.operators.tiles import Columns, Rectangle, Shard, TileSource, cut_shards
+from ntkpipe.operators.shards import PairwiseSum, share_out
+from ntkpipe.operators.tiles import Columns, Part, Rectangle, Shard, TileSource, cut_shards
 from ntkpipe.resources import format_bytes
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ class WorkersOperator(Operator):
 
     Every worker owns some of the shards that :class:`ntkpipe.operators.streaming.StreamingOperator` multiplies, keeps
     as many of their tiles as its memory holds, and reads the others ahead in each pass. A pass is one task for each
-    worker. What comes back is added in the order of the shards, so results have the bits of the operator on one
-    machine, whatever the number of workers.
+    worker. It adds what neighbouring shards give, and the driver the rest in the same pairs, so results have the bits
+    of the operator on one machine, whatever the number of workers. There are 128 shards for 2,048 tiles or more, 16 for
+    64; threads beyond that have nothing to do.
 
     A worker that dies or leaves costs its part of the pass, which others do: results have the same bits, and
     :attr:`work` holds what that cost. Workers that join are given shards before the next pass.
 
-    Memory of a worker is its tiles, the block, and for each of its shards a product of at most the size of the block.
-    Memory of the driver is the block, the product and what comes back, at most 16 products (64 for more than 4,096
-    tiles).
+    Memory of a worker is its tiles, the block, and products of at most the size of the block: one for each thread and
+    about four more. Memory of the driver is the block, and one or two products for each worker, which is also what
+    travels.
 
     Parameters
     ----------
@@ -120,14 +121,14 @@ class WorkersOperator(Operator):
         return found
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        product = np.zeros_like(block)
-        for part in self._pass(None, block):
-            part.add_to(product)
-        return product
+        total = PairwiseSum()
+        for node, part in self._pass(None, block):
+            total.add(node, Part(part.start, np.require(part.values, requirements="W")))
+        return total.total
 
     def _measure(self) -> Statistics:
         diagonal, squared = np.empty(self.num_rows), 0.0
-        for part in self._pass(None, None):
+        for _, part in sorted(self._pass(None, None)):
             squared += part.squared
             for start, values in part.diagonals:
                 diagonal[start : start + len(values)] = values
@@ -142,13 +143,13 @@ class WorkersOperator(Operator):
     def _gather(self, request: Request, shape: tuple[int, int]) -> NDArray[np.float64]:
         values = np.empty(shape)
         if values.size:
-            for pieces in self._pass(request, None):
+            for _, pieces in self._pass(request, None):
                 for where, entries in pieces:
                     values[where] = entries
         return values
 
-    def _pass(self, request: Request, block: NDArray[np.float64] | None) -> Iterator[Any]:
-        """What is found in each shard, in order."""
+    def _pass(self, request: Request, block: NDArray[np.float64] | None) -> Iterator[tuple[Any, Any]]:
+        """What is found, see :class:`ntkpipe.operators.holding.Answer`, in any order."""
         start = perf_counter()
         this = _Pass(self._crew, self._shards, self.num_rows, request, block)
         try:
@@ -194,12 +195,12 @@ class _Pass:
         self._asked: dict[Future[Any], Asked] = {}
         self._losses = 0
 
-    def results(self) -> Iterator[Any]:
-        """What is found in each shard, in order.
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        """What is found, as it arrives.
 
         Yields
         ------
-        A part, a measure or pieces; nothing of shards that have no piece.
+        See :class:`ntkpipe.operators.holding.Answer`.
 
         Raises
         ------
@@ -215,38 +216,31 @@ class _Pass:
         owned = crew.owners(self._num_rows, (shard.number for shard in self._shards))
         for address, numbers in owned.items():
             self._ask(address, numbers, numbers)
-        ready: dict[int, Any] = {}
-        done: set[int] = set()
-        following = 0
         for who, found in crew.outcomes(self._asked):
             if isinstance(found, Answer):
                 self._losses = 0
                 self._count(who, found)
-                ready.update(found.found)
-                done.update(who.shards)
+                yield from found.found.items()
             else:
                 self._ask_again(who, found)
-            while following in done:
-                if following in ready:
-                    yield ready.pop(following)
-                following += 1
 
     def _ask(self, address: str, numbers: tuple[int, ...], owned: tuple[int, ...]) -> None:
         if not numbers:
             return
         crew, member = self._crew, self._crew.members[address]
-        self._require_room(address, member, len(numbers))
+        self._require_room(address, member)
         order = Order(self._num_rows, numbers, owned, member.cache_bytes, member.threads, self._request)
         name = "entries" if self._request is not None else "product" if self._block is not None else "measure"
         future = crew.submit(address, name, holding.answer, member.holder, order, self._sent)
         self._asked[future] = Asked(address, member, numbers)
 
-    def _require_room(self, address: str, member: Member, num_shards: int) -> None:
+    def _require_room(self, address: str, member: Member) -> None:
         """Tiles give way to a large block, for good."""
         limit = member.report.memory_limit
         if self._block is None or not limit:
             return
-        needed = (2 + num_shards) * self._block.nbytes
+        products = member.threads + 1 + len(self._shards).bit_length()  # in threads, waiting, not yet added
+        needed = (1 + products) * self._block.nbytes
         free = limit - member.report.base_memory - buffer_bytes(self._crew.source, member.threads)
         if needed > free - (1 - _MOST_OF_LIMIT) * limit:
             raise ResourceError(

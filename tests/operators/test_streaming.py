@@ -17,9 +17,9 @@ from ntkpipe.grid import Axis, Grid
 from ntkpipe.operators import opening, shards
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
-from ntkpipe.operators.shards import Stopped, map_shards
+from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileIndex, cut_shards
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, Part, TileIndex, cut_shards
 from ntkpipe.resources import process_memory
 from ntkpipe.testing import matrix_with_spectrum, power_law
 
@@ -266,6 +266,27 @@ def test_shards_hold_every_tile_once_and_depend_on_the_matrix_alone():
             sizes = [len(shard.tiles) for shard in found]
             assert max(sizes) - min(sizes) <= 1
             assert min(sizes) >= 4 or len(found) == 1
+            assert len(found) in {1, 2, 4, 8, 16}
+    axis = Axis(70 * EDGE, 1, EDGE)
+    assert len(cut_shards(Grid(axis, axis, symmetric=True), 70 * EDGE)) == 128
+
+
+def test_sums_by_pairs_have_the_same_bits_whoever_adds_in_whatever_order(rng):
+    for count in (1, 2, 8, 64):
+        parts = [Part(row, rng.standard_normal((count - row, 3)) * 10.0 ** rng.integers(-8, 8)) for row in range(count)]
+        exact = sum(np.pad(part.values, ((part.start, 0), (0, 0))) for part in parts)
+        found = []
+        for order in (range(count), range(count)[::-1], *(rng.permutation(count) for _ in range(5))):
+            # Some are added elsewhere, and arrive as sums.
+            elsewhere, here = PairwiseSum(), PairwiseSum()
+            for number in order:
+                sums = elsewhere if number < count // 3 else here
+                sums.add((0, int(number)), Part(parts[number].start, parts[number].values.copy()))
+            for node, part in elsewhere.parts.items():
+                here.add(node, part)
+            found.append(here.total)
+        assert all(np.array_equal(found[0], each) for each in found)
+        np.testing.assert_allclose(found[0], exact, rtol=1e-12, atol=1e-6)
 
 
 def test_a_shard_that_fails_stops_the_others():

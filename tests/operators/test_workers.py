@@ -278,7 +278,7 @@ def test_options_that_cannot_be(both, kernel):
     operator = as_operator(kernel, client=both)
     this = workers._Pass(operator._crew, operator._shards, NUM_ROWS, None, wide)
     with pytest.raises(ResourceError, match=r"a block of 1000000 columns needs .* give fewer columns at a time"):
-        this._require_room("there", next(iter(operator._crew.members.values())), 8)
+        this._require_room("there", next(iter(operator._crew.members.values())))
 
 
 def test_a_large_block_takes_the_memory_of_tiles(both, kernel):
@@ -288,7 +288,7 @@ def test_a_large_block_takes_the_memory_of_tiles(both, kernel):
     for columns, changes in ((10, False), (10_000, True)):
         wide = np.broadcast_to(np.float64(0), (NUM_ROWS, columns))
         this = workers._Pass(operator._crew, operator._shards, NUM_ROWS, None, wide)
-        this._require_room("there", member, 8)
+        this._require_room("there", member)
         assert (member.cache_bytes < before) == changes
 
 
