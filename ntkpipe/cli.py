@@ -14,8 +14,6 @@ from typing import Any, TextIO
 
 import click
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ntkpipe import __version__
 from ntkpipe.derive import derive_kernel
@@ -33,6 +31,7 @@ from ntkpipe.export import export_kernel, find_array
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.manifest import Manifest
 from ntkpipe.mending import RepairReport, bad_chunks, mend, repair_rows, undo
+from ntkpipe.printing import print_rows, print_table, printable
 from ntkpipe.resources import format_bytes
 from ntkpipe.store import reading_results
 from ntkpipe.verification import VerificationReport, verification_rows, verify_and_record
@@ -40,9 +39,6 @@ from ntkpipe.watch import watch
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
-
-# Names of rows are shorter; reasons are folded.
-_NAME_WIDTH = 36
 
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
@@ -91,7 +87,7 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
         overrides = (*overrides, f"run.scheduler={scheduler}")
     is_good = True
     for result in workflows.run(workflows.load(workflow, overrides), mode=mode, grow=grow):
-        _print_rows(result.step, result.rows)
+        print_rows(result.step, result.rows)
         is_good &= result.is_good
     if not is_good:
         sys.exit(_FOUND)
@@ -112,7 +108,7 @@ def submit(workflow: Path, overrides: tuple[str, ...], grow: bool, mode: Any, sc
 
     submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow)
     rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]
-    _print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
+    print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
 
 
 @cli.command()
@@ -140,15 +136,15 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
         numbers = {**planned.to_json(), "jacobians": [each.to_json() for each in found]}
         print(json.dumps({**numbers, "cluster": None if estimate is None else estimate.to_json()}, indent=1))
     else:
-        _print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
+        print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
         if estimate is not None:
-            _print_rows("estimate for the described cluster", estimate.rows())
+            print_rows("estimate for the described cluster", estimate.rows())
         table = report.list_reports(found) if by_parameter else report.summarize_reports(found)
-        _print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
-        _print_rows("kept as", report.explain_reports(found))
+        print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
+        print_rows("kept as", report.explain_reports(found))
         reasons = report.fallback_reasons(found)
         if reasons:
-            _print_rows("in the fallback", reasons)
+            print_rows("in the fallback", reasons)
     # Whoever describes a cluster asks about that one.
     if planned.problems if estimate is None else estimate.plan.problems:
         sys.exit(_FOUND)
@@ -194,7 +190,7 @@ def info(store: str, as_json: bool, is_watched: bool) -> None:
         rows.append(("grown from", f"{held} samples, {before.environment.get('created', 'at an unknown time')}"))
     with reading_results(opened.path):
         rows += _result_rows(described)
-    _print_rows(store, rows)
+    print_rows(store, rows)
 
 
 @cli.command()
@@ -241,9 +237,9 @@ def verify(
         rows = repair_rows(report)
         if workflow is None and bad_chunks(opened.store, report.left):
             rows.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
-        _print_rows(f"repair {store}", rows)
+        print_rows(f"repair {store}", rows)
     else:
-        _print_rows(f"verify {store}", verification_rows(report))
+        print_rows(f"verify {store}", verification_rows(report))
     if not report.is_good:
         sys.exit(_FOUND)
 
@@ -258,7 +254,7 @@ def derive(store: str, kind: str, to: str, samples: bool) -> None:
     written = derive_kernel(store, kind=kind, to=to, samples=samples)
     progress = written.progress
     size = f"{_shape_in_words(written)}, {progress.tiles_total:,} tiles, {format_bytes(progress.bytes_done)}"
-    _print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
+    print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
 
 
 @cli.command()
@@ -273,7 +269,7 @@ def export(store: str, path: Path, array: str) -> None:
     written = export_kernel(opened, path, array=array)
     layout = find_array(opened.store, array).layout
     shape = " × ".join(f"{size:,}" for size in layout.shape)
-    _print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
+    print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -296,7 +292,7 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
     """Print an error as one line, or with its traceback; called while the error is handled."""
     if "--traceback" in arguments:
         Console(stderr=True).print_exception()
-    print(f"error: {_printable(message)}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -353,48 +349,6 @@ def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = _titled(title, show_header=False)
-    table.add_column(style="cyan", max_width=_NAME_WIDTH)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(_text(name), _text(value))
-    _print(table)
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
-    """Print rows below headers; the first column is folded where needed, those after the first few hold numbers."""
-    table = _titled(title, header_style="", collapse_padding=True)
-    table.add_column(_text(columns[0]), style="cyan", overflow="fold")
-    for name in columns[1:num_texts]:
-        table.add_column(Text(name), no_wrap=True)
-    for name in columns[num_texts:]:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_text, row))
-    _print(table)
-
-
-def _titled(title: str, **options: Any) -> Table:
-    return Table(title=_text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
-
-
-def _text(text: str) -> Text:
-    """Text of anybody: neither markup nor what a terminal would obey."""
-    return Text(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """``text`` with control characters spelled out: names in a store may come from anybody."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print(table: Table) -> None:
-    console = Console()
-    # A pipe or a file has no width; do not wrap what a program may read.
-    Console(width=None if console.is_terminal else 160).print(table)
-
-
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -404,4 +358,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     del category, filename, lineno, line
-    print(f"warning: {_printable(str(message))}", file=file or sys.stderr)
+    print(f"warning: {printable(str(message))}", file=file or sys.stderr)

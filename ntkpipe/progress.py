@@ -1,7 +1,8 @@
 """Showing how far a run is: a live bar on a terminal, a line now and then elsewhere."""
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from math import isfinite, log
 from time import monotonic
 from typing import TextIO, TypeVar
 
@@ -16,11 +17,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.text import Text
 
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 10.0
+_FEWEST_FOR_FORECAST = 4
 
 
 class _RateColumn(ProgressColumn):
@@ -120,3 +123,63 @@ class Ticks:
         """One step is done."""
         if self._steps is not None:
             next(self._steps, None)
+
+
+class Passes:
+    """Progress of what converges: passes, residual and time left; a live line on a terminal, else one now and then.
+
+    Parameters
+    ----------
+    what
+        Word for the line: ``eigsh``.
+    enabled
+        Whether anything is shown.
+    stream
+        Default standard error.
+    """
+
+    def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
+        self._what = what
+        self._stream = stream or sys.stderr
+        self._status: Status | None = None
+        if enabled and self._stream.isatty():
+            self._status = Console(file=self._stream).status(f"{what}: first pass")
+        self._prints_lines = enabled and self._status is None
+        self._start = self._last = monotonic()
+        self._seen: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "Passes":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, passes: float, residual: float | None, target: float) -> None:
+        """One more pass is done."""
+        now = monotonic()
+        if residual is not None and isfinite(residual):
+            self._seen.append((now - self._start, residual))
+        left = _seconds_left(self._seen, target)
+        words = f"{self._what}: {passes:,.4g} passes, {now - self._start:.0f} s"
+        if residual is not None and isfinite(residual):
+            words += f", residual {residual:.1e} of {target:.0e}" if target else f", {1 - residual:.0%} done"
+        if left is not None:
+            words += f", about {left:.0f} s left"
+        if self._status is not None:
+            self._status.update(words)
+        elif self._prints_lines and now - self._last >= _SECONDS_BETWEEN_LINES:
+            print(words, file=self._stream, flush=True)
+            self._last = now
+
+
+def _seconds_left(seen: Sequence[tuple[float, float]], target: float) -> float | None:
+    """From how the residual fell over the later half: by a factor in equal times, or, to zero, by equal parts."""
+    if len(seen) < _FEWEST_FOR_FORECAST:
+        return None
+    (before, first), (now, last) = seen[len(seen) // 2], seen[-1]
+    if target > 0:
+        first, last = log(max(first, target) / target), log(max(last, target) / target)
+    return last * (now - before) / (first - last) if last < first else None

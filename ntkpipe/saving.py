@@ -211,6 +211,16 @@ def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapp
     store.write_result(name, result)
 
 
-def read_array(store: Store, name: str, array: str) -> NDArray[Any]:
-    """An array of a saved result; its numbers and words are :meth:`ntkpipe.store.Store.read_result`'s."""
-    return ArrayFolder(store.medium, f"results/{name}").read_array(array)
+def load_result(store: Store, name: str) -> dict[str, Any] | None:
+    """A result below ``results/name``: numbers, words and arrays by name; none if there is none of this manifest.
+
+    Raises
+    ------
+    StoreError
+        If it is damaged.
+    """
+    found = store.read_result(name)
+    if found is None:
+        return None
+    folder = ArrayFolder(store.medium, f"results/{name}")
+    return {**found, **{array: folder.read_array(array) for array in folder.array_names()}}

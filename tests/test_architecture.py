@@ -81,7 +81,11 @@ HOUSE = {
     "implicit": (18, "make"),
     "enlarge": (18, "make"),
     "recompute": (18, "make"),
+    "targets": (5, "use"),
     "analysis.summary": (6, "use"),
+    "solvers.determinant": (16, "use"),
+    "solving": (17, "use"),
+    "printing": (1, "shared"),
     "saving": (5, "shared"),
     "operators.operator": (5, "shared"),
     "operators.dense": (7, "use"),
@@ -163,7 +167,7 @@ DOORS = {
     "threadpoolctl": {"operators"},
     "scipy": {"operators", "solvers", "testing"},
     "click": {"cli"},
-    "rich": {"cli", "progress"},
+    "rich": {"cli", "printing", "progress"},
 }
 # Re-exports of the package, and `python -m ntkpipe`.
 EXEMPT = {"__init__", "__main__"}

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.kernel import KernelStore
+from ntkpipe.targets import num_classes_of, target_matrix, target_rows
 
 _MOST_ROWS = 4096
 _NUM_EIGENVALUES = 5
@@ -85,8 +86,8 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
     targets = store.targets
-    matrix = None if targets is None else _target_matrix(targets[:count], _num_classes(targets))
-    rows = None if matrix is None else _target_rows(matrix, width)
+    matrix = None if targets is None else target_matrix(targets[:count], num_classes_of(targets))
+    rows = None if matrix is None else target_rows(matrix, width)
     scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
     if targets is not None and rows is not None and store.manifest.test is not None and store.test_targets is not None:
@@ -150,26 +151,6 @@ def _centred(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(kernel - columns[:, None] - columns[None, :] + columns.mean(), np.float64)
 
 
-def _num_classes(targets: NDArray[Any]) -> int | None:
-    """Number of classes if targets are class numbers: integers from 0, fewer classes than samples."""
-    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and 0 <= targets.min() <= targets.max() < len(targets)
-    return int(targets.max()) + 1 if is_class else None
-
-
-def _target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np.float64]:
-    """Targets as (n, c): one-hot for classes."""
-    if num_classes is not None:
-        return np.asarray(np.eye(num_classes)[targets], np.float64)
-    return targets.reshape(len(targets), -1).astype(np.float64)
-
-
-def _target_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64] | None:
-    """Targets in the kernel's rows; none if a full NTK has another number of outputs than targets."""
-    if width == 1:
-        return matrix
-    return matrix.reshape(-1, 1) if matrix.shape[1] == width else None
-
-
 def _regression(
     store: KernelStore,
     block: NDArray[np.float64],
@@ -179,7 +160,7 @@ def _regression(
     count: int,
 ) -> dict[str, Any]:
     """Ridge regression on the leading samples, judged on all test samples."""
-    num_classes, test_targets = _num_classes(targets), store.test_targets
+    num_classes, test_targets = num_classes_of(targets), store.test_targets
     assert test_targets is not None
     # The constant function is fitted by the mean, not by the kernel.
     mean = rows.mean(axis=0)
@@ -187,7 +168,7 @@ def _regression(
     predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
     predicted = predicted.reshape(len(test_targets), -1)
     accuracy = None if num_classes is None else float(np.mean(predicted.argmax(axis=1) == test_targets))
-    wanted = _target_matrix(test_targets, num_classes)
+    wanted = target_matrix(test_targets, num_classes)
     return {
         "ridge": ridge,
         "accuracy": accuracy,

@@ -95,6 +95,10 @@ class CholeskyFactor(Result):
         """``ridge + jitter``."""
         return self.ridge + self.jitter
 
+    def storage_floor(self) -> float:
+        """Of the matrix; one pass if it is not known yet."""
+        return self._operator.storage_floor()
+
     def _rows(self) -> Rows:
         where = "in memory" if self.path is None else f"in {self.path}"
         added = f"{self.ridge:.4g}" + (f", and a jitter of {self.jitter:.4g}" if self.jitter else "")

@@ -1,0 +1,54 @@
+"""Tables on the terminal; names in a store may come from anybody, so nothing of them is obeyed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Names of rows are shorter; reasons are folded.
+_NAME_WIDTH = 36
+
+
+def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print (quantity, value) pairs below a title."""
+    table = _titled(title, show_header=False)
+    table.add_column(style="cyan", max_width=_NAME_WIDTH)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(_text(name), _text(value))
+    _print(table)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
+    """Print rows below headers; the first column is folded where needed, those after the first few hold numbers."""
+    table = _titled(title, header_style="", collapse_padding=True)
+    table.add_column(_text(columns[0]), style="cyan", overflow="fold")
+    for name in columns[1:num_texts]:
+        table.add_column(Text(name), no_wrap=True)
+    for name in columns[num_texts:]:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(_text, row))
+    _print(table)
+
+
+def _titled(title: str, **options: Any) -> Table:
+    return Table(title=_text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
+
+
+def _text(text: str) -> Text:
+    """Text of anybody: neither markup nor what a terminal would obey."""
+    return Text(printable(text))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters spelled out: names in a store may come from anybody."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    # A pipe or a file has no width; do not wrap what a program may read.
+    Console(width=None if console.is_terminal else 160).print(table)

@@ -1,0 +1,122 @@
+"""Log determinants: exact by a factor, or estimated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ntkpipe.errors import ConfigError
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.cholesky import cholesky
+from ntkpipe.solvers.logdet import LogDeterminantEstimate, slq_logdet
+from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogDeterminant(Result):
+    """``log det(K + ridge I)`` by a Cholesky factor: exact for the stored entries but for rounding in float64.
+
+    Attributes
+    ----------
+    value
+        log det(K + (ridge + jitter) I).
+    ridge, jitter
+        What was added to the diagonal; a jitter only where it was allowed and needed.
+    num_rows
+        n.
+    smallest_pivot, largest_pivot
+        Of the factor, squared.
+    floor
+        Eigenvalues below it are not known, because entries were rounded when they were stored.
+    """
+
+    value: float
+    ridge: float
+    jitter: float
+    num_rows: int
+    smallest_pivot: float
+    largest_pivot: float
+    floor: float
+
+    def _rows(self) -> Rows:
+        added = f"{self.ridge:.6g}" + (f", and a jitter of {self.jitter:.6g}" if self.jitter else "")
+        return [
+            ("log det", f"{self.value:.12g}"),
+            ("per row", f"{self.value / self.num_rows:.6g}"),
+            ("ridge", added),
+            ("pivots", f"{self.smallest_pivot:.4g} to {self.largest_pivot:.4g}; storage floor {self.floor:.2g}"),
+        ]
+
+
+def logdet(
+    matrix: Any,
+    *,
+    ridge: float = 0.0,
+    method: Literal["cholesky", "slq"] = "cholesky",
+    jitter: Literal["auto"] | None = None,
+    path: str | Path | None = None,
+    memory_limit: int | None = None,
+    monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
+    **sampling: Any,
+) -> LogDeterminant | LogDeterminantEstimate:
+    """``log det(K + ridge I)``.
+
+    Parameters
+    ----------
+    matrix
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+    ridge
+        λ ≥ 0, absolute, added to the diagonal.
+    method
+        ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor;
+        see :func:`ntkpipe.solvers.cholesky.cholesky`. ``slq``: an estimate with its errors in some tens of passes; see
+        :func:`ntkpipe.solvers.logdet.slq_logdet`.
+    jitter, path
+        Of ``cholesky``: whether the diagonal may be raised, and where the factor goes that does not fit in memory.
+    memory_limit, monitor
+        As of the two.
+    checkpoint
+        Of ``slq``; the factor in ``path`` is its own.
+    **sampling
+        Further options of ``slq``: ``num_probes``, ``num_steps``, ``tol``, ``rank``, ``preconditioner``,
+        ``max_passes``, ``seed``.
+
+    Returns
+    -------
+    The result; either has a ``value``.
+
+    Raises
+    ------
+    ConfigError
+        If an option is wrong, or of the other method.
+    IndefiniteError
+        If a pivot is not positive; the message says where, and which ridge helps.
+    ResourceError
+        If the factor does not fit in memory and no path is given.
+    """
+    if method == "slq":
+        if jitter is not None or path is not None:
+            raise ConfigError("jitter and path are options of method='cholesky'")
+        return slq_logdet(
+            matrix, ridge=ridge, memory_limit=memory_limit, monitor=monitor, checkpoint=checkpoint, **sampling
+        )
+    if method != "cholesky":
+        raise ConfigError(f"method={method!r}; needed 'cholesky' or 'slq'")
+    if sampling:
+        raise ConfigError(f"{', '.join(sampling)}: no options of method='cholesky', which is exact")
+    factor = cholesky(matrix, ridge=ridge, jitter=jitter, path=path, memory_limit=memory_limit, monitor=monitor)
+    return LogDeterminant(
+        status=factor.status,
+        message=factor.message,
+        work=factor.work,
+        seconds=factor.seconds,
+        options={**factor.options, "method": method},
+        matrix=factor.matrix,
+        value=factor.logdet,
+        ridge=factor.ridge,
+        jitter=factor.jitter,
+        num_rows=factor.num_rows,
+        smallest_pivot=factor.smallest_pivot,
+        largest_pivot=factor.largest_pivot,
+        floor=factor.storage_floor(),
+    )
