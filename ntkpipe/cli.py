@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 
 from ntkpipe import __version__
+from ntkpipe.cli_solvers import COMMANDS
 from ntkpipe.derive import derive_kernel
 from ntkpipe.errors import (
     ConfigError,
@@ -270,6 +271,10 @@ def export(store: str, path: Path, array: str) -> None:
     layout = find_array(opened.store, array).layout
     shape = " × ".join(f"{size:,}" for size in layout.shape)
     print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ntkpipe.errors import ConfigError
 
@@ -46,6 +55,9 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
         if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
             raise ValueError(f"the name {name!r} would be the folder of {seen[name.casefold()]!r}")
     return groups
+
+
+_BYTES = TypeAdapter(Annotated[ByteSize, Field(gt=0)])
 
 
 class Spec(BaseModel):
@@ -377,3 +389,11 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
     if not low <= value <= high:
         raise ConfigError(f"{name}={value!r}; needed a number from {low} to {high}")
     return value
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """A number of bytes such as ``8GiB``; the error names it and says what was found."""
+    try:
+        return int(_BYTES.validate_python(text))
+    except ValidationError:
+        raise ConfigError(f"{name}={text!r}; needed a number of bytes, or text such as 8GiB") from None

@@ -395,3 +395,12 @@ def _shown(solver: str, progress: bool) -> Iterator[Monitor]:
             raise Interrupted(
                 f"{solver} was interrupted; what it keeps is in the checkpoint, and the same command goes on from there"
             ) from None
+
+
+# By the names of commands and steps, which are those of results.
+SOLVERS: Mapping[str, Callable[..., Result]] = {
+    "eigsh": eigsh_of_store,
+    "solve": solve_store,
+    "logdet": logdet_of_store,
+    "density": density_of_store,
+}

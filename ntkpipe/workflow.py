@@ -14,7 +14,7 @@ from torch import nn
 from ntkpipe import api, upkeep
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.checkpoints import load_checkpoint
-from ntkpipe.config import RunSpec, StepSpec, Workflow, load_workflow
+from ntkpipe.config import RunSpec, StepSpec, Workflow, load_workflow, parse_bytes
 from ntkpipe.device import count_gpus
 from ntkpipe.errors import ConfigError
 from ntkpipe.imports import call_factory, import_object
@@ -25,11 +25,15 @@ from ntkpipe.mending import RepairReport
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
+from ntkpipe.solving import SOLVERS
 from ntkpipe.store import Mode, reading_results
 from ntkpipe.verification import Rows, VerificationReport, verification_rows
 
 if TYPE_CHECKING:
     from distributed import Client
+
+# What solvers take and a file does not say again.
+_OF_THE_RUN = ("client", "progress")
 
 _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
@@ -149,10 +153,14 @@ def run(
             **_kernel_arguments(workflow),
             **loaded.data,
         )
-    yield StepResult("kernel", kernel_rows(store), is_good=True)
-    for step in workflow.steps:
-        rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
-        yield StepResult(step.step, rows, is_good)
+        yield StepResult("kernel", kernel_rows(store), is_good=True)
+        for step in workflow.steps:
+            if step.step in SOLVERS:
+                found = SOLVERS[step.step](store, progress=progress, client=client, **_solver_options(step))
+                yield StepResult(step.step, found.rows(), found.is_converged)
+            else:
+                rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
+                yield StepResult(step.step, rows, is_good)
 
 
 def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
@@ -295,14 +303,21 @@ def summary_rows(found: Summary) -> Rows:
 _STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
+def _solver_options(step: StepSpec) -> dict[str, Any]:
+    limit = step.options.get("memory_limit")
+    if isinstance(limit, str):
+        return {**step.options, "memory_limit": parse_bytes("memory_limit", limit)}
+    return step.options
+
+
 def _check_step(step: StepSpec, source: str) -> None:
-    if step.step not in _STEPS:
-        close = get_close_matches(step.step, _STEPS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(_STEPS)})"
-        )
-    parameters = signature(_STEPS[step.step]).parameters.values()
+    steps = {**SOLVERS, **_STEPS}
+    if step.step not in steps:
+        close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
+    parameters = signature(steps[step.step]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = [name for name in known if name not in _OF_THE_RUN]
     for option in step.options:
         if option not in known:
             close = get_close_matches(option, known, n=1, cutoff=0.0)[0]

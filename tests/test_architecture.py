@@ -128,6 +128,7 @@ HOUSE = {
     "workflow": (20, "joins"),
     "watch": (6, "shared"),
     "submission": (21, "joins"),
+    "cli_solvers": (21, "use"),
     "cli": (22, "joins"),
 }
 # Library → the modules that may import it; "jacobian" stands for all modules of that folder.
@@ -166,7 +167,7 @@ DOORS = {
     "psutil": {"resources"},
     "threadpoolctl": {"operators"},
     "scipy": {"operators", "solvers", "testing"},
-    "click": {"cli"},
+    "click": {"cli", "cli_solvers"},
     "rich": {"cli", "printing", "progress"},
 }
 # Re-exports of the package, and `python -m ntkpipe`.
