@@ -104,6 +104,8 @@ HOUSE = {
     "solvers.thickrestart": (11, "use"),
     "solvers.lanczos": (12, "use"),
     "solvers.dense": (12, "use"),
+    "solvers.davidson": (11, "use"),
+    "solvers.smallest": (13, "use"),
     "solvers.flow": (9, "use"),
     "solvers.density": (12, "use"),
     "solvers.dynamics": (12, "use"),
