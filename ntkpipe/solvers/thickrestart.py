@@ -47,8 +47,9 @@ class Ritz:
 class ThickRestart:
     """Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, here in blocks).
 
-    After each pass ``K V = V H + Q B`` holds to rounding, with [V, Q] orthonormal. Every new block is orthogonalised
-    twice against all of V, and H holds all inner products, not only a band: a restart is no special case.
+    After each pass ``K V = V H + Q B`` holds to rounding, with [V, Q] orthonormal. Every product is orthogonalised
+    against all of V, what is left of it twice more, and H holds all inner products, not only a band: a restart is no
+    special case.
 
     Memory is ``(max_basis + 4 b) n`` float64.
 
@@ -181,7 +182,6 @@ class ThickRestart:
         self._vectors[:, before:size] = self._next
         basis = self._vectors[:, :size]
         columns = _remove(basis, product)
-        columns += _remove(basis, product)
         projected = np.empty((size, size))
         projected[:before, :before] = self._projected
         projected[:, before:] = columns
