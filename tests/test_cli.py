@@ -282,3 +282,63 @@ def test_interrupt_leaves_a_store_that_resumes(tmp_path: Path) -> None:
     assert "the same call or command resumes" in printed
     answer = json.loads(ntkpipe("info", "runs/digits-pntk.zarr", "--json", cwd=tmp_path).stdout)
     assert 0 < answer["progress"]["tiles_done"] < answer["progress"]["tiles_total"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("eigsh", "-k", "4", "--tol", "1e-5"), ("converged: 4 of 4", "4 leading", "orthogonality")),
+        (("solve", "--ridge-scale", "1e-2"), ("converged", "residual", "why")),
+        (("logdet", "--ridge", "0.1"), ("log det", "pivots", "storage floor")),
+        (("density", "--probes", "4", "--tol", "0.5"), ("Monte Carlo", "truncation", "probes")),
+    ],
+)
+def test_solvers_print_a_short_table_and_keep_their_result(finished, command, words):
+    folder, _ = finished
+    name, *options = command
+    answer = ntkpipe(name, "runs/digits-pntk.zarr", *options, cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    for word in (f"{name} runs/digits-pntk.zarr", "status", "cost", *words):
+        assert word in answer.stdout, word
+    kept = json.loads((folder / "runs/digits-pntk.zarr/results" / name / "zarr.json").read_text())
+    assert kept["attributes"]["result"]["status"] == "converged"
+    printed = ntkpipe(name, "runs/digits-pntk.zarr", *options, "--json", cwd=folder)
+    assert json.loads(printed.stdout)["status"] == "converged"
+
+
+def test_what_does_not_converge_is_a_finding(finished):
+    folder, _ = finished
+    answer = ntkpipe("eigsh", "runs/digits-pntk.zarr", "-k", "30", "--max-passes", "2", cwd=folder)
+    assert answer.returncode == 1
+    assert "step limit" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("eigsh", "-k", "0"), "k=0; needed a number from 1 to 1500"),
+        (("solve", "--ridge", "-1"), "ridge=-1.0"),
+        (("eigsh", "--memory-limit", "much"), "memory_limit='much'; needed a number of bytes, or text such as 8GiB"),
+        (("eigsh", "--array", "tain"), "did you mean 'train'"),
+        (("logdet", "--probes", "3"), "no options of method='cholesky'"),
+    ],
+)
+def test_wrong_options_of_solvers_are_named(finished, arguments, words):
+    folder, _ = finished
+    name, *options = arguments
+    answer = ntkpipe(name, "runs/digits-pntk.zarr", *options, cwd=folder)
+    assert answer.returncode == 2
+    assert words in answer.stderr
+
+
+def test_solvers_are_steps_of_a_workflow(finished):
+    folder, _ = finished
+    steps = "[{step: eigsh, options: {k: 3}}, {step: solve, options: {ridge_scale: 1e-2, memory_limit: 4GiB}}]"
+    answer = ntkpipe("run", DIGITS, *SMALL, "--set", f"steps={steps}", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    assert "3 leading" in answer.stdout
+    assert answer.stdout.index("eigsh") < answer.stdout.index("solve")
+    wrong = ntkpipe("run", DIGITS, "--set", "steps=[{step: eigsh, options: {kk: 3}}]", cwd=folder)
+    assert "no option 'kk'; the nearest is 'k'" in wrong.stderr
+    unknown = ntkpipe("run", DIGITS, "--set", "steps=[{step: eigs}]", cwd=folder)
+    assert "the nearest is 'eigsh'" in unknown.stderr

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from ntkpipe import progress
-from ntkpipe.progress import Ticks, show_progress
+from ntkpipe.progress import Passes, Ticks, show_progress
 
 
 class Terminal(io.StringIO):
@@ -84,3 +84,42 @@ def test_more_ticks_than_were_foreseen_do_no_harm(capsys):
         ticks.tick()
         ticks.tick()
     assert "1 of 1" in capsys.readouterr().err
+
+
+def run_passes(stream: io.StringIO, residuals: list[float | None], target: float) -> None:
+    with Passes("eigsh", enabled=True, stream=stream) as shown:
+        for number, residual in enumerate(residuals, 1):
+            shown.show(number, residual, target)
+
+
+def test_passes_elsewhere_are_lines_now_and_then_with_the_time_left(monkeypatch):
+    seconds = count(0, 6)  # a pass each 6 s, so each second one has a line
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    stream = io.StringIO()
+    run_passes(stream, [None, *(10.0**-power for power in range(1, 6))], 1e-6)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "eigsh: 2 passes, 12 s, residual 1.0e-01 of 1e-06"
+    # A digit a pass, and one is left.
+    assert lines[-1] == "eigsh: 6 passes, 36 s, residual 1.0e-05 of 1e-06, about 6 s left"
+
+
+def test_a_share_of_work_that_is_left_falls_evenly(monkeypatch):
+    seconds = count(0, 10)
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    stream = io.StringIO()
+    run_passes(stream, [0.8, 0.6, 0.4, 0.2], 0.0)
+    assert stream.getvalue().splitlines()[-1] == "eigsh: 4 passes, 40 s, 80% done, about 10 s left"
+
+
+@pytest.mark.parametrize("residuals", [[None], [float("nan")] * 5, [1e-3] * 6, [1e-3, 1e-2, 1e-1, 1.0, 2.0]])
+def test_no_time_is_promised_where_nothing_falls(residuals):
+    stream = Terminal()
+    run_passes(stream, residuals, 1e-6)
+    assert "left" not in stream.getvalue()
+
+
+def test_passes_that_are_not_shown_print_nothing():
+    stream = Terminal()
+    with Passes("eigsh", enabled=False, stream=stream) as shown:
+        shown.show(1, 0.1, 1e-6)
+    assert stream.getvalue() == ""
