@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from ntkpipe.operators.opening import as_operator
     from ntkpipe.saving import Checkpoint
     from ntkpipe.solvers.cholesky import cholesky
+    from ntkpipe.solvers.dense import eigh, eigvalsh
+    from ntkpipe.solvers.determinant import logdet
     from ntkpipe.solvers.functions import density, dynamics, slq_logdet
     from ntkpipe.solvers.lanczos import eigsh
+    from ntkpipe.solvers.smallest import smallest
     from ntkpipe.solvers.solve import solve, solve_path
+    from ntkpipe.solving import read_result
     from ntkpipe.upkeep import repair, verify
 
 __version__ = "0.1.0"
@@ -34,15 +38,20 @@ _HOMES = {
     "density": "solvers.functions",
     "derive_kernel": "derive",
     "dynamics": "solvers.functions",
+    "eigh": "solvers.dense",
     "eigsh": "solvers.lanczos",
+    "eigvalsh": "solvers.dense",
     "estimate_cluster": "estimate",
     "export_kernel": "export",
     "jacobian_operator": "api",
     "kernel_matrix": "api",
+    "logdet": "solvers.determinant",
     "open_kernel": "kernel",
     "plan_kernel": "api",
+    "read_result": "solving",
     "repair": "upkeep",
     "slq_logdet": "solvers.functions",
+    "smallest": "solvers.smallest",
     "solve": "solvers.solve",
     "solve_path": "solvers.solve",
     "verify": "upkeep",
@@ -60,15 +69,20 @@ __all__ = [
     "density",
     "derive_kernel",
     "dynamics",
+    "eigh",
     "eigsh",
+    "eigvalsh",
     "estimate_cluster",
     "export_kernel",
     "jacobian_operator",
     "kernel_matrix",
+    "logdet",
     "open_kernel",
     "plan_kernel",
+    "read_result",
     "repair",
     "slq_logdet",
+    "smallest",
     "solve",
     "solve_path",
     "verify",
