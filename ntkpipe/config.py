@@ -386,9 +386,11 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:
     """Return ``value`` if ``low <= value <= high``; the error names it, what was found and what was needed."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}; needed a number from {low} to {high}")
-    return value
+    # Comparing a NumPy float32 with the largest float64 would overflow.
+    number: float = value.item() if hasattr(value, "item") else value
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number!r}; needed a number from {low} to {high}")
+    return number
 
 
 def parse_bytes(name: str, text: str) -> int:
