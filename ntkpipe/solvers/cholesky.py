@@ -72,7 +72,7 @@ def cholesky(
         float64 numbers; diagonal blocks and chunks on their way are counted, too.
     panel_width
         Columns of a panel; default with a path as many as memory allows (at most n/8 if that is over 2,048), in memory
-        1,024. It sets the last bits.
+        1,024. What is over 256 becomes a multiple of it. It sets the last bits.
     monitor
         Called after each panel. Its ``residual`` is the share of the arithmetic that is left.
 
@@ -201,7 +201,20 @@ def _factor_with_jitter(task: _Task) -> int:
 
 
 def _factor(task: _Task) -> None:
-    """All panels that are not there yet.
+    """All panels that are not there yet."""
+    shape = task.state.shape
+    top = np.empty((shape.width if shape.num_panels > 1 else 0, shape.width))
+    scratch = np.empty(shape.height * shape.width)
+    for number in range(len(task.state.panels), shape.num_panels):
+        # A function of its own: nothing of one panel may outlive it when the next is read.
+        found = _factor_panel(task, number, top, scratch)
+        task.state = task.state.with_panel(found)
+        task.save(task.state)
+        task.monitor(Step(task.operator.work, _share_left(shape, number), 0.0))
+
+
+def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64]) -> Pivots:
+    """One panel, read, factored and written.
 
     Raises
     ------
@@ -210,37 +223,28 @@ def _factor(task: _Task) -> None:
     NonFiniteError
         If one is no number.
     """
-    shape, n = task.state.shape, task.state.shape.num_rows
-    done = len(task.state.panels)
-    block_rows = shape.width if shape.num_panels > 1 else 0
-    top = np.empty((block_rows, shape.width))
-    scratch = np.empty(shape.height * shape.width)
-    shift = task.state.ridge + task.state.jitter
-    for number in range(done, shape.num_panels):
-        columns = shape.columns(number)
-        width = columns.stop - columns.start
-        values = task.operator.block(slice(columns.start, n), columns)
-        values[np.arange(width), np.arange(width)] += shift
-        _subtract_earlier(task.panels, number, values, top, scratch)
-        try:
-            factor_in_place(values[:width], scratch)
-        except NotPositiveError as error:
-            message, floor = _words_of_pivot(task, number, error)
-            row = columns.start + error.row + 1
-            raise IndefiniteError(message, row=row, pivot=error.pivot, floor=floor) from None
-        pivots = values[np.arange(width), np.arange(width)]
-        if not np.isfinite(pivots).all():
-            raise NonFiniteError(
-                f"the matrix holds NaN or infinity in or before columns {columns.start}:{columns.stop}"
-            )
-        for start in range(width, len(values), shape.height):
-            solve_right_in_place(values[start : start + shape.height], values[:width], scratch)
-        task.panels.write(number, values)
-        found = Pivots(2.0 * math.fsum(np.log(pivots)), float(pivots.min()) ** 2, float(pivots.max()) ** 2)
-        task.state = task.state.with_panel(found)
-        task.save(task.state)
-        del values
-        task.monitor(Step(task.operator.work, _share_left(shape, number), 0.0))
+    shape, columns = task.state.shape, task.state.shape.columns(number)
+    width = columns.stop - columns.start
+    values = task.operator.block(slice(columns.start, shape.num_rows), columns)
+    diagonal = np.arange(width)
+    values[diagonal, diagonal] += task.state.ridge + task.state.jitter
+    _subtract_earlier(task.panels, number, values, top, scratch)
+    try:
+        factor_in_place(values[:width], scratch)
+    except NotPositiveError as error:
+        message, floor = _words_of_pivot(task, number, error)
+        row = columns.start + error.row + 1
+        raise IndefiniteError(message, row=row, pivot=error.pivot, floor=floor) from None
+    pivots = values[diagonal, diagonal]
+    if not np.isfinite(pivots).all():
+        raise NonFiniteError(f"the matrix holds NaN or infinity in or before columns {columns.start}:{columns.stop}")
+    with task.panels.writing(number, values) as put:
+        for rows in shape.chunks(number):
+            if rows.start >= columns.stop:
+                below = values[rows.start - columns.start : rows.stop - columns.start]
+                solve_right_in_place(below, values[:width], scratch)
+            put(rows)
+    return Pivots(2.0 * math.fsum(np.log(pivots)), float(pivots.min()) ** 2, float(pivots.max()) ** 2)
 
 
 def _subtract_earlier(
@@ -366,7 +370,7 @@ def _stored_state(
 
 def _bytes_of_panel(shape: Shape) -> int:
     """Memory of a factorisation whose panels go to files."""
-    return 8 * shape.num_rows * shape.width + shape.working_bytes()
+    return 8 * shape.num_rows * min(shape.width, shape.num_rows) + shape.working_bytes()
 
 
 def _widest(num_rows: int, room: int) -> Shape:

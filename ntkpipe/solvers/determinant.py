@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 from ntkpipe.errors import ConfigError
+from ntkpipe.operators.opening import as_operator
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.logdet import LogDeterminantEstimate, slq_logdet
 from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
+
+# Of n: one per cent of the geometric mean of the eigenvalues.
+_MOST_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,9 @@ class LogDeterminant(Result):
         Of the factor, squared.
     floor
         Eigenvalues below it are not known, because entries were rounded when they were stored.
+    storage_error
+        About what that did to the value, see :meth:`ntkpipe.solvers.factor.CholeskyFactor.logdet_error`. Above n / 100
+        the status is ``indefinite at storage precision``.
     """
 
     value: float
@@ -36,11 +44,12 @@ class LogDeterminant(Result):
     smallest_pivot: float
     largest_pivot: float
     floor: float
+    storage_error: float
 
     def _rows(self) -> Rows:
         added = f"{self.ridge:.6g}" + (f", and a jitter of {self.jitter:.6g}" if self.jitter else "")
         return [
-            ("log det", f"{self.value:.12g}"),
+            ("log det", f"{self.value:.12g} ± {self.storage_error:.2g} (rounding of stored entries)"),
             ("per row", f"{self.value / self.num_rows:.6g}"),
             ("ridge", added),
             ("pivots", f"{self.smallest_pivot:.4g} to {self.largest_pivot:.4g}; storage floor {self.floor:.2g}"),
@@ -68,8 +77,8 @@ def logdet(
     ridge
         λ ≥ 0, absolute, added to the diagonal.
     method
-        ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor;
-        see :func:`ntkpipe.solvers.cholesky.cholesky`. ``slq``: an estimate with its errors in some tens of passes; see
+        ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor,
+        two more reads of the factor for what storage did to it; see :func:`ntkpipe.solvers.cholesky.cholesky`. ``slq``: an estimate with its errors in some tens of passes; see
         :func:`ntkpipe.solvers.logdet.slq_logdet`.
     jitter, path
         Of ``cholesky``: whether the diagonal may be raised, and where the factor goes that does not fit in memory.
@@ -104,12 +113,18 @@ def logdet(
         raise ConfigError(f"method={method!r}; needed 'cholesky' or 'slq'")
     if sampling:
         raise ConfigError(f"{', '.join(sampling)}: no options of method='cholesky', which is exact")
-    factor = cholesky(matrix, ridge=ridge, jitter=jitter, path=path, memory_limit=memory_limit, monitor=monitor)
+    start, operator = perf_counter(), as_operator(matrix, memory_limit=memory_limit, keep_tiles=False)
+    work = operator.work
+    factor = cholesky(operator, ridge=ridge, jitter=jitter, path=path, memory_limit=memory_limit, monitor=monitor)
+    error, status, message = factor.logdet_error(), factor.status, factor.message
+    if error > _MOST_ERROR * operator.num_rows:
+        status = "indefinite at storage precision"
+        message += "; but rounding of the stored entries leaves the determinant open: give a larger ridge"
     return LogDeterminant(
-        status=factor.status,
-        message=factor.message,
-        work=factor.work,
-        seconds=factor.seconds,
+        status=status,
+        message=message,
+        work=operator.work - work,
+        seconds=perf_counter() - start,
         options={**factor.options, "method": method},
         matrix=factor.matrix,
         value=factor.logdet,
@@ -119,4 +134,5 @@ def logdet(
         smallest_pivot=factor.smallest_pivot,
         largest_pivot=factor.largest_pivot,
         floor=factor.storage_floor(),
+        storage_error=error,
     )

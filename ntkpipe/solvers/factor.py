@@ -11,7 +11,7 @@ from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import format_bytes
-from ntkpipe.solvers.panels import Panels
+from ntkpipe.solvers.panels import Panels, Traffic
 from ntkpipe.solvers.result import Result, Rows, Status
 from ntkpipe.solvers.triangular import solve_lower
 
@@ -99,6 +99,11 @@ class CholeskyFactor(Result):
         """Of the matrix; one pass if it is not known yet."""
         return self._operator.storage_floor()
 
+    @property
+    def traffic(self) -> Traffic:
+        """Reads and bytes of L up to now, also by what was done with the factor."""
+        return self._panels.traffic
+
     def _rows(self) -> Rows:
         where = "in memory" if self.path is None else f"in {self.path}"
         added = f"{self.ridge:.4g}" + (f", and a jitter of {self.jitter:.4g}" if self.jitter else "")
@@ -185,8 +190,10 @@ class CholeskyFactor(Result):
             factor_bytes_read=used.bytes_read,
         )
 
-    def half_solve(self, rhs: ArrayLike) -> NDArray[np.float64]:
-        """``inv(L) @ B``, shape of B, whose squared norms are those of B in the metric of the inverse; reads L once.
+    def half_solve(self, rhs: ArrayLike, *, transposed: bool = False) -> NDArray[np.float64]:
+        """``inv(L) @ B``, or ``inv(L).T @ B``, of the shape of B; reads L once.
+
+        Squared norms of columns of the first are ``b' (K + shift I)^-1 b``; both after each other are the inverse.
 
         Raises
         ------
@@ -197,7 +204,8 @@ class CholeskyFactor(Result):
         TileError
             If a part of L is missing or damaged; the message names it.
         """
-        return self._forward(self._right_hand_sides(rhs).copy(), 0).reshape(np.shape(rhs))
+        block = self._right_hand_sides(rhs).copy()
+        return (self._backward(block) if transposed else self._forward(block, 0)).reshape(np.shape(rhs))
 
     def inverse_diagonal(self, rows: ArrayLike | None = None, *, columns_at_once: int | None = None) -> NDArray[Any]:
         """Entries ``(K + shift I)^-1_ii``, shape (len(rows),), float64.
@@ -244,6 +252,42 @@ class CholeskyFactor(Result):
             self._forward(unit, first_panel)
             found[places] = np.einsum("ij,ij->j", unit, unit)
         return found
+
+    def logdet_error(self, *, num_probes: int = 8, seed: int = 0) -> float:
+        """About what rounding of the stored entries did to :attr:`logdet`, to first and second order.
+
+        Reads L twice, and one pass for the Frobenius norm if it is not known yet. For float64 entries rounding of the
+        arithmetic is of the same size.
+
+        Parameters
+        ----------
+        num_probes
+            Random vectors of Hutchinson's estimates.
+        seed
+            Of these.
+
+        Raises
+        ------
+        ConfigError
+            If ``num_probes`` is less than one.
+        TileError
+            If a part of the matrix or of L is missing or damaged; the message names it.
+
+        Notes
+        -----
+        Rounding adds a symmetric E of independent entries of standard deviation s, at most ``eps |K|_F / (2 n)``, see
+        :meth:`ntkpipe.operators.operator.Operator.storage_floor`. With A = (K + shift I)^-1 the logarithm moves by
+        tr(A E), of standard deviation √2 s |A|_F, and by -tr(A E A E) / 2, of mean -s² (tr(A)² + |A|_F²) / 2. Returned
+        is the sum of both sizes, tr(A) and |A|_F² being estimated.
+        """
+        check_number("num_probes", num_probes, low=1)
+        deviation = self._operator.storage_floor() / (2.0 * self.num_rows**0.5)
+        probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (self.num_rows, num_probes))
+        half = self._forward(probes, 0)
+        trace = float(np.vdot(half, half)) / num_probes
+        inverse = self._backward(half)
+        squared = float(np.vdot(inverse, inverse)) / num_probes
+        return float((2.0 * squared) ** 0.5 * deviation + (trace**2 + squared) * deviation**2 / 2.0)
 
     def _right_hand_sides(self, rhs: ArrayLike) -> NDArray[np.float64]:
         """B as float64 of two axes, checked."""

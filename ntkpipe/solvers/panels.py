@@ -1,9 +1,11 @@
 """A lower triangular factor in panels of columns: in memory, or in a Zarr array that is written once."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ from ntkpipe.store import StoredArray
 _ITEM = 8
 _CHUNK_BYTES = 32 * 2**20
 # Rows of a chunk: fewer make products slow, more make buffers large.
-_FEWEST_ROWS, _MOST_ROWS = 512, 2048
+_FEWEST_ROWS, _MOST_ROWS = 256, 2048
+_CHUNKS_OF_PANEL = 16
 # Chunks on their way while one is in use.
 _DEPTH = 2
 
@@ -48,14 +51,18 @@ class Shape:
 
     @classmethod
     def of_width(cls, num_rows: int, width: int) -> "Shape":
-        """Panels of this width, rounded up to whole chunks, and chunks of about 32 MiB."""
+        """Panels of about this width, and chunks of whole rows: large, but much smaller than a panel.
+
+        A width above 256 is rounded up to a multiple of it, so that chunks of some size divide it.
+        """
         width = min(width, num_rows)
         if width <= _FEWEST_ROWS:
             return cls(num_rows, width, width)
-        height = _FEWEST_ROWS
-        while 2 * height <= _MOST_ROWS and width % (2 * height) == 0 and 2 * height * width * _ITEM <= _CHUNK_BYTES:
+        width = -(-width // _FEWEST_ROWS) * _FEWEST_ROWS
+        height, most = _FEWEST_ROWS, min(_MOST_ROWS, _CHUNK_BYTES // (width * _ITEM), num_rows // _CHUNKS_OF_PANEL)
+        while 2 * height <= most and width % (2 * height) == 0:
             height *= 2
-        return cls(num_rows, -(-width // height) * height, height)
+        return cls(num_rows, width, height)
 
     @property
     def num_panels(self) -> int:
@@ -140,8 +147,12 @@ class Panels(ABC):
         self._num_entries = shape.factor_bytes // _ITEM
 
     @abstractmethod
-    def write(self, panel: int, values: NDArray[np.float64]) -> None:
-        """Keep a panel, shape (n - first column, width). It must not change afterwards."""
+    def writing(self, panel: int, values: NDArray[np.float64]) -> AbstractContextManager[Callable[[slice], None]]:
+        """Keep a panel, shape (n - first column, width), whose chunks are given as they are ready.
+
+        What is entered is called with the rows of each chunk, which must not change afterwards. At the end all of them
+        are kept, or an error is raised.
+        """
 
     @abstractmethod
     def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
@@ -155,8 +166,10 @@ class PanelsInMemory(Panels):
         super().__init__(shape)
         self._values: dict[int, NDArray[np.float64]] = {}
 
-    def write(self, panel: int, values: NDArray[np.float64]) -> None:
-        """See :meth:`Panels.write`; nothing is copied."""
+    @contextlib.contextmanager
+    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+        """See :meth:`Panels.writing`; nothing is copied."""
+        yield lambda rows: None
         self._values[panel] = values
 
     def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
@@ -171,7 +184,7 @@ class PanelsInMemory(Panels):
 class StoredPanels(Panels):
     """A Zarr array of float64 chunks, checked by crc32c; what is above the diagonal blocks is not there.
 
-    Chunks are read ahead by threads into reused memory, and written by one while the next is not yet needed.
+    Chunks are read ahead by threads into reused memory, and written by one while the next are computed.
 
     Parameters
     ----------
@@ -201,13 +214,33 @@ class StoredPanels(Panels):
                 return panel
         return most
 
-    def write(self, panel: int, values: NDArray[np.float64]) -> None:
-        """See :meth:`Panels.write`; a ragged chunk is padded in one buffer."""
-        start = self.shape.columns(panel).start
-        for rows in self.shape.chunks(panel):
-            index = (rows.start // self.shape.height, panel)
-            self._array.write(index, values[rows.start - start : rows.stop - start])
-            self.traffic += Traffic(bytes_written=self._stored_bytes)
+    @contextlib.contextmanager
+    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+        """See :meth:`Panels.writing`; a thread writes while the next chunks are computed.
+
+        Yields
+        ------
+        What takes the rows of a chunk that is ready.
+
+        Raises
+        ------
+        StoreFullError
+            If the disk is full.
+        StoreError
+            If a chunk cannot be written for another reason.
+        """
+        start, height = self.shape.columns(panel).start, self.shape.height
+        written: list[Future[None]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="factor") as thread:
+
+            def put(rows: slice) -> None:
+                chunk = values[rows.start - start : rows.stop - start]
+                written.append(thread.submit(self._array.write, (rows.start // height, panel), chunk))
+
+            yield put
+            for future in written:
+                future.result()
+        self.traffic += Traffic(bytes_written=len(written) * self._stored_bytes)
 
     def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
         """See :meth:`Panels.read`.

@@ -37,7 +37,7 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) ->
     block
         Shape (s, s), rows contiguous.
     scratch
-        At least 512 s numbers, for products.
+        At least 256 s numbers, for products.
 
     Raises
     ------
