@@ -78,8 +78,8 @@ def logdet(
         λ ≥ 0, absolute, added to the diagonal.
     method
         ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor,
-        two more reads of the factor for what storage did to it; see :func:`ntkpipe.solvers.cholesky.cholesky`. ``slq``: an estimate with its errors in some tens of passes; see
-        :func:`ntkpipe.solvers.logdet.slq_logdet`.
+        and two reads of the factor for what storage did to the value; see :func:`ntkpipe.solvers.cholesky.cholesky`.
+        ``slq``: an estimate with its errors in some tens of passes; see :func:`ntkpipe.solvers.logdet.slq_logdet`.
     jitter, path
         Of ``cholesky``: whether the diagonal may be raised, and where the factor goes that does not fit in memory.
     memory_limit, monitor
