@@ -1,6 +1,7 @@
 """The factor of a stored matrix, in panels: against LAPACK, cut short and continued, damaged, mistaken."""
 
 import json
+import tracemalloc
 from dataclasses import fields
 
 import numpy as np
@@ -371,3 +372,25 @@ def test_panels_are_whole_chunks_that_cover_the_triangle(num_rows, width):
         assert [r.stop for r in rows[:-1]] == [r.start for r in rows[1:]]
         entries += (num_rows - columns.start) * (columns.stop - columns.start)
     assert shape.factor_bytes == 8 * entries
+
+
+def test_memory_stays_within_what_was_planned(tmp_path):
+    """Allocations of this process beside the matrix: one panel, a diagonal block, a few chunks, and little else."""
+    size = 1200
+    operator = DenseOperator(np.eye(size) + 1.0)
+    operator.identity()
+    cholesky(np.eye(3), path=tmp_path / "imports")
+    tracemalloc.start()
+    try:
+        factor = cholesky(operator, panel_width=256, path=tmp_path / "l")
+        _, peak = tracemalloc.get_traced_memory()
+        shape = Shape.of_width(size, 256)
+        planned = 8 * size * 256 + shape.working_bytes()
+        assert peak < planned + 2**18
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        factor.solve(np.ones(size))
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak - before < 2 * shape.chunk_bytes
+    finally:
+        tracemalloc.stop()
