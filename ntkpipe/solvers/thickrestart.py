@@ -19,6 +19,8 @@ _DOUBTFUL = 1e-12
 _PROBATION = 2
 # A refinement assumes that the next block is well below the pairs it corrects.
 _MOST_REFINABLE = 0.5
+# Rows of I - Gram matrix sum up to less: its eigenvalues are 1 to within that, and nothing is lost by it.
+_NEARLY_ORTHONORMAL = 0.5
 _ROWS_AT_ONCE = 4096
 
 # Residuals that are small enough, for eigenvalues in descending order.
@@ -76,6 +78,7 @@ class ThickRestart:
         self._projected = np.zeros((0, 0))
         self._coupling = np.zeros((block, 0))
         self._decomposed: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._extended: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._passes = 0
         # Mean eigenvalue of K on the last block, which is taken as that on the next.
         self._level = 0.0
@@ -136,6 +139,8 @@ class ThickRestart:
 
     def _extend(self, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The leading k pairs of the matrix of [V, Q] with τ I for the unknown block."""
+        if self._extended is not None and self._extended[0].size == k:
+            return self._extended
         size, width = self.size, self._next.shape[1]
         extended = np.zeros((size + width, size + width))
         extended[:size, :size] = self._projected
@@ -143,7 +148,8 @@ class ThickRestart:
         extended[:size, size:] = self._coupling.T
         extended[size:, size:] = self._level * np.eye(width)
         values, coordinates = _descending(extended)
-        return values[:k], coordinates[:, :k]
+        self._extended = values[:k], coordinates[:, :k]
+        return self._extended
 
     def advance(self, operator: Operator, k: int, limits: Limits) -> None:
         """One pass: the product with Q, which joins V; then the next Q. A full V is cut.
@@ -187,7 +193,7 @@ class ThickRestart:
         projected[:, before:] = columns
         projected[before:, :before] = columns[:before].T
         projected[before:, before:] = (columns[before:] + columns[before:].T) / 2
-        self._projected, self._decomposed = projected, None
+        self._projected, self._decomposed, self._extended = projected, None, None
         self._level = float(np.trace(projected[before:, before:])) / width
         self._find_next(basis, product)
 
@@ -212,7 +218,7 @@ class ThickRestart:
         # A small remainder leans on V by its rounding, which is large beside it.
         for _ in range(2):
             _remove(basis, self._next)
-            self._next, upper = np.linalg.qr(self._next)
+            self._next, upper = _orthonormal(self._next)
             coefficients = upper[:, : len(coefficients)] @ coefficients
         self._next = np.ascontiguousarray(self._next)
         self._coupling[:, size - width :] = coefficients
@@ -231,7 +237,7 @@ class ThickRestart:
             rows = self._vectors[start : start + _ROWS_AT_ONCE]
             rows[:, : self._keep] = rows[:, : self.size] @ kept
         self._coupling = self._coupling @ kept
-        self._projected, self._decomposed = np.diag(values[: self._keep]), None
+        self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
         self._pieces = [(f"basis-{self._passes}", self._keep)]
 
     def combine(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -277,7 +283,8 @@ class ThickRestart:
             self._vectors[:, start:stop] = checkpoint.get(name)
             start = stop
         count = min(self._block, len(self._vectors) - start)
-        self._projected, self._decomposed = checkpoint.get(f"projected-{self._passes}"), None
+        self._projected = checkpoint.get(f"projected-{self._passes}")
+        self._decomposed = self._extended = None
         self._next, self._coupling = np.zeros((len(self._vectors), 0)), np.zeros((0, start))
         if count:
             self._next = checkpoint.get(f"block-{self._passes}")
@@ -293,6 +300,19 @@ def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[n
 
 def _norms(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.norm(columns, axis=0))
+
+
+def _orthonormal(block: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Q and R of a block; by Cholesky of its Gram matrix, in matrix products, if it is nearly orthonormal already."""
+    sizes = _norms(block)
+    if sizes.all():
+        scaled = block / sizes
+        gram = scaled.T @ scaled
+        if np.abs(gram - np.eye(len(gram))).sum(axis=1).max() < _NEARLY_ORTHONORMAL:
+            lower = np.linalg.cholesky(gram)
+            return scaled @ np.linalg.inv(lower).T, lower.T * sizes
+    directions, upper = np.linalg.qr(block)
+    return directions, upper
 
 
 def _descending(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
