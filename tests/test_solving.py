@@ -1,6 +1,8 @@
 """Solvers on a store: right answers below results/, for any Zarr reader; interrupted, the same call goes on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,26 @@ def test_a_full_kernel_has_a_row_for_each_output(tmp_path):
     other = small.compute(tmp_path / "b.zarr", kind="ntk", targets=np.arange(18) % 5)
     with pytest.raises(ConfigError, match=r"5 columns and the kernel 3 rows a sample"):
         right_hand_sides(other)
+
+
+def test_killed_in_mid_search_the_same_call_goes_on_from_the_checkpoint(path, store):
+    """``kill -9`` of a driver after its third pass, which it waits in."""
+    straight = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
+    script = (
+        "import sys, time, ntkpipe\n"
+        "from ntkpipe import solving\n"
+        "def show(self, passes, residual, target):\n"
+        "    if passes >= 3:\n"
+        "        print('third', flush=True)\n"
+        "        time.sleep(60)\n"
+        "solving.Passes.show = show\n"
+        "solving.eigsh_of_store(ntkpipe.open_kernel(sys.argv[1]), k=12, block=4, seed=5, progress=False)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "third\n"
+        driver.kill()
+    resumed = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
+    for name, values in resumed.arrays().items():
+        np.testing.assert_array_equal(values, straight.arrays()[name])
+    assert resumed.history.shape == straight.history.shape
