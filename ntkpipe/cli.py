@@ -41,6 +41,8 @@ from ntkpipe.watch import watch
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
 
+_SOLVERS = tuple(str(command.name) for command in COMMANDS)
+
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
 )
@@ -316,7 +318,7 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "runs": store.store.read_results("runs"),
         **{
             name: store.store.read_result(name)
-            for name in ("verification", "certificate", "self_check", "summary", "driver")
+            for name in ("verification", "certificate", "self_check", "summary", "driver", *_SOLVERS)
         },
     }
 
@@ -349,6 +351,9 @@ def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
         rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
         rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
+    for name in _SOLVERS:
+        if (found := described[name]) is not None:
+            rows.append((name, f"{found['status']}, {found['work']['passes']:.4g} passes, {found['seconds']:.3g} s"))
     if driver is not None:
         rows.append(("driver", f"{driver['state']} on {driver['host']}, {driver['time']} {driver['message']}"))
     return rows

@@ -302,6 +302,7 @@ def test_solvers_print_a_short_table_and_keep_their_result(finished, command, wo
         assert word in answer.stdout, word
     kept = json.loads((folder / "runs/digits-pntk.zarr/results" / name / "zarr.json").read_text())
     assert kept["attributes"]["result"]["status"] == "converged"
+    assert re.search(rf"{name} +converged, [\d.]+ passes", ntkpipe("info", "runs/digits-pntk.zarr", cwd=folder).stdout)
     printed = ntkpipe(name, "runs/digits-pntk.zarr", *options, "--json", cwd=folder)
     assert json.loads(printed.stdout)["status"] == "converged"
 
