@@ -34,7 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 		--target $(VENV)/share/dask-kubernetes dask-kubernetes
 	touch $(STAMP)
 
-# The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used.
+# The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used. Behind detkit's
+# name is what it imports that is not there.
 $(PEERS): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps asdfghjkl nngeometry
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps asdfghjkl nngeometry \
+		detkit ml_dtypes pooch tensorstore texplot
 	touch $(PEERS)

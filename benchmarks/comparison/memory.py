@@ -1,12 +1,9 @@
 """How much resident memory one method needs, in a process that does nothing else."""
 
-import contextlib
-import resource
-from pathlib import Path
-
 import torch
 
 from comparison.methods import Method, Ours
+from comparison.peak import peak_memory, reset_peak
 from comparison.work import Work
 from ntkpipe.resources import num_cores, process_memory
 from ntkpipe.runs import exact_single_thread
@@ -48,18 +45,3 @@ def block_bytes(method: Ours, size: int) -> dict[str, int]:
         )
     predicted = plan.workload.cost.block_bytes * count
     return {"block_samples": count, "predicted": predicted, "real": block.num_bytes()}
-
-
-def reset_peak() -> None:
-    """Let the peak be what is resident now, where Linux allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes of resident memory at most, since the last reset."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
