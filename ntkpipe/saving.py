@@ -1,8 +1,9 @@
 """Results and checkpoints as plain Zarr, readable without this package: JSON in a group's attributes, and arrays."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.documents import group_attributes, group_document, parse
-from ntkpipe.errors import StoreError
+from ntkpipe.errors import NtkpipeError, StoreError
 from ntkpipe.layout import MOST_CHUNK_BYTES, MOST_CHUNKS, ArrayLayout
 from ntkpipe.medium import Medium
-from ntkpipe.store import Store, StoredArray, medium_at, writing
+from ntkpipe.store import OF_WRONG_VALUES, Store, StoredArray, medium_at, writing
 
 _DOCUMENT = "zarr.json"
 _CHUNK_BYTES = 16 * 2**20
@@ -38,7 +39,12 @@ class ArrayFolder:
         self._name = name
 
     def __repr__(self) -> str:
-        return f"<ArrayFolder {self._medium.address(self._name)}>"
+        return f"<ArrayFolder {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """Path or URL."""
+        return str(self._medium.address(self._name))
 
     def _below(self, name: str) -> str:
         return f"{self._name}/{name}"
@@ -81,13 +87,20 @@ class ArrayFolder:
         for index in array.layout.indices():
             array.write(index, values[array.layout.region(index)])
 
-    def read_array(self, name: str) -> NDArray[Any]:
+    def read_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """An array, its checksums verified; memory is the array plus one chunk.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        shape
+            That it must have; nothing is allocated for another one. Default any.
 
         Raises
         ------
         StoreError
-            If there is none, or it is damaged.
+            If there is none, it is damaged or has another shape.
         """
         where = f"{self._below(name)}/{_DOCUMENT}"
         address = str(self._medium.address(where))
@@ -96,6 +109,8 @@ class ArrayFolder:
         except FileNotFoundError:
             raise StoreError(f"{address} is missing") from None
         array = self._array(name, *_shape_and_dtype(document, address))
+        if shape is not None and array.layout.shape != shape:
+            raise StoreError(f"{address} describes an array of shape {array.layout.shape}; needed {shape}")
         array.check_metadata()
         values = np.empty(array.layout.shape, array.layout.dtype)
         for index in array.layout.indices():
@@ -166,7 +181,7 @@ class Checkpoint:
         self._folder = ArrayFolder(medium, f"results/{_CHECKPOINTS}/{name}" if inside else name)
 
     def __repr__(self) -> str:
-        return f"<Checkpoint in {self._folder!r}>"
+        return f"<Checkpoint in {self._folder.address}>"
 
     def load(self) -> dict[str, Any] | None:
         """What the last :meth:`commit` said, or none.
@@ -176,16 +191,63 @@ class Checkpoint:
         StoreError
             If it is damaged.
         """
-        attributes = self._folder.read_attributes()
-        return None if attributes is None else dict(attributes.get("state", {}))
+        with self.reading():
+            attributes = self._folder.read_attributes()
+            return None if attributes is None else as_mapping(attributes["state"])
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What a checkpoint holds is anybody's: there, a value that is missing or of another type is damage and no bug.
+
+        Who reads a state does so in here, by :func:`as_integer` and its like, and :meth:`get` with the shape that is
+        needed: numpy would spread a smaller array over a larger one.
+
+        Raises
+        ------
+        StoreError
+            If there is one, or an array is missing or damaged; it names the checkpoint.
+        NtkpipeError
+            What else this package says.
+        """
+        try:
+            yield
+        except (StoreError, *OF_WRONG_VALUES) as error:
+            if isinstance(error, NtkpipeError) and not isinstance(error, StoreError):
+                raise
+            why = str(error) if isinstance(error, StoreError) else repr(error)
+            raise StoreError(
+                f"{self!r} cannot be read: it is damaged, or of another version ({why}); delete it to begin anew"
+            ) from error
 
     def put(self, name: str, values: NDArray[Any]) -> None:
         """Write an array under a name that no committed state uses."""
         self._folder.write_array(name, values)
 
-    def get(self, name: str) -> NDArray[Any]:
-        """An array that the state names."""
-        return self._folder.read_array(name)
+    def get(
+        self, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
+    ) -> NDArray[Any]:
+        """An array that the state names, of this shape and dtype.
+
+        Parameters
+        ----------
+        name
+            As it was put.
+        shape, dtype
+            Needed of it.
+        allow_nan
+            Whether NaN and infinity are numbers of it.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, damaged, or another array.
+        """
+        values = self._folder.read_array(name, shape)
+        if values.dtype != dtype or not (allow_nan or np.isfinite(values).all()):
+            raise StoreError(
+                f"{name} has dtype {values.dtype}, or no finite numbers; needed those, as {np.dtype(dtype)}"
+            )
+        return values
 
     def commit(self, state: Mapping[str, Any], keep: set[str]) -> None:
         """Make this the state, and delete every array but those it needs."""
@@ -197,6 +259,61 @@ class Checkpoint:
     def clear(self) -> None:
         """Delete it, once the result is safe."""
         self._folder.delete()
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """A value of JSON that must be an object.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"{str(value)[:40]!r} is no JSON object")
+    return value
+
+
+def as_integer(value: Any, *, low: int = 0) -> int:
+    """A value of JSON that must be an integer, from ``low`` on.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if type(value) is not int or value < low:
+        raise ValueError(f"{str(value)[:40]!r} is no integer from {low} on")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """A value of JSON that must be a finite number.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if type(value) not in {int, float} or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
+
+
+def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -> NDArray[np.float64]:
+    """Nested lists of JSON that must be numbers of this shape.
+
+    Raises
+    ------
+    ValueError
+        If they are something else.
+    """
+    found = np.array(value)
+    if found.size == 0 and math.prod(shape) == 0 and isinstance(value, list):
+        return np.zeros(shape)
+    if found.shape != shape or found.dtype.kind not in "fi" or not (allow_nan or np.isfinite(found).all()):
+        raise ValueError(f"{str(value)[:40]!r} are no numbers of shape {shape}")
+    return found.astype(np.float64)
 
 
 def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:

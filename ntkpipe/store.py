@@ -39,7 +39,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DOCUMENT = "zarr.json"
 _MOST_RESULTS = 1000
 _CHECKED_AT_ONCE = 2**20
-_OF_WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+OF_WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 # What pathlib makes of s3://bucket.
 _SHORTENED_URL = re.compile(r"(s3|gs|az):/[^/]")
 
@@ -455,7 +455,7 @@ def reading_results(root: Path | str) -> Iterator[None]:
         yield
     except NtkpipeError:
         raise
-    except _OF_WRONG_VALUES as error:
+    except OF_WRONG_VALUES as error:
         raise StoreError(
             f"a result in {root} is damaged, or of another version ({error!r}); delete its folder below results, and "
             "run or verify again"

@@ -121,6 +121,7 @@ HOUSE = {
     "solvers.factor_folder": (9, "use"),
     "solvers.factor": (9, "use"),
     "solvers.cholesky": (12, "use"),
+    "solvers.keeping": (13, "use"),
     "solvers.systems": (14, "use"),
     "solvers.solve": (15, "use"),
     "testing": (12, "use"),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator
 from ntkpipe.solvers.preconditioner import Preconditioner
-from ntkpipe.solvers.replacement import Iterate, Recurrence, iterate
+from ntkpipe.solvers.replacement import Iterate, Keep, Progress, Recurrence, iterate, keep_nothing
 from ntkpipe.solvers.result import Monitor, ignore
 
 CGMethod = Literal["pcg", "block_cg"]
@@ -25,6 +25,8 @@ def pcg(
     max_passes: int = 1000,
     monitor: Monitor = ignore,
     give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+    earlier: Progress | None = None,
+    keep: Keep = keep_nothing,
 ) -> Iterate:
     """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
 
@@ -41,6 +43,8 @@ def pcg(
         max_passes=max_passes,
         monitor=monitor,
         give_up=give_up,
+        earlier=earlier,
+        keep=keep,
     )
 
 
@@ -54,6 +58,8 @@ def block_cg(
     max_passes: int = 1000,
     monitor: Monitor = ignore,
     give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+    earlier: Progress | None = None,
+    keep: Keep = keep_nothing,
 ) -> Iterate:
     """Block conjugate gradients: every right-hand side profits from the directions of all.
 
@@ -75,6 +81,8 @@ def block_cg(
         max_passes=max_passes,
         monitor=monitor,
         give_up=give_up,
+        earlier=earlier,
+        keep=keep,
     )
 
 

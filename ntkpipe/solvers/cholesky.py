@@ -202,7 +202,7 @@ def _factor_with_jitter(task: _Task) -> int:
 
 def _factor(task: _Task) -> None:
     """All panels that are not there yet."""
-    shape = task.state.shape
+    shape, before = task.state.shape, task.operator.work
     top = np.empty((shape.width if shape.num_panels > 1 else 0, shape.width))
     scratch = np.empty(shape.height * shape.width)
     for number in range(len(task.state.panels), shape.num_panels):
@@ -210,7 +210,7 @@ def _factor(task: _Task) -> None:
         found = _factor_panel(task, number, top, scratch)
         task.state = task.state.with_panel(found)
         task.save(task.state)
-        task.monitor(Step(task.operator.work, _share_left(shape, number), 0.0))
+        task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
 
 
 def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64]) -> Pivots:

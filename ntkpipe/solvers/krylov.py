@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.errors import ResourceError
 from ntkpipe.resources import available_memory, format_bytes
-from ntkpipe.saving import Checkpoint
+from ntkpipe.saving import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 # A direction this far below the norm of the matrix is what rounding left of none.
@@ -143,11 +143,14 @@ class ProbeLanczos:
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
-        step = self.num_steps = int(state["num_steps"])
+        step, num_probes = as_integer(state["num_steps"]), len(self._basis)
         for index in range(1, step + 1):
-            self._basis[:, index] = checkpoint.get(f"{prefix}{index}")
-        self._alphas[:, :step], self._betas[:, :step] = state["alphas"], state["betas"]
-        self._scales, self._lengths = np.array(state["scales"], np.float64), np.array(state["lengths"], np.int64)
+            self._basis[:, index] = checkpoint.get(f"{prefix}{index}", self._basis[:, index].shape)
+        self._alphas[:, :step] = as_numbers(state["alphas"], (num_probes, step))
+        self._betas[:, :step] = as_numbers(state["betas"], (num_probes, step))
+        self._scales = as_numbers(state["scales"], (num_probes,))
+        self._lengths = as_numbers(state["lengths"], (num_probes,)).astype(np.int64)
+        self.num_steps = step
 
     def _project(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rows without their part in what is deflated."""
@@ -298,13 +301,17 @@ class BlockLanczos:
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
-        self._scale = float(state["scale"])
-        for step in range(1, int(state["num_steps"]) + 1):
-            width, here = (state["bounds"][at + 1] - state["bounds"][at] for at in (step - 1, step))
+        num_steps, self._scale = as_integer(state["num_steps"]), as_number(state["scale"])
+        bounds = as_numbers(state["bounds"], (num_steps + 2,)).astype(np.int64)
+        if list(bounds[:2]) != self._bounds or bounds[-1] > len(self._vectors):
+            raise ValueError(f"its blocks begin at {bounds[:2]} and end at {bounds[-1]}")
+        for step in range(1, num_steps + 1):
+            width, here = (int(bounds[at + 1] - bounds[at]) for at in (step - 1, step))
             rows, coupling = np.empty((0, self._num_rows)), np.empty((0, width))
             if here:
-                rows, coupling = checkpoint.get(f"{prefix}rows_{step}"), checkpoint.get(f"{prefix}coupling_{step}")
-            self._append(rows, checkpoint.get(f"{prefix}diagonal_{step}"), coupling)
+                rows = checkpoint.get(f"{prefix}rows_{step}", (here, self._num_rows))
+                coupling = checkpoint.get(f"{prefix}coupling_{step}", (here, width))
+            self._append(rows, checkpoint.get(f"{prefix}diagonal_{step}", (width, width)), coupling)
 
     def matrix(self) -> NDArray[np.float64]:
         """T, symmetric, shape (dimension, dimension)."""

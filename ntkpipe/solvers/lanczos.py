@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from ntkpipe.errors import ConfigError, ResourceError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator, Work
 from ntkpipe.resources import available_memory, format_bytes
-from ntkpipe.saving import Checkpoint
+from ntkpipe.saving import Checkpoint, as_integer, as_number, as_numbers
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.resuming import as_work
 from ntkpipe.solvers.thickrestart import ThickRestart
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -210,9 +211,9 @@ class _Search:
 
     def run(self, monitor: Monitor) -> Eigenpairs:
         """From the beginning, or from the checkpoint."""
-        state = self._load()
-        if state is not None and self._is_final(state):
-            return self._finished(state)
+        finished = self._load()
+        if finished is not None:
+            return finished
         while True:
             if self._is_time_to_check():
                 checked = self._check()
@@ -353,7 +354,8 @@ class _Search:
         state["work"], state["seconds"] = [work.passes, work.bytes_read, work.seconds], self._seconds()
         checkpoint.commit(state, keep)
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self) -> Eigenpairs | None:
+        """Take what the checkpoint has; the result if it is there."""
         state = None if self._checkpoint is None else self._checkpoint.load()
         if state is None or self._checkpoint is None:
             return None
@@ -364,27 +366,28 @@ class _Search:
             raise ConfigError(
                 f"{self._checkpoint!r} is of another calculation: {', '.join(differ)}; give another one, or clear it"
             )
-        self._earlier = Work(*state["work"]), state["seconds"]
-        self._floor, self._history = state["floor"], state["history"]
-        self._failures = [(passes, excess) for passes, excess in state["failures"]]
-        return state
+        with self._checkpoint.reading():
+            return self._read(self._checkpoint, state)
 
-    def _is_final(self, state: Mapping[str, Any]) -> bool:
-        """Whether the state's result answers this call; else the space goes on from there."""
+    def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Eigenpairs | None:
+        """The result if the state has one that answers this call; else the space goes on from there."""
+        self._earlier = as_work(state["work"]), as_number(state["seconds"])
+        self._floor, history = as_number(state["floor"]), state["history"]
+        self._history = as_numbers(history, (len(history), 2), allow_nan=True).tolist()
+        self._failures = [(as_integer(passes), as_number(excess)) for passes, excess in state["failures"]]
         result = state.get("result")
         if result is not None and (
-            result["status"] != "step limit" or self._options["max_passes"] <= result["max_passes"]
+            result["status"] != "step limit" or self._options["max_passes"] <= as_integer(result["max_passes"])
         ):
-            return True
-        assert self._checkpoint is not None
-        self._space.load(self._checkpoint, state["space"])
-        return False
+            return self._finished(checkpoint, result)
+        self._space.load(checkpoint, state["space"])
+        return None
 
-    def _finished(self, state: Mapping[str, Any]) -> Eigenpairs:
+    def _finished(self, checkpoint: Checkpoint, result: Mapping[str, Any]) -> Eigenpairs:
         """The result that the checkpoint holds already."""
-        checkpoint, result = self._checkpoint, state["result"]
-        assert checkpoint is not None
-        names = ("eigenvalues", "eigenvectors", "residuals", "history")
+        n, k, num_passes = self._operator.num_rows, self._k, len(self._history)
+        if result["status"] not in get_args(Status) or not isinstance(result["message"], str):
+            raise ValueError(f"its status is {str(result['status'])[:40]!r}")
         return Eigenpairs(
             status=result["status"],
             message=result["message"],
@@ -392,7 +395,10 @@ class _Search:
             seconds=self._earlier[1],
             options=self._options,
             matrix=self._operator.identity(),
-            orthogonality=result["orthogonality"],
+            eigenvalues=checkpoint.get("result-eigenvalues", (k,)),
+            eigenvectors=checkpoint.get("result-eigenvectors", (n, k)),
+            residuals=checkpoint.get("result-residuals", (k,)),
+            orthogonality=as_number(result["orthogonality"]),
             floor=self._floor,
-            **{name: checkpoint.get(f"result-{name}") for name in names},
+            history=checkpoint.get("result-history", (num_passes, 2), allow_nan=True),
         )

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,19 +43,14 @@ class Recurrence(ABC):
         """Advance some columns by one pass; which of them met a direction without positive curvature."""
 
 
-@dataclass(frozen=True)
-class Iterate:
-    """Where an iteration has ended.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an iteration is, and what led there: another one can go on from it, with new directions.
 
     Attributes
     ----------
     solution
-        Shape (n, c): of each column the iterate of the smallest true residual that was computed; the last one if it was
-        passes that ended it.
-    residuals
-        True residuals of these, computed in float64 with the operator, relative to the right-hand sides, shape (c,).
-    status, message
-        As of :class:`ntkpipe.solvers.result.Result`.
+        Shape (n, c).
     history
         Recursive residuals, relative, shape (iterations, c).
     checks
@@ -64,34 +59,52 @@ class Iterate:
         These, relative, shape (m, c).
     replacements
         How often a residual was replaced by the true one.
-    gave_up
-        Whether it was the caller who ended it.
+    passes
+        Products: steps, checks, and one for each start that was not zero.
     """
 
     solution: NDArray[np.float64]
-    residuals: NDArray[np.float64]
-    status: Status
-    message: str
     history: NDArray[np.float64]
     checks: NDArray[np.int64]
     check_residuals: NDArray[np.float64]
     replacements: int
-    gave_up: bool
+    passes: int
 
     @property
     def iterations(self) -> int:
         """Steps, a pass each; every check is one more."""
         return len(self.history)
 
-    def after(self, earlier: "Iterate") -> "Iterate":
-        """The same with what led to its start."""
-        return replace(
-            self,
-            history=np.concatenate([earlier.history, self.history]),
-            checks=np.concatenate([earlier.checks, self.checks + earlier.iterations]),
-            check_residuals=np.concatenate([earlier.check_residuals, self.check_residuals]),
-            replacements=earlier.replacements + self.replacements,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Iterate(Progress):
+    """Where an iteration has ended.
+
+    Of each column ``solution`` is the iterate of the smallest true residual that was computed; the last one if it was
+    passes that ended it.
+
+    Attributes
+    ----------
+    residuals
+        True residuals of the solution, computed in float64 with the operator, relative to the right-hand sides, shape
+        (c,).
+    status, message
+        As of :class:`ntkpipe.solvers.result.Result`.
+    gave_up
+        Whether it was the caller who ended it.
+    """
+
+    residuals: NDArray[np.float64]
+    status: Status
+    message: str
+    gave_up: bool
+
+
+Keep = Callable[[Progress], None]
+
+
+def keep_nothing(progress: Progress) -> None:
+    """For who needs no progress."""
 
 
 def iterate(
@@ -104,6 +117,8 @@ def iterate(
     max_passes: int = 1000,
     monitor: Monitor = ignore,
     give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+    earlier: Progress | None = None,
+    keep: Keep = keep_nothing,
 ) -> Iterate:
     """Solve ``A X = B`` by an iteration until true residuals are small, or cannot become so.
 
@@ -126,17 +141,23 @@ def iterate(
     tol
         Largest residual of a column, relative to its right-hand side, in the 2-norm.
     max_passes
-        Products at most, checks included; at least two.
+        Products at most, checks and those of ``earlier`` included; at least two.
     monitor
-        Called after each pass.
+        Called after each pass, with the work of this call.
     give_up
-        Called with the history after each iteration: whether to stop at this point.
+        Called with the history of this call after each iteration: whether to stop at this point.
+    earlier
+        Where another call was: the start instead of ``initial``, one pass, also for columns whose residual has grown
+        beyond that of zero. The result counts what led there.
+    keep
+        Called with the progress after each computation of true residuals, and where an exception (Ctrl-C) ends a call
+        that has made any.
 
     Notes
     -----
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
-    loop = _Loop(operator, rhs, initial, tol, max_passes, monitor)
+    loop = _Loop(operator, rhs, initial, tol, max_passes, monitor, earlier, keep)
     recurrence = make(loop.start.copy(), loop.residual.copy())
     loop.run(recurrence, give_up)
     return loop.outcome()
@@ -153,8 +174,11 @@ class _Loop:
         tol: float,
         max_passes: int,
         monitor: Monitor,
+        earlier: Progress | None,
+        keep: Keep,
     ) -> None:
         self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
+        self._keep, self._before = keep, operator.work
         self._scales = _column_norms(rhs)
         self._kept = self._scales > 0.0
         self._shape = rhs.shape
@@ -163,14 +187,22 @@ class _Loop:
         self._passes, self._replacements, self._gave_up = 0, 0, False
         self._history: list[NDArray[np.float64]] = []
         self._checks: list[tuple[int, NDArray[np.float64]]] = []
+        if earlier is not None:
+            self._passes, self._replacements, initial = earlier.passes, earlier.replacements, earlier.solution
+            self._history = list(earlier.history[:, self._kept])
+            self._checks = list(zip(earlier.checks.tolist(), earlier.check_residuals[:, self._kept], strict=True))
+        self._num_earlier = len(self._history)
         self.start = np.zeros_like(self._rhs)
         self.residual = self._rhs
         if initial is not None and initial.any():
             self.start = initial[:, self._kept] / self._scales[self._kept]
             self.residual = self._true_residual(self.start)
-            is_bad = np.linalg.norm(self.residual, axis=0) >= 1.0
+        is_bad = np.linalg.norm(self.residual, axis=0) >= 1.0
+        if earlier is None:
             self.start[:, is_bad], self.residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
         self._best, self._best_residuals = self.start.copy(), np.linalg.norm(self.residual, axis=0)
+        # Of an iteration on its way the error, in the norm of the matrix, is smaller than that of zero all the same.
+        self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
         # What recursive residuals say is the best; computed only if the end is not good.
         self._hope, self._hoped_residuals = self.start.copy(), self._best_residuals.copy()
         self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
@@ -189,8 +221,26 @@ class _Loop:
         is_open: NDArray[np.bool_] = (self._best_residuals > self._tol) & ~self._is_broken & ~self._is_stuck
         return is_open
 
+    def _tell(self, residuals: NDArray[np.float64]) -> None:
+        self._monitor(Step(self._operator.work - self._before, float(residuals.max()), self._tol))
+
     def run(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
-        """Iterate until no column is open, or passes are used up."""
+        """Iterate until no column is open, or passes are used up; what is reached is kept, whatever ends it."""
+        try:
+            self._iterate(recurrence, give_up)
+        except BaseException as error:
+            if len(self._history) > self._num_earlier:
+                try:
+                    self._keep(self._progress(self._finite(recurrence)))
+                except Exception as another:  # noqa: BLE001 - what has ended it is to be told, not this
+                    error.add_note(f"what was reached could not be kept: {another}")
+            raise
+
+    def _finite(self, recurrence: Recurrence) -> NDArray[np.float64]:
+        """The solution, of columns that have overflown the best one."""
+        return np.where(np.isfinite(recurrence.solution).all(axis=0), recurrence.solution, self._best)
+
+    def _iterate(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
         recursive = np.linalg.norm(recurrence.residual, axis=0)
         if self._is_open.any():
             recurrence.restart(np.ones_like(self._is_open))
@@ -206,9 +256,9 @@ class _Loop:
             smaller = recursive < self._hoped_residuals
             self._hope[:, smaller] = recurrence.solution[:, smaller]
             self._hoped_residuals[smaller] = recursive[smaller]
-            self._monitor(Step(self._operator.work, float(recursive.max()), self._tol))
+            self._tell(recursive)
             self._is_broken |= broken | ~np.isfinite(recursive)
-            self._gave_up = give_up is not None and give_up(np.array(self._history))
+            self._gave_up = give_up is not None and give_up(np.array(self._history[self._num_earlier :]))
             is_due = len(self._history) % _CHECK_EVERY == 0 or self._passes + 2 > self._max_passes
             claims = ~(self._is_open & (recursive > self._targets)).any()
             if is_due or claims or self._gave_up:
@@ -221,17 +271,19 @@ class _Loop:
         is_lost = (self._best_residuals > self._tol) & (self._is_broken | self._is_stuck)
         if self._passes < self._max_passes and (is_lost & (self._hoped_residuals < self._best_residuals)).any():
             true = np.linalg.norm(self._true_residual(self._hope), axis=0)
-            self._monitor(Step(self._operator.work, float(true.max()), self._tol))
+            self._tell(true)
             better = is_lost & (true < self._best_residuals)
             self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
 
     def _check(self, recurrence: Recurrence, recursive: NDArray[np.float64]) -> None:
         """Compute true residuals, keep what is best, and replace residuals that have drifted."""
+        solution = self._finite(recurrence)
         finite = np.isfinite(recurrence.solution).all(axis=0)
-        residual = self._true_residual(np.where(finite, recurrence.solution, self._best))
+        residual = self._true_residual(solution)
         true = np.linalg.norm(residual, axis=0)
         self._checks.append((len(self._history), true))
-        self._monitor(Step(self._operator.work, float(true.max()), self._tol))
+        self._keep(self._progress(solution))
+        self._tell(true)
         # One that passes have ended is nearer to the solution, in the norm of the matrix, than all before it; of one
         # that has met its limits only the residual tells.
         is_last = self._passes + 1 >= self._max_passes or self._gave_up
@@ -258,23 +310,25 @@ class _Loop:
         if self._is_open.any():
             recurrence.restart(drifted)
 
-    def outcome(self) -> Iterate:
-        """What has been found, of all columns."""
-        status, message = self._words()
-        solution, residuals = np.zeros(self._shape), np.zeros(self._shape[1])
-        solution[:, self._kept] = self._best * self._scales[self._kept]
-        residuals[self._kept] = self._best_residuals
-        return Iterate(
+    def _progress(self, scaled: NDArray[np.float64]) -> Progress:
+        """How far it is with this solution, of all columns."""
+        solution = np.zeros(self._shape)
+        solution[:, self._kept] = scaled * self._scales[self._kept]
+        return Progress(
             solution=solution,
-            residuals=residuals,
-            status=status,
-            message=message,
             history=self._spread(self._history),
             checks=np.array([number for number, _ in self._checks], np.int64),
             check_residuals=self._spread([values for _, values in self._checks]),
             replacements=self._replacements,
-            gave_up=self._gave_up,
+            passes=self._passes,
         )
+
+    def outcome(self) -> Iterate:
+        """What has been found, of all columns."""
+        (status, message), residuals = self._words(), np.zeros(self._shape[1])
+        residuals[self._kept] = self._best_residuals
+        found = vars(self._progress(self._best))
+        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **found)
 
     def _spread(self, rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Numbers of columns that are not zero, zero for others."""

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ntkpipe.errors import ConfigError
-from ntkpipe.saving import Checkpoint
+from ntkpipe.operators.operator import Work
+from ntkpipe.saving import Checkpoint, as_integer, as_mapping, as_number
 
 
 class Space(Protocol):
@@ -56,19 +57,30 @@ class Journal:
         found = None if checkpoint is None else checkpoint.load()
         if checkpoint is None or found is None:
             return
-        if found.get("decides") != self._decides or set(found.get("spaces", {})) - set(spaces):
+        if found.get("decides") != self._decides:
             raise ConfigError(
                 f"{checkpoint!r} is of {found.get('decides')}; this is {self._decides}: give another name"
             )
-        for name, state in found["spaces"].items():
-            if state["num_steps"] > self._spaces[name].max_steps:
+        with checkpoint.reading():
+            self._read(checkpoint, found)
+
+    def _read(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
+        """Give the spaces their steps.
+
+        Raises
+        ------
+        ConfigError
+            If there are more than there may be.
+        """
+        for name, state in as_mapping(found["spaces"]).items():
+            space, num_steps = self._spaces[name], as_integer(state["num_steps"])
+            if num_steps > space.max_steps:
                 raise ConfigError(
-                    f"{checkpoint!r} has {state['num_steps']} steps, and {self._spaces[name].max_steps} are allowed; "
-                    "raise max_passes, num_steps or memory_limit"
+                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
+                    "num_steps or memory_limit"
                 )
-            self._spaces[name].read_steps(checkpoint, f"{name}_", state)
-            self._written[name] = state["num_steps"]
-            self._states[name] = state
+            space.read_steps(checkpoint, f"{name}_", state)
+            self._written[name], self._states[name] = num_steps, state
             self._names[name] = set(state["names"])
 
     def save(self) -> None:
@@ -82,3 +94,15 @@ class Journal:
                 self._states[name] = {**state, "names": sorted(names)}
                 self._written[name] = space.num_steps
         self._checkpoint.commit({"decides": self._decides, "spaces": self._states}, set().union(*self._names.values()))
+
+
+def as_work(value: Any) -> Work:
+    """What was saved as ``[passes, bytes_read, seconds]``.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    passes, bytes_read, seconds = value
+    return Work(as_number(passes), as_integer(bytes_read), as_number(seconds))

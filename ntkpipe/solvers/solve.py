@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.operator import Operator, digest_of
+from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.keeping import Kept
 from ntkpipe.solvers.preconditioner import Preconditioner
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.solvers.solution import Solution
@@ -36,6 +39,7 @@ def solve(
     seed: int = 0,
     memory_limit: int | None = None,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """Solve ``(K + ridge I) A = Y`` to a true residual, for all columns of Y together.
 
@@ -74,17 +78,27 @@ def solve(
     monitor
         Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
         arithmetic that is left.
+    checkpoint
+        Where conjugate gradients are kept: the preconditioner once it is made, ``8 n rank`` bytes; the iterate, 8 n c
+        bytes, with each computation of true residuals (every 25 iterations), and when Ctrl-C or an error ends the call.
+        Another call for the same system goes on from there, with other ``max_passes``, ``memory_limit`` and ``initial``
+        too, of which the last is not looked at. It begins new directions, after one pass for the true residual: so it
+        needs some iterations more than one that was not interrupted and has other bits, but meets the same ``tol``.
+        ``work``, ``iterations`` and ``history`` count what went before, and so does ``max_passes``. Nothing is kept of
+        a factor in memory. It stays when the call returns: clear it once the result is saved.
 
     Raises
     ------
     ConfigError
-        If the matrix, the right-hand sides or an option is wrong.
+        If the matrix, the right-hand sides or an option is wrong, or the checkpoint is of another calculation.
     IndefiniteError
         If ``cholesky`` was asked for and a pivot is not positive.
     NonFiniteError
         If one of them holds NaN or infinity.
     ResourceError
         If the preconditioner and the blocks do not fit memory; with both numbers.
+    StoreError
+        If the checkpoint is damaged or cannot be written.
     TileError
         If a tile is missing or damaged; the message names it.
 
@@ -107,6 +121,7 @@ def solve(
             memory_limit,
             monitor,
         ),
+        checkpoint,
     )[0]
 
 
@@ -170,7 +185,12 @@ def solve_path(
 
 
 def _solve_all(
-    matrix: Any, rhs: ArrayLike, ridges: Sequence[float], initial: ArrayLike | None, options: Options
+    matrix: Any,
+    rhs: ArrayLike,
+    ridges: Sequence[float],
+    initial: ArrayLike | None,
+    options: Options,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Solution, ...]:
     """Check everything, and solve from the largest ridge to the smallest.
 
@@ -198,13 +218,21 @@ def _solve_all(
             f"preconditioner={options.preconditioner!r}; needed one of {', '.join(_PRECONDITIONERS)}, or one that was "
             "made before"
         )
-    systems = Systems(operator, block, options, len(values))
+    kept = Kept(None, {}, block.shape) if checkpoint is None else _kept(checkpoint, operator, block, values[0], options)
+    systems = Systems(operator, block, options, len(values), kept)
     found: dict[int, Solution] = {}
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
         one = systems.solve(values[number], guess)
         guess = np.asarray(one.coefficients)
         found[number] = replace(one, coefficients=guess.reshape(np.shape(rhs)))
     return tuple(found[number] for number in range(len(values)))
+
+
+def _kept(checkpoint: Checkpoint, operator: Operator, rhs: NDArray[np.float64], ridge: float, options: Options) -> Kept:
+    asked = options.to_json(operator)
+    decides = {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}
+    of_system = {"function": "solve", "matrix": operator.identity(), "rhs": digest_of(rhs), "ridge": ridge}
+    return Kept(checkpoint, {**of_system, **decides}, rhs.shape)
 
 
 def _columns(name: str, values: ArrayLike, num_rows: int) -> NDArray[np.float64]:

@@ -1,7 +1,6 @@
 """Systems with one matrix and one block of right-hand sides, by the method that was asked for or is fastest."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -15,9 +14,10 @@ from ntkpipe.resources import available_memory, format_bytes, process_memory
 from ntkpipe.solvers.cg import block_cg, pcg
 from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.choosing import forecast, hopeless_after
+from ntkpipe.solvers.keeping import Kept, Stage
 from ntkpipe.solvers.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.replacement import Iterate
-from ntkpipe.solvers.result import Monitor, Status
+from ntkpipe.solvers.replacement import Progress
+from ntkpipe.solvers.result import Monitor, Status, Step
 from ntkpipe.solvers.solution import Solution
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that are in memory at a time.
@@ -59,17 +59,19 @@ class Options:
 
 
 class Systems:
-    """Systems with one matrix and one block of right-hand sides, solved one after another."""
+    """Systems with one matrix and one block of right-hand sides, solved one after another; or one that is kept."""
 
-    def __init__(self, operator: Operator, rhs: NDArray[np.float64], options: Options, num_ridges: int) -> None:
-        self._operator, self._rhs, self._options = operator, rhs, options
+    def __init__(
+        self, operator: Operator, rhs: NDArray[np.float64], options: Options, num_ridges: int, kept: Kept
+    ) -> None:
+        self._operator, self._rhs, self._options, self._kept = operator, rhs, options, kept
         self._given = options.preconditioner
         if isinstance(self._given, Preconditioner) and self._given.num_rows != operator.num_rows:
             raise ConfigError(
                 f"a preconditioner of {self._given.num_rows:,} rows for a matrix of {operator.num_rows:,} rows"
             )
-        self._preconditioner = self._given if isinstance(self._given, Preconditioner) else None
-        self._start, self._before, self._made = perf_counter(), operator.work, Work()
+        self._preconditioner = self._given if isinstance(self._given, Preconditioner) else kept.preconditioner
+        self._start, self._before = perf_counter(), operator.work
         self._alternative: float | None = None
         self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
         self._direct, self._why = options.method == "cholesky", "asked for"
@@ -77,6 +79,10 @@ class Systems:
             self._choose(num_ridges)
         elif options.method in {"pcg", "block_cg"}:
             self._cg = cast(Literal["pcg", "block_cg"], options.method)
+        if kept.stage is not None:
+            # What was decided stays: other clocks would throw away what is there.
+            self._direct, self._why = False, kept.why
+            self._alternative = None if kept.stage == "no factor" else self._alternative
 
     def _choose(self, num_ridges: int) -> None:
         """Take what is expected to be faster."""
@@ -91,6 +97,23 @@ class Systems:
         self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
         small = f"{self._operator.num_rows:,} rows are few"
         self._why = expected.words if math.isfinite(expected.iterating) else small
+
+    def _spent(self) -> tuple[Work, float]:
+        """What the solution under way has cost, in earlier processes too."""
+        work = self._kept.work + (self._operator.work - self._before)
+        return work, self._kept.seconds + perf_counter() - self._start
+
+    def _save(self) -> None:
+        stage: Stage = "iterating" if self._alternative is not None or self._options.method != "auto" else "no factor"
+        self._kept.save(stage, self._why, *self._spent())
+
+    def _save_progress(self, progress: Progress) -> None:
+        self._kept.save_progress(progress)
+        self._save()
+
+    def _tell(self, spent: Work) -> Monitor:
+        """The caller's monitor, told of this besides what a part has cost."""
+        return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
     def solve(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
         """One system.
@@ -113,6 +136,8 @@ class Systems:
                 if factored.is_converged or self._options.method != "auto":
                     return factored
                 return self._better(factored, ridge, initial)
+        if self._kept.stage == "given up" and self._kept.progress is not None and self._alternative is not None:
+            return self._factor_instead(ridge, self._kept.progress)
         return self._iterate(ridge, initial)
 
     def _better(self, factored: Solution, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
@@ -128,51 +153,56 @@ class Systems:
             preconditioner_work=iterated.preconditioner_work,
         )
 
+    def _factor_instead(self, ridge: float, progress: Progress) -> Solution:
+        """Conjugate gradients were given up; go on with them if a factor is impossible."""
+        self._kept.save("given up", self._why, *self._spent())
+        try:
+            return self._factor(ridge, progress)
+        except (IndefiniteError, ResourceError) as error:
+            self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
+            self._save()
+            return self._iterate(ridge, None, progress)
+
     def _without_factor(self, why: str) -> None:
         """From now on by conjugate gradients alone."""
         self._direct, self._alternative, self._why = False, None, f"Cholesky {why}"
 
-    def _factor(self, ridge: float, after: Iterate | None = None) -> Solution:
+    def _factor(self, ridge: float, after: Progress | None = None) -> Solution:
         """By Cholesky; after conjugate gradients, if they were given up."""
-        options = self._options
-        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit, monitor=options.monitor)
+        options, monitor = self._options, self._tell(self._spent()[0])
+        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit, monitor=monitor)
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
 
-    def _iterate(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
-        options, rank = self._options, self._options.rank_of(self._operator)
-        _require_room(self._rhs, rank, options.memory_limit)
+    def _iterate(self, ridge: float, initial: NDArray[np.float64] | None, earlier: Progress | None = None) -> Solution:
+        """By conjugate gradients, from where they were."""
+        options, kept = self._options, self._kept
+        _require_room(self._rhs, options.rank_of(self._operator), options.memory_limit)
         if self._preconditioner is None:
             before = self._operator.work
             assert isinstance(self._given, str)
             self._preconditioner = preconditioner_of(
                 self._operator, self._given, options.rank, ridge=0.0, seed=options.seed
             )
-            self._made = self._operator.work - before
+            kept.made = self._operator.work - before
+            kept.save_preconditioner(self._preconditioner)
+            self._save()
         run = block_cg if self._cg == "block_cg" else pcg
-        shifted, at_ridge = self._operator.shifted(ridge), self._preconditioner.for_ridge(ridge)
-        give_up = None if self._alternative is None else hopeless_after(self._alternative, options.tol)
-
-        def go_on(start: NDArray[np.float64] | None, until: Callable[[NDArray[np.float64]], bool] | None) -> Iterate:
-            return run(
-                shifted,
-                self._rhs,
-                preconditioner=at_ridge,
-                initial=start,
-                tol=options.tol,
-                max_passes=options.max_passes,
-                monitor=options.monitor,
-                give_up=until,
-            )
-
-        end = go_on(initial, give_up)
+        end = run(
+            self._operator.shifted(ridge),
+            self._rhs,
+            preconditioner=self._preconditioner.for_ridge(ridge),
+            initial=initial,
+            tol=options.tol,
+            max_passes=options.max_passes,
+            monitor=self._tell(self._spent()[0]),
+            give_up=None if self._alternative is None else hopeless_after(self._alternative, options.tol),
+            earlier=earlier or kept.progress,
+            keep=self._save_progress,
+        )
         if end.gave_up and end.status != "converged":
-            try:
-                return self._factor(ridge, end)
-            except (IndefiniteError, ResourceError) as error:
-                self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
-                end = go_on(end.solution, None).after(end)
+            return self._factor_instead(ridge, end)
         return self._solution(ridge, self._cg, end.status, end.message, end.solution, end.residuals, end)
 
     def _solution(
@@ -183,19 +213,19 @@ class Systems:
         message: str,
         coefficients: NDArray[np.float64],
         residuals: NDArray[np.float64],
-        iterate: Iterate | None,
+        iterate: Progress | None,
     ) -> Solution:
         """The result, with what was spent since the one before."""
-        operator, made, used = self._operator, self._made, self._preconditioner if iterate else None
-        why = self._why
-        if iterate and iterate.gave_up and method == "cholesky":
+        operator, kept, used = self._operator, self._kept, self._preconditioner if iterate else None
+        why, (work, seconds) = self._why, self._spent()
+        if iterate and method == "cholesky":
             why = f"conjugate gradients were given up after {iterate.iterations} iterations, as too slow"
         columns = self._rhs.shape[1]
         solution = Solution(
             status=status,
             message=message,
-            work=operator.work - self._before,
-            seconds=perf_counter() - self._start,
+            work=work,
+            seconds=seconds,
             options={"ridge": ridge, **self._options.to_json(operator)},
             matrix=operator.identity(),
             coefficients=coefficients,
@@ -210,9 +240,10 @@ class Systems:
             replacements=iterate.replacements if iterate else 0,
             rank=used.rank if used else 0,
             mu=used.for_ridge(ridge).mu if used else 1.0,
-            preconditioner_work=made,
+            preconditioner_work=kept.made,
         )
-        self._start, self._before, self._made = perf_counter(), operator.work, Work()
+        self._start, self._before = perf_counter(), operator.work
+        kept.work, kept.seconds, kept.made, kept.progress = Work(), 0.0, Work(), None
         return solution
 
 

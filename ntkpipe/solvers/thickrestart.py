@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator
-from ntkpipe.saving import Checkpoint
+from ntkpipe.saving import Checkpoint, as_integer, as_number
 
 _EPS = float(np.finfo(np.float64).eps)
 # A direction this far below the norm of the matrix is what rounding left of none.
@@ -274,21 +274,34 @@ class ThickRestart:
         }
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Go on where :meth:`save` was called, to the last bit."""
-        self._passes, self._level, self._quiet = state["passes"], state["level"], state["quiet"]
-        self._shrinkage, self._saved = state["shrinkage"], set(state["arrays"])
-        self._pieces = [(name, stop) for name, stop in state["pieces"]]
-        start = 0
+        """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`.
+
+        Raises
+        ------
+        ValueError
+            If the state has more columns than there may be.
+        """
+        self._passes, self._level = as_integer(state["passes"]), as_number(state["level"])
+        self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
+        self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
+        self._saved = set(state["arrays"])
+        self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
+        (num_rows, most), start = self._vectors.shape, 0
         for name, stop in self._pieces:
-            self._vectors[:, start:stop] = checkpoint.get(name)
+            if not start < stop <= most:
+                raise ValueError(f"columns {start} to {stop} of a basis of {most}")
+            self._vectors[:, start:stop] = checkpoint.get(name, (num_rows, stop - start))
             start = stop
-        count = min(self._block, len(self._vectors) - start)
-        self._projected = checkpoint.get(f"projected-{self._passes}")
+        count = min(self._block, num_rows - start)
+        self._projected = np.zeros((0, 0))
         self._decomposed = self._extended = None
-        self._next, self._coupling = np.zeros((len(self._vectors), 0)), np.zeros((0, start))
+        self._next, self._coupling = np.zeros((num_rows, count)), np.zeros((count, start))
+        if start:
+            self._projected = checkpoint.get(f"projected-{self._passes}", (start, start))
         if count:
-            self._next = checkpoint.get(f"block-{self._passes}")
-            self._coupling = checkpoint.get(f"coupling-{self._passes}")
+            self._next = checkpoint.get(f"block-{self._passes}", (num_rows, count))
+        if start and count:
+            self._coupling = checkpoint.get(f"coupling-{self._passes}", (count, start))
 
 
 def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
