@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import zarr
 
-from ntkpipe.errors import StoreError, TileError
+from ntkpipe.errors import ConfigError, StoreError, TileError
 from ntkpipe.medium import Folder
-from ntkpipe.saving import ArrayFolder, Checkpoint, load_result, save_result
+from ntkpipe.saving import ArrayFolder, Checkpoint, as_integer, as_number, as_numbers, load_result, save_result
 from ntkpipe.store import Store
 
 ARRAYS = [
@@ -90,12 +90,12 @@ def test_a_checkpoint_holds_what_the_last_commit_named(tmp_path):
     checkpoint.put("basis-2", np.zeros(3))  # killed before the next commit
     again = Checkpoint(tmp_path / "c", "search")
     assert again.load() == {"pass": 1}
-    np.testing.assert_array_equal(again.get("basis-1"), np.ones(3))
+    np.testing.assert_array_equal(again.get("basis-1", (3,)), np.ones(3))
     again.put("basis-2", np.full(3, 2.0))
     again.commit({"pass": 2}, {"basis-2"})
-    np.testing.assert_array_equal(again.get("basis-2"), np.full(3, 2.0))
+    np.testing.assert_array_equal(again.get("basis-2", (3,)), np.full(3, 2.0))
     with pytest.raises(StoreError, match="basis-1"):
-        again.get("basis-1")
+        again.get("basis-1", (3,))
     again.clear()
     assert Checkpoint(tmp_path / "c", "search").load() is None
 
@@ -128,4 +128,50 @@ def test_results_in_a_bucket(bucket, make_manifest):
     checkpoint = Checkpoint(store, "search")
     checkpoint.put("v", np.ones(2))
     checkpoint.commit({"pass": 1}, {"v"})
-    np.testing.assert_array_equal(Checkpoint(store, "search").get("v"), np.ones(2))
+    np.testing.assert_array_equal(Checkpoint(store, "search").get("v", (2,)), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"shape": (2, 2)}, {"shape": (1,)}, {"shape": (3,), "dtype": np.int64}, {"shape": (3,)}],
+    ids=["axes", "length", "dtype", "NaN"],
+)
+def test_an_array_of_a_checkpoint_is_what_was_asked_for(tmp_path, arguments):
+    checkpoint = Checkpoint(tmp_path, "search")
+    checkpoint.put("v", np.array([1.0, np.nan, 2.0]))
+    assert np.isnan(checkpoint.get("v", (3,), allow_nan=True)[1])
+    with pytest.raises(StoreError, match=r"/search/v|v has dtype"):
+        checkpoint.get("v", **arguments)
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), ValueError("v"), TypeError("t"), StoreError("s"), OverflowError("o")])
+def test_whatever_is_wrong_with_a_checkpoint_is_said_with_what_to_do(tmp_path, error):
+    checkpoint = Checkpoint(tmp_path, "search")
+    with pytest.raises(StoreError, match=r"search.*delete it"), checkpoint.reading():
+        raise error
+    with pytest.raises(ConfigError, match=r"^other$"), checkpoint.reading():
+        raise ConfigError("other")
+
+
+@pytest.mark.parametrize("value", [True, "1", 1.0, -1, None, [1]])
+def test_an_integer_is_an_integer(value):
+    assert as_integer(7) == 7
+    with pytest.raises(ValueError, match="integer"):
+        as_integer(value)
+
+
+@pytest.mark.parametrize("value", [True, "1", float("nan"), float("inf"), None, [1.0], {}])
+def test_a_number_is_a_finite_number(value):
+    assert (as_number(7), as_number(0.5)) == (7.0, 0.5)
+    with pytest.raises(ValueError, match="finite number"):
+        as_number(value)
+
+
+@pytest.mark.parametrize(
+    "value", [1.0, [1.0], [1.0, 2.0, 3.0], [1.0, [2.0]], ["1", "2"], [1.0, None], [True, False], {}, [1.0, 10**400]]
+)
+def test_numbers_are_not_spread_over_a_larger_array(value):
+    np.testing.assert_array_equal(as_numbers([1, 2.5], (2,)), [1.0, 2.5])
+    assert as_numbers([], (0, 2)).shape == (0, 2)
+    with pytest.raises((ValueError, OverflowError)):
+        as_numbers(value, (2,))
