@@ -196,11 +196,15 @@ class StoredArray:
             If the chunk is missing, has a wrong size, or fails its checksum; the message names it.
         """
         layout = self.layout
+        payload_bytes = layout.chunk_bytes - CHECKSUM_BYTES
         try:
             if buffer is None:
                 raw = np.frombuffer(self.medium.get(self.name(index), layout.chunk_bytes), np.uint8)
+                found = _checksum(raw[:payload_bytes])
             else:
-                raw = buffer[: self.medium.get_into(self.name(index), buffer.data)]
+                running = _RunningChecksum(buffer[:payload_bytes])
+                raw = buffer[: self.medium.get_into(self.name(index), buffer.data, running.add)]
+                found = running.value
         except FileNotFoundError:
             raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
         except OversizeError as error:
@@ -217,7 +221,7 @@ class StoredArray:
             )
         raw.flags.writeable = False
         payload, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
-        if _checksum(payload) != checksum.tobytes():
+        if found != checksum.tobytes():
             raise TileError(
                 f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "
                 "and run again: it is recomputed"
@@ -242,6 +246,30 @@ def _checksum(data: NDArray[np.uint8]) -> bytes:
     for start in range(0, len(data), _CHECKED_AT_ONCE):
         value = google_crc32c.extend(value, data[start : start + _CHECKED_AT_ONCE])
     return value.to_bytes(CHECKSUM_BYTES, "little")
+
+
+class _RunningChecksum:
+    """crc32c of bytes that arrive in a buffer; pieces beyond its end are cut.
+
+    Parameters
+    ----------
+    data
+        The buffer, of which this makes a read-only view, as the library wants it.
+    """
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self._data = data.view()
+        self._data.flags.writeable = False
+        self._value = 0
+
+    def add(self, start: int, stop: int) -> None:
+        """Bytes ``start:stop`` are there; they follow those before."""
+        self._value = google_crc32c.extend(self._value, self._data[start:stop])
+
+    @property
+    def value(self) -> bytes:
+        """As it is stored."""
+        return int(self._value).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def _is_number(part: str) -> bool:
