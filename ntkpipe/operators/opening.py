@@ -37,9 +37,10 @@ def as_operator(
         A symmetric stored kernel, as ``store.train``; a NumPy array; a memory map or an array of another store, as a
         ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is.
     memory_limit
-        Bytes that this process may have once tiles are kept; default what it has and half of what is free. What does
-        not fit is read again in each pass. For a matrix in memory, or an operator, it means nothing. With a client: of
-        each worker; default 60 % of what its Dask gives it.
+        Bytes that this process may have in a pass: tiles in use, products, and as many tiles that are kept as there is
+        room for beside them; what does not fit is read again in each pass. Default for tiles what it has and half of
+        what is free; the rest is for products. For a matrix in memory, or an operator, it means
+        nothing. With a client: of each worker; default 60 % of what its Dask gives it.
     threads
         That multiply; default one for each core. No number depends on it. With a client: of each worker; default those
         of its Dask.
@@ -94,4 +95,4 @@ def _open(
             )
     cache_bytes = max(0, room - in_use) if keep_tiles else 0
     reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
-    return StreamingOperator(reader, threads=threads)
+    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room - in_use)

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class TileReader:
 
     Some tiles are kept once they were read: a fixed subset, spread evenly, since every pass wants all of them in the
     same order, of which a least-recently-used cache would keep none. Memory is these and, for each stream, three tiles
-    (nine from object storage).
+    (nine from object storage), and one of a stream that waits.
 
     Parameters
     ----------
@@ -52,6 +53,7 @@ class TileReader:
         self._threads: ThreadPoolExecutor | None = None
         self._tiles_given = self._bytes_read = 0
         self._seconds = 0.0
+        self._cache_bytes = 0
         self.keep(cache_bytes)
 
     def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
@@ -66,9 +68,15 @@ class TileReader:
             if number * count // total != (number + 1) * count // total
         }
         with self._lock:
+            self._cache_bytes = cache_bytes
             self._pinned = pinned
             self._kept = {index: tile for index, tile in self._kept.items() if index in pinned}
         self.share_kept = count / total if total else 0.0
+
+    def keep_at_most(self, cache_bytes: int) -> None:
+        """Let go of what is beyond so many bytes, for good."""
+        if cache_bytes < self._cache_bytes:
+            self.keep(cache_bytes)
 
     @property
     def num_given(self) -> int:
@@ -90,20 +98,20 @@ class TileReader:
         self._seconds += seconds
 
     def tiles(self, indices: Iterable[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
-        """Pass tiles on in order, each valid until the next is asked for.
-
-        Yields
-        ------
-        The place of a tile, and its entries.
+        """Pass tiles on in order, each valid until the next is asked for; the first one is on its way at once.
 
         Raises
         ------
         TileError
-            If one is missing or damaged.
+            If one is missing or damaged, when it is asked for.
         """
-        coming: deque[_Coming] = deque()
+        rest = iter(indices)
+        # Who drops the stream before it begins drops this tile's memory; nobody else gets it.
+        return self._stream(deque(self._start(index) for index in islice(rest, 1)), rest)
+
+    def _stream(self, coming: "deque[_Coming]", rest: Iterator[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
         try:
-            for index in indices:
+            for index in rest:
                 coming.append(self._start(index))
                 if len(coming) > self._depth:
                     yield from self._finish(coming)
@@ -166,5 +174,5 @@ def _depth(source: TileSource) -> int:
 
 
 def buffer_bytes(source: TileSource, streams: int) -> int:
-    """Bytes of the tiles in use by so many streams at a time, beside those that are kept."""
-    return streams * (_depth(source) + 1) * source.tile_bytes
+    """Bytes of the tiles in use by so many streams at a time and one that waits, beside those that are kept."""
+    return (streams * (_depth(source) + 1) + 1) * source.tile_bytes

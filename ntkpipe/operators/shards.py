@@ -41,7 +41,7 @@ def map_shards(
     shards
         In the order of the results.
     read
-        Passes tiles on.
+        Passes tiles on; called when a shard begins to wait for a thread.
     num_threads
         That work at a time.
     is_unwanted
@@ -58,20 +58,21 @@ def map_shards(
     """
     stop = threading.Event()
 
-    def tiles_of(shard: Shard) -> Iterator[tuple[TileIndex, Any]]:
-        for item in read(shard.tiles):
+    def watched(tiles: Tiles) -> Iterator[tuple[TileIndex, Any]]:
+        for item in tiles:
             if stop.is_set() or is_unwanted():
                 raise Stopped
             yield item
 
-    def do(shard: Shard) -> Found:
-        return work(tiles_of(shard))
+    def do(tiles: Tiles) -> Found:
+        return work(watched(tiles))
 
     waiting: list[Future[Found]] = []
     with _SingleThreadedBlas.entered(), ThreadPoolExecutor(num_threads) as threads:
         try:
             for shard in shards:
-                waiting.append(threads.submit(do, shard))
+                # Here and not in the thread: the first tile comes while others are still multiplied.
+                waiting.append(threads.submit(do, read(shard.tiles)))
                 if len(waiting) > num_threads:
                     yield waiting.pop(0).result()
             while waiting:

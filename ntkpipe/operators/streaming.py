@@ -20,7 +20,8 @@ class StreamingOperator(Operator):
 
     Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
     pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, for each thread a block of the
-    shape of the product and a megabyte, and three such blocks, up to five for 128 shards.
+    shape of the product and a megabyte, and three such blocks, up to five for 128 shards. Tiles that are kept give way
+    to these blocks, for good, where there is no room for both.
 
     Parameters
     ----------
@@ -30,10 +31,15 @@ class StreamingOperator(Operator):
         That multiply.
     num_rows
         Of a leading block, whose tiles alone are read; default all.
+    room
+        Bytes of tiles that are kept and of products together; default as many as they take.
     """
 
-    def __init__(self, reader: TileReader, *, threads: int, num_rows: int | None = None) -> None:
+    def __init__(
+        self, reader: TileReader, *, threads: int, num_rows: int | None = None, room: int | None = None
+    ) -> None:
         self._reader = reader
+        self._room = room
         self._grid = reader.source.grid
         self._num_threads = threads
         super().__init__(num_rows or self._grid.shape[0], reader.source.dtype)
@@ -55,10 +61,13 @@ class StreamingOperator(Operator):
         return whole if self.num_rows == self._grid.shape[0] else f"leading({whole}, {self.num_rows})"
 
     def _leading(self, num_rows: int) -> Operator:
-        return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows)
+        return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows, room=self._room)
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         start = perf_counter()
+        if self._room is not None:
+            products = self._num_threads + 1 + len(self._shards).bit_length()  # in threads, waiting, not yet added
+            self._reader.keep_at_most(self._room - products * block.nbytes)
         try:
             return multiply_shards(self._grid, block, self._shards, self._reader.tiles, self._num_threads).total
         finally:

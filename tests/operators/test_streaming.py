@@ -209,6 +209,24 @@ def test_tiles_are_read_while_others_are_in_use():
     stream.close()
 
 
+def test_the_first_tile_of_a_stream_that_waits_is_on_its_way_and_may_be_dropped():
+    source = Counting()
+    reader = reader_of(source)
+    waiting = reader.tiles(EVERY[4:])
+    deadline = time.monotonic() + 10
+    while source.reads.total() < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert source.reads.total() == 1
+    check_stream(reader, EVERY)
+    assert [index for index, _ in waiting] == EVERY[4:]
+    del waiting
+    reader.tiles(EVERY[4:])
+    check_stream(reader, EVERY)
+    assert list(reader.tiles([])) == []
+
+
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     matrix = matrix_with_spectrum(power_law(300, condition=1e6)).astype(np.float32)
@@ -340,6 +358,28 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
     assert isinstance(found, StreamingOperator)
     assert found.share_kept == 10 / num_tiles
     assert process_memory() > 0
+
+
+def test_tiles_give_way_to_products(kernel, rng, monkeypatch):
+    source = KernelTiles(kernel)
+    monkeypatch.setattr(opening, "process_memory", lambda: 10**6)
+    num_tiles, in_use = source.grid.num_tiles, buffer_bytes(source, 2)
+    column = 8 * 300
+    found = as_operator(kernel, memory_limit=10**6 + in_use + num_tiles * source.tile_bytes, threads=2)
+    assert isinstance(found, StreamingOperator)
+    block = rng.standard_normal((300, 10))
+    product = found.matmat(block)
+    products = 2 + 1 + len(found._shards).bit_length()
+    kept = num_tiles - -(-products * 10 * column // source.tile_bytes)
+    assert 0 < kept < num_tiles
+    assert found.share_kept == kept / num_tiles
+    found.matmat(block[:, :3])
+    assert found.share_kept == kept / num_tiles
+    found.leading(100).matmat(np.ones((100, 1000)))
+    assert found.share_kept < kept / num_tiles
+    found.matmat(np.ones((300, 1000)))
+    assert found.share_kept == 0
+    np.testing.assert_array_equal(found.matmat(block), product)
 
 
 def test_matrices_that_are_none(tmp_path, make_manifest):
