@@ -100,11 +100,16 @@ class FactorState:
             or not all(_is_finite(shift) for shift in shifts)
             or not isinstance(panels, list)
         ):
-            raise StoreError(f"{where} is damaged, or describes no Cholesky factor of this version")
+            raise StoreError(_damage(where, "it describes no Cholesky factor of this version"))
         shape, (ridge, jitter) = Shape(*sizes), map(float, shifts)
-        if shape.width % shape.height or len(panels) > shape.num_panels:
-            raise StoreError(f"{where} is damaged: panels of {shape.width} columns in chunks of {shape.height} rows")
+        is_cut = shape.width % shape.height == 0 and shape.width < shape.num_rows + shape.height
+        if not is_cut or len(panels) > shape.num_panels:
+            raise StoreError(_damage(where, f"panels of {shape.width} columns in chunks of {shape.height} rows"))
         return cls(matrix, ridge, jitter, shape, tuple(_pivots(panel, where) for panel in panels))
+
+
+def _damage(where: str, why: str) -> str:
+    return f"{where} is damaged: {why}; delete that folder to begin anew"
 
 
 def _is_finite(value: object) -> bool:
@@ -114,7 +119,7 @@ def _is_finite(value: object) -> bool:
 def _pivots(found: object, where: str) -> Pivots:
     names = ("logdet", "smallest", "largest")
     if not (isinstance(found, dict) and all(_is_finite(found.get(name)) for name in names)):
-        raise StoreError(f"{where} is damaged: a panel has no pivots")
+        raise StoreError(_damage(where, "a panel has no pivots"))
     return Pivots(*(float(found[name]) for name in names))
 
 

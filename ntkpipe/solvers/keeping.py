@@ -88,19 +88,19 @@ class Kept:
             raise ValueError(f"its stage is {str(state['stage'])[:40]!r}")
         self.stage, self.why = cast(Stage, state["stage"]), state["why"]
         self.work, self.seconds, self.made = as_work(state["work"]), as_number(state["seconds"]), as_work(state["made"])
-        self._number = as_integer(state["number"])
         self._preconditioner_state, self._progress_state = state["preconditioner"], state["progress"]
         if self._preconditioner_state is not None:
             self.preconditioner = _preconditioner(checkpoint, self._preconditioner_state, shape[0])
         if self._progress_state is not None:
             self.progress = _progress(checkpoint, self._progress_state, shape)
+            self._number = as_integer(self._progress_state["number"])
 
     def save_preconditioner(self, made: Preconditioner) -> None:
         """Keep a preconditioner; to be followed by :meth:`save`."""
         self.preconditioner = replace(made, ridge=0.0)
         if self._checkpoint is None:
             return
-        arrays = _put(self._checkpoint, {"vectors": made.vectors, "values": made.values}, "preconditioner")
+        _put(self._checkpoint, _arrays_of_preconditioner(made))
         self._preconditioner_state = {
             "rank": made.rank,
             "tail": made.tail,
@@ -108,7 +108,6 @@ class Kept:
             "method": made.method,
             "work": list(vars(made.work).values()),
             "seconds": made.seconds,
-            "arrays": sorted(arrays),
         }
 
     def save_progress(self, progress: Progress) -> None:
@@ -118,19 +117,13 @@ class Kept:
             return
         # A new name for each: what the state names is not touched before the next one is there.
         self._number += 1
-        arrays = {
-            "solution": progress.solution,
-            "history": progress.history,
-            "checks": progress.checks,
-            "check_residuals": progress.check_residuals,
-        }
+        _put(self._checkpoint, _arrays_of_progress(progress, self._number))
         self._progress_state = {
             "number": self._number,
             "iterations": progress.iterations,
             "num_checks": len(progress.checks),
             "replacements": progress.replacements,
             "passes": progress.passes,
-            "arrays": sorted(_put(self._checkpoint, arrays, f"progress-{self._number}")),
         }
 
     def save(self, stage: Stage, why: str, work: Work, seconds: float) -> None:
@@ -139,8 +132,10 @@ class Kept:
         if self._checkpoint is None:
             return
         keep: set[str] = set()
-        for part in (self._preconditioner_state, self._progress_state):
-            keep |= set(part["arrays"]) if part else set()
+        if self._preconditioner_state is not None and self.preconditioner is not None:
+            keep |= _arrays_of_preconditioner(self.preconditioner).keys()
+        if self._progress_state is not None and self.progress is not None:
+            keep |= _arrays_of_progress(self.progress, self._number).keys()
         state = {
             "decides": self._decides,
             "stage": stage,
@@ -148,19 +143,27 @@ class Kept:
             "work": list(vars(work).values()),
             "seconds": seconds,
             "made": list(vars(self.made).values()),
-            "number": self._number,
             "preconditioner": self._preconditioner_state,
             "progress": self._progress_state,
         }
         self._checkpoint.commit(state, keep)
 
 
-def _put(checkpoint: Checkpoint, arrays: Mapping[str, NDArray[Any]], prefix: str) -> set[str]:
-    """Write those that have entries; their names."""
-    names = {f"{prefix}-{name}": values for name, values in arrays.items() if values.size}
-    for name, values in names.items():
-        checkpoint.put(name, values)
-    return set(names)
+def _arrays_of_preconditioner(made: Preconditioner) -> dict[str, NDArray[Any]]:
+    """Names of arrays, and these."""
+    return {f"preconditioner-{name}": getattr(made, name) for name in ("vectors", "values")}
+
+
+def _arrays_of_progress(progress: Progress, number: int) -> dict[str, NDArray[Any]]:
+    names = ("solution", "history", "checks", "check_residuals")
+    return {f"progress-{number}-{name}": getattr(progress, name) for name in names}
+
+
+def _put(checkpoint: Checkpoint, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write those that have entries."""
+    for name, values in arrays.items():
+        if values.size:
+            checkpoint.put(name, values)
 
 
 def _get(

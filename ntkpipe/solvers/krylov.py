@@ -128,18 +128,21 @@ class ProbeLanczos:
         beyond = np.arange(num_steps) >= self._lengths[:, None]
         return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
         step = self.num_steps
         checkpoint.put(f"{prefix}{step}", self._basis[:, step])
-        state = {
+        return {
             "num_steps": step,
             "alphas": self._alphas[:, :step].tolist(),
             "betas": self._betas[:, :step].tolist(),
             "scales": self._scales.tolist(),
             "lengths": self._lengths.tolist(),
         }
-        return state, {f"{prefix}{index}" for index in range(1, step + 1)}
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        return {f"{prefix}{index}" for index in range(1, self.num_steps + 1)}
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
@@ -191,9 +194,13 @@ class TopEigenvalue:
         """Most of them."""
         return self.lanczos.max_steps
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
         return self.lanczos.write_step(checkpoint, prefix)
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        return self.lanczos.names(prefix)
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
@@ -286,7 +293,7 @@ class BlockLanczos:
         self._couplings.append(coupling)
         self._bounds.append(last + len(rows))
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         """See :class:`ntkpipe.solvers.resuming.Space`."""
         first, last = self._bounds[-2:]
         # Arrays without entries are not written.
@@ -294,10 +301,14 @@ class BlockLanczos:
             checkpoint.put(f"{prefix}rows_{self.num_steps}", self._vectors[first:last])
             checkpoint.put(f"{prefix}coupling_{self.num_steps}", self.coupling)
         checkpoint.put(f"{prefix}diagonal_{self.num_steps}", self._diagonals[-1])
-        names = {f"{prefix}diagonal_{step}" for step in range(1, self.num_steps + 1)}
+        return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.resuming.Space`."""
+        found = {f"{prefix}diagonal_{step}" for step in range(1, self.num_steps + 1)}
         for kind in ("rows", "coupling"):
-            names |= {f"{prefix}{kind}_{step}" for step in range(1, self.num_steps + (last > first))}
-        return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}, names
+            found |= {f"{prefix}{kind}_{step}" for step in range(1, self.num_steps + (not self.is_exhausted))}
+        return found
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.resuming.Space`."""

@@ -343,7 +343,7 @@ class _Search:
         state: dict[str, Any] = {"key": self._key(), "floor": self._floor, "history": self._history}
         state["space"] = self._space.save(checkpoint)
         state["failures"] = self._failures
-        keep = set(state["space"]["arrays"])
+        keep = self._space.names()
         if result is not None:
             for name, values in result.arrays().items():
                 checkpoint.put(f"result-{name}", values)
@@ -372,14 +372,14 @@ class _Search:
     def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Eigenpairs | None:
         """The result if the state has one that answers this call; else the space goes on from there."""
         self._earlier = as_work(state["work"]), as_number(state["seconds"])
-        self._floor, history = as_number(state["floor"]), state["history"]
-        self._history = as_numbers(history, (len(history), 2), allow_nan=True).tolist()
+        self._floor, num_passes = as_number(state["floor"]), as_integer(state["space"]["passes"])
+        self._history = as_numbers(state["history"], (num_passes, 2), allow_nan=True).tolist()
         self._failures = [(as_integer(passes), as_number(excess)) for passes, excess in state["failures"]]
         result = state.get("result")
-        if result is not None and (
-            result["status"] != "step limit" or self._options["max_passes"] <= as_integer(result["max_passes"])
-        ):
-            return self._finished(checkpoint, result)
+        if result is not None:
+            is_enough = self._options["max_passes"] <= as_integer(result["max_passes"])
+            if is_enough or result["status"] != "step limit":
+                return self._finished(checkpoint, result)
         self._space.load(checkpoint, state["space"])
         return None
 

@@ -20,8 +20,11 @@ class Space(Protocol):
     def max_steps(self) -> int:
         """Most of them."""
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any], set[str]]:
-        """Write the arrays of the last step; returns the state, and names of all arrays that it needs."""
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+        """Write the arrays of the last step; returns the state."""
+
+    def names(self, prefix: str) -> set[str]:
+        """Of all arrays that were written for the steps taken."""
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """Take all steps of a state."""
@@ -53,7 +56,6 @@ class Journal:
         self._spaces = dict(spaces)
         self._written = dict.fromkeys(spaces, 0)
         self._states: dict[str, Any] = {}
-        self._names: dict[str, set[str]] = {name: set() for name in spaces}
         found = None if checkpoint is None else checkpoint.load()
         if checkpoint is None or found is None:
             return
@@ -81,7 +83,6 @@ class Journal:
                 )
             space.read_steps(checkpoint, f"{name}_", state)
             self._written[name], self._states[name] = num_steps, state
-            self._names[name] = set(state["names"])
 
     def save(self) -> None:
         """Write what has been added, at most a step of each space."""
@@ -89,11 +90,10 @@ class Journal:
             return
         for name, space in self._spaces.items():
             if space.num_steps > self._written[name]:
-                state, names = space.write_step(self._checkpoint, f"{name}_")
-                self._names[name] = names
-                self._states[name] = {**state, "names": sorted(names)}
+                self._states[name] = space.write_step(self._checkpoint, f"{name}_")
                 self._written[name] = space.num_steps
-        self._checkpoint.commit({"decides": self._decides, "spaces": self._states}, set().union(*self._names.values()))
+        keep: set[str] = set().union(*(space.names(f"{name}_") for name, space in self._spaces.items()))
+        self._checkpoint.commit({"decides": self._decides, "spaces": self._states}, keep)
 
 
 def as_work(value: Any) -> Work:

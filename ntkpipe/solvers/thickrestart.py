@@ -249,29 +249,31 @@ class ThickRestart:
         return found
 
     def save(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Write what is new since the last time: one block, or after a restart the basis; the state for :meth:`load`.
-
-        The state's ``arrays`` are those that it needs.
-        """
-        start, small = 0, {f"projected-{self._passes}": self._projected, f"coupling-{self._passes}": self._coupling}
+        """Write what is new since the last time, one block or after a restart the basis; the state for :meth:`load`."""
+        start = 0
         for name, stop in self._pieces:
             if name not in self._saved:
                 checkpoint.put(name, self._vectors[:, start:stop])
             start = stop
-        small[f"block-{self._passes}"] = self._next
-        for name, values in small.items():
-            if values.size:
-                checkpoint.put(name, values)
-        arrays = {name for name, _ in self._pieces} | {name for name, values in small.items() if values.size}
-        self._saved = arrays
+        for name, values in self._small().items():
+            checkpoint.put(name, values)
+        self._saved = self.names()
         return {
             "passes": self._passes,
             "pieces": self._pieces,
             "level": self._level,
             "shrinkage": self._shrinkage,
             "quiet": self._quiet,
-            "arrays": sorted(arrays),
         }
+
+    def _small(self) -> dict[str, NDArray[np.float64]]:
+        """What is written anew after each pass, by name; arrays without entries are not."""
+        kinds = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
+        return {f"{kind}-{self._passes}": values for kind, values in kinds.items() if values.size}
+
+    def names(self) -> set[str]:
+        """Of the arrays that :meth:`load` needs."""
+        return {name for name, _ in self._pieces} | self._small().keys()
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`.
@@ -284,7 +286,6 @@ class ThickRestart:
         self._passes, self._level = as_integer(state["passes"]), as_number(state["level"])
         self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
         self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
-        self._saved = set(state["arrays"])
         self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
         (num_rows, most), start = self._vectors.shape, 0
         for name, stop in self._pieces:
@@ -302,6 +303,7 @@ class ThickRestart:
             self._next = checkpoint.get(f"block-{self._passes}", (num_rows, count))
         if start and count:
             self._coupling = checkpoint.get(f"coupling-{self._passes}", (count, start))
+        self._saved = self.names()
 
 
 def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
