@@ -21,7 +21,7 @@ from ntkpipe.solvers.factor import CholeskyFactor
 from ntkpipe.solvers.factor_folder import FactorFolder, FactorState, Pivots, require_same
 from ntkpipe.solvers.panels import Panels, PanelsInMemory, Shape, require_room
 from ntkpipe.solvers.result import Monitor, Step, ignore
-from ntkpipe.solvers.triangular import NotPositiveError, factor_in_place, solve_right_in_place, subtract_product
+from ntkpipe.solvers.triangular import NotPositiveError, factor_in_place, subtract_product
 
 # Of what is free: the rest is for vectors, and for others.
 _SHARE_OF_MEMORY = 0.5
@@ -230,7 +230,7 @@ def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: N
     values[diagonal, diagonal] += task.state.ridge + task.state.jitter
     _subtract_earlier(task.panels, number, values, top, scratch)
     try:
-        factor_in_place(values[:width], scratch)
+        triangle = factor_in_place(values[:width], scratch)
     except NotPositiveError as error:
         message, floor = _words_of_pivot(task, number, error)
         row = columns.start + error.row + 1
@@ -242,7 +242,7 @@ def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: N
         for rows in shape.chunks(number):
             if rows.start >= columns.stop:
                 below = values[rows.start - columns.start : rows.stop - columns.start]
-                solve_right_in_place(below, values[:width], scratch)
+                triangle.solve_right(below, scratch)
             put(rows)
     return Pivots(2.0 * math.fsum(np.log(pivots)), float(pivots.min()) ** 2, float(pivots.max()) ** 2)
 

@@ -13,7 +13,7 @@ from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import format_bytes
 from ntkpipe.solvers.panels import Panels, Traffic
 from ntkpipe.solvers.result import Result, Rows, Status
-from ntkpipe.solvers.triangular import solve_lower
+from ntkpipe.solvers.triangular import Triangle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +323,7 @@ class CholeskyFactor(Result):
             inner = min(rows.start, columns.stop) - columns.start
             target -= chunk[:, :inner] @ block[columns.start - origin : columns.start - origin + inner]
             if rows.start < columns.stop:
-                target[:] = solve_lower(chunk[:, inner : inner + len(chunk)], target, transposed=False)
+                Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=False)
         return block
 
     def _backward(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -335,6 +335,6 @@ class CholeskyFactor(Result):
             columns, target = shape.columns(panel), block[rows]
             inner = min(rows.start, columns.stop) - columns.start
             if rows.start < columns.stop:
-                target[:] = solve_lower(chunk[:, inner : inner + len(chunk)], target, transposed=True)
+                Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=True)
             block[columns.start : columns.start + inner] -= chunk[:, :inner].T @ target
         return block

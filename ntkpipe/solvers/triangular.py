@@ -1,11 +1,15 @@
-"""Cholesky factors of blocks in memory, and products with their inverses, so that nearly all is matrix products."""
+"""Cholesky factors of blocks in memory, and products with their inverses, so that nearly all is matrix products.
+
+All of it is NumPy's BLAS: threads of a second one, as SciPy has, would wait busily for work on the same cores.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import blas
 
-# Blocks that are factored by LAPACK and inverted by substitution; what is larger is split into products.
-_BASE = 256
+# Blocks that are factored by LAPACK and inverted; what is larger is split into products.
+_BASE = 128
+# Below it inverses are found row by row.
+_SMALLEST = 32
 # Rows of a symmetric update at a time: what of them is above the diagonal is wasted.
 _ROWS = 512
 
@@ -27,7 +31,62 @@ class NotPositiveError(Exception):
         self.pivot = pivot
 
 
-def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
+class Triangle:
+    """A lower triangular block, ready for solves with it: recursive in halves, small diagonal blocks by their inverses.
+
+    An inverse alone would lose digits where a small block is ill-conditioned; a step of refinement gives them back
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 14.1 and chapter 12).
+
+    Parameters
+    ----------
+    lower
+        Shape (s, s), rows contiguous. What is above the diagonal is not read, but for blocks of 128 where it is zero.
+    inverses
+        Of the diagonal blocks of 128 rows, if they are known.
+    """
+
+    def __init__(self, lower: NDArray[np.float64], inverses: list[NDArray[np.float64]] | None = None) -> None:
+        self.lower = lower
+        starts = range(0, len(lower), _BASE)
+        self.inverses = inverses or [_inverse(lower[s : s + _BASE, s : s + _BASE]) for s in starts]
+
+    def solve_right(self, rows: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
+        """Overwrite ``rows``, shape (r, s), with ``rows @ inv(lower).T``; ``scratch`` has room for r s / 2 numbers."""
+        self._solve_right(rows, 0, len(self.lower), scratch)
+
+    def _solve_right(self, rows: NDArray[np.float64], start: int, stop: int, scratch: NDArray[np.float64]) -> None:
+        """For columns ``start`` to ``stop`` of the block, which are those of ``rows``."""
+        size = stop - start
+        if size <= _BASE:
+            lower, inverse = self.lower[start:stop, start:stop], self.inverses[start // _BASE]
+            solved = rows @ inverse.T
+            rows -= solved @ lower.T
+            solved += rows @ inverse.T
+            rows[:] = solved
+            return
+        half = _half(size)
+        left, right = rows[:, :half], rows[:, half:]
+        self._solve_right(left, start, start + half, scratch)
+        subtract_product(right, left, self.lower[start + half : stop, start : start + half], scratch)
+        self._solve_right(right, start + half, stop, scratch)
+
+    def solve_left(self, rhs: NDArray[np.float64], *, transposed: bool) -> None:
+        """Overwrite ``rhs``, shape (s, r), with ``inv(lower) @ rhs``, or that of the transpose."""
+        starts = range(0, len(self.lower), _BASE)
+        for start in reversed(starts) if transposed else starts:
+            here = slice(start, min(start + _BASE, len(self.lower)))
+            lower, inverse = self.lower[here, here], self.inverses[start // _BASE]
+            if transposed:
+                lower, inverse = lower.T, inverse.T
+                rhs[here] -= self.lower[here.stop :, here].T @ rhs[here.stop :]
+            else:
+                rhs[here] -= self.lower[here, :start] @ rhs[:start]
+            solved = inverse @ rhs[here]
+            solved += inverse @ (rhs[here] - lower @ solved)
+            rhs[here] = solved
+
+
+def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) -> Triangle:
     """Overwrite a symmetric block, of which only the lower triangle is read, with its Cholesky factor.
 
     Recursive in halves. Above the diagonal zeros are written.
@@ -51,45 +110,21 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) ->
         except np.linalg.LinAlgError:
             raise NotPositiveError(*_first_bad_pivot(block)) from None
         block[:] = factor
-        return
+        return Triangle(block)
     half = _half(size)
-    factor_in_place(block[:half, :half], scratch)
+    upper_left = factor_in_place(block[:half, :half], scratch)
     below = block[half:, :half]
     for start in range(0, size - half, _ROWS):
-        solve_right_in_place(below[start : start + _ROWS], block[:half, :half], scratch)
+        upper_left.solve_right(below[start : start + _ROWS], scratch)
     for start in range(0, size - half, _ROWS):
         rows = slice(start, min(start + _ROWS, size - half))
         subtract_product(block[half:, half:][rows, : rows.stop], below[rows], below[: rows.stop], scratch)
     try:
-        factor_in_place(block[half:, half:], scratch)
+        lower_right = factor_in_place(block[half:, half:], scratch)
     except NotPositiveError as error:
         raise NotPositiveError(half + error.row, error.pivot) from None
     block[:half, half:] = 0.0
-
-
-def solve_right_in_place(rows: NDArray[np.float64], lower: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
-    """Overwrite ``rows`` with ``rows @ inv(lower).T``; recursive in halves, substitution at the bottom.
-
-    Parameters
-    ----------
-    rows
-        Shape (r, s), rows contiguous.
-    lower
-        Shape (s, s), lower triangular.
-    scratch
-        At least r s numbers.
-    """
-    size = len(lower)
-    if size <= _BASE:
-        # Fortran's order of the transposes, so that nothing is copied that need not be.
-        solved = blas.dtrsm(1.0, np.ascontiguousarray(lower).T, rows.T, lower=0, trans_a=1)
-        rows[:] = solved.T
-        return
-    half = _half(size)
-    left, right = rows[:, :half], rows[:, half:]
-    solve_right_in_place(left, lower[:half, :half], scratch)
-    subtract_product(right, left, lower[half:, :half], scratch)
-    solve_right_in_place(right, lower[half:, half:], scratch)
+    return Triangle(block, upper_left.inverses + lower_right.inverses)
 
 
 def subtract_product(
@@ -101,15 +136,25 @@ def subtract_product(
     target -= product
 
 
-def solve_lower(lower: NDArray[np.float64], rhs: NDArray[np.float64], *, transposed: bool) -> NDArray[np.float64]:
-    """``inv(lower) @ rhs``, or of its transpose; for a block of a few hundred or thousand rows."""
-    solved = blas.dtrsm(1.0, np.ascontiguousarray(lower).T, rhs, lower=0, trans_a=0 if transposed else 1)
-    return np.asarray(solved, np.float64)
-
-
 def _half(size: int) -> int:
     """Where to split: about the middle, at a whole number of base blocks."""
     return -(-size // (2 * _BASE)) * _BASE
+
+
+def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of a lower triangular block."""
+    size = len(lower)
+    inverse = np.zeros((size, size))
+    if size <= _SMALLEST:
+        for row in range(size):
+            inverse[row, row] = 1.0
+            inverse[row] -= lower[row, :row] @ inverse[:row]
+            inverse[row] /= lower[row, row]
+        return inverse
+    half = size // 2
+    inverse[:half, :half], inverse[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def _first_bad_pivot(block: NDArray[np.float64]) -> tuple[int, float]:
@@ -117,8 +162,7 @@ def _first_bad_pivot(block: NDArray[np.float64]) -> tuple[int, float]:
     factor = np.zeros_like(block)
     pivots = np.empty(len(block))
     for row in range(len(block)):
-        known = factor[:row, :row]
-        entries = solve_lower(known, block[row, :row, None], transposed=False)[:, 0] if row else block[row, :0]
+        entries = np.linalg.solve(factor[:row, :row], block[row, :row])
         pivots[row] = block[row, row] - entries @ entries
         if not pivots[row] > 0:
             return row, float(pivots[row])
