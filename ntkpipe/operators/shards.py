@@ -68,7 +68,7 @@ def map_shards(
         return work(watched(tiles))
 
     waiting: list[Future[Found]] = []
-    with _SingleThreadedBlas.entered(), ThreadPoolExecutor(num_threads) as threads:
+    with SingleThreadedBlas.entered(), ThreadPoolExecutor(num_threads) as threads:
         try:
             for shard in shards:
                 # Here and not in the thread: the first tile comes while others are still multiplied.
@@ -148,7 +148,7 @@ def multiply_shards(
     return total
 
 
-class _SingleThreadedBlas:
+class SingleThreadedBlas:
     """A setting of the process: made by the first pass at a time, and unmade by the last."""
 
     _lock = threading.Lock()
@@ -158,6 +158,7 @@ class _SingleThreadedBlas:
     @classmethod
     @contextlib.contextmanager
     def entered(cls) -> Iterator[None]:
+        """While the setting is needed."""
         with cls._lock:
             if cls._num_passes == 0:
                 cls._setting = _controller().limit(limits=1, user_api="blas")

@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -16,21 +15,15 @@ from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import available_memory, format_bytes, process_memory
+from ntkpipe.resources import format_bytes, num_cores
 from ntkpipe.solvers.factor import CholeskyFactor
 from ntkpipe.solvers.factor_folder import FactorFolder, FactorState, Pivots, require_same
+from ntkpipe.solvers.fitting import bytes_of_panel, room_for_panels, shape_in_memory, widest_shape
 from ntkpipe.solvers.panels import Panels, PanelsInMemory, Shape, require_room
+from ntkpipe.solvers.pool import Pool
 from ntkpipe.solvers.result import Monitor, Step, ignore
-from ntkpipe.solvers.triangular import NotPositiveError, factor_in_place, subtract_product
+from ntkpipe.solvers.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
 
-# Of what is free: the rest is for vectors, and for others.
-_SHARE_OF_MEMORY = 0.5
-# Beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained.
-_WIDEST = 32768
-_WIDTH_IN_MEMORY = 1024
-# So many panels, if they are not narrow, are checkpoints close enough to each other.
-_NUM_CHECKPOINTS = 8
-_WIDTHS = (2048, 256, 32, 1)
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0
 
@@ -43,6 +36,7 @@ def cholesky(
     path: str | Path | None = None,
     memory_limit: int | None = None,
     panel_width: int | None = None,
+    threads: int | None = None,
     monitor: Monitor = ignore,
 ) -> CholeskyFactor:
     """The Cholesky factor of ``K + ridge I``, in memory or in files.
@@ -73,6 +67,8 @@ def cholesky(
     panel_width
         Columns of a panel; default with a path as many as memory allows (at most n/8 if that is over 2,048), in memory
         1,024. What is over 256 becomes a multiple of it. It sets the last bits.
+    threads
+        That multiply; default one for each core. No bit depends on it.
     monitor
         Called after each panel. Its ``residual`` is the share of the arithmetic that is left.
 
@@ -102,20 +98,29 @@ def cholesky(
         raise ConfigError(f"jitter={jitter!r}; needed 'auto' or None")
     if panel_width is not None:
         check_number("panel_width", panel_width, low=1)
-    operator = as_operator(matrix, memory_limit=memory_limit, keep_tiles=False)
-    room = _room(memory_limit)
+    if threads is not None:
+        check_number("threads", threads, low=1)
+    num_threads = threads or num_cores()
+    operator = as_operator(matrix, memory_limit=memory_limit, threads=threads, keep_tiles=False)
+    room = room_for_panels(memory_limit)
     work = operator.work
     with contextlib.ExitStack() as stack:
         if path is None:
-            shape = _shape_in_memory(operator.num_rows, panel_width, room)
-            task = _Task(operator, PanelsInMemory(shape), FactorState(operator.identity(), ridge, 0.0, shape), monitor)
+            shape = shape_in_memory(operator.num_rows, panel_width, room, num_threads)
+            task = _Task(
+                operator,
+                PanelsInMemory(shape),
+                FactorState(operator.identity(), ridge, 0.0, shape),
+                monitor,
+                num_threads,
+            )
         else:
             folder = FactorFolder(path)
             stack.enter_context(folder.held())
-            state = _stored_state(folder, operator, ridge, jitter, panel_width, room)
+            state = _stored_state(folder, operator, ridge, jitter, panel_width, room, num_threads)
             panels = folder.panels(state.shape)
             state = state.up_to(panels.num_complete(len(state.panels)))
-            task = _Task(operator, panels, state, monitor, folder.commit)
+            task = _Task(operator, panels, state, monitor, num_threads, folder.commit)
         resumed = len(task.state.panels)
         if path is not None:
             require_room(task.state.shape, folder.medium, resumed)
@@ -135,6 +140,7 @@ def cholesky(
             "path": None if path is None else str(path),
             "memory_limit": memory_limit,
             "panel_width": state.shape.width,
+            "threads": num_threads,
         },
         matrix=state.matrix,
         num_rows=operator.num_rows,
@@ -163,6 +169,7 @@ class _Task:
     panels: Panels
     state: FactorState
     monitor: Monitor
+    num_threads: int
     save: Callable[[FactorState], None] = lambda state: None
 
     def begin(self, jitter: float) -> None:
@@ -205,15 +212,18 @@ def _factor(task: _Task) -> None:
     shape, before = task.state.shape, task.operator.work
     top = np.empty((shape.width if shape.num_panels > 1 else 0, shape.width))
     scratch = np.empty(shape.height * shape.width)
-    for number in range(len(task.state.panels), shape.num_panels):
-        # A function of its own: nothing of one panel may outlive it when the next is read.
-        found = _factor_panel(task, number, top, scratch)
-        task.state = task.state.with_panel(found)
-        task.save(task.state)
-        task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
+    with Pool.open(task.num_threads) as pool:
+        for number in range(len(task.state.panels), shape.num_panels):
+            # A function of its own: nothing of one panel may outlive it when the next is read.
+            found = _factor_panel(task, number, top, scratch, pool)
+            task.state = task.state.with_panel(found)
+            task.save(task.state)
+            task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
 
 
-def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64]) -> Pivots:
+def _factor_panel(
+    task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool
+) -> Pivots:
     """One panel, read, factored and written.
 
     Raises
@@ -228,9 +238,9 @@ def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: N
     values = task.operator.block(slice(columns.start, shape.num_rows), columns)
     diagonal = np.arange(width)
     values[diagonal, diagonal] += task.state.ridge + task.state.jitter
-    _subtract_earlier(task.panels, number, values, top, scratch)
+    _subtract_earlier(task.panels, number, values, top, scratch, pool)
     try:
-        triangle = factor_in_place(values[:width], scratch)
+        triangle = factor_in_place(values[:width], scratch, pool)
     except NotPositiveError as error:
         message, floor = _words_of_pivot(task, number, error)
         row = columns.start + error.row + 1
@@ -238,17 +248,27 @@ def _factor_panel(task: _Task, number: int, top: NDArray[np.float64], scratch: N
     pivots = values[diagonal, diagonal]
     if not np.isfinite(pivots).all():
         raise NonFiniteError(f"the matrix holds NaN or infinity in or before columns {columns.start}:{columns.stop}")
+    starts = range(width, len(values), ROWS_OF_THREAD)
     with task.panels.writing(number, values) as put:
-        for rows in shape.chunks(number):
-            if rows.start >= columns.stop:
-                below = values[rows.start - columns.start : rows.stop - columns.start]
-                triangle.solve_right(below, scratch)
-            put(rows)
+        solved = pool.start(triangle.solve_right, (values[start : start + ROWS_OF_THREAD] for start in starts))
+        try:
+            for rows in shape.chunks(number):
+                first, last = (row - columns.start - width for row in (rows.start, rows.stop))
+                for future in solved[max(first, 0) // ROWS_OF_THREAD : -(-max(last, 0) // ROWS_OF_THREAD)]:
+                    future.result()
+                put(rows)
+        finally:
+            pool.finish(solved)
     return Pivots(2.0 * math.fsum(np.log(pivots)), float(pivots.min()) ** 2, float(pivots.max()) ** 2)
 
 
 def _subtract_earlier(
-    panels: Panels, number: int, values: NDArray[np.float64], top: NDArray[np.float64], scratch: NDArray[np.float64]
+    panels: Panels,
+    number: int,
+    values: NDArray[np.float64],
+    top: NDArray[np.float64],
+    scratch: NDArray[np.float64],
+    pool: Pool,
 ) -> None:
     """Subtract what earlier panels contribute to one, ``top`` and ``scratch`` being memory for it.
 
@@ -262,6 +282,8 @@ def _subtract_earlier(
         For the rows of an earlier panel beside the diagonal block, which all rows below are multiplied with.
     scratch
         For a product.
+    pool
+        Whose threads multiply.
     """
     shape = panels.shape
     columns = shape.columns(number)
@@ -274,7 +296,7 @@ def _subtract_earlier(
             width_here = stop
         else:
             width_here = width
-        subtract_product(values[start:stop, :width_here], chunk, top[:width_here], scratch)
+        pool.subtract_product(values[start:stop, :width_here], chunk, top[:width_here], scratch)
 
 
 def _share_left(shape: Shape, done: int) -> float:
@@ -307,34 +329,14 @@ def _words_of_pivot(task: _Task, number: int, error: NotPositiveError) -> tuple[
     return message, floor
 
 
-def _room(memory_limit: int | None) -> int:
-    """Bytes that may be allocated."""
-    if memory_limit is None:
-        return int(_SHARE_OF_MEMORY * available_memory())
-    check_number("memory_limit", memory_limit, low=1)
-    return memory_limit - process_memory()
-
-
-def _shape_in_memory(num_rows: int, panel_width: int | None, room: int) -> Shape:
-    """How a factor in memory is cut.
-
-    Raises
-    ------
-    ResourceError
-        If it does not fit.
-    """
-    shape = Shape.of_width(num_rows, panel_width or _WIDTH_IN_MEMORY)
-    needed = shape.factor_bytes + shape.working_bytes()
-    if needed > room:
-        raise ResourceError(
-            f"the Cholesky factor of {num_rows:,} rows needs {format_bytes(needed)} of memory; {format_bytes(room)} "
-            "may be used. Give path=, a folder: the factor is then written there in panels that fit"
-        )
-    return shape
-
-
 def _stored_state(
-    folder: FactorFolder, operator: Operator, ridge: float, jitter: str | None, panel_width: int | None, room: int
+    folder: FactorFolder,
+    operator: Operator,
+    ridge: float,
+    jitter: str | None,
+    panel_width: int | None,
+    room: int,
+    num_threads: int,
 ) -> FactorState:
     """The state in the folder, or the one to begin with.
 
@@ -348,7 +350,7 @@ def _stored_state(
     n, identity = operator.num_rows, operator.identity()
     state = folder.load()
     if state is None:
-        shape = Shape.of_width(n, panel_width) if panel_width else _widest(n, room)
+        shape = Shape.of_width(n, panel_width) if panel_width else widest_shape(n, room, num_threads)
         state = FactorState(identity, ridge, 0.0, shape)
     else:
         asked: dict[str, object] = {"matrix": identity, "num_rows": n, "ridge": ridge}
@@ -358,7 +360,7 @@ def _stored_state(
             asked["panel_width"] = Shape.of_width(n, panel_width).width
         require_same(state, asked, folder.root)
     is_complete = len(state.panels) == state.shape.num_panels
-    needed = _bytes_of_panel(state.shape)
+    needed = bytes_of_panel(state.shape, num_threads)
     if needed > room and not is_complete:
         raise ResourceError(
             f"a panel of {state.shape.width:,} columns needs {format_bytes(needed)} of memory; {format_bytes(room)} "
@@ -366,19 +368,3 @@ def _stored_state(
         )
     folder.commit(state)
     return state
-
-
-def _bytes_of_panel(shape: Shape) -> int:
-    """Memory of a factorisation whose panels go to files."""
-    return 8 * shape.num_rows * min(shape.width, shape.num_rows) + shape.working_bytes()
-
-
-def _widest(num_rows: int, room: int) -> Shape:
-    """The widest panels that fit, whole tiles of the usual size where that is possible; at least one column."""
-    most = min(num_rows, _WIDEST, max(_WIDTHS[0], -(-num_rows // _NUM_CHECKPOINTS)))
-    multiples = ([most] if most == num_rows else [], *(range(most // step * step, 0, -step) for step in _WIDTHS))
-    for width in chain(*multiples):
-        shape = Shape.of_width(num_rows, width)
-        if _bytes_of_panel(shape) <= room:
-            return shape
-    return Shape.of_width(num_rows, 1)

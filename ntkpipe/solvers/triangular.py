@@ -1,10 +1,12 @@
 """Cholesky factors of blocks in memory, and products with their inverses, so that nearly all is matrix products.
 
-All of it is NumPy's BLAS: threads of a second one, as SciPy has, would wait busily for work on the same cores.
+All of it is NumPy's BLAS: SciPy has one of its own, with threads of its own.
 """
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ntkpipe.solvers.pool import Pool
 
 # Blocks that are factored by LAPACK and inverted; what is larger is split into products.
 _BASE = 128
@@ -12,6 +14,8 @@ _BASE = 128
 _SMALLEST = 32
 # Rows of a symmetric update at a time: what of them is above the diagonal is wasted.
 _ROWS = 512
+# Rows that a thread solves at a time.
+ROWS_OF_THREAD = 256
 
 
 class NotPositiveError(Exception):
@@ -50,8 +54,9 @@ class Triangle:
         starts = range(0, len(lower), _BASE)
         self.inverses = inverses or [_inverse(lower[s : s + _BASE, s : s + _BASE]) for s in starts]
 
-    def solve_right(self, rows: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
-        """Overwrite ``rows``, shape (r, s), with ``rows @ inv(lower).T``; ``scratch`` has room for r s / 2 numbers."""
+    def solve_right(self, rows: NDArray[np.float64]) -> None:
+        """Overwrite ``rows``, shape (r, s), with ``rows @ inv(lower).T``; memory is 4 r (s + 128) bytes."""
+        scratch = np.empty(len(rows) * (len(self.lower) + _BASE) // 2)
         self._solve_right(rows, 0, len(self.lower), scratch)
 
     def _solve_right(self, rows: NDArray[np.float64], start: int, stop: int, scratch: NDArray[np.float64]) -> None:
@@ -67,7 +72,9 @@ class Triangle:
         half = _half(size)
         left, right = rows[:, :half], rows[:, half:]
         self._solve_right(left, start, start + half, scratch)
-        subtract_product(right, left, self.lower[start + half : stop, start : start + half], scratch)
+        product = scratch[: right.size].reshape(right.shape)
+        np.matmul(left, self.lower[start + half : stop, start : start + half].T, out=product)
+        right -= product
         self._solve_right(right, start + half, stop, scratch)
 
     def solve_left(self, rhs: NDArray[np.float64], *, transposed: bool) -> None:
@@ -86,7 +93,7 @@ class Triangle:
             rhs[here] = solved
 
 
-def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) -> Triangle:
+def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool) -> Triangle:
     """Overwrite a symmetric block, of which only the lower triangle is read, with its Cholesky factor.
 
     Recursive in halves. Above the diagonal zeros are written.
@@ -97,6 +104,8 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) ->
         Shape (s, s), rows contiguous.
     scratch
         At least 256 s numbers, for products.
+    pool
+        Whose threads multiply.
 
     Raises
     ------
@@ -112,28 +121,24 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64]) ->
         block[:] = factor
         return Triangle(block)
     half = _half(size)
-    upper_left = factor_in_place(block[:half, :half], scratch)
+    upper_left = factor_in_place(block[:half, :half], scratch, pool)
     below = block[half:, :half]
-    for start in range(0, size - half, _ROWS):
-        upper_left.solve_right(below[start : start + _ROWS], scratch)
+    starts = range(0, size - half, ROWS_OF_THREAD)
+    pool.each(upper_left.solve_right, (below[start : start + ROWS_OF_THREAD] for start in starts))
     for start in range(0, size - half, _ROWS):
         rows = slice(start, min(start + _ROWS, size - half))
-        subtract_product(block[half:, half:][rows, : rows.stop], below[rows], below[: rows.stop], scratch)
+        pool.subtract_product(block[half:, half:][rows, : rows.stop], below[rows], below[: rows.stop], scratch)
     try:
-        lower_right = factor_in_place(block[half:, half:], scratch)
+        lower_right = factor_in_place(block[half:, half:], scratch, pool)
     except NotPositiveError as error:
         raise NotPositiveError(half + error.row, error.pivot) from None
     block[:half, half:] = 0.0
     return Triangle(block, upper_left.inverses + lower_right.inverses)
 
 
-def subtract_product(
-    target: NDArray[np.float64], left: NDArray[np.float64], right: NDArray[np.float64], scratch: NDArray[np.float64]
-) -> None:
-    """``target -= left @ right.T`` by way of ``scratch``, which has room for the product."""
-    product = scratch[: target.size].reshape(target.shape)
-    np.matmul(left, right.T, out=product)
-    target -= product
+def solve_bytes(size: int) -> int:
+    """Memory that a thread takes to solve its rows with a triangle of this size."""
+    return 8 * ROWS_OF_THREAD * ((size + _BASE) // 2 + 2 * _BASE)
 
 
 def _half(size: int) -> int:

@@ -335,8 +335,8 @@ def test_blas_has_one_thread_until_the_last_pass_is_over():
 
     with controller.limit(limits=2, user_api="blas"):
         before = num_threads()
-        with shards._SingleThreadedBlas.entered():
-            with shards._SingleThreadedBlas.entered():
+        with shards.SingleThreadedBlas.entered():
+            with shards.SingleThreadedBlas.entered():
                 assert num_threads() == {1}
             assert num_threads() == {1}
         assert num_threads() == before

@@ -21,6 +21,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.resources import process_memory
 from ntkpipe.solvers import panels as panels_module
 from ntkpipe.solvers.cholesky import cholesky
+from ntkpipe.solvers.fitting import bytes_of_panel
 from ntkpipe.solvers.panels import Shape
 from ntkpipe.testing import matrix_with_spectrum, power_law, spectra
 
@@ -103,6 +104,13 @@ def test_a_ridge_is_added_to_the_diagonal(matrices, name, ridge):
     assert (matrix == matrices[name]).all()
     rhs = np.random.default_rng(0).standard_normal((N, 3))
     np.testing.assert_allclose(found.solve(rhs).coefficients, np.linalg.solve(shifted, rhs), rtol=1e-9, atol=1e-12)
+
+
+def test_no_bit_depends_on_the_number_of_threads(matrix, tmp_path):
+    large = matrix_with_spectrum(power_law(900, condition=1e6))
+    for name, count in (("one", 1), ("three", 3)):
+        cholesky(large, panel_width=300, path=tmp_path / name, threads=count)
+    assert (lower(tmp_path / "one") == lower(tmp_path / "three")).all()
 
 
 def test_it_reads_the_matrix_once_and_the_factor_as_often_as_is_said(matrix, tmp_path):
@@ -298,7 +306,7 @@ def test_what_does_not_fit_memory_asks_for_a_path(matrix):
 
 def test_a_limit_makes_panels_narrower(matrix, tmp_path):
     wide = cholesky(matrix, path=tmp_path / "wide")
-    narrow = cholesky(matrix, path=tmp_path / "narrow", memory_limit=process_memory() + 2**20)
+    narrow = cholesky(matrix, path=tmp_path / "narrow", memory_limit=process_memory() + 2**22)
     assert narrow.num_panels > wide.num_panels == 1
     assert narrow.logdet == pytest.approx(wide.logdet, rel=1e-12)
 
@@ -321,7 +329,15 @@ def test_not_a_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"ridge": -1.0}, {"ridge": float("nan")}, {"ridge": float("inf")}, {"jitter": 1e-3}, {"panel_width": 0}]
+    "options",
+    [
+        {"ridge": -1.0},
+        {"ridge": float("nan")},
+        {"ridge": float("inf")},
+        {"jitter": 1e-3},
+        {"panel_width": 0},
+        {"threads": 0},
+    ],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ConfigError):
@@ -382,10 +398,10 @@ def test_memory_stays_within_what_was_planned(tmp_path):
     cholesky(np.eye(3), path=tmp_path / "imports")
     tracemalloc.start()
     try:
-        factor = cholesky(operator, panel_width=256, path=tmp_path / "l")
+        factor = cholesky(operator, panel_width=256, path=tmp_path / "l", threads=2)
         _, peak = tracemalloc.get_traced_memory()
         shape = Shape.of_width(size, 256)
-        planned = 8 * size * 256 + shape.working_bytes()
+        planned = bytes_of_panel(shape, 2)
         assert peak < planned + 2**18
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
