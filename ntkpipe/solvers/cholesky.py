@@ -289,14 +289,13 @@ def _subtract_earlier(
     columns = shape.columns(number)
     width = columns.stop - columns.start
     requests = ((p, rows) for p in range(number) for rows in shape.chunks(p, columns.start))
-    for _, rows, chunk in panels.read(requests):
-        start, stop = rows.start - columns.start, rows.stop - columns.start
-        if start < width:
-            top[start:stop] = chunk
-            width_here = stop
-        else:
-            width_here = width
-        pool.subtract_product(values[start:stop, :width_here], chunk, top[:width_here], scratch)
+    with contextlib.closing(panels.read(requests)) as chunks:
+        for _, rows, chunk in chunks:
+            start, stop = rows.start - columns.start, rows.stop - columns.start
+            if start < width:
+                top[start:stop] = chunk
+            width_here = min(stop, width)
+            pool.subtract_product(values[start:stop, :width_here], chunk, top[:width_here], scratch)
 
 
 def _share_left(shape: Shape, done: int) -> float:

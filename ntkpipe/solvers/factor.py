@@ -1,5 +1,6 @@
 """A Cholesky factor, and what is done with it: systems, the log-determinant, the diagonal of the inverse."""
 
+import contextlib
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ from ntkpipe.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import format_bytes
 from ntkpipe.solvers.panels import Panels, Traffic
+from ntkpipe.solvers.pool import Pool
 from ntkpipe.solvers.result import Result, Rows, Status
 from ntkpipe.solvers.triangular import Triangle
 
@@ -316,25 +318,31 @@ class CholeskyFactor(Result):
         """Overwrite ``block`` by ``inv(L) @ block``; its rows are those from the first of a panel on, as those of L."""
         shape = self._panels.shape
         origin = first_panel * shape.width
+        scratch = np.empty(shape.height * block.shape[1])
         requests = ((p, rows) for p in range(first_panel, shape.num_panels) for rows in shape.chunks(p))
-        for panel, rows, chunk in self._panels.read(requests):
-            columns = shape.columns(panel)
-            target = block[rows.start - origin : rows.stop - origin]
-            inner = min(rows.start, columns.stop) - columns.start
-            target -= chunk[:, :inner] @ block[columns.start - origin : columns.start - origin + inner]
-            if rows.start < columns.stop:
-                Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=False)
+        with Pool.open(self.options["threads"]) as pool, contextlib.closing(self._panels.read(requests)) as chunks:
+            for panel, rows, chunk in chunks:
+                columns = shape.columns(panel)
+                target = block[rows.start - origin : rows.stop - origin]
+                inner = min(rows.start, columns.stop) - columns.start
+                known = block[columns.start - origin : columns.start - origin + inner]
+                pool.subtract_product(target, chunk[:, :inner], known.T, scratch)
+                if rows.start < columns.stop:
+                    Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=False)
         return block
 
     def _backward(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         """Overwrite ``block`` by ``inv(L).T @ block``."""
         shape = self._panels.shape
+        scratch = np.empty(shape.width * block.shape[1])
         panels = reversed(range(shape.num_panels))
         requests = ((p, rows) for p in panels for rows in reversed(list(shape.chunks(p))))
-        for panel, rows, chunk in self._panels.read(requests):
-            columns, target = shape.columns(panel), block[rows]
-            inner = min(rows.start, columns.stop) - columns.start
-            if rows.start < columns.stop:
-                Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=True)
-            block[columns.start : columns.start + inner] -= chunk[:, :inner].T @ target
+        with Pool.open(self.options["threads"]) as pool, contextlib.closing(self._panels.read(requests)) as chunks:
+            for panel, rows, chunk in chunks:
+                columns, target = shape.columns(panel), block[rows]
+                inner = min(rows.start, columns.stop) - columns.start
+                if rows.start < columns.stop:
+                    Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=True)
+                unknown = block[columns.start : columns.start + inner]
+                pool.subtract_product(unknown, chunk[:, :inner].T, target.T, scratch)
         return block

@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ class Panels(ABC):
         """
 
     @abstractmethod
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
         """Chunks by panel and rows, in the order asked for, each valid until the next is asked for."""
 
 
@@ -172,7 +172,7 @@ class PanelsInMemory(Panels):
         yield lambda rows: None
         self._values[panel] = values
 
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
         """See :meth:`Panels.read`."""
         for panel, rows in requests:
             start = self.shape.columns(panel).start
@@ -242,7 +242,7 @@ class StoredPanels(Panels):
                 future.result()
         self.traffic += Traffic(bytes_written=len(written) * self._stored_bytes)
 
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Iterator[Chunk]:
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
         """See :meth:`Panels.read`.
 
         Yields
