@@ -38,6 +38,14 @@ def process_memory() -> int:
     return rss
 
 
+def memory_room(memory_limit: int | None, share: float = 0.5) -> int:
+    """Bytes that may be allocated where this process may have ``memory_limit``; by default this share of what is free.
+
+    Negative if it has more already.
+    """
+    return int(share * available_memory()) if memory_limit is None else memory_limit - process_memory()
+
+
 def peak_process_memory() -> int:
     """Bytes of resident memory that this process has had at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -98,6 +98,7 @@ HOUSE = {
     "operators.streaming": (9, "use"),
     "operators.opening": (11, "use"),
     "solvers.result": (7, "use"),
+    "solvers.blocks": (8, "use"),
     "solvers.krylov": (8, "use"),
     "solvers.quadrature": (8, "use"),
     "solvers.resuming": (9, "use"),

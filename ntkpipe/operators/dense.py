@@ -68,20 +68,23 @@ class DenseOperator(Operator):
         return product
 
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        self._work += Work(len(indices) / self.num_rows)
-        return self._matrix[:, indices].astype(np.float64)
+        start = perf_counter()
+        found = self._matrix[:, indices].astype(np.float64)
+        self._work += Work(len(indices) / self.num_rows, 0, perf_counter() - start)
+        return found
 
     def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        part = (rows.stop - rows.start) * (columns.stop - columns.start)
-        self._work += Work(part / self.num_rows**2)
-        return np.array(self._matrix[rows, columns], np.float64, order="C")
+        start = perf_counter()
+        found = np.array(self._matrix[rows, columns], np.float64, order="C")
+        self._work += Work(found.size / self.num_rows**2, 0, perf_counter() - start)
+        return found
 
     def _measure(self) -> Statistics:
-        squared = 0.0
+        start, squared = perf_counter(), 0.0
         for first in range(0, self.num_rows, _ROWS_AT_ONCE):
             rows = self._matrix[first : first + _ROWS_AT_ONCE].astype(np.float64, copy=False)
             squared += float(np.einsum("ij,ij->", rows, rows))
-        self._work += Work(1.0)
+        self._work += Work(1.0, 0, perf_counter() - start)
         return Statistics(self._matrix.diagonal().astype(np.float64), squared**0.5)
 
     def _leading(self, num_rows: int) -> Operator:

@@ -12,13 +12,10 @@ from ntkpipe.operators.operator import Operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
-from ntkpipe.resources import available_memory, format_bytes, num_cores, process_memory
+from ntkpipe.resources import format_bytes, memory_room, num_cores, process_memory
 
 if TYPE_CHECKING:
     from distributed import Client
-
-# Of what is free: the rest is for vectors, and for others.
-_SHARE_OF_MEMORY = 0.5
 
 
 def as_operator(
@@ -83,16 +80,14 @@ def _open(
         check_number("threads", threads, low=1)
     threads = threads or num_cores()
     in_use = buffer_bytes(source, threads)
-    if memory_limit is None:
-        room = int(_SHARE_OF_MEMORY * available_memory())
-    else:
+    if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
-        room = memory_limit - process_memory()
-        if room < in_use:
-            raise ResourceError(
-                f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
-                f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
-            )
+    room = memory_room(memory_limit)
+    if memory_limit is not None and room < in_use:
+        raise ResourceError(
+            f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
+            f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
+        )
     cache_bytes = max(0, room - in_use) if keep_tiles else 0
     reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
     return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room - in_use)

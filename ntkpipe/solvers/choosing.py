@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import available_memory, process_memory
+from ntkpipe.resources import memory_room
 
 # Iterations to a residual of 1e-6 that kernels need at ranks of n/10 to n/4: 30 to 60 were measured.
 _ITERATIONS = 50
@@ -20,7 +20,6 @@ _PANELS = 0.4
 _SAMPLE = 1024
 # A matrix in memory, where no read has been timed.
 _BYTES_PER_SECOND = 5e9
-_SHARE_OF_MEMORY = 0.5
 _PANEL_COLUMNS = 3 * 1024
 # Below it nothing is worth a measurement.
 _SMALL = 1000
@@ -69,7 +68,7 @@ def forecast(operator: Operator, *, num_columns: int, rank: int, num_ridges: int
     memory_limit
         Bytes that this process may have; default half of what is free, besides what it has.
     """
-    n, room = operator.num_rows, _room(memory_limit)
+    n, room = operator.num_rows, memory_room(memory_limit)
     fits = 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room
     if n <= _SMALL:
         return Forecast(math.inf, 0.0 if fits else None)
@@ -117,10 +116,6 @@ def _seconds_to_read(operator: Operator) -> float:
     if operator.work.passes - before > 0.5:
         return perf_counter() - start
     return operator.num_rows**2 * operator.storage_dtype.itemsize / _BYTES_PER_SECOND
-
-
-def _room(memory_limit: int | None) -> float:
-    return _SHARE_OF_MEMORY * available_memory() if memory_limit is None else memory_limit - process_memory()
 
 
 @lru_cache(maxsize=1)

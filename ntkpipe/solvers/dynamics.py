@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.flow import Flow
 from ntkpipe.solvers.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
@@ -183,15 +184,18 @@ def dynamics(
     begin = perf_counter()
     operator = as_operator(matrix)
     before = operator.work
-    goals = _block(targets, operator.num_rows, "targets")
+    goals = as_block("targets", targets, operator.num_rows).reshape(np.shape(targets))
     wanted = _times(times)
     tol = float(check_number("tol", tol, low=1e-14, high=1.0))
     max_passes = int(check_number("max_passes", max_passes, low=1))
     if learning_rate is not None and not (0 < learning_rate < math.inf):
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
     learning_rate = None if learning_rate is None else float(learning_rate)
-    start = goals if initial is None else goals - _block(initial, operator.num_rows, "initial", goals.shape)
-    columns = start.reshape(operator.num_rows, -1)
+    columns = goals.reshape(operator.num_rows, -1)
+    if initial is not None:
+        if np.shape(initial) != goals.shape:
+            raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
+        columns = columns - as_block("initial functions", initial, operator.num_rows)
     sizes = np.linalg.norm(columns, axis=0)
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, memory_limit)
     floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
@@ -354,29 +358,4 @@ def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
     found = np.array(times, np.float64)
     if found.ndim != 1 or not len(found) or not (found >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
-    return found
-
-
-def _block(values: ArrayLike, num_rows: int, name: str, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
-    """A block of real numbers as float64.
-
-    Raises
-    ------
-    ConfigError
-        If its shape or dtype is another.
-    NonFiniteError
-        If it holds NaN or infinity.
-    """
-    found = np.asarray(values)
-    wanted = f"({num_rows},) or ({num_rows}, c)" if shape is None else str(shape)
-    fits = (
-        found.ndim in {1, 2} and found.shape[:1] == (num_rows,) and found.size
-        if shape is None
-        else found.shape == shape
-    )
-    if not fits or found.dtype.kind not in "fiub":
-        raise ConfigError(f"{name} of shape {found.shape} and dtype {found.dtype}; needed {wanted} of real numbers")
-    found = found.astype(np.float64)
-    if not np.isfinite(found).all():
-        raise NonFiniteError(f"{name} hold NaN or infinity")
     return found

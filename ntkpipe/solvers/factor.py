@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.errors import ConfigError
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import format_bytes
+from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.panels import Panels, Traffic
 from ntkpipe.solvers.pool import Pool
 from ntkpipe.solvers.result import Result, Rows, Status
@@ -153,7 +154,7 @@ class CholeskyFactor(Result):
         check_number("refine", refine, low=0)
         check_number("tol", tol, low=0.0)
         start, work, traffic = perf_counter(), self._operator.work, self._panels.traffic
-        block = self._right_hand_sides(rhs)
+        block = as_block("right-hand sides", rhs, self.num_rows, allow_none=True)
         sizes = np.linalg.norm(block, axis=0)
         solution = self._inverse_times(block.copy())
         residual = self._residual(block, solution)
@@ -206,7 +207,7 @@ class CholeskyFactor(Result):
         TileError
             If a part of L is missing or damaged; the message names it.
         """
-        block = self._right_hand_sides(rhs).copy()
+        block = as_block("right-hand sides", rhs, self.num_rows, allow_none=True).copy()
         return (self._backward(block) if transposed else self._forward(block, 0)).reshape(np.shape(rhs))
 
     def inverse_diagonal(self, rows: ArrayLike | None = None, *, columns_at_once: int | None = None) -> NDArray[Any]:
@@ -290,19 +291,6 @@ class CholeskyFactor(Result):
         inverse = self._backward(half)
         squared = float(np.vdot(inverse, inverse)) / num_probes
         return float((2.0 * squared) ** 0.5 * deviation + (trace**2 + squared) * deviation**2 / 2.0)
-
-    def _right_hand_sides(self, rhs: ArrayLike) -> NDArray[np.float64]:
-        """B as float64 of two axes, checked."""
-        values = np.asarray(rhs)
-        if values.ndim not in {1, 2} or values.shape[0] != self.num_rows or values.dtype.kind not in "fiub":
-            raise ConfigError(
-                f"right-hand sides of shape {values.shape} and dtype {values.dtype}; needed ({self.num_rows},) or "
-                f"({self.num_rows}, r) of real numbers"
-            )
-        values = np.ascontiguousarray(values, np.float64).reshape(self.num_rows, -1)
-        if not np.isfinite(values).all():
-            raise NonFiniteError("the right-hand sides hold NaN or infinity")
-        return values
 
     def _residual(self, block: NDArray[np.float64], solution: NDArray[np.float64]) -> NDArray[np.float64]:
         """``B - (K + shift I) X``; one pass."""

@@ -4,12 +4,10 @@ from itertools import chain
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ResourceError
-from ntkpipe.resources import available_memory, format_bytes, process_memory
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.solvers.panels import Shape
 from ntkpipe.solvers.triangular import solve_bytes
 
-# Of what is free: the rest is for vectors, and for others.
-_SHARE_OF_MEMORY = 0.5
 # Beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained.
 _WIDEST = 32768
 _WIDTH_IN_MEMORY, _WIDER_IN_MEMORY = 1024, 2048
@@ -20,10 +18,9 @@ _WIDTHS = (2048, 256, 32, 1)
 
 def room_for_panels(memory_limit: int | None) -> int:
     """Bytes that may be allocated."""
-    if memory_limit is None:
-        return int(_SHARE_OF_MEMORY * available_memory())
-    check_number("memory_limit", memory_limit, low=1)
-    return memory_limit - process_memory()
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, low=1)
+    return memory_room(memory_limit)
 
 
 def shape_in_memory(num_rows: int, panel_width: int | None, room: int, num_threads: int) -> Shape:

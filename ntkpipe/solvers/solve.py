@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
+from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.keeping import Kept
 from ntkpipe.solvers.preconditioner import Preconditioner
 from ntkpipe.solvers.result import Monitor, ignore
@@ -200,8 +201,8 @@ def _solve_all(
         If an option is wrong.
     """
     operator = as_operator(matrix, memory_limit=options.memory_limit)
-    block = _columns("right-hand sides", rhs, operator.num_rows)
-    guess = None if initial is None else _columns("initial", initial, operator.num_rows)
+    block = as_block("right-hand sides", rhs, operator.num_rows)
+    guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:
         raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
     if options.method not in _METHODS:
@@ -233,26 +234,3 @@ def _kept(checkpoint: Checkpoint, operator: Operator, rhs: NDArray[np.float64], 
     decides = {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}
     of_system = {"function": "solve", "matrix": operator.identity(), "rhs": digest_of(rhs), "ridge": ridge}
     return Kept(checkpoint, {**of_system, **decides}, rhs.shape)
-
-
-def _columns(name: str, values: ArrayLike, num_rows: int) -> NDArray[np.float64]:
-    """A block as float64 of two axes, checked.
-
-    Raises
-    ------
-    ConfigError
-        If its shape or dtype is wrong.
-    NonFiniteError
-        If it holds NaN or infinity.
-    """
-    block = np.asarray(values)
-    is_right = block.ndim in {1, 2} and block.shape[0] == num_rows and block.size > 0 and block.dtype.kind in "fiub"
-    if not is_right:
-        raise ConfigError(
-            f"{name} of shape {block.shape} and dtype {block.dtype}; needed ({num_rows},) or ({num_rows}, c) of real "
-            "numbers"
-        )
-    block = np.ascontiguousarray(block, np.float64).reshape(num_rows, -1)
-    if not np.isfinite(block).all():
-        raise NonFiniteError(f"{name}: they hold NaN or infinity")
-    return block

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.operators.operator import Operator, Work
-from ntkpipe.resources import available_memory, format_bytes, process_memory
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.solvers.cg import block_cg, pcg
 from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.choosing import forecast, hopeless_after
@@ -260,7 +260,7 @@ def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | Non
         If blocks and preconditioner do not fit.
     """
     needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
-    room = available_memory() if memory_limit is None else memory_limit - process_memory()
+    room = memory_room(memory_limit, share=1.0)
     if needed > room:
         raise ResourceError(
             f"rank {rank:,} and {block.shape[1]:,} columns of {block.shape[0]:,} rows need {format_bytes(needed)} of "

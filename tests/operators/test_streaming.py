@@ -12,9 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from stored import store_matrix
 
+from ntkpipe import resources
 from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError, TileError
 from ntkpipe.grid import Axis, Grid
-from ntkpipe.operators import opening, shards
+from ntkpipe.operators import shards
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
@@ -345,7 +346,7 @@ def test_blas_has_one_thread_until_the_last_pass_is_over():
 def test_memory_is_what_was_given(kernel, monkeypatch):
     source = KernelTiles(kernel)
     in_use = buffer_bytes(source, 2)
-    monkeypatch.setattr(opening, "process_memory", lambda: 10**6)
+    monkeypatch.setattr(resources, "process_memory", lambda: 10**6)
     with pytest.raises(ResourceError, match=r"memory_limit=.* tiles in use by 2 threads need .* or threads=1"):
         as_operator(kernel, memory_limit=10**6 + in_use - 1, threads=2)
     num_tiles = source.grid.num_tiles
@@ -353,7 +354,7 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
         found = as_operator(kernel, memory_limit=10**6 + in_use + num_kept * source.tile_bytes, threads=2)
         assert isinstance(found, StreamingOperator)
         assert found.share_kept == num_kept / num_tiles
-    monkeypatch.setattr(opening, "available_memory", lambda: 2 * in_use + 20 * source.tile_bytes)
+    monkeypatch.setattr(resources, "available_memory", lambda: 2 * in_use + 20 * source.tile_bytes)
     found = as_operator(kernel, threads=2)
     assert isinstance(found, StreamingOperator)
     assert found.share_kept == 10 / num_tiles
@@ -362,7 +363,7 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
 
 def test_tiles_give_way_to_products(kernel, rng, monkeypatch):
     source = KernelTiles(kernel)
-    monkeypatch.setattr(opening, "process_memory", lambda: 10**6)
+    monkeypatch.setattr(resources, "process_memory", lambda: 10**6)
     num_tiles, in_use = source.grid.num_tiles, buffer_bytes(source, 2)
     column = 8 * 300
     found = as_operator(kernel, memory_limit=10**6 + in_use + num_tiles * source.tile_bytes, threads=2)

@@ -239,7 +239,7 @@ def test_monitors_are_called_after_each_pass(targets):
         ({"times": [1.0], "learning_rate": 0.0}, "learning_rate="),
         ({"times": [1.0], "learning_rate": math.nan}, "learning_rate="),
         ({"times": [1.0], "max_passes": 0}, "max_passes="),
-        ({"times": [1.0], "initial": np.ones((3, 2))}, r"initial of shape \(3, 2\)"),
+        ({"times": [1.0], "initial": np.ones((3, 2))}, r"initial functions of shape \(3, 2\)"),
     ],
 )
 def test_bad_options_are_refused(options, words):
