@@ -9,7 +9,9 @@ from distributed.protocol.pickle import dumps, loads
 from ntkpipe import errors
 from ntkpipe.medium import OversizeError
 
-FAMILY = [each for _, each in inspect.getmembers(errors, inspect.isclass) if each not in {errors.StoreMismatchError}]
+WITH_MORE = (errors.StoreMismatchError, errors.IndefiniteError)
+OURS = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, errors.NtkpipeError)]
+FAMILY = [each for each in OURS if each not in WITH_MORE]
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,7 @@ FAMILY = [each for _, each in inspect.getmembers(errors, inspect.isclass) if eac
     [
         *(each("what was found") for each in FAMILY),
         errors.StoreMismatchError("another kernel", (("kind", "ntk", "pntk"),)),
+        errors.IndefiniteError("no positive pivot", row=3, pivot=-1.0, floor=1e-6),
         OversizeError("a.zarr/zarr.json", 3, 2),
     ],
     ids=lambda error: type(error).__name__,
