@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import map_shards, multiply_shards
-from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure
+from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, scratch_bytes
 
 Found = TypeVar("Found")
 
@@ -20,8 +20,8 @@ class StreamingOperator(Operator):
 
     Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
     pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, for each thread a block of the
-    shape of the product and a megabyte, and three such blocks, up to five for 128 shards. Tiles that are kept give way
-    to these blocks, for good, where there is no room for both.
+    shape of the product and some megabytes, and three such blocks, up to five for 128 shards. Tiles that are kept give
+    way to all this, for good, where there is no room for both.
 
     Parameters
     ----------
@@ -67,7 +67,8 @@ class StreamingOperator(Operator):
         start = perf_counter()
         if self._room is not None:
             products = self._num_threads + 1 + len(self._shards).bit_length()  # in threads, waiting, not yet added
-            self._reader.keep_at_most(self._room - products * block.nbytes)
+            scratch = self._num_threads * scratch_bytes(self._grid.rows.tile_rows, block.shape[1])
+            self._reader.keep_at_most(self._room - products * block.nbytes - scratch)
         try:
             return multiply_shards(self._grid, block, self._shards, self._reader.tiles, self._num_threads).total
         finally:

@@ -259,12 +259,22 @@ def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArr
     return Part(start, product)
 
 
+def scratch_bytes(edge: int, num_columns: int) -> int:
+    """Memory of :func:`multiply` beside tile, block and result: upcast rows, and products before they are added."""
+    return 8 * edge * (_rows_at_once(edge, num_columns) + 3 * num_columns)
+
+
+def _rows_at_once(edge: int, num_columns: int) -> int:
+    """Rows of a tile that are upcast at a time."""
+    few = _SMALL_PRODUCT // (edge * num_columns)
+    return min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
+
+
 class _Upcast:
     """Runs of rows of tiles in float64; memory is the longest of them."""
 
     def __init__(self, edge: int, num_columns: int) -> None:
-        few = _SMALL_PRODUCT // (edge * num_columns)
-        self._step = min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
+        self._step = _rows_at_once(edge, num_columns)
         self._edge = edge
         self._scratch: NDArray[np.float64] | None = None
 

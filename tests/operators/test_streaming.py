@@ -20,7 +20,7 @@ from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, Part, TileIndex, cut_shards
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, Part, TileIndex, cut_shards, scratch_bytes
 from ntkpipe.resources import process_memory
 from ntkpipe.testing import matrix_with_spectrum, power_law
 
@@ -368,10 +368,11 @@ def test_tiles_give_way_to_products(kernel, rng, monkeypatch):
     column = 8 * 300
     found = as_operator(kernel, memory_limit=10**6 + in_use + num_tiles * source.tile_bytes, threads=2)
     assert isinstance(found, StreamingOperator)
-    block = rng.standard_normal((300, 10))
+    block = rng.standard_normal((300, 4))
     product = found.matmat(block)
     products = 2 + 1 + len(found._shards).bit_length()
-    kept = num_tiles - -(-products * 10 * column // source.tile_bytes)
+    needed = products * 4 * column + 2 * scratch_bytes(25, 4)
+    kept = num_tiles - -(-needed // source.tile_bytes)
     assert 0 < kept < num_tiles
     assert found.share_kept == kept / num_tiles
     found.matmat(block[:, :3])
