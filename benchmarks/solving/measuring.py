@@ -26,14 +26,14 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object] = lambda: None
+    runs: Mapping[str, Callable[[], object]], repeats: int, before: Mapping[str, Callable[[], object]] = {}
 ) -> Times:
-    """Seconds of each run, one a repeat; ``prepare`` comes before each and is not timed."""
+    """Seconds of each run, one a repeat; what comes before some of them is not timed."""
     seconds: Times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             if not seconds[name] or seconds[name][-1] < _LONG_SECONDS:
-                prepare()
+                before.get(name, lambda: None)()
                 seconds[name].append(timed(run))
     return seconds
 
