@@ -39,7 +39,10 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_ridge = click.option("--ridge", type=float, help="λ that is added to the diagonal.  [default: 0]")
+_ridge = click.option("--ridge", type=float, default=0.0, show_default=True, help="λ that is added to the diagonal.")
+_ridge_scale = click.option(
+    "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
+)
 
 
 @click.command()
@@ -54,7 +57,7 @@ def eigsh(store: str, **options: Any) -> None:
 
 @click.command()
 @_ridge
-@click.option("--ridge-scale", type=float, help="Instead, λ over the mean of the diagonal.")
+@_ridge_scale
 @click.option(
     "--method",
     type=click.Choice(["auto", "pcg", "block_cg", "cholesky"]),
@@ -86,9 +89,9 @@ def solve(store: str, **options: Any) -> None:
 @click.option("--tol", type=float, help="Largest error of slq, per row.  [default: 0.01]")
 @click.option("--rank", type=int, help="Of slq's preconditioner.  [default: n/10, at most 1000]")
 @_common
-def logdet(store: str, ridge: float | None, method: str, seed: int, **options: Any) -> None:
+def logdet(store: str, ridge: float, method: str, seed: int, **options: Any) -> None:
     """Log determinant of K + λI for the kernel of STORE, kept in results/logdet."""
-    given = {**options, "ridge": ridge or 0.0, "method": method, "seed": seed if method == "slq" else None}
+    given = {**options, "ridge": ridge, "method": method, "seed": seed if method == "slq" else None}
     _solve(store, "logdet", given)
 
 

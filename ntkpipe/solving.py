@@ -1,38 +1,28 @@
 """Solvers applied to a store: progress is shown, Ctrl-C leaves a checkpoint, results are kept below ``results/``."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError, Interrupted
 from ntkpipe.export import find_array
-from ntkpipe.kernel import Kernel, KernelStore, open_kernel
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.kept import find_kernel, keep, result_name, right_hand_sides
+from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.operators.operator import Operator
-from ntkpipe.progress import Passes
-from ntkpipe.saving import Checkpoint, load_result, save_result
+from ntkpipe.ridges import RidgeScale, absolute_ridge
+from ntkpipe.saving import Checkpoint, load_result
 from ntkpipe.solvers.determinant import LogDeterminant, logdet
 from ntkpipe.solvers.functions import Density, LogDeterminantEstimate, density
 from ntkpipe.solvers.lanczos import Eigenpairs, eigsh
-from ntkpipe.solvers.result import Monitor, Result, Step
+from ntkpipe.solvers.result import Monitor, Result
 from ntkpipe.solvers.solution import Solution
 from ntkpipe.solvers.solve import Method, solve
 from ntkpipe.store import reading_results
-from ntkpipe.targets import num_classes_of, target_matrix, target_rows
 
 if TYPE_CHECKING:
     from distributed import Client
-
-Found = TypeVar("Found", bound=Result)
-
-_TRAIN = "kernel/train"
 
 
 def eigsh_of_store(
@@ -77,15 +67,15 @@ def eigsh_of_store(
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Eigenpairs:
         return eigsh(operator, monitor=monitor, checkpoint=checkpoint, **options)
 
-    return _kept(store, "eigsh", array, options, find, memory_limit, client, progress)
+    return keep(store, "eigsh", array, options, find, memory_limit, client, progress)
 
 
 def solve_store(
     store: KernelStore,
     *,
     array: str = "train",
-    ridge: float | None = None,
-    ridge_scale: float | None = None,
+    ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
     method: Method = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
@@ -107,10 +97,8 @@ def solve_store(
         The store; the result goes to its ``results/solve``.
     array
         Which kernel, as ``train``, or ``groups/head/kernel/train``.
-    ridge
-        λ, absolute; default 0.
-    ridge_scale
-        Instead, λ over the mean of the diagonal.
+    ridge, ridge_scale
+        λ, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
     method, tol, rank, preconditioner, max_passes, seed
         Of the solver.
     memory_limit, client
@@ -129,13 +117,8 @@ def solve_store(
     TileError
         If a tile is missing or damaged.
     """
-    if ridge is not None and ridge_scale is not None:
-        raise ConfigError(f"ridge={ridge} and ridge_scale={ridge_scale} were given; needed one of them")
     rhs = right_hand_sides(store)
-    shift = ridge or 0.0
-    if ridge_scale is not None:
-        check_number("ridge_scale", ridge_scale, low=0.0)
-        shift = ridge_scale * float(find_kernel(store, array).diagonal().astype(np.float64).mean())
+    shift = absolute_ridge(ridge, ridge_scale, lambda: find_kernel(store, array).diagonal())
     options: dict[str, Any] = {
         "ridge": shift,
         "method": method,
@@ -149,7 +132,7 @@ def solve_store(
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Solution:
         return solve(operator, rhs, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
 
-    return _kept(store, "solve", array, options, find, memory_limit, client, progress)
+    return keep(store, "solve", array, options, find, memory_limit, client, progress)
 
 
 def logdet_of_store(
@@ -206,7 +189,7 @@ def logdet_of_store(
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> LogDeterminant | LogDeterminantEstimate:
         return logdet(operator, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
 
-    return _kept(store, "logdet", array, options, find, memory_limit, client, progress)
+    return keep(store, "logdet", array, options, find, memory_limit, client, progress)
 
 
 def density_of_store(
@@ -261,7 +244,7 @@ def density_of_store(
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Density:
         return density(operator, top=top, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
 
-    return _kept(store, "density", array, named, find, memory_limit, client, progress)
+    return keep(store, "density", array, named, find, memory_limit, client, progress)
 
 
 def read_result(store: KernelStore | str | Path, name: str) -> dict[str, Any] | None:
@@ -308,93 +291,11 @@ def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None
     StoreError
         If they are damaged.
     """
-    found = load_result(store.store, _result_name("eigsh", find_array(store.store, array).layout.name))
+    found = load_result(store.store, result_name("eigsh", find_array(store.store, array).layout.name))
     if found is None or found.get("status") != "converged":
         return None
     with reading_results(store.path):
         return StoredPairs(found["eigenvalues"], found["eigenvectors"])
-
-
-def find_kernel(store: KernelStore, array: str) -> Kernel:
-    """A symmetric kernel of a store by name.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such array, or it is no symmetric kernel.
-    """
-    found = find_array(store.store, array)
-    grid = found.layout.grid
-    if grid is None or not grid.symmetric:
-        raise ConfigError(f"{found.layout.name} is no kernel of samples with themselves; needed one as 'train'")
-    return Kernel(found, store.manifest.digest())
-
-
-def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
-    """The train targets as right-hand sides in the rows of the kernel: (N, c), or (N·O, 1) for a full NTK.
-
-    Raises
-    ------
-    ConfigError
-        If there are none, or a full NTK has another number of outputs.
-    """
-    targets = store.targets
-    if targets is None:
-        raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call ntkpipe.solve with yours")
-    matrix = target_matrix(targets, num_classes_of(targets))
-    rows = target_rows(matrix, store.manifest.num_covectors)
-    if rows is None:
-        raise ConfigError(
-            f"the targets of {store.path} have {matrix.shape[1]} columns and the kernel {store.manifest.num_covectors} "
-            "rows a sample; call ntkpipe.solve with right-hand sides of your own"
-        )
-    return rows
-
-
-def _result_name(solver: str, array: str) -> str:
-    """Below ``results/``: the solver, and the kernel where it is not the main one."""
-    return solver if array == _TRAIN else f"{solver}-{array.replace('/', '-')}"
-
-
-def _kept(
-    store: KernelStore,
-    solver: str,
-    array: str,
-    options: Mapping[str, Any],
-    find: Callable[[Operator, Monitor, Checkpoint], Found],
-    memory_limit: int | None,
-    client: "Client | None",
-    progress: bool,
-) -> Found:
-    """What a solver finds, saved; its checkpoint has the name of the question and goes when the answer is there."""
-    kernel = find_kernel(store, array)
-    name = _result_name(solver, kernel.name)
-    digest = hashlib.sha256(json.dumps([kernel.identity, dict(options)], sort_keys=True).encode()).hexdigest()
-    checkpoint = Checkpoint(store.store, f"{name}-{digest[:16]}")
-    operator = as_operator(kernel, memory_limit=memory_limit, client=client)
-    try:
-        with store.store.in_use(), _shown(solver, progress) as monitor:
-            found = find(operator, monitor, checkpoint)
-            save_result(store.store, name, found.to_json(), found.arrays())
-            checkpoint.clear()
-    finally:
-        operator.close()
-    return found
-
-
-@contextmanager
-def _shown(solver: str, progress: bool) -> Iterator[Monitor]:
-    with Passes(solver, enabled=progress) as shown:
-
-        def monitor(step: Step) -> None:
-            shown.show(step.work.passes, step.residual, step.target)
-
-        try:
-            yield monitor
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{solver} was interrupted; what it keeps is in the checkpoint, and the same command goes on from there"
-            ) from None
 
 
 # By the names of commands and steps, which are those of results.

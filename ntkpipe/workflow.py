@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ntkpipe import api, upkeep
+from ntkpipe.analysing import ANALYSES
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.checkpoints import load_checkpoint
 from ntkpipe.config import RunSpec, StepSpec, Workflow, load_workflow, parse_bytes
@@ -25,6 +26,8 @@ from ntkpipe.mending import RepairReport
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
+from ntkpipe.ridges import RidgeScale
+from ntkpipe.solvers.result import Result
 from ntkpipe.solving import SOLVERS
 from ntkpipe.store import Mode, reading_results
 from ntkpipe.verification import Rows, VerificationReport, verification_rows
@@ -155,8 +158,8 @@ def run(
         )
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
-            if step.step in SOLVERS:
-                found = SOLVERS[step.step](store, progress=progress, client=client, **_solver_options(step))
+            if step.step in _OF_STORES:
+                found = _OF_STORES[step.step](store, progress=progress, client=client, **_solver_options(step))
                 yield StepResult(step.step, found.rows(), found.is_converged)
             else:
                 rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
@@ -273,10 +276,16 @@ def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify:
 
 
 def _summary_step(
-    loaded: Loaded, store: KernelStore, progress: bool, *, samples: int | None = None, ridge_scale: float = 1e-4
+    loaded: Loaded,
+    store: KernelStore,
+    progress: bool,
+    *,
+    samples: int | None = None,
+    ridge: float = 1e-4,
+    ridge_scale: RidgeScale = "mean_diagonal",
 ) -> tuple[Rows, bool]:
     del loaded, progress
-    found = summarize(store, samples=samples, ridge_scale=ridge_scale)
+    found = summarize(store, samples=samples, ridge=ridge, ridge_scale=ridge_scale)
     store.store.write_result("summary", found.to_json())
     return summary_rows(found), True
 
@@ -300,6 +309,8 @@ def summary_rows(found: Summary) -> Rows:
     return rows
 
 
+# Steps that need the store alone.
+_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES}
 _STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
@@ -311,7 +322,7 @@ def _solver_options(step: StepSpec) -> dict[str, Any]:
 
 
 def _check_step(step: StepSpec, source: str) -> None:
-    steps = {**SOLVERS, **_STEPS}
+    steps = {**_OF_STORES, **_STEPS}
     if step.step not in steps:
         close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")

@@ -290,7 +290,7 @@ def test_interrupt_leaves_a_store_that_resumes(tmp_path: Path) -> None:
     ("command", "words"),
     [
         (("eigsh", "-k", "4", "--tol", "1e-5"), ("converged: 4 of 4", "4 leading", "orthogonality")),
-        (("solve", "--ridge-scale", "1e-2"), ("converged", "method", "residual")),
+        (("solve", "--ridge", "1e-2", "--ridge-scale", "mean_diagonal"), ("converged", "method", "residual")),
         (("logdet", "--ridge", "0.1"), ("log det", "pivots", "storage floor")),
         (("density", "--probes", "4", "--tol", "0.5"), ("Monte Carlo", "truncation", "probes")),
     ],
@@ -336,7 +336,8 @@ def test_wrong_options_of_solvers_are_named(finished, arguments, words):
 
 def test_solvers_are_steps_of_a_workflow(finished):
     folder, _ = finished
-    steps = "[{step: eigsh, options: {k: 3}}, {step: solve, options: {ridge_scale: 1e-2, memory_limit: 4GiB}}]"
+    options = "{ridge: 1e-2, ridge_scale: mean_diagonal, memory_limit: 4GiB}"
+    steps = f"[{{step: eigsh, options: {{k: 3}}}}, {{step: solve, options: {options}}}]"
     answer = ntkpipe("run", DIGITS, *SMALL, "--set", f"steps={steps}", cwd=folder)
     assert answer.returncode == 0, answer.stderr
     assert "3 leading" in answer.stdout

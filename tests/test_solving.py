@@ -11,7 +11,7 @@ import small
 import zarr
 
 import ntkpipe
-from ntkpipe import solving
+from ntkpipe import kept
 from ntkpipe.errors import ConfigError, Interrupted, StoreError
 from ntkpipe.kernel import KernelStore
 from ntkpipe.solving import (
@@ -81,7 +81,7 @@ def test_what_is_kept_is_read_back(store):
 
 @pytest.mark.parametrize("method", ["pcg", "block_cg", "cholesky"])
 def test_regression_solves_for_the_stored_classes(path, store, method):
-    found = solve_store(store, ridge_scale=1e-2, method=method, tol=1e-8, progress=False)
+    found = solve_store(store, ridge=1e-2, ridge_scale="mean_diagonal", method=method, tol=1e-8, progress=False)
     kernel = matrix(store)
     ridge = 1e-2 * kernel.diagonal().mean()
     exact = np.linalg.solve(kernel + ridge * np.eye(90), np.eye(3)[CLASSES])
@@ -122,7 +122,7 @@ def test_interrupted_it_goes_on_from_the_checkpoint_to_the_same_bits(store, monk
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(solving.Passes, "show", interrupt)
+    monkeypatch.setattr(kept.Passes, "show", interrupt)
     with pytest.raises(Interrupted, match="the same command goes on"):
         SOLVERS[solver](store, progress=False, **options)
     before = len(passes)
@@ -146,8 +146,8 @@ def test_results_of_a_store_that_is_not_complete_name_the_tile(tmp_path):
     [
         ({"array": "test"}, "no array 'test'"),
         ({"array": "targets/train"}, "no kernel of samples with themselves"),
-        ({"ridge": 1.0, "ridge_scale": 1.0}, "needed one of them"),
-        ({"ridge_scale": -1.0}, "ridge_scale=-1.0"),
+        ({"ridge": 1.0, "ridge_scale": "trace"}, "ridge_scale='trace'; needed 'mean_diagonal'"),
+        ({"ridge": -1.0, "ridge_scale": "mean_diagonal"}, "ridge=-1.0"),
     ],
 )
 def test_wrong_options_are_named(store, options, words):
@@ -174,12 +174,12 @@ def test_killed_in_mid_search_the_same_call_goes_on_from_the_checkpoint(path, st
     straight = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
     script = (
         "import sys, time, ntkpipe\n"
-        "from ntkpipe import solving\n"
+        "from ntkpipe import kept, solving\n"
         "def show(self, passes, residual, target):\n"
         "    if passes >= 3:\n"
         "        print('third', flush=True)\n"
         "        time.sleep(60)\n"
-        "solving.Passes.show = show\n"
+        "kept.Passes.show = show\n"
         "solving.eigsh_of_store(ntkpipe.open_kernel(sys.argv[1]), k=12, block=4, seed=5, progress=False)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as driver:

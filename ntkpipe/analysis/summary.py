@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.kernel import KernelStore
+from ntkpipe.ridges import RidgeScale, absolute_ridge
 from ntkpipe.targets import num_classes_of, target_matrix, target_rows
 
 _MOST_ROWS = 4096
@@ -61,7 +62,9 @@ class Summary:
         return asdict(self)
 
 
-def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: float = 1e-4) -> Summary:
+def summarize(
+    store: KernelStore, *, samples: int | None = None, ridge: float = 1e-4, ridge_scale: RidgeScale = "mean_diagonal"
+) -> Summary:
     """Look at the leading block of a store's kernel.
 
     Parameters
@@ -70,15 +73,14 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
         The store; tiles of the leading block must exist.
     samples
         Leading train samples; default as many as have 4,096 rows. Memory is three dense blocks of their rows.
-    ridge_scale
-        lambda over the mean diagonal of the block.
+    ridge, ridge_scale
+        lambda; with ``"mean_diagonal"`` times the mean diagonal of the block, with none absolute.
 
     Raises
     ------
     ConfigError
         If an option is out of range.
     """
-    check_number("ridge_scale", ridge_scale, low=0.0)
     total, width = store.manifest.train.num_samples, store.manifest.num_covectors
     if samples is not None:
         check_number("samples", samples, low=1, high=total)
@@ -91,8 +93,8 @@ def summarize(store: KernelStore, *, samples: int | None = None, ridge_scale: fl
     scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
     if targets is not None and rows is not None and store.manifest.test is not None and store.test_targets is not None:
-        ridge = ridge_scale * float(np.trace(block)) / len(block)
-        found = _regression(store, block, rows, targets, ridge, count)
+        shift = absolute_ridge(ridge, ridge_scale, block.diagonal)
+        found = _regression(store, block, rows, targets, shift, count)
     return Summary(
         num_train=total,
         num_samples=count,

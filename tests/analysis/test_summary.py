@@ -51,7 +51,7 @@ def test_ridge_regression_equals_scikit_learn(rng: np.random.Generator) -> None:
 
 def test_summary_of_a_store_equals_the_dense_formulas(tmp_path: Path, rng: np.random.Generator) -> None:
     store = make_store(tmp_path / "k.zarr", rng)
-    found = summarize(store, ridge_scale=1e-2)
+    found = summarize(store, ridge=1e-2)
     kernel, labels = store.train.to_numpy(), store.targets
     assert labels is not None
     assert found.eigenvalues == pytest.approx(np.linalg.eigvalsh(kernel)[::-1][:5], rel=1e-10)
@@ -65,7 +65,7 @@ def test_summary_of_a_store_equals_the_dense_formulas(tmp_path: Path, rng: np.ra
 
 def test_full_ntk_regression_fits_real_targets(tmp_path: Path, rng: np.random.Generator) -> None:
     store = make_store(tmp_path / "k.zarr", rng, kind="ntk", targets="real")
-    found = summarize(store, ridge_scale=1e-6)
+    found = summarize(store, ridge=1e-6)
     assert found.num_rows == 120
     assert found.accuracy is None
     assert store.test_targets is not None
@@ -81,5 +81,5 @@ def test_leading_samples_and_their_limits(tmp_path: Path, rng: np.random.Generat
     assert found.trace == pytest.approx(np.trace(store.train[:10, :10]), rel=1e-12)
     with pytest.raises(ConfigError, match="samples=41"):
         summarize(store, samples=41)
-    with pytest.raises(ConfigError, match="ridge_scale=-1"):
-        summarize(store, ridge_scale=-1.0)
+    with pytest.raises(ConfigError, match="ridge=-1"):
+        summarize(store, ridge=-1.0)

@@ -1,0 +1,109 @@
+"""What is found of a stored kernel is kept in its store: progress is shown, Ctrl-C leaves a checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import ConfigError, Interrupted
+from ntkpipe.export import find_array
+from ntkpipe.kernel import Kernel, KernelStore
+from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.operator import Operator
+from ntkpipe.progress import Passes
+from ntkpipe.saving import Checkpoint, save_result
+from ntkpipe.solvers.result import Monitor, Result, Step
+from ntkpipe.targets import num_classes_of, target_matrix, target_rows
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Found = TypeVar("Found", bound=Result)
+
+_TRAIN = "kernel/train"
+
+
+def find_kernel(store: KernelStore, array: str) -> Kernel:
+    """A symmetric kernel of a store by name.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such array, or it is no symmetric kernel.
+    """
+    found = find_array(store.store, array)
+    grid = found.layout.grid
+    if grid is None or not grid.symmetric:
+        raise ConfigError(f"{found.layout.name} is no kernel of samples with themselves; needed one as 'train'")
+    return Kernel(found, store.manifest.digest())
+
+
+def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
+    """The train targets as right-hand sides in the rows of the kernel: (N, c), or (N·O, 1) for a full NTK.
+
+    Raises
+    ------
+    ConfigError
+        If there are none, or a full NTK has another number of outputs.
+    """
+    targets = store.targets
+    if targets is None:
+        raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call ntkpipe.solve with yours")
+    matrix = target_matrix(targets, num_classes_of(targets))
+    rows = target_rows(matrix, store.manifest.num_covectors)
+    if rows is None:
+        raise ConfigError(
+            f"the targets of {store.path} have {matrix.shape[1]} columns and the kernel {store.manifest.num_covectors} "
+            "rows a sample; call ntkpipe.solve with right-hand sides of your own"
+        )
+    return rows
+
+
+def result_name(solver: str, array: str) -> str:
+    """Below ``results/``: the solver, and the kernel where it is not the main one."""
+    return solver if array == _TRAIN else f"{solver}-{array.replace('/', '-')}"
+
+
+def keep(
+    store: KernelStore,
+    solver: str,
+    array: str,
+    options: Mapping[str, Any],
+    find: Callable[[Operator, Monitor, Checkpoint], Found],
+    memory_limit: int | None,
+    client: "Client | None",
+    progress: bool,
+) -> Found:
+    """What a solver finds, saved; its checkpoint has the name of the question and goes when the answer is there."""
+    kernel = find_kernel(store, array)
+    name = result_name(solver, kernel.name)
+    digest = hashlib.sha256(json.dumps([kernel.identity, dict(options)], sort_keys=True).encode()).hexdigest()
+    checkpoint = Checkpoint(store.store, f"{name}-{digest[:16]}")
+    operator = as_operator(kernel, memory_limit=memory_limit, client=client)
+    try:
+        with store.store.in_use(), _shown(solver, progress) as monitor:
+            found = find(operator, monitor, checkpoint)
+            save_result(store.store, name, found.to_json(), found.arrays())
+            checkpoint.clear()
+    finally:
+        operator.close()
+    return found
+
+
+@contextmanager
+def _shown(solver: str, progress: bool) -> Iterator[Monitor]:
+    with Passes(solver, enabled=progress) as shown:
+
+        def monitor(step: Step) -> None:
+            shown.show(step.work.passes, step.residual, step.target)
+
+        try:
+            yield monitor
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{solver} was interrupted; what it keeps is in the checkpoint, and the same command goes on from there"
+            ) from None

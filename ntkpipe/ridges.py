@@ -1,0 +1,36 @@
+"""What a ridge is counted in: absolute, unless asked otherwise."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError
+
+# Of which a ridge is a multiple; none is absolute.
+RidgeScale = Literal["mean_diagonal"] | None
+
+
+def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]) -> float:
+    """λ as it is added to the diagonal.
+
+    Parameters
+    ----------
+    ridge
+        At least zero, in units of the scale.
+    scale
+        ``"mean_diagonal"``, or none.
+    diagonal
+        That of the kernel; called where it is needed.
+
+    Raises
+    ------
+    ConfigError
+        If one of them is out of range.
+    """
+    if scale not in (None, "mean_diagonal"):
+        raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
+    check_number("ridge", ridge, low=0.0)
+    return ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
