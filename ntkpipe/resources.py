@@ -46,6 +46,11 @@ def memory_room(memory_limit: int | None, share: float = 0.5) -> int:
     return int(share * available_memory()) if memory_limit is None else memory_limit - process_memory()
 
 
+def half_of_room(memory_limit: int | None) -> int | None:
+    """The limit for each of two who share what this process may still allocate; none stays none."""
+    return None if memory_limit is None else process_memory() + memory_room(memory_limit) // 2
+
+
 def peak_process_memory() -> int:
     """Bytes of resident memory that this process has had at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

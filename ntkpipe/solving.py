@@ -11,6 +11,7 @@ from ntkpipe.export import find_array
 from ntkpipe.kept import find_kernel, keep, result_name, right_hand_sides
 from ntkpipe.kernel import KernelStore, open_kernel
 from ntkpipe.operators.operator import Operator
+from ntkpipe.resources import half_of_room
 from ntkpipe.ridges import RidgeScale, absolute_ridge
 from ntkpipe.saving import Checkpoint, load_result
 from ntkpipe.solvers.determinant import LogDeterminant, logdet
@@ -49,7 +50,7 @@ def eigsh_of_store(
     k, tol, block, max_passes, seed
         Of the solver.
     memory_limit, client
-        As for :func:`ntkpipe.operators.opening.as_operator`.
+        As for :func:`ntkpipe.operators.opening.as_operator`; the solver has half of the memory.
     progress
         Show passes on standard error.
 
@@ -64,10 +65,12 @@ def eigsh_of_store(
     """
     options: dict[str, Any] = {"k": k, "tol": tol, "block": block, "max_passes": max_passes, "seed": seed}
 
+    share = half_of_room(memory_limit)
+
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Eigenpairs:
         return eigsh(operator, monitor=monitor, checkpoint=checkpoint, **options)
 
-    return keep(store, "eigsh", array, options, find, memory_limit, client, progress)
+    return keep(store, "eigsh", array, options, find, share, client, progress)
 
 
 def solve_store(
@@ -102,7 +105,7 @@ def solve_store(
     method, tol, rank, preconditioner, max_passes, seed
         Of the solver.
     memory_limit, client
-        As for :func:`ntkpipe.operators.opening.as_operator`.
+        As for :func:`ntkpipe.operators.opening.as_operator`; the solver has half of the memory.
     progress
         Show passes on standard error.
 
@@ -129,10 +132,12 @@ def solve_store(
         "seed": seed,
     }
 
-    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Solution:
-        return solve(operator, rhs, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
+    share = half_of_room(memory_limit)
 
-    return keep(store, "solve", array, options, find, memory_limit, client, progress)
+    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Solution:
+        return solve(operator, rhs, monitor=monitor, checkpoint=checkpoint, memory_limit=share, **options)
+
+    return keep(store, "solve", array, options, find, share, client, progress)
 
 
 def logdet_of_store(
@@ -165,7 +170,7 @@ def logdet_of_store(
     num_probes, tol, rank, max_passes, seed
         Of ``slq``.
     memory_limit, client
-        As for :func:`ntkpipe.operators.opening.as_operator`.
+        As for :func:`ntkpipe.operators.opening.as_operator`; the solver has half of the memory.
     progress
         Show how far it is on standard error.
 
@@ -186,10 +191,12 @@ def logdet_of_store(
     sampling = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {"ridge": ridge, "method": method, "jitter": jitter, "path": path, **sampling}
 
-    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> LogDeterminant | LogDeterminantEstimate:
-        return logdet(operator, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
+    share = half_of_room(memory_limit)
 
-    return keep(store, "logdet", array, options, find, memory_limit, client, progress)
+    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> LogDeterminant | LogDeterminantEstimate:
+        return logdet(operator, monitor=monitor, checkpoint=checkpoint, memory_limit=share, **options)
+
+    return keep(store, "logdet", array, options, find, share, client, progress)
 
 
 def density_of_store(
@@ -218,7 +225,7 @@ def density_of_store(
     num_probes, num_steps, tol, max_passes, seed
         Of the solver.
     memory_limit, client
-        As for :func:`ntkpipe.operators.opening.as_operator`.
+        As for :func:`ntkpipe.operators.opening.as_operator`; the solver has half of the memory.
     progress
         Show passes on standard error.
 
@@ -241,10 +248,12 @@ def density_of_store(
     }
     named = {**options, "top": 0 if top is None else len(top.eigenvalues)}
 
-    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Density:
-        return density(operator, top=top, monitor=monitor, checkpoint=checkpoint, memory_limit=memory_limit, **options)
+    share = half_of_room(memory_limit)
 
-    return keep(store, "density", array, named, find, memory_limit, client, progress)
+    def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Density:
+        return density(operator, top=top, monitor=monitor, checkpoint=checkpoint, memory_limit=share, **options)
+
+    return keep(store, "density", array, named, find, share, client, progress)
 
 
 def read_result(store: KernelStore | str | Path, name: str) -> dict[str, Any] | None:

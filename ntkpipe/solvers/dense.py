@@ -13,7 +13,7 @@ from ntkpipe.config import check_number
 from ntkpipe.errors import NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
 
 # From the next size on the workspace of LAPACK's eigh, 1 + 6 n + 2 n², is beyond 32-bit integers.
@@ -81,7 +81,7 @@ def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor =
     matrix
         K: what :func:`ntkpipe.operators.opening.as_operator` takes. It stays as it is.
     memory_limit
-        Bytes that may be used; what is available if none.
+        Bytes that this process may have; default what it has and all that is free.
     monitor
         Called once, when K has been read.
 
@@ -112,7 +112,7 @@ def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ign
     matrix
         K: what :func:`ntkpipe.operators.opening.as_operator` takes. It stays as it is.
     memory_limit
-        Bytes that may be used; what is available if none.
+        Bytes that this process may have; default what it has and all that is free.
     monitor
         Called when K has been read, and after the check.
 
@@ -176,7 +176,7 @@ def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> s
     """
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
-    limit = available_memory() if memory_limit is None else memory_limit
+    limit = max(0, memory_room(memory_limit, share=1.0))
     # K, its copy or the vectors, and workspace, as multiples of a matrix.
     matrices = {"syevd": 5 if with_vectors else 2, "syevr in place": 2 if with_vectors else 1}
     if num_rows > MOST_ROWS_OF_32_BITS and not has_64_bit_integers():

@@ -180,7 +180,8 @@ def density(
     max_passes
         Most steps, if ``num_steps`` is none.
     memory_limit
-        Bytes for the Lanczos vectors, ``steps * p * n`` float64, which dominate; half of what is available if none.
+        Bytes that this process may have with the Lanczos vectors, ``steps * p * n`` float64, which dominate; default
+        what it has and half of what is free.
     seed
         Of the probes.
     monitor

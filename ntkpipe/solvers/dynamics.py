@@ -149,8 +149,8 @@ def dynamics(
     max_passes
         Most steps.
     memory_limit
-        Bytes for the vectors of the space, ``steps * c * n`` float64, which dominate with the results of
-        ``2 T c n``; half of what is available if none.
+        Bytes that this process may have with the vectors of the space, ``steps * c * n`` float64, which dominate with
+        the results of ``2 T c n``; default what it has and half of what is free.
     seed
         Of the random vector.
     monitor

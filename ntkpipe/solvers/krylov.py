@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.errors import ResourceError
-from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.saving import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -31,14 +31,14 @@ def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: i
     wanted
         Most steps.
     memory_limit
-        Bytes; half of what is available if none.
+        Bytes that this process may have; half of what is free if none.
 
     Raises
     ------
     ResourceError
         If not even two steps fit.
     """
-    limit = available_memory() // 2 if memory_limit is None else memory_limit
+    limit = max(0, memory_room(memory_limit))
     block = 8 * num_rows * num_columns
     fitting = limit // block - 3
     if fitting < min(2, wanted):

@@ -121,8 +121,8 @@ def slq_logdet(
     max_passes
         Most steps, if ``num_steps`` is none.
     memory_limit
-        Bytes for the Lanczos vectors, ``steps * p * n`` float64; half of what is available if none. The
-        preconditioner has ``rank * n`` more, three times that while it is made.
+        Bytes that this process may have with the Lanczos vectors, ``steps * p * n`` float64; default what it has and
+        half of what is free. The preconditioner has ``rank * n`` more, three times that while it is made.
     seed
         Of the probes, and of a preconditioner that is made.
     monitor

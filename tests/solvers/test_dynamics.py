@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from ntkpipe import resources
 from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.dynamics import dynamics
@@ -213,7 +214,8 @@ def test_passes_are_steps_and_a_check_and_bits_repeat(targets):
     assert first.work.passes == first.num_steps + 1
 
 
-def test_memory_limits_the_steps_and_is_named(targets):
+def test_memory_limits_the_steps_and_is_named(targets, monkeypatch):
+    monkeypatch.setattr(resources, "process_memory", lambda: 0)
     matrix = matrix_with_spectrum(power_law(300, condition=1e8))
     found = dynamics(matrix, targets, times=[1e7], memory_limit=8 * 300 * 5 * 15)
     assert found.num_steps == 12

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ntkpipe import resources
 from ntkpipe.errors import ResourceError
 from ntkpipe.solvers.krylov import BlockLanczos, ProbeLanczos, steps_that_fit
 from ntkpipe.testing import matrix_with_spectrum, spectra
@@ -105,8 +106,9 @@ def test_a_block_of_zeros_spans_nothing():
     assert lanczos.start.shape == (0, 2)
 
 
-def test_steps_are_what_memory_holds():
+def test_steps_are_what_memory_holds(monkeypatch):
+    monkeypatch.setattr(resources, "process_memory", lambda: 5 * 10**8)
     assert steps_that_fit(1000, 10, 50, 10**9) == 50
-    assert steps_that_fit(1000, 10, 50, 80_000 * 23) == 20
+    assert steps_that_fit(1000, 10, 50, 5 * 10**8 + 80_000 * 23) == 20
     with pytest.raises(ResourceError, match="fewer columns or raise memory_limit"):
-        steps_that_fit(1000, 10, 50, 80_000 * 4)
+        steps_that_fit(1000, 10, 50, 5 * 10**8 + 80_000 * 4)
