@@ -48,7 +48,7 @@ def memory_room(memory_limit: int | None, share: float = 0.5) -> int:
 
 def half_of_room(memory_limit: int | None) -> int | None:
     """The limit for each of two who share what this process may still allocate; none stays none."""
-    return None if memory_limit is None else process_memory() + memory_room(memory_limit) // 2
+    return None if memory_limit is None else memory_limit - memory_room(memory_limit) // 2
 
 
 def peak_process_memory() -> int:

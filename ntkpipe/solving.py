@@ -68,7 +68,7 @@ def eigsh_of_store(
     share = half_of_room(memory_limit)
 
     def find(operator: Operator, monitor: Monitor, checkpoint: Checkpoint) -> Eigenpairs:
-        return eigsh(operator, monitor=monitor, checkpoint=checkpoint, **options)
+        return eigsh(operator, monitor=monitor, checkpoint=checkpoint, memory_limit=share, **options)
 
     return keep(store, "eigsh", array, options, find, share, client, progress)
 

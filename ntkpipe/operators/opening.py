@@ -12,7 +12,7 @@ from ntkpipe.operators.operator import Operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
-from ntkpipe.resources import format_bytes, memory_room, num_cores, process_memory
+from ntkpipe.resources import format_bytes, half_of_room, memory_room, num_cores, process_memory
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -67,6 +67,22 @@ def as_operator(
     if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
         return _open(ArrayTiles(matrix), memory_limit, threads, client, keep_tiles)
     return DenseOperator(matrix)
+
+
+def open_for_solver(matrix: Any, memory_limit: int | None) -> tuple[Operator, int | None]:
+    """The operator of a matrix, and the limit for the solver: half of the room is for tiles that this call opens.
+
+    Raises
+    ------
+    ConfigError, NonFiniteError, ResourceError
+        As :func:`as_operator`.
+    """
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, low=1)
+    if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
+        return as_operator(matrix), memory_limit
+    share = half_of_room(memory_limit)
+    return as_operator(matrix, memory_limit=share), share
 
 
 def _open(

@@ -97,6 +97,11 @@ class Operator(ABC):
     def work(self) -> Work:
         """What has been done since the operator was made."""
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that reading takes beside what is kept: tiles that are in use or on their way."""
+        return 0
+
     @abstractmethod
     def identity(self) -> str:
         """Names the matrix: equal for equal entries, also in another process. Checkpoints and results hold it."""
@@ -262,6 +267,10 @@ class _View(Operator):
     @property
     def work(self) -> Work:
         return self._base.work
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._base.buffer_bytes
 
     def storage_floor(self) -> float:
         return self._base.storage_floor()

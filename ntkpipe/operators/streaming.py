@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator, Statistics, Work
-from ntkpipe.operators.reading import TileReader
+from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import map_shards, multiply_shards
 from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, scratch_bytes
 
@@ -54,6 +54,11 @@ class StreamingOperator(Operator):
     def work(self) -> Work:
         """See :attr:`Operator.work`; a pass is all tiles of the whole matrix."""
         return self._reader.work
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See :attr:`Operator.buffer_bytes`."""
+        return buffer_bytes(self._reader.source, self._num_threads)
 
     def identity(self) -> str:
         """See :meth:`Operator.identity`."""

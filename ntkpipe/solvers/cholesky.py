@@ -102,7 +102,7 @@ def cholesky(
         check_number("threads", threads, low=1)
     num_threads = threads or num_cores()
     operator = as_operator(matrix, memory_limit=memory_limit, threads=threads, keep_tiles=False)
-    room = room_for_panels(memory_limit)
+    room = room_for_panels(memory_limit) - operator.buffer_bytes
     work = operator.work
     with contextlib.ExitStack() as stack:
         if path is None:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import digest_of
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
@@ -208,7 +208,7 @@ def density(
     to the number of the others, which is known; the bias of that, of order ``1 / n``, is far below all errors.
     """
     begin = perf_counter()
-    operator = as_operator(matrix)
+    operator, room = open_for_solver(matrix, memory_limit)
     before, n = operator.work, operator.num_rows
     num_probes = int(check_number("num_probes", num_probes, low=2))
     tol = float(check_number("tol", tol, low=0.0, high=1.0))
@@ -217,7 +217,7 @@ def density(
         num_steps = int(check_number("num_steps", num_steps, low=1))
     values, vectors = _exact_pairs(top, n)
     asked = min(num_steps or max_passes, n)
-    most = steps_that_fit(n, num_probes, asked, memory_limit)
+    most = steps_that_fit(n, num_probes, asked, room)
     probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
     lanczos = ProbeLanczos(probes, most, vectors)
     masses = np.where(lanczos.squared_norms > 0, n - len(values), 0.0)

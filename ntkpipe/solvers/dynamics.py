@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.blocks import as_block
@@ -182,7 +182,7 @@ def dynamics(
     status says so if targets have a part there.
     """
     begin = perf_counter()
-    operator = as_operator(matrix)
+    operator, room = open_for_solver(matrix, memory_limit)
     before = operator.work
     goals = as_block("targets", targets, operator.num_rows).reshape(np.shape(targets))
     wanted = _times(times)
@@ -197,7 +197,7 @@ def dynamics(
             raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
         columns = columns - as_block("initial functions", initial, operator.num_rows)
     sizes = np.linalg.norm(columns, axis=0)
-    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, memory_limit)
+    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, room)
     floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
     space = BlockLanczos(columns / np.where(sizes > 0, sizes, 1.0), most)
     top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None

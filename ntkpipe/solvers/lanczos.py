@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, ResourceError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, Work
-from ntkpipe.resources import available_memory, format_bytes
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.saving import Checkpoint, as_integer, as_number, as_numbers
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
 from ntkpipe.solvers.resuming import as_work
@@ -89,6 +89,7 @@ def eigsh(
     block: int | None = None,
     max_basis: int | None = None,
     max_passes: int | None = None,
+    memory_limit: int | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
@@ -124,6 +125,8 @@ def eigsh(
         ``3 k + 2 block`` kernels take one pass more.
     max_passes
         Most products before the one that checks; by default 200.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
     seed
         Of the first block.
     checkpoint
@@ -146,10 +149,10 @@ def eigsh(
     StoreError
         If the checkpoint is damaged.
     """
-    operator = as_operator(matrix)
-    return _Search(operator, _options(operator.num_rows, k, tol, block, max_basis, max_passes, seed), checkpoint).run(
-        monitor
-    )
+    operator, room = open_for_solver(matrix, memory_limit)
+    options = _options(operator.num_rows, k, tol, block, max_basis, max_passes, seed)
+    _require_memory(operator.num_rows, options, memory_room(room, share=1.0))
+    return _Search(operator, options, checkpoint).run(monitor)
 
 
 def _options(
@@ -175,7 +178,7 @@ def _options(
     return {"tol": float(tol), **{name: int(value) for name, value in whole.items()}}
 
 
-def _require_memory(num_rows: int, k: int, block: int, max_basis: int) -> None:
+def _require_memory(num_rows: int, options: Mapping[str, Any], room: int) -> None:
     """Fail now and not when the basis is nearly full.
 
     Raises
@@ -183,11 +186,12 @@ def _require_memory(num_rows: int, k: int, block: int, max_basis: int) -> None:
     ResourceError
         If the vectors do not fit.
     """
+    k, block, max_basis = (int(options[name]) for name in ("k", "block", "max_basis"))
     need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
-    if need > (free := available_memory()):
+    if need > room:
         raise ResourceError(
             f"{max_basis} vectors of {num_rows} rows, and room to work, take {format_bytes(need)}, and "
-            f"{format_bytes(free)} are free; give a smaller max_basis (with {k + 2 * block} it is "
+            f"{format_bytes(max(0, room))} may be used; give a smaller max_basis (with {k + 2 * block} it is "
             f"{format_bytes(least)}), k or block"
         )
 
@@ -199,7 +203,6 @@ class _Search:
         self._operator, self._options, self._checkpoint = operator, options, checkpoint
         self._k, self._tol = int(options["k"]), float(options["tol"])
         width, most = int(options["block"]), int(options["max_basis"])
-        _require_memory(operator.num_rows, self._k, width, most)
         # Of what is kept most is spectrum beside the wanted pairs, which filters for them; the rest makes room.
         keep = max(self._k, min(self._k + width, most - width), most - 4 * width)
         self._space = ThickRestart(operator.num_rows, width, most, keep, int(options["seed"]))

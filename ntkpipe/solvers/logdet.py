@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.krylov import ProbeLanczos, is_due, steps_that_fit
@@ -147,7 +147,7 @@ def slq_logdet(
     F F' ≤ K, that over μ, and one at most.
     """
     begin = perf_counter()
-    operator = as_operator(matrix)
+    operator, room = open_for_solver(matrix, memory_limit)
     before, n = operator.work, operator.num_rows
     ridge = float(check_number("ridge", float(ridge), low=0.0, high=1e300))
     num_probes = int(check_number("num_probes", num_probes, low=2))
@@ -161,7 +161,7 @@ def slq_logdet(
     elif preconditioner is not None and preconditioner.num_rows != n:
         raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
     asked = min(num_steps or max_passes, n)
-    most = steps_that_fit(n, num_probes, asked, memory_limit)
+    most = steps_that_fit(n, num_probes, asked, room)
     probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
     lanczos = ProbeLanczos(probes, most)
     floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())

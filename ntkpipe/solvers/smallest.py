@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, IndefiniteError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import available_memory
+from ntkpipe.resources import memory_room
 from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.davidson import Davidson, Inverse
 from ntkpipe.solvers.lanczos import eigsh
@@ -100,6 +100,7 @@ def smallest(
     path: str | Path | None = None,
     block: int | None = None,
     max_passes: int = 200,
+    memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
 ) -> Smallest:
@@ -129,17 +130,19 @@ def smallest(
         Maps a block of shape (n, c) to about ``K^-1 @ block``: ``Preconditioner.solve``, or
         ``lambda block: factor.solve(block).coefficients`` of :func:`ntkpipe.solvers.cholesky.cholesky`.
     certify
-        Whether to prove the lower bound. If none: up to 16,384 rows, where half of the free memory holds the factor.
+        Whether to prove the lower bound. If none: up to 16,384 rows, where ``memory_limit`` holds the factor.
     path
         Where the proof's factor is written, if not into memory; see :func:`ntkpipe.solvers.cholesky.cholesky`.
     block
         Columns of a pass; default 2 k, at least 16.
     max_passes
         Most steps.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free. The vectors are not counted.
     seed
         Of the first block, and of the default inverse.
     monitor
-        Called after each pass of the iteration.
+        Called after each pass: first of the iteration for λ_max, then of the one for the smallest.
 
     Raises
     ------
@@ -152,14 +155,15 @@ def smallest(
     TileError
         If a tile of a stored kernel is missing or damaged.
     """
-    started, operator = perf_counter(), as_operator(matrix)
+    started = perf_counter()
+    operator, room = open_for_solver(matrix, memory_limit)
     n, before = operator.num_rows, operator.work
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
     check_number("max_passes", max_passes, low=1)
     width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
     if certify is None:
-        certify = path is not None or (n <= _MOST_PROVED_UNASKED and 8 * n * (n // 2 + 4096) <= available_memory() // 2)
+        certify = path is not None or (n <= _MOST_PROVED_UNASKED and 8 * n * (n // 2 + 4096) <= memory_room(room))
     options = {
         "k": int(k),
         "tol": float(tol),
@@ -168,9 +172,10 @@ def smallest(
         "path": None if path is None else str(path),
         "block": min(width, n),
         "max_passes": int(max_passes),
+        "memory_limit": memory_limit,
         "seed": int(seed),
     }
-    top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed)
+    top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor)
     largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
     floor = operator.storage_floor()
     given = randomly_pivoted_cholesky(operator, seed=seed).solve if inverse is None else _checked(inverse)
@@ -186,7 +191,7 @@ def smallest(
     values, vectors, norms = _by_product(operator, space.pairs(k))
     limits = np.maximum(tol * np.maximum(np.abs(values), floor), rounding)
     is_converged = bool((norms <= limits).all())
-    low, high, certificate = _bounds(operator, values, norms, rounding, path=path, certify=certify)
+    low, high, certificate = _bounds(operator, values, norms, rounding, path=path, certify=certify, memory_limit=room)
     status, message = _judge(values, norms, low, floor, rounding, options, is_converged=is_converged)
     condition = _condition(low, high, largest, slack, floor)
     return Smallest(
@@ -243,6 +248,7 @@ def _bounds(
     *,
     path: str | Path | None,
     certify: bool,
+    memory_limit: int | None,
 ) -> tuple[float | None, float, Certificate | None]:
     """Bounds of λ_min, and what the lower one rests on."""
     high = float(values[0]) + rounding
@@ -253,7 +259,7 @@ def _bounds(
     # Rounding of Cholesky, of the shift on the diagonal, and of the diagonal itself.
     unsure = 2 * (n + 1) * _EPS * (operator.trace() + n * abs(low)) / (1 - 2 * (n + 1) * _EPS)
     try:
-        cholesky(operator.shifted(-low), path=path)
+        cholesky(operator.shifted(-low), path=path, memory_limit=memory_limit)
     except IndefiniteError:
         # Above it because it is a Rayleigh quotient, below the shift because Cholesky failed.
         return None, min(high, low + unsure), None

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
 from ntkpipe.solvers.blocks import as_block
@@ -200,7 +200,8 @@ def _solve_all(
     ConfigError
         If an option is wrong.
     """
-    operator = as_operator(matrix, memory_limit=options.memory_limit)
+    operator, room = open_for_solver(matrix, options.memory_limit)
+    options = replace(options, memory_limit=room)
     block = as_block("right-hand sides", rhs, operator.num_rows)
     guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from ntkpipe import resources
 from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.saving import Checkpoint
-from ntkpipe.solvers import lanczos
 from ntkpipe.solvers.lanczos import eigsh
 from ntkpipe.testing import matrix_with_spectrum, power_law, spectra
 
@@ -244,10 +244,12 @@ def test_a_matrix_with_nan_is_refused():
         eigsh(matrix, 5)
 
 
-def test_vectors_that_do_not_fit_are_refused_at_once(monkeypatch):
-    monkeypatch.setattr(lanczos, "available_memory", lambda: 8 * 300 * 150)
+@pytest.mark.parametrize("memory_limit", [None, 10**9 + 8 * 300 * 150])
+def test_vectors_that_do_not_fit_are_refused_at_once(monkeypatch, memory_limit):
+    monkeypatch.setattr(resources, "process_memory", lambda: 10**9)
+    monkeypatch.setattr(resources, "available_memory", lambda: 8 * 300 * 150)
     operator = DenseOperator(matrix_with_spectrum(power_law(300, condition=1e4)))
     with pytest.raises(ResourceError, match="smaller max_basis"):
-        eigsh(operator, 20)
+        eigsh(operator, 20, memory_limit=memory_limit)
     assert operator.work.passes == 0
-    assert eigsh(operator, 20, max_basis=45).status == "converged"
+    assert eigsh(operator, 20, max_basis=45, memory_limit=memory_limit).status == "converged"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from ntkpipe import resources
 from ntkpipe.errors import ConfigError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers import smallest as module
@@ -143,11 +144,11 @@ def test_two_runs_give_the_same_bits():
 
 def test_a_proof_that_does_not_fit_is_left_out_or_refused(monkeypatch, tmp_path):
     matrix = matrix_with_spectrum(power_law(300, condition=1e4))
-    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**7)
     assert smallest(matrix).certificate == "residual"
     assert smallest(matrix, path=tmp_path / "factor").certificate == "cholesky"
 
-    def refuse(operator, *, path):
+    def refuse(operator, **options):
         raise ResourceError("no room")
 
     monkeypatch.setattr(module, "cholesky", refuse)
