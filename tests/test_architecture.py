@@ -93,6 +93,7 @@ HOUSE = {
     "operators.operator": (5, "shared"),
     "operators.dense": (7, "use"),
     "operators.tiles": (6, "use"),
+    "operators.tiled": (7, "use"),
     "operators.reading": (7, "use"),
     "operators.shards": (7, "use"),
     "operators.holding": (8, "use"),

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import map_shards, multiply_shards
+from ntkpipe.operators.tiled import TiledOperator, join_measures
 from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, scratch_bytes
 
 Found = TypeVar("Found")
 
 
-class StreamingOperator(Operator):
+class StreamingOperator(TiledOperator):
     """A symmetric matrix of tiles, read from its store in every pass but for those that are kept.
 
     Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
@@ -80,18 +81,8 @@ class StreamingOperator(Operator):
             self._reader.add_seconds(perf_counter() - start)
 
     def _measure(self) -> Statistics:
-        diagonal, squared = np.empty(self.num_rows), 0.0
-        for part in self._map(lambda tiles: measure(tiles, self._grid, self.num_rows), self._shards):
-            squared += part.squared
-            for start, values in part.diagonals:
-                diagonal[start : start + len(values)] = values
-        return Statistics(diagonal, squared**0.5)
-
-    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._gather(Columns(indices), (self.num_rows, len(indices)))
-
-    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        return self._gather(Rectangle(rows, columns), (rows.stop - rows.start, columns.stop - columns.start))
+        found = self._map(lambda tiles: measure(tiles, self._grid, self.num_rows), self._shards)
+        return join_measures(found, self.num_rows)
 
     def _gather(self, request: Columns | Rectangle, shape: tuple[int, int]) -> NDArray[np.float64]:
         values = np.empty(shape)

@@ -18,7 +18,8 @@ from ntkpipe.operators.holding import Answer, Order, Request
 from ntkpipe.operators.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, share_out
-from ntkpipe.operators.tiles import Columns, Part, Rectangle, Shard, TileSource, cut_shards
+from ntkpipe.operators.tiled import TiledOperator, join_measures
+from ntkpipe.operators.tiles import Part, Shard, TileSource, cut_shards
 from ntkpipe.resources import format_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _SMALL_BLOCK = 2**18
 _MOST_LOSSES = 5
 
 
-class WorkersOperator(Operator):
+class WorkersOperator(TiledOperator):
     """A symmetric matrix of tiles, which the workers of a cluster read and keep.
 
     Every worker owns some of the shards that :class:`ntkpipe.operators.streaming.StreamingOperator` multiplies, keeps
@@ -127,18 +128,7 @@ class WorkersOperator(Operator):
         return total.total
 
     def _measure(self) -> Statistics:
-        diagonal, squared = np.empty(self.num_rows), 0.0
-        for _, part in sorted(self._pass(None, None)):
-            squared += part.squared
-            for start, values in part.diagonals:
-                diagonal[start : start + len(values)] = values
-        return Statistics(diagonal, squared**0.5)
-
-    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._gather(Columns(indices), (self.num_rows, len(indices)))
-
-    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        return self._gather(Rectangle(rows, columns), (rows.stop - rows.start, columns.stop - columns.start))
+        return join_measures((part for _, part in sorted(self._pass(None, None))), self.num_rows)
 
     def _gather(self, request: Request, shape: tuple[int, int]) -> NDArray[np.float64]:
         values = np.empty(shape)
