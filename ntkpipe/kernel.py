@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ntkpipe.errors import ConfigError, ResourceError, StoreError
+from ntkpipe.extras import needed_for
 from ntkpipe.grid import Grid
 from ntkpipe.kinds import get_kind
 from ntkpipe.manifest import Manifest
@@ -18,6 +19,7 @@ from ntkpipe.store import Store, StoredArray
 
 if TYPE_CHECKING:
     import dask.array
+    import xarray
 
 # What a request may take of the memory that is free; the rest is for the work that it is read for.
 _SHARE_OF_MEMORY = 0.8
@@ -215,6 +217,24 @@ class Kernel:
 
         return views.to_dask(self)
 
+    def to_xarray(self) -> "xarray.DataArray":
+        """A lazy :class:`xarray.DataArray` of the full matrix; indexing reads the tiles that it touches, and no others.
+
+        Dimensions are ``(sample, sample_)``, or ``(test_sample, sample_)`` for a test kernel; where a sample has more
+        rows than one, as in a full NTK, ``(sample, output, sample_, output_)``. Values that were read are not kept:
+        ``.load()`` keeps them, ``.chunk()`` makes a dask array.
+
+        :meth:`KernelSet.to_xarray` has targets and outputs beside it.
+
+        Raises
+        ------
+        ConfigError
+            If xarray is not installed.
+        """
+        with needed_for("to_xarray", "xarray"):
+            from ntkpipe import labelled
+        return labelled.to_dataarray(self)
+
     @property
     def blocks(self) -> "KernelBlocks":
         """The kernel as an (N, M, S, S) array: one S x S block for each pair of samples."""
@@ -339,6 +359,48 @@ class KernelSet:
     def test_diagonal(self) -> NDArray[Any]:
         """The S x S block of each test sample with itself, shape (M, S, S); raises as :attr:`train`."""
         return self._read_all(self._name("kernel/test_diagonal"))
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Kernels, outputs and targets as a lazy :class:`xarray.Dataset` with named dimensions; opening reads no tile.
+
+        ======================  ============================================  ==================================
+        variable                dimensions                                    there if
+        ======================  ============================================  ==================================
+        ``train``               ``(sample, sample_)``
+        ``test_train``          ``(test_sample, sample_)``                    the store has test samples
+        ``test_diagonal``       ``(test_sample,)``                            the store has test samples
+        ``outputs``             ``(sample, output)``
+        ``test_outputs``        ``(test_sample, output)``                     the store has test samples
+        ``target``              ``(sample,)`` and those of a target           coordinate; the store has targets
+        ``target_``             ``(sample_,)`` and those of a target          coordinate; the store has targets
+        ``test_target``         ``(test_sample,)`` and those of a target      coordinate; the store has test targets
+        ======================  ============================================  ==================================
+
+        A trailing underscore marks what belongs to columns, in train and test kernels alike, so that
+        ``xarray.dot(dataset.test_train, coefficients)`` with coefficients of ``(sample_, …)`` is a prediction. A full
+        NTK has ``output`` behind each row's sample and ``output_`` behind each column's, ``(sample, output, sample_,
+        output_)``; of kind ``diagonal``, where each output has a kernel, ``output`` comes first, ``(output, sample,
+        sample_)``, unless :meth:`output` has picked one. Targets of as many columns as there are outputs have the
+        dimension ``output``, others ``target_axis_1`` and so on.
+
+        Attributes are ``kind``, ``convention``, ``compute_dtype``, ``accumulate_dtype``, ``store_dtype``, ``model``,
+        ``num_parameters`` and ``manifest_digest`` of the manifest, and ``group`` and ``picked_output`` where these were
+        chosen. Entries keep the dtype of the store: convert with ``.astype("float64")`` before long sums.
+
+        Raises
+        ------
+        ConfigError
+            If xarray is not installed.
+        TileError, ResourceError
+            On reading, as :class:`Kernel` does.
+        """
+        with needed_for("to_xarray", "xarray"):
+            from ntkpipe import labelled
+        manifest = self.store.manifest
+        digest = manifest.digest()
+        return labelled.to_dataset(
+            manifest, self.store.arrays, lambda array: Kernel(array, digest), self._group, self._output
+        )
 
     def output(self, number: int) -> "KernelSet":
         """The kernels of one output, in a store of kind ``diagonal``.

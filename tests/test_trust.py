@@ -9,7 +9,19 @@ from test_architecture import imports, modules, resolve
 SOURCES = modules()
 # Where bytes of a store or a checkpoint come in.
 READERS = (
-    *("medium", "objects", "documents", "manifest", "layout", "store", "kernel", "views", "verification", "export"),
+    *(
+        "medium",
+        "objects",
+        "documents",
+        "manifest",
+        "layout",
+        "store",
+        "kernel",
+        "views",
+        "labelled",
+        "verification",
+        "export",
+    ),
     *("checkpoints", "datasets", "certify", "analysis.summary", "solvers.factor_folder"),
 )
 # Names come from the user's workflow file; tasks go between a client and its own cluster.
