@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ntkpipe.export import export_kernel
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
     from ntkpipe.operators.opening import as_operator
+    from ntkpipe.precomputed import PrecomputedKernel
     from ntkpipe.saving import Checkpoint
     from ntkpipe.solvers.cholesky import cholesky
     from ntkpipe.solvers.dense import eigh, eigvalsh
@@ -32,6 +33,7 @@ _HOMES = {
     "Kernel": "kernel",
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
+    "PrecomputedKernel": "precomputed",
     "as_operator": "operators.opening",
     "cholesky": "solvers.cholesky",
     "compute_kernel": "api",
@@ -63,6 +65,7 @@ __all__ = [
     "Kernel",
     "KernelStore",
     "NtkpipeError",
+    "PrecomputedKernel",
     "as_operator",
     "cholesky",
     "compute_kernel",
