@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
@@ -31,6 +32,7 @@ _HOMES = {
     "Checkpoint": "saving",
     "ClusterSpec": "config",
     "Kernel": "kernel",
+    "KernelRegression": "analysis.estimator",
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
     "PrecomputedKernel": "precomputed",
@@ -63,6 +65,7 @@ __all__ = [
     "Checkpoint",
     "ClusterSpec",
     "Kernel",
+    "KernelRegression",
     "KernelStore",
     "NtkpipeError",
     "PrecomputedKernel",

@@ -95,3 +95,7 @@ class StoreFullError(StoreError):
 
 class Interrupted(NtkpipeError, KeyboardInterrupt):  # noqa: N818 - it is not an error of the program
     """The run was interrupted from outside. Every tile that was finished is kept."""
+
+
+class NotConvergedWarning(UserWarning):
+    """A result is not what was asked for; its status and message say in what respect."""
