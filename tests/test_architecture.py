@@ -94,6 +94,7 @@ HOUSE = {
     "printing": (1, "shared"),
     "saving": (5, "shared"),
     "operators.operator": (5, "shared"),
+    "operators.blas": (5, "use"),
     "operators.dense": (7, "use"),
     "operators.tiles": (6, "use"),
     "operators.tiled": (7, "use"),

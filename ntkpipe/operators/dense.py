@@ -1,5 +1,7 @@
 """An array as an operator."""
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
@@ -7,16 +9,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.operator import Operator, Statistics, Work, digest_of
+from ntkpipe.resources import num_cores
 
 # Rows of a float32 matrix that are upcast at a time: with 2,048 columns 4 MiB, which stay in the cache.
 _ROWS_AT_ONCE = 256
+# Multiplications: some milliseconds.
+_WORTH_THREADS = 10**8
 
 
 class DenseOperator(Operator):
     """A symmetric array in memory.
 
-    Products of a float32 array are float64: its rows are upcast a few at a time, never the whole.
+    Products of a float32 array are float64: its rows are upcast a few at a time, never the whole. Threads take runs of
+    rows; no bit depends on how many there are.
 
     Parameters
     ----------
@@ -61,9 +68,18 @@ class DenseOperator(Operator):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         start = perf_counter()
         product = np.empty_like(block)
-        for first in range(0, self.num_rows, _ROWS_AT_ONCE):
+
+        def multiply(first: int) -> None:
             rows = slice(first, first + _ROWS_AT_ONCE)
             np.matmul(self._matrix[rows].astype(np.float64, copy=False), block, out=product[rows])
+
+        runs = range(0, self.num_rows, _ROWS_AT_ONCE)
+        with single_threaded_blas():
+            if self.num_rows**2 * block.shape[1] < _WORTH_THREADS:
+                deque(map(multiply, runs), 0)
+            else:
+                with ThreadPoolExecutor(num_cores()) as threads:
+                    deque(threads.map(multiply, runs), 0)
         self._work += Work(1.0, 0, perf_counter() - start)
         return product
 

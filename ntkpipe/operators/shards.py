@@ -1,18 +1,16 @@
 """Shards of tiles: who owns which, threads that work through them with single-threaded BLAS, how results add up."""
 
-import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from ntkpipe.grid import Grid
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import Part, Shard, TileIndex, Tiles, multiply
 
 Found = TypeVar("Found")
@@ -68,7 +66,7 @@ def map_shards(
         return work(watched(tiles))
 
     waiting: list[Future[Found]] = []
-    with SingleThreadedBlas.entered(), ThreadPoolExecutor(num_threads) as threads:
+    with single_threaded_blas(), ThreadPoolExecutor(num_threads) as threads:
         try:
             for shard in shards:
                 # Here and not in the thread: the first tile comes while others are still multiplied.
@@ -146,35 +144,6 @@ def multiply_shards(
             assert done.values.base is not None
             free.append(done.values.base)
     return total
-
-
-class SingleThreadedBlas:
-    """A setting of the process: made by the first pass at a time, and unmade by the last."""
-
-    _lock = threading.Lock()
-    _num_passes = 0
-    _setting: Any = None
-
-    @classmethod
-    @contextlib.contextmanager
-    def entered(cls) -> Iterator[None]:
-        """While the setting is needed."""
-        with cls._lock:
-            if cls._num_passes == 0:
-                cls._setting = _controller().limit(limits=1, user_api="blas")
-            cls._num_passes += 1
-        try:
-            yield
-        finally:
-            with cls._lock:
-                cls._num_passes -= 1
-                if cls._num_passes == 0:
-                    cls._setting.restore_original_limits()
-
-
-@cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:

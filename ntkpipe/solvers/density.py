@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import digest_of
 from ntkpipe.saving import Checkpoint
@@ -148,6 +149,7 @@ class Density(Result):
         ]
 
 
+@single_threaded_blas()
 def density(
     matrix: Any,
     *,

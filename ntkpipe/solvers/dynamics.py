@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
@@ -112,6 +113,7 @@ class Dynamics(Result):
         ]
 
 
+@single_threaded_blas()
 def dynamics(
     matrix: Any,
     targets: ArrayLike,

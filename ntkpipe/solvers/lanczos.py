@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, ResourceError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, Work
 from ntkpipe.resources import format_bytes, memory_room
@@ -81,6 +82,7 @@ class _Checked:
     excess: float
 
 
+@single_threaded_blas()
 def eigsh(
     matrix: Any,
     k: int = 100,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator
 from ntkpipe.saving import Checkpoint
@@ -80,6 +81,7 @@ class LogDeterminantEstimate(Result):
         ]
 
 
+@single_threaded_blas()
 def slq_logdet(
     matrix: Any,
     *,

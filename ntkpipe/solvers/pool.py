@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.operators.shards import SingleThreadedBlas
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.resources import num_cores
 
 Part = TypeVar("Part")
@@ -38,7 +38,7 @@ class Pool:
     def open(cls, num_threads: int | None = None) -> Iterator["Pool"]:
         """Threads for a while, one for each core unless told otherwise; BLAS of this process has one until the end."""
         count = num_threads or num_cores()
-        with SingleThreadedBlas.entered(), ThreadPoolExecutor(count, thread_name_prefix="products") as threads:
+        with single_threaded_blas(), ThreadPoolExecutor(count, thread_name_prefix="products") as threads:
             yield cls(count, threads)
 
     def start(self, work: Callable[[Part], None], parts: Iterable[Part]) -> list[Future[None]]:

@@ -10,6 +10,7 @@ from scipy.linalg import solve_triangular
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator, Work
 
@@ -115,6 +116,7 @@ def default_rank(num_rows: int) -> int:
     return max(1, min(_MOST_RANK, num_rows // _LEAST_COLUMNS_PER_RANK))
 
 
+@single_threaded_blas()
 def randomly_pivoted_cholesky(
     matrix: Any, rank: int | None = None, *, ridge: float = 0.0, rounds: int = 5, seed: int = 0
 ) -> Preconditioner:
@@ -242,6 +244,7 @@ def _pivots_among(
     return chosen, np.tril(columns[chosen, : len(chosen)])
 
 
+@single_threaded_blas()
 def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: int = 0) -> Preconditioner:
     """A preconditioner from one product of K with random vectors.
 

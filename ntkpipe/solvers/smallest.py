@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, IndefiniteError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import memory_room
@@ -90,6 +91,7 @@ class Smallest(Result):
         ]
 
 
+@single_threaded_blas()
 def smallest(
     matrix: Any,
     k: int = 1,

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.operators.operator import Operator, digest_of
 from ntkpipe.saving import Checkpoint
@@ -26,6 +27,7 @@ _MOST_PASSES = 1000
 _LARGEST = float(np.finfo(np.float64).max)
 
 
+@single_threaded_blas()
 def solve(
     matrix: Any,
     rhs: ArrayLike,
@@ -126,6 +128,7 @@ def solve(
     )[0]
 
 
+@single_threaded_blas()
 def solve_path(
     matrix: Any,
     rhs: ArrayLike,

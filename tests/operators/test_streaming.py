@@ -15,7 +15,6 @@ from stored import store_matrix
 from ntkpipe import resources
 from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError, TileError
 from ntkpipe.grid import Axis, Grid
-from ntkpipe.operators import shards
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
@@ -326,21 +325,6 @@ def test_a_shard_that_fails_stops_the_others():
     with pytest.raises(Stopped):
         list(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2, lambda: True))
     assert sum(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2)) == len(EVERY)
-
-
-def test_blas_has_one_thread_until_the_last_pass_is_over():
-    controller = shards._controller()
-
-    def num_threads() -> set[int]:
-        return {each["num_threads"] for each in controller.info() if each["user_api"] == "blas"}
-
-    with controller.limit(limits=2, user_api="blas"):
-        before = num_threads()
-        with shards.SingleThreadedBlas.entered():
-            with shards.SingleThreadedBlas.entered():
-                assert num_threads() == {1}
-            assert num_threads() == {1}
-        assert num_threads() == before
 
 
 def test_memory_is_what_was_given(kernel, monkeypatch):
