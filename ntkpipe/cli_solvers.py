@@ -44,6 +44,10 @@ _ridge_scale = click.option(
     "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
 )
 
+_path = click.option(
+    "--path", metavar="FOLDER", help="For a Cholesky factor that does not fit in memory: half of n² float64 numbers."
+)
+
 
 @click.command()
 @click.option("-k", "k", type=int, default=100, show_default=True, help="How many.")
@@ -68,6 +72,7 @@ def eigsh(store: str, **options: Any) -> None:
 @click.option("--tol", type=float, default=1e-6, show_default=True, help="True residual of each column.")
 @click.option("--rank", type=int, help="Of the preconditioner.  [default: n/10, at most 1000]")
 @click.option("--preconditioner", type=click.Choice(["rpcholesky", "nystrom"]), default="rpcholesky", show_default=True)
+@_path
 @_common
 def solve(store: str, **options: Any) -> None:
     """Kernel regression (K + λI) A = Y with the targets of STORE, kept in results/solve."""
@@ -84,7 +89,7 @@ def solve(store: str, **options: Any) -> None:
     help="Exact, or an estimate with its errors.",
 )
 @click.option("--jitter", type=click.Choice(["auto"]), help="Raise the diagonal where a pivot is not positive.")
-@click.option("--path", metavar="FOLDER", help="For a factor that does not fit in memory: half of n² float64 numbers.")
+@_path
 @click.option("--probes", "num_probes", type=int, help="Random vectors of slq.  [default: 16]")
 @click.option("--tol", type=float, help="Largest error of slq, per row.  [default: 0.01]")
 @click.option("--rank", type=int, help="Of slq's preconditioner.  [default: n/10, at most 1000]")

@@ -83,6 +83,7 @@ def solve_store(
     tol: float = 1e-6,
     rank: int | None = None,
     preconditioner: Literal["rpcholesky", "nystrom"] = "rpcholesky",
+    path: str | None = None,
     max_passes: int | None = None,
     seed: int = 0,
     memory_limit: int | None = None,
@@ -102,7 +103,7 @@ def solve_store(
         Which kernel, as ``train``, or ``groups/head/kernel/train``.
     ridge, ridge_scale
         λ, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
-    method, tol, rank, preconditioner, max_passes, seed
+    method, tol, rank, preconditioner, path, max_passes, seed
         Of the solver.
     memory_limit, client
         As for :func:`ntkpipe.operators.opening.as_operator`; the solver has half of the memory.
@@ -128,6 +129,7 @@ def solve_store(
         "tol": tol,
         "rank": rank,
         "preconditioner": preconditioner,
+        "path": path,
         "max_passes": max_passes,
         "seed": seed,
     }

@@ -9,8 +9,9 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import memory_room
+from ntkpipe.resources import memory_room, num_cores
 
 # Iterations to a residual of 1e-6 that kernels need at ranks of n/10 to n/4: 30 to 60 were measured.
 _ITERATIONS = 50
@@ -20,6 +21,7 @@ _PANELS = 0.4
 _SAMPLE = 1024
 # A matrix in memory, where no read has been timed.
 _BYTES_PER_SECOND = 5e9
+_DISK_BYTES_PER_SECOND = 1e9
 _PANEL_COLUMNS = 3 * 1024
 # Below it nothing is worth a measurement.
 _SMALL = 1000
@@ -35,7 +37,7 @@ class Forecast:
     iterating
         By conjugate gradients, for one ridge, with its part of the preconditioner.
     factoring
-        By a Cholesky factor in memory; none if it does not fit.
+        By a Cholesky factor, in memory or in files; none if it does not fit.
     """
 
     iterating: float
@@ -45,11 +47,19 @@ class Forecast:
     def words(self) -> str:
         """Both numbers."""
         if self.factoring is None:
-            return "a Cholesky factor does not fit memory"
+            return "a Cholesky factor does not fit memory, and path= names no folder for it"
         return f"about {self.factoring:.2g} s by Cholesky, {self.iterating:.2g} s by conjugate gradients"
 
 
-def forecast(operator: Operator, *, num_columns: int, rank: int, num_ridges: int, memory_limit: int | None) -> Forecast:
+def forecast(
+    operator: Operator,
+    *,
+    num_columns: int,
+    rank: int,
+    num_ridges: int,
+    memory_limit: int | None,
+    in_files: bool = False,
+) -> Forecast:
     """Estimate both ways from n, the rate of a matrix product, and the time of a pass.
 
     The pass that finds diagonal and Frobenius norm, which both ways need, is timed if it is not done yet; otherwise
@@ -67,9 +77,11 @@ def forecast(operator: Operator, *, num_columns: int, rank: int, num_ridges: int
         That share it.
     memory_limit
         Bytes that this process may have; default half of what is free, besides what it has.
+    in_files
+        Whether the factor would be written to files, panel by panel.
     """
     n, room = operator.num_rows, memory_room(memory_limit)
-    fits = 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room
+    fits = in_files or 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room
     if n <= _SMALL:
         return Forecast(math.inf, 0.0 if fits else None)
     rate, read = _flops_per_second(), _seconds_to_read(operator)
@@ -77,6 +89,10 @@ def forecast(operator: Operator, *, num_columns: int, rank: int, num_ridges: int
     applied = 8.0 * n * rank * num_columns / (_THIN * rate)
     made = (6.0 * n * rank**2 / rate + read) / num_ridges
     factoring = n**3 / 3.0 / (_PANELS * rate) + 2 * read if fits else None
+    if in_files and factoring is not None:
+        # Every panel reads those before it, and the factor is written and read twice more.
+        panels = math.ceil(8.0 * n * n / max(room, 8 * n))
+        factoring += (3 + panels / 3) * 4.0 * n * n / _DISK_BYTES_PER_SECOND
     return Forecast(made + _ITERATIONS * (product + applied), factoring)
 
 
@@ -120,11 +136,12 @@ def _seconds_to_read(operator: Operator) -> float:
 
 @lru_cache(maxsize=1)
 def _flops_per_second() -> float:
-    """Of a float64 matrix product, the best of a few; measured once."""
+    """Of float64 matrix products on all cores, from the best of a few on one; measured once."""
     block = np.ones((_SAMPLE, _SAMPLE))
     best = math.inf
-    for _ in range(3):
-        start = perf_counter()
-        block @ block
-        best = min(best, perf_counter() - start)
-    return 2.0 * _SAMPLE**3 / best
+    with single_threaded_blas():
+        for _ in range(3):
+            start = perf_counter()
+            block @ block
+            best = min(best, perf_counter() - start)
+    return num_cores() * 2.0 * _SAMPLE**3 / best

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ def solve(
     max_passes: int | None = None,
     seed: int = 0,
     memory_limit: int | None = None,
+    path: str | Path | None = None,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
 ) -> Solution:
@@ -57,12 +59,12 @@ def solve(
         :meth:`ntkpipe.operators.operator.Operator.storage_floor`.
     method
         ``pcg``: conjugate gradients, each column for itself in shared passes. ``block_cg``: columns share directions,
-        fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor in memory, with one step of
-        refinement; for factors in files see :func:`ntkpipe.solvers.cholesky.cholesky`. ``auto``: what is expected to be
-        fastest of Cholesky, if it fits memory, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass
-        and the rate of matrix products; conjugate gradients that turn out slow are given up for Cholesky, and a
-        Cholesky that meets a pivot that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and
-        ``why`` of the result tell. Since clocks decide, name a method if bits must repeat.
+        fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in files below
+        ``path``, with one step of refinement. ``auto``: what is expected to be fastest of Cholesky, if it fits memory
+        or has a path, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass and the rate of matrix
+        products; conjugate gradients that turn out slow are given up for Cholesky, and a Cholesky that meets a pivot
+        that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and ``why`` of the result tell.
+        Since clocks decide, name a method if bits must repeat.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
     rank
@@ -78,6 +80,9 @@ def solve(
         Of the preconditioner. Equal seeds give equal bits.
     memory_limit
         Bytes that this process may have; default all that is free.
+    path
+        A folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes: each panel is a checkpoint, and the
+        factor stays for :func:`ntkpipe.solvers.cholesky.cholesky` to open. Default none: then it is in memory.
     monitor
         Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
         arithmetic that is left.
@@ -123,6 +128,7 @@ def solve(
             seed,
             memory_limit,
             monitor,
+            path,
         ),
         checkpoint,
     )[0]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -37,6 +38,7 @@ class Options:
     seed: int
     memory_limit: int | None
     monitor: Monitor
+    path: str | Path | None = None
 
     def to_json(self, operator: Operator) -> dict[str, Any]:
         """As data, defaults filled in."""
@@ -49,6 +51,7 @@ class Options:
             "max_passes": self.max_passes,
             "seed": self.seed,
             "memory_limit": self.memory_limit,
+            "path": None if self.path is None else str(self.path),
         }
 
     def rank_of(self, operator: Operator) -> int:
@@ -92,6 +95,7 @@ class Systems:
             rank=0 if self._preconditioner else self._options.rank_of(self._operator),
             num_ridges=num_ridges,
             memory_limit=self._options.memory_limit,
+            in_files=self._options.path is not None,
         )
         self._alternative = expected.factoring
         self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
@@ -170,7 +174,8 @@ class Systems:
     def _factor(self, ridge: float, after: Progress | None = None) -> Solution:
         """By Cholesky; after conjugate gradients, if they were given up."""
         options, monitor = self._options, self._tell(self._spent()[0])
-        factor = cholesky(self._operator, ridge=ridge, memory_limit=options.memory_limit, monitor=monitor)
+        limit = options.memory_limit
+        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=limit, monitor=monitor)
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)

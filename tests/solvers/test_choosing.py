@@ -42,6 +42,13 @@ def test_small_matrices_are_factored_without_a_measurement():
     assert (found.factoring, found.iterating, operator.work.passes) == (0.0, math.inf, 0.0)
 
 
+def test_what_does_not_fit_memory_may_go_to_files():
+    nothing, files = (expect(20_000, memory_limit=2**28, in_files=in_files) for in_files in (False, True))
+    assert nothing.factoring is None
+    assert "path=" in nothing.words
+    assert files.factoring > expect(20_000).factoring
+
+
 def test_large_matrices_are_iterated_with():
     assert expect(2000).factoring < expect(2000).iterating
     assert expect(10**6).factoring > 10 * expect(10**6).iterating

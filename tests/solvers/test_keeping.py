@@ -216,7 +216,7 @@ def test_what_iterates_goes_on_whatever_clocks_say_now(tmp_path, monkeypatch):
     monkeypatch.undo()
     found = solve(MATRIX, RHS, **OPTIONS, checkpoint=checkpoint)
     assert (found.method, found.is_converged) == ("block_cg", True)
-    assert found.why == "a Cholesky factor does not fit memory"
+    assert found.why == "a Cholesky factor does not fit memory, and path= names no folder for it"
 
 
 def test_single_columns_and_small_matrices(tmp_path):

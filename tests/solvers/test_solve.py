@@ -159,6 +159,19 @@ def test_memory_is_refused_with_both_numbers(matrix):
         solve(DenseOperator(matrix), np.ones(N), memory_limit=1000, method="pcg")
 
 
+@pytest.mark.parametrize("method", ["auto", "cholesky"])
+def test_a_factor_goes_to_files_where_a_path_is_given(matrix, rng, tmp_path, method):
+    rhs = rng.standard_normal((N, 3))
+    options = {"ridge": 0.1, "method": method, "path": tmp_path / "factor", "tol": 1e-12}
+    found = solve(matrix, rhs, **options)
+    assert (found.method, found.status) == ("cholesky", "converged")
+    exact = np.linalg.solve(matrix + 0.1 * np.eye(N), rhs)
+    np.testing.assert_allclose(found.coefficients, exact, rtol=0, atol=1e-12 * np.abs(exact).max())
+    assert cholesky(matrix, ridge=0.1, path=tmp_path / "factor").resumed > 0
+    again = solve(matrix, rhs, **options)
+    np.testing.assert_array_equal(again.coefficients, found.coefficients)
+
+
 def test_no_ridge_is_no_path(matrix):
     with pytest.raises(ConfigError, match="no ridge"):
         solve_path(matrix, np.ones(N), [])
