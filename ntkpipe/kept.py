@@ -4,6 +4,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -15,6 +18,7 @@ from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
 from ntkpipe.progress import Passes
+from ntkpipe.resources import half_of_room
 from ntkpipe.saving import Checkpoint, save_result
 from ntkpipe.solvers.result import Monitor, Result, Step
 from ntkpipe.targets import num_classes_of, target_matrix, target_rows
@@ -61,6 +65,86 @@ def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
             "rows a sample; call ntkpipe.solve with right-hand sides of your own"
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a stored kernel, and what the answer may use.
+
+    Attributes
+    ----------
+    store, kernel, operator
+        The kernel, and its products.
+    monitor, checkpoint
+        Shown and kept while the answer is looked for.
+    memory_limit
+        Bytes that this process may have without what is for tiles; none for a share of what is free.
+    """
+
+    store: KernelStore
+    kernel: Kernel
+    operator: Operator
+    monitor: Monitor
+    checkpoint: Checkpoint
+    memory_limit: int | None
+
+
+def of_store(
+    name: str, beside: Callable[[KernelStore, str], Mapping[str, Any]] = lambda store, array: {}
+) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
+    """Make of a function that answers a :class:`Question` one of a store, with the same options by keyword.
+
+    It takes ``(store, *, array="train", memory_limit=None, client=None, progress=True)`` and the options of the
+    function: ``array`` is ``train`` or, as ``groups/head/train``, another kernel of the store; ``memory_limit`` and
+    ``client`` as for :func:`ntkpipe.operators.opening.as_operator`, and half of the memory is for the answer; passes
+    are shown on standard error. The result goes to ``results/NAME`` of the store.
+
+    On Ctrl-C it raises :class:`ntkpipe.errors.Interrupted`; the same call goes on from the checkpoint, whose name is
+    that of the options, and which is dropped when the result is there.
+
+    Parameters
+    ----------
+    name
+        Of the command or step, and of the result.
+    beside
+        What else decides the answer, from the store and the name of the kernel.
+    """
+
+    def decorate(answer: Callable[..., Found]) -> Callable[..., Found]:
+        own = [p for p in signature(answer).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+        @wraps(answer)
+        def ask(
+            store: KernelStore,
+            *,
+            array: str = "train",
+            memory_limit: int | None = None,
+            client: "Client | None" = None,
+            progress: bool = True,
+            **options: Any,
+        ) -> Found:
+            kernel = find_kernel(store, array)
+            asked = {p.name: p.default for p in own} | options
+            question = [kernel.identity, asked, dict(beside(store, array))]
+            digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+            saved = result_name(name, kernel.name)
+            checkpoint = Checkpoint(store.store, f"{saved}-{digest[:16]}")
+            share = half_of_room(memory_limit)
+            operator = as_operator(kernel, memory_limit=share, client=client)
+            try:
+                with store.store.in_use(), _shown(name, progress) as monitor:
+                    found = answer(Question(store, kernel, operator, monitor, checkpoint, share), **options)
+                    save_result(store.store, saved, found.to_json(), found.arrays())
+                    checkpoint.clear()
+            finally:
+                operator.close()
+            return found
+
+        common = [p for p in signature(ask, follow_wrapped=False).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        ask.__signature__ = Signature([*common, *own])  # type: ignore[attr-defined]
+        return ask
+
+    return decorate
 
 
 def result_name(solver: str, array: str) -> str:
