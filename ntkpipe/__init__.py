@@ -4,7 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntkpipe.analysis.alignment import alignment
     from ntkpipe.analysis.estimator import KernelRegression
+    from ntkpipe.analysis.generalisation import generalisation
+    from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
@@ -36,6 +39,7 @@ _HOMES = {
     "KernelStore": "kernel",
     "NtkpipeError": "errors",
     "PrecomputedKernel": "precomputed",
+    "alignment": "analysis.alignment",
     "as_operator": "operators.opening",
     "cholesky": "solvers.cholesky",
     "compute_kernel": "api",
@@ -47,6 +51,7 @@ _HOMES = {
     "eigvalsh": "solvers.dense",
     "estimate_cluster": "estimate",
     "export_kernel": "export",
+    "generalisation": "analysis.generalisation",
     "jacobian_operator": "api",
     "kernel_matrix": "api",
     "logdet": "solvers.determinant",
@@ -58,6 +63,7 @@ _HOMES = {
     "smallest": "solvers.smallest",
     "solve": "solvers.solve",
     "solve_path": "solvers.solve",
+    "spectrum": "analysis.spectrum",
     "verify": "upkeep",
 }
 
@@ -69,6 +75,7 @@ __all__ = [
     "KernelStore",
     "NtkpipeError",
     "PrecomputedKernel",
+    "alignment",
     "as_operator",
     "cholesky",
     "compute_kernel",
@@ -80,6 +87,7 @@ __all__ = [
     "eigvalsh",
     "estimate_cluster",
     "export_kernel",
+    "generalisation",
     "jacobian_operator",
     "kernel_matrix",
     "logdet",
@@ -91,6 +99,7 @@ __all__ = [
     "smallest",
     "solve",
     "solve_path",
+    "spectrum",
     "verify",
 ]
 

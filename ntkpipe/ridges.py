@@ -1,6 +1,6 @@
 """What a ridge is counted in: absolute, unless asked otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,3 +34,19 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
         raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
     check_number("ridge", ridge, low=0.0)
     return ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
+
+
+def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ridges as they are added to the diagonal, in their order.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or one is out of range.
+    """
+    if not len(ridges):
+        raise ConfigError("no ridge is given; needed at least one")
+    found = [absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges]
+    for ridge in found:
+        check_number("ridge", ridge, low=0.0, high=1e300)
+    return np.array(found)

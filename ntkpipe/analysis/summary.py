@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.analysis.alignment import kernel_target_alignment
 from ntkpipe.config import check_number
 from ntkpipe.kernel import KernelStore
 from ntkpipe.ridges import RidgeScale, absolute_ridge
@@ -108,28 +109,6 @@ def summarize(
         else kernel_target_alignment(_centred(scalar), matrix - matrix.mean(axis=0)),
         **found,
     )
-
-
-def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
-    """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)``, between -1 and 1.
-
-    Of a centred kernel and centred targets it is the centred alignment of Cortes, Mohri, Rostamizadeh 2012, JMLR 13,
-    Eq. 4.
-
-    Parameters
-    ----------
-    kernel
-        Shape (n, n).
-    targets
-        Y, shape (n, c).
-
-    References
-    ----------
-    Cristianini, Shawe-Taylor, Elisseeff, Kandola 2001, On kernel-target alignment, NeurIPS 14, Definition 1.
-    """
-    inner = float(np.sum(targets * (kernel @ targets)))
-    norms = float(np.linalg.norm(kernel)) * float(np.linalg.norm(targets.T @ targets))
-    return inner / norms if norms else 0.0
 
 
 def ridge_regression(kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:

@@ -113,19 +113,9 @@ class Density(Result):
         width
             Standard deviation of a bell, in decades.
         """
-        check_number("num_points", num_points, low=2)
-        check_number("width", width, low=1e-3, high=10.0)
         values = np.concatenate([self.eigenvalues, self.nodes.reshape(-1)])
         weights = np.concatenate([np.ones(len(self.eigenvalues)), self.weights.reshape(-1) / len(self.nodes)])
-        kept = (values > self.floor) & (weights > 0)
-        if not kept.any():
-            return np.geomspace(0.1, 10.0, num_points), np.zeros(num_points)
-        places, weights = np.log10(values[kept]), weights[kept]
-        grid = np.linspace(places.min() - 4 * width, places.max() + 4 * width, num_points)
-        found = np.zeros(num_points)
-        for place, weight in zip(places, weights, strict=True):
-            found += weight * np.exp(-0.5 * ((grid - place) / width) ** 2)
-        return 10.0**grid, found / (width * math.sqrt(2 * math.pi))
+        return smoothed(values, weights, self.floor, num_points=num_points, width=width)
 
     def _below(self) -> float:
         """Eigenvalues under minus the floor, as far as nodes show them."""
@@ -147,6 +137,38 @@ class Density(Result):
             ("floor", f"{self.floor:.2e}; below minus that {self._below():.6g}"),
             ("probes", f"{len(self.nodes)}, of {self.num_steps} steps"),
         ]
+
+
+def smoothed(
+    values: NDArray[np.float64], weights: NDArray[np.float64], floor: float, *, num_points: int, width: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted eigenvalues as a density per decade: ``(λ, density)``; see :meth:`Density.smooth`.
+
+    Parameters
+    ----------
+    values, weights
+        Shape (m,): a value stands for so many eigenvalues.
+    floor
+        Values below are left out.
+    num_points, width
+        Of the grid, and of the bells in decades.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range.
+    """
+    check_number("num_points", num_points, low=2)
+    check_number("width", width, low=1e-3, high=10.0)
+    kept = (values > floor) & (weights > 0)
+    if not kept.any():
+        return np.geomspace(0.1, 10.0, num_points), np.zeros(num_points)
+    places, weights = np.log10(values[kept]), weights[kept]
+    grid = np.linspace(places.min() - 4 * width, places.max() + 4 * width, num_points)
+    found = np.zeros(num_points)
+    for place, weight in zip(places, weights, strict=True):
+        found += weight * np.exp(-0.5 * ((grid - place) / width) ** 2)
+    return 10.0**grid, found / (width * math.sqrt(2 * math.pi))
 
 
 @single_threaded_blas()

@@ -8,7 +8,8 @@ import torch
 from sklearn.kernel_ridge import KernelRidge
 
 import ntkpipe
-from ntkpipe.analysis.summary import kernel_target_alignment, ridge_regression, summarize
+from ntkpipe.analysis.alignment import kernel_target_alignment
+from ntkpipe.analysis.summary import ridge_regression, summarize
 from ntkpipe.errors import ConfigError
 
 

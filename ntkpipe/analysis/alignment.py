@@ -1,0 +1,251 @@
+"""How well a kernel fits its targets: power of the targets along eigendirections, and alignments."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.analysis.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
+from ntkpipe.analysis.opening import at_least, open_for_analysis
+from ntkpipe.analysis.sources import train_targets
+from ntkpipe.config import check_number
+from ntkpipe.operators.operator import Operator
+from ntkpipe.solvers.lanczos import eigsh
+from ntkpipe.solvers.result import Monitor, Result, Rows, Status, ignore
+
+_SHARES = (0.5, 0.9, 0.99)
+_EPS = float(np.finfo(np.float64).eps)
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Result):
+    """How well a kernel fits its targets.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` with all eigenpairs, or ``streamed`` with the leading ones, and why. Alignments are exact in both.
+    num_rows, num_outputs
+        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
+    eigenvalues
+        Of the directions, descending, shape (k,).
+    powers
+        (u_iᵀ y)² of each direction and output, shape (k, c).
+    cumulative_power
+        C(i), the share of the targets' power in the first i directions, shape (k,).
+    cumulative_power_error
+        What C(i) may be off by, since leading directions are known to their residuals only; zero if exact.
+    num_directions
+        How many directions hold 50, 90 and 99 % of the power; none where the leading ones do not.
+    alignment
+        Kernel-target alignment.
+    centred_alignment
+        The same of centred kernel and targets.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    num_outputs: int
+    eigenvalues: Values = field(repr=False)
+    powers: Values = field(repr=False)
+    cumulative_power: Values = field(repr=False)
+    cumulative_power_error: Values = field(repr=False)
+    num_directions: tuple[int | None, int | None, int | None]
+    alignment: float
+    centred_alignment: float
+
+    def _rows(self) -> Rows:
+        known = len(self.cumulative_power)
+        said = [
+            f"{share:.0%} in {'more' if count is None else f'{count:,}'}"
+            for share, count in zip(_SHARES, self.num_directions, strict=True)
+        ]
+        first, last = float(self.cumulative_power[0]), float(self.cumulative_power[-1])
+        return [
+            ("method", f"{self.method}: {self.why}"),
+            ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
+            ("power of targets", f"{first:.1%} in the first direction, {last:.1%} in {known:,} of {self.num_rows:,}"),
+            ("directions", ", ".join(said)),
+            ("error of the power", f"{float(self.cumulative_power_error.max()):.1g} at most"),
+        ]
+
+
+def alignment(
+    kernel: Any,
+    targets: ArrayLike,
+    *,
+    eigenpairs: Pairs | None = None,
+    method: Method = "auto",
+    k: int = 100,
+    tol: float = 1e-8,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> Alignment:
+    """Task-model alignment, kernel-target alignment and centred kernel alignment of a kernel with its targets.
+
+    Cumulative power (Canatar, Bordelon, Pehlevan 2021, there C(ρ)): with eigenpairs (λ_i, u_i) of K, descending,
+    ``C(k) = Σ_{i≤k} |u_iᵀ Y|² / |Y|²``: how much of the targets lies in the first k directions. They define it by
+    eigenfunctions of the population; here it is that of the sample. Where C rises fast, few samples suffice. For
+    several outputs it is of all columns together, each with its own power. Nothing is centred.
+
+    Kernel-target alignment (Cristianini, Shawe-Taylor, Elisseeff, Kandola 2001, Definition 1), with YYᵀ as the ideal
+    kernel: ``A = <K, YYᵀ> / (|K|_F |YYᵀ|_F) = tr(Yᵀ K Y) / (|K|_F |YᵀY|_F)``.
+
+    Centred alignment (Cortes, Mohri, Rostamizadeh 2012, JMLR 13): the same of H K H and H Y, with H = I - 11ᵀ/n.
+
+    For a full NTK, rows are pairs of sample and output, and y is one column of N·O rows: the ideal kernel is y yᵀ, and
+    H takes the mean over samples off each output by itself, ``H = (I - 11ᵀ/N) ⊗ I``. That is another number than the
+    alignment of the mean over outputs (kind ``trace``) with YYᵀ.
+
+    Cost: one pass with ``c + 1`` columns (c + O for a full NTK) and one for the Frobenius norm, which is both
+    alignments exactly; then all eigenpairs, or 13 to 20 passes for the leading k. Memory as of
+    :func:`ntkpipe.eigh`, or ``11 k n`` float64.
+
+    Parameters
+    ----------
+    kernel
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+    targets
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        of N·c rows is a full NTK.
+    eigenpairs
+        Eigenpairs that are known; all n of them make it exact. Fewer are used as they are where it is streamed.
+    method
+        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit.
+    k
+        Directions of a streamed one.
+    tol
+        Relative residual of these.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free. It decides between exact and
+        streamed; what streaming takes at least is said above.
+    seed
+        Of the first block of a streamed one.
+    monitor
+        Called after each pass.
+
+    Raises
+    ------
+    ConfigError
+        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix.
+    NonFiniteError
+        If something holds NaN or infinity.
+    ResourceError
+        If ``exact`` was asked for and does not fit.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    """
+    begin = perf_counter()
+    operator, room = open_for_analysis(kernel, memory_limit)
+    before, n = operator.work, operator.num_rows
+    labels, width = train_targets(kernel, operator, targets, None, "auto")
+    rows = labels.rows(width)
+    check_number("k", k, low=1)
+    plain, centred = alignments(operator, rows, width)
+    system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    status: Status = "converged"
+    message = "all directions"
+    if system is None:
+        # One more than asked for: its eigenvalue is the gap behind the last.
+        limit = at_least(room, 8 * n * 12 * max(k + 1, 16))
+        found = eigsh(operator, min(k + 1, n), tol=tol, memory_limit=limit, seed=seed, monitor=monitor)
+        system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
+        status, message = found.status, found.message
+    powers = (system.vectors.T @ rows) ** 2
+    total = max(float((rows**2).sum()), np.finfo(np.float64).tiny)
+    cumulative = np.cumsum(powers.sum(axis=1)) / total
+    errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
+    if not system.is_whole and eigenpairs is None and len(cumulative) > k:
+        powers, cumulative, errors = powers[:k], cumulative[:k], errors[:k]
+    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
+    few = tuple(count if count <= len(cumulative) else None for count in counts)
+    return Alignment(
+        status=status,
+        message=message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={"method": method, "k": k, "tol": tol, "memory_limit": memory_limit, "seed": seed},
+        matrix=operator.identity(),
+        method="exact" if system.is_whole else "streamed",
+        why=why,
+        num_rows=n,
+        num_outputs=rows.shape[1],
+        eigenvalues=np.array(system.values[: len(cumulative)]),
+        powers=powers,
+        cumulative_power=cumulative,
+        cumulative_power_error=errors,
+        num_directions=(few[0], few[1], few[2]),
+        alignment=plain,
+        centred_alignment=centred,
+    )
+
+
+def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) -> tuple[float, float]:
+    """Kernel-target alignment, plain and centred, by one pass and that of the Frobenius norm.
+
+    With Q the orthonormal basis of what centring takes off, ``|H K H|² = |K|² - 2 |K Q|² + |Qᵀ K Q|²`` in Frobenius
+    norms: no centred matrix is formed.
+
+    Parameters
+    ----------
+    operator
+        K.
+    rows
+        Y, shape (n, c).
+    width
+        Rows of a sample; each of them is centred by itself.
+    """
+    n, columns = rows.shape
+    basis = np.tile(np.eye(width), (n // width, 1)) * (width / n) ** 0.5
+    product = operator.matmat(np.concatenate([rows, basis], axis=1))
+    of_rows, of_basis = product[:, :columns], product[:, columns:]
+    norm = operator.frobenius()
+    plain = _cosine(float((rows * of_rows).sum()), norm, rows)
+    inner = basis.T @ rows
+    centred_rows = rows - basis @ inner
+    # H K H Y = H K (H Y), and H Y = Y - Q QᵀY.
+    of_centred = of_rows - of_basis @ inner
+    squared = norm**2 - 2 * float((of_basis**2).sum()) + float(((basis.T @ of_basis) ** 2).sum())
+    # Of a kernel that is constant nothing but rounding is left.
+    rest = np.sqrt(squared) if squared > 64 * _EPS * norm**2 else 0.0
+    return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
+
+
+def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+    """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
+
+    Of a centred kernel and centred targets it is the centred alignment.
+
+    Parameters
+    ----------
+    kernel
+        Shape (n, n).
+    targets
+        Y, shape (n, c).
+    """
+    return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
+
+
+def _cosine(inner: float, norm: float, rows: NDArray[np.float64]) -> float:
+    norms = norm * float(np.linalg.norm(rows.T @ rows))
+    return inner / norms if norms else 0.0
+
+
+def _errors(operator: Operator, system: Eigensystem) -> Values:
+    """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
+
+    Davis and Kahan: at most the norm of the residuals over the gap behind the i-th value. Behind the last one no gap is
+    known, and there is no bound.
+    """
+    residuals = operator.matmat(system.vectors) - system.vectors * system.values
+    norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))
+    gaps = np.append(system.values[:-1] - system.values[1:], 0.0)
+    with np.errstate(divide="ignore"):
+        sines = np.where(gaps > 0, norms / np.where(gaps > 0, gaps, 1.0), np.inf)
+    return np.asarray(np.minimum(1.0, 2 * sines))

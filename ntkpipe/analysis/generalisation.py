@@ -1,0 +1,447 @@
+"""What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.analysis.cross import CrossKernel
+from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
+from ntkpipe.analysis.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
+from ntkpipe.analysis.labels import Labels, encode
+from ntkpipe.analysis.opening import open_for_analysis
+from ntkpipe.analysis.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
+from ntkpipe.analysis.sources import train_targets
+from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError
+from ntkpipe.ridges import RidgeScale, absolute_ridges
+from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
+
+_EPS = float(np.finfo(np.float64).eps)
+# Ridges unless others are given, in mean diagonals.
+_DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
+# The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
+_FLOORS = 10.0
+# Without leave-one-out, the share of n up to which the effective dimension is small.
+_SMALL_DIMENSION = 0.1
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generalisation(Result):
+    """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
+
+    Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
+    estimated, zero where a number is exact; that of ``test_loss`` is of the choice of test samples.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` or ``streamed``, and why.
+    num_rows, num_outputs
+        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
+    ridges
+        λ, absolute, shape (r,).
+    test_loss, test_loss_error
+        Measured; NaN without test data.
+    train_loss
+        Of the same predictor on its own samples.
+    kare, kare_error
+        The kernel alignment risk estimator.
+    generalised_cross_validation
+        The same number, from train loss and effective dimension.
+    leave_one_out_loss, leave_one_out_loss_error
+        What trust is judged by: each sample predicted from all others. NaN where it is not known.
+    eigenlearning, canatar
+        Predicted from the train kernel's own eigensystem; NaN if streamed.
+    eigenlearning_kappa
+        κ of that, in population eigenvalues; NaN if streamed.
+    learnabilities
+        L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed.
+    target_learnability
+        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``; NaN if streamed.
+    kappa, kappa_error
+        The signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of eigenlearning
+        without its bias.
+    overfitting_coefficient, overfitting_coefficient_error
+        E_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)².
+    effective_dimension, effective_dimension_error
+        tr K (K + λI)^-1.
+    kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio
+        Each over ``test_loss``.
+    kare_is_trusted, eigenlearning_is_trusted
+        Whether the estimate can be trusted; of GCV as of KARE, of Canatar as of eigenlearning.
+    reasons
+        Why or why not, in words.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    num_outputs: int
+    ridges: Values
+    test_loss: Values
+    test_loss_error: Values
+    train_loss: Values
+    kare: Values
+    kare_error: Values
+    generalised_cross_validation: Values
+    leave_one_out_loss: Values
+    leave_one_out_loss_error: Values
+    eigenlearning: Values
+    canatar: Values
+    eigenlearning_kappa: Values
+    learnabilities: Values = field(repr=False)
+    target_learnability: Values
+    kappa: Values
+    kappa_error: Values
+    overfitting_coefficient: Values
+    overfitting_coefficient_error: Values
+    effective_dimension: Values
+    effective_dimension_error: Values
+    kare_ratio: Values
+    eigenlearning_ratio: Values
+    canatar_ratio: Values
+    leave_one_out_ratio: Values
+    kare_is_trusted: tuple[bool, ...]
+    eigenlearning_is_trusted: tuple[bool, ...]
+    reasons: tuple[str, ...]
+    floor: float
+
+    def _rows(self) -> Rows:
+        is_measured = bool(np.isfinite(self.test_loss).any())
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("ridge λ", "test loss, and what of it is said by KARE = GCV / eigenlearning = Canatar / leave-one-out"),
+        ]
+        if not is_measured:
+            rows[-1] = ("ridge λ", "losses by KARE = GCV / eigenlearning = Canatar / leave-one-out; no test data")
+        for index, ridge in enumerate(self.ridges):
+            names = ("kare", "eigenlearning", "leave_one_out")
+            if is_measured:
+                said = " / ".join(f"{getattr(self, f'{name}_ratio')[index]:.3f}" for name in names)
+                said = f"{self.test_loss[index]:.4g}, {said}"
+            else:
+                kinds = (self.kare, self.eigenlearning, self.leave_one_out_loss)
+                said = " / ".join(f"{kind[index]:.4g}" for kind in kinds)
+            rows.append((f"  {ridge:.4g}", f"{said}; {self.reasons[index]}"))
+        return rows
+
+
+def generalisation(
+    kernel: Any,
+    targets: ArrayLike,
+    *,
+    ridges: Sequence[float] | None = None,
+    ridge_scale: RidgeScale = None,
+    test_kernel: Any = None,
+    test_targets: ArrayLike | None = None,
+    eigenpairs: Pairs | None = None,
+    method: Method = "auto",
+    tolerance: float = 0.1,
+    num_probes: int = 32,
+    tol: float = 1e-8,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> Generalisation:
+    """Estimate the test loss of kernel ridge regression across ridges by theory, and compare it with what is measured.
+
+    With G = (K + λI)^-1, λ absolute, n rows and targets y (columns of Y by themselves; losses are their means):
+
+    KARE, the kernel alignment risk estimator of Jacot et al. (2020), from the train kernel alone:
+    ``ρ = (1/n yᵀ (K/n + λ'I)^-2 y) / (1/n tr (K/n + λ'I)^-1)²``. Their ridge λ' is added to K/n, so λ' = λ/n, and the
+    factors n cancel: ``ρ = n |G y|² / (tr G)²``.
+
+    Generalised cross-validation of Golub, Heath and Wahba (1979), ``(1/n) |(I - A) y|² / ((1/n) tr(I - A))²`` with the
+    hat matrix ``A = K G``: as I - A = λG, it is the same number as KARE for every λ > 0.
+
+    Leave-one-out, ``(1/n) Σ ((G y)_i / G_ii)²`` (PRESS, Allen 1974), is n exact refits. KARE is that with each G_ii
+    replaced by their mean, as it would be if features were Gaussian. So both differ where samples are unlike each
+    other, and that decides where KARE is trusted. For a full NTK all rows of a sample are left out together.
+
+    Eigenlearning of Simon et al. (2023) and the theory of Canatar et al. (2021) predict the loss from the eigensystem
+    of the kernel operator, see :mod:`ntkpipe.analysis.eigenlearning`. It is not known; it is estimated from the train
+    kernel as ``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``, with k_i, u_i the eigenpairs of K, for the same n
+    samples. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is
+    zero. It can be trusted only where few of them are learnt. A population that is larger than the train set cures
+    that: see :func:`ntkpipe.analysis.learning_curve.learning_curve`. Noise of targets is in v_i² already.
+
+    An estimate is trusted where it is within ``tolerance`` of leave-one-out and K + λI is known, i.e. its smallest
+    eigenvalue is above ten storage floors. That takes no test data. Where leave-one-out is not known (a full NTK,
+    streamed), KARE is trusted up to an effective dimension of n/10.
+
+    Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel. Streamed,
+    passes of c + p columns: some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
+    Memory: exact ``40 n²`` bytes, or ``16 n²``; streamed ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000,
+    and ``8 n c`` a ridge.
+
+    Parameters
+    ----------
+    kernel
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+    targets
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        of N·c rows is a full NTK. Nothing is centred.
+    ridges
+        λ; by default 10^-4 to 10^2 mean diagonals. Zero is allowed.
+    ridge_scale
+        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
+    test_kernel, test_targets
+        Test × train, shape (M, n), and targets of these samples; both or none.
+    eigenpairs
+        All eigenpairs of K, if they are known: ``.eigenvalues``, descending, and ``.eigenvectors``.
+    method
+        ``exact`` by all eigenpairs, ``streamed`` by passes, ``auto``: exact where they fit.
+    tolerance
+        Largest relative difference from leave-one-out that is trusted.
+    num_probes
+        Of the streamed estimates.
+    tol
+        Relative residual of the streamed systems.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free. It decides between exact and
+        streamed; what streaming takes at least is said above.
+    seed
+        Of the streamed estimates.
+    monitor
+        Called after each pass.
+
+    Raises
+    ------
+    ConfigError
+        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix.
+    NonFiniteError
+        If something holds NaN or infinity.
+    ResourceError
+        If ``exact`` was asked for and does not fit.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+
+    References
+    ----------
+    Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
+    NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
+    cross-validation predicts the risk of kernels of networks while plug-in spectra do not is also found by Wei, Hu,
+    Steinhardt 2022, arXiv 2203.06176.
+    """
+    begin = perf_counter()
+    operator, room = open_for_analysis(kernel, memory_limit)
+    before, n = operator.work, operator.num_rows
+    labels, width = train_targets(kernel, operator, targets, None, "auto")
+    rows = labels.rows(width)
+    check_number("tolerance", tolerance, low=0.0, high=1.0)
+    check_number("num_probes", num_probes, low=2)
+    if (test_kernel is None) != (test_targets is None):
+        raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
+    test = None if test_targets is None else _Test(CrossKernel(test_kernel, n, width), labels, test_targets, width)
+    diagonal = operator.statistics().diagonal
+    shifts = absolute_ridges(ridges or _DEFAULT_RIDGES, ridge_scale if ridges else "mean_diagonal", diagonal)
+    system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    order = np.argsort(-shifts, kind="stable")
+    found: Iterator[Resolvent]
+    if system is not None and system.is_whole:
+        found = resolvents_of_pairs(system, rows, shifts[order].tolist(), width)
+    else:
+        system = None
+        found = resolvents_of_operator(
+            operator,
+            rows,
+            shifts[order].tolist(),
+            width,
+            num_probes=num_probes,
+            tol=tol,
+            memory_limit=room,
+            seed=seed,
+            monitor=monitor,
+        )
+    resolvents: list[Resolvent] = [None] * len(shifts)  # type: ignore[list-item]
+    for place, resolvent in zip(order, found, strict=True):
+        resolvents[place] = resolvent
+    losses = _of_resolvents(resolvents, n)
+    losses |= _of_population(system, rows, shifts)
+    losses |= _measured(resolvents, test)
+    floor = operator.storage_floor()
+    judged = _judge(losses, resolvents, system, floor, tolerance, n)
+    worst = max(one.residual for one in resolvents)
+    is_solved = system is not None or worst <= tol
+    return Generalisation(
+        status="converged" if is_solved else "not converged",
+        message=_message(is_solved, worst, tol, system is not None),
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={
+            "ridges": None if ridges is None else [float(ridge) for ridge in ridges],
+            "ridge_scale": ridge_scale if ridges else "mean_diagonal",
+            "method": method,
+            "tolerance": tolerance,
+            "num_probes": num_probes,
+            "tol": tol,
+            "memory_limit": memory_limit,
+            "seed": seed,
+        },
+        matrix=operator.identity(),
+        method="streamed" if system is None else "exact",
+        why=why,
+        num_rows=n,
+        num_outputs=rows.shape[1],
+        ridges=shifts,
+        floor=floor,
+        **losses,
+        **judged,
+    )
+
+
+def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
+    """What G says: KARE, leave-one-out, κ, E_0, effective dimension."""
+
+    def over(function: Callable[[Resolvent], float]) -> Values:
+        return np.array([function(one) for one in resolvents])
+
+    ridges = over(lambda one: one.ridge)
+    squares = over(lambda one: float((one.coefficients**2).mean()))
+    trace, error = over(lambda one: one.trace), over(lambda one: one.trace_error)
+    squared, squared_error = over(lambda one: one.squared_trace), over(lambda one: one.squared_trace_error)
+    part, kare = error / np.abs(trace), squares * (n / trace) ** 2
+    dimension, train = n - ridges * trace, ridges**2 * squares
+    # At λ = 0 both parts of the quotient vanish, and its limit is KARE.
+    rest = np.where(ridges > 0, ridges * trace / n, 1.0)
+    crossed = np.where(ridges > 0, train / rest**2, kare)
+    coefficient = n * squared / trace**2
+    return {
+        "train_loss": train,
+        "kare": kare,
+        "kare_error": 2 * part * kare,
+        "generalised_cross_validation": crossed,
+        "leave_one_out_loss": over(lambda one: one.left_out_loss),
+        "leave_one_out_loss_error": over(lambda one: one.left_out_loss_error),
+        "kappa": 1 / trace,
+        "kappa_error": part / np.abs(trace),
+        "overfitting_coefficient": coefficient,
+        "overfitting_coefficient_error": coefficient * np.hypot(squared_error / squared, 2 * part),
+        "effective_dimension": dimension,
+        "effective_dimension_error": ridges * error,
+    }
+
+
+def _of_population(system: Eigensystem | None, rows: Values, ridges: Values) -> dict[str, Values]:
+    """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
+    n, count = len(rows), len(ridges)
+    if system is None:
+        names = ("eigenlearning", "canatar", "eigenlearning_kappa", "target_learnability")
+        return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
+    # What rounding makes negative is zero.
+    values = np.maximum(system.values, 0.0) / n
+    powers = (system.vectors.T @ rows) ** 2 / n
+    total = max(float(powers.sum()), np.finfo(np.float64).tiny)
+    predictions = [eigenlearning(values, powers, n, ridge) for ridge in ridges]
+    return {
+        "eigenlearning": np.array([one.test_loss.mean() for one in predictions]),
+        "canatar": np.array([canatar(values, powers, n, ridge).mean() for ridge in ridges]),
+        "eigenlearning_kappa": np.array([one.kappa for one in predictions]),
+        "learnabilities": np.stack([one.learnabilities for one in predictions]),
+        "target_learnability": np.array([float(one.learnabilities @ powers.sum(axis=1)) for one in predictions])
+        / total,
+    }
+
+
+class _Test:
+    """Test samples: their kernel with the train samples, and targets."""
+
+    def __init__(self, kernel: CrossKernel, labels: Labels, targets: ArrayLike, width: int) -> None:
+        of_test = encode(targets, classes=labels.classes, task="auto" if labels.classes is not None else "regression")
+        if of_test.matrix.shape != (kernel.num_samples, labels.matrix.shape[1]):
+            raise ConfigError(
+                f"test targets of shape {np.shape(targets)} for {kernel.num_samples:,} test samples and train targets "
+                f"of {labels.matrix.shape[1]} columns"
+            )
+        self._kernel, self._wanted = kernel, of_test.rows(width)
+
+    def losses(self, coefficients: Sequence[Values]) -> Values:
+        """Squared errors of each sample, mean over outputs, of predictors by their coefficients: shape (r, M)."""
+        wanted, count = self._wanted, len(coefficients)
+        predicted = self._kernel.times(np.concatenate(coefficients, axis=1))
+        squares = (predicted.reshape(len(wanted), count, -1) - wanted[:, None, :]) ** 2
+        of_samples = squares.transpose(1, 0, 2).reshape(count, self._kernel.num_samples, -1)
+        return np.asarray(of_samples.mean(axis=2), np.float64)
+
+
+def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, Values]:
+    """Test losses; the standard error is that of a mean over samples."""
+    if test is None:
+        return {"test_loss": np.full(len(resolvents), np.nan), "test_loss_error": np.full(len(resolvents), np.nan)}
+    losses = test.losses([one.coefficients for one in resolvents])
+    count = losses.shape[1]
+    spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
+    return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
+
+
+def _judge(
+    losses: dict[str, Any],
+    resolvents: Sequence[Resolvent],
+    system: Eigensystem | None,
+    floor: float,
+    tolerance: float,
+    n: int,
+) -> dict[str, Any]:
+    """Ratios to the measured loss, and which estimates can be trusted."""
+    ratios = {
+        f"{name}_ratio": losses[key] / losses["test_loss"]
+        for name, key in (
+            ("kare", "kare"),
+            ("eigenlearning", "eigenlearning"),
+            ("canatar", "canatar"),
+            ("leave_one_out", "leave_one_out_loss"),
+        )
+    }
+    trusted: dict[str, list[bool]] = {"kare": [], "eigenlearning": []}
+    reasons = []
+    for index, resolvent in enumerate(resolvents):
+        known, why = _is_known(resolvent, system, floor)
+        loss, said = float(losses["leave_one_out_loss"][index]), []
+        for name in trusted:
+            value = float(losses[name][index])
+            gap = value / loss - 1 if loss else np.nan
+            if np.isfinite(gap):
+                # What leave-one-out is off by counts against the estimate.
+                is_good = abs(gap) + float(losses["leave_one_out_loss_error"][index]) / loss <= tolerance
+                said.append(f"{'KARE' if name == 'kare' else name} {gap:+.1%}")
+            else:
+                is_small = losses["effective_dimension"][index] <= _SMALL_DIMENSION * n
+                is_good = name == "kare" and np.isfinite(value) and bool(is_small)
+            trusted[name].append(known and is_good)
+        judged = (
+            f"of leave-one-out: {', '.join(said)}" if said else "leave-one-out is not known: by effective dimension"
+        )
+        good = " and ".join("KARE" if name == "kare" else name for name, is_good in trusted.items() if is_good[-1])
+        reasons.append(why if not known else f"{f'trust {good}' if good else 'trust none'} ({judged})")
+    return {
+        **ratios,
+        "kare_is_trusted": tuple(trusted["kare"]),
+        "eigenlearning_is_trusted": tuple(trusted["eigenlearning"]),
+        "reasons": tuple(reasons),
+    }
+
+
+def _is_known(resolvent: Resolvent, system: Eigensystem | None, floor: float) -> tuple[bool, str]:
+    """Whether (K + λI)^-1 is, and why not."""
+    least = resolvent.ridge + (float(system.values[-1]) if system is not None else 0.0)
+    if not resolvent.is_definite or not np.isfinite(resolvent.trace):
+        return False, "trust none: K + λI is not positive definite; raise λ"
+    if system is not None and least < _FLOORS * floor:
+        return False, f"trust none: K + λI has an eigenvalue of {least:.2g}, the storage floor is {floor:.2g}; raise λ"
+    return True, ""
+
+
+def _message(is_solved: bool, worst: float, tol: float, is_exact: bool) -> str:
+    if is_exact:
+        return "exact, from all eigenpairs in float64"
+    if is_solved:
+        return f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
+    return f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"

@@ -1,0 +1,429 @@
+"""The spectrum of a kernel in a few numbers: extremes, condition, effective ranks and dimensions, density, tail."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.analysis.eigensystem import Method, Pairs, check_method, check_pairs, does_not_fit
+from ntkpipe.analysis.opening import at_least, open_for_analysis
+from ntkpipe.analysis.powerlaw import PowerLaw, default_ranks, fit_power_law
+from ntkpipe.analysis.spectralsums import Sum, sum_of_density, sum_of_values
+from ntkpipe.config import check_number
+from ntkpipe.errors import ResourceError
+from ntkpipe.operators.operator import Operator
+from ntkpipe.ridges import RidgeScale, absolute_ridges
+from ntkpipe.solvers.dense import eigvalsh
+from ntkpipe.solvers.density import density, smoothed
+from ntkpipe.solvers.lanczos import eigsh
+from ntkpipe.solvers.result import Monitor, Result, Rows, Status, ignore
+from ntkpipe.solvers.smallest import smallest
+
+# Ridges of the effective dimension unless others are given, in mean diagonals.
+_DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
+_NUM_POINTS, _WIDTH = 200, 0.1
+# What streaming takes at least, in vectors: for each leading pair, of which so few take as many; steps of a probe; and
+# a preconditioner with a block for λ_min.
+_VECTORS_A_PAIR, _FEWEST_PAIRS = 11, 16
+_LEAST_STEPS = 64
+_VECTORS_OF_SMALLEST = 3500
+_EPS = float(np.finfo(np.float64).eps)
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpectrum(Result):
+    """The spectrum of a symmetric matrix K in numbers. Errors are zero where numbers are exact.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` from all eigenvalues, or ``streamed``, and why.
+    num_rows
+        n.
+    eigenvalues
+        Descending: all of them, or the leading ones.
+    largest
+        λ_max.
+    smallest
+        λ_min; streamed, the upper bound of it.
+    smallest_low, smallest_high
+        Bounds of λ_min; see :class:`ntkpipe.solvers.smallest.Smallest`. None if there is no lower one.
+    condition_low, condition_high
+        Bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage floor and is not known.
+    trace, frobenius
+        tr K and |K|_F, exact in any case.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known.
+    num_below_floor, num_below_floor_error
+        Number of eigenvalues below it.
+    effective_rank
+        tr K / λ_max (Koltchinskii, Lounici 2017, Bernoulli 23: "effective rank").
+    entropy_rank, entropy_rank_error
+        exp(-Σ p_i log p_i) with p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO, who call it effective rank, too).
+    participation_ratio
+        (tr K)² / |K|_F², exact in any case.
+    ridges
+        λ, absolute, shape (r,).
+    effective_dimension, effective_dimension_error
+        d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural Computation 17).
+    density_grid, density
+        Eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades.
+    tail_exponent, tail_exponent_error
+        α of λ_i ~ i^-α, and one standard deviation by jackknife; see :func:`ntkpipe.analysis.powerlaw.fit_power_law`.
+        None where fewer than 20 eigenvalues above the floor are in the range.
+    tail_first_rank, tail_last_rank
+        The range of ranks that was fitted.
+    tail_exponent_of_first_half, tail_exponent_of_second_half
+        α of both halves of the range. Unlike ones say that this is no power law.
+    tail_prefactor, tail_scatter
+        λ at rank 1 of the line; root mean square distance from it in decades.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    eigenvalues: Values = field(repr=False)
+    largest: float
+    smallest: float
+    smallest_low: float | None
+    smallest_high: float
+    condition_low: float | None
+    condition_high: float | None
+    trace: float
+    frobenius: float
+    floor: float
+    num_below_floor: float
+    num_below_floor_error: float
+    effective_rank: float
+    entropy_rank: float
+    entropy_rank_error: float
+    participation_ratio: float
+    ridges: Values
+    effective_dimension: Values
+    effective_dimension_error: Values
+    density_grid: Values = field(repr=False)
+    density: Values = field(repr=False)
+    tail_exponent: float | None
+    tail_exponent_error: float | None
+    tail_first_rank: int | None
+    tail_last_rank: int | None
+    tail_exponent_of_first_half: float | None
+    tail_exponent_of_second_half: float | None
+    tail_prefactor: float | None
+    tail_scatter: float | None
+
+    def _rows(self) -> Rows:
+        low = "?" if self.smallest_low is None else f"{self.smallest_low:.6g}"
+        least = "?" if self.condition_low is None else f"{self.condition_low:.4g}"
+        most = "not known" if self.condition_high is None else f"{self.condition_high:.4g}"
+        is_exact = self.smallest_low == self.smallest_high
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("eigenvalues", f"{self.largest:.6g} to {self.smallest:.6g}, {self.num_rows:,} rows"),
+            ("smallest", f"{self.smallest:.6g}" if is_exact else f"{low} to {self.smallest_high:.6g}"),
+            ("condition number", least if least == most else f"{least} to {most}"),
+            (
+                "storage floor",
+                f"{self.floor:.2g}, {_with_error(self.num_below_floor, self.num_below_floor_error)} below",
+            ),
+            ("trace, Frobenius norm", f"{self.trace:.6g}, {self.frobenius:.6g}"),
+            ("effective rank", f"{self.effective_rank:.4g} (trace / largest)"),
+            ("entropy rank", f"{_with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
+            ("participation ratio", f"{self.participation_ratio:.4g}"),
+        ]
+        for ridge, value, error in zip(
+            self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True
+        ):
+            rows.append((f"effective dimension at {ridge:.3g}", _with_error(value, error)))
+        if self.tail_exponent is not None:
+            rows.append(
+                (
+                    "tail",
+                    f"rank^-{self.tail_exponent:.3f} ± {self.tail_exponent_error:.2g}, ranks {self.tail_first_rank} to "
+                    f"{self.tail_last_rank}; halves {self.tail_exponent_of_first_half:.3f}, "
+                    f"{self.tail_exponent_of_second_half:.3f}",
+                )
+            )
+        return rows
+
+
+def spectrum(
+    kernel: Any,
+    *,
+    eigenpairs: Pairs | None = None,
+    ridges: Sequence[float] | None = None,
+    ridge_scale: RidgeScale = None,
+    tail_ranks: tuple[int, int] | None = None,
+    method: Method = "auto",
+    k: int = 100,
+    num_probes: int = 16,
+    max_passes: int = 100,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> KernelSpectrum:
+    """Extremes, condition number, effective ranks and dimensions, density and tail of the spectrum of a kernel.
+
+    Exact from all eigenvalues by LAPACK where these fit. Streamed: λ_max and the leading k eigenvalues by
+    :func:`ntkpipe.eigsh`; bounds of λ_min by :func:`ntkpipe.smallest`; all sums over eigenvalues from
+    :func:`ntkpipe.density` with the leading pairs spliced in, and trace and Frobenius norm, which are known, as control
+    variates; an error holds the scatter of probes and what more Lanczos steps could change. Trace, Frobenius norm,
+    effective rank and participation ratio are as exact as λ_max then, too.
+
+    Cost: exact 4/3 n³ flops and one pass; streamed some 13 passes, up to ``max_passes``, and 50 to 100. Memory: exact
+    ``16 n²`` bytes, or ``8 n²``; streamed ``8 n (11 k + steps · num_probes)`` bytes or so.
+
+    Parameters
+    ----------
+    kernel
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+    eigenpairs
+        Eigenpairs that are known. All n of them make it exact at no cost; fewer are spliced in in place of ``k``.
+    ridges
+        λ at which the effective dimension is wanted; by default 10^-4 to 10^2 mean diagonals.
+    ridge_scale
+        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
+    tail_ranks
+        First and last rank of the power law; see :func:`ntkpipe.analysis.powerlaw.default_ranks`.
+    method
+        ``exact``, ``streamed``, or ``auto``: exact where it fits.
+    k
+        Leading eigenvalues of a streamed one.
+    num_probes, max_passes
+        Of the density.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free. It decides between exact and
+        streamed; what streaming takes at least is said above.
+    seed
+        Of everything that is random.
+    monitor
+        Called after each pass.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range, or eigenpairs are of another matrix.
+    NonFiniteError
+        If the matrix holds NaN or infinity.
+    ResourceError
+        If ``exact`` was asked for and does not fit.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    """
+    begin = perf_counter()
+    operator, room = open_for_analysis(kernel, memory_limit)
+    before, n = operator.work, operator.num_rows
+    check_method(method)
+    check_number("k", k, low=1)
+    given = None if eigenpairs is None else check_pairs(operator, eigenpairs)
+    statistics = operator.statistics()
+    shifts = absolute_ridges(ridges or _DEFAULT_RIDGES, ridge_scale if ridges else "mean_diagonal", statistics.diagonal)
+    floor = operator.storage_floor()
+    if given is not None and given.is_whole:
+        every: Values | None = np.array(given.values)
+        why = given.why
+    else:
+        every, why = _all_values(operator, room, method, monitor)
+    status: Status = "converged"
+    if every is not None:
+        found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
+    else:
+        found, status, message = _streamed(
+            operator,
+            given,
+            shifts,
+            floor,
+            k=min(k, n),
+            num_probes=num_probes,
+            max_passes=max_passes,
+            memory_limit=room,
+            seed=seed,
+            monitor=monitor,
+        )
+    trace, frobenius = statistics.trace, statistics.frobenius
+    tail = _tail(found["eigenvalues"], n, floor, tail_ranks)
+    return KernelSpectrum(
+        status=status,
+        message=message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={
+            "ridges": None if ridges is None else [float(ridge) for ridge in ridges],
+            "ridge_scale": ridge_scale if ridges else "mean_diagonal",
+            "tail_ranks": None if tail_ranks is None else list(tail_ranks),
+            "method": method,
+            "k": k,
+            "num_probes": num_probes,
+            "max_passes": max_passes,
+            "memory_limit": memory_limit,
+            "seed": seed,
+        },
+        matrix=operator.identity(),
+        why=why,
+        num_rows=n,
+        trace=trace,
+        frobenius=frobenius,
+        floor=floor,
+        effective_rank=trace / found["largest"] if found["largest"] else 0.0,
+        participation_ratio=trace**2 / frobenius**2 if frobenius else 0.0,
+        ridges=shifts,
+        tail_exponent=None if tail is None else tail.exponent,
+        tail_exponent_error=None if tail is None else tail.exponent_error,
+        tail_first_rank=None if tail is None else tail.first_rank,
+        tail_last_rank=None if tail is None else tail.last_rank,
+        tail_exponent_of_first_half=None if tail is None else tail.exponent_of_first_half,
+        tail_exponent_of_second_half=None if tail is None else tail.exponent_of_second_half,
+        tail_prefactor=None if tail is None else tail.prefactor,
+        tail_scatter=None if tail is None else tail.scatter,
+        **found,
+    )
+
+
+def _all_values(
+    operator: Operator, memory_limit: int | None, method: Method, monitor: Monitor
+) -> tuple[Values | None, str]:
+    if method == "streamed":
+        return None, "streamed was asked for"
+    try:
+        return np.array(eigvalsh(operator, memory_limit=memory_limit, monitor=monitor).eigenvalues), "it fits in memory"
+    except ResourceError:
+        if method == "exact":
+            raise
+        return None, does_not_fit(operator.num_rows, memory_limit)
+
+
+def _exact(values: Values, ridges: Values, floor: float) -> dict[str, Any]:
+    largest, least = float(values[0]), float(values[-1])
+    is_known = least > max(floor, 0.0) and largest > 0
+    condition = largest / least if is_known else None
+    grid, smooth = smoothed(values, np.ones(len(values)), floor, num_points=_NUM_POINTS, width=_WIDTH)
+    sums = _sums(ridges, float(values.sum()), floor, lambda function: sum_of_values(values, function))
+    return {
+        "method": "exact",
+        "eigenvalues": values,
+        "largest": largest,
+        "smallest": least,
+        "smallest_low": least,
+        "smallest_high": least,
+        # Below the floor λ_min is anything up to it.
+        "condition_low": condition if is_known else (largest / (max(least, 0.0) + floor) if floor > 0 else None),
+        "condition_high": condition,
+        "density_grid": grid,
+        "density": smooth,
+        "num_below_floor": float((values < floor).sum()),
+        "num_below_floor_error": 0.0,
+        **sums,
+    }
+
+
+def _streamed(
+    operator: Operator,
+    given: Any,
+    ridges: Values,
+    floor: float,
+    *,
+    k: int,
+    num_probes: int,
+    max_passes: int,
+    memory_limit: int | None,
+    seed: int,
+    monitor: Monitor,
+) -> tuple[dict[str, Any], Status, str]:
+    """By passes."""
+    n = operator.num_rows
+    if given is None:
+        limit = at_least(memory_limit, 8 * n * _VECTORS_A_PAIR * max(k, _FEWEST_PAIRS))
+        top = eigsh(operator, k, memory_limit=limit, seed=seed, monitor=monitor)
+        values, vectors, statuses = top.eigenvalues, top.eigenvectors, [top.status]
+    else:
+        values, vectors, statuses = given.values, given.vectors, []
+    spliced = _Spliced(values, vectors)
+    spread = density(
+        operator,
+        num_probes=num_probes,
+        top=spliced,
+        tol=0.01,
+        max_passes=max_passes,
+        memory_limit=at_least(memory_limit, 8 * n * num_probes * _LEAST_STEPS),
+        seed=seed,
+        monitor=monitor,
+    )
+    low = smallest(
+        operator, memory_limit=at_least(memory_limit, 8 * n * _VECTORS_OF_SMALLEST), seed=seed, monitor=monitor
+    )
+    grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
+    below = spread.count_above([floor])
+    trace, squares = operator.trace(), operator.frobenius() ** 2
+    sums = _sums(ridges, trace, floor, lambda function: sum_of_density(spread, function, trace, squares))
+    found = {
+        "method": "streamed",
+        "eigenvalues": np.array(values),
+        "largest": float(values[0]),
+        "smallest": float(low.eigenvalues[0]),
+        "smallest_low": low.low,
+        "smallest_high": low.high,
+        "condition_low": low.condition_low,
+        "condition_high": low.condition_high,
+        "density_grid": grid,
+        "density": smooth,
+        "num_below_floor": operator.num_rows - float(below.values[0]),
+        "num_below_floor_error": float(below.standard_errors[0] + below.truncation_errors[0]),
+        **sums,
+    }
+    # The density is as good as its errors say, whatever counts it would need to be called converged.
+    statuses += [low.status]
+    bad = next((status for status in statuses if status != "converged"), None)
+    if bad is not None:
+        return found, bad, f"of a solver: {low.message if low.status == bad else 'leading eigenpairs did not converge'}"
+    return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
+
+
+class _Spliced:
+    """Pairs as the density takes them."""
+
+    def __init__(self, eigenvalues: Values, eigenvectors: Values) -> None:
+        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
+
+
+def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, Any]:
+    """Entropy rank and effective dimensions."""
+
+    def entropy(values: Values) -> Values:
+        share = np.maximum(values / trace, 0.0) if trace > 0 else np.zeros_like(values)
+        return np.asarray(-share * np.log(np.where(share > 0, share, 1.0)))
+
+    del floor
+    of_entropy = sum_of(entropy)
+    dimensions: list[Sum] = []
+    for ridge in ridges:
+
+        def dimension(values: Values, ridge: float = float(ridge)) -> Values:
+            positive = np.maximum(values, 0.0)
+            return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
+
+        dimensions.append(sum_of(dimension))
+    rank = float(np.exp(of_entropy.value))
+    return {
+        "entropy_rank": rank,
+        "entropy_rank_error": rank * of_entropy.error,
+        "effective_dimension": np.array([one.value for one in dimensions]),
+        "effective_dimension_error": np.array([one.error for one in dimensions]),
+    }
+
+
+def _tail(values: Values, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> PowerLaw | None:
+    """The fit of the range that was asked for, or of the default one."""
+    if ranks is not None:
+        return fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
+    known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())
+    found = default_ranks(num_rows, known)
+    return None if found is None else fit_power_law(values, first_rank=found[0], last_rank=found[1])
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:,.5g}" if error == 0 else f"{value:,.5g} ± {error:.1g}"

@@ -1,0 +1,86 @@
+"""Analyses of a store: the right kernels and targets, results that are read back, steps of a workflow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+import ntkpipe
+from ntkpipe.analysing import ANALYSES, alignment_of_store, generalisation_of_store, spectrum_of_store
+from ntkpipe.errors import ConfigError
+from ntkpipe.kernel import KernelStore
+from ntkpipe.solving import read_result
+
+CLASSES = np.arange(60) % 3
+
+
+def make(folder: Path, **options: object) -> KernelStore:
+    chosen = {
+        "model": small.mlp(width=40),
+        "inputs": small.inputs(60),
+        "targets": CLASSES,
+        "test_inputs": small.inputs(21, seed=5),
+        "test_targets": np.arange(21) % 3,
+        "tile": 16,
+        "compute_dtype": "float64",
+        **options,
+    }
+    small.compute(folder, **chosen)
+    return ntkpipe.open_kernel(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> KernelStore:
+    return make(tmp_path_factory.mktemp("analysing") / "a.zarr", groups={"first": "0.*"})
+
+
+def test_results_are_those_of_the_functions_and_are_kept(store):
+    matrix = store.train.to_numpy()
+    found = spectrum_of_store(store, ridges=[0.5], progress=False)
+    assert found.effective_dimension == pytest.approx(ntkpipe.spectrum(matrix, ridges=[0.5]).effective_dimension)
+    kept = read_result(store, "spectrum")
+    assert kept["effective_rank"] == found.effective_rank
+    np.testing.assert_array_equal(kept["eigenvalues"], found.eigenvalues)
+    aligned = alignment_of_store(store, progress=False)
+    assert aligned.alignment == pytest.approx(ntkpipe.alignment(matrix, CLASSES).alignment)
+    assert read_result(store, "alignment")["centred_alignment"] == aligned.centred_alignment
+    general = generalisation_of_store(store, ridges=[1e-2, 1.0], ridge_scale="mean_diagonal", progress=False)
+    kept = read_result(store, "generalisation")
+    np.testing.assert_array_equal(kept["kare"], general.kare)
+    assert tuple(kept["kare_is_trusted"]) == general.kare_is_trusted
+    assert len(kept["reasons"]) == 2
+
+
+def test_a_group_is_tested_with_its_own_test_kernel(store):
+    found = generalisation_of_store(store, array="groups/first/train", ridges=[0.3], progress=False)
+    group = store.group("first")
+    coefficients = np.linalg.solve(group.train.to_numpy() + 0.3 * np.eye(60), np.eye(3)[CLASSES])
+    predicted = group.test_train.to_numpy() @ coefficients
+    assert found.test_loss == pytest.approx([np.mean((predicted - np.eye(3)[store.test_targets]) ** 2)], rel=1e-8)
+    assert read_result(store, "generalisation-groups-first-train") is not None
+
+
+def test_full_kernel_of_a_store(tmp_path):
+    store = make(tmp_path / "full.zarr", kind="ntk")
+    found = generalisation_of_store(store, ridges=[0.3], progress=False)
+    target = np.eye(3)[CLASSES].reshape(-1, 1)
+    coefficients = np.linalg.solve(store.train.to_numpy() + 0.3 * np.eye(180), target)
+    predicted = (store.test_train.to_numpy() @ coefficients).reshape(21, 3)
+    assert found.test_loss == pytest.approx([np.mean((predicted - np.eye(3)[store.test_targets]) ** 2)], rel=1e-8)
+    assert alignment_of_store(store, progress=False).num_outputs == 1
+
+
+def test_without_targets_or_test_samples(tmp_path):
+    bare = make(tmp_path / "bare.zarr", targets=None, test_inputs=None, test_targets=None)
+    assert spectrum_of_store(bare, progress=False).is_converged
+    with pytest.raises(ConfigError, match="has no targets"):
+        alignment_of_store(bare, progress=False)
+    with pytest.raises(ConfigError, match="needed two numbers"):
+        spectrum_of_store(bare, tail_ranks=[3], progress=False)
+    alone = make(tmp_path / "alone.zarr", test_inputs=None, test_targets=None)
+    assert np.isnan(generalisation_of_store(alone, progress=False).test_loss).all()
+
+
+def test_steps_have_the_names_of_results():
+    assert {"spectrum", "alignment", "generalisation"} <= set(ANALYSES)
