@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.analysis.generalisation import generalisation
     from ntkpipe.analysis.spectrum import spectrum
+    from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
     from ntkpipe.derive import derive_kernel
@@ -59,6 +60,7 @@ _HOMES = {
     "plan_kernel": "api",
     "read_result": "solving",
     "repair": "upkeep",
+    "ridge_path": "analysis.ridge_path",
     "slq_logdet": "solvers.functions",
     "smallest": "solvers.smallest",
     "solve": "solvers.solve",
@@ -95,6 +97,7 @@ __all__ = [
     "plan_kernel",
     "read_result",
     "repair",
+    "ridge_path",
     "slq_logdet",
     "smallest",
     "solve",

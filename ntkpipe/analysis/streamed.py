@@ -43,6 +43,11 @@ class Verdict:
                 self.status = status
             self.messages.append(message)
 
+    def joined(self, other: "Verdict") -> "Verdict":
+        """Both together."""
+        status = self.status if self.status != "converged" else other.status
+        return Verdict(status, max(self.worst, other.worst), [*self.messages, *other.messages])
+
 
 class StreamedInverse:
     """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
@@ -136,6 +141,11 @@ class StreamedInverse:
         )
         self.verdict.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
         return np.asarray(found.coefficients)
+
+    def start_verdict(self) -> Verdict:
+        """Begin to judge anew, and return what was said before."""
+        before, self.verdict = self.verdict, Verdict()
+        return before
 
     @property
     def work(self) -> Work:
