@@ -1,0 +1,135 @@
+"""Means of blocks of a stored kernel whose samples are put in an order: one pass, two small matrices in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.kernel import Kernel
+
+Values = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+# A screen shows no more.
+_MOST_BINS = 300
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Samples in the order in which a picture shows them.
+
+    Attributes
+    ----------
+    bins
+        Shape (N,): the row of the picture in which each sample is.
+    num_bins
+        Rows of the picture.
+    classes
+        Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes.
+    names
+        Class numbers that occur.
+    bounds
+        Where one class ends and the next begins, in samples.
+    order
+        What decides the order, in words.
+    """
+
+    bins: Labels
+    num_bins: int
+    classes: Labels | None
+    names: tuple[str, ...]
+    bounds: tuple[int, ...]
+    order: str
+
+
+def arrange(targets: NDArray[Any] | None, num_samples: int, *, is_class: bool) -> Arrangement:
+    """By class, or by the one target, or as stored; where samples are many, neighbours share a row.
+
+    Parameters
+    ----------
+    targets
+        First axis N, or none.
+    num_samples
+        N.
+    is_class
+        Whether targets are class numbers.
+    """
+    classes, names, bounds, order = None, np.zeros(0), (), "as stored"
+    key: NDArray[Any] = np.arange(num_samples)
+    if targets is not None and is_class:
+        names, classes = np.unique(targets, return_inverse=True)
+        key, order = classes, "sorted by class"
+        bounds = tuple(int(end) for end in np.bincount(classes).cumsum()[:-1])
+    elif targets is not None and targets.size == num_samples:
+        key, order = targets.reshape(-1), "sorted by target"
+    num_bins = min(num_samples, _MOST_BINS)
+    bins = np.empty(num_samples, np.int64)
+    bins[np.argsort(key, kind="stable")] = np.arange(num_samples) * num_bins // num_samples
+    return Arrangement(bins, num_bins, classes, tuple(str(int(name)) for name in names), bounds, order)
+
+
+def block_means(kernel: Kernel, groupings: Sequence[tuple[Labels, int]]) -> list[Values]:
+    """Mean entry of each pair of groups of samples, for one or more groupings; one pass over the stored tiles.
+
+    Entries of a sample with itself are left out where a group has others. Of a full NTK the entry of two samples is the
+    mean of their block's diagonal.
+
+    Parameters
+    ----------
+    kernel
+        A symmetric one.
+    groupings
+        (Group of each sample, number of groups).
+
+    Raises
+    ------
+    TileError
+        If a tile is missing or damaged.
+    """
+    sums = [np.zeros((count, count)) for _, count in groupings]
+    diagonal = np.zeros(kernel.grid.rows.num_samples)
+    for row, column in kernel.grid.tiles():
+        tile = _by_sample(kernel.read_stored(row, column), kernel.num_covectors)
+        at = _samples(kernel, row), _samples(kernel, column)
+        for total, (labels, _) in zip(sums, groupings, strict=True):
+            _add(total, tile, labels[at[0]], labels[at[1]])
+            if row != column:
+                _add(total, tile.T, labels[at[1]], labels[at[0]])
+        if row == column:
+            diagonal[at[0]] = tile.diagonal()
+    return [_mean(total, diagonal, labels) for total, (labels, _) in zip(sums, groupings, strict=True)]
+
+
+def _samples(kernel: Kernel, tile: int) -> slice:
+    rows, width = kernel.grid.rows.rows(tile), kernel.num_covectors
+    return slice(rows.start // width, rows.stop // width)
+
+
+def _by_sample(tile: NDArray[Any], width: int) -> Values:
+    if width == 1:
+        return tile.astype(np.float64)
+    blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
+    return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
+
+
+def _add(total: Values, tile: Values, rows: Labels, columns: Labels) -> None:
+    """Add sums of a tile's entries by the groups of its rows and columns."""
+    for labels in (rows, columns):
+        order = np.argsort(labels, kind="stable")
+        groups, starts = np.unique(labels[order], return_index=True)
+        tile = np.add.reduceat(tile[order], starts, axis=0).T
+        if labels is rows:
+            of_rows = groups
+    total[np.ix_(of_rows, groups)] += tile
+
+
+def _mean(total: Values, diagonal: Values, labels: Labels) -> Values:
+    """Sums over numbers of entries; a group of one sample has its diagonal entry alone."""
+    sizes = np.bincount(labels, minlength=len(total)).astype(np.float64)
+    counts, alone = np.outer(sizes, sizes), sizes == 1
+    own = np.bincount(labels, diagonal, minlength=len(total))
+    np.fill_diagonal(total, np.where(alone, own, total.diagonal() - own))
+    np.fill_diagonal(counts, np.where(alone, 1.0, sizes * (sizes - 1)))
+    return np.asarray(total / np.maximum(counts, 1.0), np.float64)

@@ -1,0 +1,111 @@
+"""What was gathered becomes a page: the line at its top, and sections in order."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ntkpipe import __version__
+from ntkpipe.printing import printable
+from ntkpipe.report.findings import Found
+from ntkpipe.report.gather import Gathered
+from ntkpipe.report.parts import Page, Section, Table, Verdict
+from ntkpipe.report.records import Records, computed_section, runs_table, verification_section
+from ntkpipe.report.sections.alignment import alignment_section
+from ntkpipe.report.sections.generalisation import generalisation_section
+from ntkpipe.report.sections.kernel import kernel_section
+from ntkpipe.report.sections.spectrum import spectrum_section
+from ntkpipe.report.sections.timings import timings_section
+from ntkpipe.report.sections.words import number
+from ntkpipe.store import reading_results
+
+_SYMBOLS = (
+    ("N, M, O", "training samples, test samples, outputs of the model"),
+    ("n", "rows of the kernel: N, or N·O of a full NTK"),
+    ("K", "the training kernel; K(x, x′) = ⟨∂f(x)/∂θ, ∂f(x′)/∂θ⟩ by the convention below"),
+    ("λₖ", "its eigenvalues, the largest first"),
+    ("λ", "the ridge, as it is added to the diagonal: f(x) = K(x, X) (K + λI)⁻¹ Y"),
+    ("kernel units", "(units of output / units of parameter)²"),
+    ("target units", "units of the targets; one-hot columns of classes have none"),
+)
+
+
+def compose(gathered: Gathered) -> Page:
+    """The page of what was gathered; draws every figure."""
+    store, found = gathered.store, gathered.found
+    name = store.path.name if isinstance(store.path, Path) else store.path
+    manifest = store.manifest
+    with reading_results(store.path):
+        sections = (
+            _reading_section(),
+            computed_section(store, gathered.kernel.name),
+            verification_section(store, gathered.records),
+            kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
+            spectrum_section(found["spectrum"]),
+            alignment_section(found["alignment"], found["spectrum"]),
+            generalisation_section(found["generalisation"], gathered.mean_diagonal),
+            timings_section(runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)),
+        )
+        return Page(
+            title=f"Kernel report: {name}",
+            subtitle=(
+                f"{manifest.kind} of {manifest.model.name} ({manifest.model.num_parameters:,} parameters) on "
+                f"{manifest.train.num_samples:,} samples"
+            ),
+            verdict=verdict(gathered),
+            numbers=_numbers(gathered),
+            sections=sections,
+            footer=(
+                f"Written by ntkpipe {__version__} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
+                f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs no "
+                "script."
+            ),
+        )
+
+
+def _reading_section() -> Section:
+    return Section(
+        "notation",
+        "Notation",
+        (
+            "Beside each figure are words on how to read it; on narrow screens and on paper they are below it. Colours, "
+            "marks and dashes mean the same everywhere: red circles are what was measured on the test set, green triangles "
+            "leave-one-out, purple diamonds generalised cross-validation and KARE.",
+        ),
+        (Table("Symbols", (), _SYMBOLS),),
+    )
+
+
+def verdict(gathered: Gathered) -> Verdict:
+    """Whether the kernel is right, and what it is good for, in one line."""
+    records = gathered.records
+    is_good, certificate = records.is_verified, records.worst_certificate
+    lead = {True: "Verified: yes", False: "Verified: no, something is wrong", None: "Not verified yet"}[is_good]
+    said = []
+    if certificate is not None:
+        said.append(f"certificate {certificate[0]:.1e} (tolerance {certificate[1]:.0e})")
+    elif is_good is not None:
+        said.append("no certificate against the model")
+    return Verdict(is_good, lead, "".join(f"; {words}" for words in said) + ".")
+
+
+def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
+    """What readers look for first."""
+    rows, columns = gathered.kernel.shape
+    numbers = [("kernel", f"{rows:,} × {columns:,}"), ("stored in", str(gathered.kernel.dtype))]
+    spectrum = gathered.found["spectrum"]
+    if isinstance(spectrum, Found):
+        numbers += [
+            ("largest eigenvalue", number(spectrum.number("largest"))),
+            ("effective rank", number(spectrum.number("effective_rank"), 3)),
+            ("condition number", number(spectrum.number("condition_low"), 3)),
+        ]
+    return tuple(numbers)
+
+
+def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
+    """Of computing the kernel, and of checking how."""
+    if not records.runs:
+        return ()
+    tiles = sum(float(run["seconds"]) for run in records.runs)
+    checks = sum(float(run["self_check_seconds"]) for run in records.runs)
+    return (("kernel, all runs", tiles), ("self-checks before", checks))
+

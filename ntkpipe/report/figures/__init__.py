@@ -1,0 +1,1 @@
+"""One small function a figure: numbers in, what draws them out."""

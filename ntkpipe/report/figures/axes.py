@@ -1,0 +1,61 @@
+"""What figures have in common: scales, legends beside the data, colour bars."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from numpy.typing import NDArray
+
+from ntkpipe.report.look import Look
+
+
+def logarithmic(axes: Axes, look: Look, which: str) -> None:
+    """Decades along ``"x"``, ``"y"`` or both, as many labels as there is room for."""
+    for name in which:
+        getattr(axes, f"set_{name}scale")("log")
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(numticks=5 if look.is_narrow else 8))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def linear(axes: Axes, look: Look, which: str, *, whole: bool = False) -> None:
+    """Few round numbers along ``"x"``, ``"y"`` or both."""
+    for name in which:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(MaxNLocator(4 if look.is_narrow else 7, integer=whole))
+
+
+def percent(axes: Axes, which: str) -> None:
+    """From 0 to 100 along ``"x"``, ``"y"`` or both."""
+    for name in which:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(MultipleLocator(20))
+        getattr(axes, f"set_{name}lim")(-2, 102)
+
+
+def legend(figure: Figure, axes: Axes, look: Look) -> None:
+    """What lines are, below the axes, where they hide nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    longest = max(map(len, labels))
+    columns = 1 if look.is_narrow and longest > 22 else 2 if look.is_narrow or longest > 34 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -> None:
+    """Which colour is which number; below the axes on a phone."""
+    bar = figure.colorbar(image, ax=axes, location="bottom" if look.is_narrow else "right", shrink=0.9)
+    bar.set_label(label)
+    bar.outline.set_edgecolor(look.ink)  # type: ignore[operator]
+    bar.locator = MaxNLocator(4 if look.is_narrow else 7)
+    bar.update_ticks()
+
+
+def thinned(count: int, most: int = 400) -> NDArray[np.int64]:
+    """At most about ``most`` of the positions 0 to count - 1, evenly in the logarithm, the first and last among them."""
+    if count <= most:
+        return np.arange(count)
+    return np.unique(np.geomspace(1, count, most).round().astype(np.int64) - 1)

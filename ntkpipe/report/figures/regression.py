@@ -1,0 +1,132 @@
+"""Figures of what regression with a kernel predicts, and of what foretells it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent
+from ntkpipe.report.look import Draw, Look, Quantity
+
+Values = NDArray[np.float64]
+
+_RIDGE = r"ridge $\lambda$ [kernel units]"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over ridges.
+
+    Attributes
+    ----------
+    label
+        In the legend.
+    values
+        One a ridge; NaN where there is none.
+    errors
+        Standard errors, where values are estimates.
+    """
+
+    label: str
+    values: Values
+    errors: Values | None = None
+
+
+Curves = Mapping[Quantity, Curve]
+
+
+def over_ridges(
+    ridges: Values,
+    curves: Curves,
+    *,
+    unit: str,
+    best: float | None = None,
+    marked: Mapping[str, float] | None = None,
+    is_share: bool = False,
+) -> Draw:
+    """Losses, or shares in percent, over ridges; vertical lines mark single ridges.
+
+    Parameters
+    ----------
+    ridges
+        λ; where one is zero it stands one decade below the smallest other one.
+    curves
+        What is drawn.
+    unit
+        Name and unit of the vertical axis.
+    best
+        λ that a line marks as the best by test loss, or leave-one-out.
+    marked
+        Name → λ of other lines.
+    is_share
+        Whether values are parts of one.
+    """
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        places = drawn_ridges(ridges)
+        factor = 100 if is_share else 1
+        for quantity, curve in curves.items():
+            line = look.line(quantity, len(places))
+            axes.plot(places, factor * curve.values, label=curve.label, **line)
+            if curve.errors is not None and np.isfinite(curve.errors).any():
+                low, high = curve.values - curve.errors, curve.values + curve.errors
+                low = low if is_share else np.maximum(low, curve.values / 1e3)
+                axes.fill_between(places, factor * low, factor * high, color=line["color"], alpha=0.2, linewidth=0)
+        lines = {**({"best ridge": best} if best is not None else {}), **(marked or {})}
+        for number, (name, ridge) in enumerate(lines.items()):
+            place = drawn_ridges(np.append(ridges, ridge))[-1]
+            dashes = ("--", ":", "-.")[number % 3]
+            axes.axvline(place, label=name, **{**look.line("reference"), "linestyle": dashes, "linewidth": 1.2})
+        logarithmic(axes, look, "x" if is_share else "xy")
+        if is_share:
+            linear(axes, look, "y")
+        axes.set_xlabel(_RIDGE + (r"; leftmost: $\lambda=0$" if (ridges == 0).any() else ""))
+        axes.set_ylabel(unit)
+        legend(figure, axes, look)
+
+    return draw
+
+
+def drawn_ridges(ridges: Values) -> Values:
+    """Where ridges are drawn on a logarithmic axis: zero one decade below the others."""
+    positive = ridges[ridges > 0]
+    return np.where(ridges > 0, ridges, positive.min() / 10 if len(positive) else 1.0)
+
+
+def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None = None) -> Draw:
+    """What estimates say over what was measured; one is right."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        places = drawn_ridges(ridges)
+        axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within 25 %")
+        axes.axhline(1.0, **look.line("reference"))
+        for quantity, curve in curves.items():
+            axes.plot(places, curve.values, label=curve.label, **look.line(quantity, len(places)))
+        for name, ridge in (marked or {}).items():
+            axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
+        logarithmic(axes, look, "x")
+        linear(axes, look, "y")
+        axes.set_xlabel(_RIDGE + (r"; leftmost: $\lambda=0$" if (ridges == 0).any() else ""))
+        axes.set_ylabel("estimate / measured test loss [ratio]")
+        legend(figure, axes, look)
+
+    return draw
+
+
+def coverage(nominal: Values, observed: Values) -> Draw:
+    """How many targets lie in intervals that should hold a given share of them."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
+        axes.plot(100 * nominal, 100 * observed, label="this posterior", **look.line("test", len(nominal)))
+        percent(axes, "xy")
+        axes.set_xlabel("credible level of the interval [%]")
+        axes.set_ylabel("test targets inside [%]")
+        legend(figure, axes, look)
+
+    return draw

@@ -1,0 +1,100 @@
+"""Figures of eigenvalues, and of targets along eigenvectors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent, thinned
+from ntkpipe.report.look import Draw, Look
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """λ_k = amplitude · k^-exponent, fitted between two ranks.
+
+    Attributes
+    ----------
+    exponent, error
+        With its standard error.
+    amplitude
+        Of the line.
+    first, last
+        Ranks, counted from 1.
+    """
+
+    exponent: float
+    error: float
+    amplitude: float
+    first: int
+    last: int
+
+
+def eigenvalues(values: Values, *, num_rows: int, floor: float, fit: PowerLaw | None) -> Draw:
+    """Eigenvalues by rank, as known; the power law of their tail and the storage floor."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        positive = np.flatnonzero(values > 0)
+        shown = positive[thinned(len(positive))]
+        axes.plot(shown + 1, values[shown], label="eigenvalues of K", **look.line("kernel", len(shown)))
+        if fit is not None:
+            ranks = np.array([fit.first, fit.last])
+            line = {**look.line("reference"), "color": look.colour("red"), "linewidth": 2.2}
+            said = f"power law, exponent {fit.exponent:.2f} ± {fit.error:.2f}"
+            axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **line)
+        if floor > 0:
+            axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
+        logarithmic(axes, look, "xy")
+        axes.set_xlim(0.9, num_rows * 1.1)
+        axes.set_xlabel("rank $k$ of the eigenvalue [number]")
+        axes.set_ylabel(r"eigenvalue $\lambda_k$ [kernel units]")
+        legend(figure, axes, look)
+
+    return draw
+
+
+def density(places: Values, heights: Values, *, floor: float, is_estimate: bool) -> Draw:
+    """Eigenvalues per decade over λ."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        said = "stochastic Lanczos quadrature" if is_estimate else "all eigenvalues"
+        line = {**look.line("kernel"), "marker": ""}
+        axes.plot(places, heights, label=said, **line)
+        axes.fill_between(places, heights, color=line["color"], alpha=0.25, linewidth=0)
+        logarithmic(axes, look, "x")
+        if floor > 0:
+            axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
+        linear(axes, look, "y")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(r"eigenvalue $\lambda$ [kernel units]")
+        axes.set_ylabel("density [eigenvalues per decade]")
+        legend(figure, axes, look)
+
+    return draw
+
+
+def cumulative(power: Values, share: Values | None, *, levels: Sequence[float] = (0.5, 0.9)) -> Draw:
+    """Power of the targets along the k leading eigenvectors, and what of the trace these hold."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        shown = thinned(len(power))
+        axes.plot(shown + 1, 100 * power[shown], label="power of the targets", **look.line("test", len(shown)))
+        if share is not None:
+            shown = thinned(len(share))
+            axes.plot(shown + 1, 100 * share[shown], label="trace of K", **look.line("kernel", len(shown)))
+        for level in levels:
+            axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
+        logarithmic(axes, look, "x")
+        percent(axes, "y")
+        axes.set_xlabel("leading eigenvectors $k$ [number]")
+        axes.set_ylabel("cumulative share [%]")
+        legend(figure, axes, look)
+
+    return draw

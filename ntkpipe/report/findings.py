@@ -1,0 +1,174 @@
+"""What an analysis found, whether just now or in an earlier step: values by name, each checked when it is taken."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import StoreError
+from ntkpipe.solvers.result import Result
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An analysis that was not done.
+
+    Attributes
+    ----------
+    why
+        One sentence: what is missing, and how to get it.
+    """
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A result.
+
+    Attributes
+    ----------
+    name
+        Of the result below ``results/``.
+    values
+        Its numbers, words and arrays; a store's may be anybody's.
+    is_saved
+        Whether an earlier step found it.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    is_saved: bool
+
+    @classmethod
+    def of(cls, name: str, result: Result) -> "Found":
+        """One that was computed just now."""
+        return cls(name, {**result.to_json(), **result.arrays()}, is_saved=False)
+
+    def _wrong(self, name: str) -> StoreError:
+        return StoreError(
+            f"results/{self.name} is damaged, or of another version ({name}); delete that folder, and it is computed again"
+        )
+
+    def array(self, name: str, *, axes: int = 1) -> Values:
+        """An array of numbers; NaN where something is not known.
+
+        Raises
+        ------
+        StoreError
+            If there is none of so many axes.
+        """
+        try:
+            found = np.asarray(self.values[name])
+        except (KeyError, ValueError) as error:
+            raise self._wrong(name) from error
+        if found.ndim != axes or found.dtype.kind not in "fiub":
+            raise self._wrong(name)
+        return found.astype(np.float64)
+
+    def optional_numbers(self, name: str) -> Values:
+        """A list of numbers; NaN where there is none.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, list | tuple) or any(isinstance(one, str | bool | list | dict) for one in found):
+            raise self._wrong(name)
+        return np.array([np.nan if one is None else float(one) for one in found])
+
+    def flags(self, name: str) -> tuple[bool, ...]:
+        """A list of truth values.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, list | tuple) or any(not isinstance(one, bool) for one in found):
+            raise self._wrong(name)
+        return tuple(found)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, list | tuple) or any(not isinstance(one, str) for one in found):
+            raise self._wrong(name)
+        return tuple(found)
+
+    def arrays(self, *names: str) -> tuple[Values, ...]:
+        """Arrays of one axis and the same length.
+
+        Raises
+        ------
+        StoreError
+            If they are not.
+        """
+        found = tuple(self.array(name) for name in names)
+        if len({len(values) for values in found}) > 1:
+            raise self._wrong(", ".join(names))
+        return found
+
+    def number(self, name: str) -> float:
+        """A number; NaN where it is none.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if found is None and name in self.values:
+            return float("nan")
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise self._wrong(name)
+        return float(found)
+
+    def words(self, name: str) -> str:
+        """A text.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, str):
+            raise self._wrong(name)
+        return found
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A JSON object.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, Mapping):
+            raise self._wrong(name)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        return self.number("seconds")
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether it is what was asked for."""
+        return self.words("status") == "converged"

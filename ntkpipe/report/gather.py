@@ -1,0 +1,297 @@
+"""Everything on a page, before anything is drawn: what the store keeps, and analyses, each done once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.errors import ConfigError, ResourceError
+from ntkpipe.export import find_array
+from ntkpipe.kept import find_kernel, keep, result_name
+from ntkpipe.kernel import Kernel, KernelStore
+from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.operator import Operator, Work
+from ntkpipe.progress import Passes
+from ntkpipe.report.blocks import Arrangement, arrange, block_means
+from ntkpipe.report.findings import Found, Missing
+from ntkpipe.report.images import StoredImages
+from ntkpipe.report.records import Records, read_records
+from ntkpipe.ridges import RidgeScale
+from ntkpipe.saving import load_result
+from ntkpipe.solvers.dense import Spectrum, eigh
+from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solving import StoredPairs, stored_pairs
+from ntkpipe.store import reading_results
+from ntkpipe.targets import num_classes_of
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was asked for; see :func:`ntkpipe.report.report.write_report`.
+
+    Attributes
+    ----------
+    array, ridges, ridge_scale, memory_limit, client, progress
+        As there.
+    """
+
+    array: str
+    ridges: tuple[float, ...] | None
+    ridge_scale: RidgeScale
+    memory_limit: int | None
+    client: "Client | None" = field(repr=False)
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Everything on a page.
+
+    Attributes
+    ----------
+    store, kernel
+        What the page is about.
+    records
+        What the store says of its making.
+    found
+        What analyses found, by name.
+    means
+        Of blocks of the kernel: rows of a picture, and classes if there are any.
+    arrangement
+        The order of samples in that picture.
+    images
+        The samples, if they are images.
+    mean_diagonal
+        Of the kernel.
+    seconds
+        (What, seconds) of what was done for the page.
+    work
+        Passes and bytes of that.
+    matrix
+        Identity of the kernel.
+    """
+
+    store: KernelStore
+    kernel: Kernel
+    records: Records
+    found: Mapping[str, Found | Missing]
+    means: list[Values]
+    arrangement: Arrangement
+    images: StoredImages
+    mean_diagonal: float
+    seconds: tuple[tuple[str, float], ...]
+    work: Work
+    matrix: str
+
+
+class Inputs:
+    """What analyses are given: the kernel as an operator, targets, the test set, all eigenpairs where they fit.
+
+    Parameters
+    ----------
+    store
+        The store.
+    options
+        What was asked for.
+
+    Attributes
+    ----------
+    store, options
+        As given.
+    kernel
+        The train kernel.
+    seconds
+        Of the eigenpairs, once they were needed.
+    """
+
+    def __init__(self, store: KernelStore, options: Options) -> None:
+        self.store = store
+        self.options = options
+        self.kernel = find_kernel(store, options.array)
+        self.seconds: list[tuple[str, float]] = []
+
+    @cached_property
+    def eigenpairs(self) -> Spectrum | None:
+        """All of them, or none where they do not fit."""
+        begin = perf_counter()
+        try:
+            with Passes("all eigenpairs", enabled=self.options.progress) as shown:
+                found = eigh(self.kernel, memory_limit=self.options.memory_limit, monitor=_shown(shown))
+        except ResourceError:
+            return None
+        self.seconds.append(("all eigenpairs", perf_counter() - begin))
+        return found
+
+    @property
+    def pairs(self) -> "Spectrum | StoredPairs | None":
+        """All eigenpairs, or the leading ones that an earlier step has saved, or none."""
+        return self.eigenpairs or stored_pairs(self.store, self.options.array)
+
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """Of the train samples."""
+        return self.store.targets
+
+    @cached_property
+    def test_kernel(self) -> Kernel | None:
+        """Test × train, of the same outputs and parameters, or none."""
+        name = f"{self.kernel.name.removesuffix('train')}test_train"
+        arrays = self.store.store.arrays
+        return Kernel(arrays[name], self.store.manifest.digest()) if name in arrays else None
+
+    @cached_property
+    def test_diagonal(self) -> NDArray[Any] | None:
+        """The block of each test sample with itself, (M, S, S), or none."""
+        name = f"{self.kernel.name.removesuffix('train')}test_diagonal"
+        if name not in self.store.store.arrays:
+            return None
+        array = self.store.store.arrays[name]
+        return array.read_samples(0, array.layout.shape[0])
+
+    @property
+    def test_targets(self) -> NDArray[Any] | None:
+        """Of the test samples."""
+        return self.store.test_targets
+
+
+def _shown(shown: Passes) -> Monitor:
+    def monitor(step: Step) -> None:
+        shown.show(step.work.passes, step.residual, step.target)
+
+    return monitor
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One question to a kernel.
+
+    Attributes
+    ----------
+    ask
+        Of the inputs, the kernel as an operator, and who is told of each pass.
+    needs_targets, needs_test
+        Whether it needs targets of the train samples, or a test set (with targets, if it needs targets).
+    """
+
+    ask: Callable[[Inputs, Operator, Monitor], Result]
+    needs_targets: bool = False
+    needs_test: bool = False
+
+    def lacks(self, inputs: Inputs) -> str | None:
+        """One sentence on what is not there, and how to get it; none if all is."""
+        if self.needs_targets and inputs.targets is None:
+            return (
+                "The store has no targets; give targets to compute_kernel, or return them from the workflow's "
+                "data.factory."
+            )
+        if self.needs_test and inputs.test_kernel is None:
+            return (
+                "The store has no test set; compute the kernel with test_inputs and test_targets "
+                "(`ntkpipe run FILE --grow` adds them)."
+            )
+        if self.needs_test and self.needs_targets and inputs.test_targets is None:
+            return "The test set of this store has no targets; give test_targets to compute_kernel."
+        return None
+
+
+def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis]) -> Gathered:
+    """Read what is there and compute what is not.
+
+    Parameters
+    ----------
+    store, options
+        What about.
+    analyses
+        By the names of results, in the order in which they are done.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such kernel.
+    TileError
+        If a tile is missing or damaged.
+    StoreError
+        If a result is damaged.
+    """
+    inputs = Inputs(store, options)
+    records = read_records(store)
+    num_samples = inputs.kernel.grid.rows.num_samples
+    targets = inputs.targets
+    is_class = targets is not None and num_classes_of(targets) is not None
+    arrangement = arrange(targets, num_samples, is_class=is_class)
+    begin = perf_counter()
+    groupings = [(arrangement.bins, arrangement.num_bins)]
+    if arrangement.classes is not None:
+        groupings.append((arrangement.classes, len(arrangement.names)))
+    means = block_means(inputs.kernel, groupings)
+    seconds = [("picture of the kernel", perf_counter() - begin)]
+    work = Work(1.0)
+    found: dict[str, Found | Missing] = {}
+    with reading_results(store.path):
+        for name, analysis in analyses.items():
+            found[name] = find(inputs, name, analysis)
+    computed = [(name, one.seconds) for name, one in found.items() if isinstance(one, Found)]
+    return Gathered(
+        store=store,
+        kernel=inputs.kernel,
+        records=records,
+        found=found,
+        means=means,
+        arrangement=arrangement,
+        images=StoredImages(store),
+        mean_diagonal=float(inputs.kernel.diagonal().astype(np.float64).mean()),
+        seconds=(*inputs.seconds, *computed, *seconds),
+        work=work,
+        matrix=inputs.kernel.identity,
+    )
+
+
+def find(inputs: Inputs, name: str, analysis: Analysis) -> Found | Missing:
+    """The saved result of an analysis if it is of this kernel and these options; or a new one, saved if that can be."""
+    store, options = inputs.store, inputs.options
+    saved = load_result(store.store, result_name(name, inputs.kernel.name))
+    if saved is not None and saved.get("matrix") == inputs.kernel.identity and _is_asked_for(saved, options):
+        return Found(name, saved, is_saved=True)
+    lacking = analysis.lacks(inputs)
+    if lacking is not None:
+        return Missing(lacking)
+    try:
+        return Found.of(name, _compute(inputs, name, analysis))
+    except (ConfigError, ResourceError) as error:
+        return Missing(str(error))
+
+
+def _is_asked_for(saved: Mapping[str, Any], options: Options) -> bool:
+    """Whether a saved result has the ridges that were asked for, if any were."""
+    if options.ridges is None or "ridges" not in saved["options"]:
+        return True
+    return (saved["options"]["ridges"], saved["options"]["ridge_scale"]) == (list(options.ridges), options.ridge_scale)
+
+
+def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
+    options = inputs.options
+    if not inputs.store.store.is_writable():
+        operator = as_operator(inputs.kernel, memory_limit=options.memory_limit, client=options.client)
+        try:
+            return analysis.ask(inputs, operator, ignore)
+        finally:
+            operator.close()
+    return keep(
+        inputs.store,
+        name,
+        inputs.kernel.name,
+        {"ridges": options.ridges, "ridge_scale": options.ridge_scale, "report": True},
+        lambda operator, monitor, checkpoint: analysis.ask(inputs, operator, monitor),
+        options.memory_limit,
+        options.client,
+        options.progress,
+    )

@@ -1,0 +1,138 @@
+"""Stored samples that are images, as small PNG files."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.kernel import KernelStore
+from ntkpipe.manifest import ArrayRecord
+from ntkpipe.store import StoredArray
+
+Split = Literal["train", "test"]
+
+# Fewer pixels along an edge show nothing, and more are no thumbnail.
+_EDGES = (8, 512)
+_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """How the numbers of a sample are pixels.
+
+    Attributes
+    ----------
+    shape
+        (height, width), (channels, height, width) or (height, width, channels).
+    channels_first
+        Whether channels come first.
+    is_flat
+        Whether samples are vectors, so that this is a guess.
+    """
+
+    shape: tuple[int, ...]
+    channels_first: bool
+    is_flat: bool
+
+    @property
+    def words(self) -> str:
+        """Height × width."""
+        height, width = self.shape[-2:] if self.channels_first or len(self.shape) == 2 else self.shape[:2]
+        return f"{height} × {width}"
+
+
+def image_shape(record: ArrayRecord) -> ImageShape | None:
+    """How samples of this shape and dtype are images, or none if they do not look like any."""
+    if not (record.dtype.startswith("float") or record.dtype == "uint8"):
+        return None
+    shape = record.shape
+    if len(shape) == 1:
+        for channels in (1, 3):
+            edge = math.isqrt(shape[0] // channels)
+            if channels * edge * edge == shape[0] and _EDGES[0] <= edge <= _EDGES[1]:
+                return ImageShape((edge, edge) if channels == 1 else (3, edge, edge), True, True)
+        return None
+    channels_first = len(shape) == 3 and shape[0] in {1, 3}
+    pixels = shape[1:] if channels_first else shape[:2]
+    is_image = len(shape) == 2 or (len(shape) == 3 and (channels_first or shape[2] in {1, 3}))
+    if not is_image or not all(_EDGES[0] <= edge <= _EDGES[1] for edge in pixels):
+        return None
+    return ImageShape(shape, channels_first, False)
+
+
+class StoredImages:
+    """The samples of a store as images.
+
+    Parameters
+    ----------
+    store
+        The store.
+    """
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store
+        inputs = store.manifest.train.inputs
+        name = next(iter(inputs), "")
+        self._name = name
+        holds = f"samples/train/{name}" in store.store.arrays
+        self.holds_samples = holds
+        self.shape = image_shape(inputs[name]) if holds and len(inputs) == 1 else None
+
+    def why_not(self) -> str | None:
+        """One sentence if there are no images, or none if there are."""
+        if not self.holds_samples:
+            return (
+                "The store holds no inputs (it was derived without --samples), so samples are told by their numbers and "
+                "classes only."
+            )
+        if self.shape is None:
+            return "The stored inputs do not look like images, so samples are told by their numbers and classes only."
+        return None
+
+    def read(self, split: Split, numbers: Sequence[int]) -> dict[int, bytes]:
+        """PNG files of samples by number; none if the store has no images.
+
+        Raises
+        ------
+        TileError
+            If a chunk of samples is missing or damaged.
+        """
+        if self.shape is None:
+            return {}
+        array = self._store.store.arrays[f"samples/{split}/{self._name}"]
+        pixels = {number: _pixels(_read_one(array, number), self.shape) for number in sorted(set(numbers))}
+        low, high = _contrast(list(pixels.values()))
+        return {number: _png((image - low) / (high - low)) for number, image in pixels.items()}
+
+
+def _read_one(array: StoredArray, number: int) -> NDArray[Any]:
+    return array.read_samples(number, number + 1)[0]
+
+
+def _pixels(sample: NDArray[Any], shape: ImageShape) -> NDArray[np.float64]:
+    """As (height, width, 1 or 3)."""
+    image = sample.reshape(shape.shape).astype(np.float64)
+    if image.ndim == 2:
+        return image[:, :, None]
+    return np.moveaxis(image, 0, -1) if shape.channels_first else image
+
+
+def _contrast(images: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """What becomes black and white: samples may be normalised in any way."""
+    if not images:
+        return 0.0, 1.0
+    low, high = np.nanpercentile(np.concatenate([image.reshape(-1) for image in images]), _PERCENTILES)
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
+
+
+def _png(image: NDArray[np.float64]) -> bytes:
+    from matplotlib.image import imsave  # an extra, which the page needs in any case
+
+    buffer = io.BytesIO()
+    bytes_of = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+    imsave(buffer, bytes_of if image.shape[2] == 3 else bytes_of.repeat(3, axis=2), format="png")
+    return buffer.getvalue()

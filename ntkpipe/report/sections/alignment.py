@@ -1,0 +1,83 @@
+"""The section on how well the kernel fits the targets."""
+
+import math
+
+import numpy as np
+
+from ntkpipe.report.figures.spectrum import cumulative
+from ntkpipe.report.findings import Found, Missing, Values
+from ntkpipe.report.look import render
+from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.sections.words import method_in_words, number, share, warnings
+
+_TITLE = "Alignment of kernel and targets"
+_INTRO = (
+    "A kernel learns quickly what lies along its leading eigenvectors. The cumulative power C(k) is the share of the "
+    "targets' squared length in the first k of them (Canatar et al. 2021, arXiv 2006.13198); alignments say the same in one "
+    "number, the cosine between K and Y Yᵀ as matrices.",
+)
+_SHARES = ("50 %", "90 %", "99 %")
+
+
+def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Section:
+    """Cumulative power and alignments.
+
+    Parameters
+    ----------
+    found
+        Of :func:`ntkpipe.analysis.alignment.alignment`.
+    spectrum
+        For the trace, of which eigenvalues hold a share.
+    """
+    if isinstance(found, Missing):
+        return Section("alignment", _TITLE, _INTRO, (), found.why)
+    power, eigenvalues, error = found.arrays("cumulative_power", "eigenvalues", "cumulative_power_error")
+    trace = spectrum.number("trace") if isinstance(spectrum, Found) else math.nan
+    held = eigenvalues.cumsum() / trace if trace > 0 else None
+    parts: list[Part] = [_plot(found, power, held, float(error.max(initial=0.0)))]
+    parts.append(_numbers(found, power))
+    parts += [Note(said) for said in warnings(found)]
+    return Section("alignment", _TITLE, _INTRO, tuple(parts))
+
+
+def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plot:
+    counts = _directions(found)
+    said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
+    reading = [
+        "The red line is the power of the targets in the first k eigenvectors; the sooner it rises, the fewer samples this "
+        f"task needs with this kernel. Here: {said}. Dashed lines are at 50 % and 90 %.",
+        "The blue line is the share of the kernel's trace in the same eigenvectors. Where the red line is below it, the "
+        "kernel spends more of its size on these directions than the targets have there.",
+    ]
+    if error > 0:
+        reading.append(f"The leading eigenvectors are known to their residuals only: C(k) may be off by {error:.1g}.")
+    if len(power) < found.number("num_rows"):
+        reading.append(f"Only the {len(power):,} leading of {int(found.number('num_rows')):,} eigenvectors are known.")
+    return Plot(
+        "power",
+        "Cumulative power of the targets",
+        render(cumulative(power, held)),
+        f"Line of the targets' power in the leading eigenvectors: {share(float(power[0]))} in the first, "
+        f"{share(float(power[min(9, len(power) - 1)]))} in the first ten, {share(float(power[-1]))} in all that are known.",
+        tuple(reading),
+    )
+
+
+def _directions(found: Found) -> list[str]:
+    """Numbers of eigenvectors that hold 50, 90 and 99 % of the power."""
+    counts = found.optional_numbers("num_directions")
+    return ["more than are known" if np.isnan(count) else f"{int(count):,}" for count in counts[: len(_SHARES)]]
+
+
+def _numbers(found: Found, power: Values) -> Table:
+    rows = [
+        ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.number("alignment"))),
+        ("the same, kernel and targets centred", number(found.number("centred_alignment"))),
+        ("power in the first eigenvector", share(float(power[0]))),
+        *(
+            (f"eigenvectors that hold {part} of the power", count)
+            for part, count in zip(_SHARES, _directions(found), strict=True)
+        ),
+        ("computed", method_in_words(found)),
+    ]
+    return Table("Alignment in numbers", (), tuple(rows))

@@ -1,0 +1,123 @@
+"""The section that holds theory against the measured risk."""
+
+import numpy as np
+
+from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
+from ntkpipe.report.findings import Found, Missing, Values
+from ntkpipe.report.look import render
+from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_error
+
+_INTRO = (
+    "Can the test loss be known from the training samples alone? KARE (Jacot et al. 2020, arXiv 2006.09796) and "
+    "generalised cross-validation need the training kernel and targets; for λ > 0 they are the same number. "
+    "Eigenlearning (Simon et al., arXiv 2110.03922) and Canatar et al. (arXiv 2006.13198) predict the loss from the "
+    "spectrum and the targets along eigenvectors; here these are the training kernel's own, which is biased where many "
+    "modes are learnt. Leave-one-out is exact for these samples, and so judges the others without any test data.",
+)
+
+
+def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Section:
+    """Estimates across ridges, and what they are worth.
+
+    Parameters
+    ----------
+    found
+        Of :func:`ntkpipe.analysis.generalisation.generalisation`.
+    mean_diagonal
+        Of the kernel, which is marked.
+    """
+    title = "Predicted against measured risk"
+    if isinstance(found, Missing):
+        return Section("generalisation", title, _INTRO, (), found.why)
+    names = ("ridges", "test_loss", "test_loss_error", "kare", "kare_error", "eigenlearning", "leave_one_out_loss")
+    ridges, test, test_error, kare, kare_error, eigen, left_out = found.arrays(*names)
+    is_measured = bool(np.isfinite(test).any())
+    curves: dict[str, Curve] = {}
+    if is_measured:
+        curves["test"] = Curve("test loss, measured", test, test_error)
+    if np.isfinite(left_out).any():
+        curves["leave-one-out"] = Curve("leave-one-out", left_out, found.array("leave_one_out_loss_error"))
+    curves["kare"] = Curve("KARE = cross-validation (GCV)", kare, kare_error)
+    if np.isfinite(eigen).any():
+        curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
+    marked = {"mean diagonal of K": mean_diagonal}
+    parts: list[Part] = [_losses(found, ridges, curves, marked)]  # type: ignore[arg-type]
+    if is_measured:
+        compared = {name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"}
+        parts.append(_ratios(found, ridges, compared, marked))  # type: ignore[arg-type]
+    parts += [Note(said) for said in warnings(found)]
+    parts.append(_table(found, ridges))
+    missing = None
+    if not is_measured:
+        missing = (
+            "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs and "
+            "test_targets (`ntkpipe run FILE --grow` adds them)."
+        )
+    return Section("generalisation", title, _INTRO, tuple(parts), missing)
+
+
+def _losses(found: Found, ridges: Values, curves: Curves, marked: dict[str, float]) -> Plot:
+    trusted = ranges(ridges.tolist(), found.flags("kare_is_trusted"))
+    also = ranges(ridges.tolist(), found.flags("eigenlearning_is_trusted"))
+    return Plot(
+        "estimates",
+        "Loss across ridges, predicted and measured",
+        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", marked=marked)),
+        "Lines of the loss over the ridge: "
+        + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
+        + ".",
+        (
+            "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (red circles) "
+            "can replace a test set; one that falls below it for small λ promises too much there.",
+            f"Judged by leave-one-out and the storage floor, KARE can be trusted for {trusted or 'none of these ridges'}, "
+            f"eigenlearning for {also or 'none of these ridges'}.",
+            f"Shaded: one standard error. Computed: {method_in_words(found)}.",
+        ),
+    )
+
+
+def _ratios(found: Found, ridges: Values, curves: Curves, marked: dict[str, float]) -> Plot:
+    smallest, nearest = int(np.argmin(ridges)), int(np.argmin(np.abs(np.log((ridges + 1e-300) / list(marked.values())[0]))))
+    kare = curves["kare"].values
+    return Plot(
+        "ratios",
+        "Estimate over measured test loss",
+        render(ratios(ridges, curves, marked=marked)),
+        "Lines of the ratio of each estimate to the measured test loss over the ridge: "
+        + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
+        + ".",
+        (
+            "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor of "
+            "1.25.",
+            f"KARE is {number(kare[smallest], 3)} of the measured loss at λ = {ridges[smallest]:.3g}, and "
+            f"{number(kare[nearest], 3)} at λ = {ridges[nearest]:.3g}, the nearest to the mean diagonal of K.",
+            "KARE rests on features that look Gaussian to the kernel. Real samples are unlike each other, which shows most "
+            "where nothing smooths, at λ → 0.",
+        ),
+    )
+
+
+def _ends(values: Values) -> str:
+    known = values[np.isfinite(values)]
+    return f"{number(known[0], 3)} to {number(known[-1], 3)}" if len(known) else "nothing"
+
+
+def _table(found: Found, ridges: Values) -> Table:
+    columns = {
+        "test loss": ("test_loss", "test_loss_error"),
+        "KARE": ("kare", "kare_error"),
+        "GCV": ("generalised_cross_validation", None),
+        "leave-one-out": ("leave_one_out_loss", "leave_one_out_loss_error"),
+        "eigenlearning": ("eigenlearning", None),
+        "Canatar et al.": ("canatar", None),
+        "effective dimension": ("effective_dimension", "effective_dimension_error"),
+    }
+    cells = []
+    for name, error in columns.values():
+        values = found.array(name)
+        errors = np.zeros_like(values) if error is None else found.array(error)
+        cells.append([with_error(value, wrong) for value, wrong in zip(values, errors, strict=True)])
+    reasons = found.texts("reasons")
+    rows = tuple(zip(ridges_in_words(ridges), *cells, reasons, strict=True))
+    return Table("Numbers behind these figures", ("λ", *columns, "trust"), rows, is_folded=True)

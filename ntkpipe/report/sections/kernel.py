@@ -1,0 +1,76 @@
+"""The section that shows the kernel."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.report.blocks import Arrangement
+from ntkpipe.report.figures.kernel import class_means, picture
+from ntkpipe.report.look import render
+from ntkpipe.report.parts import Note, Plot, Section
+
+
+def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, num_samples: int) -> Section:
+    """The kernel as a picture, and means over pairs of classes where there are classes.
+
+    Parameters
+    ----------
+    means
+        Of the rows of the picture, and of the classes if there are any.
+    arrangement
+        The order.
+    num_samples
+        N.
+    """
+    each = num_samples / arrangement.num_bins
+    pixel = "a pair of samples" if each <= 1 else f"the mean over about {each:.0f} × {each:.0f} pairs of samples"
+    is_by_class = arrangement.classes is not None
+    reading = [
+        f"Both axes are the {num_samples:,} training samples, {arrangement.order}; each pixel is {pixel}, entries of a "
+        "sample with itself left out. Yellow is large, blue is small; the colours leave out the most extreme 0.5 % at "
+        "either end.",
+    ]
+    if is_by_class:
+        reading.append(
+            "Bright squares along the diagonal mean that the kernel knows the classes: samples of one class have gradients "
+            "that point the same way. Bright or dark stripes are samples whose gradients are long or short altogether; "
+            "such a common factor helps no classification."
+        )
+    name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {arrangement.order}"
+    drawn = render(
+        picture(
+            means[0],
+            num_samples=num_samples,
+            bounds=arrangement.bounds,
+            names=arrangement.names,
+            order=arrangement.order,
+        ),
+        height=0.78,
+    )
+    parts: list[Plot | Note] = [
+        Plot("picture", name, drawn, f"Heat map of the kernel of {num_samples:,} samples.", tuple(reading))
+    ]
+    if is_by_class:
+        parts.append(_class_plot(means[1], arrangement))
+    else:
+        parts.append(Note("The targets are no class numbers, so there is no picture by class."))
+    return Section("kernel", "The kernel", (), tuple(parts))
+
+
+def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
+    same = float(np.mean(means.diagonal()))
+    off = means[~np.eye(len(means), dtype=bool)]
+    other = float(off.mean()) if off.size else float("nan")
+    said = f"On average it is {same:.4g} within a class and {other:.4g} between classes"
+    ratio = f", a ratio of {same / other:.3g}." if off.size and other > 0 else "."
+    return Plot(
+        "class-means",
+        "Mean kernel entry of each pair of classes",
+        render(class_means(means, arrangement.names), height=0.72),
+        f"Heat map of {len(means)} × {len(means)} class means. {said}{ratio}",
+        (
+            "The mean of K(x, x′) over samples x of one class and x′ of another, a sample with itself left out. "
+            + said
+            + ratio,
+            "Off the diagonal, the brightest pairs are the classes that the kernel confuses most easily.",
+        ),
+    )

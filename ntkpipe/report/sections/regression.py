@@ -1,0 +1,176 @@
+"""The section on ridge regression: which ridge, how good, and whether the test set was needed to know."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntkpipe.report.figures.regression import Curve, over_ridges
+from ntkpipe.report.findings import Found, Missing, Values
+from ntkpipe.report.look import Quantity, render
+from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.sections.words import number, ridges_in_words, share, warnings, with_error
+
+_TITLE = "Ridge regression"
+_INTRO = (
+    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y, which is what "
+    "an infinitely wide network of this kernel is trained to by gradient flow, with λ for early stopping or weight decay. "
+    "Leave-one-out predicts each training sample from all others; generalised cross-validation (GCV) is its cheap "
+    "approximation.",
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The ridge that training data alone would choose, and how it does on the test set.
+
+    Attributes
+    ----------
+    index
+        Among the ridges.
+    ridge
+        λ.
+    criterion
+        What it was chosen by, in words.
+    test_loss, test_accuracy
+        NaN where not known.
+    """
+
+    index: int
+    ridge: float
+    criterion: str
+    test_loss: float
+    test_accuracy: float
+
+
+def choose(found: Found) -> Chosen:
+    """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge.
+
+    Parameters
+    ----------
+    found
+        Of :func:`ntkpipe.analysis.ridge_path.ridge_path`.
+    """
+    ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
+    is_left_out = bool(np.isfinite(left_out).any())
+    losses = np.where(np.isfinite(losses := left_out if is_left_out else crossed), losses, np.inf)
+    solved = np.array([status == "converged" for status in found.texts("statuses")])
+    if len(solved) == len(losses) and (solved & np.isfinite(losses)).any():
+        losses = np.where(solved, losses, np.inf)
+    index = min(range(len(ridges)), key=lambda place: (losses[place], -ridges[place]))
+    loss, accuracy = (float(found.array(name)[index]) for name in ("test_loss", "test_accuracy"))
+    criterion = "leave-one-out loss" if is_left_out else "generalised cross-validation"
+    return Chosen(index, float(ridges[index]), criterion, loss, accuracy)
+
+
+def regression_section(found: Found | Missing) -> Section:
+    """Losses and accuracies across ridges.
+
+    Parameters
+    ----------
+    found
+        Of :func:`ntkpipe.analysis.ridge_path.ridge_path`.
+    """
+    if isinstance(found, Missing):
+        return Section("regression", _TITLE, _INTRO, (), found.why)
+    chosen, ridges = choose(found), found.array("ridges")
+    parts: list[Part] = [_losses(found, ridges, chosen)]
+    if np.isfinite(found.array("leave_one_out_accuracy")).any():
+        parts.append(_accuracies(found, ridges, chosen))
+    parts += [Note(said) for said in warnings(found)]
+    parts.append(_table(found, ridges))
+    missing = None
+    if not np.isfinite(found.array("test_loss")).any():
+        missing = (
+            "The store has no test set with targets, so there is no test loss; compute the kernel with test_inputs and "
+            "test_targets (`ntkpipe run FILE --grow` adds them)."
+        )
+    return Section("regression", _TITLE, _INTRO, tuple(parts), missing)
+
+
+def _curves(found: Found, names: dict[Quantity, tuple[str, str, str | None]]) -> dict[Quantity, Curve]:
+    """Those that are known."""
+    curves = {}
+    for quantity, (label, name, error) in names.items():
+        values = found.array(name)
+        if np.isfinite(values).any():
+            curves[quantity] = Curve(label, values, None if error is None else found.array(error))
+    return curves
+
+
+def _losses(found: Found, ridges: Values, chosen: Chosen) -> Plot:
+    curves = _curves(
+        found,
+        {
+            "test": ("test", "test_loss", None),
+            "train": ("training", "train_loss", None),
+            "leave-one-out": ("leave-one-out", "leave_one_out_loss", "leave_one_out_loss_error"),
+            "gcv": ("GCV", "generalised_cross_validation", "generalised_cross_validation_error"),
+        },
+    )
+    # At λ = 0 it is rounding, which would stretch the axis over decades of nothing.
+    if "train" in curves:
+        values = curves["train"].values
+        curves["train"] = Curve("training", np.where(values > 1e-3 * np.nanmax(values), values, np.nan))
+    return Plot(
+        "losses",
+        "Loss across ridges",
+        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", best=chosen.ridge)),
+        "Lines of training, leave-one-out, cross-validation and test loss over the ridge; the best ridge by "
+        f"{chosen.criterion} is {chosen.ridge:.3g}.",
+        (
+            "From left to right the fit gets smoother. To the left of the minimum the ridge is too small and noise is "
+            "fitted, to the right too much is given up; where the left part is flat, interpolation does no harm. Training "
+            "losses below a thousandth of the largest are not drawn.",
+            f"The vertical line is the best ridge by {chosen.criterion}, λ = {chosen.ridge:.3g} "
+            f"({chosen.ridge / found.number('mean_diagonal'):.2g} of the mean diagonal), chosen without test data. "
+            + (f"The test loss there is {number(chosen.test_loss)}." if np.isfinite(chosen.test_loss) else ""),
+        ),
+    )
+
+
+def _accuracies(found: Found, ridges: Values, chosen: Chosen) -> Plot:
+    curves = _curves(
+        found,
+        {
+            "test": ("test", "test_accuracy", None),
+            "leave-one-out": ("leave-one-out", "leave_one_out_accuracy", "leave_one_out_accuracy_error"),
+        },
+    )
+    left = float(found.array("leave_one_out_accuracy")[chosen.index])
+    said = f"At the best ridge {share(left)} of the training samples are right when left out"
+    said += f", and {share(chosen.test_accuracy)} of the test samples." if np.isfinite(chosen.test_accuracy) else "."
+    return Plot(
+        "accuracies",
+        "Accuracy across ridges",
+        render(over_ridges(ridges, curves, unit="samples right [%]", best=chosen.ridge, is_share=True), height=0.46),
+        f"Lines of accuracy over the ridge. {said}",
+        (
+            "A sample is right if the largest of its predicted outputs is its class.",
+            said,
+            "Accuracy depends on the ridge less than the loss does: shrinking all outputs alike changes no decision.",
+        ),
+    )
+
+
+def _table(found: Found, ridges: Values) -> Table:
+    mean = found.number("mean_diagonal")
+    losses = {
+        "training loss": ("train_loss", None),
+        "leave-one-out loss": ("leave_one_out_loss", "leave_one_out_loss_error"),
+        "GCV": ("generalised_cross_validation", "generalised_cross_validation_error"),
+        "test loss": ("test_loss", None),
+        "effective dimension": ("effective_dimension", "effective_dimension_error"),
+    }
+    cells = [[f"{ridge / mean:.2g}" for ridge in ridges]]
+    for name, error in losses.values():
+        values = found.array(name)
+        errors = np.zeros_like(values) if error is None else found.array(error)
+        cells.append([with_error(value, wrong) for value, wrong in zip(values, errors, strict=True)])
+    columns = ["λ", "λ / mean diagonal", *losses]
+    for title, name in (("leave-one-out accuracy", "leave_one_out_accuracy"), ("test accuracy", "test_accuracy")):
+        values = found.array(name)
+        if np.isfinite(values).any():
+            columns.append(title)
+            cells.append([share(value) for value in values])
+    rows = tuple(zip(ridges_in_words(ridges), *cells, strict=True))
+    return Table("Regression in numbers", tuple(columns), rows)
