@@ -28,7 +28,7 @@ clean:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,xarray,scikit-learn,cluster,objects,examples,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compute,dask,xarray,scikit-learn,cluster,objects,report,examples,dev]'
 	# For its schemas alone, and so out of sight of Python: it depends on three Kubernetes clients.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/share/dask-kubernetes dask-kubernetes

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ntkpipe.kernel import Kernel, KernelStore, open_kernel
     from ntkpipe.operators.opening import as_operator
     from ntkpipe.precomputed import PrecomputedKernel
+    from ntkpipe.report.report import write_report
     from ntkpipe.saving import Checkpoint
     from ntkpipe.solvers.cholesky import cholesky
     from ntkpipe.solvers.dense import eigh, eigvalsh
@@ -67,6 +68,7 @@ _HOMES = {
     "solve_path": "solvers.solve",
     "spectrum": "analysis.spectrum",
     "verify": "upkeep",
+    "write_report": "report.report",
 }
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "solve_path",
     "spectrum",
     "verify",
+    "write_report",
 ]
 
 

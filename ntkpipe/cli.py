@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ntkpipe import __version__
 from ntkpipe.cli_solvers import COMMANDS
+from ntkpipe.config import parse_bytes
 from ntkpipe.derive import derive_kernel
 from ntkpipe.errors import (
     ConfigError,
@@ -273,6 +274,44 @@ def export(store: str, path: Path, array: str) -> None:
     layout = find_array(opened.store, array).layout
     shape = " × ".join(f"{size:,}" for size in layout.shape)
     print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
+
+
+@cli.command()
+@_store
+@click.option("--output", metavar="PATH", help="Of the page.  [default: beside the store, as run.html for run.zarr]")
+@click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train.")
+@click.option(
+    "--ridge", "ridges", type=float, multiple=True, help="λ of the regressions; repeatable.  [default: what is saved]"
+)
+@click.option(
+    "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
+)
+@click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
+@_as_json
+def report(
+    store: str,
+    output: str | None,
+    array: str,
+    ridges: tuple[float, ...],
+    ridge_scale: Any,
+    memory_limit: str | None,
+    as_json: bool,
+) -> None:
+    """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
+    from ntkpipe.report.report import write_report  # keeps scipy out of other commands
+
+    written = write_report(
+        store,
+        output,
+        array=array,
+        ridges=ridges or None,
+        ridge_scale=ridge_scale,
+        memory_limit=None if memory_limit is None else parse_bytes("memory_limit", memory_limit),
+    )
+    if as_json:
+        print(json.dumps(written.to_json(), indent=1))
+    else:
+        print_rows(f"report {store}", written.rows())
 
 
 for _command in COMMANDS:

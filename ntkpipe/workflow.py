@@ -26,6 +26,7 @@ from ntkpipe.mending import RepairReport
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
 from ntkpipe.resources import format_bytes
+from ntkpipe.report.report import report_of_store, require_libraries
 from ntkpipe.ridges import RidgeScale
 from ntkpipe.solvers.result import Result
 from ntkpipe.solving import SOLVERS
@@ -310,7 +311,7 @@ def summary_rows(found: Summary) -> Rows:
 
 
 # Steps that need the store alone.
-_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES}
+_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": report_of_store}
 _STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
@@ -326,6 +327,8 @@ def _check_step(step: StepSpec, source: str) -> None:
     if step.step not in steps:
         close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
+    if step.step == "report":
+        require_libraries()
     parameters = signature(steps[step.step]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     known = [name for name in known if name not in _OF_THE_RUN]

@@ -1,5 +1,6 @@
 """What was gathered becomes a page: the line at its top, and sections in order."""
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from ntkpipe.report.records import Records, computed_section, runs_table, verifi
 from ntkpipe.report.sections.alignment import alignment_section
 from ntkpipe.report.sections.generalisation import generalisation_section
 from ntkpipe.report.sections.kernel import kernel_section
+from ntkpipe.report.sections.regression import choose, regression_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
-from ntkpipe.report.sections.words import number
+from ntkpipe.report.sections.words import number, share
 from ntkpipe.store import reading_results
 
 _SYMBOLS = (
@@ -41,6 +43,7 @@ def compose(gathered: Gathered) -> Page:
             kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
             spectrum_section(found["spectrum"]),
             alignment_section(found["alignment"], found["spectrum"]),
+            regression_section(found["regression"]),
             generalisation_section(found["generalisation"], gathered.mean_diagonal),
             timings_section(runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)),
         )
@@ -84,7 +87,21 @@ def verdict(gathered: Gathered) -> Verdict:
         said.append(f"certificate {certificate[0]:.1e} (tolerance {certificate[1]:.0e})")
     elif is_good is not None:
         said.append("no certificate against the model")
+    said += _regression_in_words(gathered)
     return Verdict(is_good, lead, "".join(f"; {words}" for words in said) + ".")
+
+
+def _regression_in_words(gathered: Gathered) -> list[str]:
+    """How ridge regression does on the test set, at the ridge that training data choose."""
+    found, test = gathered.found["regression"], gathered.store.manifest.test
+    if not isinstance(found, Found) or test is None:
+        return []
+    chosen = choose(found)
+    if math.isfinite(chosen.test_accuracy):
+        noun = "images" if gathered.images.shape is not None else "samples"
+        right = f"ridge regression {share(chosen.test_accuracy)} of {test.num_samples:,} test {noun} right"
+        return [f"{right} (λ = {chosen.ridge:.3g}, chosen by {chosen.criterion})"]
+    return [f"ridge regression has test loss {number(chosen.test_loss)}"] if math.isfinite(chosen.test_loss) else []
 
 
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
@@ -98,6 +115,14 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
             ("effective rank", number(spectrum.number("effective_rank"), 3)),
             ("condition number", number(spectrum.number("condition_low"), 3)),
         ]
+    regression = gathered.found["regression"]
+    if isinstance(regression, Found):
+        chosen = choose(regression)
+        numbers.append(("best ridge", number(chosen.ridge, 3)))
+        if math.isfinite(chosen.test_accuracy):
+            numbers.append(("test accuracy", share(chosen.test_accuracy)))
+        elif math.isfinite(chosen.test_loss):
+            numbers.append(("test loss", number(chosen.test_loss)))
     return tuple(numbers)
 
 

@@ -5,19 +5,32 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from ntkpipe.report.look import Look
 
+# Of which labels at powers of ten are enough.
+_FEW_DECADES = 2.0
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.4g}")
+
 
 def logarithmic(axes: Axes, look: Look, which: str) -> None:
-    """Decades along ``"x"``, ``"y"`` or both, as many labels as there is room for."""
+    """Decades along ``"x"``, ``"y"`` or both, as many labels as there is room for; call it when all is drawn."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         axis = axes.xaxis if name == "x" else axes.yaxis
-        axis.set_major_locator(LogLocator(numticks=5 if look.is_narrow else 8))
+        low, high = axis.get_view_interval()
+        decades = float(np.log10(high / low))
         axis.set_minor_formatter(NullFormatter())
+        if decades >= _FEW_DECADES:
+            axis.set_major_locator(LogLocator(numticks=5 if look.is_narrow else 8))
+        else:
+            # Powers of ten alone would be one label, or none.
+            is_short = decades < _FEW_DECADES / 4
+            axis.set_major_locator(MaxNLocator(4) if is_short else LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(PLAIN)
+            axis.set_minor_locator(NullLocator())
 
 
 def linear(axes: Axes, look: Look, which: str, *, whole: bool = False) -> None:
@@ -25,6 +38,7 @@ def linear(axes: Axes, look: Look, which: str, *, whole: bool = False) -> None:
     for name in which:
         axis = axes.xaxis if name == "x" else axes.yaxis
         axis.set_major_locator(MaxNLocator(4 if look.is_narrow else 7, integer=whole))
+        axis.set_major_formatter(PLAIN)
 
 
 def percent(axes: Axes, which: str) -> None:
@@ -51,6 +65,7 @@ def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -
     bar.set_label(label)
     bar.outline.set_edgecolor(look.ink)  # type: ignore[operator]
     bar.locator = MaxNLocator(4 if look.is_narrow else 7)
+    bar.formatter = PLAIN
     bar.update_ticks()
 
 

@@ -35,6 +35,8 @@ def picture(means: Values, *, num_samples: int, bounds: Sequence[int], names: Se
     """
 
     def draw(figure: Figure, look: Look) -> None:
+        # Squares are laid out right by this one only.
+        figure.set_layout_engine("compressed")
         axes = figure.add_subplot()
         low, high = _range(means)
         image = axes.imshow(
@@ -69,6 +71,8 @@ def class_means(means: Values, names: Sequence[str]) -> Draw:
     """Mean entry of each pair of classes, the diagonal of the kernel left out."""
 
     def draw(figure: Figure, look: Look) -> None:
+        # Squares are laid out right by this one only.
+        figure.set_layout_engine("compressed")
         axes = figure.add_subplot()
         image = axes.imshow(means, cmap="cividis")
         axes.grid(visible=False)

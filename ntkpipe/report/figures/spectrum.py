@@ -49,8 +49,8 @@ def eigenvalues(values: Values, *, num_rows: int, floor: float, fit: PowerLaw | 
             axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **line)
         if floor > 0:
             axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
-        logarithmic(axes, look, "xy")
         axes.set_xlim(0.9, num_rows * 1.1)
+        logarithmic(axes, look, "xy")
         axes.set_xlabel("rank $k$ of the eigenvalue [number]")
         axes.set_ylabel(r"eigenvalue $\lambda_k$ [kernel units]")
         legend(figure, axes, look)

@@ -38,7 +38,7 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
         curves["test"] = Curve("test loss, measured", test, test_error)
     if np.isfinite(left_out).any():
         curves["leave-one-out"] = Curve("leave-one-out", left_out, found.array("leave_one_out_loss_error"))
-    curves["kare"] = Curve("KARE = cross-validation (GCV)", kare, kare_error)
+    curves["gcv"] = Curve("KARE = cross-validation (GCV)", kare, kare_error)
     if np.isfinite(eigen).any():
         curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
     marked = {"mean diagonal of K": mean_diagonal}
@@ -79,7 +79,7 @@ def _losses(found: Found, ridges: Values, curves: Curves, marked: dict[str, floa
 
 def _ratios(found: Found, ridges: Values, curves: Curves, marked: dict[str, float]) -> Plot:
     smallest, nearest = int(np.argmin(ridges)), int(np.argmin(np.abs(np.log((ridges + 1e-300) / list(marked.values())[0]))))
-    kare = curves["kare"].values
+    kare = curves["gcv"].values
     return Plot(
         "ratios",
         "Estimate over measured test loss",

@@ -1,0 +1,112 @@
+"""Every figure of a report with numbers that are awkward to draw, and the texts that it shows with their places."""
+
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from ntkpipe.report.figures import kernel, regression, spectrum, timings
+from ntkpipe.report.look import Draw, Look, draw_figure
+
+RIDGES = np.concatenate([[0.0], np.geomspace(1e-9, 1e5, 15)])
+
+
+def _curve(label: str, low: float, high: float) -> regression.Curve:
+    return regression.Curve(label, np.geomspace(low, high, 16), np.full(16, low / 3))
+
+
+def _four(low: float, high: float) -> dict[str, regression.Curve]:
+    names = {"test": "test loss, measured", "train": "training", "leave-one-out": "leave-one-out", "gcv": "KARE = GCV"}
+    return {quantity: _curve(label, low, high) for quantity, label in names.items()}
+
+
+def _spectrum(count: int, low: float) -> Draw:
+    values = np.geomspace(2e4, low, count)
+    fit = spectrum.PowerLaw(1.234, 0.0123, 1e4, 10, max(11, count // 4))
+    return spectrum.eigenvalues(values, num_rows=count, floor=low, fit=fit)
+
+
+def _density(scale: float, low: float, high: float) -> Draw:
+    places = np.geomspace(low, high, 200)
+    return spectrum.density(places, scale * np.exp(-(np.linspace(-3, 3, 200) ** 2)), floor=low / 10, is_estimate=True)
+
+
+def _picture(names: list[str], num_samples: int, scale: float) -> Draw:
+    means = scale * np.random.default_rng(0).random((30, 30))
+    bounds = list(np.linspace(0, num_samples, len(names) + 1).astype(int)[1:-1])
+    return kernel.picture(means, num_samples=num_samples, bounds=bounds, names=names, order="sorted by class")
+
+
+def _class_means(count: int, scale: float) -> Draw:
+    return kernel.class_means(scale * np.random.default_rng(0).random((count, count)), [str(i) for i in range(count)])
+
+
+_BARS = ["kernel, all runs", "self-checks before", "all eigenpairs", "gaussian process", "generalisation", "regression"]
+
+FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
+    "spectrum of thousands": (lambda: _spectrum(4000, 1e-5), 0.52),
+    "spectrum of a few": (lambda: _spectrum(5, 1.0), 0.52),
+    "spectrum over many decades": (lambda: _spectrum(100_000, 1e-30), 0.52),
+    "density": (lambda: _density(4000.0, 1e-8, 1e6), 0.52),
+    "density of millions": (lambda: _density(3e6, 0.1, 0.2), 0.52),
+    "power": (lambda: spectrum.cumulative(np.linspace(0.1, 1, 4000), np.linspace(0.5, 1, 4000)), 0.52),
+    "power of a few": (lambda: spectrum.cumulative(np.linspace(0.1, 1, 3), None), 0.52),
+    "losses": (
+        lambda: regression.over_ridges(
+            RIDGES, _four(1e-7, 1.0), unit="mean squared error [target units²]", best=1.0, marked={"mean diagonal": 9.0}
+        ),
+        0.52,
+    ),
+    "losses within a decade": (
+        lambda: regression.over_ridges(RIDGES, _four(0.011, 0.019), unit="mean squared error [target units²]", best=0.0),
+        0.52,
+    ),
+    "accuracies": (
+        lambda: regression.over_ridges(RIDGES, _four(0.951, 0.957), unit="samples right [%]", best=1.0, is_share=True),
+        0.46,
+    ),
+    "ratios": (lambda: regression.ratios(RIDGES, _four(0.01, 1.3), marked={"mean diagonal of K": 9.0}), 0.52),
+    "coverage": (lambda: regression.coverage(np.linspace(0.05, 0.95, 19), np.linspace(0.01, 1, 19)), 0.6),
+    "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 0.78),
+    "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 0.78),
+    "picture of small entries": (lambda: _picture([], 7, 1e-9), 0.78),
+    "class means": (lambda: _class_means(10, 1e4), 0.72),
+    "means of many classes": (lambda: _class_means(100, 1e-6), 0.72),
+    "means of two classes": (lambda: _class_means(2, 1.0), 0.72),
+    "time": (lambda: timings.bars([(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.42),
+    "time of one part": (lambda: timings.bars([("kernel, all runs", 0.0)]), 0.22),
+}
+
+
+def drawn(name: str, look: Look) -> Figure:
+    """A figure, laid out."""
+    make, height = FIGURES[name]
+    with mpl.rc_context(look.settings()):
+        figure = draw_figure(make(), look, height=height)
+        FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def texts(figure: Figure) -> Iterator[tuple[str, Bbox]]:
+    """Every text that is seen, with its place in pixels."""
+    found: list[Text] = []
+    for axes in figure.axes:
+        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        found += [label for axis in (axes.xaxis, axes.yaxis) for label in tick_labels(axis)]
+        found += [axis.get_offset_text() for axis in (axes.xaxis, axes.yaxis)]
+    found += [text for legend in figure.legends for text in legend.get_texts()]
+    for text in found:
+        if text.get_visible() and text.get_text():
+            yield text.get_text(), text.get_window_extent()
+
+
+def tick_labels(axis: Axis) -> Iterator[Text]:
+    low, high = sorted(axis.get_view_interval())
+    for tick in axis.get_major_ticks():
+        if low - 1e-12 <= tick.get_loc() <= high + 1e-12:
+            yield tick.label1

@@ -1,0 +1,170 @@
+"""A report in a real browser: on a wide screen, on a phone, on paper, in the dark; nothing overlaps, nothing is fetched."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import write_small_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WIDE, TABLET, PHONE = 1440, 820, 390
+
+# Everything that is read or looked at, where it is on the page; what is in a closed details has no size.
+BOXES = """() => [...document.querySelectorAll(
+  'h1, h2, h3, p, figure img, caption span, th, td, dt, dd, summary, .thumb span, .thumb img')]
+  .map(e => { const r = e.getBoundingClientRect(); return {
+    what: e.tagName + ' ' + (e.alt || e.textContent).slice(0, 60),
+    x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height, in_table: !!e.closest('table') }; })
+  .filter(b => b.width > 1 && b.height > 1)"""
+IMAGES = """() => [...document.querySelectorAll('img')].filter(e => e.getBoundingClientRect().width > 0)
+  .map(e => { const r = e.getBoundingClientRect(); return {
+    theme: e.closest('picture')?.className, natural: e.naturalWidth, ratio: e.naturalWidth / e.naturalHeight,
+    shown: r.width / r.height, left: r.left, right: r.right, wide: e.currentSrc === e.getAttribute('src') }; })"""
+COLOURS = """() => [...document.querySelectorAll('h1, h2, h3, p, a, th, td, dt, dd, summary, caption, strong, .thumb span')]
+  .filter(e => e.getBoundingClientRect().width > 1).map(e => {
+    let behind = e; const clear = 'rgba(0, 0, 0, 0)';
+    while (behind && getComputedStyle(behind).backgroundColor === clear) behind = behind.parentElement;
+    return { what: e.tagName + ' ' + e.textContent.slice(0, 40), ink: getComputedStyle(e).color,
+             paper: behind ? getComputedStyle(behind).backgroundColor : 'rgb(255, 255, 255)' }; })"""
+
+
+@dataclass
+class Seen:
+    """A page that is open, and what it asked for and complained about."""
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_report(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on the path")
+    api = pytest.importorskip("playwright.sync_api", reason="needs ntkpipe[dev]")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(browser: Any, report: Path) -> Iterator[Any]:
+    contexts = []
+
+    def opened(width: int, *, scheme: str = "light", media: str = "screen") -> Seen:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        seen = Seen(context.new_page())
+        seen.page.on("request", lambda request: seen.requests.append(request.url))
+        seen.page.on("console", lambda message: seen.complaints.append(message.text))
+        seen.page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        seen.page.emulate_media(media=media, color_scheme=scheme)
+        seen.page.goto(report.as_uri())
+        return seen
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def test_nothing_is_asked_of_a_network_and_nothing_is_wrong(show: Any, report: Path) -> None:
+    for width, scheme in ((WIDE, "light"), (PHONE, "dark")):
+        seen = show(width, scheme=scheme)
+        asked = [url for url in seen.requests if not url.startswith("data:")]
+        assert asked == [report.as_uri()]
+        assert seen.complaints == []
+
+
+@pytest.mark.parametrize("width", [WIDE, TABLET, PHONE, 320])
+def test_the_page_is_no_wider_than_the_screen(show: Any, width: int) -> None:
+    page = show(width).page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for image in page.evaluate(IMAGES):
+        assert image["natural"] > 0
+        assert 0 <= image["left"] <= image["right"] <= width
+        assert image["shown"] == pytest.approx(image["ratio"], rel=0.02)
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+@pytest.mark.parametrize("width", [WIDE, TABLET, PHONE])
+def test_nothing_overlaps(show: Any, width: int, media: str) -> None:
+    page = show(width, media=media).page
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    boxes = page.evaluate(BOXES)
+    assert len(boxes) > 100
+    for one, other in itertools.combinations(boxes, 2):
+        across = min(one["x"] + one["width"], other["x"] + other["width"]) - max(one["x"], other["x"])
+        down = min(one["y"] + one["height"], other["y"] + other["height"]) - max(one["y"], other["y"])
+        # Neighbouring cells share an edge.
+        assert across <= 1 or down <= 1, (one, other)
+
+
+def test_figures_are_dark_on_dark_screens_and_light_on_paper(show: Any) -> None:
+    for scheme in ("light", "dark"):
+        themes = [image["theme"] for image in show(WIDE, scheme=scheme).page.evaluate(IMAGES) if image["theme"]]
+        assert len(themes) > 5
+        assert set(themes) == {scheme}
+    printed = show(WIDE, scheme="dark", media="print").page
+    assert {image["theme"] for image in printed.evaluate(IMAGES) if image["theme"]} == {"light"}
+    assert brightness(printed.evaluate("getComputedStyle(document.body).backgroundColor")) > 0.9
+    assert brightness(show(WIDE, scheme="dark").page.evaluate("getComputedStyle(document.body).backgroundColor")) < 0.05
+
+
+def test_phones_get_narrow_figures(show: Any) -> None:
+    for width, is_wide in ((WIDE, True), (PHONE, False)):
+        assert {image["wide"] for image in show(width).page.evaluate(IMAGES) if image["theme"]} == {is_wide}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(show: Any, scheme: str) -> None:
+    found = show(WIDE, scheme=scheme).page.evaluate(COLOURS)
+    assert len(found) > 100
+    for text in found:
+        lights = sorted(brightness(text[name]) for name in ("ink", "paper"))
+        assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5, text
+
+
+def test_keys_reach_the_content_and_wide_tables(show: Any) -> None:
+    page = show(PHONE).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"
+    wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+    assert page.evaluate(f"{wide}.length") > 0
+    assert page.evaluate(f"{wide}.every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))")
+
+
+def test_it_prints(show: Any) -> None:
+    data = show(WIDE, scheme="dark").page.pdf(format="A4", prefer_css_page_size=True)
+    assert data.startswith(b"%PDF")
+    assert 4 <= data.count(b"/Type /Page\n") <= 30
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance of WCAG 2 of ``rgb(r, g, b)``."""
+    values = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

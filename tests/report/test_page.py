@@ -1,0 +1,107 @@
+"""The page as HTML: what stores say stays text, and nothing is asked of a network."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ntkpipe.report.look import LOOKS, Drawn
+from ntkpipe.report.page import render_page
+from ntkpipe.report.parts import Gallery, Note, Page, Plot, Section, Table, Thumbnail, Verdict
+
+EVIL = "<script>alert(1)</script>\" onload='x' {{ 7*7 }} {% raw %} &amp; \x1b[31m\x00\u202e ${x} \\"
+SEEN = EVIL.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\u202e", "\\u202e")
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and texts of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in {"meta", "link", "img", "source", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def hostile_page() -> Page:
+    drawn = tuple(Drawn(look, "data:image/svg+xml;base64,AAAA", 300, 200) for look in LOOKS)
+    thumbnail = Thumbnail("data:image/png;base64,AAAA", EVIL, (EVIL,))
+    parts = (
+        Table(EVIL, (EVIL, EVIL, EVIL), ((EVIL, EVIL, EVIL),)),
+        Table(EVIL, (), ((EVIL, EVIL),), is_folded=True),
+        Plot("plot", EVIL, drawn, EVIL, (EVIL,)),
+        Gallery(EVIL, (EVIL,), ((thumbnail, (thumbnail, Thumbnail(None, EVIL, (EVIL,)))),)),
+        Note(EVIL),
+    )
+    section = Section("section", EVIL, (EVIL,), parts, EVIL)
+    return Page(EVIL, EVIL, Verdict(None, EVIL, EVIL), ((EVIL, EVIL),), (section,), EVIL)
+
+
+def test_what_stores_say_is_text_and_nothing_else() -> None:
+    html = render_page(hostile_page())
+    found = read(html)
+    assert "script" not in found.tags
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    assert [text for text in found.texts if "alert" in text] == [SEEN] * sum("alert" in text for text in found.texts)
+    assert sum("alert" in text for text in found.texts) > 20
+    assert {value for _, name, value in found.attributes if name in {"alt", "aria-label"} and "alert" in value} == {SEEN}
+    assert not re.search(r"[^\x20-\uffff\n\t]", html)
+    assert "49 " not in html
+
+
+def test_nothing_leads_out_of_the_page() -> None:
+    html = render_page(hostile_page())
+    found = read(html)
+    addresses = [value for _, name, value in found.attributes if name in {"src", "srcset", "href"}]
+    assert addresses
+    assert all(value.startswith(("data:", "#")) for value in addresses)
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = next(value for tag, _, value in found.attributes if tag == "meta" and value.startswith("default-src"))
+    assert policy.startswith("default-src 'none'; img-src data:")
+
+
+@pytest.mark.parametrize("is_good", [True, False, None])
+def test_the_structure_is_one_that_screen_readers_follow(is_good: bool | None) -> None:
+    page = hostile_page()
+    html = render_page(Page(**{**page.__dict__, "verdict": Verdict(is_good, "yes", "no")}))
+    found = read(html)
+    assert found.tags.count("h1") == found.tags.count("main") == found.tags.count("nav") == 1
+    assert [tag for tag in found.tags if tag in {"h1", "h2", "h3"}] == ["h1", "h2", "h3", "h3"]
+    assert html.startswith("<!DOCTYPE html>")
+    assert ("html", "lang", "en") in found.attributes
+    images = found.tags.count("img")
+    assert sum(tag == "img" and name == "alt" and bool(value) for tag, name, value in found.attributes) == images
+    assert found.tags.count("caption") == found.tags.count("table") == 2
+    identifiers = {value for _, name, value in found.attributes if name == "id"}
+    targets = {value[1:] for tag, name, value in found.attributes if tag == "a" and name == "href"}
+    assert targets <= identifiers
+    assert {value for _, name, value in found.attributes if name == "aria-labelledby"} <= identifiers
+
+
+def test_figures_are_there_for_light_and_dark_and_for_two_widths() -> None:
+    html = render_page(hostile_page())
+    pictures = re.findall(r'<picture class="(\w+)">(.*?)</picture>', html, flags=re.DOTALL)
+    assert [name for name, _ in pictures] == ["light", "dark"]
+    assert all(body.count("<source") == body.count("<img") == 1 for _, body in pictures)
