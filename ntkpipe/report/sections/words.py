@@ -50,9 +50,9 @@ def warnings(*findings: Found | Missing) -> tuple[str, ...]:
 
 def method_in_words(found: Found) -> str:
     """How an analysis was done, and why."""
-    if found.words("method") == "exact":
-        return "exact, from all eigenvalues or a factor in memory"
-    return f"{found.words('method')}, since {found.words('why')}"
+    if found.words("method") == "streamed":
+        return f"streamed, since {found.words('why')}"
+    return "exactly, in memory"
 
 
 def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
