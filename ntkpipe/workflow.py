@@ -25,8 +25,8 @@ from ntkpipe.layout import planes
 from ntkpipe.mending import RepairReport
 from ntkpipe.models import Forward
 from ntkpipe.plan import Plan, format_seconds
-from ntkpipe.resources import format_bytes
 from ntkpipe.report.report import report_of_store, require_libraries
+from ntkpipe.resources import format_bytes
 from ntkpipe.ridges import RidgeScale
 from ntkpipe.solvers.result import Result
 from ntkpipe.solving import SOLVERS

@@ -56,7 +56,8 @@ def arrange(targets: NDArray[Any] | None, num_samples: int, *, is_class: bool) -
     is_class
         Whether targets are class numbers.
     """
-    classes, names, bounds, order = None, np.zeros(0), (), "as stored"
+    classes, names, order = None, np.zeros(0), "as stored"
+    bounds: tuple[int, ...] = ()
     key: NDArray[Any] = np.arange(num_samples)
     if targets is not None and is_class:
         names, classes = np.unique(targets, return_inverse=True)

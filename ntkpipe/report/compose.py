@@ -43,9 +43,11 @@ def compose(gathered: Gathered) -> Page:
             kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
             spectrum_section(found["spectrum"]),
             alignment_section(found["alignment"], found["spectrum"]),
-            regression_section(found["regression"]),
+            *((regression_section(found["regression"]),) if "regression" in found else ()),
             generalisation_section(found["generalisation"], gathered.mean_diagonal),
-            timings_section(runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)),
+            timings_section(
+                runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)
+            ),
         )
         return Page(
             title=f"Kernel report: {name}",
@@ -58,8 +60,8 @@ def compose(gathered: Gathered) -> Page:
             sections=sections,
             footer=(
                 f"Written by ntkpipe {__version__} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
-                f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs no "
-                "script."
+                f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs "
+                "no script."
             ),
         )
 
@@ -69,9 +71,9 @@ def _reading_section() -> Section:
         "notation",
         "Notation",
         (
-            "Beside each figure are words on how to read it; on narrow screens and on paper they are below it. Colours, "
-            "marks and dashes mean the same everywhere: red circles are what was measured on the test set, green triangles "
-            "leave-one-out, purple diamonds generalised cross-validation and KARE.",
+            "Beside each figure are words on how to read it; on narrow screens and on paper they are below it. "
+            "Colours, marks and dashes mean the same everywhere: red circles are what was measured on the test set, "
+            "green triangles leave-one-out, purple diamonds generalised cross-validation and KARE.",
         ),
         (Table("Symbols", (), _SYMBOLS),),
     )
@@ -93,7 +95,7 @@ def verdict(gathered: Gathered) -> Verdict:
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
-    found, test = gathered.found["regression"], gathered.store.manifest.test
+    found, test = gathered.found.get("regression"), gathered.store.manifest.test
     if not isinstance(found, Found) or test is None:
         return []
     chosen = choose(found)
@@ -115,7 +117,7 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
             ("effective rank", number(spectrum.number("effective_rank"), 3)),
             ("condition number", number(spectrum.number("condition_low"), 3)),
         ]
-    regression = gathered.found["regression"]
+    regression = gathered.found.get("regression")
     if isinstance(regression, Found):
         chosen = choose(regression)
         numbers.append(("best ridge", number(chosen.ridge, 3)))
@@ -133,4 +135,3 @@ def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
     tiles = sum(float(run["seconds"]) for run in records.runs)
     checks = sum(float(run["self_check_seconds"]) for run in records.runs)
     return (("kernel, all runs", tiles), ("self-checks before", checks))
-

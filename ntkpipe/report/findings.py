@@ -51,7 +51,8 @@ class Found:
 
     def _wrong(self, name: str) -> StoreError:
         return StoreError(
-            f"results/{self.name} is damaged, or of another version ({name}); delete that folder, and it is computed again"
+            f"results/{self.name} is damaged, or of another version ({name}); delete that folder, and it is computed "
+            "again"
         )
 
     def array(self, name: str, *, axes: int = 1) -> Values:

@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.errors import ConfigError, ResourceError
-from ntkpipe.export import find_array
-from ntkpipe.kept import find_kernel, keep, result_name
+from ntkpipe.kept import Question, find_kernel, of_store, result_name
 from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.operator import Operator, Work
+from ntkpipe.operators.operator import Work
 from ntkpipe.progress import Passes
 from ntkpipe.report.blocks import Arrangement, arrange, block_means
 from ntkpipe.report.findings import Found, Missing
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.records import Records, read_records
+from ntkpipe.resources import half_of_room
 from ntkpipe.ridges import RidgeScale
-from ntkpipe.saving import load_result
+from ntkpipe.saving import Checkpoint, load_result
 from ntkpipe.solvers.dense import Spectrum, eigh
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 from ntkpipe.solving import StoredPairs, stored_pairs
@@ -141,6 +141,12 @@ class Inputs:
         """Of the train samples."""
         return self.store.targets
 
+    @property
+    def known_targets(self) -> NDArray[Any]:
+        """Of the train samples, for analyses that are only asked where there are some."""
+        assert self.targets is not None
+        return self.targets
+
     @cached_property
     def test_kernel(self) -> Kernel | None:
         """Test × train, of the same outputs and parameters, or none."""
@@ -177,12 +183,12 @@ class Analysis:
     Attributes
     ----------
     ask
-        Of the inputs, the kernel as an operator, and who is told of each pass.
+        Of the inputs and the kernel as an operator.
     needs_targets, needs_test
         Whether it needs targets of the train samples, or a test set (with targets, if it needs targets).
     """
 
-    ask: Callable[[Inputs, Operator, Monitor], Result]
+    ask: Callable[[Inputs, Question], Result]
     needs_targets: bool = False
     needs_test: bool = False
 
@@ -278,20 +284,24 @@ def _is_asked_for(saved: Mapping[str, Any], options: Options) -> bool:
 
 
 def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
-    options = inputs.options
-    if not inputs.store.store.is_writable():
-        operator = as_operator(inputs.kernel, memory_limit=options.memory_limit, client=options.client)
-        try:
-            return analysis.ask(inputs, operator, ignore)
-        finally:
-            operator.close()
-    return keep(
-        inputs.store,
-        name,
-        inputs.kernel.name,
-        {"ridges": options.ridges, "ridge_scale": options.ridge_scale, "report": True},
-        lambda operator, monitor, checkpoint: analysis.ask(inputs, operator, monitor),
-        options.memory_limit,
-        options.client,
-        options.progress,
-    )
+    """The answer, saved unless the store cannot be written."""
+    store, options = inputs.store, inputs.options
+
+    def answer(question: Question) -> Result:
+        return analysis.ask(inputs, question)
+
+    if store.store.is_writable():
+        asked = of_store(name)(answer)
+        return asked(
+            store,
+            array=options.array,
+            memory_limit=options.memory_limit,
+            client=options.client,
+            progress=options.progress,
+        )
+    share = half_of_room(options.memory_limit)
+    operator = as_operator(inputs.kernel, memory_limit=share, client=options.client)
+    try:
+        return answer(Question(store, inputs.kernel, operator, ignore, Checkpoint(store.store, name), share))
+    finally:
+        operator.close()

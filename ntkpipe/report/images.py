@@ -86,8 +86,8 @@ class StoredImages:
         """One sentence if there are no images, or none if there are."""
         if not self.holds_samples:
             return (
-                "The store holds no inputs (it was derived without --samples), so samples are told by their numbers and "
-                "classes only."
+                "The store holds no inputs (it was derived without --samples), so samples are told by their numbers "
+                "and classes only."
             )
         if self.shape is None:
             return "The stored inputs do not look like images, so samples are told by their numbers and classes only."
@@ -110,7 +110,7 @@ class StoredImages:
 
 
 def _read_one(array: StoredArray, number: int) -> NDArray[Any]:
-    return array.read_samples(number, number + 1)[0]
+    return np.asarray(array.read_samples(number, number + 1)[0])
 
 
 def _pixels(sample: NDArray[Any], shape: ImageShape) -> NDArray[np.float64]:

@@ -2,9 +2,10 @@
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ class Look:
         }
 
     def settings(self) -> dict[str, Any]:
-        """For ``matplotlib.rc_context``. Text becomes outlines, since readers' fonts differ in width."""
+        """Of matplotlib. Text becomes outlines, since readers' fonts differ in width."""
         return {
             "axes.axisbelow": True,
             "axes.edgecolor": self.ink,
@@ -105,6 +106,12 @@ class Look:
             "ytick.color": self.ink,
             "ytick.labelcolor": self.ink,
         }
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Draw by these settings, and leave those of the session alone."""
+        with mpl.rc_context(cast("Any", self.settings())):
+            yield
 
     def size(self, height: float) -> tuple[float, float]:
         """Inches of a figure; ``height`` is that of the wide one as a part of its width."""
@@ -151,7 +158,7 @@ def render(draw: Draw, *, height: float = 0.52) -> tuple[Drawn, ...]:
 
 def _render(draw: Draw, look: Look, height: float) -> Drawn:
     buffer = io.BytesIO()
-    with mpl.rc_context(look.settings()):
+    with look.in_use():
         figure = draw_figure(draw, look, height=height)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     width, tall = (round(96 * inches) for inches in figure.get_size_inches())

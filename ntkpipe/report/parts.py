@@ -1,4 +1,4 @@
-"""What a page consists of: sections of tables, figures and galleries. No figure is drawn here and no page is written."""
+"""What a page consists of: sections of tables, figures and galleries. Nothing is drawn or written here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -105,7 +105,12 @@ def computed_section(store: KernelStore, array: str) -> Section:
         ),
         (
             Table("Model, data and numerics", (), tuple(rows)),
-            Table("Parameters, and how their Jacobians were held", ("parameter", "held as"), (*held, *more), is_folded=True),
+            Table(
+                "Parameters, and how their Jacobians were held",
+                ("parameter", "held as"),
+                (*held, *more),
+                is_folded=True,
+            ),
         ),
     )
 
@@ -150,8 +155,8 @@ def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, st
     missing, rows = None, []
     if records.verification is None:
         missing = (
-            "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads every "
-            "chunk and certifies the whole kernel against its model."
+            "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
+            "every chunk and certifies the whole kernel against its model."
         )
     else:
         found = records.verification

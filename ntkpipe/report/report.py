@@ -80,7 +80,7 @@ def write_report(
     client: "Client | None" = None,
     progress: bool = True,
 ) -> Report:
-    """Write one HTML page on a stored kernel that needs no network: what it is, how it was checked, what it is good for.
+    """Write one HTML page on a stored kernel that needs no network: what it is, how it was checked, what it can do.
 
     Results that steps have saved in the store are taken as they are; what is missing is computed, and saved where the
     store can be written. All eigenpairs are computed once for all of it where they fit in memory (``40 n²`` bytes, or
@@ -187,8 +187,9 @@ def report_of_store(
 def _default_path(store: KernelStore) -> Path:
     """Beside a store of this machine; of one elsewhere in the working directory."""
     where = store.path
-    name = f"{(where.name if isinstance(where, Path) else where.rstrip('/').rpartition('/')[2]).removesuffix('.zarr')}.html"
-    return where.absolute().parent / name if isinstance(where, Path) else Path(name)
+    if isinstance(where, Path):
+        return where.absolute().parent / f"{where.name.removesuffix('.zarr')}.html"
+    return Path(f"{where.rstrip('/').rpartition('/')[2].removesuffix('.zarr')}.html")
 
 
 def _check_target(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,7 +62,9 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
         0.52,
     ),
     "losses within a decade": (
-        lambda: regression.over_ridges(RIDGES, _four(0.011, 0.019), unit="mean squared error [target units²]", best=0.0),
+        lambda: regression.over_ridges(
+            RIDGES, _four(0.011, 0.019), unit="mean squared error [target units²]", best=0.0
+        ),
         0.52,
     ),
     "accuracies": (
@@ -86,7 +87,7 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
 def drawn(name: str, look: Look) -> Figure:
     """A figure, laid out."""
     make, height = FIGURES[name]
-    with mpl.rc_context(look.settings()):
+    with look.in_use():
         figure = draw_figure(make(), look, height=height)
         FigureCanvasAgg(figure).draw()
     return figure

@@ -9,7 +9,9 @@ import ntkpipe
 from ntkpipe.report.report import write_report
 
 
-def make_store(path: Path, *, num_train: int = 60, num_test: int = 20, seed: int = 0, **options: object) -> ntkpipe.KernelStore:
+def make_store(
+    path: Path, *, num_train: int = 60, num_test: int = 20, seed: int = 0, **options: object
+) -> ntkpipe.KernelStore:
     """Images of 8 × 8 pixels of three classes, a bright bar in each at another place."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

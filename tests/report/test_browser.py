@@ -1,4 +1,4 @@
-"""A report in a real browser: on a wide screen, on a phone, on paper, in the dark; nothing overlaps, nothing is fetched."""
+"""A report in a real browser: on wide screens, phones, paper, in the dark; nothing overlaps, nothing is fetched."""
 
 import itertools
 import shutil
@@ -34,7 +34,8 @@ IMAGES = """() => [...document.querySelectorAll('img')].filter(e => e.getBoundin
   .map(e => { const r = e.getBoundingClientRect(); return {
     theme: e.closest('picture')?.className, natural: e.naturalWidth, ratio: e.naturalWidth / e.naturalHeight,
     shown: r.width / r.height, left: r.left, right: r.right, wide: e.currentSrc === e.getAttribute('src') }; })"""
-COLOURS = """() => [...document.querySelectorAll('h1, h2, h3, p, a, th, td, dt, dd, summary, caption, strong, .thumb span')]
+COLOURS = """() => [...document.querySelectorAll(
+  'h1, h2, h3, p, a, th, td, dt, dd, summary, caption, strong, .thumb span')]
   .filter(e => e.getBoundingClientRect().width > 1).map(e => {
     let behind = e; const clear = 'rgba(0, 0, 0, 0)';
     while (behind && getComputedStyle(behind).backgroundColor === clear) behind = behind.parentElement;

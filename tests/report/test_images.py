@@ -33,8 +33,16 @@ def test_what_looks_like_images(shape: tuple[int, ...], dtype: str, words: str) 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((), "float32"), ((20,), "float32"), ((49,), "float32"), ((784,), "int64"), ((64, 5), "float32"), ((5, 32, 32), "float32"), ((2, 3, 8, 8), "float32")],
-)  # fmt: skip
+    [
+        ((), "float32"),
+        ((20,), "float32"),
+        ((49,), "float32"),
+        ((784,), "int64"),
+        ((64, 5), "float32"),
+        ((5, 32, 32), "float32"),
+        ((2, 3, 8, 8), "float32"),
+    ],
+)
 def test_what_does_not(shape: tuple[int, ...], dtype: str) -> None:
     assert image_shape(ArrayRecord(shape=shape, dtype=dtype)) is None
 

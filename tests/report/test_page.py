@@ -65,7 +65,9 @@ def test_what_stores_say_is_text_and_nothing_else() -> None:
     assert not [name for _, name, _ in found.attributes if name.startswith("on")]
     assert [text for text in found.texts if "alert" in text] == [SEEN] * sum("alert" in text for text in found.texts)
     assert sum("alert" in text for text in found.texts) > 20
-    assert {value for _, name, value in found.attributes if name in {"alt", "aria-label"} and "alert" in value} == {SEEN}
+    assert {value for _, name, value in found.attributes if name in {"alt", "aria-label"} and "alert" in value} == {
+        SEEN
+    }
     assert not re.search(r"[^\x20-\uffff\n\t]", html)
     assert "49 " not in html
 

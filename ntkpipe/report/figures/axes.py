@@ -63,14 +63,14 @@ def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -
     """Which colour is which number; below the axes on a phone."""
     bar = figure.colorbar(image, ax=axes, location="bottom" if look.is_narrow else "right", shrink=0.9)
     bar.set_label(label)
-    bar.outline.set_edgecolor(look.ink)  # type: ignore[operator]
+    bar.outline.set_edgecolor(look.ink)
     bar.locator = MaxNLocator(4 if look.is_narrow else 7)
     bar.formatter = PLAIN
     bar.update_ticks()
 
 
 def thinned(count: int, most: int = 400) -> NDArray[np.int64]:
-    """At most about ``most`` of the positions 0 to count - 1, evenly in the logarithm, the first and last among them."""
+    """At most about ``most`` of the positions 0 to count - 1, evenly in the logarithm, with the first and the last."""
     if count <= most:
         return np.arange(count)
     return np.unique(np.geomspace(1, count, most).round().astype(np.int64) - 1)

@@ -13,8 +13,8 @@ from ntkpipe.report.sections.words import method_in_words, number, share, warnin
 _TITLE = "Alignment of kernel and targets"
 _INTRO = (
     "A kernel learns quickly what lies along its leading eigenvectors. The cumulative power C(k) is the share of the "
-    "targets' squared length in the first k of them (Canatar et al. 2021, arXiv 2006.13198); alignments say the same in one "
-    "number, the cosine between K and Y Yᵀ as matrices.",
+    "targets' squared length in the first k of them (Canatar et al. 2021, arXiv 2006.13198); alignments say the same "
+    "in one number, the cosine between K and Y Yᵀ as matrices.",
 )
 _SHARES = ("50 %", "90 %", "99 %")
 
@@ -44,10 +44,10 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
     counts = _directions(found)
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
-        "The red line is the power of the targets in the first k eigenvectors; the sooner it rises, the fewer samples this "
-        f"task needs with this kernel. Here: {said}. Dashed lines are at 50 % and 90 %.",
-        "The blue line is the share of the kernel's trace in the same eigenvectors. Where the red line is below it, the "
-        "kernel spends more of its size on these directions than the targets have there.",
+        "The red line is the power of the targets in the first k eigenvectors; the sooner it rises, the fewer samples "
+        f"this task needs with this kernel. Here: {said}. Dashed lines are at 50 % and 90 %.",
+        "The blue line is the share of the kernel's trace in the same eigenvectors. Where the red line is below it, "
+        "the kernel spends more of its size on these directions than the targets have there.",
     ]
     if error > 0:
         reading.append(f"The leading eigenvectors are known to their residuals only: C(k) may be off by {error:.1g}.")
@@ -58,7 +58,8 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
         "Cumulative power of the targets",
         render(cumulative(power, held)),
         f"Line of the targets' power in the leading eigenvectors: {share(float(power[0]))} in the first, "
-        f"{share(float(power[min(9, len(power) - 1)]))} in the first ten, {share(float(power[-1]))} in all that are known.",
+        f"{share(float(power[min(9, len(power) - 1)]))} in the first ten, {share(float(power[-1]))} in all that are "
+        "known.",
         tuple(reading),
     )
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
 from ntkpipe.report.findings import Found, Missing, Values
-from ntkpipe.report.look import render
+from ntkpipe.report.look import Quantity, render
 from ntkpipe.report.parts import Note, Part, Plot, Section, Table
 from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_error
 
@@ -15,6 +15,8 @@ _INTRO = (
     "spectrum and the targets along eigenvectors; here these are the training kernel's own, which is biased where many "
     "modes are learnt. Leave-one-out is exact for these samples, and so judges the others without any test data.",
 )
+
+_MARK = "mean diagonal of K"
 
 
 def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Section:
@@ -33,7 +35,7 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
     names = ("ridges", "test_loss", "test_loss_error", "kare", "kare_error", "eigenlearning", "leave_one_out_loss")
     ridges, test, test_error, kare, kare_error, eigen, left_out = found.arrays(*names)
     is_measured = bool(np.isfinite(test).any())
-    curves: dict[str, Curve] = {}
+    curves: dict[Quantity, Curve] = {}
     if is_measured:
         curves["test"] = Curve("test loss, measured", test, test_error)
     if np.isfinite(left_out).any():
@@ -41,59 +43,60 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
     curves["gcv"] = Curve("KARE = cross-validation (GCV)", kare, kare_error)
     if np.isfinite(eigen).any():
         curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
-    marked = {"mean diagonal of K": mean_diagonal}
-    parts: list[Part] = [_losses(found, ridges, curves, marked)]  # type: ignore[arg-type]
+    parts: list[Part] = [_losses(found, ridges, curves, mean_diagonal)]
     if is_measured:
         compared = {name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"}
-        parts.append(_ratios(found, ridges, compared, marked))  # type: ignore[arg-type]
+        parts.append(_ratios(ridges, compared, mean_diagonal))
     parts += [Note(said) for said in warnings(found)]
     parts.append(_table(found, ridges))
     missing = None
     if not is_measured:
         missing = (
-            "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs and "
-            "test_targets (`ntkpipe run FILE --grow` adds them)."
+            "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs "
+            "and test_targets (`ntkpipe run FILE --grow` adds them)."
         )
     return Section("generalisation", title, _INTRO, tuple(parts), missing)
 
 
-def _losses(found: Found, ridges: Values, curves: Curves, marked: dict[str, float]) -> Plot:
+def _losses(found: Found, ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
     trusted = ranges(ridges.tolist(), found.flags("kare_is_trusted"))
     also = ranges(ridges.tolist(), found.flags("eigenlearning_is_trusted"))
     return Plot(
         "estimates",
         "Loss across ridges, predicted and measured",
-        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", marked=marked)),
+        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", marked={_MARK: mean_diagonal})),
         "Lines of the loss over the ridge: "
         + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
         + ".",
         (
-            "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (red circles) "
-            "can replace a test set; one that falls below it for small λ promises too much there.",
-            f"Judged by leave-one-out and the storage floor, KARE can be trusted for {trusted or 'none of these ridges'}, "
-            f"eigenlearning for {also or 'none of these ridges'}.",
+            "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (red "
+            "circles) can replace a test set; one that falls below it for small λ promises too much there.",
+            "Judged by leave-one-out and the storage floor, KARE can be trusted for "
+            f"{trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
             f"Shaded: one standard error. Computed: {method_in_words(found)}.",
         ),
     )
 
 
-def _ratios(found: Found, ridges: Values, curves: Curves, marked: dict[str, float]) -> Plot:
-    smallest, nearest = int(np.argmin(ridges)), int(np.argmin(np.abs(np.log((ridges + 1e-300) / list(marked.values())[0]))))
+def _ratios(ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
+    # In logarithms; zero is far from everything.
+    distances = np.abs(np.log(np.maximum(ridges, 1e-300) / max(mean_diagonal, 1e-300)))
+    smallest, nearest = int(np.argmin(ridges)), int(np.argmin(distances))
     kare = curves["gcv"].values
     return Plot(
         "ratios",
         "Estimate over measured test loss",
-        render(ratios(ridges, curves, marked=marked)),
+        render(ratios(ridges, curves, marked={_MARK: mean_diagonal})),
         "Lines of the ratio of each estimate to the measured test loss over the ridge: "
         + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
         + ".",
         (
-            "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor of "
-            "1.25.",
+            "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor "
+            "of 1.25.",
             f"KARE is {number(kare[smallest], 3)} of the measured loss at λ = {ridges[smallest]:.3g}, and "
             f"{number(kare[nearest], 3)} at λ = {ridges[nearest]:.3g}, the nearest to the mean diagonal of K.",
-            "KARE rests on features that look Gaussian to the kernel. Real samples are unlike each other, which shows most "
-            "where nothing smooths, at λ → 0.",
+            "KARE rests on features that look Gaussian to the kernel. Real samples are unlike each other, which shows "
+            "most where nothing smooths, at λ → 0.",
         ),
     )
 

@@ -31,9 +31,9 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     ]
     if is_by_class:
         reading.append(
-            "Bright squares along the diagonal mean that the kernel knows the classes: samples of one class have gradients "
-            "that point the same way. Bright or dark stripes are samples whose gradients are long or short altogether; "
-            "such a common factor helps no classification."
+            "Bright squares along the diagonal mean that the kernel knows the classes: samples of one class have "
+            "gradients that point the same way. Bright or dark stripes are samples whose gradients are long or short "
+            "altogether; such a common factor helps no classification."
         )
     name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {arrangement.order}"
     drawn = render(

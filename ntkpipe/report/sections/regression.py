@@ -12,10 +12,10 @@ from ntkpipe.report.sections.words import number, ridges_in_words, share, warnin
 
 _TITLE = "Ridge regression"
 _INTRO = (
-    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y, which is what "
-    "an infinitely wide network of this kernel is trained to by gradient flow, with λ for early stopping or weight decay. "
-    "Leave-one-out predicts each training sample from all others; generalised cross-validation (GCV) is its cheap "
-    "approximation.",
+    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y, which is "
+    "what an infinitely wide network of this kernel is trained to by gradient flow, with λ for early stopping or "
+    "weight decay. Leave-one-out predicts each training sample from all others; generalised cross-validation (GCV) is "
+    "its cheap approximation.",
 )
 
 
@@ -119,8 +119,8 @@ def _losses(found: Found, ridges: Values, chosen: Chosen) -> Plot:
         f"{chosen.criterion} is {chosen.ridge:.3g}.",
         (
             "From left to right the fit gets smoother. To the left of the minimum the ridge is too small and noise is "
-            "fitted, to the right too much is given up; where the left part is flat, interpolation does no harm. Training "
-            "losses below a thousandth of the largest are not drawn.",
+            "fitted, to the right too much is given up; where the left part is flat, interpolation does no harm. "
+            "Training losses below a thousandth of the largest are not drawn.",
             f"The vertical line is the best ridge by {chosen.criterion}, λ = {chosen.ridge:.3g} "
             f"({chosen.ridge / found.number('mean_diagonal'):.2g} of the mean diagonal), chosen without test data. "
             + (f"The test loss there is {number(chosen.test_loss)}." if np.isfinite(chosen.test_loss) else ""),

@@ -12,8 +12,9 @@ from ntkpipe.report.sections.words import method_in_words, number, ridges_in_wor
 
 _TITLE = "Spectrum and density"
 _INTRO = (
-    "Under gradient flow a component of the residual along the kth eigenvector decays like exp(−ηλₖt), and ridge regression "
-    "fits it to the part λₖ / (λₖ + λ): the spectrum says what is learnt first, and what is hardly learnt at all.",
+    "Under gradient flow a component of the residual along the kth eigenvector decays like exp(−ηλₖt), and ridge "
+    "regression fits it to the part λₖ / (λₖ + λ): the spectrum says what is learnt first, and what is hardly learnt "
+    "at all.",
 )
 
 
@@ -57,20 +58,20 @@ def _by_rank(found: Found) -> Plot:
     if fit is not None:
         halves = [found.number(f"tail_exponent_of_{half}_half") for half in ("first", "second")]
         reading.append(
-            f"Ranks {fit.first} to {fit.last} fall like k^−{fit.exponent:.2f} (± {fit.error:.2f} by jackknife). Its two "
-            f"halves alone have exponents {halves[0]:.2f} and {halves[1]:.2f}; where these differ by much more than the "
-            "error, the line bends, and no single exponent describes it."
+            f"Ranks {fit.first} to {fit.last} fall like k^−{fit.exponent:.2f} (± {fit.error:.2f} by jackknife). Its "
+            f"two halves alone have exponents {halves[0]:.2f} and {halves[1]:.2f}; where these differ by much more "
+            "than the error, the line bends, and no single exponent describes it."
         )
     reading.append(
-        f"The storage floor ({floor:.2g}) is what rounding to the stored dtype moves eigenvalues by; below it nothing is "
-        "known."
+        f"The storage floor ({floor:.2g}) is what rounding to the stored dtype moves eigenvalues by; below it nothing "
+        "is known."
     )
     return Plot(
         "eigenvalues",
         "Eigenvalues by rank",
         render(eigenvalues(values, num_rows=num_rows, floor=floor, fit=fit)),
-        f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from {number(largest)} down to "
-        f"{number(float(values[-1]))}.",
+        f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from {number(largest)} "
+        f"down to {number(float(values[-1]))}.",
         tuple(reading),
     )
 
@@ -86,10 +87,10 @@ def _by_size(found: Found) -> Plot:
         render(density(places, heights, floor=found.number("floor"), is_estimate=is_estimate)),
         f"Curve of the number of eigenvalues per decade over their size; the most are near {number(peak, 2)}.",
         (
-            "The area below the curve between two sizes is the number of eigenvalues between them; a decade is a factor of "
-            f"ten. Most of them are near {number(peak, 2)}.",
-            "The bulk on the left are the many directions that a ridge of that size gives up; the few on the right are what "
-            "the kernel learns with ease.",
+            "The area below the curve between two sizes is the number of eigenvalues between them; a decade is a "
+            f"factor of ten. Most of them are near {number(peak, 2)}.",
+            "The bulk on the left are the many directions that a ridge of that size gives up; the few on the right are "
+            "what the kernel learns with ease.",
             f"{how}, each smoothed by a bell of 0.1 decades.",
         ),
     )

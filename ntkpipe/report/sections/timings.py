@@ -27,8 +27,8 @@ def timings_section(runs: Table | None, parts: Sequence[tuple[str, float]]) -> S
                 render(bars(parts), height=max(0.22, 0.12 + 0.05 * len(parts))),
                 "Bars of wall time: " + "; ".join(f"{name} {seconds:.3g} s" for name, seconds in parts) + ".",
                 (
-                    f"Wall time of the kernel itself and of each analysis on this page; {longest[0]} took longest. What "
-                    "an earlier step had saved is shown with the time that it took then.",
+                    f"Wall time of the kernel itself and of each analysis on this page; {longest[0]} took longest. "
+                    "What an earlier step had saved is shown with the time that it took then.",
                 ),
             )
         )
@@ -36,5 +36,7 @@ def timings_section(runs: Table | None, parts: Sequence[tuple[str, float]]) -> S
         found.append(runs)
     missing = None
     if runs is None:
-        missing = "No run is recorded in this store (it was derived, or results were deleted); ntkpipe run records each."
+        missing = (
+            "No run is recorded in this store (it was derived, or results were deleted); ntkpipe run records each."
+        )
     return Section("timings", "Timings", (), tuple(found), missing)
