@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.generalisation import Generalisation, generalisation
+from ntkpipe.analysis.path_result import RidgePath
+from ntkpipe.analysis.ridge_path import ridge_path
 from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.kept import Question
 from ntkpipe.report.gather import Analysis, Inputs
@@ -31,6 +33,22 @@ def _alignment(inputs: Inputs, question: Question) -> Alignment:
     )
 
 
+def _regression(inputs: Inputs, question: Question) -> RidgePath:
+    options = inputs.options
+    is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
+    return ridge_path(
+        question.operator,
+        inputs.known_targets,
+        ridges=options.ridges,
+        ridge_scale=options.ridge_scale,
+        test_kernel=inputs.test_kernel if is_measured else None,
+        test_targets=inputs.test_targets if is_measured else None,
+        eigenpairs=inputs.eigenpairs,
+        memory_limit=question.memory_limit,
+        monitor=question.monitor,
+    )
+
+
 def _generalisation(inputs: Inputs, question: Question) -> Generalisation:
     options = inputs.options
     is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
@@ -51,5 +69,6 @@ def _generalisation(inputs: Inputs, question: Question) -> Generalisation:
 ANALYSES: Mapping[str, Analysis] = {
     "spectrum": Analysis(_spectrum),
     "alignment": Analysis(_alignment, needs_targets=True),
+    "regression": Analysis(_regression, needs_targets=True),
     "generalisation": Analysis(_generalisation, needs_targets=True),
 }

@@ -43,7 +43,7 @@ def compose(gathered: Gathered) -> Page:
             kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
             spectrum_section(found["spectrum"]),
             alignment_section(found["alignment"], found["spectrum"]),
-            *((regression_section(found["regression"]),) if "regression" in found else ()),
+            regression_section(found["regression"]),
             generalisation_section(found["generalisation"], gathered.mean_diagonal),
             timings_section(
                 runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)
@@ -95,7 +95,7 @@ def verdict(gathered: Gathered) -> Verdict:
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
-    found, test = gathered.found.get("regression"), gathered.store.manifest.test
+    found, test = gathered.found["regression"], gathered.store.manifest.test
     if not isinstance(found, Found) or test is None:
         return []
     chosen = choose(found)
@@ -117,7 +117,7 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
             ("effective rank", number(spectrum.number("effective_rank"), 3)),
             ("condition number", number(spectrum.number("condition_low"), 3)),
         ]
-    regression = gathered.found.get("regression")
+    regression = gathered.found["regression"]
     if isinstance(regression, Found):
         chosen = choose(regression)
         numbers.append(("best ridge", number(chosen.ridge, 3)))

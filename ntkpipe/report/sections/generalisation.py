@@ -45,7 +45,9 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
         curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
     parts: list[Part] = [_losses(found, ridges, curves, mean_diagonal)]
     if is_measured:
-        compared = {name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"}
+        compared: dict[Quantity, Curve] = {
+            name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"
+        }
         parts.append(_ratios(ridges, compared, mean_diagonal))
     parts += [Note(said) for said in warnings(found)]
     parts.append(_table(found, ridges))
