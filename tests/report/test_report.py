@@ -56,6 +56,7 @@ def store(tmp_path: Path) -> ntkpipe.KernelStore:
 def text_of(path: str | Path) -> str:
     """Words of a page, without tags."""
     body = re.sub(r"<style>.*?</style>", "", Path(path).read_text(), flags=re.DOTALL)
+    body = re.sub(r"</?strong>", "", body)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
 
 
@@ -268,7 +269,8 @@ def test_a_step_without_the_libraries_is_refused_at_once(tmp_path: Path, monkeyp
 
 
 def test_nothing_heavy_is_loaded_before_a_page_is_drawn() -> None:
-    code = "import sys, ntkpipe; ntkpipe.write_report; print([m for m in ('torch', 'matplotlib', 'jinja2') if m in sys.modules])"
+    heavy = ("torch", "matplotlib", "jinja2")
+    code = f"import sys, ntkpipe; ntkpipe.write_report; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
