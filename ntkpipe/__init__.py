@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkpipe.analysis.alignment import alignment
+    from ntkpipe.analysis.compare import compare_kernels
     from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.analysis.generalisation import generalisation
     from ntkpipe.analysis.ridge_path import ridge_path
@@ -44,6 +45,7 @@ _HOMES = {
     "alignment": "analysis.alignment",
     "as_operator": "operators.opening",
     "cholesky": "solvers.cholesky",
+    "compare_kernels": "analysis.compare",
     "compute_kernel": "api",
     "density": "solvers.functions",
     "derive_kernel": "derive",
@@ -82,6 +84,7 @@ __all__ = [
     "alignment",
     "as_operator",
     "cholesky",
+    "compare_kernels",
     "compute_kernel",
     "density",
     "derive_kernel",

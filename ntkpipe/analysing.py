@@ -10,6 +10,7 @@ from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.eigensystem import Method
 from ntkpipe.analysis.generalisation import Generalisation, generalisation
 from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
+from ntkpipe.comparing import compare_of_store
 from ntkpipe.errors import ConfigError
 from ntkpipe.export import find_array
 from ntkpipe.kept import keep
@@ -228,4 +229,5 @@ ANALYSES: Mapping[str, Callable[..., Result]] = {
     "spectrum": spectrum_of_store,
     "alignment": alignment_of_store,
     "generalisation": generalisation_of_store,
+    "compare": compare_of_store,
 }

@@ -15,8 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from ntkpipe import __version__
-from ntkpipe.cli_solvers import COMMANDS
+from ntkpipe import __version__, cli_analyses, cli_solvers
 from ntkpipe.config import parse_bytes
 from ntkpipe.derive import derive_kernel
 from ntkpipe.errors import (
@@ -42,7 +41,7 @@ from ntkpipe.watch import watch
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
 
-_SOLVERS = tuple(str(command.name) for command in COMMANDS)
+_COMMANDS = tuple(str(command.name) for command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS))
 
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
@@ -314,7 +313,7 @@ def report(
         print_rows(f"report {store}", written.rows())
 
 
-for _command in COMMANDS:
+for _command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS):
     cli.add_command(_command)
 
 
@@ -357,7 +356,7 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "runs": store.store.read_results("runs"),
         **{
             name: store.store.read_result(name)
-            for name in ("verification", "certificate", "self_check", "summary", "driver", *_SOLVERS)
+            for name in ("verification", "certificate", "self_check", "summary", "driver", *_COMMANDS)
         },
     }
 
@@ -390,7 +389,7 @@ def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
         rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
         rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
-    for name in _SOLVERS:
+    for name in _COMMANDS:
         if (found := described[name]) is not None:
             rows.append((name, f"{found['status']}, {found['work']['passes']:.4g} passes, {found['seconds']:.3g} s"))
     if driver is not None:

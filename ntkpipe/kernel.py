@@ -132,6 +132,11 @@ class Kernel:
         return self._array.layout.chunk_bytes
 
     @property
+    def root(self) -> Path | str:
+        """Path or URL of its store."""
+        return self._array.medium.root
+
+    @property
     def is_local(self) -> bool:
         """Whether tiles are files of this machine's file system, rather than objects that a server sends."""
         return isinstance(self._array.medium.root, Path)

@@ -1,0 +1,242 @@
+"""What a comparison of two kernels returns, in numbers and in words."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.solvers.result import Result, Rows
+
+_DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """Kernel A beside kernel B, which is the reference: relative numbers are parts of what B has, ratios are A over B.
+
+    Where one has a row for each output and the other one row a sample, K, the latter stands for ``K ⊗ I_O``.
+
+    Attributes
+    ----------
+    a, b
+        What was compared: paths, or what they were called.
+    reference
+        Identity of B; ``matrix`` is that of A.
+    kinds
+        Kinds of stored kernels; none of others.
+    differs
+        Fields in which the manifests differ; none where one has no manifest.
+    num_samples, num_rows, num_outputs
+        Samples, and rows that were compared; ``num_outputs`` of them for each sample.
+    outer
+        ``"a"`` or ``"b"`` where that is taken as ``K ⊗ I_O``.
+    frobenius_a, frobenius_b
+        Frobenius norms.
+    relative_difference
+        ``|A - B|_F / |B|_F``.
+    scale, scaled_difference
+        c that makes ``|c A - B|_F`` smallest, and that over ``|B|_F``; no scale if A is zero.
+    alignment
+        ``<A, B>_F / (|A|_F |B|_F)``; none if A is zero.
+    centred_alignment
+        The same of ``(H ⊗ I) A (H ⊗ I)`` and ``(H ⊗ I) B (H ⊗ I)``, H = I - 11'/N: centred kernel alignment (Cortes,
+        Mohri, Rostamizadeh 2012, JMLR 13, Eq. 4), each output centred over samples; none where nothing is left.
+    largest_entry_difference, largest_entry
+        Largest ``|A_ij - B_ij| / sqrt(B_ii B_jj)`` and its row and column.
+    num_zero_rows
+        Rows of B with a diagonal that is not positive, whose entries are left out of it.
+    method
+        How spectra and predictions were found, and why.
+    eigenvalues_a, eigenvalues_b
+        The leading ones, descending, shape (k,): of ``K ⊗ I_O`` each O times.
+    largest_eigenvalue_ratio
+        λ_max of A over that of B.
+    smallest_eigenvalue_a, smallest_eigenvalue_b
+        λ_min of what is stored; none where it was not asked for.
+    smallest_eigenvalue_bounds_a, smallest_eigenvalue_bounds_b
+        Its bounds by the errors of solvers; a lower end that is not known is none.
+    smallest_eigenvalue_ratio, smallest_eigenvalue_ratio_bounds
+        λ_min of A over that of B; its bounds hold for the kernels before they were rounded to be stored. None where one
+        λ_min is not known from zero, by its error and its storage floor.
+    smallest_eigenvalue_note
+        What is known of the ratio, or why nothing is, in words.
+    condition_number_a, condition_number_b, condition_number_ratio, condition_number_ratio_bounds
+        λ_max / λ_min of each, and of A over B, in the same sense.
+    floor_a, floor_b
+        What rounding of entries did to eigenvalues: below it they are not known.
+    principal_angles
+        Between the spaces of as many leading eigenvectors of both as there are eigenvalues, ascending, in radians.
+    angle_error
+        How far the largest one can be off, in radians, for the residuals and gaps of the eigenvalues.
+    overlap
+        Mean squared cosine of them, 1 for equal spaces.
+    log_determinant_a, log_determinant_b
+        Of A and B with their ridges added; none where the whole spectrum was not computed or that is indefinite.
+    ridge_a, ridge_b
+        λ of the regressions, absolute; none without targets.
+    predictions_a, predictions_b
+        Of test samples, shape (M, c), if there are targets and test kernels.
+    prediction_difference
+        ``|F_a - F_b|_F / |F_b|_F``; as all below none without predictions.
+    disagreement
+        Share of test samples for which the largest prediction is of another column.
+    test_loss_a, test_loss_b
+        Mean squared error of the predictions.
+    test_accuracy_a, test_accuracy_b
+        Share of test samples whose class they predict.
+    prediction_note
+        Why there are no predictions.
+    """
+
+    a: str
+    b: str
+    reference: str
+    kinds: tuple[str | None, str | None]
+    differs: tuple[str, ...] | None
+    num_samples: int
+    num_rows: int
+    num_outputs: int
+    outer: str | None
+    frobenius_a: float
+    frobenius_b: float
+    relative_difference: float
+    scale: float | None
+    scaled_difference: float
+    alignment: float | None
+    centred_alignment: float | None
+    largest_entry_difference: float
+    largest_entry: tuple[int, int] | None
+    num_zero_rows: int
+    method: str
+    eigenvalues_a: NDArray[np.float64] = field(repr=False)
+    eigenvalues_b: NDArray[np.float64] = field(repr=False)
+    largest_eigenvalue_ratio: float
+    smallest_eigenvalue_a: float | None
+    smallest_eigenvalue_b: float | None
+    smallest_eigenvalue_bounds_a: tuple[float | None, float | None] | None
+    smallest_eigenvalue_bounds_b: tuple[float | None, float | None] | None
+    smallest_eigenvalue_ratio: float | None
+    smallest_eigenvalue_ratio_bounds: tuple[float, float] | None
+    smallest_eigenvalue_note: str
+    condition_number_a: float | None
+    condition_number_b: float | None
+    condition_number_ratio: float | None
+    condition_number_ratio_bounds: tuple[float, float] | None
+    floor_a: float
+    floor_b: float
+    principal_angles: NDArray[np.float64] = field(repr=False)
+    angle_error: float
+    overlap: float
+    log_determinant_a: float | None
+    log_determinant_b: float | None
+    ridge_a: float | None
+    ridge_b: float | None
+    predictions_a: NDArray[np.float64] | None = field(repr=False)
+    predictions_b: NDArray[np.float64] | None = field(repr=False)
+    prediction_difference: float | None
+    disagreement: float | None
+    test_loss_a: float | None
+    test_loss_b: float | None
+    test_accuracy_a: float | None
+    test_accuracy_b: float | None
+    prediction_note: str
+
+    @property
+    def is_of_dtypes(self) -> bool:
+        """Whether both are the same kernel in different dtypes."""
+        return bool(self.differs) and set(self.differs or ()) <= _DTYPES
+
+    def purposes(self) -> dict[str, str]:
+        """What it costs to use A in place of B, by purpose, in words with numbers."""
+        found = {"leading eigenpairs": self._leading_words(), "smallest eigenvalues": self.smallest_eigenvalue_note}
+        found["log-determinant"] = self._determinant_words()
+        if self.prediction_difference is None:
+            return found | {"regression": self.prediction_note}
+        flips = "" if self.disagreement is None else f", {self.disagreement:.2%} of test samples change column"
+        words = f"predictions differ by {self.prediction_difference:.2g}{flips}"
+        return found | {f"regression, λ = {self.ridge_b:.3g}": words}
+
+    def _leading_words(self) -> str:
+        a, b = self.eigenvalues_a, self.eigenvalues_b
+        worst = float(np.abs(a / b - 1).max()) if (b > 0).all() else math.inf
+        angle = float(self.principal_angles[-1])
+        return f"{len(a)} eigenvalues to {worst:.2g} of each, their space to {_degrees(angle)}"
+
+    def _determinant_words(self) -> str:
+        a, b = self.log_determinant_a, self.log_determinant_b
+        if a is None or b is None:
+            return "not compared: needs all eigenvalues, and λ that makes both positive definite; see ntkpipe.logdet"
+        return f"{a:.8g} and {b:.8g}, apart by {abs(a - b):.2g}, {abs(a - b) / self.num_rows:.2g} a row"
+
+    def _rows(self) -> Rows:
+        rows = [("a", self.a), ("b, the reference", self.b), ("rows", self._size_words())]
+        if self.differs is not None:
+            rows.append(("manifests differ in", ", ".join(self.differs) or "nothing"))
+        rows += [
+            ("‖A − B‖ / ‖B‖", f"{self.relative_difference:.6g} (Frobenius)"),
+            ("after the best scale", self._scale_words()),
+            ("alignment", f"{_number(self.alignment)}, centred {_number(self.centred_alignment)}"),
+            ("largest entry", self._largest_words()),
+            ("spectra", self.method),
+            ("λ_max, A / B", self._ratio_words()),
+            ("λ_min, A / B", self.smallest_eigenvalue_note),
+        ]
+        if self.condition_number_ratio is not None and self.condition_number_ratio_bounds is not None:
+            low, high = self.condition_number_ratio_bounds
+            both = f"{self.condition_number_a:.5g} / {self.condition_number_b:.5g}"
+            rows.append(
+                ("condition number, A / B", f"{both} = {self.condition_number_ratio:.6g}, in [{low:.6g}, {high:.6g}]")
+            )
+        rows.append(("storage floors", f"{self.floor_a:.2g} and {self.floor_b:.2g}"))
+        rows.append(("leading eigenspaces", self._angle_words()))
+        rows += self._prediction_rows()
+        if self.is_of_dtypes:
+            rows += [(f"dtype, for {purpose}", words) for purpose, words in self.purposes().items()]
+        return rows
+
+    def _size_words(self) -> str:
+        if self.outer is None:
+            return f"{self.num_rows:,} of {self.num_samples:,} samples"
+        name = self.outer.upper()
+        return f"{self.num_rows:,} of {self.num_samples:,} samples; {name} = K ⊗ I_{self.num_outputs}, never expanded"
+
+    def _scale_words(self) -> str:
+        return "A is zero" if self.scale is None else f"{self.scaled_difference:.6g}, A times {self.scale:.6g}"
+
+    def _largest_words(self) -> str:
+        left_out = f"; {self.num_zero_rows} rows without a diagonal left out" if self.num_zero_rows else ""
+        if self.largest_entry is None:
+            return f"not known{left_out}"
+        row, column = self.largest_entry
+        return f"differs by {self.largest_entry_difference:.4g} of √(B_ii B_jj), row {row}, column {column}{left_out}"
+
+    def _ratio_words(self) -> str:
+        return f"{self.eigenvalues_a[0]:.6g} / {self.eigenvalues_b[0]:.6g} = {self.largest_eigenvalue_ratio:.6g}"
+
+    def _angle_words(self) -> str:
+        angles = self.principal_angles
+        known = "not known: no gap" if self.angle_error >= math.pi / 2 else f"± {_degrees(self.angle_error)}"
+        return (
+            f"{len(angles)} dimensions, angles to {_degrees(float(angles[-1]))} ({known}), overlap {self.overlap:.6g}"
+        )
+
+    def _prediction_rows(self) -> Rows:
+        if self.prediction_difference is None:
+            return [("regression", self.prediction_note)]
+        ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"
+        change = "" if self.disagreement is None else f", another column for {self.disagreement:.2%} of test samples"
+        rows = [("regression", f"{ridges}: ‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}{change}")]
+        if self.test_accuracy_a is not None:
+            rows.append(("test accuracy", f"{self.test_accuracy_a:.2%} and {self.test_accuracy_b:.2%}"))
+        if self.test_loss_a is not None:
+            rows.append(("test loss", f"{self.test_loss_a:.6g} and {self.test_loss_b:.6g}"))
+        return rows
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.6f}"
+
+
+def _degrees(radians: float) -> str:
+    return f"{math.degrees(radians):.3g}°"
