@@ -79,6 +79,8 @@ class Question:
         Shown and kept while the answer is looked for.
     memory_limit
         Bytes that this process may have without what is for tiles; none for a share of what is free.
+    client
+        Of the cluster whose workers multiply, if any.
     """
 
     store: KernelStore
@@ -87,6 +89,7 @@ class Question:
     monitor: Monitor
     checkpoint: Checkpoint
     memory_limit: int | None
+    client: "Client | None"
 
 
 def of_store(
@@ -133,7 +136,7 @@ def of_store(
             operator = as_operator(kernel, memory_limit=share, client=client)
             try:
                 with store.store.in_use(), _shown(name, progress) as monitor:
-                    found = answer(Question(store, kernel, operator, monitor, checkpoint, share), **options)
+                    found = answer(Question(store, kernel, operator, monitor, checkpoint, share, client), **options)
                     save_result(store.store, saved, found.to_json(), found.arrays())
                     checkpoint.clear()
             finally:
@@ -150,32 +153,6 @@ def of_store(
 def result_name(solver: str, array: str) -> str:
     """Below ``results/``: the solver, and the kernel where it is not the main one."""
     return solver if array == _TRAIN else f"{solver}-{array.replace('/', '-')}"
-
-
-def keep(
-    store: KernelStore,
-    solver: str,
-    array: str,
-    options: Mapping[str, Any],
-    find: Callable[[Operator, Monitor, Checkpoint], Found],
-    memory_limit: int | None,
-    client: "Client | None",
-    progress: bool,
-) -> Found:
-    """What a solver finds, saved; its checkpoint has the name of the question and goes when the answer is there."""
-    kernel = find_kernel(store, array)
-    name = result_name(solver, kernel.name)
-    digest = hashlib.sha256(json.dumps([kernel.identity, dict(options)], sort_keys=True).encode()).hexdigest()
-    checkpoint = Checkpoint(store.store, f"{name}-{digest[:16]}")
-    operator = as_operator(kernel, memory_limit=memory_limit, client=client)
-    try:
-        with store.store.in_use(), _shown(solver, progress) as monitor:
-            found = find(operator, monitor, checkpoint)
-            save_result(store.store, name, found.to_json(), found.arrays())
-            checkpoint.clear()
-    finally:
-        operator.close()
-    return found
 
 
 @contextmanager

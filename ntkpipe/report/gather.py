@@ -302,6 +302,7 @@ def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
     share = half_of_room(options.memory_limit)
     operator = as_operator(inputs.kernel, memory_limit=share, client=options.client)
     try:
-        return answer(Question(store, inputs.kernel, operator, ignore, Checkpoint(store.store, name), share))
+        checkpoint = Checkpoint(store.store, name)
+        return answer(Question(store, inputs.kernel, operator, ignore, checkpoint, share, options.client))
     finally:
         operator.close()
