@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.analysis.generalisation import generalisation
     from ntkpipe.analysis.ridge_path import ridge_path
+    from ntkpipe.analysis.learning_curve import learning_curve
     from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec
@@ -58,6 +59,7 @@ _HOMES = {
     "generalisation": "analysis.generalisation",
     "jacobian_operator": "api",
     "kernel_matrix": "api",
+    "learning_curve": "analysis.learning_curve",
     "logdet": "solvers.determinant",
     "open_kernel": "kernel",
     "plan_kernel": "api",
@@ -97,6 +99,7 @@ __all__ = [
     "generalisation",
     "jacobian_operator",
     "kernel_matrix",
+    "learning_curve",
     "logdet",
     "open_kernel",
     "plan_kernel",

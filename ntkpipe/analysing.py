@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.eigensystem import Method
 from ntkpipe.analysis.generalisation import Generalisation, generalisation
+from ntkpipe.analysis.learning_curve import LearningCurve, learning_curve
 from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.comparing import compare_of_store
 from ntkpipe.errors import ConfigError
@@ -101,6 +102,33 @@ def generalisation_of_store(
     )
 
 
+@of_store("learning_curve")
+def learning_curve_of_store(
+    question: Question,
+    *,
+    sizes: Sequence[int] | None = None,
+    ridges: Sequence[float] | None = None,
+    ridge_scale: RidgeScale = None,
+    num_subsets: int = 4,
+    seed: int = 0,
+) -> LearningCurve:
+    """Predicted and measured losses of train sets drawn from the train samples of a store.
+
+    Options are those of :func:`ntkpipe.analysis.learning_curve.learning_curve`.
+    """
+    return learning_curve(
+        question.operator,
+        _targets(question.store),
+        sizes=sizes,
+        ridges=ridges,
+        ridge_scale=ridge_scale,
+        num_subsets=num_subsets,
+        seed=seed,
+        memory_limit=question.memory_limit,
+        monitor=question.monitor,
+    )
+
+
 def _targets(store: KernelStore) -> NDArray[np.generic]:
     """The train targets.
 
@@ -129,4 +157,5 @@ ANALYSES: Mapping[str, Callable[..., Result]] = {
     "alignment": alignment_of_store,
     "generalisation": generalisation_of_store,
     "compare": compare_of_store,
+    "learning_curve": learning_curve_of_store,
 }

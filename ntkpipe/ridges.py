@@ -50,3 +50,10 @@ def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArra
     for ridge in found:
         check_number("ridge", ridge, low=0.0, high=1e300)
     return np.array(found)
+
+
+def ridges_or(
+    default: Sequence[float], ridges: Sequence[float] | None, scale: RidgeScale
+) -> tuple[Sequence[float], RidgeScale]:
+    """The given ridges and their scale, or the default ones, which are in mean diagonals, where none are given."""
+    return (default, "mean_diagonal") if ridges is None else (ridges, scale)

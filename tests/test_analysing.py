@@ -7,7 +7,13 @@ import pytest
 import small
 
 import ntkpipe
-from ntkpipe.analysing import ANALYSES, alignment_of_store, generalisation_of_store, spectrum_of_store
+from ntkpipe.analysing import (
+    ANALYSES,
+    alignment_of_store,
+    generalisation_of_store,
+    learning_curve_of_store,
+    spectrum_of_store,
+)
 from ntkpipe.errors import ConfigError
 from ntkpipe.kernel import KernelStore
 from ntkpipe.solving import read_result
@@ -50,6 +56,13 @@ def test_results_are_those_of_the_functions_and_are_kept(store):
     np.testing.assert_array_equal(kept["kare"], general.kare)
     assert tuple(kept["kare_is_trusted"]) == general.kare_is_trusted
     assert len(kept["reasons"]) == 2
+
+
+def test_learning_curves_are_kept(store):
+    found = learning_curve_of_store(store, sizes=[10], ridges=[0.5], progress=False)
+    assert read_result(store, "learning_curve")["eigenlearning"] == pytest.approx(found.eigenlearning)
+    whole = ntkpipe.learning_curve(store.train.to_numpy(), CLASSES, sizes=[10], ridges=[0.5])
+    assert found.population_loss == pytest.approx(whole.population_loss, rel=1e-9)
 
 
 def test_a_group_is_tested_with_its_own_test_kernel(store):

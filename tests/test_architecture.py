@@ -95,6 +95,7 @@ HOUSE = {
     "analysis.spectrum": (14, "use"),
     "analysis.resolvent": (16, "use"),
     "analysis.generalisation": (17, "use"),
+    "analysis.learning_curve": (14, "use"),
     "solvers.determinant": (16, "use"),
     "ridges": (2, "shared"),
     "kept": (16, "use"),

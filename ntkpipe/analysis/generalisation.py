@@ -17,7 +17,7 @@ from ntkpipe.analysis.resolvent import Resolvent, resolvents_of_operator, resolv
 from ntkpipe.analysis.sources import train_targets
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.ridges import RidgeScale, absolute_ridges
+from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -242,7 +242,8 @@ def generalisation(
         raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
     test = None if test_targets is None else _Test(CrossKernel(test_kernel, n, width), labels, test_targets, width)
     diagonal = operator.statistics().diagonal
-    shifts = absolute_ridges(ridges or _DEFAULT_RIDGES, ridge_scale if ridges else "mean_diagonal", diagonal)
+    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
+    shifts = absolute_ridges(asked, scale, diagonal)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
     order = np.argsort(-shifts, kind="stable")
     found: Iterator[Resolvent]
@@ -277,8 +278,8 @@ def generalisation(
         work=operator.work - before,
         seconds=perf_counter() - begin,
         options={
-            "ridges": None if ridges is None else [float(ridge) for ridge in ridges],
-            "ridge_scale": ridge_scale if ridges else "mean_diagonal",
+            "ridges": [float(ridge) for ridge in asked],
+            "ridge_scale": scale,
             "method": method,
             "tolerance": tolerance,
             "num_probes": num_probes,

@@ -15,7 +15,7 @@ from ntkpipe.analysis.spectralsums import Sum, sum_of_density, sum_of_values
 from ntkpipe.config import check_number
 from ntkpipe.errors import ResourceError
 from ntkpipe.operators.operator import Operator
-from ntkpipe.ridges import RidgeScale, absolute_ridges
+from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.solvers.dense import eigvalsh
 from ntkpipe.solvers.density import density, smoothed
 from ntkpipe.solvers.lanczos import eigsh
@@ -222,7 +222,8 @@ def spectrum(
     check_number("k", k, low=1)
     given = None if eigenpairs is None else check_pairs(operator, eigenpairs)
     statistics = operator.statistics()
-    shifts = absolute_ridges(ridges or _DEFAULT_RIDGES, ridge_scale if ridges else "mean_diagonal", statistics.diagonal)
+    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
+    shifts = absolute_ridges(asked, scale, statistics.diagonal)
     floor = operator.storage_floor()
     if given is not None and given.is_whole:
         every: Values | None = np.array(given.values)
@@ -253,8 +254,8 @@ def spectrum(
         work=operator.work - before,
         seconds=perf_counter() - begin,
         options={
-            "ridges": None if ridges is None else [float(ridge) for ridge in ridges],
-            "ridge_scale": ridge_scale if ridges else "mean_diagonal",
+            "ridges": [float(ridge) for ridge in asked],
+            "ridge_scale": scale,
             "tail_ranks": None if tail_ranks is None else list(tail_ranks),
             "method": method,
             "k": k,

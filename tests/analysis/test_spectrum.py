@@ -23,7 +23,7 @@ def matrix(values: np.ndarray) -> np.ndarray:
 
 
 def test_exact_numbers_are_their_definitions(values, matrix):
-    found = spectrum(matrix, ridges=RIDGES)
+    found = spectrum(matrix, ridges=np.array(RIDGES))
     assert found.method == "exact"
     np.testing.assert_allclose(found.eigenvalues, values, rtol=1e-9)
     assert found.largest == pytest.approx(values[0], rel=1e-10)
@@ -108,5 +108,7 @@ def test_it_prints_and_is_refused_with_what_to_do(matrix):
         spectrum(matrix, method="exact", memory_limit=1)
     with pytest.raises(ConfigError, match="method='fast'"):
         spectrum(matrix, method="fast")
+    with pytest.raises(ConfigError, match="no ridge is given"):
+        spectrum(matrix, ridges=[])
     with pytest.raises(ConfigError, match="ridge=-1"):
         spectrum(matrix, ridges=[-1.0])

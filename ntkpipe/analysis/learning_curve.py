@@ -1,0 +1,246 @@
+"""Predicted against measured losses for train sets of several sizes, drawn from the samples of one kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
+from ntkpipe.analysis.eigensystem import Pairs, find_eigensystem
+from ntkpipe.analysis.opening import open_for_analysis
+from ntkpipe.analysis.sources import train_targets
+from ntkpipe.config import check_number
+from ntkpipe.errors import ConfigError
+from ntkpipe.operators.operator import Operator
+from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
+
+# Shares of the samples, and ridges in mean diagonals, unless others are given.
+_DEFAULT_PARTS = (32, 16, 8, 4)
+_DEFAULT_RIDGES = (0.0, 1e-2, 1e-1, 1.0, 10.0)
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCurve(Result):
+    """Losses by size of the train set and ridge; arrays are of shape (s, r) unless said otherwise.
+
+    Losses are mean squared errors over samples and outputs, means over the subsets that were drawn; an ``_error`` is
+    the standard error of that mean.
+
+    Attributes
+    ----------
+    num_samples
+        Of the population, N.
+    num_subsets
+        That were drawn of each size.
+    sizes
+        Samples in a train set, shape (s,).
+    ridges
+        λ, absolute, shape (r,).
+    population_loss, population_loss_error
+        Measured on all samples, those of the train set included: what eigenlearning and Canatar predict, whose new
+        sample is drawn from the population.
+    left_out_loss, left_out_loss_error
+        Measured on the samples that are not in the train set: what KARE estimates.
+    kare, kare_error
+        Of each train set alone.
+    eigenlearning, canatar
+        Predicted from the eigensystem of all N samples; the same number by two papers.
+    kappa
+        κ of eigenlearning.
+    target_learnability
+        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``.
+    eigenlearning_ratio, canatar_ratio
+        Over ``population_loss``.
+    kare_ratio
+        Over ``left_out_loss``.
+    """
+
+    num_samples: int
+    num_subsets: int
+    sizes: NDArray[np.int64]
+    ridges: Values
+    population_loss: Values
+    population_loss_error: Values = field(repr=False)
+    left_out_loss: Values
+    left_out_loss_error: Values = field(repr=False)
+    kare: Values
+    kare_error: Values = field(repr=False)
+    eigenlearning: Values
+    canatar: Values = field(repr=False)
+    kappa: Values = field(repr=False)
+    target_learnability: Values = field(repr=False)
+    eigenlearning_ratio: Values
+    canatar_ratio: Values = field(repr=False)
+    kare_ratio: Values
+
+    def _rows(self) -> Rows:
+        rows = [
+            ("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"),
+            ("size, ridge λ", "left-out loss, KARE / left-out loss, eigenlearning / population loss"),
+        ]
+        for size, of_size in zip(self.sizes, range(len(self.sizes)), strict=True):
+            for place, ridge in enumerate(self.ridges):
+                loss, error = self.left_out_loss[of_size, place], self.left_out_loss_error[of_size, place]
+                ratios = f"{self.kare_ratio[of_size, place]:.3f}, {self.eigenlearning_ratio[of_size, place]:.3f}"
+                rows.append((f"  {size:,}, {ridge:.4g}", f"{loss:.4g} ± {error:.1g}, {ratios}"))
+        return rows
+
+
+def learning_curve(
+    kernel: Any,
+    targets: ArrayLike,
+    *,
+    sizes: Sequence[int] | None = None,
+    ridges: Sequence[float] | None = None,
+    ridge_scale: RidgeScale = None,
+    num_subsets: int = 4,
+    eigenpairs: Pairs | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> LearningCurve:
+    """Test the theory of generalisation where the eigensystem is known: train sets drawn from the samples of a kernel.
+
+    All N samples are the population. So ``λ_i = k_i / N`` and ``v_i² = (u_iᵀ y)² / N`` are not estimates, and the
+    predictions of :mod:`ntkpipe.analysis.eigenlearning` for n of the samples can be held against kernel regression on
+    random subsets of n, as Canatar et al. (2021) and Simon et al. (2023) do for real data. Theory draws samples
+    independently; subsets have none twice, and n ≪ N makes that the same. For n near N the population is the train
+    set, and the prediction is of its train loss: not of new samples.
+
+    Cost: all eigenpairs, one for each subset of n rows, and the columns of these. Memory: ``40 N²`` bytes, or
+    ``16 N²``; for a subset ``8 N n`` and ``40 n²``.
+
+    Parameters
+    ----------
+    kernel
+        K: what :func:`ntkpipe.operators.opening.as_operator` takes. If all of it does not fit in memory, give the
+        leading part of it, ``as_operator(kernel).leading(n)``.
+    targets
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        of N·c rows is a full NTK, whose train sets are of whole samples. Nothing is centred.
+    sizes
+        n, samples of a train set, less than N; by default N/32 to N/4.
+    ridges
+        λ; by default 0 and 0.01 to 10 mean diagonals.
+    ridge_scale
+        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
+    num_subsets
+        Train sets of each size, at least 2.
+    eigenpairs
+        All eigenpairs of K, if they are known.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    seed
+        Of the subsets.
+    monitor
+        Called after the eigenpairs, and after each subset.
+
+    Raises
+    ------
+    ConfigError
+        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix or not all.
+    NonFiniteError
+        If something holds NaN or infinity.
+    ResourceError
+        If all eigenpairs do not fit in memory.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    """
+    begin = perf_counter()
+    operator, room = open_for_analysis(kernel, memory_limit)
+    before = operator.work
+    labels, width = train_targets(kernel, operator, targets, None, "auto")
+    rows = labels.rows(width)
+    count = operator.num_rows // width
+    numbers = _sizes(sizes, count)
+    check_number("num_subsets", num_subsets, low=2)
+    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
+    shifts = absolute_ridges(asked, scale, operator.diagonal())
+    system, _ = find_eigensystem(operator, eigenpairs, room, "exact", monitor)
+    assert system is not None
+    values = np.maximum(system.values, 0.0) / operator.num_rows
+    powers = (system.vectors.T @ rows) ** 2 / operator.num_rows
+    draws = np.empty((3, len(numbers), len(shifts), num_subsets))
+    rng = np.random.default_rng(seed)
+    for place, size in enumerate(numbers):
+        for draw in range(num_subsets):
+            chosen = np.sort(rng.permutation(count)[:size])
+            draws[:, place, :, draw] = _measure(operator, rows, chosen, shifts, width)
+            monitor(Step(operator.work - before, None, 0.0))
+    means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
+    predictions = [[eigenlearning(values, powers, n * width, ridge) for ridge in shifts] for n in numbers]
+    theirs = [[canatar(values, powers, n * width, ridge).mean() for ridge in shifts] for n in numbers]
+    predicted, total = _each(predictions, lambda one: one.test_loss.mean()), float(powers.sum())
+    return LearningCurve(
+        status="converged",
+        message="all eigenpairs in float64",
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={
+            "sizes": None if sizes is None else [int(size) for size in sizes],
+            "ridges": [float(ridge) for ridge in asked],
+            "ridge_scale": scale,
+            "num_subsets": num_subsets,
+            "memory_limit": memory_limit,
+            "seed": seed,
+        },
+        matrix=operator.identity(),
+        num_samples=count,
+        num_subsets=num_subsets,
+        sizes=np.array(numbers, np.int64),
+        ridges=shifts,
+        population_loss=means[0],
+        population_loss_error=errors[0],
+        left_out_loss=means[1],
+        left_out_loss_error=errors[1],
+        kare=means[2],
+        kare_error=errors[2],
+        eigenlearning=predicted,
+        canatar=np.array(theirs),
+        kappa=_each(predictions, lambda one: one.kappa),
+        target_learnability=_each(predictions, lambda one: one.learnabilities @ powers.sum(axis=1) / (total or 1.0)),
+        eigenlearning_ratio=predicted / means[0],
+        canatar_ratio=np.array(theirs) / means[0],
+        kare_ratio=means[2] / means[1],
+    )
+
+
+def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
+    if sizes is None:
+        sizes = sorted({count // part for part in _DEFAULT_PARTS if count // part})
+    if not len(sizes):
+        raise ConfigError(f"no size of a train set is given for {count} samples; needed at least one")
+    for size in sizes:
+        check_number("size", size, low=1, high=count - 1)
+    return [int(size) for size in sizes]
+
+
+def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> Values:
+    return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
+
+
+def _measure(operator: Operator, rows: Values, chosen: NDArray[np.int64], ridges: Values, width: int) -> Values:
+    """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
+    inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
+    columns = operator.columns(inside)
+    is_outside = np.ones(len(rows), bool)
+    is_outside[inside] = False
+    values, vectors = np.linalg.eigh(columns[inside])
+    inner = vectors.T @ rows[inside]
+    found = np.full((3, len(ridges)), np.nan)
+    for place, ridge in enumerate(ridges):
+        if values[0] + ridge <= 0:
+            # Not positive definite: there is no solution to speak of.
+            continue
+        inverse = 1 / (values + ridge)
+        coefficients = vectors @ (inverse[:, None] * inner)
+        squares = (columns @ coefficients - rows) ** 2
+        kare = (coefficients**2).mean() * (len(inside) / inverse.sum()) ** 2
+        found[:, place] = squares.mean(), squares[is_outside].mean(), kare
+    return found
