@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from ntkpipe.analysis.compare import compare_kernels
     from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.analysis.generalisation import generalisation
-    from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.analysis.learning_curve import learning_curve
+    from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
     from ntkpipe.config import ClusterSpec

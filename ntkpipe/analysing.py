@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.eigensystem import Method
-from ntkpipe.analysis.generalisation import Generalisation, generalisation
+from ntkpipe.analysis.generalisation import generalisation
+from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.learning_curve import LearningCurve, learning_curve
-from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
+from ntkpipe.analysis.spectrum import spectrum
+from ntkpipe.analysis.spectrum_result import KernelSpectrum
 from ntkpipe.comparing import compare_of_store
 from ntkpipe.errors import ConfigError
 from ntkpipe.kept import Question, of_store

@@ -29,6 +29,11 @@ SMALL: dict[str, tuple[str, ...]] = {
         "data.arguments.num_test=10",
         "run.workers=1",
     ),
+    "generalisation/init": ("model.arguments={width: 8}", "data.arguments={num_train: 40, num_test: 10}"),
+    "generalisation/trained": (
+        "model.arguments={width: 8, epochs: 2, num_train: 40}",
+        "data.arguments={num_train: 40, num_test: 10}",
+    ),
     "cifar10/pntk": (*CIFAR, "data.arguments.num_test=3"),
     "cifar10/ntk": (*CIFAR, "data.arguments.num_test=3"),
     "text/pntk": (
@@ -83,7 +88,7 @@ def test_workflow_is_planned_and_runs_when_small(name: str, tmp_path: Path) -> N
     planned, _ = workflow.plan(loaded)
     assert planned.problems == ()
     results = list(workflow.run(loaded, progress=False))
-    assert [result.step for result in results] == ["kernel", "verify", "summary"]
+    assert [result.step for result in results] == ["kernel", *(step.step for step in loaded.workflow.steps)]
     assert all(result.is_good for result in results)
     store = ntkpipe.open_kernel(tmp_path / "k.zarr")
     arguments, width = loaded.workflow.data.arguments, store.manifest.num_covectors
@@ -348,3 +353,18 @@ def test_padding_does_not_change_what_bert_says() -> None:
     assert short["attention_mask"].all()
     assert not long["attention_mask"].all()
     torch.testing.assert_close(model(**short).logits, model(**long).logits)
+
+
+def test_generalisation_trains_the_model_of_mnist5k_and_to_the_same_weights_again() -> None:
+    made = import_object("factories:data", FOLDER / "generalisation")()
+    other = import_object("factories:data", FOLDER / "mnist5k")()
+    for name in ("inputs", "targets", "test_inputs", "test_targets"):
+        np.testing.assert_array_equal(made[name], other[name])
+    mlp = import_object("factories:mlp", FOLDER / "generalisation")
+    start = import_object("factories:mlp", FOLDER / "mnist5k")(width=16).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in mlp(width=16).state_dict().items())
+    trained, again = mlp(width=16, epochs=5), mlp(width=16, epochs=5).state_dict()
+    assert not trained.training
+    assert all(torch.equal(value, again[name]) for name, value in trained.state_dict().items())
+    right = trained(torch.from_numpy(made["test_inputs"])).argmax(dim=1).numpy() == made["test_targets"]
+    assert right.mean() > 0.8

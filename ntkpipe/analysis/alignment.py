@@ -61,18 +61,20 @@ class Alignment(Result):
 
     def _rows(self) -> Rows:
         known = len(self.cumulative_power)
+        shown = [count for count in (1, 10, 100, 1000) if count <= known]
         said = [
-            f"{share:.0%} in {'more' if count is None else f'{count:,}'}"
+            f"{share:.0%} in {f'more than {known:,}' if count is None else f'{count:,}'}"
             for share, count in zip(_SHARES, self.num_directions, strict=True)
         ]
-        first, last = float(self.cumulative_power[0]), float(self.cumulative_power[-1])
-        return [
+        rows = [
             ("method", f"{self.method}: {self.why}"),
             ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
-            ("power of targets", f"{first:.1%} in the first direction, {last:.1%} in {known:,} of {self.num_rows:,}"),
-            ("directions", ", ".join(said)),
-            ("error of the power", f"{float(self.cumulative_power_error.max()):.1g} at most"),
+            ("power of targets", ", ".join(f"{self.cumulative_power[i - 1]:.1%} in the first {i:,}" for i in shown)),
+            ("directions", f"{', '.join(said)} of {self.num_rows:,}"),
         ]
+        if self.cumulative_power_error.any():
+            rows.append(("error of the power", f"{float(self.cumulative_power_error.max()):.1g} at most"))
+        return rows
 
 
 def alignment(

@@ -1,7 +1,6 @@
 """What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -11,127 +10,21 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.analysis.cross import CrossKernel
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
 from ntkpipe.analysis.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
+from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.labels import Labels, encode
 from ntkpipe.analysis.opening import open_for_analysis
 from ntkpipe.analysis.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
 from ntkpipe.analysis.sources import train_targets
+from ntkpipe.analysis.trust import judge
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
 from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
+from ntkpipe.solvers.result import Monitor, ignore
 
 _EPS = float(np.finfo(np.float64).eps)
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
-# The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
-_FLOORS = 10.0
-# Without leave-one-out, the share of n up to which the effective dimension is small.
-_SMALL_DIMENSION = 0.1
-
 Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generalisation(Result):
-    """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
-
-    Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
-    estimated, zero where a number is exact; that of ``test_loss`` is of the choice of test samples.
-
-    Attributes
-    ----------
-    method, why
-        ``exact`` or ``streamed``, and why.
-    num_rows, num_outputs
-        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
-    ridges
-        λ, absolute, shape (r,).
-    test_loss, test_loss_error
-        Measured; NaN without test data.
-    train_loss
-        Of the same predictor on its own samples.
-    kare, kare_error
-        The kernel alignment risk estimator.
-    generalised_cross_validation
-        The same number, from train loss and effective dimension.
-    leave_one_out_loss, leave_one_out_loss_error
-        What trust is judged by: each sample predicted from all others. NaN where it is not known.
-    eigenlearning, canatar
-        Predicted from the train kernel's own eigensystem; NaN if streamed.
-    eigenlearning_kappa
-        κ of that, in population eigenvalues; NaN if streamed.
-    learnabilities
-        L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed.
-    target_learnability
-        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``; NaN if streamed.
-    kappa, kappa_error
-        The signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of eigenlearning
-        without its bias.
-    overfitting_coefficient, overfitting_coefficient_error
-        E_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)².
-    effective_dimension, effective_dimension_error
-        tr K (K + λI)^-1.
-    kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio
-        Each over ``test_loss``.
-    kare_is_trusted, eigenlearning_is_trusted
-        Whether the estimate can be trusted; of GCV as of KARE, of Canatar as of eigenlearning.
-    reasons
-        Why or why not, in words.
-    floor
-        What rounding to the storage dtype did to K in the spectral norm.
-    """
-
-    method: str
-    why: str
-    num_rows: int
-    num_outputs: int
-    ridges: Values
-    test_loss: Values
-    test_loss_error: Values
-    train_loss: Values
-    kare: Values
-    kare_error: Values
-    generalised_cross_validation: Values
-    leave_one_out_loss: Values
-    leave_one_out_loss_error: Values
-    eigenlearning: Values
-    canatar: Values
-    eigenlearning_kappa: Values
-    learnabilities: Values = field(repr=False)
-    target_learnability: Values
-    kappa: Values
-    kappa_error: Values
-    overfitting_coefficient: Values
-    overfitting_coefficient_error: Values
-    effective_dimension: Values
-    effective_dimension_error: Values
-    kare_ratio: Values
-    eigenlearning_ratio: Values
-    canatar_ratio: Values
-    leave_one_out_ratio: Values
-    kare_is_trusted: tuple[bool, ...]
-    eigenlearning_is_trusted: tuple[bool, ...]
-    reasons: tuple[str, ...]
-    floor: float
-
-    def _rows(self) -> Rows:
-        is_measured = bool(np.isfinite(self.test_loss).any())
-        rows = [
-            ("method", f"{self.method}: {self.why}"),
-            ("ridge λ", "test loss, and what of it is said by KARE = GCV / eigenlearning = Canatar / leave-one-out"),
-        ]
-        if not is_measured:
-            rows[-1] = ("ridge λ", "losses by KARE = GCV / eigenlearning = Canatar / leave-one-out; no test data")
-        for index, ridge in enumerate(self.ridges):
-            names = ("kare", "eigenlearning", "leave_one_out")
-            if is_measured:
-                said = " / ".join(f"{getattr(self, f'{name}_ratio')[index]:.3f}" for name in names)
-                said = f"{self.test_loss[index]:.4g}, {said}"
-            else:
-                kinds = (self.kare, self.eigenlearning, self.leave_one_out_loss)
-                said = " / ".join(f"{kind[index]:.4g}" for kind in kinds)
-            rows.append((f"  {ridge:.4g}", f"{said}; {self.reasons[index]}"))
-        return rows
 
 
 def generalisation(
@@ -174,8 +67,11 @@ def generalisation(
     that: see :func:`ntkpipe.analysis.learning_curve.learning_curve`. Noise of targets is in v_i² already.
 
     An estimate is trusted where it is within ``tolerance`` of leave-one-out and K + λI is known, i.e. its smallest
-    eigenvalue is above ten storage floors. That takes no test data. Where leave-one-out is not known (a full NTK,
-    streamed), KARE is trusted up to an effective dimension of n/10.
+    eigenvalue is above ten storage floors. That takes no test data, but samples that the kernel does not know: of a
+    network that was trained on them everything here says less than the test loss, leave-one-out too. Only test data
+    show that; where leave-one-out differs from the test loss by more than ``tolerance`` and three standard errors,
+    nothing is trusted. Where leave-one-out is not known (a full NTK, streamed), KARE is trusted up to an effective
+    dimension of n/10.
 
     Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel. Streamed,
     passes of c + p columns: some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
@@ -269,7 +165,7 @@ def generalisation(
     losses |= _of_population(system, rows, shifts)
     losses |= _measured(resolvents, test)
     floor = operator.storage_floor()
-    judged = _judge(losses, resolvents, system, floor, tolerance, n)
+    judged = judge(losses, resolvents, system, floor, tolerance, n)
     worst = max(one.residual for one in resolvents)
     is_solved = system is not None or worst <= tol
     return Generalisation(
@@ -381,63 +277,6 @@ def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, 
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
-
-
-def _judge(
-    losses: dict[str, Any],
-    resolvents: Sequence[Resolvent],
-    system: Eigensystem | None,
-    floor: float,
-    tolerance: float,
-    n: int,
-) -> dict[str, Any]:
-    """Ratios to the measured loss, and which estimates can be trusted."""
-    ratios = {
-        f"{name}_ratio": losses[key] / losses["test_loss"]
-        for name, key in (
-            ("kare", "kare"),
-            ("eigenlearning", "eigenlearning"),
-            ("canatar", "canatar"),
-            ("leave_one_out", "leave_one_out_loss"),
-        )
-    }
-    trusted: dict[str, list[bool]] = {"kare": [], "eigenlearning": []}
-    reasons = []
-    for index, resolvent in enumerate(resolvents):
-        known, why = _is_known(resolvent, system, floor)
-        loss, said = float(losses["leave_one_out_loss"][index]), []
-        for name in trusted:
-            value = float(losses[name][index])
-            gap = value / loss - 1 if loss else np.nan
-            if np.isfinite(gap):
-                # What leave-one-out is off by counts against the estimate.
-                is_good = abs(gap) + float(losses["leave_one_out_loss_error"][index]) / loss <= tolerance
-                said.append(f"{'KARE' if name == 'kare' else name} {gap:+.1%}")
-            else:
-                is_small = losses["effective_dimension"][index] <= _SMALL_DIMENSION * n
-                is_good = name == "kare" and np.isfinite(value) and bool(is_small)
-            trusted[name].append(known and is_good)
-        judged = (
-            f"of leave-one-out: {', '.join(said)}" if said else "leave-one-out is not known: by effective dimension"
-        )
-        good = " and ".join("KARE" if name == "kare" else name for name, is_good in trusted.items() if is_good[-1])
-        reasons.append(why if not known else f"{f'trust {good}' if good else 'trust none'} ({judged})")
-    return {
-        **ratios,
-        "kare_is_trusted": tuple(trusted["kare"]),
-        "eigenlearning_is_trusted": tuple(trusted["eigenlearning"]),
-        "reasons": tuple(reasons),
-    }
-
-
-def _is_known(resolvent: Resolvent, system: Eigensystem | None, floor: float) -> tuple[bool, str]:
-    """Whether (K + λI)^-1 is, and why not."""
-    least = resolvent.ridge + (float(system.values[-1]) if system is not None else 0.0)
-    if not resolvent.is_definite or not np.isfinite(resolvent.trace):
-        return False, "trust none: K + λI is not positive definite; raise λ"
-    if system is not None and least < _FLOORS * floor:
-        return False, f"trust none: K + λI has an eigenvalue of {least:.2g}, the storage floor is {floor:.2g}; raise λ"
-    return True, ""
 
 
 def _message(is_solved: bool, worst: float, tol: float, is_exact: bool) -> str:

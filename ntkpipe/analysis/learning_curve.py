@@ -80,15 +80,13 @@ class LearningCurve(Result):
     kare_ratio: Values
 
     def _rows(self) -> Rows:
-        rows = [
-            ("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"),
-            ("size, ridge λ", "left-out loss, KARE / left-out loss, eigenlearning / population loss"),
-        ]
-        for size, of_size in zip(self.sizes, range(len(self.sizes)), strict=True):
+        rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]
+        for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):
-                loss, error = self.left_out_loss[of_size, place], self.left_out_loss_error[of_size, place]
-                ratios = f"{self.kare_ratio[of_size, place]:.3f}, {self.eigenlearning_ratio[of_size, place]:.3f}"
-                rows.append((f"  {size:,}, {ridge:.4g}", f"{loss:.4g} ± {error:.1g}, {ratios}"))
+                loss, error = self.left_out_loss[line, place], self.left_out_loss_error[line, place]
+                kare, theory = self.kare_ratio[line, place], self.eigenlearning_ratio[line, place]
+                said = f"left-out loss {loss:.4g} ± {error:.1g}, KARE {kare:.3f} of it"
+                rows.append((f"{size:,} at λ = {ridge:.4g}", f"{said}; eigenlearning {theory:.3f} of the population's"))
         return rows
 
 

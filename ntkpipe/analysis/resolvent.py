@@ -40,6 +40,8 @@ class Resolvent:
     left_out_loss, left_out_loss_error
         Mean squared error of predicting the rows of a sample from all others, over rows and columns; what the
         estimate of it is off by. NaN where there is no estimate.
+    left_out_spread
+        Standard error of that mean as one over samples.
     residual
         The largest relative residual of a system; zero where eigenpairs were used.
     is_definite
@@ -54,6 +56,7 @@ class Resolvent:
     squared_trace_error: float
     left_out_loss: float
     left_out_loss_error: float
+    left_out_spread: float
     residual: float
     is_definite: bool
 
@@ -84,10 +87,11 @@ def resolvents_of_pairs(
         shifted = values + ridge
         if (shifted == 0).any():
             nothing = np.full(rows.shape, np.nan)
-            yield Resolvent(ridge, nothing, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, is_definite=False)
+            yield Resolvent(ridge, nothing, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
+        losses = _left_out_losses(vectors, inverse, coefficients, width)
         yield Resolvent(
             ridge=ridge,
             coefficients=coefficients,
@@ -95,33 +99,36 @@ def resolvents_of_pairs(
             trace_error=0.0,
             squared_trace=float((inverse**2).sum()),
             squared_trace_error=0.0,
-            left_out_loss=_left_out_loss(vectors, inverse, coefficients, width),
+            left_out_loss=float(losses.mean()),
             left_out_loss_error=0.0,
+            left_out_spread=_standard_error(losses),
             residual=0.0,
             is_definite=bool(shifted.min() > 0),
         )
 
 
-def _left_out_loss(
+def _left_out_losses(
     vectors: NDArray[np.float64], inverse: NDArray[np.float64], coefficients: NDArray[np.float64], width: int
-) -> float:
-    """Mean square of what leaving samples out, one by one, leaves: no refit is needed.
+) -> NDArray[np.float64]:
+    """Mean square error of each sample where it is left out, shape (N,): no refit is needed.
 
     Block elimination of a sample's rows: the prediction of them from all others errs by ``(G_ii)^-1 (G Y)_i``; for one
     row it is the formula of PRESS (Allen 1974).
     """
-    n, total = len(vectors), 0.0
+    n = len(vectors)
+    losses = np.empty(n // width)
     step = max(1, _ROWS_AT_ONCE // width) * width
     for first in range(0, n, step):
         part = vectors[first : first + step]
         found = coefficients[first : first + step]
         if width == 1:
-            total += float(((found / ((part**2) @ inverse)[:, None]) ** 2).sum())
+            losses[first : first + step] = ((found / ((part**2) @ inverse)[:, None]) ** 2).mean(axis=1)
             continue
         samples = part.reshape(-1, width, n)
         blocks = (samples * inverse) @ samples.transpose(0, 2, 1)
-        total += float((np.linalg.solve(blocks, found.reshape(-1, width, found.shape[1])) ** 2).sum())
-    return total / coefficients.size
+        errors = np.linalg.solve(blocks, found.reshape(-1, width, found.shape[1]))
+        losses[first // width : (first + step) // width] = (errors**2).mean(axis=(1, 2))
+    return losses
 
 
 def resolvents_of_operator(
@@ -192,7 +199,7 @@ def resolvents_of_operator(
         solved, probed = guess[:, :columns], guess[:, columns:]
         samples = signs * probed
         traces, squares = samples.sum(axis=0), (probed**2).sum(axis=0)
-        loss, error = _estimated_left_out_loss(samples, solved) if width == 1 else (np.nan, 0.0)
+        loss, error, spread = _estimated_left_out_loss(samples, solved) if width == 1 else (np.nan, 0.0, 0.0)
         yield Resolvent(
             ridge=ridge,
             coefficients=solved,
@@ -202,6 +209,7 @@ def resolvents_of_operator(
             squared_trace_error=_standard_error(squares),
             left_out_loss=loss,
             left_out_loss_error=error,
+            left_out_spread=spread,
             residual=float(found.residuals.max()),
             is_definite=found.status != "indefinite at storage precision" and bool(traces.min() > 0),
         )
@@ -214,18 +222,20 @@ def _rank(num_rows: int, num_columns: int, memory_limit: int | None) -> int:
     return int(max(1, most // 10, min(most, room // 3)))
 
 
-def _estimated_left_out_loss(samples: NDArray[np.float64], coefficients: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean square of ``A_i / G_ii`` where G_ii is the mean of a row of samples, and its error."""
+def _estimated_left_out_loss(
+    samples: NDArray[np.float64], coefficients: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """The mean square of ``A_i / G_ii`` where G_ii is the mean of a row of samples, its error, and its spread."""
     diagonal = samples.mean(axis=1)
     variances = samples.var(axis=1, ddof=1) / samples.shape[1]
     if diagonal.min() <= 0:
-        return np.nan, 0.0
+        return np.nan, 0.0, 0.0
     squares = (coefficients**2).mean(axis=1) / diagonal**2
     # E (G + e)^-2 = G^-2 (1 + 3 var e / G² + …)
     bias = 3 * variances / diagonal**2
     terms = squares * (1 - bias)
-    spread = np.sqrt(float((4 * squares**2 * variances / diagonal**2).sum())) / len(squares)
-    return float(terms.mean()), float(np.hypot(spread, (squares * bias).mean()))
+    scatter = np.sqrt(float((4 * squares**2 * variances / diagonal**2).sum())) / len(squares)
+    return float(terms.mean()), float(np.hypot(scatter, (squares * bias).mean())), _standard_error(terms)
 
 
 def _standard_error(samples: NDArray[np.float64]) -> float:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 from ntkpipe.analysis.alignment import Alignment, alignment
-from ntkpipe.analysis.generalisation import Generalisation, generalisation
+from ntkpipe.analysis.generalisation import generalisation
+from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.path_result import RidgePath
 from ntkpipe.analysis.ridge_path import ridge_path
-from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
+from ntkpipe.analysis.spectrum import spectrum
+from ntkpipe.analysis.spectrum_result import KernelSpectrum
 from ntkpipe.kept import Question
 from ntkpipe.report.gather import Analysis, Inputs
 

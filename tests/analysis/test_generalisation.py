@@ -114,10 +114,10 @@ def test_kare_is_right_for_gaussian_features_and_trusted_there(rng):
             ridges=[1e-3, 1.0],
             test_kernel=test @ train.T,
             test_targets=test @ direction,
-            tolerance=0.2,
         )
         ratios.append(found.kare_ratio)
-        assert found.kare_is_trusted == (True, True)
+        alone = generalisation(train @ train.T, train @ direction, ridges=[1e-3, 1.0], tolerance=0.2)
+        assert alone.kare_is_trusted == (True, True)
     mean, error = np.mean(ratios, axis=0), np.std(ratios, axis=0, ddof=1) / 40**0.5
     assert np.all(np.abs(mean - 1) < 3 * error)
     assert error.max() < 0.06
@@ -131,8 +131,22 @@ def test_samples_unlike_each_other_make_kare_untrusted(rng):
     found = generalisation(kernel, np.sin(inputs[:, 0]), ridges=[1e-6, 1e3])
     assert found.kare_is_trusted == (False, True)
     assert abs(found.kare[0] / found.leave_one_out_loss[0] - 1) > 0.1
-    assert "trust none" in found.reasons[0]
+    assert "off leave-one-out" in found.reasons[0]
+    assert "trust none" in str(found)
     assert not found.eigenlearning_is_trusted[0]
+
+
+def test_a_kernel_that_knows_its_train_targets_is_not_trusted(problem):
+    """As after training: their direction is in the kernel of train samples, and theory is wrong about new ones."""
+    seen = problem.targets[:, 0]
+    kernel = problem.kernel + 5.0 * np.outer(seen, seen)
+    arguments = {"ridges": [0.5], "test_kernel": problem.test_kernel, "test_targets": problem.test_targets[:, 0]}
+    found = generalisation(kernel, seen, **arguments)
+    assert found.leave_one_out_ratio[0] < 0.8
+    assert found.kare_is_trusted == (False,)
+    assert "as after training" in found.reasons[0]
+    without = generalisation(kernel, seen, ridges=[0.5], tolerance=0.3)
+    assert without.kare_is_trusted == (True,)
 
 
 def test_what_storage_does_not_know_is_not_trusted(problem):

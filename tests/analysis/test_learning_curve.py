@@ -56,7 +56,7 @@ def test_defaults_and_what_is_refused(rng):
     found = learning_curve(kernel, targets)
     assert found.sizes.tolist() == [2, 4, 8, 16]
     assert found.ridges == pytest.approx(np.array([0, 0.01, 0.1, 1, 10]) * kernel.diagonal().mean())
-    assert "eigenlearning / population loss" in str(found)
+    assert "of the population" in str(found)
     with pytest.raises(ConfigError, match="size=64"):
         learning_curve(kernel, targets, sizes=[64])
     with pytest.raises(ConfigError, match="num_subsets=1"):

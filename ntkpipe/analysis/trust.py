@@ -1,0 +1,90 @@
+"""Where estimates of the test loss can be trusted: by leave-one-out, by storage, by what was measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.analysis.eigensystem import Eigensystem
+from ntkpipe.analysis.resolvent import Resolvent
+
+# The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
+_FLOORS = 10.0
+# Standard errors by which leave-one-out and test loss differ for another reason than chance; they are a bit larger than
+# said, since left-out errors are not independent.
+_SIGMAS = 3.0
+# Without leave-one-out, the share of n up to which the effective dimension is small.
+_SMALL_DIMENSION = 0.1
+
+
+def judge(
+    losses: dict[str, Any],
+    resolvents: Sequence[Resolvent],
+    system: Eigensystem | None,
+    floor: float,
+    tolerance: float,
+    n: int,
+) -> dict[str, Any]:
+    """Ratios to the measured loss, and which estimates can be trusted."""
+    ratios = {
+        f"{name}_ratio": losses[key] / losses["test_loss"]
+        for name, key in (
+            ("kare", "kare"),
+            ("eigenlearning", "eigenlearning"),
+            ("canatar", "canatar"),
+            ("leave_one_out", "leave_one_out_loss"),
+        )
+    }
+    verdicts = [_verdict(index, losses, one, system, floor, tolerance, n) for index, one in enumerate(resolvents)]
+    return {
+        **ratios,
+        "kare_is_trusted": tuple(kare for kare, _, _ in verdicts),
+        "eigenlearning_is_trusted": tuple(theory for _, theory, _ in verdicts),
+        "reasons": tuple(why for _, _, why in verdicts),
+    }
+
+
+def _verdict(
+    index: int,
+    losses: dict[str, Any],
+    resolvent: Resolvent,
+    system: Eigensystem | None,
+    floor: float,
+    tolerance: float,
+    n: int,
+) -> tuple[bool, bool, str]:
+    """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
+    unknown = _unknown(resolvent, system, floor)
+    if unknown is not None:
+        return False, False, unknown
+    loss, error = float(losses["leave_one_out_loss"][index]), float(losses["leave_one_out_loss_error"][index])
+    if not np.isfinite(loss) or loss <= 0:
+        dimension = float(losses["effective_dimension"][index])
+        is_small = dimension <= _SMALL_DIMENSION * n
+        return is_small, False, f"leave-one-out is not known; the effective dimension is {dimension / n:.2g} n"
+    test, test_error = float(losses["test_loss"][index]), float(losses["test_loss_error"][index])
+    apart = loss / test - 1 if test > 0 else np.nan
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(test_error, resolvent.left_out_spread):
+        return (
+            False,
+            False,
+            (
+                f"leave-one-out itself is {apart:+.1%} off the test loss: train and test samples are not alike to this "
+                "kernel, as after training on the former"
+            ),
+        )
+    gaps = {name: float(losses[name][index]) / loss - 1 for name in ("kare", "eigenlearning")}
+    # What leave-one-out is off by counts against the estimate; a comparison with NaN is no trust.
+    kare, theory = (abs(gap) + error / loss <= tolerance for gap in gaps.values())
+    of_theory = "" if np.isnan(gaps["eigenlearning"]) else f", eigenlearning by {gaps['eigenlearning']:+.1%}"
+    return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
+
+
+def _unknown(resolvent: Resolvent, system: Eigensystem | None, floor: float) -> str | None:
+    """Why (K + λI)^-1 is not known; none if it is."""
+    if not resolvent.is_definite or not np.isfinite(resolvent.trace):
+        return "K + λI is not positive definite; raise λ"
+    least = np.inf if system is None else resolvent.ridge + float(system.values[-1])
+    if least < _FLOORS * floor:
+        return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
+    return None
