@@ -10,14 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.analysis.cross import CrossKernel
 from ntkpipe.analysis.labels import Labels, Task, as_rows, as_samples, encode
 from ntkpipe.analysis.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
+from ntkpipe.analysis.opening import open_for_analysis
 from ntkpipe.analysis.sources import initial_matrix, outputs_of, targets_of, train_targets
-from ntkpipe.analysis.streamed import rank_that_fits
+from ntkpipe.analysis.streamed import eigenpairs_fit, factor_fits, rank_beside
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.kernel import KernelSet
-from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import half_of_room, memory_room
 from ntkpipe.ridges import RidgeScale, absolute_ridge
 from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.solution import Solution
@@ -63,7 +62,8 @@ class KernelRegression:
         ``auto``: integers, booleans and strings are labels of classes if there are fewer different ones than samples,
         and become one-hot targets; floating-point numbers are real targets. Or ``"classification"``, ``"regression"``.
     memory_limit
-        Bytes that this process may have; default what it has and half of what is free.
+        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
+        conjugate gradients take at least ``8 n (3 + 11 O)`` bytes, mostly 512 n.
     seed
         Of preconditioners.
 
@@ -146,8 +146,7 @@ class KernelRegression:
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
-        share = half_of_room(self.memory_limit)
-        operator = as_operator(kernel, memory_limit=share)
+        operator, share = open_for_analysis(kernel, self.memory_limit)
         try:
             labels, self._width = train_targets(kernel, operator, y, initial, self.task)
             goal = labels.matrix
@@ -186,16 +185,24 @@ class KernelRegression:
             return self._minimum_norm(operator, rhs, "asked for", memory_limit)
         if self.method == "auto" and self.ridge_ == 0.0:
             return self._interpolate(operator, rhs, memory_limit)
-        return solve(
-            operator,
-            rhs,
-            ridge=self.ridge_,
-            method=self.method,
-            tol=self.tol,
-            rank=rank_that_fits(operator.num_rows, rhs.shape[1], memory_limit),
-            seed=self.seed,
-            memory_limit=memory_limit,
-        )
+        if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, memory_limit)):
+            return solve(
+                operator,
+                rhs,
+                ridge=self.ridge_,
+                method=self.method,
+                tol=self.tol,
+                rank=rank_beside(rhs.shape[1], operator.num_rows, memory_limit),
+                seed=self.seed,
+                memory_limit=memory_limit,
+            )
+        return self._iterate(operator, rhs, memory_limit)
+
+    def _iterate(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
+        """By conjugate gradients; with the least that is of use, where the limit has no room for that."""
+        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
+        rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
+        return solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
 
     def _interpolate(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
         """λ = 0: by a factor where the matrix is surely not singular, or by eigenpairs, or iterating."""
@@ -214,11 +221,9 @@ class KernelRegression:
             why = f"λ = 0, and the leading {error.row:,} rows are not positive definite"
         except ResourceError:
             pass
-        if 16 * operator.num_rows**2 < memory_room(memory_limit):
+        if eigenpairs_fit(operator.num_rows, memory_limit):
             return self._minimum_norm(operator, rhs, why, memory_limit)
-        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
-        rank = rank_that_fits(operator.num_rows, rhs.shape[1], memory_limit)
-        return solve(operator, rhs, method=method, tol=self.tol, rank=rank, seed=self.seed, memory_limit=memory_limit)
+        return self._iterate(operator, rhs, memory_limit)
 
     def _minimum_norm(
         self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None

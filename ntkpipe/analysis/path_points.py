@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis import leave_one_out
+from ntkpipe.analysis.columns import Inverse, Verdict, runs
 from ntkpipe.analysis.minimum_norm import Eigenpairs, cut_off, require_all
-from ntkpipe.analysis.streamed import StreamedInverse, runs
 from ntkpipe.errors import IndefiniteError
 from ntkpipe.operators.operator import Operator
 from ntkpipe.solvers.cholesky import cholesky
@@ -211,9 +211,7 @@ class ByPasses:
         In words.
     """
 
-    def __init__(
-        self, inverse: StreamedInverse, rhs: Values, width: int, *, num_left_out: int, seed: int, why: str
-    ) -> None:
+    def __init__(self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, seed: int, why: str) -> None:
         self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
@@ -221,12 +219,10 @@ class ByPasses:
 
     def at(self, ridge: float) -> Point:
         """See :class:`Points`; starts from the coefficients of the ridge before."""
-        before = self._inverse.start_verdict()
-        coefficients = self._inverse.times(self._rhs, ridge, self._previous)
+        verdict = Verdict()
+        coefficients = self._inverse.times(self._rhs, ridge, verdict, self._previous)
         self._previous = coefficients
-        blocks = self._blocks(ridge)
-        verdict = self._inverse.verdict
-        self._inverse.verdict = before.joined(verdict)
+        blocks = self._blocks(ridge, verdict)
         n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
         traces = np.trace(blocks, axis1=1, axis2=2)
         finite = max(0.0, 1.0 - taken / count) ** 0.5
@@ -247,7 +243,7 @@ class ByPasses:
             message="; ".join(verdict.messages[:1]),
         )
 
-    def _blocks(self, ridge: float) -> Values:
+    def _blocks(self, ridge: float, verdict: Verdict) -> Values:
         """Diagonal blocks of the inverse of the samples that are left out."""
         n, width = len(self._rhs), self._width
         found = np.empty((len(self._samples), width, width))
@@ -255,7 +251,7 @@ class ByPasses:
             rows = (self._samples[some, None] * width + np.arange(width)).ravel()
             unit = np.zeros((n, len(rows)))
             unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width)
+            found[some] = self._inverse.quadratic(unit, ridge, width, verdict)
         return found
 
 

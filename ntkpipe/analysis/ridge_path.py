@@ -11,15 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.analysis.cross import CrossKernel
 from ntkpipe.analysis.labels import Labels, Task, as_rows, as_samples, encode
 from ntkpipe.analysis.minimum_norm import Eigenpairs
+from ntkpipe.analysis.opening import open_for_analysis
 from ntkpipe.analysis.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
 from ntkpipe.analysis.path_result import RidgePath
 from ntkpipe.analysis.sources import initial_matrix, train_targets
-from ntkpipe.analysis.streamed import StreamedInverse
+from ntkpipe.analysis.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
-from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import format_bytes, half_of_room, memory_room
+from ntkpipe.resources import format_bytes, memory_room
 from ntkpipe.ridges import RidgeScale, absolute_ridge
 from ntkpipe.solvers.dense import eigh
 from ntkpipe.solvers.result import Monitor, Status, ignore
@@ -28,8 +28,6 @@ Method = Literal["auto", "eigh", "cholesky", "streamed"]
 _METHODS = ("auto", "eigh", "cholesky", "streamed")
 # In mean diagonals.
 DEFAULT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Of a factor in memory, that are in use beside it.
-_PANEL_COLUMNS = 3 * 1024
 # Of the memory, for coefficients that wait for the test kernel.
 _SHARE_OF_COEFFICIENTS = 0.1
 
@@ -93,7 +91,8 @@ def ridge_path(
     num_left_out
         Samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a solve.
     memory_limit
-        Bytes that this process may have; default what it has and half of what is free.
+        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
+        streaming takes at least ``512 n`` bytes.
     seed
         Of preconditioners, and the choice of samples.
     monitor
@@ -118,8 +117,7 @@ def ridge_path(
     say that they cannot.
     """
     begin = perf_counter()
-    share = half_of_room(memory_limit)
-    operator = as_operator(kernel, memory_limit=share)
+    operator, share = open_for_analysis(kernel, memory_limit)
     before = operator.work
     _check(method, test_kernel, test_targets, tol, num_left_out)
     labels, width = train_targets(kernel, operator, targets, initial_outputs, task)
@@ -259,12 +257,11 @@ def _points(
     if eigenpairs is not None and method in {"auto", "eigh"}:
         return "eigh", ByEigenpairs(operator, eigenpairs, rhs, width, "all eigenpairs were given")
     needed = f"{n:,} rows, {format_bytes(max(0, room))} of memory"
-    if method == "eigh" or (method == "auto" and 16 * n * n + 2**14 * n <= room):
+    if method == "eigh" or (method == "auto" and eigenpairs_fit(n, memory_limit)):
         why = "asked for" if method == "eigh" else f"all eigenpairs fit: {needed}"
         pairs = eigh(operator, memory_limit=memory_limit, monitor=monitor)
         return "eigh", ByEigenpairs(operator, pairs, rhs, width, why)
-    panels = 8 * n * min(n, _PANEL_COLUMNS)
-    if method == "cholesky" or (method == "auto" and 4 * n * n + panels <= room):
+    if method == "cholesky" or (method == "auto" and factor_fits(n, memory_limit)):
         why = "asked for" if method == "cholesky" else f"a factor fits, all eigenpairs do not: {needed}"
         return "cholesky", ByFactors(operator, rhs, width, tol=tol, memory_limit=memory_limit, why=why)
     why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"

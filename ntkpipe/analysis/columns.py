@@ -1,0 +1,59 @@
+"""The inverse applied to blocks of columns: what is asked of it, how far solutions can be trusted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.solvers.result import Status
+
+
+@dataclass
+class Verdict:
+    """How far solutions can be trusted, all together.
+
+    Attributes
+    ----------
+    status
+        Of the first that did not converge.
+    worst
+        The largest relative residual.
+    messages
+        Of those that did not converge.
+    """
+
+    status: Status = "converged"
+    worst: float = 0.0
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, status: Status, residual: float, message: str) -> None:
+        """Of one more."""
+        self.worst = max(self.worst, residual)
+        if status != "converged":
+            if self.status == "converged":
+                self.status = status
+            self.messages.append(message)
+
+
+class Inverse(Protocol):
+    """``(K + λI)^-1`` for any λ."""
+
+    @property
+    def columns_at_once(self) -> int:
+        """Columns that memory has room for."""
+
+    def times(
+        self, block: NDArray[np.float64], ridge: float, verdict: Verdict, initial: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """``(K + λI)^-1 B``, shape (n, c)."""
+
+    def quadratic(self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict) -> NDArray[np.float64]:
+        """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width)."""
+
+
+def runs(count: int, most: int) -> Iterator[slice]:
+    """Runs of at most so many of ``count``."""
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
