@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkpipe.analysis.alignment import alignment
     from ntkpipe.analysis.compare import compare_kernels
+    from ntkpipe.analysis.calibration import calibration
     from ntkpipe.analysis.estimator import KernelRegression
+    from ntkpipe.analysis.gaussian import gaussian_process
     from ntkpipe.analysis.generalisation import generalisation
     from ntkpipe.analysis.learning_curve import learning_curve
+    from ntkpipe.analysis.influence import influence
     from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
@@ -57,6 +60,9 @@ _HOMES = {
     "estimate_cluster": "estimate",
     "export_kernel": "export",
     "generalisation": "analysis.generalisation",
+    "calibration": "analysis.calibration",
+    "gaussian_process": "analysis.gaussian",
+    "influence": "analysis.influence",
     "jacobian_operator": "api",
     "kernel_matrix": "api",
     "learning_curve": "analysis.learning_curve",
@@ -85,6 +91,7 @@ __all__ = [
     "PrecomputedKernel",
     "alignment",
     "as_operator",
+    "calibration",
     "cholesky",
     "compare_kernels",
     "compute_kernel",
@@ -96,7 +103,9 @@ __all__ = [
     "eigvalsh",
     "estimate_cluster",
     "export_kernel",
+    "gaussian_process",
     "generalisation",
+    "influence",
     "jacobian_operator",
     "kernel_matrix",
     "learning_curve",

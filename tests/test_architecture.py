@@ -152,7 +152,11 @@ HOUSE = {
     "analysis.cross": (6, "use"),
     "analysis.sources": (7, "use"),
     "analysis.minimum_norm": (13, "use"),
+    "analysis.influence": (8, "use"),
     "analysis.columns": (8, "use"),
+    "analysis.posterior": (8, "use"),
+    "analysis.calibration": (9, "use"),
+    "analysis.gaussian": (17, "use"),
     "analysis.streamed": (16, "use"),
     "analysis.leave_one_out": (11, "use"),
     "analysis.path_result": (8, "use"),
@@ -245,6 +249,8 @@ DOORS = {
     "markupsafe": {"report"},
     "matplotlib": {"report"},
     "click": {"cli", "cli_analyses", "cli_solvers"},
+    "scipy": {"analysis.calibration", "operators", "solvers", "testing"},
+    "click": {"cli", "cli_solvers"},
     "rich": {"cli", "printing", "progress"},
 }
 # Re-exports of the package, and `python -m ntkpipe`.

@@ -79,6 +79,8 @@ class KernelRegression:
         The :class:`ntkpipe.solvers.solution.Solution`, with status, residuals, cost; prints as a table.
     num_outputs_
         O.
+    rows_per_sample_
+        S: 1, or O of a full NTK.
 
     Examples
     --------
@@ -148,16 +150,16 @@ class KernelRegression:
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
         operator, share = open_for_analysis(kernel, self.memory_limit)
         try:
-            labels, self._width = train_targets(kernel, operator, y, initial, self.task)
+            labels, self.rows_per_sample_ = train_targets(kernel, operator, y, initial, self.task)
             goal = labels.matrix
             if initial is not None:
                 goal = goal - initial_matrix(initial, goal.shape)
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
-            self.result_ = self._solve(operator, as_rows(goal, self._width), share)
+            self.result_ = self._solve(operator, as_rows(goal, self.rows_per_sample_), share)
         finally:
             operator.close()
         coefficients = np.asarray(self.result_.coefficients)
-        self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self._width > 1 else coefficients
+        self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self.rows_per_sample_ > 1 else coefficients
         self.num_outputs_ = goal.shape[1]
         self._is_flat = labels.is_flat
         if labels.classes is not None:
@@ -263,8 +265,8 @@ class KernelRegression:
             test_kernel = test_kernel.test_train
         initial = self._initial(initial_outputs, "initial_outputs of the test samples, predict(…, initial_outputs=)")
         coefficients = self.dual_coef_.reshape(len(self.dual_coef_), -1)
-        cross = CrossKernel(test_kernel, len(coefficients), self._width)
-        predicted = as_samples(cross.times(coefficients), self._width)
+        cross = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_)
+        predicted = as_samples(cross.times(coefficients), self.rows_per_sample_)
         if initial is not None:
             predicted += initial_matrix(initial, predicted.shape)
         return predicted

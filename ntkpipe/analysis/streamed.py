@@ -4,8 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.columns import Verdict, runs
+from ntkpipe.analysis.opening import at_least
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import memory_room
+from ntkpipe.solvers.functions import slq_logdet
 from ntkpipe.solvers.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.solvers.solve import solve
@@ -17,6 +19,8 @@ _SHARE = 0.9
 _MOST_COLUMNS = 256
 # Vectors of n numbers that are taken where the limit has no room for them: less would be no use.
 _LEAST_VECTORS = 64
+# Of the log determinant: probes, and Lanczos vectors that there is room for of each.
+_PROBES, _STEPS = 16, 24
 # Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
 _BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
 
@@ -72,7 +76,8 @@ class StreamedInverse:
     ) -> None:
         self._operator = operator
         self._tol, self._seed, self._monitor = tol, seed, monitor
-        vectors = vectors_that_fit(operator.num_rows, memory_limit)
+        self._memory_limit = memory_limit
+        self._vectors = vectors = vectors_that_fit(operator.num_rows, memory_limit)
         rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // _FACTORS))
         self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - _FACTORS * rank) // _BLOCKS))
         self._before = operator.work
@@ -104,6 +109,34 @@ class StreamedInverse:
         residual = block - self._operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
+
+    def logdet(self, ridge: float, verdict: Verdict) -> tuple[float, float]:
+        """``log det(K + λI)`` and its error, Monte-Carlo and truncation together.
+
+        Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
+        """
+        spare = self._vectors - _FACTORS * self._preconditioner.rank
+        probes = max(2, min(_PROBES, spare // _STEPS))
+        room = 8 * self._operator.num_rows * probes * _STEPS
+        found = [
+            slq_logdet(
+                self._operator,
+                ridge=ridge,
+                preconditioner=self._preconditioner.for_ridge(ridge),
+                num_probes=probes,
+                memory_limit=at_least(self._memory_limit, room),
+                seed=self._seed + number,
+                monitor=self._monitor,
+            )
+            for number in range(-(-_PROBES // probes))
+        ]
+        for one in found:
+            # Errors of estimates are in their error bars; what has no logarithm is a finding.
+            if one.status == "indefinite at storage precision":
+                verdict.add(one.status, 0.0, f"log determinant: {one.message}")
+        samples = np.concatenate([one.samples for one in found])
+        standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
+        return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
 
     def _solve(
         self, block: NDArray[np.float64], ridge: float, initial: NDArray[np.float64] | None, verdict: Verdict
