@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkpipe.analysis.alignment import alignment
-    from ntkpipe.analysis.compare import compare_kernels
     from ntkpipe.analysis.calibration import calibration
+    from ntkpipe.analysis.compare import compare_kernels
     from ntkpipe.analysis.estimator import KernelRegression
     from ntkpipe.analysis.gaussian import gaussian_process
     from ntkpipe.analysis.generalisation import generalisation
-    from ntkpipe.analysis.learning_curve import learning_curve
     from ntkpipe.analysis.influence import influence
+    from ntkpipe.analysis.learning_curve import learning_curve
     from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel

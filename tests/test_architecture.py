@@ -244,13 +244,11 @@ DOORS = {
     "yaml": {"config"},
     "psutil": {"resources"},
     "threadpoolctl": {"operators"},
-    "scipy": {"operators", "solvers", "testing", "analysis.eigenspaces"},
+    "scipy": {"analysis.calibration", "operators", "solvers", "testing", "analysis.eigenspaces"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "matplotlib": {"report"},
     "click": {"cli", "cli_analyses", "cli_solvers"},
-    "scipy": {"analysis.calibration", "operators", "solvers", "testing"},
-    "click": {"cli", "cli_solvers"},
     "rich": {"cli", "printing", "progress"},
 }
 # Re-exports of the package, and `python -m ntkpipe`.
