@@ -16,6 +16,7 @@ from ntkpipe.comparing import compare_of_store
 from ntkpipe.errors import ConfigError
 from ntkpipe.kept import Question, of_store
 from ntkpipe.kernel import Kernel, KernelStore
+from ntkpipe.regressing import gaussian_process_of_store, influence_of_store, regression_of_store
 from ntkpipe.ridges import RidgeScale
 from ntkpipe.solvers.result import Result
 
@@ -158,6 +159,9 @@ ANALYSES: Mapping[str, Callable[..., Result]] = {
     "spectrum": spectrum_of_store,
     "alignment": alignment_of_store,
     "generalisation": generalisation_of_store,
+    "regression": regression_of_store,
+    "gaussian_process": gaussian_process_of_store,
+    "influence": influence_of_store,
     "compare": compare_of_store,
     "learning_curve": learning_curve_of_store,
 }

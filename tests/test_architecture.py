@@ -196,6 +196,7 @@ HOUSE = {
     "analysis.comparison": (8, "use"),
     "analysis.compare": (17, "use"),
     "comparing": (18, "use"),
+    "regressing": (18, "use"),
     "testing": (12, "use"),
     "team": (18, "make"),
     "api": (19, "joins"),
