@@ -1,16 +1,30 @@
 """What a page shows of a kernel, each by the function that does it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
 
 from ntkpipe.analysis.alignment import Alignment, alignment
+from ntkpipe.analysis.estimator import KernelRegression
 from ntkpipe.analysis.generalisation import generalisation
 from ntkpipe.analysis.generalisation_result import Generalisation
+from ntkpipe.analysis.influence import Influence, influence
 from ntkpipe.analysis.path_result import RidgePath
 from ntkpipe.analysis.ridge_path import ridge_path
 from ntkpipe.analysis.spectrum import spectrum
 from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.errors import ConfigError
 from ntkpipe.kept import Question
+from ntkpipe.report.choosing import choose
+from ntkpipe.report.findings import Missing
 from ntkpipe.report.gather import Analysis, Inputs
+from ntkpipe.report.posterior import JudgedPosterior, judge_posterior
+
+# Of a prediction that are kept.
+_NUM_TERMS = 10
 
 
 def _spectrum(inputs: Inputs, question: Question) -> KernelSpectrum:
@@ -67,10 +81,47 @@ def _generalisation(inputs: Inputs, question: Question) -> Generalisation:
     )
 
 
+def _influence(inputs: Inputs, question: Question) -> Influence:
+    """At the ridge that the page speaks of, which becomes an option of the result."""
+    begin, ridge = perf_counter(), _chosen_ridge(inputs)
+    model = KernelRegression(ridge=ridge, memory_limit=question.memory_limit)
+    model.fit(question.operator, inputs.known_targets)
+    found = influence(model, inputs.test_kernel, top=_NUM_TERMS)
+    classes = np.asarray(getattr(model, "classes_", np.zeros(0))).tolist()
+    return replace(
+        found,
+        options={**found.options, "ridge": ridge, "classes": classes},
+        matrix=question.operator.identity(),
+        work=question.operator.work,
+        seconds=perf_counter() - begin,
+    )
+
+
+def _chosen_ridge(inputs: Inputs) -> float:
+    found = inputs.found["regression"]
+    if isinstance(found, Missing):
+        raise ConfigError(found.why)
+    return choose(found).ridge
+
+
+def _is_of_the_chosen_ridge(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
+    return bool(saved["options"].get("ridge") == _chosen_ridge(inputs))
+
+
+def _calibration(inputs: Inputs, question: Question) -> JudgedPosterior:
+    test_diagonal, test_targets = inputs.test_diagonal, inputs.test_targets
+    assert test_diagonal is not None
+    assert test_targets is not None
+    ridge = _chosen_ridge(inputs)
+    return judge_posterior(question, inputs.known_targets, inputs.test_kernel, test_diagonal, test_targets, ridge)
+
+
 # By the names of results, which steps of the same name save, too.
 ANALYSES: Mapping[str, Analysis] = {
     "spectrum": Analysis(_spectrum),
     "alignment": Analysis(_alignment, needs_targets=True),
     "regression": Analysis(_regression, needs_targets=True),
     "generalisation": Analysis(_generalisation, needs_targets=True),
+    "calibration": Analysis(_calibration, needs_targets=True, needs_test=True, is_current=_is_of_the_chosen_ridge),
+    "influence": Analysis(_influence, needs_targets=True, needs_test=True, is_current=_is_of_the_chosen_ridge),
 }

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from ntkpipe import __version__
 from ntkpipe.printing import printable
+from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Found
 from ntkpipe.report.gather import Gathered
 from ntkpipe.report.parts import Page, Section, Table, Verdict
 from ntkpipe.report.records import Records, computed_section, runs_table, verification_section
 from ntkpipe.report.sections.alignment import alignment_section
+from ntkpipe.report.sections.gaussian import gaussian_section
 from ntkpipe.report.sections.generalisation import generalisation_section
+from ntkpipe.report.sections.influence import influence_section
 from ntkpipe.report.sections.kernel import kernel_section
-from ntkpipe.report.sections.regression import choose, regression_section
+from ntkpipe.report.sections.regression import regression_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
@@ -45,6 +48,14 @@ def compose(gathered: Gathered) -> Page:
             alignment_section(found["alignment"], found["spectrum"]),
             regression_section(found["regression"]),
             generalisation_section(found["generalisation"], gathered.mean_diagonal),
+            gaussian_section(found["calibration"]),
+            influence_section(
+                found["influence"],
+                gathered.images,
+                store.targets,
+                store.test_targets,
+                gathered.kernel.grid.rows.num_samples,
+            ),
             timings_section(
                 runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)
             ),
@@ -53,7 +64,7 @@ def compose(gathered: Gathered) -> Page:
             title=f"Kernel report: {name}",
             subtitle=(
                 f"{manifest.kind} of {manifest.model.name} ({manifest.model.num_parameters:,} parameters) on "
-                f"{manifest.train.num_samples:,} samples"
+                f"{manifest.train.num_samples:,} samples, in {gathered.kernel.dtype}"
             ),
             verdict=verdict(gathered),
             numbers=_numbers(gathered),
@@ -108,23 +119,23 @@ def _regression_in_words(gathered: Gathered) -> list[str]:
 
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     """What readers look for first."""
-    rows, columns = gathered.kernel.shape
-    numbers = [("kernel", f"{rows:,} × {columns:,}"), ("stored in", str(gathered.kernel.dtype))]
-    spectrum = gathered.found["spectrum"]
-    if isinstance(spectrum, Found):
-        numbers += [
-            ("largest eigenvalue", number(spectrum.number("largest"))),
-            ("effective rank", number(spectrum.number("effective_rank"), 3)),
-            ("condition number", number(spectrum.number("condition_low"), 3)),
-        ]
-    regression = gathered.found["regression"]
+    numbers: list[tuple[str, str]] = []
+    regression, spectrum = gathered.found["regression"], gathered.found["spectrum"]
     if isinstance(regression, Found):
         chosen = choose(regression)
-        numbers.append(("best ridge", number(chosen.ridge, 3)))
         if math.isfinite(chosen.test_accuracy):
             numbers.append(("test accuracy", share(chosen.test_accuracy)))
         elif math.isfinite(chosen.test_loss):
             numbers.append(("test loss", number(chosen.test_loss)))
+        numbers.append(("best ridge λ", number(chosen.ridge, 3)))
+    rows, columns = gathered.kernel.shape
+    numbers.append(("kernel", f"{rows:,} × {columns:,}"))
+    if isinstance(spectrum, Found):
+        numbers += [
+            ("largest eigenvalue", number(spectrum.number("largest"))),
+            ("condition number", number(spectrum.number("condition_low"), 3)),
+            ("effective rank", number(spectrum.number("effective_rank"), 3)),
+        ]
     return tuple(numbers)
 
 

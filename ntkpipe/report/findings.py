@@ -123,6 +123,19 @@ class Found:
             raise self._wrong(", ".join(names))
         return found
 
+    def indices(self, name: str, *, below: int, axes: int = 1) -> NDArray[np.int64]:
+        """Numbers of samples or outputs, all less than ``below``.
+
+        Raises
+        ------
+        StoreError
+            If they are something else.
+        """
+        found = self.array(name, axes=axes)
+        if found.size and not (found.min() >= 0 and found.max() < below and (found == np.floor(found)).all()):
+            raise self._wrong(name)
+        return found.astype(np.int64)
+
     def number(self, name: str) -> float:
         """A number; NaN where it is none.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import ConfigError, ResourceError
+from ntkpipe.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.kept import Question, find_kernel, of_store, result_name
 from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.operators.opening import as_operator
@@ -109,6 +109,8 @@ class Inputs:
         As given.
     kernel
         The train kernel.
+    found
+        What analyses before have found, by name.
     seconds
         Of the eigenpairs, once they were needed.
     """
@@ -117,6 +119,7 @@ class Inputs:
         self.store = store
         self.options = options
         self.kernel = find_kernel(store, options.array)
+        self.found: dict[str, Found | Missing] = {}
         self.seconds: list[tuple[str, float]] = []
 
     @cached_property
@@ -176,6 +179,14 @@ def _shown(shown: Passes) -> Monitor:
     return monitor
 
 
+def _has_the_ridges(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
+    """Whether a saved result has the ridges that were asked for, if any were."""
+    options = inputs.options
+    if options.ridges is None or "ridges" not in saved["options"]:
+        return True
+    return (saved["options"]["ridges"], saved["options"]["ridge_scale"]) == (list(options.ridges), options.ridge_scale)
+
+
 @dataclass(frozen=True)
 class Analysis:
     """One question to a kernel.
@@ -186,11 +197,14 @@ class Analysis:
         Of the inputs and the kernel as an operator.
     needs_targets, needs_test
         Whether it needs targets of the train samples, or a test set (with targets, if it needs targets).
+    is_current
+        Whether a saved result of the same kernel answers the same question.
     """
 
     ask: Callable[[Inputs, Question], Result]
     needs_targets: bool = False
     needs_test: bool = False
+    is_current: Callable[[Inputs, Mapping[str, Any]], bool] = _has_the_ridges
 
     def lacks(self, inputs: Inputs) -> str | None:
         """One sentence on what is not there, and how to get it; none if all is."""
@@ -241,16 +255,15 @@ def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis
     means = block_means(inputs.kernel, groupings)
     seconds = [("picture of the kernel", perf_counter() - begin)]
     work = Work(1.0)
-    found: dict[str, Found | Missing] = {}
     with reading_results(store.path):
         for name, analysis in analyses.items():
-            found[name] = find(inputs, name, analysis)
-    computed = [(name, one.seconds) for name, one in found.items() if isinstance(one, Found)]
+            inputs.found[name] = find(inputs, name, analysis)
+    computed = [(name, one.seconds) for name, one in inputs.found.items() if isinstance(one, Found)]
     return Gathered(
         store=store,
         kernel=inputs.kernel,
         records=records,
-        found=found,
+        found=inputs.found,
         means=means,
         arrangement=arrangement,
         images=StoredImages(store),
@@ -263,24 +276,17 @@ def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis
 
 def find(inputs: Inputs, name: str, analysis: Analysis) -> Found | Missing:
     """The saved result of an analysis if it is of this kernel and these options; or a new one, saved if that can be."""
-    store, options = inputs.store, inputs.options
-    saved = load_result(store.store, result_name(name, inputs.kernel.name))
-    if saved is not None and saved.get("matrix") == inputs.kernel.identity and _is_asked_for(saved, options):
-        return Found(name, saved, is_saved=True)
     lacking = analysis.lacks(inputs)
     if lacking is not None:
         return Missing(lacking)
+    store = inputs.store
+    saved = load_result(store.store, result_name(name, inputs.kernel.name))
+    if saved is not None and saved.get("matrix") == inputs.kernel.identity and analysis.is_current(inputs, saved):
+        return Found(name, saved, is_saved=True)
     try:
         return Found.of(name, _compute(inputs, name, analysis))
-    except (ConfigError, ResourceError) as error:
+    except (ConfigError, IndefiniteError, ResourceError) as error:
         return Missing(str(error))
-
-
-def _is_asked_for(saved: Mapping[str, Any], options: Options) -> bool:
-    """Whether a saved result has the ridges that were asked for, if any were."""
-    if options.ridges is None or "ridges" not in saved["options"]:
-        return True
-    return (saved["options"]["ridges"], saved["options"]["ridge_scale"]) == (list(options.ridges), options.ridge_scale)
 
 
 def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:

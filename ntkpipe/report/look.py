@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 # What is drawn in a figure, from whole quantities to their bounds; the same everywhere in a report.
-Quantity = Literal["test", "train", "leave-one-out", "gcv", "eigenlearning", "kernel", "reference"]
+Quantity = Literal["test", "train", "leave-one-out", "gcv", "eigenlearning", "unscaled", "kernel", "reference"]
 
 # Okabe and Ito (2008): of their eight colours those that have a contrast of 3 against the background.
 _LIGHT = {"blue": "#0072b2", "red": "#d55e00", "green": "#007f5f", "purple": "#a8527f", "grey": "#5c6370"}
@@ -23,6 +23,7 @@ _STYLES: dict[Quantity, tuple[str, str, str]] = {
     "leave-one-out": ("green", "^", "-."),
     "gcv": ("purple", "D", ":"),
     "eigenlearning": ("blue", "v", "--"),
+    "unscaled": ("blue", "v", ":"),
     "kernel": ("blue", "s", "-"),
     "reference": ("grey", "", "--"),
 }

@@ -70,7 +70,7 @@ def computed_section(store: KernelStore, array: str) -> Section:
         ("convention", manifest.convention),
         ("kernel of this report", f"{array}, {' × '.join(f'{s:,}' for s in store.store.arrays[array].layout.shape)}"),
         ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)} tensors"),
-        ("outputs", f"{manifest.num_outputs}, of which each sample has {manifest.num_covectors} row(s) in the kernel"),
+        ("outputs", f"{manifest.num_outputs}; {_rows_in_words(manifest.num_covectors)}"),
         ("training samples", _samples_in_words(manifest.train)),
         ("test samples", "none" if manifest.test is None else _samples_in_words(manifest.test)),
         ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
@@ -113,6 +113,10 @@ def computed_section(store: KernelStore, array: str) -> Section:
             ),
         ),
     )
+
+
+def _rows_in_words(width: int) -> str:
+    return "one row of the kernel for each sample" if width == 1 else f"{width} rows of the kernel for each sample"
 
 
 def _samples_in_words(data: DataRecord) -> str:

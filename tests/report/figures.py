@@ -72,7 +72,11 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
         0.46,
     ),
     "ratios": (lambda: regression.ratios(RIDGES, _four(0.01, 1.3), marked={"mean diagonal of K": 9.0}), 0.52),
-    "coverage": (lambda: regression.coverage(np.linspace(0.05, 0.95, 19), np.linspace(0.01, 1, 19)), 0.6),
+    "coverage": (lambda: regression.coverage(*(np.linspace(low, 1, 11) for low in (0.1, 0.01, 0.9))), 0.6),
+    "reliability": (
+        lambda: regression.reliability(np.linspace(0.05, 0.95, 10), np.linspace(0, 1, 10), np.arange(10.0)),
+        0.6,
+    ),
     "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 0.78),
     "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 0.78),
     "picture of small entries": (lambda: _picture([], 7, 1e-9), 0.78),

@@ -99,7 +99,7 @@ def test_the_accuracy_of_the_header_is_that_of_the_ridge_that_leave_one_out_choo
     fit = KernelRidge(alpha=best, kernel="precomputed").fit(kernel, one_hot)
     predicted = fit.predict(store.test_train.to_numpy().astype(float)).argmax(axis=1)
     accuracy = np.mean(predicted == store.test_targets)
-    said = f"ridge regression {100 * accuracy:.1f} % of 20 test images right (λ = {best:.3g}"
+    said = f"ridge regression {100 * accuracy:.1f}% of 20 test images right (λ = {best:.3g}"
     assert said in written.verdict
     assert f"{losses[best]:,.4g}" in text
 

@@ -102,7 +102,7 @@ def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None
     def draw(figure: Figure, look: Look) -> None:
         axes = figure.add_subplot()
         places = drawn_ridges(ridges)
-        axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within 25 %")
+        axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within a factor of 1.25")
         axes.axhline(1.0, **look.line("reference"))
         for quantity, curve in curves.items():
             axes.plot(places, curve.values, label=curve.label, **look.line(quantity, len(places)))
@@ -117,16 +117,42 @@ def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None
     return draw
 
 
-def coverage(nominal: Values, observed: Values) -> Draw:
-    """How many targets lie in intervals that should hold a given share of them."""
+def coverage(nominal: Values, scaled: Values, plain: Values) -> Draw:
+    """How many targets lie in intervals that should hold a given share of them; variances scaled, and as they are."""
 
     def draw(figure: Figure, look: Look) -> None:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
-        axes.plot(100 * nominal, 100 * observed, label="this posterior", **look.line("test", len(nominal)))
+        axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **look.line("test", len(nominal)))
+        axes.plot(100 * nominal, 100 * plain, label="as they are", **look.line("unscaled", len(nominal)))
         percent(axes, "xy")
-        axes.set_xlabel("credible level of the interval [%]")
+        axes.set_xlabel("probability of the interval [%]")
         axes.set_ylabel("test targets inside [%]")
+        legend(figure, axes, look)
+
+    return draw
+
+
+def reliability(confidence: Values, accuracy: Values, counts: Values) -> Draw:
+    """How many of the samples are right that have a given confidence, in bins; empty ones are left out."""
+
+    def draw(figure: Figure, look: Look) -> None:
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
+        kept = counts > 0
+        errors = np.sqrt(np.maximum(accuracy * (1 - accuracy), 0)[kept] / counts[kept])
+        axes.errorbar(
+            100 * confidence[kept],
+            100 * accuracy[kept],
+            yerr=100 * errors,
+            label="test samples in bins",
+            ecolor=look.colour("grey"),
+            capsize=3,
+            **look.line("test"),
+        )
+        percent(axes, "xy")
+        axes.set_xlabel("confidence in the predicted class [%]")
+        axes.set_ylabel("test samples right [%]")
         legend(figure, axes, look)
 
     return draw

@@ -16,7 +16,7 @@ _INTRO = (
     "targets' squared length in the first k of them (Canatar et al. 2021, arXiv 2006.13198); alignments say the same "
     "in one number, the cosine between K and Y Yᵀ as matrices.",
 )
-_SHARES = ("50 %", "90 %", "99 %")
+_SHARES = ("50%", "90%", "99%")
 
 
 def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Section:
@@ -45,7 +45,7 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
         "The red line is the power of the targets in the first k eigenvectors; the sooner it rises, the fewer samples "
-        f"this task needs with this kernel. Here: {said}. Dashed lines are at 50 % and 90 %.",
+        f"this task needs with this kernel. Here: {said}. Dashed lines are at 50% and 90%.",
         "The blue line is the share of the kernel's trace in the same eigenvectors. Where the red line is below it, "
         "the kernel spends more of its size on these directions than the targets have there.",
     ]
@@ -65,7 +65,7 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
 
 
 def _directions(found: Found) -> list[str]:
-    """Numbers of eigenvectors that hold 50, 90 and 99 % of the power."""
+    """Numbers of eigenvectors that hold 50, 90 and 99% of the power."""
     counts = found.optional_numbers("num_directions")
     return ["more than are known" if np.isnan(count) else f"{int(count):,}" for count in counts[: len(_SHARES)]]
 

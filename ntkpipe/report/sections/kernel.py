@@ -26,7 +26,7 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     is_by_class = arrangement.classes is not None
     reading = [
         f"Both axes are the {num_samples:,} training samples, {arrangement.order}; each pixel is {pixel}, entries of a "
-        "sample with itself left out. Yellow is large, blue is small; the colours leave out the most extreme 0.5 % at "
+        "sample with itself left out. Yellow is large, blue is small; the colours leave out the most extreme 0.5% at "
         "either end.",
     ]
     if is_by_class:
@@ -71,6 +71,7 @@ def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
             "The mean of K(x, x′) over samples x of one class and x′ of another, a sample with itself left out. "
             + said
             + ratio,
-            "Off the diagonal, the brightest pairs are the classes that the kernel confuses most easily.",
+            "A square off the diagonal that is as bright as those of its two classes on the diagonal is a pair that "
+            "the kernel hardly tells apart.",
         ),
     )

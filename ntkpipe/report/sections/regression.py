@@ -1,9 +1,8 @@
 """The section on ridge regression: which ridge, how good, and whether the test set was needed to know."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from ntkpipe.report.choosing import Chosen, choose
 from ntkpipe.report.figures.regression import Curve, over_ridges
 from ntkpipe.report.findings import Found, Missing, Values
 from ntkpipe.report.look import Quantity, render
@@ -12,54 +11,11 @@ from ntkpipe.report.sections.words import number, ridges_in_words, share, warnin
 
 _TITLE = "Ridge regression"
 _INTRO = (
-    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y, which is "
-    "what an infinitely wide network of this kernel is trained to by gradient flow, with λ for early stopping or "
-    "weight decay. Leave-one-out predicts each training sample from all others; generalised cross-validation (GCV) is "
-    "its cheap approximation.",
+    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y. For "
+    "λ → 0 that is where gradient flow of a network in its linear regime ends if its outputs begin at zero; a ridge "
+    "does about what stopping early does. Leave-one-out predicts each training sample from all others; generalised "
+    "cross-validation (GCV) is its cheap approximation.",
 )
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The ridge that training data alone would choose, and how it does on the test set.
-
-    Attributes
-    ----------
-    index
-        Among the ridges.
-    ridge
-        λ.
-    criterion
-        What it was chosen by, in words.
-    test_loss, test_accuracy
-        NaN where not known.
-    """
-
-    index: int
-    ridge: float
-    criterion: str
-    test_loss: float
-    test_accuracy: float
-
-
-def choose(found: Found) -> Chosen:
-    """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.analysis.ridge_path.ridge_path`.
-    """
-    ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
-    is_left_out = bool(np.isfinite(left_out).any())
-    losses = np.where(np.isfinite(losses := left_out if is_left_out else crossed), losses, np.inf)
-    solved = np.array([status == "converged" for status in found.texts("statuses")])
-    if len(solved) == len(losses) and (solved & np.isfinite(losses)).any():
-        losses = np.where(solved, losses, np.inf)
-    index = min(range(len(ridges)), key=lambda place: (losses[place], -ridges[place]))
-    loss, accuracy = (float(found.array(name)[index]) for name in ("test_loss", "test_accuracy"))
-    criterion = "leave-one-out loss" if is_left_out else "generalised cross-validation"
-    return Chosen(index, float(ridges[index]), criterion, loss, accuracy)
 
 
 def regression_section(found: Found | Missing) -> Section:

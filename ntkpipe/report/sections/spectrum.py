@@ -53,7 +53,7 @@ def _by_rank(found: Found) -> Plot:
     first = largest / found.number("trace")
     reading = [
         "Both axes are logarithmic, so a power law is a straight line. An isolated first eigenvalue is mostly the mean "
-        f"of the kernel's entries, along the constant function; here it holds {100 * first:.0f} % of the trace.",
+        f"of the kernel's entries, along the constant function; here it holds {100 * first:.0f}% of the trace.",
     ]
     if fit is not None:
         halves = [found.number(f"tail_exponent_of_{half}_half") for half in ("first", "second")]

@@ -21,7 +21,7 @@ def with_error(value: float, error: float) -> str:
 
 def share(value: float, digits: int = 1) -> str:
     """A part of one in percent."""
-    return f"{100 * value:.{digits}f} %" if math.isfinite(value) else "–"
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "–"
 
 
 def seconds(value: float) -> str:

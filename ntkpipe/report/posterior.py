@@ -1,0 +1,123 @@
+"""A Gaussian process at one ridge, and whether its variances can be believed, before and after they are scaled."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.analysis.calibration import calibration
+from ntkpipe.analysis.gaussian import gaussian_process
+from ntkpipe.kept import Question
+from ntkpipe.solvers.result import Result
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPosterior(Result):
+    """A posterior and its calibration; options hold the ridge.
+
+    Attributes
+    ----------
+    method, why
+        How it was found.
+    log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale
+        Of :class:`ntkpipe.analysis.posterior.Posterior`.
+    mean_deviation
+        Mean standard deviation of the function at test samples, scaled.
+    levels, coverage, unscaled_coverage
+        Of :class:`ntkpipe.analysis.calibration.Calibration`, with variances scaled, and as they are.
+    confidence, accuracy, counts, expected_calibration_error, mean_confidence, mean_accuracy
+        Of it, scaled.
+    squared_residual, unscaled_squared_residual, log_density, unscaled_log_density
+        Its mean standardized squared residual, and log predictive density.
+    """
+
+    method: str
+    why: str
+    log_marginal_likelihood: float
+    log_marginal_likelihood_error: float
+    data_fit: float
+    complexity: float
+    scale: float
+    mean_deviation: float
+    levels: Values
+    coverage: Values
+    unscaled_coverage: Values
+    confidence: Values = field(repr=False)
+    accuracy: Values = field(repr=False)
+    counts: NDArray[np.int64] = field(repr=False)
+    expected_calibration_error: float
+    mean_confidence: float
+    mean_accuracy: float
+    squared_residual: float
+    unscaled_squared_residual: float
+    log_density: float
+    unscaled_log_density: float
+
+
+def judge_posterior(
+    question: Question,
+    targets: ArrayLike,
+    test_kernel: Any,
+    test_diagonal: ArrayLike,
+    test_targets: ArrayLike,
+    ridge: float,
+) -> JudgedPosterior:
+    """Condition on the targets, and compare with the test targets.
+
+    Parameters
+    ----------
+    question
+        The kernel.
+    targets, test_kernel, test_diagonal, test_targets
+        Of :func:`ntkpipe.analysis.gaussian.gaussian_process`.
+    ridge
+        λ, absolute, which is the variance of the noise.
+    """
+    begin = perf_counter()
+    posterior = gaussian_process(
+        question.operator,
+        targets,
+        ridge=ridge,
+        test_kernel=test_kernel,
+        test_diagonal=test_diagonal,
+        memory_limit=question.memory_limit,
+        monitor=question.monitor,
+    )
+    classes = np.unique(np.asarray(targets)) if np.ndim(targets) == 1 and posterior.mean.shape[1] > 1 else None
+    if classes is not None and len(classes) != posterior.mean.shape[1]:
+        classes = None  # a full NTK has outputs of classes that do not occur
+    plain = calibration(posterior, test_targets, classes=classes)
+    scaled = calibration(posterior, test_targets, classes=classes, scale="likelihood")
+    return JudgedPosterior(
+        status=posterior.status,
+        message=posterior.message,
+        work=posterior.work,
+        seconds=perf_counter() - begin,
+        options={"ridge": ridge},
+        matrix=posterior.matrix,
+        method=posterior.method,
+        why=posterior.why,
+        log_marginal_likelihood=posterior.log_marginal_likelihood,
+        log_marginal_likelihood_error=posterior.log_marginal_likelihood_error,
+        data_fit=posterior.data_fit,
+        complexity=posterior.complexity,
+        scale=posterior.scale,
+        mean_deviation=float(np.sqrt(posterior.scale * posterior.variance).mean()),
+        levels=scaled.levels,
+        coverage=scaled.coverage,
+        unscaled_coverage=plain.coverage,
+        confidence=scaled.confidence,
+        accuracy=scaled.accuracy,
+        counts=scaled.counts,
+        expected_calibration_error=scaled.expected_calibration_error,
+        mean_confidence=scaled.mean_confidence,
+        mean_accuracy=scaled.mean_accuracy,
+        squared_residual=scaled.mean_standardized_squared_residual,
+        unscaled_squared_residual=plain.mean_standardized_squared_residual,
+        log_density=-scaled.negative_log_predictive_density,
+        unscaled_log_density=-plain.negative_log_predictive_density,
+    )
