@@ -286,6 +286,7 @@ def export(store: str, path: Path, array: str) -> None:
     "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
 )
 @click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
+@click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
 @_as_json
 def report(
     store: str,
@@ -294,6 +295,7 @@ def report(
     ridges: tuple[float, ...],
     ridge_scale: Any,
     memory_limit: str | None,
+    saved_only: bool,
     as_json: bool,
 ) -> None:
     """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
@@ -306,6 +308,7 @@ def report(
         ridges=ridges or None,
         ridge_scale=ridge_scale,
         memory_limit=None if memory_limit is None else parse_bytes("memory_limit", memory_limit),
+        saved_only=saved_only,
     )
     if as_json:
         print(json.dumps(written.to_json(), indent=1))

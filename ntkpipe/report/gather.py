@@ -40,7 +40,7 @@ class Options:
 
     Attributes
     ----------
-    array, ridges, ridge_scale, memory_limit, client, progress
+    array, ridges, ridge_scale, memory_limit, client, progress, saved_only
         As there.
     """
 
@@ -50,6 +50,7 @@ class Options:
     memory_limit: int | None
     client: "Client | None" = field(repr=False)
     progress: bool
+    saved_only: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +137,12 @@ class Inputs:
 
     @property
     def pairs(self) -> "Spectrum | StoredPairs | None":
-        """All eigenpairs, or the leading ones that an earlier step has saved, or none."""
-        return self.eigenpairs or stored_pairs(self.store, self.options.array)
+        """All eigenpairs, or the leading ones that an earlier step has saved, or none.
+
+        Without targets nobody needs eigenvectors, and eigenvalues alone cost a fraction.
+        """
+        whole = None if self.targets is None else self.eigenpairs
+        return whole or stored_pairs(self.store, self.options.array)
 
     @property
     def targets(self) -> NDArray[Any] | None:
@@ -254,10 +259,14 @@ def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis
         groupings.append((arrangement.classes, len(arrangement.names)))
     means = block_means(inputs.kernel, groupings)
     seconds = [("picture of the kernel", perf_counter() - begin)]
-    work = Work(1.0)
+    work = Work(1.0, seconds=seconds[0][1])
     with reading_results(store.path):
         for name, analysis in analyses.items():
             inputs.found[name] = find(inputs, name, analysis)
+    for one in inputs.found.values():
+        if isinstance(one, Found) and not one.is_saved:
+            cost = one.mapping("work")
+            work += Work(cost["passes"], cost["bytes_read"], cost["seconds"])
     computed = [(name, one.seconds) for name, one in inputs.found.items() if isinstance(one, Found)]
     return Gathered(
         store=store,
@@ -283,6 +292,10 @@ def find(inputs: Inputs, name: str, analysis: Analysis) -> Found | Missing:
     saved = load_result(store.store, result_name(name, inputs.kernel.name))
     if saved is not None and saved.get("matrix") == inputs.kernel.identity and analysis.is_current(inputs, saved):
         return Found(name, saved, is_saved=True)
+    if inputs.options.saved_only:
+        return Missing(
+            f"No step has saved this; write the report without saved_only (--saved-only), or compute {name} first."
+        )
     try:
         return Found.of(name, _compute(inputs, name, analysis))
     except (ConfigError, IndefiniteError, ResourceError) as error:

@@ -79,6 +79,7 @@ def write_report(
     memory_limit: int | None = None,
     client: "Client | None" = None,
     progress: bool = True,
+    saved_only: bool = False,
 ) -> Report:
     """Write one HTML page on a stored kernel that needs no network: what it is, how it was checked, what it can do.
 
@@ -104,6 +105,8 @@ def write_report(
         As for :func:`ntkpipe.operators.opening.as_operator`.
     progress
         Show on standard error what is computed.
+    saved_only
+        Show what steps have saved, and compute nothing but the picture: one pass.
 
     Raises
     ------
@@ -130,6 +133,7 @@ def write_report(
         memory_limit=memory_limit,
         client=client,
         progress=progress,
+        saved_only=saved_only,
     )
     gathered = gather(opened, options, ANALYSES)
     from ntkpipe.report.compose import compose  # these load matplotlib and jinja2
@@ -145,7 +149,13 @@ def write_report(
         message="one page, which needs no network",
         work=gathered.work,
         seconds=perf_counter() - begin,
-        options={"array": array, "ridges": options.ridges, "ridge_scale": ridge_scale, "memory_limit": memory_limit},
+        options={
+            "array": array,
+            "ridges": options.ridges,
+            "ridge_scale": ridge_scale,
+            "memory_limit": memory_limit,
+            "saved_only": saved_only,
+        },
         matrix=gathered.matrix,
         path=str(target),
         num_bytes=len(data),
@@ -164,12 +174,13 @@ def report_of_store(
     memory_limit: int | None = None,
     client: "Client | None" = None,
     progress: bool = True,
+    saved_only: bool = False,
 ) -> Report:
     """:func:`write_report` as a step of a workflow.
 
     Parameters
     ----------
-    store, path, array, ridges, ridge_scale, memory_limit, client, progress
+    store, path, array, ridges, ridge_scale, memory_limit, client, progress, saved_only
         As there; a relative path is one of the working directory.
     """
     return write_report(
@@ -181,6 +192,7 @@ def report_of_store(
         memory_limit=memory_limit,
         client=client,
         progress=progress,
+        saved_only=saved_only,
     )
 
 

@@ -52,7 +52,7 @@ def test_every_axis_has_a_name_and_its_unit(name: str) -> None:
         for label, axis in zip(labels, [axes.yaxis] if is_bar else [axes.xaxis, axes.yaxis], strict=True):
             # Axes whose ticks are names need no unit.
             is_named = "class of" in label or (not label and "kernel" in axis.get_majorticklabels()[0].get_text())
-            assert is_named or ("[" in label and label.endswith("]")) or r"\lambda=0" in label, label
+            assert is_named or ("[" in label and label.endswith("]")) or "λ = 0" in label, label
 
 
 def test_the_check_of_overlaps_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ SECTIONS = [
     "Alignment of kernel and targets",
     "Ridge regression",
     "Predicted against measured risk",
+    "Gaussian process and its calibration",
+    "Most influential training points",
     "Timings",
 ]
 
@@ -125,6 +127,19 @@ def numbers_of(text: str) -> str:
     return text[: text.index("Timings Wall time") if "Timings Wall time" in text else text.rindex("Timings")]
 
 
+def test_saved_only_computes_nothing(store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gather, "_compute", refuse)
+        written, _ = write(store, saved_only=True)
+    assert "--saved-only" in dict(written.missing)["Ridge regression"]
+    assert write(store)[0].missing == ()
+    monkeypatch.setattr(gather, "_compute", refuse)
+    assert write(store, saved_only=True)[0].missing == ()
+
+
 def test_results_of_another_kernel_are_not_taken(store) -> None:
     write(store)
     found = store.store.read_result("spectrum")
@@ -195,10 +210,10 @@ def test_what_does_not_fit_is_streamed_and_says_so(store, monkeypatch: pytest.Mo
         raise ResourceError("too large")
 
     exact = make_text(store)
-    for module in ("report.gather", "analysis.eigensystem", "analysis.ridge_path"):
+    for module in ("report.gather", "analysis.eigensystem"):
         monkeypatch.setattr(f"ntkpipe.{module}.eigh", too_large)
     monkeypatch.setattr("ntkpipe.analysis.spectrum.eigvalsh", too_large)
-    for name in ("spectrum", "alignment", "regression", "generalisation"):
+    for name in ("spectrum", "alignment", "generalisation"):
         (Path(store.path) / "results" / name / "zarr.json").unlink()
     streamed = make_text(store)
     assert "Computed: exactly, in memory" in exact

@@ -1,5 +1,6 @@
 """What figures have in common: scales, legends beside the data, colour bars."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,19 @@ from ntkpipe.report.look import Look
 
 # Of which labels at powers of ten are enough.
 _FEW_DECADES = 2.0
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.4g}")
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power_of_ten(value: float, place: int | None = None) -> str:
+    """A label: 10⁻³. Formulas of matplotlib would take most of the time of a figure."""
+    del place
+    return "10" + str(round(math.log10(value))).translate(_RAISED)
+
+
+def plain(value: float, place: int | None = None) -> str:
+    """A label: 1,500."""
+    del place
+    return f"{value:,.4g}"
 
 
 def logarithmic(axes: Axes, look: Look, which: str) -> None:
@@ -25,11 +38,12 @@ def logarithmic(axes: Axes, look: Look, which: str) -> None:
         axis.set_minor_formatter(NullFormatter())
         if decades >= _FEW_DECADES:
             axis.set_major_locator(LogLocator(numticks=5 if look.is_narrow else 8))
+            axis.set_major_formatter(power_of_ten)
         else:
             # Powers of ten alone would be one label, or none.
             is_short = decades < _FEW_DECADES / 4
             axis.set_major_locator(MaxNLocator(4) if is_short else LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(PLAIN)
+            axis.set_major_formatter(plain)
             axis.set_minor_locator(NullLocator())
 
 
@@ -38,7 +52,7 @@ def linear(axes: Axes, look: Look, which: str, *, whole: bool = False) -> None:
     for name in which:
         axis = axes.xaxis if name == "x" else axes.yaxis
         axis.set_major_locator(MaxNLocator(4 if look.is_narrow else 7, integer=whole))
-        axis.set_major_formatter(PLAIN)
+        axis.set_major_formatter(plain)
 
 
 def percent(axes: Axes, which: str) -> None:
@@ -65,7 +79,7 @@ def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -
     bar.set_label(label)
     bar.outline.set_edgecolor(look.ink)
     bar.locator = MaxNLocator(4 if look.is_narrow else 7)
-    bar.formatter = PLAIN
+    bar.formatter = FuncFormatter(plain)
     bar.update_ticks()
 
 

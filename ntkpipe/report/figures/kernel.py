@@ -56,13 +56,13 @@ def picture(means: Values, *, num_samples: int, bounds: Sequence[int], names: Se
             for set_ticks in (axes.set_xticks, axes.set_yticks):
                 set_ticks((edges[:-1] + edges[1:]) / 2, list(names))
             axes.tick_params(length=0)
-            axes.set_xlabel("class of training sample $x'$")
-            axes.set_ylabel("class of training sample $x$")
+            axes.set_xlabel("class of training sample x′")
+            axes.set_ylabel("class of training sample x")
         else:
             linear(axes, look, "xy", whole=True)
-            axes.set_xlabel(f"training sample $x'$, {order} [number]")
-            axes.set_ylabel("training sample $x$ [number]")
-        colour_bar(figure, axes, image, "kernel entry $K(x, x')$ [kernel units]", look)
+            axes.set_xlabel(f"training sample x′, {order} [number]")
+            axes.set_ylabel("training sample x [number]")
+        colour_bar(figure, axes, image, "kernel entry K(x, x′) [kernel units]", look)
 
     return draw
 
@@ -88,9 +88,9 @@ def class_means(means: Values, names: Sequence[str]) -> Draw:
             for i, j in np.ndindex(count, count):
                 ink = "#000000" if means[i, j] > middle else "#ffffff"
                 axes.text(j, i, f"{means[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=6.5)
-        axes.set_xlabel("class of training sample $x'$")
-        axes.set_ylabel("class of training sample $x$")
-        colour_bar(figure, axes, image, "mean of $K(x, x')$ [kernel units]", look)
+        axes.set_xlabel("class of training sample x′")
+        axes.set_ylabel("class of training sample x")
+        colour_bar(figure, axes, image, "mean of K(x, x′) [kernel units]", look)
 
     return draw
 

@@ -12,7 +12,7 @@ from ntkpipe.report.look import Draw, Look, Quantity
 
 Values = NDArray[np.float64]
 
-_RIDGE = r"ridge $\lambda$ [kernel units]"
+_RIDGE = "ridge λ [kernel units]"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def over_ridges(
         logarithmic(axes, look, "x" if is_share else "xy")
         if is_share:
             linear(axes, look, "y")
-        axes.set_xlabel(_RIDGE + (r"; leftmost: $\lambda=0$" if (ridges == 0).any() else ""))
+        axes.set_xlabel(_RIDGE + ("; leftmost: λ = 0" if (ridges == 0).any() else ""))
         axes.set_ylabel(unit)
         legend(figure, axes, look)
 
@@ -110,8 +110,8 @@ def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None
             axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
         logarithmic(axes, look, "x")
         linear(axes, look, "y")
-        axes.set_xlabel(_RIDGE + (r"; leftmost: $\lambda=0$" if (ridges == 0).any() else ""))
-        axes.set_ylabel("estimate / measured test loss [ratio]")
+        axes.set_xlabel(_RIDGE + ("; leftmost: λ = 0" if (ridges == 0).any() else ""))
+        axes.set_ylabel("estimate / measured [ratio]")
         legend(figure, axes, look)
 
     return draw
@@ -140,7 +140,9 @@ def reliability(confidence: Values, accuracy: Values, counts: Values) -> Draw:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
         kept = counts > 0
-        errors = np.sqrt(np.maximum(accuracy * (1 - accuracy), 0)[kept] / counts[kept])
+        # With a right and a wrong one added: bins of few samples are not sure because these agree.
+        smoothed = (accuracy * counts + 1) / (counts + 2)
+        errors = np.sqrt(np.maximum(smoothed * (1 - smoothed), 0) / (counts + 2))[kept]
         axes.errorbar(
             100 * confidence[kept],
             100 * accuracy[kept],

@@ -51,8 +51,8 @@ def eigenvalues(values: Values, *, num_rows: int, floor: float, fit: PowerLaw | 
             axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
         axes.set_xlim(0.9, num_rows * 1.1)
         logarithmic(axes, look, "xy")
-        axes.set_xlabel("rank $k$ of the eigenvalue [number]")
-        axes.set_ylabel(r"eigenvalue $\lambda_k$ [kernel units]")
+        axes.set_xlabel("rank k of the eigenvalue [number]")
+        axes.set_ylabel("eigenvalue λₖ [kernel units]")
         legend(figure, axes, look)
 
     return draw
@@ -72,7 +72,7 @@ def density(places: Values, heights: Values, *, floor: float, is_estimate: bool)
             axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
         linear(axes, look, "y")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel(r"eigenvalue $\lambda$ [kernel units]")
+        axes.set_xlabel("eigenvalue λ [kernel units]")
         axes.set_ylabel("density [eigenvalues per decade]")
         legend(figure, axes, look)
 
@@ -93,7 +93,7 @@ def cumulative(power: Values, share: Values | None, *, levels: Sequence[float] =
             axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
         logarithmic(axes, look, "x")
         percent(axes, "y")
-        axes.set_xlabel("leading eigenvectors $k$ [number]")
+        axes.set_xlabel("leading eigenvectors k [number]")
         axes.set_ylabel("cumulative share [%]")
         legend(figure, axes, look)
 

@@ -82,12 +82,12 @@ def _reliability(found: Found) -> Plot:
 def _numbers(found: Found) -> Table:
     likelihood = with_error(found.number("log_marginal_likelihood"), found.number("log_marginal_likelihood_error"))
     scale = found.number("scale")
-    deviation = f"{number(math.sqrt(scale))} = s" if scale >= 0 else number(scale)
+    factor = math.sqrt(scale) if scale >= 0 else math.nan
     rows = [
         ("noise variance λ", number(float(found.mapping("options")["ridge"]), 3)),
         ("log marginal likelihood, s² = 1", likelihood),
         ("its data fit and complexity", f"{number(found.number('data_fit'))} and {number(found.number('complexity'))}"),
-        ("scale of variances s²", f"{number(scale)}; deviations are multiplied with {deviation}"),
+        ("scale of variances s²", f"{number(scale)}; standard deviations are multiplied with {number(factor)}"),
         ("mean standard deviation of the function", f"{number(found.number('mean_deviation'))}, scaled"),
         ("mean of (y − f)² / v", _both(found, "squared_residual") + "; one is right"),
         ("mean log predictive density", _both(found, "log_density")),
