@@ -169,7 +169,7 @@ HOUSE = {
     "report.images": (6, "use"),
     "report.findings": (8, "use"),
     "report.records": (7, "use"),
-    "report.posterior": (17, "use"),
+    "report.posterior": (18, "use"),
     "report.choosing": (9, "use"),
     "report.gather": (19, "use"),
     "report.analyses": (20, "use"),

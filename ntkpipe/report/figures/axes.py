@@ -16,13 +16,13 @@ _FEW_DECADES = 2.0
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def power_of_ten(value: float, place: int | None = None) -> str:
+def power_of_ten(value: float, place: float = 0.0) -> str:
     """A label: 10⁻³. Formulas of matplotlib would take most of the time of a figure."""
     del place
     return "10" + str(round(math.log10(value))).translate(_RAISED)
 
 
-def plain(value: float, place: int | None = None) -> str:
+def plain(value: float, place: float = 0.0) -> str:
     """A label: 1,500."""
     del place
     return f"{value:,.4g}"

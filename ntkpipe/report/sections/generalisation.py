@@ -13,7 +13,8 @@ _INTRO = (
     "generalised cross-validation need the training kernel and targets; for λ > 0 they are the same number. "
     "Eigenlearning (Simon et al., arXiv 2110.03922) and Canatar et al. (arXiv 2006.13198) predict the loss from the "
     "spectrum and the targets along eigenvectors; here these are the training kernel's own, which is biased where many "
-    "modes are learnt. Leave-one-out is exact for these samples, and so judges the others without any test data.",
+    "modes are learnt. Leave-one-out is exact for these samples, and so judges the others without test data; only a "
+    "kernel that was itself trained on these samples makes it too optimistic.",
 )
 
 _MARK = "mean diagonal of K"
@@ -73,8 +74,8 @@ def _losses(found: Found, ridges: Values, curves: Curves, mean_diagonal: float) 
         (
             "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (red "
             "circles) can replace a test set; one that falls below it for small λ promises too much there.",
-            "Judged by leave-one-out and the storage floor, KARE can be trusted for "
-            f"{trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
+            "Judged by leave-one-out, the measured loss where there is one, and the storage floor, KARE can be trusted "
+            f"for {trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
             f"Shaded: one standard error. Computed: {method_in_words(found)}.",
         ),
     )
