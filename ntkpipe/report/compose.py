@@ -82,9 +82,9 @@ def _reading_section() -> Section:
         "notation",
         "Notation",
         (
-            "Beside each figure are words on how to read it; on narrow screens and on paper they are below it. "
-            "Colours, marks and dashes mean the same everywhere: red circles are what was measured on the test set, "
-            "green triangles leave-one-out, purple diamonds generalised cross-validation and KARE.",
+            "Beside each figure are words on how to read it; on narrow screens and on paper they are below it. In "
+            "figures of regression, filled circles are what was measured on the test set, squares on the training set, "
+            "triangles are leave-one-out, and diamonds generalised cross-validation and KARE.",
         ),
         (Table("Symbols", (), _SYMBOLS),),
     )

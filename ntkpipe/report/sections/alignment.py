@@ -44,9 +44,9 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
     counts = _directions(found)
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
-        "The red line is the power of the targets in the first k eigenvectors; the sooner it rises, the fewer samples "
+        "Circles are the power of the targets in the first k eigenvectors; the sooner they rise, the fewer samples "
         f"this task needs with this kernel. Here: {said}. Dashed lines are at 50% and 90%.",
-        "The blue line is the share of the kernel's trace in the same eigenvectors. Where the red line is below it, "
+        "Squares are the share of the kernel's trace in the same eigenvectors. Where the circles are below them, "
         "the kernel spends more of its size on these directions than the targets have there.",
     ]
     if error > 0:

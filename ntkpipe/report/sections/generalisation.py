@@ -72,8 +72,8 @@ def _losses(found: Found, ridges: Values, curves: Curves, mean_diagonal: float) 
         + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
         + ".",
         (
-            "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (red "
-            "circles) can replace a test set; one that falls below it for small λ promises too much there.",
+            "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (circles) "
+            "can replace a test set; one that falls below it for small λ promises too much there.",
             "Judged by leave-one-out, the measured loss where there is one, and the storage floor, KARE can be trusted "
             f"for {trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
             f"Shaded: one standard error. Computed: {method_in_words(found)}.",

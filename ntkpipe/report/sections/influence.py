@@ -68,7 +68,7 @@ def influence_section(
 def _reading(found: Found) -> tuple[str, ...]:
     ridge = float(found.mapping("options")["ridge"])
     return (
-        f"On the left a test sample, on the right the training samples of its largest terms with their values, at λ = "
+        f"First a test sample, then the training samples of its largest terms with their values, at λ = "
         f"{ridge:.3g}; the first rows are samples that are predicted wrongly, if there are any. A wrong prediction "
         "whose largest terms are of the wrong class and look alike tells why it is wrong, or that a label is.",
         f"The {found.array('top_terms', axes=2).shape[1]} largest terms are {share(found.number('top_share'))} of the "
