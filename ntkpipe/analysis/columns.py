@@ -45,11 +45,18 @@ class Inverse(Protocol):
         """Columns that memory has room for."""
 
     def times(
-        self, block: NDArray[np.float64], ridge: float, verdict: Verdict, initial: NDArray[np.float64] | None = None
+        self,
+        block: NDArray[np.float64],
+        ridge: float,
+        verdict: Verdict,
+        initial: NDArray[np.float64] | None = None,
+        tol: float | None = None,
     ) -> NDArray[np.float64]:
         """``(K + λI)^-1 B``, shape (n, c)."""
 
-    def quadratic(self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict) -> NDArray[np.float64]:
+    def quadratic(
+        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
+    ) -> NDArray[np.float64]:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width)."""
 
 

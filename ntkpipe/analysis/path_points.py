@@ -205,14 +205,20 @@ class ByPasses:
         Rows a sample.
     num_left_out
         Samples that are left out, at least two; they are the same for all ridges.
+    tol
+        Largest relative residual of coefficients; for unit vectors its root, as errors are of second order in that: at
+        most ``tol (K_ii + λ) / λ`` of G_ii.
     seed
         Of their choice.
     why
         In words.
     """
 
-    def __init__(self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, seed: int, why: str) -> None:
+    def __init__(
+        self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, tol: float, seed: int, why: str
+    ) -> None:
         self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
+        self._tol = tol
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
         self._previous: Values | None = None
@@ -251,7 +257,7 @@ class ByPasses:
             rows = (self._samples[some, None] * width + np.arange(width)).ravel()
             unit = np.zeros((n, len(rows)))
             unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width, verdict)
+            found[some] = self._inverse.quadratic(unit, ridge, width, verdict, self._tol**0.5)
         return found
 
 

@@ -63,8 +63,8 @@ def ridge_path(
 
     Exact by all eigenpairs, or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and
     test losses are those of solved systems, and leave-one-out, GCV and effective dimension are estimated from
-    ``num_left_out`` random samples, whose blocks of G are found by systems with unit vectors: each is exact, the error
-    bar is one standard error of the choice of samples.
+    ``num_left_out`` random samples, whose blocks of G are found by systems with unit vectors: the error bar is
+    one standard error of the choice of samples, beside which that of the systems is small.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def ridge_path(
         Samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a solve.
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
-        streaming takes at least ``512 n`` bytes.
+        streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
     seed
         Of preconditioners, and the choice of samples.
     monitor
@@ -267,7 +267,7 @@ def _points(
     why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"
     inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
     why += f"; {inverse.words}"
-    return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, seed=seed, why=why)
+    return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, tol=tol, seed=seed, why=why)
 
 
 def _most_waiting(rhs: Values, memory_limit: int | None) -> int:

@@ -17,8 +17,9 @@ _BLOCKS, _FACTORS = 11, 3
 # Of the memory that is free, so that what else a process does in between has room.
 _SHARE = 0.9
 _MOST_COLUMNS = 256
-# Vectors of n numbers that are taken where the limit has no room for them: less would be no use.
-_LEAST_VECTORS = 64
+# Vectors of n float64 that are taken where the limit has no room for them, since fewer would be no use: a tenth of a
+# float32 kernel, but not more than 768.
+_LEAST_VECTORS, _ENOUGH_VECTORS, _ROWS_PER_VECTOR = 64, 768, 20
 # Of the log determinant: probes, and Lanczos vectors that there is room for of each.
 _PROBES, _STEPS = 16, 24
 # Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
@@ -26,8 +27,9 @@ _BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
 
 
 def vectors_that_fit(num_rows: int, memory_limit: int | None) -> int:
-    """How many vectors of float64 a solve may have; at least 64, whatever the limit."""
-    return max(_LEAST_VECTORS, int(_SHARE * memory_room(memory_limit)) // (8 * num_rows))
+    """How many vectors of float64 a solve may have; whatever the limit, n/20 of them, 64 at least and 768 at most."""
+    least = min(max(num_rows // _ROWS_PER_VECTOR, _LEAST_VECTORS), _ENOUGH_VECTORS)
+    return max(least, int(_SHARE * memory_room(memory_limit)) // (8 * num_rows))
 
 
 def rank_beside(num_columns: int, num_rows: int, memory_limit: int | None) -> int:
@@ -49,8 +51,8 @@ def factor_fits(num_rows: int, memory_limit: int | None) -> bool:
 class StreamedInverse:
     """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
 
-    Memory is ``8 n (3 rank + 11 c)`` bytes for c columns at a time; both are chosen to fit, and ``512 n`` bytes are
-    taken where the limit has no room.
+    Memory is ``8 n (3 rank + 11 c)`` bytes for c columns at a time; both are chosen to fit. Where the limit has no room
+    a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
 
     Parameters
     ----------
@@ -90,22 +92,29 @@ class StreamedInverse:
         return f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
 
     def times(
-        self, block: NDArray[np.float64], ridge: float, verdict: Verdict, initial: NDArray[np.float64] | None = None
+        self,
+        block: NDArray[np.float64],
+        ridge: float,
+        verdict: Verdict,
+        initial: NDArray[np.float64] | None = None,
+        tol: float | None = None,
     ) -> NDArray[np.float64]:
         """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
         found = np.empty_like(block)
         for columns in runs(block.shape[1], self.columns_at_once):
             guess = None if initial is None else initial[:, columns]
-            found[:, columns] = self._solve(block[:, columns], ridge, guess, verdict)
+            found[:, columns] = self._solve(block[:, columns], ridge, guess, verdict, self._tol if tol is None else tol)
         return found
 
-    def quadratic(self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict) -> NDArray[np.float64]:
+    def quadratic(
+        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
+    ) -> NDArray[np.float64]:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
 
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
-        solution = self.times(block, ridge, verdict)
+        solution = self.times(block, ridge, verdict, tol=tol)
         residual = block - self._operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
@@ -139,7 +148,12 @@ class StreamedInverse:
         return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
 
     def _solve(
-        self, block: NDArray[np.float64], ridge: float, initial: NDArray[np.float64] | None, verdict: Verdict
+        self,
+        block: NDArray[np.float64],
+        ridge: float,
+        initial: NDArray[np.float64] | None,
+        verdict: Verdict,
+        tol: float,
     ) -> NDArray[np.float64]:
         before = self._operator.work - self._before
 
@@ -151,7 +165,7 @@ class StreamedInverse:
             block,
             ridge=ridge,
             method="pcg" if block.shape[1] == 1 else "block_cg",
-            tol=self._tol,
+            tol=tol,
             preconditioner=self._preconditioner,
             initial=initial,
             seed=self._seed,
