@@ -304,7 +304,7 @@ class _ByPasses:
         self._inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
         self.verdict = Verdict()
         self.coefficients = self._inverse.times(rhs, noise, self.verdict)
-        # To second order in the residual, as in StreamedInverse.quadratic.
+        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
         residual = rhs - operator.shifted(noise).matmat(self.coefficients)
         self.form = float(np.sum(rhs * self.coefficients) + np.sum(self.coefficients * residual))
         self.why = f"a factor does not fit; {self._inverse.words}"
