@@ -15,6 +15,7 @@ from ntkpipe.analysis.spectrum_result import KernelSpectrum
 from ntkpipe.comparing import compare_of_store
 from ntkpipe.errors import ConfigError
 from ntkpipe.kept import Question, of_store
+from ntkpipe.keptpairs import pairs_of
 from ntkpipe.kernel import Kernel, KernelStore
 from ntkpipe.regressing import gaussian_process_of_store, influence_of_store, regression_of_store
 from ntkpipe.ridges import RidgeScale
@@ -39,6 +40,7 @@ def spectrum_of_store(
         raise ConfigError(f"tail_ranks={tail_ranks!r}; needed two numbers, the first and the last rank")
     return spectrum(
         question.operator,
+        eigenpairs=pairs_of(question, method, compute=False),
         ridges=ridges,
         ridge_scale=ridge_scale,
         tail_ranks=None if tail_ranks is None else (tail_ranks[0], tail_ranks[1]),
@@ -60,6 +62,7 @@ def alignment_of_store(
     return alignment(
         question.operator,
         _targets(question.store),
+        eigenpairs=pairs_of(question, method),
         method=method,
         k=k,
         tol=tol,
@@ -95,6 +98,7 @@ def generalisation_of_store(
         ridge_scale=ridge_scale,
         test_kernel=test_kernel if is_measured else None,
         test_targets=test_targets if is_measured else None,
+        eigenpairs=pairs_of(question, method),
         method=method,
         tolerance=tolerance,
         num_probes=num_probes,
@@ -122,6 +126,7 @@ def learning_curve_of_store(
     return learning_curve(
         question.operator,
         _targets(question.store),
+        eigenpairs=pairs_of(question, "exact"),
         sizes=sizes,
         ridges=ridges,
         ridge_scale=ridge_scale,

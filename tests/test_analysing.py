@@ -74,6 +74,24 @@ def test_a_group_is_tested_with_its_own_test_kernel(store):
     assert read_result(store, "generalisation-groups-first-train") is not None
 
 
+def test_steps_on_one_open_store_share_their_eigenpairs(store, monkeypatch):
+    calls = []
+    original = ntkpipe.eigh
+    monkeypatch.setattr("ntkpipe.analysis.eigensystem.eigh", lambda *a, **k: calls.append(1) or original(*a, **k))
+    opened = ntkpipe.open_kernel(store.path)
+    expected = ntkpipe.alignment(store.train.to_numpy(), CLASSES)
+    calls.clear()
+    assert alignment_of_store(opened, progress=False).alignment == pytest.approx(expected.alignment)
+    generalisation_of_store(opened, ridges=[0.5], progress=False)
+    learning_curve_of_store(opened, progress=False)
+    assert spectrum_of_store(opened, progress=False).why == "60 eigenpairs were given"
+    assert len(calls) == 1
+    # Another kernel of the store has its own.
+    group = alignment_of_store(opened, array="groups/first/train", progress=False)
+    assert len(calls) == 2
+    assert group.alignment == pytest.approx(ntkpipe.alignment(store.group("first").train.to_numpy(), CLASSES).alignment)
+
+
 def test_full_kernel_of_a_store(tmp_path):
     store = make(tmp_path / "full.zarr", kind="ntk")
     found = generalisation_of_store(store, ridges=[0.3], progress=False)

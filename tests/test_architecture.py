@@ -103,6 +103,7 @@ HOUSE = {
     "ridges": (2, "shared"),
     "kept": (16, "use"),
     "solving": (17, "use"),
+    "keptpairs": (17, "use"),
     "analysing": (19, "use"),
     "printing": (1, "shared"),
     "saving": (5, "shared"),

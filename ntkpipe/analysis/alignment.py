@@ -159,7 +159,7 @@ def alignment(
         found = eigsh(operator, min(k + 1, n), tol=tol, memory_limit=limit, seed=seed, monitor=monitor)
         system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
         status, message = found.status, found.message
-    powers = (system.vectors.T @ rows) ** 2
+    powers = (system.eigenvectors.T @ rows) ** 2
     total = max(float((rows**2).sum()), np.finfo(np.float64).tiny)
     cumulative = np.cumsum(powers.sum(axis=1)) / total
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
@@ -178,7 +178,7 @@ def alignment(
         why=why,
         num_rows=n,
         num_outputs=rows.shape[1],
-        eigenvalues=np.array(system.values[: len(cumulative)]),
+        eigenvalues=np.array(system.eigenvalues[: len(cumulative)]),
         powers=powers,
         cumulative_power=cumulative,
         cumulative_power_error=errors,
@@ -245,9 +245,9 @@ def _errors(operator: Operator, system: Eigensystem) -> Values:
     Davis and Kahan: at most the norm of the residuals over the gap behind the i-th value. Behind the last one no gap is
     known, and there is no bound.
     """
-    residuals = operator.matmat(system.vectors) - system.vectors * system.values
+    residuals = operator.matmat(system.eigenvectors) - system.eigenvectors * system.eigenvalues
     norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))
-    gaps = np.append(system.values[:-1] - system.values[1:], 0.0)
+    gaps = np.append(system.eigenvalues[:-1] - system.eigenvalues[1:], 0.0)
     with np.errstate(divide="ignore"):
         sines = np.where(gaps > 0, norms / np.where(gaps > 0, gaps, 1.0), np.inf)
     return np.asarray(np.minimum(1.0, 2 * sines))

@@ -37,20 +37,20 @@ class Eigensystem:
 
     Attributes
     ----------
-    values, vectors
+    eigenvalues, eigenvectors
         Shapes (k,) and (n, k).
     why
         Where they come from, in words.
     """
 
-    values: NDArray[np.float64]
-    vectors: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
     why: str
 
     @property
     def is_whole(self) -> bool:
         """Whether these are all n."""
-        return bool(self.vectors.shape[0] == self.vectors.shape[1])
+        return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
 
 
 def check_method(method: str) -> None:

@@ -234,8 +234,8 @@ def _of_population(system: Eigensystem | None, rows: Values, ridges: Values) -> 
         names = ("eigenlearning", "canatar", "eigenlearning_kappa", "target_learnability")
         return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
     # What rounding makes negative is zero.
-    values = np.maximum(system.values, 0.0) / n
-    powers = (system.vectors.T @ rows) ** 2 / n
+    values = np.maximum(system.eigenvalues, 0.0) / n
+    powers = (system.eigenvectors.T @ rows) ** 2 / n
     total = max(float(powers.sum()), np.finfo(np.float64).tiny)
     predictions = [eigenlearning(values, powers, n, ridge) for ridge in ridges]
     return {

@@ -162,8 +162,8 @@ def learning_curve(
     shifts = absolute_ridges(asked, scale, operator.diagonal())
     system, _ = find_eigensystem(operator, eigenpairs, room, "exact", monitor)
     assert system is not None
-    values = np.maximum(system.values, 0.0) / operator.num_rows
-    powers = (system.vectors.T @ rows) ** 2 / operator.num_rows
+    values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
+    powers = (system.eigenvectors.T @ rows) ** 2 / operator.num_rows
     draws = np.empty((3, len(numbers), len(shifts), num_subsets))
     rng = np.random.default_rng(seed)
     for place, size in enumerate(numbers):

@@ -81,7 +81,7 @@ def resolvents_of_pairs(
     ------
     One a ridge.
     """
-    values, vectors = system.values, system.vectors
+    values, vectors = system.eigenvalues, system.eigenvectors
     inner = vectors.T @ rows
     for ridge in ridges:
         shifted = values + ridge

@@ -109,7 +109,7 @@ def spectrum(
     shifts = absolute_ridges(asked, scale, statistics.diagonal)
     floor = operator.storage_floor()
     if given is not None and given.is_whole:
-        every: Values | None = np.array(given.values)
+        every: Values | None = np.array(given.eigenvalues)
         why = given.why
     else:
         every, why = _all_values(operator, room, method, monitor)
@@ -225,7 +225,7 @@ def _streamed(
         top = eigsh(operator, k, memory_limit=limit, seed=seed, monitor=monitor)
         values, vectors, statuses = top.eigenvalues, top.eigenvectors, [top.status]
     else:
-        values, vectors, statuses = given.values, given.vectors, []
+        values, vectors, statuses = given.eigenvalues, given.eigenvectors, []
     spliced = _Spliced(values, vectors)
     spread = density(
         operator,

@@ -84,7 +84,7 @@ def _unknown(resolvent: Resolvent, system: Eigensystem | None, floor: float) -> 
     """Why (K + λI)^-1 is not known; none if it is."""
     if not resolvent.is_definite or not np.isfinite(resolvent.trace):
         return "K + λI is not positive definite; raise λ"
-    least = np.inf if system is None else resolvent.ridge + float(system.values[-1])
+    least = np.inf if system is None else resolvent.ridge + float(system.eigenvalues[-1])
     if least < _FLOORS * floor:
         return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
     return None
