@@ -76,6 +76,15 @@ def test_a_limit_of_a_tenth_of_the_kernel_gives_the_same_leading_powers(matrix):
     assert "99% in more than 25 of 200" in str(found)
 
 
+def test_directions_that_are_known_roughly_have_powers_within_their_errors(matrix):
+    exact = alignment(matrix, CLASSES)
+    rough = alignment(matrix, CLASSES, method="streamed", k=25, tol=1e-2)
+    gap = np.abs(rough.cumulative_power - exact.cumulative_power[:25])
+    assert gap.max() > 1e-7
+    assert np.all(gap <= rough.cumulative_power_error)
+    assert np.median(rough.cumulative_power_error) < 0.5
+
+
 def test_a_constant_kernel_has_no_centred_alignment():
     found = alignment(np.ones((20, 20)), np.arange(20.0))
     assert found.centred_alignment == 0

@@ -67,6 +67,17 @@ def test_a_limit_of_a_tenth_of_the_kernel_is_streamed_and_says_how_far_off_it_is
     assert found.num_below_floor <= 3 * found.num_below_floor_error
 
 
+def test_few_steps_are_covered_by_the_error(matrix):
+    """After five steps of many probes what is missing are steps, and the error says so."""
+    exact = spectrum(matrix, ridges=[1e-2, 1.0])
+    found = spectrum(matrix, ridges=[1e-2, 1.0], method="streamed", k=5, num_probes=60, max_passes=5)
+    gap = np.abs(found.effective_dimension - exact.effective_dimension)
+    assert np.all(gap <= found.effective_dimension_error)
+    assert gap.max() > 1e-3 * exact.effective_dimension.max()
+    more = spectrum(matrix, ridges=[1e-2, 1.0], method="streamed", k=5, num_probes=60, max_passes=40)
+    assert np.all(more.effective_dimension_error < found.effective_dimension_error / 2)
+
+
 def test_all_pairs_make_it_exact_and_a_few_are_spliced_in(values, matrix):
     ascending, vectors = np.linalg.eigh(matrix)
     every = SimpleNamespace(eigenvalues=ascending[::-1], eigenvectors=vectors[:, ::-1])
