@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.eigensystem import Eigensystem
+from ntkpipe.analysis.leave_one_out import residuals, weighted_blocks
 from ntkpipe.analysis.opening import at_least
 from ntkpipe.operators.operator import Operator
 from ntkpipe.resources import memory_room
@@ -17,8 +18,6 @@ from ntkpipe.solvers.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.solvers.solve import solve
 
-# Rows of eigenvectors whose squares, or outer products, are in memory at a time.
-_ROWS_AT_ONCE = 512
 # Blocks of the size of the right-hand sides that conjugate gradients have in memory.
 _BLOCKS = 11
 
@@ -91,7 +90,8 @@ def resolvents_of_pairs(
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
-        losses = _left_out_losses(vectors, inverse, coefficients, width)
+        errors = residuals(weighted_blocks(vectors, inverse, width), coefficients)
+        losses = (errors**2).reshape(len(rows) // width, -1).mean(axis=1)
         yield Resolvent(
             ridge=ridge,
             coefficients=coefficients,
@@ -105,30 +105,6 @@ def resolvents_of_pairs(
             residual=0.0,
             is_definite=bool(shifted.min() > 0),
         )
-
-
-def _left_out_losses(
-    vectors: NDArray[np.float64], inverse: NDArray[np.float64], coefficients: NDArray[np.float64], width: int
-) -> NDArray[np.float64]:
-    """Mean square error of each sample where it is left out, shape (N,): no refit is needed.
-
-    Block elimination of a sample's rows: the prediction of them from all others errs by ``(G_ii)^-1 (G Y)_i``; for one
-    row it is the formula of PRESS (Allen 1974).
-    """
-    n = len(vectors)
-    losses = np.empty(n // width)
-    step = max(1, _ROWS_AT_ONCE // width) * width
-    for first in range(0, n, step):
-        part = vectors[first : first + step]
-        found = coefficients[first : first + step]
-        if width == 1:
-            losses[first : first + step] = ((found / ((part**2) @ inverse)[:, None]) ** 2).mean(axis=1)
-            continue
-        samples = part.reshape(-1, width, n)
-        blocks = (samples * inverse) @ samples.transpose(0, 2, 1)
-        errors = np.linalg.solve(blocks, found.reshape(-1, width, found.shape[1]))
-        losses[first // width : (first + step) // width] = (errors**2).mean(axis=(1, 2))
-    return losses
 
 
 def resolvents_of_operator(
