@@ -87,7 +87,8 @@ def compare_kernels(
 
     Leading eigenpairs are found to a true residual of 1e-10 by block Lanczos. The rest is exact for a kernel that fits
     in memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration with a Cholesky
-    factor, its lower bound proved by another. Where it does not fit, everything comes from passes over the tiles: λ_min
+    factor, its lower bound proved by another; predictions by a factor, those of a singular kernel without a ridge by
+    the eigenpairs that are not zero. Where it does not fit, everything comes from passes over the tiles: λ_min
     by block Davidson, whose lower bound rests on none having been missed, predictions by conjugate gradients to a true
     residual of 1e-10, and there is no log-determinant. ``method`` of the result says which. Nothing below the storage
     floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
@@ -248,7 +249,16 @@ def _find(
         ends = find_ends(operator, count, ridge=ridge, with_smallest=wanted.with_smallest, given=given, **how)
         predictions = None
         if goal is not None:
-            predictions = predict(operator, side.test_kernel, side.width, goal, ridge=ridge, memory_limit=limit, **how)
+            predictions = predict(
+                operator,
+                side.test_kernel,
+                side.width,
+                goal,
+                ridge=ridge,
+                largest=float(ends.eigenvalues[0]),
+                memory_limit=limit,
+                **how,
+            )
         done = stored.work - before + (Work() if operator is stored else operator.work)
         return _Found(ends, predictions, ridge, identity, way, done)
 

@@ -140,7 +140,7 @@ def find_ends(
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
     every = known if known is not None and len(known) == operator.num_rows else None
-    if every is None and way == "lapack":
+    if every is None and with_smallest and way == "lapack":
         every = eigvalsh(operator).eigenvalues
     least, low, high = (None, None, None) if every is None else _of_all(every)
     if every is None and with_smallest:

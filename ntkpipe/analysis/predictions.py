@@ -9,9 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.analysis.cross import CrossKernel
 from ntkpipe.analysis.ends import Way
 from ntkpipe.analysis.labels import Labels, as_samples, encode
+from ntkpipe.analysis.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
 from ntkpipe.analysis.opening import at_least
 from ntkpipe.errors import ConfigError, IndefiniteError
 from ntkpipe.operators.operator import Operator
+from ntkpipe.solvers.cholesky import cholesky
 from ntkpipe.solvers.preconditioner import default_rank
 from ntkpipe.solvers.result import Monitor, Status
 from ntkpipe.solvers.solution import Solution
@@ -84,12 +86,13 @@ def predict(
     goal: Goal,
     *,
     ridge: float,
+    largest: float,
     way: Way,
     memory_limit: int | None,
     seed: int,
     monitor: Monitor,
 ) -> Predictions:
-    """Predictions ``K_test (K + λ I)⁻¹ Y`` of kernel ridge regression.
+    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression.
 
     Parameters
     ----------
@@ -103,9 +106,11 @@ def predict(
         The targets.
     ridge
         λ, absolute.
+    largest
+        λ_max of K, which what counts as singular is a part of.
     way
-        ``passes``: conjugate gradients to a true residual of 1e-10; otherwise by a factor, unless a pivot is not
-        positive.
+        ``passes``: conjugate gradients to a true residual of 1e-10. Otherwise by a factor, or by all eigenpairs where λ
+        is zero and K singular to what is known of it: then by those that are not zero.
     memory_limit, seed, monitor
         Of the solver, which has what its vectors need in any case.
 
@@ -117,7 +122,7 @@ def predict(
         If it holds NaN or infinity.
     """
     cross = CrossKernel(test_kernel, operator.num_rows, width)
-    solution = _solve(operator, goal.labels.rows(width), ridge, way, memory_limit, seed, monitor)
+    solution = _solve(operator, goal.labels.rows(width), ridge, largest, way, memory_limit, seed, monitor)
     values = as_samples(cross.times(solution.coefficients), width)
     return Predictions(np.ascontiguousarray(values), solution.status, solution.message)
 
@@ -126,20 +131,31 @@ def _solve(
     operator: Operator,
     rows: NDArray[np.float64],
     ridge: float,
+    largest: float,
     way: Way,
     memory_limit: int | None,
     seed: int,
     monitor: Monitor,
 ) -> Solution:
     if way != "passes":
-        try:
-            return solve(operator, rows, ridge=ridge, method="cholesky", tol=_TOL, seed=seed)
-        except IndefiniteError:
-            pass  # then only iterations say what there is, and their status what it is worth
+        return _solve_in_memory(operator, rows, ridge, largest, seed)
     columns = _A_COLUMN * rows.shape[1] + _A_RANK * default_rank(operator.num_rows)
     limit = at_least(memory_limit, 8 * operator.num_rows * columns)
     method: Literal["pcg", "block_cg"] = "pcg" if rows.shape[1] == 1 else "block_cg"
     return solve(operator, rows, ridge=ridge, method=method, tol=_TOL, seed=seed, memory_limit=limit, monitor=monitor)
+
+
+def _solve_in_memory(
+    operator: Operator, rows: NDArray[np.float64], ridge: float, largest: float, seed: int
+) -> Solution:
+    """By a factor; without a ridge and of a kernel that is singular to its storage the solution of smallest norm."""
+    try:
+        factor = cholesky(operator, ridge=ridge)
+        if ridge > 0 or smallest_by_factor(factor, seed) > cut_off(operator, largest):
+            return by_factor(operator, factor, rows, tol=_TOL, options={}, why="it fits in memory")
+    except IndefiniteError:
+        pass
+    return minimum_norm(operator, rows, ridge, tol=_TOL, options={}, why="singular", memory_limit=None)
 
 
 @dataclass(frozen=True)

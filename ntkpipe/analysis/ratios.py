@@ -66,11 +66,10 @@ def _condition(ends: Ends, bounds: Bounds | None) -> float | None:
 
 def _why(name: str, ends: Ends) -> str:
     assert ends.smallest is not None
+    value, floor = f"{ends.smallest:.3g}", f"storage floor {ends.floor:.2g}"
     if abs(ends.smallest) < ends.floor:
-        return f"λ_min of {name}, {ends.smallest:.3g}, is below its storage floor {ends.floor:.2g}: noise"
-    if ends.smallest < 0:
-        return f"λ_min of {name} is {ends.smallest:.4g}: not positive definite"
-    least = "?" if ends.low is None else f"{ends.low:.4g}"
-    return (
-        f"λ_min of {name} is {ends.smallest:.4g}, at least {least}, storage floor {ends.floor:.2g}: not known from zero"
-    )
+        return f"λ_min of {name}, {value}, is below its {floor}: noise"
+    if ends.high is not None and ends.high < 0:
+        return f"λ_min of {name} is {value}: not positive definite"
+    least = "?" if ends.low is None else f"{ends.low:.3g}"
+    return f"λ_min of {name} is {value}, at least {least}, {floor}: not known from zero"

@@ -225,6 +225,15 @@ def test_a_smallest_eigenvalue_below_the_floor_is_called_noise_and_has_no_ratio(
     assert "not positive definite" in indefinite.smallest_eigenvalue_note
 
 
+def test_a_singular_kernel_without_a_ridge_predicts_by_the_solution_of_smallest_norm() -> None:
+    low_rank = FACTOR[:, :20] @ FACTOR[:, :20].T
+    train, test = low_rank[:N, :N], low_rank[N:, :N]
+    found = compare_kernels(train, B, targets=CLASSES, test_kernels=(test, TEST_B), k=K)
+    assert found.is_converged
+    expected = test @ np.linalg.pinv(train, rcond=1e-10, hermitian=True) @ np.eye(4)[CLASSES]
+    np.testing.assert_allclose(found.predictions_a, expected, atol=1e-8)
+
+
 LARGE = 400
 
 
