@@ -49,36 +49,27 @@ def _alignment(inputs: Inputs, question: Question) -> Alignment:
     )
 
 
-def _regression(inputs: Inputs, question: Question) -> RidgePath:
+def _across_ridges(inputs: Inputs, question: Question) -> dict[str, Any]:
+    """What analyses across ridges take."""
     options = inputs.options
     is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
-    return ridge_path(
-        question.operator,
-        inputs.known_targets,
-        ridges=options.ridges,
-        ridge_scale=options.ridge_scale,
-        test_kernel=inputs.test_kernel if is_measured else None,
-        test_targets=inputs.test_targets if is_measured else None,
-        eigenpairs=inputs.eigenpairs,
-        memory_limit=question.memory_limit,
-        monitor=question.monitor,
-    )
+    return {
+        "ridges": options.ridges,
+        "ridge_scale": options.ridge_scale,
+        "test_kernel": inputs.test_kernel if is_measured else None,
+        "test_targets": inputs.test_targets if is_measured else None,
+        "eigenpairs": inputs.eigenpairs,
+        "memory_limit": question.memory_limit,
+        "monitor": question.monitor,
+    }
+
+
+def _regression(inputs: Inputs, question: Question) -> RidgePath:
+    return ridge_path(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
 
 
 def _generalisation(inputs: Inputs, question: Question) -> Generalisation:
-    options = inputs.options
-    is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
-    return generalisation(
-        question.operator,
-        inputs.known_targets,
-        ridges=options.ridges,
-        ridge_scale=options.ridge_scale,
-        test_kernel=inputs.test_kernel if is_measured else None,
-        test_targets=inputs.test_targets if is_measured else None,
-        eigenpairs=inputs.eigenpairs,
-        memory_limit=question.memory_limit,
-        monitor=question.monitor,
-    )
+    return generalisation(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
 
 
 def _influence(inputs: Inputs, question: Question) -> Influence:
