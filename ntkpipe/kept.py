@@ -102,8 +102,8 @@ def of_store(
     ``client`` as for :func:`ntkpipe.operators.opening.as_operator`, and half of the memory is for the answer; passes
     are shown on standard error. The result goes to ``results/NAME`` of the store.
 
-    On Ctrl-C it raises :class:`ntkpipe.errors.Interrupted`; the same call goes on from the checkpoint, whose name is
-    that of the options, and which is dropped when the result is there.
+    On Ctrl-C it raises :class:`ntkpipe.errors.Interrupted`, which says whether the same call goes on from a checkpoint;
+    that has the name of the options, and is dropped when the result is there.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def of_store(
             share = half_of_room(memory_limit)
             operator = as_operator(kernel, memory_limit=share, client=client)
             try:
-                with store.store.in_use(), _shown(name, progress) as monitor:
+                with store.store.in_use(), _shown(name, checkpoint, progress) as monitor:
                     found = answer(Question(store, kernel, operator, monitor, checkpoint, share, client), **options)
                     save_result(store.store, saved, found.to_json(), found.arrays())
                     checkpoint.clear()
@@ -156,8 +156,8 @@ def result_name(solver: str, array: str) -> str:
 
 
 @contextmanager
-def _shown(solver: str, progress: bool) -> Iterator[Monitor]:
-    with Passes(solver, enabled=progress) as shown:
+def _shown(name: str, checkpoint: Checkpoint, progress: bool) -> Iterator[Monitor]:
+    with Passes(name, enabled=progress) as shown:
 
         def monitor(step: Step) -> None:
             shown.show(step.work.passes, step.residual, step.target)
@@ -165,6 +165,7 @@ def _shown(solver: str, progress: bool) -> Iterator[Monitor]:
         try:
             yield monitor
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"{solver} was interrupted; what it keeps is in the checkpoint, and the same command goes on from there"
-            ) from None
+            left = "begins again: it keeps nothing on the way"
+            if checkpoint.load() is not None:
+                left = "goes on from the checkpoint that it left"
+            raise Interrupted(f"{name} was interrupted; the same command {left}") from None

@@ -7,6 +7,7 @@ import pytest
 import small
 
 import ntkpipe
+from ntkpipe import kept
 from ntkpipe.analysing import (
     ANALYSES,
     alignment_of_store,
@@ -14,7 +15,7 @@ from ntkpipe.analysing import (
     learning_curve_of_store,
     spectrum_of_store,
 )
-from ntkpipe.errors import ConfigError
+from ntkpipe.errors import ConfigError, Interrupted
 from ntkpipe.kernel import KernelStore
 from ntkpipe.solving import read_result
 
@@ -115,3 +116,12 @@ def test_without_targets_or_test_samples(tmp_path):
 
 def test_steps_have_the_names_of_results():
     assert {"spectrum", "alignment", "generalisation"} <= set(ANALYSES)
+
+
+def test_interrupted_it_says_that_it_begins_again(store, monkeypatch):
+    def interrupt(self, done, residual, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept.Passes, "show", interrupt)
+    with pytest.raises(Interrupted, match="spectrum was interrupted; the same command begins again"):
+        spectrum_of_store(ntkpipe.open_kernel(store.path), progress=False)
