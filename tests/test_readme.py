@@ -22,4 +22,12 @@ def test_files_that_the_readme_names_exist() -> None:
     text = README.read_text()
     named = re.findall(r"\]\(([^)h][^)]*)\)", text) + re.findall(r"workflows/\S+\.yaml", text)
     assert named
-    assert [name for name in named if not (README.parent / name).exists()] == []
+    assert [name for name in named if not (README.parent / name.partition("#")[0]).exists()] == []
+
+
+def test_headings_that_the_readme_names_exist() -> None:
+    anchors = re.findall(r"\]\(([^)h#][^)#]*)#([^)]+)\)", README.read_text())
+    assert anchors
+    for name, anchor in anchors:
+        headings = re.findall(r"^#+ (.+)$", (README.parent / name).read_text(), flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
