@@ -12,15 +12,13 @@ from ntkpipe.analysis.comparison import Comparison
 from ntkpipe.analysis.differences import Differences, measure_differences
 from ntkpipe.analysis.eigenspaces import angle_error, outer_vectors, principal_angles
 from ntkpipe.analysis.ends import Ends, Way, find_ends, in_memory, way_for
-from ntkpipe.analysis.predictions import Goal, Predictions, disagreement, goal_of, predict
+from ntkpipe.analysis.predictions import Goal, Predictions, disagreement, goal_of_sides, predict
 from ntkpipe.analysis.ratios import ratios_of
 from ntkpipe.analysis.sides import (
     Side,
     differing_fields,
-    has_same_test_samples,
     require_comparable,
     sides_of,
-    targets_of,
 )
 from ntkpipe.config import check_number
 from ntkpipe.errors import ConfigError
@@ -150,7 +148,7 @@ def compare_kernels(
         sides = replace(sides[0], test_kernel=test_kernels[0]), replace(sides[1], test_kernel=test_kernels[1])
     width = require_comparable(*sides)
     _check(k, memory_limit)
-    goal, note = _goal(sides, targets, test_targets, is_given=test_kernels is not None)
+    goal, note = goal_of_sides(sides, targets, test_targets, is_given=test_kernels is not None)
     entries = sides[0].entries(width), sides[1].entries(width)
     measured = measure_differences(*entries)
     if measured.frobenius_b == 0:
@@ -213,21 +211,6 @@ def _check(k: int, memory_limit: int | None) -> None:
     check_number("k", k, low=1)
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
-
-
-def _goal(
-    sides: tuple[Side, Side], targets: ArrayLike | None, test_targets: ArrayLike | None, *, is_given: bool
-) -> tuple[Goal | None, str]:
-    """What is predicted, or why nothing is."""
-    if any(side.test_kernel is None for side in sides):
-        return None, "no test kernels"
-    known = targets_of(*sides, "train") if targets is None else np.asarray(targets)
-    if known is None:
-        return None, "no targets"
-    if not is_given and not has_same_test_samples(*sides):
-        return None, "test samples of the stores are not the same"
-    wanted = targets_of(*sides, "test") if test_targets is None else np.asarray(test_targets)
-    return goal_of(known, wanted, sides[0].num_samples, max(side.width for side in sides)), ""
 
 
 def _leading(side: Side, sides: tuple[Side, Side], k: int) -> int:

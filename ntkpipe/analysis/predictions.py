@@ -11,6 +11,7 @@ from ntkpipe.analysis.ends import Way
 from ntkpipe.analysis.labels import Labels, as_samples, encode
 from ntkpipe.analysis.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
 from ntkpipe.analysis.opening import at_least
+from ntkpipe.analysis.sides import Side, has_same_test_samples, targets_of
 from ntkpipe.errors import ConfigError, IndefiniteError
 from ntkpipe.operators.operator import Operator
 from ntkpipe.solvers.cholesky import cholesky
@@ -60,6 +61,31 @@ def goal_of(targets: ArrayLike, test_targets: ArrayLike | None, num_samples: int
     if test.matrix.shape[1] != labels.matrix.shape[1]:
         raise ConfigError(f"test targets of {test.matrix.shape[1]} columns and targets of {labels.matrix.shape[1]}")
     return Goal(labels, test)
+
+
+def goal_of_sides(
+    sides: tuple[Side, Side], targets: ArrayLike | None, test_targets: ArrayLike | None, *, is_given: bool
+) -> tuple[Goal | None, str]:
+    """What two kernels can both predict, or why there is no such thing.
+
+    Parameters
+    ----------
+    sides
+        The kernels, with their test kernels.
+    targets, test_targets
+        Of the caller; by default those of the stores.
+    is_given
+        Whether the caller has given the test kernels, and so answers for their samples.
+    """
+    if any(side.test_kernel is None for side in sides):
+        return None, "no test kernels"
+    known = targets_of(*sides, "train") if targets is None else targets
+    if known is None:
+        return None, "no targets"
+    if not is_given and not has_same_test_samples(*sides):
+        return None, "test samples of the stores are not the same"
+    wanted = targets_of(*sides, "test") if test_targets is None else test_targets
+    return goal_of(known, wanted, sides[0].num_samples, max(side.width for side in sides)), ""
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,11 @@ def test_a_singular_kernel_without_a_ridge_predicts_by_the_solution_of_smallest_
     train, test = low_rank[:N, :N], low_rank[N:, :N]
     found = compare_kernels(train, B, targets=CLASSES, test_kernels=(test, TEST_B), k=K)
     assert found.is_converged
+    # So small a diagonal makes it positive definite for Cholesky, and is no more than rounding.
+    hidden = compare_kernels(
+        train + 1e-12 * np.eye(N), B, targets=CLASSES, test_kernels=(test, TEST_B), k=K, smallest_eigenvalue=False
+    )
+    np.testing.assert_allclose(hidden.predictions_a, found.predictions_a, atol=1e-8)
     expected = test @ np.linalg.pinv(train, rcond=1e-10, hermitian=True) @ np.eye(4)[CLASSES]
     np.testing.assert_allclose(found.predictions_a, expected, atol=1e-8)
 
