@@ -1,15 +1,13 @@
 """Conjugate gradients for many right-hand sides together: one pass an iteration, whatever their number."""
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.operators.operator import Operator
 from ntkpipe.solvers.preconditioner import Preconditioner
-from ntkpipe.solvers.replacement import Iterate, Keep, Progress, Recurrence, iterate, keep_nothing
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.replacement import Iterate, IterateOptions, Recurrence, iterate
 
 CGMethod = Literal["pcg", "block_cg"]
 _EPS = float(np.finfo(np.float64).eps)
@@ -20,13 +18,7 @@ def pcg(
     rhs: NDArray[np.float64],
     *,
     preconditioner: Preconditioner | None = None,
-    initial: NDArray[np.float64] | None = None,
-    tol: float = 1e-6,
-    max_passes: int = 1000,
-    monitor: Monitor = ignore,
-    give_up: Callable[[NDArray[np.float64]], bool] | None = None,
-    earlier: Progress | None = None,
-    keep: Keep = keep_nothing,
+    **options: Unpack[IterateOptions],
 ) -> Iterate:
     """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
 
@@ -38,13 +30,7 @@ def pcg(
         operator,
         rhs,
         lambda solution, residual: _Independent(operator, preconditioner, solution, residual),
-        initial=initial,
-        tol=tol,
-        max_passes=max_passes,
-        monitor=monitor,
-        give_up=give_up,
-        earlier=earlier,
-        keep=keep,
+        **options,
     )
 
 
@@ -53,13 +39,7 @@ def block_cg(
     rhs: NDArray[np.float64],
     *,
     preconditioner: Preconditioner | None = None,
-    initial: NDArray[np.float64] | None = None,
-    tol: float = 1e-6,
-    max_passes: int = 1000,
-    monitor: Monitor = ignore,
-    give_up: Callable[[NDArray[np.float64]], bool] | None = None,
-    earlier: Progress | None = None,
-    keep: Keep = keep_nothing,
+    **options: Unpack[IterateOptions],
 ) -> Iterate:
     """Block conjugate gradients: every right-hand side profits from the directions of all.
 
@@ -76,13 +56,7 @@ def block_cg(
         operator,
         rhs,
         lambda solution, residual: _Block(operator, preconditioner, solution, residual),
-        initial=initial,
-        tol=tol,
-        max_passes=max_passes,
-        monitor=monitor,
-        give_up=give_up,
-        earlier=earlier,
-        keep=keep,
+        **options,
     )
 
 

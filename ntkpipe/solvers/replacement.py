@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,18 @@ Keep = Callable[[Progress], None]
 
 def keep_nothing(progress: Progress) -> None:
     """For who needs no progress."""
+
+
+class IterateOptions(TypedDict, total=False):
+    """What :func:`iterate` takes by keyword, for the iterations that pass it on."""
+
+    initial: NDArray[np.float64] | None
+    tol: float
+    max_passes: int
+    monitor: Monitor
+    give_up: Callable[[NDArray[np.float64]], bool] | None
+    earlier: Progress | None
+    keep: Keep
 
 
 def iterate(
