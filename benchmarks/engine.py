@@ -41,7 +41,7 @@ from comparison.methods import METHODS, Method, Ours, Reference, autograd_kernel
 from comparison.work import ROWS, Work, least_flops
 from torch import Tensor
 
-from ntkpipe.resources import format_bytes, num_cores
+from ntkpipe.base.resources import format_bytes, num_cores
 
 _PRODUCTS = (1024, 2048, 4096)
 _SMALLEST = 4

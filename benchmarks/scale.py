@@ -34,11 +34,11 @@ from distributed import Client, Worker
 from samples.generated import Generated
 
 import ntkpipe
-from ntkpipe.estimate import Estimate, estimate_cluster
-from ntkpipe.plan import Plan, Task
-from ntkpipe.records import BlockRecord, TileRecord
-from ntkpipe.remote import ClusterExecutor
-from ntkpipe.resources import peak_process_memory
+from ntkpipe.base.resources import peak_process_memory
+from ntkpipe.build.estimate import Estimate, estimate_cluster
+from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.records import BlockRecord, TileRecord
+from ntkpipe.executors.dask import ClusterExecutor
 
 IDLE_SECONDS = 10.0
 # Of many workers in one process only what a scheduler sees is wanted: no profiles, no pages, few looks at the machine.

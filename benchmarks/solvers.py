@@ -27,7 +27,7 @@ import numpy as np
 from solving import determinant, eigenpairs, passes, regression
 from solving.stores import mnist5k
 
-from ntkpipe.resources import num_cores
+from ntkpipe.base.resources import num_cores
 
 _PARTS = ("passes", "eigenpairs", "regression", "logdet")
 _ROWS_OF_PASSES = 16_384

@@ -21,8 +21,8 @@ from distributed import Client
 from torch import nn
 
 import ntkpipe
-from ntkpipe.cluster import connect
-from ntkpipe.estimate import estimate_cluster
+from ntkpipe.build.estimate import estimate_cluster
+from ntkpipe.executors.connect import connect
 
 TILE = 2048
 _WORKERS = (1, 2)

@@ -3,81 +3,85 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ntkpipe.base.version import VERSION
+
 if TYPE_CHECKING:
     from ntkpipe.analysis.alignment import alignment
-    from ntkpipe.analysis.calibration import calibration
-    from ntkpipe.analysis.compare import compare_kernels
-    from ntkpipe.analysis.estimator import KernelRegression
-    from ntkpipe.analysis.gaussian import gaussian_process
+    from ntkpipe.analysis.comparing.compare import compare_kernels
     from ntkpipe.analysis.generalisation import generalisation
-    from ntkpipe.analysis.influence import influence
     from ntkpipe.analysis.learning_curve import learning_curve
-    from ntkpipe.analysis.ridge_path import ridge_path
     from ntkpipe.analysis.spectrum import spectrum
-    from ntkpipe.api import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
-    from ntkpipe.config import ClusterSpec
-    from ntkpipe.derive import derive_kernel
-    from ntkpipe.errors import NtkpipeError
-    from ntkpipe.estimate import estimate_cluster
-    from ntkpipe.export import export_kernel
-    from ntkpipe.kernel import Kernel, KernelStore, open_kernel
+    from ntkpipe.base.config import ClusterSpec
+    from ntkpipe.base.errors import NtkpipeError
+    from ntkpipe.build.compute import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
+    from ntkpipe.build.estimate import estimate_cluster
+    from ntkpipe.build.upkeep.verify_repair import repair, verify
+    from ntkpipe.learning.dynamics import dynamics
+    from ntkpipe.learning.gaussian.calibration import calibration
+    from ntkpipe.learning.gaussian.influence import influence
+    from ntkpipe.learning.gaussian.process import gaussian_process
+    from ntkpipe.learning.regression.estimator import KernelRegression
+    from ntkpipe.learning.regression.ridge_path import ridge_path
+    from ntkpipe.learning.regression.sklearn_gp import PrecomputedKernel
     from ntkpipe.operators.opening import as_operator
-    from ntkpipe.precomputed import PrecomputedKernel
     from ntkpipe.report.report import write_report
-    from ntkpipe.saving import Checkpoint
-    from ntkpipe.solvers.cholesky import cholesky
-    from ntkpipe.solvers.dense import eigh, eigvalsh
-    from ntkpipe.solvers.determinant import logdet
-    from ntkpipe.solvers.functions import density, dynamics, slq_logdet
-    from ntkpipe.solvers.lanczos import eigsh
-    from ntkpipe.solvers.smallest import smallest
-    from ntkpipe.solvers.solve import solve, solve_path
-    from ntkpipe.solving import read_result
-    from ntkpipe.upkeep import repair, verify
+    from ntkpipe.solvers.direct.cholesky import cholesky
+    from ntkpipe.solvers.direct.eigh import eigh, eigvalsh
+    from ntkpipe.solvers.linear.solve import solve, solve_path
+    from ntkpipe.solvers.spectral.density import density
+    from ntkpipe.solvers.spectral.lanczos import eigsh
+    from ntkpipe.solvers.spectral.logdet import logdet
+    from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+    from ntkpipe.solvers.spectral.smallest import smallest
+    from ntkpipe.solvers.steps import read_result
+    from ntkpipe.store.derive import derive_kernel
+    from ntkpipe.store.export import export_kernel
+    from ntkpipe.store.kernel import Kernel, KernelStore, open_kernel
+    from ntkpipe.store.results import Checkpoint
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Resolved on first use, so that reading a store loads neither torch nor dask.
 _HOMES = {
-    "Checkpoint": "saving",
-    "ClusterSpec": "config",
-    "Kernel": "kernel",
-    "KernelRegression": "analysis.estimator",
-    "KernelStore": "kernel",
-    "NtkpipeError": "errors",
-    "PrecomputedKernel": "precomputed",
+    "Checkpoint": "store.results",
+    "ClusterSpec": "base.config",
+    "Kernel": "store.kernel",
+    "KernelRegression": "learning.regression.estimator",
+    "KernelStore": "store.kernel",
+    "NtkpipeError": "base.errors",
+    "PrecomputedKernel": "learning.regression.sklearn_gp",
     "alignment": "analysis.alignment",
     "as_operator": "operators.opening",
-    "cholesky": "solvers.cholesky",
-    "compare_kernels": "analysis.compare",
-    "compute_kernel": "api",
-    "density": "solvers.functions",
-    "derive_kernel": "derive",
-    "dynamics": "solvers.functions",
-    "eigh": "solvers.dense",
-    "eigsh": "solvers.lanczos",
-    "eigvalsh": "solvers.dense",
-    "estimate_cluster": "estimate",
-    "export_kernel": "export",
+    "cholesky": "solvers.direct.cholesky",
+    "compare_kernels": "analysis.comparing.compare",
+    "compute_kernel": "build.compute",
+    "density": "solvers.spectral.density",
+    "derive_kernel": "store.derive",
+    "dynamics": "learning.dynamics",
+    "eigh": "solvers.direct.eigh",
+    "eigsh": "solvers.spectral.lanczos",
+    "eigvalsh": "solvers.direct.eigh",
+    "estimate_cluster": "build.estimate",
+    "export_kernel": "store.export",
     "generalisation": "analysis.generalisation",
-    "calibration": "analysis.calibration",
-    "gaussian_process": "analysis.gaussian",
-    "influence": "analysis.influence",
-    "jacobian_operator": "api",
-    "kernel_matrix": "api",
+    "calibration": "learning.gaussian.calibration",
+    "gaussian_process": "learning.gaussian.process",
+    "influence": "learning.gaussian.influence",
+    "jacobian_operator": "build.compute",
+    "kernel_matrix": "build.compute",
     "learning_curve": "analysis.learning_curve",
-    "logdet": "solvers.determinant",
-    "open_kernel": "kernel",
-    "plan_kernel": "api",
-    "read_result": "solving",
-    "repair": "upkeep",
-    "ridge_path": "analysis.ridge_path",
-    "slq_logdet": "solvers.functions",
-    "smallest": "solvers.smallest",
-    "solve": "solvers.solve",
-    "solve_path": "solvers.solve",
+    "logdet": "solvers.spectral.logdet",
+    "open_kernel": "store.kernel",
+    "plan_kernel": "build.compute",
+    "read_result": "solvers.steps",
+    "repair": "build.upkeep.verify_repair",
+    "ridge_path": "learning.regression.ridge_path",
+    "slq_logdet": "solvers.spectral.slq_logdet",
+    "smallest": "solvers.spectral.smallest",
+    "solve": "solvers.linear.solve",
+    "solve_path": "solvers.linear.solve",
     "spectrum": "analysis.spectrum",
-    "verify": "upkeep",
+    "verify": "build.upkeep.verify_repair",
     "write_report": "report.report",
 }
 

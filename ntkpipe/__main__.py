@@ -1,6 +1,6 @@
 """``python -m ntkpipe``."""
 
-from ntkpipe.cli import main
+from ntkpipe.app.cli import main
 
 if __name__ == "__main__":
     main()

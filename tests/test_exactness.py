@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ntkpipe
-from ntkpipe.jacobian.terms import Rates
+from ntkpipe.jacobian.representations.terms import Rates
 
 # Some of these models warn, the fallback about its loop, torch about old-style hooks; none of it is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -329,7 +329,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _no_benchmark(monkeypatch):
     """The planner measures this machine's speed for every kernel, which takes longer than these do."""
-    monkeypatch.setattr("ntkpipe.prepare.measure_rates", lambda *_: Rates(32e9, 1e9))
+    monkeypatch.setattr("ntkpipe.build.prepare.measure_rates", lambda *_: Rates(32e9, 1e9))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,12 +9,12 @@ from reference import redraw
 from torch import nn
 
 import ntkpipe
-from ntkpipe import build
-from ntkpipe.arithmetic import exact_math
-from ntkpipe.device import add_rows
-from ntkpipe.jacobian.uses import looked_up
-from ntkpipe.models import prepare_model
-from ntkpipe.transfer import DeviceTiles, SideStream, to_host_tensor
+from ntkpipe.build import tiles as build
+from ntkpipe.build.transfer import DeviceTiles, SideStream, to_host_tensor
+from ntkpipe.jacobian.model.arithmetic import exact_math
+from ntkpipe.jacobian.model.device import add_rows
+from ntkpipe.jacobian.model.functional import prepare_model
+from ntkpipe.jacobian.tracing.uses import looked_up
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

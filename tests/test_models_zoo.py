@@ -26,7 +26,7 @@ from engines import check_model
 from reference import Custom, draw_statistics, redraw
 from torch import nn
 
-from ntkpipe.jacobian.terms import Rates
+from ntkpipe.jacobian.representations.terms import Rates
 
 # Some of these models warn, the fallback about its loop, torch about old-style hooks; none of it is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,7 +37,7 @@ L = nn.Linear
 @pytest.fixture(autouse=True)
 def _no_benchmark(monkeypatch):
     """The planner measures this machine's speed for every kernel, which takes longer than these do."""
-    monkeypatch.setattr("ntkpipe.prepare.measure_rates", lambda *_: Rates(32e9, 1e9))
+    monkeypatch.setattr("ntkpipe.build.prepare.measure_rates", lambda *_: Rates(32e9, 1e9))
 
 
 def drawn(*shape, seed=0):

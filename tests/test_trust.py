@@ -4,32 +4,34 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from test_architecture import imports, modules, resolve
+from house import imports, modules, resolve
 
 SOURCES = modules()
 # Where bytes of a store or a checkpoint come in.
 READERS = (
-    *(
-        "medium",
-        "objects",
-        "documents",
-        "manifest",
-        "layout",
-        "store",
-        "kernel",
-        "views",
-        "labelled",
-        "verification",
-        "export",
-    ),
-    *("checkpoints", "datasets", "certify", "analysis.summary", "solvers.factor_folder"),
+    "store.media.folder",
+    "store.media.objects",
+    "store.documents",
+    "store.manifest",
+    "store.layout",
+    "store.chunks",
+    "store.kernel",
+    "store.views.to_dask",
+    "store.views.to_xarray",
+    "store.verification",
+    "store.export",
+    "jacobian.model.checkpoints",
+    "jacobian.model.samples",
+    "build.certify",
+    "analysis.summary",
+    "solvers.direct.factor_folder",
 )
 # Names come from the user's workflow file; tasks go between a client and its own cluster.
 TRUSTED = {
-    "imports": {"importlib"},
-    "pickling": {"cloudpickle"},
-    "parcel": {"cloudpickle", "pickle"},
-    "remote": {"pickle"},
+    "base.imports": {"importlib"},
+    "executors.pickling": {"cloudpickle"},
+    "executors.payload": {"cloudpickle", "pickle"},
+    "executors.dask": {"pickle"},
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}
@@ -68,8 +70,8 @@ def reached(start: str) -> set[str]:
         module = waiting.pop()
         if module not in found:
             found.add(module)
-            names = (item.module for item in imports(module, SOURCES[module]) if item.module)
-            waiting += [target for name in names if (target := resolve(name)) is not None]
+            names = (item.name for item in imports(module, SOURCES[module]) if item.name)
+            waiting += [target for name in names if (target := resolve(name, SOURCES)) is not None]
     return found
 
 

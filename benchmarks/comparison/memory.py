@@ -5,8 +5,8 @@ import torch
 from comparison.methods import Method, Ours
 from comparison.peak import peak_memory, reset_peak
 from comparison.work import Work
-from ntkpipe.resources import num_cores, process_memory
-from ntkpipe.runs import exact_single_thread
+from ntkpipe.base.resources import num_cores, process_memory
+from ntkpipe.build.run import exact_single_thread
 
 
 def measure(work: Work, kind: type[Method]) -> dict[str, int]:

@@ -11,10 +11,10 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
-from ntkpipe.config import KernelSpec, RunSpec
-from ntkpipe.datasets import as_samples
-from ntkpipe.matrix import SettledMatrix, build_matrix, prepare_matrix, settle_matrix
-from ntkpipe.runs import exact_single_thread
+from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.build.in_memory import SettledMatrix, build_matrix, prepare_matrix, settle_matrix
+from ntkpipe.build.run import exact_single_thread
+from ntkpipe.jacobian.model.samples import as_samples
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.
 _PART_BYTES = 3 * 2**30

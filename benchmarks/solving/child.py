@@ -12,7 +12,7 @@ import numpy as np
 from comparison.peak import peak_memory, reset_peak
 
 import ntkpipe
-from ntkpipe.resources import num_cores, process_memory
+from ntkpipe.base.resources import num_cores, process_memory
 
 
 def passes(path: str, allowance: str, columns: str) -> dict[str, Any]:

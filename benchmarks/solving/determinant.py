@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ntkpipe.resources import format_bytes
+from ntkpipe.base.resources import format_bytes
 from solving.measuring import in_child, median, print_table, ratio
 from solving.stores import made_up
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 import ntkpipe
-from ntkpipe.kernel import KernelStore
-from ntkpipe.operators.operator import Operator
-from ntkpipe.resources import num_cores
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import num_cores
+from ntkpipe.store.kernel import KernelStore
 from solving.measuring import in_turns, median, print_table, ratio, watched
 
 _TOL = 1e-6

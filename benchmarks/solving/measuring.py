@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ntkpipe.operators.operator import Operator
+from ntkpipe.base.operator import Operator
 
 # A run that takes longer is not repeated.
 _LONG_SECONDS = 8.0

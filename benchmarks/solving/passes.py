@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ntkpipe import as_operator
-from ntkpipe.cluster import connect
-from ntkpipe.kernel import Kernel
-from ntkpipe.operators.operator import Operator
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import format_bytes, num_cores
+from ntkpipe.executors.connect import connect
+from ntkpipe.operators.on_dask.operator import WorkersOperator
 from ntkpipe.operators.tiles import KernelTiles
-from ntkpipe.operators.workers import WorkersOperator
-from ntkpipe.resources import format_bytes, num_cores
+from ntkpipe.store.kernel import Kernel
 from solving.measuring import in_child, in_turns, judge, median, print_table, ratio
 from solving.stores import drop_cache, files_of, made_up
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from sklearn.kernel_ridge import KernelRidge
 
 import ntkpipe
-from ntkpipe.kernel import Kernel, KernelStore
-from ntkpipe.operators.operator import Operator
+from ntkpipe.base.operator import Operator
+from ntkpipe.store.kernel import Kernel, KernelStore
 from solving.measuring import in_turns, median, print_table, ratio, watched
 
 _TOL = 1e-6

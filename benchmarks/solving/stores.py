@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 import ntkpipe
-from ntkpipe.kernel import Kernel, KernelStore
-from ntkpipe.kinds import KINDS
-from ntkpipe.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
-from ntkpipe.store import Store
+from ntkpipe.base.kinds import KINDS
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
 
 _ROOT = Path(__file__).parents[2]
 _RANK = 64

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.analysis.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
-from ntkpipe.analysis.opening import at_least, open_for_analysis
-from ntkpipe.analysis.sources import train_targets
-from ntkpipe.config import check_number
-from ntkpipe.operators.operator import Operator
-from ntkpipe.solvers.lanczos import eigsh
+from ntkpipe.base.config import check_number
+from ntkpipe.base.operator import Operator
+from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
+from ntkpipe.learning.regression.opening import at_least, open_for_analysis
+from ntkpipe.learning.regression.sources import train_targets
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, ignore
+from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _SHARES = (0.5, 0.9, 0.99)
 _EPS = float(np.finfo(np.float64).eps)
@@ -112,9 +112,9 @@ def alignment(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+        K: what :func:`ntkpipe.as_operator` takes.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK.
     eigenpairs
         Eigenpairs that are known; all n of them make it exact. Fewer are used as they are where it is streamed.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
 
 # Bisection of log κ from any bracket to the last bit takes fewer.
 _MOST_STEPS = 200

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.analysis.cross import CrossKernel
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
-from ntkpipe.analysis.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
 from ntkpipe.analysis.generalisation_result import Generalisation
-from ntkpipe.analysis.labels import Labels, encode
-from ntkpipe.analysis.opening import open_for_analysis
-from ntkpipe.analysis.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.analysis.sources import train_targets
 from ntkpipe.analysis.trust import judge
-from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError
-from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.targets import Labels, encode
+from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
+from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
+from ntkpipe.learning.regression.sources import train_targets
 from ntkpipe.solvers.result import Monitor, ignore
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -64,7 +64,7 @@ def generalisation(
     kernel as ``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``, with k_i, u_i the eigenpairs of K, for the same n
     samples. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is
     zero. It can be trusted only where few of them are learnt. A population that is larger than the train set cures
-    that: see :func:`ntkpipe.analysis.learning_curve.learning_curve`. Noise of targets is in v_i² already.
+    that: see :func:`ntkpipe.learning_curve`. Noise of targets is in v_i² already.
 
     An estimate is trusted where it is within ``tolerance`` of leave-one-out and K + λI is known, i.e. its smallest
     eigenvalue is above ten storage floors. That takes no test data, but samples that the kernel does not know: of a
@@ -81,9 +81,9 @@ def generalisation(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+        K: what :func:`ntkpipe.as_operator` takes.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK. Nothing is centred.
     ridges
         λ; by default 10^-4 to 10^2 mean diagonals. Zero is allowed.

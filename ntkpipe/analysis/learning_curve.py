@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
-from ntkpipe.analysis.eigensystem import Pairs, find_eigensystem
-from ntkpipe.analysis.opening import open_for_analysis
-from ntkpipe.analysis.sources import train_targets
-from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError
-from ntkpipe.operators.operator import Operator
-from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.learning.regression.eigensystem import Pairs, find_eigensystem
+from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.sources import train_targets
 from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -117,10 +117,10 @@ def learning_curve(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.operators.opening.as_operator` takes. If all of it does not fit in memory, give the
+        K: what :func:`ntkpipe.as_operator` takes. If all of it does not fit in memory, give the
         leading part of it, ``as_operator(kernel).leading(n)``.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.analysis.labels.encode`. A kernel
+        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK, whose train sets are of whole samples. Nothing is centred.
     sizes
         n, samples of a train set, less than N; by default N/32 to N/4.

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.eigensystem import Method, Pairs, check_method, check_pairs, does_not_fit
-from ntkpipe.analysis.opening import at_least, open_for_analysis
-from ntkpipe.analysis.powerlaw import PowerLaw, default_ranks, fit_power_law
-from ntkpipe.analysis.spectralsums import Sum, sum_of_density, sum_of_values
+from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
+from ntkpipe.analysis.spectral_sums import Sum, sum_of_density, sum_of_values
 from ntkpipe.analysis.spectrum_result import KernelSpectrum
-from ntkpipe.config import check_number
-from ntkpipe.errors import ResourceError
-from ntkpipe.operators.operator import Operator
-from ntkpipe.ridges import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.solvers.dense import eigvalsh
-from ntkpipe.solvers.density import density, smoothed
-from ntkpipe.solvers.lanczos import eigsh
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.learning.regression.eigensystem import Method, Pairs, check_method, check_pairs, does_not_fit
+from ntkpipe.learning.regression.opening import at_least, open_for_analysis
+from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.result import Monitor, Status, ignore
-from ntkpipe.solvers.smallest import smallest
+from ntkpipe.solvers.spectral.density import density, smoothed
+from ntkpipe.solvers.spectral.lanczos import eigsh
+from ntkpipe.solvers.spectral.smallest import smallest
 
 # Ridges of the effective dimension unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -64,7 +64,7 @@ def spectrum(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.operators.opening.as_operator` takes.
+        K: what :func:`ntkpipe.as_operator` takes.
     eigenpairs
         Eigenpairs that are known. All n of them make it exact at no cost; fewer are spliced in in place of ``k``.
     ridges
@@ -72,7 +72,7 @@ def spectrum(
     ridge_scale
         None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
     tail_ranks
-        First and last rank of the power law; see :func:`ntkpipe.analysis.powerlaw.default_ranks`.
+        First and last rank of the power law; see :func:`ntkpipe.analysis.power_law.default_ranks`.
     method
         ``exact``, ``streamed``, or ``auto``: exact where it fits.
     k

@@ -27,7 +27,7 @@ class KernelSpectrum(Result):
     smallest
         λ_min; streamed, the upper bound of it.
     smallest_low, smallest_high
-        Bounds of λ_min; see :class:`ntkpipe.solvers.smallest.Smallest`. None if there is no lower one.
+        Bounds of λ_min; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`. None if there is no lower one.
     condition_low, condition_high
         Bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage floor and is not known.
     trace, frobenius
@@ -49,7 +49,7 @@ class KernelSpectrum(Result):
     density_grid, density
         Eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades.
     tail_exponent, tail_exponent_error
-        α of λ_i ~ i^-α, and one standard deviation by jackknife; see :func:`ntkpipe.analysis.powerlaw.fit_power_law`.
+        α of λ_i ~ i^-α, and one standard deviation by jackknife; see :func:`ntkpipe.analysis.power_law.fit_power_law`.
         None where fewer than 20 eigenvalues above the floor are in the range.
     tail_first_rank, tail_last_rank
         The range of ranks that was fitted.

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.analysis.eigensystem import Eigensystem
-from ntkpipe.analysis.resolvent import Resolvent
+from ntkpipe.learning.regression.eigensystem import Eigensystem
+from ntkpipe.learning.regression.resolvent import Resolvent
 
 # The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
 _FLOORS = 10.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ntkpipe.models import Batch, FunctionalModel
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 
 JacobianFunction = Callable[[FunctionalModel, tuple[str, ...], Batch, Tensor], Tensor]
 

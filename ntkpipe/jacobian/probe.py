@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkpipe.errors import ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.jacobian.block import Engine, Setup
+from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.jacobian.engine import Engine, Setup
 from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.layouts import leaves
-from ntkpipe.jacobian.trace import Tracing, nothing_traced, trace
-from ntkpipe.models import Batch, FunctionalModel
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.tracing.layouts import leaves
+from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntkpipe.datasets import Source
-from ntkpipe.errors import ModelError, NtkpipeError
-from ntkpipe.grid import Span
-from ntkpipe.models import Batch, FunctionalModel
+from ntkpipe.base.errors import ModelError, NtkpipeError
+from ntkpipe.base.grid import Span
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.model.samples import Source
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ntkpipe.jacobian.block import Engine
-from ntkpipe.jacobian.terms import Term, contraction_flops, covector_pairs, kept_numbers, sample_flops
-from ntkpipe.jacobian.uses import LOOKUP
+from ntkpipe.jacobian.engine import Engine
+from ntkpipe.jacobian.representations.terms import Term, contraction_flops, covector_pairs, kept_numbers, sample_flops
+from ntkpipe.jacobian.tracing.uses import LOOKUP
 
 FALLBACK, UNUSED = "torch.func", "unused"
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
+from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.operator import Operator, Statistics, Work, digest_of
-from ntkpipe.resources import num_cores
 
 # Rows of a float32 matrix that are upcast at a time: with 2,048 columns 4 MiB, which stay in the cache.
 _ROWS_AT_ONCE = 256

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkpipe.config import check_number
-from ntkpipe.errors import ResourceError
-from ntkpipe.kernel import Kernel
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import format_bytes, half_of_room, memory_room, num_cores, process_memory
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.operator import Operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
-from ntkpipe.resources import format_bytes, half_of_room, memory_room, num_cores, process_memory
+from ntkpipe.store.kernel import Kernel
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -42,9 +42,8 @@ def as_operator(
         That multiply; default one for each core. No number depends on it. With a client: of each worker; default those
         of its Dask.
     client
-        Of a Dask cluster whose workers read and keep the tiles of a stored matrix, see
-        :class:`ntkpipe.operators.workers.WorkersOperator`; results have the same bits. For a matrix in memory, or an
-        operator, it means nothing.
+        Of a Dask cluster whose workers read and keep the tiles of a stored matrix; results have the same bits. For a
+        matrix in memory, or an operator, it means nothing.
     keep_tiles
         Whether tiles that fit are kept for further passes; who reads each of them once has better uses of memory. With
         a client it means nothing.
@@ -89,7 +88,7 @@ def _open(
     source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None", keep_tiles: bool
 ) -> Operator:
     if client is not None:
-        from ntkpipe.operators.workers import WorkersOperator  # keeps distributed out of work on one machine
+        from ntkpipe.operators.on_dask.operator import WorkersOperator  # keeps distributed out of work on one machine
 
         return WorkersOperator(source, client, memory_limit=memory_limit, threads=threads)
     if threads is not None:

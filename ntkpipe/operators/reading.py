@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.operators.operator import Work
+from ntkpipe.base.operator import Work
 from ntkpipe.operators.tiles import TileIndex, TileSource
 
 # Ahead of the tile that is in use: one on its way keeps a disk busy, a server needs more requests at a time.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.grid import Grid
+from ntkpipe.base.grid import Grid
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import Part, Shard, TileIndex, Tiles, multiply
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.operators.operator import Operator, Statistics, Work
+from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import map_shards, multiply_shards
 from ntkpipe.operators.tiled import TiledOperator, join_measures

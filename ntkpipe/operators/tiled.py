@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.operators.operator import Operator, Statistics
+from ntkpipe.base.operator import Operator, Statistics
 from ntkpipe.operators.tiles import Columns, Measure, Rectangle
 
 

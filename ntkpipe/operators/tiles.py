@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import ConfigError
-from ntkpipe.grid import Axis, Grid
-from ntkpipe.kernel import Kernel
-from ntkpipe.operators.operator import digest_of
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.grid import Axis, Grid
+from ntkpipe.base.operator import digest_of
+from ntkpipe.store.kernel import Kernel
 
 TileIndex = tuple[int, int]
 # Passes a tile on with its place, as :meth:`ntkpipe.operators.reading.TileReader.tiles` does.
@@ -52,7 +52,7 @@ class TileSource(Protocol):
         ...
 
     def identity(self) -> str:
-        """Names the matrix; see :meth:`ntkpipe.operators.operator.Operator.identity`."""
+        """Names the matrix; see :meth:`ntkpipe.base.operator.Operator.identity`."""
         ...
 
     def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.analysis.alignment import Alignment, alignment
-from ntkpipe.analysis.estimator import KernelRegression
 from ntkpipe.analysis.generalisation import generalisation
 from ntkpipe.analysis.generalisation_result import Generalisation
-from ntkpipe.analysis.influence import Influence, influence
-from ntkpipe.analysis.path_result import RidgePath
-from ntkpipe.analysis.ridge_path import ridge_path
 from ntkpipe.analysis.spectrum import spectrum
 from ntkpipe.analysis.spectrum_result import KernelSpectrum
-from ntkpipe.errors import ConfigError
-from ntkpipe.kept import Question
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.learning.gaussian.influence import Influence, influence
+from ntkpipe.learning.regression.estimator import KernelRegression
+from ntkpipe.learning.regression.path_result import RidgePath
+from ntkpipe.learning.regression.ridge_path import ridge_path
 from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.gather import Analysis, Inputs
 from ntkpipe.report.posterior import JudgedPosterior, judge_posterior
+from ntkpipe.solvers.on_store import Question
 
 # Of a prediction that are kept.
 _NUM_TERMS = 10

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.kernel import Kernel
+from ntkpipe.store.kernel import Kernel
 
 Values = NDArray[np.float64]
 Labels = NDArray[np.int64]

@@ -36,7 +36,7 @@ def choose(found: Found) -> Chosen:
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.ridge_path.ridge_path`.
+        Of :func:`ntkpipe.ridge_path`.
     """
     ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
     is_left_out = bool(np.isfinite(left_out).any())

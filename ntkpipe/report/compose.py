@@ -4,13 +4,13 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ntkpipe import __version__
-from ntkpipe.printing import printable
+from ntkpipe.base.tables import printable
+from ntkpipe.base.version import VERSION
 from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Found
 from ntkpipe.report.gather import Gathered
 from ntkpipe.report.parts import Page, Section, Table, Verdict
-from ntkpipe.report.records import Records, computed_section, runs_table, verification_section
+from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
 from ntkpipe.report.sections.alignment import alignment_section
 from ntkpipe.report.sections.gaussian import gaussian_section
 from ntkpipe.report.sections.generalisation import generalisation_section
@@ -20,7 +20,7 @@ from ntkpipe.report.sections.regression import regression_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
-from ntkpipe.store import reading_results
+from ntkpipe.store.chunks import reading_results
 
 _SYMBOLS = (
     ("N, M, O", "training samples, test samples, outputs of the model"),
@@ -70,7 +70,7 @@ def compose(gathered: Gathered) -> Page:
             numbers=_numbers(gathered),
             sections=sections,
             footer=(
-                f"Written by ntkpipe {__version__} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
+                f"Written by ntkpipe {VERSION} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
                 f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs "
                 "no script."
             ),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import StoreError
+from ntkpipe.base.errors import StoreError
 from ntkpipe.solvers.result import Result
 
 Values = NDArray[np.float64]

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.errors import ConfigError, IndefiniteError, ResourceError
-from ntkpipe.kept import Question, find_kernel, of_store, result_name
-from ntkpipe.kernel import Kernel, KernelStore
+from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
+from ntkpipe.base.operator import Work
+from ntkpipe.base.progress import Passes
+from ntkpipe.base.resources import half_of_room
+from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.base.targets import num_classes_of
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.operator import Work
-from ntkpipe.progress import Passes
 from ntkpipe.report.blocks import Arrangement, arrange, block_means
 from ntkpipe.report.findings import Found, Missing
 from ntkpipe.report.images import StoredImages
-from ntkpipe.report.records import Records, read_records
-from ntkpipe.resources import half_of_room
-from ntkpipe.ridges import RidgeScale
-from ntkpipe.saving import Checkpoint, load_result
-from ntkpipe.solvers.dense import Spectrum, eigh
+from ntkpipe.report.provenance import Records, read_records
+from ntkpipe.solvers.direct.eigh import Spectrum, eigh
+from ntkpipe.solvers.on_store import Question, find_kernel, of_store, result_name
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
-from ntkpipe.solving import StoredPairs, stored_pairs
-from ntkpipe.store import reading_results
-from ntkpipe.targets import num_classes_of
+from ntkpipe.solvers.steps import StoredPairs, stored_pairs
+from ntkpipe.store.chunks import reading_results
+from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.results import Checkpoint, load_result
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -36,7 +36,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was asked for; see :func:`ntkpipe.report.report.write_report`.
+    """What was asked for; see :func:`ntkpipe.write_report`.
 
     Attributes
     ----------

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.kernel import KernelStore
-from ntkpipe.manifest import ArrayRecord
-from ntkpipe.store import StoredArray
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.manifest import ArrayRecord
 
 Split = Literal["train", "test"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ntkpipe.printing import printable
+from ntkpipe.base.tables import printable
 from ntkpipe.report.parts import Page
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.analysis.calibration import calibration
-from ntkpipe.analysis.gaussian import gaussian_process
-from ntkpipe.kept import Question
+from ntkpipe.learning.gaussian.calibration import calibration
+from ntkpipe.learning.gaussian.process import gaussian_process
+from ntkpipe.solvers.on_store import Question
 from ntkpipe.solvers.result import Result
 
 Values = NDArray[np.float64]
@@ -24,11 +24,11 @@ class JudgedPosterior(Result):
     method, why
         How it was found.
     log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale
-        Of :class:`ntkpipe.analysis.posterior.Posterior`.
+        Of :class:`ntkpipe.learning.gaussian.posterior.Posterior`.
     mean_deviation
         Mean standard deviation of the function at test samples, scaled.
     levels, coverage, unscaled_coverage
-        Of :class:`ntkpipe.analysis.calibration.Calibration`, with variances scaled, and as they are.
+        Of :class:`ntkpipe.learning.gaussian.calibration.Calibration`, with variances scaled, and as they are.
     confidence, accuracy, counts, expected_calibration_error, mean_confidence, mean_accuracy
         Of it, scaled.
     squared_residual, unscaled_squared_residual, log_density, unscaled_log_density
@@ -73,7 +73,7 @@ def judge_posterior(
     question
         The kernel.
     targets, test_kernel, test_diagonal, test_targets
-        Of :func:`ntkpipe.analysis.gaussian.gaussian_process`.
+        Of :func:`ntkpipe.gaussian_process`.
     ridge
         λ, absolute, which is the variance of the noise.
     """

@@ -5,16 +5,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from ntkpipe.config import check_number
-from ntkpipe.errors import ConfigError
-from ntkpipe.kernel import KernelStore, open_kernel
-from ntkpipe.medium import Folder
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.report.analyses import ANALYSES
 from ntkpipe.report.gather import Options, gather
-from ntkpipe.resources import format_bytes
-from ntkpipe.ridges import RidgeScale
 from ntkpipe.solvers.result import Result, Rows
-from ntkpipe.store import writing
+from ntkpipe.store.chunks import writing
+from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.media.folder import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +102,7 @@ def write_report(
     memory_limit
         Bytes that analyses may have; what is available if none.
     client
-        As for :func:`ntkpipe.operators.opening.as_operator`.
+        As for :func:`ntkpipe.as_operator`.
     progress
         Show on standard error what is computed.
     saved_only

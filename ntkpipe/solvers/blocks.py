@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> NDArray[np.float64]:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.operators.operator import Work
-from ntkpipe.resources import format_bytes
+from ntkpipe.base.operator import Work
+from ntkpipe.base.resources import format_bytes
 
 Status = Literal["converged", "stagnated", "indefinite at storage precision", "step limit", "not converged"]
 Rows = list[tuple[str, str]]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ntkpipe.analysis.alignment import alignment, kernel_target_alignment
-from ntkpipe.errors import ConfigError
-from ntkpipe.testing import matrix_with_spectrum, power_law
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 
 CLASSES = np.arange(200) % 4
 

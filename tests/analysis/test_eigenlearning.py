@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ntkpipe.analysis.eigenlearning import canatar, effective_ridge, eigenlearning
-from ntkpipe.errors import ConfigError
+from ntkpipe.base.errors import ConfigError
 
 
 def power_law(count: int, exponent: float) -> np.ndarray:

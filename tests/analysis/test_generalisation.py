@@ -8,7 +8,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 from ntkpipe.analysis.eigenlearning import eigenlearning
 from ntkpipe.analysis.generalisation import generalisation
-from ntkpipe.errors import ConfigError
+from ntkpipe.base.errors import ConfigError
 
 RIDGES = [0.0, 1e-3, 0.3, 5.0, 400.0]
 

@@ -5,7 +5,7 @@ import pytest
 
 from ntkpipe.analysis.eigenlearning import eigenlearning
 from ntkpipe.analysis.learning_curve import learning_curve
-from ntkpipe.errors import ConfigError, ResourceError
+from ntkpipe.base.errors import ConfigError, ResourceError
 
 
 def population(num_samples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ntkpipe.analysis.spectrum import spectrum
-from ntkpipe.errors import ConfigError, ResourceError
-from ntkpipe.testing import matrix_with_spectrum, power_law
+from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 
 RIDGES = [1e-2, 1.0, 50.0]
 

@@ -10,7 +10,7 @@ from sklearn.kernel_ridge import KernelRidge
 import ntkpipe
 from ntkpipe.analysis.alignment import kernel_target_alignment
 from ntkpipe.analysis.summary import ridge_regression, summarize
-from ntkpipe.errors import ConfigError
+from ntkpipe.base.errors import ConfigError
 
 
 def make_store(

@@ -7,7 +7,7 @@ from reference import redraw
 from torch import nn
 
 from ntkpipe.jacobian.fallback import METHODS, batch_size, by_loop, by_vmap, take
-from ntkpipe.models import prepare_model
+from ntkpipe.jacobian.model.functional import prepare_model
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 EYE = torch.eye(3, dtype=torch.float64)

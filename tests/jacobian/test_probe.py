@@ -8,9 +8,9 @@ from reference import redraw
 from torch import nn
 
 import ntkpipe
-from ntkpipe.errors import ModelError, NonFiniteError
+from ntkpipe.base.errors import ModelError, NonFiniteError
+from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.probe import check_outputs, probe_samples, with_fast_layout
-from ntkpipe.models import prepare_model
 
 L = nn.Linear
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

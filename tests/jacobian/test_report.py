@@ -8,7 +8,7 @@ import torch
 from engines import engine_kernel, engine_of, take
 from torch import nn
 
-from ntkpipe.jacobian.block import Engine
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.report import (
     LEGEND,
     explain_reports,

@@ -12,16 +12,16 @@ import pytest
 from numpy.typing import NDArray
 from stored import store_matrix
 
-from ntkpipe import resources
-from ntkpipe.errors import ConfigError, NonFiniteError, ResourceError, TileError
-from ntkpipe.grid import Axis, Grid
+from ntkpipe.base import resources
+from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, TileError
+from ntkpipe.base.grid import Axis, Grid
+from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
 from ntkpipe.operators.streaming import StreamingOperator
+from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, Part, TileIndex, cut_shards, scratch_bytes
-from ntkpipe.resources import process_memory
-from ntkpipe.testing import matrix_with_spectrum, power_law
 
 EDGE, NUM_TILES = 4, 6
 EVERY = [(row, column) for row in range(NUM_TILES) for column in range(row, NUM_TILES)]

@@ -9,8 +9,8 @@ import torch
 from matplotlib.image import imread
 
 import ntkpipe
-from ntkpipe.manifest import ArrayRecord
 from ntkpipe.report.images import StoredImages, image_shape
+from ntkpipe.store.manifest import ArrayRecord
 
 
 @pytest.mark.parametrize(

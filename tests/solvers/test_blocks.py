@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ntkpipe.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.solvers.blocks import as_block
 
 

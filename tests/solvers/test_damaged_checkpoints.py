@@ -8,13 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
-from ntkpipe.errors import ConfigError, NtkpipeError, StoreError
-from ntkpipe.saving import Checkpoint
-from ntkpipe.solvers.cholesky import cholesky
-from ntkpipe.solvers.functions import density, dynamics, slq_logdet
-from ntkpipe.solvers.lanczos import eigsh
-from ntkpipe.solvers.solve import solve
-from ntkpipe.testing import matrix_with_spectrum, power_law
+from ntkpipe.base.errors import ConfigError, NtkpipeError, StoreError
+from ntkpipe.learning.dynamics import dynamics
+from ntkpipe.operators.testing import matrix_with_spectrum, power_law
+from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.spectral.density import density
+from ntkpipe.solvers.spectral.lanczos import eigsh
+from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.store.results import Checkpoint
 
 N = 40
 MATRIX = matrix_with_spectrum(power_law(N, condition=1e4))

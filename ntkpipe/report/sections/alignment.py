@@ -25,7 +25,7 @@ def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Sect
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.alignment.alignment`.
+        Of :func:`ntkpipe.alignment`.
     spectrum
         For the trace, of which eigenvalues hold a share.
     """

@@ -26,7 +26,7 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.generalisation.generalisation`.
+        Of :func:`ntkpipe.generalisation`.
     mean_diagonal
         Of the kernel, which is marked.
     """

@@ -32,7 +32,7 @@ def influence_section(
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.influence.influence`, at the chosen ridge.
+        Of :func:`ntkpipe.influence`, at the chosen ridge.
     images
         The samples, if they are images.
     targets, test_targets

@@ -24,7 +24,7 @@ def regression_section(found: Found | Missing) -> Section:
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.ridge_path.ridge_path`.
+        Of :func:`ntkpipe.ridge_path`.
     """
     if isinstance(found, Missing):
         return Section("regression", _TITLE, _INTRO, (), found.why)

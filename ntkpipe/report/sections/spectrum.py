@@ -24,7 +24,7 @@ def spectrum_section(found: Found | Missing) -> Section:
     Parameters
     ----------
     found
-        Of :func:`ntkpipe.analysis.spectrum.spectrum`.
+        Of :func:`ntkpipe.spectrum`.
     """
     if isinstance(found, Missing):
         return Section("spectrum", _TITLE, _INTRO, (), found.why)

@@ -1,0 +1,1 @@
+"""How two kernels of the same samples differ."""

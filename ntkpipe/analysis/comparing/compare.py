@@ -1,0 +1,349 @@
+"""Comparing two kernels of the same samples: entries, spectra, eigenspaces, predictions."""
+
+import math
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.analysis.comparing.eigenspaces import angle_error, outer_vectors, principal_angles
+from ntkpipe.analysis.comparing.entries import Differences, measure_differences
+from ntkpipe.analysis.comparing.predictions import Goal, Predictions, disagreement, goal_of_sides, predict
+from ntkpipe.analysis.comparing.ratios import ratios_of
+from ntkpipe.analysis.comparing.result import Comparison
+from ntkpipe.analysis.comparing.sides import (
+    Side,
+    differing_fields,
+    require_comparable,
+    sides_of,
+)
+from ntkpipe.analysis.comparing.spectra import Ends, Way, find_ends, in_memory, way_for
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Work
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.solvers.result import Monitor, Status, ignore
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be found of each side."""
+
+    k: int
+    ridge: float
+    ridge_scale: RidgeScale
+    with_smallest: bool
+    seed: int
+    memory_limit: int | None
+    client: "Client | None"
+    monitor: Monitor
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found of one side."""
+
+    ends: Ends
+    predictions: Predictions | None
+    ridge: float
+    identity: str
+    way: Way
+    work: Work
+
+
+def compare_kernels(
+    a: Any,
+    b: Any,
+    *,
+    array: str = "train",
+    num_outputs: int | None = None,
+    targets: ArrayLike | None = None,
+    test_targets: ArrayLike | None = None,
+    test_kernels: tuple[Any, Any] | None = None,
+    k: int = 10,
+    ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
+    smallest_eigenvalue: bool = True,
+    eigenpairs: tuple[Any, Any] | None = None,
+    memory_limit: int | None = None,
+    client: "Client | None" = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+) -> Comparison:
+    """Compare kernel A with kernel B, the reference, on the same samples.
+
+    Entries are compared in one pass over the tiles of both in step, in float64, exactly, whatever their tiles are: a
+    relative Frobenius difference, also after the best scale, alignment and centred alignment, the largest entry
+    difference. Where one is a full NTK of N·O rows and the other K has one row a sample, as a pNTK, the latter is
+    ``K ⊗ I_O`` (Mohamadi, Bae, Sutherland 2023, arXiv 2206.12543), of which only strips of a tile ever exist; its
+    eigenpairs, determinant and predictions are those of K.
+
+    Leading eigenpairs are found to a true residual of 1e-10 by block Lanczos. The rest is exact for a kernel that fits
+    in memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration with a Cholesky
+    factor, its lower bound proved by another; predictions by a factor, those of a singular kernel without a ridge by
+    the eigenpairs that are not zero. Where it does not fit, everything comes from passes over the tiles: λ_min
+    by block Davidson, whose lower bound rests on none having been missed, predictions by conjugate gradients to a true
+    residual of 1e-10, and there is no log-determinant. ``method`` of the result says which. Nothing below the storage
+    floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
+
+    Memory: the kernels and copies (24 n² bytes, one at a time) where they fit; else a tile of each, or as many as the
+    limit allows; vectors come on top, ``8 n (11 k + 60)`` bytes, and for a kernel that does not fit ``24 n rank`` with
+    the rank of a preconditioner, min(1000, n/10). Cost of the pass: every tile of both once, diagonal ones twice; of
+    different tiles some of the smaller ones up to four times. Spectra of kernels that do not fit: 15 passes for
+    leading pairs, 100 for λ_min.
+
+    Parameters
+    ----------
+    a, b
+        Each a store or its path, a stored kernel, a symmetric array, or an operator.
+    array
+        Which kernel of a store, as ``train``, or ``groups/head/kernel/train``.
+    num_outputs
+        O of arrays and operators that are full NTKs, row = sample * O + output: of the one that has more rows, or of
+        both where they have as many; default that of a stored full NTK beside it, or one.
+    targets, test_targets
+        Shape (N,) for classes, or (N, c); and (M,) or (M, c). Default those of the stores, if they have any.
+    test_kernels
+        Test × train of A and of B: arrays or stored kernels, shapes (M·S, N·S). Default those of the stores.
+    k
+        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``.
+    ridge, ridge_scale
+        λ of both regressions and log-determinants, absolute; with ``"mean_diagonal"`` times the mean diagonal of each.
+    smallest_eigenvalue
+        Whether it is looked for: that is most of the cost where kernels do not fit in memory.
+    eigenpairs
+        Known ones of A and of B, each with ``eigenvalues`` descending and ``eigenvectors``, or none: used where they
+        are at least one more than are compared; all n save LAPACK, too.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free. Where that is less than passes
+        need, they have one tile of each kernel and their vectors. On a cluster: of each worker.
+    client
+        Of a Dask cluster that multiplies, as for :func:`ntkpipe.as_operator`; the pass over entries
+        is made here.
+    seed
+        Of the first blocks.
+    monitor
+        Called after each pass of a solver.
+
+    Raises
+    ------
+    ConfigError
+        If the kernels are not of the same samples (the message has the fields of the manifests that differ), B is
+        zero, or an option is wrong.
+    NonFiniteError
+        If one of them holds NaN or infinity.
+    ResourceError
+        If the limit leaves no room for the tiles in use.
+    TileError
+        If a tile is missing or damaged; the message names it.
+    """
+    started = perf_counter()
+    sides = sides_of(a, b, array=array, num_outputs=num_outputs)
+    if test_kernels is not None:
+        sides = replace(sides[0], test_kernel=test_kernels[0]), replace(sides[1], test_kernel=test_kernels[1])
+    width = require_comparable(*sides)
+    _check(k, memory_limit)
+    goal, note = goal_of_sides(sides, targets, test_targets, is_given=test_kernels is not None)
+    entries = sides[0].entries(width), sides[1].entries(width)
+    measured = measure_differences(*entries)
+    if measured.frobenius_b == 0:
+        raise ConfigError(f"{sides[1].name} is zero, so nothing is relative to it; give it as a")
+    wanted = _Wanted(
+        k=min(int(k), sides[0].num_samples),
+        ridge=float(ridge),
+        ridge_scale=ridge_scale,
+        with_smallest=smallest_eigenvalue,
+        seed=int(seed),
+        memory_limit=memory_limit,
+        client=client,
+        monitor=monitor,
+    )
+    first, second = (
+        _find(side, _leading(side, sides, wanted.k), diagonal[:: width // side.width], goal, wanted, given)
+        for side, diagonal, given in zip(
+            sides, (measured.diagonal_a, measured.diagonal_b), eigenpairs or (None, None), strict=True
+        )
+    )
+    work = Work(1.0, measured.bytes_read, 0.0) + first.work + second.work
+    options = {
+        "array": array,
+        "k": wanted.k,
+        "ridge": wanted.ridge,
+        "ridge_scale": ridge_scale,
+        "smallest_eigenvalue": bool(smallest_eigenvalue),
+        "memory_limit": memory_limit,
+        "seed": wanted.seed,
+    }
+    fields = _entry_fields(measured) | _spectral_fields(sides, width, first, second)
+    fields |= _prediction_fields(goal, first.predictions, second.predictions, note)
+    status, message = _judge(first, second)
+    return Comparison(
+        status=status,
+        message=message,
+        work=work,
+        seconds=perf_counter() - started,
+        options=options,
+        matrix=first.identity,
+        reference=second.identity,
+        a=sides[0].name,
+        b=sides[1].name,
+        kinds=(sides[0].kind, sides[1].kind),
+        differs=differing_fields(*sides),
+        num_samples=sides[0].num_samples,
+        num_rows=sides[0].num_samples * width,
+        num_outputs=width,
+        outer=next((name for name, side in zip("ab", sides, strict=True) if side.width < width), None),
+        method=_method(first, second),
+        log_determinant_a=_outer_determinant(first, sides[0], width),
+        log_determinant_b=_outer_determinant(second, sides[1], width),
+        ridge_a=first.ridge,
+        ridge_b=second.ridge,
+        **fields,
+    )
+
+
+def _check(k: int, memory_limit: int | None) -> None:
+    check_number("k", k, low=1)
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, low=1)
+
+
+def _leading(side: Side, sides: tuple[Side, Side], k: int) -> int:
+    """Leading eigenpairs of one side: O times as many of a full NTK beside ``K ⊗ I_O``."""
+    return k if sides[0].width == sides[1].width else k * side.width
+
+
+def _find(
+    side: Side, count: int, diagonal: NDArray[np.float64], goal: Goal | None, wanted: _Wanted, given: Any
+) -> _Found:
+    """The ends of one spectrum, and predictions."""
+    ridge = absolute_ridge(wanted.ridge, wanted.ridge_scale, lambda: diagonal)
+    limit = wanted.memory_limit
+    way = way_for(len(diagonal), None if wanted.client is not None else limit)
+    how: dict[str, Any] = {"way": way, "seed": wanted.seed, "monitor": wanted.monitor}
+    with side.operator(limit, wanted.client) as stored:
+        before, identity = stored.work, stored.identity()
+        operator = stored if way == "passes" else in_memory(stored)
+        ends = find_ends(operator, count, ridge=ridge, with_smallest=wanted.with_smallest, given=given, **how)
+        predictions = None
+        if goal is not None:
+            predictions = predict(
+                operator,
+                side.test_kernel,
+                side.width,
+                goal,
+                ridge=ridge,
+                largest=float(ends.eigenvalues[0]),
+                memory_limit=limit,
+                **how,
+            )
+        done = stored.work - before + (Work() if operator is stored else operator.work)
+        return _Found(ends, predictions, ridge, identity, way, done)
+
+
+def _entry_fields(measured: Differences) -> dict[str, Any]:
+    norm = measured.frobenius_b
+    return {
+        "frobenius_a": measured.frobenius_a,
+        "frobenius_b": norm,
+        "relative_difference": measured.difference / norm,
+        "scale": measured.scale,
+        "scaled_difference": measured.scaled_difference / norm,
+        "alignment": measured.alignment,
+        "centred_alignment": measured.centred_alignment,
+        "largest_entry_difference": measured.largest,
+        "largest_entry": measured.largest_at,
+        "num_zero_rows": measured.num_zero_rows,
+    }
+
+
+def _spectral_fields(sides: tuple[Side, Side], width: int, first: _Found, second: _Found) -> dict[str, Any]:
+    a, b = (_outer_ends(found.ends, width // side.width) for found, side in zip((first, second), sides, strict=True))
+    ratios = ratios_of(a, b)
+    angles = principal_angles(a.eigenvectors, b.eigenvectors)
+    return {
+        "eigenvalues_a": a.eigenvalues,
+        "eigenvalues_b": b.eigenvalues,
+        "largest_eigenvalue_ratio": float(a.eigenvalues[0]) / float(b.eigenvalues[0]),
+        "smallest_eigenvalue_a": a.smallest,
+        "smallest_eigenvalue_b": b.smallest,
+        "smallest_eigenvalue_bounds_a": None if a.high is None else (a.low, a.high),
+        "smallest_eigenvalue_bounds_b": None if b.high is None else (b.low, b.high),
+        "smallest_eigenvalue_ratio": ratios.smallest,
+        "smallest_eigenvalue_ratio_bounds": ratios.smallest_bounds,
+        "smallest_eigenvalue_note": ratios.note,
+        "condition_number_a": ratios.condition_a,
+        "condition_number_b": ratios.condition_b,
+        "condition_number_ratio": ratios.condition,
+        "condition_number_ratio_bounds": ratios.condition_bounds,
+        "floor_a": a.floor,
+        "floor_b": b.floor,
+        "principal_angles": angles,
+        "angle_error": angle_error(a, b),
+        "overlap": float(np.mean(np.cos(angles) ** 2)),
+    }
+
+
+def _outer_ends(ends: Ends, num_outputs: int) -> Ends:
+    """The ends of ``K ⊗ I_O`` from those of K."""
+    if num_outputs == 1:
+        return ends
+    return replace(
+        ends,
+        eigenvalues=np.repeat(ends.eigenvalues, num_outputs),
+        eigenvectors=outer_vectors(ends.eigenvectors, num_outputs),
+        residual=ends.residual * math.sqrt(num_outputs),
+    )
+
+
+def _outer_determinant(found: _Found, side: Side, width: int) -> float | None:
+    value = found.ends.log_determinant
+    return None if value is None else value * (width // side.width)
+
+
+def _prediction_fields(
+    goal: Goal | None, first: Predictions | None, second: Predictions | None, note: str
+) -> dict[str, Any]:
+    if goal is None or first is None or second is None:
+        names = ("predictions", "test_loss", "test_accuracy")
+        missing = {f"{name}_{side}": None for name in names for side in "ab"}
+        return {**missing, "prediction_difference": None, "disagreement": None, "prediction_note": note}
+    apart = disagreement(first.values, second.values, goal)
+    losses, accuracies = apart.losses or (None, None), apart.accuracies or (None, None)
+    return {
+        "predictions_a": first.values,
+        "predictions_b": second.values,
+        "prediction_difference": apart.difference,
+        "disagreement": apart.columns,
+        "test_loss_a": losses[0],
+        "test_loss_b": losses[1],
+        "test_accuracy_a": accuracies[0],
+        "test_accuracy_b": accuracies[1],
+        "prediction_note": note,
+    }
+
+
+def _method(first: _Found, second: _Found) -> str:
+    """How spectra and predictions were found, of A and of B."""
+    words = {
+        "lapack": "LAPACK in memory, float64",
+        "factor": "block Lanczos and Cholesky in memory, float64",
+        "passes": "passes over the tiles, which do not fit the memory limit",
+    }
+    if first.way == second.way:
+        return words[first.way]
+    return f"A by {words[first.way]}; B by {words[second.way]}"
+
+
+def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
+    """The first thing that did not converge, of either side."""
+    for name, found in (("A", first), ("B", second)):
+        for part in (found.ends, found.predictions):
+            if part is not None and part.status != "converged":
+                return part.status, f"of {name}: {part.message}"
+    return "converged", "entries are compared exactly, spectra and predictions to true residuals of 1e-10"

@@ -1,0 +1,217 @@
+"""Two symmetric matrices read in step: runs of samples that lie in one tile of both, each pair of runs once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.operators.tiles import TileSource
+
+# Numbers of a strip in float64: what is done with it stays in a core's cache.
+_STRIP_NUMBERS = 2**16
+# Samples of a run where a matrix has no tiles.
+_RUN = 512
+
+
+class Entries(Protocol):
+    """Entries of a symmetric matrix of samples, ``width`` rows each, by two runs of samples."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, N."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Rows a sample."""
+        ...
+
+    @property
+    def edge(self) -> int | None:
+        """Samples of a tile; none if any run may be asked for."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that came from files or object storage."""
+        ...
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """The block of two runs of samples, rows before columns or the same; may be a view, valid until the next."""
+        ...
+
+
+class TileEntries:
+    """Of tiles: a run must lie in one of them. The last tile is kept, so that neighbours do not read it again.
+
+    Parameters
+    ----------
+    source
+        Where tiles come from.
+    width
+        Rows a sample.
+    """
+
+    def __init__(self, source: TileSource, width: int) -> None:
+        self._source = source
+        self._rows = source.grid.rows.tile_rows
+        self.width = width
+        self.num_samples = source.grid.shape[0] // width
+        self.edge: int | None = self._rows // width
+        self.bytes_read = 0
+        self._last: tuple[tuple[int, int], NDArray[Any]] | None = None
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """See :class:`Entries`."""
+        first, second = rows.start * self.width, columns.start * self.width
+        index = first // self._rows, second // self._rows
+        if self._last is None or self._last[0] != index:
+            self._last = None  # before the next one is there, or there would be two
+            self._last = index, self._source.read(index, None)
+            self.bytes_read += self._source.tile_bytes
+        top, left = index[0] * self._rows, index[1] * self._rows
+        return self._last[1][
+            first - top : rows.stop * self.width - top, second - left : columns.stop * self.width - left
+        ]
+
+
+class OperatorEntries:
+    """Of an operator: any block that it is asked for.
+
+    Parameters
+    ----------
+    operator
+        The matrix.
+    width
+        Rows a sample.
+    """
+
+    def __init__(self, operator: Operator, width: int) -> None:
+        self._operator = operator
+        self.width = width
+        self.num_samples = operator.num_rows // width
+        self.edge: int | None = None
+        self._before = operator.work.bytes_read
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that the operator has read for it."""
+        return self._operator.work.bytes_read - self._before
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """See :class:`Entries`."""
+        spans = (slice(run.start * self.width, run.stop * self.width) for run in (rows, columns))
+        return self._operator.block(*spans)
+
+
+class OuterEntries:
+    """``K ⊗ I_O`` of the entries of K. Only strips of it exist, while they are looked at.
+
+    Parameters
+    ----------
+    base
+        K, one row a sample.
+    num_outputs
+        O.
+    """
+
+    def __init__(self, base: Entries, num_outputs: int) -> None:
+        assert base.width == 1
+        self._base = base
+        self.num_samples, self.edge, self.width = base.num_samples, base.edge, num_outputs
+
+    @property
+    def bytes_read(self) -> int:
+        """See :class:`Entries`."""
+        return self._base.bytes_read
+
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """The block of K itself, which :func:`_as_strip` takes apart."""
+        return self._base.read(rows, columns)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The same few rows of a block of both matrices, in float64; valid until the next one.
+
+    Attributes
+    ----------
+    rows, columns
+        Samples.
+    is_diagonal
+        Whether its block is a diagonal one, which has its own mirror in it; entries of others count twice.
+    first, second
+        Shape (rows * width, columns * width).
+    """
+
+    rows: slice
+    columns: slice
+    is_diagonal: bool
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+
+
+def strips(first: Entries, second: Entries) -> Iterator[Strip]:
+    """Every entry of the upper blocks of two matrices, those of diagonal blocks first.
+
+    Blocks are cut at the edges of the tiles of both, and those of one coarse tile follow each other: so each tile is
+    read once, those of diagonal blocks twice, and where the edges of the finer tiles do not divide those of the
+    coarser ones, the finer ones that lie across, up to four times. Memory is a tile of each and some megabytes.
+
+    Parameters
+    ----------
+    first, second
+        Of the same samples, and as many rows a sample.
+
+    Yields
+    ------
+    The same few rows of a block of both.
+    """
+    runs = _runs(first, second)
+    coarse = max(_edge(first), _edge(second))
+    diagonal = [(run, run) for run in runs]
+    upper = [(row, column) for number, row in enumerate(runs) for column in runs[number + 1 :]]
+    upper.sort(key=lambda pair: (pair[0].start // coarse, pair[1].start // coarse, pair[0].start, pair[1].start))
+    for rows, columns in [*diagonal, *upper]:
+        yield from _strips_of(first, second, rows, columns)
+
+
+def _edge(entries: Entries) -> int:
+    return entries.edge or _RUN
+
+
+def _runs(first: Entries, second: Entries) -> list[slice]:
+    cuts = {0, first.num_samples}
+    for entries in (first, second):
+        if entries.edge is not None or first.edge == second.edge:
+            cuts |= set(range(0, first.num_samples, _edge(entries)))
+    return [slice(*ends) for ends in pairwise(sorted(cuts))]
+
+
+def _strips_of(first: Entries, second: Entries, rows: slice, columns: slice) -> Iterator[Strip]:
+    width, num_columns = first.width, columns.stop - columns.start
+    blocks = first.read(rows, columns), second.read(rows, columns)
+    step = max(1, _STRIP_NUMBERS // (num_columns * width * width))
+    for start in range(rows.start, rows.stop, step):
+        part = slice(start, min(start + step, rows.stop))
+        of_block = slice(part.start - rows.start, part.stop - rows.start)
+        values = [
+            _as_strip(block, of_block, width, is_outer=isinstance(entries, OuterEntries))
+            for entries, block in zip((first, second), blocks, strict=True)
+        ]
+        yield Strip(part, columns, rows == columns, *values)
+
+
+def _as_strip(block: NDArray[Any], rows: slice, width: int, *, is_outer: bool) -> NDArray[np.float64]:
+    """Rows of a block in float64, C-contiguous."""
+    if not is_outer:
+        return np.ascontiguousarray(block[rows.start * width : rows.stop * width], np.float64)
+    values = block[rows]
+    spread = np.zeros((len(values), width, values.shape[1], width))
+    for output in range(width):
+        spread[:, output, :, output] = values
+    return spread.reshape(len(values) * width, -1)

@@ -1,0 +1,231 @@
+"""What two kernels are compared as: their entries, samples, targets and test kernels, and whether that makes sense."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.analysis.comparing.in_step import Entries, OperatorEntries, OuterEntries, TileEntries
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator
+from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
+from ntkpipe.store.export import find_array
+from ntkpipe.store.kernel import Kernel, KernelStore, open_kernel
+from ntkpipe.store.manifest import DataRecord, Manifest, differences
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_TRAIN, _TEST = "train", "test_train"
+_ARRAY_EDGE = 2048
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two kernels that are compared.
+
+    Attributes
+    ----------
+    name
+        For people: path and array, or what it is.
+    matrix
+        A stored kernel, an array, or an operator.
+    width
+        Rows a sample in the matrix.
+    num_samples
+        Of the train kernel.
+    manifest
+        Of a stored kernel.
+    store
+        Where it is.
+    test_kernel
+        Test × train, if there is one: a stored kernel or an array.
+    """
+
+    name: str
+    matrix: Any
+    width: int
+    num_samples: int
+    manifest: Manifest | None
+    store: KernelStore | None
+    test_kernel: Any
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of a stored kernel."""
+        return None if self.manifest is None else self.manifest.kind
+
+    def entries(self, num_outputs: int) -> Entries:
+        """Its entries, or those of ``K ⊗ I_O`` where it has fewer rows a sample than ``num_outputs``."""
+        if isinstance(self.matrix, Kernel):
+            found: Entries = TileEntries(KernelTiles(self.matrix), self.width)
+        elif _has_tiles(self.matrix):
+            edge = max(1, _ARRAY_EDGE // self.width) * self.width
+            found = TileEntries(ArrayTiles(self.matrix, edge), self.width)
+        else:
+            found = OperatorEntries(as_operator(self.matrix), self.width)
+        return found if self.width == num_outputs else OuterEntries(found, num_outputs)
+
+    @contextmanager
+    def operator(self, memory_limit: int | None, client: "Client | None") -> Iterator[Operator]:
+        """The kernel as an operator, closed afterwards unless it was one before."""
+        if client is None:
+            operator, _ = open_for_analysis(self.matrix, memory_limit)
+        else:
+            operator = as_operator(self.matrix, memory_limit=memory_limit, client=client)
+        try:
+            yield operator
+        finally:
+            if operator is not self.matrix:
+                operator.close()
+
+
+def _has_tiles(matrix: Any) -> bool:
+    return isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
+
+
+def sides_of(a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None) -> tuple[Side, Side]:
+    """What is to be compared, of whatever a caller has.
+
+    Parameters
+    ----------
+    a, b
+        Each a store or its path, a stored kernel, an array, or an operator.
+    array
+        Which kernel of a store, as ``train``, or ``groups/head/kernel/train``.
+    num_outputs
+        Rows a sample of arrays and operators that are full NTKs: the one with more rows, or both. Default that of a
+        stored full NTK on the other side, or one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such array, it is no symmetric kernel, or its rows are not samples by outputs.
+    StoreError
+        If there is no store at a path, or it is damaged.
+    """
+    stored = [_stored_side(kernel, array) for kernel in (a, b)]
+    rows = [
+        _num_rows(kernel, name) if side is None else side.num_samples * side.width
+        for kernel, name, side in zip((a, b), "ab", stored, strict=True)
+    ]
+    widths = [1 if side is None else side.width for side in stored]
+    full = max(widths) if num_outputs is None else int(check_number("num_outputs", num_outputs, low=1))
+    first, second = (
+        side or _side_of_matrix(kernel, name, own, full if own == max(rows) else 1)
+        for kernel, name, own, side in zip((a, b), "ab", rows, stored, strict=True)
+    )
+    return first, second
+
+
+def _num_rows(kernel: Any, name: str) -> int:
+    shape = tuple(int(size) for size in (kernel.shape if hasattr(kernel, "shape") else np.shape(kernel)))
+    if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        raise ConfigError(f"{name} has shape {shape}; needed a square kernel of samples with themselves")
+    return shape[0]
+
+
+def _side_of_matrix(kernel: Any, name: str, num_rows: int, width: int) -> Side:
+    if num_rows % width:
+        raise ConfigError(
+            f"{name} has {num_rows} rows, which is no multiple of {width} outputs; needed sample * O + output"
+        )
+    matrix = kernel if isinstance(kernel, Operator) or _has_tiles(kernel) else np.asarray(kernel)
+    return Side(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width, None, None, None)
+
+
+def _stored_side(kernel: Any, array: str) -> Side | None:
+    if isinstance(kernel, str | Path):
+        kernel = open_kernel(kernel)
+    if isinstance(kernel, KernelStore):
+        return _side_of_store(kernel, array)
+    return _side_of_store(open_kernel(kernel.root), kernel.name) if isinstance(kernel, Kernel) else None
+
+
+def _side_of_store(store: KernelStore, array: str) -> Side:
+    found, manifest = find_array(store.store, array), store.manifest
+    grid = found.layout.grid
+    if grid is None or not grid.symmetric:
+        raise ConfigError(
+            f"{found.layout.name} of {store.path} is no kernel of samples with themselves; needed 'train'"
+        )
+    kernel = Kernel(found, manifest.digest())
+    test = f"{kernel.name.removesuffix(_TRAIN)}{_TEST}"
+    test_kernel = Kernel(store.store.arrays[test], manifest.digest()) if test in store.store.arrays else None
+    name = f"{store.path}" if kernel.name == f"kernel/{_TRAIN}" else f"{store.path} {kernel.name}"
+    count = manifest.train.num_samples
+    return Side(name, kernel, manifest.num_covectors, count, manifest, store, test_kernel)
+
+
+def require_comparable(a: Side, b: Side) -> int:
+    """Rows a sample that both are compared in: that of a full NTK, O, if one of them is.
+
+    Raises
+    ------
+    ConfigError
+        If they are not of the same samples, in the same order; the message has what differs in the manifests.
+    """
+    if a.manifest is not None and b.manifest is not None:
+        differing = _data_differences("train", a.manifest.train, b.manifest.train)
+        if a.width != b.width or a.width > 1:
+            one, other = a.manifest.num_outputs, b.manifest.num_outputs
+            differing += [("num_outputs", one, other)] if one != other else []
+        if differing:
+            shown = "; ".join(f"{field} is {one} in a and {other} in b" for field, one, other in differing)
+            raise ConfigError(
+                f"{a.name} and {b.name} are not kernels of the same samples: {shown}. Needed two kernels of the same "
+                "inputs in the same order"
+            )
+    if a.num_samples != b.num_samples or (a.width != b.width and 1 not in {a.width, b.width}):
+        raise ConfigError(
+            f"{a.name} has {a.num_samples} samples of {a.width} rows and {b.name} {b.num_samples} of {b.width}; needed "
+            "the same samples. An array of a full NTK, row = sample * O + output, needs num_outputs=O beside a kernel "
+            "of one row a sample"
+        )
+    return max(a.width, b.width)
+
+
+def differing_fields(a: Side, b: Side) -> tuple[str, ...] | None:
+    """Fields of the manifests that differ, but for tiles; none where one has no manifest."""
+    if a.manifest is None or b.manifest is None:
+        return None
+    return tuple(field for field, _, _ in differences(a.manifest, b.manifest) if field != "tile")
+
+
+def has_same_test_samples(a: Side, b: Side) -> bool:
+    """Whether test kernels are of the same samples, as far as manifests say."""
+    if a.manifest is None or b.manifest is None:
+        return True
+    one, other = a.manifest.test, b.manifest.test
+    return one is not None and other is not None and not _data_differences("test", one, other)
+
+
+def _data_differences(split: str, one: DataRecord, other: DataRecord) -> list[tuple[str, object, object]]:
+    found: list[tuple[str, object, object]] = []
+    for field in ("num_samples", "inputs_digest", "targets_digest"):
+        left, right = getattr(one, field), getattr(other, field)
+        # Targets that only one of the stores has are no contradiction.
+        if left != right and left is not None and right is not None:
+            found.append((f"{split}.{field}", _short(left), _short(right)))
+    return found
+
+
+def _short(value: object) -> object:
+    return f"{value[:12]}…" if isinstance(value, str) else value
+
+
+def targets_of(a: Side, b: Side, split: str) -> NDArray[Any] | None:
+    """Targets of the first of the stores that has them; ``split`` is ``train`` or ``test``."""
+    for side in (a, b):
+        if side.store is not None:
+            found = side.store.targets if split == "train" else side.store.test_targets
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,1 @@
+"""The command line, workflow files, and submission to a cluster."""

@@ -1,0 +1,414 @@
+"""The command line: parse, call one public function, print.
+
+Exit codes: 0 good, 1 a finding (a bad tile, a failed check, a full disk), 2 wrong use, 130 interrupted. Modules that
+need torch are imported by the commands that compute, so that ``info`` and a plain ``verify`` answer at once.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+
+from ntkpipe.app import analysis_commands as cli_analyses
+from ntkpipe.app import solver_commands as cli_solvers
+from ntkpipe.base.config import parse_bytes
+from ntkpipe.base.errors import (
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    NtkpipeError,
+    ResourceError,
+    SelfCheckError,
+    StoreFullError,
+    TileError,
+)
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import print_rows, print_table, printable
+from ntkpipe.base.version import VERSION
+from ntkpipe.store.chunks import reading_results
+from ntkpipe.store.derive import derive_kernel
+from ntkpipe.store.export import export_kernel, find_array
+from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, repair_rows, undo
+from ntkpipe.store.verification import VerificationReport, verification_rows, verify_and_record
+from ntkpipe.store.watch import watch
+
+_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
+_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
+
+_COMMANDS = tuple(str(command.name) for command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS))
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
+)
+_scheduler = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on a Dask cluster: tcp://host:8786, tls://…, or local for processes of this machine.",
+)
+_grow = click.option(
+    "--grow", is_flag=True, help="Add samples to a store that holds fewer: the first ones of the workflow's."
+)
+_mode = click.option(
+    "--mode",
+    type=click.Choice(["a", "w", "w-"]),
+    default="a",
+    show_default=True,
+    help="a: create or resume; w: start over; w-: only create.",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
+_store = click.argument("store", metavar="STORE")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION)
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, traceback: bool) -> None:
+    """Empirical neural tangent kernels at data-set size: exact, verified, resumable."""
+    context.obj = {"traceback": traceback}
+    warnings.showwarning = _show_warning
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@_grow
+@_mode
+@_scheduler
+def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
+    """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
+    from ntkpipe.app import workflow as workflows
+
+    if scheduler is not None:
+        overrides = (*overrides, f"run.scheduler={scheduler}")
+    is_good = True
+    for result in workflows.run(workflows.load(workflow, overrides), mode=mode, grow=grow):
+        print_rows(result.step, result.rows)
+        is_good &= result.is_good
+    if not is_good:
+        sys.exit(_FOUND)
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@_grow
+@_mode
+@click.option("--scheduler", metavar="ADDRESS", required=True, help="Of the cluster: tcp://host:8786 or tls://….")
+def submit(workflow: Path, overrides: tuple[str, ...], grow: bool, mode: Any, scheduler: str) -> None:
+    """Run WORKFLOW on a Dask cluster, its driver included, and return once the first block is handed out."""
+    try:
+        from ntkpipe.app.submission import submit as submit_workflow
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"submit needs Dask's distributed ({error}); install ntkpipe[cluster]") from error
+
+    submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow)
+    rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]
+    print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
+
+
+@cli.command()
+@_workflow_file
+@_overrides
+@_grow
+@_as_json
+@click.option(
+    "--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found and held."
+)
+def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, by_parameter: bool) -> None:
+    """Show tiles, bytes, operations, memory and time of WORKFLOW before anything runs, and how Jacobians are found.
+
+    With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
+    """
+    from ntkpipe.app import workflow as workflows
+    from ntkpipe.build.estimate import estimate_cluster
+    from ntkpipe.jacobian import report
+
+    loaded = workflows.load(workflow, overrides)
+    planned, found = workflows.plan(loaded, grow=grow)
+    described = loaded.workflow.cluster
+    estimate = None if described is None else estimate_cluster(planned, described)
+    if as_json:
+        numbers = {**planned.to_json(), "jacobians": [each.to_json() for each in found]}
+        print(json.dumps({**numbers, "cluster": None if estimate is None else estimate.to_json()}, indent=1))
+    else:
+        print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
+        if estimate is not None:
+            print_rows("estimate for the described cluster", estimate.rows())
+        table = report.list_reports(found) if by_parameter else report.summarize_reports(found)
+        print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
+        print_rows("kept as", report.explain_reports(found))
+        reasons = report.fallback_reasons(found)
+        if reasons:
+            print_rows("in the fallback", reasons)
+    # Whoever describes a cluster asks about that one.
+    if planned.problems if estimate is None else estimate.plan.problems:
+        sys.exit(_FOUND)
+
+
+@cli.command()
+@_store
+@_as_json
+@click.option("--watch", "is_watched", is_flag=True, help="Follow a run until it is complete or has failed.")
+def info(store: str, as_json: bool, is_watched: bool) -> None:
+    """Show what STORE holds, how far it is and what was found; reads no tile."""
+    opened = watch(store) if is_watched else open_kernel(store)
+    described = _describe(opened)
+    if as_json:
+        print(json.dumps(described, indent=1))
+        return
+    manifest, progress = opened.manifest, opened.progress
+    train, test = manifest.train, manifest.test
+    rows = [
+        ("kind", f"{manifest.kind}: {manifest.convention}"),
+        ("kernel", f"{_shape_in_words(opened)} {manifest.store_dtype}"),
+        (
+            "samples",
+            f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs",
+        ),
+        (
+            "model",
+            f"{manifest.model.name}, {manifest.model.num_parameters:,} parameters in {len(manifest.model.parameters)}",
+        ),
+        (
+            "computed in",
+            f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {manifest.choices.device}",
+        ),
+        ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
+        ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
+    ]
+    if manifest.groups:
+        rows.append(("groups", _groups_in_words(manifest)))
+    if manifest.derived is not None:
+        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
+    for before in manifest.growth:
+        held = f"{before.train.num_samples:,} train, {before.test.num_samples if before.test else 0:,} test"
+        rows.append(("grown from", f"{held} samples, {before.environment.get('created', 'at an unknown time')}"))
+    with reading_results(opened.path):
+        rows += _result_rows(described)
+    print_rows(store, rows)
+
+
+@cli.command()
+@_store
+@click.option(
+    "--workflow",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also certify the whole kernel against the model and data of this workflow file.",
+)
+@_overrides
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Put right what is bad: leftovers, descriptions of arrays, and with --workflow the bad tiles.",
+)
+@_scheduler
+@_as_json
+def verify(
+    store: str, workflow: Path | None, overrides: tuple[str, ...], repair: bool, scheduler: str | None, as_json: bool
+) -> None:
+    """Check every chunk of STORE, and with --workflow the whole kernel against its model."""
+    if scheduler is not None and not (repair and workflow):
+        raise click.UsageError(
+            "--scheduler is where bad tiles are computed again; give --repair and --workflow as well"
+        )
+    opened = open_kernel(store)
+    report: VerificationReport | RepairReport
+    if workflow is not None:
+        from ntkpipe.app import workflow as workflows
+
+        if scheduler is not None:
+            overrides = (*overrides, f"run.scheduler={scheduler}")
+        loaded = workflows.load(workflow, overrides)
+        report = workflows.repair(loaded, opened) if repair else workflows.verify(loaded, opened)
+    elif overrides:
+        raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
+    elif repair:
+        report = mend(opened.store, done=undo(opened.store), progress=True)
+    else:
+        report = verify_and_record(opened.store, progress=True)
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    elif isinstance(report, RepairReport):
+        rows = repair_rows(report)
+        if workflow is None and bad_chunks(opened.store, report.left):
+            rows.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
+        print_rows(f"repair {store}", rows)
+    else:
+        print_rows(f"verify {store}", verification_rows(report))
+    if not report.is_good:
+        sys.exit(_FOUND)
+
+
+@cli.command()
+@_store
+@click.option("--kind", required=True, help="pntk, trace, diagonal or output:k; trace and output:k also from diagonal.")
+@click.option("--to", required=True, metavar="PATH", help="Path or URL of the new store.")
+@click.option("--samples", is_flag=True, help="Copy the samples, too: a certificate needs them, or a workflow file.")
+def derive(store: str, kind: str, to: str, samples: bool) -> None:
+    """Write a store of another KIND from the complete STORE of kind ntk or diagonal, without its model."""
+    written = derive_kernel(store, kind=kind, to=to, samples=samples)
+    progress = written.progress
+    size = f"{_shape_in_words(written)}, {progress.tiles_total:,} tiles, {format_bytes(progress.bytes_done)}"
+    print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
+
+
+@cli.command()
+@_store
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--array", default="train", show_default=True, help="Which one: train, test_train, outputs/train, targets/train, …"
+)
+def export(store: str, path: Path, array: str) -> None:
+    """Write the full matrix of STORE to PATH: .npy, or .zarr for plain Zarr. It appears there when it is whole."""
+    opened = open_kernel(store)
+    written = export_kernel(opened, path, array=array)
+    layout = find_array(opened.store, array).layout
+    shape = " × ".join(f"{size:,}" for size in layout.shape)
+    print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
+
+
+@cli.command()
+@_store
+@click.option("--output", metavar="PATH", help="Of the page.  [default: beside the store, as run.html for run.zarr]")
+@click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train.")
+@click.option(
+    "--ridge", "ridges", type=float, multiple=True, help="λ of the regressions; repeatable.  [default: what is saved]"
+)
+@click.option(
+    "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
+)
+@click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
+@click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
+@_as_json
+def report(
+    store: str,
+    output: str | None,
+    array: str,
+    ridges: tuple[float, ...],
+    ridge_scale: Any,
+    memory_limit: str | None,
+    saved_only: bool,
+    as_json: bool,
+) -> None:
+    """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
+    from ntkpipe.report.report import write_report  # keeps scipy out of other commands
+
+    written = write_report(
+        store,
+        output,
+        array=array,
+        ridges=ridges or None,
+        ridge_scale=ridge_scale,
+        memory_limit=None if memory_limit is None else parse_bytes("memory_limit", memory_limit),
+        saved_only=saved_only,
+    )
+    if as_json:
+        print(json.dumps(written.to_json(), indent=1))
+    else:
+        print_rows(f"report {store}", written.rows())
+
+
+for _command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of ``ntkpipe`` and ``python -m ntkpipe``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        cli.main(given, prog_name="ntkpipe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(_WRONG_USE)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click wraps an interrupt, and so its message, into an Abort.
+        message = str(error.__cause__) if isinstance(error.__cause__, Interrupted) else "interrupted"
+        _fail(message, _INTERRUPTED, given)
+    except NtkpipeError as error:
+        _fail(str(error), _FOUND if isinstance(error, _FINDINGS) else _WRONG_USE, given)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> None:
+    """Print an error as one line, or with its traceback; called while the error is handled."""
+    if "--traceback" in arguments:
+        Console(stderr=True).print_exception()
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _describe(store: KernelStore) -> dict[str, Any]:
+    """Everything that is known of a store without reading a tile."""
+    progress = store.progress
+    return {
+        "path": str(store.path),
+        "manifest": store.manifest.model_dump(mode="json"),
+        "progress": {**asdict(progress), "is_complete": progress.is_complete},
+        "kernels": {
+            name: {"shape": array.layout.shape, "dtype": str(array.layout.dtype), "tiles": array.layout.num_chunks}
+            for name, array in store.store.arrays.items()
+            if array.layout.grid is not None
+        },
+        "runs": store.store.read_results("runs"),
+        **{
+            name: store.store.read_result(name)
+            for name in ("verification", "certificate", "self_check", "summary", "driver", *_COMMANDS)
+        },
+    }
+
+
+def _shape_in_words(store: KernelStore) -> str:
+    """Shape of the train kernels, and how many there are."""
+    arrays = [a for a in store.store.arrays.values() if a.layout.grid is not None and a.layout.grid.symmetric]
+    rows, columns = arrays[0].layout.shape
+    return f"{rows:,} × {columns:,}" if len(arrays) == 1 else f"{len(arrays)} of {rows:,} × {columns:,}"
+
+
+def _groups_in_words(manifest: Manifest) -> str:
+    """Each group with its number of parameters, and how many are in none."""
+    sizes = [f"{name} ({len(parameters)})" for name, parameters in manifest.groups.items()]
+    left = len(manifest.model.parameters) - sum(map(len, manifest.groups.values()))
+    return ", ".join(sizes) + (f"; {left} parameters in none" if left else "")
+
+
+def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was found of a store, and what its runs say, in words."""
+    rows = [("verified", "never")]
+    report, certificate, driver = (described[name] for name in ("verification", "certificate", "driver"))
+    if report is not None:
+        verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
+        rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
+    if certificate is not None:
+        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
+        rows.append(("certified", f"{errors}, {certificate['checked']}"))
+    for run in described["runs"][-1:]:
+        halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
+        rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
+        rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
+    for name in _COMMANDS:
+        if (found := described[name]) is not None:
+            rows.append((name, f"{found['status']}, {found['work']['passes']:.4g} passes, {found['seconds']:.3g} s"))
+    if driver is not None:
+        rows.append(("driver", f"{driver['state']} on {driver['host']}, {driver['time']} {driver['message']}"))
+    return rows
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del category, filename, lineno, line
+    print(f"warning: {printable(str(message))}", file=file or sys.stderr)

@@ -1,0 +1,339 @@
+"""Workflow files in action: the kernel is computed or resumed, then each step that the file lists is done."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ntkpipe.analysis.steps import ANALYSES
+from ntkpipe.analysis.summary import Summary, summarize
+from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow, parse_bytes
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.imports import call_factory, import_object
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.build import compute as api
+from ntkpipe.build.plan import Plan, format_seconds
+from ntkpipe.build.upkeep import verify_repair as upkeep
+from ntkpipe.jacobian.model.checkpoints import load_checkpoint
+from ntkpipe.jacobian.model.device import count_gpus
+from ntkpipe.jacobian.model.functional import Forward
+from ntkpipe.jacobian.report import ParameterReport
+from ntkpipe.report.report import report_of_store, require_libraries
+from ntkpipe.solvers.result import Result
+from ntkpipe.solvers.steps import SOLVERS
+from ntkpipe.store.chunks import Mode, reading_results
+from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.layout import planes
+from ntkpipe.store.mending.repair import RepairReport
+from ntkpipe.store.verification import Rows, VerificationReport, verification_rows
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# What solvers take and a file does not say again.
+_OF_THE_RUN = ("client", "progress")
+
+_DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A workflow file with its model and data in memory.
+
+    Attributes
+    ----------
+    workflow
+        The validated file.
+    model, forward
+        The model with its checkpoint, and what picks its output.
+    data
+        ``inputs`` and optionally ``targets``, ``test_inputs``, ``test_targets``.
+    folder
+        Of the workflow file.
+    """
+
+    workflow: Workflow
+    model: nn.Module
+    forward: Forward
+    data: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found.
+
+    Attributes
+    ----------
+    step
+        Its name.
+    rows
+        The result as (quantity, value) in words.
+    is_good
+        Whether nothing was found to be wrong.
+    """
+
+    step: str
+    rows: Rows
+    is_good: bool
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a workflow file, then make its data and its model.
+
+    Raises
+    ------
+    ConfigError
+        If the file is wrong, or a factory cannot be imported, raises, or returns something else.
+    ModelError
+        If the checkpoint does not fit.
+    """
+    workflow = load_workflow(path, overrides)
+    for step in workflow.steps:
+        _check_step(step, str(path))
+    folder = path.resolve().parent
+    data = call_factory(workflow.data.factory, workflow.data.arguments, folder)
+    if not isinstance(data, Mapping) or "inputs" not in data or not set(data) <= set(_DATA_KEYS):
+        found = f"the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else type(data).__name__
+        raise ConfigError(
+            f"data.factory {workflow.data.factory} returned {found}; needed a mapping with 'inputs' and, if there are "
+            "any, 'targets', 'test_inputs', 'test_targets'"
+        )
+    model = call_factory(workflow.model.factory, workflow.model.arguments, folder)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.factory {workflow.model.factory} returned {type(model).__name__}; needed a torch.nn.Module"
+        )
+    if workflow.model.checkpoint is not None:
+        load_checkpoint(model, folder / workflow.model.checkpoint)
+    forward: Forward = workflow.model.forward
+    if isinstance(forward, str) and ":" in forward:
+        forward = import_object(forward, folder)
+    return Loaded(workflow, model, forward, data, folder)
+
+
+def run(
+    loaded: Loaded, *, mode: Mode = "a", grow: bool = False, progress: bool = True, client: "Client | None" = None
+) -> Iterator[StepResult]:
+    """Compute or resume the kernel of a workflow, then do its steps one by one.
+
+    Parameters
+    ----------
+    loaded
+        The workflow.
+    mode, grow, progress
+        As for :func:`ntkpipe.compute_kernel`.
+    client
+        Of the cluster that computes; default the one that ``run.scheduler`` names, which is left afterwards.
+
+    Yields
+    ------
+    The kernel, then what each step found.
+    """
+    workflow = loaded.workflow
+    limits = workflow.run
+    with contextlib.ExitStack() as stack:
+        if client is None and limits.scheduler is not None:
+            client = stack.enter_context(_connect(limits.scheduler, limits))
+        store = api.compute_kernel(
+            loaded.model,
+            store=workflow.store,
+            forward=loaded.forward,
+            mode=mode,
+            grow=grow,
+            progress=progress,
+            client=client,
+            code=loaded.folder,
+            self_check=limits.self_check,
+            memory_limit=None if limits.scheduler == "local" else limits.memory_limit,
+            device=limits.device,
+            workers=limits.workers,
+            **_kernel_arguments(workflow),
+            **loaded.data,
+        )
+        yield StepResult("kernel", kernel_rows(store), is_good=True)
+        for step in workflow.steps:
+            if step.step in _OF_STORES:
+                found = _OF_STORES[step.step](store, progress=progress, client=client, **_solver_options(step))
+                yield StepResult(step.step, found.rows(), found.is_converged)
+            else:
+                rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
+                yield StepResult(step.step, rows, is_good)
+
+
+def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
+    try:
+        from ntkpipe.executors import connect as cluster  # keeps distributed out of runs on one machine
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"run.scheduler={scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
+        ) from error
+    num_gpus = 0 if limits.device == "cpu" else count_gpus()
+    return cluster.connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
+
+
+def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
+    """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
+    workflow = loaded.workflow
+    limits = workflow.run
+    return api.plan_kernel(
+        loaded.model,
+        store=workflow.store,
+        forward=loaded.forward,
+        memory_limit=limits.memory_limit,
+        device=limits.device,
+        workers=limits.workers,
+        grow=grow,
+        **_kernel_arguments(workflow),
+        **loaded.data,
+    )
+
+
+def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
+    """Verify a store and certify it with the model and samples of a workflow."""
+    return upkeep.verify(
+        store,
+        loaded.model,
+        loaded.data["inputs"],
+        test_inputs=loaded.data.get("test_inputs"),
+        forward=loaded.forward,
+        device=loaded.workflow.run.device,
+        progress=progress,
+    )
+
+
+def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
+    """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
+    limits = loaded.workflow.run
+    with contextlib.ExitStack() as stack:
+        client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
+        return upkeep.repair(
+            store,
+            loaded.model,
+            forward=loaded.forward,
+            memory_limit=limits.memory_limit,
+            device=limits.device,
+            self_check=limits.self_check,
+            client=client,
+            code=loaded.folder,
+            workers=limits.workers,
+            progress=progress,
+            **loaded.data,
+        )
+
+
+def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:
+    return workflow.kernel.model_dump()
+
+
+def kernel_rows(store: KernelStore) -> Rows:
+    """Size of a kernel and how fast it was computed, in words."""
+    manifest, progress = store.manifest, store.progress
+    shapes = [a.layout.shape for a in store.store.arrays.values() if a.layout.grid is not None]
+    train, count = shapes[0], len(planes(manifest))
+    size = f"{train[0]:,} × {train[1]:,}"
+    if manifest.test is not None:
+        size += f", test × train {shapes[1][0]:,} × {shapes[1][1]:,}"
+    if count > 1:
+        size += f", {count} of each"
+    rows = [
+        ("store", str(store.path)),
+        ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
+        (
+            "size",
+            f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
+        ),
+    ]
+    with reading_results(store.path):
+        return rows + _result_rows(store)
+
+
+def _result_rows(store: KernelStore) -> Rows:
+    """How the kernel was computed and checked, in words."""
+    rows: Rows = []
+    runs = store.store.read_results("runs")
+    if runs:
+        seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
+        rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))
+        share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
+        rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
+        rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
+    check = store.store.read_result("self_check")
+    if check is not None:
+        judge = f"{check['reference']} in {check['dtype']}"
+        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
+    return rows
+
+
+def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[Rows, bool]:
+    report = verify(loaded, store, progress=progress) if certify else upkeep.verify(store, progress=progress)
+    return verification_rows(report), report.is_good
+
+
+def _summary_step(
+    loaded: Loaded,
+    store: KernelStore,
+    progress: bool,
+    *,
+    samples: int | None = None,
+    ridge: float = 1e-4,
+    ridge_scale: RidgeScale = "mean_diagonal",
+) -> tuple[Rows, bool]:
+    del loaded, progress
+    found = summarize(store, samples=samples, ridge=ridge, ridge_scale=ridge_scale)
+    store.store.write_result("summary", found.to_json())
+    return summary_rows(found), True
+
+
+def summary_rows(found: Summary) -> Rows:
+    """A summary in words."""
+    shown = ", ".join(f"{value:,.4g}" for value in found.eigenvalues)
+    part = "" if found.num_samples == found.num_train else "; all below is of these alone, `samples` takes more"
+    rows = [
+        ("leading block", f"{found.num_samples:,} of {found.num_train:,} samples, {found.num_rows:,} rows{part}"),
+        ("eigenvalues", f"{shown}, …, {found.smallest_eigenvalue:.3g}"),
+        ("λ₁ / trace", f"{found.eigenvalues[0] / found.trace:.1%}" if found.trace else "-"),
+    ]
+    if found.alignment is not None:
+        rows.append(("kernel-target alignment", f"{found.alignment:.3f} (centred {found.centred_alignment:.3f})"))
+    if found.accuracy is not None:
+        correct = f"{found.accuracy:.1%} of {found.num_test:,} test samples right"
+        rows.append(("ridge regression", f"{correct}, λ = {found.ridge:.3g}"))
+    elif found.mean_squared_error is not None:
+        rows.append(("ridge regression", f"test error {found.mean_squared_error:.4g}, λ = {found.ridge:.3g}"))
+    return rows
+
+
+# Steps that need the store alone.
+_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": report_of_store}
+_STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
+
+
+def _solver_options(step: StepSpec) -> dict[str, Any]:
+    limit = step.options.get("memory_limit")
+    if isinstance(limit, str):
+        return {**step.options, "memory_limit": parse_bytes("memory_limit", limit)}
+    return step.options
+
+
+def _check_step(step: StepSpec, source: str) -> None:
+    steps = {**_OF_STORES, **_STEPS}
+    if step.step not in steps:
+        close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
+    if step.step == "report":
+        require_libraries()
+    parameters = signature(steps[step.step]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = [name for name in known if name not in _OF_THE_RUN]
+    for option in step.options:
+        if option not in known:
+            close = get_close_matches(option, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{source}: step {step.step!r} has no option {option!r}; the nearest is {close!r}")

@@ -1,0 +1,1 @@
+"""What everything rests on: errors, configuration, grid arithmetic, the operator protocol, progress."""

@@ -1,0 +1,401 @@
+"""What a run is made of: frozen, validated specs, read from YAML workflow files or built by the API."""
+
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+
+from ntkpipe.base.errors import ConfigError
+
+ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
+RealDtype = Literal["float32", "float64"]
+
+
+def _as_int(value: object) -> object:
+    """Integers of other libraries, as numpy's, are integers; truth values and text are not."""
+    return value if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
+
+
+Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
+
+
+def _as_location(value: object) -> object:
+    """URLs stay text: a path would lose one of their slashes."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+def _as_patterns(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+# A folder of the store.
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_patterns), Field(min_length=1)]
+
+
+def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return groups whose names can be folders side by side; some file systems ignore case."""
+    seen = {"zarr.json": "zarr.json"}
+    for name in groups:
+        if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
+            raise ValueError(f"the name {name!r} would be the folder of {seen[name.casefold()]!r}")
+    return groups
+
+
+_BYTES = TypeAdapter(Annotated[ByteSize, Field(gt=0)])
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FactorySpec(Spec):
+    """A callable by import string, ``package.module:name``, and its keyword arguments.
+
+    Modules beside the workflow file are found first.
+    """
+
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    arguments: dict[str, Any] = {}
+
+
+class ModelSpec(FactorySpec):
+    """A factory that returns a ``torch.nn.Module``, and what is done to it.
+
+    Attributes
+    ----------
+    checkpoint
+        A state dict to load: ``.safetensors``, or ``.pt`` / ``.pth`` (loaded weights-only). Relative to the
+        workflow file.
+    forward
+        Picks the (batch, O) tensor: ``.attribute`` of the model's output, or an import string of a function of
+        the output or of (model, inputs).
+    """
+
+    checkpoint: Path | None = None
+    forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
+
+
+class DataSpec(FactorySpec):
+    """A factory that returns a mapping: ``inputs``, optionally ``targets``, ``test_inputs``, ``test_targets``."""
+
+
+class KernelSpec(Spec):
+    """What decides the numbers of a kernel, apart from the model and the data.
+
+    Attributes
+    ----------
+    kind
+        ``ntk``, ``pntk``, ``trace``, ``diagonal`` or ``output:k``; see :mod:`ntkpipe.base.kinds`.
+    parameters
+        Shell-style patterns of parameter names; nothing means every parameter that requires a gradient.
+    groups
+        Name → shell-style patterns of the selected parameters: a kernel of each group, beside that of all.
+    compute_dtype
+        dtype of the forward pass and the Jacobians; ``tf32`` is float32 whose products on a GPU may be TF32.
+    accumulate_dtype
+        dtype of the sum over parameters and of the products in it, never TF32; default ``compute_dtype``, at least
+        float32.
+    store_dtype
+        dtype of the stored matrix; default ``accumulate_dtype``.
+    tile
+        Samples along a tile's edge; default about 2048 rows.
+    jacobian
+        ``structured``, or ``fallback`` to leave every parameter to plain ``torch.func``: slower, for models that the
+        tracing refuses.
+    """
+
+    kind: str = "pntk"
+    parameters: Annotated[tuple[str, ...] | None, BeforeValidator(_as_patterns)] = None
+    groups: Annotated[dict[GroupName, Patterns], AfterValidator(require_folders)] = {}
+    compute_dtype: ComputeDtype = "float32"
+    accumulate_dtype: RealDtype | None = None
+    store_dtype: RealDtype | None = None
+    tile: Positive | None = None
+    jacobian: Literal["structured", "fallback"] = "structured"
+
+    def resolved_accumulate_dtype(self) -> RealDtype:
+        """``accumulate_dtype`` with its default filled in."""
+        if self.accumulate_dtype is not None:
+            return self.accumulate_dtype
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def resolved_store_dtype(self) -> RealDtype:
+        """``store_dtype`` with its default filled in."""
+        return self.store_dtype or self.resolved_accumulate_dtype()
+
+
+class RunSpec(Spec):
+    """Where and within what limits a run happens. None of it may change a number on one type of machine.
+
+    Attributes
+    ----------
+    memory_limit
+        Bytes that the process may use, Python and torch included; a number or text such as ``8GiB``. Default
+        70 % of what is available. With ``scheduler: local`` of all its processes together, with an address of each.
+    device
+        ``cpu``, ``cuda`` or ``cuda:1``; default the first GPU where there is one.
+    workers
+        Single-threaded workers in this process; default one for each core, on a GPU one. With ``scheduler: local``
+        processes. Another scheduler has the workers that it has.
+    self_check
+        Compare the engine with plain ``torch.func`` before the first tile.
+    scheduler
+        Address of a Dask scheduler, as ``tcp://host:8786``, or ``local`` for a cluster of this machine: processes with
+        a thread each, or one for each GPU. Default threads of this process.
+    """
+
+    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
+    device: str | None = None
+    workers: Positive | None = None
+    self_check: bool = True
+    scheduler: str | None = None
+
+
+class ClusterSpec(Spec):
+    """A cluster in words: ``ntkpipe plan`` says what it would take. It plays no part in a run.
+
+    Attributes
+    ----------
+    workers
+        Workers, each single-threaded on a CPU, or with a GPU of its own.
+    device
+        What a worker computes on.
+    flops_per_second
+        Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it computes on
+        such a device.
+    memory_limit
+        Bytes of one worker: of its process, Python and torch included, or what is free on its GPU; a number or text
+        such as ``8GiB``. 85 % of it are planned. Default what a worker has here, if this machine computes on such a
+        device.
+    write_bytes_per_second
+        What the store takes from all workers together; a number or text such as ``500MB``. By default writing is
+        taken to be faster than computing.
+    price
+        Of one worker for one hour.
+    currency
+        Of ``price``; printed as it is.
+    """
+
+    workers: Positive
+    device: Literal["cpu", "cuda"] = "cpu"
+    flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
+    write_bytes_per_second: Annotated[ByteSize, Field(gt=0)] | None = None
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    currency: str = ""
+
+
+class StepSpec(Spec):
+    """Something done with the finished store: the name of a step and its options."""
+
+    step: str
+    options: dict[str, Any] = {}
+
+
+class Workflow(Spec):
+    """A whole workflow file.
+
+    Attributes
+    ----------
+    store
+        Path of the store, relative to the folder that the command is run in, or a URL such as
+        ``s3://bucket/prefix/run.zarr``.
+    steps
+        What is done once the kernel is complete, in order.
+    cluster
+        What ``ntkpipe plan`` estimates beside this machine.
+    """
+
+    store: Annotated[Path | str, BeforeValidator(_as_location)]
+    model: ModelSpec
+    data: DataSpec
+    kernel: KernelSpec = KernelSpec()
+    run: RunSpec = RunSpec()
+    steps: tuple[StepSpec, ...] = ()
+    cluster: ClusterSpec | None = None
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-6 is a number, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key.start_mark)
+            if key.value in seen:
+                problem = f"the key {key.value!r} is repeated"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-6 (no dot) for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_workflow(path: Path, overrides: Sequence[str] = ()) -> Workflow:
+    """Read and validate a workflow file.
+
+    Parameters
+    ----------
+    path
+        The YAML file.
+    overrides
+        ``a.b=value`` each, the value read as YAML; later ones win.
+
+    Raises
+    ------
+    ConfigError
+        For a missing file, bad YAML, an unknown key or a bad value, with its line in the file and, for a key, the
+        nearest known one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the workflow file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the workflow file {path} is not UTF-8 text: {error}") from error
+    try:
+        tree = yaml.compose(text, _Loader)
+        raw = yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; needed a mapping with store, model and data")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse(Workflow, raw, source=str(path), tree=tree)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override!r} is not of the form a.b=value")
+    try:
+        value = yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    target = raw
+    for depth, key in enumerate(keys[:-1]):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            where = ".".join(keys[: depth + 1])
+            raise ConfigError(f"--set {override!r}: {where} holds {target!r}, which has no keys")
+    target[keys[-1]] = value
+
+
+def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: yaml.Node | None = None) -> AnySpec:
+    """Validate ``values`` as a ``spec``.
+
+    Parameters
+    ----------
+    spec
+        The class to build.
+    values
+        Its fields.
+    source
+        What the values came from, for messages.
+    tree
+        The YAML nodes of the file, for line numbers.
+
+    Raises
+    ------
+    ConfigError
+        Listing everything that is wrong.
+    """
+    try:
+        return spec.model_validate(values)
+    except ValidationError as error:
+        _raise_config_error(error, spec, source, tree)
+
+
+def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, tree: yaml.Node | None) -> NoReturn:
+    problems = []
+    for item in error.errors():
+        location = item["loc"]
+        name = ".".join(map(str, location))
+        line = _line_of(tree, location)
+        where = f"{source}, line {line}" if line else source
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(spec, location[:-1])
+            close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+            problems.append(
+                f"{where}: unknown key {name!r}; the nearest known key is {close[0]!r} (known: {', '.join(known)})"
+            )
+        elif item["type"] == "missing":
+            problems.append(f"{where}: {name!r} is missing")
+        else:
+            problems.append(f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    raise ConfigError("\n".join(problems)) from error
+
+
+def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the spec that sits at ``location`` below ``spec``."""
+    current = spec
+    for key in location:
+        if isinstance(key, str):
+            annotation = current.model_fields[key].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            current = next(c for c in candidates if isinstance(c, type) and issubclass(c, Spec))
+    return list(current.model_fields)
+
+
+def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | None:
+    """Line (from 1) of the deepest node on the way to ``location`` that the file has; none if not in the file."""
+    line = None
+    for key in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if k.value == key]
+            if not found:
+                return line
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:
+    """Return ``value`` if ``low <= value <= high``; the error names it, what was found and what was needed."""
+    # Comparing a NumPy float32 with the largest float64 would overflow.
+    number: float = value.item() if hasattr(value, "item") else value
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number!r}; needed a number from {low} to {high}")
+    return number
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """A number of bytes such as ``8GiB``; the error names it and says what was found."""
+    try:
+        return int(_BYTES.validate_python(text))
+    except ValidationError:
+        raise ConfigError(f"{name}={text!r}; needed a number of bytes, or text such as 8GiB") from None

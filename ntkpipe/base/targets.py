@@ -1,0 +1,170 @@
+"""Targets of a regression: labels of classes become one-hot columns, a full NTK has a row for each output."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.base.errors import ConfigError, NonFiniteError
+
+Task = Literal["auto", "classification", "regression"]
+_TASKS = ("auto", "classification", "regression")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Targets of samples.
+
+    Attributes
+    ----------
+    matrix
+        Shape (N, O), float64: one-hot for classes.
+    classes
+        Labels in the order of the columns, shape (O,); none for real targets.
+    codes
+        The column of each sample's label, shape (N,); none for real targets.
+    is_flat
+        Whether there is one column that was given without an axis of its own.
+    """
+
+    matrix: NDArray[np.float64]
+    classes: NDArray[Any] | None
+    codes: NDArray[np.int64] | None
+    is_flat: bool
+
+    def rows(self, width: int) -> NDArray[np.float64]:
+        """Targets as right-hand sides of a kernel with ``width`` rows a sample: (N, O), or (N·O, 1) for a full NTK.
+
+        Raises
+        ------
+        ConfigError
+            If the kernel has several rows a sample and the targets another number of columns.
+        """
+        return as_rows(self.matrix, width)
+
+    def accuracy(self, outputs: NDArray[np.float64]) -> float | None:
+        """Share of samples whose largest output is their class, outputs (N, O); none for real targets."""
+        return None if self.codes is None else float(np.mean(outputs.argmax(axis=1) == self.codes))
+
+    def loss(self, outputs: NDArray[np.float64]) -> float:
+        """Mean squared error over samples and outputs."""
+        return float(np.mean((outputs - self.matrix) ** 2))
+
+
+def as_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """(N, O) in the rows of a kernel with ``width`` rows a sample; row = sample · O + output.
+
+    Raises
+    ------
+    ConfigError
+        If there are several and not O.
+    """
+    if width == 1:
+        return matrix
+    if matrix.shape[1] != width:
+        raise ConfigError(
+            f"targets of {matrix.shape[1]} columns for a kernel of {width} rows a sample; needed a column for each row "
+            "of a sample, as a full NTK has an output for each"
+        )
+    return matrix.reshape(-1, 1)
+
+
+def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """The reverse of :func:`as_rows`: (N·O, 1) as (N, O)."""
+    return rows if width == 1 else rows.reshape(-1, width)
+
+
+def encode(
+    targets: ArrayLike, *, num_outputs: int | None = None, classes: NDArray[Any] | None = None, task: Task = "auto"
+) -> Labels:
+    """Targets as a matrix.
+
+    Parameters
+    ----------
+    targets
+        Shape (N,) or (N, O). With one axis, integers, booleans, strings and objects are labels of classes if there are
+        fewer different ones than samples; everything else is real.
+    num_outputs
+        Columns that are needed, where the kernel or the model says so. More of them than labels are right if labels
+        are integers from 0 to there.
+    classes
+        Labels by column, of what the targets are compared with; then they are labels of these.
+    task
+        What they are, where it should not depend on dtypes.
+
+    Raises
+    ------
+    ConfigError
+        If they are of other dtypes or shapes, have another number of columns than needed, or are unknown labels.
+    NonFiniteError
+        If real ones hold NaN or infinity.
+    """
+    if task not in _TASKS:
+        raise ConfigError(f"task={task!r}; needed one of {', '.join(map(repr, _TASKS))}")
+    values = np.asarray(targets)
+    if values.ndim not in {1, 2} or not values.size:
+        raise ConfigError(f"targets of shape {values.shape}; needed (N,) or (N, O)")
+    if classes is not None or (task != "regression" and _are_labels(values, task)):
+        return _one_hot(values, _classes_of(values, num_outputs) if classes is None else classes)
+    if values.dtype.kind not in "fiub":
+        raise ConfigError(f"real targets of dtype {values.dtype}; needed real numbers, or labels of classes, (N,)")
+    matrix = values.reshape(len(values), -1).astype(np.float64)
+    if not np.isfinite(matrix).all():
+        raise NonFiniteError("targets hold NaN or infinity")
+    return Labels(matrix, None, None, values.ndim == 1)
+
+
+def _are_labels(values: NDArray[Any], task: Task) -> bool:
+    if values.ndim == 2:
+        if task == "classification":
+            raise ConfigError(f"task='classification' and targets of shape {values.shape}; needed labels, shape (N,)")
+        return False
+    if task == "classification":
+        return True
+    return values.dtype.kind in "iubUSO" and len(np.unique(values)) < max(2, len(values))
+
+
+def _classes_of(values: NDArray[Any], num_outputs: int | None) -> NDArray[Any]:
+    """Labels by column."""
+    classes = np.unique(values)
+    if num_outputs is None or num_outputs == len(classes):
+        return classes
+    if values.dtype.kind in "iu" and classes[0] >= 0 and classes[-1] < num_outputs:
+        return np.arange(num_outputs, dtype=values.dtype)
+    shown = ", ".join(map(repr, classes[:5].tolist())) + (", …" if len(classes) > 5 else "")
+    raise ConfigError(
+        f"targets are labels of {len(classes)} classes ({shown}) for {num_outputs} outputs; needed a class for each, "
+        f"integers from 0 to {num_outputs - 1}, or real targets of {num_outputs} columns"
+    )
+
+
+def _one_hot(values: NDArray[Any], classes: NDArray[Any]) -> Labels:
+    if values.ndim == 2:
+        raise ConfigError(f"targets of shape {values.shape} where labels of classes are needed, shape (N,)")
+    column = {label: number for number, label in enumerate(classes.tolist())}
+    codes = np.array([column.get(label, -1) for label in values.tolist()], np.int64)
+    if (codes < 0).any():
+        unknown = np.unique(values[codes < 0])[:5].tolist()
+        raise ConfigError(f"labels {', '.join(map(repr, unknown))} are none of the {len(classes)} classes of training")
+    return Labels(np.eye(len(classes))[codes], classes, codes, False)
+
+
+def num_classes_of(targets: NDArray[Any]) -> int | None:
+    """Number of classes if targets are class numbers: integers from 0, fewer classes than samples."""
+    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and 0 <= targets.min() <= targets.max() < len(targets)
+    return int(targets.max()) + 1 if is_class else None
+
+
+def target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np.float64]:
+    """Targets as (n, c): one-hot for classes."""
+    if num_classes is not None:
+        return np.asarray(np.eye(num_classes)[targets], np.float64)
+    return targets.reshape(len(targets), -1).astype(np.float64)
+
+
+def target_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64] | None:
+    """Targets in the kernel's rows; none if a full NTK has another number of outputs than targets."""
+    if width == 1:
+        return matrix
+    return matrix.reshape(-1, 1) if matrix.shape[1] == width else None

@@ -1,0 +1,318 @@
+"""The certificate: the whole stored kernel against the model with one number, K v against J(J'v).
+
+A random sign vector v is multiplied by the stored matrix, tile by tile, and by J J' without any Gram matrix: one
+vector-Jacobian and one Jacobian-vector product over the data, by plain ``torch.func``. Every entry of K takes part, so
+a single wrong one shows in its row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ntkpipe.base.errors import ConfigError, StoreMismatchError
+from ntkpipe.base.kinds import get_kind
+from ntkpipe.build.prepare import loader
+from ntkpipe.jacobian.model.functional import DTYPES, Forward, fingerprint, prepare_model, resolve_device
+from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
+from ntkpipe.jacobian.probe import with_fast_layout
+from ntkpipe.jacobian.products import JacobianProducts
+from ntkpipe.store.kernel import Kernel, KernelSet, KernelStore
+from ntkpipe.store.layout import planes
+from ntkpipe.store.manifest import DataRecord, Manifest
+from ntkpipe.store.verification import Finding, VerificationReport
+
+# Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
+_TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
+# A row is suspect if its error is this many times the median one; rounding alone stays below 8 for a million rows.
+_OUTLIER = 16.0
+_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How well a stored kernel agrees with J(J'v).
+
+    Attributes
+    ----------
+    array
+        The kernel.
+    error
+        Largest row error ``|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)``.
+    median_error
+        Median of the row errors.
+    tolerance
+        What a good kernel of this dtype stays below.
+    suspect_rows
+        Rows whose error stands out, the largest first; at most 50.
+    num_suspects
+        How many there are.
+    """
+
+    array: str
+    error: float
+    median_error: float
+    tolerance: float
+    suspect_rows: tuple[int, ...]
+    num_suspects: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the error is small and no row stands out."""
+        return self.num_suspects == 0 and self.error <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "is_good": self.is_good}
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What a store is certified against: the model and the samples that it was made with.
+
+    Attributes
+    ----------
+    products
+        Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
+    sources
+        Samples by split.
+    groups
+        Parameters of each group by name; what is in none comes last.
+    """
+
+    products: tuple[JacobianProducts, ...]
+    sources: Mapping[str, Source]
+    groups: tuple[frozenset[str], ...]
+
+    @property
+    def num_steps(self) -> int:
+        """How often :func:`certify` calls ``step``: in a pass over the train samples, and one a group over all."""
+        passes = [self.sources["train"], *len(self.groups) * list(self.sources.values())]
+        return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
+
+
+def find_witness(
+    store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
+) -> Witness:
+    """Check that model and samples are those of the store, and make the products.
+
+    Parameters
+    ----------
+    store
+        The store.
+    model, forward, device
+        As for :func:`ntkpipe.compute_kernel`.
+    inputs, test_inputs
+        The samples; none takes those in the store.
+
+    Raises
+    ------
+    ConfigError
+        If samples are given that the store was made without, or needed since it was derived without them.
+    StoreMismatchError
+        If the fingerprints of model or samples differ.
+    """
+    manifest = store.manifest
+    records = {"train": manifest.train, "test": manifest.test}
+    sources: dict[str, Source] = {
+        split: StoredSource(store.store, split, record.num_samples)
+        for split, record in records.items()
+        if record is not None
+    }
+    if manifest.derived is not None and not manifest.derived.has_samples:
+        absent = [split for split, given in (("train", inputs), ("test", test_inputs)) if given is None]
+        if sources.keys() & set(absent):
+            raise ConfigError(
+                f"{store.path} was derived without the samples; needed inputs and, if it has a test set, test_inputs"
+            )
+    for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
+        if given is not None:
+            sources[split] = _matching_samples(store, given, record, split).source
+    _require_same_model(store, model)
+    functional = prepare_model(
+        model,
+        forward=forward,
+        parameters=manifest.model.parameters,
+        dtype=DTYPES[manifest.compute_dtype],
+        tf32=manifest.compute_dtype == "tf32",
+        device=resolve_device(device),
+    )
+    samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
+    functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
+    kind = get_kind(manifest.kind)
+    covectors = torch.from_numpy(kind.covectors(manifest.num_outputs))
+    choices = manifest.choices
+    whole = JacobianProducts(
+        model=functional,
+        covectors=covectors.to(device=functional.device, dtype=functional.dtype),
+        tile=manifest.tile,
+        strip=choices.strip,
+        subtile=choices.subtile,
+        batch=choices.batch,
+        is_mapping=manifest.train.is_mapping,
+    )
+    left = frozenset(manifest.model.parameters).difference(*manifest.groups.values())
+    groups = (*map(frozenset, manifest.groups.values()), *([left] if left else []))
+    if kind.pairs == "all":
+        return Witness((whole,), sources, groups)
+    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources, groups)
+
+
+def _require_same_model(store: KernelStore, model: nn.Module) -> None:
+    stored, remedy = store.manifest.model, "Give the model, or the workflow file and options, that it was made with"
+    known = dict(model.named_parameters())
+    missing = [name for name in stored.parameters if name not in known]
+    if missing:
+        raise StoreMismatchError(
+            f"{store.path} was made with another model: this one has no parameter {missing[0]!r}, and "
+            f"{len(missing) - 1} others of {len(stored.parameters)} are missing. {remedy}",
+            (("model.parameters", stored.parameters, tuple(known)),),
+        )
+    given = fingerprint(model, stored.parameters)
+    differing = tuple(
+        (f"model.{field}", getattr(stored, field), getattr(given, field))
+        for field in ("state_digest", "structure_digest", "num_parameters")
+        if getattr(stored, field) != getattr(given, field)
+    )
+    if differing:
+        names = ", ".join(field for field, _, _ in differing)
+        raise StoreMismatchError(f"{store.path} was made with another model: {names} differ. {remedy}", differing)
+
+
+def _matching_samples(store: KernelStore, given: object, record: DataRecord | None, split: str) -> Samples:
+    if record is None:
+        raise ConfigError(f"{store.path} was made without test_inputs, but test_inputs were given")
+    samples = as_samples(given, label=f"{split} inputs")
+    inspected = samples.inspect(f"{split} inputs")
+    if inspected.inputs_digest != record.inputs_digest:
+        raise StoreMismatchError(
+            f"the {split} inputs are not those that {store.path} was made with: it holds {record.num_samples} samples "
+            f"of {record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
+            ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
+        )
+    return samples
+
+
+def certify(
+    store: KernelStore, witness: Witness, *, seed: int = 0, step: Callable[[], None] = lambda: None
+) -> tuple[Certificate, ...]:
+    """Certify every kernel of a complete store.
+
+    J'v is computed once; its part of each group of parameters gives the kernels of the group, their sum the whole ones.
+
+    Parameters
+    ----------
+    store
+        The store, its tiles already verified.
+    witness
+        The model and samples that it was made with.
+    seed
+        Of the sign vector.
+    step
+        Called after each batch of each pass.
+    """
+    manifest = store.manifest
+    rows = next(iter(store.store.arrays.values())).layout.shape[0]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
+    exact = _products(witness, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
+    found: list[Certificate] = []
+    wholes: dict[int | None, dict[str, NDArray[np.float64]]] = {}
+    for plane in planes(manifest):
+        kernels: KernelSet = store if plane.group is None else store.group(list(manifest.groups)[plane.group])
+        if plane.output is not None:
+            kernels = kernels.output(plane.output)
+        diagonals = {"train": kernels.train.diagonal().astype(np.float64)}
+        if manifest.test is not None:
+            diagonals["test"] = np.diagonal(kernels.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
+        trace = float(diagonals["train"].sum())
+        scales = {split: np.sqrt(np.clip(diagonal, 0, None) * trace) for split, diagonal in diagonals.items()}
+        if plane.group is None:
+            wholes[plane.output] = scales
+        for split, scale in scales.items():
+            kernel = kernels.train if split == "train" else kernels.test_train
+            floor = None if plane.group is None else wholes[plane.output][split]
+            product = exact[plane.group, plane.output, split]
+            found.append(_judge(kernel, signs, product, scale, floor, manifest))
+    return tuple(found)
+
+
+def _products(
+    witness: Witness, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
+) -> dict[tuple[int | None, int | None, str], NDArray[np.float64]]:
+    """``J J'v`` by number of the group (none for all parameters), number of the output where apart, and split."""
+    found: dict[tuple[int | None, int | None, str], NDArray[np.float64]] = {}
+    for output, each in enumerate(witness.products):
+        direction = each.transposed(witness.sources["train"], signs, step)
+        for group, names in enumerate(witness.groups):
+            part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
+            for split, source in witness.sources.items():
+                product = each.product(source, part, step)
+                for number in (None, group):
+                    key = number, output if is_apart else None, split
+                    found[key] = found[key] + product if key in found else product
+    return found
+
+
+def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:
+    """A report with certificates, and a finding for each that is not good."""
+    findings = tuple(
+        Finding(
+            certificate.array,
+            (),
+            f"K v and J(J'v) differ by up to {certificate.error:.1e} (tolerance {certificate.tolerance:.0e}, median "
+            f"{certificate.median_error:.1e}); suspect rows: {', '.join(map(str, certificate.suspect_rows)) or 'none'}",
+        )
+        for certificate in certificates
+        if not certificate.is_good
+    )
+    return replace(
+        report,
+        findings=report.findings + findings,
+        certificates=tuple(certificate.to_json() for certificate in certificates),
+    )
+
+
+def _judge(
+    kernel: Kernel,
+    signs: NDArray[np.float64],
+    exact: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    whole: NDArray[np.float64] | None,
+    manifest: Manifest,
+) -> Certificate:
+    """Judge rows by their scale; those of a group, whose Jacobian may be zero but for rounding, also by the whole's."""
+    on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
+    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    if whole is not None:
+        scale = scale + precision**0.5 * whole
+    gap = np.abs(_multiply(kernel, signs) - exact)
+    errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
+    median = float(np.median(errors))
+    suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
+    ranked = suspect[np.argsort(-errors[suspect])]
+    return Certificate(
+        array=kernel.name,
+        error=float(errors.max()),
+        median_error=median,
+        tolerance=_TOLERANCE[dtype],
+        suspect_rows=tuple(int(row) for row in ranked[:_SHOWN]),
+        num_suspects=len(suspect),
+    )
+
+
+def _multiply(kernel: Kernel, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``K v`` in float64, each stored tile read once."""
+    grid = kernel.grid
+    result = np.zeros(kernel.shape[0])
+    for row, column in grid.tiles():
+        tile = kernel.read_tile(row, column).astype(np.float64)
+        rows, columns = grid.rows.rows(row), grid.columns.rows(column)
+        result[rows.start : rows.stop] += tile @ vector[columns.start : columns.stop]
+        if grid.symmetric and row != column:
+            result[columns.start : columns.stop] += tile.T @ vector[rows.start : rows.stop]
+    return result

@@ -1,0 +1,228 @@
+"""What a cluster that is only described would take: hours, bytes and cost, and what binds it.
+
+It is planned as a run on it would be, from what was measured here: operations, bytes and the time of Jacobians.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ntkpipe.base.config import ClusterSpec, parse
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds, make_plan
+
+Bound = Literal["compute", "disk", "memory"]
+
+# From the call to the first block: workers import torch, receive the model and open it, while the driver checks it.
+# benchmarks/speedup.py measures it.
+START_SECONDS = 5.0
+# Memory binds where with any amount of it computing would take less than this share of the time.
+_RELIEF = 0.8
+_ANY_MEMORY = 2**60
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan for a described cluster. Prints as the second table of ``ntkpipe plan``.
+
+    Attributes
+    ----------
+    cluster
+        The description, with what was left to this machine filled in.
+    plan
+        As it would be made there; its ``problems`` say where memory is too small.
+    compute_seconds
+        Of all workers together: contractions at their rate, and Jacobians, which were timed here and are taken to
+        scale with that rate.
+    block_seconds
+        Of a whole block, the longest there is.
+    write_seconds
+        What is missing at the rate of the store; zero if that is not given.
+    binds
+        What to have more of: ``compute`` or ``disk``, whichever takes longer; ``memory`` where the plan does not fit,
+        or where Jacobians that cannot be kept are what computing spends its time on.
+    """
+
+    cluster: ClusterSpec
+    plan: Plan
+    compute_seconds: float
+    block_seconds: float
+    write_seconds: float
+    binds: Bound
+
+    @property
+    def even_seconds(self) -> float:
+        """Computing, if it were spread evenly over the workers."""
+        return self.compute_seconds / self.cluster.workers
+
+    @property
+    def balance_seconds(self) -> float:
+        """What workers wait at the end for the last block, at most: ``(1 - 1 / workers) * block_seconds`` [1]_.
+
+        References
+        ----------
+        .. [1] Graham (1966). Bounds for certain multiprocessing anomalies. Bell System Technical Journal 45(9).
+        """
+        return (1 - 1 / self.cluster.workers) * self.block_seconds
+
+    @property
+    def seconds(self) -> float:
+        """From the call to the last tile: tiles are written while others are computed, so the longer of both counts."""
+        if self.plan.tiles_done == self.plan.workload.num_tiles:
+            return 0.0
+        return START_SECONDS + max(self.even_seconds + self.balance_seconds, self.write_seconds)
+
+    @property
+    def cost(self) -> float | None:
+        """Of all workers from start to end; that of the scheduler, the driver and the disk is not in it."""
+        if self.cluster.price is None:
+            return None
+        return self.cluster.price * self.cluster.workers * self.seconds / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, in bytes, seconds and operations."""
+        return {
+            **self.cluster.model_dump(mode="json"),
+            "blocks": self.plan.num_tasks,
+            "block_seconds": self.block_seconds,
+            "bytes_to_write": self.plan.bytes_to_write,
+            "recompute_factor": self.plan.recompute_factor,
+            "memory_bytes": self.plan.memory_bytes,
+            "compute_seconds": self.compute_seconds,
+            "balance_seconds": self.balance_seconds,
+            "write_seconds": self.write_seconds,
+            "start_seconds": START_SECONDS,
+            "seconds": self.seconds,
+            "cost": self.cost,
+            "binds": self.binds,
+            "problems": list(self.plan.problems),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The estimate as (quantity, value) in words."""
+        cluster, plan = self.cluster, self.plan
+        rate = cluster.write_bytes_per_second
+        disk = (
+            "no rate of the disk is given" if rate is None else f"{format_seconds(self.write_seconds)} at {rate:,} B/s"
+        )
+        parts = f"{format_seconds(START_SECONDS)} of start-up, {format_seconds(self.even_seconds)} of computing"
+        rows = [
+            (
+                "workers",
+                f"{cluster.workers:,} on {cluster.device}, {(cluster.flops_per_second or 0) / 1e9:,.0f} GFLOP/s each",
+            ),
+            (
+                "blocks",
+                f"{plan.num_tasks:,}, of up to {plan.edge} × {plan.edge} tiles, {format_seconds(self.block_seconds)}; "
+                f"{plan.num_tasks / cluster.workers:,.1f} a worker",
+            ),
+            ("to write", f"{format_bytes(plan.bytes_to_write)}; {disk}"),
+            ("recompute factor", f"{plan.recompute_factor:.2f} (Jacobians computed per sample)"),
+            (
+                "memory of a worker",
+                f"{format_bytes(plan.memory_bytes)}; limit {format_bytes(plan.machine.memory_limit)}",
+            ),
+            (
+                "time",
+                f"about {format_seconds(self.seconds)}: {parts}, up to {format_seconds(self.balance_seconds)} of "
+                "waiting for the last block",
+            ),
+            ("bound by", self.binds),
+        ]
+        if self.cost is not None:
+            rows.append(("cost", f"{self.cost:,.2f} {cluster.currency}".rstrip()))
+        return [*rows, *(("does not fit", problem) for problem in plan.problems)]
+
+
+def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Estimate:
+    """Say what a described cluster would take for the work of a plan.
+
+    Parameters
+    ----------
+    plan
+        Made here, by :func:`ntkpipe.plan_kernel`; it need not fit this machine.
+    cluster
+        The cluster, or the fields of one.
+
+    Returns
+    -------
+    The estimate. Operations are exact, so is what is written; time is as good as the rates. Jacobians of a plan
+    without ``sample_seconds`` count as matrix products of as many operations. For a GPU, what was timed and
+    represented on a CPU is only an indication.
+
+    Raises
+    ------
+    ConfigError
+        If a field is wrong, or was left to this machine, which computes on another type of device.
+    """
+    if not isinstance(cluster, ClusterSpec):
+        cluster = parse(ClusterSpec, cluster, source="cluster")
+    cluster = _completed(cluster, plan)
+    machine = _machine_of(cluster, plan)
+    found = _planned(plan, machine)
+    roomy = _planned(plan, replace(machine, memory_limit=_ANY_MEMORY))
+    left = 1 - plan.tiles_done / plan.workload.num_tiles
+    compute_seconds = _worker_seconds(found) * left
+    rate = cluster.write_bytes_per_second
+    write_seconds = 0.0 if rate is None else plan.bytes_to_write / rate
+    if found.problems:
+        binds: Bound = "memory"
+    elif write_seconds > compute_seconds / cluster.workers:
+        binds = "disk"
+    else:
+        binds = "memory" if _worker_seconds(roomy) < _RELIEF * _worker_seconds(found) else "compute"
+    return Estimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
+
+
+def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
+    """The cluster with what is left to this machine filled in."""
+    machine = plan.machine
+    share = machine.base_memory + (machine.memory_limit - machine.base_memory) // machine.workers
+    here = {
+        "flops_per_second": machine.flops_per_second,
+        "memory_limit": math.ceil(share / SHARE_OF_LIMIT),
+    }
+    missing = [name for name in here if getattr(cluster, name) is None]
+    found = machine.device.partition(":")[0]
+    if missing and found != cluster.device:
+        raise ConfigError(
+            f"cluster.device={cluster.device!r}, but this plan was made on {found}, whose numbers say nothing of it; "
+            f"give {' and '.join(f'cluster.{name}' for name in missing)} as well"
+        )
+    return cluster.model_copy(update={name: here[name] for name in missing})
+
+
+def _machine_of(cluster: ClusterSpec, plan: Plan) -> Machine:
+    """One process a worker, planned as :mod:`ntkpipe.build.preflight` does; on a CPU it holds what this one holds."""
+    return Machine(
+        workers=1,
+        processes=cluster.workers,
+        is_remote=True,
+        memory_limit=int(SHARE_OF_LIMIT * (cluster.memory_limit or 0)),
+        base_memory=plan.machine.base_memory if cluster.device == "cpu" else 0,
+        free_disk=None,
+        flops_per_second=cluster.flops_per_second or 0.0,
+        device=cluster.device,
+    )
+
+
+def _planned(plan: Plan, machine: Machine) -> Plan:
+    """The work of a plan on another machine, with the time of its Jacobians at that machine's rate."""
+    kept = plan.choices({}, plan.machine.device, "") if plan.is_resumed else None
+    found = make_plan(
+        plan.workload,
+        machine,
+        choices=kept,
+        tiles_done=plan.tiles_done,
+        bytes_to_write=plan.bytes_to_write,
+    )
+    if plan.sample_seconds is None:
+        return found
+    return replace(found, sample_seconds=plan.sample_seconds * plan.machine.flops_per_second / machine.flops_per_second)
+
+
+def _worker_seconds(plan: Plan) -> float:
+    """Computing time of all workers together, for all tiles."""
+    return plan.seconds * plan.machine.num_workers

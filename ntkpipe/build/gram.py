@@ -1,0 +1,113 @@
+"""Two Jacobian blocks become a part of a tile: pieces are contracted, turned sample-major, and mirrored."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
+from ntkpipe.jacobian.representations.contract import Pairs, contract_planes
+from ntkpipe.jacobian.representations.factors import Piece
+from ntkpipe.jacobian.representations.workspace import Workspace
+
+
+def fill_tile(
+    left: Block,
+    right: Block,
+    tiles: Sequence[Tensor],
+    *,
+    row: int,
+    column: int,
+    num_covectors: int,
+    pairs: Pairs,
+    is_mirrored: bool,
+    workspace: Workspace,
+    pause: Callable[[], None],
+    most: int | None = None,
+) -> int | None:
+    """Write the Gram entries of two strips into the tile of every plane, sample-major.
+
+    Parameters
+    ----------
+    left, right
+        Strips of the tile's row and column samples.
+    tiles
+        Tensors (tile rows, tile rows) in the store dtype, in the order of
+        :func:`~ntkpipe.jacobian.representations.contract.contract_planes`.
+    row, column
+        First sample of each strip, counted from the tile's.
+    num_covectors, pairs
+        Rows a sample, and which pairs of covectors are contracted.
+    is_mirrored
+        Whether the tile lies on the diagonal of a symmetric kernel: then each pair of pieces is computed once, on or
+        above the diagonal, and copied below, so that the tile is symmetric to the last bit.
+    workspace
+        Scratch of the calling thread.
+    pause
+        Called between pieces; may raise to stop the work.
+    most
+        Samples of a piece that are contracted at a time; none for all.
+
+    Returns
+    -------
+    ``most``, halved as often as scratch for contracting so many ran out.
+
+    Raises
+    ------
+    MemoryError, torch.OutOfMemoryError, RuntimeError
+        If there is no memory to contract single samples, as the device says it.
+    """
+    while not _filled(left, right, tiles, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
+        largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
+        most = max(1, min(largest, most or largest) // 2)
+        workspace.clear()
+        release_memory()
+    return most
+
+
+def _filled(
+    left: Block,
+    right: Block,
+    tiles: Sequence[Tensor],
+    corner: tuple[int, int],
+    num_covectors: int,
+    pairs: Pairs,
+    is_mirrored: bool,
+    workspace: Workspace,
+    pause: Callable[[], None],
+    most: int | None,
+) -> bool:
+    """Fill the tiles; false if memory ran out for pieces that can be halved."""
+    # The parts of a piece that meets itself must be the same objects on both sides.
+    lefts = list(_placed(left, corner[0], most))
+    rights = lefts if right is left and corner[0] == corner[1] else list(_placed(right, corner[1], most))
+    try:
+        for left_start, one in lefts:
+            for right_start, other in rights:
+                if is_mirrored and right_start < left_start:
+                    continue
+                pause()
+                top, side = left_start * num_covectors, right_start * num_covectors
+                height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
+                places = [tile[top : top + height, side : side + width] for tile in tiles]
+                contract_planes(one, other, workspace, pairs, places)
+                if is_mirrored and left_start != right_start:
+                    for tile, place in zip(tiles, places, strict=True):
+                        tile[side : side + width, top : top + height] = place.T
+    except Exception as error:
+        if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
+            raise
+        return False
+    return True
+
+
+def _placed(block: Block, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
+    """Pieces of a block, or parts of at most ``most`` samples, with the position of their first sample."""
+    for piece in block.pieces:
+        size = piece.num_samples
+        if most is None or size <= most:
+            yield start, piece
+        else:
+            for first in range(0, size, most):
+                yield start + first, piece.part(first, min(first + most, size))
+        start += size

@@ -1,0 +1,184 @@
+"""A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.grid import Grid, matrix_tile
+from ntkpipe.base.planes import array_of
+from ntkpipe.base.progress import show_progress
+from ntkpipe.base.resources import available_memory, format_bytes, num_cores
+from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.prepare import Prepared, plan_run, prepare
+from ntkpipe.build.records import Halvings, Record, TileRecord
+from ntkpipe.build.run import checked
+from ntkpipe.build.tiles import BuildJob, StripCache
+from ntkpipe.executors.threads import ThreadExecutor
+from ntkpipe.jacobian.engine import Engine
+from ntkpipe.jacobian.model.functional import Forward, resolve_device
+from ntkpipe.jacobian.model.samples import Samples, Source
+from ntkpipe.store.layout import Index
+
+_SHARE_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class SettledMatrix:
+    """A kernel in memory that is ready to compute.
+
+    Attributes
+    ----------
+    prepared
+        Model and samples.
+    engine
+        Self-checked, unless the run asks for no self-check.
+    plan
+        Fits in memory.
+    name, grid
+        The one kernel that is computed, or one of each output.
+    """
+
+    prepared: Prepared
+    engine: Engine
+    plan: Plan
+    name: str
+    grid: Grid
+
+
+def prepare_matrix(
+    model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
+) -> Prepared:
+    """As :func:`ntkpipe.build.prepare.prepare`, in tiles as large as leave work for every worker."""
+    # A GPU has one worker.
+    num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
+    choose_tile = partial(matrix_tile, num_workers=num_workers)
+    return prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=choose_tile)
+
+
+def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
+    """Compute train x train, or test x train where there are test samples.
+
+    Parameters
+    ----------
+    prepared
+        Model and samples.
+    run
+        Limits.
+    what, progress
+        Of the progress bar.
+
+    Raises
+    ------
+    ResourceError
+        If it does not fit in memory, with both numbers.
+    """
+    return build_matrix(settle_matrix(prepared, run), what=what, progress=progress)
+
+
+def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
+    """Do everything that comes before the first tile: measure costs, plan and self-check.
+
+    Raises
+    ------
+    ResourceError
+        If the kernel does not fit in memory, with both numbers.
+    """
+    name = "kernel/train" if prepared.test is None else "kernel/test_train"
+    grid = prepared.grids()[name]
+    dtype = np.dtype(prepared.spec.resolved_store_dtype())
+    shape = _shape(prepared, grid)
+    needed, available = prod(shape) * dtype.itemsize, available_memory()
+    if needed > _SHARE_OF_MEMORY * available:
+        raise ResourceError(
+            f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
+            f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
+        )
+    engine = prepared.engine
+    plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
+    plan.require_fit()
+    if run.self_check:
+        engine, _ = checked(prepared, engine, plan)
+        if engine.representations != prepared.engine.representations:
+            plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
+            plan.require_fit()
+    return SettledMatrix(prepared, engine, plan, name, grid)
+
+
+def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
+    """Compute what is settled, from the first tile to the last; any number of times.
+
+    Parameters
+    ----------
+    settled
+        The kernel.
+    what, progress
+        Of the progress bar.
+    """
+    prepared, plan = settled.prepared, settled.plan
+    dtype = np.dtype(prepared.spec.resolved_store_dtype())
+    matrix = np.empty(_shape(prepared, settled.grid), dtype)
+    prefixes = tuple(plane.prefix for plane in prepared.planes)
+    names = [array_of(prefix, settled.name) for prefix in prefixes]
+    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *settled.grid.shape), strict=True)), settled.grid)
+    sources: dict[str, Source] = {"train": prepared.train.source}
+    if prepared.test is not None:
+        sources["test"] = prepared.test.source
+    job = BuildJob(
+        settled.engine,
+        plan,
+        sources,
+        prepared.train.is_mapping,
+        sink,
+        StripCache(plan.cache_bytes),
+        dtype,
+        settled.engine.setup.pairs,
+        prefixes,
+    )
+    executor: ThreadExecutor[Task, Record] = ThreadExecutor(plan.machine.workers)
+    with contextlib.closing(executor.run(job, plan.tasks())) as running:
+        records = Halvings(plan).watch(running)
+        tiles = (record for record in records if isinstance(record, TileRecord))
+        if progress:
+            tiles = show_progress(tiles, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
+        for _ in tiles:
+            pass
+    return matrix
+
+
+def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
+    """Of the result."""
+    return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
+
+
+class _MatrixSink:
+    """Tiles go to matrices in memory, mirrored where these are symmetric; outputs are dropped."""
+
+    def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
+        self._matrices = matrices
+        self._grid = grid
+
+    def exists(self, array: str, index: Index) -> bool:
+        """Outputs count as there; no tile does."""
+        return array not in self._matrices
+
+    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+        """The tile's part of the matrix."""
+        return self._matrices[array][self._region(index)] if array in self._matrices else None
+
+    def _region(self, index: Index) -> tuple[slice, slice]:
+        rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
+        return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Copy a tile, which lies in its place, to its mirror image."""
+        if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
+            rows, columns = self._region(index)
+            self._matrices[array][columns, rows] = values.T

@@ -1,0 +1,343 @@
+"""Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
+from ntkpipe.base.grid import Grid, default_tile, kernel_grids
+from ntkpipe.base.kinds import Kind, get_kind
+from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
+from ntkpipe.base.resources import available_memory, num_cores, process_memory
+from ntkpipe.build.plan import Crew, Machine, Plan, Workload, make_plan
+from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.engine import Engine, Setup
+from ntkpipe.jacobian.fallback import batch_size, take
+from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.samples import Samples
+from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
+from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.store.manifest import Choices
+from ntkpipe.store.media.folder import Medium
+
+# What a run may take of the memory that is free when it starts, where no limit is given.
+_SHARE_OF_MEMORY = 0.7
+_COST_BATCH = 8
+# A batch of Jacobians that takes this long is long enough to be timed.
+_TIMED_SECONDS = 0.2
+# Strips of Jacobians that a worker has at once.
+_STRIPS = 4
+# What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
+# and oneDNN, and freed memory that the allocator keeps.
+_LIBRARY_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and samples that can be computed.
+
+    Attributes
+    ----------
+    spec, kind
+        What is asked for.
+    model
+        In the compute dtype, on the device.
+    engine
+        Traced, not yet self-checked.
+    train, test
+        The samples.
+    num_outputs
+        Outputs O.
+    tile
+        Samples along a tile's edge.
+    groups
+        Parameters of each group by name.
+    """
+
+    spec: KernelSpec
+    kind: Kind
+    model: FunctionalModel
+    engine: Engine
+    train: Samples
+    test: Samples | None
+    num_outputs: int
+    tile: int
+    groups: Mapping[str, tuple[str, ...]]
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The matrices that are filled together."""
+        return planes_of(self.spec.kind, self.num_outputs, self.groups)
+
+    @property
+    def num_covectors(self) -> int:
+        """Rows a sample, S."""
+        return self.kind.num_covectors(self.num_outputs)
+
+    def load(self, samples: Sequence[int]) -> Batch:
+        """A batch of any train samples on the device."""
+        return loader(self.model, self.train)(samples)
+
+    def grids(self) -> dict[str, Grid]:
+        """The kernels of a store of these samples."""
+        num_test = None if self.test is None else self.test.num_samples
+        return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
+
+
+def loader(model: FunctionalModel, samples: Samples) -> Load:
+    """A function that loads any samples as a batch on the model's device."""
+
+    def load(numbers: Sequence[int]) -> Batch:
+        arrays = [samples.source.read(i, i + 1) for i in numbers]
+        try:
+            joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"samples {', '.join(map(str, numbers))} do not have the same arrays ({error}); pad or crop them"
+            ) from error
+        return model.to_batch(joined, samples.is_mapping)
+
+    return load
+
+
+def prepare(
+    model: nn.Module,
+    train: Samples,
+    test: Samples | None,
+    spec: KernelSpec,
+    *,
+    forward: Forward,
+    device: str | None,
+    choose_tile: Callable[[int, int, int], int] = default_tile,
+) -> Prepared:
+    """Check the model on a few samples and find out how its Jacobians are computed.
+
+    Parameters
+    ----------
+    model, train, test, spec, forward
+        What is asked for.
+    device
+        ``cpu``, ``cuda``, ``cuda:1``; none takes the first GPU where there is one.
+    choose_tile
+        Takes the numbers of samples, of rows a sample and of planes to a tile, used where the spec names none.
+
+    Raises
+    ------
+    ConfigError
+        If a group does not fit the parameters, or there are too many kernels beside each other.
+    ModelError
+        If the model cannot be used as it is.
+    NonFiniteError
+        If it, or its outputs, are not finite.
+    """
+    kind = get_kind(spec.kind)
+    functional = prepare_model(
+        model,
+        forward=forward,
+        parameters=spec.parameters,
+        dtype=DTYPES[spec.compute_dtype],
+        tf32=spec.compute_dtype == "tf32",
+        device=resolve_device(device),
+    )
+    load = loader(functional, train)
+    num_outputs = check_outputs(functional, load, train.num_samples)
+    functional = with_fast_layout(functional, load, train.num_samples)
+    groups = match_groups(spec.groups, functional.names)
+    count = num_planes(spec.kind, num_outputs, len(groups))
+    if count > MAX_PLANES:
+        raise ConfigError(
+            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels beside each "
+            f"other; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
+        )
+    chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
+    chosen = min(chosen, train.num_samples)
+    dtype = DTYPES[spec.resolved_accumulate_dtype()]
+    setup = Setup(
+        covectors=torch.from_numpy(kind.covectors(num_outputs)),
+        pairs=kind.pairs,
+        accumulate_dtype=dtype,
+        rates=measure_rates(functional.device, dtype),
+        num_samples=chosen,
+        memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
+        piece_rows=sizes_of(functional.device).piece_rows,
+        groups=tuple(groups.values()),
+    )
+    engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
+    return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen, groups)
+
+
+def _memory_of_a_worker(device: torch.device) -> float:
+    """Bytes for each core, or those of the GPU, which has one worker."""
+    return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
+
+
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew | None = None) -> Engine:
+    """The engine with the recorded choices of the store that is resumed.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the model is traced otherwise now, as with another version of torch: the bits would change in mid-store.
+    """
+    engine = engine.reusing(choices.representations)
+    if engine.representations != choices.representations:
+        raise StoreMismatchError(
+            f"{path} was begun with Jacobians found as {choices.representations}; now they would be found as "
+            f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
+            (("choices.representations", choices.representations, engine.representations),),
+        )
+    device, arithmetic = where_computed(engine, crew)
+    if (device, arithmetic) != (choices.device, choices.arithmetic):
+        warnings.warn(
+            f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
+            "tiles will agree to rounding, not to the last bit",
+            stacklevel=3,
+        )
+    return engine
+
+
+def where_computed(engine: Engine, crew: Crew | None) -> tuple[str, str]:
+    """Type of the device that computes, here or on the workers, and what decides the last bits there."""
+    if crew is not None:
+        return torch.device(crew.device).type, crew.arithmetic
+    return engine.model.device.type, describe_arithmetic(engine.model.device)
+
+
+def plan_run(
+    prepared: Prepared,
+    engine: Engine,
+    run: RunSpec,
+    grids: dict[str, Grid],
+    *,
+    medium: Medium | None,
+    choices: Choices | None = None,
+    tiles_done: int = 0,
+    bytes_to_write: int | None = None,
+    result_bytes: int = 0,
+    crew: Crew | None = None,
+) -> Plan:
+    """Measure what Jacobians cost and this machine can do, and plan.
+
+    Parameters
+    ----------
+    prepared, engine, run
+        What is computed, and within what limits.
+    grids
+        The kernels.
+    medium
+        Where the store is or will be; none for a kernel in memory.
+    choices, tiles_done, bytes_to_write
+        Of the store that is resumed.
+    result_bytes
+        Bytes of a kernel that stays in memory, about to be allocated.
+    crew
+        Workers of a cluster; none for threads of this process.
+    """
+    spec = prepared.spec
+    workload = Workload(
+        grids=grids,
+        num_test=prepared.test.num_samples if prepared.test is not None and medium is not None else 0,
+        tile=prepared.tile,
+        num_covectors=prepared.num_covectors,
+        store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
+        accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
+        cost=measure_cost(prepared, engine),
+        num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
+        num_groups=len(prepared.groups),
+    )
+    disk = None if medium is None else medium.free_bytes()
+    machine = _this_machine(engine, run, result_bytes, disk) if crew is None else _crew_machine(crew, run, disk)
+    return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
+
+
+def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | None) -> Machine:
+    used = process_memory()
+    limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
+    if engine.model.device.type == "cuda":
+        # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
+        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
+    return Machine(
+        workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
+        memory_limit=int(limit),
+        base_memory=used + result_bytes,
+        free_disk=disk,
+        flops_per_second=engine.setup.rates.product,
+        device=str(engine.model.device),
+    )
+
+
+def _crew_machine(crew: Crew, run: RunSpec, disk: int | None) -> Machine:
+    """A limit of the run is that of each worker, where that is lower than the worker's own."""
+    return Machine(
+        workers=crew.threads,
+        memory_limit=min(crew.memory_limit, run.memory_limit or crew.memory_limit),
+        base_memory=crew.base_memory,
+        free_disk=disk,
+        flops_per_second=crew.flops_per_second,
+        device=crew.device,
+        processes=crew.processes,
+        is_remote=True,
+    )
+
+
+def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
+    """Cost of the Jacobians, from two small batches; each worker's copy of the model is part of it."""
+    samples = probe_samples(prepared.train.num_samples)
+    numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
+    cost = engine.cost(prepared.load(numbers))
+    module = engine.model.module
+    copied = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
+    return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
+
+
+def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
+    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
+
+    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit the memory stays as it
+    is.
+    """
+    if plan.memory_bytes > plan.machine.memory_limit:
+        return plan
+    batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
+    while True:
+        repeated = take(batch, [i % batch_size(batch) for i in range(size)])
+        seconds = _best_seconds(partial(engine.piece, repeated), engine.model.device, tries=1)
+        if size >= plan.batch or seconds >= _TIMED_SECONDS:
+            return replace(plan, sample_seconds=seconds / size)
+        size = min(4 * size, plan.batch)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What one thread of the device does in a second: products measured, the best of a few tries.
+
+    Representations, and so bits, depend on the ratio of the two rates. It is what is usual for such a device and not
+    measured: two runs of the same model would differ with what else runs on the machine.
+    """
+    sizes = sizes_of(device)
+    left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)
+    result = torch.empty_like(left)
+    with without_tf32(device):
+        product = 2.0 * sizes.rate_size**3 / _best_seconds(lambda: torch.mm(left, left, out=result), device)
+    return Rates(product, product / sizes.entry_flops)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
+    best = np.inf
+    for _ in range(tries):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, perf_counter() - start)
+    return float(best)

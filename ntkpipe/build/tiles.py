@@ -1,0 +1,446 @@
+"""Build: one block at a time, from samples through Jacobian strips to tiles that are stored."""
+
+import os
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from time import perf_counter, time
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.grid import Grid, Span
+from ntkpipe.base.planes import array_of
+from ntkpipe.build.gram import fill_tile
+from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.records import BlockRecord, Record, TileRecord
+from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
+from ntkpipe.executors.threads import Stopped
+from ntkpipe.jacobian.engine import Block, Engine
+from ntkpipe.jacobian.model.arithmetic import exact_process
+from ntkpipe.jacobian.model.device import describe_arithmetic, is_out_of_memory, peak_memory
+from ntkpipe.jacobian.model.functional import Batch
+from ntkpipe.jacobian.model.samples import Source, show_samples
+from ntkpipe.jacobian.representations.contract import Pairs, contract_diagonal_planes
+from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.store.layout import Index
+
+StripKey = tuple[str, Span]
+
+_SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}
+
+
+class Sink(Protocol):
+    """Where finished chunks go."""
+
+    def exists(self, array: str, index: Index) -> bool:
+        """Whether the chunk is there already."""
+        ...
+
+    def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Keep one chunk; the values may change after the call."""
+        ...
+
+    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+        """Where a tile may be computed in place, so that writing it copies nothing; none if it cannot."""
+        ...
+
+
+class StripCache:
+    """Jacobian strips that the workers of one process share, the least recently used dropped first.
+
+    Parameters
+    ----------
+    capacity
+        Bytes; zero keeps nothing.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._used = 0
+        self._strips: OrderedDict[StripKey, Block] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making: dict[StripKey, threading.Lock] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StripCache, (self._capacity,)  # strips stay in the process that computed them
+
+    def get(self, key: StripKey, make: Callable[[], Block]) -> Block:
+        """The strip, computed by ``make`` if it is not kept. Two workers do not compute the same one at once."""
+        if self._capacity == 0:
+            return make()
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._strips:
+                    self._strips.move_to_end(key)
+                    return self._strips[key]
+            block = make()
+            with self._lock:
+                self._strips[key] = block
+                self._used += block.num_bytes()
+                while self._used > self._capacity:
+                    _, dropped = self._strips.popitem(last=False)
+                    self._used -= dropped.num_bytes()
+            return block
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Everything that a worker needs to do any task; idempotent, whatever ran before or runs beside it.
+
+    Attributes
+    ----------
+    engine
+        Copied for each worker.
+    plan
+        The plan.
+    sources
+        Samples by split, ``train`` and ``test``.
+    is_mapping
+        Whether a sample is a dict.
+    sink
+        Where tiles go.
+    cache
+        Shared by the workers of this process.
+    store_dtype
+        Of tiles and outputs.
+    pairs
+        Which pairs of covectors are contracted.
+    prefixes
+        Folders of the planes, in the order in which they are contracted.
+    in_use
+        Keeps others from replacing what is written to, by a worker that may outlive its driver.
+    default_dtype
+        That of torch where the job was made; another process may have another one.
+    """
+
+    engine: Engine
+    plan: Plan
+    sources: Mapping[str, Source]
+    is_mapping: bool
+    sink: Sink
+    cache: StripCache
+    store_dtype: np.dtype[Any]
+    pairs: Pairs = "all"
+    prefixes: tuple[str, ...] = ("kernel",)
+    in_use: Callable[[], AbstractContextManager[None]] = nullcontext
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Arithmetic as every tile is computed, and what is written to held in use, in a process of its own."""
+        with exact_process(tf32=self.engine.model.tf32, default_dtype=self.default_dtype), self.in_use():
+            yield
+
+    def shrunk(self) -> "BuildJob":
+        """The same work in half the memory: strips, pieces and batches of half the size, one held, none shared."""
+        plan = self.plan
+        strip, subtile = max(1, plan.strip // 2), max(1, plan.subtile // 2)
+        batch = max(1, plan.batch // 2)
+        smaller = replace(plan, strip=strip, subtile=subtile, batch=batch, hold=1, cache_bytes=0)
+        return replace(self, plan=smaller, cache=StripCache(0))
+
+    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[Record]]:
+        """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
+        torch.set_num_threads(1)
+        device = torch.device(self.plan.machine.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: pinned memory would open a context on the first GPU
+        return _Builder(self, pause).run
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A tile of every plane on its way to the sink.
+
+    Attributes
+    ----------
+    index
+        Which one.
+    span
+        Its row samples.
+    values
+        Its entries by array, of those that do not have them.
+    outputs
+        f of its row samples, where they are written with it.
+    """
+
+    index: Index
+    span: Span
+    values: dict[str, Arrival]
+    outputs: Arrival | None
+
+
+class _Builder:
+    """One worker."""
+
+    def __init__(self, job: BuildJob, pause: Callable[[], None]) -> None:
+        self._job = job
+        self._plan = job.plan
+        self._device = torch.device(job.plan.machine.device)
+        self._engine = job.engine.moved(self._device).copy()
+        self._pause = pause
+        self._workspace = Workspace()
+        rows = job.plan.workload.tile * job.plan.workload.num_covectors
+        self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
+        self._held: dict[StripKey, Block] = {}
+        self._batch = job.plan.batch
+        self._most: int | None = None
+        self._last = perf_counter()
+        self._flops = 0.0
+        self._num_bytes = 0
+
+    def run(self, task: Task) -> Iterator[Record]:
+        """Do one task, and say at its end what it took."""
+        started, began = time(), perf_counter()
+        self._last, self._flops, self._num_bytes = began, 0.0, 0
+        tiles = 0
+        with peak_memory(self._device) as peak:
+            for tile in self._chunks(task):
+                tiles += 1
+                yield tile
+        if tiles == 0:  # another run had done it
+            return
+        block = task.block
+        yield BlockRecord(
+            array=task.array,
+            rows=(block.row_start, block.row_stop),
+            columns=(block.column_start, block.column_stop),
+            tiles=tiles,
+            started=started,
+            seconds=perf_counter() - began,
+            flops=self._flops,
+            num_bytes=self._num_bytes,
+            peak_memory_bytes=peak(),
+            batch=self._batch,
+            subtile=min(self._plan.subtile, self._most or self._plan.subtile),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            device=str(self._device),
+            arithmetic=describe_arithmetic(self._device),
+        )
+
+    def _chunks(self, task: Task) -> Iterator[TileRecord]:
+        """Do one task. Tiles are written by a thread of their own while the next ones are computed."""
+        if task.array == "kernel/test_diagonal":
+            yield from self._diagonal(task.block.row_start)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
+            pending: list[tuple[_Computed, Future[None]]] = []
+            for tile in self._tiles(task):
+                pending.append((tile, writer.submit(self._keep, tile)))
+                # The next tile goes to the buffers of the one before this: these must be free again.
+                while len(pending) >= NUM_BUFFERS:
+                    yield from self._kept(*pending.pop(0))
+            while pending:
+                yield from self._kept(*pending.pop(0))
+
+    def _kept(self, tile: _Computed, writing: "Future[None]") -> Iterator[TileRecord]:
+        writing.result()
+        for array in tile.values:
+            yield self._finished(array, tile.index)
+
+    def _arrays(self, name: str) -> list[str]:
+        """That array of every plane."""
+        return [array_of(prefix, name) for prefix in self._job.prefixes]
+
+    def _keep(self, tile: _Computed) -> None:
+        """Write a tile of each plane once it has arrived, and before them the outputs of its samples."""
+        values = {array: arrive() for array, arrive in tile.values.items()}
+        for array, entries in values.items():
+            self._require_finite(array, entries, tile.span)
+        if tile.outputs is not None:
+            self._write_outputs("train", tile.span, tile.outputs())
+        for array, entries in values.items():
+            self._write(array, tile.index, entries)
+
+    def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
+        """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
+        if not self._job.sink.exists(array, index):
+            self._job.sink.write(array, index, values)
+            self._num_bytes += values.nbytes
+
+    def _finished(self, array: str, index: Index) -> TileRecord:
+        now = perf_counter()
+        subtile = self._job.plan.subtile
+        record = TileRecord(array, index, now - self._last, self._batch, min(subtile, self._most or subtile))
+        self._last = now
+        return record
+
+    def _tiles(self, task: Task) -> Iterator[_Computed]:
+        """Compute the missing tiles of a block: row strips are held, column strips stream past them."""
+        grid = self._plan.workload.grids[task.array]
+        split = _SPLITS[task.array][0]
+        rows = task.block.rows()
+        for first in range(rows.start, rows.stop, self._plan.rows_held):
+            group = range(first, min(first + self._plan.rows_held, rows.stop))
+            strips = [(split, strip) for row in group for strip in grid.rows.samples(row).cut(self._plan.strip)]
+            pinned = frozenset(strips) if len(strips) <= self._plan.hold else frozenset()
+            for column in task.block.columns():
+                for row in group:
+                    if self._is_missing(task.array, grid, row, column):
+                        yield self._tile(task.array, grid, row, column, pinned)
+
+    def _is_missing(self, array: str, grid: Grid, row: int, column: int) -> bool:
+        if not grid.is_stored(row, column):
+            return False
+        if grid.symmetric and row == column and not self._job.sink.exists("outputs/train", (row, 0)):
+            return True
+        return not all(self._job.sink.exists(each, (row, column)) for each in self._arrays(array))
+
+    def _tile(
+        self,
+        array: str,
+        grid: Grid,
+        row: int,
+        column: int,
+        pinned: frozenset[StripKey],
+    ) -> _Computed:
+        plan, width = self._plan, self._plan.workload.num_covectors
+        row_split, column_split = _SPLITS[array]
+        row_span, column_span = grid.rows.samples(row), grid.columns.samples(column)
+        is_mirrored = grid.symmetric and row == column
+        shape = len(row_span) * width, len(column_span) * width
+        arrays = self._arrays(array)
+        places = [self._job.sink.place(each, (row, column)) for each in arrays]
+        tiles = [buffers.take(shape, place) for buffers, place in zip(self._buffers, places, strict=True)]
+        outputs: dict[Span, torch.Tensor] = {}
+        strips = row_span.cut(plan.strip)
+        for start in range(0, len(strips), plan.hold):
+            part = strips[start : start + plan.hold]
+            keep = pinned or frozenset((row_split, strip) for strip in part)
+            for strip in column_span.cut(plan.strip):
+                if is_mirrored and strip < part[0]:
+                    continue
+                right = self._strip((column_split, strip), keep)
+                for one in part:
+                    if is_mirrored and strip < one:
+                        continue
+                    left = self._strip((row_split, one), keep | {(column_split, strip)})
+                    outputs[one] = left.outputs
+                    self._most = fill_tile(
+                        left,
+                        right,
+                        tiles,
+                        row=one.start - row_span.start,
+                        column=strip.start - column_span.start,
+                        num_covectors=width,
+                        pairs=self._job.pairs,
+                        is_mirrored=is_mirrored,
+                        workspace=self._workspace,
+                        pause=self._pause,
+                        most=self._most,
+                    )
+        sent = {each: buffers.send() for each, buffers in zip(arrays, self._buffers, strict=True)}
+        # Where outputs alone are missing, all that is done is told by the first plane.
+        missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]
+        values = {each: sent[each] for each in missing}
+        rows, columns = len(row_span), len(column_span)
+        self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
+        found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
+        return _Computed((row, column), row_span, values, found)
+
+    def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
+        """Send what is small to the host; in float64, since numpy has no bfloat16."""
+        return self._buffers[0].fetch(torch.cat(parts).double())
+
+    def _diagonal(self, number: int) -> Iterator[TileRecord]:
+        """Outputs and diagonal blocks of one tile of test samples."""
+        plan, sink = self._plan, self._job.sink
+        index, arrays = (number, 0, 0), self._arrays("kernel/test_diagonal")
+        if sink.exists("outputs/test", (number, 0)) and all(sink.exists(array, index) for array in arrays):
+            return
+        span = plan.workload.grids["kernel/test_train"].rows.samples(number)
+        parts: list[list[torch.Tensor]] = [[] for _ in arrays]
+        outputs = []
+        for strip in span.cut(plan.strip):
+            self._pause()
+            block = self._strip(("test", strip), frozenset())
+            for piece in block.pieces:
+                found = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                for part, values in zip(parts, found, strict=True):
+                    part.append(values)
+            outputs.append(block.outputs)
+        kept = [self._to_store_dtype(self._fetch(part)()) for part in parts]
+        for array, blocks in zip(arrays, kept, strict=True):
+            self._require_finite(array, blocks, span)
+        self._write_outputs("test", span, self._fetch(outputs)())
+        for array, blocks in zip(arrays, kept, strict=True):
+            self._write(array, index, blocks)
+            yield self._finished(array, index)
+
+    def _write_outputs(self, split: str, span: Span, outputs: NDArray[np.float64]) -> None:
+        values = self._to_store_dtype(outputs)
+        self._require_finite(f"outputs/{split}", values, span)
+        self._write(f"outputs/{split}", (span.start // self._plan.workload.tile, 0), values)
+
+    def _to_store_dtype(self, values: NDArray[np.float64]) -> NDArray[Any]:
+        with np.errstate(over="ignore"):  # an overflow is an error, raised with its samples
+            return values.astype(self._job.store_dtype)
+
+    def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
+        """Check what is about to be written for the samples of ``span``, which run along the first axis."""
+        finite = np.isfinite(values).reshape(len(span), -1).all(axis=1)
+        if not finite.all():
+            raise NonFiniteError(
+                f"{array}: entries of {show_samples((span.start + np.flatnonzero(~finite)).tolist())} overflow "
+                f"{self._job.store_dtype} although their Jacobians are finite; use accumulate_dtype='float64' and "
+                "store_dtype='float64', or scale the model. None of it was written"
+            )
+
+    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Block:
+        """Jacobians of a strip: held, shared with another worker, or computed; then only it and ``keep`` are held."""
+        if key not in self._held:
+            self._held = {other: block for other, block in self._held.items() if other in keep}
+            self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
+        return self._held[key]
+
+    def _compute(self, key: StripKey) -> Block:
+        split, span = key
+        source = self._job.sources[split]
+        at = span
+
+        def load(start: int, stop: int) -> Batch:
+            nonlocal at
+            self._pause()
+            at = Span(start, stop)
+            arrays = {name: to_host_tensor(v, self._device) for name, v in source.read(start, stop).items()}
+            return self._engine.model.to_batch(arrays, self._job.is_mapping)
+
+        try:
+            block, self._batch = self._engine.block(
+                load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
+            )
+        except (NtkpipeError, Stopped):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of "
+                "them was written; correct those samples or the model"
+            ) from error
+        self._require_finite_block(block, split, span)
+        self._flops += len(span) * self._plan.workload.cost.jacobian_flops
+        return block
+
+    def _require_finite_block(self, block: Block, split: str, span: Span) -> None:
+        """Check a strip; where nothing is wrong, a GPU is waited for once."""
+        outputs = torch.isfinite(block.outputs).all(dim=1)
+        if bool((torch.cat([piece.has_finite_sums() for piece in block.pieces]) & outputs).all()):
+            return
+        finite = torch.cat([piece.is_finite() for piece in block.pieces]) & outputs
+        bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
+        if bad:
+            raise NonFiniteError(
+                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of them was written"
+            )

@@ -1,0 +1,1 @@
+"""Verify, repair and grow a store that a model computed."""

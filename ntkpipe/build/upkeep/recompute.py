@@ -1,0 +1,141 @@
+"""Chunks of a store computed again with its own choices, so that they get the bits that they had."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.errors import ConfigError, TileError
+from ntkpipe.build.plan import Crew, Task
+from ntkpipe.build.prepare import Prepared
+from ntkpipe.build.records import Record
+from ntkpipe.build.run import build, first_of, require_same_function, settle, write_samples
+from ntkpipe.executors.threads import Executor
+from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.mending.growth import Chunk, aside, ragged
+
+
+def spec_of(manifest: Manifest) -> KernelSpec:
+    """What was asked for when a store was made, with every default filled in."""
+    return KernelSpec(
+        kind=manifest.kind,
+        parameters=manifest.model.parameters,
+        groups=manifest.groups,
+        compute_dtype=manifest.compute_dtype,
+        accumulate_dtype=manifest.accumulate_dtype,
+        store_dtype=manifest.store_dtype,
+        tile=manifest.tile,
+    )
+
+
+def given_or_stored(store: Store, split: str, inputs: object, targets: object) -> Samples | None:
+    """The samples of one set: those that are given, else those in the store, whose bytes pass their checksums.
+
+    Raises
+    ------
+    ConfigError
+        If none are given, and those in the store are missing or damaged, or were never kept.
+    """
+    record = store.manifest.train if split == "train" else store.manifest.test
+    if record is None:
+        if inputs is not None:
+            raise ConfigError(f"{store.root} was made without test_inputs, but test_inputs were given")
+        return None
+    label, has_targets = f"{split} inputs", record.targets is not None
+    try:
+        if inputs is not None:
+            samples = as_samples(inputs, targets, label=label, with_targets=has_targets)
+        else:
+            samples = Samples(StoredSource(store, split, record.num_samples), record.is_mapping, None, False, label)
+            for start, stop in samples.spans():
+                samples.source.read(start, stop)
+        if has_targets and samples.targets is None:
+            if targets is None:
+                targets = store.arrays[f"targets/{split}"].read_samples(0, record.num_samples)
+            samples = replace(samples, given_targets=np.asarray(targets))
+    except (TileError, KeyError) as error:
+        names = "inputs and targets" if split == "train" else "test_inputs and test_targets"
+        raise ConfigError(
+            f"the {split} samples in {store.root} cannot be used ({error}); give {names}, or a workflow file"
+        ) from error
+    return samples
+
+
+def recompute(
+    store: Store,
+    chunks: frozenset[Chunk],
+    prepared: Prepared,
+    run: RunSpec,
+    *,
+    crew: Crew | None,
+    executor: Callable[[Store], Executor[Task, Record] | None],
+    progress: bool,
+) -> None:
+    """Compute chunks of a store again, each with the bits that it had; what is there is replaced, one by one.
+
+    A tile at the edge of a store that grew was put together of what was computed before the growth and after it, so it
+    is computed in the same steps again: the earlier part goes aside first.
+
+    Parameters
+    ----------
+    store, chunks
+        The store, and its chunks; samples and targets among them are written first.
+    prepared
+        The model and samples of the store.
+    run, crew, executor, progress
+        As of a run.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the model maps samples that are stored to other outputs.
+    """
+    require_same_function(store, prepared, chunks)
+    store.complete_layout()
+    data = frozenset(chunk for chunk in chunks if chunk[0].startswith(("samples/", "targets/")))
+    with store.in_use():
+        write_samples(store, "train", prepared.train, data)
+        if prepared.test is not None:
+            write_samples(store, "test", prepared.test, data)
+    quick = run.model_copy(update={"self_check": False})
+    earlier = store.manifest.earlier()
+    for before, after in zip(earlier, (*earlier, store.manifest)[1:], strict=True):
+        arrays = aside(store, before)
+        wanted = frozenset(
+            (name, index) for name, index in (chunks - data) & ragged(before, after) if not arrays[name].has(index)
+        )
+        if wanted:
+            for name in sorted({name for name, _ in wanted}):
+                arrays[name].create()
+            _compute(store, wanted, first_of(prepared, before), before, quick, crew, executor, progress)
+    wanted = chunks - data
+    if wanted:
+        _compute(store, wanted, prepared, None, run, crew, executor, progress)
+
+
+def _compute(
+    store: Store,
+    wanted: frozenset[Chunk],
+    prepared: Prepared,
+    stage: Manifest | None,
+    run: RunSpec,
+    crew: Crew | None,
+    executor: Callable[[Store], Executor[Task, Record] | None],
+    progress: bool,
+) -> None:
+    manifest = stage or store.manifest
+    left = Counter(name for name, _ in wanted)
+    settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, run, "a", crew, left)
+    build(
+        replace(settled, store=store),
+        prepared.train,
+        prepared.test,
+        executor=executor(store),
+        wanted=wanted,
+        stage=stage,
+        progress=progress,
+    )

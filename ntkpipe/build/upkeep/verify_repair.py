@@ -1,0 +1,190 @@
+"""The public functions that look after a store: verify it, and put right what is bad."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ntkpipe.base.config import RunSpec, parse
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.progress import Ticks
+from ntkpipe.build.certify import certify, find_witness, with_certificates
+from ntkpipe.build.prepare import prepare
+from ntkpipe.build.run import exact_single_thread, manifest_of, require_same
+from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
+from ntkpipe.build.workers import cluster_executor, device_here, inspect_crew
+from ntkpipe.jacobian.model.functional import Forward
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.mending.repair import RepairReport, mend, undo
+from ntkpipe.store.verification import Finding, VerificationReport, record_report, verify_and_record
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def verify(
+    store: str | Path | KernelStore,
+    model: nn.Module | None = None,
+    inputs: object = None,
+    *,
+    test_inputs: object = None,
+    forward: Forward = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> VerificationReport:
+    """Verify a store, and with a model certify its whole kernels; the report is kept in the store.
+
+    Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
+    Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
+    J(J'v), which every entry takes part in.
+
+    Parameters
+    ----------
+    store
+        Path, or an open store.
+    model
+        What the store was made with.
+    inputs, test_inputs
+        The samples it was made with; default those in the store.
+    forward, device
+        As for :func:`ntkpipe.compute_kernel`.
+    progress
+        Show progress bars on standard error.
+
+    Returns
+    -------
+    The report; ``report.is_good`` says whether anything was found.
+
+    Raises
+    ------
+    ConfigError
+        If inputs are given without a model.
+    StoreMismatchError
+        If model or samples are not those of the store.
+    """
+    if model is None and inputs is not None:
+        raise ConfigError("inputs were given without a model; a certificate needs both")
+    opened = _open(store)
+    if model is None:
+        return verify_and_record(opened.store, progress=progress)
+    return _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress)
+
+
+def repair(
+    store: str | Path | KernelStore,
+    model: nn.Module | None = None,
+    inputs: object = None,
+    *,
+    targets: object = None,
+    test_inputs: object = None,
+    test_targets: object = None,
+    forward: Forward = None,
+    memory_limit: int | str | None = None,
+    device: str | None = None,
+    self_check: bool = True,
+    client: "Client | None" = None,
+    code: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> RepairReport:
+    """Verify a store and put right what is bad; what was done is kept in the store below ``results/repairs``.
+
+    With the model, exactly the chunks that are missing or bad are computed again, with the choices that the store
+    recorded, so they get the bits that they had; each is replaced when the new one is written. Then the kernels are
+    certified. Without a model: leftovers and chunks that belong to no array are removed, damaged ``zarr.json`` of
+    arrays written anew, a growth that was cut short is undone; bad chunks are reported and stay.
+
+    Parameters
+    ----------
+    store
+        Path, or an open store.
+    model, forward
+        What the store was made with.
+    inputs, targets, test_inputs, test_targets
+        The samples it was made with; default those in the store.
+    memory_limit, device, self_check, client, code, workers, progress
+        As for :func:`ntkpipe.compute_kernel`.
+
+    Returns
+    -------
+    What was found, done and left; ``report.is_good`` says whether the store is good now.
+
+    Raises
+    ------
+    ConfigError
+        If inputs are given without a model, or none are given and those in the store are damaged; or the store was
+        derived from another one.
+    StoreMismatchError
+        If model or samples are not those of the store. Nothing was changed then.
+    StoreError
+        If the store cannot be written.
+    """
+    opened = _open(store)
+    if model is None:
+        if inputs is not None:
+            raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
+        return mend(opened.store, done=undo(opened.store), progress=progress)
+    kept, manifest = opened.store, opened.manifest
+    if manifest.derived is not None:
+        raise ConfigError(
+            f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
+            "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
+        )
+    limits = {"memory_limit": memory_limit, "device": device, "workers": workers, "self_check": self_check}
+    spec, run = spec_of(manifest), parse(RunSpec, limits, source="run arguments")
+    done = undo(kept)
+    train = given_or_stored(kept, "train", inputs, targets)
+    test = given_or_stored(kept, "test", test_inputs, test_targets)
+    assert train is not None
+    crew = None if client is None else inspect_crew(client, spec, run.device, progress)
+    here = device_here(run.device, crew)
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare(model, train, test, spec, forward=forward, device=here)
+        test_record = None if test is None else test.inspect("test_inputs")
+        require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
+        return mend(
+            kept,
+            lambda chunks: recompute(
+                kept,
+                chunks,
+                prepared,
+                run,
+                crew=crew,
+                executor=lambda store: None if client is None else cluster_executor(client, store, code),
+                progress=progress,
+            ),
+            lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=here, progress=progress),
+            done=done,
+            progress=progress,
+        )
+
+
+def _open(store: str | Path | KernelStore) -> KernelStore:
+    return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
+
+
+def _verify(
+    opened: KernelStore,
+    model: nn.Module,
+    inputs: object,
+    test_inputs: object,
+    *,
+    forward: Forward,
+    device: str | None,
+    progress: bool,
+) -> VerificationReport:
+    """Verify and certify."""
+    with exact_single_thread(opened.manifest.compute_dtype):
+        # Whatever does not match is said before a single tile is read.
+        witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
+        report = verify_and_record(opened.store, progress=progress)
+        if not report.is_good:
+            missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
+            return replace(report, findings=(*report.findings, missing))
+        with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
+            certificates = certify(opened, witness, step=ticks.tick)
+    report = with_certificates(report, certificates)
+    record_report(opened.store, report)
+    return report

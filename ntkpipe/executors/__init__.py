@@ -1,0 +1,1 @@
+"""Where tiles are computed: threads of this process or a Dask cluster."""

@@ -1,0 +1,198 @@
+"""Start or join a Dask cluster: this machine's processes, its GPUs, or a scheduler's address."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster
+
+from ntkpipe.base.errors import ClusterError, ConfigError
+from ntkpipe.base.resources import available_memory, num_cores
+
+LOCAL = "local"
+
+_LOOPBACK = "127.0.0.1"
+_DASHBOARD_PORT = 8787
+_SHARE_OF_MEMORY = 0.7
+_CONNECT_SECONDS = 30
+# Of a local cluster.
+_SETTINGS = {
+    # Its nannies restart what dies. Left alone, Dask would close one whose worker is just dying again when the time
+    # after an earlier death is over, and the cluster would be without that worker for good.
+    "distributed.deploy.lost-worker-timeout": "100 days",
+    # Profiles of a hundred stacks a second, and clocks that tick fifty times, take a tenth of a busy core. Blocks are
+    # few and long.
+    "distributed.worker.profile.interval": "500 ms",
+    "distributed.admin.tick.interval": "500 ms",
+}
+# Workers of a batch system may wait in its queue.
+_WAIT_SECONDS = 600
+
+
+@contextlib.contextmanager
+def connect(
+    scheduler: str, *, workers: int | None = None, memory_limit: int | None = None, num_gpus: int = 0
+) -> Iterator[Client]:
+    """A client of a cluster, until the context is left; a local cluster is closed then.
+
+    Parameters
+    ----------
+    scheduler
+        ``"local"`` for processes of this machine, reachable from this machine alone; else the address of a scheduler,
+        as ``tcp://host:8786`` or ``tls://host:8786``. Certificates come from Dask's configuration.
+    workers
+        Of a local cluster: single-threaded processes, one a core by default; with GPUs one a GPU.
+    memory_limit
+        Of a local cluster: bytes of all workers together; default 70 % of what is available.
+    num_gpus
+        GPUs of this machine, of which each becomes a worker's of its own.
+
+    Yields
+    ------
+    The client.
+
+    Raises
+    ------
+    ConfigError
+        If the address is none.
+    ClusterError
+        If nothing answers there.
+    """
+    with contextlib.ExitStack() as stack:
+        if scheduler == LOCAL:
+            stack.enter_context(dask.config.set(_SETTINGS))
+            cluster = stack.enter_context(_start(workers, memory_limit, num_gpus))
+            client = stack.enter_context(Client(cluster, set_as_default=False))
+        else:
+            client = stack.enter_context(_join(scheduler))
+        yield client
+
+
+def _join(scheduler: str) -> Client:
+    if "://" not in scheduler:
+        raise ConfigError(
+            f"scheduler={scheduler!r}; needed an address as 'tcp://host:8786' or 'tls://host:8786', or 'local' for "
+            "processes of this machine"
+        )
+    certificate = Security().get_tls_config_for_role("client")
+    if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):
+        # A client of Dask would find out, but then hang for a minute when the process ends.
+        raise ClusterError(
+            f"{scheduler} takes clients with a certificate, and Dask's settings name none: set distributed.comm.tls "
+            "or DASK_CONFIG to a folder made by cluster/tls/make_certificates.sh"
+        )
+    try:
+        return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        # What Dask raises for no answer, an unknown protocol, and certificates of another authority.
+        raise ClusterError(
+            f"cannot join the scheduler at {scheduler}: {error}. Is it running (`dask scheduler`), reachable from "
+            "here, and, for tls://, do Dask's settings distributed.comm.tls name this client's certificate?"
+        ) from error
+
+
+def require_workers(client: object) -> None:
+    """Wait until a cluster has a worker, and say so where there is none yet.
+
+    Raises
+    ------
+    ConfigError
+        If the client is none, or asynchronous.
+    ClusterError
+        If no worker comes for ten minutes.
+    """
+    if not isinstance(client, Client) or client.asynchronous:
+        raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
+    try:
+        if not client.nthreads():
+            print(
+                f"{address_of(client)} has no workers yet; waiting up to {_WAIT_SECONDS // 60} minutes for one (`dask "
+                f"worker {address_of(client)} --nthreads 1` starts one)",
+                file=sys.stderr,
+            )
+        client.wait_for_workers(1, timeout=_WAIT_SECONDS)
+    except TimeoutError as error:
+        raise ClusterError(
+            f"no worker joined {address_of(client)} in {_WAIT_SECONDS // 60} minutes; start some with "
+            f"`dask worker {address_of(client)} --nthreads 1`"
+        ) from error
+
+
+def require_package(client: Client) -> None:
+    """Check that the scheduler, which looks into tasks, has this package; it does not need torch.
+
+    Raises
+    ------
+    ClusterError
+        If it does not, or has another version.
+    """
+    try:
+        found = client.run_on_scheduler(version, "ntkpipe")
+    except Exception as error:  # whatever happens there comes back as it is
+        raise ClusterError(
+            f"the scheduler at {address_of(client)} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
+        ) from error
+    here = version("ntkpipe")
+    if found != here:
+        raise ClusterError(
+            f"the scheduler at {address_of(client)} has ntkpipe {found}, this process {here}; install the same"
+        )
+
+
+def address_of(client: Client) -> str:
+    """Address of the client's scheduler."""
+    return str(client.scheduler_info(n_workers=0)["address"])
+
+
+def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
+    """A cluster of processes: one thread each, so that results do not depend on how many there are."""
+    count = min(num_gpus, workers or num_gpus) if num_gpus else workers or num_cores()
+    share = (memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
+    dashboard = f"{_LOOPBACK}:{_DASHBOARD_PORT if _is_free(_DASHBOARD_PORT) else 0}"
+    if not num_gpus:
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            host=_LOOPBACK,
+            memory_limit=share,
+            dashboard_address=dashboard,
+        )
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")[:count]
+    if importlib.util.find_spec("dask_cuda") is not None:
+        # It also binds each worker to the cores and the network card next to its GPU.
+        from dask_cuda import LocalCUDACluster
+
+        return LocalCUDACluster(
+            CUDA_VISIBLE_DEVICES=devices,
+            threads_per_worker=1,
+            host=_LOOPBACK,
+            memory_limit=share,
+            dashboard_address=dashboard,
+        )
+    return SpecCluster(
+        workers={device: gpu_worker(device, share) for device in devices},
+        scheduler={
+            "cls": Scheduler,
+            "options": {"host": _LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard},
+        },
+    )
+
+
+def gpu_worker(device: str, memory_limit: int) -> dict[str, Any]:
+    """Specification of a process that sees one GPU alone."""
+    # The environment must be there when the process starts: CUDA reads it once.
+    environment = {**dask.config.get("distributed.nanny.pre-spawn-environ"), "CUDA_VISIBLE_DEVICES": device}
+    options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": memory_limit, "env": environment}
+    return {"cls": Nanny, "options": options}
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_LOOPBACK, port)) != 0

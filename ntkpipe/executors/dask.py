@@ -1,0 +1,316 @@
+"""A job on the workers of a Dask cluster: how keys are handed out, and what happens when workers or the scheduler die.
+
+Tasks are idempotent and return small records, so whatever is lost is simply asked for again: by Dask where a worker
+dies, and here where a task has met too many deaths, the scheduler is gone, or workers were killed for their memory.
+"""
+
+import contextlib
+import pickle
+import queue
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+from distributed import Client, Future, KilledWorker
+from distributed.comm.core import CommClosedError
+
+from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
+from ntkpipe.executors.payload import JobPlugin, Parcel, ParcelMissingError, pickle_job, plugins_of_the_dead, run_key
+from ntkpipe.executors.threads import Job
+
+Key = TypeVar("Key")
+Record = TypeVar("Record")
+
+# Of events on the scheduler: a kernel is about to be built.
+TOPIC = "ntkpipe"
+
+_Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
+
+# Keys that are handed out beforehand, for each thread of a worker: one runs, one waits there.
+_KEYS_PER_THREAD = 2
+_SPARE_KEYS = 8
+# Results that are brought at a time: one after the other they would keep some hundred workers waiting.
+_FETCHERS = 32
+_POLL_SECONDS = 1.0
+# Workers that are killed for memory within this time are taken for one: they were doing the same.
+_GRACE_SECONDS = 10.0
+_ALONE_SECONDS = 30.0
+_MEMORY_TOPIC = "worker-restart-memory"
+# A store that does not answer is tried again after twice as long each time.
+_BACKOFF_SECONDS = 1.0
+# Sizes are halved at most so often; smaller ones gain nothing.
+_MOST_SHRINKING = 8
+
+
+class ClusterExecutor(Generic[Key, Record]):
+    """Workers of a Dask cluster; see :class:`ntkpipe.executors.threads.Executor`.
+
+    The job reaches each worker once, as a worker plugin, also those that join later. Keys are handed out in a window
+    of a few for each thread, so neither driver nor scheduler holds many tasks.
+
+    Parameters
+    ----------
+    client
+        Connected to the cluster.
+    name
+        Of the tasks on the dashboard, as ``pntk``.
+    code
+        A zip archive with modules that the job needs, or none; see :func:`ntkpipe.executors.payload.pack_code`.
+    max_failures
+        A key whose workers died in so many attempts, each of several deaths, without progress elsewhere ends the run.
+    """
+
+    def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
+        self._client = client
+        self._name = name
+        self._code = code
+        self._max_failures = max_failures
+
+    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
+        """See :class:`ntkpipe.executors.threads.Executor`. Records of a key come when it is done.
+
+        Yields
+        ------
+        What the job yields.
+
+        Raises
+        ------
+        Interrupted
+            On Ctrl-C; workers leave their work at the next piece.
+        ModelError
+            If the job cannot be pickled.
+        ClusterError
+            If the cluster is lost, or the same key kills its workers again and again.
+        ResourceError
+            If workers exceed their memory whatever is done.
+        NtkpipeError
+            What the job raises in a worker.
+        """
+        running = _Run(self._client, self._name, job, self._code, self._max_failures)
+        try:
+            yield from running.records(iter(keys))
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; workers leave their work") from error
+        finally:
+            running.close()
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[Record]):
+    """How a task ended: with records, or with an error."""
+
+    future: "Future[list[Record]]"
+    records: list[Record]
+    error: BaseException | None
+
+
+class _Run(Generic[Key, Record]):
+    """One call of :meth:`ClusterExecutor.run`."""
+
+    def __init__(self, client: Client, name: str, job: Job[Key, Record], code: bytes | None, max_failures: int) -> None:
+        self._client = client
+        self._token = uuid4().hex[:16]
+        self._prefix = f"{name}-{self._token}"
+        self._max_failures = max_failures
+        self._plugin = JobPlugin(Parcel(self._token, pickle_job(job), code), owner=client.id)
+        self._pending: dict[Future[list[Record]], _Attempt] = {}
+        self._again: deque[_Attempt] = deque()
+        self._later: list[tuple[float, _Attempt]] = []
+        self._failures: Counter[str] = Counter()
+        self._events: queue.SimpleQueue[_Outcome[Record] | float] = queue.SimpleQueue()
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="ntkpipe-fetcher")
+        self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
+        self._is_delivered = False
+        self._shrinking = 0
+        self._shrunk_at = -_GRACE_SECONDS
+        self._attempts = 0
+        self._num_threads = 0
+        self._alone_since: float | None = None
+        self._counted_at = -_POLL_SECONDS
+
+    def records(self, keys: Iterator[Key]) -> Iterator[Record]:
+        for name in self._client.run_on_scheduler(plugins_of_the_dead):
+            # A worker may die this moment, and another driver do the same.
+            with contextlib.suppress(CommClosedError, OSError, ValueError):
+                self._client.unregister_worker_plugin(name)
+        self._deliver()
+        is_exhausted = False
+        while True:
+            self._again += [attempt for due, attempt in self._later if due <= monotonic()]
+            self._later = [(due, attempt) for due, attempt in self._later if due > monotonic()]
+            while not is_exhausted and len(self._pending) + len(self._again) < self._window():
+                try:
+                    self._again.append((next(keys), self._shrinking))
+                except StopIteration:
+                    is_exhausted = True
+            while self._again:
+                self._submit(*self._again.popleft())
+            if not self._pending and not self._later:
+                return
+            with contextlib.suppress(queue.Empty):
+                event = self._events.get(timeout=_POLL_SECONDS)
+                if isinstance(event, float):
+                    self._shrink(event)
+                elif event.future in self._pending:
+                    yield from self._finish(event)
+
+    def _deliver(self) -> None:
+        """Give the job to every worker that is there, and to those that will come."""
+        busy, events = self._busy, self._events  # a client keeps what it calls, which shall not be the job
+
+        def note_memory(event: tuple[float, dict[str, Any]]) -> None:
+            """A nanny has killed a worker; others' work may be on the same cluster."""
+            if event[1]["worker"] in busy:
+                events.put(monotonic())
+
+        self._client.subscribe_topic(self._plugin.name, lambda event: busy.add(event[1]["worker"]))
+        self._client.subscribe_topic(_MEMORY_TOPIC, note_memory)
+        self._is_delivered = True
+        # Where a worker dies this moment; others, or a scheduler that is gone, say that they do not have it.
+        with contextlib.suppress(CommClosedError, OSError):
+            self._client.register_plugin(self._plugin, name=self._plugin.name)
+
+    def _window(self) -> int:
+        if monotonic() - self._counted_at > _POLL_SECONDS:
+            # Where the scheduler is gone, its futures are cancelled and say so.
+            with contextlib.suppress(CommClosedError, OSError):
+                self._num_threads = sum(self._client.nthreads().values())
+            self._counted_at = monotonic()
+            self._warn_if_alone()
+        return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
+
+    def _warn_if_alone(self) -> None:
+        """Say that nothing goes on, once each time that the last worker has been gone for a while."""
+        if self._num_threads:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = monotonic()
+        elif monotonic() - self._alone_since > _ALONE_SECONDS:
+            self._alone_since = inf
+            warnings.warn("the cluster has no workers; waiting for some to join", stacklevel=2)
+
+    def _submit(self, key: Key, shrinking: int) -> None:
+        self._attempts += 1
+        future: Future[list[Record]] = self._client.submit(
+            run_key,
+            self._token,
+            pickle.dumps(key),  # the scheduler looks into arguments, and shall not need what keys are made of
+            shrinking,
+            key=(self._prefix, str(key), self._attempts),
+            priority=-self._attempts,
+            pure=False,
+        )
+        self._pending[future] = (key, shrinking)
+        future.add_done_callback(self._fetch_soon)
+
+    def _fetch_soon(self, future: "Future[list[Record]]") -> None:
+        with contextlib.suppress(RuntimeError):  # the run is over, and nobody asks
+            self._fetchers.submit(self._fetch, future)
+
+    def _fetch(self, future: "Future[list[Record]]") -> None:
+        """Bring the records of a key that is done; some at a time, since each takes a way to its worker and back."""
+        records: list[Record] = []
+        error: BaseException | None = None
+        try:
+            records = future.result()
+        except BaseException as raised:  # noqa: BLE001 - carried to the caller's thread and raised there
+            error = raised
+        self._events.put(_Outcome(future, records, error))
+
+    def _finish(self, outcome: "_Outcome[Record]") -> Iterator[Record]:
+        key, shrinking = self._pending.pop(outcome.future)
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+        except KilledWorker as error:
+            self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
+        except (CancelledError, CommClosedError) as error:
+            self._reconnect((key, shrinking), error)
+        except ParcelMissingError:
+            self._deliver()
+            self._again.append((key, shrinking))
+        except StoreError as error:
+            if type(error) is not StoreError:  # a full disk, a damaged chunk
+                raise
+            # A shared disk or a network may be gone for a moment.
+            self._fail((key, shrinking), str(error), error, wait=True)
+        else:
+            self._failures.clear()
+            yield from outcome.records
+
+    def _fail(self, attempt: _Attempt, reason: str, error: Exception, *, wait: bool = False) -> None:
+        key = str(attempt[0])
+        self._failures[key] += 1
+        if self._failures[key] >= self._max_failures:
+            raise ClusterError(
+                f"block {key} failed {self._failures[key]} times while no other block was finished: {reason}. Look at "
+                "the workers' logs; if they were killed for their memory, start them with a nanny, more memory or "
+                "fewer threads each, or plan for less with memory_limit"
+            ) from error
+        if wait:
+            self._later.append((monotonic() + _BACKOFF_SECONDS * 2 ** self._failures[key], attempt))
+        else:
+            self._again.append(attempt)
+
+    def _reconnect(self, attempt: _Attempt, error: Exception) -> None:
+        """The scheduler is gone, and every task with it: wait for it, or for another one at its address."""
+        self._again += [attempt, *self._pending.values()]
+        self._pending.clear()
+        while not self._is_delivered_again():
+            threading.Event().wait(_POLL_SECONDS)
+            if self._client.status not in {"connecting", "running"}:
+                raise ClusterError(
+                    "the scheduler is gone and did not come back in time; every finished tile is stored, and the same "
+                    "call or command resumes once it is there again"
+                ) from error
+
+    def _is_delivered_again(self) -> bool:
+        """Give the job to the workers of a scheduler that is there again, if it has any and stays."""
+        if self._client.status != "running":
+            return False
+        try:
+            if not self._client.nthreads():
+                return False
+            self._deliver()
+        except (CommClosedError, OSError):
+            return False
+        return True
+
+    def _shrink(self, seen: float) -> None:
+        """A nanny killed a worker for its memory: everything that is not done is tried in half the memory."""
+        if seen - self._shrunk_at < _GRACE_SECONDS:
+            return
+        self._shrunk_at, self._shrinking = seen, self._shrinking + 1
+        if self._shrinking > _MOST_SHRINKING:
+            raise ResourceError(
+                "workers were killed for their memory again and again, even with single samples at a time; give them "
+                "more, or fewer threads each"
+            )
+        warnings.warn(
+            "a worker was killed for exceeding its memory; blocks that are not done are tried in half the memory",
+            stacklevel=2,
+        )
+        futures, attempts = list(self._pending), [key for key, _ in self._pending.values()]
+        self._pending.clear()
+        self._client.cancel(futures, force=True)
+        waiting = [*(key for key, _ in self._again), *(key for _, (key, _) in self._later)]
+        self._again, self._later = deque((key, self._shrinking) for key in [*attempts, *waiting]), []
+
+    def close(self) -> None:
+        """Tell workers to leave what they are doing, and to forget the job."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        if self._client.status != "running" or not self._is_delivered:
+            return
+        with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go this moment
+            self._client.unsubscribe_topic(_MEMORY_TOPIC)
+            self._client.unsubscribe_topic(self._plugin.name)
+            if self._pending:
+                self._client.cancel(list(self._pending), force=True)
+            self._client.unregister_worker_plugin(self._plugin.name)

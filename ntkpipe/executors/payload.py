@@ -1,0 +1,247 @@
+"""What reaches the workers of a cluster: the job once, with the modules it needs, and what becomes of it there."""
+
+import contextlib
+import gc
+import io
+import pickle
+import threading
+import traceback
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import cloudpickle
+from distributed import Reschedule, Scheduler, WorkerPlugin, get_worker
+from distributed.core import Status
+
+from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
+from ntkpipe.base.imports import folder_first, forget_folder
+from ntkpipe.executors.threads import Job, Stopped
+
+_PLUGIN_PREFIX = "ntkpipe-"
+
+
+class ParcelMissingError(Exception):
+    """A worker does not have the job: it came while a new scheduler did not have it yet."""
+
+
+class Leaving(Stopped, Reschedule):
+    """Raised inside a worker that is about to leave: a request to stop, and Dask does the key elsewhere."""
+
+
+def pickle_job(job: object) -> bytes:
+    """A job as bytes.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be pickled.
+    """
+    from ntkpipe.executors import pickling  # keeps torch out of the scheduler, which imports this module
+
+    try:
+        return pickling.dumps(job)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be sent to workers (pickling it raised {error!r}): define its class in a module, in the "
+            "workflow's folder, or in __main__, and keep open files, locks and scripted modules out of it"
+        ) from error
+
+
+def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 2**20) -> bytes:
+    """A zip archive of a folder's Python files, or of all its files but stores and hidden ones.
+
+    Raises
+    ------
+    ConfigError
+        If it is no folder.
+    ClusterError
+        If it cannot be read, or is too large, naming the largest file.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"code={str(folder)!r} is not a folder; needed the one whose modules are sent to workers")
+    try:
+        return _pack(folder, everything, most_bytes)
+    except OSError as error:
+        raise ClusterError(
+            f"cannot send the files of {folder} to workers: {error}; keep other files elsewhere"
+        ) from error
+
+
+def _pack(folder: Path, everything: bool, most_bytes: int) -> bytes:
+    sizes = {path: path.stat().st_size for path in _files_of(folder, everything)}
+    if sum(sizes.values()) > most_bytes:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise ClusterError(
+            f"{folder} has {sum(sizes.values()) >> 20} MiB of files to send to workers, at most {most_bytes >> 20} MiB "
+            f"are sent; the largest is {largest} ({sizes[largest] >> 20} MiB): keep data outside of the folder"
+        )
+    buffer = io.BytesIO()
+    # Files that were made reproducible may be of 1970.
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for path in sizes:
+            archive.write(path, path.relative_to(folder))
+    return buffer.getvalue()
+
+
+def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files of a folder; neither stores, nor virtual environments, nor links to a folder that is above."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            is_foreign = (path / "zarr.json").exists() or (path / "pyvenv.cfg").exists()
+            if not is_foreign and path.resolve() not in above:
+                yield from _files_of(path, everything, above)
+        elif path.is_file() and (everything or path.suffix == ".py"):
+            yield path
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a worker needs of a run.
+
+    Attributes
+    ----------
+    token
+        Of the run.
+    job
+        Pickled: opened by the first task, so that what goes wrong is an error of the task and not of the worker.
+    code
+        Zip archive with its modules.
+    """
+
+    token: str
+    job: bytes
+    code: bytes | None
+
+
+class JobPlugin(WorkerPlugin):
+    """Brings a parcel to every worker, and removes what it has become there; its name says whose it is."""
+
+    def __init__(self, parcel: Parcel, owner: str) -> None:
+        self.name = f"{_PLUGIN_PREFIX}{parcel.token}@{owner}"
+        self.parcel = parcel
+
+    def setup(self, worker: Any) -> None:
+        """Called in each worker, also in those that join later."""
+        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
+
+    def teardown(self, worker: Any) -> None:
+        """Called in each worker when the run has ended."""
+        if _OPENED.pop((worker.id, self.parcel.token), None) is not None:
+            gc.collect()  # what threads have opened refers to itself: a next run would find its memory taken
+
+
+def plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
+    """Plugins of drivers that were killed: a scheduler would keep their models, and give them to every new worker."""
+    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
+    return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
+
+
+# In a worker's process: the parcels that have arrived, by worker (threads of one process may hold several) and run.
+_OPENED: dict[tuple[str, str], "_Opened"] = {}
+
+
+class _Opened:
+    """A parcel in a worker."""
+
+    def __init__(self, parcel: Parcel, folder: Path, topic: str) -> None:
+        self._parcel = parcel
+        self._topic = topic
+        self._folder = folder / f"ntkpipe-{parcel.token}"
+        self._lock = threading.Lock()
+        self._jobs: dict[int, Job[Any, Any]] = {}
+        self._mine = threading.local()
+        self._session = contextlib.ExitStack()
+        self._num_running = 0
+
+    def run(self, worker: Any, key: Any, shrinking: int) -> list[Any]:
+        self._mine.worker, self._mine.task = worker, worker.get_current_task()
+        job = self._job(shrinking)
+        with self._in_session(job):
+            opened = vars(self._mine).setdefault("opened", {})
+            if shrinking not in opened:
+                opened.clear()  # larger ones are not wanted any more
+                worker.log_event(self._topic, {"worker": worker.address})
+                opened[shrinking] = job.open(self._pause)
+            try:
+                return list(opened[shrinking](key))
+            except BaseException as error:
+                # Dask keeps the error, and so would keep the memory of every frame that it went through: a worker that
+                # is paused for its memory would stay so.
+                traceback.clear_frames(error.__traceback__)
+                raise
+
+    def _job(self, shrinking: int) -> Job[Any, Any]:
+        with self._lock:
+            if not self._jobs:
+                self._jobs[0] = self._unpickle()
+            for level in range(len(self._jobs), shrinking + 1):
+                self._jobs[level] = self._jobs[level - 1].shrunk()
+            return self._jobs[shrinking]
+
+    def _unpickle(self) -> Job[Any, Any]:
+        parcel = self._parcel
+        try:
+            if parcel.code is None:
+                found = cloudpickle.loads(parcel.job)
+            else:
+                unpack_code(parcel.code, self._folder)
+                with folder_first(self._folder):
+                    found = cloudpickle.loads(parcel.job)
+                forget_folder(self._folder)  # another run may have modules of the same names
+        except Exception as error:
+            raise ClusterError(
+                f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
+                "the workflow's folder, which is sent along"
+            ) from error
+        job: Job[Any, Any] = found
+        return job
+
+    @contextlib.contextmanager
+    def _in_session(self, job: Job[Any, Any]) -> Iterator[None]:
+        """Settings of the process, entered by the first thread and left by the last one."""
+        with self._lock:
+            if self._num_running == 0:
+                self._session.enter_context(job.session())
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if self._num_running == 0:
+                    self._session.close()
+
+    def _pause(self) -> None:
+        """Leave work that nobody waits for any more, or that this worker will not finish since it is about to leave."""
+        worker = self._mine.worker
+        state = worker.state.tasks.get(self._mine.task)
+        if state is None or state.state == "cancelled":
+            raise Stopped
+        if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
+            raise Leaving
+
+
+def unpack_code(code: bytes, folder: Path) -> None:
+    """Unpack what :func:`pack_code` packed; a folder that is there is complete."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
+    with zipfile.ZipFile(io.BytesIO(code)) as archive:
+        archive.extractall(temporary)
+    temporary.rename(folder)
+
+
+def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
+    """What Dask runs for one key."""
+    worker = get_worker()
+    opened = _OPENED.get((worker.id, token))
+    if opened is None:
+        raise ParcelMissingError(token)
+    return opened.run(worker, pickle.loads(key), shrinking)

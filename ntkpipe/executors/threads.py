@@ -1,0 +1,151 @@
+"""Where work runs: map an idempotent function over keys, on workers that keep their own state.
+
+A job is opened once for each worker (its model copy, its scratch memory) and then called for each key; it yields small
+records as it goes. Nothing large travels. In this process workers are threads, each single-threaded in its arithmetic,
+so results do not depend on how many there are; no port is opened.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from ntkpipe.base.errors import Interrupted
+
+Key = TypeVar("Key")
+Record = TypeVar("Record")
+KeyIn = TypeVar("KeyIn", contravariant=True)
+RecordOut = TypeVar("RecordOut", covariant=True)
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """Raised inside a worker to leave its work when the run is stopped."""
+
+
+class Job(Protocol[KeyIn, RecordOut]):
+    """What an executor runs. One that sends it to other processes pickles it."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """What must hold in a whole process while it does keys; entered there by whoever owns the process."""
+        ...
+
+    def shrunk(self) -> "Job[KeyIn, RecordOut]":
+        """The same work in less memory, for workers that were killed for using too much; agrees to rounding."""
+        ...
+
+    def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
+        """Prepare one worker; called in the worker.
+
+        Parameters
+        ----------
+        pause
+            To be called often; raises :class:`Stopped` when the run is stopped.
+
+        Returns
+        -------
+        Does one key, yielding a record for each result that is safely stored.
+        """
+        ...
+
+
+class Executor(Protocol[Key, Record]):
+    """Runs a job: threads of this process here, workers of a cluster in :mod:`ntkpipe.executors.dask`."""
+
+    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
+        """Do every key once and yield records as they come, in no particular order.
+
+        Raises
+        ------
+        Interrupted
+            On Ctrl-C, after every worker has left its work.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+class _Done:
+    """A worker has no more keys."""
+
+
+@dataclass(frozen=True)
+class ThreadExecutor(Generic[Key, Record]):
+    """Workers as threads of this process.
+
+    Attributes
+    ----------
+    num_workers
+        Threads.
+    """
+
+    num_workers: int
+
+    def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
+        """See :class:`Executor`. The first error of a worker stops the others and is raised here.
+
+        Close the generator where it may be left early: that, too, stops the workers and waits for them.
+
+        Yields
+        ------
+        What the job yields.
+
+        Raises
+        ------
+        Interrupted
+            On Ctrl-C.
+        """
+        stop = threading.Event()
+        records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()
+        pending = iter(keys)
+        lock = threading.Lock()
+
+        def pause() -> None:
+            if stop.is_set():
+                raise Stopped
+
+        def work() -> None:
+            try:
+                do = job.open(pause)
+                while True:
+                    pause()
+                    with lock:
+                        key = next(pending)
+                    for record in do(key):
+                        records.put(record)
+            except (StopIteration, Stopped):
+                records.put(_Done())
+            except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
+                records.put(_Failure(error))
+
+        threads = [
+            threading.Thread(target=work, name=f"ntkpipe-{number}", daemon=True) for number in range(self.num_workers)
+        ]
+        failure: BaseException | None = None
+        try:
+            for thread in threads:
+                thread.start()
+            active = len(threads)
+            while active:
+                record = records.get()
+                if isinstance(record, _Failure):
+                    failure = failure or record.error
+                    stop.set()
+                    active -= 1
+                elif isinstance(record, _Done):
+                    active -= 1
+                else:
+                    yield record
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; every worker has left its work") from error
+        finally:
+            stop.set()
+            for thread in threads:
+                if thread.ident is not None:  # an interrupt may strike before all are started
+                    thread.join()
+        if failure is not None:
+            raise failure

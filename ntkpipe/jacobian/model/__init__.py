@@ -1,0 +1,1 @@
+"""A model and its samples as the engine takes them."""

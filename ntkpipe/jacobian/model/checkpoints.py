@@ -1,0 +1,48 @@
+"""State dicts from files: what a workflow's model is loaded from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ntkpipe.base.errors import ModelError
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a state dict into ``model``: safetensors, or ``.pt`` / ``.pth`` weights-only. Nothing is unpickled.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be read or does not fit; the message lists the keys that differ.
+    """
+    if path.suffix not in {".safetensors", ".pt", ".pth"}:
+        raise ModelError(f"checkpoint {path}: needed a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, safetensors its own
+        raise ModelError(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+        raise ModelError(f"checkpoint {path} holds {keys}; needed a state dict, parameter name → tensor")
+    _require_fit(model.state_dict(), state, path)
+    model.load_state_dict(dict(state))
+
+
+def _require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ModelError(f"checkpoint {path} does not fit the model: {shown}")

@@ -1,0 +1,379 @@
+"""Samples: tensors, arrays, dicts of arrays or map-style data sets, read in runs and never held whole by us."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.manifest import ArrayRecord, DataRecord
+
+Arrays = dict[str, NDArray[Any]]
+
+SINGLE = "input"
+_SCAN_BYTES = 32 * 2**20
+_SHOWN_SAMPLES = 8
+_REREAD = 5
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        ...
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Samples ``start:stop`` by array name, first axis the sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Samples that lie in memory."""
+
+    arrays: Arrays
+    num_samples: int
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Samples ``start:stop``, without a copy."""
+        return {name: values[start:stop] for name, values in self.arrays.items()}
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Samples of a map-style torch data set, loaded when they are read.
+
+    Attributes
+    ----------
+    dataset
+        ``len(dataset)`` and ``dataset[i]``: a sample, or a pair of a sample and its target.
+    has_targets
+        Whether an item is such a pair.
+    """
+
+    dataset: Any
+    num_samples: int
+    has_targets: bool
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Load and stack samples ``start:stop``."""
+        return self._stack([self._sample(i) for i in range(start, stop)], start)
+
+    def read_targets(self, count: int) -> NDArray[Any]:
+        """The targets of the first ``count`` samples."""
+        targets = [_to_array(self._item(i)[1], "targets") for i in range(count)]
+        for i, target in enumerate(targets):
+            if target.shape != targets[0].shape:
+                raise DataError(f"the target of sample {i} has shape {target.shape}, of sample 0 {targets[0].shape}")
+        return np.stack(targets)
+
+    def _item(self, i: int) -> Any:
+        try:
+            return self.dataset[i]
+        except Exception as error:
+            raise DataError(f"the data set raised {type(error).__name__} at item {i}: {error}") from error
+
+    def _sample(self, i: int) -> dict[str, NDArray[Any]]:
+        item = self._item(i)
+        sample = item[0] if self.has_targets else item
+        mapping = sample if isinstance(sample, Mapping) else {SINGLE: sample}
+        return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
+
+    def _stack(self, samples: list[Arrays], start: int) -> Arrays:
+        first = samples[0]
+        for offset, sample in enumerate(samples):
+            for name in [*first, *sample]:
+                found = sample[name].shape if name in sample else None
+                wanted = first[name].shape if name in first else None
+                if found != wanted:
+                    raise DataError(
+                        f"{name!r} of sample {start + offset} has shape {found}, of sample {start} {wanted}; samples "
+                        "must have equal arrays: pad or crop them"
+                    )
+        return {name: np.stack([sample[name] for sample in samples]) for name in first}
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """Samples of a store, checksums verified; safe to read from any thread."""
+
+    store: Store
+    split: str
+    num_samples: int
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Samples ``start:stop``, read from the chunks that hold them."""
+        prefix = f"samples/{self.split}/"
+        arrays = {k[len(prefix) :]: a for k, a in self.store.arrays.items() if k.startswith(prefix)}
+        return {name: array.read_samples(start, stop) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class FirstSource:
+    """The first samples of a longer source."""
+
+    source: Source
+    num_samples: int
+
+    def read(self, start: int, stop: int) -> Arrays:
+        """Samples ``start:stop``."""
+        return self.source.read(start, stop)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples and their targets.
+
+    Attributes
+    ----------
+    source
+        The samples.
+    is_mapping
+        Whether the model takes a dict of arrays, or one tensor.
+    given_targets
+        First axis the sample; None if there are none, or the data set has them.
+    with_targets
+        Whether a data set's own targets are wanted.
+    label
+        What messages call the inputs.
+    """
+
+    source: Source
+    is_mapping: bool
+    given_targets: NDArray[Any] | None
+    with_targets: bool
+    label: str
+
+    @cached_property
+    def targets(self) -> NDArray[Any] | None:
+        """First axis the sample, or None; read from a data set when they are first needed.
+
+        Raises
+        ------
+        NonFiniteError
+            If one is NaN or infinite.
+        """
+        values = self._first_targets(self.num_samples)
+        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            bad = [int(i) for i in np.flatnonzero(~finite)]
+            raise NonFiniteError(f"targets of {self.label}: NaN or infinite entries in {show_samples(bad)}")
+        return values
+
+    def _first_targets(self, count: int) -> NDArray[Any] | None:
+        if self.given_targets is not None:
+            return self.given_targets[:count]
+        if self.with_targets and isinstance(self.source, DatasetSource) and self.source.has_targets:
+            return self.source.read_targets(count)
+        return None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return self.source.num_samples
+
+    def first(self, count: int) -> "Samples":
+        """The first ``count`` of these samples, with their targets."""
+        if count == self.num_samples:
+            return self
+        return replace(self, source=FirstSource(self.source, count), given_targets=self._first_targets(count))
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Runs of samples of about 32 MiB that cover all."""
+        one = sum(values.nbytes for values in self.source.read(0, 1).values())
+        size = max(1, min(self.num_samples, _SCAN_BYTES // max(1, one)))
+        for start in range(0, self.num_samples, size):
+            yield start, min(start + size, self.num_samples)
+
+    def describe(self) -> DataRecord:
+        """The record of these samples without fingerprints, from the first one; what a plan needs."""
+        first, targets = self.source.read(0, 1), self._first_targets(1)
+        return DataRecord(
+            num_samples=self.num_samples,
+            inputs={name: ArrayRecord(shape=v.shape[1:], dtype=str(v.dtype)) for name, v in first.items()},
+            is_mapping=self.is_mapping,
+            inputs_digest="",
+            targets=None if targets is None else ArrayRecord(shape=targets.shape[1:], dtype=str(targets.dtype)),
+            targets_digest=None,
+        )
+
+    def inspect(self, label: str) -> DataRecord:
+        """Read every sample once: check that it is finite, and fingerprint it.
+
+        Raises
+        ------
+        NonFiniteError
+            Naming the samples with NaN or infinite entries.
+        DataError
+            If samples have other arrays, shapes or dtypes than those before.
+        """
+        described = self.describe()
+        chosen = {int(i) for i in np.linspace(0, self.num_samples - 1, _REREAD)}
+        before = {i: self.source.read(i, i + 1) for i in chosen}
+        digests = {name: hashlib.sha256() for name in described.inputs}
+        bad: set[int] = set()
+        for start, stop in self.spans():
+            for name, values in self.source.read(start, stop).items():
+                record = ArrayRecord(shape=values.shape[1:], dtype=str(values.dtype))
+                first = described.inputs.get(name)
+                if first != record:
+                    raise DataError(f"{label}: {name!r} of samples {start}:{stop} is {record}, of sample 0 {first}")
+                digests[name].update(np.ascontiguousarray(values).data)
+                if values.dtype.kind == "f" and not np.isfinite(values).all():
+                    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+                    bad |= {start + int(i) for i in np.flatnonzero(~finite)}
+        if bad:
+            raise NonFiniteError(f"{label}: NaN or infinite entries in {show_samples(sorted(bad))}")
+        for i, sample in before.items():
+            again = self.source.read(i, i + 1)
+            if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
+                raise DataError(
+                    f"{label}: sample {i} is another one each time it is read; switch random augmentation off, or pass "
+                    "arrays"
+                )
+        digest = hashlib.sha256()
+        for name, record in sorted(described.inputs.items()):
+            digest.update(f"{name}|{record}|{digests[name].hexdigest()}|".encode())
+        found = {"inputs_digest": digest.hexdigest()}
+        if self.targets is not None:
+            found["targets_digest"] = hashlib.sha256(np.ascontiguousarray(self.targets).data).hexdigest()
+        return described.model_copy(update=found)
+
+
+def show_samples(numbers: Sequence[int]) -> str:
+    """``samples 3, 7 and 12 more``."""
+    shown = ", ".join(map(str, numbers[:_SHOWN_SAMPLES]))
+    more = f" and {len(numbers) - _SHOWN_SAMPLES} more" if len(numbers) > _SHOWN_SAMPLES else ""
+    return f"{'sample' if len(numbers) == 1 else 'samples'} {shown}{more}"
+
+
+def as_samples(inputs: object, targets: object = None, *, label: str = "inputs", with_targets: bool = True) -> Samples:
+    """Accept what users have as samples.
+
+    Parameters
+    ----------
+    inputs
+        A tensor or array (first axis the sample), a dict of them, or a map-style data set whose items are samples or
+        (sample, target) pairs.
+    targets
+        First axis the sample. Taken from the data set's pairs if None.
+    label
+        What messages call the inputs.
+    with_targets
+        Whether a data set's own targets are wanted.
+
+    Raises
+    ------
+    DataError
+        If they are empty, of unequal length, or of a type that is none of the above.
+    """
+    source, is_mapping = _as_source(inputs, label)
+    if source.num_samples == 0:
+        raise DataError(f"{label} holds no samples; needed at least one")
+    values = None if targets is None else _to_array(targets, f"targets of {label}")
+    if values is not None and (values.ndim == 0 or len(values) != source.num_samples):
+        raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
+    samples = Samples(source, is_mapping, values, with_targets, label)
+    if values is not None:
+        _ = samples.targets  # checked at once; those of a data set when they are read
+    return samples
+
+
+def require_same_arrays(train: Samples, test: Samples, label: str) -> None:
+    """Check that two sets of samples have the same arrays, shapes and dtypes."""
+    left, right = train.source.read(0, 1), test.source.read(0, 1)
+    described = [{name: (v.shape[1:], str(v.dtype)) for name, v in arrays.items()} for arrays in (left, right)]
+    if described[0] != described[1] or train.is_mapping != test.is_mapping:
+        words = ["a dict " if samples.is_mapping else "" for samples in (train, test)]
+        raise DataError(f"{label} has samples {words[1]}{described[1]}; the train inputs have {words[0]}{described[0]}")
+
+
+def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
+    if isinstance(inputs, Mapping):
+        if not inputs:
+            raise DataError(f"{label} is an empty dict; needed name → array")
+        arrays = {}
+        for name, values in inputs.items():
+            _require_key(name, label)
+            arrays[name] = _to_array(values, f"{label}[{name!r}]")
+        lengths = {name: values.shape[:1] for name, values in arrays.items()}
+        if len(set(lengths.values())) > 1 or () in lengths.values():
+            shown = ", ".join(f"{name}: {values.shape}" for name, values in arrays.items())
+            raise DataError(f"{label} has arrays of unequal lengths ({shown}); the first axis is the sample")
+        return ArraySource(arrays, len(next(iter(arrays.values())))), True
+    if isinstance(inputs, Tensor | np.ndarray):
+        values = _to_array(inputs, label)
+        if values.ndim == 0:
+            raise DataError(f"{label} is a scalar; needed an array whose first axis is the sample")
+        return ArraySource({SINGLE: values}, len(values)), False
+    if isinstance(inputs, torch.utils.data.IterableDataset) or not (
+        hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+    ):
+        raise DataError(
+            f"{label} is {type(inputs).__name__}; needed a tensor, an array, a dict of arrays, or a map-style data set "
+            "(with len() and [i])"
+        )
+    return _as_dataset_source(inputs, label)
+
+
+def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
+    if len(dataset) == 0:
+        raise DataError(f"{label} holds no samples; needed at least one")
+    first = dataset[0]
+    has_targets = isinstance(first, tuple) and len(first) == 2
+    if isinstance(first, tuple) and len(first) not in {1, 2}:
+        raise DataError(
+            f"items of {label} have {len(first)} parts; needed a sample, or a pair (sample, target). Several inputs: a "
+            "dict of arrays"
+        )
+    if isinstance(first, tuple) and len(first) == 1:
+        dataset, first = _First(dataset), first[0]
+    sample = first[0] if has_targets else first
+    for name in sample if isinstance(sample, Mapping) else ():
+        _require_key(name, label)
+    return DatasetSource(dataset, len(dataset), has_targets), isinstance(sample, Mapping)
+
+
+def _require_key(name: object, label: str) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
+
+
+@dataclass(frozen=True)
+class _First:
+    """A data set of one-tuples, as ``TensorDataset(x)`` is, seen as one of samples."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.dataset[i][0]
+
+
+def _to_array(value: object, label: str) -> NDArray[Any]:
+    """A numpy array of numbers or booleans, without a copy where possible."""
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:  # sparse tensors and ragged lists
+        raise DataError(f"{label} cannot be made an array: {error}") from error
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans")
+    if 0 in array.shape[1:]:
+        raise DataError(f"{label} has shape {array.shape}: its samples are empty")
+    if array.dtype == np.longdouble or array.dtype.byteorder == ">":
+        array = array.astype(np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("="))
+    return array

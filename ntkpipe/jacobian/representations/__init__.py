@@ -1,0 +1,1 @@
+"""How the Jacobian of a parameter is held and contracted."""

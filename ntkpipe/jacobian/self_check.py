@@ -1,0 +1,352 @@
+"""The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkpipe.base.errors import NtkpipeError, SelfCheckError
+from ntkpipe.jacobian.engine import Engine
+from ntkpipe.jacobian.fallback import batch_size, by_loop, take
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.probe import Load, choose_method
+from ntkpipe.jacobian.representations.contract import contract
+from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.tracing.uses import pull_back
+
+_NUM_SAMPLES = 3
+_MAX_COVECTORS = 4
+_MAX_BATCH = 64
+_SHARE_OF_MEMORY = 0.5
+# What the Jacobians of the chosen samples may take; a random covector alone sees every output, too.
+_JACOBIAN_BYTES = 256 * 2**20
+# |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
+# dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
+_TOLERANCE, _EPSILON = 1e-5, 1e-10
+# What rounding in the compute dtype may cost the whole kernel before the run is refused.
+_COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
+
+Jacobians = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check found.
+
+    Attributes
+    ----------
+    samples
+        The samples that were compared.
+    num_covectors
+        Random covectors a sample.
+    dtype
+        dtype of the comparison; float64 unless the model cannot run in it.
+    reference
+        ``torch.func``, or plain autograd with the reason why ``torch.func`` could not run the model.
+    worst_parameter, worst_error
+        The largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj).
+    compute_error
+        Error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj).
+    moved
+        Parameters that failed and went to the fallback, with the size of their error.
+    reference_wrong
+        Parameters where finite differences side with the engine against the reference.
+    """
+
+    samples: tuple[int, ...]
+    num_covectors: int
+    dtype: str
+    reference: str
+    worst_parameter: str
+    worst_error: float
+    compute_error: float
+    moved: dict[str, str]
+    reference_wrong: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def self_check(
+    engine: Engine, load: Load, num_samples: int, *, batch: int, memory_bytes: int
+) -> tuple[Engine, CheckReport]:
+    """Compare the engine with a reference that shares none of its code.
+
+    Parameters
+    ----------
+    engine
+        In the compute dtype.
+    load, num_samples
+        The samples.
+    batch
+        Batch size of the run: the three samples are placed anywhere in a batch of that size (at most 64).
+    memory_bytes
+        What may be used; fewer covectors are compared where Jacobians of all parameters are large beside it. With one
+        covector, three samples take about 72 bytes a parameter.
+
+    Returns
+    -------
+    The engine, with parameters that failed moved to the fallback, and the report.
+
+    Raises
+    ------
+    SelfCheckError
+        If the fallback is wrong, too, or the compute dtype is not enough for this model.
+    """
+    checked = _Check(engine, load, num_samples, batch, memory_bytes)
+    engine, moved, sided, found = checked.settle(engine)
+    worst, error = checked.worst(found, sided)
+    compute_error = checked.compute_error(engine)
+    limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
+    if compute_error > limit:
+        raise SelfCheckError(
+            f"in {engine.model.arithmetic} the kernel of samples {checked.chosen} is off by {compute_error:.1e} of "
+            f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
+        )
+    report = CheckReport(
+        samples=tuple(checked.chosen),
+        num_covectors=len(checked.covectors),
+        dtype=str(checked.model.dtype).removeprefix("torch."),
+        reference=checked.reference_name,
+        worst_parameter=worst,
+        worst_error=error,
+        compute_error=compute_error,
+        moved=moved,
+        reference_wrong=tuple(sorted(sided)),
+    )
+    return engine, report
+
+
+class _Check:
+    """Three samples, their reference Jacobians in float64, and the means to judge an engine by them."""
+
+    def __init__(self, engine: Engine, load: Load, num_samples: int, batch: int, memory_bytes: int) -> None:
+        generator = np.random.default_rng(0)
+        size = max(2, min(batch, _MAX_BATCH, num_samples))
+        picked = generator.choice(num_samples, size=size, replace=num_samples < size)
+        self.places = sorted(int(i) for i in generator.choice(size, size=min(_NUM_SAMPLES, size), replace=False))
+        self.chosen = [int(picked[place]) for place in self.places]
+        self._load, self._picked = load, [int(i) for i in picked]
+        self.model = _in_float64(engine.model, load, self.chosen)
+        num_outputs = engine.covectors.shape[1]
+        row_bytes = 8 * sum(p.numel() for p in self.model.parameters().values()) * len(self.chosen)
+        affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
+        count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
+        self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
+        covectors = self.covectors.to(self.model.device)
+        self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
+        self.scale = _scale(_total(self.reference))
+
+    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str], Jacobians]:
+        """Move what fails to the fallback, then to the loop; whom finite differences side with is right.
+
+        Returns
+        -------
+        The engine, what was moved and why, where the reference is wrong, and the engine's Jacobians.
+
+        Raises
+        ------
+        SelfCheckError
+            If the loop is wrong, too.
+        """
+        moved: dict[str, str] = {}
+        sided: set[str] = set()
+        while True:
+            found = self._jacobians(engine)
+            failed = {name: error for name, error in self._errors(found).items() if error[0] > 1 and name not in sided}
+            by_engine = {name for name in failed if self._engine_is_right(name, found[name])}
+            sided |= by_engine
+            if by_engine:  # the reference is wrong there, so the engine's own Jacobian takes its place
+                self.reference |= {name: found[name] for name in by_engine}
+                self.scale = _scale(_total(self.reference))
+            failed = {name: error for name, error in failed.items() if name not in by_engine}
+            if not failed:
+                return engine, moved, sided, found
+            reasons = {name: f"self-check: off by {relative:.1e}" for name, (_, relative) in failed.items()}
+            if all(name in engine.fallback for name in failed):
+                if engine.method == "loop":
+                    raise SelfCheckError(
+                        "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
+                        + ", ".join(f"{name} ({why})" for name, why in reasons.items())
+                        + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
+                    )
+                engine = engine.changed(method="loop")
+                continue
+            newly = {name: why for name, why in reasons.items() if name not in engine.fallback}
+            moved |= newly
+            engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
+
+    def worst(self, found: Jacobians, ignored: set[str]) -> tuple[str, float]:
+        """The parameter with the largest error, and that error."""
+        errors = self._errors(found)
+        judged = {name: relative for name, (ratio, relative) in errors.items() if name not in ignored}
+        name = max(judged, key=lambda key: judged[key], default="")
+        return name, judged.get(name, 0.0)
+
+    def compute_error(self, engine: Engine) -> float:
+        """Error of the whole kernel in the compute dtype, against the reference."""
+        whole = engine.with_covectors(self.covectors, "all")
+        piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
+        found = contract(piece, piece, Workspace())
+        gap = (found.double() - _total(self.reference)).abs()
+        return float((gap / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+    def _jacobians(self, engine: Engine) -> Jacobians:
+        double = engine.with_covectors(self.covectors, "all").changed(model=self.model)
+        try:
+            found = _per_parameter(double, self._load, self._picked, self.places)
+        except NtkpipeError:
+            raise
+        except Exception:
+            if not engine.fallback or engine.method == "loop":
+                raise
+            # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
+            # still judged, with everything else, by compute_error.
+            found = _per_parameter(double.changed(method="loop"), self._load, self._picked, self.places)
+        return {name: found[name].double() for name in self.reference}
+
+    def _errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
+        """Per parameter, the error over what is allowed, and on the scale sqrt(K_p,ii K_p,jj)."""
+        loosened = 1.0 if self.model.dtype == torch.float64 else 1e3
+        errors = {}
+        for name, exact in self.reference.items():
+            wanted = _gram(exact)
+            gap = (_gram(found[name]) - wanted).abs()
+            own = _scale(wanted)
+            allowed = loosened * (_TOLERANCE * own + _EPSILON * self.scale)
+            tiny = torch.finfo(torch.float64).tiny
+            ratio = float((gap / allowed.clamp_min(tiny)).max())
+            # Beside entries that are zero but for rounding, only the second term of the bound has a meaning.
+            counted = gap[own > _EPSILON * self.scale] / own[own > _EPSILON * self.scale].clamp_min(tiny)
+            errors[name] = (ratio, float(counted.max()) if counted.numel() else 0.0)
+        return errors
+
+    def _engine_is_right(self, name: str, found: Tensor) -> bool:
+        """Whether a central difference along a random direction agrees with the engine and not with the reference."""
+        parameter = self.model.parameters()[name]
+        generator = torch.Generator().manual_seed(1)
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        direction /= direction.norm()
+        step = 1e-5 * max(1.0, float(parameter.detach().norm()))
+        pairs = [_cast(self.model, self._load, [sample, sample]) for sample in self.chosen]
+        kept, ends = parameter.detach().clone(), []
+        with torch.no_grad():
+            for sign in (1.0, -1.0):
+                parameter.copy_(kept + sign * step * direction)
+                ends.append(torch.stack([self.model(pair)[0] for pair in pairs]))
+            parameter.copy_(kept)
+        slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
+        flat = direction.reshape(-1).double()
+        gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]
+        return gaps[0] < 0.01 * gaps[1]
+
+
+def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> FunctionalModel:
+    """The model in float64, or as it is if it cannot run in it (some operations exist in float32 only)."""
+    double = model.converted(torch.float64)
+    try:
+        with torch.no_grad():
+            double(_cast(double, load, samples))
+    except NtkpipeError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever fails in float64; the model itself has run in its own dtype before
+        return model
+    return double
+
+
+def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Any:
+    batch = load(samples)
+    if isinstance(batch, dict):
+        return {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in batch.items()}
+    return batch.to(model.dtype) if batch.is_floating_point() else batch
+
+
+def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
+    """Jacobians (covectors, samples, P) per parameter, one sample at a time, and what found them.
+
+    By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
+    """
+    batch = _cast(model, load, samples)
+    reason = "parameters out of reach of functional_call"
+    if model.is_replaceable(batch):
+        try:
+            return _by_vjp(model, load, samples, covectors), "torch.func"
+        except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
+    widths = {name: parameter.numel() for name, parameter in model.parameters().items()}
+    whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
+    parts = torch.split(whole, list(widths.values()), dim=2)
+    return dict(zip(widths, parts, strict=True)), f"plain autograd ({reason})"
+
+
+def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
+    parameters = {name: value.detach() for name, value in model.parameters().items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for sample in samples:
+        batch = _cast(model, load, [sample])
+        function = partial(_first_outputs, model, batch)
+        outputs, pull_back = torch.func.vjp(function, parameters)[:2]
+        for covector in covectors:
+            (grads,) = pull_back(covector.to(outputs.dtype))
+            for name, grad in grads.items():
+                rows[name].append(grad.reshape(-1).double())
+    count = len(covectors)
+    return {name: torch.stack(grads).unflatten(0, (-1, count)).transpose(0, 1) for name, grads in rows.items()}
+
+
+def _first_outputs(model: FunctionalModel, batch: Batch, parameters: Jacobians) -> Tensor:
+    return model.call_with(parameters, batch)[0]
+
+
+def _per_parameter(engine: Engine, load: Load, picked: list[int], places: list[int]) -> Jacobians:
+    """The engine's Jacobians (covectors, samples, P) of the samples at ``places`` of the batch ``picked``."""
+    return dict(parameter_jacobians(engine, _cast(engine.model, load, picked), places))
+
+
+def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
+
+    By the engine's tracing, rules and fallback, without its ways to hold and contract Jacobians.
+
+    Yields
+    ------
+    Name and Jacobian.
+    """
+    parameters: Mapping[str, Tensor] = engine.model.parameters()
+    shape = (len(engine.covectors), len(places))
+    names = (*engine.tracing.covered, *engine.tracing.unused)
+    found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
+    outputs, calls = engine.forward(batch)
+    size = batch_size(batch)
+    for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
+        for use in engine.tracing.uses:
+            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
+                with torch.no_grad():
+                    rows = use.jacobian(calls[use.call], grad, size)[places]
+                for name, jacobian in pull_back(calls[use.call].arguments[use.role], parameters, rows):
+                    found[name][number] += jacobian
+    yield from found.items()
+    if engine.fallback:
+        widths = [parameters[name].numel() for name in engine.fallback]
+        parts = torch.split(engine.fallback_jacobian(take(batch, places)), widths, dim=2)
+        yield from zip(engine.fallback, parts, strict=True)
+
+
+def _gram(jacobian: Tensor) -> Tensor:
+    rows = jacobian.transpose(0, 1).flatten(0, 1)
+    return rows @ rows.T
+
+
+def _total(jacobians: Jacobians) -> Tensor:
+    """The whole kernel, summed over parameters in float64."""
+    return torch.stack([_gram(jacobian.double()) for jacobian in jacobians.values()]).sum(dim=0)
+
+
+def _scale(gram: Tensor) -> Tensor:
+    diagonal = gram.diagonal().clamp_min(0).sqrt()
+    return diagonal[:, None] * diagonal

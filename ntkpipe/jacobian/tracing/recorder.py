@@ -1,0 +1,276 @@
+"""Watching a forward pass: which calls use a parameter, and where their outputs are in the autograd graph.
+
+A :class:`Recorder` sees every torch function. A tensor that is computed from parameters alone (a transposed weight, a
+position embedding, a weight that is normalised) is *made*, and so is what is made of it; a call that brings a
+parameter, or what was made of it, together with samples is a *use*. Where its function has a rule, the call is noted.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from ntkpipe.jacobian.model.functional import FunctionalModel
+from ntkpipe.jacobian.tracing.rules.form import Form
+from ntkpipe.jacobian.tracing.rules.table import RULES
+
+# (offset, size, stride) of a view within its parameter; none for the parameter itself.
+Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A parameter, or what was made of parameters, as the argument of one call: live tensors of one forward pass.
+
+    Attributes
+    ----------
+    sources
+        Names of the parameters that it is made of.
+    is_parameter
+        Whether it is the parameter itself, or a view of it.
+    geometry
+        Which view; none for the whole parameter, and for what is no view.
+    shape
+        Of the argument.
+    edge
+        Its place in the autograd graph, by which gradients reach the parameters.
+    form
+        How it enters the output.
+    """
+
+    sources: tuple[str, ...]
+    is_parameter: bool
+    geometry: Geometry | None
+    shape: tuple[int, ...]
+    edge: GradientEdge
+    form: Form
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use that has a rule: the live tensors of one forward pass.
+
+    Attributes
+    ----------
+    name
+        Name of the torch function.
+    arguments
+        By role.
+    saved
+        Tensors that the forms read later, with their version counters at the call.
+    edge
+        Place of the output's elements in the autograd graph; none if nothing flows back to it. An edge stays right
+        where the output is changed in place afterwards; the tensor would not.
+    zero
+        A zero of the output's dtype and device.
+    shape
+        Of the output.
+    """
+
+    name: str
+    arguments: dict[str, Argument]
+    saved: tuple[tuple[Tensor, int], ...]
+    edge: GradientEdge | None
+    zero: Tensor
+    shape: tuple[int, ...]
+
+    def blank(self) -> Tensor:
+        """Zeros in the shape of the output, without its memory."""
+        return self.zero.expand(self.shape)
+
+    def input_was_changed(self) -> bool:
+        """Whether something that a form reads was changed in place after the call."""
+        return any(tensor._version != version for tensor, version in self.saved)
+
+
+class Recorder(TorchFunctionMode):
+    """Record the calls that have a rule and use a selected parameter.
+
+    Parameters
+    ----------
+    parameters
+        The selected parameters by name; recognised by identity.
+    constants
+        Tensors that are the same for all samples: buffers and the other parameters.
+    uses
+        Numbers of calls that see parameters alone and yet are uses, as the expansion of a class token to the batch:
+        what they return has a sample axis. :func:`~ntkpipe.jacobian.tracing.trace.trace` finds them.
+    detach
+        Cut the recorded uses, so that only gradients of other uses arrive at the parameters.
+
+    Attributes
+    ----------
+    calls
+        The recorded uses, in order.
+    made
+        Shapes of what was made of parameters alone, by the number of the call.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        constants: Iterable[Tensor],
+        *,
+        uses: frozenset[int] = frozenset(),
+        detach: bool = False,
+    ) -> None:
+        super().__init__()
+        self._parameters = {id(parameter): name for name, parameter in parameters.items()}
+        # Tensors are kept alive for as long as they are known by their id.
+        self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {
+            id(parameter): (parameter, (name,)) for name, parameter in parameters.items()
+        }
+        self._constants = {id(tensor): tensor for tensor in constants}
+        self._uses = uses
+        self._detach = detach
+        self._number = 0
+        self.calls: list[Call] = []
+        self.made: dict[int, tuple[torch.Size, ...]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
+        # Where no gradient is recorded, parameters are constants.
+        mine = [tensor for tensor in tensors if id(tensor) in self._made] if torch.is_grad_enabled() else []
+        if not mine:
+            versions = [tensor._version for tensor in tensors if id(tensor) in self._constants]
+            output = func(*args, **kwargs)
+            if all(id(tensor) in self._constants or id(tensor) in self._made for tensor in tensors):
+                self._constants |= {id(value): value for value in _tensors(output)}
+            else:
+                self._forget_changed([t for t in tensors if id(t) in self._constants], versions)
+            return output
+        number, self._number = self._number, self._number + 1
+        known = all(id(tensor) in self._made or id(tensor) in self._constants for tensor in tensors)
+        if known and number not in self._uses:
+            return self._make(number, mine, func(*args, **kwargs))
+        return self._use(func, args, kwargs, mine)
+
+    def _forget_changed(self, constants: list[Tensor], versions: list[int]) -> None:
+        """A constant that was changed in place by what depends on samples is none any more."""
+        for tensor, version in zip(constants, versions, strict=True):
+            if tensor._version != version:
+                del self._constants[id(tensor)]
+
+    def _make(self, number: int, mine: list[Tensor], output: Any) -> Any:
+        found = list(_tensors(output))
+        names = {name for tensor in mine for name in self._made[id(tensor)][1]}
+        sources = tuple(name for name in self._parameters.values() if name in names)
+        for value in found:
+            if id(value) in self._made:
+                continue
+            if value.requires_grad:
+                self._made[id(value)] = (value, sources)
+            else:
+                self._constants[id(value)] = value
+        self.made[number] = tuple(value.shape for value in found)
+        return output
+
+    def _use(self, func: Any, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
+        rule = RULES.get(func)
+        bound = None
+        if rule is not None and all(_is_plain(value) for value in _tensors(args)):
+            bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+        own = {} if bound is None else {r: o for r, o in bound.operands.items() if id(o.tensor) in self._made}
+        if bound is None or not own:
+            body = _body(func)
+            if body is None:
+                return self._without(mine, func(*args, **kwargs))
+            with self:
+                return body(*args, **kwargs)
+        arguments = {role: self._argument(operand.tensor, operand.form) for role, operand in own.items()}
+        saved = tuple((tensor.detach(), tensor._version) for tensor in bound.saved)
+        if self._detach:
+            cut = {id(operand.tensor) for operand in own.values()}
+            args, kwargs = (_replace(value, cut) for value in (args, kwargs))
+        output = func(*args, **kwargs)
+        edge = get_gradient_edge(_whole(output)) if output.requires_grad else None
+        self.calls.append(Call(func.__name__, arguments, saved, edge, output.new_zeros(()), tuple(output.shape)))
+        return self._without(mine, output)
+
+    def _without(self, mine: list[Tensor], output: Any) -> Any:
+        """What was made of parameters alone is so no more if the call wrote samples into it."""
+        for tensor in mine:
+            if output is tensor and id(tensor) not in self._parameters:
+                del self._made[id(tensor)]
+        return output
+
+    def _argument(self, tensor: Tensor, form: Form) -> Argument:
+        sources = self._made[id(tensor)][1]
+        base = tensor._base
+        is_view = base is not None and id(base) in self._parameters and tensor.dtype == base.dtype
+        geometry = None
+        if is_view and base is not None:
+            offset = int(tensor.storage_offset()) - int(base.storage_offset())
+            geometry = (offset, tuple(tensor.shape), tensor.stride())
+        is_parameter = id(tensor) in self._parameters or (is_view and not tensor.is_conj() and not tensor.is_neg())
+        edge = get_gradient_edge(tensor)
+        return Argument(sources, is_parameter, geometry, tuple(tensor.shape), edge, form)
+
+
+def recorder_of(model: FunctionalModel, *, uses: frozenset[int] = frozenset(), detach: bool = False) -> Recorder:
+    """A recorder for a model's selected parameters."""
+    parameters = model.parameters()
+    selected = {id(parameter) for parameter in parameters.values()}
+    every = (*model.module.parameters(), *model.module.buffers())
+    return Recorder(parameters, (value for value in every if id(value) not in selected), uses=uses, detach=detach)
+
+
+def _whole(output: Tensor) -> Tensor:
+    """What the output is a view of, if it has the same elements in the same order.
+
+    A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
+    """
+    base = output._base
+    same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if base is not None and same and base.requires_grad else output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return not value.is_nested and value.layout == torch.strided and not value.is_complex()
+
+
+def _replace(value: Any, cut: set[int]) -> Any:
+    """The arguments of a call with the tensors ``cut`` detached."""
+    if isinstance(value, Tensor):
+        return value.detach() if id(value) in cut else value
+    if type(value) in {tuple, list}:
+        return type(value)(_replace(item, cut) for item in value)
+    if isinstance(value, dict):
+        return {key: _replace(item, cut) for key, item in value.items()}
+    return value
+
+
+@cache
+def _body(func: Any) -> Callable[..., Any] | None:
+    """A torch function that is written in Python, as one whose calls can be watched; none if it is not.
+
+    Such functions ask ``has_torch_function`` first and hand themselves to the mode; the copy is told there is none.
+    """
+    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
+        return None
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    if not any(name in func.__code__.co_names for name in names):
+        return None
+    told = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    body = types.FunctionType(func.__code__, told, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body

@@ -1,0 +1,145 @@
+"""Operations that broadcast a parameter over the samples: sums, products, selections, expansions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale
+
+
+def scaled(operand: Tensor, x: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Scale:
+    """The form of ``operand * x * scale``, or of ``operand * scale``, broadcast to ``shape``.
+
+    Axes along which the operand is broadcast number the rows; its own axes are the elements.
+    """
+    padded = (*(1 for _ in range(len(shape) - operand.ndim)), *operand.shape)
+    rows = [axis for axis, size in enumerate(padded) if size == 1]
+    own = [axis for axis, size in enumerate(padded) if size != 1]
+    x = None if x is None else x.detach()
+
+    def by_row(values: Tensor) -> Tensor:
+        ordered = values.permute(*rows, *own)
+        return ordered.flatten(len(rows)) if own else ordered.unsqueeze(-1)
+
+    def inputs() -> Tensor:
+        assert x is not None
+        return by_row(x.expand(shape))
+
+    return Scale(len(rows), None if x is None else inputs, lambda grad: by_row(grad if scale == 1.0 else grad * scale))
+
+
+def added(operand: Tensor, shape: Sequence[int], scale: float = 1.0) -> Scale:
+    """The form of ``... + operand * scale`` in an output of ``shape``."""
+    return scaled(operand, None, shape, scale)
+
+
+def _shape(*tensors: object) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*(value.shape for value in tensors if isinstance(value, Tensor)))
+    return shape
+
+
+def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:
+    pairs = (("left", left, left_scale), ("right", right, right_scale))
+    shape = _shape(left, right)
+    return Bound({role: Operand(t, added(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
+
+
+def add(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002 - torch's names
+    """``input + alpha * other``."""
+    return _sum(input, other, 1.0, alpha)
+
+
+def sub(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002
+    """``input - alpha * other``."""
+    return _sum(input, other, 1.0, -alpha)
+
+
+def rsub(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002
+    """``other - alpha * input``."""
+    return _sum(input, other, -alpha, 1.0)
+
+
+def mul(input: object, other: object) -> Bound | None:  # noqa: A002
+    """``input * other``."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return None  # by a number: made of parameters alone, and no use
+    shape = _shape(input, other)
+    operands = {
+        "left": Operand(input, scaled(input, other, shape)),
+        "right": Operand(other, scaled(other, input, shape)),
+    }
+    return Bound(operands, (input, other))
+
+
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Bound:  # noqa: A002
+    """``input + value * tensor1 * tensor2``."""
+    shape = _shape(input, tensor1, tensor2)
+    operands = {
+        "bias": Operand(input, added(input, shape)),
+        "left": Operand(tensor1, scaled(tensor1, tensor2, shape, value)),
+        "right": Operand(tensor2, scaled(tensor2, tensor1, shape, value)),
+    }
+    return Bound(operands, (tensor1, tensor2))
+
+
+def where(condition: Tensor, input: object, other: object) -> Bound:  # noqa: A002
+    """``input`` where the condition holds, else ``other``."""
+    shape = _shape(condition, input, other)
+    operands = {}
+    for role, tensor, chosen in (("input", input, condition), ("other", other, ~condition)):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            operands[role] = Operand(tensor, scaled(tensor, chosen.to(tensor.dtype), shape))
+    return Bound(operands, (condition,))
+
+
+def prelu(input: Tensor, weight: Tensor) -> Bound:  # noqa: A002
+    """``max(input, 0) + weight * min(input, 0)``, the weight one for each channel, or one for all."""
+    channels = weight.view(-1, *(1 for _ in range(input.ndim - 2))) if input.ndim > 1 else weight
+    negative = input.detach().clamp_max(0)
+    return Bound({"weight": Operand(weight, scaled(channels.detach(), negative, input.shape))}, (input,))
+
+
+def expand(input: Tensor, *sizes: Any) -> Bound | None:  # noqa: A002
+    """The same along new axes or axes of size one, as a class token for every sample; also repeat of such axes."""
+    given = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    shape = _expanded(input.shape, [int(size) for size in given])
+    return None if shape is None else Bound({"input": Operand(input, added(input, shape))})
+
+
+def _expanded(shape: Sequence[int], sizes: Sequence[int]) -> list[int] | None:
+    padded = [1] * (len(sizes) - len(shape)) + list(shape)
+    return [old if new == -1 else new for old, new in zip(padded, sizes, strict=True)]
+
+
+def expand_as(input: Tensor, other: Tensor) -> Bound:  # noqa: A002
+    """``input`` in the shape of ``other``."""
+    return Bound({"input": Operand(input, added(input, other.shape))})
+
+
+def repeat(input: Tensor, *repeats: Any) -> Bound | None:  # noqa: A002
+    """Copies along axes of size one; copies along longer ones have no rule."""
+    given = repeats[0] if len(repeats) == 1 and not isinstance(repeats[0], int) else repeats
+    padded = [1] * (len(given) - input.ndim) + list(input.shape)
+    if any(size != 1 and times != 1 for size, times in zip(padded, given, strict=True)):
+        return None
+    shape = [size * int(times) for size, times in zip(padded, given, strict=True)]
+    return Bound({"input": Operand(input, added(input, shape))})
+
+
+_METHODS: Any = torch.Tensor
+RULES: dict[Callable[..., Any], Rule] = {
+    # In place, too: a sum needs nothing of what was there before.
+    **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
+    **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
+    **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),
+    **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul), mul),
+    **dict.fromkeys((torch.addcmul, _METHODS.addcmul), addcmul),
+    **dict.fromkeys((torch.where,), where),
+    **dict.fromkeys((F.prelu, torch.prelu), prelu),
+    **dict.fromkeys((_METHODS.expand, torch.broadcast_to, _METHODS.broadcast_to), expand),
+    _METHODS.expand_as: expand_as,
+    **dict.fromkeys((_METHODS.repeat, torch.tile, _METHODS.tile), repeat),
+}

@@ -1,0 +1,191 @@
+"""Products with a matrix: linear, addmm, matmul and its relatives, einsum, bilinear."""
+
+from collections.abc import Callable, Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ntkpipe.jacobian.tracing.rules.elementwise import added
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rule
+
+# Axes by name, as in einsum.
+Labels = Sequence[str]
+
+
+def contraction(
+    x: Tensor, weight: Tensor, x_labels: Labels, weight_labels: Labels, out_labels: Labels, scale: float = 1.0
+) -> Outer | None:
+    """The form of a product of ``x`` with ``weight``, their axes named as in einsum; none if it is no matrix product.
+
+    Axes of both that are summed over are a's, axes of the weight alone are d's, axes of x alone number the rows, and
+    axes of all three number the groups.
+
+    Parameters
+    ----------
+    x, weight
+        The factors. An axis of size one is broadcast along the same axis of the other.
+    x_labels, weight_labels, out_labels
+        Their axes and those of the output.
+    scale
+        What the product is multiplied by.
+    """
+    if any(len(set(labels)) < len(labels) for labels in (x_labels, weight_labels, out_labels)):
+        return None
+    x_sizes = dict(zip(x_labels, x.shape, strict=True))
+    sizes = dict(zip(weight_labels, weight.shape, strict=True))
+    narrow = [axis for axis, label in enumerate(x_labels) if x_sizes[label] == 1 and sizes.get(label, 1) != 1]
+    x = x.detach().squeeze(narrow)
+    x_labels = [label for axis, label in enumerate(x_labels) if axis not in narrow]
+    weight_labels = [label for label in weight_labels if sizes[label] != 1 or x_sizes.get(label, 1) == 1]
+    if any(label not in x_labels and label not in out_labels for label in weight_labels):
+        return None
+    rows = [label for label in out_labels if label not in weight_labels]
+    groups = [label for label in weight_labels if label in x_labels and label in out_labels]
+    in_axes = [label for label in weight_labels if label not in out_labels]
+    out_axes = [label for label in weight_labels if label not in x_labels]
+    kept = [*rows, *groups, *in_axes]
+    summed = [axis for axis, label in enumerate(x_labels) if label not in kept]
+    left = [label for label in x_labels if label in kept]
+    canonical = [*groups, *out_axes, *in_axes]
+    order = tuple(canonical.index(label) for label in weight_labels)
+
+    def inputs() -> Tensor:
+        values = x.sum(dim=summed) if summed else x
+        return _grouped(values.permute([left.index(label) for label in kept]), len(rows), len(groups), bool(in_axes))
+
+    def cotangents(grad: Tensor) -> Tensor:
+        ordered = grad.permute([out_labels.index(label) for label in (*rows, *groups, *out_axes)])
+        return _grouped(ordered if scale == 1.0 else ordered * scale, len(rows), len(groups), bool(out_axes))
+
+    def arrange(jacobian: Tensor) -> Tensor:
+        lead = jacobian.shape[:-3]
+        split = jacobian.reshape(*lead, *(sizes[label] for label in canonical))
+        return split.permute(*range(len(lead)), *(len(lead) + axis for axis in order)).reshape(*lead, *weight.shape)
+
+    return Outer(len(rows), inputs, cotangents, arrange, order)
+
+
+def _grouped(values: Tensor, num_rows: int, num_groups: int, has_width: bool) -> Tensor:
+    """The group axes after the row axes as one; where there are none, or no axes behind them, new ones of size one."""
+    values = values.flatten(num_rows, num_rows + num_groups - 1) if num_groups else values.unsqueeze(num_rows)
+    return values if has_width else values.unsqueeze(-1)
+
+
+def _bound(forms: dict[str, tuple[Tensor, Outer | None]], *saved: Tensor) -> Bound | None:
+    operands = {role: Operand(tensor, form) for role, (tensor, form) in forms.items() if form is not None}
+    return Bound(operands, saved) if operands else None
+
+
+def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
+    if bound is None or bias is None:
+        return bound
+    return Bound({**bound.operands, "bias": Operand(bias, added(bias, shape, scale))}, bound.saved)
+
+
+def _product(left: Tensor, right: Tensor, labels: tuple[Labels, Labels, Labels], scale: float = 1.0) -> Bound | None:
+    """A product either factor of which may be the parameter."""
+    a, b, out = labels
+    forms = {
+        "weight": (right, contraction(left, right, a, b, out, scale)),
+        "left": (left, contraction(right, left, b, a, out, scale)),
+    }
+    return _bound(forms, left, right)
+
+
+def _matmul_labels(left: Tensor, right: Tensor) -> tuple[list[str], list[str], list[str]]:
+    """Axes of the factors of a matmul and of its output; leading axes are numbered from the right."""
+    a = [str(axis) for axis in range(left.ndim - 2, 0, -1)] + (["n", "k"] if left.ndim > 1 else ["k"])
+    b = [str(axis) for axis in range(right.ndim - 2, 0, -1)] + (["k", "m"] if right.ndim > 1 else ["k"])
+    batch = max(a, b, key=len)
+    return a, b, [label for label in batch if label.isdecimal()] + [x for x in ("n", "m") if x in a or x in b]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:  # noqa: A002 - torch's names
+    """``input @ weight.T + bias``."""
+    if weight.ndim != 2:
+        return None
+    rows = [str(axis) for axis in range(input.ndim - 1)]
+    form = contraction(input, weight, [*rows, "i"], ["o", "i"], [*rows, "o"])
+    return _with_bias(_bound({"weight": (weight, form)}, input), bias, (*input.shape[:-1], weight.shape[0]))
+
+
+def matmul(input: Tensor, other: Tensor) -> Bound | None:  # noqa: A002
+    """``input @ other``; also mm, bmm and mv."""
+    return _product(input, other, _matmul_labels(input, other))
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Bound | None:  # noqa: A002
+    """``beta * input + alpha * mat1 @ mat2``; also baddbmm and addmv."""
+    a, b, out = _matmul_labels(mat1, mat2)
+    sizes = {**dict(zip(a, mat1.shape, strict=True)), **dict(zip(b, mat2.shape, strict=True))}
+    return _with_bias(_product(mat1, mat2, (a, b, out), alpha), input, [sizes[label] for label in out], beta)
+
+
+def einsum(equation: str, *operands: Any) -> Bound | None:
+    """Sums of products; those that are linear in a parameter by a matrix product."""
+    tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else list(operands)
+    parsed = _parse(equation, tensors)
+    if parsed is None:
+        return None
+    *labels, out = parsed
+    forms: dict[str, tuple[Tensor, Outer | None]] = {}
+    for position, weight in enumerate(tensors):
+        others = [number for number in range(len(tensors)) if number != position]
+        x, x_labels = _joined([tensors[n] for n in others], [labels[n] for n in others], [*labels[position], *out])
+        form = None if x is None else contraction(x, weight, x_labels, labels[position], out)
+        forms[f"operand {position}"] = (weight, form)
+    return _bound(forms, *tensors)
+
+
+def _parse(equation: str, tensors: list[Tensor]) -> list[list[str]] | None:
+    """Axes of each operand and of the output, those of an ellipsis as numbers from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(tensors) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return None  # the interleaved format, which is rare
+    found, widest = [], 0
+    for term, tensor in zip(terms, tensors, strict=True):
+        extra = tensor.ndim - len(term.replace("...", ""))
+        found.append(_labels(term, extra))
+        widest = max(widest, extra if "..." in term else 0)
+    if not arrow:
+        letters = left.replace("...", "").replace(",", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    return [*found, _labels(right, widest)]
+
+
+def _labels(term: str, extra: int) -> list[str]:
+    before, dots, after = term.partition("...")
+    return [*before, *((str(axis) for axis in range(extra, 0, -1)) if dots else ()), *after]
+
+
+def _joined(tensors: list[Tensor], labels: list[list[str]], wanted: list[str]) -> tuple[Tensor | None, list[str]]:
+    """The product of several factors as one, with the axes of theirs that are wanted; none without any."""
+    if len(tensors) <= 1:
+        return (tensors[0], labels[0]) if tensors else (None, [])
+    kept = [label for label in dict.fromkeys(label for each in labels for label in each) if label in wanted]
+    names = dict(zip(dict.fromkeys(label for each in labels for label in each), ascii_letters, strict=False))
+    terms = ",".join("".join(names[label] for label in each) for each in labels)
+    with torch.no_grad():
+        return torch.einsum(f"{terms}->{''.join(names[label] for label in kept)}", *tensors), kept
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:
+    """``z_o = input1 @ weight[o] @ input2 + bias``."""
+    bound = einsum("...i,...j,oij->...o", input1, input2, weight)
+    return _with_bias(bound, bias, (*input1.shape[:-1], weight.shape[0]))
+
+
+_METHODS: Any = torch.Tensor
+RULES: dict[Callable[..., Any], Rule] = {
+    F.linear: linear,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
+    **dict.fromkeys((_METHODS.matmul, _METHODS.mm, _METHODS.bmm, _METHODS.mv), matmul),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv), addmm),
+    **dict.fromkeys((_METHODS.addmm, _METHODS.baddbmm, _METHODS.addmv), addmm),
+    torch.einsum: einsum,
+    F.bilinear: bilinear,
+}

@@ -1,0 +1,57 @@
+"""Reading rows of a table: embedding, indexing, index_select."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rule
+
+
+def embedding(
+    input: Tensor,  # noqa: A002 - torch's names
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Bound | None:
+    """``weight[input]``; the row of ``padding_idx`` gets no gradient."""
+    del norm_type, sparse
+    if max_norm is not None or scale_grad_by_freq:
+        return None  # the first changes the weight, the second gives a gradient that depends on the batch
+    return _lookup(weight, input, padding_idx)
+
+
+def _lookup(table: Tensor, indices: Tensor, padding_idx: int | None = None) -> Bound | None:
+    if table.ndim != 2 or indices.dtype not in {torch.int64, torch.int32}:
+        return None
+    count = table.shape[0]
+    padding = None if padding_idx is None else padding_idx % count
+
+    def cotangents(grad: Tensor) -> Tensor:
+        return grad if padding is None else grad.masked_fill((indices == padding).unsqueeze(-1), 0.0)
+
+    form = Lookup(indices.ndim, lambda: indices.remainder(count), cotangents)  # indices from the end are allowed
+    return Bound({"weight": Operand(table, form)}, (indices,))
+
+
+def getitem(table: Tensor, key: object) -> Bound | None:
+    """``table[indices]``."""
+    return _lookup(table, key) if isinstance(key, Tensor) else None
+
+
+def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:  # noqa: A002
+    """``input`` at ``index`` along its first axis."""
+    return _lookup(input, index) if dim in {0, -input.ndim} else None
+
+
+_METHODS: Any = torch.Tensor
+RULES: dict[Callable[..., Any], Rule] = {
+    F.embedding: embedding,
+    _METHODS.__getitem__: getitem,
+    **dict.fromkeys((torch.index_select, _METHODS.index_select), index_select),
+}

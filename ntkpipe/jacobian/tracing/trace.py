@@ -1,0 +1,318 @@
+"""Where a model uses its parameters: found by watching torch functions, not by looking at modules.
+
+That a parameter has no other use than the recorded ones is not assumed: on probe batches the recorded uses are cut (the
+parameter is detached there), and any gradient that still arrives came another way; and what the uses add up to must be
+the gradient. Which rows of a use belong to which sample is found, too, by pulling back one sample at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, probe
+from ntkpipe.jacobian.tracing.recorder import Call, recorder_of
+from ntkpipe.jacobian.tracing.rules.form import Outer
+from ntkpipe.jacobian.tracing.uses import Layout, Use, kind_of, total_gradient
+
+NO_RULE = "used by an operation without a rule"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a recorded call looks like in every batch.
+
+    Attributes
+    ----------
+    function
+        Name of the torch function.
+    sources
+        Per role, the parameters that the argument is made of.
+    shape
+        Of the output: per axis (size, multiple): the size where it is fixed, else how often the batch size.
+    """
+
+    function: str
+    sources: dict[str, tuple[str, ...]]
+    shape: tuple[tuple[int, int], ...]
+
+    def matches(self, call: Call, num_samples: int) -> bool:
+        """Whether a call of another batch is the same."""
+        sizes = tuple(size + multiple * num_samples for size, multiple in self.shape)
+        return call.name == self.function and call.shape == sizes and _sources(call) == self.sources
+
+
+def _sources(call: Call) -> dict[str, tuple[str, ...]]:
+    return {role: argument.sources for role, argument in call.arguments.items()}
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What tracing found.
+
+    Attributes
+    ----------
+    patterns
+        Every recorded call, in order.
+    uses
+        Those of covered parameters, one for each such argument of a call.
+    covered
+        Parameters that all their uses account for.
+    fallback
+        Parameters that are left to plain ``torch.func``, with the reason.
+    unused
+        Parameters that the outputs do not depend on.
+    edges
+        How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no
+        rule has seen.
+    expansions
+        Numbers for :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`.
+    """
+
+    patterns: tuple[Pattern, ...]
+    uses: tuple[Use, ...]
+    covered: tuple[str, ...]
+    fallback: dict[str, str]
+    unused: tuple[str, ...]
+    edges: Mapping[str, int] = field(default_factory=dict)
+    expansions: frozenset[int] = frozenset()
+
+    def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Run the model on a batch: its outputs, and the recorded calls."""
+        with recorder_of(model, uses=self.expansions) as recorder:
+            outputs = model(batch)
+        return outputs, recorder.calls
+
+    def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor], num_samples: int) -> bool:
+        """Whether a forward pass, by its calls and its edges to parameters, is the one that was traced."""
+        edges = count_edges(outputs, parameters)
+        return (
+            all(edges[name] == self.edges[name] for name in self.covered)
+            and len(calls) == len(self.patterns)
+            and all(p.matches(call, num_samples) for p, call in zip(self.patterns, calls, strict=True))
+            and all(is_output_of(calls[use.call], outputs) for use in self.uses if use.is_output)
+        )
+
+    def without(self, names: Mapping[str, str]) -> "Tracing":
+        """The same with some covered parameters moved to the fallback, with the reasons."""
+        joined = {
+            name: why
+            for use in self.uses
+            for why in (names[source] for source in use.sources if source in names)
+            for name in use.sources
+        }
+        moved = {**joined, **names}
+        return replace(
+            self,
+            uses=tuple(use for use in self.uses if not moved.keys() & set(use.sources)),
+            covered=tuple(name for name in self.covered if name not in moved),
+            fallback={**self.fallback, **moved},
+        )
+
+
+def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = ()) -> Tracing:
+    """A tracing that leaves every parameter to the fallback."""
+    return Tracing((), (), (), dict.fromkeys((name for name in names if name not in unused), reason), unused)
+
+
+def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
+    """Find the uses of the selected parameters.
+
+    Parameters
+    ----------
+    model
+        The model; its selected parameters require a gradient.
+    probes
+        At least two batches of different sizes, with the samples in different orders.
+    sizes
+        Number of samples of each.
+
+    Returns
+    -------
+    What must hold for every later batch; :meth:`Tracing.matches` checks it.
+    """
+    parameters = model.parameters()
+    expansions = _expansions(model, probes)
+    reached = _gradients(model, parameters, probes, expansions, detach=False)
+    elsewhere = _gradients(model, parameters, probes, expansions, detach=True)
+    unused = tuple(name for name in parameters if name not in reached)
+    probed = [probe(model, expansions, batch, size) for batch, size in zip(probes, sizes, strict=True)]
+    patterns = _patterns([found.calls for found in probed], sizes)
+    if patterns is None:
+        return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
+    reasons = dict.fromkeys((name for name in parameters if name in elsewhere), NO_RULE)
+    for name in parameters:
+        if any(found.edges[name] != probed[0].edges[name] for found in probed[1:]):
+            reasons.setdefault(name, "how often it is used depends on the data")
+    uses = []
+    for number in range(len(patterns)):
+        for role, argument in probed[0].calls[number].arguments.items():
+            found, problem = _layout([(each.layouts[number][role], each.calls[number]) for each in probed])
+            needless = set(argument.sources) & set(unused)
+            if needless:
+                problem = f"made together with {min(needless)}, which the outputs do not depend on"
+            if found is None or needless:
+                for name in argument.sources:
+                    reasons.setdefault(name, problem)
+            else:
+                call = probed[0].calls[number]
+                uses.append(_use(call, number, role, found, sizes[0], all(each.is_output[number] for each in probed)))
+    used = {name for use in uses for name in use.sources}
+    left = {
+        name: reasons.get(name, NO_RULE)
+        for name in parameters
+        if name not in unused and (name in reasons or name not in used)
+    }
+    covered = tuple(name for name in parameters if name in used and name not in unused)
+    edges = {name: probed[0].edges[name] for name in parameters}
+    tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges, expansions).without(left)
+    incomplete = _incomplete(model, parameters, tracing, probes[0])
+    return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
+
+
+def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
+    """Calls that see parameters alone but return something with a sample axis: its shape depends on the batch size."""
+    found: frozenset[int] = frozenset()
+    while True:
+        made = []
+        for batch in probes:
+            with recorder_of(model, uses=found) as recorder:
+                model(batch)
+            made.append(recorder.made)
+        differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
+        if not differing:
+            return found
+        # What comes after the first is numbered anew once that is a use.
+        found |= {differing[0]}
+
+
+def _gradients(
+    model: FunctionalModel,
+    parameters: Mapping[str, Tensor],
+    probes: list[Batch],
+    expansions: frozenset[int],
+    *,
+    detach: bool,
+) -> set[str]:
+    """Names of the parameters that autograd finds a way to from the outputs of any probe."""
+    reached = set()
+    for batch in probes:
+        with recorder_of(model, uses=expansions, detach=detach):
+            outputs = model(batch)
+        if outputs.requires_grad:
+            grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
+            reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return reached
+
+
+def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...] | None:
+    """What the calls of all probes have in common; none if they differ by more than the batch size."""
+    first = probed[0]
+    if any(len(calls) != len(first) for calls in probed[1:]):
+        return None
+    found = []
+    for calls in zip(*probed, strict=True):
+        one = calls[0]
+        same = all(
+            call.name == one.name
+            and len(call.shape) == len(one.shape)
+            and {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
+            == {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in one.arguments.items()}
+            for call in calls[1:]
+        )
+        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)] if same else [None]
+        if any(axis is None for axis in shape):
+            return None
+        found.append(Pattern(one.name, _sources(one), tuple(axis for axis in shape if axis is not None)))
+    return tuple(found)
+
+
+def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
+    """``(size, 0)`` of an axis that is the same in all probes, ``(0, multiple)`` of one that grows with the batch."""
+    if len(set(axis)) == 1:
+        return axis[0], 0
+    multiples = {divmod(length, size) for length, size in zip(axis, sizes, strict=True)}
+    return (0, min(multiples)[0]) if len(multiples) == 1 and min(multiples)[1] == 0 else None
+
+
+def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, is_output: bool) -> Use:
+    argument = call.arguments[role]
+    form = argument.form
+    with torch.no_grad():
+        d = form.cotangents(call.blank())
+    rows, width = d.shape[: form.row_dims], d.shape[form.row_dims :]
+    order: tuple[int, ...] = ()
+    groups, n_in, n_out = 1, 0, width.numel()
+    if isinstance(form, Outer):
+        groups, n_out, order = width[0], width[1:].numel(), form.order
+        n_in = form.inputs().shape[form.row_dims + 1 :].numel()
+    return Use(
+        call=number,
+        role=role,
+        function=call.name,
+        kind=kind_of(form),
+        sources=argument.sources,
+        is_parameter=argument.is_parameter,
+        geometry=argument.geometry,
+        shape=argument.shape,
+        layout=layout,
+        num_positions=rows.numel() // num_samples,
+        groups=groups,
+        n_in=n_in,
+        n_out=n_out,
+        order=order,
+        is_output=is_output,
+    )
+
+
+def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
+    """The one layout that all probes allow, or why there is none."""
+    if any(call.input_was_changed() for _, call in found):
+        return None, "an input was changed in place after its use"
+    candidates = set.intersection(*(layouts for layouts, _ in found))
+    if len(candidates) == 1:
+        return candidates.pop(), ""
+    what = "no fixed layout" if not candidates else "more than one possible layout"
+    return None, f"the rows of a use have {what} of samples"
+
+
+def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
+    """Covered parameters whose gradient is not what their uses add up to, as where a model differentiates itself.
+
+    Rounding is far below what is tolerated here; a missing use is far above it.
+    """
+    if not tracing.covered:
+        return []
+    outputs, calls = tracing.record(model, batch)
+    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
+    generator = torch.Generator().manual_seed(1)
+    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    covered = [parameters[name] for name in tracing.covered]
+    sources: list[Any] = [*covered, *live.values()]
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        outputs, sources, covectors, allow_unused=True, retain_graph=True
+    )
+    exact = {
+        name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
+        for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)
+    }
+    grads = dict(zip(live, found[len(covered) :], strict=True))
+    left = {name: grad.clone() for name, grad in exact.items()}
+    for use in tracing.uses:
+        grad = grads.get(use.call)
+        if grad is None:
+            continue
+        argument = calls[use.call].arguments[use.role]
+        with torch.no_grad():
+            total = total_gradient(argument.form, grad.reshape(calls[use.call].shape), argument.shape)
+        made_of = [parameters[name] for name in use.sources]
+        parts = torch.autograd.grad([argument.edge], made_of, [total.to(outputs.dtype)], retain_graph=True)
+        for name, part in zip(use.sources, parts, strict=True):
+            left[name] -= part.to_dense()
+    # Below this is what is zero but for rounding, as the gradient of a key's bias under softmax.
+    whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
+    floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
+    return [name for name, rest in left.items() if float(rest.norm()) > 0.1 * float(exact[name].norm()) + floor]

@@ -1,0 +1,179 @@
+"""One use of a parameter, the same in every batch, and what its Jacobian is made of, sample by sample."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ntkpipe.jacobian.model.device import add_rows
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, Geometry
+from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer, Scale
+
+OUTER, SCALE, LOOKUP = "outer", "scale", "lookup"
+# Rows of Jacobians that are pulled back through what was made of parameters at a time.
+_PULLED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """Where the samples are among the rows: axis ``axis`` of the rows is (leading, samples, trailing).
+
+    A batch-first layer over T tokens has (0, 1, 1) and an axis of T behind it, a time-first one (1, 1, 1); where both
+    are one axis, trailing or leading is T.
+    """
+
+    axis: int
+    leading: int
+    trailing: int
+
+    def split(self, values: Tensor, num_samples: int) -> Tensor:
+        """Values (*rows, *rest) as (samples, *positions, *rest), without a copy."""
+        apart: Tensor = values.unflatten(self.axis, (self.leading, num_samples, self.trailing))
+        return apart.movedim(self.axis + 1, 0)
+
+
+def kind_of(form: Form) -> str:
+    """``outer``, ``scale`` or ``lookup``."""
+    return OUTER if isinstance(form, Outer) else SCALE if isinstance(form, Scale) else LOOKUP
+
+
+@dataclass(frozen=True)
+class Use:
+    """One argument of one call that is a parameter, or is made of parameters.
+
+    Attributes
+    ----------
+    call, role
+        Number of the call among those that are recorded, and which argument.
+    function
+        Name of the torch function.
+    kind
+        Which form: ``outer``, ``scale`` or ``lookup``.
+    sources, is_parameter, geometry, shape
+        As in :class:`ntkpipe.jacobian.tracing.recorder.Argument`.
+    layout
+        Where the samples are.
+    num_positions
+        Rows of a sample, T.
+    groups, n_in, n_out, order
+        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is. And the order
+        of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.tracing.rules.form.Outer`.
+    is_output
+        Whether the call's output is the model's output, so that its cotangents are the covectors themselves.
+    """
+
+    call: int
+    role: str
+    function: str
+    kind: str
+    sources: tuple[str, ...]
+    is_parameter: bool
+    geometry: Geometry | None
+    shape: tuple[int, ...]
+    layout: Layout
+    num_positions: int
+    groups: int
+    n_in: int
+    n_out: int
+    order: tuple[int, ...]
+    is_output: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the argument."""
+        return prod(self.shape)
+
+    def inputs(self, call: Call, num_samples: int) -> Tensor:
+        """Inputs by sample, a strided view: (n, *positions, groups, *in), (n, *positions, n_out) or (n, *positions)."""
+        form = call.arguments[self.role].form
+        assert form.inputs is not None
+        with torch.no_grad():
+            return self.layout.split(form.inputs(), num_samples)
+
+    def cotangents(self, call: Call, grad: Tensor, num_samples: int) -> Tensor:
+        """Cotangents by sample, a strided view: (n, *positions, groups, *out) or (n, *positions, n_out)."""
+        return self.layout.split(call.arguments[self.role].form.cotangents(grad), num_samples)
+
+    def jacobian(self, call: Call, grad: Tensor, num_samples: int) -> Tensor:
+        """Jacobians of the samples by the argument, shape (n, *shape), in the gradient's dtype."""
+        form = call.arguments[self.role].form
+        d = self.cotangents(call, grad, num_samples)
+        if isinstance(form, Outer):
+            a = (
+                self.inputs(call, num_samples)
+                .to(d.dtype)
+                .reshape(num_samples, self.num_positions, self.groups, self.n_in)
+            )
+            d = d.reshape(num_samples, self.num_positions, self.groups, self.n_out)
+            return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
+        if isinstance(form, Lookup):
+            rows = d.reshape(num_samples, self.num_positions, -1)
+            return looked_up(self.inputs(call, num_samples).reshape(num_samples, -1).long(), rows, self.shape)
+        if form.inputs is not None:
+            d = d * self.inputs(call, num_samples)
+        return d.reshape(num_samples, self.num_positions, -1).sum(dim=1).reshape(num_samples, *self.shape)
+
+
+def looked_up(indices: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Jacobians (n, *shape) of a table: rows (n, T, width) where their indices (n, T) say, repeated ones added up."""
+    num_samples, found = len(rows), rows.new_zeros((len(rows), *shape))
+    if rows.device.type == "cpu":
+        return found.scatter_add_(1, indices[:, :, None].expand_as(rows), rows)
+    # One long table of all samples: scatter_add_ adds in any order there.
+    places = indices + shape[0] * torch.arange(num_samples, device=rows.device)[:, None]
+    add_rows(found.flatten(0, 1), 0, places.reshape(-1), rows.flatten(0, 1))
+    return found
+
+
+def total_gradient(form: Form, grad: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The gradient by an argument, summed over all rows."""
+    d = form.cotangents(grad)
+    rows = range(form.row_dims)
+    if isinstance(form, Outer):
+        groups = d.shape[form.row_dims]
+        a = form.inputs().to(d.dtype).flatten(form.row_dims + 1).flatten(0, form.row_dims - 1)
+        d = d.flatten(form.row_dims + 1).reshape(-1, groups, d.shape[form.row_dims + 1 :].numel())
+        return form.arrange(d.permute(1, 2, 0) @ a.transpose(0, 1))
+    if isinstance(form, Lookup):
+        return d.new_zeros(shape).index_add_(0, form.inputs().reshape(-1).long(), d.reshape(-1, d.shape[-1]))
+    if form.inputs is not None:
+        d = d * form.inputs()
+    return (d.sum(dim=list(rows)) if rows else d).reshape(shape)
+
+
+def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is made of.
+
+    By autograd through what made it, batched where that has batching rules, else row by row. Memory: as much again.
+
+    Yields
+    ------
+    Names, and Jacobians (m, P).
+    """
+    if argument.is_parameter and argument.geometry is None:
+        yield argument.sources[0], rows.reshape(len(rows), -1)
+        return
+    sources = [parameters[name] for name in argument.sources]
+    step = max(1, _PULLED_BYTES // max(1, rows[0].nbytes))
+    parts = [_pulled(argument, sources, chunk) for chunk in rows.split(step)]
+    for position, name in enumerate(argument.sources):
+        yield name, torch.cat([part[position] for part in parts])
+
+
+def _pulled(argument: Argument, sources: list[Tensor], rows: Tensor) -> list[Tensor]:
+    def grads(outputs: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            [argument.edge], sources, [outputs], retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    try:
+        found = grads(rows, batched=True)
+    except RuntimeError:  # an operation without a batching rule
+        single = [grads(row, batched=False) for row in rows]
+        found = tuple(None if all_rows[0] is None else torch.stack(all_rows) for all_rows in zip(*single, strict=True))
+    return [
+        rows.new_zeros((len(rows), source.numel())) if grad is None else grad.reshape(len(rows), -1)
+        for grad, source in zip(found, sources, strict=True)
+    ]

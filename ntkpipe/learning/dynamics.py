@@ -1,0 +1,363 @@
+"""Training by gradient flow, at many times from one Krylov space."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator, digest_of
+from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.operators.opening import open_for_solver
+from ntkpipe.solvers.blocks import as_block
+from ntkpipe.solvers.checkpoint import Journal, Space
+from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.spectral.exponential import Flow
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
+from ntkpipe.store.results import Checkpoint
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamics(Result):
+    """Gradient flow of the linearised model on ``½ |f - Y|²``: functions on the train samples, coefficients for others.
+
+    With targets of shape (n,), the last axis of arrays is absent.
+
+    Attributes
+    ----------
+    times
+        Shape (T,); infinity may be among them.
+    learning_rate
+        η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
+    residuals
+        ``f_t - Y`` on the train samples, shape (T, n, c).
+    coefficients
+        ``K^-1 (I - exp(-η t K)) (Y - f_0)``, shape (T, n, c): see :meth:`predict`.
+    losses
+        ``½ |f_t - Y|²`` of each output, shape (T, c).
+    errors
+        Bounds of ``|residuals - exact| / |Y - f_0|``, the largest over outputs, shape (T,). ``K @ coefficients`` is
+        right to twice that.
+    storage_errors
+        What rounding to the dtype of storage can have done to the same, to first order: not in ``errors``; shape (T,).
+    defect
+        ``|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|`` by products with K at the last finite time and at
+        infinity: zero for exact functions. The largest.
+    statuses
+        Of each time.
+    largest_eigenvalue
+        The largest Ritz value.
+    num_steps
+        Block Lanczos steps.
+    dimension
+        Of the Krylov space.
+    """
+
+    times: NDArray[np.float64]
+    learning_rate: float
+    residuals: NDArray[np.float64] = field(repr=False)
+    coefficients: NDArray[np.float64] = field(repr=False)
+    losses: NDArray[np.float64] = field(repr=False)
+    errors: NDArray[np.float64]
+    storage_errors: NDArray[np.float64]
+    defect: float
+    statuses: tuple[Status, ...]
+    largest_eigenvalue: float
+    num_steps: int
+    dimension: int
+
+    def predict(self, cross: ArrayLike, initial: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``.
+
+        Parameters
+        ----------
+        cross
+            Kernel of m samples with the train samples, shape (m, n).
+        initial
+            f_0 on the m samples, shape (m, c) or (m,); zero if none.
+
+        Raises
+        ------
+        ConfigError
+            If shapes do not fit.
+        """
+        block = np.asarray(cross)
+        if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
+            raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
+        found = np.stack([block @ at_time for at_time in self.coefficients]).astype(np.float64, copy=False)
+        if initial is None:
+            return found
+        start = np.asarray(initial, np.float64)
+        if start.shape != found.shape[1:]:
+            raise ConfigError(f"initial functions of shape {start.shape}; needed {found.shape[1:]}")
+        return np.asarray(found + start)
+
+    def _rows(self) -> Rows:
+        reached = [
+            (f"t = {time:.4g}", f"loss {np.sum(loss):.4g}, error {error:.1e} ({status})")
+            for time, loss, error, status in zip(self.times, self.losses, self.errors, self.statuses, strict=True)
+        ]
+        rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
+        return [
+            ("learning rate", rate),
+            *reached,
+            ("defect", f"{self.defect:.1e}, by products with K"),
+            ("Krylov space", f"{self.num_steps} steps, {self.dimension} dimensions"),
+        ]
+
+
+@single_threaded_blas()
+def dynamics(
+    matrix: Any,
+    targets: ArrayLike,
+    *,
+    times: Sequence[float] | NDArray[Any],
+    learning_rate: float | None = None,
+    initial: ArrayLike | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 500,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
+) -> Dynamics:
+    """Training by gradient flow with a fixed kernel, ``df/dt = -η K (f - Y)``, without eigenvectors.
+
+    The loss is ``½ |f - Y|²``, summed over samples and outputs: no 1/n. For the mean, give ``learning_rate = η / n``.
+    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like
+    ``sqrt(η t λ_max)`` at worst; one more checks the result, one more measures the storage floor if that is not known.
+
+    Parameters
+    ----------
+    matrix
+        K, positive semi-definite: what :func:`ntkpipe.as_operator` takes.
+    targets
+        Y, shape (n, c) or (n,).
+    times
+        t ≥ 0, in steps of gradient descent; ``math.inf`` is the limit, a ridgeless regression.
+    learning_rate
+        η > 0; one over the largest eigenvalue if none, for which a random vector joins the first passes.
+    initial
+        f_0, of the shape of ``targets``; zero if none.
+    tol
+        Largest error at each time, relative to ``|Y - f_0|`` of each output.
+    max_passes
+        Most steps.
+    memory_limit
+        Bytes that this process may have with the vectors of the space, ``steps * c * n`` float64, which dominate with
+        the results of ``2 T c n``; default what it has and half of what is free.
+    seed
+        Of the random vector.
+    monitor
+        Called after each pass.
+    checkpoint
+        Where each step is written, 8 c n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
+
+    Raises
+    ------
+    ConfigError
+        If shapes, times, rate, tolerance or passes are wrong.
+    NonFiniteError
+        If targets or initial functions hold NaN or infinity.
+    ResourceError
+        If memory does not hold two steps.
+
+    Notes
+    -----
+    Functions are ``V f(T) V'`` of the block Lanczos process with full reorthogonalisation (Saad 1992; Hochbruck and
+    Lubich 1997). The formulas of the flow are those of Jacot, Gabriel and Hongler (2018) and Lee et al. (2019), with
+    the loss above.
+
+    Errors are bounds and not estimates from the last coefficient, which is unsafe where η t is large: the Krylov
+    function u satisfies ``u' + η K u = η d(t)`` with a known defect d, so that its error is at most
+    ``η ∫ |d(s)| ds`` up to t, since ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times. A
+    term for rounding in float64 is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values
+    within rounding of zero, or below the storage floor, count as zero there: the limit is the pseudo-inverse's, and the
+    status says so if targets have a part there.
+    """
+    begin = perf_counter()
+    operator, room = open_for_solver(matrix, memory_limit)
+    before = operator.work
+    goals = as_block("targets", targets, operator.num_rows).reshape(np.shape(targets))
+    wanted = _times(times)
+    tol = float(check_number("tol", tol, low=1e-14, high=1.0))
+    max_passes = int(check_number("max_passes", max_passes, low=1))
+    if learning_rate is not None and not (0 < learning_rate < math.inf):
+        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    learning_rate = None if learning_rate is None else float(learning_rate)
+    columns = goals.reshape(operator.num_rows, -1)
+    if initial is not None:
+        if np.shape(initial) != goals.shape:
+            raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
+        columns = columns - as_block("initial functions", initial, operator.num_rows)
+    sizes = np.linalg.norm(columns, axis=0)
+    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, room)
+    floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+    space = BlockLanczos(columns / np.where(sizes > 0, sizes, 1.0), most)
+    top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
+
+    spaces: dict[str, Space] = {"targets": space} if top is None else {"targets": space, "top": top}
+    decides = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
+    journal = Journal(checkpoint, {**decides, "seed": None if top is None else seed}, spaces)
+
+    error, is_begun = math.inf, False
+    while True:
+        steps = space.num_steps
+        is_last = steps == most or space.is_exhausted
+        is_open = top is not None and not top.is_settled
+        if steps and (is_last or is_due(steps)) and (top is None or top.value > 0):
+            error = float(Flow(space, wanted, learning_rate or _rate(top), floor).errors.max(initial=0.0))
+        if is_begun:
+            monitor(Step(operator.work - before, error, tol))
+        is_last = is_last or error <= tol
+        if is_last and not is_open:
+            break
+        _advance(operator, None if is_last else space, top)
+        journal.save()
+        is_begun = True
+
+    rate = learning_rate or _rate(top)
+    flow = Flow(space, wanted, rate, floor)
+    shape = (len(wanted), *columns.shape)
+    functions, coefficients = np.empty(shape), np.empty(shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, (decayed, grown) in enumerate(flow.functions()):
+            functions[index], coefficients[index] = space.combine(decayed), space.combine(grown)
+    errors, defect = _verify(operator, columns, sizes, wanted, functions, coefficients, flow.errors)
+    functions *= -sizes
+    coefficients *= sizes
+    is_cut = space.num_steps == most and not space.is_exhausted
+    missed: Status = "step limit" if is_cut else "stagnated"
+    statuses = tuple(
+        flow.status(index, tol) or ("converged" if errors[index] <= tol else missed) for index in range(len(wanted))
+    )
+    status, message = _judge(flow, wanted, statuses, errors, tol, "memory_limit" if most < max_passes else "max_passes")
+    return Dynamics(
+        status=status,
+        message=message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options={
+            "learning_rate": learning_rate,
+            "tol": tol,
+            "max_passes": max_passes,
+            "memory_limit": memory_limit,
+            "seed": seed,
+        },
+        matrix=operator.identity(),
+        times=wanted,
+        learning_rate=rate,
+        residuals=functions.reshape(len(wanted), *goals.shape),
+        coefficients=coefficients.reshape(len(wanted), *goals.shape),
+        losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *goals.shape[1:]),
+        errors=errors,
+        storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
+        defect=defect,
+        statuses=statuses,
+        largest_eigenvalue=max(flow.largest, 0.0 if top is None else top.value),
+        num_steps=space.num_steps,
+        dimension=space.dimension,
+    )
+
+
+def _advance(operator: Operator, space: BlockLanczos | None, top: TopEigenvalue | None) -> None:
+    """One pass, for the space, the largest eigenvalue, or both."""
+    is_open = top is not None and not top.is_settled
+    blocks = [] if space is None else [space.block]
+    if is_open and top is not None:
+        blocks.append(top.lanczos.block)
+    product = operator.matmat(np.concatenate(blocks, axis=1))
+    if is_open and top is not None:
+        top.absorb(product[:, -1:])
+        product = product[:, :-1]
+    if space is not None:
+        space.absorb(np.ascontiguousarray(product))
+
+
+def _rate(top: TopEigenvalue | None) -> float:
+    """One over the largest eigenvalue.
+
+    Raises
+    ------
+    ConfigError
+        If there is no positive one.
+    """
+    if top is None or top.value <= 0:
+        raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
+    return 1.0 / top.value
+
+
+def _verify(
+    operator: Operator,
+    columns: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    times: NDArray[np.float64],
+    functions: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    errors: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], float]:
+    """Errors with the true residual at infinity, and the defect; one pass for the last finite time and infinity."""
+    finite = np.flatnonzero(np.isfinite(times))
+    checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
+    checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
+    if not checked or not columns.any():
+        return errors, 0.0 if not columns.any() else math.inf
+    products = operator.matmat(np.concatenate([coefficients[index] for index in checked], axis=1))
+    found, defect = errors.copy(), 0.0
+    units = columns / np.where(sizes > 0, sizes, 1.0)
+    for index, product in zip(checked, np.split(products, len(checked), axis=1), strict=True):
+        size = float(np.linalg.norm(product + functions[index] - units, axis=0).max())
+        defect = max(defect, size)
+        same = times == times[index]
+        found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
+    return found, defect
+
+
+def _judge(
+    flow: Flow,
+    times: NDArray[np.float64],
+    statuses: tuple[Status, ...],
+    errors: NDArray[np.float64],
+    tol: float,
+    limit: str,
+) -> tuple[Status, str]:
+    """Status of the whole and its sentence."""
+    if "indefinite at storage precision" in statuses:
+        index = statuses.index("indefinite at storage precision")
+        why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
+        if flow.growth(index) > tol:
+            why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
+        return statuses[index], f"at t = {times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
+    if "stagnated" in statuses:
+        worst = int(np.argmax(errors))
+        why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {times[worst]:.4g}"
+        return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+    if "step limit" in statuses:
+        worst = int(np.argmax(errors))
+        return (
+            "step limit",
+            f"{limit} is reached with an error of {errors[worst]:.1e} at t = {times[worst]:.4g}; raise it",
+        )
+    return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
+
+
+def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+    """Times as an array.
+
+    Raises
+    ------
+    ConfigError
+        If one is negative or no number, or there is none.
+    """
+    found = np.array(times, np.float64)
+    if found.ndim != 1 or not len(found) or not (found >= 0).all():
+        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
+    return found

@@ -1,0 +1,1 @@
+"""Gaussian processes with a stored kernel as covariance."""

@@ -1,0 +1,271 @@
+"""Whether variances and probabilities of a Gaussian process can be believed, judged by test targets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_ndtr, ndtri
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Work
+from ntkpipe.base.targets import Labels, Task, encode
+from ntkpipe.learning.gaussian.posterior import Posterior
+from ntkpipe.solvers.result import Result, Rows
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+_NODES = 64
+# Of a temporary of probabilities.
+_BYTES_AT_ONCE = 2**24
+_SHOWN_LEVELS = (0.5, 0.9, 0.99)
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Result):
+    """How often test targets are where a Gaussian process says. L levels, B bins.
+
+    Attributes
+    ----------
+    levels, coverage
+        Probabilities, and the share of targets inside of the central interval of that probability, shape (L,). Equal
+        if the variances are right on the average.
+    mean_standardized_squared_residual
+        ``mean((y - f)² / v)``: 1 if variances are of the right size, larger if they are too small.
+    negative_log_predictive_density
+        ``mean(½ log 2πv + ½ (y - f)² / v)`` (Rasmussen and Williams 2006, Eq. 2.34).
+    scale
+        The factor that variances were multiplied with.
+    includes_noise
+        Whether the noise is part of v.
+    confidence, accuracy, counts
+        Of classes, in bins of the probability of the predicted class: its mean, the share that is right, and test
+        samples, shape (B,); empty for real targets. NaN where a bin is empty.
+    edges
+        Of the bins, shape (B + 1,).
+    expected_calibration_error
+        ``Σ counts |accuracy - confidence| / M`` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
+        targets.
+    mean_confidence, mean_accuracy
+        Over all test samples; NaN for real targets.
+    """
+
+    levels: Values
+    coverage: Values
+    mean_standardized_squared_residual: float
+    negative_log_predictive_density: float
+    scale: float
+    includes_noise: bool
+    confidence: Values = field(repr=False)
+    accuracy: Values = field(repr=False)
+    counts: NDArray[np.int64] = field(repr=False)
+    edges: Values = field(repr=False)
+    expected_calibration_error: float
+    mean_confidence: float
+    mean_accuracy: float
+
+    def _rows(self) -> Rows:
+        shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
+        covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
+        noise = "with noise" if self.includes_noise else "without noise"
+        rows = [
+            ("coverage", covered),
+            ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
+            ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),
+            ("variances", f"times {self.scale:.4g}, {noise}"),
+        ]
+        if len(self.counts):
+            means = f"{self.mean_confidence:.1%} confident, {self.mean_accuracy:.1%} right"
+            rows.append(("classes", f"{means}; expected calibration error {self.expected_calibration_error:.3g}"))
+        return rows
+
+
+def calibration(
+    posterior: Posterior,
+    test_targets: ArrayLike,
+    *,
+    classes: ArrayLike | None = None,
+    scale: float | Literal["likelihood"] = 1.0,
+    include_noise: bool = True,
+    levels: Sequence[float] = LEVELS,
+    bins: int = 10,
+    task: Task = "auto",
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> Calibration:
+    """Compare a posterior with the targets of its test samples.
+
+    Every output of every test sample counts as one number with a normal distribution of mean f and variance v. For
+    classes the targets are one-hot there, and besides, the probability of a class is that of its output being the
+    largest: with independent outputs by Gauss-Hermite quadrature, with the correlated ones of a full NTK by draws.
+
+    Parameters
+    ----------
+    posterior
+        With test samples.
+    test_targets
+        Labels of classes (M,), or real targets (M,) or (M, O).
+    classes
+        Labels in the order of the outputs, as ``KernelRegression.classes_``; default integers from 0.
+    scale
+        What variances are multiplied with: 1 takes the kernel as it is; ``"likelihood"`` is ``posterior.scale``, since
+        NTKs are not scaled for targets.
+    include_noise
+        Whether v is that of targets, or of the function alone.
+    levels
+        Probabilities of central intervals, between 0 and 1.
+    bins
+        Of the probability of the predicted class, of equal width.
+    task
+        As of :class:`ntkpipe.KernelRegression`.
+    num_draws, seed
+        Of the probabilities with a full NTK.
+
+    Raises
+    ------
+    ConfigError
+        If shapes do not fit, a variance is zero, or an option is out of range.
+
+    Notes
+    -----
+    Memory is some temporaries of 16 MiB, and M · O numbers.
+    """
+    start = perf_counter()
+    factor, labels = _checked(posterior, test_targets, classes, scale, levels, bins, task)
+    noise = posterior.noise if include_noise else 0.0
+    variance = factor * (posterior.variance + noise)
+    if not (variance > 0.0).all():
+        raise ConfigError("a variance is zero, so nothing can be compared with it; give a ridge, or include_noise=True")
+    squares = (labels.matrix - posterior.mean) ** 2 / variance
+    halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
+    coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])
+    density = 0.5 * np.log(2 * np.pi * variance) + 0.5 * squares
+    table = (
+        _no_table()
+        if labels.codes is None
+        else _reliability(_probabilities(posterior, factor, noise, num_draws, seed), posterior.mean, labels, bins)
+    )
+    return Calibration(
+        status="converged",
+        message=f"{labels.matrix.size:,} numbers of {len(labels.matrix):,} test samples",
+        work=Work(),
+        seconds=perf_counter() - start,
+        options={"scale": scale, "include_noise": include_noise, "bins": bins, "num_draws": num_draws, "seed": seed},
+        matrix=posterior.matrix,
+        levels=np.asarray(levels, np.float64),
+        coverage=coverage,
+        mean_standardized_squared_residual=float(squares.mean()),
+        negative_log_predictive_density=float(density.mean()),
+        scale=factor,
+        includes_noise=include_noise,
+        edges=np.linspace(0.0, 1.0, bins + 1),
+        **table,
+    )
+
+
+def _checked(
+    posterior: Posterior,
+    test_targets: ArrayLike,
+    classes: ArrayLike | None,
+    scale: float | Literal["likelihood"],
+    levels: Sequence[float],
+    bins: int,
+    task: Task,
+) -> tuple[float, Labels]:
+    """The factor of variances, and targets.
+
+    Raises
+    ------
+    ConfigError
+        If something does not fit.
+    """
+    if not len(posterior.mean):
+        raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
+    factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
+    check_number("bins", bins, low=1)
+    for level in levels:
+        check_number("levels", level, low=0.0, high=1.0)
+    known = None if classes is None else np.asarray(classes)
+    columns = posterior.mean.shape[1]
+    labels = encode(test_targets, num_outputs=columns if columns > 1 else None, classes=known, task=task)
+    if labels.matrix.shape != posterior.mean.shape:
+        raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
+    return factor, labels
+
+
+def _no_table() -> dict[str, Any]:
+    empty = np.zeros(0)
+    return {
+        "confidence": empty,
+        "accuracy": empty.copy(),
+        "counts": np.zeros(0, np.int64),
+        "expected_calibration_error": np.nan,
+        "mean_confidence": np.nan,
+        "mean_accuracy": np.nan,
+    }
+
+
+def _reliability(probabilities: Values, mean: Values, labels: Labels, bins: int) -> dict[str, Any]:
+    """Confidence against accuracy, in bins."""
+    predicted = mean.argmax(axis=1)
+    confidence = probabilities[np.arange(len(mean)), predicted]
+    right = (predicted == labels.codes).astype(np.float64)
+    places = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    counts = np.bincount(places, minlength=bins)
+    sums = (np.bincount(places, values, minlength=bins) for values in (confidence, right))
+    confident, accurate = (np.divide(total, counts, out=np.full(bins, np.nan), where=counts > 0) for total in sums)
+    gaps = np.abs(accurate - confident)[counts > 0]
+    return {
+        "confidence": confident,
+        "accuracy": accurate,
+        "counts": counts.astype(np.int64),
+        "expected_calibration_error": float(gaps @ counts[counts > 0]) / len(mean),
+        "mean_confidence": float(confidence.mean()),
+        "mean_accuracy": float(right.mean()),
+    }
+
+
+def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> Values:
+    """That each output is the largest, shape (M, O)."""
+    width = posterior.covariance.shape[1]
+    if width == 1:
+        return largest_of_independent(posterior.mean, factor * (posterior.variance[:, 0] + noise))
+    rng = np.random.default_rng(seed)
+    draws = rng.standard_normal((num_draws, width))
+    found = np.empty_like(posterior.mean)
+    for sample, (mean, block) in enumerate(zip(posterior.mean, posterior.covariance, strict=True)):
+        values, vectors = np.linalg.eigh(factor * (block + noise * np.eye(width)))
+        outcomes = mean + draws @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
+        found[sample] = np.bincount(outcomes.argmax(axis=1), minlength=width) / num_draws
+    return found
+
+
+def largest_of_independent(mean: Values, variance: Values) -> Values:
+    """The probability that each of O independent normal numbers of equal variance is the largest, shape (M, O).
+
+    ``P(c) = ∫ φ(t) Π_{j≠c} Φ(t + (m_c - m_j) / s) dt``, by Gauss-Hermite quadrature with 64 nodes.
+
+    Parameters
+    ----------
+    mean
+        Shape (M, O).
+    variance
+        s², shape (M,), positive.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    weights = weights / np.sqrt(2 * np.pi)
+    found = np.empty_like(mean)
+    outputs = mean.shape[1]
+    step = max(1, _BYTES_AT_ONCE // (8 * _NODES * outputs**2))
+    for start in range(0, len(mean), step):
+        some = slice(start, start + step)
+        gaps = (mean[some, :, None] - mean[some, None, :]) / np.sqrt(variance[some])[:, None, None]
+        logs = log_ndtr(nodes + gaps[..., None])
+        places = np.arange(outputs)
+        logs[:, places, places] = 0.0
+        found[some] = np.exp(logs.sum(axis=2)) @ weights
+    return found

@@ -1,0 +1,212 @@
+"""Which training points a prediction is made of: f(x) = Σ_i K(x, x_i) α_i, term by term."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Work
+from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.sources import initial_matrix
+from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.store.kernel import Kernel, KernelSet
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Result):
+    """Terms of predictions. M test samples, N train samples, k of these for each of those.
+
+    A term is ``K(x, x_i) α_i`` in the output that is looked at: of classes the predicted one, of a single output that.
+    Of several real outputs it is the Euclidean norm over all of them, which has no sign.
+
+    Attributes
+    ----------
+    predicted
+        Column of the output that is looked at, shape (M,); -1 where all are.
+    top_samples
+        Train samples of the largest terms by size, descending, shape (M, k).
+    top_terms
+        These terms, shape (M, k).
+    top_share
+        Share that the k have of the sizes of all terms, the mean over test samples.
+    mean_size
+        Mean size of the terms of each train sample over all test samples, shape (N,).
+    most_influential
+        Train samples of the largest of these, descending, shape (k,).
+    """
+
+    predicted: NDArray[np.int64] = field(repr=False)
+    top_samples: NDArray[np.int64] = field(repr=False)
+    top_terms: NDArray[np.float64] = field(repr=False)
+    top_share: float
+    mean_size: NDArray[np.float64] = field(repr=False)
+    most_influential: NDArray[np.int64]
+
+    def _rows(self) -> Rows:
+        shown = self.most_influential[:_SHOWN]
+        named = ", ".join(f"{sample} ({self.mean_size[sample]:.3g})" for sample in shown)
+        count, most = self.top_samples.shape
+        return [
+            ("most influential", f"train samples {named}, by mean size of their terms"),
+            ("concentration", f"the {most} largest of {len(self.mean_size):,} terms are {self.top_share:.1%} of all"),
+            ("test samples", f"{count:,}"),
+        ]
+
+
+def influence(
+    model: Any,
+    test_kernel: Any,
+    *,
+    top: int = 10,
+    is_classification: bool | None = None,
+    width: int | None = None,
+    initial_outputs: ArrayLike | None = None,
+) -> Influence:
+    """The terms α_i K(x, x_i) that predictions are sums of, the largest of each test sample, and over all.
+
+    They are the representer values of Yeh, Kim, Yen, Ravikumar 2018, arXiv 1811.09720, for kernel ridge regression. A
+    term says what a prediction is made of, not what it would be without the sample: that is leave-one-out, see
+    :func:`ntkpipe.ridge_path`.
+
+    Parameters
+    ----------
+    model
+        A fitted :class:`ntkpipe.KernelRegression`; or coefficients A, shape (n,) or (n, O), with
+        the two options below.
+    test_kernel
+        Test × train, (M·S, N·S), array or stored; or a store. Read once, a few rows at a time.
+    top
+        k.
+    is_classification, width
+        Of coefficients: whether the largest output is the one that is looked at (default yes, if there are several),
+        and rows a sample, S (default 1; O of a full NTK).
+    initial_outputs
+        f₀ of the test samples (M, O), where that decides which output is the largest.
+
+    Raises
+    ------
+    ConfigError
+        If shapes do not fit, or an option is out of range.
+    NonFiniteError
+        If the kernel holds NaN or infinity.
+    TileError
+        If a tile is missing or damaged; the message names it.
+
+    Notes
+    -----
+    Memory is a few copies of 16 MiB of the kernel, ``16 M k`` and ``8 N`` bytes.
+    """
+    start = perf_counter()
+    coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
+    kernel = test_kernel.test_train if isinstance(test_kernel, KernelSet) else test_kernel
+    cross = CrossKernel(kernel, len(coefficients), rows_a_sample)
+    num_train = len(coefficients) // rows_a_sample
+    most = min(int(check_number("top", top, low=1)), num_train)
+    outputs = coefficients.shape[1] if rows_a_sample == 1 else rows_a_sample
+    offset = None if initial_outputs is None else initial_matrix(initial_outputs, (cross.num_samples, outputs))
+    predicted = np.full(cross.num_samples, -1, np.int64)
+    top_samples = np.empty((cross.num_samples, most), np.int64)
+    top_terms = np.empty((cross.num_samples, most))
+    sums, shares = np.zeros(num_train), 0.0
+    for samples, block in cross.sample_blocks():
+        terms, predicted[samples] = _terms(
+            block, coefficients, rows_a_sample, by_class, None if offset is None else offset[samples]
+        )
+        sizes = np.abs(terms)
+        order = np.argsort(-sizes, axis=1, kind="stable")[:, :most]
+        top_samples[samples] = order
+        top_terms[samples] = np.take_along_axis(terms, order, axis=1)
+        totals = sizes.sum(axis=1)
+        largest = np.take_along_axis(sizes, order, axis=1).sum(axis=1)
+        shares += float(np.divide(largest, totals, out=np.zeros_like(totals), where=totals > 0).sum())
+        sums += sizes.sum(axis=0)
+    mean_size = sums / cross.num_samples
+    return Influence(
+        status="converged",
+        message=f"all {num_train:,} terms of {cross.num_samples:,} predictions",
+        work=Work(),
+        seconds=perf_counter() - start,
+        options={"top": top, "is_classification": by_class, "width": rows_a_sample},
+        matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
+        predicted=predicted,
+        top_samples=top_samples,
+        top_terms=top_terms,
+        top_share=shares / cross.num_samples,
+        mean_size=mean_size,
+        most_influential=np.argsort(-mean_size, kind="stable")[:most],
+    )
+
+
+def _taken_apart(
+    model: Any, is_classification: bool | None, width: int | None
+) -> tuple[NDArray[np.float64], int, bool]:
+    """Coefficients with two axes, rows a sample, whether the largest output counts.
+
+    Raises
+    ------
+    ConfigError
+        If the model is not fitted, or says itself what was given.
+    """
+    if hasattr(model, "fit"):
+        if not hasattr(model, "dual_coef_"):
+            raise ConfigError(f"{model!r} is not fitted yet; call fit(kernel, y) first")
+        if is_classification is not None or width is not None:
+            raise ConfigError("is_classification and width are options of coefficients; a fitted model knows them")
+        coefficients = model.dual_coef_
+        rows, by_class = model.rows_per_sample_, hasattr(model, "classes_")
+    else:
+        coefficients = np.asarray(model, np.float64)
+        rows = 1 if width is None else int(check_number("width", width, low=1))
+        several = rows > 1 or (coefficients.ndim == 2 and coefficients.shape[1] > 1)
+        by_class = several if is_classification is None else is_classification
+    if (
+        coefficients.ndim not in {1, 2}
+        or len(coefficients) % rows
+        or (rows > 1 and coefficients.size != len(coefficients))
+    ):
+        raise ConfigError(f"coefficients of shape {coefficients.shape} for {rows} rows a sample")
+    return coefficients.reshape(len(coefficients), -1), rows, by_class
+
+
+def _terms(
+    block: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    width: int,
+    by_class: bool,
+    offset: NDArray[np.float64] | None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Terms of each test and train sample, and the output that they are of."""
+    if width == 1:
+        outputs = block @ coefficients
+        column = _largest(outputs, by_class, offset)
+        if column is None:
+            sizes = np.linalg.norm(coefficients, axis=1)
+            return np.abs(block) * sizes if coefficients.shape[1] > 1 else block * coefficients.T, _all(outputs)
+        return block * coefficients.T[column], column
+    # (m, O, N): what each train sample adds to each output.
+    products = (block * coefficients[:, 0]).reshape(len(block), -1, width)
+    parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
+    outputs = parts.sum(axis=2)
+    column = _largest(outputs, by_class, offset)
+    if column is None:
+        return np.linalg.norm(parts, axis=1), _all(outputs)
+    return parts[np.arange(len(parts)), column], column
+
+
+def _largest(
+    outputs: NDArray[np.float64], by_class: bool, offset: NDArray[np.float64] | None
+) -> NDArray[np.int64] | None:
+    """The largest output of each sample; none if all count."""
+    if not by_class:
+        return None
+    return np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
+
+
+def _all(outputs: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)

@@ -1,0 +1,143 @@
+"""All eigenpairs of a kernel where they fit in memory, or those that a caller has already."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.result import Monitor, ignore
+
+# How an analysis is done: with all eigenvalues in memory, by passes of the operator, or the first where it fits.
+Method = Literal["auto", "exact", "streamed"]
+# Products of given pairs must agree with the matrix to this part of its norm.
+_TOLERANCE = 1e-5
+_SEED = 0
+
+
+class Pairs(Protocol):
+    """Eigenpairs: values of shape (k,), descending, and orthonormal vectors of shape (n, k)."""
+
+    @property
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Shape (k,)."""
+
+    @property
+    def eigenvectors(self) -> NDArray[np.float64] | None:
+        """Shape (n, k)."""
+
+
+@dataclass(frozen=True)
+class Eigensystem:
+    """Eigenpairs, descending.
+
+    Attributes
+    ----------
+    eigenvalues, eigenvectors
+        Shapes (k,) and (n, k).
+    why
+        Where they come from, in words.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+    why: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all n."""
+        return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
+
+
+def check_method(method: str) -> None:
+    """Whether this is a method.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"method={method!r}; needed one of {', '.join(get_args(Method))}")
+
+
+def does_not_fit(num_rows: int, memory_limit: int | None) -> str:
+    """Why an analysis is streamed, in words."""
+    room = max(0, memory_room(memory_limit, share=1.0))
+    return f"all eigenvalues of {num_rows:,} rows do not fit the {format_bytes(room)} that are left"
+
+
+def find_eigensystem(
+    operator: Operator, given: Pairs | None, memory_limit: int | None, method: Method, monitor: Monitor = ignore
+) -> tuple[Eigensystem | None, str]:
+    """All eigenpairs, given ones or where they fit, or else those that were given; and why.
+
+    Parameters
+    ----------
+    operator
+        K.
+    given
+        Eigenpairs of K; they are checked by one pass with one column.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    method
+        ``exact``: all must fit. ``streamed``: nothing is computed here.
+    monitor
+        Of :func:`ntkpipe.eigh`.
+
+    Raises
+    ------
+    ConfigError
+        If the given pairs are not of this matrix.
+    ResourceError
+        If all were asked for and do not fit.
+    """
+    check_method(method)
+    system = None
+    if given is not None:
+        system = check_pairs(operator, given)
+        if system.is_whole:
+            return system, system.why
+    if method == "streamed":
+        return system, "streamed was asked for" if system is None else f"{system.why}, and streamed was asked for"
+    try:
+        found = eigh(operator, memory_limit=memory_limit, monitor=monitor)
+    except ResourceError:
+        if method == "exact":
+            raise
+        return system, does_not_fit(operator.num_rows, memory_limit)
+    assert found.eigenvectors is not None
+    return Eigensystem(found.eigenvalues, found.eigenvectors, "all eigenvalues fit in memory"), "they fit in memory"
+
+
+def check_pairs(operator: Operator, given: Pairs) -> Eigensystem:
+    """Pairs of a caller as an eigensystem: a random combination of them must be orthonormal, and fit the matrix.
+
+    Raises
+    ------
+    ConfigError
+        If shapes, order, norms or products are wrong.
+    """
+    vectors, n = given.eigenvectors, operator.num_rows
+    if vectors is None:
+        raise ConfigError("eigenpairs without eigenvectors; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")
+    values, vectors = np.asarray(given.eigenvalues, np.float64), np.asarray(vectors, np.float64)
+    if values.ndim != 1 or vectors.shape != (n, len(values)) or not len(values):
+        raise ConfigError(f"eigenvectors of shape {vectors.shape} and {values.shape} values; needed ({n}, k) and (k,)")
+    if (np.diff(values) > 0).any():
+        raise ConfigError("eigenvalues are not in descending order, as ntkpipe.eigh and ntkpipe.eigsh return them")
+    probe = np.random.default_rng(_SEED).standard_normal(len(values))
+    combined = vectors @ probe
+    gap = float(np.abs(vectors.T @ combined - probe).max())
+    error = float(np.linalg.norm(operator.matmat(combined) - vectors @ (values * probe)))
+    scale = float(np.abs(values).max()) * len(values) ** 0.5
+    if not gap <= _TOLERANCE or not error <= _TOLERANCE * scale:
+        raise ConfigError(
+            f"eigenpairs that are not of this matrix: orthonormal to {gap:.2g}, products differ by {error:.2g} of "
+            f"{scale:.3g}; needed {_TOLERANCE:g}. Compute them from the same kernel, by ntkpipe.eigh or ntkpipe.eigsh"
+        )
+    return Eigensystem(values, vectors, f"{len(values):,} eigenpairs were given")

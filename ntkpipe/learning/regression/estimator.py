@@ -1,0 +1,382 @@
+"""Kernel ridge regression with a kernel that is there already, by scikit-learn's conventions."""
+
+import inspect
+import warnings
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.targets import Labels, Task, as_rows, as_samples, encode
+from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
+from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
+from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, rank_beside
+from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.linear.solution import Solution
+from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.store.kernel import KernelSet
+
+Method = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
+_METHODS = ("auto", "cholesky", "eigh", "pcg", "block_cg")
+# By how much the smallest eigenvalue, of which an upper bound is known, must be above the cut-off.
+_MARGIN = 10.0
+
+
+class KernelRegression:
+    """Kernel ridge regression: ``A = (K + λI)^-1 (Y - f₀)``, and ``f(x) = f₀(x) + K(x, X) A``.
+
+    As :class:`sklearn.kernel_ridge.KernelRidge` with ``kernel="precomputed"``, whose ``alpha`` is λ, for kernels as
+    arrays, as stored kernels that need not fit in memory, and as operators; ``clone``, ``cross_val_score`` and
+    ``GridSearchCV`` of scikit-learn take it. (Saunders, Gammerman, Vovk 1998, Ridge regression learning algorithm in
+    dual variables, ICML.)
+
+    A pNTK and every other kernel of one row a sample acts on all outputs alike: ``K ⊗ I_O`` is never formed. A full NTK
+    has rows ``sample · O + output``, and is known by having O times as many rows as there are targets.
+
+    Parameters
+    ----------
+    ridge
+        λ ≥ 0, absolute: what is added to the diagonal. Zero is interpolation, and where K is singular the Moore–Penrose
+        (minimum-norm least-squares) solution, of eigenvalues above a cut-off that the result names, see
+        :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
+    ridge_scale
+        With ``"mean_diagonal"`` the ridge is a multiple of the mean of the diagonal of the train kernel.
+    method
+        ``auto``: for λ > 0 what :func:`ntkpipe.solve` expects to be fastest; for λ = 0 Cholesky, if it
+        fits memory and the smallest eigenvalue is well above the cut-off, else ``eigh``, if that fits, else conjugate
+        gradients. These find a solution of a singular system, if there is one, but not that of smallest norm;
+        predictions are the same where test rows are in the range of K. ``eigh``: by all eigenpairs, ``40 n²`` bytes
+        (``16 n²`` more slowly). ``cholesky``, ``pcg``, ``block_cg``: as of ``solve``.
+    tol
+        Largest relative true residual of a column that is called converged.
+    centre
+        With ``"initial_outputs"`` the model's outputs at initialisation f₀ are subtracted from targets and added to
+        predictions, as for a network in its linear regime trained from there (Lee et al. 2019, arXiv 1902.06720).
+    task
+        ``auto``: integers, booleans and strings are labels of classes if there are fewer different ones than samples,
+        and become one-hot targets; floating-point numbers are real targets. Or ``"classification"``, ``"regression"``.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
+        conjugate gradients take a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
+    seed
+        Of preconditioners.
+
+    Attributes
+    ----------
+    dual_coef_
+        A, float64, shape (n,), (n, O), or (N·O,) of a full NTK, as ``y`` has axes.
+    ridge_
+        λ, absolute.
+    classes_
+        Labels in the order of output columns; missing for real targets.
+    result_
+        The :class:`ntkpipe.solvers.linear.solution.Solution`, with status, residuals, cost; prints as a table.
+    num_outputs_
+        O.
+    rows_per_sample_
+        S: 1, or O of a full NTK.
+
+    Examples
+    --------
+    >>> model = KernelRegression(ridge=1e-3, ridge_scale="mean_diagonal").fit(store)
+    >>> model.score(store)
+    """
+
+    def __init__(
+        self,
+        ridge: float = 0.0,
+        *,
+        ridge_scale: RidgeScale = None,
+        method: Method = "auto",
+        tol: float = 1e-6,
+        centre: Literal["initial_outputs"] | None = None,
+        task: Task = "auto",
+        memory_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.ridge = ridge
+        self.ridge_scale = ridge_scale
+        self.method = method
+        self.tol = tol
+        self.centre = centre
+        self.task = task
+        self.memory_limit = memory_limit
+        self.seed = seed
+
+    def fit(self, kernel: Any, y: ArrayLike | None = None, *, initial_outputs: ArrayLike | None = None) -> Self:
+        """Find the coefficients.
+
+        Parameters
+        ----------
+        kernel
+            Train × train: a symmetric array (N·S, N·S), a stored kernel as ``store.train``, or an operator. Or a store,
+            or a group or output of one, which brings its targets and outputs.
+        y
+            Labels of classes (N,), or real targets (N,) or (N, O).
+        initial_outputs
+            f₀ of the train samples, (N, O), for ``centre="initial_outputs"``.
+
+        Raises
+        ------
+        ConfigError
+            If shapes do not fit, an option is out of range, or a store has no targets.
+        IndefiniteError
+            If ``method="cholesky"`` meets a pivot that is not positive.
+        NonFiniteError
+            If the kernel or targets hold NaN or infinity.
+        ResourceError
+            If the method that was asked for does not fit memory.
+        TileError
+            If a tile is missing or damaged; the message names it.
+
+        Warns
+        -----
+        NotConvergedWarning
+            If the solution is not what was asked for; ``result_`` says in what respect.
+        """
+        if isinstance(kernel, KernelSet):
+            y = targets_of(kernel, "train") if y is None else y
+            if self.centre is not None and initial_outputs is None:
+                initial_outputs = outputs_of(kernel, "train")
+            kernel = kernel.train
+        if y is None:
+            raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
+        initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
+        operator, share = open_for_analysis(kernel, self.memory_limit)
+        try:
+            labels, self.rows_per_sample_ = train_targets(kernel, operator, y, initial, self.task)
+            goal = labels.matrix
+            if initial is not None:
+                goal = goal - initial_matrix(initial, goal.shape)
+            self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
+            self.result_ = self._solve(operator, as_rows(goal, self.rows_per_sample_), share)
+        finally:
+            operator.close()
+        coefficients = np.asarray(self.result_.coefficients)
+        self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self.rows_per_sample_ > 1 else coefficients
+        self.num_outputs_ = goal.shape[1]
+        self._is_flat = labels.is_flat
+        if labels.classes is not None:
+            self.classes_ = labels.classes
+        elif hasattr(self, "classes_"):
+            del self.classes_
+        if not self.result_.is_converged:
+            warnings.warn(f"{self.result_.status}: {self.result_.message}", NotConvergedWarning, stacklevel=2)
+        return self
+
+    def _initial(self, given: Any | None, what: str) -> Any | None:
+        if self.centre not in {None, "initial_outputs"}:
+            raise ConfigError(f"centre={self.centre!r}; needed 'initial_outputs' or None")
+        if (self.centre is None) != (given is None):
+            found = "no" if given is None else "given"
+            raise ConfigError(f"centre={self.centre!r} and {found} {what}; needed both or none")
+        return given
+
+    def _solve(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
+        """By the method that was asked for, or is right."""
+        if self.method not in _METHODS:
+            raise ConfigError(f"method={self.method!r}; needed one of {', '.join(_METHODS)}")
+        check_number("tol", self.tol, low=0.0)
+        if self.method == "eigh":
+            return self._minimum_norm(operator, rhs, "asked for", memory_limit)
+        if self.method == "auto" and self.ridge_ == 0.0:
+            return self._interpolate(operator, rhs, memory_limit)
+        if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, memory_limit)):
+            return solve(
+                operator,
+                rhs,
+                ridge=self.ridge_,
+                method=self.method,
+                tol=self.tol,
+                rank=rank_beside(rhs.shape[1], operator.num_rows, memory_limit),
+                seed=self.seed,
+                memory_limit=memory_limit,
+            )
+        why = "a factor does not fit memory" if self.method == "auto" else "asked for"
+        return self._iterate(operator, rhs, why, memory_limit)
+
+    def _iterate(self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None) -> Solution:
+        """By conjugate gradients; with the least that is of use, where the limit has no room for that."""
+        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
+        rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
+        found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
+        return replace(found, why=why)
+
+    def _interpolate(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
+        """λ = 0: by a factor where the matrix is surely not singular, or by eigenpairs, or iterating."""
+        why = "λ = 0, and a factor does not fit memory"
+        try:
+            factor = cholesky(operator, memory_limit=memory_limit)
+            smallest = smallest_by_factor(factor, self.seed)
+            cut = cut_off(operator, operator.frobenius())
+            if smallest > _MARGIN * cut:
+                why = f"λ = 0, and the smallest eigenvalue, about {smallest:.2g}, is above the cut-off {cut:.2g}"
+                found = by_factor(operator, factor, rhs, tol=self.tol, options=self._options(), why=why)
+                if found.is_converged:
+                    return found
+            why = f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
+        except IndefiniteError as error:
+            why = f"λ = 0, and the leading {error.row:,} rows are not positive definite"
+        except ResourceError:
+            pass
+        if eigenpairs_fit(operator.num_rows, memory_limit):
+            return self._minimum_norm(operator, rhs, why, memory_limit)
+        return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", memory_limit)
+
+    def _minimum_norm(
+        self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None
+    ) -> Solution:
+        return minimum_norm(
+            operator, rhs, self.ridge_, tol=self.tol, options=self._options(), why=why, memory_limit=memory_limit
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {"ridge": self.ridge_, "method": self.method, "tol": self.tol, "memory_limit": self.memory_limit}
+
+    def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Real predictions ``f₀ + K_test A``, shape (M, O), whatever the targets were.
+
+        Parameters
+        ----------
+        test_kernel
+            Test × train, (M·S, N·S): an array, a stored kernel as ``store.test_train``, of which a tile is in memory at
+            a time; or the store.
+        initial_outputs
+            f₀ of the test samples, (M, O), for ``centre="initial_outputs"``.
+
+        Raises
+        ------
+        ConfigError
+            If shapes do not fit, or nothing is fitted yet.
+        NonFiniteError
+            If the kernel holds NaN or infinity.
+        TileError
+            If a tile is missing or damaged; the message names it.
+        """
+        if not hasattr(self, "dual_coef_"):
+            raise ConfigError("this KernelRegression is not fitted yet; call fit(kernel, y) first")
+        if isinstance(test_kernel, KernelSet):
+            if self.centre is not None and initial_outputs is None:
+                initial_outputs = outputs_of(test_kernel, "test")
+            test_kernel = test_kernel.test_train
+        initial = self._initial(initial_outputs, "initial_outputs of the test samples, predict(…, initial_outputs=)")
+        coefficients = self.dual_coef_.reshape(len(self.dual_coef_), -1)
+        cross = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_)
+        predicted = as_samples(cross.times(coefficients), self.rows_per_sample_)
+        if initial is not None:
+            predicted += initial_matrix(initial, predicted.shape)
+        return predicted
+
+    def predict(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[Any]:
+        """Labels of the largest outputs (M,), or real predictions, (M,) or (M, O) as ``y`` was.
+
+        Parameters and errors as of :meth:`predict_outputs`.
+        """
+        outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
+        if hasattr(self, "classes_"):
+            return np.asarray(self.classes_[outputs.argmax(axis=1)])
+        return outputs[:, 0] if self._is_flat else outputs
+
+    def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Outputs of classes, (M, O); of two classes that of the second less that of the first, (M,), as scikit-learn.
+
+        Parameters and errors as of :meth:`predict_outputs`.
+
+        Raises
+        ------
+        AttributeError
+            If targets were no labels.
+        """
+        if not hasattr(self, "classes_"):
+            raise AttributeError("decision_function is of labels of classes; predict gives real predictions")
+        outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
+        return outputs[:, 1] - outputs[:, 0] if len(self.classes_) == 2 else outputs
+
+    def score(self, test_kernel: Any, y: ArrayLike | None = None, *, initial_outputs: ArrayLike | None = None) -> float:
+        """Accuracy for classes; for real targets R², the mean over outputs, as ``sklearn.metrics.r2_score``.
+
+        Parameters
+        ----------
+        test_kernel, initial_outputs
+            As of :meth:`predict_outputs`.
+        y
+            Labels or targets of the test samples; those of a store by default.
+
+        Raises
+        ------
+        ConfigError
+            If shapes do not fit, a label was none of training, or there are no targets.
+        """
+        if y is None:
+            if not isinstance(test_kernel, KernelSet):
+                raise ConfigError("no targets; needed score(test_kernel, y), or score(store)")
+            y = targets_of(test_kernel, "test")
+        wanted = encode(y, classes=getattr(self, "classes_", None), task="regression")
+        outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
+        if wanted.matrix.shape != outputs.shape:
+            raise ConfigError(f"targets of shape {np.shape(y)} for predictions of shape {outputs.shape}")
+        accuracy = wanted.accuracy(outputs)
+        return _r_squared(outputs, wanted) if accuracy is None else accuracy
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Options by name, as scikit-learn asks for them.
+
+        Parameters
+        ----------
+        deep
+            Without meaning: no option is an estimator.
+        """
+        del deep
+        return {name: getattr(self, name) for name in _names()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change options.
+
+        Raises
+        ------
+        ConfigError
+            If there is none of that name.
+        """
+        for name, value in params.items():
+            if name not in _names():
+                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(_names())}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        shown = (f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name].default)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn asks of estimators: rows and columns of the kernel are cut together."""
+        from sklearn.utils import ClassifierTags, InputTags, RegressorTags, Tags, TargetTags  # only it asks
+
+        kinds = {"classification": "classifier", "regression": "regressor", "auto": None}
+        return Tags(
+            estimator_type=kinds[self.task],
+            target_tags=TargetTags(required=True, multi_output=True),
+            classifier_tags=ClassifierTags() if self.task == "classification" else None,
+            regressor_tags=RegressorTags() if self.task == "regression" else None,
+            input_tags=InputTags(pairwise=True),
+        )
+
+
+def _names() -> list[str]:
+    return [name for name in inspect.signature(KernelRegression.__init__).parameters if name != "self"]
+
+
+def _r_squared(outputs: NDArray[np.float64], wanted: Labels) -> float:
+    """The mean over outputs of 1 - SS_res / SS_tot; where targets are constant 1 if they are met, and 0 if not."""
+    residual = np.sum((wanted.matrix - outputs) ** 2, axis=0)
+    total = np.sum((wanted.matrix - wanted.matrix.mean(axis=0)) ** 2, axis=0)
+    constant = total == 0.0
+    ratios = np.divide(residual, total, out=(residual > 0.0).astype(np.float64), where=~constant)
+    return float(np.mean(1.0 - ratios))

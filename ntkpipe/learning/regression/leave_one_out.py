@@ -1,0 +1,128 @@
+"""Exact leave-one-out of kernel ridge regression from one fit: blocks of the inverse instead of n refits.
+
+With G = (K + λI)^-1 and coefficients A = G Y, leaving sample i out of the training set predicts it with the residual
+``(G_ii)^-1 A_i``, where i stands for all rows of the sample: one, or the O rows of a full NTK, which share an input and
+must go together. For one row it is A_i / G_ii (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006,
+equation 5.12; Allen 1974, PRESS). For blocks it is the same elimination: with the rows of i last, the inverse of a
+partitioned matrix gives ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.solvers.direct.factor import CholeskyFactor
+
+# Of a temporary.
+_BYTES_AT_ONCE = 2**25
+# Rows of eigenvectors are known to about ε; a part of a row in the null space below its root is rounding.
+_NOTHING = 1e-8
+
+
+def residuals(blocks: NDArray[np.float64], coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``(G_ii)^-1 A_i`` of each sample.
+
+    Parameters
+    ----------
+    blocks
+        G_ii, shape (N, S, S).
+    coefficients
+        A in the rows of the kernel, shape (N·S, c).
+
+    Returns
+    -------
+    Shape (N·S, c): target less what is predicted from all other samples.
+    """
+    count, width, _ = blocks.shape
+    if width == 1:
+        return coefficients / blocks[:, 0]
+    found = np.linalg.solve(blocks, coefficients.reshape(count, width, -1))
+    return np.asarray(found, np.float64).reshape(coefficients.shape)
+
+
+def weighted_blocks(vectors: NDArray[np.float64], weights: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications.
+
+    Parameters
+    ----------
+    vectors
+        V, shape (n, k).
+    weights
+        w, shape (k,).
+    width
+        Rows a sample, S.
+    """
+    count = len(vectors) // width
+    found = np.empty((count, width, width))
+    step = max(1, _BYTES_AT_ONCE // (8 * width * vectors.shape[1]))
+    for start in range(0, count, step):
+        samples = slice(start, min(start + step, count))
+        rows = vectors[samples.start * width : samples.stop * width].reshape(-1, width, vectors.shape[1])
+        if width == 1:  # as one product, for which there is BLAS
+            found[samples, 0, 0] = np.square(rows[:, 0]) @ weights
+        else:
+            found[samples] = (rows * weights) @ rows.transpose(0, 2, 1)
+    return found
+
+
+def inverse_blocks(factor: CholeskyFactor, width: int) -> NDArray[np.float64]:
+    """Diagonal blocks of ``(K + shift I)^-1`` by a factor, shape (N, S, S); about the work of the factor.
+
+    Memory is n times as many columns as a panel of the factor has, in float64.
+
+    Raises
+    ------
+    TileError
+        If a part of the factor is missing or damaged; the message names it.
+    """
+    count = factor.num_rows // width
+    if width == 1:
+        return factor.inverse_diagonal().reshape(count, 1, 1)
+    found = np.empty((count, width, width))
+    step = max(1, factor.panel_width // width)
+    for start in range(0, count, step):
+        samples = slice(start, min(start + step, count))
+        rows = np.arange(samples.start * width, samples.stop * width)
+        unit = np.zeros((factor.num_rows, len(rows)))
+        unit[rows, np.arange(len(rows))] = 1.0
+        half = factor.half_solve(unit).reshape(factor.num_rows, -1, width).transpose(1, 2, 0)
+        found[samples] = half @ half.transpose(0, 2, 1)
+    return found
+
+
+def limit_residuals(
+    null_blocks: NDArray[np.float64],
+    null_targets: NDArray[np.float64],
+    inverse: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Leave-one-out residuals of the minimum-norm solution of a singular kernel: the limit λ → 0 of :func:`residuals`.
+
+    There G = P/λ + K⁺ + O(λ) with P the projection onto the null space, and A = PY/λ + K⁺Y + O(λ). Within the range of
+    P_ii the limit is decided by P, in the rest of a sample's rows by what remains: with Q an orthonormal basis of that,
+    ``r = P_ii⁺ (PY)_i + Q s`` and ``Q'K⁺_ii Q s = Q'((K⁺Y)_i - K⁺_ii P_ii⁺ (PY)_i)``.
+
+    Parameters
+    ----------
+    null_blocks, inverse
+        P_ii and K⁺_ii, shape (N, S, S).
+    null_targets, coefficients
+        P Y and K⁺ Y, shape (N·S, c).
+
+    Returns
+    -------
+    Shape (N·S, c).
+    """
+    count, width, _ = inverse.shape
+    shape = count, width, -1
+    found = np.empty((count, width, coefficients.shape[1]))
+    parts, rest = null_targets.reshape(shape), coefficients.reshape(shape)
+    for sample in range(count):
+        values, vectors = np.linalg.eigh(null_blocks[sample])
+        inside = values > _NOTHING
+        decided, free = vectors[:, inside], vectors[:, ~inside]
+        residual = decided @ ((decided.T @ parts[sample]) / values[inside, None])
+        if free.shape[1]:
+            left = free.T @ (rest[sample] - inverse[sample] @ residual)
+            residual = residual + free @ np.linalg.solve(free.T @ inverse[sample] @ free, left)
+        found[sample] = residual
+    return found.reshape(coefficients.shape)

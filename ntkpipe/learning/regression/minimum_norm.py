@@ -1,0 +1,220 @@
+"""The Moore-Penrose solution of systems with a singular kernel, by all eigenpairs in memory."""
+
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator, Work
+from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.direct.factor import CholeskyFactor
+from ntkpipe.solvers.linear.solution import Solution
+from ntkpipe.solvers.result import Monitor, Status, ignore
+
+_EPS = float(np.finfo(np.float64).eps)
+_NUM_VECTORS, _NUM_STEPS = 4, 8
+
+
+class Eigenpairs(Protocol):
+    """All eigenpairs of a symmetric matrix, however they were found."""
+
+    @property
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Descending, shape (n,)."""
+
+    @property
+    def eigenvectors(self) -> NDArray[np.float64] | None:
+        """Orthonormal columns, shape (n, n)."""
+
+
+def require_all(eigenpairs: Eigenpairs, num_rows: int) -> NDArray[np.float64]:
+    """The eigenvectors, if there are all.
+
+    Raises
+    ------
+    ConfigError
+        If there are not.
+    """
+    vectors = eigenpairs.eigenvectors
+    if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
+        shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
+        raise ConfigError(f"eigenpairs with {shape} for {num_rows} rows; needed all, as of ntkpipe.eigh(kernel)")
+    return vectors
+
+
+def cut_off(operator: Operator, largest: float) -> float:
+    """Size up to which an eigenvalue counts as zero: ``max(ε_store |K|_F / √n, n ε λ_1)``.
+
+    The first is the storage floor, see :meth:`ntkpipe.base.operator.Operator.storage_floor`; the second bounds
+    what LAPACK's float64 does to an eigenvalue.
+    """
+    return max(operator.storage_floor(), operator.num_rows * _EPS * largest)
+
+
+def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
+    """About the smallest eigenvalue of what was factored, from above: subspace iteration with the inverse.
+
+    Eight steps of four random vectors, each of which reads the factor twice; k steps are within a factor of about
+    n^(1/2k), so within two for most n that fit memory.
+    """
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.standard_normal((factor.num_rows, min(_NUM_VECTORS, factor.num_rows))))[0]
+    largest = 0.0
+    for _ in range(_NUM_STEPS):
+        product = factor.half_solve(factor.half_solve(vectors), transposed=True)
+        largest = float(np.linalg.norm(product, axis=0).max())
+        vectors = np.linalg.qr(product)[0]
+    return 1.0 / largest
+
+
+def minimum_norm(
+    operator: Operator,
+    rhs: NDArray[np.float64],
+    ridge: float,
+    *,
+    tol: float,
+    options: dict[str, Any],
+    why: str,
+    memory_limit: int | None,
+    monitor: Monitor = ignore,
+    eigenpairs: Eigenpairs | None = None,
+) -> Solution:
+    """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero.
+
+    Parameters
+    ----------
+    operator
+        K.
+    rhs
+        Y, shape (n, c).
+    ridge
+        λ; the cut-off is applied where it is zero, since the ridge hides it otherwise.
+    tol
+        Largest relative residual, apart from what of Y lies outside of the range, that is called converged.
+    options, why
+        Of the result.
+    memory_limit, monitor
+        As of :func:`ntkpipe.eigh`.
+    eigenpairs
+        All of K, if they are known.
+
+    Raises
+    ------
+    ConfigError
+        If not all eigenpairs are there.
+    ResourceError
+        If the decomposition does not fit memory.
+    """
+    start, before = perf_counter(), operator.work
+    pairs = eigh(operator, memory_limit=memory_limit, monitor=monitor) if eigenpairs is None else eigenpairs
+    vectors, values = require_all(pairs, operator.num_rows), pairs.eigenvalues
+    cut = cut_off(operator, float(np.abs(values).max())) if ridge == 0.0 else 0.0
+    kept = np.abs(values) > cut if ridge == 0.0 else np.ones(len(values), bool)
+    inverse = np.divide(1.0, values + ridge, out=np.zeros_like(values), where=kept & (values + ridge != 0.0))
+    inside = vectors.T @ rhs
+    coefficients = vectors @ (inverse[:, None] * inside)
+    sizes = np.linalg.norm(rhs, axis=0)
+    residual = rhs - operator.shifted(ridge).matmat(coefficients)
+    relative = _relative(np.linalg.norm(residual, axis=0), sizes)
+    outside = vectors[:, ~kept] @ inside[~kept]
+    beside = float(_relative(np.linalg.norm(residual - outside, axis=0), sizes).max(initial=0.0))
+    rank = int(kept.sum())
+    status: Status = "converged" if beside <= tol else "stagnated"
+    message = f"all eigenpairs; {rank:,} of {len(values):,} eigenvalues are above the cut-off {cut:.2g}"
+    if ridge:
+        message = f"all eigenpairs, {values[-1] + ridge:.3g} to {values[0] + ridge:.3g} with the ridge"
+    if rank < len(values):
+        left = float(relative.max(initial=0.0))
+        message += (
+            f", the solution is the one of smallest norm, and leaves {left:.2g} of Y that is outside of the range"
+        )
+    smallest = float((values + ridge)[kept].min(initial=np.inf))
+    if smallest <= 0.0:
+        status = "indefinite at storage precision"
+        message = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a larger ridge"
+    elif status == "stagnated":
+        message += f"; the residual inside of the range is {beside:.2g}, more than tol={tol:.2g}"
+    found = Found(status, message, coefficients, relative)
+    return _solution(operator, found, "eigh", why, ridge, {**options, "cut_off": cut, "rank": rank}, start, before)
+
+
+def by_factor(
+    operator: Operator,
+    factor: CholeskyFactor,
+    rhs: NDArray[np.float64],
+    *,
+    tol: float,
+    options: dict[str, Any],
+    why: str,
+) -> Solution:
+    """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement.
+
+    Parameters
+    ----------
+    operator
+        K.
+    factor
+        Of it.
+    rhs
+        Y, shape (n, c).
+    tol
+        Largest relative residual that is called converged.
+    options, why
+        Of the result.
+    """
+    start, before = perf_counter(), operator.work
+    direct = factor.solve(rhs, tol=tol)
+    found = Found(direct.status, direct.message, np.array(direct.coefficients), np.array(direct.residuals))
+    solution = _solution(operator, found, "cholesky", why, factor.shift, options, start, before)
+    return replace(solution, work=solution.work + factor.work, seconds=solution.seconds + factor.seconds)
+
+
+class Found(NamedTuple):
+    """What a direct method has found."""
+
+    status: Status
+    message: str
+    coefficients: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+
+
+def _solution(
+    operator: Operator,
+    found: Found,
+    method: str,
+    why: str,
+    ridge: float,
+    options: dict[str, Any],
+    start: float,
+    before: Work,
+) -> Solution:
+    """The result of a method without iterations."""
+    columns = found.coefficients.shape[1]
+    return Solution(
+        status=found.status,
+        message=found.message,
+        work=operator.work - before,
+        seconds=perf_counter() - start,
+        options=options,
+        matrix=operator.identity(),
+        coefficients=found.coefficients,
+        residuals=found.residuals,
+        ridge=ridge,
+        method=method,
+        why=why,
+        iterations=0,
+        history=np.zeros((0, columns)),
+        checks=np.zeros(0, np.int64),
+        check_residuals=np.zeros((0, columns)),
+        replacements=0,
+        rank=0,
+        mu=1.0,
+        preconditioner_work=Work(),
+    )
+
+
+def _relative(norms: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)

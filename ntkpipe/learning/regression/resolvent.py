@@ -1,0 +1,218 @@
+"""What regression theory needs of G = (K + λI)^-1 at several ridges: G Y, its traces and its diagonal.
+
+Exact from all eigenpairs; from systems with random right-hand sides, with errors, where these do not fit in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import memory_room
+from ntkpipe.learning.regression.eigensystem import Eigensystem
+from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
+from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
+from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.result import Monitor, ignore
+
+# Blocks of the size of the right-hand sides that conjugate gradients have in memory.
+_BLOCKS = 11
+
+
+@dataclass(frozen=True)
+class Resolvent:
+    """G = (K + λI)^-1 at one ridge, as far as it is needed. Errors are zero where numbers are exact.
+
+    Attributes
+    ----------
+    ridge
+        λ.
+    coefficients
+        A = G Y, shape (n, c).
+    trace, trace_error
+        tr G, and one standard deviation.
+    squared_trace, squared_trace_error
+        tr G².
+    left_out_loss, left_out_loss_error
+        Mean squared error of predicting the rows of a sample from all others, over rows and columns; what the
+        estimate of it is off by. NaN where there is no estimate.
+    left_out_spread
+        Standard error of that mean as one over samples.
+    residual
+        The largest relative residual of a system; zero where eigenpairs were used.
+    is_definite
+        Whether K + λI is positive definite, as far as was seen.
+    """
+
+    ridge: float
+    coefficients: NDArray[np.float64]
+    trace: float
+    trace_error: float
+    squared_trace: float
+    squared_trace_error: float
+    left_out_loss: float
+    left_out_loss_error: float
+    left_out_spread: float
+    residual: float
+    is_definite: bool
+
+
+def resolvents_of_pairs(
+    system: Eigensystem, rows: NDArray[np.float64], ridges: Sequence[float], width: int
+) -> Iterator[Resolvent]:
+    """Exact, from all eigenpairs: ``n² (c + width²)`` multiplications a ridge.
+
+    Parameters
+    ----------
+    system
+        All eigenpairs of K.
+    rows
+        Y, shape (n, c).
+    ridges
+        λ. Where K + λI is singular everything is NaN.
+    width
+        Rows of a sample, which are left out together.
+
+    Yields
+    ------
+    One a ridge.
+    """
+    values, vectors = system.eigenvalues, system.eigenvectors
+    inner = vectors.T @ rows
+    for ridge in ridges:
+        shifted = values + ridge
+        if (shifted == 0).any():
+            nothing = np.full(rows.shape, np.nan)
+            yield Resolvent(ridge, nothing, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
+            continue
+        inverse = 1 / shifted
+        coefficients = vectors @ (inverse[:, None] * inner)
+        errors = residuals(weighted_blocks(vectors, inverse, width), coefficients)
+        losses = (errors**2).reshape(len(rows) // width, -1).mean(axis=1)
+        yield Resolvent(
+            ridge=ridge,
+            coefficients=coefficients,
+            trace=float(inverse.sum()),
+            trace_error=0.0,
+            squared_trace=float((inverse**2).sum()),
+            squared_trace_error=0.0,
+            left_out_loss=float(losses.mean()),
+            left_out_loss_error=0.0,
+            left_out_spread=_standard_error(losses),
+            residual=0.0,
+            is_definite=bool(shifted.min() > 0),
+        )
+
+
+def resolvents_of_operator(
+    operator: Operator,
+    rows: NDArray[np.float64],
+    ridges: Sequence[float],
+    width: int,
+    *,
+    num_probes: int,
+    tol: float,
+    memory_limit: int | None,
+    seed: int,
+    monitor: Monitor = ignore,
+) -> Iterator[Resolvent]:
+    """Estimated, by block conjugate gradients for the targets and random signs, from the first ridge to the last.
+
+    Traces are Hutchinson's (1990), ``E z'Gz = tr G`` for independent signs z, and ``E |Gz|² = tr G²``; their errors
+    are the scatter of the probes. The diagonal is that of Bekas, Kokiopoulou, Saad (2007), ``E z * Gz``; the mean
+    square of left-out errors divides by it, which is corrected for the scatter to second order, and that correction is
+    part of the error. Memory beside the preconditioner is ``11 n (c + p)`` float64.
+
+    Parameters
+    ----------
+    operator
+        K.
+    rows
+        Y, shape (n, c).
+    ridges
+        λ, best from large to small, since each system begins at the solution of the one before.
+    width
+        Rows of a sample; where they are several, what leaving samples out gives is NaN.
+    num_probes
+        p ≥ 2.
+    tol
+        Relative residual of the systems.
+    memory_limit
+        Bytes that this process may have; least and most are 8 n (300 + 11 (c + p)) and 8 n (3000 + 11 (c + p)) more.
+    seed
+        Of probes and preconditioner.
+    monitor
+        Called after each pass.
+
+    Yields
+    ------
+    One a ridge.
+    """
+    n, columns = rows.shape
+    signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
+    block = np.concatenate([rows, signs], axis=1)
+    rank = _rank(n, block.shape[1], memory_limit)
+    preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
+    limit = at_least(memory_limit, 8 * n * (3 * rank + _BLOCKS * block.shape[1]))
+    guess = None
+    for ridge in ridges:
+        found = solve(
+            operator,
+            block,
+            ridge=ridge,
+            method="block_cg",
+            tol=tol,
+            preconditioner=preconditioner,
+            initial=guess,
+            memory_limit=limit,
+            seed=seed,
+            monitor=monitor,
+        )
+        guess = np.asarray(found.coefficients)
+        solved, probed = guess[:, :columns], guess[:, columns:]
+        samples = signs * probed
+        traces, squares = samples.sum(axis=0), (probed**2).sum(axis=0)
+        loss, error, spread = _estimated_left_out_loss(samples, solved) if width == 1 else (np.nan, 0.0, 0.0)
+        yield Resolvent(
+            ridge=ridge,
+            coefficients=solved,
+            trace=float(traces.mean()),
+            trace_error=_standard_error(traces),
+            squared_trace=float(squares.mean()),
+            squared_trace_error=_standard_error(squares),
+            left_out_loss=loss,
+            left_out_loss_error=error,
+            left_out_spread=spread,
+            residual=float(found.residuals.max()),
+            is_definite=found.status != "indefinite at storage precision" and bool(traces.min() > 0),
+        )
+
+
+def _rank(num_rows: int, num_columns: int, memory_limit: int | None) -> int:
+    """Of the preconditioner: the default where its making fits, but not below a tenth of that."""
+    most = default_rank(num_rows)
+    room = memory_room(memory_limit) // (8 * num_rows) - _BLOCKS * num_columns
+    return int(max(1, most // 10, min(most, room // 3)))
+
+
+def _estimated_left_out_loss(
+    samples: NDArray[np.float64], coefficients: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """The mean square of ``A_i / G_ii`` where G_ii is the mean of a row of samples, its error, and its spread."""
+    diagonal = samples.mean(axis=1)
+    variances = samples.var(axis=1, ddof=1) / samples.shape[1]
+    if diagonal.min() <= 0:
+        return np.nan, 0.0, 0.0
+    squares = (coefficients**2).mean(axis=1) / diagonal**2
+    # E (G + e)^-2 = G^-2 (1 + 3 var e / G² + …)
+    bias = 3 * variances / diagonal**2
+    terms = squares * (1 - bias)
+    scatter = np.sqrt(float((4 * squares**2 * variances / diagonal**2).sum())) / len(squares)
+    return float(terms.mean()), float(np.hypot(scatter, (squares * bias).mean())), _standard_error(terms)
+
+
+def _standard_error(samples: NDArray[np.float64]) -> float:
+    return float(samples.std(ddof=1) / len(samples) ** 0.5)

@@ -1,0 +1,181 @@
+"""Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import memory_room
+from ntkpipe.learning.regression.columns import Verdict, runs
+from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
+from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.result import Monitor, Step
+from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+
+# Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
+_BLOCKS, _FACTORS = 11, 3
+# Of the memory that is free, so that what else a process does in between has room.
+_SHARE = 0.9
+_MOST_COLUMNS = 256
+# Vectors of n float64 that are taken where the limit has no room for them, since fewer would be no use: a tenth of a
+# float32 kernel, but not more than 768.
+_LEAST_VECTORS, _ENOUGH_VECTORS, _ROWS_PER_VECTOR = 64, 768, 20
+# Of the log determinant: probes, and Lanczos vectors that there is room for of each.
+_PROBES, _STEPS = 16, 24
+# Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
+_BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
+
+
+def vectors_that_fit(num_rows: int, memory_limit: int | None) -> int:
+    """How many vectors of float64 a solve may have; whatever the limit, n/20 of them, 64 at least and 768 at most."""
+    least = min(max(num_rows // _ROWS_PER_VECTOR, _LEAST_VECTORS), _ENOUGH_VECTORS)
+    return max(least, int(_SHARE * memory_room(memory_limit)) // (8 * num_rows))
+
+
+def rank_beside(num_columns: int, num_rows: int, memory_limit: int | None) -> int:
+    """Rank of a preconditioner beside so many columns, at least one."""
+    rank = (vectors_that_fit(num_rows, memory_limit) - _BLOCKS * num_columns) // _FACTORS
+    return max(1, min(rank, default_rank(num_rows)))
+
+
+def eigenpairs_fit(num_rows: int, memory_limit: int | None) -> bool:
+    """Whether memory holds K and all of its eigenvectors, ``16 n²`` bytes."""
+    return 16 * num_rows**2 + _BYTES_A_ROW * num_rows <= memory_room(memory_limit)
+
+
+def factor_fits(num_rows: int, memory_limit: int | None) -> bool:
+    """Whether memory holds a Cholesky factor, ``4 n²`` bytes, and a few panels."""
+    return 4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS) <= memory_room(memory_limit)
+
+
+class StreamedInverse:
+    """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
+
+    Memory is ``8 n (3 rank + 11 c)`` bytes for c columns at a time; both are chosen to fit. Where the limit has no room
+    a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
+
+    Parameters
+    ----------
+    operator
+        K.
+    tol
+        Largest relative true residual of a column that is called converged.
+    seed
+        Of the preconditioner.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free.
+    monitor
+        Called after each pass.
+
+    Attributes
+    ----------
+    columns_at_once
+        c.
+    """
+
+    def __init__(
+        self, operator: Operator, *, tol: float, seed: int, memory_limit: int | None, monitor: Monitor
+    ) -> None:
+        self._operator = operator
+        self._tol, self._seed, self._monitor = tol, seed, monitor
+        self._memory_limit = memory_limit
+        self._vectors = vectors = vectors_that_fit(operator.num_rows, memory_limit)
+        rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // _FACTORS))
+        self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - _FACTORS * rank) // _BLOCKS))
+        self._before = operator.work
+        self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        rank = self._preconditioner.rank
+        return f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
+
+    def times(
+        self,
+        block: NDArray[np.float64],
+        ridge: float,
+        verdict: Verdict,
+        initial: NDArray[np.float64] | None = None,
+        tol: float | None = None,
+    ) -> NDArray[np.float64]:
+        """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
+        found = np.empty_like(block)
+        for columns in runs(block.shape[1], self.columns_at_once):
+            guess = None if initial is None else initial[:, columns]
+            found[:, columns] = self._solve(block[:, columns], ridge, guess, verdict, self._tol if tol is None else tol)
+        return found
+
+    def quadratic(
+        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
+    ) -> NDArray[np.float64]:
+        """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
+
+        Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
+        true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
+        """
+        solution = self.times(block, ridge, verdict, tol=tol)
+        residual = block - self._operator.shifted(ridge).matmat(solution)
+        found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
+        return (found + found.transpose(0, 2, 1)) / 2
+
+    def logdet(self, ridge: float, verdict: Verdict) -> tuple[float, float]:
+        """``log det(K + λI)`` and its error, Monte-Carlo and truncation together.
+
+        Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
+        """
+        spare = self._vectors - _FACTORS * self._preconditioner.rank
+        probes = max(2, min(_PROBES, spare // _STEPS))
+        room = 8 * self._operator.num_rows * probes * _STEPS
+        found = [
+            slq_logdet(
+                self._operator,
+                ridge=ridge,
+                preconditioner=self._preconditioner.for_ridge(ridge),
+                num_probes=probes,
+                memory_limit=at_least(self._memory_limit, room),
+                seed=self._seed + number,
+                monitor=self._monitor,
+            )
+            for number in range(-(-_PROBES // probes))
+        ]
+        for one in found:
+            # Errors of estimates are in their error bars; what has no logarithm is a finding.
+            if one.status == "indefinite at storage precision":
+                verdict.add(one.status, 0.0, f"log determinant: {one.message}")
+        samples = np.concatenate([one.samples for one in found])
+        standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
+        return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
+
+    def _solve(
+        self,
+        block: NDArray[np.float64],
+        ridge: float,
+        initial: NDArray[np.float64] | None,
+        verdict: Verdict,
+        tol: float,
+    ) -> NDArray[np.float64]:
+        before = self._operator.work - self._before
+
+        def tell(step: Step) -> None:
+            self._monitor(Step(before + step.work, step.residual, step.target))
+
+        found = solve(
+            self._operator,
+            block,
+            ridge=ridge,
+            method="pcg" if block.shape[1] == 1 else "block_cg",
+            tol=tol,
+            preconditioner=self._preconditioner,
+            initial=initial,
+            seed=self._seed,
+            monitor=tell,
+        )
+        verdict.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
+        return np.asarray(found.coefficients)
+
+
+def _by_runs(left: NDArray[np.float64], right: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """``left_i' right_i`` for each run of columns."""
+    shape = (len(left), -1, width)
+    return np.asarray(np.einsum("nia,nib->iab", left.reshape(shape), right.reshape(shape)), np.float64)

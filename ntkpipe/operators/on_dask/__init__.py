@@ -1,0 +1,1 @@
+"""A stored matrix held by the workers of a Dask cluster."""

@@ -1,0 +1,221 @@
+"""What a store says of itself: what was computed, how it was checked, how long that took."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.report.parts import Note, Section, Table
+from ntkpipe.store.chunks import reading_results
+from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.manifest import DataRecord
+
+_MOST_NAMES = 200
+
+
+@dataclass(frozen=True)
+class Records:
+    """Results that a store keeps of its making.
+
+    Attributes
+    ----------
+    verification, certificate, self_check
+        The last of each, or none.
+    runs
+        Every run that computed tiles, the oldest first.
+    """
+
+    verification: Mapping[str, Any] | None
+    certificate: Mapping[str, Any] | None
+    self_check: Mapping[str, Any] | None
+    runs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def is_verified(self) -> bool | None:
+        """Whether every chunk was checked and nothing is wrong; none if that was not done."""
+        return None if self.verification is None else bool(self.verification["is_good"])
+
+    @property
+    def worst_certificate(self) -> tuple[float, float] | None:
+        """Largest error of a row of any kernel, and its tolerance; none without a certificate."""
+        kernels = [] if self.certificate is None else self.certificate["kernels"]
+        found = max(kernels, key=lambda kernel: kernel["error"] / kernel["tolerance"], default=None)
+        return None if found is None else (float(found["error"]), float(found["tolerance"]))
+
+
+def read_records(store: KernelStore) -> Records:
+    """Read them.
+
+    Raises
+    ------
+    StoreError
+        If one is damaged.
+    """
+    results = store.store
+    return Records(
+        results.read_result("verification"),
+        results.read_result("certificate"),
+        results.read_result("self_check"),
+        tuple(results.read_results("runs")),
+    )
+
+
+def computed_section(store: KernelStore, array: str) -> Section:
+    """What was computed: everything that decided the numbers."""
+    manifest, progress = store.manifest, store.progress
+    model, choices = manifest.model, manifest.choices
+    rows = [
+        ("store", str(store.path)),
+        ("kind", manifest.kind),
+        ("convention", manifest.convention),
+        ("kernel of this report", f"{array}, {' × '.join(f'{s:,}' for s in store.store.arrays[array].layout.shape)}"),
+        ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)} tensors"),
+        ("outputs", f"{manifest.num_outputs}; {_rows_in_words(manifest.num_covectors)}"),
+        ("training samples", _samples_in_words(manifest.train)),
+        ("test samples", "none" if manifest.test is None else _samples_in_words(manifest.test)),
+        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
+        ("stored in", f"{manifest.store_dtype}; analyses multiply in float64"),
+        ("arithmetic", choices.arithmetic),
+        (
+            "tiles",
+            f"{progress.tiles_done:,} of {progress.tiles_total:,}, {manifest.tile} samples along an edge, "
+            f"{format_bytes(progress.bytes_done)}",
+        ),
+        ("versions", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
+        ("digest of the manifest", manifest.digest()),
+        ("digest of the model's state", model.state_digest),
+        ("digest of the training inputs", manifest.train.inputs_digest),
+    ]
+    if manifest.groups:
+        rows.append(("groups of parameters", "; ".join(f"{n}: {len(p)} tensors" for n, p in manifest.groups.items())))
+    if manifest.derived is not None:
+        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest}"))
+    rows += [("grown from", f"{before.train.num_samples:,} training samples") for before in manifest.growth]
+    named = model.parameters[:_MOST_NAMES]
+    more = (("…", f"{len(model.parameters) - len(named):,} more"),) if len(named) < len(model.parameters) else ()
+    held = tuple((name, _representation(name, choices.representations)) for name in named)
+    return Section(
+        "computed",
+        "What was computed",
+        (
+            "A row of the kernel is a training sample (of a full NTK, a sample and an output); an entry is the inner "
+            "product of two gradients of the model's output with respect to its parameters, as the convention says. "
+            "Kernel units are (units of output / units of parameter)². The digest stands for all of this: equal "
+            "digests, equal kernels.",
+        ),
+        (
+            Table("Model, data and numerics", (), tuple(rows)),
+            Table(
+                "Parameters, and how their Jacobians were held",
+                ("parameter", "held as"),
+                (*held, *more),
+                is_folded=True,
+            ),
+        ),
+    )
+
+
+def _rows_in_words(width: int) -> str:
+    return "one row of the kernel for each sample" if width == 1 else f"{width} rows of the kernel for each sample"
+
+
+def _samples_in_words(data: DataRecord) -> str:
+    shapes = ", ".join(
+        f"{name} of shape ({', '.join(map(str, record.shape))}) and dtype {record.dtype}"
+        for name, record in data.inputs.items()
+    )
+    return f"{data.num_samples:,}; {shapes}; targets: {'none' if data.targets is None else data.targets.dtype}"
+
+
+def _representation(parameter: str, representations: Mapping[str, str]) -> str:
+    """That of a parameter, or of a pair that is held together."""
+    return next((held for names, held in representations.items() if parameter in names.split(" + ")), "not recorded")
+
+
+def verification_section(store: KernelStore, records: Records) -> Section:
+    """How the store was checked."""
+    with reading_results(store.path):
+        missing, rows = _verification_rows(records)
+        kernels = () if records.certificate is None else tuple(map(_certificate_row, records.certificate["kernels"]))
+    parts: list[Table | Note] = [Table("Checks that the store keeps", (), tuple(rows))] if rows else []
+    if kernels:
+        columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
+        parts.append(Table("Certificate: K v against J (Jᵀ v), relative, row by row", columns, kernels))
+    return Section(
+        "verification",
+        "Verification and certificate",
+        (
+            "Verification reads every chunk: it is there, whole (crc32c), finite, symmetric, and obeys the "
+            "Cauchy–Schwarz inequality. The certificate compares the whole stored matrix with the model: for a random "
+            "vector v the product K v of the store against J (Jᵀ v), which is computed from the model without any "
+            "kernel. A single wrong entry anywhere would show in its row.",
+        ),
+        tuple(parts),
+        missing,
+    )
+
+
+def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, str]]]:
+    missing, rows = None, []
+    if records.verification is None:
+        missing = (
+            "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
+            "every chunk and certifies the whole kernel against its model."
+        )
+    else:
+        found = records.verification
+        wrong = "nothing is wrong" if found["is_good"] else f"{found['num_findings']:,} findings"
+        read = f"{found['chunks_checked']:,} chunks, {format_bytes(found['bytes_checked'])}, read: {wrong}"
+        rows.append(("verification", f"{read} ({found['checked']})"))
+        first = [f"{finding['array']}: {finding['problem']}" for finding in found["findings"][:5]]
+        rows += [("finding", said) for said in first]
+        if records.certificate is None:
+            missing = (
+                "There is no certificate against the model; `ntkpipe verify STORE --workflow FILE`, or "
+                "ntkpipe.verify(store, model), makes one."
+            )
+    if records.certificate is not None:
+        rows.append(("certificate", f"of {records.certificate['checked']}, below"))
+    check = records.self_check
+    if check is not None:
+        judge = f"{check['reference']} in {check['dtype']}"
+        error = f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"
+        rows.append(("self-check before the run", f"{error}, on samples {', '.join(map(str, check['samples']))}"))
+    return missing, rows
+
+
+def _certificate_row(kernel: Mapping[str, Any]) -> tuple[str, ...]:
+    outcome = "good" if kernel["is_good"] else f"{kernel['num_suspects']:,} suspect rows"
+    numbers = (f"{kernel[name]:.1e}" for name in ("error", "median_error", "tolerance"))
+    return (str(kernel["array"]), *numbers, outcome)
+
+
+def runs_table(store: KernelStore, records: Records) -> Table | None:
+    """Every run that computed tiles."""
+    with reading_results(store.path):
+        rows = tuple(
+            (
+                str(run["finished"]),
+                str(run["host"]),
+                f"{run['workers']}",
+                f"{run['tiles']:,}",
+                f"{run['seconds']:.3g}",
+                f"{run['self_check_seconds']:.3g}",
+                f"{run['flops'] / max(run['seconds'], 1e-9) / 1e9:,.1f}",
+                f"{100 * run['share_of_rate']:.0f}",
+                format_bytes(run["peak_memory_bytes"]),
+            )
+            for run in records.runs
+        )
+    columns = (
+        "finished",
+        "host",
+        "workers",
+        "tiles",
+        "time [s]",
+        "self-check [s]",
+        "rate [GFLOP/s]",
+        "of attainable [%]",
+        "peak memory",
+    )
+    return Table("Runs that computed the kernel", columns, rows) if rows else None

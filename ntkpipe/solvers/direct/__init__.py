@@ -1,0 +1,1 @@
+"""Factorisations: Cholesky in memory or on disk, LAPACK eigenvalues."""

@@ -1,0 +1,303 @@
+"""The whole spectrum in memory, by LAPACK in float64, with its identities checked."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import NonFiniteError, ResourceError, SelfCheckError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.operators.opening import as_operator
+from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
+
+# From the next size on the workspace of LAPACK's eigh, 1 + 6 n + 2 n², is beyond 32-bit integers.
+MOST_ROWS_OF_32_BITS = 32766
+_EPS = float(np.finfo(np.float64).eps)
+_ROWS_AT_ONCE = 1024
+_NUM_PROBES = 4
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum(Result):
+    """All eigenvalues of a symmetric matrix, and eigenvectors if they were asked for.
+
+    Attributes
+    ----------
+    eigenvalues
+        Descending, float64, shape (n,). Their errors are at most about ``n eps λ_1``, usually a few ``eps λ_1``: small
+        eigenvalues are known to that, not to their own size.
+    eigenvectors
+        Orthonormal columns in the order of the eigenvalues, shape (n, n); none of :func:`eigvalsh`.
+    trace_error, frobenius_error
+        ``|Σλ - tr K| / |K|_F`` and ``|Σλ² - |K|_F²| / |K|_F²``.
+    residual
+        ``|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))`` for random X, by a product with the stored K; none without
+        eigenvectors.
+    orthogonality
+        ``|VᵀV X - X|_F / |X|_F`` for random X; none without eigenvectors.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known.
+    """
+
+    eigenvalues: Values = field(repr=False)
+    eigenvectors: Values | None = field(repr=False)
+    trace_error: float
+    frobenius_error: float
+    residual: float | None
+    orthogonality: float | None
+    floor: float
+
+    def _rows(self) -> Rows:
+        values = self.eigenvalues
+        below = int((values < self.floor).sum())
+        rows = [
+            ("eigenvalues", f"all {len(values)}, {values[0]:.6g} to {values[-1]:.6g}"),
+            ("storage floor", f"{self.floor:.2g}, {below} eigenvalues below"),
+            ("trace, Frobenius", f"agree to {self.trace_error:.2g}, {self.frobenius_error:.2g}"),
+        ]
+        if self.residual is not None:
+            rows.append(("eigenvectors", f"residual {self.residual:.2g}, orthogonality {self.orthogonality:.2g}"))
+        return rows
+
+
+def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+    """All eigenvalues of a symmetric matrix that fits into memory.
+
+    Reads one triangle of K into one float64 array, one pass. LAPACK's ``syevd`` by numpy takes a copy; where that does
+    not fit, ``syevr`` by scipy works in place. About 4/3 n³ flops.
+
+    Memory is ``16 n²`` bytes, or ``8 n²`` in place, and two panels of 1,024 rows.
+
+    Parameters
+    ----------
+    matrix
+        K: what :func:`ntkpipe.as_operator` takes. It stays as it is.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    monitor
+        Called once, when K has been read.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix is not symmetric, or the limit is no number of bytes.
+    ResourceError
+        If it does not fit; the message says what does.
+    NonFiniteError
+        If the matrix or the result holds NaN or infinity.
+    SelfCheckError
+        If LAPACK failed, or trace and Frobenius norm of the result are not those of K.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    """
+    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=False)
+
+
+def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+    """All eigenvalues and eigenvectors of a symmetric matrix that fits into memory.
+
+    As :func:`eigvalsh`, and one more pass that checks the vectors on random combinations of them. Memory is ``40 n²``
+    bytes with ``syevd``, or ``16 n²`` in place; about 9 n³ flops at most.
+
+    Parameters
+    ----------
+    matrix
+        K: what :func:`ntkpipe.as_operator` takes. It stays as it is.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    monitor
+        Called when K has been read, and after the check.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix is not symmetric, or the limit is no number of bytes.
+    ResourceError
+        If it does not fit; the message says what does.
+    NonFiniteError
+        If the matrix or the result holds NaN or infinity.
+    SelfCheckError
+        If LAPACK failed, or the result does not fit K.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    """
+    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=True)
+
+
+def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *, with_vectors: bool) -> Spectrum:
+    start, before = perf_counter(), operator.work
+    driver = _driver(operator.num_rows, memory_limit, with_vectors=with_vectors)
+    upper, trace, frobenius = _read(operator)
+    monitor(Step(operator.work - before, None, 0.0))
+    try:
+        ascending, columns = _DRIVERS[driver](upper, with_vectors)
+    except np.linalg.LinAlgError as error:
+        raise SelfCheckError(f"LAPACK ({driver}) failed on {operator.num_rows} rows: {error}") from error
+    del upper
+    values = ascending[::-1].copy()
+    trace_error, frobenius_error = _check_identities(values, trace, frobenius, driver)
+    vectors = None if columns is None else columns[:, ::-1]
+    residual = orthogonality = None
+    if vectors is not None:
+        residual, orthogonality = _check_vectors(operator, values, vectors, frobenius)
+        monitor(Step(operator.work - before, residual, _bound(operator.num_rows)))
+    return Spectrum(
+        status="converged",
+        message=f"LAPACK ({driver}) in float64; trace and Frobenius norm are those of the matrix",
+        work=operator.work - before,
+        seconds=perf_counter() - start,
+        options={"driver": driver, "memory_limit": memory_limit, "eigenvectors": with_vectors},
+        matrix=operator.identity(),
+        eigenvalues=values,
+        eigenvectors=vectors,
+        trace_error=trace_error,
+        frobenius_error=frobenius_error,
+        residual=residual,
+        orthogonality=orthogonality,
+        floor=float(np.finfo(operator.storage_dtype).eps) * frobenius / operator.num_rows**0.5,
+    )
+
+
+def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> str:
+    """The fastest driver whose memory and integers suffice.
+
+    Raises
+    ------
+    ResourceError
+        If there is none.
+    """
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, low=1)
+    limit = max(0, memory_room(memory_limit, share=1.0))
+    # K, its copy or the vectors, and workspace, as multiples of a matrix.
+    matrices = {"syevd": 5 if with_vectors else 2, "syevr in place": 2 if with_vectors else 1}
+    if num_rows > MOST_ROWS_OF_32_BITS and not has_64_bit_integers():
+        del matrices["syevd"]
+    panels = 2 * 8 * min(_ROWS_AT_ONCE, num_rows) * num_rows
+    needs = {driver: 8 * count * num_rows**2 + panels + 8 * 64 * num_rows for driver, count in matrices.items()}
+    for driver, need in needs.items():
+        if need <= limit:
+            return driver
+    block, least = 8 * num_rows, min(needs.values())
+    raise ResourceError(
+        f"the whole spectrum of {num_rows} rows takes {format_bytes(least)}, and {format_bytes(limit)} are there. "
+        f"What fits: eigsh(matrix, 100), leading eigenpairs, about 14 passes and {format_bytes(1100 * block)}; "
+        f"density(matrix), how many eigenvalues lie where, up to 100 passes and {format_bytes(1600 * block)}; "
+        "fewer eigenpairs, probes or steps take less"
+    )
+
+
+def has_64_bit_integers() -> bool:
+    """Whether numpy's LAPACK counts in 64 bits, by numpy's own account of its build; the wheels on PyPI do."""
+    build = np.show_config(mode="dicts")
+    about = json.dumps(build.get("Build Dependencies", {}).get("lapack", {}) if build else {}).lower()
+    return "use64bitint" in about or "ilp64" in about
+
+
+def _read(operator: Operator) -> tuple[Values, float, float]:
+    """The upper triangle in an array whose rest stays zero and so takes no memory; trace and Frobenius norm."""
+    num_rows = operator.num_rows
+    upper = np.zeros((num_rows, num_rows))
+    trace, squared = 0.0, 0.0
+    for first in range(0, num_rows, _ROWS_AT_ONCE):
+        stop = min(first + _ROWS_AT_ONCE, num_rows)
+        panel = operator.block(slice(first, stop), slice(first, num_rows))
+        upper[first:stop, first:] = panel
+        square, rest = panel[:, : stop - first], panel[:, stop - first :]
+        trace += float(square.trace())
+        squared += float(np.einsum("ij,ij->", square, square)) + 2 * float(np.einsum("ij,ij->", rest, rest))
+    if not np.isfinite(squared):
+        raise NonFiniteError("the matrix holds NaN or infinity, or entries whose squares are beyond float64")
+    return upper, trace, squared**0.5
+
+
+def _by_syevd(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
+    if not with_vectors:
+        return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
+    values, vectors = np.linalg.eigh(upper, UPLO="U")
+    return values, vectors
+
+
+def _by_syevr(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
+    """In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as of the transpose they are."""
+    from scipy.linalg import eigh as decompose
+
+    options = {"lower": True, "driver": "evr", "overwrite_a": True, "check_finite": False}
+    if not with_vectors:
+        return decompose(upper.T, eigvals_only=True, **options), None
+    values, vectors = decompose(upper.T, **options)
+    return values, vectors
+
+
+_DRIVERS: dict[str, Callable[[Values, bool], tuple[Values, Values | None]]] = {
+    "syevd": _by_syevd,
+    "syevr in place": _by_syevr,
+}
+
+
+def _bound(num_rows: int) -> float:
+    """What LAPACK's rounding may do to K, relative to its Frobenius norm: a modest multiple of ``n eps``."""
+    return 10 * num_rows * _EPS
+
+
+def _check_identities(values: Values, trace: float, frobenius: float, driver: str) -> tuple[float, float]:
+    """Relative errors of Σλ = tr K and Σλ² = |K|_F².
+
+    Eigenvalues are exact ones of K + E, where E is rounding: |E|_F ≤ c n eps |K|_F with a modest c. Then the trace is
+    wrong by sqrt(n) |E|_F at most, and the sum of squares by 2 |K|_F |E|_F.
+
+    Raises
+    ------
+    NonFiniteError
+        If there is NaN or infinity.
+    SelfCheckError
+        If they differ by more than rounding.
+    """
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"LAPACK ({driver}) returned NaN or infinity for {len(values)} finite rows")
+    if frobenius == 0.0:
+        return float(np.abs(values).max()), float(np.abs(values).max())
+    scaled = values / frobenius
+    trace_error = abs(float(scaled.sum()) - trace / frobenius)
+    frobenius_error = abs(float(scaled @ scaled) - 1.0)
+    bound = _bound(len(values))
+    if not (trace_error <= len(values) ** 0.5 * bound and frobenius_error <= 2 * bound):
+        raise SelfCheckError(
+            f"LAPACK ({driver}) returned eigenvalues whose sum and sum of squares differ from trace and squared "
+            f"Frobenius norm by {trace_error:.2g} and {frobenius_error:.2g}, relative to the norm; rounding is "
+            f"{2 * bound:.2g} at most. The build of LAPACK is broken for {len(values)} rows: use another numpy"
+        )
+    return trace_error, frobenius_error
+
+
+def _check_vectors(operator: Operator, values: Values, vectors: Values, frobenius: float) -> tuple[float, float]:
+    """Residual and orthogonality on random vectors, one pass.
+
+    Raises
+    ------
+    SelfCheckError
+        If they are more than rounding.
+    """
+    num_rows = len(values)
+    probes = np.random.default_rng(0).standard_normal((num_rows, _NUM_PROBES))
+    inside = vectors.T @ probes
+    size = float(np.linalg.norm(probes))
+    orthogonality = float(np.linalg.norm(vectors @ inside - probes)) / size
+    product = operator.matmat(probes)
+    product -= vectors @ (values[:, None] * inside)
+    scale = frobenius * size / num_rows**0.5
+    residual = float(np.linalg.norm(product)) / scale if scale else float(np.linalg.norm(product))
+    if not max(residual, orthogonality) <= _bound(num_rows):
+        raise SelfCheckError(
+            f"LAPACK returned eigenvectors of residual {residual:.2g} and orthogonality {orthogonality:.2g} for "
+            f"{num_rows} rows; rounding is {_bound(num_rows):.2g} at most. Use another build of numpy or scipy"
+        )
+    return residual, orthogonality

@@ -1,0 +1,223 @@
+"""A factor in files: which matrix it is of, how far it is; panels count once the group's attributes say so."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ntkpipe.base.errors import StoreError, StoreExistsError, StoreMismatchError
+from ntkpipe.solvers.direct.panels import Shape, StoredPanels
+from ntkpipe.store.chunks import medium_at, writing
+from ntkpipe.store.documents import group_attributes, group_document
+from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.results import ArrayFolder
+
+_GROUP = "cholesky"
+_ARRAY = f"{_GROUP}/lower"
+_DOCUMENT = "zarr.json"
+_FORMAT = 1
+_MOST_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Pivots:
+    """What is kept of the diagonal of a panel.
+
+    Attributes
+    ----------
+    logdet
+        2 Σ log L_ii.
+    smallest, largest
+        Of the L_ii².
+    """
+
+    logdet: float
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class FactorState:
+    """What is in files of a factor.
+
+    Attributes
+    ----------
+    matrix
+        Identity of the operator.
+    ridge, jitter
+        What is added to its diagonal.
+    shape
+        How the factor is cut.
+    panels
+        Those that are complete.
+    """
+
+    matrix: str
+    ridge: float
+    jitter: float
+    shape: Shape
+    panels: tuple[Pivots, ...] = ()
+
+    def up_to(self, num_panels: int) -> "FactorState":
+        """Only the first panels count."""
+        return replace(self, panels=self.panels[:num_panels])
+
+    def with_panel(self, pivots: Pivots) -> "FactorState":
+        """One more panel is complete."""
+        return replace(self, panels=(*self.panels, pivots))
+
+    def to_json(self) -> dict[str, Any]:
+        """As attributes of a group."""
+        return {
+            "format": _FORMAT,
+            "matrix": self.matrix,
+            "ridge": self.ridge,
+            "jitter": self.jitter,
+            "num_rows": self.shape.num_rows,
+            "panel_width": self.shape.width,
+            "chunk_rows": self.shape.height,
+            "panels": [asdict(pivots) for pivots in self.panels],
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any], where: str) -> "FactorState":
+        """What :meth:`to_json` wrote, checked, since anybody may have.
+
+        Raises
+        ------
+        StoreError
+            If it is something else.
+        """
+        matrix, panels = found.get("matrix"), found.get("panels")
+        sizes: list[Any] = [found.get(name) for name in ("num_rows", "panel_width", "chunk_rows")]
+        shifts: list[Any] = [found.get(name) for name in ("ridge", "jitter")]
+        if (
+            found.get("format") != _FORMAT
+            or not (isinstance(matrix, str) and len(matrix) <= _MOST_TEXT and matrix.isprintable())
+            or not all(type(size) is int and 1 <= size < 2**40 for size in sizes)
+            or not all(_is_finite(shift) for shift in shifts)
+            or not isinstance(panels, list)
+        ):
+            raise StoreError(_damage(where, "it describes no Cholesky factor of this version"))
+        shape, (ridge, jitter) = Shape(*sizes), map(float, shifts)
+        is_cut = shape.width % shape.height == 0 and shape.width < shape.num_rows + shape.height
+        if not is_cut or len(panels) > shape.num_panels:
+            raise StoreError(_damage(where, f"panels of {shape.width} columns in chunks of {shape.height} rows"))
+        return cls(matrix, ridge, jitter, shape, tuple(_pivots(panel, where) for panel in panels))
+
+
+def _damage(where: str, why: str) -> str:
+    return f"{where} is damaged: {why}; delete that folder to begin anew"
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _pivots(found: object, where: str) -> Pivots:
+    names = ("logdet", "smallest", "largest")
+    if not (isinstance(found, dict) and all(_is_finite(found.get(name)) for name in names)):
+        raise StoreError(_damage(where, "a panel has no pivots"))
+    return Pivots(*(float(found[name]) for name in names))
+
+
+class FactorFolder:
+    """The group ``cholesky`` below a path: its attributes are the state, its array ``lower`` the panels.
+
+    Parameters
+    ----------
+    where
+        A folder or the URL of an object store; it is made if there is none.
+    """
+
+    def __init__(self, where: str | Path | Medium) -> None:
+        self.medium = medium_at(where)
+        self._folder = ArrayFolder(self.medium, _GROUP)
+
+    @property
+    def root(self) -> str:
+        """Path or URL."""
+        return str(self.medium.root)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only one who writes, where the medium has locks; what a killed writer left is removed.
+
+        Where it has none two writers of one factor are harmless: they write the same.
+
+        Raises
+        ------
+        StoreExistsError
+            If another process is at it, or something else is at the path.
+        """
+        with writing(self.medium):
+            self.medium.put_new(_DOCUMENT, group_document({}))
+        if group_attributes(self.medium.get(_DOCUMENT), str(self.medium.address(_DOCUMENT))):
+            raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.medium.exclusive())
+            except BlockingIOError:
+                raise StoreExistsError(f"another process writes the factor in {self.root}; wait for it") from None
+            except StoreError:
+                pass
+            else:
+                for name in self.medium.leftovers():
+                    self.medium.delete(name)
+            yield
+
+    def load(self) -> FactorState | None:
+        """The state, or none if there is no factor yet.
+
+        Raises
+        ------
+        StoreError
+            If it is damaged.
+        """
+        attributes = self._folder.read_attributes()
+        where = str(self.medium.address(f"{_GROUP}/{_DOCUMENT}"))
+        return None if attributes is None else FactorState.from_json(attributes, where)
+
+    def commit(self, state: FactorState) -> None:
+        """Make this the state, in one step."""
+        self._folder.write_attributes(state.to_json())
+
+    def panels(self, shape: Shape) -> StoredPanels:
+        """The panels, their array made where there is none."""
+        panels = StoredPanels(shape, self.medium, _ARRAY)
+        panels.create()
+        return panels
+
+
+def require_same(stored: FactorState, asked: dict[str, object], where: str) -> None:
+    """Check that a stored factor is the one that is asked for.
+
+    Parameters
+    ----------
+    stored
+        What is there.
+    asked
+        Fields of :meth:`FactorState.to_json` that must be equal.
+    where
+        Path or URL.
+
+    Raises
+    ------
+    StoreMismatchError
+        If it is not; the message says what differs.
+    """
+    found = stored.to_json()
+    differences = tuple((name, found[name], value) for name, value in asked.items() if found[name] != value)
+    if differences:
+        words = "; ".join(f"{name} is {_short(there)}, asked for {_short(value)}" for name, there, value in differences)
+        raise StoreMismatchError(
+            f"{where} holds the factor of something else: {words}. Give another path, or delete that folder",
+            differences,
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:19]}…"

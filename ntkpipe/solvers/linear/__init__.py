@@ -1,0 +1,1 @@
+"""Regularised linear systems (K + λI) X = Y."""

@@ -1,0 +1,148 @@
+"""Conjugate gradients for many right-hand sides together: one pass an iteration, whatever their number."""
+
+from typing import Literal, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.solvers.linear.preconditioner import Preconditioner
+from ntkpipe.solvers.linear.replacement import Iterate, IterateOptions, Recurrence, iterate
+
+CGMethod = Literal["pcg", "block_cg"]
+_EPS = float(np.finfo(np.float64).eps)
+
+
+def pcg(
+    operator: Operator,
+    rhs: NDArray[np.float64],
+    *,
+    preconditioner: Preconditioner | None = None,
+    **options: Unpack[IterateOptions],
+) -> Iterate:
+    """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
+
+    Columns that are done leave the products. Hestenes and Stiefel, 1952; preconditioned as in Saad, Iterative Methods
+    for Sparse Linear Systems, 2nd ed., algorithm 9.1. What ends it, and how true residuals are kept, is told at
+    `replacement.iterate`, and what the parameters are.
+    """
+    return iterate(
+        operator,
+        rhs,
+        lambda solution, residual: _Independent(operator, preconditioner, solution, residual),
+        **options,
+    )
+
+
+def block_cg(
+    operator: Operator,
+    rhs: NDArray[np.float64],
+    *,
+    preconditioner: Preconditioner | None = None,
+    **options: Unpack[IterateOptions],
+) -> Iterate:
+    """Block conjugate gradients: every right-hand side profits from the directions of all.
+
+    O'Leary, 1980, in the form of Dubrulle ("Retooling the method of block conjugate gradients", ETNA 12, 2001) that
+    keeps an orthonormal basis of the residuals by QR factorisations, so it survives residuals that depend on each
+    other. We depart from it in three points: the preconditioner is split, P^-1/2 on both sides, for which its
+    eigenvectors are known; the basis of the first residuals is as large as their rank, so equal right-hand sides, or
+    more of them than rows, are no trouble; and directions without curvature, to float64 rounding, are left out.
+
+    What ends it, and how true residuals are kept, is told at `replacement.iterate`, and what the
+    parameters are.
+    """
+    return iterate(
+        operator,
+        rhs,
+        lambda solution, residual: _Block(operator, preconditioner, solution, residual),
+        **options,
+    )
+
+
+class _Independent(Recurrence):
+    """One recurrence for each column."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        preconditioner: Preconditioner | None,
+        solution: NDArray[np.float64],
+        residual: NDArray[np.float64],
+    ) -> None:
+        super().__init__(solution, residual)
+        self._operator = operator
+        self._preconditioner = preconditioner
+        self._directions = np.zeros_like(residual)
+        # r' P^-1 r of the step before; infinite where a column begins anew.
+        self._products = np.full(residual.shape[1], np.inf)
+
+    def restart(self, columns: NDArray[np.bool_]) -> None:
+        self._products[columns] = np.inf
+
+    def step(self, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        residual = self.residual[:, columns]
+        whitened = residual if self._preconditioner is None else self._preconditioner.solve(residual)
+        products = np.einsum("ij,ij->j", residual, whitened)
+        directions = whitened + products / self._products[columns] * self._directions[:, columns]
+        image = self._operator.matmat(directions)
+        curvature = np.einsum("ij,ij->j", directions, image)
+        is_positive = curvature > 0.0
+        length = np.divide(products, curvature, out=np.zeros_like(products), where=is_positive)
+        self.solution[:, columns] += length * directions
+        self.residual[:, columns] -= length * image
+        self._directions[:, columns] = directions
+        self._products[columns] = products
+        broken = np.zeros_like(columns)
+        broken[columns] = ~is_positive
+        return broken
+
+
+class _Block(Recurrence):
+    """One recurrence for all columns: residuals P^-1/2 R = Q C with orthonormal Q."""
+
+    shares_directions = True
+
+    def __init__(
+        self,
+        operator: Operator,
+        preconditioner: Preconditioner | None,
+        solution: NDArray[np.float64],
+        residual: NDArray[np.float64],
+    ) -> None:
+        super().__init__(solution, residual)
+        self._operator = operator
+        self._preconditioner = preconditioner
+
+    def _whiten(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        return block if self._preconditioner is None else self._preconditioner.inverse_sqrt(block)
+
+    def restart(self, columns: NDArray[np.bool_]) -> None:
+        del columns
+        basis, sizes, mixing = np.linalg.svd(self._whiten(self.residual), full_matrices=False)
+        kept = sizes > max(self.residual.shape) * _EPS * sizes.max(initial=0.0)
+        self._basis = np.ascontiguousarray(basis[:, kept])
+        self._mixing = sizes[kept, None] * mixing[kept]
+        self._directions = self._basis
+
+    def step(self, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        directions = self._whiten(self._directions)
+        image = self._operator.matmat(directions)
+        whitened = self._whiten(image)
+        curvature, axes = np.linalg.eigh(_symmetric(self._directions.T @ whitened))
+        rounding = 4 * len(curvature) * _EPS * float(np.abs(curvature).max(initial=0.0))
+        if not curvature.size or curvature[0] < -rounding or curvature[-1] <= 0.0:
+            return columns.copy()
+        kept = curvature > rounding
+        lengths = (axes[:, kept] / curvature[kept]) @ axes[:, kept].T
+        steps = lengths @ self._mixing
+        self.solution += directions @ steps
+        self.residual -= image @ steps
+        self._basis, upper = np.linalg.qr(self._basis - whitened @ lengths)
+        self._directions = self._basis + self._directions @ upper.T
+        self._mixing = upper @ self._mixing
+        return np.zeros_like(columns)
+
+
+def _symmetric(block: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (block + block.T) / 2

@@ -1,0 +1,210 @@
+"""What is kept of a regression system while it is solved: the preconditioner, and how far the iteration is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Work
+from ntkpipe.solvers.checkpoint import as_work
+from ntkpipe.solvers.linear.preconditioner import Preconditioner
+from ntkpipe.solvers.linear.replacement import Progress
+from ntkpipe.store.results import Checkpoint, as_integer, as_number
+
+# ``iterating``; ``given up`` for a factor; ``no factor`` where one was of no use.
+Stage = Literal["iterating", "given up", "no factor"]
+_STAGES = ("iterating", "given up", "no factor")
+_METHODS = ("rpcholesky", "nystrom")
+
+
+class Kept:
+    """The state of one system and its checkpoint, if there is one; what was there is read at once.
+
+    Parameters
+    ----------
+    checkpoint
+        Where; none writes nothing.
+    decides
+        What decides the system and how it is solved, as JSON.
+    shape
+        Of the right-hand sides, (n, c).
+
+    Attributes
+    ----------
+    preconditioner
+        For a ridge of zero; none if none was made.
+    progress
+        None before true residuals were computed for the first time.
+    stage
+        None before a preconditioner was made: then no decision was made that matters.
+    why
+        Of the result: why this method was taken.
+    work, seconds
+        What it had cost when it was saved last, all processes together.
+    made
+        What of this the preconditioner was.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint is of another system.
+    StoreError
+        If it is damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        self._checkpoint = checkpoint
+        self._decides = json.loads(json.dumps(dict(decides)))
+        self._preconditioner_state: dict[str, Any] | None = None
+        self._progress_state: dict[str, Any] | None = None
+        self._number = 0
+        self.preconditioner: Preconditioner | None = None
+        self.progress: Progress | None = None
+        self.stage: Stage | None = None
+        self.why = ""
+        self.work, self.seconds, self.made = Work(), 0.0, Work()
+        state = None if checkpoint is None else checkpoint.load()
+        if checkpoint is None or state is None:
+            return
+        if (found := state.get("decides")) != self._decides:
+            known = found if isinstance(found, dict) else {}
+            differ = [
+                f"{name}={str(known.get(name))[:40]!r} (now {str(value)[:40]!r})"
+                for name, value in self._decides.items()
+                if known.get(name) != value
+            ]
+            raise ConfigError(
+                f"{checkpoint!r} is of another calculation: {', '.join(differ)}; give another one, or clear it"
+            )
+        with checkpoint.reading():
+            self._read(checkpoint, state, shape)
+
+    def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        if state["stage"] not in _STAGES or not isinstance(state["why"], str):
+            raise ValueError(f"its stage is {str(state['stage'])[:40]!r}")
+        self.stage, self.why = cast(Stage, state["stage"]), state["why"]
+        self.work, self.seconds, self.made = as_work(state["work"]), as_number(state["seconds"]), as_work(state["made"])
+        self._preconditioner_state, self._progress_state = state["preconditioner"], state["progress"]
+        if self._preconditioner_state is not None:
+            self.preconditioner = _preconditioner(checkpoint, self._preconditioner_state, shape[0])
+        if self._progress_state is not None:
+            self.progress = _progress(checkpoint, self._progress_state, shape)
+            self._number = as_integer(self._progress_state["number"])
+
+    def save_preconditioner(self, made: Preconditioner) -> None:
+        """Keep a preconditioner; to be followed by :meth:`save`."""
+        self.preconditioner = replace(made, ridge=0.0)
+        if self._checkpoint is None:
+            return
+        _put(self._checkpoint, _arrays_of_preconditioner(made))
+        self._preconditioner_state = {
+            "rank": made.rank,
+            "tail": made.tail,
+            "shift": made.shift,
+            "method": made.method,
+            "work": list(vars(made.work).values()),
+            "seconds": made.seconds,
+        }
+
+    def save_progress(self, progress: Progress) -> None:
+        """Keep how far it is; to be followed by :meth:`save`."""
+        self.progress = progress
+        if self._checkpoint is None:
+            return
+        # A new name for each: what the state names is not touched before the next one is there.
+        self._number += 1
+        _put(self._checkpoint, _arrays_of_progress(progress, self._number))
+        self._progress_state = {
+            "number": self._number,
+            "iterations": progress.iterations,
+            "num_checks": len(progress.checks),
+            "replacements": progress.replacements,
+            "passes": progress.passes,
+        }
+
+    def save(self, stage: Stage, why: str, work: Work, seconds: float) -> None:
+        """Make this the state."""
+        self.stage, self.why = stage, why
+        if self._checkpoint is None:
+            return
+        keep: set[str] = set()
+        if self._preconditioner_state is not None and self.preconditioner is not None:
+            keep |= _arrays_of_preconditioner(self.preconditioner).keys()
+        if self._progress_state is not None and self.progress is not None:
+            keep |= _arrays_of_progress(self.progress, self._number).keys()
+        state = {
+            "decides": self._decides,
+            "stage": stage,
+            "why": why,
+            "work": list(vars(work).values()),
+            "seconds": seconds,
+            "made": list(vars(self.made).values()),
+            "preconditioner": self._preconditioner_state,
+            "progress": self._progress_state,
+        }
+        self._checkpoint.commit(state, keep)
+
+
+def _arrays_of_preconditioner(made: Preconditioner) -> dict[str, NDArray[Any]]:
+    """Names of arrays, and these."""
+    return {f"preconditioner-{name}": getattr(made, name) for name in ("vectors", "values")}
+
+
+def _arrays_of_progress(progress: Progress, number: int) -> dict[str, NDArray[Any]]:
+    names = ("solution", "history", "checks", "check_residuals")
+    return {f"progress-{number}-{name}": getattr(progress, name) for name in names}
+
+
+def _put(checkpoint: Checkpoint, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write those that have entries."""
+    for name, values in arrays.items():
+        if values.size:
+            checkpoint.put(name, values)
+
+
+def _get(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: type[Any] = np.float64,
+    allow_nan: bool = False,
+) -> NDArray[Any]:
+    return checkpoint.get(name, shape, dtype=dtype, allow_nan=allow_nan) if 0 not in shape else np.zeros(shape, dtype)
+
+
+def _preconditioner(checkpoint: Checkpoint, state: Mapping[str, Any], num_rows: int) -> Preconditioner:
+    """As it was saved."""
+    rank, tail, shift = as_integer(state["rank"]), as_number(state["tail"]), as_number(state["shift"])
+    values = _get(checkpoint, "preconditioner-values", (rank,))
+    if state["method"] not in _METHODS or tail < 0.0 or (values < 0.0).any():
+        raise ValueError("its preconditioner is not positive definite")
+    return Preconditioner(
+        vectors=_get(checkpoint, "preconditioner-vectors", (num_rows, rank)),
+        values=values,
+        tail=tail,
+        ridge=0.0,
+        method=state["method"],
+        shift=shift,
+        work=as_work(state["work"]),
+        seconds=as_number(state["seconds"]),
+    )
+
+
+def _progress(checkpoint: Checkpoint, state: Mapping[str, Any], shape: tuple[int, int]) -> Progress:
+    """As it was saved."""
+    prefix, columns = f"progress-{as_integer(state['number'])}", shape[1]
+    iterations, num_checks = as_integer(state["iterations"]), as_integer(state["num_checks"])
+    return Progress(
+        solution=_get(checkpoint, f"{prefix}-solution", shape),
+        # Of columns that have overflown.
+        history=_get(checkpoint, f"{prefix}-history", (iterations, columns), allow_nan=True),
+        checks=_get(checkpoint, f"{prefix}-checks", (num_checks,), dtype=np.int64),
+        check_residuals=_get(checkpoint, f"{prefix}-check_residuals", (num_checks, columns)),
+        replacements=as_integer(state["replacements"]),
+        passes=as_integer(state["passes"]),
+    )

@@ -1,0 +1,368 @@
+"""Preconditioners of K + λI: a low-rank approximation of K, and a number for all that it leaves out."""
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.operator import Operator, Work
+from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.operators.opening import as_operator
+
+_MOST_RANK = 1000
+_LEAST_COLUMNS_PER_RANK = 10
+# Candidates for each pivot of a round. They cost memory, not passes.
+_CANDIDATES = 2
+# Of the rounding of an entry, below which a residual diagonal is noise.
+_NOISE = 4.0
+_ROWS_AT_ONCE = 16384
+_MOST_SHIFTS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """``P = F F' + μ I``, by the eigenvectors of its low-rank part: any power of it is two thin products.
+
+    Attributes
+    ----------
+    vectors
+        Orthonormal, shape (n, rank), float64: all that it keeps in memory.
+    values
+        Eigenvalues of F F', shape (rank,), descending.
+    tail
+        Mean of the diagonal of K - F F', but not less than the storage floor of K.
+    ridge
+        λ.
+    method
+        How F was made.
+    shift
+        What was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise.
+    work, seconds
+        What making it has cost.
+    """
+
+    vectors: NDArray[np.float64]
+    values: NDArray[np.float64]
+    tail: float
+    ridge: float
+    method: Literal["rpcholesky", "nystrom"]
+    shift: float
+    work: Work
+    seconds: float
+
+    @property
+    def num_rows(self) -> int:
+        """n."""
+        return len(self.vectors)
+
+    @property
+    def rank(self) -> int:
+        """Columns of F; fewer than asked for where K has no more that is not rounding."""
+        return len(self.values)
+
+    @property
+    def mu(self) -> float:
+        """``μ = ridge + tail``: so a ridge of zero is well-posed, and small ones gain, too."""
+        return self.ridge + self.tail or 1.0
+
+    @property
+    def factor(self) -> NDArray[np.float64]:
+        """F, up to a rotation of its columns: new memory of shape (n, rank)."""
+        return self.vectors * np.sqrt(self.values)
+
+    def for_ridge(self, ridge: float) -> "Preconditioner":
+        """The same for another ridge; no pass, and the memory is shared.
+
+        Raises
+        ------
+        ConfigError
+            If it is negative.
+        """
+        return replace(self, ridge=_checked_ridge(ridge))
+
+    def solve(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``P^-1 @ block``, shape of the block: (n, c) or (n,)."""
+        return self._scale(block, 1.0 / (self.values + self.mu), 1.0 / self.mu)
+
+    def sqrt(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``P^1/2 @ block``, of the symmetric root."""
+        return self._scale(block, np.sqrt(self.values + self.mu), self.mu**0.5)
+
+    def inverse_sqrt(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``P^-1/2 @ block``, of the symmetric root."""
+        return self._scale(block, 1.0 / np.sqrt(self.values + self.mu), self.mu**-0.5)
+
+    def logdet(self) -> float:
+        """``log det P``."""
+        of_factor = float(np.log(self.values + self.mu).sum())
+        return of_factor + (self.num_rows - self.rank) * float(np.log(self.mu))
+
+    def _scale(self, block: NDArray[np.float64], of_vectors: NDArray[np.float64], rest: float) -> NDArray[np.float64]:
+        """Multiply what lies in the span of the vectors by their numbers, and the rest by one."""
+        parts = self.vectors.T @ block
+        parts = (parts.T * (of_vectors - rest)).T
+        scaled: NDArray[np.float64] = self.vectors @ parts
+        scaled += rest * block
+        return scaled
+
+
+def default_rank(num_rows: int) -> int:
+    """``min(1000, n/10)``, at least one."""
+    return max(1, min(_MOST_RANK, num_rows // _LEAST_COLUMNS_PER_RANK))
+
+
+@single_threaded_blas()
+def randomly_pivoted_cholesky(
+    matrix: Any, rank: int | None = None, *, ridge: float = 0.0, rounds: int = 5, seed: int = 0
+) -> Preconditioner:
+    """A preconditioner from columns of K, chosen at random in proportion to what is not yet approximated.
+
+    Randomly pivoted Cholesky (Chen, Epperly, Tropp, Webber, arXiv 2207.06503) in few rounds: each reads its columns
+    together, at most one pass. Pivots of a round are chosen among twice as many candidates, which were drawn in
+    proportion to the residual diagonal at its beginning, one after the other with the odds (residual now) / (residual
+    then): the rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but candidates that were rejected are
+    offered again, so that a round gives as many pivots as it should. Near duplicates of a pivot are not chosen.
+
+    Parameters
+    ----------
+    matrix
+        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
+    rank
+        Columns at most; default ``min(1000, n/10)``. A candidate whose residual is not above the rounding of stored
+        entries is not taken, so a matrix of low rank, or of equal samples, gives fewer.
+    ridge
+        λ, absolute.
+    rounds
+        At most one pass each, and one for the diagonal where that is not known. One round cannot adapt: it misses
+        small clusters.
+    seed
+        Equal seeds give equal bits.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix or an option is wrong.
+    NonFiniteError
+        If the matrix holds NaN or infinity.
+    TileError
+        If a tile is missing or damaged; the message names it.
+
+    Notes
+    -----
+    Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
+    """
+    start, operator = perf_counter(), as_operator(matrix)
+    rank, ridge = _checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    check_number("rounds", rounds, low=1)
+    before, n = operator.work, operator.num_rows
+    diagonal, storage_floor = operator.diagonal(), operator.storage_floor()
+    if not np.isfinite(diagonal).all():
+        raise NonFiniteError("the diagonal of the matrix holds NaN or infinity")
+    residual = np.maximum(diagonal, 0.0)
+    eps = float(np.finfo(operator.storage_dtype).eps) + 16 * float(np.finfo(np.float64).eps)
+    noise = _NOISE * eps * residual
+    rng = np.random.default_rng(seed)
+    factor, done = np.empty((n, rank)), 0
+    for number in range(rounds):
+        wanted = -(-(rank - done) // (rounds - number))
+        odds = np.where(residual > noise, residual, 0.0)
+        num_candidates = min(_CANDIDATES * wanted, int(np.count_nonzero(odds)))
+        if not wanted or not num_candidates:
+            break
+        candidates = rng.choice(n, num_candidates, replace=False, p=odds / odds.sum())
+        columns = operator.columns(candidates)
+        columns -= factor[:, :done] @ factor[candidates, :done].T
+        pivots, lower = _pivots_among(columns[candidates], odds[candidates], noise[candidates], wanted, rng)
+        if not len(pivots):
+            break
+        found = factor[:, done : done + len(pivots)]
+        for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, n, _ROWS_AT_ONCE)):
+            found[rows] = solve_triangular(lower, columns[rows, pivots].T, lower=True, check_finite=False).T
+        del columns
+        residual -= np.einsum("ij,ij->i", found, found)
+        np.maximum(residual, 0.0, out=residual)
+        residual[candidates[pivots]] = 0.0
+        done += len(pivots)
+    if not np.isfinite(residual).all():
+        raise NonFiniteError("columns of the matrix hold NaN or infinity")
+    vectors, values = _left_singular(factor[:, :done])
+    return Preconditioner(
+        vectors=vectors,
+        values=values,
+        tail=max(float(residual.mean()), storage_floor),
+        ridge=ridge,
+        method="rpcholesky",
+        shift=0.0,
+        work=operator.work - before,
+        seconds=perf_counter() - start,
+    )
+
+
+def _pivots_among(
+    block: NDArray[np.float64],
+    odds: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    wanted: int,
+    rng: np.random.Generator,
+) -> tuple[list[int], NDArray[np.float64]]:
+    """Choose pivots among candidates, and the Cholesky factor of their block.
+
+    Parameters
+    ----------
+    block
+        Residual entries between candidates, shape (m, m).
+    odds
+        Their residual diagonal when they were drawn.
+    noise
+        What a residual must exceed.
+    wanted
+        Pivots at most.
+    rng
+        Decides.
+    """
+    left = block.diagonal().copy()
+    columns = np.empty((len(block), wanted))
+    chosen: list[int] = []
+    for number in range(wanted):
+        ratio = np.where(left > noise, left / odds, 0.0)
+        total = float(ratio.sum())
+        if not total > 0.0:
+            break
+        pivot = int(rng.choice(len(block), p=ratio / total))
+        column = block[:, pivot] - columns[:, :number] @ columns[pivot, :number]
+        column /= left[pivot] ** 0.5
+        column[pivot] = left[pivot] ** 0.5
+        columns[:, number] = column
+        left -= column**2
+        left[pivot] = 0.0
+        chosen.append(pivot)
+    return chosen, np.tril(columns[chosen, : len(chosen)])
+
+
+@single_threaded_blas()
+def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: int = 0) -> Preconditioner:
+    """A preconditioner from one product of K with random vectors.
+
+    The randomised Nyström approximation of Frangella, Tropp, Udell (arXiv 2110.02820, algorithm 2.1): one pass of
+    ``rank`` columns, all in float64. We depart from it in two points: outside of the span P is the mean of what the
+    approximation leaves of the diagonal, where they take its last eigenvalue; and where K is not positive
+    semi-definite to rounding, so that the factorisation fails, the shift that stabilises it is made larger, ten times
+    at a time; ``shift`` says what it was.
+
+    Parameters
+    ----------
+    matrix
+        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
+    rank
+        Columns at most; default ``min(1000, n/10)``. Directions that hold nothing but the shift are left out.
+    ridge
+        λ, absolute.
+    seed
+        Equal seeds give equal bits.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix or an option is wrong, or it is far from positive semi-definite.
+    NonFiniteError
+        If the matrix holds NaN or infinity.
+    TileError
+        If a tile is missing or damaged; the message names it.
+
+    Notes
+    -----
+    One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
+    """
+    start, operator = perf_counter(), as_operator(matrix)
+    rank, ridge = _checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    before = operator.work
+    trace, storage_floor = operator.trace(), operator.storage_floor()
+    test = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.num_rows, rank)))[0]
+    product = operator.matmat(test)
+    if not np.isfinite(product).all():
+        raise NonFiniteError("the matrix holds NaN or infinity")
+    factor, shift = _shifted_factor(test, product)
+    vectors, values = _left_singular(factor)
+    values = values - shift
+    kept = values > max(_NOISE**2 * shift, storage_floor)
+    tail = (trace - float(values[kept].sum())) / operator.num_rows
+    return Preconditioner(
+        vectors=np.ascontiguousarray(vectors[:, kept]),
+        values=values[kept],
+        tail=max(tail, storage_floor),
+        ridge=ridge,
+        method="nystrom",
+        shift=shift,
+        work=operator.work - before,
+        seconds=perf_counter() - start,
+    )
+
+
+def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """F with F F' the Nyström approximation of K + shift I, and the shift.
+
+    Raises
+    ------
+    ConfigError
+        If no shift that rounding explains makes it definite.
+    """
+    size = float(np.linalg.norm(product))
+    if size == 0.0:
+        return np.zeros_like(product), 0.0
+    shift = float(np.spacing(size))
+    for _ in range(_MOST_SHIFTS):
+        core = test.T @ product
+        core = (core + core.T) / 2
+        core[np.diag_indices_from(core)] += shift
+        try:
+            lower = np.linalg.cholesky(core)
+        except np.linalg.LinAlgError:
+            shift *= 10.0
+            if shift > size:
+                break
+            continue
+        factor = np.empty_like(product)
+        for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(product), _ROWS_AT_ONCE)):
+            shifted = product[rows] + shift * test[rows]
+            factor[rows] = solve_triangular(lower, shifted.T, lower=True, check_finite=False).T
+        return factor, shift
+    raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
+
+
+def _left_singular(factor: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvectors of F F' and its eigenvalues, descending: to working precision, as F' F would not give them."""
+    if not factor.shape[1]:
+        return np.zeros(factor.shape), np.zeros(0)
+    vectors, upper = np.linalg.qr(factor)
+    rotation, sizes, _ = np.linalg.svd(upper)
+    for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(vectors), _ROWS_AT_ONCE)):
+        vectors[rows] = vectors[rows] @ rotation
+    return vectors, sizes**2
+
+
+def _checked_rank(rank: int | None, num_rows: int) -> int:
+    return default_rank(num_rows) if rank is None else min(int(check_number("rank", rank, low=1)), num_rows)
+
+
+def _checked_ridge(ridge: float) -> float:
+    return float(check_number("ridge", ridge, low=0.0, high=float(np.finfo(np.float64).max)))
+
+
+def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
+    """The preconditioner of this name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    if method == "rpcholesky":
+        return randomly_pivoted_cholesky(operator, rank, ridge=ridge, seed=seed)
+    if method == "nystrom":
+        return nystrom(operator, rank, ridge=ridge, seed=seed)
+    raise ConfigError(f"preconditioner={method!r}; needed 'rpcholesky', 'nystrom' or a Preconditioner")

@@ -1,0 +1,380 @@
+"""The loop around an iteration for linear systems that knows true residuals, so that it cannot claim too much."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.solvers.result import Monitor, Status, Step, ignore
+
+_CHECK_EVERY = 25
+# A true residual that is so much larger than the recursive one replaces it.
+_DRIFT = 10.0
+_LEAST_GAIN = 2.0
+_MOST_POOR_GAINS = 2
+
+
+class Recurrence(ABC):
+    """An iteration that updates a solution and, by the same products, its residual.
+
+    Attributes
+    ----------
+    solution, residual
+        Shape (n, c), float64, updated in place. The residual is exact but for rounding, which adds up.
+    shares_directions
+        Whether columns advance by each other's directions, so that they restart together.
+    """
+
+    shares_directions = False
+
+    def __init__(self, solution: NDArray[np.float64], residual: NDArray[np.float64]) -> None:
+        self.solution = solution
+        self.residual = residual
+
+    @abstractmethod
+    def restart(self, columns: NDArray[np.bool_]) -> None:
+        """Begin anew from :attr:`residual`, for some columns; called before the first step."""
+
+    @abstractmethod
+    def step(self, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Advance some columns by one pass; which of them met a direction without positive curvature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an iteration is, and what led there: another one can go on from it, with new directions.
+
+    Attributes
+    ----------
+    solution
+        Shape (n, c).
+    history
+        Recursive residuals, relative, shape (iterations, c).
+    checks
+        After how many iterations true residuals were computed, shape (m,).
+    check_residuals
+        These, relative, shape (m, c).
+    replacements
+        How often a residual was replaced by the true one.
+    passes
+        Products: steps, checks, and one for each start that was not zero.
+    """
+
+    solution: NDArray[np.float64]
+    history: NDArray[np.float64]
+    checks: NDArray[np.int64]
+    check_residuals: NDArray[np.float64]
+    replacements: int
+    passes: int
+
+    @property
+    def iterations(self) -> int:
+        """Steps, a pass each; every check is one more."""
+        return len(self.history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterate(Progress):
+    """Where an iteration has ended.
+
+    Of each column ``solution`` is the iterate of the smallest true residual that was computed; the last one if it was
+    passes that ended it.
+
+    Attributes
+    ----------
+    residuals
+        True residuals of the solution, computed in float64 with the operator, relative to the right-hand sides, shape
+        (c,).
+    status, message
+        As of :class:`ntkpipe.solvers.result.Result`.
+    gave_up
+        Whether it was the caller who ended it.
+    """
+
+    residuals: NDArray[np.float64]
+    status: Status
+    message: str
+    gave_up: bool
+
+
+Keep = Callable[[Progress], None]
+
+
+def keep_nothing(progress: Progress) -> None:
+    """For who needs no progress."""
+
+
+class IterateOptions(TypedDict, total=False):
+    """What :func:`iterate` takes by keyword, for the iterations that pass it on."""
+
+    initial: NDArray[np.float64] | None
+    tol: float
+    max_passes: int
+    monitor: Monitor
+    give_up: Callable[[NDArray[np.float64]], bool] | None
+    earlier: Progress | None
+    keep: Keep
+
+
+def iterate(
+    operator: Operator,
+    rhs: NDArray[np.float64],
+    make: Callable[[NDArray[np.float64], NDArray[np.float64]], Recurrence],
+    *,
+    initial: NDArray[np.float64] | None = None,
+    tol: float = 1e-6,
+    max_passes: int = 1000,
+    monitor: Monitor = ignore,
+    give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+    earlier: Progress | None = None,
+    keep: Keep = keep_nothing,
+) -> Iterate:
+    """Solve ``A X = B`` by an iteration until true residuals are small, or cannot become so.
+
+    True residuals are computed in float64 after every 25 iterations and whenever the recursive ones claim success:
+    one pass each, and only they decide. Where one is ten times the recursive, it replaces it and the directions begin
+    anew; a column that gains less than a factor of two by two replacements in a row has stagnated. (Van der Vorst and
+    Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
+    pass.
+
+    Parameters
+    ----------
+    operator
+        A, symmetric and, it is hoped, positive definite.
+    rhs
+        B, shape (n, c), float64, finite.
+    make
+        The iteration, from a solution and its residual, both of which it owns. Columns are scaled to norm one.
+    initial
+        Where to start; default zero, which is also taken for columns that it is better for. It is one pass.
+    tol
+        Largest residual of a column, relative to its right-hand side, in the 2-norm.
+    max_passes
+        Products at most, checks and those of ``earlier`` included; at least two.
+    monitor
+        Called after each pass, with the work of this call.
+    give_up
+        Called with the history of this call after each iteration: whether to stop at this point.
+    earlier
+        Where another call was: the start instead of ``initial``, one pass, also for columns whose residual has grown
+        beyond that of zero. The result counts what led there.
+    keep
+        Called with the progress after each computation of true residuals, and where an exception (Ctrl-C) ends a call
+        that has made any.
+
+    Notes
+    -----
+    Memory: about eight blocks of the shape of B, with those of the iteration.
+    """
+    loop = _Loop(operator, rhs, initial, tol, max_passes, monitor, earlier, keep)
+    recurrence = make(loop.start.copy(), loop.residual.copy())
+    loop.run(recurrence, give_up)
+    return loop.outcome()
+
+
+class _Loop:
+    """State of :func:`iterate`, for the columns of B that are not zero, scaled to norm one."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        rhs: NDArray[np.float64],
+        initial: NDArray[np.float64] | None,
+        tol: float,
+        max_passes: int,
+        monitor: Monitor,
+        earlier: Progress | None,
+        keep: Keep,
+    ) -> None:
+        self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
+        self._keep, self._before = keep, operator.work
+        self._scales = _column_norms(rhs)
+        self._kept = self._scales > 0.0
+        self._shape = rhs.shape
+        self._rhs = rhs[:, self._kept] / self._scales[self._kept]
+        count = self._rhs.shape[1]
+        self._passes, self._replacements, self._gave_up = 0, 0, False
+        self._history: list[NDArray[np.float64]] = []
+        self._checks: list[tuple[int, NDArray[np.float64]]] = []
+        if earlier is not None:
+            self._passes, self._replacements, initial = earlier.passes, earlier.replacements, earlier.solution
+            self._history = list(earlier.history[:, self._kept])
+            self._checks = list(zip(earlier.checks.tolist(), earlier.check_residuals[:, self._kept], strict=True))
+        self._num_earlier = len(self._history)
+        self.start = np.zeros_like(self._rhs)
+        self.residual = self._rhs
+        if initial is not None and initial.any():
+            self.start = initial[:, self._kept] / self._scales[self._kept]
+            self.residual = self._true_residual(self.start)
+        is_bad = np.linalg.norm(self.residual, axis=0) >= 1.0
+        if earlier is None:
+            self.start[:, is_bad], self.residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
+        self._best, self._best_residuals = self.start.copy(), np.linalg.norm(self.residual, axis=0)
+        # Of an iteration on its way the error, in the norm of the matrix, is smaller than that of zero all the same.
+        self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
+        # What recursive residuals say is the best; computed only if the end is not good.
+        self._hope, self._hoped_residuals = self.start.copy(), self._best_residuals.copy()
+        self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
+        self._targets = np.full(count, tol)
+        self._replaced = np.full(count, np.inf)
+        self._poor_gains = np.zeros(count, int)
+
+    def _true_residual(self, solution: NDArray[np.float64]) -> NDArray[np.float64]:
+        product = self._operator.matmat(solution)
+        self._passes += 1
+        return np.subtract(self._rhs, product, out=product)
+
+    @property
+    def _is_open(self) -> NDArray[np.bool_]:
+        """Columns whose true residual is too large, and may still become smaller."""
+        is_open: NDArray[np.bool_] = (self._best_residuals > self._tol) & ~self._is_broken & ~self._is_stuck
+        return is_open
+
+    def _tell(self, residuals: NDArray[np.float64]) -> None:
+        self._monitor(Step(self._operator.work - self._before, float(residuals.max()), self._tol))
+
+    def run(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
+        """Iterate until no column is open, or passes are used up; what is reached is kept, whatever ends it."""
+        try:
+            self._iterate(recurrence, give_up)
+        except BaseException as error:
+            if len(self._history) > self._num_earlier:
+                try:
+                    self._keep(self._progress(self._finite(recurrence)))
+                except Exception as another:  # noqa: BLE001 - what has ended it is to be told, not this
+                    error.add_note(f"what was reached could not be kept: {another}")
+            raise
+
+    def _finite(self, recurrence: Recurrence) -> NDArray[np.float64]:
+        """The solution, of columns that have overflown the best one."""
+        return np.where(np.isfinite(recurrence.solution).all(axis=0), recurrence.solution, self._best)
+
+    def _iterate(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
+        recursive = np.linalg.norm(recurrence.residual, axis=0)
+        if self._is_open.any():
+            recurrence.restart(np.ones_like(self._is_open))
+        while self._is_open.any() and self._passes + 2 <= self._max_passes and not self._gave_up:
+            active = self._is_open & (recursive > self._targets)
+            if recurrence.shares_directions:
+                active = np.ones_like(active)
+            with np.errstate(over="ignore", invalid="ignore"):
+                broken = recurrence.step(active)
+            self._passes += 1
+            recursive = np.linalg.norm(recurrence.residual, axis=0)
+            self._history.append(recursive)
+            smaller = recursive < self._hoped_residuals
+            self._hope[:, smaller] = recurrence.solution[:, smaller]
+            self._hoped_residuals[smaller] = recursive[smaller]
+            self._tell(recursive)
+            self._is_broken |= broken | ~np.isfinite(recursive)
+            self._gave_up = give_up is not None and give_up(np.array(self._history[self._num_earlier :]))
+            is_due = len(self._history) % _CHECK_EVERY == 0 or self._passes + 2 > self._max_passes
+            claims = ~(self._is_open & (recursive > self._targets)).any()
+            if is_due or claims or self._gave_up:
+                self._check(recurrence, recursive)
+                recursive = np.linalg.norm(recurrence.residual, axis=0)
+        self._look_back()
+
+    def _look_back(self) -> None:
+        """Of columns that met their limits, see whether an iterate between checks was better; one pass, if any."""
+        is_lost = (self._best_residuals > self._tol) & (self._is_broken | self._is_stuck)
+        if self._passes < self._max_passes and (is_lost & (self._hoped_residuals < self._best_residuals)).any():
+            true = np.linalg.norm(self._true_residual(self._hope), axis=0)
+            self._tell(true)
+            better = is_lost & (true < self._best_residuals)
+            self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
+
+    def _check(self, recurrence: Recurrence, recursive: NDArray[np.float64]) -> None:
+        """Compute true residuals, keep what is best, and replace residuals that have drifted."""
+        solution = self._finite(recurrence)
+        finite = np.isfinite(recurrence.solution).all(axis=0)
+        residual = self._true_residual(solution)
+        true = np.linalg.norm(residual, axis=0)
+        self._checks.append((len(self._history), true))
+        self._keep(self._progress(solution))
+        self._tell(true)
+        # One that passes have ended is nearer to the solution, in the norm of the matrix, than all before it; of one
+        # that has met its limits only the residual tells.
+        is_last = self._passes + 1 >= self._max_passes or self._gave_up
+        better = finite & ((true < self._best_residuals) | (is_last & self._is_open))
+        self._best[:, better], self._best_residuals[better] = recurrence.solution[:, better], true[better]
+        is_open = self._is_open
+        # It said it was there and is not, by little: it must go a little further.
+        claimed = is_open & (recursive <= self._targets)
+        self._targets[claimed] = recursive[claimed] / 2
+        drifted = is_open & (true > _DRIFT * recursive)
+        if not drifted.any():
+            return
+        is_poor = drifted & (true * _LEAST_GAIN > self._replaced)
+        self._poor_gains[is_poor] += 1
+        self._poor_gains[drifted & ~is_poor] = 0
+        self._replaced[drifted] = true[drifted]
+        self._hope[:, drifted], self._hoped_residuals[drifted] = self._best[:, drifted], self._best_residuals[drifted]
+        self._is_stuck |= self._poor_gains >= _MOST_POOR_GAINS
+        if recurrence.shares_directions:
+            drifted[:] = True
+        self._replacements += 1
+        recurrence.residual[:, drifted] = residual[:, drifted]
+        self._targets[drifted] = self._tol
+        if self._is_open.any():
+            recurrence.restart(drifted)
+
+    def _progress(self, scaled: NDArray[np.float64]) -> Progress:
+        """How far it is with this solution, of all columns."""
+        solution = np.zeros(self._shape)
+        solution[:, self._kept] = scaled * self._scales[self._kept]
+        return Progress(
+            solution=solution,
+            history=self._spread(self._history),
+            checks=np.array([number for number, _ in self._checks], np.int64),
+            check_residuals=self._spread([values for _, values in self._checks]),
+            replacements=self._replacements,
+            passes=self._passes,
+        )
+
+    def outcome(self) -> Iterate:
+        """What has been found, of all columns."""
+        (status, message), residuals = self._words(), np.zeros(self._shape[1])
+        residuals[self._kept] = self._best_residuals
+        found = vars(self._progress(self._best))
+        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **found)
+
+    def _spread(self, rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Numbers of columns that are not zero, zero for others."""
+        spread = np.zeros((len(rows), self._shape[1]))
+        spread[:, self._kept] = np.array(rows).reshape(len(rows), len(self._targets))
+        return spread
+
+    def _words(self) -> tuple[Status, str]:
+        worst = float(self._best_residuals.max(initial=0.0))
+        is_open = self._best_residuals > self._tol
+        said = f"true residuals are at most {worst:.2g}"
+        if not is_open.any():
+            return "converged", f"{said} after {len(self._history)} iterations"
+        said += f", and {int(is_open.sum())} of {len(is_open)} columns are above tol={self._tol:.2g}"
+        floor = self._operator.storage_floor()
+        stored = f"entries rounded to {self._operator.storage_dtype} leave eigenvalues below {floor:.2g} unknown"
+        if (self._is_broken & is_open).any():
+            return "indefinite at storage precision", (
+                f"{said}: a direction without positive curvature was met, so the matrix is not positive definite; "
+                f"{stored}. Give a ridge of at least {floor:.2g}"
+            )
+        if (self._is_stuck & is_open).any():
+            return "stagnated", (
+                f"{said}: replacing drifted residuals does not help any more, so the matrix is singular for these "
+                f"right-hand sides or too ill-conditioned for float64; {stored}. Give a larger ridge or tol"
+            )
+        if self._gave_up:
+            return "step limit", f"{said}: it was ended after {len(self._history)} iterations"
+        return "step limit", f"{said} after {self._passes} passes: give more of them, a larger rank or a larger ridge"
+
+
+def _column_norms(block: NDArray[np.float64]) -> NDArray[np.float64]:
+    """2-norms of columns, without overflow."""
+    largest = np.abs(block).max(axis=0, initial=0.0)
+    scaled = block / np.where(largest > 0.0, largest, 1.0)
+    return np.asarray(largest * np.linalg.norm(scaled, axis=0))

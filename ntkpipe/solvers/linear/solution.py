@@ -1,0 +1,74 @@
+"""What solvers of regression systems return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Work
+from ntkpipe.solvers.result import Result, Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Result):
+    """Coefficients A with ``(K + ridge I) A = Y``.
+
+    Attributes
+    ----------
+    coefficients
+        A, float64, of the shape of Y.
+    residuals
+        |Y - (K + ridge I) A| / |Y| of each column, shape (c,), computed in float64 with the matrix for these
+        coefficients. Zero for a column of zeros, whose coefficients are zero.
+    ridge
+        λ.
+    method, why
+        What has found them, and why it was taken.
+    iterations
+        Steps of conjugate gradients, one pass each. Checks of true residuals are passes, too.
+    history
+        Residuals that the recurrence knew after each step, relative, shape (iterations, c): not what one should trust.
+    checks, check_residuals
+        After how many iterations true residuals were computed, shape (m,), and these, relative, shape (m, c).
+    replacements
+        How often residuals were replaced by the true ones and directions began anew.
+    rank, mu
+        Of the preconditioner F F' + μ I; 0 and 1 without one.
+    preconditioner_work
+        The part of ``work`` that making the preconditioner was. None if it was given.
+    """
+
+    coefficients: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    ridge: float
+    method: str
+    why: str
+    iterations: int
+    history: NDArray[np.float64]
+    checks: NDArray[np.int64]
+    check_residuals: NDArray[np.float64]
+    replacements: int
+    rank: int
+    mu: float
+    preconditioner_work: Work
+
+    def to_json(self) -> dict[str, Any]:
+        """See :meth:`Result.to_json`."""
+        made = self.preconditioner_work
+        work = {"passes": made.passes, "bytes_read": made.bytes_read, "seconds": made.seconds}
+        return {**super().to_json(), "preconditioner_work": work}
+
+    def _rows(self) -> Rows:
+        count = len(self.residuals)
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("ridge", f"{self.ridge:.4g}"),
+            ("residual", f"{self.residuals.max(initial=0.0):.2g}, the largest of {count} column{'s'[: count != 1]}"),
+        ]
+        if self.iterations:
+            rows.append(("iterations", f"{self.iterations}, and {len(self.checks)} checks of true residuals"))
+        if self.rank:
+            made = f"{self.preconditioner_work.passes:.3g} passes to make it"
+            rows.append(("preconditioner", f"rank {self.rank:,}, mu {self.mu:.3g}, {made}"))
+        return rows

@@ -1,0 +1,246 @@
+"""Kernel regression systems: coefficients of many outputs, for one ridge or for a path of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator, digest_of
+from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.operators.opening import open_for_solver
+from ntkpipe.solvers.blocks import as_block
+from ntkpipe.solvers.linear.checkpoint import Kept
+from ntkpipe.solvers.linear.preconditioner import Preconditioner
+from ntkpipe.solvers.linear.solution import Solution
+from ntkpipe.solvers.linear.systems import Options, Systems
+from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.store.results import Checkpoint
+
+Method = Literal["auto", "pcg", "block_cg", "cholesky"]
+_METHODS = ("auto", "pcg", "block_cg", "cholesky")
+_PRECONDITIONERS = ("rpcholesky", "nystrom")
+_MOST_PASSES = 1000
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+@single_threaded_blas()
+def solve(
+    matrix: Any,
+    rhs: ArrayLike,
+    *,
+    ridge: float = 0.0,
+    method: Method = "auto",
+    tol: float = 1e-6,
+    rank: int | None = None,
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner = "rpcholesky",
+    initial: ArrayLike | None = None,
+    max_passes: int | None = None,
+    seed: int = 0,
+    memory_limit: int | None = None,
+    path: str | Path | None = None,
+    monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
+) -> Solution:
+    """Solve ``(K + ridge I) A = Y`` to a true residual, for all columns of Y together.
+
+    Parameters
+    ----------
+    matrix
+        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
+    rhs
+        Y, shape (n, c) or (n,).
+    ridge
+        λ, absolute. Zero is allowed; how far it is sensible depends on how K is stored, see
+        :meth:`ntkpipe.base.operator.Operator.storage_floor`.
+    method
+        ``pcg``: conjugate gradients, each column for itself in shared passes. ``block_cg``: columns share directions,
+        fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in files below
+        ``path``, with one step of refinement. ``auto``: what is expected to be fastest of Cholesky, if it fits memory
+        or has a path, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass and the rate of matrix
+        products; conjugate gradients that turn out slow are given up for Cholesky, and a Cholesky that meets a pivot
+        that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and ``why`` of the result tell.
+        Since clocks decide, name a method if bits must repeat.
+    tol
+        Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
+    rank
+        Of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.
+    preconditioner
+        ``rpcholesky`` reads columns, in at most five passes; ``nystrom`` is one pass of ``rank`` columns. Or one that
+        was made before, for any ridge.
+    initial
+        Where to start, of the shape of Y: one pass.
+    max_passes
+        Products at most, without those of the preconditioner; default 1,000, at least 2.
+    seed
+        Of the preconditioner. Equal seeds give equal bits.
+    memory_limit
+        Bytes that this process may have; default all that is free.
+    path
+        A folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes: each panel is a checkpoint, and the
+        factor stays for :func:`ntkpipe.cholesky` to open. Default none: then it is in memory.
+    monitor
+        Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
+        arithmetic that is left.
+    checkpoint
+        Where conjugate gradients are kept: the preconditioner once it is made, ``8 n rank`` bytes; the iterate, 8 n c
+        bytes, with each computation of true residuals (every 25 iterations), and when Ctrl-C or an error ends the call.
+        Another call for the same system goes on from there, with other ``max_passes``, ``memory_limit`` and ``initial``
+        too, of which the last is not looked at. It begins new directions, after one pass for the true residual: so it
+        needs some iterations more than one that was not interrupted and has other bits, but meets the same ``tol``.
+        ``work``, ``iterations`` and ``history`` count what went before, and so does ``max_passes``. Nothing is kept of
+        a factor in memory. It stays when the call returns: clear it once the result is saved.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix, the right-hand sides or an option is wrong, or the checkpoint is of another calculation.
+    IndefiniteError
+        If ``cholesky`` was asked for and a pivot is not positive.
+    NonFiniteError
+        If one of them holds NaN or infinity.
+    ResourceError
+        If the preconditioner and the blocks do not fit memory; with both numbers.
+    StoreError
+        If the checkpoint is damaged or cannot be written.
+    TileError
+        If a tile is missing or damaged; the message names it.
+
+    Notes
+    -----
+    In this process: ``8 n (3 rank + 11 c)`` bytes, and the tiles that are kept; Cholesky 4 n² bytes, and a few panels.
+    """
+    return _solve_all(
+        matrix,
+        rhs,
+        [ridge],
+        initial,
+        Options(
+            method,
+            tol,
+            rank,
+            preconditioner,
+            _MOST_PASSES if max_passes is None else max_passes,
+            seed,
+            memory_limit,
+            monitor,
+            path,
+        ),
+        checkpoint,
+    )[0]
+
+
+@single_threaded_blas()
+def solve_path(
+    matrix: Any,
+    rhs: ArrayLike,
+    ridges: Sequence[float],
+    *,
+    method: Method = "auto",
+    tol: float = 1e-6,
+    rank: int | None = None,
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner = "rpcholesky",
+    max_passes: int | None = None,
+    seed: int = 0,
+    memory_limit: int | None = None,
+    monitor: Monitor = ignore,
+) -> tuple[Solution, ...]:
+    """Solve for several ridges: the preconditioner is made once, and each solution starts at the one before.
+
+    Ridges are taken from large to small, whatever their order; the solutions have theirs. ``preconditioner_work`` is
+    that of the first one that was solved, so sums over solutions are right.
+
+    Parameters
+    ----------
+    matrix, rhs, method, tol, rank, preconditioner, seed, memory_limit, monitor
+        As of :func:`solve`. ``auto`` takes one decision for all ridges.
+    ridges
+        λ of each solution, at least one.
+    max_passes
+        Of each.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix, the right-hand sides or an option is wrong.
+    IndefiniteError
+        If ``cholesky`` was asked for and a pivot is not positive.
+    NonFiniteError
+        If one of them holds NaN or infinity.
+    ResourceError
+        If the preconditioner and the blocks do not fit memory; with both numbers.
+    TileError
+        If a tile is missing or damaged; the message names it.
+    """
+    return _solve_all(
+        matrix,
+        rhs,
+        ridges,
+        None,
+        Options(
+            method,
+            tol,
+            rank,
+            preconditioner,
+            _MOST_PASSES if max_passes is None else max_passes,
+            seed,
+            memory_limit,
+            monitor,
+        ),
+    )
+
+
+def _solve_all(
+    matrix: Any,
+    rhs: ArrayLike,
+    ridges: Sequence[float],
+    initial: ArrayLike | None,
+    options: Options,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Solution, ...]:
+    """Check everything, and solve from the largest ridge to the smallest.
+
+    Raises
+    ------
+    ConfigError
+        If an option is wrong.
+    """
+    operator, room = open_for_solver(matrix, options.memory_limit)
+    options = replace(options, memory_limit=room)
+    block = as_block("right-hand sides", rhs, operator.num_rows)
+    guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
+    if guess is not None and guess.shape != block.shape:
+        raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
+    if options.method not in _METHODS:
+        raise ConfigError(f"method={options.method!r}; needed one of {', '.join(_METHODS)}")
+    if not len(ridges):
+        raise ConfigError("no ridge is given; needed at least one")
+    values = [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in ridges]
+    check_number("tol", options.tol, low=0.0)
+    check_number("max_passes", options.max_passes, low=2)
+    if options.rank is not None:
+        check_number("rank", options.rank, low=1)
+    if not isinstance(options.preconditioner, Preconditioner) and options.preconditioner not in _PRECONDITIONERS:
+        raise ConfigError(
+            f"preconditioner={options.preconditioner!r}; needed one of {', '.join(_PRECONDITIONERS)}, or one that was "
+            "made before"
+        )
+    kept = Kept(None, {}, block.shape) if checkpoint is None else _kept(checkpoint, operator, block, values[0], options)
+    systems = Systems(operator, block, options, len(values), kept)
+    found: dict[int, Solution] = {}
+    for number in sorted(range(len(values)), key=lambda i: -values[i]):
+        one = systems.solve(values[number], guess)
+        guess = np.asarray(one.coefficients)
+        found[number] = replace(one, coefficients=guess.reshape(np.shape(rhs)))
+    return tuple(found[number] for number in range(len(values)))
+
+
+def _kept(checkpoint: Checkpoint, operator: Operator, rhs: NDArray[np.float64], ridge: float, options: Options) -> Kept:
+    asked = options.to_json(operator)
+    decides = {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}
+    of_system = {"function": "solve", "matrix": operator.identity(), "rhs": digest_of(rhs), "ridge": ridge}
+    return Kept(checkpoint, {**of_system, **decides}, rhs.shape)

@@ -1,0 +1,1 @@
+"""Eigenpairs, densities and functions of a matrix from its products."""

@@ -1,0 +1,102 @@
+"""A space that grows by preconditioned residuals, for eigenpairs at the end of the spectrum where Krylov is slow."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+
+Inverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+# Blocks that are kept at most, and after a restart: the wanted one, and what neighbours it.
+_MOST_BLOCKS = 12
+_KEPT_BLOCKS = 3
+# What is left of a direction after orthogonalisation, relative to it, that is worth keeping.
+_NOTHING = 1e-10
+
+
+class Davidson:
+    """Block Davidson for the smallest eigenpairs (Davidson, 1975), with thick restarts.
+
+    The space V gets ``T R`` of the residuals R of the leading Ritz pairs, where T is about K^-1; with T = K^-1 that is
+    inverse iteration accelerated by its whole space. K V is kept beside V, so residuals are differences of products
+    with K and assume nothing. Memory is ``2 * 12 b n`` float64.
+
+    Parameters
+    ----------
+    num_rows
+        n.
+    block
+        b, columns of a pass.
+    inverse
+        T: maps shape (n, c) to (n, c).
+    seed
+        Of the first block.
+    """
+
+    def __init__(self, num_rows: int, block: int, inverse: Inverse, seed: int) -> None:
+        self._block, self._inverse = min(block, num_rows), inverse
+        self._rng = np.random.default_rng(seed)
+        most = min(num_rows, _MOST_BLOCKS * self._block)
+        self._vectors = np.empty((num_rows, most), order="F")
+        self._products = np.empty((num_rows, most), order="F")
+        self._size = 0
+        self._ahead = inverse(self._rng.standard_normal((num_rows, self._block)))
+        self.values = np.zeros(0)
+        self.norms = np.zeros(0)
+        self._coordinates = np.zeros((0, 0))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether V spans everything."""
+        return self._size == len(self._vectors)
+
+    def advance(self, operator: Operator) -> None:
+        """One pass; :attr:`values` and :attr:`norms` (of residuals), ascending, are then those of the larger space."""
+        if self._size + self._block > self._vectors.shape[1] and self._vectors.shape[1] < len(self._vectors):
+            self._restart()
+        joining = self._orthonormal(self._ahead)
+        stop = self._size + joining.shape[1]
+        self._vectors[:, self._size : stop] = joining
+        self._products[:, self._size : stop] = operator.matmat(joining)
+        self._size = stop
+        vectors, products = self._vectors[:, :stop], self._products[:, :stop]
+        projected = vectors.T @ products
+        values, coordinates = np.linalg.eigh((projected + projected.T) / 2)
+        self._coordinates = coordinates
+        wanted = coordinates[:, : self._block]
+        residuals = products @ wanted - (vectors @ wanted) * values[: self._block]
+        self.values, self.norms = values[: self._block], np.linalg.norm(residuals, axis=0)
+        self._ahead = self._inverse(residuals)
+
+    def _orthonormal(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """An orthonormal basis of what a block adds to V; random columns if that is less than a block, or NaN."""
+        vectors, room = self._vectors[:, : self._size], self._vectors.shape[1] - self._size
+        sizes = np.linalg.norm(block, axis=0)
+        block = block / np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
+        block = np.where(np.isfinite(block), block, 0.0)
+        for _ in range(2):
+            block = block - vectors @ (vectors.T @ block)
+            left, sizes, _right = np.linalg.svd(block, full_matrices=False)
+            block = left[:, sizes > _NOTHING]
+        missing = min(self._block, room) - block.shape[1]
+        if missing > 0:
+            fresh = self._rng.standard_normal((len(block), missing))
+            for _ in range(2):
+                fresh -= vectors @ (vectors.T @ fresh)
+                fresh -= block @ (block.T @ fresh)
+                fresh = np.linalg.qr(fresh)[0]
+            block = np.concatenate([block, fresh], axis=1)
+        block = block[:, :room] - vectors @ (vectors.T @ block[:, :room])
+        return np.asarray(np.linalg.qr(block)[0])
+
+    def _restart(self) -> None:
+        kept = np.asfortranarray(self._coordinates[:, : _KEPT_BLOCKS * self._block])
+        for basis in (self._vectors, self._products):
+            basis[:, : kept.shape[1]] = basis[:, : self._size] @ kept
+        self._size = kept.shape[1]
+
+    def pairs(self, k: int) -> NDArray[np.float64]:
+        """The first k Ritz vectors, shape (n, k)."""
+        return np.ascontiguousarray(self._vectors[:, : self._size] @ self._coordinates[:, :k])

@@ -1,0 +1,351 @@
+"""Krylov spaces of a symmetric matrix, with full reorthogonalisation: of many probes at once, and of one block.
+
+Both ask for products and are given them, so one pass can serve several.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
+
+_EPS = float(np.finfo(np.float64).eps)
+# A direction this far below the norm of the matrix is what rounding left of none.
+_NOTHING = 10 * _EPS
+# The largest eigenvalue is settled at this relative residual, whose square is its error, or after so many passes.
+_RATE_TOLERANCE = 1e-5
+_MOST_RATE_STEPS = 30
+
+
+def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: int | None) -> int:
+    """Lanczos steps whose vectors fit the memory, ``wanted`` at most.
+
+    Parameters
+    ----------
+    num_rows, num_columns
+        Of one block. A step keeps one block in float64; two more are at work.
+    wanted
+        Most steps.
+    memory_limit
+        Bytes that this process may have; half of what is free if none.
+
+    Raises
+    ------
+    ResourceError
+        If not even two steps fit.
+    """
+    limit = max(0, memory_room(memory_limit))
+    block = 8 * num_rows * num_columns
+    fitting = limit // block - 3
+    if fitting < min(2, wanted):
+        raise ResourceError(
+            f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "
+            "hold less than two steps; give fewer columns or raise memory_limit"
+        )
+    return int(min(wanted, fitting))
+
+
+def is_due(num_steps: int) -> bool:
+    """Whether errors are looked at after this step: each of the first, then every eighth of those taken."""
+    step = 1
+    while step < num_steps:
+        step += max(1, step // 8)
+    return step == num_steps
+
+
+class ProbeLanczos:
+    """The Lanczos process of each column of a block by itself; all columns share a pass.
+
+    Every new vector is orthogonalised twice against all older ones of its column: without it copies ("ghosts") of
+    converged eigenvalues appear, which spoil counts. Memory is ``(max_steps + 1) p n`` float64, touched as needed.
+
+    Parameters
+    ----------
+    probes
+        Shape (n, p).
+    max_steps
+        Most steps.
+    deflate
+        Orthonormal columns, shape (n, k), that probes and all that follows are kept orthogonal to.
+    """
+
+    def __init__(self, probes: NDArray[np.float64], max_steps: int, deflate: NDArray[np.float64] | None = None) -> None:
+        num_rows, num_probes = probes.shape
+        self.max_steps = max_steps
+        self._deflate = deflate
+        self._dimension = num_rows - (0 if deflate is None else deflate.shape[1])
+        self._basis = np.empty((num_probes, max_steps + 1, num_rows))
+        self._alphas = np.zeros((num_probes, max_steps))
+        self._betas = np.zeros((num_probes, max_steps))
+        self._scales = np.zeros(num_probes)
+        self.num_steps = 0
+        start = self._project(np.array(probes.T, order="C"))
+        sizes = np.linalg.norm(start, axis=1)
+        # Of a probe in the span of what is deflated nothing but rounding is left.
+        alive = (sizes > _NOTHING * np.linalg.norm(probes, axis=0)) & (self._dimension > 0)
+        self.squared_norms = np.where(alive, sizes**2, 0.0)
+        self._lengths = np.where(alive, self._dimension, 0)
+        self._basis[:, 0] = start / np.where(alive, sizes, np.inf)[:, None]
+
+    @property
+    def ended(self) -> NDArray[np.bool_]:
+        """Whether the space of a column is invariant, so that more steps add nothing; shape (p,)."""
+        return np.asarray(self._lengths <= self.num_steps)
+
+    @property
+    def block(self) -> NDArray[np.float64]:
+        """What to multiply next, shape (n, p); zero in columns that have ended."""
+        return np.ascontiguousarray(self._basis[:, self.num_steps].T)
+
+    def absorb(self, product: NDArray[np.float64]) -> None:
+        """Take ``K @ block``: one step of all columns."""
+        step = self.num_steps
+        found = np.array(product.T, order="C")
+        self._alphas[:, step] = np.einsum("pn,pn->p", found, self._basis[:, step])
+        older = self._basis[:, : step + 1]
+        for _ in range(2):
+            found = self._project(found)
+            found -= np.matmul(np.matmul(older, found[:, :, None]).transpose(0, 2, 1), older)[:, 0]
+        sizes = np.linalg.norm(found, axis=1)
+        self._scales = np.maximum(self._scales, np.abs(self._alphas[:, step]) + sizes)
+        alive = (self._lengths > step + 1) & (sizes > _NOTHING * self._scales)
+        self._lengths = np.where(alive, self._lengths, np.minimum(self._lengths, step + 1))
+        self._betas[:, step] = np.where(alive, sizes, 0.0)
+        self._basis[:, step + 1] = found / np.where(alive, sizes, np.inf)[:, None]
+        self.num_steps = step + 1
+
+    def coefficients(self, num_steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Diagonals and couplings of the tridiagonal matrices after ``num_steps`` steps, both of shape (p, num_steps).
+
+        The last coupling leads out of the space. Where a column ended, couplings are zero, and its diagonal goes on
+        with its first entry: eigenvalues inside of the spectrum that have no weight.
+        """
+        alphas, betas = self._alphas[:, :num_steps].copy(), self._betas[:, :num_steps].copy()
+        beyond = np.arange(num_steps) >= self._lengths[:, None]
+        return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        step = self.num_steps
+        checkpoint.put(f"{prefix}{step}", self._basis[:, step])
+        return {
+            "num_steps": step,
+            "alphas": self._alphas[:, :step].tolist(),
+            "betas": self._betas[:, :step].tolist(),
+            "scales": self._scales.tolist(),
+            "lengths": self._lengths.tolist(),
+        }
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        return {f"{prefix}{index}" for index in range(1, self.num_steps + 1)}
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        step, num_probes = as_integer(state["num_steps"]), len(self._basis)
+        for index in range(1, step + 1):
+            self._basis[:, index] = checkpoint.get(f"{prefix}{index}", self._basis[:, index].shape)
+        self._alphas[:, :step] = as_numbers(state["alphas"], (num_probes, step))
+        self._betas[:, :step] = as_numbers(state["betas"], (num_probes, step))
+        self._scales = as_numbers(state["scales"], (num_probes,))
+        self._lengths = as_numbers(state["lengths"], (num_probes,)).astype(np.int64)
+        self.num_steps = step
+
+    def _project(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rows without their part in what is deflated."""
+        return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
+
+
+class TopEigenvalue:
+    """The largest eigenvalue, by the Lanczos process of one random vector.
+
+    Attributes
+    ----------
+    lanczos
+        The process, whose ``block`` is to be multiplied.
+    value
+        The largest Ritz value.
+    is_settled
+        Whether it is the largest eigenvalue to ten digits, or as many steps were taken as are worth it.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        start = np.random.default_rng(seed).standard_normal((num_rows, 1))
+        self.lanczos = ProbeLanczos(start, min(_MOST_RATE_STEPS, num_rows))
+        self.value = 0.0
+        self.is_settled = False
+
+    def absorb(self, product: NDArray[np.float64]) -> None:
+        """Take ``K @ lanczos.block``."""
+        self.lanczos.absorb(product)
+        self._look()
+
+    @property
+    def num_steps(self) -> int:
+        """Products taken."""
+        return self.lanczos.num_steps
+
+    @property
+    def max_steps(self) -> int:
+        """Most of them."""
+        return self.lanczos.max_steps
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        return self.lanczos.write_step(checkpoint, prefix)
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        return self.lanczos.names(prefix)
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        self.lanczos.read_steps(checkpoint, prefix, state)
+        self._look()
+
+    def _look(self) -> None:
+        num_steps = self.num_steps
+        (alphas,), (betas,) = self.lanczos.coefficients(num_steps)
+        values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
+        self.value = float(values[-1])
+        gap = betas[-1] * abs(vectors[-1, -1])
+        is_last = num_steps == self.max_steps
+        self.is_settled = bool(is_last or self.lanczos.ended.all() or gap <= _RATE_TOLERANCE * abs(self.value))
+
+
+class BlockLanczos:
+    """The block Lanczos process of a block, of any rank, with full reorthogonalisation.
+
+    ``K V = V T + next_block @ [0 ... 0 coupling]`` with orthonormal V whose first columns span the block:
+    ``block = V[:, :r] @ start``. Directions that repeat or vanish are dropped, then and later, so blocks may shrink.
+    Memory is the vectors, ``columns * n`` float64, touched as they are needed.
+
+    Parameters
+    ----------
+    block
+        Shape (n, c). Columns of very unlike sizes should be scaled before.
+    max_steps
+        Most steps.
+    """
+
+    def __init__(self, block: NDArray[np.float64], max_steps: int) -> None:
+        num_rows, num_columns = block.shape
+        self.max_steps = max_steps
+        self._num_rows = num_rows
+        self._vectors = np.empty((min(num_rows, num_columns * max_steps) + num_columns, num_rows))
+        vectors, self.start = _orthonormal(block, _NOTHING * float(np.linalg.norm(block)), num_rows)
+        self._bounds: list[int] = [0, self.start.shape[0]]
+        self._vectors[: self._bounds[1]] = vectors.T
+        self._diagonals: list[NDArray[np.float64]] = []
+        self._couplings: list[NDArray[np.float64]] = []
+        self._scale = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Products taken."""
+        return len(self._diagonals)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the space is invariant: functions of K times the block are exact in it."""
+        return bool(self._bounds[-1] == self._bounds[-2])
+
+    @property
+    def block(self) -> NDArray[np.float64]:
+        """What to multiply next, shape (n, r)."""
+        return np.ascontiguousarray(self._vectors[self._bounds[-2] : self._bounds[-1]].T)
+
+    @property
+    def coupling(self) -> NDArray[np.float64]:
+        """How the space is left, from its last block to the next one."""
+        return self._couplings[-1]
+
+    @property
+    def dimension(self) -> int:
+        """Of the space that products were taken of: the size of T."""
+        return int(self._bounds[-2])
+
+    def absorb(self, product: NDArray[np.float64]) -> None:
+        """Take ``K @ block``: one step."""
+        first, last = self._bounds[-2:]
+        diagonal = self._vectors[first:last] @ product
+        older = self._vectors[:last]
+        rest = product.copy()
+        for _ in range(2):
+            rest -= older.T @ (older @ rest)
+        self._scale = max(self._scale, float(np.linalg.norm(diagonal, 2) + np.linalg.norm(rest, 2)))
+        vectors, coupling = _orthonormal(rest, _NOTHING * self._scale, self._num_rows - last)
+        # The smallest of these directions were small differences, so what is left of older ones in them was made large.
+        for _ in range(2):
+            vectors -= older.T @ (older @ vectors)
+            vectors, upper = np.linalg.qr(vectors)
+            coupling = upper @ coupling
+        self._append(vectors.T, (diagonal + diagonal.T) / 2, coupling)
+
+    def _append(self, rows: NDArray[np.float64], diagonal: NDArray[np.float64], coupling: NDArray[np.float64]) -> None:
+        last = self._bounds[-1]
+        self._vectors[last : last + len(rows)] = rows
+        self._diagonals.append(diagonal)
+        self._couplings.append(coupling)
+        self._bounds.append(last + len(rows))
+
+    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        first, last = self._bounds[-2:]
+        # Arrays without entries are not written.
+        if last > first:
+            checkpoint.put(f"{prefix}rows_{self.num_steps}", self._vectors[first:last])
+            checkpoint.put(f"{prefix}coupling_{self.num_steps}", self.coupling)
+        checkpoint.put(f"{prefix}diagonal_{self.num_steps}", self._diagonals[-1])
+        return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}
+
+    def names(self, prefix: str) -> set[str]:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        found = {f"{prefix}diagonal_{step}" for step in range(1, self.num_steps + 1)}
+        for kind in ("rows", "coupling"):
+            found |= {f"{prefix}{kind}_{step}" for step in range(1, self.num_steps + (not self.is_exhausted))}
+        return found
+
+    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
+        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+        num_steps, self._scale = as_integer(state["num_steps"]), as_number(state["scale"])
+        bounds = as_numbers(state["bounds"], (num_steps + 2,)).astype(np.int64)
+        if list(bounds[:2]) != self._bounds or bounds[-1] > len(self._vectors):
+            raise ValueError(f"its blocks begin at {bounds[:2]} and end at {bounds[-1]}")
+        for step in range(1, num_steps + 1):
+            width, here = (int(bounds[at + 1] - bounds[at]) for at in (step - 1, step))
+            rows, coupling = np.empty((0, self._num_rows)), np.empty((0, width))
+            if here:
+                rows = checkpoint.get(f"{prefix}rows_{step}", (here, self._num_rows))
+                coupling = checkpoint.get(f"{prefix}coupling_{step}", (here, width))
+            self._append(rows, checkpoint.get(f"{prefix}diagonal_{step}", (width, width)), coupling)
+
+    def matrix(self) -> NDArray[np.float64]:
+        """T, symmetric, shape (dimension, dimension)."""
+        found = np.zeros((self.dimension, self.dimension))
+        for step, diagonal in enumerate(self._diagonals):
+            here = slice(self._bounds[step], self._bounds[step + 1])
+            found[here, here] = diagonal
+            if step + 1 < self.num_steps:
+                after = slice(self._bounds[step + 1], self._bounds[step + 2])
+                found[after, here] = self._couplings[step]
+                found[here, after] = self._couplings[step].T
+        return found
+
+    def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``V @ coefficients``, shape (n, columns)."""
+        return np.asarray(self._vectors[: self.dimension].T @ coefficients)
+
+
+def _orthonormal(
+    block: NDArray[np.float64], smallest: float, most: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``vectors @ upper = block`` with orthonormal vectors, without directions of at most ``smallest``."""
+    vectors, upper = np.linalg.qr(block)
+    left, sizes, right = np.linalg.svd(upper, full_matrices=False)
+    kept = min(int((sizes > smallest).sum()), most)
+    return vectors @ left[:, :kept], sizes[:kept, None] * right[:kept]

@@ -1,0 +1,409 @@
+"""Leading eigenpairs by block Lanczos with thick restarts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.operators.opening import open_for_solver
+from ntkpipe.solvers.checkpoint import as_work
+from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.spectral.thick_restart import ThickRestart
+from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
+
+_EPS = float(np.finfo(np.float64).eps)
+# Products in float64 are known to this part of the largest eigenvalue, so no residual need be smaller.
+_ROUNDING = 50 * _EPS
+_SMALLEST_BLOCK = 8
+_MOST_PASSES = 200
+# A prediction of a residual counts if it is this part of the limit: a check that fails costs a pass.
+_CONFIDENCE = 0.95
+# Checks in a row that fail without getting better by a half, after which more passes are no use.
+_MOST_FAILURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenpairs(Result):
+    """Leading eigenpairs of a symmetric matrix.
+
+    Attributes
+    ----------
+    eigenvalues
+        The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors.
+    eigenvectors
+        Orthonormal columns, float64, shape (n, k), C-contiguous.
+    residuals
+        ``|K v - λ v| / max(|λ|, floor)`` of each pair, from a product with K, shape (k,). For a residual norm ``r``
+        some eigenvalue of K lies within ``r`` of λ; the error of λ itself is about ``r² / gap``.
+    orthogonality
+        ``max |VᵀV - I|``.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm, as :meth:`Operator.storage_floor` has it but
+        with the Frobenius norm of the Ritz values found (one pass less); eigenvalues below it are not known.
+    history
+        Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and
+        each relative to its own as in ``residuals``; NaN while the space has fewer than k dimensions. These come from
+        the recurrence and cost nothing.
+    """
+
+    eigenvalues: NDArray[np.float64] = field(repr=False)
+    eigenvectors: NDArray[np.float64] = field(repr=False)
+    residuals: NDArray[np.float64] = field(repr=False)
+    orthogonality: float
+    floor: float
+    history: NDArray[np.float64] = field(repr=False)
+
+    def _rows(self) -> Rows:
+        values = self.eigenvalues
+        below = int((np.abs(values) < self.floor).sum())
+        return [
+            ("eigenvalues", f"{len(values)} leading, {values[0]:.6g} to {values[-1]:.6g}"),
+            ("residuals", f"at most {self.residuals.max():.2g} of each eigenvalue"),
+            ("orthogonality", f"{self.orthogonality:.2g}"),
+            ("storage floor", f"{self.floor:.2g}, {below} of {len(values)} eigenvalues below"),
+        ]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Eigenpairs with residuals from one product, and whether they are small enough."""
+
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float64]
+    norms: NDArray[np.float64]
+    excess: float
+
+
+@single_threaded_blas()
+def eigsh(
+    matrix: Any,
+    k: int = 100,
+    *,
+    tol: float = 1e-6,
+    block: int | None = None,
+    max_basis: int | None = None,
+    max_passes: int | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    monitor: Monitor = ignore,
+) -> Eigenpairs:
+    """The k largest eigenvalues of a symmetric matrix, with eigenvectors.
+
+    Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, "Thick-restart Lanczos method
+    for large symmetric eigenvalue problems"; here in blocks). It departs from that in two ways. Where the space holds
+    a whole block of residuals that K is small on, vectors get one correction from it before they are checked, which
+    saves a pass (:meth:`ThickRestart.refined`). And the residuals of the recurrence only say when to look: the result
+    is judged by one more product with the vectors themselves.
+
+    A pass has ``block`` columns, the last one, which checks, has k. Kernels of networks take 12 to 15 passes at the
+    defaults, the check included. Memory is ``(max_basis + 4 block + 3 k) n`` float64, 11 k n at the defaults for
+    large k.
+
+    Converged means that ``|K v - λ v| <= tol max(|λ|, floor)`` for each of the k pairs, or that this is less than the
+    rounding of float64 products, ``50 eps λ_1``; the message says for how many pairs floor or rounding decided.
+
+    Parameters
+    ----------
+    matrix
+        K: what :func:`ntkpipe.as_operator` takes: a stored kernel, a symmetric array, an operator.
+    k
+        Number of eigenpairs, up to n.
+    tol
+        Relative residual of each pair.
+    block
+        Columns of a pass, by default k/2, at least 8. Fewer make a pass cheaper in arithmetic, and passes more. An
+        eigenvalue of higher multiplicity than this is found, but later.
+    max_basis
+        Most vectors that are kept, at least ``k + 2 block``; by default ``5 k + 2 block``, at least ``8 block``. With
+        ``3 k + 2 block`` kernels take one pass more.
+    max_passes
+        Most products before the one that checks; by default 200.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    seed
+        Of the first block.
+    checkpoint
+        Where the state is kept after every pass: one block of columns, after a restart the basis. The call goes on
+        from what is there, to the same result to the last bit; where the result is there already, it returns it
+        without a pass. It stays when the call returns: clear it once the result is saved.
+    monitor
+        Called after every pass, once its state is in the checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range, the matrix is not symmetric, or the checkpoint is of another calculation.
+    ResourceError
+        If the vectors do not fit the memory.
+    NonFiniteError
+        If the matrix holds NaN or infinity.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
+    StoreError
+        If the checkpoint is damaged.
+    """
+    operator, room = open_for_solver(matrix, memory_limit)
+    options = _options(operator.num_rows, k, tol, block, max_basis, max_passes, seed)
+    _require_memory(operator.num_rows, options, memory_room(room, share=1.0))
+    return _Search(operator, options, checkpoint).run(monitor)
+
+
+def _options(
+    num_rows: int,
+    k: int,
+    tol: float,
+    block: int | None,
+    max_basis: int | None,
+    max_passes: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What was asked for, checked, with defaults."""
+    check_number("k", k, low=1, high=num_rows)
+    check_number("tol", tol, low=0.0, high=1.0)
+    width = min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
+    check_number("block", width, low=1)
+    default = max(5 * k + 2 * width, 8 * width)
+    most = min(num_rows, default if max_basis is None else max_basis)
+    check_number("max_basis", most, low=min(num_rows, k + 2 * width))
+    passes = _MOST_PASSES if max_passes is None else max_passes
+    check_number("max_passes", passes, low=1)
+    whole = {"k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
+    return {"tol": float(tol), **{name: int(value) for name, value in whole.items()}}
+
+
+def _require_memory(num_rows: int, options: Mapping[str, Any], room: int) -> None:
+    """Fail now and not when the basis is nearly full.
+
+    Raises
+    ------
+    ResourceError
+        If the vectors do not fit.
+    """
+    k, block, max_basis = (int(options[name]) for name in ("k", "block", "max_basis"))
+    need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
+    if need > room:
+        raise ResourceError(
+            f"{max_basis} vectors of {num_rows} rows, and room to work, take {format_bytes(need)}, and "
+            f"{format_bytes(max(0, room))} may be used; give a smaller max_basis (with {k + 2 * block} it is "
+            f"{format_bytes(least)}), k or block"
+        )
+
+
+class _Search:
+    """One call of :func:`eigsh`."""
+
+    def __init__(self, operator: Operator, options: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
+        self._operator, self._options, self._checkpoint = operator, options, checkpoint
+        self._k, self._tol = int(options["k"]), float(options["tol"])
+        width, most = int(options["block"]), int(options["max_basis"])
+        # Of what is kept most is spectrum beside the wanted pairs, which filters for them; the rest makes room.
+        keep = max(self._k, min(self._k + width, most - width), most - 4 * width)
+        self._space = ThickRestart(operator.num_rows, width, most, keep, int(options["seed"]))
+        self._start, self._started, self._earlier = operator.work, perf_counter(), (Work(), 0.0)
+        self._history: list[list[float]] = []
+        # The excess of each check that failed, and the pass that it followed.
+        self._failures: list[tuple[int, float]] = []
+        self._floor = 0.0
+
+    def run(self, monitor: Monitor) -> Eigenpairs:
+        """From the beginning, or from the checkpoint."""
+        finished = self._load()
+        if finished is not None:
+            return finished
+        while True:
+            if self._is_time_to_check():
+                checked = self._check()
+                status = self._judge(checked)
+                result = None if status is None else self._result(status, checked)
+                self._save(result)
+                monitor(Step(self._work(), checked.excess * self._tol, self._tol))
+                if result is not None:
+                    return result
+                continue
+            self._space.advance(self._operator, self._k, self._limits)
+            residual = self._note()
+            self._save(None)
+            monitor(Step(self._work(), residual, self._tol))
+
+    def _scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What residuals are relative to."""
+        return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
+
+    def _limits(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How small residuals must be."""
+        rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
+        return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
+
+    def _note(self) -> float | None:
+        """The history of a pass; its last number if there is one."""
+        found = self._space.ritz(self._space.size)
+        eps = float(np.finfo(self._operator.storage_dtype).eps)
+        self._floor = eps * float(np.linalg.norm(found.values)) / self._operator.num_rows**0.5
+        if self._space.size < self._k:
+            self._history.append([np.nan, np.nan])
+            return None
+        values, norms = found.values[: self._k], found.residuals[: self._k]
+        largest = float(np.abs(found.values).max())
+        residual = float((norms / self._scale(values)).max())
+        self._history.append([float(norms.max()) / largest if largest else 0.0, residual])
+        return residual
+
+    def _is_time_to_check(self) -> bool:
+        space = self._space
+        if space.size < self._k or (self._failures and self._failures[-1][0] == space.passes):
+            return False
+        if space.is_whole or space.passes >= self._options["max_passes"]:
+            return True
+        found = space.refined(self._k)
+        limits = _CONFIDENCE * self._limits(found.values)
+        return space.is_settled and bool((found.residuals <= limits).all())
+
+    def _check(self) -> _Checked:
+        """One pass with the vectors themselves."""
+        vectors = self._space.combine(self._space.refined(self._k).coordinates)
+        products = self._operator.matmat(vectors)
+        # The vectors are no Ritz vectors if refined. Their own best combinations cost no pass.
+        inner = vectors.T @ products
+        values, turn = np.linalg.eigh((inner + inner.T) / 2)
+        turn = np.ascontiguousarray(turn[:, ::-1])
+        vectors, products, values = vectors @ turn, products @ turn, values[::-1].copy()
+        products -= vectors * values
+        norms = np.linalg.norm(products, axis=0)
+        return _Checked(values, vectors, norms, float((norms / self._limits(values)).max()))
+
+    def _judge(self, checked: _Checked) -> Status | None:
+        """How it ended, or none if it goes on."""
+        if checked.excess <= 1.0:
+            return "converged" if self._space.is_settled else "not converged"
+        if self._space.is_whole:
+            return "stagnated"
+        if self._space.passes >= self._options["max_passes"]:
+            return "step limit"
+        self._failures.append((self._space.passes, checked.excess))
+        recent = [excess for _, excess in self._failures[-_MOST_FAILURES:]]
+        if len(recent) == _MOST_FAILURES and min(recent[1:]) > recent[0] / 2:
+            return "stagnated"
+        return None
+
+    def _result(self, status: Status, checked: _Checked) -> Eigenpairs:
+        residuals = checked.norms / self._scale(checked.values)
+        gram = checked.vectors.T @ checked.vectors
+        gram[np.diag_indices_from(gram)] -= 1.0
+        return Eigenpairs(
+            status=status,
+            message=self._message(status, checked, residuals),
+            work=self._work(),
+            seconds=self._seconds(),
+            options=self._options,
+            matrix=self._operator.identity(),
+            eigenvalues=checked.values,
+            eigenvectors=checked.vectors,
+            residuals=residuals,
+            orthogonality=float(np.abs(gram).max()),
+            floor=self._floor,
+            history=np.array(self._history).reshape(-1, 2),
+        )
+
+    def _message(self, status: Status, checked: _Checked, residuals: NDArray[np.float64]) -> str:
+        k, tol, worst = self._k, self._tol, float(residuals.max())
+        met = int((residuals <= tol).sum())
+        below = int((np.abs(checked.values) < self._floor).sum())
+        notes = []
+        if below:
+            notes.append(f"{below} eigenvalues lie below the storage floor {self._floor:.2g} and are not known")
+        if status == "converged":
+            if met < k:
+                notes.append(f"{k - met} residuals are at the rounding of float64 products, up to {worst:.2g}")
+            return "; ".join([f"{met} of {k} residuals from a product with the vectors are within {tol:g}", *notes])
+        why = {
+            "step limit": f"{met} of {k} residuals are within {tol:g}, the largest is {worst:.2g}; raise max_passes",
+            "not converged": "the space was exhausted and its replacement is not settled; raise max_passes",
+        }.get(status, f"residuals stay at {worst:.2g}, {met} of {k} are within {tol:g}; raise tol")
+        return "; ".join([why, *notes])
+
+    def _work(self) -> Work:
+        return self._earlier[0] + (self._operator.work - self._start)
+
+    def _seconds(self) -> float:
+        return self._earlier[1] + perf_counter() - self._started
+
+    def _key(self) -> dict[str, Any]:
+        """What decides the numbers."""
+        asked = {name: value for name, value in self._options.items() if name != "max_passes"}
+        return {"solver": "eigsh", "matrix": self._operator.identity(), **asked}
+
+    def _save(self, result: Eigenpairs | None) -> None:
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return
+        state: dict[str, Any] = {"key": self._key(), "floor": self._floor, "history": self._history}
+        state["space"] = self._space.save(checkpoint)
+        state["failures"] = self._failures
+        keep = self._space.names()
+        if result is not None:
+            for name, values in result.arrays().items():
+                checkpoint.put(f"result-{name}", values)
+                keep.add(f"result-{name}")
+            fields = {"status": result.status, "message": result.message, "orthogonality": result.orthogonality}
+            state["result"] = {**fields, "max_passes": self._options["max_passes"]}
+        work = self._work()
+        state["work"], state["seconds"] = [work.passes, work.bytes_read, work.seconds], self._seconds()
+        checkpoint.commit(state, keep)
+
+    def _load(self) -> Eigenpairs | None:
+        """Take what the checkpoint has; the result if it is there."""
+        state = None if self._checkpoint is None else self._checkpoint.load()
+        if state is None or self._checkpoint is None:
+            return None
+        key, found = self._key(), state.get("key")
+        if found != key:
+            known = found if isinstance(found, dict) else {}
+            differ = [f"{name}={known.get(name)!r} (now {key[name]!r})" for name in key if known.get(name) != key[name]]
+            raise ConfigError(
+                f"{self._checkpoint!r} is of another calculation: {', '.join(differ)}; give another one, or clear it"
+            )
+        with self._checkpoint.reading():
+            return self._read(self._checkpoint, state)
+
+    def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Eigenpairs | None:
+        """The result if the state has one that answers this call; else the space goes on from there."""
+        self._earlier = as_work(state["work"]), as_number(state["seconds"])
+        self._floor, num_passes = as_number(state["floor"]), as_integer(state["space"]["passes"])
+        self._history = as_numbers(state["history"], (num_passes, 2), allow_nan=True).tolist()
+        self._failures = [(as_integer(passes), as_number(excess)) for passes, excess in state["failures"]]
+        result = state.get("result")
+        if result is not None:
+            is_enough = self._options["max_passes"] <= as_integer(result["max_passes"])
+            if is_enough or result["status"] != "step limit":
+                return self._finished(checkpoint, result)
+        self._space.load(checkpoint, state["space"])
+        return None
+
+    def _finished(self, checkpoint: Checkpoint, result: Mapping[str, Any]) -> Eigenpairs:
+        """The result that the checkpoint holds already."""
+        n, k, num_passes = self._operator.num_rows, self._k, len(self._history)
+        if result["status"] not in get_args(Status) or not isinstance(result["message"], str):
+            raise ValueError(f"its status is {str(result['status'])[:40]!r}")
+        return Eigenpairs(
+            status=result["status"],
+            message=result["message"],
+            work=self._earlier[0],
+            seconds=self._earlier[1],
+            options=self._options,
+            matrix=self._operator.identity(),
+            eigenvalues=checkpoint.get("result-eigenvalues", (k,)),
+            eigenvectors=checkpoint.get("result-eigenvectors", (n, k)),
+            residuals=checkpoint.get("result-residuals", (k,)),
+            orthogonality=as_number(result["orthogonality"]),
+            floor=self._floor,
+            history=checkpoint.get("result-history", (num_passes, 2), allow_nan=True),
+        )

@@ -1,0 +1,335 @@
+"""A Krylov space that grows by blocks, is cut to its best part when full, and yields leading eigenvectors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.operator import Operator
+from ntkpipe.store.results import Checkpoint, as_integer, as_number
+
+_EPS = float(np.finfo(np.float64).eps)
+# A direction this far below the norm of the matrix is what rounding left of none.
+_NOTHING = 10 * _EPS
+# One this far below may be rounding of larger matrices: it is kept, but trusted no more than a random one.
+_DOUBTFUL = 1e-12
+# Passes in which random columns must change nothing before it is believed that the space lacks nothing.
+_PROBATION = 2
+# A refinement assumes that the next block is well below the pairs it corrects.
+_MOST_REFINABLE = 0.5
+# Rows of I - Gram matrix sum up to less: its eigenvalues are 1 to within that, and nothing is lost by it.
+_NEARLY_ORTHONORMAL = 0.5
+_ROWS_AT_ONCE = 4096
+
+# Residuals that are small enough, for eigenvalues in descending order.
+Limits = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Approximate eigenpairs in a basis.
+
+    Attributes
+    ----------
+    values
+        Shape (k,), descending.
+    coordinates
+        Shape (m, k): of the vectors in the basis V; (m + w, k) of refined ones, in [V, Q].
+    residuals
+        Norms of the residuals, shape (k,).
+    """
+
+    values: NDArray[np.float64]
+    coordinates: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+
+
+class ThickRestart:
+    """Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, here in blocks).
+
+    After each pass ``K V = V H + Q B`` holds to rounding, with [V, Q] orthonormal. Every product is orthogonalised
+    against all of V, what is left of it twice more, and H holds all inner products, not only a band: a restart is no
+    special case.
+
+    Memory is ``(max_basis + 4 b) n`` float64.
+
+    Parameters
+    ----------
+    num_rows
+        n.
+    block
+        b, columns of a pass.
+    max_basis
+        Most columns of V.
+    keep
+        Columns that V is cut to when it is full, at least the number of wanted pairs.
+    seed
+        Of the first block, and of columns that take the place of those of an exhausted space.
+    """
+
+    def __init__(self, num_rows: int, block: int, max_basis: int, keep: int, seed: int) -> None:
+        self._block, self._keep, self._seed = block, keep, seed
+        # Columns are contiguous: what is in use of it is a matrix that BLAS takes as it is.
+        self._vectors = np.empty((num_rows, max_basis), order="F")
+        start = np.random.default_rng(seed).standard_normal((num_rows, block))
+        self._next = np.ascontiguousarray(np.linalg.qr(start)[0])
+        self._projected = np.zeros((0, 0))
+        self._coupling = np.zeros((block, 0))
+        self._decomposed: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._extended: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._passes = 0
+        # Mean eigenvalue of K on the last block, which is taken as that on the next.
+        self._level = 0.0
+        self._shrinkage: float | None = None
+        # Passes since random columns joined in which no leading value changed; none if none joined.
+        self._quiet: int | None = None
+        self._pieces: list[tuple[str, int]] = []
+        self._saved: set[str] = set()
+
+    @property
+    def size(self) -> int:
+        """m, columns of V."""
+        return len(self._projected)
+
+    @property
+    def passes(self) -> int:
+        """Blocks that were multiplied."""
+        return self._passes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether V spans everything, so that its Ritz pairs are eigenpairs."""
+        return self.size == len(self._vectors)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no columns are so new that they may still show an eigenvalue of which the space has nothing."""
+        return self.is_whole or self._quiet is None or self._quiet >= _PROBATION
+
+    def _decompose(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if self._decomposed is None:
+            self._decomposed = _descending(self._projected)
+        return self._decomposed
+
+    def ritz(self, k: int) -> Ritz:
+        """The leading k Ritz pairs of V, fewer if V is smaller; their residuals are exact and cost no pass."""
+        values, coordinates = self._decompose()
+        residuals = np.linalg.norm(self._coupling @ coordinates[:, :k], axis=0)
+        return Ritz(values[:k], coordinates[:, :k], residuals)
+
+    def refined(self, k: int) -> Ritz:
+        """Leading pairs of [V, Q], where the block of H that is not known yet, QᵀKQ, is taken as τ I.
+
+        As soon as K is far smaller on Q than the wanted eigenvalues, it matters little what it is there: a vector of
+        residual Q c gets about ``Q c / (θ - τ)``, which is a step of Davidson's method. It saves most of a pass.
+        Residuals are predictions: those of V, times how much this would have shrunk the largest in the pass before.
+        """
+        plain = self.ritz(k)
+        if self._shrinkage is None or not self._is_refinable(k):
+            return plain
+        values, coordinates = self._extend(k)
+        return Ritz(values, coordinates, plain.residuals * min(1.0, self._shrinkage))
+
+    def _is_refinable(self, k: int) -> bool:
+        if self.size <= k or self.is_whole:
+            return False
+        return 0.0 < self._level <= _MOST_REFINABLE * float(self._decompose()[0][k - 1])
+
+    def _extend(self, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The leading k pairs of the matrix of [V, Q] with τ I for the unknown block."""
+        if self._extended is not None and self._extended[0].size == k:
+            return self._extended
+        size, width = self.size, self._next.shape[1]
+        extended = np.zeros((size + width, size + width))
+        extended[:size, :size] = self._projected
+        extended[size:, :size] = self._coupling
+        extended[:size, size:] = self._coupling.T
+        extended[size:, size:] = self._level * np.eye(width)
+        values, coordinates = _descending(extended)
+        self._extended = values[:k], coordinates[:, :k]
+        return self._extended
+
+    def advance(self, operator: Operator, k: int, limits: Limits) -> None:
+        """One pass: the product with Q, which joins V; then the next Q. A full V is cut.
+
+        Parameters
+        ----------
+        operator
+            K.
+        k
+            Pairs that are looked at.
+        limits
+            Residuals are compared in units of these.
+        """
+        before = self.ritz(k)
+        refined = self._extend(k)[1] if self._is_refinable(k) else None
+        quiet = self._quiet
+        self._multiply(operator)
+        units = limits(before.values)
+        self._shrinkage = None
+        if refined is not None and before.residuals.any():
+            exact = self._residuals(refined)
+            self._shrinkage = float((exact / units).max() / (before.residuals / units).max())
+        after = self._decompose()[0][:k]
+        if quiet is not None:
+            is_same = len(after) == len(before.values) and bool((np.abs(after - before.values) <= units).all())
+            self._quiet = quiet + 1 if is_same else 0
+        if self.size + self._next.shape[1] > self._vectors.shape[1]:
+            self._restart()
+
+    def _multiply(self, operator: Operator) -> None:
+        product = operator.matmat(self._next)
+        before, width = self.size, self._next.shape[1]
+        size = before + width
+        self._pieces.append((f"block-{self._passes}", size))
+        self._passes += 1
+        self._vectors[:, before:size] = self._next
+        basis = self._vectors[:, :size]
+        columns = _remove(basis, product)
+        projected = np.empty((size, size))
+        projected[:before, :before] = self._projected
+        projected[:, before:] = columns
+        projected[before:, :before] = columns[:before].T
+        projected[before:, before:] = (columns[before:] + columns[before:].T) / 2
+        self._projected, self._decomposed, self._extended = projected, None, None
+        self._level = float(np.trace(projected[before:, before:])) / width
+        self._find_next(basis, product)
+
+    def _find_next(self, basis: NDArray[np.float64], product: NDArray[np.float64]) -> None:
+        """Q and B of what a product has outside of V; random directions take the place of those that are nothing."""
+        (num_rows, size), width = basis.shape, product.shape[1]
+        count = min(self._block, num_rows - size)
+        self._coupling, self._next = np.zeros((count, size)), np.zeros((num_rows, count))
+        if not count:
+            return
+        directions, upper = np.linalg.qr(product)
+        left, sizes, right = np.linalg.svd(upper)
+        norm = max(float(np.abs(self._decompose()[0]).max()), float(sizes[0]))
+        num_old = min(count, int((sizes > _NOTHING * norm).sum()))
+        self._next[:, :num_old] = directions @ left[:, :num_old]
+        if num_old < count:
+            rng = np.random.default_rng([self._seed, self._passes])
+            self._next[:, num_old:] = rng.standard_normal((num_rows, count - num_old))
+        if sizes[count - 1] <= _DOUBTFUL * norm:
+            self._quiet = self._quiet or 0
+        coefficients = sizes[:num_old, None] * right[:num_old]
+        # A small remainder leans on V by its rounding, which is large beside it.
+        for _ in range(2):
+            _remove(basis, self._next)
+            self._next, upper = _orthonormal(self._next)
+            coefficients = upper[:, : len(coefficients)] @ coefficients
+        self._next = np.ascontiguousarray(self._next)
+        self._coupling[:, size - width :] = coefficients
+
+    def _residuals(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of any vectors of V."""
+        inside = self._projected @ coordinates
+        inside -= coordinates * np.einsum("ij,ij->j", coordinates, inside)
+        return np.asarray(np.hypot(np.linalg.norm(inside, axis=0), _norms(self._coupling @ coordinates)))
+
+    def _restart(self) -> None:
+        """Cut V to its leading Ritz vectors, in place."""
+        values, coordinates = self._decompose()
+        kept = np.asfortranarray(coordinates[:, : self._keep])
+        for start in range(0, len(self._vectors), _ROWS_AT_ONCE):
+            rows = self._vectors[start : start + _ROWS_AT_ONCE]
+            rows[:, : self._keep] = rows[:, : self.size] @ kept
+        self._coupling = self._coupling @ kept
+        self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
+        self._pieces = [(f"basis-{self._passes}", self._keep)]
+
+    def combine(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The vectors of coordinates in V or [V, Q], shape (n, k), C-contiguous."""
+        found = np.empty((len(self._vectors), coordinates.shape[1]))
+        np.matmul(self._vectors[:, : self.size], coordinates[: self.size], out=found)
+        if len(coordinates) > self.size:
+            found += self._next @ coordinates[self.size :]
+        return found
+
+    def save(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Write what is new since the last time, one block or after a restart the basis; the state for :meth:`load`."""
+        start = 0
+        for name, stop in self._pieces:
+            if name not in self._saved:
+                checkpoint.put(name, self._vectors[:, start:stop])
+            start = stop
+        for name, values in self._small().items():
+            checkpoint.put(name, values)
+        self._saved = self.names()
+        return {
+            "passes": self._passes,
+            "pieces": self._pieces,
+            "level": self._level,
+            "shrinkage": self._shrinkage,
+            "quiet": self._quiet,
+        }
+
+    def _small(self) -> dict[str, NDArray[np.float64]]:
+        """What is written anew after each pass, by name; arrays without entries are not."""
+        kinds = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
+        return {f"{kind}-{self._passes}": values for kind, values in kinds.items() if values.size}
+
+    def names(self) -> set[str]:
+        """Of the arrays that :meth:`load` needs."""
+        return {name for name, _ in self._pieces} | self._small().keys()
+
+    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`.
+
+        Raises
+        ------
+        ValueError
+            If the state has more columns than there may be.
+        """
+        self._passes, self._level = as_integer(state["passes"]), as_number(state["level"])
+        self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
+        self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
+        self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
+        (num_rows, most), start = self._vectors.shape, 0
+        for name, stop in self._pieces:
+            if not start < stop <= most:
+                raise ValueError(f"columns {start} to {stop} of a basis of {most}")
+            self._vectors[:, start:stop] = checkpoint.get(name, (num_rows, stop - start))
+            start = stop
+        count = min(self._block, num_rows - start)
+        self._projected = np.zeros((0, 0))
+        self._decomposed = self._extended = None
+        self._next, self._coupling = np.zeros((num_rows, count)), np.zeros((count, start))
+        if start:
+            self._projected = checkpoint.get(f"projected-{self._passes}", (start, start))
+        if count:
+            self._next = checkpoint.get(f"block-{self._passes}", (num_rows, count))
+        if start and count:
+            self._coupling = checkpoint.get(f"coupling-{self._passes}", (count, start))
+        self._saved = self.names()
+
+
+def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Take from a block, in place, what it has of the basis; the coefficients."""
+    coefficients = basis.T @ block
+    block -= basis @ coefficients
+    return np.asarray(coefficients)
+
+
+def _norms(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(columns, axis=0))
+
+
+def _orthonormal(block: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Q and R of a block; by Cholesky of its Gram matrix, in matrix products, if it is nearly orthonormal already."""
+    sizes = _norms(block)
+    if sizes.all():
+        scaled = block / sizes
+        gram = scaled.T @ scaled
+        if np.abs(gram - np.eye(len(gram))).sum(axis=1).max() < _NEARLY_ORTHONORMAL:
+            lower = np.linalg.cholesky(gram)
+            return scaled @ np.linalg.inv(lower).T, lower.T * sizes
+    directions, upper = np.linalg.qr(block)
+    return directions, upper
+
+
+def _descending(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values, vectors = np.linalg.eigh(matrix)
+    return values[::-1], vectors[:, ::-1]

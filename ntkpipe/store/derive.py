@@ -1,0 +1,260 @@
+"""Derive: other kinds of kernel from a stored one, without the model: its S x S blocks are reduced, tile by tile."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, StoreError, StoreMismatchError, TileError
+from ntkpipe.base.kinds import Kind, get_kind
+from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.base.progress import Ticks
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.store.chunks import Store, StoredArray, medium_at, prepare_path
+from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.layout import Index
+from ntkpipe.store.manifest import DerivedRecord, Manifest, differences
+
+# What can be derived from what: everything else would need pairs of outputs that were not kept.
+_SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trace", "output:k")}
+_KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
+
+
+def derive_kernel(
+    store: str | Path | KernelStore,
+    *,
+    kind: str,
+    to: str | Path,
+    samples: bool = False,
+    progress: bool = True,
+) -> KernelStore:
+    """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
+
+    ``pntk``, ``trace``, ``diagonal`` and ``output:k`` come from ``ntk``; ``trace`` and ``output:k`` from ``diagonal``.
+    Groups are derived, too. Sums over outputs are float64; the result equals a direct run to the rounding of the
+    stored entries, which for ``pntk`` is relative to the largest kernel of an output: where outputs cancel, as softmax
+    outputs do, little of their sum may be left.
+
+    The new store is complete and verifiable by itself. Outputs and targets are copied. Samples are not, unless asked
+    for: then :func:`ntkpipe.verify` with a model, which needs them, must be given ``inputs`` (and ``test_inputs``); a
+    workflow file gives them. Every chunk of the source is read once, and its checksum verified; memory is one of its
+    tiles and what is made of it. What exists already at ``to`` is kept, so the same call resumes.
+
+    Parameters
+    ----------
+    store
+        The source: path, URL, or an open store. It must be complete.
+    kind
+        What is derived.
+    to
+        Path or URL of the new store.
+    samples
+        Whether the samples are copied, too.
+    progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    The new store, open for reading.
+
+    Raises
+    ------
+    ConfigError
+        If the kind cannot be derived from the source without loss.
+    TileError
+        If the source is incomplete or damaged; the message names a tile.
+    StoreExistsError, StoreMismatchError
+        If something else is at ``to``.
+    NonFiniteError
+        If sums over outputs overflow the dtype of the store; the message names the tile.
+    ResourceError, StoreFullError
+        If there is too little room; what is finished is kept.
+    StoreError
+        If the source was changed meanwhile, or something cannot be read or written.
+    """
+    source = store if isinstance(store, KernelStore) else open_kernel(store)
+    manifest = derived_manifest(source.manifest, kind, samples=samples)
+    _require_complete(source.store)
+    medium = medium_at(to)
+    if medium.identity() == source.store.medium.identity():
+        raise ConfigError(f"{source.path} is the source; the derived store needs another path")
+    existing = prepare_path(medium, "a")
+    target = Store.create(medium, manifest) if existing is None else existing
+    _require_same(target, manifest)
+    target.complete_layout()
+    missing = {name: set(indices) for name, indices in target.missing().items()}
+    _require_room(target, missing)
+    with (
+        target.in_use(),
+        Ticks(sum(map(len, missing.values())), what="derive", unit="chunk", enabled=progress) as ticks,
+    ):
+        for array, index, values in _chunks(source.store, target, missing):
+            target.arrays[array].write(index, values)
+            ticks.tick()
+    if Store.open(source.store.medium).manifest.digest() != source.manifest.digest():
+        raise StoreError(
+            f"{source.path} was replaced or extended while it was read: remove {target.root}, which may mix both, and "
+            "derive again"
+        )
+    return KernelStore(target)
+
+
+def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
+    """The manifest of a store of ``kind`` that is derived from another.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be derived, or samples are asked for that the source does not have.
+    """
+    wanted = get_kind(kind)
+    general = "output:k" if wanted.name.startswith("output:") else wanted.name
+    known = _SOURCES.get(source.kind, ())
+    if general not in known:
+        kept = "it is that already" if general == source.kind else "its store does not keep what that needs"
+        possible = f"; from it come {', '.join(known)}" if known else "; kinds are derived from 'ntk' or 'diagonal'"
+        raise ConfigError(f"kind={kind!r} cannot be derived from kind {source.kind!r}: {kept}{possible}")
+    wanted.covectors(source.num_outputs)  # is there such an output?
+    if samples and source.derived is not None and not source.derived.has_samples:
+        raise ConfigError("samples=True, but the source was itself derived without its samples")
+    return source.model_copy(
+        update={
+            "kind": wanted.name,
+            "convention": wanted.convention,
+            "num_covectors": wanted.num_covectors(source.num_outputs),
+            "derived": DerivedRecord(kind=source.kind, digest=source.digest(), has_samples=samples),
+            "growth": (),
+            "environment": {**source.environment, "derived": datetime.now(UTC).isoformat(timespec="seconds")},
+        }
+    )
+
+
+def _require_complete(source: Store) -> None:
+    missing = source.missing()
+    if missing:
+        name, indices = next(iter(missing.items()))
+        raise TileError(
+            f"{source.arrays[name].describe(indices[0])} is missing, and {sum(map(len, missing.values())) - 1} other "
+            "chunks: finish the run before other kinds are derived from it"
+        )
+
+
+def _require_same(target: Store, wanted: Manifest) -> None:
+    found = differences(target.manifest, wanted)
+    for field in ("derived", "choices"):
+        stored, asked = getattr(target.manifest, field), getattr(wanted, field)
+        if stored != asked:
+            found += ((field, stored, asked),)
+    if found:
+        raise StoreMismatchError(
+            f"{target.root} holds another kernel, or one that was made in another way; what differs is "
+            f"{', '.join(field for field, _, _ in found)}. Use another path",
+            found,
+        )
+
+
+def _require_room(target: Store, missing: dict[str, set[Index]]) -> None:
+    needed = sum(len(indices) * target.arrays[name].layout.chunk_bytes for name, indices in missing.items())
+    free = target.medium.free_bytes()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"the derived store needs {format_bytes(needed)} more, {format_bytes(free)} of disk are free; free some, "
+            "or choose another path"
+        )
+
+
+def _chunks(source: Store, target: Store, missing: dict[str, set[Index]]) -> Iterator[tuple[str, Index, NDArray[Any]]]:
+    """Every missing chunk of the target: array, index, entries."""
+    for name in [name for name in target.arrays if not _is_kernel(target.arrays[name])]:
+        for index in sorted(missing.get(name, ())):
+            yield name, index, source.arrays[name].read(index)
+    kind, manifest = get_kind(target.manifest.kind), target.manifest
+    outputs = [*range(manifest.num_outputs)] if kind.pairs == "same" else [None]
+    for group in (None, *manifest.groups):
+        for name in _KERNELS:
+            arrays = {output: array_of(prefix_of(group, output), name) for output in outputs}
+            wanted = set().union(*(missing.get(array, ()) for array in arrays.values()))
+            for index in sorted(wanted):
+                blocks = _Blocks(source, group, name, index)
+                for output, array in arrays.items():
+                    if index in missing.get(array, ()):
+                        layout = target.arrays[array].layout
+                        values = _as_stored(_reduce(blocks, kind, output), target.arrays[array], index)
+                        if layout.grid is not None and layout.grid.symmetric and index[0] == index[1]:
+                            # Sums of transposed blocks run in another order.
+                            values = np.triu(values) + np.triu(values, 1).T
+                        yield array, index, values if layout.grid is not None else values[:, :, None]
+
+
+def _as_stored(values: NDArray[Any], array: StoredArray, index: Index) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # an overflow is an error, raised with its tile
+        found = values.astype(array.layout.dtype)
+    if not np.isfinite(found).all():
+        raise NonFiniteError(
+            f"{array.describe(index)} would have entries that are NaN or infinite: verify the source; where sums over "
+            f"outputs overflow {array.layout.dtype}, compute it anew with store_dtype='float64'"
+        )
+    return found
+
+
+def _is_kernel(array: StoredArray) -> bool:
+    return array.layout.grid is not None or array.layout.holds_blocks
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, when it is needed.
+
+    Attributes
+    ----------
+    source, group, name, index
+        Which store, which group of parameters, which kernel, which of its chunks.
+    """
+
+    source: Store
+    group: str | None
+    name: str
+    index: Index
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs O."""
+        return self.source.manifest.num_outputs
+
+    def _read(self, output: int | None) -> NDArray[Any]:
+        values = self.source.arrays[array_of(prefix_of(self.group, output), self.name)].read(self.index)
+        # A test_diagonal is a kernel of one column of samples.
+        return values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
+
+    @cached_property
+    def whole(self) -> NDArray[Any]:
+        """All pairs, shape (n, O, m, O), where the source keeps them."""
+        values, count = self._read(None), self.num_outputs
+        return values.reshape(len(values) // count, count, -1, count)
+
+    def equal(self, output: int) -> NDArray[Any]:
+        """The pair of an output with itself, shape (n, m)."""
+        if get_kind(self.source.manifest.kind).pairs == "same":
+            return self._read(output)
+        return self.whole[:, output, :, output]
+
+
+def _reduce(blocks: _Blocks, kind: Kind, output: int | None) -> NDArray[Any]:
+    """Entries of a kind, shape (n, m); sums are float64."""
+    count = blocks.num_outputs
+    if kind.name == "pntk":
+        total: NDArray[np.float64] = blocks.whole.sum(axis=(1, 3), dtype=np.float64)
+        return total / count
+    if kind.name == "trace":
+        total = blocks.equal(0).astype(np.float64)
+        for number in range(1, count):
+            total += blocks.equal(number)
+        return total / count
+    if output is None:
+        (output,) = np.flatnonzero(kind.covectors(count)[0]).tolist()
+    return blocks.equal(output)

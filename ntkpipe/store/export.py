@@ -1,0 +1,177 @@
+"""Export: one array of a store as a plain ``.npy`` file or Zarr array, a kernel as the full mirrored matrix."""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
+from ntkpipe.base.progress import Ticks
+from ntkpipe.base.resources import format_bytes, free_disk
+from ntkpipe.store.chunks import Store, StoredArray, writing
+from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.layout import ArrayLayout, Index
+from ntkpipe.store.media.folder import Folder
+
+_KERNELS = "kernel/"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Part = tuple[Index, NDArray[Any]]
+Write = Callable[[Index, NDArray[Any]], None]
+
+
+def export_kernel(
+    store: str | Path | KernelStore, path: str | Path, *, array: str = "train", progress: bool = True
+) -> Path:
+    """Write one array of a store for programs that do not know this package.
+
+    A symmetric kernel becomes the full matrix. Tiles are streamed, each read and checked once: memory is two tiles,
+    whatever the size of the matrix. The file appears at ``path`` when it is whole, and not before.
+
+    Parameters
+    ----------
+    store
+        Path, or an open store.
+    path
+        ``….npy`` for one file that ``numpy.load(path, mmap_mode="r")`` maps, or ``….zarr`` for a Zarr v3 array (no
+        compression, crc32c, one chunk a tile) that any Zarr library reads. Nothing may be there yet.
+    array
+        Name of the array in the store; ``kernel/`` may be left out, as in ``"train"`` and ``"test_train"``.
+    progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    The path. dtype and order of the axes are those of the store; row = sample * S + covector.
+
+    Raises
+    ------
+    ConfigError
+        If the path ends otherwise, or the store has no such array.
+    StoreExistsError
+        If something is at the path.
+    TileError
+        If the store is incomplete or damaged; the message names the tile, and nothing is left at the path.
+    ResourceError
+        If the disk has too little room; nothing was written.
+    StoreFullError, StoreError
+        If it cannot be written all the same.
+    """
+    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    source = find_array(opened.store, array)
+    target = Path(os.path.expanduser(path))
+    if target.suffix not in _WRITERS:
+        raise ConfigError(f"{target} ends in {target.suffix!r}; needed {' or '.join(map(repr, _WRITERS))}")
+    if target.exists() or target.is_symlink():
+        raise StoreExistsError(f"{target} exists; choose another path, or remove it first")
+    _require_complete(source)
+    _require_room(source.layout, target)
+    folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    partial = folder / "array"
+    with (
+        writing(Folder(target.parent)),
+        Ticks(source.layout.num_chunks, what="export", unit="chunk", enabled=progress) as ticks,
+    ):
+        folder.mkdir(parents=True)
+        try:
+            with _WRITERS[target.suffix](partial, source.layout) as write:
+                for index in source.layout.indices():
+                    for part in _parts(source, index):
+                        write(*part)
+                    ticks.tick()
+            partial.rename(target)
+        finally:
+            shutil.rmtree(folder)
+    return target
+
+
+def find_array(store: Store, name: str) -> StoredArray:
+    """The array of a store that is called ``name``, or ``kernel/name``.
+
+    Raises
+    ------
+    ConfigError
+        If there is none; the message lists those that exist.
+    """
+    for known in (name, _KERNELS + name):
+        if known in store.arrays:
+            return store.arrays[known]
+    names = [known.removeprefix(_KERNELS) for known in store.arrays]
+    close = get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"{store.root} has no array {name!r}; it has {', '.join(map(repr, names))}{hint}")
+
+
+def _require_complete(source: StoredArray) -> None:
+    missing = source.missing()
+    if missing:
+        raise TileError(
+            f"{source.describe(missing[0])} is missing, and {len(missing) - 1} others of {source.layout.num_chunks}: "
+            "finish the run before the export"
+        )
+
+
+def _require_room(layout: ArrayLayout, target: Path) -> None:
+    needed, free = int(np.prod(layout.shape, dtype=object)) * layout.dtype.itemsize, free_disk(target)
+    if needed > free:
+        raise ResourceError(
+            f"{target} needs {format_bytes(needed)} for {layout.name} of shape {layout.shape} and dtype "
+            f"{layout.dtype}, {format_bytes(free)} of disk are free; free some, or choose another path"
+        )
+
+
+def _parts(source: StoredArray, index: Index) -> Iterator[Part]:
+    """A chunk and, for a tile whose mirror is not stored, the mirror."""
+    values = source.read(index)
+    yield index, values
+    grid = source.layout.grid
+    if grid is not None and grid.symmetric and index[0] != index[1]:
+        yield (index[1], index[0]), values.T
+
+
+@contextlib.contextmanager
+def _npy(path: Path, layout: ArrayLayout) -> Iterator[Write]:
+    """A ``.npy`` file, filled by positioned writes: a memory map would answer a full disk with a signal."""
+    dtype = layout.dtype.newbyteorder("<")
+    row_bytes = int(np.prod(layout.shape[1:])) * dtype.itemsize
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": layout.shape}
+    with path.open("xb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+
+        def write(index: Index, values: NDArray[Any]) -> None:
+            region = layout.region(index)
+            if values.shape[1:] == layout.shape[1:]:
+                _write_at(file, start + region[0].start * row_bytes, values, dtype)
+                return
+            for row, entries in enumerate(values, start=region[0].start):
+                _write_at(file, start + row * row_bytes + region[1].start * dtype.itemsize, entries, dtype)
+
+        yield write
+        file.flush()
+        os.fsync(file.fileno())  # what could not be written must be known before the file gets its name
+
+
+def _write_at(file: BinaryIO, position: int, values: NDArray[Any], dtype: np.dtype[Any]) -> None:
+    file.seek(position)
+    file.write(np.ascontiguousarray(values, dtype).data)
+
+
+@contextlib.contextmanager
+def _zarr(path: Path, layout: ArrayLayout) -> Iterator[Write]:
+    """A Zarr array of the same chunks, all of which are there."""
+    plain = ArrayLayout(path.name, layout.shape, layout.chunks, layout.dtype, layout.dimensions)
+    array = StoredArray(Folder(path.parent), plain)
+    array.create()
+    yield array.write
+
+
+_WRITERS = {".npy": _npy, ".zarr": _zarr}

@@ -1,0 +1,174 @@
+"""Which arrays a store has: names, shapes, chunks and dtypes, all decided by the manifest."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.base.errors import StoreError
+from ntkpipe.base.grid import Grid, kernel_grids
+from ntkpipe.base.planes import MAX_PLANES, Plane, num_planes, planes_of
+from ntkpipe.store.manifest import DataRecord, Manifest
+
+Index = tuple[int, ...]
+
+# A chunk is followed by the crc32c of its bytes.
+CHECKSUM_BYTES = 4
+_BLOCK_DIMENSIONS = ("sample", "row", "column")
+# What is missing is listed in memory, and a chunk is read as a whole.
+MOST_CHUNKS = 2**22
+MOST_CHUNK_BYTES = 2**33
+_SAMPLE_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store.
+
+    Attributes
+    ----------
+    name
+        Path below the store's root.
+    shape, chunks, dtype, dimensions
+        As in Zarr.
+    grid
+        The tiles, for a kernel; other arrays keep every chunk.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+    dimensions: tuple[str, ...]
+    grid: Grid | None = None
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether it is a ``test_diagonal``: the S x S block of each sample with itself."""
+        return self.dimensions == _BLOCK_DIMENSIONS
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
+        return math.prod(self.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
+
+    @property
+    def fill_value(self) -> float:
+        """What plain Zarr readers see where nothing was written, and what pads ragged chunks."""
+        return float("nan") if self.dtype.kind == "f" else 0
+
+    def indices(self) -> Iterator[Index]:
+        """Chunks that a complete array has."""
+        if self.grid is not None:
+            return self.grid.tiles()
+        return np.ndindex(*(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)))
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of :meth:`indices`."""
+        if self.grid is not None:
+            return self.grid.num_tiles
+        return math.prod(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+
+    def holds(self, index: Index) -> bool:
+        """Whether a complete array has chunk ``index``."""
+        counts = (-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+        inside = all(0 <= i < count for i, count in zip(index, counts, strict=True))
+        return inside and (self.grid is None or self.grid.is_stored(*index))
+
+    def region(self, index: Index) -> tuple[slice, ...]:
+        """Part of the array that chunk ``index`` holds, cut at the array's end."""
+        return tuple(
+            slice(i * chunk, min((i + 1) * chunk, size))
+            for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
+        )
+
+
+def planes(manifest: Manifest) -> tuple[Plane, ...]:
+    """The matrices that a store of this manifest has of each kernel.
+
+    Raises
+    ------
+    StoreError
+        If these are more than any run makes: the manifest is not one of ours.
+    """
+    count = num_planes(manifest.kind, manifest.num_outputs, len(manifest.groups))
+    if count > MAX_PLANES:
+        raise StoreError(f"the manifest asks for {count} kernels beside each other; at most {MAX_PLANES} are possible")
+    return planes_of(manifest.kind, manifest.num_outputs, manifest.groups)
+
+
+def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
+    """Every array that a store of this manifest has, by name.
+
+    Raises
+    ------
+    StoreError
+        If there are more or larger chunks than can be handled.
+    """
+    found: list[ArrayLayout] = []
+    store_dtype = np.dtype(manifest.store_dtype)
+    num_test = None if manifest.test is None else manifest.test.num_samples
+    grids = kernel_grids(manifest.train.num_samples, num_test, manifest.num_covectors, manifest.tile)
+    for plane in planes(manifest):
+        for name, grid in grids.items():
+            chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
+            dimensions = ("row", "column")
+            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, store_dtype, dimensions, grid))
+    for split, data in (("train", manifest.train), ("test", manifest.test)):
+        if data is not None:
+            found += _data_layouts(split, data, manifest)
+    if manifest.test is not None:
+        width = manifest.num_covectors
+        blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
+        for plane in planes(manifest):
+            name = plane.array("kernel/test_diagonal")
+            found.append(ArrayLayout(name, blocks, block_chunks, store_dtype, _BLOCK_DIMENSIONS))
+    _require_possible(found)
+    return {layout.name: layout for layout in found}
+
+
+def _require_possible(found: list[ArrayLayout]) -> None:
+    """Check that listing the chunks and reading one is possible, by numbers of any size, before anything is allocated.
+
+    Raises
+    ------
+    StoreError
+        If it is not.
+    """
+    count = sum(layout.num_chunks for layout in found)
+    if count > MOST_CHUNKS:
+        raise StoreError(
+            f"a store of {_about(found[0].shape[0])} rows in tiles of {_about(found[0].chunks[0])} would have "
+            f"{_about(count)} chunks; at most {MOST_CHUNKS:,} can be listed. Choose a larger tile"
+        )
+    largest = max(found, key=lambda layout: layout.chunk_bytes)
+    if largest.chunk_bytes > MOST_CHUNK_BYTES:
+        raise StoreError(
+            f"one chunk of {largest.name} would have {_about(largest.chunk_bytes)} bytes; at most "
+            f"{MOST_CHUNK_BYTES:,} are possible. Choose a smaller tile"
+        )
+
+
+def _about(count: int) -> str:
+    return f"{count:,}" if count < 10**15 else f"10^{len(str(count)) - 1}"
+
+
+def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
+    arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
+    if manifest.derived is not None and not manifest.derived.has_samples:
+        arrays = {}
+    if data.targets is not None:
+        arrays[f"targets/{split}"] = data.targets
+    found = []
+    for name, record in arrays.items():
+        sample_bytes = max(1, math.prod(record.shape) * np.dtype(record.dtype).itemsize)
+        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
+        dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
+        shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)
+        found.append(ArrayLayout(name, shape, chunks, np.dtype(record.dtype), dimensions))
+    shape, chunks = (data.num_samples, manifest.num_outputs), (manifest.tile, manifest.num_outputs)
+    found.append(ArrayLayout(f"outputs/{split}", shape, chunks, np.dtype(manifest.store_dtype), ("sample", "output")))
+    return found

@@ -1,0 +1,312 @@
+"""The manifest: everything that decides the numbers of a store, as JSON in its group's attributes."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
+
+from ntkpipe.base.config import ComputeDtype, GroupName, RealDtype, require_folders
+from ntkpipe.base.errors import StoreError
+
+FORMAT: Literal[1] = 1
+ATTRIBUTE = "ntkpipe"
+
+# numpy has 64 axes at most, and one is the sample.
+_MOST_AXES = 63
+# Other readers of JSON take numbers for float64.
+_LARGEST = 2**53
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# Numbers of machines, never objects, dates or structures.
+_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
+
+
+def _require_dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise ValueError("no dtype of samples")
+    return name
+
+
+class ArrayRecord(_Record):
+    """Shape of one sample's entry, and dtype, of one array."""
+
+    shape: Annotated[tuple[PositiveInt, ...], Field(max_length=_MOST_AXES)]
+    dtype: Annotated[str, AfterValidator(_require_dtype)]
+
+
+def _require_identifier(name: str) -> str:
+    """Names of arrays are keyword arguments of a model, and folders of the store."""
+    if not name.isidentifier():
+        raise ValueError("no name of an array")
+    return name
+
+
+class DataRecord(_Record):
+    """One set of samples.
+
+    Attributes
+    ----------
+    num_samples
+        Samples of the set.
+    inputs
+        The arrays of a sample by name; a sample that is one tensor has the one array ``input``.
+    is_mapping
+        Whether the model takes a dict of the arrays, or the one array itself.
+    inputs_digest, targets_digest
+        sha256 over names, dtypes, shapes and bytes.
+    targets
+        The targets' array, if any.
+    """
+
+    num_samples: PositiveInt
+    inputs: dict[Annotated[str, AfterValidator(_require_identifier)], ArrayRecord]
+    is_mapping: bool
+    inputs_digest: str
+    targets: ArrayRecord | None
+    targets_digest: str | None
+
+
+class ModelRecord(_Record):
+    """The model.
+
+    Attributes
+    ----------
+    name
+        Its class, or the import string and arguments it was made from.
+    state_digest
+        sha256 over names, dtypes, shapes and bytes of parameters and buffers, in the dtypes given.
+    structure_digest
+        sha256 over the printed module tree: activation functions have no state.
+    parameters
+        Names of the selected parameters.
+    num_parameters
+        Number of scalars in them.
+    """
+
+    name: str
+    state_digest: str
+    structure_digest: str
+    parameters: tuple[str, ...]
+    num_parameters: PositiveInt
+
+
+class Choices(_Record):
+    """What could have been chosen otherwise and decides the last bits; fixed once, reused by every resume.
+
+    Attributes
+    ----------
+    strip
+        Samples whose Jacobians are computed and held as a unit.
+    subtile
+        Samples along the edge of the pieces in which strips are contracted.
+    batch
+        Samples of one forward pass.
+    representations
+        Per parameter (or fused pair): how its Jacobian is found and kept.
+    device
+        Type of the device.
+    arithmetic
+        Instruction set of the processor, or name of the GPU, and version of torch: where they differ, results agree to
+        rounding only.
+    """
+
+    strip: PositiveInt
+    subtile: PositiveInt
+    batch: PositiveInt
+    representations: dict[str, str]
+    device: str
+    arithmetic: str
+
+
+class DerivedRecord(_Record):
+    """The store that one was derived from, without the model.
+
+    Attributes
+    ----------
+    kind
+        Its kind.
+    digest
+        Digest of its manifest.
+    has_samples
+        Whether the samples were copied, too.
+    """
+
+    kind: str
+    digest: str
+    has_samples: bool
+
+
+class GrowthRecord(_Record):
+    """What a store held before it got more samples. Bits of tiles at its old edge depend on it.
+
+    Attributes
+    ----------
+    train, test
+        The samples before.
+    environment
+        Versions, host and time of the run that added more; for people, never compared.
+    """
+
+    train: DataRecord
+    test: DataRecord | None
+    environment: dict[str, str]
+
+
+# Fields that came later, left out of the JSON where they say nothing: stores without them keep manifest and digest.
+_LATER = frozenset({"groups", "derived", "growth"})
+
+
+class Manifest(_Record):
+    """What a store holds. Frozen; its digest is stored beside it, so that an altered one is noticed.
+
+    Attributes
+    ----------
+    environment
+        Versions, host and time of the run that made the store; for people, never compared.
+    groups
+        Name → parameters of each group that has kernels of its own; they have none in common.
+    derived
+        Where the kernels come from, if not from the model.
+    growth
+        What the store held before each time that it got more samples, the oldest first; never compared.
+    """
+
+    format: Literal[1]
+    kind: str
+    convention: str
+    num_outputs: PositiveInt
+    num_covectors: PositiveInt
+    tile: PositiveInt
+    compute_dtype: ComputeDtype
+    accumulate_dtype: RealDtype
+    store_dtype: RealDtype
+    model: ModelRecord
+    train: DataRecord
+    test: DataRecord | None
+    choices: Choices
+    environment: dict[str, str]
+    groups: dict[GroupName, tuple[str, ...]] = {}
+    derived: DerivedRecord | None = None
+    growth: tuple[GrowthRecord, ...] = ()
+
+    @field_validator("groups")
+    @classmethod
+    def _require_folders(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return require_folders(groups)
+
+    @model_serializer(mode="wrap")
+    def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value or name not in _LATER}
+
+    def earlier(self) -> tuple["Manifest", ...]:
+        """The manifests that the store had before each growth, the oldest first, as they were."""
+        return tuple(
+            self.model_copy(update={"train": before.train, "test": before.test, "growth": self.growth[:number]})
+            for number, before in enumerate(self.growth)
+        )
+
+    def grown(self, train: DataRecord, test: DataRecord | None, environment: dict[str, str]) -> "Manifest":
+        """The manifest of the same store with more samples."""
+        before = GrowthRecord(train=self.train, test=self.test, environment=environment)
+        return self.model_copy(update={"train": train, "test": test, "growth": (*self.growth, before)})
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_attribute(self) -> dict[str, Any]:
+        """JSON value of the group's attribute."""
+        return {"manifest": self.model_dump(mode="json"), "digest": self.digest()}
+
+
+def from_attribute(value: object, where: str) -> Manifest:
+    """Read a manifest from a group's attribute.
+
+    Raises
+    ------
+    StoreError
+        If it is of another format, has wrong types, or does not match its digest.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("manifest"), dict):
+        raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
+    found = value["manifest"].get("format")
+    if found != FORMAT:
+        raise StoreError(f"{where} has store format {repr(found)[:20]}; this version reads format {FORMAT}")
+    problem = _implausible(value["manifest"])
+    if problem is not None:
+        raise StoreError(f"the manifest of {where} is damaged: {problem}")
+    try:
+        # Through JSON, so that strict types hold and lists may become tuples.
+        manifest = Manifest.model_validate_json(json.dumps(value["manifest"]))
+    except ValidationError as error:
+        places = [".".join(map(str, item["loc"])) for item in error.errors(include_url=False, include_input=False)]
+        shown = ", ".join(place[:100] for place in places[:8])
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        raise StoreError(f"the manifest of {where} is damaged: bad values in {shown}{more}") from error
+    if manifest.digest() != value.get("digest"):
+        raise StoreError(f"the manifest of {where} does not match its digest; it was altered after it was written")
+    return manifest
+
+
+def _implausible(value: object) -> str | None:
+    """What no manifest of ours holds: text that is no text, numbers that are no counts; none if there is no such thing.
+
+    Whoever made the store, its words are printed and its numbers become shapes.
+    """
+    if isinstance(value, str) and any(not (c.isprintable() or c in "\n\t") for c in value):
+        return f"control characters in {value[:40]!a}"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"a number of {value.bit_length()} bits"
+    parts: list[object] = [*value, *value.values()] if isinstance(value, dict) else []
+    parts += value if isinstance(value, list) else []
+    return next((problem for part in parts if (problem := _implausible(part)) is not None), None)
+
+
+# Choices, environment and history may differ between runs; everything else may not.
+_IDENTITY = (
+    "kind",
+    "convention",
+    "num_outputs",
+    "tile",
+    "compute_dtype",
+    "accumulate_dtype",
+    "store_dtype",
+    "model",
+    "groups",
+    "train",
+    "test",
+)
+
+
+def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:
+    """Fields in which two runs are not the same kernel: ``(field, stored, asked)``, records spelled out."""
+    left = {name: getattr(stored, name) for name in _IDENTITY}
+    right = {name: getattr(asked, name) for name in _IDENTITY}
+    return tuple(_compare("", left, right))
+
+
+def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object, object]]:
+    left = left.model_dump() if isinstance(left, BaseModel) else left
+    right = right.model_dump() if isinstance(right, BaseModel) else right
+    if isinstance(left, dict) and isinstance(right, dict):
+        found = []
+        for key in [*left, *(key for key in right if key not in left)]:
+            found += _compare(f"{prefix}.{key}" if prefix else key, left.get(key), right.get(key))
+        return found
+    return [] if left == right else [(prefix, left, right)]

@@ -1,0 +1,1 @@
+"""Where the bytes of a store are: a folder or an object store."""

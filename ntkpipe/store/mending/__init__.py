@@ -1,0 +1,1 @@
+"""Changing a store that exists: growth and repair, except for computing."""

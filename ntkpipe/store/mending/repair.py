@@ -1,0 +1,239 @@
+"""Repair of a store: what is bad is found, put right or computed again, and looked at once more.
+
+Everything but the computing is here, and needs no model: leftovers and chunks that belong nowhere go, descriptions of
+arrays are written anew, a growth that was cut short is undone. A bad chunk stays until the new one replaces it.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.base.errors import StoreError, TileError
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.layout import Index
+from ntkpipe.store.mending.growth import Chunk, end_growth, undo_cut_growth
+from ntkpipe.store.verification import Rows, VerificationReport, verification_rows, verify_and_record
+
+# Actions that a record of a repair lists, and that are shown.
+_MOST_RECORDED = 1000
+_MOST_SHOWN = 20
+
+_COMPUTED = "computed again"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that a repair did.
+
+    Attributes
+    ----------
+    array, index
+        The chunk, or the array or file and nothing.
+    done
+        What was done.
+    """
+
+    array: str
+    index: Index
+    done: str
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair found, did and left.
+
+    Attributes
+    ----------
+    found
+        The verification before.
+    actions
+        What was done.
+    left
+        The verification after.
+    """
+
+    found: VerificationReport
+    actions: tuple[Action, ...]
+    left: VerificationReport
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the store is good now."""
+        return self.left.is_good
+
+    @property
+    def num_computed(self) -> int:
+        """Chunks that were computed again."""
+        return sum(action.done == _COMPUTED for action in self.actions)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "found": self.found.to_json(),
+            "actions": [asdict(action) for action in self.actions],
+            "left": self.left.to_json(),
+            "is_good": self.is_good,
+        }
+
+
+def undo(store: Store) -> tuple[Action, ...]:
+    """Undo a growth that was cut short before it was decided; that is the first thing of a repair."""
+    return (Action("growth", (), "put back as before: it was cut short"),) if undo_cut_growth(store) else ()
+
+
+def mend(
+    store: Store,
+    compute: Callable[[frozenset[Chunk]], None] | None = None,
+    verify: Callable[[], VerificationReport] | None = None,
+    *,
+    done: tuple[Action, ...] = (),
+    progress: bool,
+) -> RepairReport:
+    """Repair a store, and keep a record of it below ``results/repairs``.
+
+    Parameters
+    ----------
+    store
+        The store.
+    compute
+        Computes the given chunks again, and replaces them one by one. None leaves bad chunks as they are.
+    verify
+        The verification afterwards, with certificates perhaps; default as before.
+    done
+        What was done already, as by :func:`undo`.
+    progress
+        Show progress bars.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be written.
+    """
+
+    def look() -> VerificationReport:
+        return verify_and_record(store, progress=progress) if verify is None else verify()
+
+    found = verify_and_record(store, progress=progress)
+    actions = list(done)
+    with store.in_use():
+        actions += _put_right(store)
+    leftovers = [finding.array for finding in found.findings if finding.is_harmless]
+    actions += [Action(name, (), "leftover removed") for name in leftovers if store.medium.size(name) is None]
+    chunks = bad_chunks(store, found)
+    if compute is not None and chunks:
+        compute(chunks)
+        actions += [Action(name, index, _COMPUTED) for name, index in sorted(chunks)]
+    left = look() if actions or verify is not None else found
+    if compute is not None and not left.is_good:
+        # An entry may exceed its bound since the diagonal is wrong; a certificate points at rows.
+        more = bad_chunks(store, left)
+        doubted = (more | _diagonals_of(store, more) | _suspects(store, left)) - (chunks - more)
+        if doubted:
+            before = {chunk: _digest(store, chunk) for chunk in doubted}
+            compute(doubted)
+            changed = [chunk for chunk in sorted(doubted) if _digest(store, chunk) != before[chunk]]
+            actions += [Action(name, index, _COMPUTED) for name, index in changed]
+            left = look()
+    if left.is_good and end_growth(store):
+        actions.append(Action("growth", (), "ended: copies of old entries removed"))
+    report = RepairReport(found, tuple(actions), left)
+    if actions:
+        _record(store, report)
+    return report
+
+
+def bad_chunks(store: Store, report: VerificationReport) -> frozenset[Chunk]:
+    """The chunks of a report that are missing or bad."""
+    return frozenset(
+        (finding.array, finding.index)
+        for finding in report.findings
+        if finding.index and store.arrays[finding.array].layout.holds(finding.index)
+    )
+
+
+def _put_right(store: Store) -> list[Action]:
+    """Write bad descriptions of arrays anew, and remove chunks that belong nowhere."""
+    actions = []
+    store.complete_groups()
+    for name, array in store.arrays.items():
+        try:
+            array.check_metadata()
+        except StoreError:
+            array.replace_metadata()
+            actions.append(Action(name, (), "zarr.json written anew"))
+        strays = [index for index, _ in array.sizes() if not array.layout.holds(index)]
+        for index in sorted(strays):
+            store.medium.delete(array.name(index))
+            actions.append(Action(name, index, "removed: it did not belong to the array"))
+    return actions
+
+
+def _diagonals_of(store: Store, chunks: frozenset[Chunk]) -> frozenset[Chunk]:
+    """The chunks with the diagonal entries that bound the entries of tiles."""
+    found: set[Chunk] = set()
+    for name, index in chunks:
+        grid, plane = store.arrays[name].layout.grid, name.rpartition("/")[0]
+        if grid is not None:
+            row, column = index
+            found.add((f"{plane}/train", (column, column)))
+            found.add((f"{plane}/train", (row, row)) if grid.symmetric else (f"{plane}/test_diagonal", (row, 0, 0)))
+    return frozenset(found)
+
+
+def _suspects(store: Store, report: VerificationReport) -> frozenset[Chunk]:
+    """The tiles in which an entry may be wrong that makes the rows stand out to which certificates point.
+
+    A wrong entry of a symmetric kernel makes two rows wrong, its own and that of its column.
+    """
+    found: set[Chunk] = set()
+    for certificate in report.certificates:
+        name = certificate["array"]
+        grid = store.arrays[name].layout.grid
+        if certificate["is_good"] or grid is None:
+            continue
+        rows = sorted({row // grid.rows.tile_rows for row in certificate["suspect_rows"]})
+        columns = rows if grid.symmetric else range(grid.columns.num_tiles)
+        found |= {(name, (row, column)) for row in rows for column in columns if grid.is_stored(row, column)}
+    return frozenset(found)
+
+
+def _digest(store: Store, chunk: Chunk) -> bytes:
+    """Of the bytes of a chunk, or of none if it cannot be read."""
+    name, index = chunk
+    try:
+        return hashlib.sha256(np.ascontiguousarray(store.arrays[name].read(index)).data).digest()
+    except TileError:
+        return b""
+
+
+def _record(store: Store, report: RepairReport) -> None:
+    shown = replace(report, actions=report.actions[:_MOST_RECORDED])
+    finished = datetime.now(UTC)
+    record = {
+        "finished": finished.isoformat(timespec="seconds"),
+        "num_actions": len(report.actions),
+        "num_computed": report.num_computed,
+        "num_findings": len(report.found.findings),
+        "actions": shown.to_json()["actions"],
+        "is_good": report.is_good,
+    }
+    with store.in_use():
+        store.write_result(f"repairs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", record)
+
+
+def repair_rows(report: RepairReport) -> Rows:
+    """A report of a repair in words."""
+    rows = [("found", f"{len(report.found.findings)} findings in {report.found.chunks_checked} chunks")]
+    for action in report.actions[:_MOST_SHOWN]:
+        where = f" ({', '.join(map(str, action.index))})" if action.index else ""
+        rows.append(("repaired", f"{action.array}{where}: {action.done}"))
+    if len(report.actions) > _MOST_SHOWN:
+        rows.append(("repaired", f"and {len(report.actions) - _MOST_SHOWN} more"))
+    if not report.actions:
+        rows.append(("repaired", "nothing"))
+    return [*rows, *verification_rows(report.left)]

@@ -1,0 +1,343 @@
+"""Results and checkpoints as plain Zarr, readable without this package: JSON in a group's attributes, and arrays."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import NtkpipeError, StoreError
+from ntkpipe.store.chunks import OF_WRONG_VALUES, Store, StoredArray, medium_at, writing
+from ntkpipe.store.documents import group_attributes, group_document, parse
+from ntkpipe.store.layout import MOST_CHUNK_BYTES, MOST_CHUNKS, ArrayLayout
+from ntkpipe.store.media.folder import Medium
+
+_DOCUMENT = "zarr.json"
+_CHUNK_BYTES = 16 * 2**20
+_DTYPES = ("float64", "float32", "int64", "uint8")
+_CHECKPOINTS = "checkpoints"
+_MOST_AXES = 8
+
+
+class ArrayFolder:
+    """A Zarr group of arrays and attributes, in a store or by itself.
+
+    Attributes are put whole. What they name is there if arrays are written first.
+
+    Parameters
+    ----------
+    medium, name
+        Where: the folder ``name`` below the root of a medium.
+    """
+
+    def __init__(self, medium: Medium, name: str) -> None:
+        self._medium = medium
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<ArrayFolder {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """Path or URL."""
+        return str(self._medium.address(self._name))
+
+    def _below(self, name: str) -> str:
+        return f"{self._name}/{name}"
+
+    def write_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Replace the attributes in one atomic step."""
+        with writing(self._medium):
+            self._create_groups()
+            self._medium.put(self._below(_DOCUMENT), group_document(dict(attributes)))
+
+    def _create_groups(self) -> None:
+        """The groups that this one is in, and the root, where there is none."""
+        parts = self._name.split("/")
+        for document in (_DOCUMENT, *(f"{'/'.join(parts[:depth])}/{_DOCUMENT}" for depth in range(1, len(parts)))):
+            if self._medium.size(document) is None:
+                self._medium.put_new(document, group_document({}))
+
+    def read_attributes(self) -> dict[str, Any] | None:
+        """The attributes, or none if there is no such group.
+
+        Raises
+        ------
+        StoreError
+            If they are damaged.
+        """
+        name = self._below(_DOCUMENT)
+        try:
+            data = self._medium.get(name)
+        except FileNotFoundError:
+            return None
+        return group_attributes(data, str(self._medium.address(name)), allow_nan=True)
+
+    def write_array(self, name: str, values: NDArray[Any]) -> None:
+        """Write an array of float or integer numbers, over one of the same name."""
+        self.delete_array(name)
+        array = self._array(name, values.shape, values.dtype)
+        with writing(self._medium):
+            self._create_groups()
+        array.create()
+        for index in array.layout.indices():
+            array.write(index, values[array.layout.region(index)])
+
+    def read_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """An array, its checksums verified; memory is the array plus one chunk.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        shape
+            That it must have; nothing is allocated for another one. Default any.
+
+        Raises
+        ------
+        StoreError
+            If there is none, it is damaged or has another shape.
+        """
+        where = f"{self._below(name)}/{_DOCUMENT}"
+        address = str(self._medium.address(where))
+        try:
+            document = parse(self._medium.get(where), address)
+        except FileNotFoundError:
+            raise StoreError(f"{address} is missing") from None
+        array = self._array(name, *_shape_and_dtype(document, address))
+        if shape is not None and array.layout.shape != shape:
+            raise StoreError(f"{address} describes an array of shape {array.layout.shape}; needed {shape}")
+        array.check_metadata()
+        values = np.empty(array.layout.shape, array.layout.dtype)
+        for index in array.layout.indices():
+            values[array.layout.region(index)] = array.read(index)
+        return values
+
+    def array_names(self) -> list[str]:
+        """Names of the arrays that are complete."""
+        names = (name[len(self._name) + 1 :].split("/") for name, _ in self._medium.sizes(self._name))
+        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == _DOCUMENT)
+
+    def delete_array(self, name: str) -> None:
+        """Delete an array, if it is there: first what makes it one."""
+        with writing(self._medium):
+            self._medium.delete(f"{self._below(name)}/{_DOCUMENT}")
+            self._medium.delete_below(self._below(name))
+
+    def delete(self) -> None:
+        """Delete the group with all that is in it, its attributes first."""
+        with writing(self._medium):
+            self._medium.delete(self._below(_DOCUMENT))
+            self._medium.delete_below(self._name)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
+        """The array of this name; chunks are whole rows."""
+        row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        chunks = (max(1, min(shape[0], _CHUNK_BYTES // row_bytes)), *(max(1, size) for size in shape[1:]))
+        dimensions = tuple(f"axis_{axis}" for axis in range(len(shape)))
+        return StoredArray(self._medium, ArrayLayout(self._below(name), shape, chunks, dtype, dimensions))
+
+
+def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array that anybody may have written, checked before anything is allocated.
+
+    Raises
+    ------
+    StoreError
+        If they are not of an array that :meth:`ArrayFolder.write_array` writes.
+    """
+    fields = document if isinstance(document, dict) else {}
+    sizes = shape if isinstance(shape := fields.get("shape"), list) else []
+    is_shape = 1 <= len(sizes) <= _MOST_AXES and all(type(size) is int and 0 <= size < 2**48 for size in sizes)
+    if not is_shape or fields.get("data_type") not in _DTYPES:
+        raise StoreError(f"{where} is damaged, or describes no array that results have")
+    dtype = np.dtype(fields["data_type"])
+    row_bytes = math.prod(sizes[1:]) * dtype.itemsize
+    if row_bytes > MOST_CHUNK_BYTES or row_bytes * sizes[0] > MOST_CHUNKS * _CHUNK_BYTES:
+        raise StoreError(f"{where} describes an array of {row_bytes * sizes[0]} bytes; no result has as many")
+    return tuple(sizes), dtype
+
+
+class Checkpoint:
+    """The state of one calculation: arrays that are written once, and a small JSON that says which of them count.
+
+    Killed at any moment, what the last :meth:`commit` named is there.
+
+    Parameters
+    ----------
+    where
+        A folder, by path or URL, of which this becomes a Zarr group; or a store.
+    name
+        Of the calculation, with everything that decides it: another one has another name.
+    """
+
+    def __init__(self, where: str | Path | Store, name: str) -> None:
+        inside = isinstance(where, Store)
+        medium = where.medium if isinstance(where, Store) else medium_at(where)
+        self._folder = ArrayFolder(medium, f"results/{_CHECKPOINTS}/{name}" if inside else name)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint in {self._folder.address}>"
+
+    def load(self) -> dict[str, Any] | None:
+        """What the last :meth:`commit` said, or none.
+
+        Raises
+        ------
+        StoreError
+            If it is damaged.
+        """
+        with self.reading():
+            attributes = self._folder.read_attributes()
+            return None if attributes is None else as_mapping(attributes["state"])
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What a checkpoint holds is anybody's: there, a value that is missing or of another type is damage and no bug.
+
+        Who reads a state does so in here, by :func:`as_integer` and its like, and :meth:`get` with the shape that is
+        needed: numpy would spread a smaller array over a larger one.
+
+        Raises
+        ------
+        StoreError
+            If there is one, or an array is missing or damaged; it names the checkpoint.
+        NtkpipeError
+            What else this package says.
+        """
+        try:
+            yield
+        except (StoreError, *OF_WRONG_VALUES) as error:
+            if isinstance(error, NtkpipeError) and not isinstance(error, StoreError):
+                raise
+            why = str(error) if isinstance(error, StoreError) else repr(error)
+            raise StoreError(
+                f"{self!r} cannot be read: it is damaged, or of another version ({why}); delete it to begin anew"
+            ) from error
+
+    def put(self, name: str, values: NDArray[Any]) -> None:
+        """Write an array under a name that no committed state uses."""
+        self._folder.write_array(name, values)
+
+    def get(
+        self, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
+    ) -> NDArray[Any]:
+        """An array that the state names, of this shape and dtype.
+
+        Parameters
+        ----------
+        name
+            As it was put.
+        shape, dtype
+            Needed of it.
+        allow_nan
+            Whether NaN and infinity are numbers of it.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, damaged, or another array.
+        """
+        values = self._folder.read_array(name, shape)
+        if values.dtype != dtype or not (allow_nan or np.isfinite(values).all()):
+            raise StoreError(
+                f"{name} has dtype {values.dtype}, or no finite numbers; needed those, as {np.dtype(dtype)}"
+            )
+        return values
+
+    def commit(self, state: Mapping[str, Any], keep: set[str]) -> None:
+        """Make this the state, and delete every array but those it needs."""
+        self._folder.write_attributes({"state": json.loads(json.dumps(dict(state)))})
+        for name in self._folder.array_names():
+            if name not in keep:
+                self._folder.delete_array(name)
+
+    def clear(self) -> None:
+        """Delete it, once the result is safe."""
+        self._folder.delete()
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """A value of JSON that must be an object.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"{str(value)[:40]!r} is no JSON object")
+    return value
+
+
+def as_integer(value: Any, *, low: int = 0) -> int:
+    """A value of JSON that must be an integer, from ``low`` on.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if type(value) is not int or value < low:
+        raise ValueError(f"{str(value)[:40]!r} is no integer from {low} on")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """A value of JSON that must be a finite number.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if type(value) not in {int, float} or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
+
+
+def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -> NDArray[np.float64]:
+    """Nested lists of JSON that must be numbers of this shape.
+
+    Raises
+    ------
+    ValueError
+        If they are something else.
+    """
+    found = np.array(value)
+    if found.size == 0 and math.prod(shape) == 0 and isinstance(value, list):
+        return np.zeros(shape)
+    if found.shape != shape or found.dtype.kind not in "fi" or not (allow_nan or np.isfinite(found).all()):
+        raise ValueError(f"{str(value)[:40]!r} are no numbers of shape {shape}")
+    return found.astype(np.float64)
+
+
+def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Save a result below ``results/name`` with the digest of the manifest that it came from, over an older one.
+
+    It counts from the moment that its attributes are there, which are written last.
+    """
+    folder = ArrayFolder(store.medium, f"results/{name}")
+    folder.delete()
+    for key, values in arrays.items():
+        folder.write_array(key, values)
+    store.write_result(name, result)
+
+
+def load_result(store: Store, name: str) -> dict[str, Any] | None:
+    """A result below ``results/name``: numbers, words and arrays by name; none if there is none of this manifest.
+
+    Raises
+    ------
+    StoreError
+        If it is damaged.
+    """
+    found = store.read_result(name)
+    if found is None:
+        return None
+    folder = ArrayFolder(store.medium, f"results/{name}")
+    return {**found, **{array: folder.read_array(array) for array in folder.array_names()}}

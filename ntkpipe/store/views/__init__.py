@@ -1,0 +1,1 @@
+"""A stored kernel in the types of other libraries."""

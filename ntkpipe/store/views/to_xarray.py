@@ -1,0 +1,227 @@
+"""Stored kernels with named dimensions: xarray views that read what is indexed, and nothing before."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from xarray.backends.common import BackendArray
+from xarray.core.indexing import (
+    ExplicitIndexer,
+    IndexingSupport,
+    LazilyIndexedArray,
+    VectorizedIndexer,
+    explicit_indexing_adapter,
+)
+
+from ntkpipe.base.kinds import get_kind
+from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.store.layout import ArrayLayout
+from ntkpipe.store.manifest import Manifest
+
+Numbers = NDArray[np.int64]
+
+
+class Matrix(Protocol):
+    """A stored kernel: read by numpy's indices of its rows and columns."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+    @property
+    def num_covectors(self) -> int: ...  # noqa: D102
+    def __getitem__(self, key: Any) -> NDArray[Any]: ...
+
+
+class Stored(Protocol):
+    """An array of a store that is chunked along its samples alone."""
+
+    layout: ArrayLayout
+
+    def read_samples(self, start: int, stop: int) -> NDArray[Any]: ...  # noqa: D102
+
+
+Array = TypeVar("Array", bound=Stored)
+
+
+class _Lazy(BackendArray):
+    """What xarray indexes; subclasses read the entries of one number, or one array of numbers, an axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, key: ExplicitIndexer) -> Any:
+        if isinstance(key, VectorizedIndexer) and all(isinstance(part, np.ndarray) for part in key.tuple):
+            numbers = [np.asarray(part, np.int64) for part in key.tuple]
+            # A diagonal is n entries of n² pairs of rows and columns; a transposed matrix is all of them.
+            if np.broadcast(*numbers).size < np.prod([np.unique(part).size for part in numbers], dtype=float):
+                return self._points(*np.broadcast_arrays(*numbers))
+        return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._outer)
+
+    def _outer(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        picked = [np.asarray(np.arange(size)[part]) for size, part in zip(self.shape, key, strict=True)]
+        shape = [size for part in picked for size in part.shape]
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        return self._product(*(np.atleast_1d(part) for part in picked)).reshape(shape)
+
+    def _product(self, *numbers: Numbers) -> NDArray[Any]:
+        """Entries of every combination of the numbers, one axis each."""
+        raise NotImplementedError
+
+    def _points(self, *numbers: Numbers) -> NDArray[Any]:
+        """Entries one by one; the numbers have the shape of the result."""
+        raise NotImplementedError
+
+
+class _LazyKernel(_Lazy):
+    """Kernels of one shape as (kernel, row sample, row covector, column sample, column covector).
+
+    Parameters
+    ----------
+    kernels
+        More than one where each output has a kernel of its own.
+    """
+
+    def __init__(self, kernels: Sequence[Matrix]) -> None:
+        self._kernels = tuple(kernels)
+        width, (rows, columns) = kernels[0].num_covectors, kernels[0].shape
+        self._width = width
+        self.shape = (len(kernels), rows // width, width, columns // width, width)
+        self.dtype = kernels[0].dtype
+
+    def _product(self, *numbers: Numbers) -> NDArray[Any]:
+        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+        rows = (row_samples[:, None] * self._width + row_covectors).ravel()
+        columns = (column_samples[:, None] * self._width + column_covectors).ravel()
+        parts = [self._kernels[plane][np.ix_(rows, columns)] for plane in planes]
+        values = parts[0] if len(parts) == 1 else np.stack(parts)  # which copies
+        return values.reshape([part.size for part in numbers])
+
+    def _points(self, *numbers: Numbers) -> NDArray[Any]:
+        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+        rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
+        values = np.empty(planes.shape, self.dtype)
+        for plane in np.unique(planes):
+            at = planes == plane
+            values[at] = self._kernels[plane][rows[at], columns[at]]
+        return values
+
+
+class _LazySamples(_Lazy):
+    """Arrays of one shape that have a sample axis, as (array, sample, …); reads from the first sample to the last."""
+
+    def __init__(self, arrays: Sequence[Stored]) -> None:
+        self._arrays = tuple(arrays)
+        self.shape = (len(arrays), *arrays[0].layout.shape)
+        self.dtype = arrays[0].layout.dtype
+
+    def _read(self, plane: int, samples: Numbers) -> NDArray[Any]:
+        return self._arrays[plane].read_samples(int(samples.min()), int(samples.max()) + 1).astype(self.dtype)
+
+    def _product(self, *numbers: Numbers) -> NDArray[Any]:
+        planes, samples, *rest = numbers
+        within = np.ix_(samples - samples.min(), *rest)
+        return np.stack([self._read(int(plane), samples)[within] for plane in planes])
+
+    def _points(self, *numbers: Numbers) -> NDArray[Any]:
+        planes, samples, *rest = numbers
+        values = np.empty(planes.shape, self.dtype)
+        for plane in np.unique(planes):
+            at = planes == plane
+            within = (samples[at] - samples[at].min(), *(part[at] for part in rest))
+            values[at] = self._read(int(plane), samples[at])[within]
+        return values
+
+
+def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
+    """With the axes that have a name; the others have one entry, which is picked."""
+    whole = xr.Variable([name or f"_{axis}" for axis, name in enumerate(dimensions)], LazilyIndexedArray(array))
+    return whole.isel({f"_{axis}": 0 for axis, name in enumerate(dimensions) if name is None})
+
+
+def to_dataarray(kernel: Matrix) -> xr.DataArray:
+    """One kernel as :meth:`ntkpipe.store.kernel.Kernel.to_xarray` says."""
+    short = kernel.name.rpartition("/")[2]
+    attributes = {"array": kernel.name, "identity": kernel.identity}
+    return xr.DataArray(_kernel_variable([kernel], short, apart=False), name=short, attrs=attributes)
+
+
+def to_dataset(
+    manifest: Manifest,
+    arrays: Mapping[str, Array],
+    as_kernel: Callable[[Array], Matrix],
+    group: str | None,
+    output: int | None,
+) -> xr.Dataset:
+    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel.KernelSet.to_xarray` says.
+
+    Parameters
+    ----------
+    manifest
+        Of the store.
+    arrays
+        Of the store, by name.
+    as_kernel
+        The kernel that one of them is.
+    group, output
+        Whose kernels; none for all parameters, and for every output where each has a kernel.
+    """
+    apart = get_kind(manifest.kind).pairs == "same" and output is None
+    prefixes = [prefix_of(group, number) for number in (range(manifest.num_outputs) if apart else [output])]
+
+    def named(name: str) -> list[Array]:
+        return [arrays[array_of(prefix, name)] for prefix in prefixes if array_of(prefix, name) in arrays]
+
+    found: dict[str, xr.Variable] = {}
+    for short in ("train", "test_train"):
+        if kernels := [as_kernel(array) for array in named(f"kernel/{short}")]:
+            found[short] = _kernel_variable(kernels, short, apart)
+    if blocks := named("kernel/test_diagonal"):
+        pair = ("output", "output_") if manifest.num_covectors > 1 else (None, None)
+        found["test_diagonal"] = _variable(_LazySamples(blocks), ("output" if apart else None, "test_sample", *pair))
+    coordinates: dict[str, xr.Variable] = {}
+    for split, prefix in (("train", ""), ("test", "test_")):
+        if (outputs := arrays.get(f"outputs/{split}")) is not None:
+            found[f"{prefix}outputs"] = _variable(_LazySamples([outputs]), (None, f"{prefix}sample", "output"))
+        if (targets := arrays.get(f"targets/{split}")) is not None:
+            names = _target_dimensions(targets.layout.shape[1:], manifest.num_outputs)
+            coordinates[f"{prefix}target"] = _variable(_LazySamples([targets]), (None, f"{prefix}sample", *names))
+            if split == "train":
+                columns = [f"{name}_" for name in names]
+                coordinates["target_"] = _variable(_LazySamples([targets]), (None, "sample_", *columns))
+    return xr.Dataset(found, coordinates, _attributes(manifest, group, output))
+
+
+def _kernel_variable(kernels: Sequence[Matrix], name: str, apart: bool) -> xr.Variable:
+    rows = "test_sample" if name == "test_train" else "sample"
+    pair = ("output", "output_") if kernels[0].num_covectors > 1 else (None, None)
+    return _variable(_LazyKernel(kernels), ("output" if apart else None, rows, pair[0], "sample_", pair[1]))
+
+
+def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
+    if shape == (num_outputs,):
+        return ["output"]
+    return [f"target_axis_{axis}" for axis in range(1, 1 + len(shape))]
+
+
+def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
+    """Numbers and texts, which files of other formats can keep."""
+    picked = {"group": group, "picked_output": output}
+    return {
+        "kind": manifest.kind,
+        "convention": manifest.convention,
+        "compute_dtype": manifest.compute_dtype,
+        "accumulate_dtype": manifest.accumulate_dtype,
+        "store_dtype": manifest.store_dtype,
+        "model": manifest.model.name,
+        "num_parameters": manifest.model.num_parameters,
+        "manifest_digest": manifest.digest(),
+        **{name: value for name, value in picked.items() if value is not None},
+    }

@@ -1,0 +1,98 @@
+"""Follow a run from outside, by what its store says; loads neither torch nor dask."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from ntkpipe.base.errors import ClusterError, StoreNotFoundError
+from ntkpipe.base.progress import show_progress
+from ntkpipe.store.kernel import KernelStore, open_kernel
+
+_POLL_SECONDS = 2.0
+# A driver says every half minute that it is there.
+_SILENCE_SECONDS = 300.0
+
+
+def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> KernelStore:
+    """Show the progress of a run until its store is complete and its driver, if it was submitted, has finished.
+
+    Parameters
+    ----------
+    where
+        Path or URL of the store, which may not exist yet.
+    pause
+        Waits a number of seconds.
+
+    Returns
+    -------
+    The store.
+
+    Raises
+    ------
+    ClusterError
+        If the driver that was submitted has failed, with its message, or says nothing for five minutes.
+    """
+    is_announced = False
+    while True:
+        try:
+            store = open_kernel(where)
+            break
+        except StoreNotFoundError as error:
+            if not is_announced:
+                print(f"{error}; waiting until there is one", file=sys.stderr)
+            is_announced = True
+            pause(_POLL_SECONDS)
+    first, driver = store.progress, _Driver(store)
+    tiles = _new_tiles(store, first.tiles_done, driver, pause)
+    for _ in show_progress(
+        tiles, total=first.tiles_total, done=first.tiles_done, what=store.manifest.kind, unit="tile"
+    ):
+        pass
+    while driver.is_running():  # the steps of its workflow
+        pause(_POLL_SECONDS)
+    return store
+
+
+def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable[[float], None]) -> Iterator[int]:
+    """A number for each tile that appears, until there is none to come."""
+    while True:
+        progress = store.progress
+        yield from range(seen, progress.tiles_done)
+        seen = max(seen, progress.tiles_done)
+        if progress.is_complete:
+            return
+        driver.is_running()
+        pause(_POLL_SECONDS)
+
+
+class _Driver:
+    """The driver that was submitted, by what it says of itself in the store; there may be none."""
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store
+        self._heard: dict[str, Any] = {}
+        self._heard_at = monotonic()
+
+    def is_running(self) -> bool:
+        """Whether it says so.
+
+        Raises
+        ------
+        ClusterError
+            If it says that it has failed, or has said nothing new for too long by this machine's clock.
+        """
+        found = self._store.store.read_result("driver") or {}
+        if found.get("state") == "failed":
+            raise ClusterError(f"the driver on {found.get('host')} failed: {found.get('message')}")
+        if found.get("state") != "running":
+            return False
+        if found != self._heard:
+            self._heard, self._heard_at = found, monotonic()
+        elif monotonic() - self._heard_at > _SILENCE_SECONDS:
+            raise ClusterError(
+                f"the driver on {found.get('host')} has said nothing since {found.get('time')}: it was lost, with its "
+                "worker or its cluster. Every finished tile is stored; submit again, and it resumes"
+            )
+        return True

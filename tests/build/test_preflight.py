@@ -1,0 +1,150 @@
+"""Before a run on a cluster every worker says what it is, and proves that it reaches the store."""
+
+import os
+import signal
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import dask
+import pytest
+import torch
+from distributed import Client, Worker
+from small import compute
+
+from ntkpipe.base.errors import ClusterError
+from ntkpipe.build import preflight
+from ntkpipe.build.preflight import WorkerReport, inspect_workers, require_shared_store
+from ntkpipe.executors.connect import connect
+from ntkpipe.store.chunks import Store
+from ntkpipe.store.media.folder import Folder
+
+GIB = 2**30
+USUAL = WorkerReport(
+    host="one",
+    device="cpu",
+    arithmetic="AVX2, torch 2.13",
+    versions=preflight._versions(),
+    num_threads=1,
+    memory_limit=4 * GIB,
+    base_memory=GIB // 2,
+    flops_per_second=60e9,
+)
+
+
+class Answers:
+    """A client whose workers give prepared answers."""
+
+    def __init__(self, *reports: object) -> None:
+        self.reports = {f"tcp://worker-{number}:1": report for number, report in enumerate(reports)}
+
+    def run(self, question: object, *arguments: object, on_error: str) -> dict[str, object]:
+        return self.reports
+
+    def run_on_scheduler(self, function: object, *arguments: object) -> str:
+        return USUAL.versions["ntkpipe"]
+
+    def scheduler_info(self, n_workers: int) -> dict[str, str]:
+        return {"address": "tcp://scheduler:8786"}
+
+
+def inspect(*reports: object):
+    return inspect_workers(Answers(*reports), torch.float32)
+
+
+def other(host: str, **changes: object) -> WorkerReport:
+    return replace(USUAL, host=host, **changes)
+
+
+def die_in(address: str, dask_worker: Worker) -> int:
+    """Called in every worker."""
+    if dask_worker.address == address:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_a_worker_that_dies_while_it_is_asked_is_left_out():
+    settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
+    with dask.config.set(settings), connect("local", workers=2, memory_limit=2 * GIB) as client:
+        doomed, other = sorted(client.nthreads())
+        assert list(preflight._ask(client, die_in, doomed)) == [other]
+
+
+def test_a_plan_is_made_for_the_weakest_of_them():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        crew = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
+    assert (crew.processes, crew.threads, crew.device) == (2, 1, "cpu")
+    assert GIB < crew.memory_limit < 2 * GIB
+    assert crew.base_memory == GIB
+    assert crew.flops_per_second == 50e9
+
+
+def test_what_differs_is_said_with_the_names_of_hosts():
+    versions = {**USUAL.versions, "torch": "2.9.0"}
+    with pytest.warns(UserWarning, match=r"versions of torch differ: .* on one, .*this process\); 2\.9\.0 on two"):
+        inspect(USUAL, other("two", versions=versions))
+    with pytest.warns(UserWarning, match=r"compute differently: AVX2.* on one; AVX512.* on three, two; tiles agree"):
+        inspect(USUAL, other("two", arithmetic="AVX512"), other("three", arithmetic="AVX512"))
+
+
+@pytest.mark.parametrize(
+    ("reports", "words"),
+    [
+        ([], "has no workers"),
+        ([other("two", device="cuda:0", num_threads=2)], "several threads; a GPU has one worker"),
+        ([USUAL, other("two", device="cuda:0")], "different devices: cpu on one; cuda:0 on two"),
+        (
+            [other("two", versions={**USUAL.versions, "ntkpipe": "0.0.1"})],
+            r"versions of ntkpipe differ: .*0\.0\.1 on two",
+        ),
+        ([USUAL, ModuleNotFoundError("No module named 'torch'")], r"1 of 2 workers fail.*worker-1.*Install ntkpipe"),
+    ],
+)
+def test_workers_that_cannot_work_together_are_refused(reports, words, monkeypatch):
+    monkeypatch.setattr(preflight, "require_workers", lambda client: None)
+    with pytest.raises(ClusterError, match=words):
+        inspect(*reports)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as threads:
+        yield threads
+
+
+def test_workers_are_asked_for_real(client):
+    crew = inspect_workers(client, torch.float32, "cpu")
+    assert (crew.processes, crew.threads, crew.device) == (2, 1, "cpu")
+    assert crew.flops_per_second > 1e8
+    with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
+        inspect_workers(client, torch.float32, "cuda:7")
+
+
+def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, monkeypatch):
+    store = compute(tmp_path / "run.zarr").store
+    before = sorted(tmp_path.rglob("*"))
+    require_shared_store(client, store)
+    assert sorted(tmp_path.rglob("*")) == before
+
+    elsewhere = compute(tmp_path / "elsewhere.zarr").store
+    monkeypatch.setattr(Store, "__reduce__", lambda self: (Store, (elsewhere.medium, self.manifest)))
+    with pytest.raises(
+        ClusterError, match=r"2 workers do not reach the store .*cannot see what this run's driver wrote"
+    ):
+        require_shared_store(client, store)
+    monkeypatch.undo()
+
+    def refuse(self: Folder, name: str, *parts: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    put, calls = Folder.put, []
+
+    def only_the_driver(self: Folder, name: str, *parts: bytes) -> None:
+        calls.append(name)
+        (put if len(calls) == 1 else refuse)(self, name, *parts)
+
+    monkeypatch.setattr(Folder, "put", only_the_driver)
+    with pytest.raises(ClusterError, match=r"host .* cannot write there: .*Permission denied.* same path on a disk"):
+        require_shared_store(client, store)
+    assert not list(Path(store.root).glob("*.partial"))

@@ -1,0 +1,24 @@
+"""Runs in child processes."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+from small import compute
+
+from ntkpipe.build.run import StoreSink
+
+# Starts children in milliseconds: torch is imported once, in a server without threads.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def slowly(path: Path, seconds: float, **changes) -> None:
+    """The run of a child process, slow enough to be killed in the middle."""
+    write = StoreSink.write
+
+    def write_and_wait(*args):
+        write(*args)
+        time.sleep(seconds)
+
+    StoreSink.write = write_and_wait
+    compute(path, **changes)

@@ -1,0 +1,222 @@
+"""Whatever users have as samples is read alike, fingerprinted, and refused by name where it cannot be."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.jacobian.model import samples as datasets
+from ntkpipe.jacobian.model.samples import StoredSource, as_samples, require_same_arrays, show_samples
+from ntkpipe.store.chunks import Store
+
+NUM_SAMPLES = 6
+INPUTS = np.arange(NUM_SAMPLES * 4, dtype=np.float32).reshape(NUM_SAMPLES, 4)
+TARGETS = np.arange(NUM_SAMPLES)
+TOKENS = {"ids": np.arange(18).reshape(6, 3), "mask": np.ones((6, 3), bool)}
+
+
+class Stream(IterableDataset):
+    """A data set without a length."""
+
+    def __iter__(self):
+        return iter(INPUTS)
+
+
+class Rows:
+    """A map-style data set of dicts."""
+
+    def __len__(self):
+        return NUM_SAMPLES
+
+    def __getitem__(self, i):
+        return {name: values[i] for name, values in TOKENS.items()}
+
+
+SINGLE = {
+    "array": INPUTS,
+    "tensor": torch.from_numpy(INPUTS),
+    "tensor that requires a gradient": torch.from_numpy(INPUTS.copy()).requires_grad_(),
+    "view": np.asfortranarray(INPUTS),
+    "list": list(INPUTS),
+    "data set": TensorDataset(torch.from_numpy(INPUTS)),
+    "pairs": TensorDataset(torch.from_numpy(INPUTS), torch.from_numpy(TARGETS)),
+}
+MAPPING = {
+    "arrays": TOKENS,
+    "tensors": {name: torch.from_numpy(values) for name, values in TOKENS.items()},
+    "rows": Rows(),
+}
+
+
+@pytest.mark.parametrize("inputs", SINGLE.values(), ids=SINGLE)
+def test_single_inputs_are_the_same_samples(inputs):
+    samples = as_samples(inputs, TARGETS)
+    assert (samples.num_samples, samples.is_mapping) == (NUM_SAMPLES, False)
+    found = samples.source.read(2, 5)
+    assert list(found) == ["input"]
+    np.testing.assert_array_equal(found["input"], INPUTS[2:5])
+    assert samples.inspect("inputs") == as_samples(INPUTS, TARGETS).inspect("inputs")
+
+
+@pytest.mark.parametrize("inputs", MAPPING.values(), ids=MAPPING)
+def test_mappings_are_the_same_samples(inputs):
+    samples = as_samples(inputs)
+    assert samples.is_mapping
+    found = samples.source.read(1, 4)
+    for name, values in TOKENS.items():
+        np.testing.assert_array_equal(found[name], values[1:4])
+        assert found[name].dtype == values.dtype
+    assert samples.inspect("inputs") == as_samples(TOKENS).inspect("inputs")
+
+
+def test_targets_of_pairs_are_taken_unless_others_are_given():
+    pairs = TensorDataset(torch.from_numpy(INPUTS), torch.from_numpy(TARGETS))
+    np.testing.assert_array_equal(as_samples(pairs).targets, TARGETS)
+    np.testing.assert_array_equal(as_samples(pairs, TARGETS + 1).targets, TARGETS + 1)
+    assert as_samples(INPUTS).targets is None
+
+
+def test_arrays_in_memory_are_not_copied():
+    assert np.shares_memory(as_samples(INPUTS).source.read(1, 3)["input"], INPUTS)
+    tensor = torch.from_numpy(INPUTS)
+    assert np.shares_memory(as_samples(tensor).source.read(1, 3)["input"], INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (torch.ones(2, 3, dtype=torch.bfloat16), "float32"),
+        (torch.ones(2, 3, dtype=torch.float16), "float16"),
+        (np.ones((2, 3), ">f8"), "float64"),
+        (np.ones((2, 3), ">i4"), "int32"),
+        (np.ones((2, 3), np.longdouble), "float64"),
+        (np.ones((2, 3), np.uint8), "uint8"),
+    ],
+)
+def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
+    found = as_samples(values).source.read(0, 2)["input"]
+    assert str(found.dtype) == dtype
+    assert found.dtype.isnative
+    np.testing.assert_array_equal(found, np.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.empty((0, 4)), "x holds no samples"),
+        ([], "x holds no samples"),
+        ({}, "x is an empty dict"),
+        (np.array(3.0), "x is a scalar"),
+        (3, "x is int; needed a tensor"),
+        (Stream(), "x is Stream; needed a tensor"),
+        (DataLoader(INPUTS), "x is DataLoader; needed a tensor"),
+        (np.ones((6, 0)), r"x has shape \(6, 0\): its samples are empty"),
+        (torch.eye(3).to_sparse(), "x cannot be made an array: .*to_dense"),
+        (np.array(["a", "b"]), "x has dtype <U1; needed real numbers"),
+        (np.ones((2, 3), complex), "x has dtype complex128"),
+        (torch.ones(2, 3, dtype=torch.complex64), "x has dtype complex64"),
+        ({"a": INPUTS, "b": INPUTS[:2]}, r"x has arrays of unequal lengths \(a: \(6, 4\), b: \(2, 4\)\)"),
+        ({"a": np.array(1.0)}, "x has arrays of unequal lengths"),
+        ({"a b": INPUTS}, "x has the key 'a b'"),
+        ({1: INPUTS}, "x has the key 1"),
+        (TensorDataset(*[torch.ones(2)] * 3), "items of x have 3 parts"),
+    ],
+)
+def test_what_is_no_samples_is_refused_by_name(inputs, message):
+    with pytest.raises(DataError, match=message):
+        as_samples(inputs, label="x")
+
+
+@pytest.mark.parametrize("targets", [TARGETS[:3], np.array(1), np.ones((7, 2))])
+def test_targets_must_be_one_a_sample(targets):
+    with pytest.raises(DataError, match=r"x holds 6 samples, its targets have shape"):
+        as_samples(INPUTS, targets, label="x")
+
+
+def test_samples_of_unequal_shape_are_named():
+    samples = as_samples([np.ones(3), np.ones(3), np.ones(4)])
+    with pytest.raises(DataError, match=r"'input' of sample 2 has shape \(4,\), of sample 0 \(3,\).*pad or crop"):
+        samples.source.read(0, 3)
+    with pytest.raises(DataError, match=r"the target of sample 1 has shape \(3,\), of sample 0 \(2,\)"):
+        _ = as_samples([(np.ones(3), np.ones(2)), (np.ones(3), np.ones(3))]).targets
+    with pytest.raises(DataError, match=r"'b' of sample 1 has shape \(\), of sample 0 None"):
+        as_samples([{"a": 1.0}, {"a": 1.0, "b": 2.0}]).source.read(0, 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_named(bad, monkeypatch):
+    monkeypatch.setattr(datasets, "_SCAN_BYTES", 40)  # two samples a scan
+    inputs, targets = INPUTS.copy(), TARGETS.astype(float)
+    inputs[[1, 4], [0, 3]] = bad
+    with pytest.raises(NonFiniteError, match=r"x: NaN or infinite entries in samples 1, 4$"):
+        as_samples(inputs, label="x").inspect("x")
+    targets[3] = bad
+    with pytest.raises(NonFiniteError, match=r"targets of x: NaN or infinite entries in sample 3$"):
+        as_samples(INPUTS, targets, label="x")
+
+
+@pytest.mark.parametrize("scan_bytes", [1, 40, 10**6])
+def test_the_fingerprint_does_not_depend_on_how_the_samples_are_scanned(monkeypatch, scan_bytes):
+    expected = as_samples(TOKENS, TARGETS).inspect("inputs")
+    monkeypatch.setattr(datasets, "_SCAN_BYTES", scan_bytes)
+    samples = as_samples(TOKENS, TARGETS)
+    assert samples.inspect("inputs") == expected
+    assert [i for start, stop in samples.spans() for i in range(start, stop)] == list(range(NUM_SAMPLES))
+
+
+def _changed(values, index, value):
+    copy = values.copy()
+    copy[index] = value
+    return copy
+
+
+CHANGES = {
+    "entry": ({**TOKENS, "ids": _changed(TOKENS["ids"], (5, 2), 99)}, TARGETS),
+    "dtype": ({**TOKENS, "ids": TOKENS["ids"].astype(np.int32)}, TARGETS),
+    "order": ({**TOKENS, "ids": TOKENS["ids"][::-1]}, TARGETS),
+    "name": ({"ids": TOKENS["ids"], "masks": TOKENS["mask"]}, TARGETS),
+    "target": (TOKENS, _changed(TARGETS, 0, 99)),
+    "target dtype": (TOKENS, TARGETS.astype(np.int32)),
+    "no targets": (TOKENS, None),
+    "fewer samples": ({name: values[:5] for name, values in TOKENS.items()}, TARGETS[:5]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_fingerprint_sees_a_change(change):
+    assert as_samples(*change).inspect("inputs") != as_samples(TOKENS, TARGETS).inspect("inputs")
+
+
+def test_a_data_set_that_changes_its_dtype_midway_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "_SCAN_BYTES", 1)
+    with pytest.raises(DataError, match=r"'input' of samples 1:2 is .*float64.*float32"):
+        as_samples([np.ones(3, np.float32), np.ones(3)]).inspect("x")
+
+
+def test_train_and_test_must_be_alike():
+    train = as_samples(INPUTS)
+    require_same_arrays(train, as_samples(INPUTS[:2]), "test_inputs")
+    for other in (INPUTS[:, :3], INPUTS.astype(float), {"input": INPUTS}, TOKENS):
+        with pytest.raises(DataError, match="test_inputs has samples"):
+            require_same_arrays(train, as_samples(other), "test_inputs")
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (1, 3), (2, 5)])
+def test_stored_samples_are_those_that_were_written(tmp_path, make_manifest, start, stop):
+    samples = as_samples(TOKENS)
+    manifest = make_manifest().model_copy(update={"train": samples.inspect("inputs")})
+    store = Store.create(tmp_path / "a.zarr", manifest)
+    for name, values in TOKENS.items():
+        array = store.arrays[f"samples/train/{name}"]
+        for index in array.layout.indices():
+            array.write(index, values[array.layout.region(index)])
+    found = StoredSource(store, "train", NUM_SAMPLES).read(start, stop)
+    assert set(found) == set(TOKENS)
+    for name, values in TOKENS.items():
+        np.testing.assert_array_equal(found[name], values[start:stop])
+
+
+def test_long_lists_of_samples_are_cut():
+    assert show_samples([3]) == "sample 3"
+    assert show_samples(range(10)) == "samples 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

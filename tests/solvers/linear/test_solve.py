@@ -1,0 +1,238 @@
+"""Regression systems: one call, true residuals, preconditioner's cost apart, paths of ridges, clear refusals."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
+from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.operators.testing import matrix_with_spectrum, power_law
+from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.linear import systems
+from ntkpipe.solvers.linear.choosing import Forecast
+from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
+from ntkpipe.solvers.linear.solve import solve, solve_path
+
+N = 300
+METHODS = ("auto", "pcg", "block_cg", "cholesky")
+
+
+@pytest.fixture
+def matrix():
+    return matrix_with_spectrum(power_law(N, condition=1e5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 7)])
+def test_three_lines_are_enough(matrix, method, shape, rng):
+    rhs = rng.standard_normal(shape)
+    found = solve(matrix, rhs, ridge=0.5, method=method)
+    wide = matrix.astype(np.float64) + 0.5 * np.eye(N)
+    assert found.is_converged
+    assert found.coefficients.shape == shape
+    assert np.linalg.norm(wide @ found.coefficients - rhs) <= 1e-6 * np.linalg.norm(rhs)
+    np.testing.assert_allclose(found.coefficients, np.linalg.solve(wide, rhs), atol=1e-4)
+
+
+@pytest.mark.parametrize("preconditioner", ["rpcholesky", "nystrom"])
+def test_cost_and_preconditioner_are_told_apart(matrix, preconditioner, rng):
+    operator = DenseOperator(matrix)
+    found = solve(operator, rng.standard_normal((N, 3)), rank=40, preconditioner=preconditioner, method="pcg")
+    assert found.rank == 40
+    assert found.work == operator.work
+    cg_passes = found.iterations + len(found.checks)
+    assert found.work.passes == pytest.approx(found.preconditioner_work.passes + cg_passes)
+    assert found.history.shape == (found.iterations, 3)
+    assert found.check_residuals.shape == (len(found.checks), 3)
+    assert found.residuals.max() == found.check_residuals[-1].max()
+    said = str(found)
+    for words in ("converged", "rank 40", "iterations", "passes"):
+        assert words in said
+
+
+def test_a_result_is_data(matrix, rng):
+    found = solve(matrix, rng.standard_normal((N, 2)), method="block_cg")
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["preconditioner_work"]["passes"] == found.preconditioner_work.passes
+    assert data["options"]["rank"] == 30
+    assert not found.coefficients.flags.writeable
+
+
+def test_a_preconditioner_that_was_made_before_costs_nothing(matrix, rng):
+    operator = DenseOperator(matrix)
+    made = randomly_pivoted_cholesky(operator, 50)
+    rhs = rng.standard_normal((N, 2))
+    given = solve(operator, rhs, ridge=0.1, preconditioner=made, method="block_cg")
+    assert given.preconditioner_work.passes == 0.0
+    assert (given.rank, given.mu) == (50, made.tail + 0.1)
+    np.testing.assert_array_equal(
+        given.coefficients, solve(operator, rhs, ridge=0.1, rank=50, method="block_cg").coefficients
+    )
+    with pytest.raises(ConfigError, match="300 rows for a matrix of 5 rows"):
+        solve(np.eye(5), np.ones(5), preconditioner=made)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_path_is_its_single_solutions(matrix, method, rng):
+    rhs, ridges = rng.standard_normal((N, 3)), [0.0, 10.0, 0.1]
+    path = solve_path(matrix, rhs, ridges, method=method, tol=1e-9)
+    assert [found.ridge for found in path] == ridges
+    for found, ridge in zip(path, ridges, strict=True):
+        alone = solve(matrix, rhs, ridge=ridge, method=method, tol=1e-9)
+        assert found.is_converged
+        assert found.mu == alone.mu
+        np.testing.assert_allclose(found.coefficients, alone.coefficients, atol=1e-5)
+    is_iterated = method in {"pcg", "block_cg"}
+    assert [found.preconditioner_work.passes > 0 for found in path] == [False, is_iterated, False]
+    assert [found.iterations > 0 for found in path] == [is_iterated] * 3
+
+
+def test_a_path_makes_its_preconditioner_once_and_starts_where_it_was(matrix, rng):
+    operator, rhs = DenseOperator(matrix), rng.standard_normal((N, 3))
+    path = solve_path(operator, rhs, [1.0, 0.99], method="block_cg")
+    assert sum(found.work.passes for found in path) == pytest.approx(operator.work.passes)
+    assert path[1].iterations < path[0].iterations
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8])
+def test_small_arrays(num_rows, rng):
+    matrix = matrix_with_spectrum(np.arange(1.0, num_rows + 1))
+    rhs = rng.standard_normal((num_rows, 2 * num_rows))
+    for method in METHODS:
+        found = solve(matrix, rhs, method=method, tol=1e-10)
+        assert found.is_converged
+        np.testing.assert_allclose(found.coefficients, np.linalg.solve(matrix, rhs), atol=1e-8)
+
+
+def test_samples_that_occur_twice_need_a_ridge_and_get_an_honest_status_without(rng):
+    kernel = np.kron(matrix_with_spectrum(power_law(100, condition=1e3)), np.ones((3, 3)))
+    rhs = rng.standard_normal((300, 2))
+    assert solve(kernel, rhs, ridge=1e-2).is_converged
+    without = solve(kernel, rhs, max_passes=500, method="block_cg")
+    assert without.status in {"stagnated", "indefinite at storage precision"}
+    least = np.linalg.norm(rhs - kernel @ np.linalg.lstsq(kernel, rhs, rcond=1e-10)[0], axis=0)
+    assert (without.residuals >= 0.999 * least / np.linalg.norm(rhs, axis=0)).all()
+
+
+def test_an_initial_guess_is_used(matrix, rng):
+    rhs = rng.standard_normal((N, 2))
+    first = solve(matrix, rhs)
+    again = solve(matrix, rhs, initial=first.coefficients, method="block_cg")
+    assert (again.iterations, again.status) == (0, "converged")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rhs": np.ones(3)}, r"shape \(3,\).*needed \(300,\)"),
+        ({"rhs": np.ones((N, 0))}, r"shape \(300, 0\)"),
+        ({"rhs": np.ones((N, 1, 1))}, "shape"),
+        ({"rhs": np.ones(N, complex)}, "complex128"),
+        ({"ridge": -1.0}, "ridge=-1"),
+        ({"ridge": float("inf")}, "ridge=inf"),
+        ({"tol": float("nan")}, "tol=nan"),
+        ({"rank": 0}, "rank=0"),
+        ({"max_passes": 1}, "max_passes=1"),
+        ({"method": "lu"}, "method='lu'"),
+        ({"preconditioner": "jacobi"}, "preconditioner='jacobi'"),
+        ({"initial": np.ones((N, 2))}, "initial of 2 columns"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_read(matrix, options, words):
+    operator = DenseOperator(matrix)
+    with pytest.raises(ConfigError, match=words):
+        solve(operator, **{"rhs": np.ones(N), **options})
+    assert operator.work.passes == 0.0
+
+
+def test_nan_is_an_error(matrix):
+    rhs = np.ones(N)
+    rhs[7] = np.nan
+    with pytest.raises(NonFiniteError, match="right-hand sides"):
+        solve(matrix, rhs)
+
+
+def test_memory_is_refused_with_both_numbers(matrix):
+    with pytest.raises(ResourceError, match=r"need .* may be used"):
+        solve(DenseOperator(matrix), np.ones(N), memory_limit=1000, method="pcg")
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky"])
+def test_a_factor_goes_to_files_where_a_path_is_given(matrix, rng, tmp_path, method):
+    rhs = rng.standard_normal((N, 3))
+    options = {"ridge": 0.1, "method": method, "path": tmp_path / "factor", "tol": 1e-12}
+    found = solve(matrix, rhs, **options)
+    assert (found.method, found.status) == ("cholesky", "converged")
+    exact = np.linalg.solve(matrix + 0.1 * np.eye(N), rhs)
+    np.testing.assert_allclose(found.coefficients, exact, rtol=0, atol=1e-12 * np.abs(exact).max())
+    assert cholesky(matrix, ridge=0.1, path=tmp_path / "factor").resumed > 0
+    again = solve(matrix, rhs, **options)
+    np.testing.assert_array_equal(again.coefficients, found.coefficients)
+
+
+def test_no_ridge_is_no_path(matrix):
+    with pytest.raises(ConfigError, match="no ridge"):
+        solve_path(matrix, np.ones(N), [])
+
+
+def test_few_rows_are_factored(matrix, rng):
+    found = solve(matrix, rng.standard_normal((N, 3)))
+    assert (found.method, found.why) == ("cholesky", "300 rows are few")
+
+
+def test_auto_iterates_where_no_factor_is_possible(rng):
+    """By rounding to float32 it is indefinite: Cholesky refuses, conjugate gradients say what they have."""
+    matrix = matrix_with_spectrum(power_law(N, condition=1e10)).astype(np.float32)
+    rhs = matrix @ rng.standard_normal(N)
+    found = solve(matrix, rhs)
+    assert (found.method, found.why) == ("pcg", "Cholesky met a pivot that is not positive")
+    assert found.residuals[0] == pytest.approx(np.linalg.norm(rhs - matrix @ found.coefficients) / np.linalg.norm(rhs))
+    with pytest.raises(IndefiniteError, match="ridge of at least"):
+        solve(matrix, rhs, method="cholesky")
+
+
+@pytest.mark.parametrize("is_definite", [True, False])
+def test_what_turns_out_slow_is_given_up(matrix, is_definite, rng, monkeypatch):
+    """Iterating was expected to cost nothing, and factoring to cost nothing as well."""
+    monkeypatch.setattr(systems, "forecast", lambda *_, **__: Forecast(-1.0, 0.0))
+    if not is_definite:
+        matrix = matrix_with_spectrum(power_law(N, condition=1e10)).astype(np.float32)
+    rhs = rng.standard_normal((N, 3))
+    found = solve(matrix, rhs, rank=2, tol=1e-9)
+    if is_definite:
+        assert (found.method, found.status, found.iterations) == ("cholesky", "converged", 10)
+        assert "given up after 10 iterations" in found.why
+        assert found.preconditioner_work.passes > 0
+    else:
+        assert (found.method, found.why) == ("block_cg", "Cholesky met a pivot that is not positive")
+        assert not found.is_converged
+        assert found.checks[0] == 10 < found.iterations == len(found.history)
+    own = np.linalg.norm(rhs - matrix.astype(float) @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
+    np.testing.assert_allclose(found.residuals, own, rtol=1e-3, atol=1e-10)
+
+
+def test_auto_iterates_where_a_factor_is_no_help(rng, monkeypatch):
+    """Of a singular matrix whose pivots happen to be positive."""
+    matrix = np.kron(matrix_with_spectrum(power_law(100, condition=1e3)), np.ones((3, 3)))
+    inside = matrix @ rng.standard_normal((300, 2))
+
+    factor = cholesky(matrix, ridge=0.5)
+    monkeypatch.setattr(systems, "cholesky", lambda *_, **__: _Wrong(factor, matrix))
+    found = solve(matrix, inside)
+    assert (found.status, found.method) == ("converged", "block_cg")
+    assert "Cholesky left a residual of" in found.why
+    assert np.linalg.norm(matrix @ found.coefficients - inside) <= 1e-6 * np.linalg.norm(inside)
+
+
+class _Wrong:
+    """A factor of another matrix."""
+
+    def __init__(self, factor, matrix):
+        self._factor, self._matrix = factor, matrix
+
+    def solve(self, rhs, *, refine, tol):
+        found = self._factor.solve(rhs, refine=0, tol=1.0)
+        left = np.linalg.norm(rhs - self._matrix @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
+        return replace(found, status="stagnated", residuals=left)
