@@ -193,15 +193,6 @@ def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) ->
 
     With Q the orthonormal basis of what centring takes off, ``|H K H|² = |K|² - 2 |K Q|² + |Qᵀ K Q|²`` in Frobenius
     norms: no centred matrix is formed.
-
-    Parameters
-    ----------
-    operator
-        K.
-    rows
-        Y, shape (n, c).
-    width
-        Rows of a sample; each of them is centred by itself.
     """
     n, columns = rows.shape
     basis = np.tile(np.eye(width), (n // width, 1)) * (width / n) ** 0.5
@@ -223,13 +214,6 @@ def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.flo
     """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
 
     Of a centred kernel and centred targets it is the centred alignment.
-
-    Parameters
-    ----------
-    kernel
-        Shape (n, n).
-    targets
-        Y, shape (n, c).
     """
     return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
 

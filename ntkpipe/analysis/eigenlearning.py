@@ -15,27 +15,16 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What theory says of kernel ridge regression on n samples.
+    """What theory says of kernel ridge regression on n samples."""
 
-    Attributes
-    ----------
-    kappa
-        κ, the effective ridge (regularisation) of Simon et al., in units of population eigenvalues.
-    learnabilities
-        L_i = λ_i / (λ_i + κ), shape (m,): which part of mode i is learnt. With ridge 0 they add up to n.
-    overfitting_coefficient
-        E_0 = n / (n - Σ L_i²) ≥ 1, by which noise and modes that are not learnt are amplified.
-    test_loss
-        Expected squared error on a new sample whose target has the noise, too; of each output, shape (c,).
-    train_loss
-        Expected squared error on the train samples, shape (c,).
-    """
-
-    kappa: float
+    kappa: float  # κ, the effective ridge (regularisation) of Simon et al., in units of population eigenvalues
+    # L_i = λ_i / (λ_i + κ), shape (m,): which part of mode i is learnt. With ridge 0 they add up to n.
     learnabilities: NDArray[np.float64]
+    # E_0 = n / (n - Σ L_i²) ≥ 1, by which noise and modes that are not learnt are amplified
     overfitting_coefficient: float
+    # Expected squared error on a new sample whose target has the noise, too; of each output, shape (c,)
     test_loss: NDArray[np.float64]
-    train_loss: NDArray[np.float64]
+    train_loss: NDArray[np.float64]  # expected squared error on the train samples, shape (c,)
 
 
 def effective_ridge(eigenvalues: ArrayLike, num_samples: float, ridge: float) -> float:
@@ -43,20 +32,6 @@ def effective_ridge(eigenvalues: ArrayLike, num_samples: float, ridge: float) ->
 
     Zero where there is none above zero: without ridge and with n positive eigenvalues at most, which are then all
     learnt.
-
-    Parameters
-    ----------
-    eigenvalues
-        λ_i of the kernel operator, not negative, shape (m,).
-    num_samples
-        n.
-    ridge
-        δ, absolute, as it is added to the kernel matrix.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of range.
     """
     values = _population(eigenvalues)
     check_number("num_samples", num_samples, low=1e-300)
@@ -91,26 +66,6 @@ def eigenlearning(
 
     The theory takes features to be as if Gaussian and n large; it is exact in neither case alone. Cost is O(m).
 
-    Parameters
-    ----------
-    eigenvalues
-        λ_i of the kernel operator (not of a matrix: those are about n times as large), not negative, shape (m,).
-    powers
-        v_i², squared coefficients of the target in the eigenfunctions, shape (m,) or (m, c) for c outputs.
-    num_samples
-        n.
-    ridge
-        δ, absolute: (K + δI) is inverted.
-    noise
-        σ², the variance of independent noise of targets.
-
-    Raises
-    ------
-    ConfigError
-        If shapes do not fit or a number is out of range.
-
-    References
-    ----------
     Simon, Dickens, Karkada, DeWeese 2023, The Eigenlearning Framework: A Conservation Law Perspective on Kernel
     Regression and Wide Neural Networks, TMLR, arXiv 2110.03922, section "The eigenlearning equations".
     """
@@ -150,18 +105,6 @@ def canatar(
     ``v_ρ² = η_ρ w_ρ²`` it is ``E_g = E_test - σ²``: one theory in two forms, so without noise both numbers are equal.
     Found here from their equations alone, as a check.
 
-    Parameters
-    ----------
-    eigenvalues, powers, num_samples, ridge, noise
-        As of :func:`eigenlearning`.
-
-    Raises
-    ------
-    ConfigError
-        If shapes do not fit or a number is out of range.
-
-    References
-    ----------
     Canatar, Bordelon, Pehlevan 2021, Spectral bias and task-model alignment explain generalization in kernel
     regression and infinitely wide neural networks, Nature Communications 12, arXiv 2006.13198.
     """

@@ -15,33 +15,18 @@ _NUM_BLOCKS = 10
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """``λ_i ~ prefactor i^-exponent`` over a range of ranks.
+    """``λ_i ~ prefactor i^-exponent`` over a range of ranks."""
 
-    Attributes
-    ----------
-    exponent
-        α.
-    exponent_error
-        One standard deviation, by a jackknife over blocks of ranks.
-    prefactor
-        λ at rank 1 of the fitted line.
-    first_rank, last_rank
-        The range, both included; ranks begin at 1.
-    exponent_of_first_half, exponent_of_second_half
-        α of both halves of the range (halves of log i). Where they differ by much more than the error, the eigenvalues
-        bend, and no exponent describes them.
-    scatter
-        Root mean square distance from the line, in decades of λ.
-    """
-
-    exponent: float
-    exponent_error: float
-    prefactor: float
-    first_rank: int
+    exponent: float  # α
+    exponent_error: float  # one standard deviation, by a jackknife over blocks of ranks
+    prefactor: float  # λ at rank 1 of the fitted line
+    first_rank: int  # first_rank, last_rank: the range, both included; ranks begin at 1
     last_rank: int
+    # exponent_of_first_half, exponent_of_second_half: α of both halves of the range (halves of log i). Where they
+    # differ by much more than the error, the eigenvalues bend, and no exponent describes them.
     exponent_of_first_half: float
     exponent_of_second_half: float
-    scatter: float
+    scatter: float  # root mean square distance from the line, in decades of λ
 
 
 def default_ranks(num_rows: int, num_known: int) -> tuple[int, int] | None:
@@ -63,18 +48,6 @@ def fit_power_law(eigenvalues: ArrayLike, *, first_rank: int, last_rank: int) ->
     the exponent depends on which part of the range is looked at; it does not say that there is a power law, for which
     see the exponents of both halves. Nor is this the fit of a density to independent draws, for which regression in
     logarithms is biased (Clauset, Shalizi, Newman 2009, SIAM Review 51).
-
-    Parameters
-    ----------
-    eigenvalues
-        Descending, those of ranks 1 to ``last_rank`` at least.
-    first_rank, last_rank
-        The range.
-
-    Raises
-    ------
-    ConfigError
-        If the range has fewer than 20 ranks, or an eigenvalue in it is not positive.
     """
     values = np.asarray(eigenvalues, np.float64)
     check_number("first_rank", first_rank, low=1)

@@ -15,15 +15,9 @@ Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Sum:
-    """Σ f(λ_i), and what it may be off by: zero if exact.
+    """Σ f(λ_i), and what it may be off by: zero if exact."""
 
-    Attributes
-    ----------
-    value, standard_error, truncation_error
-        The last two of other probes, and of more Lanczos steps.
-    """
-
-    value: float
+    value: float  # value, standard_error, truncation_error: the last two of other probes, and of more Lanczos steps
     standard_error: float
     truncation_error: float
 
@@ -49,15 +43,6 @@ def sum_of_density(density: Density, function: Function, trace: float, squares: 
     those of λ / (λ + ridge) and -λ log λ do, the integral over a probe's measure lies between its Gauss rule and the
     Gauss-Radau rule with a node at the lower end of the spectrum, zero (Golub and Meurant 2010, Matrices, Moments and
     Quadrature with Applications, chapter 6). The middle is taken, and half of the width is the truncation error.
-
-    Parameters
-    ----------
-    density
-        With the leading eigenpairs spliced in.
-    function
-        f, with such derivatives.
-    trace, squares
-        Σ λ_i and Σ λ_i² of all eigenvalues.
     """
     exact = density.eigenvalues
     rest = density.num_rows - len(exact)

@@ -138,13 +138,7 @@ def learning_curve_of_store(
 
 
 def _targets(store: KernelStore) -> NDArray[np.generic]:
-    """The train targets.
-
-    Raises
-    ------
-    ConfigError
-        If there are none.
-    """
+    """The train targets."""
     if store.targets is None:
         raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call the function with yours")
     return store.targets

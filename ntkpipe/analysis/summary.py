@@ -18,45 +18,23 @@ _NUM_EIGENVALUES = 5
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summarize` found.
+    """What :func:`summarize` found."""
 
-    Attributes
-    ----------
-    num_train
-        Train samples of the store.
-    num_samples, num_rows
-        Leading samples that were looked at, and their rows.
-    eigenvalues
-        The largest of that block, in descending order.
-    smallest_eigenvalue
-        The smallest of that block.
-    trace
-        Its trace.
-    alignment, centred_alignment
-        Kernel-target alignment with one-hot or real targets, of the mean over outputs for a full NTK; none without
-        targets.
-    ridge
-        lambda of the regression; none without targets and a test set.
-    accuracy
-        Share of test samples whose largest prediction is their class; none if targets are no classes.
-    mean_squared_error
-        Of the predictions on the test samples.
-    num_test
-        Test samples.
-    """
-
-    num_train: int
-    num_samples: int
+    num_train: int  # train samples of the store
+    num_samples: int  # num_samples, num_rows: leading samples that were looked at, and their rows
     num_rows: int
-    eigenvalues: tuple[float, ...]
-    smallest_eigenvalue: float
-    trace: float
+    eigenvalues: tuple[float, ...]  # the largest of that block, in descending order
+    smallest_eigenvalue: float  # the smallest of that block
+    trace: float  # its trace
+    # alignment, centred_alignment: kernel-target alignment with one-hot or real targets, of the mean over outputs for
+    # a full NTK; none without targets
     alignment: float | None
     centred_alignment: float | None
-    ridge: float | None
+    ridge: float | None  # lambda of the regression; none without targets and a test set
+    # Share of test samples whose largest prediction is their class; none if targets are no classes
     accuracy: float | None
-    mean_squared_error: float | None
-    num_test: int
+    mean_squared_error: float | None  # of the predictions on the test samples
+    num_test: int  # test samples
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -66,22 +44,7 @@ class Summary:
 def summarize(
     store: KernelStore, *, samples: int | None = None, ridge: float = 1e-4, ridge_scale: RidgeScale = "mean_diagonal"
 ) -> Summary:
-    """Look at the leading block of a store's kernel.
-
-    Parameters
-    ----------
-    store
-        The store; tiles of the leading block must exist.
-    samples
-        Leading train samples; default as many as have 4,096 rows. Memory is three dense blocks of their rows.
-    ridge, ridge_scale
-        lambda; with ``"mean_diagonal"`` times the mean diagonal of the block, with none absolute.
-
-    Raises
-    ------
-    ConfigError
-        If an option is out of range.
-    """
+    """Look at the leading block of a store's kernel."""
     total, width = store.manifest.train.num_samples, store.manifest.num_covectors
     if samples is not None:
         check_number("samples", samples, low=1, high=total)
@@ -112,17 +75,7 @@ def summarize(
 
 
 def ridge_regression(kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
-    """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve.
-
-    Parameters
-    ----------
-    kernel
-        Shape (n, n).
-    targets
-        Y, shape (n, c).
-    ridge
-        lambda.
-    """
+    """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve."""
     return np.asarray(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets), np.float64)
 
 

@@ -31,52 +31,17 @@ _BEAT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Submission:
-    """A driver on a cluster.
+    """A driver on a cluster."""
 
-    Attributes
-    ----------
-    key
-        Its task.
-    store
-        Path or URL that it writes to.
-    dashboard
-        Address of the cluster's dashboard.
-    """
-
-    key: str
-    store: str
-    dashboard: str
+    key: str  # its task
+    store: str  # path or URL that it writes to
+    dashboard: str  # address of the cluster's dashboard
 
 
 def submit(
     path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a", grow: bool = False
 ) -> Submission:
-    """Send a workflow file, with all files of its folder, to a cluster and let it run there.
-
-    Parameters
-    ----------
-    path
-        The workflow file.
-    overrides
-        As for ``ntkpipe run --set``.
-    scheduler
-        Address of the cluster.
-    mode, grow
-        As for :func:`ntkpipe.compute_kernel`.
-
-    Returns
-    -------
-    What was submitted, once its kernel is checked and the first block handed out, or all is done.
-
-    Raises
-    ------
-    ConfigError
-        If the file is wrong, or the scheduler would end with this process.
-    ClusterError
-        If the cluster cannot be reached, or the folder is too large to send.
-    NtkpipeError
-        What the driver raises until then.
-    """
+    """Send a workflow file, with all files of its folder, to a cluster and let it run there."""
     if scheduler == cluster.LOCAL:
         raise ConfigError(
             "a local cluster would end with this command; start one with `dask scheduler` and `dask worker` and give "

@@ -45,56 +45,26 @@ _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A workflow file with its model and data in memory.
+    """A workflow file with its model and data in memory."""
 
-    Attributes
-    ----------
-    workflow
-        The validated file.
-    model, forward
-        The model with its checkpoint, and what picks its output.
-    data
-        ``inputs`` and optionally ``targets``, ``test_inputs``, ``test_targets``.
-    folder
-        Of the workflow file.
-    """
-
-    workflow: Workflow
-    model: nn.Module
+    workflow: Workflow  # the validated file
+    model: nn.Module  # model, forward: the model with its checkpoint, and what picks its output
     forward: Forward
-    data: Mapping[str, Any]
-    folder: Path
+    data: Mapping[str, Any]  # `inputs` and optionally `targets`, `test_inputs`, `test_targets`
+    folder: Path  # of the workflow file
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found.
+    """What one step found."""
 
-    Attributes
-    ----------
-    step
-        Its name.
-    rows
-        The result as (quantity, value) in words.
-    is_good
-        Whether nothing was found to be wrong.
-    """
-
-    step: str
-    rows: Rows
-    is_good: bool
+    step: str  # its name
+    rows: Rows  # the result as (quantity, value) in words
+    is_good: bool  # whether nothing was found to be wrong
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a workflow file, then make its data and its model.
-
-    Raises
-    ------
-    ConfigError
-        If the file is wrong, or a factory cannot be imported, raises, or returns something else.
-    ModelError
-        If the checkpoint does not fit.
-    """
+    """Read a workflow file, then make its data and its model."""
     workflow = load_workflow(path, overrides)
     for step in workflow.steps:
         _check_step(step, str(path))
@@ -122,21 +92,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 def run(
     loaded: Loaded, *, mode: Mode = "a", grow: bool = False, progress: bool = True, client: "Client | None" = None
 ) -> Iterator[StepResult]:
-    """Compute or resume the kernel of a workflow, then do its steps one by one.
-
-    Parameters
-    ----------
-    loaded
-        The workflow.
-    mode, grow, progress
-        As for :func:`ntkpipe.compute_kernel`.
-    client
-        Of the cluster that computes; default the one that ``run.scheduler`` names, which is left afterwards.
-
-    Yields
-    ------
-    The kernel, then what each step found.
-    """
+    """Compute or resume the kernel of a workflow, then do its steps one by one."""
     workflow = loaded.workflow
     limits = workflow.run
     with contextlib.ExitStack() as stack:

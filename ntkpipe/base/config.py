@@ -77,19 +77,12 @@ class FactorySpec(Spec):
 
 
 class ModelSpec(FactorySpec):
-    """A factory that returns a ``torch.nn.Module``, and what is done to it.
+    """A factory that returns a ``torch.nn.Module``, and what is done to it."""
 
-    Attributes
-    ----------
-    checkpoint
-        A state dict to load: ``.safetensors``, or ``.pt`` / ``.pth`` (loaded weights-only). Relative to the
-        workflow file.
-    forward
-        Picks the (batch, O) tensor: ``.attribute`` of the model's output, or an import string of a function of
-        the output or of (model, inputs).
-    """
-
+    # A state dict to load: `.safetensors`, or `.pt` / `.pth` (loaded weights-only). Relative to the workflow file.
     checkpoint: Path | None = None
+    # Picks the (batch, O) tensor: `.attribute` of the model's output, or an import string of a function of the output
+    # or of (model, inputs)
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 
@@ -98,37 +91,22 @@ class DataSpec(FactorySpec):
 
 
 class KernelSpec(Spec):
-    """What decides the numbers of a kernel, apart from the model and the data.
+    """What decides the numbers of a kernel, apart from the model and the data."""
 
-    Attributes
-    ----------
-    kind
-        ``ntk``, ``pntk``, ``trace``, ``diagonal`` or ``output:k``; see :mod:`ntkpipe.base.kinds`.
-    parameters
-        Shell-style patterns of parameter names; nothing means every parameter that requires a gradient.
-    groups
-        Name → shell-style patterns of the selected parameters: a kernel of each group, beside that of all.
-    compute_dtype
-        dtype of the forward pass and the Jacobians; ``tf32`` is float32 whose products on a GPU may be TF32.
-    accumulate_dtype
-        dtype of the sum over parameters and of the products in it, never TF32; default ``compute_dtype``, at least
-        float32.
-    store_dtype
-        dtype of the stored matrix; default ``accumulate_dtype``.
-    tile
-        Samples along a tile's edge; default about 2048 rows.
-    jacobian
-        ``structured``, or ``fallback`` to leave every parameter to plain ``torch.func``: slower, for models that the
-        tracing refuses.
-    """
-
-    kind: str = "pntk"
+    kind: str = "pntk"  # `ntk`, `pntk`, `trace`, `diagonal` or `output:k`; see :mod:`ntkpipe.base.kinds`
+    # Shell-style patterns of parameter names; nothing means every parameter that requires a gradient
     parameters: Annotated[tuple[str, ...] | None, BeforeValidator(_as_patterns)] = None
+    # Name → shell-style patterns of the selected parameters: a kernel of each group, beside that of all
     groups: Annotated[dict[GroupName, Patterns], AfterValidator(require_folders)] = {}
+    # Dtype of the forward pass and the Jacobians; `tf32` is float32 whose products on a GPU may be TF32
     compute_dtype: ComputeDtype = "float32"
+    # Dtype of the sum over parameters and of the products in it, never TF32; default `compute_dtype`, at least
+    # float32
     accumulate_dtype: RealDtype | None = None
-    store_dtype: RealDtype | None = None
-    tile: Positive | None = None
+    store_dtype: RealDtype | None = None  # dtype of the stored matrix; default `accumulate_dtype`
+    tile: Positive | None = None  # samples along a tile's edge; default about 2048 rows
+    # `structured`, or `fallback` to leave every parameter to plain `torch.func`: slower, for models that the tracing
+    # refuses
     jacobian: Literal["structured", "fallback"] = "structured"
 
     def resolved_accumulate_dtype(self) -> RealDtype:
@@ -143,29 +121,18 @@ class KernelSpec(Spec):
 
 
 class RunSpec(Spec):
-    """Where and within what limits a run happens. None of it may change a number on one type of machine.
+    """Where and within what limits a run happens. None of it may change a number on one type of machine."""
 
-    Attributes
-    ----------
-    memory_limit
-        Bytes that the process may use, Python and torch included; a number or text such as ``8GiB``. Default
-        70 % of what is available. With ``scheduler: local`` of all its processes together, with an address of each.
-    device
-        ``cpu``, ``cuda`` or ``cuda:1``; default the first GPU where there is one.
-    workers
-        Single-threaded workers in this process; default one for each core, on a GPU one. With ``scheduler: local``
-        processes. Another scheduler has the workers that it has.
-    self_check
-        Compare the engine with plain ``torch.func`` before the first tile.
-    scheduler
-        Address of a Dask scheduler, as ``tcp://host:8786``, or ``local`` for a cluster of this machine: processes with
-        a thread each, or one for each GPU. Default threads of this process.
-    """
-
+    # Bytes that the process may use, Python and torch included; a number or text such as `8GiB`. Default 70 % of what
+    # is available. With `scheduler: local` of all its processes together, with an address of each.
     memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
-    device: str | None = None
+    device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU where there is one
+    # Single-threaded workers in this process; default one for each core, on a GPU one. With `scheduler: local`
+    # processes. Another scheduler has the workers that it has.
     workers: Positive | None = None
-    self_check: bool = True
+    self_check: bool = True  # compare the engine with plain `torch.func` before the first tile
+    # Address of a Dask scheduler, as `tcp://host:8786`, or `local` for a cluster of this machine: processes with a
+    # thread each, or one for each GPU. Default threads of this process.
     scheduler: str | None = None
 
 
@@ -211,26 +178,17 @@ class StepSpec(Spec):
 
 
 class Workflow(Spec):
-    """A whole workflow file.
+    """A whole workflow file."""
 
-    Attributes
-    ----------
-    store
-        Path of the store, relative to the folder that the command is run in, or a URL such as
-        ``s3://bucket/prefix/run.zarr``.
-    steps
-        What is done once the kernel is complete, in order.
-    cluster
-        What ``ntkpipe plan`` estimates beside this machine.
-    """
-
+    # Path of the store, relative to the folder that the command is run in, or a URL such as
+    # `s3://bucket/prefix/run.zarr`
     store: Annotated[Path | str, BeforeValidator(_as_location)]
     model: ModelSpec
     data: DataSpec
     kernel: KernelSpec = KernelSpec()
     run: RunSpec = RunSpec()
-    steps: tuple[StepSpec, ...] = ()
-    cluster: ClusterSpec | None = None
+    steps: tuple[StepSpec, ...] = ()  # what is done once the kernel is complete, in order
+    cluster: ClusterSpec | None = None  # what `ntkpipe plan` estimates beside this machine
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -258,21 +216,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_workflow(path: Path, overrides: Sequence[str] = ()) -> Workflow:
-    """Read and validate a workflow file.
-
-    Parameters
-    ----------
-    path
-        The YAML file.
-    overrides
-        ``a.b=value`` each, the value read as YAML; later ones win.
-
-    Raises
-    ------
-    ConfigError
-        For a missing file, bad YAML, an unknown key or a bad value, with its line in the file and, for a key, the
-        nearest known one.
-    """
+    """Read and validate a workflow file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -312,24 +256,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: yaml.Node | None = None) -> AnySpec:
-    """Validate ``values`` as a ``spec``.
-
-    Parameters
-    ----------
-    spec
-        The class to build.
-    values
-        Its fields.
-    source
-        What the values came from, for messages.
-    tree
-        The YAML nodes of the file, for line numbers.
-
-    Raises
-    ------
-    ConfigError
-        Listing everything that is wrong.
-    """
+    """Validate ``values`` as a ``spec``."""
     try:
         return spec.model_validate(values)
     except ValidationError as error:

@@ -32,17 +32,7 @@ class SelfCheckError(NtkpipeError, ArithmeticError):
 
 
 class IndefiniteError(NtkpipeError, LinAlgError):
-    """A matrix that must be positive definite is not.
-
-    Attributes
-    ----------
-    row
-        Rows of the smallest leading block that is not positive definite.
-    pivot
-        The pivot that is not positive.
-    floor
-        What rounding of the stored entries does to eigenvalues.
-    """
+    """A matrix that must be positive definite is not."""
 
     def __init__(self, message: str, *, row: int, pivot: float, floor: float) -> None:
         super().__init__(message)
@@ -72,13 +62,7 @@ class StoreExistsError(StoreError, FileExistsError):
 
 
 class StoreMismatchError(StoreError, ValueError):
-    """The store was made with something else than what is asked for now.
-
-    Attributes
-    ----------
-    differences
-        ``(field, stored, asked)`` for each field that differs.
-    """
+    """The store was made with something else than what is asked for now."""
 
     def __init__(self, message: str, differences: tuple[tuple[str, object, object], ...]) -> None:
         super().__init__(message)

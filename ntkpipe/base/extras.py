@@ -8,20 +8,7 @@ from ntkpipe.base.errors import ConfigError
 
 @contextmanager
 def needed_for(what: str, extra: str) -> Iterator[None]:
-    """Imports within may fail, which is said in words.
-
-    Parameters
-    ----------
-    what
-        That needs the libraries.
-    extra
-        Of this package, with which they are installed.
-
-    Raises
-    ------
-    ConfigError
-        If one of them is missing.
-    """
+    """Imports within may fail, which is said in words."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -13,20 +13,7 @@ from ntkpipe.base.errors import ConfigError
 
 
 def import_object(name: str, folder: Path | None = None) -> Any:
-    """Import ``package.module:attribute``.
-
-    Parameters
-    ----------
-    name
-        The import string; it comes from the user's workflow file, never from a store.
-    folder
-        Searched before everything else, for this import alone.
-
-    Raises
-    ------
-    ConfigError
-        If the module cannot be imported or lacks the attribute; the cause is chained.
-    """
+    """Import ``package.module:attribute``."""
     module_name, _, attribute = name.partition(":")
     try:
         found: Any = _import_module(module_name, folder)
@@ -43,13 +30,7 @@ def import_object(name: str, folder: Path | None = None) -> Any:
 
 
 def call_factory(factory: str, arguments: dict[str, Any], folder: Path | None = None) -> Any:
-    """Import a factory and call it.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be imported, or raises; the cause is chained.
-    """
+    """Import a factory and call it."""
     function = import_object(factory, folder)
     if not callable(function):
         raise ConfigError(f"{factory!r} is {type(function).__name__}; needed something that can be called")
@@ -69,16 +50,7 @@ def _import_module(name: str, folder: Path | None) -> ModuleType:
 
 @contextlib.contextmanager
 def folder_first(folder: Path, top: str | None = None) -> Iterator[None]:
-    """Find modules in ``folder`` before anywhere else, and not those of the same names from other workflows' folders.
-
-    Parameters
-    ----------
-    folder
-        A workflow's folder.
-    top
-        A top-level module that must be the folder's own, if the folder has it, wherever it was loaded from before; none
-        for every module that the folder has, but for names of the standard library.
-    """
+    """Find modules in ``folder`` first, never those of the same names from other workflows' folders."""
     folder = folder.resolve()
     for local in {path.stem for path in folder.glob("*.py")} | {
         path.parent.name for path in folder.glob("*/__init__.py")

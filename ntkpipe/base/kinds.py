@@ -14,22 +14,14 @@ _OUTPUT = "output:"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of empirical neural tangent kernel.
+    """One kind of empirical neural tangent kernel."""
 
-    Attributes
-    ----------
-    name
-        What users type, and the manifest's ``kind``.
-    convention
-        What one entry of the stored matrix is, as text for the manifest. Implementations differ by factors of
-        the number of outputs and do not say so.
-    pairs
-        Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, each
-        an entry of a matrix of its own (``same``) or their sum an entry. Pairs that are not wanted cost nothing.
-    """
-
-    name: str
+    name: str  # what users type, and the manifest's `kind`
+    # What one entry of the stored matrix is, as text for the manifest. Implementations differ by factors of the
+    # number of outputs and do not say so.
     convention: str
+    # Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, each
+    # an entry of a matrix of its own (`same`) or their sum an entry. Pairs that are not wanted cost nothing.
     pairs: Literal["all", "same", "sum"] = "all"
 
     def num_covectors(self, num_outputs: int) -> int:
@@ -41,13 +33,7 @@ class Kind:
         return num_outputs if self.pairs == "same" else 1
 
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
-        """Vectors in output space that are pulled back to the parameters, one a row, O columns.
-
-        Raises
-        ------
-        ConfigError
-            If the model does not have the output that is asked for.
-        """
+        """Vectors in output space that are pulled back to the parameters, one a row, O columns."""
         unit: NDArray[np.float64] = np.eye(num_outputs)
         if self.name in {"ntk", "diagonal"}:
             return unit
@@ -89,13 +75,7 @@ KINDS = {
 
 
 def get_kind(name: str) -> Kind:
-    """Return the kind called ``name``.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such kind; the message lists those that exist.
-    """
+    """Return the kind called ``name``."""
     if name in KINDS:
         return KINDS[name]
     output = name.removeprefix(_OUTPUT)

@@ -20,21 +20,13 @@ _COLUMNS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Work:
-    """What products with an operator have cost. Values add and subtract.
+    """What products with an operator have cost. Values add and subtract."""
 
-    Attributes
-    ----------
-    passes
-        Reads of the whole matrix, whatever the number of columns; single columns count as the part that was read.
-    bytes_read
-        Bytes that came from files or object storage; tiles that are kept in memory are not read again.
-    seconds
-        Time in products.
-    """
-
+    # Reads of the whole matrix, whatever the number of columns; single columns count as the part that was read
     passes: float = 0.0
+    # Bytes that came from files or object storage; tiles that are kept in memory are not read again
     bytes_read: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # time in products
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.passes + other.passes, self.bytes_read + other.bytes_read, self.seconds + other.seconds)
@@ -45,18 +37,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one pass says of a matrix beside a product.
+    """What one pass says of a matrix beside a product."""
 
-    Attributes
-    ----------
-    diagonal
-        Shape (n,), float64.
-    frobenius
-        Frobenius norm.
-    """
-
-    diagonal: NDArray[np.float64]
-    frobenius: float
+    diagonal: NDArray[np.float64]  # shape (n,), float64
+    frobenius: float  # frobenius norm
 
     @property
     def trace(self) -> float:
@@ -115,22 +99,7 @@ class Operator(ABC):
         """The statistics, in one pass where that is possible."""
 
     def matmat(self, block: ArrayLike) -> NDArray[np.float64]:
-        """``K @ block`` in float64, one pass.
-
-        Parameters
-        ----------
-        block
-            Shape (n, r), or (n,) for a single column.
-
-        Raises
-        ------
-        ConfigError
-            If the shape is another, or entries are complex.
-        NonFiniteError
-            If it holds NaN or infinity.
-        TileError
-            If a tile is missing or damaged; the message names it.
-        """
+        """``K @ block`` in float64, one pass."""
         values = np.asarray(block)
         if values.ndim not in {1, 2} or values.shape[0] != self.num_rows or values.dtype.kind not in "fiub":
             raise ConfigError(
@@ -149,13 +118,7 @@ class Operator(ABC):
         return self.matmat(block)
 
     def columns(self, indices: ArrayLike) -> NDArray[np.float64]:
-        """Columns of K, shape (n, len(indices)), float64; reads the tiles that hold them.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such column.
-        """
+        """Columns of K, shape (n, len(indices)), float64; reads the tiles that hold them."""
         wanted = np.asarray(indices, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_rows:
             raise ConfigError(f"columns {wanted.min()} to {wanted.max()} of a matrix that has 0 to {self.num_rows - 1}")
@@ -168,13 +131,7 @@ class Operator(ABC):
         return self.matmat(unit)
 
     def block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        """Entries ``K[rows, columns]`` of two runs of rows, float64, C-contiguous and new; reads the tiles of them.
-
-        Raises
-        ------
-        ConfigError
-            If a slice has a step or leaves the matrix.
-        """
+        """Entries ``K[rows, columns]`` of two runs of rows, float64, C-contiguous and new; reads the tiles of them."""
         for run in (rows, columns):
             if run.step not in {None, 1} or not 0 <= (run.start or 0) <= (run.stop or 0) <= self.num_rows:
                 raise ConfigError(f"block of {run}; needed slice(start, stop) inside of {self.num_rows} rows")
@@ -228,13 +185,7 @@ class Operator(ABC):
         return self if num_outputs == 1 else _Kronecker(self, num_outputs)
 
     def leading(self, num_rows: int) -> "Operator":
-        """The leading block of ``num_rows`` rows and columns.
-
-        Raises
-        ------
-        ConfigError
-            If the matrix has fewer.
-        """
+        """The leading block of ``num_rows`` rows and columns."""
         if not 0 < num_rows <= self.num_rows:
             raise ConfigError(f"leading({num_rows}) of a matrix of {self.num_rows} rows")
         return self if num_rows == self.num_rows else self._leading(num_rows)

@@ -16,21 +16,11 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Plane:
-    """One matrix of several that are computed together.
+    """One matrix of several that are computed together."""
 
-    Attributes
-    ----------
-    prefix
-        Folder of its arrays in a store: ``kernel``, ``kernel/output_3``, ``groups/head``, ``groups/head/output_3``.
-    group
-        Number of the group of parameters that it sums over; none for all selected ones.
-    output
-        Number of the output, where each has a matrix of its own.
-    """
-
-    prefix: str
-    group: int | None = None
-    output: int | None = None
+    prefix: str  # folder of its arrays in a store: `kernel`, `kernel/output_3`, `groups/head`, `groups/head/output_3`
+    group: int | None = None  # number of the group of parameters that it sums over; none for all selected ones
+    output: int | None = None  # number of the output, where each has a matrix of its own
 
     def array(self, name: str) -> str:
         """Its own array of the kind of ``kernel/train``, ``kernel/test_train`` or ``kernel/test_diagonal``."""
@@ -63,20 +53,7 @@ def num_planes(kind: str, num_outputs: int, num_groups: int) -> int:
 
 
 def match_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The parameters of each group by name, from shell-style patterns.
-
-    Parameters
-    ----------
-    groups
-        Name → patterns.
-    names
-        The selected parameters.
-
-    Raises
-    ------
-    ConfigError
-        If a pattern matches none of them, or two groups have one in common.
-    """
+    """The parameters of each group by name, from shell-style patterns."""
     found: dict[str, tuple[str, ...]] = {}
     for group, patterns in sorted(groups.items()):  # their order decides the last bits of the total
         for pattern in patterns:

@@ -42,23 +42,7 @@ def _rate(speed: float, unit: str) -> str:
 def show_progress(
     items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
 ) -> Generator[Item, None, None]:
-    """Pass ``items`` on and show how many there were.
-
-    Parameters
-    ----------
-    items
-        The work; one item, one step.
-    total, done
-        Steps altogether, and those done before.
-    what, unit
-        Words for the bar: ``kernel``, ``tile``.
-    stream
-        Default standard error.
-
-    Yields
-    ------
-    The items.
-    """
+    """Pass ``items`` on and show how many there were."""
     stream = stream or sys.stderr
     if stream.isatty():
         yield from _bar(items, total, done, what, unit, Console(file=stream))
@@ -98,15 +82,7 @@ def _lines(items: Iterator[Item], total: int, done: int, what: str, unit: str, s
 
 
 class Ticks:
-    """Progress of work that reports by a callback: call :meth:`tick` for each step, inside ``with``.
-
-    Parameters
-    ----------
-    total, what, unit
-        As for :func:`show_progress`.
-    enabled
-        Whether anything is shown.
-    """
+    """Progress of work that reports by a callback: call :meth:`tick` for each step, inside ``with``."""
 
     def __init__(self, total: int, *, what: str, unit: str, enabled: bool) -> None:
         steps = iter(range(total))
@@ -126,17 +102,7 @@ class Ticks:
 
 
 class Passes:
-    """Progress of what converges: passes, residual and time left; a live line on a terminal, else one now and then.
-
-    Parameters
-    ----------
-    what
-        Word for the line: ``eigsh``.
-    enabled
-        Whether anything is shown.
-    stream
-        Default standard error.
-    """
+    """Progress of what converges: passes, residual and time left; a live line on a terminal, else one now and then."""
 
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
         self._what = what

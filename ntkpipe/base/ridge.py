@@ -14,22 +14,7 @@ RidgeScale = Literal["mean_diagonal"] | None
 
 
 def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]) -> float:
-    """λ as it is added to the diagonal.
-
-    Parameters
-    ----------
-    ridge
-        At least zero, in units of the scale.
-    scale
-        ``"mean_diagonal"``, or none.
-    diagonal
-        That of the kernel; called where it is needed.
-
-    Raises
-    ------
-    ConfigError
-        If one of them is out of range.
-    """
+    """λ as it is added to the diagonal."""
     if scale not in (None, "mean_diagonal"):
         raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
     check_number("ridge", ridge, low=0.0)
@@ -37,13 +22,7 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
 
 
 def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ridges as they are added to the diagonal, in their order.
-
-    Raises
-    ------
-    ConfigError
-        If there is none, or one is out of range.
-    """
+    """Ridges as they are added to the diagonal, in their order."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
     found = [absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges]

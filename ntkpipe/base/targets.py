@@ -14,33 +14,15 @@ _TASKS = ("auto", "classification", "regression")
 
 @dataclass(frozen=True)
 class Labels:
-    """Targets of samples.
+    """Targets of samples."""
 
-    Attributes
-    ----------
-    matrix
-        Shape (N, O), float64: one-hot for classes.
-    classes
-        Labels in the order of the columns, shape (O,); none for real targets.
-    codes
-        The column of each sample's label, shape (N,); none for real targets.
-    is_flat
-        Whether there is one column that was given without an axis of its own.
-    """
-
-    matrix: NDArray[np.float64]
-    classes: NDArray[Any] | None
-    codes: NDArray[np.int64] | None
-    is_flat: bool
+    matrix: NDArray[np.float64]  # shape (N, O), float64: one-hot for classes
+    classes: NDArray[Any] | None  # labels in the order of the columns, shape (O,); none for real targets
+    codes: NDArray[np.int64] | None  # the column of each sample's label, shape (N,); none for real targets
+    is_flat: bool  # whether there is one column that was given without an axis of its own
 
     def rows(self, width: int) -> NDArray[np.float64]:
-        """Targets as right-hand sides of a kernel with ``width`` rows a sample: (N, O), or (N·O, 1) for a full NTK.
-
-        Raises
-        ------
-        ConfigError
-            If the kernel has several rows a sample and the targets another number of columns.
-        """
+        """Targets as right-hand sides of a kernel with ``width`` rows a sample: (N, O), or (N·O, 1) for a full NTK."""
         return as_rows(self.matrix, width)
 
     def accuracy(self, outputs: NDArray[np.float64]) -> float | None:
@@ -53,13 +35,7 @@ class Labels:
 
 
 def as_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """(N, O) in the rows of a kernel with ``width`` rows a sample; row = sample · O + output.
-
-    Raises
-    ------
-    ConfigError
-        If there are several and not O.
-    """
+    """(N, O) in the rows of a kernel with ``width`` rows a sample; row = sample · O + output."""
     if width == 1:
         return matrix
     if matrix.shape[1] != width:
@@ -78,28 +54,7 @@ def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 def encode(
     targets: ArrayLike, *, num_outputs: int | None = None, classes: NDArray[Any] | None = None, task: Task = "auto"
 ) -> Labels:
-    """Targets as a matrix.
-
-    Parameters
-    ----------
-    targets
-        Shape (N,) or (N, O). With one axis, integers, booleans, strings and objects are labels of classes if there are
-        fewer different ones than samples; everything else is real.
-    num_outputs
-        Columns that are needed, where the kernel or the model says so. More of them than labels are right if labels
-        are integers from 0 to there.
-    classes
-        Labels by column, of what the targets are compared with; then they are labels of these.
-    task
-        What they are, where it should not depend on dtypes.
-
-    Raises
-    ------
-    ConfigError
-        If they are of other dtypes or shapes, have another number of columns than needed, or are unknown labels.
-    NonFiniteError
-        If real ones hold NaN or infinity.
-    """
+    """Targets as a matrix."""
     if task not in _TASKS:
         raise ConfigError(f"task={task!r}; needed one of {', '.join(map(repr, _TASKS))}")
     values = np.asarray(targets)

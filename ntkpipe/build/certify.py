@@ -35,30 +35,14 @@ _SHOWN = 50
 
 @dataclass(frozen=True)
 class Certificate:
-    """How well a stored kernel agrees with J(J'v).
+    """How well a stored kernel agrees with J(J'v)."""
 
-    Attributes
-    ----------
-    array
-        The kernel.
-    error
-        Largest row error ``|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)``.
-    median_error
-        Median of the row errors.
-    tolerance
-        What a good kernel of this dtype stays below.
-    suspect_rows
-        Rows whose error stands out, the largest first; at most 50.
-    num_suspects
-        How many there are.
-    """
-
-    array: str
-    error: float
-    median_error: float
-    tolerance: float
-    suspect_rows: tuple[int, ...]
-    num_suspects: int
+    array: str  # the kernel
+    error: float  # largest row error `|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)`
+    median_error: float  # median of the row errors
+    tolerance: float  # what a good kernel of this dtype stays below
+    suspect_rows: tuple[int, ...]  # rows whose error stands out, the largest first; at most 50
+    num_suspects: int  # how many there are
 
     @property
     def is_good(self) -> bool:
@@ -72,21 +56,12 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Witness:
-    """What a store is certified against: the model and the samples that it was made with.
+    """What a store is certified against: the model and the samples that it was made with."""
 
-    Attributes
-    ----------
-    products
-        Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
-    sources
-        Samples by split.
-    groups
-        Parameters of each group by name; what is in none comes last.
-    """
-
+    # Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
     products: tuple[JacobianProducts, ...]
-    sources: Mapping[str, Source]
-    groups: tuple[frozenset[str], ...]
+    sources: Mapping[str, Source]  # samples by split
+    groups: tuple[frozenset[str], ...]  # parameters of each group by name; what is in none comes last
 
     @property
     def num_steps(self) -> int:
@@ -98,24 +73,7 @@ class Witness:
 def find_witness(
     store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
 ) -> Witness:
-    """Check that model and samples are those of the store, and make the products.
-
-    Parameters
-    ----------
-    store
-        The store.
-    model, forward, device
-        As for :func:`ntkpipe.compute_kernel`.
-    inputs, test_inputs
-        The samples; none takes those in the store.
-
-    Raises
-    ------
-    ConfigError
-        If samples are given that the store was made without, or needed since it was derived without them.
-    StoreMismatchError
-        If the fingerprints of model or samples differ.
-    """
+    """Check that model and samples are those of the store, and make the products."""
     manifest = store.manifest
     records = {"train": manifest.train, "test": manifest.test}
     sources: dict[str, Source] = {
@@ -203,17 +161,6 @@ def certify(
     """Certify every kernel of a complete store.
 
     J'v is computed once; its part of each group of parameters gives the kernels of the group, their sum the whole ones.
-
-    Parameters
-    ----------
-    store
-        The store, its tiles already verified.
-    witness
-        The model and samples that it was made with.
-    seed
-        Of the sign vector.
-    step
-        Called after each batch of each pass.
     """
     manifest = store.manifest
     rows = next(iter(store.store.arrays.values())).layout.shape[0]

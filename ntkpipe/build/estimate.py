@@ -61,8 +61,6 @@ class Estimate:
     def balance_seconds(self) -> float:
         """What workers wait at the end for the last block, at most: ``(1 - 1 / workers) * block_seconds`` [1]_.
 
-        References
-        ----------
         .. [1] Graham (1966). Bounds for certain multiprocessing anomalies. Bell System Technical Journal 45(9).
         """
         return (1 - 1 / self.cluster.workers) * self.block_seconds

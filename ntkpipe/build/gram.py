@@ -25,38 +25,7 @@ def fill_tile(
     pause: Callable[[], None],
     most: int | None = None,
 ) -> int | None:
-    """Write the Gram entries of two strips into the tile of every plane, sample-major.
-
-    Parameters
-    ----------
-    left, right
-        Strips of the tile's row and column samples.
-    tiles
-        Tensors (tile rows, tile rows) in the store dtype, in the order of
-        :func:`~ntkpipe.jacobian.representations.contract.contract_planes`.
-    row, column
-        First sample of each strip, counted from the tile's.
-    num_covectors, pairs
-        Rows a sample, and which pairs of covectors are contracted.
-    is_mirrored
-        Whether the tile lies on the diagonal of a symmetric kernel: then each pair of pieces is computed once, on or
-        above the diagonal, and copied below, so that the tile is symmetric to the last bit.
-    workspace
-        Scratch of the calling thread.
-    pause
-        Called between pieces; may raise to stop the work.
-    most
-        Samples of a piece that are contracted at a time; none for all.
-
-    Returns
-    -------
-    ``most``, halved as often as scratch for contracting so many ran out.
-
-    Raises
-    ------
-    MemoryError, torch.OutOfMemoryError, RuntimeError
-        If there is no memory to contract single samples, as the device says it.
-    """
+    """Write the Gram entries of two strips into the tile of every plane, sample-major."""
     while not _filled(left, right, tiles, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
         largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
         most = max(1, min(largest, most or largest) // 2)

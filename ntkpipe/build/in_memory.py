@@ -32,24 +32,12 @@ _SHARE_OF_MEMORY = 0.8
 
 @dataclass(frozen=True)
 class SettledMatrix:
-    """A kernel in memory that is ready to compute.
+    """A kernel in memory that is ready to compute."""
 
-    Attributes
-    ----------
-    prepared
-        Model and samples.
-    engine
-        Self-checked, unless the run asks for no self-check.
-    plan
-        Fits in memory.
-    name, grid
-        The one kernel that is computed, or one of each output.
-    """
-
-    prepared: Prepared
-    engine: Engine
-    plan: Plan
-    name: str
+    prepared: Prepared  # model and samples
+    engine: Engine  # self-checked, unless the run asks for no self-check
+    plan: Plan  # fits in memory
+    name: str  # name, grid: the one kernel that is computed, or one of each output
     grid: Grid
 
 
@@ -64,33 +52,12 @@ def prepare_matrix(
 
 
 def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute train x train, or test x train where there are test samples.
-
-    Parameters
-    ----------
-    prepared
-        Model and samples.
-    run
-        Limits.
-    what, progress
-        Of the progress bar.
-
-    Raises
-    ------
-    ResourceError
-        If it does not fit in memory, with both numbers.
-    """
+    """Compute train x train, or test x train where there are test samples."""
     return build_matrix(settle_matrix(prepared, run), what=what, progress=progress)
 
 
 def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
-    """Do everything that comes before the first tile: measure costs, plan and self-check.
-
-    Raises
-    ------
-    ResourceError
-        If the kernel does not fit in memory, with both numbers.
-    """
+    """Do everything that comes before the first tile: measure costs, plan and self-check."""
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
@@ -113,15 +80,7 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
 
 
 def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute what is settled, from the first tile to the last; any number of times.
-
-    Parameters
-    ----------
-    settled
-        The kernel.
-    what, progress
-        Of the progress bar.
-    """
+    """Compute what is settled, from the first tile to the last; any number of times."""
     prepared, plan = settled.prepared, settled.plan
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
     matrix = np.empty(_shape(prepared, settled.grid), dtype)

@@ -43,35 +43,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be computed, in numbers only.
+    """What is to be computed, in numbers only."""
 
-    Attributes
-    ----------
-    grids
-        The kernels by array name.
-    num_test
-        Test samples whose diagonal blocks are computed; zero without a test set.
-    tile, num_covectors
-        Samples along a tile's edge, and rows a sample.
-    store_itemsize, accumulate_itemsize
-        Bytes of one entry as stored, and as summed.
-    cost
-        Of the Jacobians.
-    num_matrices
-        Matrices of each kernel: one, or one for each output.
-    num_groups
-        Groups of parameters that have kernels of their own beside those of all.
-    """
-
-    grids: Mapping[str, Grid]
-    num_test: int
-    tile: int
+    grids: Mapping[str, Grid]  # the kernels by array name
+    num_test: int  # test samples whose diagonal blocks are computed; zero without a test set
+    tile: int  # tile, num_covectors: samples along a tile's edge, and rows a sample
     num_covectors: int
-    store_itemsize: int
+    store_itemsize: int  # store_itemsize, accumulate_itemsize: bytes of one entry as stored, and as summed
     accumulate_itemsize: int
-    cost: Cost
-    num_matrices: int = 1
-    num_groups: int = 0
+    cost: Cost  # of the Jacobians
+    num_matrices: int = 1  # matrices of each kernel: one, or one for each output
+    num_groups: int = 0  # groups of parameters that have kernels of their own beside those of all
 
     @property
     def num_planes(self) -> int:
@@ -97,61 +79,29 @@ class Workload:
 
 @dataclass(frozen=True)
 class Crew:
-    """The workers of a cluster, as they were found.
+    """The workers of a cluster, as they were found."""
 
-    Attributes
-    ----------
-    processes, threads
-        Worker processes, and threads of each.
-    memory_limit, base_memory
-        Bytes that one process may use, and holds before the first block.
-    flops_per_second
-        Rate of one thread's matrix products.
-    device, arithmetic
-        Where they compute, and what decides the last bits there.
-    """
-
-    processes: int
+    processes: int  # processes, threads: worker processes, and threads of each
     threads: int
-    memory_limit: int
+    memory_limit: int  # memory_limit, base_memory: bytes that one process may use, and holds before the first block
     base_memory: int
-    flops_per_second: float
-    device: str
+    flops_per_second: float  # rate of one thread's matrix products
+    device: str  # device, arithmetic: where they compute, and what decides the last bits there
     arithmetic: str
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run may use.
+    """What the run may use."""
 
-    Attributes
-    ----------
-    workers
-        Single-threaded workers of one process, at most.
-    memory_limit
-        Bytes of a whole process.
-    base_memory
-        Bytes that it holds before the first block.
-    free_disk
-        Bytes that can be written; none for a kernel that stays in memory.
-    flops_per_second
-        Rate of one worker's matrix products.
-    device
-        Where it computes, as torch names it.
-    processes
-        Processes that compute: this one, or the workers of a cluster.
-    is_remote
-        Whether they are workers of a cluster, whose threads are not ours to lower.
-    """
-
-    workers: int
-    memory_limit: int
-    base_memory: int
-    free_disk: int | None
-    flops_per_second: float
-    device: str = "cpu"
-    processes: int = 1
-    is_remote: bool = False
+    workers: int  # single-threaded workers of one process, at most
+    memory_limit: int  # bytes of a whole process
+    base_memory: int  # bytes that it holds before the first block
+    free_disk: int | None  # bytes that can be written; none for a kernel that stays in memory
+    flops_per_second: float  # rate of one worker's matrix products
+    device: str = "cpu"  # where it computes, as torch names it
+    processes: int = 1  # processes that compute: this one, or the workers of a cluster
+    is_remote: bool = False  # whether they are workers of a cluster, whose threads are not ours to lower
 
     @property
     def num_workers(self) -> int:
@@ -218,13 +168,7 @@ class Plan:
     is_resumed: bool = False
 
     def require_fit(self) -> None:
-        """Refuse a plan that does not fit.
-
-        Raises
-        ------
-        ResourceError
-            With the numbers of memory or disk, found and needed.
-        """
+        """Refuse a plan that does not fit."""
         if self.problems:
             raise ResourceError("; ".join(self.problems))
 
@@ -354,23 +298,7 @@ def make_plan(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
 ) -> Plan:
-    """Decide strips, batches, blocks and memory.
-
-    Parameters
-    ----------
-    workload, machine
-        What is computed, and with what.
-    choices
-        Those of the store that is resumed; they decide bits, so they are kept.
-    tiles_done
-        Tiles that exist.
-    bytes_to_write
-        Of what is missing; none if everything is.
-
-    Returns
-    -------
-    The plan; its ``problems`` say where memory or disk are too small, and :meth:`Plan.require_fit` refuses it then.
-    """
+    """Decide strips, batches, blocks and memory."""
     if bytes_to_write is None:
         bytes_to_write = workload.num_tiles * workload.tile_bytes
     workers = machine.workers

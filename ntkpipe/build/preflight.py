@@ -31,44 +31,22 @@ VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What one worker is.
+    """What one worker is."""
 
-    Attributes
-    ----------
-    host
-        Its name.
-    device, arithmetic
-        Type of device, and what decides the last bits: see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`.
-    versions
-        Of Python and of the packages that matter.
-    num_threads
-        Keys that it does at a time.
-    memory_limit
-        Bytes that it may use before it is ended.
-    base_memory
-        Bytes that it holds now.
-    flops_per_second
-        Rate of one thread's matrix products.
-    """
-
-    host: str
+    host: str  # its name
+    # device, arithmetic: type of device, and what decides the last bits: see
+    # :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
     device: str
     arithmetic: str
-    versions: dict[str, str]
-    num_threads: int
-    memory_limit: int
-    base_memory: int
-    flops_per_second: float
+    versions: dict[str, str]  # of Python and of the packages that matter
+    num_threads: int  # keys that it does at a time
+    memory_limit: int  # bytes that it may use before it is ended
+    base_memory: int  # bytes that it holds now
+    flops_per_second: float  # rate of one thread's matrix products
 
 
 def _ask(client: Client, question: Callable[..., Answer], *arguments: Any) -> dict[str, Answer]:
-    """Call a function in every worker; one that dies meanwhile is left out.
-
-    Raises
-    ------
-    ClusterError
-        If one fails, with its address and error.
-    """
+    """Call a function in every worker; one that dies meanwhile is left out."""
     answers: Mapping[str, Any] = client.run(question, *arguments, on_error="return")
     failed = {address: answer for address, answer in answers.items() if isinstance(answer, BaseException)}
     if any(map(_is_lost, failed.values())):
@@ -90,27 +68,7 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = None) -> Crew:
-    """Ask every worker what it is; sum them up for the plan.
-
-    Parameters
-    ----------
-    client
-        Connected, with at least one worker.
-    dtype
-        Of the products whose rate is measured.
-    device
-        That the workers shall use; none for the first GPU of each, where it sees one.
-
-    Warns
-    -----
-    UserWarning
-        If workers differ from each other or from this process in what decides the last bits.
-
-    Raises
-    ------
-    ClusterError
-        If they cannot work together: other versions of ntkpipe, CPUs and GPUs mixed, or several threads on a GPU.
-    """
+    """Ask every worker what it is; sum them up for the plan."""
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
     if not reports:  # all that there were have died, as after a run that took too much memory
@@ -187,13 +145,7 @@ def _differing(values: Mapping[tuple[str, str], str]) -> str:
 
 
 def require_shared_store(client: Client, store: Store) -> None:
-    """Check that every worker can write, read and delete in the store that this process sees.
-
-    Raises
-    ------
-    ClusterError
-        If one cannot, with its address and host.
-    """
+    """Check that every worker can write, read and delete in the store that this process sees."""
     ours = f"{uuid4().hex}.partial"  # a name that listings pass over, and that the end of a run removes
     store.medium.put(ours, ours.encode())
     try:

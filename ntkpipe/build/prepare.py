@@ -43,35 +43,17 @@ _LIBRARY_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model and samples that can be computed.
+    """A model and samples that can be computed."""
 
-    Attributes
-    ----------
-    spec, kind
-        What is asked for.
-    model
-        In the compute dtype, on the device.
-    engine
-        Traced, not yet self-checked.
-    train, test
-        The samples.
-    num_outputs
-        Outputs O.
-    tile
-        Samples along a tile's edge.
-    groups
-        Parameters of each group by name.
-    """
-
-    spec: KernelSpec
+    spec: KernelSpec  # spec, kind: what is asked for
     kind: Kind
-    model: FunctionalModel
-    engine: Engine
-    train: Samples
+    model: FunctionalModel  # in the compute dtype, on the device
+    engine: Engine  # traced, not yet self-checked
+    train: Samples  # train, test: the samples
     test: Samples | None
-    num_outputs: int
-    tile: int
-    groups: Mapping[str, tuple[str, ...]]
+    num_outputs: int  # outputs O
+    tile: int  # samples along a tile's edge
+    groups: Mapping[str, tuple[str, ...]]  # parameters of each group by name
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -119,26 +101,7 @@ def prepare(
     device: str | None,
     choose_tile: Callable[[int, int, int], int] = default_tile,
 ) -> Prepared:
-    """Check the model on a few samples and find out how its Jacobians are computed.
-
-    Parameters
-    ----------
-    model, train, test, spec, forward
-        What is asked for.
-    device
-        ``cpu``, ``cuda``, ``cuda:1``; none takes the first GPU where there is one.
-    choose_tile
-        Takes the numbers of samples, of rows a sample and of planes to a tile, used where the spec names none.
-
-    Raises
-    ------
-    ConfigError
-        If a group does not fit the parameters, or there are too many kernels beside each other.
-    ModelError
-        If the model cannot be used as it is.
-    NonFiniteError
-        If it, or its outputs, are not finite.
-    """
+    """Check the model on a few samples and find out how its Jacobians are computed."""
     kind = get_kind(spec.kind)
     functional = prepare_model(
         model,
@@ -181,13 +144,7 @@ def _memory_of_a_worker(device: torch.device) -> float:
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew | None = None) -> Engine:
-    """The engine with the recorded choices of the store that is resumed.
-
-    Raises
-    ------
-    StoreMismatchError
-        If the model is traced otherwise now, as with another version of torch: the bits would change in mid-store.
-    """
+    """The engine with the recorded choices of the store that is resumed."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
         raise StoreMismatchError(
@@ -225,23 +182,7 @@ def plan_run(
     result_bytes: int = 0,
     crew: Crew | None = None,
 ) -> Plan:
-    """Measure what Jacobians cost and this machine can do, and plan.
-
-    Parameters
-    ----------
-    prepared, engine, run
-        What is computed, and within what limits.
-    grids
-        The kernels.
-    medium
-        Where the store is or will be; none for a kernel in memory.
-    choices, tiles_done, bytes_to_write
-        Of the store that is resumed.
-    result_bytes
-        Bytes of a kernel that stays in memory, about to be allocated.
-    crew
-        Workers of a cluster; none for threads of this process.
-    """
+    """Measure what Jacobians cost and this machine can do, and plan."""
     spec = prepared.spec
     workload = Workload(
         grids=grids,

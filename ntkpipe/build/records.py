@@ -18,70 +18,34 @@ from ntkpipe.store.layout import Index
 
 @dataclass(frozen=True)
 class TileRecord:
-    """One chunk that is safely stored.
+    """One chunk that is safely stored."""
 
-    Attributes
-    ----------
-    array, index
-        Which one.
-    seconds
-        Time since the one before, of the same worker.
-    batch, subtile
-        What the worker has come down to, in samples: those of the plan unless memory ran out.
-    """
-
-    array: str
+    array: str  # array, index: which one
     index: Index
-    seconds: float
-    batch: int
+    seconds: float  # time since the one before, of the same worker
+    batch: int  # batch, subtile: what the worker has come down to, in samples: those of the plan unless memory ran out
     subtile: int
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One block that is done: a line of ``results/runs/<run>/blocks.jsonl``.
+    """One block that is done: a line of ``results/runs/<run>/blocks.jsonl``."""
 
-    Attributes
-    ----------
-    array
-        The kernel.
-    rows, columns
-        First and last-but-one tile along each side.
-    tiles
-        Tiles that were computed; those that existed are not among them.
-    started
-        Unix time.
-    seconds
-        From the first sample to the last tile in the store.
-    flops
-        Operations that were done, Jacobians that had to be computed again included.
-    num_bytes
-        Written to the store.
-    peak_memory_bytes
-        The largest resident memory of the process so far, or of the GPU's tensors in this block.
-    batch, subtile
-        As in :class:`TileRecord`.
-    host, process, device
-        Where it was computed.
-    arithmetic
-        What decides the last bits there: see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`.
-    """
-
-    array: str
-    rows: tuple[int, int]
+    array: str  # the kernel
+    rows: tuple[int, int]  # rows, columns: first and last-but-one tile along each side
     columns: tuple[int, int]
-    tiles: int
-    started: float
-    seconds: float
-    flops: float
-    num_bytes: int
-    peak_memory_bytes: int
-    batch: int
+    tiles: int  # tiles that were computed; those that existed are not among them
+    started: float  # unix time
+    seconds: float  # from the first sample to the last tile in the store
+    flops: float  # operations that were done, Jacobians that had to be computed again included
+    num_bytes: int  # written to the store
+    peak_memory_bytes: int  # the largest resident memory of the process so far, or of the GPU's tensors in this block
+    batch: int  # batch, subtile: as in :class:`TileRecord`
     subtile: int
-    host: str
+    host: str  # host, process, device: where it was computed
     process: int
     device: str
-    arithmetic: str
+    arithmetic: str  # what decides the last bits there: see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -95,15 +59,6 @@ class RunLog:
     """What one run of a store says of itself: a line for each block as it is done, and a summary at the end.
 
     ``results/runs/<run>/blocks.jsonl`` has the lines, the attributes of ``results/runs/<run>`` the summary.
-
-    Parameters
-    ----------
-    store
-        Where it is kept.
-    plan
-        Of the run.
-    check_seconds
-        What the self-check took.
     """
 
     def __init__(self, store: Store, plan: Plan, check_seconds: float) -> None:
@@ -121,12 +76,7 @@ class RunLog:
         self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
     def tiles(self, records: Iterator[Record]) -> Iterator[TileRecord]:
-        """The tiles among the records; blocks are logged.
-
-        Yields
-        ------
-        A record for each tile of a kernel.
-        """
+        """The tiles among the records; blocks are logged."""
         for record in self._halvings.watch(records):
             if isinstance(record, BlockRecord):
                 self._add(record)
@@ -183,30 +133,14 @@ class RunLog:
 
 
 class Halvings:
-    """What memory that ran out made of the plan's sizes, over all workers.
-
-    Parameters
-    ----------
-    plan
-        The plan.
-    """
+    """What memory that ran out made of the plan's sizes, over all workers."""
 
     def __init__(self, plan: Plan) -> None:
         self._planned = {"batch": plan.batch, "subtile": plan.subtile}
         self.used = dict(self._planned)
 
     def watch(self, records: Iterator[Record]) -> Iterator[Record]:
-        """Pass records on, and look at their sizes.
-
-        Warns
-        -----
-        UserWarning
-            Once, if they are smaller than planned.
-
-        Yields
-        ------
-        The records.
-        """
+        """Pass records on, and look at their sizes."""
         for record in records:
             was_as_planned = self.used == self._planned
             self.used["batch"] = min(self.used["batch"], record.batch)

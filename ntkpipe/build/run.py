@@ -104,13 +104,7 @@ def first_of(prepared: Prepared, stored: Manifest) -> Prepared:
 
 
 def require_same(store: Store, asked: Manifest) -> None:
-    """Check that a store was made with what is asked for.
-
-    Raises
-    ------
-    StoreMismatchError
-        Listing the fields that differ, stored → asked.
-    """
+    """Check that a store was made with what is asked for."""
     found = differences(store.manifest, asked)
     if found:
         hint = "Use another path, mode='w' to start over, or ask for what is stored"
@@ -129,13 +123,7 @@ def _short(value: object) -> str:
 
 
 def require_made_from_model(store: Store, *, grows: bool = False) -> None:
-    """Refuse to compute the rest of a store that is derived from another one, or more samples of it.
-
-    Raises
-    ------
-    StoreMismatchError
-        If the store is a derived one, and not complete or about to grow.
-    """
+    """Refuse to compute the rest of a store that is derived from another one, or more samples of it."""
     derived = store.manifest.derived
     if derived is not None and (grows or store.missing()):
         what = "does not grow by itself: grow its source, and derive to another path" if grows else "is not complete"
@@ -151,18 +139,6 @@ def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[C
 
     Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook. So
     outputs of a few samples are compared with the stored ones, and their kernel entries with those of the first tile.
-
-    Parameters
-    ----------
-    store, prepared
-        What is there, and what is asked for.
-    doubted
-        Chunks that are known to be bad; others are looked at.
-
-    Raises
-    ------
-    StoreMismatchError
-        If it does not.
     """
     array = store.arrays["outputs/train"]
     # A truncated chunk is not there, either: it is written again.
@@ -214,19 +190,6 @@ def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, Che
     """Run the self-check within the memory of a plan.
 
     It meets samples that no probe has met; what the model raises there is the model's error.
-
-    Raises
-    ------
-    SelfCheckError
-        If engine and reference disagree.
-    ModelError
-        If the model fails on the samples.
-    NtkpipeError
-        Whatever else this package says of the samples.
-    MemoryError
-        If memory runs out.
-    torch.OutOfMemoryError
-        If a GPU's does.
     """
     try:
         memory = plan.machine.memory_limit - plan.machine.base_memory
@@ -242,25 +205,13 @@ def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, Che
 
 @dataclass(frozen=True)
 class Settled:
-    """A run that is ready to build.
+    """A run that is ready to build."""
 
-    Attributes
-    ----------
-    store
-        Exists, its data perhaps not yet.
-    engine, plan
-        How it is computed.
-    check
-        What the self-check found, if it ran.
-    check_seconds
-        How long that took.
-    """
-
-    store: Store
-    engine: Engine
+    store: Store  # exists, its data perhaps not yet
+    engine: Engine  # engine, plan: how it is computed
     plan: Plan
-    check: CheckReport | None
-    check_seconds: float
+    check: CheckReport | None  # what the self-check found, if it ran
+    check_seconds: float  # how long that took
 
 
 def settle(
@@ -273,24 +224,7 @@ def settle(
     crew: Crew | None = None,
     left: Mapping[str, int] | None = None,
 ) -> Settled:
-    """Plan, self-check, and create the store where there is none.
-
-    Parameters
-    ----------
-    prepared, asked, existing, medium, run, mode
-        What is computed, where, and within what limits.
-    crew
-        Workers of a cluster; none for threads of this process.
-    left
-        How many chunks of each array are to be computed; default those that are missing.
-
-    Raises
-    ------
-    SelfCheckError
-        If engine and reference disagree.
-    ResourceError
-        If it cannot fit; nothing was written.
-    """
+    """Plan, self-check, and create the store where there is none."""
     engine = prepared.engine
     choices = None if existing is None else existing.manifest.choices
     if existing is not None and choices is not None:
@@ -360,22 +294,13 @@ def progress_of(asked: Manifest, existing: Store | None, left: Mapping[str, int]
 
 @dataclass(frozen=True)
 class StoreSink:
-    """Chunks go to a store.
+    """Chunks go to a store."""
 
-    Attributes
-    ----------
-    arrays
-        Where they go.
-    wanted
-        The chunks that are computed, whether they are there or not: those that a repair replaces. None: those that
-        are not there.
-    kept
-        Old entries that a growth must not change.
-    """
-
-    arrays: Mapping[str, StoredArray]
+    arrays: Mapping[str, StoredArray]  # where they go
+    # The chunks that are computed, whether they are there or not: those that a repair replaces. None: those that are
+    # not there.
     wanted: frozenset[Chunk] | None = None
-    kept: Kept = NOTHING
+    kept: Kept = NOTHING  # old entries that a growth must not change
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether the chunk is there with its whole size, or not wanted."""
@@ -425,28 +350,7 @@ def build(
     stage: Manifest | None = None,
     progress: bool,
 ) -> None:
-    """Write samples, then every missing tile; keep a record of the run.
-
-    Parameters
-    ----------
-    settled, train, test
-        What is computed.
-    executor
-        Where; none for threads of this process.
-    wanted
-        The chunks to compute, as of a repair; default those that are missing.
-    stage
-        An earlier manifest of a store that grew: chunks are computed as they were then, and kept aside.
-    progress
-        Show a progress bar.
-
-    Raises
-    ------
-    Interrupted
-        On Ctrl-C, saying how far it came.
-    StoreFullError
-        If the disk fills up, saying how far it came.
-    """
+    """Write samples, then every missing tile; keep a record of the run."""
     store, plan = settled.store, settled.plan
     manifest = stage or store.manifest
     arrays = store.arrays if stage is None else aside(store, stage)

@@ -54,13 +54,7 @@ class Sink(Protocol):
 
 
 class StripCache:
-    """Jacobian strips that the workers of one process share, the least recently used dropped first.
-
-    Parameters
-    ----------
-    capacity
-        Bytes; zero keeps nothing.
-    """
+    """Jacobian strips that the workers of one process share, the least recently used dropped first."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -95,44 +89,20 @@ class StripCache:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """Everything that a worker needs to do any task; idempotent, whatever ran before or runs beside it.
+    """Everything that a worker needs to do any task; idempotent, whatever ran before or runs beside it."""
 
-    Attributes
-    ----------
-    engine
-        Copied for each worker.
-    plan
-        The plan.
-    sources
-        Samples by split, ``train`` and ``test``.
-    is_mapping
-        Whether a sample is a dict.
-    sink
-        Where tiles go.
-    cache
-        Shared by the workers of this process.
-    store_dtype
-        Of tiles and outputs.
-    pairs
-        Which pairs of covectors are contracted.
-    prefixes
-        Folders of the planes, in the order in which they are contracted.
-    in_use
-        Keeps others from replacing what is written to, by a worker that may outlive its driver.
-    default_dtype
-        That of torch where the job was made; another process may have another one.
-    """
-
-    engine: Engine
-    plan: Plan
-    sources: Mapping[str, Source]
-    is_mapping: bool
-    sink: Sink
-    cache: StripCache
-    store_dtype: np.dtype[Any]
-    pairs: Pairs = "all"
-    prefixes: tuple[str, ...] = ("kernel",)
+    engine: Engine  # copied for each worker
+    plan: Plan  # the plan
+    sources: Mapping[str, Source]  # samples by split, `train` and `test`
+    is_mapping: bool  # whether a sample is a dict
+    sink: Sink  # where tiles go
+    cache: StripCache  # shared by the workers of this process
+    store_dtype: np.dtype[Any]  # of tiles and outputs
+    pairs: Pairs = "all"  # which pairs of covectors are contracted
+    prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order in which they are contracted
+    # Keeps others from replacing what is written to, by a worker that may outlive its driver
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext
+    # That of torch where the job was made; another process may have another one
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     @contextmanager
@@ -160,24 +130,12 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tile of every plane on its way to the sink.
+    """A tile of every plane on its way to the sink."""
 
-    Attributes
-    ----------
-    index
-        Which one.
-    span
-        Its row samples.
-    values
-        Its entries by array, of those that do not have them.
-    outputs
-        f of its row samples, where they are written with it.
-    """
-
-    index: Index
-    span: Span
-    values: dict[str, Arrival]
-    outputs: Arrival | None
+    index: Index  # which one
+    span: Span  # its row samples
+    values: dict[str, Arrival]  # its entries by array, of those that do not have them
+    outputs: Arrival | None  # f of its row samples, where they are written with it
 
 
 class _Builder:

@@ -27,15 +27,7 @@ class TileBuffers(Protocol):
     """
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
-        """Memory for the next tile, on the device, in the dtype of the store; its content is undefined.
-
-        Parameters
-        ----------
-        shape
-            Rows and columns.
-        place
-            Where the tile shall end up on the host; none for a buffer.
-        """
+        """Memory for the next tile, on the device, in the dtype of the store; its content is undefined."""
         ...
 
     def send(self) -> Arrival:
@@ -55,15 +47,7 @@ def tile_buffers(device: torch.device, rows: int, dtype: np.dtype[Any]) -> TileB
 
 
 class HostTiles:
-    """Tiles that are computed on a CPU, in place.
-
-    Parameters
-    ----------
-    rows
-        Rows of a whole tile.
-    dtype
-        Of the store.
-    """
+    """Tiles that are computed on a CPU, in place."""
 
     def __init__(self, rows: int, dtype: np.dtype[Any]) -> None:
         self._shape = rows, rows
@@ -124,13 +108,7 @@ class Stream(Protocol):
 
 
 class SideStream:
-    """A stream for copies beside the one that computes, the calling thread's current stream of the device.
-
-    Parameters
-    ----------
-    device
-        A GPU.
-    """
+    """A stream for copies beside the one that computes, the calling thread's current stream of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -176,15 +154,6 @@ class DeviceTiles:
 
     They are flat and viewed in the shape of the tile, since a copy of what is not contiguous goes through pageable
     memory.
-
-    Parameters
-    ----------
-    stream
-        Copies.
-    rows
-        Rows of a whole tile.
-    dtype
-        Of the store.
     """
 
     def __init__(self, stream: Stream, rows: int, dtype: np.dtype[Any]) -> None:

@@ -39,31 +39,7 @@ _WAIT_SECONDS = 600
 def connect(
     scheduler: str, *, workers: int | None = None, memory_limit: int | None = None, num_gpus: int = 0
 ) -> Iterator[Client]:
-    """A client of a cluster, until the context is left; a local cluster is closed then.
-
-    Parameters
-    ----------
-    scheduler
-        ``"local"`` for processes of this machine, reachable from this machine alone; else the address of a scheduler,
-        as ``tcp://host:8786`` or ``tls://host:8786``. Certificates come from Dask's configuration.
-    workers
-        Of a local cluster: single-threaded processes, one a core by default; with GPUs one a GPU.
-    memory_limit
-        Of a local cluster: bytes of all workers together; default 70 % of what is available.
-    num_gpus
-        GPUs of this machine, of which each becomes a worker's of its own.
-
-    Yields
-    ------
-    The client.
-
-    Raises
-    ------
-    ConfigError
-        If the address is none.
-    ClusterError
-        If nothing answers there.
-    """
+    """A client of a cluster, until the context is left; a local cluster is closed then."""
     with contextlib.ExitStack() as stack:
         if scheduler == LOCAL:
             stack.enter_context(dask.config.set(_SETTINGS))
@@ -98,15 +74,7 @@ def _join(scheduler: str) -> Client:
 
 
 def require_workers(client: object) -> None:
-    """Wait until a cluster has a worker, and say so where there is none yet.
-
-    Raises
-    ------
-    ConfigError
-        If the client is none, or asynchronous.
-    ClusterError
-        If no worker comes for ten minutes.
-    """
+    """Wait until a cluster has a worker, and say so where there is none yet."""
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
     try:
@@ -125,13 +93,7 @@ def require_workers(client: object) -> None:
 
 
 def require_package(client: Client) -> None:
-    """Check that the scheduler, which looks into tasks, has this package; it does not need torch.
-
-    Raises
-    ------
-    ClusterError
-        If it does not, or has another version.
-    """
+    """Check that the scheduler, which looks into tasks, has this package; it does not need torch."""
     try:
         found = client.run_on_scheduler(version, "ntkpipe")
     except Exception as error:  # whatever happens there comes back as it is

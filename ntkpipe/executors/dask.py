@@ -54,17 +54,6 @@ class ClusterExecutor(Generic[Key, Record]):
 
     The job reaches each worker once, as a worker plugin, also those that join later. Keys are handed out in a window
     of a few for each thread, so neither driver nor scheduler holds many tasks.
-
-    Parameters
-    ----------
-    client
-        Connected to the cluster.
-    name
-        Of the tasks on the dashboard, as ``pntk``.
-    code
-        A zip archive with modules that the job needs, or none; see :func:`ntkpipe.executors.payload.pack_code`.
-    max_failures
-        A key whose workers died in so many attempts, each of several deaths, without progress elsewhere ends the run.
     """
 
     def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
@@ -74,25 +63,7 @@ class ClusterExecutor(Generic[Key, Record]):
         self._max_failures = max_failures
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """See :class:`ntkpipe.executors.threads.Executor`. Records of a key come when it is done.
-
-        Yields
-        ------
-        What the job yields.
-
-        Raises
-        ------
-        Interrupted
-            On Ctrl-C; workers leave their work at the next piece.
-        ModelError
-            If the job cannot be pickled.
-        ClusterError
-            If the cluster is lost, or the same key kills its workers again and again.
-        ResourceError
-            If workers exceed their memory whatever is done.
-        NtkpipeError
-            What the job raises in a worker.
-        """
+        """See :class:`ntkpipe.executors.threads.Executor`. Records of a key come when it is done."""
         running = _Run(self._client, self._name, job, self._code, self._max_failures)
         try:
             yield from running.records(iter(keys))

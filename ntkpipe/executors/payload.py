@@ -33,13 +33,7 @@ class Leaving(Stopped, Reschedule):
 
 
 def pickle_job(job: object) -> bytes:
-    """A job as bytes.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be pickled.
-    """
+    """A job as bytes."""
     from ntkpipe.executors import pickling  # keeps torch out of the scheduler, which imports this module
 
     try:
@@ -52,15 +46,7 @@ def pickle_job(job: object) -> bytes:
 
 
 def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 2**20) -> bytes:
-    """A zip archive of a folder's Python files, or of all its files but stores and hidden ones.
-
-    Raises
-    ------
-    ConfigError
-        If it is no folder.
-    ClusterError
-        If it cannot be read, or is too large, naming the largest file.
-    """
+    """A zip archive of a folder's Python files, or of all its files but stores and hidden ones."""
     if not folder.is_dir():
         raise ConfigError(f"code={str(folder)!r} is not a folder; needed the one whose modules are sent to workers")
     try:
@@ -103,21 +89,12 @@ def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a worker needs of a run.
+    """What a worker needs of a run."""
 
-    Attributes
-    ----------
-    token
-        Of the run.
-    job
-        Pickled: opened by the first task, so that what goes wrong is an error of the task and not of the worker.
-    code
-        Zip archive with its modules.
-    """
-
-    token: str
+    token: str  # of the run
+    # Pickled: opened by the first task, so that what goes wrong is an error of the task and not of the worker
     job: bytes
-    code: bytes | None
+    code: bytes | None  # zip archive with its modules
 
 
 class JobPlugin(WorkerPlugin):

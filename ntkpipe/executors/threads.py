@@ -36,17 +36,7 @@ class Job(Protocol[KeyIn, RecordOut]):
         ...
 
     def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
-        """Prepare one worker; called in the worker.
-
-        Parameters
-        ----------
-        pause
-            To be called often; raises :class:`Stopped` when the run is stopped.
-
-        Returns
-        -------
-        Does one key, yielding a record for each result that is safely stored.
-        """
+        """Prepare one worker; called in the worker."""
         ...
 
 
@@ -54,13 +44,7 @@ class Executor(Protocol[Key, Record]):
     """Runs a job: threads of this process here, workers of a cluster in :mod:`ntkpipe.executors.dask`."""
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """Do every key once and yield records as they come, in no particular order.
-
-        Raises
-        ------
-        Interrupted
-            On Ctrl-C, after every worker has left its work.
-        """
+        """Do every key once and yield records as they come, in no particular order."""
         ...
 
 
@@ -75,29 +59,14 @@ class _Done:
 
 @dataclass(frozen=True)
 class ThreadExecutor(Generic[Key, Record]):
-    """Workers as threads of this process.
+    """Workers as threads of this process."""
 
-    Attributes
-    ----------
-    num_workers
-        Threads.
-    """
-
-    num_workers: int
+    num_workers: int  # threads
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
         """See :class:`Executor`. The first error of a worker stops the others and is raised here.
 
         Close the generator where it may be left early: that, too, stops the workers and waits for them.
-
-        Yields
-        ------
-        What the job yields.
-
-        Raises
-        ------
-        Interrupted
-            On Ctrl-C.
         """
         stop = threading.Event()
         records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()

@@ -12,28 +12,16 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """What Jacobians and their contraction cost; the planner's only view of a model.
+    """What Jacobians and their contraction cost; the planner's only view of a model."""
 
-    Attributes
-    ----------
-    block_bytes
-        Bytes held a sample.
-    workspace_bytes, fixed_workspace_bytes
-        Bytes that computing one more sample of a batch allocates, at most, and those that any batch does.
-    largest_bytes
-        Bytes of the largest tensor among those, a sample.
-    jacobian_flops
-        Operations a sample, forward and backward.
-    pair_flops
-        Operations to contract one pair of samples, all pairs of covectors that are wanted.
-    """
-
-    block_bytes: int
+    block_bytes: int  # bytes held a sample
+    # workspace_bytes, fixed_workspace_bytes: bytes that computing one more sample of a batch allocates, at most, and
+    # those that any batch does
     workspace_bytes: int
     fixed_workspace_bytes: int
-    largest_bytes: int
-    jacobian_flops: float
-    pair_flops: float
+    largest_bytes: int  # bytes of the largest tensor among those, a sample
+    jacobian_flops: float  # operations a sample, forward and backward
+    pair_flops: float  # operations to contract one pair of samples, all pairs of covectors that are wanted
 
 
 class Meter(TorchDispatchMode):

@@ -43,18 +43,10 @@ _DEPENDS = (
 
 @dataclass(frozen=True)
 class Block:
-    """Jacobians of a strip of samples.
+    """Jacobians of a strip of samples."""
 
-    Attributes
-    ----------
-    pieces
-        The strip cut into pieces of equal size; the last may be smaller.
-    outputs
-        f of each sample, shape (n, O), in the compute dtype.
-    """
-
-    pieces: tuple[Piece, ...]
-    outputs: Tensor
+    pieces: tuple[Piece, ...]  # the strip cut into pieces of equal size; the last may be smaller
+    outputs: Tensor  # f of each sample, shape (n, O), in the compute dtype
 
     def num_bytes(self) -> int:
         """Bytes that the block holds."""
@@ -63,54 +55,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is asked of an engine beside the model.
+    """What is asked of an engine beside the model."""
 
-    Attributes
-    ----------
-    covectors
-        Shape (S, O).
-    pairs
-        Which pairs of covectors are contracted.
-    accumulate_dtype
-        dtype of the blocks, and so of their contraction.
-    rates
-        Of the device, for choosing how Jacobians are held.
-    num_samples
-        Samples along a tile's edge: how often a Jacobian is used once it is there.
-    memory_bytes
-        What the Jacobians of that many samples may take.
-    piece_rows
-        Rows of the pieces that are contracted at a time.
-    groups
-        Parameters that are summed over by themselves, too.
-    """
-
-    covectors: Tensor
-    pairs: Pairs
-    accumulate_dtype: torch.dtype
-    rates: Rates
-    num_samples: int
-    memory_bytes: float
-    piece_rows: int
-    groups: tuple[tuple[str, ...], ...] = ()
+    covectors: Tensor  # shape (S, O)
+    pairs: Pairs  # which pairs of covectors are contracted
+    accumulate_dtype: torch.dtype  # dtype of the blocks, and so of their contraction
+    rates: Rates  # of the device, for choosing how Jacobians are held
+    num_samples: int  # samples along a tile's edge: how often a Jacobian is used once it is there
+    memory_bytes: float  # what the Jacobians of that many samples may take
+    piece_rows: int  # rows of the pieces that are contracted at a time
+    groups: tuple[tuple[str, ...], ...] = ()  # parameters that are summed over by themselves, too
 
 
 class Engine:
-    """Computes Jacobian blocks of one model for one set of covectors. One thread each; see :meth:`copy`.
-
-    Parameters
-    ----------
-    model
-        The model, its selected parameters requiring a gradient.
-    tracing
-        What :func:`ntkpipe.jacobian.tracing.trace.trace` found.
-    method
-        ``vmap`` or ``loop``: how parameters of the fallback are done.
-    setup
-        Covectors, dtypes, and what decides between representations.
-    representations
-        Recorded choices to reuse, by term; none chooses by the cost model.
-    """
+    """Computes Jacobian blocks of one model for one set of covectors. One thread each; see :meth:`copy`."""
 
     def __init__(
         self,
@@ -201,15 +159,6 @@ class Engine:
         """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
 
         Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
-
-        Returns
-        -------
-        The block, and the batch size that was used in the end.
-
-        Raises
-        ------
-        MemoryError, torch.OutOfMemoryError, RuntimeError
-            If not even two samples can be run at a time, as the device says it.
         """
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
@@ -264,13 +213,7 @@ class Engine:
         return METHODS[self.method](self.model, self.fallback, batch, self.covectors).detach()
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Outputs of a batch, with their graph, and the recorded calls.
-
-        Raises
-        ------
-        ModelError
-            If the forward pass is not the one that was traced.
-        """
+        """Outputs of a batch, with their graph, and the recorded calls."""
         needs_graph = bool(self.terms or self.tracing.unused)
         with torch.set_grad_enabled(needs_graph):
             outputs, calls = self.tracing.record(self.model, batch)
@@ -284,24 +227,7 @@ class Engine:
     def pull_back(
         self, outputs: Tensor, calls: list[Call], *, every_use: bool = False
     ) -> Iterator[tuple[slice, Grads]]:
-        """Covectors pulled back to the output of each use: a few at a time, and their gradients by number of the call.
-
-        Parameters
-        ----------
-        outputs, calls
-            Of :meth:`forward`.
-        every_use
-            Whether uses are included whose cotangents are known to be the covectors; all graphs are kept then.
-
-        Yields
-        ------
-        Which covectors, and for each call that something flows back to, one gradient each.
-
-        Raises
-        ------
-        ModelError
-            If a parameter that the probe batch did not use gets a gradient.
-        """
+        """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
         numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
         keeps_graph = every_use or any(term.representation == "joined" for term in self.terms)
         edges = {number: edge for number in numbers if (edge := calls[number].edge) is not None}

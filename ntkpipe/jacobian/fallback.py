@@ -23,23 +23,7 @@ def take(batch: Batch, samples: Sequence[int]) -> Batch:
 
 
 def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
-    """Jacobians by ``vmap`` over samples of ``vjp``.
-
-    Parameters
-    ----------
-    model
-        The model.
-    names
-        Parameters, side by side in this order along the last axis.
-    batch
-        B samples.
-    covectors
-        Shape (S, O).
-
-    Returns
-    -------
-    Shape (S, B, P). Memory: that, and the activations of all samples.
-    """
+    """Jacobians by ``vmap`` over samples of ``vjp``."""
     parameters = {name: value.detach() for name, value in model.parameters().items() if name in names}
 
     def one_sample(sample: Batch) -> Tensor:

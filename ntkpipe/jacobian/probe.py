@@ -32,15 +32,7 @@ def probe_samples(num_samples: int) -> list[int]:
 
 
 def check_outputs(model: FunctionalModel, load: Load, num_samples: int) -> int:
-    """Run the model on a few samples and return its number of outputs O.
-
-    Raises
-    ------
-    ModelError
-        If it fails, returns something else than (batch, O), is random, or mixes the samples of a batch.
-    NonFiniteError
-        If its outputs are not finite, naming the samples.
-    """
+    """Run the model on a few samples and return its number of outputs O."""
     chosen = probe_samples(num_samples)
     batch = load(chosen)
     with torch.no_grad():
@@ -113,22 +105,7 @@ def make_engine(
     *,
     structured: bool,
 ) -> Engine:
-    """Trace the model and choose how the fallback's parameters are done.
-
-    Parameters
-    ----------
-    model, load, num_samples
-        The model and its samples; only a few are loaded.
-    setup
-        Covectors, dtypes, and what decides between representations.
-    structured
-        Whether to trace at all; otherwise every parameter goes to the fallback.
-
-    Warns
-    -----
-    UserWarning
-        If vmap cannot run the model, so that the fallback goes through the samples one by one.
-    """
+    """Trace the model and choose how the fallback's parameters are done."""
     batch = load(probe_samples(num_samples))
     _check_gradients(model, batch)
     tracing = _trace(model, batch) if structured else None
@@ -138,13 +115,7 @@ def make_engine(
 
 
 def choose_method(engine: Engine, batch: Batch) -> Engine:
-    """The engine with a method for the fallback's parameters that works: vmap, or else the loop.
-
-    Warns
-    -----
-    UserWarning
-        If it is the loop.
-    """
+    """The engine with a method for the fallback's parameters that works: vmap, or else the loop."""
     if not engine.fallback or engine.method == "loop":
         return engine
     problem = _problem_of_vmap(engine, batch)
@@ -176,13 +147,7 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
 
 
 def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
-    """Check that autograd finds the selected parameters, and no other ones.
-
-    Raises
-    ------
-    ModelError
-        If the outputs depend on none of them, on parameters of another model, or cannot be differentiated.
-    """
+    """Check that autograd finds the selected parameters, and no other ones."""
     selected = list(model.parameters().values())
     with torch.enable_grad():
         outputs, again = model(batch), model(batch)

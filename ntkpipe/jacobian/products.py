@@ -20,26 +20,15 @@ class JacobianProducts:
 
     They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink does
     so here, too; sums over batches are float64.
-
-    Attributes
-    ----------
-    model
-        Selected parameters require a gradient.
-    covectors
-        Shape (S, O).
-    tile, strip, subtile, batch
-        Samples, as in the manifest of the run.
-    is_mapping
-        Whether a sample is a dict.
     """
 
-    model: FunctionalModel
-    covectors: Tensor
-    tile: int
+    model: FunctionalModel  # selected parameters require a gradient
+    covectors: Tensor  # shape (S, O)
+    tile: int  # tile, strip, subtile, batch: samples, as in the manifest of the run
     strip: int
     subtile: int
     batch: int
-    is_mapping: bool
+    is_mapping: bool  # whether a sample is a dict
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
         """``J' v`` as one float64 tensor a parameter; v has shape (n*S,)."""

@@ -158,24 +158,12 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Cells of a table in words.
+    """Cells of a table in words."""
 
-    Attributes
-    ----------
-    title
-        What the numbers are.
-    columns
-        Headers.
-    rows
-        As many cells each.
-    num_texts
-        How many columns from the left are text; the others are numbers.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    num_texts: int
+    title: str  # what the numbers are
+    columns: tuple[str, ...]  # headers
+    rows: tuple[tuple[str, ...], ...]  # as many cells each
+    num_texts: int  # how many columns from the left are text; the others are numbers
 
 
 def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:

@@ -35,37 +35,18 @@ Jacobians = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the self-check found.
+    """What the self-check found."""
 
-    Attributes
-    ----------
-    samples
-        The samples that were compared.
-    num_covectors
-        Random covectors a sample.
-    dtype
-        dtype of the comparison; float64 unless the model cannot run in it.
-    reference
-        ``torch.func``, or plain autograd with the reason why ``torch.func`` could not run the model.
-    worst_parameter, worst_error
-        The largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj).
-    compute_error
-        Error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj).
-    moved
-        Parameters that failed and went to the fallback, with the size of their error.
-    reference_wrong
-        Parameters where finite differences side with the engine against the reference.
-    """
-
-    samples: tuple[int, ...]
-    num_covectors: int
-    dtype: str
-    reference: str
+    samples: tuple[int, ...]  # the samples that were compared
+    num_covectors: int  # random covectors a sample
+    dtype: str  # dtype of the comparison; float64 unless the model cannot run in it
+    reference: str  # `torch.func`, or plain autograd with the reason why `torch.func` could not run the model
+    # worst_parameter, worst_error: the largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj)
     worst_parameter: str
     worst_error: float
-    compute_error: float
-    moved: dict[str, str]
-    reference_wrong: tuple[str, ...]
+    compute_error: float  # error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj)
+    moved: dict[str, str]  # parameters that failed and went to the fallback, with the size of their error
+    reference_wrong: tuple[str, ...]  # parameters where finite differences side with the engine against the reference
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -75,29 +56,7 @@ class CheckReport:
 def self_check(
     engine: Engine, load: Load, num_samples: int, *, batch: int, memory_bytes: int
 ) -> tuple[Engine, CheckReport]:
-    """Compare the engine with a reference that shares none of its code.
-
-    Parameters
-    ----------
-    engine
-        In the compute dtype.
-    load, num_samples
-        The samples.
-    batch
-        Batch size of the run: the three samples are placed anywhere in a batch of that size (at most 64).
-    memory_bytes
-        What may be used; fewer covectors are compared where Jacobians of all parameters are large beside it. With one
-        covector, three samples take about 72 bytes a parameter.
-
-    Returns
-    -------
-    The engine, with parameters that failed moved to the fallback, and the report.
-
-    Raises
-    ------
-    SelfCheckError
-        If the fallback is wrong, too, or the compute dtype is not enough for this model.
-    """
+    """Compare the engine with a reference that shares none of its code."""
     checked = _Check(engine, load, num_samples, batch, memory_bytes)
     engine, moved, sided, found = checked.settle(engine)
     worst, error = checked.worst(found, sided)
@@ -143,17 +102,7 @@ class _Check:
         self.scale = _scale(_total(self.reference))
 
     def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str], Jacobians]:
-        """Move what fails to the fallback, then to the loop; whom finite differences side with is right.
-
-        Returns
-        -------
-        The engine, what was moved and why, where the reference is wrong, and the engine's Jacobians.
-
-        Raises
-        ------
-        SelfCheckError
-            If the loop is wrong, too.
-        """
+        """Move what fails to the fallback, then to the loop; whom finite differences side with is right."""
         moved: dict[str, str] = {}
         sided: set[str] = set()
         while True:
@@ -312,10 +261,6 @@ def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iter
     """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
 
     By the engine's tracing, rules and fallback, without its ways to hold and contract Jacobians.
-
-    Yields
-    ------
-    Name and Jacobian.
     """
     parameters: Mapping[str, Tensor] = engine.model.parameters()
     shape = (len(engine.covectors), len(places))

@@ -74,20 +74,7 @@ class Dynamics(Result):
     dimension: int
 
     def predict(self, cross: ArrayLike, initial: ArrayLike | None = None) -> NDArray[np.float64]:
-        """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``.
-
-        Parameters
-        ----------
-        cross
-            Kernel of m samples with the train samples, shape (m, n).
-        initial
-            f_0 on the m samples, shape (m, c) or (m,); zero if none.
-
-        Raises
-        ------
-        ConfigError
-            If shapes do not fit.
-        """
+        """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
         block = np.asarray(cross)
         if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
             raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
@@ -283,13 +270,7 @@ def _advance(operator: Operator, space: BlockLanczos | None, top: TopEigenvalue 
 
 
 def _rate(top: TopEigenvalue | None) -> float:
-    """One over the largest eigenvalue.
-
-    Raises
-    ------
-    ConfigError
-        If there is no positive one.
-    """
+    """One over the largest eigenvalue."""
     if top is None or top.value <= 0:
         raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
     return 1.0 / top.value
@@ -350,13 +331,7 @@ def _judge(
 
 
 def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
-    """Times as an array.
-
-    Raises
-    ------
-    ConfigError
-        If one is negative or no number, or there is none.
-    """
+    """Times as an array."""
     found = np.array(times, np.float64)
     if found.ndim != 1 or not len(found) or not (found >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")

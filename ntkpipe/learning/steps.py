@@ -123,11 +123,6 @@ def influence_of_store(
 
     Options are those of :class:`ntkpipe.KernelRegression` and, for ``top``,
     :func:`ntkpipe.influence`.
-
-    Raises
-    ------
-    ConfigError
-        If the store has no test samples or targets.
     """
     if question.store.manifest.test is None:
         raise ConfigError(f"{question.store.path} has no test samples; give test_inputs= to compute_kernel")
@@ -149,13 +144,7 @@ def influence_of_store(
 
 
 def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, Any]:
-    """Outputs at initialisation, where targets are centred there.
-
-    Raises
-    ------
-    ConfigError
-        If they should be centred elsewhere.
-    """
+    """Outputs at initialisation, where targets are centred there."""
     if centre is None:
         return {}
     if centre != "initial_outputs":

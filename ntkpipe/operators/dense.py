@@ -24,20 +24,6 @@ class DenseOperator(Operator):
 
     Products of a float32 array are float64: its rows are upcast a few at a time, never the whole. Threads take runs of
     rows; no bit depends on how many there are.
-
-    Parameters
-    ----------
-    matrix
-        Shape (n, n), float32 or float64; integers become float64. It is not copied and must not change.
-    storage_dtype
-        dtype that the entries were rounded to, if it is another one than the array's.
-
-    Raises
-    ------
-    ConfigError
-        If it is no square matrix of real numbers, or not symmetric to rounding.
-    NonFiniteError
-        If it holds NaN or infinity.
     """
 
     def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:

@@ -69,13 +69,7 @@ def as_operator(
 
 
 def open_for_solver(matrix: Any, memory_limit: int | None) -> tuple[Operator, int | None]:
-    """The operator of a matrix, and the limit for the solver: half of the room is for tiles that this call opens.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError, ResourceError
-        As :func:`as_operator`.
-    """
+    """The operator of a matrix, and the limit for the solver: half of the room is for tiles that this call opens."""
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):

@@ -28,17 +28,6 @@ class TileReader:
     Some tiles are kept once they were read: a fixed subset, spread evenly, since every pass wants all of them in the
     same order, of which a least-recently-used cache would keep none. Memory is these and, for each stream, three tiles
     (nine from object storage), and one of a stream that waits.
-
-    Parameters
-    ----------
-    source
-        Where they come from.
-    tiles
-        Those that will be asked for.
-    cache_bytes
-        How many bytes of them may be kept.
-    streams
-        How many streams there will be at a time.
     """
 
     def __init__(self, source: TileSource, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
@@ -98,13 +87,7 @@ class TileReader:
         self._seconds += seconds
 
     def tiles(self, indices: Iterable[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
-        """Pass tiles on in order, each valid until the next is asked for; the first one is on its way at once.
-
-        Raises
-        ------
-        TileError
-            If one is missing or damaged, when it is asked for.
-        """
+        """Pass tiles on in order, each valid until the next is asked for; the first one is on its way at once."""
         rest = iter(indices)
         # Who drops the stream before it begins drops this tile's memory; nobody else gets it.
         return self._stream(deque(self._start(index) for index in islice(rest, 1)), rest)

@@ -30,30 +30,7 @@ def map_shards(
     num_threads: int,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Found]:
-    """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead.
-
-    Parameters
-    ----------
-    work
-        Called in threads; no result depends on how many there are.
-    shards
-        In the order of the results.
-    read
-        Passes tiles on; called when a shard begins to wait for a thread.
-    num_threads
-        That work at a time.
-    is_unwanted
-        Asked at every tile.
-
-    Yields
-    ------
-    One result a shard.
-
-    Raises
-    ------
-    Stopped
-        Once it is unwanted.
-    """
+    """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead."""
     stop = threading.Event()
 
     def watched(tiles: Tiles) -> Iterator[tuple[TileIndex, Any]]:
@@ -86,11 +63,6 @@ class PairwiseSum:
 
     So whoever has neighbours may add them, in whatever order they come: the bits are the same. The error grows with
     the logarithm of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
-
-    Attributes
-    ----------
-    parts
-        Sums that have no neighbour yet.
     """
 
     def __init__(self) -> None:
@@ -147,17 +119,7 @@ def multiply_shards(
 
 
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
-    """Owner of each shard: the one it has where he is there, and everybody has about as many for each of his threads.
-
-    Parameters
-    ----------
-    numbers
-        Of the shards, which are equally long.
-    workers
-        Threads by address, at least one.
-    known
-        Owners up to now; where there are none, shards beside each other go to the same.
-    """
+    """Owner of each shard: its present one if still there; about equally many shards for each thread."""
     if not set(known.values()) & set(workers):
         known, threads, position = {}, sum(workers.values()), 0
         fresh = {}

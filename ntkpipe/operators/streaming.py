@@ -23,17 +23,6 @@ class StreamingOperator(TiledOperator):
     pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, for each thread a block of the
     shape of the product and some megabytes, and three such blocks, up to five for 128 shards. Tiles that are kept give
     way to all this, for good, where there is no room for both.
-
-    Parameters
-    ----------
-    reader
-        Streams the tiles.
-    threads
-        That multiply.
-    num_rows
-        Of a leading block, whose tiles alone are read; default all.
-    room
-        Bytes of tiles that are kept and of products together; default as many as they take.
     """
 
     def __init__(

@@ -18,15 +18,7 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 
 def matrix_with_spectrum(eigenvalues: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:
-    """A symmetric matrix of these eigenvalues and of random eigenvectors, exactly symmetric.
-
-    Parameters
-    ----------
-    eigenvalues
-        Shape (n,). Memory is three matrices of n rows.
-    seed
-        Of the eigenvectors, which are uniformly distributed (the Q of a Gaussian matrix, its signs made random).
-    """
+    """A symmetric matrix of these eigenvalues and of random eigenvectors, exactly symmetric."""
     values = np.asarray(eigenvalues, np.float64)
     rng = np.random.default_rng(seed)
     vectors, upper = np.linalg.qr(rng.standard_normal((len(values), len(values))))
@@ -72,22 +64,6 @@ def check_operator(
     unit roundoff of float64, a sum of n products has an error of at most n u times the sum of their sizes (Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.1); a computed and a reference product differ by twice
     that. An implementation that multiplies in float32 fails.
-
-    Parameters
-    ----------
-    make
-        Returns the operator of a symmetric matrix of float32 or float64. It is called several times for each.
-    sizes
-        Rows of the matrices.
-    dtypes
-        Of the matrices.
-    rounding
-        Where entries are computed and not read: how far they may be off, relative to the largest.
-
-    Raises
-    ------
-    AssertionError
-        If a property does not hold; the message begins with its name.
     """
     for num_rows in sizes:
         for dtype in dtypes:

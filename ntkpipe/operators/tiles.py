@@ -62,20 +62,9 @@ class TileSource(Protocol):
 
 @dataclass(frozen=True)
 class KernelTiles:
-    """Tiles of a stored kernel, each verified by its checksum.
+    """Tiles of a stored kernel, each verified by its checksum."""
 
-    Attributes
-    ----------
-    kernel
-        Symmetric.
-
-    Raises
-    ------
-    ConfigError
-        If it is not.
-    """
-
-    kernel: Kernel
+    kernel: Kernel  # symmetric
 
     def __post_init__(self) -> None:
         if not self.kernel.is_symmetric:
@@ -115,22 +104,10 @@ class ArrayTiles:
     """Tiles of any matrix that gives slices as arrays: a ``zarr.Array``, a memory map. Only upper tiles are read.
 
     Pickled, a memory map is the name of its file, which must be there where it is opened.
-
-    Attributes
-    ----------
-    array
-        Shape (n, n), float32 or float64, symmetric; what is below its diagonal tiles is not looked at.
-    edge
-        Rows of a tile; best a multiple of the chunks of the array.
-
-    Raises
-    ------
-    ConfigError
-        If it is no square matrix of floats.
     """
 
-    array: Any
-    edge: int = _DEFAULT_EDGE
+    array: Any  # shape (n, n), float32 or float64, symmetric; what is below its diagonal tiles is not looked at
+    edge: int = _DEFAULT_EDGE  # rows of a tile; best a multiple of the chunks of the array
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.array.shape), np.dtype(self.array.dtype)
@@ -192,17 +169,10 @@ class Shard:
     """A run of stored tiles, in order: what one thread multiplies at a time.
 
     Shards and how they add up depend on the matrix alone, so bits do not depend on who computes.
-
-    Attributes
-    ----------
-    number
-        Its place in the sum.
-    tiles
-        At least one.
     """
 
-    number: int
-    tiles: tuple[TileIndex, ...]
+    number: int  # its place in the sum
+    tiles: tuple[TileIndex, ...]  # at least one
 
 
 def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
@@ -223,19 +193,7 @@ class Part:
 
 
 def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None) -> Part:
-    """The part of ``K @ block`` that comes from some tiles, each used for itself and for its mirror.
-
-    Parameters
-    ----------
-    tiles
-        In the order of the grid, at least one.
-    grid
-        Theirs.
-    block
-        Shape (n, r); where n is less than the rows of the grid, tiles are cut.
-    memory
-        Of the shape of the block, to hold the result; default new memory.
-    """
+    """The part of ``K @ block`` that comes from some tiles, each used for itself and for its mirror."""
     edge, num_rows, start = grid.rows.tile_rows, len(block), 0
     product: NDArray[np.float64] | None = None
     upcast = _Upcast(edge, block.shape[1])
@@ -320,15 +278,9 @@ Piece = tuple[Any, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Columns:
-    """A request for columns of the full matrix.
+    """A request for columns of the full matrix."""
 
-    Attributes
-    ----------
-    indices
-        Shape (c,); the result has shape (n, c).
-    """
-
-    indices: NDArray[np.int64]
+    indices: NDArray[np.int64]  # shape (c,); the result has shape (n, c)
 
     def touches(self, index: TileIndex, grid: Grid) -> bool:
         """Whether it needs a stored tile."""

@@ -18,44 +18,19 @@ _MOST_BINS = 300
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Samples in the order in which a picture shows them.
+    """Samples in the order in which a picture shows them."""
 
-    Attributes
-    ----------
-    bins
-        Shape (N,): the row of the picture in which each sample is.
-    num_bins
-        Rows of the picture.
-    classes
-        Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes.
-    names
-        Class numbers that occur.
-    bounds
-        Where one class ends and the next begins, in samples.
-    order
-        What decides the order, in words.
-    """
-
-    bins: Labels
-    num_bins: int
+    bins: Labels  # shape (N,): the row of the picture in which each sample is
+    num_bins: int  # rows of the picture
+    # Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes
     classes: Labels | None
-    names: tuple[str, ...]
-    bounds: tuple[int, ...]
-    order: str
+    names: tuple[str, ...]  # class numbers that occur
+    bounds: tuple[int, ...]  # where one class ends and the next begins, in samples
+    order: str  # what decides the order, in words
 
 
 def arrange(targets: NDArray[Any] | None, num_samples: int, *, is_class: bool) -> Arrangement:
-    """By class, or by the one target, or as stored; where samples are many, neighbours share a row.
-
-    Parameters
-    ----------
-    targets
-        First axis N, or none.
-    num_samples
-        N.
-    is_class
-        Whether targets are class numbers.
-    """
+    """By class, or by the one target, or as stored; where samples are many, neighbours share a row."""
     classes, names, order = None, np.zeros(0), "as stored"
     bounds: tuple[int, ...] = ()
     key: NDArray[Any] = np.arange(num_samples)
@@ -76,18 +51,6 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[Labels, int]]) -> list
 
     Entries of a sample with itself are left out where a group has others. Of a full NTK the entry of two samples is the
     mean of their block's diagonal.
-
-    Parameters
-    ----------
-    kernel
-        A symmetric one.
-    groupings
-        (Group of each sample, number of groups).
-
-    Raises
-    ------
-    TileError
-        If a tile is missing or damaged.
     """
     sums = [np.zeros((count, count)) for _, count in groupings]
     diagonal = np.zeros(kernel.grid.rows.num_samples)

@@ -9,35 +9,17 @@ from ntkpipe.report.findings import Found
 
 @dataclass(frozen=True)
 class Chosen:
-    """The ridge that training data alone would choose, and how it does on the test set.
+    """The ridge that training data alone would choose, and how it does on the test set."""
 
-    Attributes
-    ----------
-    index
-        Among the ridges.
-    ridge
-        λ.
-    criterion
-        What it was chosen by, in words.
-    test_loss, test_accuracy
-        NaN where not known.
-    """
-
-    index: int
-    ridge: float
-    criterion: str
-    test_loss: float
+    index: int  # among the ridges
+    ridge: float  # λ
+    criterion: str  # what it was chosen by, in words
+    test_loss: float  # test_loss, test_accuracy: naN where not known
     test_accuracy: float
 
 
 def choose(found: Found) -> Chosen:
-    """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.ridge_path`.
-    """
+    """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge."""
     ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
     is_left_out = bool(np.isfinite(left_out).any())
     losses = np.where(np.isfinite(losses := left_out if is_left_out else crossed), losses, np.inf)

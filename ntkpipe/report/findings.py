@@ -15,34 +15,18 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Missing:
-    """An analysis that was not done.
+    """An analysis that was not done."""
 
-    Attributes
-    ----------
-    why
-        One sentence: what is missing, and how to get it.
-    """
-
-    why: str
+    why: str  # one sentence: what is missing, and how to get it
 
 
 @dataclass(frozen=True)
 class Found:
-    """A result.
+    """A result."""
 
-    Attributes
-    ----------
-    name
-        Of the result below ``results/``.
-    values
-        Its numbers, words and arrays; a store's may be anybody's.
-    is_saved
-        Whether an earlier step found it.
-    """
-
-    name: str
-    values: Mapping[str, Any]
-    is_saved: bool
+    name: str  # of the result below `results/`
+    values: Mapping[str, Any]  # its numbers, words and arrays; a store's may be anybody's
+    is_saved: bool  # whether an earlier step found it
 
     @classmethod
     def of(cls, name: str, result: Result) -> "Found":
@@ -56,13 +40,7 @@ class Found:
         )
 
     def array(self, name: str, *, axes: int = 1) -> Values:
-        """An array of numbers; NaN where something is not known.
-
-        Raises
-        ------
-        StoreError
-            If there is none of so many axes.
-        """
+        """An array of numbers; NaN where something is not known."""
         try:
             found = np.asarray(self.values[name])
         except (KeyError, ValueError) as error:
@@ -72,78 +50,42 @@ class Found:
         return found.astype(np.float64)
 
     def optional_numbers(self, name: str) -> Values:
-        """A list of numbers; NaN where there is none.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A list of numbers; NaN where there is none."""
         found = self.values.get(name)
         if not isinstance(found, list | tuple) or any(isinstance(one, str | bool | list | dict) for one in found):
             raise self._wrong(name)
         return np.array([np.nan if one is None else float(one) for one in found])
 
     def flags(self, name: str) -> tuple[bool, ...]:
-        """A list of truth values.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A list of truth values."""
         found = self.values.get(name)
         if not isinstance(found, list | tuple) or any(not isinstance(one, bool) for one in found):
             raise self._wrong(name)
         return tuple(found)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A list of texts."""
         found = self.values.get(name)
         if not isinstance(found, list | tuple) or any(not isinstance(one, str) for one in found):
             raise self._wrong(name)
         return tuple(found)
 
     def arrays(self, *names: str) -> tuple[Values, ...]:
-        """Arrays of one axis and the same length.
-
-        Raises
-        ------
-        StoreError
-            If they are not.
-        """
+        """Arrays of one axis and the same length."""
         found = tuple(self.array(name) for name in names)
         if len({len(values) for values in found}) > 1:
             raise self._wrong(", ".join(names))
         return found
 
     def indices(self, name: str, *, below: int, axes: int = 1) -> NDArray[np.int64]:
-        """Numbers of samples or outputs, all less than ``below``.
-
-        Raises
-        ------
-        StoreError
-            If they are something else.
-        """
+        """Numbers of samples or outputs, all less than ``below``."""
         found = self.array(name, axes=axes)
         if found.size and not (found.min() >= 0 and found.max() < below and (found == np.floor(found)).all()):
             raise self._wrong(name)
         return found.astype(np.int64)
 
     def number(self, name: str) -> float:
-        """A number; NaN where it is none.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A number; NaN where it is none."""
         found = self.values.get(name)
         if found is None and name in self.values:
             return float("nan")
@@ -152,26 +94,14 @@ class Found:
         return float(found)
 
     def words(self, name: str) -> str:
-        """A text.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A text."""
         found = self.values.get(name)
         if not isinstance(found, str):
             raise self._wrong(name)
         return found
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """A JSON object.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """A JSON object."""
         found = self.values.get(name)
         if not isinstance(found, Mapping):
             raise self._wrong(name)

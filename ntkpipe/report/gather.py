@@ -36,15 +36,9 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was asked for; see :func:`ntkpipe.write_report`.
+    """What was asked for; see :func:`ntkpipe.write_report`."""
 
-    Attributes
-    ----------
-    array, ridges, ridge_scale, memory_limit, client, progress, saved_only
-        As there.
-    """
-
-    array: str
+    array: str  # array, ridges, ridge_scale, memory_limit, client, progress, saved_only: as there
     ridges: tuple[float, ...] | None
     ridge_scale: RidgeScale
     memory_limit: int | None
@@ -55,66 +49,23 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """Everything on a page.
+    """Everything on a page."""
 
-    Attributes
-    ----------
-    store, kernel
-        What the page is about.
-    records
-        What the store says of its making.
-    found
-        What analyses found, by name.
-    means
-        Of blocks of the kernel: rows of a picture, and classes if there are any.
-    arrangement
-        The order of samples in that picture.
-    images
-        The samples, if they are images.
-    mean_diagonal
-        Of the kernel.
-    seconds
-        (What, seconds) of what was done for the page.
-    work
-        Passes and bytes of that.
-    matrix
-        Identity of the kernel.
-    """
-
-    store: KernelStore
+    store: KernelStore  # store, kernel: what the page is about
     kernel: Kernel
-    records: Records
-    found: Mapping[str, Found | Missing]
-    means: list[Values]
-    arrangement: Arrangement
-    images: StoredImages
-    mean_diagonal: float
-    seconds: tuple[tuple[str, float], ...]
-    work: Work
-    matrix: str
+    records: Records  # what the store says of its making
+    found: Mapping[str, Found | Missing]  # what analyses found, by name
+    means: list[Values]  # of blocks of the kernel: rows of a picture, and classes if there are any
+    arrangement: Arrangement  # the order of samples in that picture
+    images: StoredImages  # the samples, if they are images
+    mean_diagonal: float  # of the kernel
+    seconds: tuple[tuple[str, float], ...]  # (What, seconds) of what was done for the page
+    work: Work  # passes and bytes of that
+    matrix: str  # identity of the kernel
 
 
 class Inputs:
-    """What analyses are given: the kernel as an operator, targets, the test set, all eigenpairs where they fit.
-
-    Parameters
-    ----------
-    store
-        The store.
-    options
-        What was asked for.
-
-    Attributes
-    ----------
-    store, options
-        As given.
-    kernel
-        The train kernel.
-    found
-        What analyses before have found, by name.
-    seconds
-        Of the eigenpairs, once they were needed.
-    """
+    """What analyses are given: the kernel as an operator, targets, the test set, all eigenpairs where they fit."""
 
     def __init__(self, store: KernelStore, options: Options) -> None:
         self.store = store
@@ -194,21 +145,14 @@ def _has_the_ridges(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One question to a kernel.
+    """One question to a kernel."""
 
-    Attributes
-    ----------
-    ask
-        Of the inputs and the kernel as an operator.
-    needs_targets, needs_test
-        Whether it needs targets of the train samples, or a test set (with targets, if it needs targets).
-    is_current
-        Whether a saved result of the same kernel answers the same question.
-    """
-
-    ask: Callable[[Inputs, Question], Result]
+    ask: Callable[[Inputs, Question], Result]  # of the inputs and the kernel as an operator
+    # needs_targets, needs_test: whether it needs targets of the train samples, or a test set (with targets, if it
+    # needs targets)
     needs_targets: bool = False
     needs_test: bool = False
+    # Whether a saved result of the same kernel answers the same question
     is_current: Callable[[Inputs, Mapping[str, Any]], bool] = _has_the_ridges
 
     def lacks(self, inputs: Inputs) -> str | None:
@@ -229,24 +173,7 @@ class Analysis:
 
 
 def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis]) -> Gathered:
-    """Read what is there and compute what is not.
-
-    Parameters
-    ----------
-    store, options
-        What about.
-    analyses
-        By the names of results, in the order in which they are done.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such kernel.
-    TileError
-        If a tile is missing or damaged.
-    StoreError
-        If a result is damaged.
-    """
+    """Read what is there and compute what is not."""
     inputs = Inputs(store, options)
     records = read_records(store)
     num_samples = inputs.kernel.grid.rows.num_samples

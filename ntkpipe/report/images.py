@@ -22,21 +22,11 @@ _PERCENTILES = (0.5, 99.5)
 
 @dataclass(frozen=True)
 class ImageShape:
-    """How the numbers of a sample are pixels.
+    """How the numbers of a sample are pixels."""
 
-    Attributes
-    ----------
-    shape
-        (height, width), (channels, height, width) or (height, width, channels).
-    channels_first
-        Whether channels come first.
-    is_flat
-        Whether samples are vectors, so that this is a guess.
-    """
-
-    shape: tuple[int, ...]
-    channels_first: bool
-    is_flat: bool
+    shape: tuple[int, ...]  # (height, width), (channels, height, width) or (height, width, channels)
+    channels_first: bool  # whether channels come first
+    is_flat: bool  # whether samples are vectors, so that this is a guess
 
     @property
     def words(self) -> str:
@@ -65,13 +55,7 @@ def image_shape(record: ArrayRecord) -> ImageShape | None:
 
 
 class StoredImages:
-    """The samples of a store as images.
-
-    Parameters
-    ----------
-    store
-        The store.
-    """
+    """The samples of a store as images."""
 
     def __init__(self, store: KernelStore) -> None:
         self._store = store
@@ -94,13 +78,7 @@ class StoredImages:
         return None
 
     def read(self, split: Split, numbers: Sequence[int]) -> dict[int, bytes]:
-        """PNG files of samples by number; none if the store has no images.
-
-        Raises
-        ------
-        TileError
-            If a chunk of samples is missing or damaged.
-        """
+        """PNG files of samples by number; none if the store has no images."""
         if self.shape is None:
             return {}
         array = self._store.store.arrays[f"samples/{split}/{self._name}"]

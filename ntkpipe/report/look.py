@@ -31,18 +31,10 @@ _STYLES: dict[Quantity, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """One way to draw a figure.
+    """One way to draw a figure."""
 
-    Attributes
-    ----------
-    is_dark
-        Light lines on a dark background.
-    is_narrow
-        For a phone.
-    """
-
-    is_dark: bool
-    is_narrow: bool
+    is_dark: bool  # light lines on a dark background
+    is_narrow: bool  # for a phone
 
     @property
     def ink(self) -> str:
@@ -127,21 +119,11 @@ Draw = Callable[[Figure, Look], None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure as one image of a page.
+    """A figure as one image of a page."""
 
-    Attributes
-    ----------
-    look
-        How it was drawn.
-    uri
-        The SVG as a data URI.
-    width, height
-        CSS pixels.
-    """
-
-    look: Look
-    uri: str
-    width: int
+    look: Look  # how it was drawn
+    uri: str  # the SVG as a data URI
+    width: int  # width, height: CSS pixels
     height: int
 
 

@@ -10,89 +10,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows below a caption.
+    """Rows below a caption."""
 
-    Attributes
-    ----------
-    caption
-        What the table holds.
-    columns
-        Names; the first one is of the rows. None where rows are pairs of a name and a value.
-    rows
-        As many cells each.
-    is_folded
-        Whether readers open it first.
-    """
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    is_folded: bool = False
+    caption: str  # what the table holds
+    columns: tuple[str, ...]  # names; the first one is of the rows. None where rows are pairs of a name and a value.
+    rows: tuple[tuple[str, ...], ...]  # as many cells each
+    is_folded: bool = False  # whether readers open it first
     kind: str = "table"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure.
+    """A figure."""
 
-    Attributes
-    ----------
-    name
-        For its anchor: letters and hyphens.
-    title
-        What is drawn.
-    drawn
-        The images, one for each look in their order; a browser shows one.
-    alt
-        What is to be seen, for who does not see it.
-    reading
-        How to read it, in sentences.
-    """
-
-    name: str
-    title: str
-    drawn: "tuple[Drawn, ...]"
-    alt: str
-    reading: tuple[str, ...]
+    name: str  # for its anchor: letters and hyphens
+    title: str  # what is drawn
+    drawn: "tuple[Drawn, ...]"  # the images, one for each look in their order; a browser shows one
+    alt: str  # what is to be seen, for who does not see it
+    reading: tuple[str, ...]  # how to read it, in sentences
     kind: str = "plot"
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small image of a sample, or none, and what is to be said of it.
+    """A small image of a sample, or none, and what is to be said of it."""
 
-    Attributes
-    ----------
-    uri
-        The image, or none.
-    alt
-        What it shows.
-    lines
-        Below it.
-    """
-
-    uri: str | None
-    alt: str
-    lines: tuple[str, ...]
+    uri: str | None  # the image, or none
+    alt: str  # what it shows
+    lines: tuple[str, ...]  # below it
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of thumbnails: one sample each, and others that belong to it.
+    """Rows of thumbnails: one sample each, and others that belong to it."""
 
-    Attributes
-    ----------
-    title
-        What the rows are.
-    reading
-        How to read them, in sentences.
-    rows
-        (The sample, the others).
-    """
-
-    title: str
-    reading: tuple[str, ...]
-    rows: tuple[tuple[Thumbnail, tuple[Thumbnail, ...]], ...]
+    title: str  # what the rows are
+    reading: tuple[str, ...]  # how to read them, in sentences
+    rows: tuple[tuple[Thumbnail, tuple[Thumbnail, ...]], ...]  # (The sample, the others)
     kind: str = "gallery"
 
 
@@ -109,67 +63,31 @@ Part = Table | Plot | Gallery | Note
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
+    """A section of the page."""
 
-    Attributes
-    ----------
-    name
-        For its anchor.
-    title
-        Its heading.
-    intro
-        Paragraphs below it.
-    parts
-        What follows.
-    missing
-        One sentence for what is not there, and how to get it.
-    """
-
-    name: str
-    title: str
-    intro: tuple[str, ...] = ()
-    parts: Sequence[Part] = field(default=())
-    missing: str | None = None
+    name: str  # for its anchor
+    title: str  # its heading
+    intro: tuple[str, ...] = ()  # paragraphs below it
+    parts: Sequence[Part] = field(default=())  # what follows
+    missing: str | None = None  # one sentence for what is not there, and how to get it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The header's line.
+    """The header's line."""
 
-    Attributes
-    ----------
-    is_good
-        Whether the store was verified and nothing is wrong; none if it was not verified.
-    lead, rest
-        The line, in two parts of which the first is the verdict on the store.
-    """
-
-    is_good: bool | None
-    lead: str
+    is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
+    lead: str  # lead, rest: the line, in two parts of which the first is the verdict on the store
     rest: str
 
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on a page.
+    """Everything on a page."""
 
-    Attributes
-    ----------
-    title, subtitle
-        Of the page.
-    verdict
-        In one line.
-    numbers
-        (Name, value) of what readers look for first.
-    sections
-        In order.
-    footer
-        What wrote it, and when.
-    """
-
-    title: str
+    title: str  # title, subtitle: of the page
     subtitle: str
-    verdict: Verdict
-    numbers: tuple[tuple[str, str], ...]
-    sections: tuple[Section, ...]
-    footer: str
+    verdict: Verdict  # in one line
+    numbers: tuple[tuple[str, str], ...]  # (Name, value) of what readers look for first
+    sections: tuple[Section, ...]  # in order
+    footer: str  # what wrote it, and when

@@ -17,41 +17,32 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPosterior(Result):
-    """A posterior and its calibration; options hold the ridge.
+    """A posterior and its calibration; options hold the ridge."""
 
-    Attributes
-    ----------
-    method, why
-        How it was found.
-    log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale
-        Of :class:`ntkpipe.learning.gaussian.posterior.Posterior`.
-    mean_deviation
-        Mean standard deviation of the function at test samples, scaled.
-    levels, coverage, unscaled_coverage
-        Of :class:`ntkpipe.learning.gaussian.calibration.Calibration`, with variances scaled, and as they are.
-    confidence, accuracy, counts, expected_calibration_error, mean_confidence, mean_accuracy
-        Of it, scaled.
-    squared_residual, unscaled_squared_residual, log_density, unscaled_log_density
-        Its mean standardized squared residual, and log predictive density.
-    """
-
-    method: str
+    method: str  # method, why: how it was found
     why: str
+    # log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale: of
+    # :class:`ntkpipe.learning.gaussian.posterior.Posterior`
     log_marginal_likelihood: float
     log_marginal_likelihood_error: float
     data_fit: float
     complexity: float
     scale: float
-    mean_deviation: float
+    mean_deviation: float  # mean standard deviation of the function at test samples, scaled
+    # levels, coverage, unscaled_coverage: of :class:`ntkpipe.learning.gaussian.calibration.Calibration`, with
+    # variances scaled, and as they are
     levels: Values
     coverage: Values
     unscaled_coverage: Values
+    # confidence, accuracy, counts, expected_calibration_error, mean_confidence, mean_accuracy: of it, scaled
     confidence: Values = field(repr=False)
     accuracy: Values = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
     expected_calibration_error: float
     mean_confidence: float
     mean_accuracy: float
+    # squared_residual, unscaled_squared_residual, log_density, unscaled_log_density: its mean standardized squared
+    # residual, and log predictive density
     squared_residual: float
     unscaled_squared_residual: float
     log_density: float
@@ -66,17 +57,7 @@ def judge_posterior(
     test_targets: ArrayLike,
     ridge: float,
 ) -> JudgedPosterior:
-    """Condition on the targets, and compare with the test targets.
-
-    Parameters
-    ----------
-    question
-        The kernel.
-    targets, test_kernel, test_diagonal, test_targets
-        Of :func:`ntkpipe.gaussian_process`.
-    ridge
-        λ, absolute, which is the variance of the noise.
-    """
+    """Condition on the targets, and compare with the test targets."""
     begin = perf_counter()
     posterior = gaussian_process(
         question.operator,

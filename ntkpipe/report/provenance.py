@@ -15,20 +15,12 @@ _MOST_NAMES = 200
 
 @dataclass(frozen=True)
 class Records:
-    """Results that a store keeps of its making.
+    """Results that a store keeps of its making."""
 
-    Attributes
-    ----------
-    verification, certificate, self_check
-        The last of each, or none.
-    runs
-        Every run that computed tiles, the oldest first.
-    """
-
-    verification: Mapping[str, Any] | None
+    verification: Mapping[str, Any] | None  # verification, certificate, self_check: the last of each, or none
     certificate: Mapping[str, Any] | None
     self_check: Mapping[str, Any] | None
-    runs: tuple[Mapping[str, Any], ...]
+    runs: tuple[Mapping[str, Any], ...]  # every run that computed tiles, the oldest first
 
     @property
     def is_verified(self) -> bool | None:
@@ -44,13 +36,7 @@ class Records:
 
 
 def read_records(store: KernelStore) -> Records:
-    """Read them.
-
-    Raises
-    ------
-    StoreError
-        If one is damaged.
-    """
+    """Read them."""
     results = store.store
     return Records(
         results.read_result("verification"),

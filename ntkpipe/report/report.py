@@ -55,13 +55,7 @@ class Report(Result):
 
 
 def require_libraries() -> None:
-    """Check that what draws and writes pages is installed, before anything is computed for them.
-
-    Raises
-    ------
-    ConfigError
-        If it is not; the message says which extra to install.
-    """
+    """Check that what draws and writes pages is installed, before anything is computed for them."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -176,13 +170,7 @@ def report_of_store(
     progress: bool = True,
     saved_only: bool = False,
 ) -> Report:
-    """:func:`write_report` as a step of a workflow.
-
-    Parameters
-    ----------
-    store, path, array, ridges, ridge_scale, memory_limit, client, progress, saved_only
-        As there; a relative path is one of the working directory.
-    """
+    """:func:`write_report` as a step of a workflow."""
     return write_report(
         store,
         path,
@@ -205,13 +193,7 @@ def _default_path(store: KernelStore) -> Path:
 
 
 def _check_target(path: Path) -> None:
-    """Check that a page can be put there.
-
-    Raises
-    ------
-    ConfigError
-        If its folder is not there, or something else is in its place.
-    """
+    """Check that a page can be put there."""
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or choose another path")
     if path.is_dir():

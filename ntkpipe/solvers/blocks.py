@@ -7,26 +7,7 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> NDArray[np.float64]:
-    """A block as float64 of two axes, C-contiguous, checked; the memory of the caller where that is so already.
-
-    Parameters
-    ----------
-    name
-        In the plural, for messages.
-    values
-        Shape (n, c) or (n,), real numbers.
-    num_rows
-        n.
-    allow_none
-        Whether there may be no column.
-
-    Raises
-    ------
-    ConfigError
-        If its shape or dtype is wrong.
-    NonFiniteError
-        If it holds NaN or infinity.
-    """
+    """A block as float64 of two axes, C-contiguous, checked; the memory of the caller where that is so already."""
     block = np.asarray(values)
     fits = block.ndim in {1, 2} and block.shape[0] == num_rows and (block.size > 0 or allow_none)
     if not fits or block.dtype.kind not in "fiub":

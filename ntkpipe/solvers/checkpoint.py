@@ -31,24 +31,7 @@ class Space(Protocol):
 
 
 class Journal:
-    """Spaces of one calculation and their checkpoint, if there is one.
-
-    Parameters
-    ----------
-    checkpoint
-        Where; none writes nothing.
-    decides
-        What decides the numbers, as JSON. A checkpoint of anything else is refused.
-    spaces
-        By name, before any step. They take the steps that the checkpoint has.
-
-    Raises
-    ------
-    ConfigError
-        If the checkpoint is of another calculation, or has more steps than there may be.
-    StoreError
-        If it is damaged.
-    """
+    """Spaces of one calculation and their checkpoint, if there is one."""
 
     def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], spaces: Mapping[str, Space]) -> None:
         self._checkpoint = checkpoint
@@ -67,13 +50,7 @@ class Journal:
             self._read(checkpoint, found)
 
     def _read(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
-        """Give the spaces their steps.
-
-        Raises
-        ------
-        ConfigError
-            If there are more than there may be.
-        """
+        """Give the spaces their steps."""
         for name, state in as_mapping(found["spaces"]).items():
             space, num_steps = self._spaces[name], as_integer(state["num_steps"])
             if num_steps > space.max_steps:
@@ -97,12 +74,6 @@ class Journal:
 
 
 def as_work(value: Any) -> Work:
-    """What was saved as ``[passes, bytes_read, seconds]``.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """What was saved as ``[passes, bytes_read, seconds]``."""
     passes, bytes_read, seconds = value
     return Work(as_number(passes), as_integer(bytes_read), as_number(seconds))

@@ -32,13 +32,7 @@ _TRAIN = "kernel/train"
 
 
 def find_kernel(store: KernelStore, array: str) -> Kernel:
-    """A symmetric kernel of a store by name.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such array, or it is no symmetric kernel.
-    """
+    """A symmetric kernel of a store by name."""
     found = find_array(store.store, array)
     grid = found.layout.grid
     if grid is None or not grid.symmetric:
@@ -47,13 +41,7 @@ def find_kernel(store: KernelStore, array: str) -> Kernel:
 
 
 def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
-    """The train targets as right-hand sides in the rows of the kernel: (N, c), or (N·O, 1) for a full NTK.
-
-    Raises
-    ------
-    ConfigError
-        If there are none, or a full NTK has another number of outputs.
-    """
+    """The train targets as right-hand sides in the rows of the kernel: (N, c), or (N·O, 1) for a full NTK."""
     targets = store.targets
     if targets is None:
         raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call ntkpipe.solve with yours")
@@ -69,27 +57,16 @@ def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a stored kernel, and what the answer may use.
+    """What is asked of a stored kernel, and what the answer may use."""
 
-    Attributes
-    ----------
-    store, kernel, operator
-        The kernel, and its products.
-    monitor, checkpoint
-        Shown and kept while the answer is looked for.
-    memory_limit
-        Bytes that this process may have without what is for tiles; none for a share of what is free.
-    client
-        Of the cluster whose workers multiply, if any.
-    """
-
-    store: KernelStore
+    store: KernelStore  # store, kernel, operator: the kernel, and its products
     kernel: Kernel
     operator: Operator
-    monitor: Monitor
+    monitor: Monitor  # monitor, checkpoint: shown and kept while the answer is looked for
     checkpoint: Checkpoint
+    # Bytes that this process may have without what is for tiles; none for a share of what is free
     memory_limit: int | None
-    client: "Client | None"
+    client: "Client | None"  # of the cluster whose workers multiply, if any
 
 
 def of_store(
@@ -104,13 +81,6 @@ def of_store(
 
     On Ctrl-C it raises `Interrupted`, which says whether the same call goes on from a checkpoint;
     that has the name of the options, and is dropped when the result is there.
-
-    Parameters
-    ----------
-    name
-        Of the command or step, and of the result.
-    beside
-        What else decides the answer, from the store and the name of the kernel.
     """
 
     def decorate(answer: Callable[..., Found]) -> Callable[..., Found]:

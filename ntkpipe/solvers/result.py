@@ -16,21 +16,12 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Step:
-    """How far a solver is, after one pass.
+    """How far a solver is, after one pass."""
 
-    Attributes
-    ----------
-    work
-        What it has cost up to now.
-    residual
-        The largest of what is to become small, relative as ``target`` is; none where there is no such number yet.
-    target
-        Where it stops.
-    """
-
-    work: Work
+    work: Work  # what it has cost up to now
+    # The largest of what is to become small, relative as `target` is; none where there is no such number yet
     residual: float | None
-    target: float
+    target: float  # where it stops
 
 
 # Called after each pass, in the thread of the caller. What it raises ends the solver.
@@ -43,30 +34,14 @@ def ignore(step: Step) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Base of all results. Arrays are read-only. Fields whose names begin with an underscore are not told.
+    """Base of all results. Arrays are read-only. Fields whose names begin with an underscore are not told."""
 
-    Attributes
-    ----------
-    status
-        Whether the result is what was asked for. Numbers are there in any case.
-    message
-        One sentence: why it stopped, and what to do if that was too early.
-    work
-        Passes, bytes and seconds in products with the matrix.
-    seconds
-        Of the whole call.
-    options
-        What was asked for, defaults filled in.
-    matrix
-        Identity of the operator: for a stored kernel the digest of its manifest and the array.
-    """
-
-    status: Status
-    message: str
-    work: Work
-    seconds: float
-    options: Mapping[str, Any]
-    matrix: str
+    status: Status  # whether the result is what was asked for. Numbers are there in any case.
+    message: str  # one sentence: why it stopped, and what to do if that was too early
+    work: Work  # passes, bytes and seconds in products with the matrix
+    seconds: float  # of the whole call
+    options: Mapping[str, Any]  # what was asked for, defaults filled in
+    matrix: str  # identity of the operator: for a stored kernel the digest of its manifest and the array
 
     def __post_init__(self) -> None:
         for values in self.arrays().values():

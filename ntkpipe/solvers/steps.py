@@ -67,15 +67,6 @@ def solve_store(
 
     Right-hand sides are the targets, classes as one-hot columns; of a full NTK each output has rows of its own, and
     there is one column.
-
-    Parameters
-    ----------
-    question
-        The stored kernel; the store must have targets that are right-hand sides.
-    ridge, ridge_scale
-        λ, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
-    method, tol, rank, preconditioner, path, max_passes, seed
-        Of the solver.
     """
     return solve(
         question.operator,
@@ -108,17 +99,7 @@ def logdet_of_store(
     max_passes: int | None = None,
     seed: int | None = None,
 ) -> LogDeterminant | LogDeterminantEstimate:
-    """Log determinant of a stored kernel; options of :func:`ntkpipe.logdet`.
-
-    Parameters
-    ----------
-    question
-        The stored kernel.
-    ridge, method, jitter, path
-        Of the solver. On Ctrl-C a factor in ``path`` is kept up to its last panel, one in memory is not.
-    num_probes, tol, rank, max_passes, seed
-        Of ``slq``; not given, its own defaults.
-    """
+    """Log determinant of a stored kernel; options of :func:`ntkpipe.logdet`."""
     given = {"num_probes": num_probes, "tol": tol, "rank": rank, "max_passes": max_passes, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return logdet(
@@ -188,13 +169,7 @@ def read_result(store: KernelStore | str | Path, name: str) -> dict[str, Any] | 
 
 
 class StoredPairs:
-    """Eigenpairs that are in a store.
-
-    Attributes
-    ----------
-    eigenvalues, eigenvectors
-        Shapes (k,) and (n, k).
-    """
+    """Eigenpairs that are in a store."""
 
     def __init__(self, eigenvalues: NDArray[np.float64], eigenvectors: NDArray[np.float64]) -> None:
         self.eigenvalues = eigenvalues
@@ -202,15 +177,7 @@ class StoredPairs:
 
 
 def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None:
-    """Eigenpairs of a kernel that :func:`eigsh_of_store` has found, or none if there are none that converged.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such array.
-    StoreError
-        If they are damaged.
-    """
+    """Eigenpairs of a kernel that :func:`eigsh_of_store` has found, or none if there are none that converged."""
     found = load_result(store.store, result_name("eigsh", find_array(store.store, array).layout.name))
     if found is None or found.get("status") != "converged":
         return None

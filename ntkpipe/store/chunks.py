@@ -90,13 +90,7 @@ class StoredArray:
         return [index for index in self.layout.indices() if index not in present]
 
     def create(self) -> None:
-        """Create the array where there is none, and check the one that is there; chunks are left as they are.
-
-        Raises
-        ------
-        StoreError
-            If its ``zarr.json`` is damaged or was altered.
-        """
+        """Create the array where there is none, and check the one that is there; chunks are left as they are."""
         name = f"{self.layout.name}/{_DOCUMENT}"
         if self.medium.size(name) is None:
             with writing(self.medium):
@@ -119,13 +113,7 @@ class StoredArray:
         )
 
     def check_metadata(self) -> None:
-        """Check that ``zarr.json`` is what this package writes, so that any Zarr reader sees what is stored.
-
-        Raises
-        ------
-        StoreError
-            If it is missing, damaged or altered.
-        """
+        """Check that ``zarr.json`` is what this package writes, so that any Zarr reader sees what is stored."""
         if self._is_checked:
             return
         where = f"{self.layout.name}/{_DOCUMENT} in {self.medium.root}"
@@ -141,15 +129,7 @@ class StoredArray:
         self._is_checked = True
 
     def write(self, index: Index, values: NDArray[Any]) -> None:
-        """Write one whole chunk, atomically.
-
-        Raises
-        ------
-        StoreFullError
-            If the disk is full. Nothing of the chunk is left behind.
-        StoreError
-            If it cannot be written for another reason, or the array's ``zarr.json`` was altered.
-        """
+        """Write one whole chunk, atomically."""
         self.check_metadata()
         chunk = self._whole_chunk(index, values)
         checksum = _checksum(chunk.reshape(-1).view(np.uint8))
@@ -180,21 +160,7 @@ class StoredArray:
         return chunk
 
     def read(self, index: Index, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
-        """Read one chunk and check it, shape as :meth:`ArrayLayout.region` says.
-
-        Parameters
-        ----------
-        index
-            Which one.
-        buffer
-            Memory of :attr:`ArrayLayout.chunk_bytes` bytes that the chunk is read into, for who reads many and is done
-            with one before the next; the result is a view of it. Default new memory.
-
-        Raises
-        ------
-        TileError
-            If the chunk is missing, has a wrong size, or fails its checksum; the message names it.
-        """
+        """Read one chunk and check it, shape as :meth:`ArrayLayout.region` says."""
         layout = self.layout
         payload_bytes = layout.chunk_bytes - CHECKSUM_BYTES
         try:
@@ -249,13 +215,7 @@ def _checksum(data: NDArray[np.uint8]) -> bytes:
 
 
 class _RunningChecksum:
-    """crc32c of bytes that arrive in a buffer; pieces beyond its end are cut.
-
-    Parameters
-    ----------
-    data
-        The buffer, of which this makes a read-only view, as the library wants it.
-    """
+    """crc32c of bytes that arrive in a buffer; pieces beyond its end are cut."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
         self._data = data.view()
@@ -292,15 +252,7 @@ class Store:
 
     @classmethod
     def open(cls, where: str | Path | Medium) -> "Store":
-        """Open a store; reads its manifest and nothing else.
-
-        Raises
-        ------
-        StoreNotFoundError
-            If there is nothing at the path.
-        StoreError
-            If what is there is not a kernel store, or its manifest is damaged.
-        """
+        """Open a store; reads its manifest and nothing else."""
         medium = medium_at(where)
         document = medium.address(_DOCUMENT)
         try:
@@ -330,13 +282,7 @@ class Store:
         return store
 
     def complete_layout(self) -> None:
-        """Create the arrays that are missing, as after a kill during creation.
-
-        Raises
-        ------
-        StoreError
-            If the ``zarr.json`` of one that is there is damaged or was altered.
-        """
+        """Create the arrays that are missing, as after a kill during creation."""
         self.complete_groups()
         for array in self.arrays.values():
             array.create()
@@ -367,11 +313,6 @@ class Store:
         """Keep the store from being replaced (``mode="w"``) while it is written; any number of writers may.
 
         At the end the last writer removes the partial files that killed ones left behind.
-
-        Raises
-        ------
-        StoreError
-            If it was replaced since it was opened.
         """
         with contextlib.ExitStack() as held:
             with writing(self.medium):
@@ -381,18 +322,7 @@ class Store:
 
     @contextlib.contextmanager
     def exclusive(self, otherwise: str) -> Iterator[None]:
-        """Be the only one who writes to the store.
-
-        Parameters
-        ----------
-        otherwise
-            What cannot be done without, for the message.
-
-        Raises
-        ------
-        StoreError
-            If another run writes to it, or has replaced its manifest, or nobody knows whether one does.
-        """
+        """Be the only one who writes to the store."""
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(self.medium.exclusive())
@@ -470,15 +400,7 @@ class Store:
 
 @contextlib.contextmanager
 def reading_results(root: Path | str) -> Iterator[None]:
-    """What results hold is anybody's: there, a value that is missing or of another type is damage and no bug.
-
-    Raises
-    ------
-    StoreError
-        If there is one.
-    NtkpipeError
-        What else this package says.
-    """
+    """What results hold is anybody's: there, a value that is missing or of another type is damage and no bug."""
     try:
         yield
     except NtkpipeError:
@@ -491,13 +413,7 @@ def reading_results(root: Path | str) -> Iterator[None]:
 
 
 def _readable_group(attributes: dict[str, Any], name: str) -> bytes:
-    """A group that is small enough to be read back.
-
-    Raises
-    ------
-    StoreError
-        If it is not.
-    """
+    """A group that is small enough to be read back."""
     data = group_document(attributes)
     if len(data) > DOCUMENT_BYTES:
         raise StoreError(
@@ -507,15 +423,7 @@ def _readable_group(attributes: dict[str, Any], name: str) -> bytes:
 
 
 def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
-    """Apply ``mode`` to what is at the path: the store to resume, or none where one may be created.
-
-    Raises
-    ------
-    StoreExistsError
-        With ``w-`` if a store is there; with any mode if something else is there.
-    StoreError
-        If what is at the path cannot be read.
-    """
+    """Apply ``mode`` to what is at the path: the store to resume, or none where one may be created."""
     medium = medium_at(where)
     try:
         is_store = medium.size(_DOCUMENT) is not None
@@ -559,15 +467,7 @@ def _remove(medium: Medium) -> None:
 
 
 def medium_at(where: str | Path | Medium) -> Medium:
-    """Where a store is: a path of this machine, ``~`` expanded, or the URL of an object store.
-
-    Raises
-    ------
-    ConfigError
-        If it is neither.
-    StoreError
-        If the URL is of no kind that is known, or holds credentials.
-    """
+    """Where a store is: a path of this machine, ``~`` expanded, or the URL of an object store."""
     if isinstance(where, Medium):
         return where
     if not isinstance(where, str | os.PathLike):
@@ -591,17 +491,7 @@ def _full(medium: Medium) -> str:
 
 @contextlib.contextmanager
 def writing(medium: Medium) -> Iterator[None]:
-    """Say what it means that something cannot be written.
-
-    Raises
-    ------
-    StoreFullError
-        If the disk is full.
-    StoreError
-        For every other error of the system.
-    OSError
-        A StoreError from within, as it is.
-    """
+    """Say what it means that something cannot be written."""
     try:
         yield
     except OSError as error:

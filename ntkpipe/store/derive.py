@@ -105,13 +105,7 @@ def derive_kernel(
 
 
 def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
-    """The manifest of a store of ``kind`` that is derived from another.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be derived, or samples are asked for that the source does not have.
-    """
+    """The manifest of a store of ``kind`` that is derived from another."""
     wanted = get_kind(kind)
     general = "output:k" if wanted.name.startswith("output:") else wanted.name
     known = _SOURCES.get(source.kind, ())
@@ -208,14 +202,9 @@ def _is_kernel(array: StoredArray) -> bool:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, when it is needed.
+    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, when it is needed."""
 
-    Attributes
-    ----------
-    source, group, name, index
-        Which store, which group of parameters, which kernel, which of its chunks.
-    """
-
+    # source, group, name, index: which store, which group of parameters, which kernel, which of its chunks
     source: Store
     group: str | None
     name: str

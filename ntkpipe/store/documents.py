@@ -23,13 +23,7 @@ _DECISIVE = (
 
 
 def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
-    """JSON as the standard has it: UTF-8, no key twice, and no NaN unless it is allowed.
-
-    Raises
-    ------
-    StoreError
-        If it is something else, or nested too deeply.
-    """
+    """JSON as the standard has it: UTF-8, no key twice, and no NaN unless it is allowed."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"it holds {constant}, which is no number")
@@ -60,13 +54,7 @@ def group_document(attributes: dict[str, Any]) -> bytes:
 
 
 def group_attributes(data: bytes, where: str, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The attributes of a Zarr group.
-
-    Raises
-    ------
-    StoreError
-        If the document is no group's.
-    """
+    """The attributes of a Zarr group."""
     document = parse(data, where, allow_nan=allow_nan)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict):
@@ -103,11 +91,6 @@ def array_difference(found: bytes, needed: bytes, where: str) -> str | None:
     """How an array's document differs from the one that is needed, in words, or none.
 
     Documents are compared, and the found one is not given to Zarr: it may name codecs and dtypes of anybody's.
-
-    Raises
-    ------
-    StoreError
-        If what was found is no JSON object.
     """
     left, right = parse(found, where), parse(needed, where)
     if not isinstance(left, dict):

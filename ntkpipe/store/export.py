@@ -94,13 +94,7 @@ def export_kernel(
 
 
 def find_array(store: Store, name: str) -> StoredArray:
-    """The array of a store that is called ``name``, or ``kernel/name``.
-
-    Raises
-    ------
-    ConfigError
-        If there is none; the message lists those that exist.
-    """
+    """The array of a store that is called ``name``, or ``kernel/name``."""
     for known in (name, _KERNELS + name):
         if known in store.arrays:
             return store.arrays[known]

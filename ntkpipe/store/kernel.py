@@ -346,13 +346,7 @@ class KernelSet:
 
     @property
     def train(self) -> Kernel:
-        """Train x train, symmetric, shape (N*S, N*S).
-
-        Raises
-        ------
-        ConfigError
-            If each output has a kernel of its own: then :meth:`output` picks one.
-        """
+        """Train x train, symmetric, shape (N*S, N*S)."""
         return self._kernel("kernel/train")
 
     @property
@@ -391,13 +385,6 @@ class KernelSet:
         Attributes are ``kind``, ``convention``, ``compute_dtype``, ``accumulate_dtype``, ``store_dtype``, ``model``,
         ``num_parameters`` and ``manifest_digest`` of the manifest, and ``group`` and ``picked_output`` where these were
         chosen. Entries keep the dtype of the store: convert with ``.astype("float64")`` before long sums.
-
-        Raises
-        ------
-        ConfigError
-            If xarray is not installed.
-        TileError, ResourceError
-            On reading, as :class:`Kernel` does.
         """
         with needed_for("to_xarray", "xarray"):
             from ntkpipe.store.views import to_xarray as labelled
@@ -408,13 +395,7 @@ class KernelSet:
         )
 
     def output(self, number: int) -> "KernelSet":
-        """The kernels of one output, in a store of kind ``diagonal``.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such output, or the store does not keep outputs apart.
-        """
+        """The kernels of one output, in a store of kind ``diagonal``."""
         manifest = self.store.manifest
         if get_kind(manifest.kind).pairs != "same" or self._output is not None:
             raise ConfigError(f"{self!r} has no kernels of single outputs; they are those of kind='diagonal'")

@@ -25,24 +25,14 @@ _SAMPLE_CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of a store.
+    """One array of a store."""
 
-    Attributes
-    ----------
-    name
-        Path below the store's root.
-    shape, chunks, dtype, dimensions
-        As in Zarr.
-    grid
-        The tiles, for a kernel; other arrays keep every chunk.
-    """
-
-    name: str
-    shape: tuple[int, ...]
+    name: str  # path below the store's root
+    shape: tuple[int, ...]  # shape, chunks, dtype, dimensions: as in Zarr
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     dimensions: tuple[str, ...]
-    grid: Grid | None = None
+    grid: Grid | None = None  # the tiles, for a kernel; other arrays keep every chunk
 
     @property
     def holds_blocks(self) -> bool:
@@ -87,13 +77,7 @@ class ArrayLayout:
 
 
 def planes(manifest: Manifest) -> tuple[Plane, ...]:
-    """The matrices that a store of this manifest has of each kernel.
-
-    Raises
-    ------
-    StoreError
-        If these are more than any run makes: the manifest is not one of ours.
-    """
+    """The matrices that a store of this manifest has of each kernel."""
     count = num_planes(manifest.kind, manifest.num_outputs, len(manifest.groups))
     if count > MAX_PLANES:
         raise StoreError(f"the manifest asks for {count} kernels beside each other; at most {MAX_PLANES} are possible")
@@ -101,13 +85,7 @@ def planes(manifest: Manifest) -> tuple[Plane, ...]:
 
 
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
-    """Every array that a store of this manifest has, by name.
-
-    Raises
-    ------
-    StoreError
-        If there are more or larger chunks than can be handled.
-    """
+    """Every array that a store of this manifest has, by name."""
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
     num_test = None if manifest.test is None else manifest.test.num_samples
@@ -131,13 +109,7 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 
 def _require_possible(found: list[ArrayLayout]) -> None:
-    """Check that listing the chunks and reading one is possible, by numbers of any size, before anything is allocated.
-
-    Raises
-    ------
-    StoreError
-        If it is not.
-    """
+    """Check that chunks can be listed and read, for numbers of any size, before anything is allocated."""
     count = sum(layout.num_chunks for layout in found)
     if count > MOST_CHUNKS:
         raise StoreError(

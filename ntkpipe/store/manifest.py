@@ -57,114 +57,54 @@ def _require_identifier(name: str) -> str:
 
 
 class DataRecord(_Record):
-    """One set of samples.
+    """One set of samples."""
 
-    Attributes
-    ----------
-    num_samples
-        Samples of the set.
-    inputs
-        The arrays of a sample by name; a sample that is one tensor has the one array ``input``.
-    is_mapping
-        Whether the model takes a dict of the arrays, or the one array itself.
-    inputs_digest, targets_digest
-        sha256 over names, dtypes, shapes and bytes.
-    targets
-        The targets' array, if any.
-    """
-
-    num_samples: PositiveInt
+    num_samples: PositiveInt  # samples of the set
+    # The arrays of a sample by name; a sample that is one tensor has the one array `input`
     inputs: dict[Annotated[str, AfterValidator(_require_identifier)], ArrayRecord]
-    is_mapping: bool
-    inputs_digest: str
-    targets: ArrayRecord | None
+    is_mapping: bool  # whether the model takes a dict of the arrays, or the one array itself
+    inputs_digest: str  # inputs_digest, targets_digest: sha256 over names, dtypes, shapes and bytes
+    targets: ArrayRecord | None  # the targets' array, if any
     targets_digest: str | None
 
 
 class ModelRecord(_Record):
-    """The model.
+    """The model."""
 
-    Attributes
-    ----------
-    name
-        Its class, or the import string and arguments it was made from.
-    state_digest
-        sha256 over names, dtypes, shapes and bytes of parameters and buffers, in the dtypes given.
-    structure_digest
-        sha256 over the printed module tree: activation functions have no state.
-    parameters
-        Names of the selected parameters.
-    num_parameters
-        Number of scalars in them.
-    """
-
-    name: str
-    state_digest: str
-    structure_digest: str
-    parameters: tuple[str, ...]
-    num_parameters: PositiveInt
+    name: str  # its class, or the import string and arguments it was made from
+    state_digest: str  # sha256 over names, dtypes, shapes and bytes of parameters and buffers, in the dtypes given
+    structure_digest: str  # sha256 over the printed module tree: activation functions have no state
+    parameters: tuple[str, ...]  # names of the selected parameters
+    num_parameters: PositiveInt  # number of scalars in them
 
 
 class Choices(_Record):
-    """What could have been chosen otherwise and decides the last bits; fixed once, reused by every resume.
+    """What could have been chosen otherwise and decides the last bits; fixed once, reused by every resume."""
 
-    Attributes
-    ----------
-    strip
-        Samples whose Jacobians are computed and held as a unit.
-    subtile
-        Samples along the edge of the pieces in which strips are contracted.
-    batch
-        Samples of one forward pass.
-    representations
-        Per parameter (or fused pair): how its Jacobian is found and kept.
-    device
-        Type of the device.
-    arithmetic
-        Instruction set of the processor, or name of the GPU, and version of torch: where they differ, results agree to
-        rounding only.
-    """
-
-    strip: PositiveInt
-    subtile: PositiveInt
-    batch: PositiveInt
-    representations: dict[str, str]
-    device: str
+    strip: PositiveInt  # samples whose Jacobians are computed and held as a unit
+    subtile: PositiveInt  # samples along the edge of the pieces in which strips are contracted
+    batch: PositiveInt  # samples of one forward pass
+    representations: dict[str, str]  # per parameter (or fused pair): how its Jacobian is found and kept
+    device: str  # type of the device
+    # Instruction set of the processor, or name of the GPU, and version of torch: where they differ, results agree to
+    # rounding only
     arithmetic: str
 
 
 class DerivedRecord(_Record):
-    """The store that one was derived from, without the model.
+    """The store that one was derived from, without the model."""
 
-    Attributes
-    ----------
-    kind
-        Its kind.
-    digest
-        Digest of its manifest.
-    has_samples
-        Whether the samples were copied, too.
-    """
-
-    kind: str
-    digest: str
-    has_samples: bool
+    kind: str  # its kind
+    digest: str  # digest of its manifest
+    has_samples: bool  # whether the samples were copied, too
 
 
 class GrowthRecord(_Record):
-    """What a store held before it got more samples. Bits of tiles at its old edge depend on it.
+    """What a store held before it got more samples. Bits of tiles at its old edge depend on it."""
 
-    Attributes
-    ----------
-    train, test
-        The samples before.
-    environment
-        Versions, host and time of the run that added more; for people, never compared.
-    """
-
-    train: DataRecord
+    train: DataRecord  # train, test: the samples before
     test: DataRecord | None
-    environment: dict[str, str]
+    environment: dict[str, str]  # versions, host and time of the run that added more; for people, never compared
 
 
 # Fields that came later, left out of the JSON where they say nothing: stores without them keep manifest and digest.
@@ -236,13 +176,7 @@ class Manifest(_Record):
 
 
 def from_attribute(value: object, where: str) -> Manifest:
-    """Read a manifest from a group's attribute.
-
-    Raises
-    ------
-    StoreError
-        If it is of another format, has wrong types, or does not match its digest.
-    """
+    """Read a manifest from a group's attribute."""
     if not isinstance(value, dict) or not isinstance(value.get("manifest"), dict):
         raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
     found = value["manifest"].get("format")

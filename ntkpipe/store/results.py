@@ -27,11 +27,6 @@ class ArrayFolder:
     """A Zarr group of arrays and attributes, in a store or by itself.
 
     Attributes are put whole. What they name is there if arrays are written first.
-
-    Parameters
-    ----------
-    medium, name
-        Where: the folder ``name`` below the root of a medium.
     """
 
     def __init__(self, medium: Medium, name: str) -> None:
@@ -63,13 +58,7 @@ class ArrayFolder:
                 self._medium.put_new(document, group_document({}))
 
     def read_attributes(self) -> dict[str, Any] | None:
-        """The attributes, or none if there is no such group.
-
-        Raises
-        ------
-        StoreError
-            If they are damaged.
-        """
+        """The attributes, or none if there is no such group."""
         name = self._below(_DOCUMENT)
         try:
             data = self._medium.get(name)
@@ -88,20 +77,7 @@ class ArrayFolder:
             array.write(index, values[array.layout.region(index)])
 
     def read_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """An array, its checksums verified; memory is the array plus one chunk.
-
-        Parameters
-        ----------
-        name
-            Its name.
-        shape
-            That it must have; nothing is allocated for another one. Default any.
-
-        Raises
-        ------
-        StoreError
-            If there is none, it is damaged or has another shape.
-        """
+        """An array, its checksums verified; memory is the array plus one chunk."""
         where = f"{self._below(name)}/{_DOCUMENT}"
         address = str(self._medium.address(where))
         try:
@@ -143,13 +119,7 @@ class ArrayFolder:
 
 
 def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an array that anybody may have written, checked before anything is allocated.
-
-    Raises
-    ------
-    StoreError
-        If they are not of an array that :meth:`ArrayFolder.write_array` writes.
-    """
+    """Shape and dtype of an array that anybody may have written, checked before anything is allocated."""
     fields = document if isinstance(document, dict) else {}
     sizes = shape if isinstance(shape := fields.get("shape"), list) else []
     is_shape = 1 <= len(sizes) <= _MOST_AXES and all(type(size) is int and 0 <= size < 2**48 for size in sizes)
@@ -262,52 +232,28 @@ class Checkpoint:
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
-    """A value of JSON that must be an object.
-
-    Raises
-    ------
-    TypeError
-        If it is something else.
-    """
+    """A value of JSON that must be an object."""
     if not isinstance(value, dict):
         raise TypeError(f"{str(value)[:40]!r} is no JSON object")
     return value
 
 
 def as_integer(value: Any, *, low: int = 0) -> int:
-    """A value of JSON that must be an integer, from ``low`` on.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """A value of JSON that must be an integer, from ``low`` on."""
     if type(value) is not int or value < low:
         raise ValueError(f"{str(value)[:40]!r} is no integer from {low} on")
     return value
 
 
 def as_number(value: Any) -> float:
-    """A value of JSON that must be a finite number.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """A value of JSON that must be a finite number."""
     if type(value) not in {int, float} or not math.isfinite(value):
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
     return float(value)
 
 
 def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -> NDArray[np.float64]:
-    """Nested lists of JSON that must be numbers of this shape.
-
-    Raises
-    ------
-    ValueError
-        If they are something else.
-    """
+    """Nested lists of JSON that must be numbers of this shape."""
     found = np.array(value)
     if found.size == 0 and math.prod(shape) == 0 and isinstance(value, list):
         return np.zeros(shape)
@@ -329,13 +275,7 @@ def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapp
 
 
 def load_result(store: Store, name: str) -> dict[str, Any] | None:
-    """A result below ``results/name``: numbers, words and arrays by name; none if there is none of this manifest.
-
-    Raises
-    ------
-    StoreError
-        If it is damaged.
-    """
+    """A result below ``results/name``: numbers, words and arrays by name; none if there is none of this manifest."""
     found = store.read_result(name)
     if found is None:
         return None

@@ -26,22 +26,12 @@ _MOST_RECORDED = 1000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes
-    ----------
-    array, index
-        The chunk, or the array and nothing.
-    problem
-        What is wrong with it.
-    is_harmless
-        Whether the numbers are good all the same: a leftover that is never read.
-    """
-
-    array: str
+    array: str  # array, index: the chunk, or the array and nothing
     index: Index
-    problem: str
-    is_harmless: bool = False
+    problem: str  # what is wrong with it
+    is_harmless: bool = False  # whether the numbers are good all the same: a leftover that is never read
 
 
 @dataclass(frozen=True)
@@ -81,13 +71,6 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
     Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
     diagonal tiles are symmetric to the last bit; that the diagonal is not negative and
     ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that killed writers left behind are listed, too.
-
-    Parameters
-    ----------
-    store
-        The store.
-    on_chunk
-        Called after each chunk.
     """
     findings = [
         Finding(

@@ -16,24 +16,7 @@ _SILENCE_SECONDS = 300.0
 
 
 def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> KernelStore:
-    """Show the progress of a run until its store is complete and its driver, if it was submitted, has finished.
-
-    Parameters
-    ----------
-    where
-        Path or URL of the store, which may not exist yet.
-    pause
-        Waits a number of seconds.
-
-    Returns
-    -------
-    The store.
-
-    Raises
-    ------
-    ClusterError
-        If the driver that was submitted has failed, with its message, or says nothing for five minutes.
-    """
+    """Show the progress of a run until its store is complete and its driver, if it was submitted, has finished."""
     is_announced = False
     while True:
         try:
@@ -76,13 +59,7 @@ class _Driver:
         self._heard_at = monotonic()
 
     def is_running(self) -> bool:
-        """Whether it says so.
-
-        Raises
-        ------
-        ClusterError
-            If it says that it has failed, or has said nothing new for too long by this machine's clock.
-        """
+        """Whether it says so."""
         found = self._store.store.read_result("driver") or {}
         if found.get("state") == "failed":
             raise ClusterError(f"the driver on {found.get('host')} failed: {found.get('message')}")

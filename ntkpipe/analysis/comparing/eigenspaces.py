@@ -15,11 +15,6 @@ def principal_angles(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[
     Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
     linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines are
     near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
-
-    Parameters
-    ----------
-    a, b
-        Shape (n, k). Memory is three more of them.
     """
     return np.asarray(subspace_angles(a, b)[::-1], np.float64)
 

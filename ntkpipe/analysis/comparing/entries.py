@@ -16,45 +16,23 @@ _NOTHING_LEFT = 1e-10
 
 @dataclass(frozen=True)
 class Differences:
-    """What one pass over A and B says; inner products and norms are Frobenius'.
+    """What one pass over A and B says; inner products and norms are Frobenius'."""
 
-    Attributes
-    ----------
-    frobenius_a, frobenius_b
-        ``|A|``, ``|B|``.
-    difference
-        ``|A - B|``.
-    scale
-        c that makes ``|c A - B|`` smallest, ``<A, B> / |A|²``; none if A is zero.
-    scaled_difference
-        That ``|c A - B|``; ``|B|`` if A is zero.
-    alignment
-        ``<A, B> / (|A| |B|)``; none if one is zero.
-    centred_alignment
-        That of ``(H ⊗ I) A (H ⊗ I)`` and the same of B; none if centring leaves nothing of one.
-    largest, largest_at
-        Largest ``|A_ij - B_ij| / sqrt(B_ii B_jj)``, and its row and column, row <= column.
-    num_zero_rows
-        Rows of B whose diagonal is not positive; their entries are not counted in ``largest``.
-    diagonal_a, diagonal_b
-        Shape (rows,), float64.
-    bytes_read
-        Of tiles.
-    """
-
-    frobenius_a: float
+    frobenius_a: float  # frobenius_a, frobenius_b: `|A|`, `|B|`
     frobenius_b: float
-    difference: float
-    scale: float | None
-    scaled_difference: float
-    alignment: float | None
+    difference: float  # `|A - B|`
+    scale: float | None  # c that makes `|c A - B|` smallest, `<A, B> / |A|²`; none if A is zero
+    scaled_difference: float  # that `|c A - B|`; `|B|` if A is zero
+    alignment: float | None  # `<A, B> / (|A| |B|)`; none if one is zero
+    # That of `(H ⊗ I) A (H ⊗ I)` and the same of B; none if centring leaves nothing of one
     centred_alignment: float | None
+    # largest, largest_at: largest `|A_ij - B_ij| / sqrt(B_ii B_jj)`, and its row and column, row <= column
     largest: float
     largest_at: tuple[int, int] | None
-    num_zero_rows: int
-    diagonal_a: NDArray[np.float64]
+    num_zero_rows: int  # rows of B whose diagonal is not positive; their entries are not counted in `largest`
+    diagonal_a: NDArray[np.float64]  # diagonal_a, diagonal_b: shape (rows,), float64
     diagonal_b: NDArray[np.float64]
-    bytes_read: int
+    bytes_read: int  # of tiles
 
 
 def measure_differences(first: Entries, second: Entries) -> Differences:
@@ -66,18 +44,6 @@ def measure_differences(first: Entries, second: Entries) -> Differences:
     centring takes away, and where less than 1e-10 is left, there is none.
 
     Memory beside that of the strips is ``2 rows (width + 1)`` float64.
-
-    Parameters
-    ----------
-    first, second
-        A and B: the same samples, as many rows a sample.
-
-    Raises
-    ------
-    NonFiniteError
-        If one of them holds NaN or infinity.
-    TileError
-        If a tile is missing or damaged.
     """
     sums = _Sums(first.num_samples, first.width)
     with np.errstate(invalid="ignore", over="ignore"):  # the result is looked at
@@ -152,13 +118,7 @@ class _Sums:
             self._at = (rows.start + row, columns.start + column)
 
     def result(self, bytes_read: int) -> Differences:
-        """Everything from the sums.
-
-        Raises
-        ------
-        NonFiniteError
-            If they are not finite.
-        """
+        """Everything from the sums."""
         if not np.isfinite(self._inner).all():
             raise NonFiniteError(
                 "one of the kernels holds NaN or infinity, or entries whose squares are beyond float64"

@@ -46,15 +46,7 @@ class Entries(Protocol):
 
 
 class TileEntries:
-    """Of tiles: a run must lie in one of them. The last tile is kept, so that neighbours do not read it again.
-
-    Parameters
-    ----------
-    source
-        Where tiles come from.
-    width
-        Rows a sample.
-    """
+    """Of tiles: a run must lie in one of them. The last tile is kept, so that neighbours do not read it again."""
 
     def __init__(self, source: TileSource, width: int) -> None:
         self._source = source
@@ -80,15 +72,7 @@ class TileEntries:
 
 
 class OperatorEntries:
-    """Of an operator: any block that it is asked for.
-
-    Parameters
-    ----------
-    operator
-        The matrix.
-    width
-        Rows a sample.
-    """
+    """Of an operator: any block that it is asked for."""
 
     def __init__(self, operator: Operator, width: int) -> None:
         self._operator = operator
@@ -109,15 +93,7 @@ class OperatorEntries:
 
 
 class OuterEntries:
-    """``K ⊗ I_O`` of the entries of K. Only strips of it exist, while they are looked at.
-
-    Parameters
-    ----------
-    base
-        K, one row a sample.
-    num_outputs
-        O.
-    """
+    """``K ⊗ I_O`` of the entries of K. Only strips of it exist, while they are looked at."""
 
     def __init__(self, base: Entries, num_outputs: int) -> None:
         assert base.width == 1
@@ -136,22 +112,13 @@ class OuterEntries:
 
 @dataclass(frozen=True)
 class Strip:
-    """The same few rows of a block of both matrices, in float64; valid until the next one.
+    """The same few rows of a block of both matrices, in float64; valid until the next one."""
 
-    Attributes
-    ----------
-    rows, columns
-        Samples.
-    is_diagonal
-        Whether its block is a diagonal one, which has its own mirror in it; entries of others count twice.
-    first, second
-        Shape (rows * width, columns * width).
-    """
-
-    rows: slice
+    rows: slice  # rows, columns: samples
     columns: slice
+    # Whether its block is a diagonal one, which has its own mirror in it; entries of others count twice
     is_diagonal: bool
-    first: NDArray[np.float64]
+    first: NDArray[np.float64]  # first, second: shape (rows * width, columns * width)
     second: NDArray[np.float64]
 
 
@@ -161,15 +128,6 @@ def strips(first: Entries, second: Entries) -> Iterator[Strip]:
     Blocks are cut at the edges of the tiles of both, and those of one coarse tile follow each other: so each tile is
     read once, those of diagonal blocks twice, and where the edges of the finer tiles do not divide those of the
     coarser ones, the finer ones that lie across, up to four times. Memory is a tile of each and some megabytes.
-
-    Parameters
-    ----------
-    first, second
-        Of the same samples, and as many rows a sample.
-
-    Yields
-    ------
-    The same few rows of a block of both.
     """
     runs = _runs(first, second)
     coarse = max(_edge(first), _edge(second))

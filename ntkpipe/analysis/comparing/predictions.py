@@ -27,30 +27,14 @@ _A_COLUMN, _A_RANK = 11, 3
 
 @dataclass(frozen=True)
 class Goal:
-    """What is predicted.
+    """What is predicted."""
 
-    Attributes
-    ----------
-    labels
-        Train targets.
-    test_labels
-        Test targets, if there are any.
-    """
-
-    labels: Labels
-    test_labels: Labels | None
+    labels: Labels  # train targets
+    test_labels: Labels | None  # test targets, if there are any
 
 
 def goal_of(targets: ArrayLike, test_targets: ArrayLike | None, num_samples: int, width: int) -> Goal:
-    """Targets as what is predicted.
-
-    Raises
-    ------
-    ConfigError
-        If they are not of the train samples, or test targets have other columns or classes.
-    NonFiniteError
-        If real ones hold NaN or infinity.
-    """
+    """Targets as what is predicted."""
     labels = encode(targets, num_outputs=width if width > 1 else None)
     if len(labels.matrix) != num_samples:
         raise ConfigError(f"{len(labels.matrix)} targets for {num_samples} train samples")
@@ -66,17 +50,7 @@ def goal_of(targets: ArrayLike, test_targets: ArrayLike | None, num_samples: int
 def goal_of_sides(
     sides: tuple[Side, Side], targets: ArrayLike | None, test_targets: ArrayLike | None, *, is_given: bool
 ) -> tuple[Goal | None, str]:
-    """What two kernels can both predict, or why there is no such thing.
-
-    Parameters
-    ----------
-    sides
-        The kernels, with their test kernels.
-    targets, test_targets
-        Of the caller; by default those of the stores.
-    is_given
-        Whether the caller has given the test kernels, and so answers for their samples.
-    """
+    """What two kernels can both predict, or why there is no such thing."""
     if any(side.test_kernel is None for side in sides):
         return None, "no test kernels"
     known = targets_of(*sides, "train") if targets is None else targets
@@ -90,18 +64,10 @@ def goal_of_sides(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of one kernel.
+    """Of one kernel."""
 
-    Attributes
-    ----------
-    values
-        Shape (M, c).
-    status, message
-        Of the solver.
-    """
-
-    values: NDArray[np.float64]
-    status: Status
+    values: NDArray[np.float64]  # shape (M, c)
+    status: Status  # status, message: of the solver
     message: str
 
 
@@ -118,35 +84,7 @@ def predict(
     seed: int,
     monitor: Monitor,
 ) -> Predictions:
-    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression.
-
-    Parameters
-    ----------
-    operator
-        K.
-    test_kernel
-        A stored kernel or an array, shape (M * width, N * width).
-    width
-        Rows a sample: with one, each column of the targets is predicted by itself; with more, as many as columns.
-    goal
-        The targets.
-    ridge
-        λ, absolute.
-    largest
-        λ_max of K, which what counts as singular is a part of.
-    way
-        ``passes``: conjugate gradients to a true residual of 1e-10. Otherwise by a factor, or by all eigenpairs where λ
-        is zero and K singular to what is known of it: then by those that are not zero.
-    memory_limit, seed, monitor
-        Of the solver, which has what its vectors need in any case.
-
-    Raises
-    ------
-    ConfigError
-        If the test kernel does not fit the train kernel.
-    NonFiniteError
-        If it holds NaN or infinity.
-    """
+    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression."""
     cross = CrossKernel(test_kernel, operator.num_rows, width)
     solution = _solve(operator, goal.labels.rows(width), ridge, largest, way, memory_limit, seed, monitor)
     values = as_samples(cross.times(solution.coefficients), width)
@@ -186,34 +124,16 @@ def _solve_in_memory(
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How far predictions are apart.
+    """How far predictions are apart."""
 
-    Attributes
-    ----------
-    difference
-        ``|F_a - F_b|_F / |F_b|_F``; none if the latter is zero.
-    columns
-        Share of samples whose largest prediction is of another column; none for a single column.
-    losses
-        Mean squared error of each; none without test targets.
-    accuracies
-        Share of samples whose class is predicted by each; none without classes.
-    """
-
-    difference: float | None
-    columns: float | None
-    losses: tuple[float, float] | None
-    accuracies: tuple[float, float] | None
+    difference: float | None  # `|F_a - F_b|_F / |F_b|_F`; none if the latter is zero
+    columns: float | None  # share of samples whose largest prediction is of another column; none for a single column
+    losses: tuple[float, float] | None  # mean squared error of each; none without test targets
+    accuracies: tuple[float, float] | None  # share of samples whose class is predicted by each; none without classes
 
 
 def disagreement(a: NDArray[np.float64], b: NDArray[np.float64], goal: Goal) -> Disagreement:
-    """Compare predictions of two kernels, shape (M, c) each.
-
-    Raises
-    ------
-    ConfigError
-        If they are not of the same samples as each other or as the test targets.
-    """
+    """Compare predictions of two kernels, shape (M, c) each."""
     wanted = goal.test_labels
     if len(a) != len(b) or (wanted is not None and len(wanted.matrix) != len(a)):
         targets = "" if wanted is None else f", and {len(wanted.matrix)} test targets"

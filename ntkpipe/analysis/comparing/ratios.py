@@ -13,25 +13,16 @@ class Ratios:
 
     Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
     be off by its error and its storage floor.
-
-    Attributes
-    ----------
-    smallest, smallest_bounds
-        λ_min of A over that of B; none where one of them is not known from zero.
-    note
-        The same in words, or why there is none.
-    condition_a, condition_b
-        λ_max / λ_min of each; none where λ_min is not known from zero.
-    condition, condition_bounds
-        Their ratio; none without both.
     """
 
+    # smallest, smallest_bounds: λ_min of A over that of B; none where one of them is not known from zero
     smallest: float | None
     smallest_bounds: Bounds | None
-    note: str
+    note: str  # the same in words, or why there is none
+    # condition_a, condition_b: λ_max / λ_min of each; none where λ_min is not known from zero
     condition_a: float | None
     condition_b: float | None
-    condition: float | None
+    condition: float | None  # condition, condition_bounds: their ratio; none without both
     condition_bounds: Bounds | None
 
 

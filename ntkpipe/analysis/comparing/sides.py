@@ -29,33 +29,15 @@ _ARRAY_EDGE = 2048
 
 @dataclass(frozen=True)
 class Side:
-    """One of two kernels that are compared.
+    """One of two kernels that are compared."""
 
-    Attributes
-    ----------
-    name
-        For people: path and array, or what it is.
-    matrix
-        A stored kernel, an array, or an operator.
-    width
-        Rows a sample in the matrix.
-    num_samples
-        Of the train kernel.
-    manifest
-        Of a stored kernel.
-    store
-        Where it is.
-    test_kernel
-        Test × train, if there is one: a stored kernel or an array.
-    """
-
-    name: str
-    matrix: Any
-    width: int
-    num_samples: int
-    manifest: Manifest | None
-    store: KernelStore | None
-    test_kernel: Any
+    name: str  # for people: path and array, or what it is
+    matrix: Any  # A stored kernel, an array, or an operator
+    width: int  # rows a sample in the matrix
+    num_samples: int  # of the train kernel
+    manifest: Manifest | None  # of a stored kernel
+    store: KernelStore | None  # where it is
+    test_kernel: Any  # test × train, if there is one: a stored kernel or an array
 
     @property
     def kind(self) -> str | None:
@@ -92,25 +74,7 @@ def _has_tiles(matrix: Any) -> bool:
 
 
 def sides_of(a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None) -> tuple[Side, Side]:
-    """What is to be compared, of whatever a caller has.
-
-    Parameters
-    ----------
-    a, b
-        Each a store or its path, a stored kernel, an array, or an operator.
-    array
-        Which kernel of a store, as ``train``, or ``groups/head/kernel/train``.
-    num_outputs
-        Rows a sample of arrays and operators that are full NTKs: the one with more rows, or both. Default that of a
-        stored full NTK on the other side, or one.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such array, it is no symmetric kernel, or its rows are not samples by outputs.
-    StoreError
-        If there is no store at a path, or it is damaged.
-    """
+    """What is to be compared, of whatever a caller has."""
     stored = [_stored_side(kernel, array) for kernel in (a, b)]
     rows = [
         _num_rows(kernel, name) if side is None else side.num_samples * side.width
@@ -165,13 +129,7 @@ def _side_of_store(store: KernelStore, array: str) -> Side:
 
 
 def require_comparable(a: Side, b: Side) -> int:
-    """Rows a sample that both are compared in: that of a full NTK, O, if one of them is.
-
-    Raises
-    ------
-    ConfigError
-        If they are not of the same samples, in the same order; the message has what differs in the manifests.
-    """
+    """Rows a sample that both are compared in: that of a full NTK, O, if one of them is."""
     if a.manifest is not None and b.manifest is not None:
         differing = _data_differences("train", a.manifest.train, b.manifest.train)
         if a.width != b.width or a.width > 1:

@@ -35,40 +35,18 @@ _BYTES_PER_ENTRY = 24
 
 @dataclass(frozen=True)
 class Ends:
-    """The ends of a spectrum.
+    """The ends of a spectrum."""
 
-    Attributes
-    ----------
-    eigenvalues
-        The largest, descending, shape (k,).
-    eigenvectors
-        Theirs, shape (n, k).
-    residual
-        Norm of ``K V - V Λ``, absolute.
-    next_eigenvalue
-        The largest that is not among them; none if there is none.
-    smallest
-        λ_min of the stored kernel; none if it was not asked for.
-    low, high
-        Its bounds; ``low`` none if there is no lower one.
-    floor
-        What rounding of entries did to eigenvalues; below it they are not known.
-    log_determinant
-        Of ``K + λ I``; none if that is indefinite, or the kernel does not fit in memory.
-    status, message
-        Of the worse of both ends.
-    """
-
-    eigenvalues: Values
-    eigenvectors: Values
-    residual: float
-    next_eigenvalue: float | None
-    smallest: float | None
-    low: float | None
+    eigenvalues: Values  # the largest, descending, shape (k,)
+    eigenvectors: Values  # theirs, shape (n, k)
+    residual: float  # norm of `K V - V Λ`, absolute
+    next_eigenvalue: float | None  # the largest that is not among them; none if there is none
+    smallest: float | None  # λ_min of the stored kernel; none if it was not asked for
+    low: float | None  # low, high: its bounds; `low` none if there is no lower one
     high: float | None
-    floor: float
-    log_determinant: float | None
-    status: Status
+    floor: float  # what rounding of entries did to eigenvalues; below it they are not known
+    log_determinant: float | None  # of `K + λ I`; none if that is indefinite, or the kernel does not fit in memory
+    status: Status  # status, message: of the worse of both ends
     message: str
 
     @property
@@ -107,26 +85,7 @@ def find_ends(
     seed: int,
     monitor: Monitor,
 ) -> Ends:
-    """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory.
-
-    Parameters
-    ----------
-    operator
-        The kernel; in memory, unless ``way`` is ``passes``.
-    k
-        Pairs, at most n.
-    way
-        Of :func:`way_for`.
-    ridge
-        λ of the log-determinant.
-    with_smallest
-        Whether the smallest eigenvalue is wanted.
-    given
-        Eigenpairs that are known, with ``eigenvalues`` descending and ``eigenvectors``: used for the leading ones where
-        they are k + 1 or all, and for the rest where they are all.
-    seed, monitor
-        Of the solvers.
-    """
+    """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
     wanted = min(k + 1, operator.num_rows)
     known = None if given is None or len(given.eigenvalues) < wanted else np.asarray(given.eigenvalues, np.float64)
     status: Status = "converged"

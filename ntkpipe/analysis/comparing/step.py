@@ -19,22 +19,7 @@ def compare_of_store(
     smallest_eigenvalue: bool = True,
     seed: int = 0,
 ) -> Comparison:
-    """Compare a stored kernel with that of the same name in another store, the reference.
-
-    Parameters
-    ----------
-    question
-        A; both kernels are opened one after the other.
-    other
-        Path or URL of the store of B; needed.
-    k, ridge, ridge_scale, smallest_eigenvalue, seed
-        Of :func:`ntkpipe.compare_kernels`.
-
-    Raises
-    ------
-    ConfigError
-        If there is no ``other``, the kernels are not of the same samples, or an option is wrong.
-    """
+    """Compare a stored kernel with that of the same name in another store, the reference."""
     if other is None:
         raise ConfigError("compare needs other: the path of the store to compare with, which is the reference")
     return compare_kernels(

@@ -29,34 +29,7 @@ def grow_store(
     executor: Callable[[Store], Executor[Task, Record] | None],
     progress: bool,
 ) -> Settled:
-    """Give a store the samples that are asked for, so that a run can compute the tiles that are missing then.
-
-    Parameters
-    ----------
-    prepared, asked
-        What is asked for: the samples of the store, and more after them.
-    existing
-        The store, open with its old size; no growth of it was cut short.
-    run
-        The limits of the run.
-    crew, executor
-        Workers of a cluster and what runs a store's tasks on them; none for threads of this process.
-    progress
-        Show a progress bar where tiles of the old size have to be computed first.
-
-    Returns
-    -------
-    The run, settled: its store has the new size.
-
-    Raises
-    ------
-    StoreMismatchError
-        If what is stored is not the beginning of what is asked for; the message names the first sample that differs.
-    ResourceError
-        If it cannot fit; nothing has changed then.
-    TileError
-        If a chunk at the store's edge is damaged; nothing has changed then.
-    """
+    """Give a store the samples that are asked for, so that a run can compute the tiles that are missing then."""
     after = existing.manifest.grown(asked.train, asked.test, asked.environment)
     before = first_of(prepared, existing.manifest)
     require_beginning(existing, before, asked)
@@ -89,22 +62,7 @@ def chunks_left(store: Store, after: Manifest) -> Mapping[str, int]:
 
 
 def require_beginning(store: Store, before: Prepared, asked: Manifest) -> None:
-    """Check that the samples and targets of a store are the first ones of those that are asked for.
-
-    Parameters
-    ----------
-    store
-        The store.
-    before
-        As many samples of those that are asked for as it holds.
-    asked
-        All that is asked for.
-
-    Raises
-    ------
-    StoreMismatchError
-        If they are not, or something else differs.
-    """
+    """Check that the samples and targets of a store are the first ones of those that are asked for."""
     found: dict[str, DataRecord | None] = {"train": None, "test": None}
     for split, samples, stored in (
         ("train", before.train, store.manifest.train),

@@ -33,13 +33,7 @@ def spec_of(manifest: Manifest) -> KernelSpec:
 
 
 def given_or_stored(store: Store, split: str, inputs: object, targets: object) -> Samples | None:
-    """The samples of one set: those that are given, else those in the store, whose bytes pass their checksums.
-
-    Raises
-    ------
-    ConfigError
-        If none are given, and those in the store are missing or damaged, or were never kept.
-    """
+    """The samples of one set: those that are given, else those in the store, whose bytes pass their checksums."""
     record = store.manifest.train if split == "train" else store.manifest.test
     if record is None:
         if inputs is not None:
@@ -79,20 +73,6 @@ def recompute(
 
     A tile at the edge of a store that grew was put together of what was computed before the growth and after it, so it
     is computed in the same steps again: the earlier part goes aside first.
-
-    Parameters
-    ----------
-    store, chunks
-        The store, and its chunks; samples and targets among them are written first.
-    prepared
-        The model and samples of the store.
-    run, crew, executor, progress
-        As of a run.
-
-    Raises
-    ------
-    StoreMismatchError
-        If the model maps samples that are stored to other outputs.
     """
     require_same_function(store, prepared, chunks)
     store.complete_layout()

@@ -17,12 +17,6 @@ def exact_math(*, tf32: bool = False) -> Iterator[None]:
     float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, autocast is off in this
     thread, and fused attention paths are off: their math path has the forward-mode derivatives and batching rules that
     they lack. All but autocast is of the whole process; see :func:`exact_process`.
-
-    Parameters
-    ----------
-    tf32
-        Whether a GPU may use TF32 in products, convolutions and RNNs of float32. A CPU does not, and contractions do
-        not anywhere.
     """
     with exact_process(tf32=tf32), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -34,13 +28,6 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
 
     What was set before the first one came is restored when the last one leaves. Of several the last that came, and is
     there still, says what its arguments are about.
-
-    Parameters
-    ----------
-    tf32
-        As for :func:`exact_math`.
-    default_dtype
-        Of tensors that are made without one, as in a forward pass; default torch's now.
     """
     mine = _Exact(tf32, default_dtype or torch.get_default_dtype())
     with _EXACT_LOCK:

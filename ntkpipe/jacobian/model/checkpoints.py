@@ -12,13 +12,7 @@ from ntkpipe.base.errors import ModelError
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a state dict into ``model``: safetensors, or ``.pt`` / ``.pth`` weights-only. Nothing is unpickled.
-
-    Raises
-    ------
-    ModelError
-        If the file cannot be read or does not fit; the message lists the keys that differ.
-    """
+    """Load a state dict into ``model``: safetensors, or ``.pt`` / ``.pth`` weights-only. Nothing is unpickled."""
     if path.suffix not in {".safetensors", ".pt", ".pth"}:
         raise ModelError(f"checkpoint {path}: needed a .safetensors, .pt or .pth file")
     try:

@@ -18,48 +18,30 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_
 
 @dataclass(frozen=True)
 class Sizes:
-    """How work is cut on one type of device. On a CPU blocks should stay in a core's cache; a GPU wants few large ones.
+    """How work is cut on one type of device: blocks that stay in a CPU core's cache, few large ones on a GPU."""
 
-    Attributes
-    ----------
-    piece_rows
-        Rows of the pieces in which strips are contracted.
-    piece_entry_bytes
-        Scratch for each pair of rows of a piece: sums, and on a GPU products as large as they are.
-    scratch_bytes
-        Scratch that does not depend on the work: Jacobians that are multiplied out late, gradients that wait.
-    batch_bytes, tensor_bytes
-        What the tensors of one forward and backward pass may take altogether, and the largest of them: larger batches
-        gain nothing, and glibc returns tensors above 32 MiB to the system each time, which costs more than using them.
-    smallest_block, largest_block
-        Edges of the blocks of products. Where a piece meets itself, small ones multiply slowly, large ones waste half.
-    position_rows, position_bytes
-        Rows (samples * positions) of products over several positions, and bytes of such a product.
-    late_bytes
-        Jacobians that are multiplied out late, at a time.
-    gradient_bytes
-        Gradients of several covectors that wait to be multiplied with the inputs at once.
-    unfolded_bytes
-        Unfolded inputs of a few samples.
-    rate_size
-        Edge of the matrices by which the rate of products is measured.
-    entry_flops
-        Operations of a product in the time of one entry that is multiplied and added to another, usually.
-    """
-
-    piece_rows: int
-    piece_entry_bytes: int
+    piece_rows: int  # rows of the pieces in which strips are contracted
+    piece_entry_bytes: int  # scratch for each pair of rows of a piece: sums, and on a GPU products as large as they are
+    # Scratch that does not depend on the work: Jacobians that are multiplied out late, gradients that wait
     scratch_bytes: int
+    # batch_bytes, tensor_bytes: what the tensors of one forward and backward pass may take altogether, and the
+    # largest of them: larger batches gain nothing, and glibc returns tensors above 32 MiB to the system each time,
+    # which costs more than using them
     batch_bytes: int
     tensor_bytes: int
+    # smallest_block, largest_block: edges of the blocks of products. Where a piece meets itself, small ones multiply
+    # slowly, large ones waste half.
     smallest_block: int
     largest_block: int
+    # position_rows, position_bytes: rows (samples * positions) of products over several positions, and bytes of such
+    # a product
     position_rows: int
     position_bytes: int
-    late_bytes: int
-    gradient_bytes: int
-    unfolded_bytes: int
-    rate_size: int
+    late_bytes: int  # jacobians that are multiplied out late, at a time
+    gradient_bytes: int  # gradients of several covectors that wait to be multiplied with the inputs at once
+    unfolded_bytes: int  # unfolded inputs of a few samples
+    rate_size: int  # edge of the matrices by which the rate of products is measured
+    # Operations of a product in the time of one entry that is multiplied and added to another, usually
     entry_flops: float
 
 

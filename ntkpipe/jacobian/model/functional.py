@@ -89,23 +89,13 @@ class FunctionalModel:
     """A private copy of a model in one dtype on one device, with a selection of its parameters.
 
     Only selected parameters require a gradient. Not safe to share between threads: give each its own :meth:`copy`.
-
-    Attributes
-    ----------
-    module
-        Maps a batch to outputs; its parameters are called ``model.<name>``.
-    names
-        The selected parameters, as the user's model names them.
-    dtype, device
-        Of parameters and floating-point inputs.
-    tf32
-        Whether float32 products of a GPU may be TF32; :func:`ntkpipe.jacobian.model.arithmetic.exact_math` lets them.
     """
 
-    module: nn.Module
-    names: tuple[str, ...]
-    dtype: torch.dtype
+    module: nn.Module  # maps a batch to outputs; its parameters are called `model.<name>`
+    names: tuple[str, ...]  # the selected parameters, as the user's model names them
+    dtype: torch.dtype  # dtype, device: of parameters and floating-point inputs
     device: torch.device
+    # Whether float32 products of a GPU may be TF32; :func:`ntkpipe.jacobian.model.arithmetic.exact_math` lets them
     tf32: bool = False
 
     @property
@@ -248,27 +238,7 @@ def prepare_model(
     device: torch.device,
     tf32: bool = False,
 ) -> FunctionalModel:
-    """Copy ``model`` into the dtype and device of a run and select its parameters. The user's model is not changed.
-
-    Parameters
-    ----------
-    model
-        The module; its mode (train or eval) is kept, and modules that make outputs random or depend on the batch are
-        refused.
-    forward
-        See :class:`ntkpipe.base.config.ModelSpec`.
-    parameters
-        Shell-style patterns; none means all that require a gradient.
-    dtype, device, tf32
-        Of the copy, as in :class:`FunctionalModel`.
-
-    Raises
-    ------
-    ModelError
-        If nothing is selected, a pattern matches nothing, or a module is in a mode that mixes samples or is random.
-    NonFiniteError
-        If a parameter or buffer has NaN or infinite entries.
-    """
+    """Copy ``model`` into the dtype and device of a run and select its parameters. The user's model is not changed."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # first, since parameters of a lazy module have no size
@@ -387,13 +357,7 @@ def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU where there is one, else the CPU.
-
-    Raises
-    ------
-    ConfigError
-        If the device is unknown or not there.
-    """
+    """The device asked for, or the first GPU where there is one, else the CPU."""
     if device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

@@ -50,19 +50,11 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Samples of a map-style torch data set, loaded when they are read.
+    """Samples of a map-style torch data set, loaded when they are read."""
 
-    Attributes
-    ----------
-    dataset
-        ``len(dataset)`` and ``dataset[i]``: a sample, or a pair of a sample and its target.
-    has_targets
-        Whether an item is such a pair.
-    """
-
-    dataset: Any
+    dataset: Any  # `len(dataset)` and `dataset[i]`: a sample, or a pair of a sample and its target
     num_samples: int
-    has_targets: bool
+    has_targets: bool  # whether an item is such a pair
 
     def read(self, start: int, stop: int) -> Arrays:
         """Load and stack samples ``start:stop``."""
@@ -131,37 +123,17 @@ class FirstSource:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples and their targets.
+    """Samples and their targets."""
 
-    Attributes
-    ----------
-    source
-        The samples.
-    is_mapping
-        Whether the model takes a dict of arrays, or one tensor.
-    given_targets
-        First axis the sample; None if there are none, or the data set has them.
-    with_targets
-        Whether a data set's own targets are wanted.
-    label
-        What messages call the inputs.
-    """
-
-    source: Source
-    is_mapping: bool
-    given_targets: NDArray[Any] | None
-    with_targets: bool
-    label: str
+    source: Source  # the samples
+    is_mapping: bool  # whether the model takes a dict of arrays, or one tensor
+    given_targets: NDArray[Any] | None  # first axis the sample; None if there are none, or the data set has them
+    with_targets: bool  # whether a data set's own targets are wanted
+    label: str  # what messages call the inputs
 
     @cached_property
     def targets(self) -> NDArray[Any] | None:
-        """First axis the sample, or None; read from a data set when they are first needed.
-
-        Raises
-        ------
-        NonFiniteError
-            If one is NaN or infinite.
-        """
+        """First axis the sample, or None; read from a data set when they are first needed."""
         values = self._first_targets(self.num_samples)
         if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
             finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
@@ -207,15 +179,7 @@ class Samples:
         )
 
     def inspect(self, label: str) -> DataRecord:
-        """Read every sample once: check that it is finite, and fingerprint it.
-
-        Raises
-        ------
-        NonFiniteError
-            Naming the samples with NaN or infinite entries.
-        DataError
-            If samples have other arrays, shapes or dtypes than those before.
-        """
+        """Read every sample once: check that it is finite, and fingerprint it."""
         described = self.describe()
         chosen = {int(i) for i in np.linspace(0, self.num_samples - 1, _REREAD)}
         before = {i: self.source.read(i, i + 1) for i in chosen}
@@ -257,25 +221,7 @@ def show_samples(numbers: Sequence[int]) -> str:
 
 
 def as_samples(inputs: object, targets: object = None, *, label: str = "inputs", with_targets: bool = True) -> Samples:
-    """Accept what users have as samples.
-
-    Parameters
-    ----------
-    inputs
-        A tensor or array (first axis the sample), a dict of them, or a map-style data set whose items are samples or
-        (sample, target) pairs.
-    targets
-        First axis the sample. Taken from the data set's pairs if None.
-    label
-        What messages call the inputs.
-    with_targets
-        Whether a data set's own targets are wanted.
-
-    Raises
-    ------
-    DataError
-        If they are empty, of unequal length, or of a type that is none of the above.
-    """
+    """Accept what users have as samples."""
     source, is_mapping = _as_source(inputs, label)
     if source.num_samples == 0:
         raise DataError(f"{label} holds no samples; needed at least one")

@@ -32,24 +32,7 @@ Cell = tuple[slice, slice]
 def contract(
     left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all", out: Tensor | None = None
 ) -> Tensor:
-    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products.
-
-    Parameters
-    ----------
-    left, right
-        Of the same engine; may be the same piece, which takes half the work.
-    workspace
-        Scratch of the calling thread: two sums of the shape of the result, and products of a few hundred rows.
-    pairs
-        Which pairs of covectors.
-    out
-        Where the entries go, on any device and in any dtype; a new tensor in the pieces' dtype if none.
-
-    Returns
-    -------
-    Shape (n_left*S, n_right*S), sample-major on both sides; of the pairs with c = d alone (S, n_left, n_right), and
-    their sum (n_left, n_right). Symmetric to the last bit for a piece with itself.
-    """
+    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products."""
     with without_tf32(left.device):
         return _Contraction(left, right, workspace, pairs).run(out)
 
@@ -58,14 +41,6 @@ def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pair
     """As :func:`contract`, for every plane at once: by all parameters, and by each group of them.
 
     Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
-
-    Parameters
-    ----------
-    left, right, workspace, pairs
-        As of :func:`contract`. With groups one more sum is kept in the workspace.
-    outs
-        Where the entries go, (n_left*S, n_right*S), or (n_left, n_right) where equal covectors are summed: by all
-        parameters, then by each group. Where equal covectors are kept apart, S of them each time, (n_left, n_right).
     """
     apart = left.num_covectors if pairs == "same" else 1
     if len(outs) == 1 and pairs != "same":
@@ -447,22 +422,12 @@ def _by_index(table: Table) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
-    """Gram entries of each sample with itself, in the piece's dtype; sums over parameters are float64.
-
-    Returns
-    -------
-    Shape (n, S, S); of the pairs of equal covectors (n, S), and their sum (n, 1, 1).
-    """
+    """Gram entries of each sample with itself, in the piece's dtype; sums over parameters are float64."""
     return _as_pairs(_diagonals(piece, pairs).sum(dim=0), pairs).to(_dtype(piece))
 
 
 def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:
-    """As :func:`contract_diagonal`, for every plane, in the order of :func:`contract_planes`.
-
-    Returns
-    -------
-    Shape (n, S, S) each, or (n, 1, 1) where equal covectors are kept apart or summed.
-    """
+    """As :func:`contract_diagonal`, for every plane, in the order of :func:`contract_planes`."""
     by_factor, groups = _diagonals(piece, pairs), torch.tensor(piece.groups)
     num_groups = num_planes // (piece.num_covectors if pairs == "same" else 1) - 1
     parts = [by_factor, *(by_factor[groups == number] for number in range(num_groups))]

@@ -23,15 +23,9 @@ def _has_finite_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """The Jacobians themselves.
+    """The Jacobians themselves."""
 
-    Attributes
-    ----------
-    matrix
-        Shape (n, S, width); rows are sample-major, as in a tile.
-    """
-
-    matrix: Tensor
+    matrix: Tensor  # shape (n, S, width); rows are sample-major, as in a tile
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held."""
@@ -52,24 +46,14 @@ class Dense:
 
 @dataclass(frozen=True)
 class Pairwise:
-    """Jacobians sum_t d_t (x) [a_t, 1] by factors whose Gram matrices are multiplied entry by entry.
+    """Jacobians sum_t d_t (x) [a_t, 1] by factors whose Gram matrices are multiplied entry by entry."""
 
-    Attributes
-    ----------
-    inputs
-        a, shape (n, T, n_in).
-    cotangents
-        d, shape (S, n, T, n_out); shape (S, 1, 1, O) where they are the covectors, the same for every sample.
-    has_bias
-        Whether the 1 is there: the Jacobian of a bias that is used in exactly the same calls as the weight.
-    is_constant
-        Whether all samples have the same cotangents, which are then held once.
-    """
-
-    inputs: Tensor
+    inputs: Tensor  # a, shape (n, T, n_in)
+    # D, shape (S, n, T, n_out); shape (S, 1, 1, O) where they are the covectors, the same for every sample
     cotangents: Tensor
+    # Whether the 1 is there: the Jacobian of a bias that is used in exactly the same calls as the weight
     has_bias: bool
-    is_constant: bool
+    is_constant: bool  # whether all samples have the same cotangents, which are then held once
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held."""
@@ -98,18 +82,10 @@ class Pairwise:
 
 @dataclass(frozen=True)
 class Late:
-    """Jacobians sum_t d_t (x) a_t by factors that are multiplied out when they are contracted, a part at a time.
+    """Jacobians sum_t d_t (x) a_t by factors that are multiplied out when they are contracted, a part at a time."""
 
-    Attributes
-    ----------
-    inputs
-        a, shape (n, groups, T, n_in).
-    cotangents
-        d, shape (n, S, groups, T, n_out).
-    """
-
-    inputs: Tensor
-    cotangents: Tensor
+    inputs: Tensor  # a, shape (n, groups, T, n_in)
+    cotangents: Tensor  # d, shape (n, S, groups, T, n_out)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held."""
@@ -130,18 +106,10 @@ class Late:
 
 @dataclass(frozen=True)
 class Table:
-    """Jacobians of a table that is looked up: d_t in row k_t.
+    """Jacobians of a table that is looked up: d_t in row k_t."""
 
-    Attributes
-    ----------
-    indices
-        k, shape (n, T).
-    cotangents
-        d, shape (S, n, T, n_out).
-    """
-
-    indices: Tensor
-    cotangents: Tensor
+    indices: Tensor  # k, shape (n, T)
+    cotangents: Tensor  # d, shape (S, n, T, n_out)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held."""
@@ -165,22 +133,13 @@ Factor = Dense | Pairwise | Late | Table
 
 @dataclass(frozen=True)
 class Piece:
-    """Jacobians of a few samples; sums over its factors are sums over parameters.
+    """Jacobians of a few samples; sums over its factors are sums over parameters."""
 
-    Attributes
-    ----------
-    num_samples, num_covectors
-        n and S.
-    factors
-        Of some parameters each, in the same order in every piece of an engine.
-    groups
-        For each factor, the number of the group that its parameters are in, with one more number for those in none;
-        empty if there are no groups.
-    """
-
-    num_samples: int
+    num_samples: int  # num_samples, num_covectors: n and S
     num_covectors: int
-    factors: tuple[Factor, ...]
+    factors: tuple[Factor, ...]  # of some parameters each, in the same order in every piece of an engine
+    # For each factor, the number of the group that its parameters are in, with one more number for those in none;
+    # empty if there are no groups
     groups: tuple[int, ...] = ()
 
     @property

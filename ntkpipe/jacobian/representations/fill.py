@@ -36,21 +36,7 @@ class Filler(Protocol):
 def make_filler(
     term: Term, num_samples: int, covectors: Tensor, parameters: Mapping[str, Tensor], workspace: Workspace
 ) -> Filler:
-    """The filler of a term for a piece.
-
-    Parameters
-    ----------
-    term
-        The term.
-    num_samples
-        Samples n of the piece.
-    covectors
-        Shape (S, O), in the pieces' dtype.
-    parameters
-        The selected parameters.
-    workspace
-        Scratch of the engine.
-    """
+    """The filler of a term for a piece."""
     if term.representation == "pairwise":
         return _PairwiseFiller(term, num_samples, covectors)
     if term.representation == "late":

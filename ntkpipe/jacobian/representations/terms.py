@@ -27,46 +27,22 @@ _LATE_GAIN = 2
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, for choosing between representations; only ratios matter.
+    """What a device does in a second, for choosing between representations; only ratios matter."""
 
-    Attributes
-    ----------
-    product
-        Operations of a large matrix product.
-    elementwise
-        Entries that are multiplied and added to others.
-    """
-
-    product: float
-    elementwise: float
+    product: float  # operations of a large matrix product
+    elementwise: float  # entries that are multiplied and added to others
 
 
 @dataclass(frozen=True)
 class Term:
-    """Parameters whose Jacobians are found together: a weight, the bias of the same calls, or both; or all that joins.
+    """Parameters whose Jacobians are found together: a weight, the bias of the same calls, both, or all that joins."""
 
-    Attributes
-    ----------
-    name
-        For manifests: the parameters; a part of one has its number.
-    parameters
-        Their names.
-    uses
-        Uses whose positions are summed; of the weight where there is a bias, too.
-    has_bias
-        Whether the bias of the same calls is part of it.
-    representation
-        How its Jacobians are held.
-    width
-        Entries of a covector's Jacobian.
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    uses: tuple[Use, ...]
-    has_bias: bool
-    representation: Representation
-    width: int
+    name: str  # for manifests: the parameters; a part of one has its number
+    parameters: tuple[str, ...]  # their names
+    uses: tuple[Use, ...]  # uses whose positions are summed; of the weight where there is a bias, too
+    has_bias: bool  # whether the bias of the same calls is part of it
+    representation: Representation  # how its Jacobians are held
+    width: int  # entries of a covector's Jacobian
 
     @property
     def num_positions(self) -> int:
@@ -96,20 +72,7 @@ def make_terms(
     choose: Callable[[str, tuple[Use, ...]], Representation],
     group_of: Mapping[str, int] | None = None,
 ) -> list[Term]:
-    """The terms of a tracing.
-
-    Parameters
-    ----------
-    tracing
-        Its uses.
-    parameters
-        The selected parameters.
-    choose
-        Says how the Jacobians of a term are held, from its name, without that of a bias, and its uses.
-    group_of
-        Parameter → number of the group that is summed over by itself. A weight and a bias of two groups are two terms;
-        what is joined may still span several, and is held by parameter.
-    """
+    """The terms of a tracing."""
     owners = group_of or {}
     found = []
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
@@ -259,17 +222,7 @@ def sample_flops(term: Term, num_covectors: int) -> float:
 
 
 def contraction_flops(term: Term, num_covectors: int, pairs: Pairs, num_samples: int, piece_rows: int) -> float:
-    """Operations of a contraction that fall on one pair of samples: :func:`pair_flops`, and multiplying out late.
-
-    Parameters
-    ----------
-    term, num_covectors, pairs
-        As of :func:`pair_flops`.
-    num_samples
-        Samples along a tile's edge; the more meet at a time, the less often each is multiplied out.
-    piece_rows
-        Rows of the pieces that are contracted at a time.
-    """
+    """Operations of a contraction that fall on one pair of samples: :func:`pair_flops`, and multiplying out late."""
     flops = pair_flops(term, num_covectors, pairs)
     if term.representation == "late":
         # Two pieces of n samples are multiplied out for n^2 pairs, one with itself for half as many.
@@ -292,21 +245,6 @@ def choose_representation(
     Factored, each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries;
     the Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample. Jacobians
     that are larger than their factors are multiplied out late, a part at a time, where that adds little to the work.
-
-    Parameters
-    ----------
-    uses
-        Of one term.
-    num_covectors, pairs
-        S, and which pairs of them are wanted.
-    rates
-        Of the device.
-    num_samples
-        Samples along a tile's edge: how often a sample's Jacobian is used once it is there.
-    memory_bytes
-        What the dense Jacobians of that many samples may take.
-    piece_rows
-        Rows of the pieces that are contracted at a time.
     """
     first = uses[0]
     positions = sum(use.num_positions for use in uses)

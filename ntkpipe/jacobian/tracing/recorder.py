@@ -26,59 +26,28 @@ Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Argument:
-    """A parameter, or what was made of parameters, as the argument of one call: live tensors of one forward pass.
+    """A parameter, or what was made of parameters, as the argument of one call: live tensors of one forward pass."""
 
-    Attributes
-    ----------
-    sources
-        Names of the parameters that it is made of.
-    is_parameter
-        Whether it is the parameter itself, or a view of it.
-    geometry
-        Which view; none for the whole parameter, and for what is no view.
-    shape
-        Of the argument.
-    edge
-        Its place in the autograd graph, by which gradients reach the parameters.
-    form
-        How it enters the output.
-    """
-
-    sources: tuple[str, ...]
-    is_parameter: bool
-    geometry: Geometry | None
-    shape: tuple[int, ...]
-    edge: GradientEdge
-    form: Form
+    sources: tuple[str, ...]  # names of the parameters that it is made of
+    is_parameter: bool  # whether it is the parameter itself, or a view of it
+    geometry: Geometry | None  # which view; none for the whole parameter, and for what is no view
+    shape: tuple[int, ...]  # of the argument
+    edge: GradientEdge  # its place in the autograd graph, by which gradients reach the parameters
+    form: Form  # how it enters the output
 
 
 @dataclass(frozen=True)
 class Call:
-    """One use that has a rule: the live tensors of one forward pass.
+    """One use that has a rule: the live tensors of one forward pass."""
 
-    Attributes
-    ----------
-    name
-        Name of the torch function.
-    arguments
-        By role.
-    saved
-        Tensors that the forms read later, with their version counters at the call.
-    edge
-        Place of the output's elements in the autograd graph; none if nothing flows back to it. An edge stays right
-        where the output is changed in place afterwards; the tensor would not.
-    zero
-        A zero of the output's dtype and device.
-    shape
-        Of the output.
-    """
-
-    name: str
-    arguments: dict[str, Argument]
-    saved: tuple[tuple[Tensor, int], ...]
+    name: str  # name of the torch function
+    arguments: dict[str, Argument]  # by role
+    saved: tuple[tuple[Tensor, int], ...]  # tensors that the forms read later, with their version counters at the call
+    # Place of the output's elements in the autograd graph; none if nothing flows back to it. An edge stays right
+    # where the output is changed in place afterwards; the tensor would not.
     edge: GradientEdge | None
-    zero: Tensor
-    shape: tuple[int, ...]
+    zero: Tensor  # A zero of the output's dtype and device
+    shape: tuple[int, ...]  # of the output
 
     def blank(self) -> Tensor:
         """Zeros in the shape of the output, without its memory."""
@@ -90,27 +59,7 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Record the calls that have a rule and use a selected parameter.
-
-    Parameters
-    ----------
-    parameters
-        The selected parameters by name; recognised by identity.
-    constants
-        Tensors that are the same for all samples: buffers and the other parameters.
-    uses
-        Numbers of calls that see parameters alone and yet are uses, as the expansion of a class token to the batch:
-        what they return has a sample axis. :func:`~ntkpipe.jacobian.tracing.trace.trace` finds them.
-    detach
-        Cut the recorded uses, so that only gradients of other uses arrive at the parameters.
-
-    Attributes
-    ----------
-    calls
-        The recorded uses, in order.
-    made
-        Shapes of what was made of parameters alone, by the number of the call.
-    """
+    """Record the calls that have a rule and use a selected parameter."""
 
     def __init__(
         self,

@@ -23,20 +23,11 @@ NO_RULE = "used by an operation without a rule"
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a recorded call looks like in every batch.
+    """What a recorded call looks like in every batch."""
 
-    Attributes
-    ----------
-    function
-        Name of the torch function.
-    sources
-        Per role, the parameters that the argument is made of.
-    shape
-        Of the output: per axis (size, multiple): the size where it is fixed, else how often the batch size.
-    """
-
-    function: str
-    sources: dict[str, tuple[str, ...]]
+    function: str  # name of the torch function
+    sources: dict[str, tuple[str, ...]]  # per role, the parameters that the argument is made of
+    # Of the output: per axis (size, multiple): the size where it is fixed, else how often the batch size
     shape: tuple[tuple[int, int], ...]
 
     def matches(self, call: Call, num_samples: int) -> bool:
@@ -51,34 +42,17 @@ def _sources(call: Call) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Tracing:
-    """What tracing found.
+    """What tracing found."""
 
-    Attributes
-    ----------
-    patterns
-        Every recorded call, in order.
-    uses
-        Those of covered parameters, one for each such argument of a call.
-    covered
-        Parameters that all their uses account for.
-    fallback
-        Parameters that are left to plain ``torch.func``, with the reason.
-    unused
-        Parameters that the outputs do not depend on.
-    edges
-        How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no
-        rule has seen.
-    expansions
-        Numbers for :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`.
-    """
-
-    patterns: tuple[Pattern, ...]
-    uses: tuple[Use, ...]
-    covered: tuple[str, ...]
-    fallback: dict[str, str]
-    unused: tuple[str, ...]
+    patterns: tuple[Pattern, ...]  # every recorded call, in order
+    uses: tuple[Use, ...]  # those of covered parameters, one for each such argument of a call
+    covered: tuple[str, ...]  # parameters that all their uses account for
+    fallback: dict[str, str]  # parameters that are left to plain `torch.func`, with the reason
+    unused: tuple[str, ...]  # parameters that the outputs do not depend on
+    # How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no rule
+    # has seen
     edges: Mapping[str, int] = field(default_factory=dict)
-    expansions: frozenset[int] = frozenset()
+    expansions: frozenset[int] = frozenset()  # numbers for :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
 
     def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Run the model on a batch: its outputs, and the recorded calls."""
@@ -119,21 +93,7 @@ def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = 
 
 
 def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
-    """Find the uses of the selected parameters.
-
-    Parameters
-    ----------
-    model
-        The model; its selected parameters require a gradient.
-    probes
-        At least two batches of different sizes, with the samples in different orders.
-    sizes
-        Number of samples of each.
-
-    Returns
-    -------
-    What must hold for every later batch; :meth:`Tracing.matches` checks it.
-    """
+    """Find the uses of the selected parameters."""
     parameters = model.parameters()
     expansions = _expansions(model, probes)
     reached = _gradients(model, parameters, probes, expansions, detach=False)

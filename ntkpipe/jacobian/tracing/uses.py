@@ -41,43 +41,26 @@ def kind_of(form: Form) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """One argument of one call that is a parameter, or is made of parameters.
+    """One argument of one call that is a parameter, or is made of parameters."""
 
-    Attributes
-    ----------
-    call, role
-        Number of the call among those that are recorded, and which argument.
-    function
-        Name of the torch function.
-    kind
-        Which form: ``outer``, ``scale`` or ``lookup``.
-    sources, is_parameter, geometry, shape
-        As in :class:`ntkpipe.jacobian.tracing.recorder.Argument`.
-    layout
-        Where the samples are.
-    num_positions
-        Rows of a sample, T.
-    groups, n_in, n_out, order
-        Width of inputs and cotangents in each group; of a scale or a lookup, ``n_out`` is all there is. And the order
-        of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.tracing.rules.form.Outer`.
-    is_output
-        Whether the call's output is the model's output, so that its cotangents are the covectors themselves.
-    """
-
-    call: int
+    call: int  # call, role: number of the call among those that are recorded, and which argument
     role: str
-    function: str
-    kind: str
+    function: str  # name of the torch function
+    kind: str  # which form: `outer`, `scale` or `lookup`
+    # sources, is_parameter, geometry, shape: as in :class:`ntkpipe.jacobian.tracing.recorder.Argument`
     sources: tuple[str, ...]
     is_parameter: bool
     geometry: Geometry | None
     shape: tuple[int, ...]
-    layout: Layout
-    num_positions: int
+    layout: Layout  # where the samples are
+    num_positions: int  # rows of a sample, T
+    # groups, n_in, n_out, order: width of inputs and cotangents in each group; of a scale or a lookup, `n_out` is all
+    # there is. And the order of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.tracing.rules.form.Outer`.
     groups: int
     n_in: int
     n_out: int
     order: tuple[int, ...]
+    # Whether the call's output is the model's output, so that its cotangents are the covectors themselves
     is_output: bool
 
     @property
@@ -147,10 +130,6 @@ def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor
     """Pull Jacobians (m, *shape) by an argument back to the parameters that it is made of.
 
     By autograd through what made it, batched where that has batching rules, else row by row. Memory: as much again.
-
-    Yields
-    ------
-    Names, and Jacobians (m, P).
     """
     if argument.is_parameter and argument.geometry is None:
         yield argument.sources[0], rows.reshape(len(rows), -1)

@@ -176,13 +176,7 @@ def _checked(
     bins: int,
     task: Task,
 ) -> tuple[float, Labels]:
-    """The factor of variances, and targets.
-
-    Raises
-    ------
-    ConfigError
-        If something does not fit.
-    """
+    """The factor of variances, and targets."""
     if not len(posterior.mean):
         raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
     factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
@@ -248,13 +242,6 @@ def largest_of_independent(mean: Values, variance: Values) -> Values:
     """The probability that each of O independent normal numbers of equal variance is the largest, shape (M, O).
 
     ``P(c) = ∫ φ(t) Π_{j≠c} Φ(t + (m_c - m_j) / s) dt``, by Gauss-Hermite quadrature with 64 nodes.
-
-    Parameters
-    ----------
-    mean
-        Shape (M, O).
-    variance
-        s², shape (M,), positive.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     weights = weights / np.sqrt(2 * np.pi)

@@ -146,13 +146,7 @@ def influence(
 def _taken_apart(
     model: Any, is_classification: bool | None, width: int | None
 ) -> tuple[NDArray[np.float64], int, bool]:
-    """Coefficients with two axes, rows a sample, whether the largest output counts.
-
-    Raises
-    ------
-    ConfigError
-        If the model is not fitted, or says itself what was given.
-    """
+    """Coefficients with two axes, rows a sample, whether the largest output counts."""
     if hasattr(model, "fit"):
         if not hasattr(model, "dual_coef_"):
             raise ConfigError(f"{model!r} is not fitted yet; call fit(kernel, y) first")

@@ -181,13 +181,7 @@ def gaussian_process(
 
 
 def _check(method: str, path: Any, test_kernel: Any, test_diagonal: Any, tol: float) -> None:
-    """Options.
-
-    Raises
-    ------
-    ConfigError
-        If one is wrong.
-    """
+    """Options."""
     if method not in _METHODS:
         raise ConfigError(f"method={method!r}; needed one of {', '.join(_METHODS)}")
     if method == "streamed" and path is not None:
@@ -206,15 +200,7 @@ class _Test:
 
     @classmethod
     def of(cls, kernel: Any, diagonal: Any, num_columns: int, width: int) -> "_Test | None":
-        """If there are any.
-
-        Raises
-        ------
-        ConfigError
-            If shapes do not fit.
-        NonFiniteError
-            If the diagonal holds NaN or infinity.
-        """
+        """If there are any."""
         if kernel is None:
             return None
         cross = CrossKernel(kernel, num_columns, width)

@@ -12,21 +12,11 @@ from ntkpipe.solvers.result import Status
 
 @dataclass
 class Verdict:
-    """How far solutions can be trusted, all together.
+    """How far solutions can be trusted, all together."""
 
-    Attributes
-    ----------
-    status
-        Of the first that did not converge.
-    worst
-        The largest relative residual.
-    messages
-        Of those that did not converge.
-    """
-
-    status: Status = "converged"
-    worst: float = 0.0
-    messages: list[str] = field(default_factory=list)
+    status: Status = "converged"  # of the first that did not converge
+    worst: float = 0.0  # the largest relative residual
+    messages: list[str] = field(default_factory=list)  # of those that did not converge
 
     def add(self, status: Status, residual: float, message: str) -> None:
         """Of one more."""

@@ -14,23 +14,7 @@ _BYTES_AT_ONCE = 2**24
 
 
 class CrossKernel:
-    """A test × train kernel that is read in parts: memory is one part beside what it is made of.
-
-    Parameters
-    ----------
-    matrix
-        Shape (M·S, N·S): a stored kernel, whose tiles are read once a product; an array, a memory map, or an array of
-        another store that has slices.
-    num_columns
-        Rows of the train kernel.
-    width
-        Rows a sample, S.
-
-    Raises
-    ------
-    ConfigError
-        If the shape is another.
-    """
+    """A test × train kernel that is read in parts: memory is one part beside what it is made of."""
 
     def __init__(self, matrix: Any, num_columns: int, width: int) -> None:
         self._matrix = matrix if isinstance(matrix, Kernel) or hasattr(matrix, "shape") else np.asarray(matrix)
@@ -47,15 +31,7 @@ class CrossKernel:
         self._width = width
 
     def times(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``K_test @ block`` in float64, block (N·S, c); one read of the whole.
-
-        Raises
-        ------
-        NonFiniteError
-            If the kernel holds NaN or infinity.
-        TileError
-            If a tile is missing or damaged; the message names it.
-        """
+        """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
         found = np.zeros((self.num_rows, block.shape[1]))
         for rows, columns, part in self._parts():
             if not np.isfinite(part).all():
@@ -64,24 +40,7 @@ class CrossKernel:
         return found
 
     def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-        """``(samples, their rows (m·S, N·S) in float64)``, in order.
-
-        Parameters
-        ----------
-        most_samples
-            At once; default as many as have 16 MiB.
-
-        Yields
-        ------
-        Runs of samples, and their rows.
-
-        Raises
-        ------
-        NonFiniteError
-            If the kernel holds NaN or infinity.
-        TileError
-            If a tile is missing or damaged; the message names it.
-        """
+        """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
         step = fitting if most_samples is None else max(1, min(fitting, most_samples))
         for start in range(0, self.num_samples, step):

@@ -33,19 +33,11 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class Eigensystem:
-    """Eigenpairs, descending.
+    """Eigenpairs, descending."""
 
-    Attributes
-    ----------
-    eigenvalues, eigenvectors
-        Shapes (k,) and (n, k).
-    why
-        Where they come from, in words.
-    """
-
-    eigenvalues: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]  # eigenvalues, eigenvectors: shapes (k,) and (n, k)
     eigenvectors: NDArray[np.float64]
-    why: str
+    why: str  # where they come from, in words
 
     @property
     def is_whole(self) -> bool:
@@ -54,13 +46,7 @@ class Eigensystem:
 
 
 def check_method(method: str) -> None:
-    """Whether this is a method.
-
-    Raises
-    ------
-    ConfigError
-        If it is none.
-    """
+    """Whether this is a method."""
     if method not in get_args(Method):
         raise ConfigError(f"method={method!r}; needed one of {', '.join(get_args(Method))}")
 
@@ -74,28 +60,7 @@ def does_not_fit(num_rows: int, memory_limit: int | None) -> str:
 def find_eigensystem(
     operator: Operator, given: Pairs | None, memory_limit: int | None, method: Method, monitor: Monitor = ignore
 ) -> tuple[Eigensystem | None, str]:
-    """All eigenpairs, given ones or where they fit, or else those that were given; and why.
-
-    Parameters
-    ----------
-    operator
-        K.
-    given
-        Eigenpairs of K; they are checked by one pass with one column.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
-    method
-        ``exact``: all must fit. ``streamed``: nothing is computed here.
-    monitor
-        Of :func:`ntkpipe.eigh`.
-
-    Raises
-    ------
-    ConfigError
-        If the given pairs are not of this matrix.
-    ResourceError
-        If all were asked for and do not fit.
-    """
+    """All eigenpairs, given ones or where they fit, or else those that were given; and why."""
     check_method(method)
     system = None
     if given is not None:
@@ -115,13 +80,7 @@ def find_eigensystem(
 
 
 def check_pairs(operator: Operator, given: Pairs) -> Eigensystem:
-    """Pairs of a caller as an eigensystem: a random combination of them must be orthonormal, and fit the matrix.
-
-    Raises
-    ------
-    ConfigError
-        If shapes, order, norms or products are wrong.
-    """
+    """Pairs of a caller as an eigensystem: a random combination of them must be orthonormal, and fit the matrix."""
     vectors, n = given.eigenvectors, operator.num_rows
     if vectors is None:
         raise ConfigError("eigenpairs without eigenvectors; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")

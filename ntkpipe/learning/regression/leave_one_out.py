@@ -19,19 +19,7 @@ _NOTHING = 1e-8
 
 
 def residuals(blocks: NDArray[np.float64], coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``(G_ii)^-1 A_i`` of each sample.
-
-    Parameters
-    ----------
-    blocks
-        G_ii, shape (N, S, S).
-    coefficients
-        A in the rows of the kernel, shape (N·S, c).
-
-    Returns
-    -------
-    Shape (N·S, c): target less what is predicted from all other samples.
-    """
+    """``(G_ii)^-1 A_i`` of each sample."""
     count, width, _ = blocks.shape
     if width == 1:
         return coefficients / blocks[:, 0]
@@ -40,17 +28,7 @@ def residuals(blocks: NDArray[np.float64], coefficients: NDArray[np.float64]) ->
 
 
 def weighted_blocks(vectors: NDArray[np.float64], weights: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications.
-
-    Parameters
-    ----------
-    vectors
-        V, shape (n, k).
-    weights
-        w, shape (k,).
-    width
-        Rows a sample, S.
-    """
+    """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications."""
     count = len(vectors) // width
     found = np.empty((count, width, width))
     step = max(1, _BYTES_AT_ONCE // (8 * width * vectors.shape[1]))
@@ -68,11 +46,6 @@ def inverse_blocks(factor: CholeskyFactor, width: int) -> NDArray[np.float64]:
     """Diagonal blocks of ``(K + shift I)^-1`` by a factor, shape (N, S, S); about the work of the factor.
 
     Memory is n times as many columns as a panel of the factor has, in float64.
-
-    Raises
-    ------
-    TileError
-        If a part of the factor is missing or damaged; the message names it.
     """
     count = factor.num_rows // width
     if width == 1:
@@ -100,17 +73,6 @@ def limit_residuals(
     There G = P/λ + K⁺ + O(λ) with P the projection onto the null space, and A = PY/λ + K⁺Y + O(λ). Within the range of
     P_ii the limit is decided by P, in the rest of a sample's rows by what remains: with Q an orthonormal basis of that,
     ``r = P_ii⁺ (PY)_i + Q s`` and ``Q'K⁺_ii Q s = Q'((K⁺Y)_i - K⁺_ii P_ii⁺ (PY)_i)``.
-
-    Parameters
-    ----------
-    null_blocks, inverse
-        P_ii and K⁺_ii, shape (N, S, S).
-    null_targets, coefficients
-        P Y and K⁺ Y, shape (N·S, c).
-
-    Returns
-    -------
-    Shape (N·S, c).
     """
     count, width, _ = inverse.shape
     shape = count, width, -1

@@ -31,13 +31,7 @@ class Eigenpairs(Protocol):
 
 
 def require_all(eigenpairs: Eigenpairs, num_rows: int) -> NDArray[np.float64]:
-    """The eigenvectors, if there are all.
-
-    Raises
-    ------
-    ConfigError
-        If there are not.
-    """
+    """The eigenvectors, if there are all."""
     vectors = eigenpairs.eigenvectors
     if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
         shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
@@ -82,32 +76,7 @@ def minimum_norm(
     monitor: Monitor = ignore,
     eigenpairs: Eigenpairs | None = None,
 ) -> Solution:
-    """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero.
-
-    Parameters
-    ----------
-    operator
-        K.
-    rhs
-        Y, shape (n, c).
-    ridge
-        λ; the cut-off is applied where it is zero, since the ridge hides it otherwise.
-    tol
-        Largest relative residual, apart from what of Y lies outside of the range, that is called converged.
-    options, why
-        Of the result.
-    memory_limit, monitor
-        As of :func:`ntkpipe.eigh`.
-    eigenpairs
-        All of K, if they are known.
-
-    Raises
-    ------
-    ConfigError
-        If not all eigenpairs are there.
-    ResourceError
-        If the decomposition does not fit memory.
-    """
+    """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
     start, before = perf_counter(), operator.work
     pairs = eigh(operator, memory_limit=memory_limit, monitor=monitor) if eigenpairs is None else eigenpairs
     vectors, values = require_all(pairs, operator.num_rows), pairs.eigenvalues
@@ -150,21 +119,7 @@ def by_factor(
     options: dict[str, Any],
     why: str,
 ) -> Solution:
-    """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement.
-
-    Parameters
-    ----------
-    operator
-        K.
-    factor
-        Of it.
-    rhs
-        Y, shape (n, c).
-    tol
-        Largest relative residual that is called converged.
-    options, why
-        Of the result.
-    """
+    """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement."""
     start, before = perf_counter(), operator.work
     direct = factor.solve(rhs, tol=tol)
     found = Found(direct.status, direct.message, np.array(direct.coefficients), np.array(direct.residuals))

@@ -13,13 +13,7 @@ _NOISE_BYTES = 2**24
 
 
 def open_for_analysis(matrix: Any, memory_limit: int | None) -> tuple[Operator, int | None]:
-    """The operator of a matrix and the limit for what is computed; tiles are not kept where the limit has no room.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError
-        As :func:`ntkpipe.as_operator`.
-    """
+    """The operator of a matrix and the limit for what is computed; tiles are not kept where the limit has no room."""
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     try:

@@ -28,40 +28,19 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The fit at one ridge, in the rows of the kernel.
+    """The fit at one ridge, in the rows of the kernel."""
 
-    Attributes
-    ----------
-    coefficients
-        A, shape (n, c).
-    train_residuals
-        Y - K A.
-    effective_dimension, generalised_cross_validation
-        With their errors.
-    left_out_samples
-        For which there are leave-one-out residuals; all or some.
-    left_out_residuals
-        Of these, rows as in the kernel.
-    proxy_residuals
-        About these of all samples, where there are only some: with the mean block of the inverse for each.
-    residual
-        Largest relative true residual.
-    status
-        Whether it can be trusted.
-    message
-        Why not.
-    """
-
-    coefficients: Values
-    train_residuals: Values
-    effective_dimension: Estimate
+    coefficients: Values  # a, shape (n, c)
+    train_residuals: Values  # Y - K A
+    effective_dimension: Estimate  # effective_dimension, generalised_cross_validation: with their errors
     generalised_cross_validation: Estimate
-    left_out_samples: NDArray[np.int64]
-    left_out_residuals: Values
+    left_out_samples: NDArray[np.int64]  # for which there are leave-one-out residuals; all or some
+    left_out_residuals: Values  # of these, rows as in the kernel
+    # About these of all samples, where there are only some: with the mean block of the inverse for each
     proxy_residuals: Values | None
-    residual: float = 0.0
-    status: Status = "converged"
-    message: str = ""
+    residual: float = 0.0  # largest relative true residual
+    status: Status = "converged"  # whether it can be trusted
+    message: str = ""  # why not
 
     def mean_left_out(self, value: Callable[[Values, NDArray[np.int64]], Values]) -> Estimate:
         """The mean over all samples of a function of residuals and samples, one value a sample.
@@ -98,17 +77,6 @@ class ByEigenpairs:
 
     At λ = 0 eigenvalues up to the cut-off count as zero, and the fit is the minimum-norm solution, as the limit of
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
-
-    Parameters
-    ----------
-    operator, pairs
-        K, and all of its eigenpairs.
-    rhs
-        Y in the rows of K.
-    width
-        Rows a sample.
-    why
-        In words.
     """
 
     def __init__(self, operator: Operator, pairs: Eigenpairs, rhs: Values, width: int, why: str) -> None:
@@ -148,23 +116,7 @@ class ByEigenpairs:
 
 
 class ByFactors:
-    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge.
-
-    Parameters
-    ----------
-    operator
-        K.
-    rhs
-        Y in the rows of K.
-    width
-        Rows a sample.
-    tol
-        Largest relative residual that is called converged.
-    memory_limit
-        As of :func:`ntkpipe.cholesky`.
-    why
-        In words.
-    """
+    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
     def __init__(
         self, operator: Operator, rhs: Values, width: int, *, tol: float, memory_limit: int | None, why: str
@@ -193,26 +145,7 @@ class ByFactors:
 
 
 class ByPasses:
-    """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact.
-
-    Parameters
-    ----------
-    inverse
-        Of K.
-    rhs
-        Y in the rows of K.
-    width
-        Rows a sample.
-    num_left_out
-        Samples that are left out, at least two; they are the same for all ridges.
-    tol
-        Largest relative residual of coefficients; for unit vectors its root, as errors are of second order in that: at
-        most ``tol (K_ii + λ) / λ`` of G_ii.
-    seed
-        Of their choice.
-    why
-        In words.
-    """
+    """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
         self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, tol: float, seed: int, why: str

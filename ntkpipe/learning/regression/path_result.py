@@ -18,24 +18,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """One ridge of a path.
+    """One ridge of a path."""
 
-    Attributes
-    ----------
-    criterion
-        By which it is best.
-    index
-        In the arrays of the path.
-    ridge
-        λ, absolute.
-    value
-        Of the criterion.
-    """
-
-    criterion: str
-    index: int
-    ridge: float
-    value: float
+    criterion: str  # by which it is best
+    index: int  # in the arrays of the path
+    ridge: float  # λ, absolute
+    value: float  # of the criterion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +97,6 @@ class RidgePath(Result):
         """The ridge with the smallest loss or largest accuracy; of equal ones the largest ridge.
 
         Ridges whose systems were not solved do not take part, unless none was.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such criterion, or it was not computed.
         """
         if criterion not in get_args(Criterion):
             raise ConfigError(f"criterion={criterion!r}; needed one of {', '.join(get_args(Criterion))}")

@@ -24,62 +24,27 @@ _BLOCKS = 11
 
 @dataclass(frozen=True)
 class Resolvent:
-    """G = (K + λI)^-1 at one ridge, as far as it is needed. Errors are zero where numbers are exact.
+    """G = (K + λI)^-1 at one ridge, as far as it is needed. Errors are zero where numbers are exact."""
 
-    Attributes
-    ----------
-    ridge
-        λ.
-    coefficients
-        A = G Y, shape (n, c).
-    trace, trace_error
-        tr G, and one standard deviation.
-    squared_trace, squared_trace_error
-        tr G².
-    left_out_loss, left_out_loss_error
-        Mean squared error of predicting the rows of a sample from all others, over rows and columns; what the
-        estimate of it is off by. NaN where there is no estimate.
-    left_out_spread
-        Standard error of that mean as one over samples.
-    residual
-        The largest relative residual of a system; zero where eigenpairs were used.
-    is_definite
-        Whether K + λI is positive definite, as far as was seen.
-    """
-
-    ridge: float
-    coefficients: NDArray[np.float64]
-    trace: float
+    ridge: float  # λ
+    coefficients: NDArray[np.float64]  # A = G Y, shape (n, c)
+    trace: float  # trace, trace_error: tr G, and one standard deviation
     trace_error: float
-    squared_trace: float
+    squared_trace: float  # squared_trace, squared_trace_error: tr G²
     squared_trace_error: float
+    # left_out_loss, left_out_loss_error: mean squared error of predicting the rows of a sample from all others, over
+    # rows and columns; what the estimate of it is off by. NaN where there is no estimate.
     left_out_loss: float
     left_out_loss_error: float
-    left_out_spread: float
-    residual: float
-    is_definite: bool
+    left_out_spread: float  # standard error of that mean as one over samples
+    residual: float  # the largest relative residual of a system; zero where eigenpairs were used
+    is_definite: bool  # whether K + λI is positive definite, as far as was seen
 
 
 def resolvents_of_pairs(
     system: Eigensystem, rows: NDArray[np.float64], ridges: Sequence[float], width: int
 ) -> Iterator[Resolvent]:
-    """Exact, from all eigenpairs: ``n² (c + width²)`` multiplications a ridge.
-
-    Parameters
-    ----------
-    system
-        All eigenpairs of K.
-    rows
-        Y, shape (n, c).
-    ridges
-        λ. Where K + λI is singular everything is NaN.
-    width
-        Rows of a sample, which are left out together.
-
-    Yields
-    ------
-    One a ridge.
-    """
+    """Exact, from all eigenpairs: ``n² (c + width²)`` multiplications a ridge."""
     values, vectors = system.eigenvalues, system.eigenvectors
     inner = vectors.T @ rows
     for ridge in ridges:
@@ -125,31 +90,6 @@ def resolvents_of_operator(
     are the scatter of the probes. The diagonal is that of Bekas, Kokiopoulou, Saad (2007), ``E z * Gz``; the mean
     square of left-out errors divides by it, which is corrected for the scatter to second order, and that correction is
     part of the error. Memory beside the preconditioner is ``11 n (c + p)`` float64.
-
-    Parameters
-    ----------
-    operator
-        K.
-    rows
-        Y, shape (n, c).
-    ridges
-        λ, best from large to small, since each system begins at the solution of the one before.
-    width
-        Rows of a sample; where they are several, what leaving samples out gives is NaN.
-    num_probes
-        p ≥ 2.
-    tol
-        Relative residual of the systems.
-    memory_limit
-        Bytes that this process may have; least and most are 8 n (300 + 11 (c + p)) and 8 n (3000 + 11 (c + p)) more.
-    seed
-        Of probes and preconditioner.
-    monitor
-        Called after each pass.
-
-    Yields
-    ------
-    One a ridge.
     """
     n, columns = rows.shape
     signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))

@@ -185,13 +185,7 @@ def ridge_path(
 
 
 def _check(method: str, test_kernel: Any, test_targets: Any, tol: float, num_left_out: int) -> None:
-    """Options.
-
-    Raises
-    ------
-    ConfigError
-        If one is wrong.
-    """
+    """Options."""
     if method not in _METHODS:
         raise ConfigError(f"method={method!r}; needed one of {', '.join(_METHODS)}")
     if (test_kernel is None) != (test_targets is None):
@@ -213,13 +207,7 @@ class _Test:
     def of(
         cls, kernel: Any, targets: Any, initial: Any, train: Labels, operator: Operator, width: int
     ) -> "_Test | None":
-        """If there is one.
-
-        Raises
-        ------
-        ConfigError
-            If shapes do not fit.
-        """
+        """If there is one."""
         if kernel is None:
             return None
         labels = encode(targets, classes=train.classes, task="regression")

@@ -12,13 +12,7 @@ from ntkpipe.store.kernel import Kernel, KernelSet, KernelStore
 
 
 def width_of(kernel: Any, num_rows: int, num_samples: int) -> int:
-    """Rows a sample, S: 1, or O of a full NTK.
-
-    Raises
-    ------
-    ConfigError
-        If the rows are no multiple of the samples.
-    """
+    """Rows a sample, S: 1, or O of a full NTK."""
     if isinstance(kernel, Kernel):
         if kernel.grid.rows.num_samples != num_samples:
             raise ConfigError(f"targets of {num_samples} samples for {kernel!r} of {kernel.grid.rows.num_samples}")
@@ -32,13 +26,7 @@ def width_of(kernel: Any, num_rows: int, num_samples: int) -> int:
 
 
 def train_targets(kernel: Any, operator: Operator, targets: Any, initial: Any | None, task: Task) -> tuple[Labels, int]:
-    """Targets as a matrix, and rows a sample.
-
-    Raises
-    ------
-    ConfigError
-        If they do not fit the kernel, or the outputs at initialisation.
-    """
+    """Targets as a matrix, and rows a sample."""
     values = np.asarray(targets)
     width = width_of(kernel, operator.num_rows, len(values) if values.ndim else 0)
     columns = None
@@ -52,15 +40,7 @@ def train_targets(kernel: Any, operator: Operator, targets: Any, initial: Any | 
 
 
 def initial_matrix(initial: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """f₀ of samples, (N, O).
-
-    Raises
-    ------
-    ConfigError
-        If its shape is another than that of targets or predictions.
-    NonFiniteError
-        If it holds NaN or infinity.
-    """
+    """f₀ of samples, (N, O)."""
     values = np.asarray(initial, np.float64)
     if values.ndim == 1:
         values = values[:, None]
@@ -72,13 +52,7 @@ def initial_matrix(initial: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 
 def targets_of(source: KernelSet, split: str) -> NDArray[Any]:
-    """Train or test targets of a store.
-
-    Raises
-    ------
-    ConfigError
-        If it has none.
-    """
+    """Train or test targets of a store."""
     store = KernelStore(source.store)
     found = store.targets if split == "train" else store.test_targets
     if found is None:

@@ -17,22 +17,6 @@ def pairs_of(question: Question, method: Method, *, compute: bool = True) -> Eig
     """All eigenpairs of the kernel that is asked about; none if they do not fit, or streaming was asked for.
 
     They are kept for the next step on the same open store where memory is plenty, of one kernel a store.
-
-    Parameters
-    ----------
-    question
-        What is asked.
-    method
-        Of the analysis.
-    compute
-        Whether to compute what an earlier step has not.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such method.
-    ResourceError
-        If ``exact`` was asked for and they do not fit.
     """
     if method == "streamed":
         return None

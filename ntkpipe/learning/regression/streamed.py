@@ -53,24 +53,6 @@ class StreamedInverse:
 
     Memory is ``8 n (3 rank + 11 c)`` bytes for c columns at a time; both are chosen to fit. Where the limit has no room
     a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
-
-    Parameters
-    ----------
-    operator
-        K.
-    tol
-        Largest relative true residual of a column that is called converged.
-    seed
-        Of the preconditioner.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free.
-    monitor
-        Called after each pass.
-
-    Attributes
-    ----------
-    columns_at_once
-        c.
     """
 
     def __init__(

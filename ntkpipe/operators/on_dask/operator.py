@@ -48,31 +48,6 @@ class WorkersOperator(TiledOperator):
     Memory of a worker is its tiles, the block, and products of at most the size of the block: one for each thread and
     about four more. Memory of the driver is the block, and one or two products for each worker, which is also what
     travels.
-
-    Parameters
-    ----------
-    source
-        Where tiles come from, for every worker the same. It is pickled.
-    client
-        Connected to the cluster.
-    memory_limit
-        Bytes that each worker may have once tiles are kept; default 60 % of what its Dask gives it, where it gives no
-        limit half of what is free.
-    cache_bytes
-        Bytes of tiles that each may keep; default what that memory leaves.
-    threads
-        Of each worker; default those of its Dask. One task uses all of them.
-
-    Raises
-    ------
-    ConfigError
-        If the client is none, or the source cannot be pickled.
-    ResourceError
-        If a worker has no memory for the tiles in use.
-    ClusterError
-        If there are no workers, or one has another version of this package or does not reach the tiles.
-    TileError
-        If the first tile is missing or damaged.
     """
 
     def __init__(
@@ -154,19 +129,7 @@ class WorkersOperator(TiledOperator):
 
 
 class _Pass:
-    """One pass: what is asked of whom, and asked again.
-
-    Parameters
-    ----------
-    crew
-        Who is asked.
-    shards
-        All of the matrix.
-    num_rows
-        Of the leading block that is looked at.
-    request, block
-        See :class:`ntkpipe.operators.on_dask.shard_holder.Order`.
-    """
+    """One pass: what is asked of whom, and asked again."""
 
     def __init__(
         self,
@@ -186,21 +149,7 @@ class _Pass:
         self._losses = 0
 
     def results(self) -> Iterator[tuple[Any, Any]]:
-        """What is found, as it arrives.
-
-        Yields
-        ------
-        See :class:`ntkpipe.operators.on_dask.shard_holder.Answer`.
-
-        Raises
-        ------
-        TileError
-            If a tile is missing or damaged.
-        ClusterError
-            If workers are lost and no other comes.
-        ResourceError
-            If the block is too large for the workers.
-        """
+        """What is found, as it arrives."""
         crew = self._crew
         self._bring()
         owned = crew.owners(self._num_rows, (shard.number for shard in self._shards))

@@ -28,50 +28,25 @@ _LEAVING = (Status.closing, Status.closing_gracefully, Status.closed)
 
 @dataclass(frozen=True)
 class Order:
-    """What one worker is asked for in one pass.
+    """What one worker is asked for in one pass."""
 
-    Attributes
-    ----------
-    num_rows
-        Of the leading block that is looked at.
-    shards
-        Numbers of those that are wanted.
-    owned
-        Numbers of those whose tiles this worker may keep.
-    cache_bytes
-        How many bytes of these.
-    threads
-        That work.
-    request
-        Entries that are wanted; none for a product where there is a block, and for statistics where there is none.
-    """
-
-    num_rows: int
-    shards: tuple[int, ...]
-    owned: tuple[int, ...]
-    cache_bytes: int
-    threads: int
+    num_rows: int  # of the leading block that is looked at
+    shards: tuple[int, ...]  # numbers of those that are wanted
+    owned: tuple[int, ...]  # numbers of those whose tiles this worker may keep
+    cache_bytes: int  # how many bytes of these
+    threads: int  # that work
+    # Entries that are wanted; none for a product where there is a block, and for statistics where there is none
     request: Request
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker found in its shards, and what that and all since its last answer have cost.
+    """What a worker found in its shards, and what that and all since its last answer have cost."""
 
-    Attributes
-    ----------
-    found
-        By number of the shard its measure or pieces; by node the part of a product.
-    num_tiles, bytes_read
-        Tiles that were used, and bytes that came from the store.
-    num_kept
-        Tiles in memory, by the rows of the leading block whose shards hold them.
-    """
-
-    found: Mapping[Any, Any]
-    num_tiles: int
+    found: Mapping[Any, Any]  # by number of the shard its measure or pieces; by node the part of a product
+    num_tiles: int  # num_tiles, bytes_read: tiles that were used, and bytes that came from the store
     bytes_read: int
-    num_kept: Mapping[int, int]
+    num_kept: Mapping[int, int]  # tiles in memory, by the rows of the leading block whose shards hold them
 
 
 @dataclass(frozen=True)
@@ -113,11 +88,6 @@ class Holder:
 
     A leading block has shards of its own. The one that is used last may keep its tiles where there is no memory for
     those of several.
-
-    Parameters
-    ----------
-    source
-        Where tiles come from.
     """
 
     def __init__(self, source: TileSource) -> None:
@@ -139,15 +109,7 @@ class Holder:
     def answer(
         self, order: Order, block: NDArray[np.float64] | None, is_unwanted: Callable[[], bool] = lambda: False
     ) -> Answer:
-        """Do what is asked for.
-
-        Raises
-        ------
-        TileError
-            If a tile is missing or damaged.
-        Stopped
-            If it is not wanted any more.
-        """
+        """Do what is asked for."""
         # What came by network may lie at any address, where BLAS does not take it; numpy's own loops have other bits.
         aligned = None if block is None else np.require(block, np.float64, ["C", "ALIGNED"])
         reader, every = self._open(order)

@@ -45,70 +45,27 @@ _LOST = (KilledWorker, CancelledError, CommClosedError, Stopped)
 
 @dataclass
 class Member:
-    """A worker that owns shards.
+    """A worker that owns shards."""
 
-    Attributes
-    ----------
-    report
-        What it is.
-    holder
-        Its tiles, in its memory.
-    threads
-        That it works with.
-    cache_bytes
-        What it may keep.
-    num_kept
-        Tiles that it kept when it last answered, by the rows of the leading block whose shards hold them.
-    """
-
-    report: Report
-    holder: "Future[Holder]"
-    threads: int
-    cache_bytes: int
+    report: Report  # what it is
+    holder: "Future[Holder]"  # its tiles, in its memory
+    threads: int  # that it works with
+    cache_bytes: int  # what it may keep
+    # Tiles that it kept when it last answered, by the rows of the leading block whose shards hold them
     num_kept: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Whom a task is for, and of which shards.
+    """Whom a task is for, and of which shards."""
 
-    Attributes
-    ----------
-    address, member
-        The worker; no member where it is only to become one.
-    shards
-        Numbers.
-    """
-
-    address: str
+    address: str  # address, member: the worker; no member where it is only to become one
     member: Member | None = None
-    shards: tuple[int, ...] = ()
+    shards: tuple[int, ...] = ()  # numbers
 
 
 class Crew:
-    """Workers that hold tiles of one matrix.
-
-    Parameters
-    ----------
-    client, source, memory_limit, cache_bytes, threads
-        See :class:`ntkpipe.operators.on_dask.operator.WorkersOperator`.
-
-    Attributes
-    ----------
-    members
-        By address.
-    work
-        What all passes have cost.
-
-    Raises
-    ------
-    ConfigError
-        If the client is none, or the source cannot be pickled.
-    ResourceError
-        If a worker has no memory for the tiles in use.
-    ClusterError
-        If there are no workers, or one is of no use.
-    """
+    """Workers that hold tiles of one matrix."""
 
     def __init__(
         self,
@@ -143,11 +100,6 @@ class Crew:
         """Take in workers that have come, at least one and at most ``most``, and forget those that are gone.
 
         Who is there is looked at once a second, or ``anew``.
-
-        Raises
-        ------
-        ClusterError
-            If none comes, or one is of no use.
         """
         if self.members and not anew and monotonic() - self._looked_at < _POLL_SECONDS:
             return
@@ -251,19 +203,7 @@ class Crew:
         )
 
     def outcomes(self, asked: dict["Future[Any]", Asked]) -> Iterator[tuple[Asked, Any]]:
-        """What comes of tasks as they end, those that are added meanwhile too.
-
-        Yields
-        ------
-        What was asked, and the answer, or an error that says that the worker is lost.
-
-        Raises
-        ------
-        NtkpipeError
-            Of a worker.
-        ClusterError
-            If a worker fails otherwise.
-        """
+        """What comes of tasks as they end, those that are added meanwhile too."""
         events: queue.SimpleQueue[tuple[Future[Any], Any]] = queue.SimpleQueue()
         followed: set[Future[Any]] = set()
         while asked:

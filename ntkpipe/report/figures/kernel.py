@@ -18,21 +18,7 @@ _SHADES = 64
 
 
 def picture(means: Values, *, num_samples: int, bounds: Sequence[int], names: Sequence[str], order: str) -> Draw:
-    """Means of blocks of the kernel, in an order of the samples.
-
-    Parameters
-    ----------
-    means
-        Shape (b, b).
-    num_samples
-        N.
-    bounds
-        Where one class ends and the next begins, in samples.
-    names
-        Of the classes.
-    order
-        What decides the order, in words.
-    """
+    """Means of blocks of the kernel, in an order of the samples."""
 
     def draw(figure: Figure, look: Look) -> None:
         # Squares are laid out right by this one only.

@@ -17,21 +17,11 @@ _RIDGE = "ridge λ [kernel units]"
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity over ridges.
+    """A quantity over ridges."""
 
-    Attributes
-    ----------
-    label
-        In the legend.
-    values
-        One a ridge; NaN where there is none.
-    errors
-        Standard errors, where values are estimates.
-    """
-
-    label: str
-    values: Values
-    errors: Values | None = None
+    label: str  # in the legend
+    values: Values  # one a ridge; NaN where there is none
+    errors: Values | None = None  # standard errors, where values are estimates
 
 
 Curves = Mapping[Quantity, Curve]
@@ -46,23 +36,7 @@ def over_ridges(
     marked: Mapping[str, float] | None = None,
     is_share: bool = False,
 ) -> Draw:
-    """Losses, or shares in percent, over ridges; vertical lines mark single ridges.
-
-    Parameters
-    ----------
-    ridges
-        λ; where one is zero it stands one decade below the smallest other one.
-    curves
-        What is drawn.
-    unit
-        Name and unit of the vertical axis.
-    best
-        λ that a line marks as the best by test loss, or leave-one-out.
-    marked
-        Name → λ of other lines.
-    is_share
-        Whether values are parts of one.
-    """
+    """Losses, or shares in percent, over ridges; vertical lines mark single ridges."""
 
     def draw(figure: Figure, look: Look) -> None:
         axes = figure.add_subplot()

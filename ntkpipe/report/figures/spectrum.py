@@ -15,22 +15,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """λ_k = amplitude · k^-exponent, fitted between two ranks.
+    """λ_k = amplitude · k^-exponent, fitted between two ranks."""
 
-    Attributes
-    ----------
-    exponent, error
-        With its standard error.
-    amplitude
-        Of the line.
-    first, last
-        Ranks, counted from 1.
-    """
-
-    exponent: float
+    exponent: float  # exponent, error: with its standard error
     error: float
-    amplitude: float
-    first: int
+    amplitude: float  # of the line
+    first: int  # first, last: ranks, counted from 1
     last: int
 
 

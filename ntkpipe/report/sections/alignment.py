@@ -20,15 +20,7 @@ _SHARES = ("50%", "90%", "99%")
 
 
 def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Section:
-    """Cumulative power and alignments.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.alignment`.
-    spectrum
-        For the trace, of which eigenvalues hold a share.
-    """
+    """Cumulative power and alignments."""
     if isinstance(found, Missing):
         return Section("alignment", _TITLE, _INTRO, (), found.why)
     power, eigenvalues, error = found.arrays("cumulative_power", "eigenvalues", "cumulative_power_error")

@@ -21,13 +21,7 @@ _INTRO = (
 
 
 def gaussian_section(found: Found | Missing) -> Section:
-    """Coverage of intervals, and of classes their confidence against how often they are right.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.report.posterior.judge_posterior`.
-    """
+    """Coverage of intervals, and of classes their confidence against how often they are right."""
     if isinstance(found, Missing):
         return Section("gaussian-process", _TITLE, _INTRO, (), found.why)
     parts: list[Part] = [_coverage(found)]

@@ -21,15 +21,7 @@ _MARK = "mean diagonal of K"
 
 
 def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Section:
-    """Estimates across ridges, and what they are worth.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.generalisation`.
-    mean_diagonal
-        Of the kernel, which is marked.
-    """
+    """Estimates across ridges, and what they are worth."""
     title = "Predicted against measured risk"
     if isinstance(found, Missing):
         return Section("generalisation", title, _INTRO, (), found.why)

@@ -27,19 +27,7 @@ Targets = NDArray[Any] | None
 def influence_section(
     found: Found | Missing, images: StoredImages, targets: Targets, test_targets: Targets, num_train: int
 ) -> Section:
-    """Test samples with the training samples of their largest terms, and those that matter most overall.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.influence`, at the chosen ridge.
-    images
-        The samples, if they are images.
-    targets, test_targets
-        Of training and test samples.
-    num_train
-        N.
-    """
+    """Test samples with the training samples of their largest terms, and those that matter most overall."""
     if isinstance(found, Missing):
         return Section("influence", _TITLE, _INTRO, (), found.why)
     top = found.indices("top_samples", below=num_train, axes=2)[:, :_NUM_OTHERS]

@@ -10,17 +10,7 @@ from ntkpipe.report.parts import Note, Plot, Section
 
 
 def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, num_samples: int) -> Section:
-    """The kernel as a picture, and means over pairs of classes where there are classes.
-
-    Parameters
-    ----------
-    means
-        Of the rows of the picture, and of the classes if there are any.
-    arrangement
-        The order.
-    num_samples
-        N.
-    """
+    """The kernel as a picture, and means over pairs of classes where there are classes."""
     each = num_samples / arrangement.num_bins
     pixel = "a pair of samples" if each <= 1 else f"the mean over about {each:.0f} × {each:.0f} pairs of samples"
     is_by_class = arrangement.classes is not None

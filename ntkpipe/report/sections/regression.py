@@ -19,13 +19,7 @@ _INTRO = (
 
 
 def regression_section(found: Found | Missing) -> Section:
-    """Losses and accuracies across ridges.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.ridge_path`.
-    """
+    """Losses and accuracies across ridges."""
     if isinstance(found, Missing):
         return Section("regression", _TITLE, _INTRO, (), found.why)
     chosen, ridges = choose(found), found.array("ridges")

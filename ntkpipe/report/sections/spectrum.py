@@ -19,13 +19,7 @@ _INTRO = (
 
 
 def spectrum_section(found: Found | Missing) -> Section:
-    """Eigenvalues by rank and by size, and what is said of them in numbers.
-
-    Parameters
-    ----------
-    found
-        Of :func:`ntkpipe.spectrum`.
-    """
+    """Eigenvalues by rank and by size, and what is said of them in numbers."""
     if isinstance(found, Missing):
         return Section("spectrum", _TITLE, _INTRO, (), found.why)
     parts: list[Part] = [_by_rank(found), _by_size(found), _numbers(found)]

@@ -8,15 +8,7 @@ from ntkpipe.report.parts import Plot, Section, Table
 
 
 def timings_section(runs: Table | None, parts: Sequence[tuple[str, float]]) -> Section:
-    """Runs of the kernel, and seconds of every part.
-
-    Parameters
-    ----------
-    runs
-        The table of runs, if any are recorded.
-    parts
-        (What, seconds) in the order in which it happened.
-    """
+    """Runs of the kernel, and seconds of every part."""
     found: list[Plot | Table] = []
     if parts:
         longest = max(parts, key=lambda part: part[1])

@@ -184,13 +184,7 @@ def _factor_once(task: _Task) -> int:
 
 
 def _factor_with_jitter(task: _Task) -> int:
-    """Try larger and larger jitters, and say how many tries there were.
-
-    Raises
-    ------
-    IndefiniteError
-        If none that is allowed helps.
-    """
+    """Try larger and larger jitters, and say how many tries there were."""
     floor = task.operator.storage_floor()
     allowed = [floor * _JITTER_FACTOR**power for power in range(_MOST_JITTERS)]
     attempts = 1
@@ -224,15 +218,7 @@ def _factor(task: _Task) -> None:
 def _factor_panel(
     task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool
 ) -> Pivots:
-    """One panel, read, factored and written.
-
-    Raises
-    ------
-    IndefiniteError
-        If a pivot is not positive.
-    NonFiniteError
-        If one is no number.
-    """
+    """One panel, read, factored and written."""
     shape, columns = task.state.shape, task.state.shape.columns(number)
     width = columns.stop - columns.start
     values = task.operator.block(slice(columns.start, shape.num_rows), columns)
@@ -270,21 +256,7 @@ def _subtract_earlier(
     scratch: NDArray[np.float64],
     pool: Pool,
 ) -> None:
-    """Subtract what earlier panels contribute to one, ``top`` and ``scratch`` being memory for it.
-
-    Parameters
-    ----------
-    panels
-        The earlier ones, read from the first row of this one on.
-    number, values
-        This one. Of its diagonal block only the lower triangle is right afterwards.
-    top
-        For the rows of an earlier panel beside the diagonal block, which all rows below are multiplied with.
-    scratch
-        For a product.
-    pool
-        Whose threads multiply.
-    """
+    """Subtract what earlier panels contribute to one, ``top`` and ``scratch`` being memory for it."""
     shape = panels.shape
     columns = shape.columns(number)
     width = columns.stop - columns.start
@@ -337,15 +309,7 @@ def _stored_state(
     room: int,
     num_threads: int,
 ) -> FactorState:
-    """The state in the folder, or the one to begin with.
-
-    Raises
-    ------
-    ResourceError
-        If a panel does not fit memory.
-    StoreMismatchError
-        If the folder holds another factor.
-    """
+    """The state in the folder, or the one to begin with."""
     n, identity = operator.num_rows, operator.identity()
     state = folder.load()
     if state is None:

@@ -167,13 +167,7 @@ def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *
 
 
 def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> str:
-    """The fastest driver whose memory and integers suffice.
-
-    Raises
-    ------
-    ResourceError
-        If there is none.
-    """
+    """The fastest driver whose memory and integers suffice."""
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     limit = max(0, memory_room(memory_limit, share=1.0))
@@ -253,13 +247,6 @@ def _check_identities(values: Values, trace: float, frobenius: float, driver: st
 
     Eigenvalues are exact ones of K + E, where E is rounding: |E|_F ≤ c n eps |K|_F with a modest c. Then the trace is
     wrong by sqrt(n) |E|_F at most, and the sum of squares by 2 |K|_F |E|_F.
-
-    Raises
-    ------
-    NonFiniteError
-        If there is NaN or infinity.
-    SelfCheckError
-        If they differ by more than rounding.
     """
     if not np.isfinite(values).all():
         raise NonFiniteError(f"LAPACK ({driver}) returned NaN or infinity for {len(values)} finite rows")
@@ -279,13 +266,7 @@ def _check_identities(values: Values, trace: float, frobenius: float, driver: st
 
 
 def _check_vectors(operator: Operator, values: Values, vectors: Values, frobenius: float) -> tuple[float, float]:
-    """Residual and orthogonality on random vectors, one pass.
-
-    Raises
-    ------
-    SelfCheckError
-        If they are more than rounding.
-    """
+    """Residual and orthogonality on random vectors, one pass."""
     num_rows = len(values)
     probes = np.random.default_rng(0).standard_normal((num_rows, _NUM_PROBES))
     inside = vectors.T @ probes

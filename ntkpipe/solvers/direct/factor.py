@@ -21,24 +21,14 @@ from ntkpipe.solvers.result import Result, Rows, Status
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolution(Result):
-    """Columns X with (K + shift I) X = B, by a factor.
+    """Columns X with (K + shift I) X = B, by a factor."""
 
-    Attributes
-    ----------
-    coefficients
-        X, of the shape of B, float64.
-    residuals
-        |B - (K + shift I) X| / |B| of each column, shape (r,): computed in float64 with the matrix, after the last
-        step. Zero for a column of zeros.
-    refinements
-        Steps of refinement that were made.
-    factor_passes, factor_bytes_read
-        Reads of the whole factor, and what of them came from files.
-    """
-
-    coefficients: NDArray[np.float64]
+    coefficients: NDArray[np.float64]  # x, of the shape of B, float64
+    # |B - (K + shift I) X| / |B| of each column, shape (r,): computed in float64 with the matrix, after the last
+    # step. Zero for a column of zeros.
     residuals: NDArray[np.float64]
-    refinements: int
+    refinements: int  # steps of refinement that were made
+    # factor_passes, factor_bytes_read: reads of the whole factor, and what of them came from files
     factor_passes: float
     factor_bytes_read: int
 
@@ -197,15 +187,6 @@ class CholeskyFactor(Result):
         """``inv(L) @ B``, or ``inv(L).T @ B``, of the shape of B; reads L once.
 
         Squared norms of columns of the first are ``b' (K + shift I)^-1 b``; both after each other are the inverse.
-
-        Raises
-        ------
-        ConfigError
-            If the shape is wrong.
-        NonFiniteError
-            If B holds NaN or infinity.
-        TileError
-            If a part of L is missing or damaged; the message names it.
         """
         block = as_block("right-hand sides", rhs, self.num_rows, allow_none=True).copy()
         return (self._backward(block) if transposed else self._forward(block, 0)).reshape(np.shape(rhs))
@@ -217,23 +198,6 @@ class CholeskyFactor(Result):
         kernel ridge regression is ``alpha_i / inverse_diagonal()_i`` (Rasmussen and Williams, Gaussian Processes for
         Machine Learning, 2006, equation 5.12).
 
-        Parameters
-        ----------
-        rows
-            Which; default all.
-        columns_at_once
-            Columns of inv(L) that are found together; default as many as a panel of L has. All rows are n³/3
-            multiplications and additions, as the factor itself, and L is read about n / (3 columns_at_once) + 1 times.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such row, or an option is out of range.
-        TileError
-            If a part of L is missing or damaged; the message names it.
-
-        Notes
-        -----
         Memory is n · columns_at_once float64, and a few chunks of L.
         """
         n = self.num_rows
@@ -262,22 +226,6 @@ class CholeskyFactor(Result):
         Reads L twice, and one pass for the Frobenius norm if it is not known yet. For float64 entries rounding of the
         arithmetic is of the same size.
 
-        Parameters
-        ----------
-        num_probes
-            Random vectors of Hutchinson's estimates.
-        seed
-            Of these.
-
-        Raises
-        ------
-        ConfigError
-            If ``num_probes`` is less than one.
-        TileError
-            If a part of the matrix or of L is missing or damaged; the message names it.
-
-        Notes
-        -----
         Rounding adds a symmetric E of independent entries of standard deviation s, at most ``eps |K|_F / (2 n)``, see
         :meth:`ntkpipe.base.operator.Operator.storage_floor`. With A = (K + shift I)^-1 the logarithm moves by
         tr(A E), of standard deviation √2 s |A|_F, and by -tr(A E A E) / 2, of mean -s² (tr(A)² + |A|_F²) / 2. Returned

@@ -23,42 +23,22 @@ _MOST_TEXT = 2000
 
 @dataclass(frozen=True)
 class Pivots:
-    """What is kept of the diagonal of a panel.
+    """What is kept of the diagonal of a panel."""
 
-    Attributes
-    ----------
-    logdet
-        2 Σ log L_ii.
-    smallest, largest
-        Of the L_ii².
-    """
-
-    logdet: float
-    smallest: float
+    logdet: float  # 2 Σ log L_ii
+    smallest: float  # smallest, largest: of the L_ii²
     largest: float
 
 
 @dataclass(frozen=True)
 class FactorState:
-    """What is in files of a factor.
+    """What is in files of a factor."""
 
-    Attributes
-    ----------
-    matrix
-        Identity of the operator.
-    ridge, jitter
-        What is added to its diagonal.
-    shape
-        How the factor is cut.
-    panels
-        Those that are complete.
-    """
-
-    matrix: str
-    ridge: float
+    matrix: str  # identity of the operator
+    ridge: float  # ridge, jitter: what is added to its diagonal
     jitter: float
-    shape: Shape
-    panels: tuple[Pivots, ...] = ()
+    shape: Shape  # how the factor is cut
+    panels: tuple[Pivots, ...] = ()  # those that are complete
 
     def up_to(self, num_panels: int) -> "FactorState":
         """Only the first panels count."""
@@ -83,13 +63,7 @@ class FactorState:
 
     @classmethod
     def from_json(cls, found: dict[str, Any], where: str) -> "FactorState":
-        """What :meth:`to_json` wrote, checked, since anybody may have.
-
-        Raises
-        ------
-        StoreError
-            If it is something else.
-        """
+        """What :meth:`to_json` wrote, checked, since anybody may have."""
         matrix, panels = found.get("matrix"), found.get("panels")
         sizes: list[Any] = [found.get(name) for name in ("num_rows", "panel_width", "chunk_rows")]
         shifts: list[Any] = [found.get(name) for name in ("ridge", "jitter")]
@@ -124,13 +98,7 @@ def _pivots(found: object, where: str) -> Pivots:
 
 
 class FactorFolder:
-    """The group ``cholesky`` below a path: its attributes are the state, its array ``lower`` the panels.
-
-    Parameters
-    ----------
-    where
-        A folder or the URL of an object store; it is made if there is none.
-    """
+    """The group ``cholesky`` below a path: its attributes are the state, its array ``lower`` the panels."""
 
     def __init__(self, where: str | Path | Medium) -> None:
         self.medium = medium_at(where)
@@ -146,11 +114,6 @@ class FactorFolder:
         """Be the only one who writes, where the medium has locks; what a killed writer left is removed.
 
         Where it has none two writers of one factor are harmless: they write the same.
-
-        Raises
-        ------
-        StoreExistsError
-            If another process is at it, or something else is at the path.
         """
         with writing(self.medium):
             self.medium.put_new(_DOCUMENT, group_document({}))
@@ -169,13 +132,7 @@ class FactorFolder:
             yield
 
     def load(self) -> FactorState | None:
-        """The state, or none if there is no factor yet.
-
-        Raises
-        ------
-        StoreError
-            If it is damaged.
-        """
+        """The state, or none if there is no factor yet."""
         attributes = self._folder.read_attributes()
         where = str(self.medium.address(f"{_GROUP}/{_DOCUMENT}"))
         return None if attributes is None else FactorState.from_json(attributes, where)
@@ -192,22 +149,7 @@ class FactorFolder:
 
 
 def require_same(stored: FactorState, asked: dict[str, object], where: str) -> None:
-    """Check that a stored factor is the one that is asked for.
-
-    Parameters
-    ----------
-    stored
-        What is there.
-    asked
-        Fields of :meth:`FactorState.to_json` that must be equal.
-    where
-        Path or URL.
-
-    Raises
-    ------
-    StoreMismatchError
-        If it is not; the message says what differs.
-    """
+    """Check that a stored factor is the one that is asked for."""
     found = stored.to_json()
     differences = tuple((name, found[name], value) for name, value in asked.items() if found[name] != value)
     if differences:

@@ -24,13 +24,7 @@ def room_for_panels(memory_limit: int | None) -> int:
 
 
 def shape_in_memory(num_rows: int, panel_width: int | None, room: int, num_threads: int) -> Shape:
-    """How a factor in memory is cut.
-
-    Raises
-    ------
-    ResourceError
-        If it does not fit.
-    """
+    """How a factor in memory is cut."""
     default = _WIDTH_IN_MEMORY if num_rows < 8 * _WIDER_IN_MEMORY else _WIDER_IN_MEMORY
     shape = Shape.of_width(num_rows, panel_width or default)
     needed = shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)

@@ -35,18 +35,10 @@ _Coming = tuple[int, slice, "Future[NDArray[Any]]", NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Shape:
-    """How a factor is cut: panels of ``width`` columns, from their diagonal down in chunks of ``height`` rows.
+    """How a factor is cut: panels of ``width`` columns, from their diagonal down in chunks of ``height`` rows."""
 
-    Attributes
-    ----------
-    num_rows
-        n.
-    width, height
-        ``width`` is a multiple of ``height``, so a diagonal block is whole chunks.
-    """
-
-    num_rows: int
-    width: int
+    num_rows: int  # n
+    width: int  # width, height: `width` is a multiple of `height`, so a diagonal block is whole chunks
     height: int
 
     @classmethod
@@ -101,18 +93,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What has gone between the panels of a factor and who works with them. Values subtract.
+    """What has gone between the panels of a factor and who works with them. Values subtract."""
 
-    Attributes
-    ----------
-    passes
-        Reads of the whole factor.
-    bytes_read, bytes_written
-        Of files or object storage.
-    """
-
-    passes: float = 0.0
-    bytes_read: int = 0
+    passes: float = 0.0  # reads of the whole factor
+    bytes_read: int = 0  # bytes_read, bytes_written: of files or object storage
     bytes_written: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
@@ -131,15 +115,7 @@ class Traffic:
 
 
 class Panels(ABC):
-    """The panels of a factor: written once in order, read chunk by chunk.
-
-    Attributes
-    ----------
-    shape
-        How it is cut.
-    traffic
-        What has been read and written since this was made.
-    """
+    """The panels of a factor: written once in order, read chunk by chunk."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -185,13 +161,6 @@ class StoredPanels(Panels):
     """A Zarr array of float64 chunks, checked by crc32c; what is above the diagonal blocks is not there.
 
     Chunks are read ahead by threads into reused memory, and written by one while the next are computed.
-
-    Parameters
-    ----------
-    shape
-        How it is cut.
-    medium, name
-        Where the array is.
     """
 
     def __init__(self, shape: Shape, medium: Medium, name: str) -> None:
@@ -216,19 +185,7 @@ class StoredPanels(Panels):
 
     @contextlib.contextmanager
     def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
-        """See :meth:`Panels.writing`; a thread writes while the next chunks are computed.
-
-        Yields
-        ------
-        What takes the rows of a chunk that is ready.
-
-        Raises
-        ------
-        StoreFullError
-            If the disk is full.
-        StoreError
-            If a chunk cannot be written for another reason.
-        """
+        """See :meth:`Panels.writing`; a thread writes while the next chunks are computed."""
         start, height = self.shape.columns(panel).start, self.shape.height
         written: list[Future[None]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="factor") as thread:
@@ -243,17 +200,7 @@ class StoredPanels(Panels):
         self.traffic += Traffic(bytes_written=len(written) * self._stored_bytes)
 
     def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
-        """See :meth:`Panels.read`.
-
-        Yields
-        ------
-        Panel, rows and entries, which are in memory that is used again.
-
-        Raises
-        ------
-        TileError
-            If a chunk is missing or damaged; the message names it.
-        """
+        """See :meth:`Panels.read`."""
         coming: deque[_Coming] = deque()
         with ThreadPoolExecutor(_DEPTH, thread_name_prefix="factor") as threads:
             try:
@@ -288,13 +235,7 @@ class StoredPanels(Panels):
 
 
 def require_room(shape: Shape, medium: Medium, done: int) -> None:
-    """Check that the panels from ``done`` on fit the disk.
-
-    Raises
-    ------
-    ResourceError
-        If they do not.
-    """
+    """Check that the panels from ``done`` on fit the disk."""
     free = medium.free_bytes()
     count = sum(1 for panel in range(done, shape.num_panels) for _ in shape.chunks(panel))
     needed = count * (shape.chunk_bytes + CHECKSUM_BYTES)

@@ -22,11 +22,6 @@ class Pool:
 
     BLAS with threads of its own lets them wait busily for each other at every call, which is slow for blocks that are
     not large and very slow where others use the same cores.
-
-    Attributes
-    ----------
-    num_threads
-        How many.
     """
 
     def __init__(self, num_threads: int, threads: ThreadPoolExecutor) -> None:

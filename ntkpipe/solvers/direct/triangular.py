@@ -19,15 +19,7 @@ ROWS_OF_THREAD = 256
 
 
 class NotPositiveError(Exception):
-    """A pivot of a block is not positive.
-
-    Attributes
-    ----------
-    row
-        Of the block.
-    pivot
-        What is there.
-    """
+    """A pivot of a block is not positive."""
 
     def __init__(self, row: int, pivot: float) -> None:
         super().__init__(row, pivot)
@@ -40,13 +32,6 @@ class Triangle:
 
     An inverse alone would lose digits where a small block is ill-conditioned; a step of refinement gives them back
     (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 14.1 and chapter 12).
-
-    Parameters
-    ----------
-    lower
-        Shape (s, s), rows contiguous. What is above the diagonal is not read, but for blocks of 128 where it is zero.
-    inverses
-        Of the diagonal blocks of 128 rows, if they are known.
     """
 
     def __init__(self, lower: NDArray[np.float64], inverses: list[NDArray[np.float64]] | None = None) -> None:
@@ -97,20 +82,6 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64], po
     """Overwrite a symmetric block, of which only the lower triangle is read, with its Cholesky factor.
 
     Recursive in halves. Above the diagonal zeros are written.
-
-    Parameters
-    ----------
-    block
-        Shape (s, s), rows contiguous.
-    scratch
-        At least 256 s numbers, for products.
-    pool
-        Whose threads multiply.
-
-    Raises
-    ------
-    NotPositiveError
-        If a pivot is not positive; the block is then spoilt.
     """
     size = len(block)
     if size <= _BASE:

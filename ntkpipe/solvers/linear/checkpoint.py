@@ -22,39 +22,7 @@ _METHODS = ("rpcholesky", "nystrom")
 
 
 class Kept:
-    """The state of one system and its checkpoint, if there is one; what was there is read at once.
-
-    Parameters
-    ----------
-    checkpoint
-        Where; none writes nothing.
-    decides
-        What decides the system and how it is solved, as JSON.
-    shape
-        Of the right-hand sides, (n, c).
-
-    Attributes
-    ----------
-    preconditioner
-        For a ridge of zero; none if none was made.
-    progress
-        None before true residuals were computed for the first time.
-    stage
-        None before a preconditioner was made: then no decision was made that matters.
-    why
-        Of the result: why this method was taken.
-    work, seconds
-        What it had cost when it was saved last, all processes together.
-    made
-        What of this the preconditioner was.
-
-    Raises
-    ------
-    ConfigError
-        If the checkpoint is of another system.
-    StoreError
-        If it is damaged.
-    """
+    """The state of one system and its checkpoint, if there is one; what was there is read at once."""
 
     def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], shape: tuple[int, int]) -> None:
         self._checkpoint = checkpoint

@@ -30,18 +30,10 @@ _LEAST_HISTORY = 10
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds that a system is expected to take.
+    """Seconds that a system is expected to take."""
 
-    Attributes
-    ----------
-    iterating
-        By conjugate gradients, for one ridge, with its part of the preconditioner.
-    factoring
-        By a Cholesky factor, in memory or in files; none if it does not fit.
-    """
-
-    iterating: float
-    factoring: float | None
+    iterating: float  # by conjugate gradients, for one ridge, with its part of the preconditioner
+    factoring: float | None  # by a Cholesky factor, in memory or in files; none if it does not fit
 
     @property
     def words(self) -> str:
@@ -64,21 +56,6 @@ def forecast(
 
     The pass that finds diagonal and Frobenius norm, which both ways need, is timed if it is not done yet; otherwise
     entries are taken to be in memory.
-
-    Parameters
-    ----------
-    operator
-        K.
-    num_columns
-        Right-hand sides.
-    rank
-        Of the preconditioner that would be made; 0 if there is one.
-    num_ridges
-        That share it.
-    memory_limit
-        Bytes that this process may have; default half of what is free, besides what it has.
-    in_files
-        Whether the factor would be written to files, panel by panel.
     """
     n, room = operator.num_rows, memory_room(memory_limit)
     fits = in_files or 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room

@@ -26,33 +26,15 @@ _MOST_SHIFTS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioner:
-    """``P = F F' + μ I``, by the eigenvectors of its low-rank part: any power of it is two thin products.
+    """``P = F F' + μ I``, by the eigenvectors of its low-rank part: any power of it is two thin products."""
 
-    Attributes
-    ----------
-    vectors
-        Orthonormal, shape (n, rank), float64: all that it keeps in memory.
-    values
-        Eigenvalues of F F', shape (rank,), descending.
-    tail
-        Mean of the diagonal of K - F F', but not less than the storage floor of K.
-    ridge
-        λ.
-    method
-        How F was made.
-    shift
-        What was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise.
-    work, seconds
-        What making it has cost.
-    """
-
-    vectors: NDArray[np.float64]
-    values: NDArray[np.float64]
-    tail: float
-    ridge: float
-    method: Literal["rpcholesky", "nystrom"]
-    shift: float
-    work: Work
+    vectors: NDArray[np.float64]  # orthonormal, shape (n, rank), float64: all that it keeps in memory
+    values: NDArray[np.float64]  # eigenvalues of F F', shape (rank,), descending
+    tail: float  # mean of the diagonal of K - F F', but not less than the storage floor of K
+    ridge: float  # λ
+    method: Literal["rpcholesky", "nystrom"]  # how F was made
+    shift: float  # what was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise
+    work: Work  # work, seconds: what making it has cost
     seconds: float
 
     @property
@@ -76,13 +58,7 @@ class Preconditioner:
         return self.vectors * np.sqrt(self.values)
 
     def for_ridge(self, ridge: float) -> "Preconditioner":
-        """The same for another ridge; no pass, and the memory is shared.
-
-        Raises
-        ------
-        ConfigError
-            If it is negative.
-        """
+        """The same for another ridge; no pass, and the memory is shared."""
         return replace(self, ridge=_checked_ridge(ridge))
 
     def solve(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -128,32 +104,6 @@ def randomly_pivoted_cholesky(
     then): the rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but candidates that were rejected are
     offered again, so that a round gives as many pivots as it should. Near duplicates of a pivot are not chosen.
 
-    Parameters
-    ----------
-    matrix
-        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
-    rank
-        Columns at most; default ``min(1000, n/10)``. A candidate whose residual is not above the rounding of stored
-        entries is not taken, so a matrix of low rank, or of equal samples, gives fewer.
-    ridge
-        λ, absolute.
-    rounds
-        At most one pass each, and one for the diagonal where that is not known. One round cannot adapt: it misses
-        small clusters.
-    seed
-        Equal seeds give equal bits.
-
-    Raises
-    ------
-    ConfigError
-        If the matrix or an option is wrong.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
-    TileError
-        If a tile is missing or damaged; the message names it.
-
-    Notes
-    -----
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
     start, operator = perf_counter(), as_operator(matrix)
@@ -210,21 +160,7 @@ def _pivots_among(
     wanted: int,
     rng: np.random.Generator,
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Choose pivots among candidates, and the Cholesky factor of their block.
-
-    Parameters
-    ----------
-    block
-        Residual entries between candidates, shape (m, m).
-    odds
-        Their residual diagonal when they were drawn.
-    noise
-        What a residual must exceed.
-    wanted
-        Pivots at most.
-    rng
-        Decides.
-    """
+    """Choose pivots among candidates, and the Cholesky factor of their block."""
     left = block.diagonal().copy()
     columns = np.empty((len(block), wanted))
     chosen: list[int] = []
@@ -254,28 +190,6 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
     semi-definite to rounding, so that the factorisation fails, the shift that stabilises it is made larger, ten times
     at a time; ``shift`` says what it was.
 
-    Parameters
-    ----------
-    matrix
-        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
-    rank
-        Columns at most; default ``min(1000, n/10)``. Directions that hold nothing but the shift are left out.
-    ridge
-        λ, absolute.
-    seed
-        Equal seeds give equal bits.
-
-    Raises
-    ------
-    ConfigError
-        If the matrix or an option is wrong, or it is far from positive semi-definite.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
-    TileError
-        If a tile is missing or damaged; the message names it.
-
-    Notes
-    -----
     One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
     """
     start, operator = perf_counter(), as_operator(matrix)
@@ -304,13 +218,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
 
 
 def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """F with F F' the Nyström approximation of K + shift I, and the shift.
-
-    Raises
-    ------
-    ConfigError
-        If no shift that rounding explains makes it definite.
-    """
+    """F with F F' the Nyström approximation of K + shift I, and the shift."""
     size = float(np.linalg.norm(product))
     if size == 0.0:
         return np.zeros_like(product), 0.0
@@ -354,13 +262,7 @@ def _checked_ridge(ridge: float) -> float:
 
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
-    """The preconditioner of this name.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
+    """The preconditioner of this name."""
     if method == "rpcholesky":
         return randomly_pivoted_cholesky(operator, rank, ridge=ridge, seed=seed)
     if method == "nystrom":

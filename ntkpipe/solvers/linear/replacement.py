@@ -19,17 +19,9 @@ _MOST_POOR_GAINS = 2
 
 
 class Recurrence(ABC):
-    """An iteration that updates a solution and, by the same products, its residual.
+    """An iteration that updates a solution and, by the same products, its residual."""
 
-    Attributes
-    ----------
-    solution, residual
-        Shape (n, c), float64, updated in place. The residual is exact but for rounding, which adds up.
-    shares_directions
-        Whether columns advance by each other's directions, so that they restart together.
-    """
-
-    shares_directions = False
+    shares_directions = False  # whether columns advance by each other's directions, so that they restart together
 
     def __init__(self, solution: NDArray[np.float64], residual: NDArray[np.float64]) -> None:
         self.solution = solution
@@ -83,22 +75,14 @@ class Iterate(Progress):
 
     Of each column ``solution`` is the iterate of the smallest true residual that was computed; the last one if it was
     passes that ended it.
-
-    Attributes
-    ----------
-    residuals
-        True residuals of the solution, computed in float64 with the operator, relative to the right-hand sides, shape
-        (c,).
-    status, message
-        As of :class:`ntkpipe.solvers.result.Result`.
-    gave_up
-        Whether it was the caller who ended it.
     """
 
+    # True residuals of the solution, computed in float64 with the operator, relative to the right-hand sides, shape
+    # (c,)
     residuals: NDArray[np.float64]
-    status: Status
+    status: Status  # status, message: as of :class:`ntkpipe.solvers.result.Result`
     message: str
-    gave_up: bool
+    gave_up: bool  # whether it was the caller who ended it
 
 
 Keep = Callable[[Progress], None]
@@ -141,33 +125,6 @@ def iterate(
     Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
     pass.
 
-    Parameters
-    ----------
-    operator
-        A, symmetric and, it is hoped, positive definite.
-    rhs
-        B, shape (n, c), float64, finite.
-    make
-        The iteration, from a solution and its residual, both of which it owns. Columns are scaled to norm one.
-    initial
-        Where to start; default zero, which is also taken for columns that it is better for. It is one pass.
-    tol
-        Largest residual of a column, relative to its right-hand side, in the 2-norm.
-    max_passes
-        Products at most, checks and those of ``earlier`` included; at least two.
-    monitor
-        Called after each pass, with the work of this call.
-    give_up
-        Called with the history of this call after each iteration: whether to stop at this point.
-    earlier
-        Where another call was: the start instead of ``initial``, one pass, also for columns whose residual has grown
-        beyond that of zero. The result counts what led there.
-    keep
-        Called with the progress after each computation of true residuals, and where an exception (Ctrl-C) ends a call
-        that has made any.
-
-    Notes
-    -----
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
     loop = _Loop(operator, rhs, initial, tol, max_passes, monitor, earlier, keep)

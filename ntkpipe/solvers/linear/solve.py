@@ -202,13 +202,7 @@ def _solve_all(
     options: Options,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Solution, ...]:
-    """Check everything, and solve from the largest ridge to the smallest.
-
-    Raises
-    ------
-    ConfigError
-        If an option is wrong.
-    """
+    """Check everything, and solve from the largest ridge to the smallest."""
     operator, room = open_for_solver(matrix, options.memory_limit)
     options = replace(options, memory_limit=room)
     block = as_block("right-hand sides", rhs, operator.num_rows)

@@ -257,13 +257,7 @@ def _is_indefinite(error: Exception) -> bool:
 
 
 def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:
-    """Refuse before anything is read.
-
-    Raises
-    ------
-    ResourceError
-        If blocks and preconditioner do not fit.
-    """
+    """Refuse before anything is read."""
     needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
     room = memory_room(memory_limit, share=1.0)
     if needed > room:

@@ -22,17 +22,6 @@ class Davidson:
     The space V gets ``T R`` of the residuals R of the leading Ritz pairs, where T is about K^-1; with T = K^-1 that is
     inverse iteration accelerated by its whole space. K V is kept beside V, so residuals are differences of products
     with K and assume nothing. Memory is ``2 * 12 b n`` float64.
-
-    Parameters
-    ----------
-    num_rows
-        n.
-    block
-        b, columns of a pass.
-    inverse
-        T: maps shape (n, c) to (n, c).
-    seed
-        Of the first block.
     """
 
     def __init__(self, num_rows: int, block: int, inverse: Inverse, seed: int) -> None:

@@ -38,24 +38,12 @@ class TopPairs(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of eigenvalues above thresholds. Attributes have one entry a threshold.
+    """Numbers of eigenvalues above thresholds. Attributes have one entry a threshold."""
 
-    Attributes
-    ----------
-    thresholds
-        λ.
-    values
-        Estimates of N(λ).
-    standard_errors
-        What other probes would change: one standard deviation of the mean.
-    truncation_errors
-        What more steps with the same probes could change at most.
-    """
-
-    thresholds: NDArray[np.float64]
-    values: NDArray[np.float64]
-    standard_errors: NDArray[np.float64]
-    truncation_errors: NDArray[np.float64]
+    thresholds: NDArray[np.float64]  # λ
+    values: NDArray[np.float64]  # estimates of N(λ)
+    standard_errors: NDArray[np.float64]  # what other probes would change: one standard deviation of the mean
+    truncation_errors: NDArray[np.float64]  # what more steps with the same probes could change at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +78,7 @@ class Density(Result):
     resolved_above: float
 
     def count_above(self, thresholds: ArrayLike) -> Counts:
-        """Numbers of eigenvalues above thresholds, with their errors.
-
-        Parameters
-        ----------
-        thresholds
-            One or more λ. Where many eigenvalues equal λ, which of them count is left to rounding.
-        """
+        """Numbers of eigenvalues above thresholds, with their errors."""
         wanted = np.asarray(thresholds, np.float64).reshape(-1)
         return _count(Rule(self.nodes, self.weights, self.node_residuals), self.eigenvalues, self.num_rows, wanted)
 
@@ -105,13 +87,6 @@ class Density(Result):
 
         Nodes become Gaussian bells in log10 λ; their area is the number of eigenvalues. What is below the floor is
         left out.
-
-        Parameters
-        ----------
-        num_points
-            Of the grid.
-        width
-            Standard deviation of a bell, in decades.
         """
         values = np.concatenate([self.eigenvalues, self.nodes.reshape(-1)])
         weights = np.concatenate([np.ones(len(self.eigenvalues)), self.weights.reshape(-1) / len(self.nodes)])
@@ -142,22 +117,7 @@ class Density(Result):
 def smoothed(
     values: NDArray[np.float64], weights: NDArray[np.float64], floor: float, *, num_points: int, width: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighted eigenvalues as a density per decade: ``(λ, density)``; see :meth:`Density.smooth`.
-
-    Parameters
-    ----------
-    values, weights
-        Shape (m,): a value stands for so many eigenvalues.
-    floor
-        Values below are left out.
-    num_points, width
-        Of the grid, and of the bells in decades.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of range.
-    """
+    """Weighted eigenvalues as a density per decade: ``(λ, density)``; see :meth:`Density.smooth`."""
     check_number("num_points", num_points, low=2)
     check_number("width", width, low=1e-3, high=10.0)
     kept = (values > floor) & (weights > 0)
@@ -339,13 +299,7 @@ def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Statu
 
 
 def _exact_pairs(top: TopPairs | None, num_rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Values, descending, and vectors.
-
-    Raises
-    ------
-    ConfigError
-        If shapes do not fit, or vectors are not orthonormal.
-    """
+    """Values, descending, and vectors."""
     if top is None:
         return np.zeros(0), None
     values, vectors = np.array(top.eigenvalues, np.float64), np.asarray(top.eigenvectors, np.float64)

@@ -22,22 +22,7 @@ _MOST_RATE_STEPS = 30
 
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: int | None) -> int:
-    """Lanczos steps whose vectors fit the memory, ``wanted`` at most.
-
-    Parameters
-    ----------
-    num_rows, num_columns
-        Of one block. A step keeps one block in float64; two more are at work.
-    wanted
-        Most steps.
-    memory_limit
-        Bytes that this process may have; half of what is free if none.
-
-    Raises
-    ------
-    ResourceError
-        If not even two steps fit.
-    """
+    """Lanczos steps whose vectors fit the memory, ``wanted`` at most."""
     limit = max(0, memory_room(memory_limit))
     block = 8 * num_rows * num_columns
     fitting = limit // block - 3
@@ -62,15 +47,6 @@ class ProbeLanczos:
 
     Every new vector is orthogonalised twice against all older ones of its column: without it copies ("ghosts") of
     converged eigenvalues appear, which spoil counts. Memory is ``(max_steps + 1) p n`` float64, touched as needed.
-
-    Parameters
-    ----------
-    probes
-        Shape (n, p).
-    max_steps
-        Most steps.
-    deflate
-        Orthonormal columns, shape (n, k), that probes and all that follows are kept orthogonal to.
     """
 
     def __init__(self, probes: NDArray[np.float64], max_steps: int, deflate: NDArray[np.float64] | None = None) -> None:
@@ -161,17 +137,7 @@ class ProbeLanczos:
 
 
 class TopEigenvalue:
-    """The largest eigenvalue, by the Lanczos process of one random vector.
-
-    Attributes
-    ----------
-    lanczos
-        The process, whose ``block`` is to be multiplied.
-    value
-        The largest Ritz value.
-    is_settled
-        Whether it is the largest eigenvalue to ten digits, or as many steps were taken as are worth it.
-    """
+    """The largest eigenvalue, by the Lanczos process of one random vector."""
 
     def __init__(self, num_rows: int, seed: int) -> None:
         start = np.random.default_rng(seed).standard_normal((num_rows, 1))
@@ -223,13 +189,6 @@ class BlockLanczos:
     ``K V = V T + next_block @ [0 ... 0 coupling]`` with orthonormal V whose first columns span the block:
     ``block = V[:, :r] @ start``. Directions that repeat or vanish are dropped, then and later, so blocks may shrink.
     Memory is the vectors, ``columns * n`` float64, touched as they are needed.
-
-    Parameters
-    ----------
-    block
-        Shape (n, c). Columns of very unlike sizes should be scaled before.
-    max_steps
-        Most steps.
     """
 
     def __init__(self, block: NDArray[np.float64], max_steps: int) -> None:

@@ -181,13 +181,7 @@ def _options(
 
 
 def _require_memory(num_rows: int, options: Mapping[str, Any], room: int) -> None:
-    """Fail now and not when the basis is nearly full.
-
-    Raises
-    ------
-    ResourceError
-        If the vectors do not fit.
-    """
+    """Fail now and not when the basis is nearly full."""
     k, block, max_basis = (int(options[name]) for name in ("k", "block", "max_basis"))
     need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
     if need > room:

@@ -13,21 +13,12 @@ _SETTLED = 1e-2
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule for each of p measures.
+    """One rule for each of p measures."""
 
-    Attributes
-    ----------
-    nodes
-        Ritz values, shape (p, m), ascending.
-    weights
-        Shape (p, m), not negative. They add up to the mass of the measure, which is the probe's squared norm.
-    residuals
-        Of the Ritz pairs, with rounding, shape (p, m): an eigenvalue is so near.
-    """
-
-    nodes: NDArray[np.float64]
+    nodes: NDArray[np.float64]  # ritz values, shape (p, m), ascending
+    # Shape (p, m), not negative. They add up to the mass of the measure, which is the probe's squared norm.
     weights: NDArray[np.float64]
-    residuals: NDArray[np.float64]
+    residuals: NDArray[np.float64]  # of the Ritz pairs, with rounding, shape (p, m): an eigenvalue is so near
 
     def integrate(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
         """Integral of a function of the nodes, shape (p,)."""
@@ -65,15 +56,7 @@ class Rule:
 
 
 def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64]) -> Rule:
-    """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969).
-
-    Parameters
-    ----------
-    alphas, betas
-        Diagonals and couplings, both of shape (p, m); the last coupling leads out of the space.
-    masses
-        Shape (p,).
-    """
+    """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969)."""
     nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
     rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
     return Rule(nodes, masses[:, None] * vectors[:, 0] ** 2, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
@@ -82,17 +65,7 @@ def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: 
 def radau_rule(
     alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64], end: float
 ) -> Rule:
-    """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973).
-
-    Parameters
-    ----------
-    alphas, betas
-        Shape (p, m); the last coupling leads out of the space.
-    masses
-        Shape (p,).
-    end
-        A lower bound of the spectrum, strictly below the Gauss nodes.
-    """
+    """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973)."""
     num_steps = alphas.shape[1]
     shifted = _tridiagonal(alphas, betas) - end * np.eye(num_steps)
     right = np.zeros((*alphas.shape, 1))

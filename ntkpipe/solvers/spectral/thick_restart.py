@@ -29,21 +29,12 @@ Limits = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenpairs in a basis.
+    """Approximate eigenpairs in a basis."""
 
-    Attributes
-    ----------
-    values
-        Shape (k,), descending.
-    coordinates
-        Shape (m, k): of the vectors in the basis V; (m + w, k) of refined ones, in [V, Q].
-    residuals
-        Norms of the residuals, shape (k,).
-    """
-
-    values: NDArray[np.float64]
+    values: NDArray[np.float64]  # shape (k,), descending
+    # Shape (m, k): of the vectors in the basis V; (m + w, k) of refined ones, in [V, Q]
     coordinates: NDArray[np.float64]
-    residuals: NDArray[np.float64]
+    residuals: NDArray[np.float64]  # norms of the residuals, shape (k,)
 
 
 class ThickRestart:
@@ -54,19 +45,6 @@ class ThickRestart:
     special case.
 
     Memory is ``(max_basis + 4 b) n`` float64.
-
-    Parameters
-    ----------
-    num_rows
-        n.
-    block
-        b, columns of a pass.
-    max_basis
-        Most columns of V.
-    keep
-        Columns that V is cut to when it is full, at least the number of wanted pairs.
-    seed
-        Of the first block, and of columns that take the place of those of an exhausted space.
     """
 
     def __init__(self, num_rows: int, block: int, max_basis: int, keep: int, seed: int) -> None:
@@ -152,17 +130,7 @@ class ThickRestart:
         return self._extended
 
     def advance(self, operator: Operator, k: int, limits: Limits) -> None:
-        """One pass: the product with Q, which joins V; then the next Q. A full V is cut.
-
-        Parameters
-        ----------
-        operator
-            K.
-        k
-            Pairs that are looked at.
-        limits
-            Residuals are compared in units of these.
-        """
+        """One pass: the product with Q, which joins V; then the next Q. A full V is cut."""
         before = self.ritz(k)
         refined = self._extend(k)[1] if self._is_refinable(k) else None
         quiet = self._quiet
@@ -276,13 +244,7 @@ class ThickRestart:
         return {name for name, _ in self._pieces} | self._small().keys()
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`.
-
-        Raises
-        ------
-        ValueError
-            If the state has more columns than there may be.
-        """
+        """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`."""
         self._passes, self._level = as_integer(state["passes"]), as_number(state["level"])
         self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
         self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])

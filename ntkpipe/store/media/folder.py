@@ -42,14 +42,9 @@ class Medium(ABC):
     Names are relative to the store, parts joined by ``/``. Whatever fails is an ``OSError``: ``FileNotFoundError``
     where there is nothing of that name, :class:`StoreError` where the medium knows what to do next, what the system
     says otherwise.
-
-    Attributes
-    ----------
-    root
-        Path or URL of the store.
     """
 
-    root: Path | str
+    root: Path | str  # path or URL of the store
 
     @abstractmethod
     def address(self, name: str) -> Path | str:
@@ -61,36 +56,10 @@ class Medium(ABC):
 
     @abstractmethod
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
-        """All bytes of ``name``.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is none.
-        OversizeError
-            If they are more than ``limit``; none of them was read.
-        """
+        """All bytes of ``name``."""
 
     def get_into(self, name: str, buffer: memoryview, arrived: Callable[[int, int], None]) -> int:
-        """All bytes of ``name`` at the beginning of a buffer that may be reused, and their number.
-
-        Parameters
-        ----------
-        name
-            What is read.
-        buffer
-            Where bytes go.
-        arrived
-            Called with the bounds of each piece of the buffer once it is there, in order: what is done with it then
-            finds it in the processor's cache.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is none.
-        OversizeError
-            If they are more than the buffer; none of them was read.
-        """
+        """All bytes of ``name`` at the beginning of a buffer that may be reused, and their number."""
         data = memoryview(self.get(name, len(buffer)))
         for start in range(0, len(data), _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
@@ -149,37 +118,15 @@ class Medium(ABC):
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
-        """Be the only user.
-
-        Raises
-        ------
-        BlockingIOError
-            If somebody holds :meth:`in_use`.
-        StoreError
-            If that cannot be known here.
-        """
+        """Be the only user."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Remove the whole store, in a way that never leaves half of one.
-
-        Raises
-        ------
-        BlockingIOError
-            If somebody holds :meth:`in_use`.
-        StoreError
-            If that cannot be known here, or the root is not to be removed.
-        """
+        """Remove the whole store, in a way that never leaves half of one."""
 
 
 class OversizeError(StoreError):
-    """Something is larger than anything that belongs there, so it was not read.
-
-    Attributes
-    ----------
-    size
-        Its bytes.
-    """
+    """Something is larger than anything that belongs there, so it was not read."""
 
     def __init__(self, where: Path | str, size: int, limit: int) -> None:
         super().__init__(f"{where} has {size} bytes; at most {limit} are read of such a file")
@@ -187,13 +134,7 @@ class OversizeError(StoreError):
 
 
 def check_name(name: str) -> None:
-    """Check that a name stays below the root.
-
-    Raises
-    ------
-    StoreError
-        If it does not.
-    """
+    """Check that a name stays below the root."""
     if "\0" in name or any(part in {"", ".", ".."} for part in name.split("/")):
         raise StoreError(f"{name!r} is no name inside a store; nothing was read or written")
 
@@ -301,13 +242,7 @@ class Folder(Medium):
             return create(path)
 
     def _inside(self, name: str) -> Path:
-        """Path of ``name`` for writing.
-
-        Raises
-        ------
-        StoreError
-            If a symbolic link leads elsewhere.
-        """
+        """Path of ``name`` for writing."""
         check_name(name)
         folder = str(self.root)
         for part in name.split("/")[:-1]:

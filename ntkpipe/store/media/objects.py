@@ -51,16 +51,6 @@ class ObjectMedium(Medium):
     (``If-None-Match``): of creators at once one wins. There are no locks, so nobody can know whether another run is
     writing: :meth:`exclusive` and :meth:`remove`, and with them ``mode="w"``, are refused. Two runs of the same
     manifest at once are harmless: they write equal bytes.
-
-    Parameters
-    ----------
-    url
-        ``scheme://bucket/prefix``.
-
-    Raises
-    ------
-    StoreError
-        If the URL is of another form, or holds credentials or options.
     """
 
     def __init__(self, url: str) -> None:
@@ -118,13 +108,7 @@ class ObjectMedium(Medium):
             obstore.put(self._client, name, b"".join(parts), use_multipart=False)
 
     def put_new(self, name: str, data: Data) -> bool:
-        """See :meth:`Medium.put_new`.
-
-        Raises
-        ------
-        StoreError
-            If the server does not know conditional requests, so that of creators at once the last would win.
-        """
+        """See :meth:`Medium.put_new`."""
         check_name(name)
         created = self._create(name, data)
         if created and not self._refuses_to_overwrite:
@@ -212,26 +196,14 @@ class ObjectMedium(Medium):
         yield
 
     def exclusive(self) -> NoReturn:
-        """See :meth:`Medium.exclusive`: never granted.
-
-        Raises
-        ------
-        StoreError
-            Always.
-        """
+        """See :meth:`Medium.exclusive`: never granted."""
         raise StoreError(
             f"{self.root} is in an object store, which has no locks, so nobody knows whether another run writes to it; "
             "a store there is only ever created and completed"
         )
 
     def remove(self) -> None:
-        """See :meth:`Medium.remove`: refused.
-
-        Raises
-        ------
-        StoreError
-            Always.
-        """
+        """See :meth:`Medium.remove`: refused."""
         raise StoreError(
             f"{self.root} is in an object store, which has no locks, so mode='w' does not remove it; use another URL, "
             "or delete the prefix yourself once no run writes to it"
@@ -239,15 +211,7 @@ class ObjectMedium(Medium):
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[None]:
-        """Errors of the client in our words, with what to do next.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such object.
-        StoreError
-            If there is no bucket, no network, no permission, or something else goes wrong.
-        """
+        """Errors of the client in our words, with what to do next."""
         try:
             yield
         except StoreError:
@@ -305,13 +269,7 @@ def _in_one_line(text: str) -> str:
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and prefix of a URL.
-
-    Raises
-    ------
-    StoreError
-        If it has another form. The message does not repeat what may be a secret.
-    """
+    """Scheme, bucket and prefix of a URL."""
     parts = urlsplit(url)
     if parts.scheme not in _CLIENTS:
         known = ", ".join(f"{scheme}://" for scheme in _CLIENTS)

@@ -41,13 +41,7 @@ class State(Enum):
 
 
 def state_of(store: Store) -> State:
-    """How far the growth of a store is, from one small file.
-
-    Raises
-    ------
-    StoreError
-        If that file is damaged, or of another store.
-    """
+    """How far the growth of a store is, from one small file."""
     where = f"{_RECORD} of {store.root}"
     try:
         attributes = group_attributes(store.medium.get(_RECORD), where)
@@ -102,14 +96,9 @@ def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
 
 @dataclass(frozen=True)
 class Kept:
-    """Old entries of chunks that a growth makes larger.
+    """Old entries of chunks that a growth makes larger."""
 
-    Attributes
-    ----------
-    levels
-        The arrays that are kept aside and the chunks that they have, the latest growth first.
-    """
-
+    # The arrays that are kept aside and the chunks that they have, the latest growth first
     levels: tuple[tuple[Mapping[str, StoredArray], frozenset[Chunk]], ...] = ()
 
     @classmethod
@@ -128,13 +117,7 @@ class Kept:
         return frozenset().union(*(chunks for _, chunks in self.levels))
 
     def read(self, array: str, index: Index) -> NDArray[Any] | None:
-        """The old entries of a chunk, its leading ones along every axis, or none.
-
-        Raises
-        ------
-        TileError
-            If they are damaged.
-        """
+        """The old entries of a chunk, its leading ones along every axis, or none."""
         for arrays, chunks in self.levels:
             if (array, index) in chunks:
                 return arrays[array].read(index)
@@ -151,26 +134,7 @@ NOTHING = Kept()
 
 
 def begin(store: Store, after: Manifest) -> Store:
-    """Steps 1 to 4: give a store, whose ragged edge is complete, its new size.
-
-    Parameters
-    ----------
-    store
-        No growth of it is under way.
-    after
-        Made by :meth:`Manifest.grown` of the store's.
-
-    Returns
-    -------
-    The store with the new manifest. Old entries at the ragged edge are kept aside; :func:`finish` ends that.
-
-    Raises
-    ------
-    TileError
-        If a chunk at the edge is missing or damaged. Nothing has changed then.
-    StoreError
-        If another run is writing to it.
-    """
+    """Steps 1 to 4: give a store, whose ragged edge is complete, its new size."""
     chunks = sorted(ragged(store.manifest, after))
     grown = Store(store.medium, after)
     with store.exclusive("it cannot grow"):
@@ -195,13 +159,7 @@ def begin(store: Store, after: Manifest) -> Store:
 
 
 def undo_cut_growth(store: Store) -> bool:
-    """Put a store back as it was if a growth was cut short before its manifest was replaced, and say whether.
-
-    Raises
-    ------
-    StoreError
-        If another run is writing to it, as one that lets it grow right now.
-    """
+    """Put a store back as it was if a growth was cut short before its manifest was replaced, and say whether."""
     if state_of(store) is not State.BEGUN:
         return False
     with store.exclusive("it cannot grow"):
@@ -226,15 +184,7 @@ def end_growth(store: Store) -> bool:
 
 
 def finish(store: Store) -> None:
-    """Remove the copies of old entries once everything that they belong to is there and agrees.
-
-    Raises
-    ------
-    TileError
-        If a chunk does not have them, as where another program wrote it; it is named.
-
-    The caller holds :meth:`Store.in_use`, so that no other growth begins meanwhile.
-    """
+    """Remove the copies of old entries once everything that they belong to is there and agrees."""
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
     is_grown = state_of(store) is State.RESUMABLE  # else a repair has left them

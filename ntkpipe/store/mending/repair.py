@@ -28,19 +28,11 @@ _COMPUTED = "computed again"
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a repair did.
+    """One thing that a repair did."""
 
-    Attributes
-    ----------
-    array, index
-        The chunk, or the array or file and nothing.
-    done
-        What was done.
-    """
-
-    array: str
+    array: str  # array, index: the chunk, or the array or file and nothing
     index: Index
-    done: str
+    done: str  # what was done
 
 
 @dataclass(frozen=True)
@@ -94,26 +86,7 @@ def mend(
     done: tuple[Action, ...] = (),
     progress: bool,
 ) -> RepairReport:
-    """Repair a store, and keep a record of it below ``results/repairs``.
-
-    Parameters
-    ----------
-    store
-        The store.
-    compute
-        Computes the given chunks again, and replaces them one by one. None leaves bad chunks as they are.
-    verify
-        The verification afterwards, with certificates perhaps; default as before.
-    done
-        What was done already, as by :func:`undo`.
-    progress
-        Show progress bars.
-
-    Raises
-    ------
-    StoreError
-        If the store cannot be written.
-    """
+    """Repair a store, and keep a record of it below ``results/repairs``."""
 
     def look() -> VerificationReport:
         return verify_and_record(store, progress=progress) if verify is None else verify()

@@ -81,13 +81,7 @@ class _Lazy(BackendArray):
 
 
 class _LazyKernel(_Lazy):
-    """Kernels of one shape as (kernel, row sample, row covector, column sample, column covector).
-
-    Parameters
-    ----------
-    kernels
-        More than one where each output has a kernel of its own.
-    """
+    """Kernels of one shape as (kernel, row sample, row covector, column sample, column covector)."""
 
     def __init__(self, kernels: Sequence[Matrix]) -> None:
         self._kernels = tuple(kernels)
@@ -160,19 +154,7 @@ def to_dataset(
     group: str | None,
     output: int | None,
 ) -> xr.Dataset:
-    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel.KernelSet.to_xarray` says.
-
-    Parameters
-    ----------
-    manifest
-        Of the store.
-    arrays
-        Of the store, by name.
-    as_kernel
-        The kernel that one of them is.
-    group, output
-        Whose kernels; none for all parameters, and for every output where each has a kernel.
-    """
+    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel.KernelSet.to_xarray` says."""
     apart = get_kind(manifest.kind).pairs == "same" and output is None
     prefixes = [prefix_of(group, number) for number in (range(manifest.num_outputs) if apart else [output])]
 

@@ -22,12 +22,7 @@ def windows(
     count: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """What a kernel sees of (B, C, *space) at each of its places, without a copy.
-
-    Returns
-    -------
-    Shape (B, *count, groups, *kernel, C / groups), a strided view.
-    """
+    """What a kernel sees of (B, C, *space) at each of its places, without a copy."""
     spatial = x.stride()[2:]
     channels = x.shape[1] // groups
     shape = (x.shape[0], *count, groups, *kernel, channels)

@@ -16,66 +16,34 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outer:
-    """Rows z_r = W a_r, group by group: the Jacobian is ``sum_r d_r (x) a_r``.
+    """Rows z_r = W a_r, group by group: the Jacobian is ``sum_r d_r (x) a_r``."""
 
-    Attributes
-    ----------
-    row_dims
-        How many leading axes of inputs and cotangents number the rows.
-    inputs
-        Makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are.
-    cotangents
-        Takes a gradient of the output to d, shape (*rows, groups, *out).
-    arrange
-        Takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape).
-    order
-        Names the order of elements in (groups, n_out, n_in): two uses of one function in the same order may be added up
-        before they are arranged.
-    """
-
-    row_dims: int
-    inputs: Thunk
-    cotangents: Map
-    arrange: Map
+    row_dims: int  # how many leading axes of inputs and cotangents number the rows
+    inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
+    cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
+    arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
+    # Names the order of elements in (groups, n_out, n_in): two uses of one function in the same order may be added up
+    # before they are arranged
     order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Rows z_r = w o x_r, or w + x_r: the Jacobian is ``sum_r d_r o x_r``, or ``sum_r d_r``.
+    """Rows z_r = w o x_r, or w + x_r: the Jacobian is ``sum_r d_r o x_r``, or ``sum_r d_r``."""
 
-    Attributes
-    ----------
-    row_dims
-        As in :class:`Outer`.
-    inputs
-        Makes x, shape (*rows, n), the operand's elements in order along the last axis; none stands for ones.
-    cotangents
-        Takes a gradient of the output to d, shape (*rows, n).
-    """
-
-    row_dims: int
+    row_dims: int  # as in :class:`Outer`
+    # Makes x, shape (*rows, n), the operand's elements in order along the last axis; none stands for ones
     inputs: Thunk | None
-    cotangents: Map
+    cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows z_r = W[k_r]: the Jacobian has d_r in row k_r, added up where an index repeats.
+    """Rows z_r = W[k_r]: the Jacobian has d_r in row k_r, added up where an index repeats."""
 
-    Attributes
-    ----------
-    row_dims
-        As in :class:`Outer`.
-    inputs
-        Makes the indices k, shape (*rows).
-    cotangents
-        Takes a gradient of the output to d, shape (*rows, n).
-    """
-
-    row_dims: int
-    inputs: Thunk
-    cotangents: Map
+    row_dims: int  # as in :class:`Outer`
+    inputs: Thunk  # makes the indices k, shape (*rows)
+    cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
 
 
 Form = Outer | Scale | Lookup
@@ -91,17 +59,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a rule says of one call.
+    """What a rule says of one call."""
 
-    Attributes
-    ----------
-    operands
-        By role, as ``weight`` and ``bias``.
-    saved
-        Tensors that the forms will read later: they must not change in place after the call.
-    """
-
-    operands: dict[str, Operand]
+    operands: dict[str, Operand]  # by role, as `weight` and `bias`
+    # Tensors that the forms will read later: they must not change in place after the call
     saved: tuple[Tensor, ...] = ()
 
 

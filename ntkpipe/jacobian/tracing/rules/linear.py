@@ -22,15 +22,6 @@ def contraction(
 
     Axes of both that are summed over are a's, axes of the weight alone are d's, axes of x alone number the rows, and
     axes of all three number the groups.
-
-    Parameters
-    ----------
-    x, weight
-        The factors. An axis of size one is broadcast along the same axis of the other.
-    x_labels, weight_labels, out_labels
-        Their axes and those of the output.
-    scale
-        What the product is multiplied by.
     """
     if any(len(set(labels)) < len(labels) for labels in (x_labels, weight_labels, out_labels)):
         return None
