@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_streamed_and_says_so(store, monkeypatch: pytest.Mo
         raise ResourceError("too large")
 
     exact = make_text(store)
-    for module in ("report.gather", "analysis.eigensystem"):
+    for module in ("report.gather", "learning.regression.eigensystem"):
         monkeypatch.setattr(f"ntkpipe.{module}.eigh", too_large)
     monkeypatch.setattr("ntkpipe.analysis.spectrum.eigvalsh", too_large)
     for name in ("spectrum", "alignment", "generalisation"):
