@@ -9,6 +9,7 @@ import pytest
 from figures import FIGURES, drawn, texts, tick_labels
 from matplotlib.colors import to_rgb
 
+from ntkpipe.report import theme
 from ntkpipe.report.theme import LOOKS, Look, render
 
 _WIDTHS = [Look(is_dark=False, is_narrow=narrow) for narrow in (True, False)]

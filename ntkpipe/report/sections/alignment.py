@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
 from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
@@ -32,7 +33,7 @@ def alignment_section(found: Findings | Missing, spectrum: Findings | Missing) -
     return Section("alignment", _TITLE, _INTRO, tuple(parts))
 
 
-def _plot(found: Findings, power: Values, held: Values | None, error: float) -> Plot:
+def _plot(found: Findings, power: FloatArray, held: FloatArray | None, error: float) -> Plot:
     counts = _directions(found)
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
@@ -62,7 +63,7 @@ def _directions(found: Findings) -> list[str]:
     return ["more than are known" if np.isnan(count) else f"{int(count):,}" for count in counts[: len(_SHARES)]]
 
 
-def _numbers(found: Findings, power: Values) -> PageTable:
+def _numbers(found: Findings, power: FloatArray) -> PageTable:
     rows = [
         ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.number("alignment"))),
         ("the same, kernel and targets centred", number(found.number("centred_alignment"))),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
 from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
@@ -53,7 +54,7 @@ def generalisation_section(found: Findings | Missing, mean_diagonal: float) -> S
     return Section("generalisation", title, _INTRO, tuple(parts), missing)
 
 
-def _losses(found: Findings, ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
+def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
     trusted = ranges(ridges.tolist(), found.flags("kare_is_trusted"))
     also = ranges(ridges.tolist(), found.flags("eigenlearning_is_trusted"))
     return Plot(
@@ -73,7 +74,7 @@ def _losses(found: Findings, ridges: Values, curves: Curves, mean_diagonal: floa
     )
 
 
-def _ratios(ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
+def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
     # In logarithms; zero is far from everything.
     distances = np.abs(np.log(np.maximum(ridges, 1e-300) / max(mean_diagonal, 1e-300)))
     smallest, nearest = int(np.argmin(ridges)), int(np.argmin(distances))
@@ -96,12 +97,12 @@ def _ratios(ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
     )
 
 
-def _ends(values: Values) -> str:
+def _ends(values: FloatArray) -> str:
     known = values[np.isfinite(values)]
     return f"{number(known[0], 3)} to {number(known[-1], 3)}" if len(known) else "nothing"
 
 
-def _table(found: Findings, ridges: Values) -> PageTable:
+def _table(found: Findings, ridges: FloatArray) -> PageTable:
     columns = {
         "test loss": ("test_loss", "test_loss_error"),
         "KARE": ("kare", "kare_error"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.choosing import Chosen, choose
 from ntkpipe.report.figures.regression import Curve, over_ridges
 from ntkpipe.report.findings import Findings, Missing
@@ -47,7 +48,7 @@ def _curves(found: Findings, names: dict[Quantity, tuple[str, str, str | None]])
     return curves
 
 
-def _losses(found: Findings, ridges: Values, chosen: Chosen) -> Plot:
+def _losses(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
     curves = _curves(
         found,
         {
@@ -78,7 +79,7 @@ def _losses(found: Findings, ridges: Values, chosen: Chosen) -> Plot:
     )
 
 
-def _accuracies(found: Findings, ridges: Values, chosen: Chosen) -> Plot:
+def _accuracies(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
     curves = _curves(
         found,
         {
@@ -102,7 +103,7 @@ def _accuracies(found: Findings, ridges: Values, chosen: Chosen) -> Plot:
     )
 
 
-def _table(found: Findings, ridges: Values) -> PageTable:
+def _table(found: Findings, ridges: FloatArray) -> PageTable:
     mean = found.number("mean_diagonal")
     losses = {
         "training loss": ("train_loss", None),
