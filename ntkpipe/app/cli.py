@@ -15,8 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from ntkpipe.app import analysis_commands as cli_analyses
-from ntkpipe.app import solver_commands as cli_solvers
+from ntkpipe.app.commands import COMMANDS
 from ntkpipe.base.config import parse_bytes
 from ntkpipe.base.errors import (
     ConfigError,
@@ -43,7 +42,7 @@ from ntkpipe.store.watch import watch
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
 _FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
 
-_COMMANDS = tuple(str(command.name) for command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS))
+_COMMANDS = tuple(str(command.name) for command in COMMANDS)
 
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
@@ -318,7 +317,7 @@ def report(
         print_rows(f"report {store}", written.rows())
 
 
-for _command in (*cli_solvers.COMMANDS, *cli_analyses.COMMANDS):
+for _command in COMMANDS:
     cli.add_command(_command)
 
 

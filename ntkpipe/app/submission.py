@@ -19,7 +19,7 @@ from distributed import Client, Future, fire_and_forget, get_worker, secede
 
 from ntkpipe.base.config import load_workflow
 from ntkpipe.base.errors import ClusterError, ConfigError, StoreError, StoreNotFoundError
-from ntkpipe.executors import connect as cluster
+from ntkpipe.executors import connect
 from ntkpipe.executors.dask import TOPIC
 from ntkpipe.executors.payload import pack_code, unpack_code
 from ntkpipe.store.chunks import Mode, Store, medium_at
@@ -42,7 +42,7 @@ def submit(
     path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a", grow: bool = False
 ) -> Submission:
     """Send a workflow file, with all files of its folder, to a cluster and let it run there."""
-    if scheduler == cluster.LOCAL:
+    if scheduler == connect.LOCAL:
         raise ConfigError(
             "a local cluster would end with this command; start one with `dask scheduler` and `dask worker` and give "
             "its address, or use `ntkpipe run --scheduler local`"
@@ -50,9 +50,9 @@ def submit(
     where = str(medium_at(load_workflow(path, overrides).store).root)
     store = where if "://" in where else str(Path(where).absolute())
     code = pack_code(path.resolve().parent, everything=True)
-    with cluster.connect(scheduler) as client:
-        cluster.require_workers(client)
-        cluster.require_package(client)
+    with connect.connect(scheduler) as client:
+        connect.require_workers(client)
+        connect.require_package(client)
         key = f"ntkpipe-driver-{uuid4().hex}"
         seen = len(_announced(client, store))
         future: Future[None] = client.submit(

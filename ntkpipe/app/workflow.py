@@ -18,9 +18,9 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.build import compute as api
+from ntkpipe.build import compute
 from ntkpipe.build.plan import Plan, format_seconds
-from ntkpipe.build.upkeep import verify_repair as upkeep
+from ntkpipe.build.upkeep import verify_repair
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
@@ -98,7 +98,7 @@ def run(
     with contextlib.ExitStack() as stack:
         if client is None and limits.scheduler is not None:
             client = stack.enter_context(_connect(limits.scheduler, limits))
-        store = api.compute_kernel(
+        store = compute.compute_kernel(
             loaded.model,
             store=workflow.store,
             forward=loaded.forward,
@@ -126,20 +126,20 @@ def run(
 
 def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
     try:
-        from ntkpipe.executors import connect as cluster  # keeps distributed out of runs on one machine
+        from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"run.scheduler={scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
         ) from error
     num_gpus = 0 if limits.device == "cpu" else count_gpus()
-    return cluster.connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
+    return connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
 
 
 def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
     workflow = loaded.workflow
     limits = workflow.run
-    return api.plan_kernel(
+    return compute.plan_kernel(
         loaded.model,
         store=workflow.store,
         forward=loaded.forward,
@@ -154,7 +154,7 @@ def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterRe
 
 def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    return upkeep.verify(
+    return verify_repair.verify(
         store,
         loaded.model,
         loaded.data["inputs"],
@@ -170,7 +170,7 @@ def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) 
     limits = loaded.workflow.run
     with contextlib.ExitStack() as stack:
         client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
-        return upkeep.repair(
+        return verify_repair.repair(
             store,
             loaded.model,
             forward=loaded.forward,
@@ -229,7 +229,7 @@ def _result_rows(store: KernelStore) -> Rows:
 
 
 def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[Rows, bool]:
-    report = verify(loaded, store, progress=progress) if certify else upkeep.verify(store, progress=progress)
+    report = verify(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
     return verification_rows(report), report.is_good
 
 

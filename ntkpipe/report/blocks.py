@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.store.kernel import Kernel
 
-Values = NDArray[np.float64]
-Labels = NDArray[np.int64]
+BinLabels = NDArray[np.int64]
 
 # A screen shows no more.
 _MOST_BINS = 300
@@ -20,10 +20,10 @@ _MOST_BINS = 300
 class Arrangement:
     """Samples in the order in which a picture shows them."""
 
-    bins: Labels  # shape (N,): the row of the picture in which each sample is
+    bins: BinLabels  # shape (N,): the row of the picture in which each sample is
     num_bins: int  # rows of the picture
     # Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes
-    classes: Labels | None
+    classes: BinLabels | None
     names: tuple[str, ...]  # class numbers that occur
     bounds: tuple[int, ...]  # where one class ends and the next begins, in samples
     order: str  # what decides the order, in words
@@ -46,7 +46,7 @@ def arrange(targets: NDArray[Any] | None, num_samples: int, *, is_class: bool) -
     return Arrangement(bins, num_bins, classes, tuple(str(int(name)) for name in names), bounds, order)
 
 
-def block_means(kernel: Kernel, groupings: Sequence[tuple[Labels, int]]) -> list[Values]:
+def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> list[FloatArray]:
     """Mean entry of each pair of groups of samples, for one or more groupings; one pass over the stored tiles.
 
     Entries of a sample with itself are left out where a group has others. Of a full NTK the entry of two samples is the
@@ -71,14 +71,14 @@ def _samples(kernel: Kernel, tile: int) -> slice:
     return slice(rows.start // width, rows.stop // width)
 
 
-def _by_sample(tile: NDArray[Any], width: int) -> Values:
+def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
     if width == 1:
         return tile.astype(np.float64)
     blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
     return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
 
 
-def _add(total: Values, tile: Values, rows: Labels, columns: Labels) -> None:
+def _add(total: FloatArray, tile: FloatArray, rows: BinLabels, columns: BinLabels) -> None:
     """Add sums of a tile's entries by the groups of its rows and columns."""
     for labels in (rows, columns):
         order = np.argsort(labels, kind="stable")
@@ -89,7 +89,7 @@ def _add(total: Values, tile: Values, rows: Labels, columns: Labels) -> None:
     total[np.ix_(of_rows, groups)] += tile
 
 
-def _mean(total: Values, diagonal: Values, labels: Labels) -> Values:
+def _mean(total: FloatArray, diagonal: FloatArray, labels: BinLabels) -> FloatArray:
     """Sums over numbers of entries; a group of one sample has its diagonal entry alone."""
     sizes = np.bincount(labels, minlength=len(total)).astype(np.float64)
     counts, alone = np.outer(sizes, sizes), sizes == 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkpipe.report.findings import Found
+from ntkpipe.report.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Chosen:
     test_accuracy: float
 
 
-def choose(found: Found) -> Chosen:
+def choose(found: Findings) -> Chosen:
     """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge."""
     ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
     is_left_out = bool(np.isfinite(left_out).any())

@@ -7,9 +7,9 @@ from pathlib import Path
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
 from ntkpipe.report.choosing import choose
-from ntkpipe.report.findings import Found
+from ntkpipe.report.findings import Findings
 from ntkpipe.report.gather import Gathered
-from ntkpipe.report.parts import Page, Section, Table, Verdict
+from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
 from ntkpipe.report.sections.alignment import alignment_section
 from ntkpipe.report.sections.gaussian import gaussian_section
@@ -86,11 +86,11 @@ def _reading_section() -> Section:
             "figures of regression, filled circles are what was measured on the test set, squares on the training set, "
             "triangles are leave-one-out, and diamonds generalised cross-validation and KARE.",
         ),
-        (Table("Symbols", (), _SYMBOLS),),
+        (PageTable("Symbols", (), _SYMBOLS),),
     )
 
 
-def verdict(gathered: Gathered) -> Verdict:
+def verdict(gathered: Gathered) -> Headline:
     """Whether the kernel is right, and what it is good for, in one line."""
     records = gathered.records
     is_good, certificate = records.is_verified, records.worst_certificate
@@ -101,13 +101,13 @@ def verdict(gathered: Gathered) -> Verdict:
     elif is_good is not None:
         said.append("no certificate against the model")
     said += _regression_in_words(gathered)
-    return Verdict(is_good, lead, "".join(f"; {words}" for words in said) + ".")
+    return Headline(is_good, lead, "".join(f"; {words}" for words in said) + ".")
 
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
     found, test = gathered.found["regression"], gathered.store.manifest.test
-    if not isinstance(found, Found) or test is None:
+    if not isinstance(found, Findings) or test is None:
         return []
     chosen = choose(found)
     if math.isfinite(chosen.test_accuracy):
@@ -121,7 +121,7 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     """What readers look for first."""
     numbers: list[tuple[str, str]] = []
     regression, spectrum = gathered.found["regression"], gathered.found["spectrum"]
-    if isinstance(regression, Found):
+    if isinstance(regression, Findings):
         chosen = choose(regression)
         if math.isfinite(chosen.test_accuracy):
             numbers.append(("test accuracy", share(chosen.test_accuracy)))
@@ -130,7 +130,7 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
         numbers.append(("best ridge λ", number(chosen.ridge, 3)))
     rows, columns = gathered.kernel.shape
     numbers.append(("kernel", f"{rows:,} × {columns:,}"))
-    if isinstance(spectrum, Found):
+    if isinstance(spectrum, Findings):
         numbers += [
             ("largest eigenvalue", number(spectrum.number("largest"))),
             ("condition number", number(spectrum.number("condition_low"), 3)),

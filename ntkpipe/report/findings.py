@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import StoreError
 from ntkpipe.solvers.result import Result
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Found:
+class Findings:
     """A result."""
 
     name: str  # of the result below `results/`
@@ -29,7 +28,7 @@ class Found:
     is_saved: bool  # whether an earlier step found it
 
     @classmethod
-    def of(cls, name: str, result: Result) -> "Found":
+    def of(cls, name: str, result: Result) -> "Findings":
         """One that was computed just now."""
         return cls(name, {**result.to_json(), **result.arrays()}, is_saved=False)
 
@@ -39,7 +38,7 @@ class Found:
             "again"
         )
 
-    def array(self, name: str, *, axes: int = 1) -> Values:
+    def array(self, name: str, *, axes: int = 1) -> FloatArray:
         """An array of numbers; NaN where something is not known."""
         try:
             found = np.asarray(self.values[name])
@@ -49,7 +48,7 @@ class Found:
             raise self._wrong(name)
         return found.astype(np.float64)
 
-    def optional_numbers(self, name: str) -> Values:
+    def optional_numbers(self, name: str) -> FloatArray:
         """A list of numbers; NaN where there is none."""
         found = self.values.get(name)
         if not isinstance(found, list | tuple) or any(isinstance(one, str | bool | list | dict) for one in found):
@@ -70,7 +69,7 @@ class Found:
             raise self._wrong(name)
         return tuple(found)
 
-    def arrays(self, *names: str) -> tuple[Values, ...]:
+    def arrays(self, *names: str) -> tuple[FloatArray, ...]:
         """Arrays of one axis and the same length."""
         found = tuple(self.array(name) for name in names)
         if len({len(values) for values in found}) > 1:

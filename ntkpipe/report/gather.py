@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.progress import Passes
@@ -17,7 +18,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.targets import num_classes_of
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.report.blocks import Arrangement, arrange, block_means
-from ntkpipe.report.findings import Found, Missing
+from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.direct.eigh import Spectrum, eigh
@@ -31,11 +32,9 @@ from ntkpipe.store.results import Checkpoint, load_result
 if TYPE_CHECKING:
     from distributed import Client
 
-Values = NDArray[np.float64]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PageOptions:
     """What was asked for; see :func:`ntkpipe.write_report`."""
 
     array: str  # array, ridges, ridge_scale, memory_limit, client, progress, saved_only: as there
@@ -54,8 +53,8 @@ class Gathered:
     store: KernelStore  # store, kernel: what the page is about
     kernel: Kernel
     records: Records  # what the store says of its making
-    found: Mapping[str, Found | Missing]  # what analyses found, by name
-    means: list[Values]  # of blocks of the kernel: rows of a picture, and classes if there are any
+    found: Mapping[str, Findings | Missing]  # what analyses found, by name
+    means: list[FloatArray]  # of blocks of the kernel: rows of a picture, and classes if there are any
     arrangement: Arrangement  # the order of samples in that picture
     images: StoredImages  # the samples, if they are images
     mean_diagonal: float  # of the kernel
@@ -67,11 +66,11 @@ class Gathered:
 class Inputs:
     """What analyses are given: the kernel as an operator, targets, the test set, all eigenpairs where they fit."""
 
-    def __init__(self, store: KernelStore, options: Options) -> None:
+    def __init__(self, store: KernelStore, options: PageOptions) -> None:
         self.store = store
         self.options = options
         self.kernel = find_kernel(store, options.array)
-        self.found: dict[str, Found | Missing] = {}
+        self.found: dict[str, Findings | Missing] = {}
         self.seconds: list[tuple[str, float]] = []
 
     @cached_property
@@ -172,7 +171,7 @@ class Analysis:
         return None
 
 
-def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis]) -> Gathered:
+def gather(store: KernelStore, options: PageOptions, analyses: Mapping[str, Analysis]) -> Gathered:
     """Read what is there and compute what is not."""
     inputs = Inputs(store, options)
     records = read_records(store)
@@ -191,10 +190,10 @@ def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis
         for name, analysis in analyses.items():
             inputs.found[name] = find(inputs, name, analysis)
     for one in inputs.found.values():
-        if isinstance(one, Found) and not one.is_saved:
+        if isinstance(one, Findings) and not one.is_saved:
             cost = one.mapping("work")
             work += Work(cost["passes"], cost["bytes_read"], cost["seconds"])
-    computed = [(name, one.seconds) for name, one in inputs.found.items() if isinstance(one, Found)]
+    computed = [(name, one.seconds) for name, one in inputs.found.items() if isinstance(one, Findings)]
     return Gathered(
         store=store,
         kernel=inputs.kernel,
@@ -210,7 +209,7 @@ def gather(store: KernelStore, options: Options, analyses: Mapping[str, Analysis
     )
 
 
-def find(inputs: Inputs, name: str, analysis: Analysis) -> Found | Missing:
+def find(inputs: Inputs, name: str, analysis: Analysis) -> Findings | Missing:
     """The saved result of an analysis if it is of this kernel and these options; or a new one, saved if that can be."""
     lacking = analysis.lacks(inputs)
     if lacking is not None:
@@ -218,13 +217,13 @@ def find(inputs: Inputs, name: str, analysis: Analysis) -> Found | Missing:
     store = inputs.store
     saved = load_result(store.store, result_name(name, inputs.kernel.name))
     if saved is not None and saved.get("matrix") == inputs.kernel.identity and analysis.is_current(inputs, saved):
-        return Found(name, saved, is_saved=True)
+        return Findings(name, saved, is_saved=True)
     if inputs.options.saved_only:
         return Missing(
             f"No step has saved this; write the report without saved_only (--saved-only), or compute {name} first."
         )
     try:
-        return Found.of(name, _compute(inputs, name, analysis))
+        return Findings.of(name, _compute(inputs, name, analysis))
     except (ConfigError, IndefiniteError, ResourceError) as error:
         return Missing(str(error))
 

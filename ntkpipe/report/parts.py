@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ntkpipe.report.look import Drawn
+    from ntkpipe.report.theme import Drawn
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows below a caption."""
 
     caption: str  # what the table holds
@@ -58,7 +58,7 @@ class Note:
     kind: str = "note"
 
 
-Part = Table | Plot | Gallery | Note
+Part = PageTable | Plot | Gallery | Note
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Headline:
     """The header's line."""
 
     is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
@@ -87,7 +87,7 @@ class Page:
 
     title: str  # title, subtitle: of the page
     subtitle: str
-    verdict: Verdict  # in one line
+    verdict: Headline  # in one line
     numbers: tuple[tuple[str, str], ...]  # (Name, value) of what readers look for first
     sections: tuple[Section, ...]  # in order
     footer: str  # what wrote it, and when

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.process import gaussian_process
 from ntkpipe.solvers.on_store import Question
 from ntkpipe.solvers.result import Result
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +30,12 @@ class JudgedPosterior(Result):
     mean_deviation: float  # mean standard deviation of the function at test samples, scaled
     # levels, coverage, unscaled_coverage: of :class:`ntkpipe.learning.gaussian.calibration.Calibration`, with
     # variances scaled, and as they are
-    levels: Values
-    coverage: Values
-    unscaled_coverage: Values
+    levels: FloatArray
+    coverage: FloatArray
+    unscaled_coverage: FloatArray
     # confidence, accuracy, counts, expected_calibration_error, mean_confidence, mean_accuracy: of it, scaled
-    confidence: Values = field(repr=False)
-    accuracy: Values = field(repr=False)
+    confidence: FloatArray = field(repr=False)
+    accuracy: FloatArray = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
     expected_calibration_error: float
     mean_confidence: float

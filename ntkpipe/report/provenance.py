@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.report.parts import Note, Section, Table
+from ntkpipe.report.parts import Note, PageTable, Section
 from ntkpipe.store.chunks import reading_results
 from ntkpipe.store.kernel import KernelStore
 from ntkpipe.store.manifest import DataRecord
@@ -90,8 +90,8 @@ def computed_section(store: KernelStore, array: str) -> Section:
             "digests, equal kernels.",
         ),
         (
-            Table("Model, data and numerics", (), tuple(rows)),
-            Table(
+            PageTable("Model, data and numerics", (), tuple(rows)),
+            PageTable(
                 "Parameters, and how their Jacobians were held",
                 ("parameter", "held as"),
                 (*held, *more),
@@ -123,10 +123,10 @@ def verification_section(store: KernelStore, records: Records) -> Section:
     with reading_results(store.path):
         missing, rows = _verification_rows(records)
         kernels = () if records.certificate is None else tuple(map(_certificate_row, records.certificate["kernels"]))
-    parts: list[Table | Note] = [Table("Checks that the store keeps", (), tuple(rows))] if rows else []
+    parts: list[PageTable | Note] = [PageTable("Checks that the store keeps", (), tuple(rows))] if rows else []
     if kernels:
         columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
-        parts.append(Table("Certificate: K v against J (Jᵀ v), relative, row by row", columns, kernels))
+        parts.append(PageTable("Certificate: K v against J (Jᵀ v), relative, row by row", columns, kernels))
     return Section(
         "verification",
         "Verification and certificate",
@@ -176,7 +176,7 @@ def _certificate_row(kernel: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(kernel["array"]), *numbers, outcome)
 
 
-def runs_table(store: KernelStore, records: Records) -> Table | None:
+def runs_table(store: KernelStore, records: Records) -> PageTable | None:
     """Every run that computed tiles."""
     with reading_results(store.path):
         rows = tuple(
@@ -204,4 +204,4 @@ def runs_table(store: KernelStore, records: Records) -> Table | None:
         "of attainable [%]",
         "peak memory",
     )
-    return Table("Runs that computed the kernel", columns, rows) if rows else None
+    return PageTable("Runs that computed the kernel", columns, rows) if rows else None

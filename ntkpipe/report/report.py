@@ -10,7 +10,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.report.analyses import ANALYSES
-from ntkpipe.report.gather import Options, gather
+from ntkpipe.report.gather import PageOptions, gather
 from ntkpipe.solvers.result import Result, Rows
 from ntkpipe.store.chunks import writing
 from ntkpipe.store.kernel import KernelStore, open_kernel
@@ -120,7 +120,7 @@ def write_report(
     _check_target(target)
     for ridge in ridges or ():
         check_number("ridge", ridge, low=0.0)
-    options = Options(
+    options = PageOptions(
         array=array,
         ridges=None if ridges is None else tuple(float(ridge) for ridge in ridges),
         ridge_scale=ridge_scale,

@@ -9,8 +9,8 @@ import pytest
 from figures import FIGURES, drawn, texts, tick_labels
 from matplotlib.colors import to_rgb
 
-from ntkpipe.report import look as looks
-from ntkpipe.report.look import LOOKS, Look, render
+from ntkpipe.report import theme
+from ntkpipe.report.theme import LOOKS, Look, render
 
 _WIDTHS = [Look(is_dark=False, is_narrow=narrow) for narrow in (True, False)]
 # Simulations of Viénot, Brettel and Mollon (1999), in linear RGB.
@@ -78,11 +78,11 @@ def test_figures_are_the_same_bytes_each_time_and_ask_nobody_for_anything() -> N
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_lines_have_contrast_and_differ_for_everybody(is_dark: bool) -> None:
     look = Look(is_dark=is_dark, is_narrow=False)
-    palette = looks._DARK if is_dark else looks._LIGHT
+    palette = theme._DARK if is_dark else theme._LIGHT
     for colour in palette.values():
         assert contrast(colour, look.background) >= 3, colour
     assert contrast(look.ink, look.background) >= 7
-    styles = [(line["linestyle"], line["marker"]) for line in map(look.line, looks._STYLES)]
+    styles = [(line["linestyle"], line["marker"]) for line in map(look.line, theme._STYLES)]
     assert len(set(styles)) == len(styles)
     used = [palette[colour] for colour in ("blue", "red", "green", "purple")]
     for seen in ("everybody", *_SEEN):

@@ -41,11 +41,11 @@ SECTIONS = [
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures have tests of their own, and take most of the time."""
     pixel = "data:image/svg+xml;base64,AAAA"
-    monkeypatch.setattr("ntkpipe.report.look._render", lambda draw, look, height: Drawn(look, pixel, 300, 200))
+    monkeypatch.setattr("ntkpipe.report.theme._render", lambda draw, look, height: Drawn(look, pixel, 300, 200))
 
 
 def Drawn(*arguments: Any) -> Any:  # noqa: N802 - the class, loaded where it is used
-    from ntkpipe.report.look import Drawn
+    from ntkpipe.report.theme import Drawn
 
     return Drawn(*arguments)
 

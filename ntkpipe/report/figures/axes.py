@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from ntkpipe.report.look import Look
+from ntkpipe.report.theme import Look
 
 # Of which labels at powers of ten are enough.
 _FEW_DECADES = 2.0

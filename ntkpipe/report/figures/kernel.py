@@ -5,19 +5,17 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import colour_bar, linear
-from ntkpipe.report.look import Draw, Look
-
-Values = NDArray[np.float64]
+from ntkpipe.report.theme import Draw, Look
 
 _MOST_NUMBERS = 12
 # More shades are not told apart, and make the page larger.
 _SHADES = 64
 
 
-def picture(means: Values, *, num_samples: int, bounds: Sequence[int], names: Sequence[str], order: str) -> Draw:
+def picture(means: FloatArray, *, num_samples: int, bounds: Sequence[int], names: Sequence[str], order: str) -> Draw:
     """Means of blocks of the kernel, in an order of the samples."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -53,7 +51,7 @@ def picture(means: Values, *, num_samples: int, bounds: Sequence[int], names: Se
     return draw
 
 
-def class_means(means: Values, names: Sequence[str]) -> Draw:
+def class_means(means: FloatArray, names: Sequence[str]) -> Draw:
     """Mean entry of each pair of classes, the diagonal of the kernel left out."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -81,7 +79,7 @@ def class_means(means: Values, names: Sequence[str]) -> Draw:
     return draw
 
 
-def _range(means: Values) -> tuple[float, float]:
+def _range(means: FloatArray) -> tuple[float, float]:
     """Colours from nearly the smallest to nearly the largest entry off the diagonal, which alone would be seen."""
     off = means[~np.eye(len(means), dtype=bool)] if len(means) > 1 else means.reshape(-1)
     low, high = (float(value) for value in np.nanpercentile(off, [0.5, 99.5]))

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent
-from ntkpipe.report.look import Draw, Look, Quantity
-
-Values = NDArray[np.float64]
+from ntkpipe.report.theme import Draw, Look, Quantity
 
 _RIDGE = "ridge λ [kernel units]"
 
@@ -20,15 +18,15 @@ class Curve:
     """A quantity over ridges."""
 
     label: str  # in the legend
-    values: Values  # one a ridge; NaN where there is none
-    errors: Values | None = None  # standard errors, where values are estimates
+    values: FloatArray  # one a ridge; NaN where there is none
+    errors: FloatArray | None = None  # standard errors, where values are estimates
 
 
 Curves = Mapping[Quantity, Curve]
 
 
 def over_ridges(
-    ridges: Values,
+    ridges: FloatArray,
     curves: Curves,
     *,
     unit: str,
@@ -64,13 +62,13 @@ def over_ridges(
     return draw
 
 
-def drawn_ridges(ridges: Values) -> Values:
+def drawn_ridges(ridges: FloatArray) -> FloatArray:
     """Where ridges are drawn on a logarithmic axis: zero one decade below the others."""
     positive = ridges[ridges > 0]
     return np.where(ridges > 0, ridges, positive.min() / 10 if len(positive) else 1.0)
 
 
-def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None = None) -> Draw:
+def ratios(ridges: FloatArray, curves: Curves, *, marked: Mapping[str, float] | None = None) -> Draw:
     """What estimates say over what was measured; one is right."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -91,7 +89,7 @@ def ratios(ridges: Values, curves: Curves, *, marked: Mapping[str, float] | None
     return draw
 
 
-def coverage(nominal: Values, scaled: Values, plain: Values) -> Draw:
+def coverage(nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> Draw:
     """How many targets lie in intervals that should hold a given share of them; variances scaled, and as they are."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -107,7 +105,7 @@ def coverage(nominal: Values, scaled: Values, plain: Values) -> Draw:
     return draw
 
 
-def reliability(confidence: Values, accuracy: Values, counts: Values) -> Draw:
+def reliability(confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> Draw:
     """How many of the samples are right that have a given confidence, in bins; empty ones are left out."""
 
     def draw(figure: Figure, look: Look) -> None:

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent, thinned
-from ntkpipe.report.look import Draw, Look
-
-Values = NDArray[np.float64]
+from ntkpipe.report.theme import Draw, Look
 
 
 @dataclass(frozen=True)
-class PowerLaw:
+class TailLine:
     """λ_k = amplitude · k^-exponent, fitted between two ranks."""
 
     exponent: float  # exponent, error: with its standard error
@@ -24,7 +22,7 @@ class PowerLaw:
     last: int
 
 
-def eigenvalues(values: Values, *, num_rows: int, floor: float, fit: PowerLaw | None) -> Draw:
+def eigenvalues(values: FloatArray, *, num_rows: int, floor: float, fit: TailLine | None) -> Draw:
     """Eigenvalues by rank, as known; the power law of their tail and the storage floor."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -48,7 +46,7 @@ def eigenvalues(values: Values, *, num_rows: int, floor: float, fit: PowerLaw | 
     return draw
 
 
-def density(places: Values, heights: Values, *, floor: float, is_estimate: bool) -> Draw:
+def density(places: FloatArray, heights: FloatArray, *, floor: float, is_estimate: bool) -> Draw:
     """Eigenvalues per decade over λ."""
 
     def draw(figure: Figure, look: Look) -> None:
@@ -69,7 +67,7 @@ def density(places: Values, heights: Values, *, floor: float, is_estimate: bool)
     return draw
 
 
-def cumulative(power: Values, share: Values | None, *, levels: Sequence[float] = (0.5, 0.9)) -> Draw:
+def cumulative(power: FloatArray, share: FloatArray | None, *, levels: Sequence[float] = (0.5, 0.9)) -> Draw:
     """Power of the targets along the k leading eigenvectors, and what of the trace these hold."""
 
     def draw(figure: Figure, look: Look) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from ntkpipe.report.figures.axes import linear
-from ntkpipe.report.look import Draw, Look
+from ntkpipe.report.theme import Draw, Look
 
 
 def bars(parts: Sequence[tuple[str, float]]) -> Draw:

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
-from ntkpipe.report.findings import Found, Missing, Values
-from ntkpipe.report.look import render
-from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, share, warnings
+from ntkpipe.report.theme import render
 
 _TITLE = "Alignment of kernel and targets"
 _INTRO = (
@@ -19,12 +20,12 @@ _INTRO = (
 _SHARES = ("50%", "90%", "99%")
 
 
-def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Section:
+def alignment_section(found: Findings | Missing, spectrum: Findings | Missing) -> Section:
     """Cumulative power and alignments."""
     if isinstance(found, Missing):
         return Section("alignment", _TITLE, _INTRO, (), found.why)
     power, eigenvalues, error = found.arrays("cumulative_power", "eigenvalues", "cumulative_power_error")
-    trace = spectrum.number("trace") if isinstance(spectrum, Found) else math.nan
+    trace = spectrum.number("trace") if isinstance(spectrum, Findings) else math.nan
     held = eigenvalues.cumsum() / trace if trace > 0 else None
     parts: list[Part] = [_plot(found, power, held, float(error.max(initial=0.0)))]
     parts.append(_numbers(found, power))
@@ -32,7 +33,7 @@ def alignment_section(found: Found | Missing, spectrum: Found | Missing) -> Sect
     return Section("alignment", _TITLE, _INTRO, tuple(parts))
 
 
-def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plot:
+def _plot(found: Findings, power: FloatArray, held: FloatArray | None, error: float) -> Plot:
     counts = _directions(found)
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
@@ -56,13 +57,13 @@ def _plot(found: Found, power: Values, held: Values | None, error: float) -> Plo
     )
 
 
-def _directions(found: Found) -> list[str]:
+def _directions(found: Findings) -> list[str]:
     """Numbers of eigenvectors that hold 50, 90 and 99% of the power."""
     counts = found.optional_numbers("num_directions")
     return ["more than are known" if np.isnan(count) else f"{int(count):,}" for count in counts[: len(_SHARES)]]
 
 
-def _numbers(found: Found, power: Values) -> Table:
+def _numbers(found: Findings, power: FloatArray) -> PageTable:
     rows = [
         ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.number("alignment"))),
         ("the same, kernel and targets centred", number(found.number("centred_alignment"))),
@@ -73,4 +74,4 @@ def _numbers(found: Found, power: Values) -> Table:
         ),
         ("computed", method_in_words(found)),
     ]
-    return Table("Alignment in numbers", (), tuple(rows))
+    return PageTable("Alignment in numbers", (), tuple(rows))

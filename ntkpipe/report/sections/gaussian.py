@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from ntkpipe.report.figures.regression import coverage, reliability
-from ntkpipe.report.findings import Found, Missing
-from ntkpipe.report.look import render
-from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, share, warnings, with_error
+from ntkpipe.report.theme import render
 
 _TITLE = "Gaussian process and its calibration"
 _INTRO = (
@@ -20,7 +20,7 @@ _INTRO = (
 )
 
 
-def gaussian_section(found: Found | Missing) -> Section:
+def gaussian_section(found: Findings | Missing) -> Section:
     """Coverage of intervals, and of classes their confidence against how often they are right."""
     if isinstance(found, Missing):
         return Section("gaussian-process", _TITLE, _INTRO, (), found.why)
@@ -32,7 +32,7 @@ def gaussian_section(found: Found | Missing) -> Section:
     return Section("gaussian-process", _TITLE, _INTRO, tuple(parts))
 
 
-def _coverage(found: Found) -> Plot:
+def _coverage(found: Findings) -> Plot:
     levels, scaled, plain = found.arrays("levels", "coverage", "unscaled_coverage")
     place = int(np.argmin(np.abs(levels - 0.9)))
     said = (
@@ -54,7 +54,7 @@ def _coverage(found: Found) -> Plot:
     )
 
 
-def _reliability(found: Found) -> Plot:
+def _reliability(found: Findings) -> Plot:
     confidence, accuracy, counts = found.arrays("confidence", "accuracy", "counts")
     sure, right = found.number("mean_confidence"), found.number("mean_accuracy")
     said = f"On average the process is {share(sure)} sure of its class and right in {share(right)} of the test samples"
@@ -73,7 +73,7 @@ def _reliability(found: Found) -> Plot:
     )
 
 
-def _numbers(found: Found) -> Table:
+def _numbers(found: Findings) -> PageTable:
     likelihood = with_error(found.number("log_marginal_likelihood"), found.number("log_marginal_likelihood_error"))
     scale = found.number("scale")
     factor = math.sqrt(scale) if scale >= 0 else math.nan
@@ -87,8 +87,8 @@ def _numbers(found: Found) -> Table:
         ("mean log predictive density", _both(found, "log_density")),
         ("computed", method_in_words(found)),
     ]
-    return Table("The posterior in numbers", (), tuple(rows))
+    return PageTable("The posterior in numbers", (), tuple(rows))
 
 
-def _both(found: Found, name: str) -> str:
+def _both(found: Findings, name: str) -> str:
     return f"{number(found.number(name))} scaled, {number(found.number(f'unscaled_{name}'))} as it is"

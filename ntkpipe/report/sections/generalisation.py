@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
-from ntkpipe.report.findings import Found, Missing, Values
-from ntkpipe.report.look import Quantity, render
-from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_error
+from ntkpipe.report.theme import Quantity, render
 
 _INTRO = (
     "Can the test loss be known from the training samples alone? KARE (Jacot et al. 2020, arXiv 2006.09796) and "
@@ -20,7 +21,7 @@ _INTRO = (
 _MARK = "mean diagonal of K"
 
 
-def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Section:
+def generalisation_section(found: Findings | Missing, mean_diagonal: float) -> Section:
     """Estimates across ridges, and what they are worth."""
     title = "Predicted against measured risk"
     if isinstance(found, Missing):
@@ -53,7 +54,7 @@ def generalisation_section(found: Found | Missing, mean_diagonal: float) -> Sect
     return Section("generalisation", title, _INTRO, tuple(parts), missing)
 
 
-def _losses(found: Found, ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
+def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
     trusted = ranges(ridges.tolist(), found.flags("kare_is_trusted"))
     also = ranges(ridges.tolist(), found.flags("eigenlearning_is_trusted"))
     return Plot(
@@ -73,7 +74,7 @@ def _losses(found: Found, ridges: Values, curves: Curves, mean_diagonal: float) 
     )
 
 
-def _ratios(ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
+def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
     # In logarithms; zero is far from everything.
     distances = np.abs(np.log(np.maximum(ridges, 1e-300) / max(mean_diagonal, 1e-300)))
     smallest, nearest = int(np.argmin(ridges)), int(np.argmin(distances))
@@ -96,12 +97,12 @@ def _ratios(ridges: Values, curves: Curves, mean_diagonal: float) -> Plot:
     )
 
 
-def _ends(values: Values) -> str:
+def _ends(values: FloatArray) -> str:
     known = values[np.isfinite(values)]
     return f"{number(known[0], 3)} to {number(known[-1], 3)}" if len(known) else "nothing"
 
 
-def _table(found: Found, ridges: Values) -> Table:
+def _table(found: Findings, ridges: FloatArray) -> PageTable:
     columns = {
         "test loss": ("test_loss", "test_loss_error"),
         "KARE": ("kare", "kare_error"),
@@ -118,4 +119,4 @@ def _table(found: Found, ridges: Values) -> Table:
         cells.append([with_error(value, wrong) for value, wrong in zip(values, errors, strict=True)])
     reasons = found.texts("reasons")
     rows = tuple(zip(ridges_in_words(ridges), *cells, reasons, strict=True))
-    return Table("Numbers behind these figures", ("λ", *columns, "trust"), rows, is_folded=True)
+    return PageTable("Numbers behind these figures", ("λ", *columns, "trust"), rows, is_folded=True)

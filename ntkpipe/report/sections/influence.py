@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.report.findings import Found, Missing
+from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.images import Split, StoredImages
-from ntkpipe.report.look import data_uri
 from ntkpipe.report.parts import Gallery, Note, Part, Section, Thumbnail
 from ntkpipe.report.sections.words import number, share, warnings
+from ntkpipe.report.theme import data_uri
 
 _TITLE = "Most influential training points"
 _INTRO = (
@@ -25,7 +25,7 @@ Targets = NDArray[Any] | None
 
 
 def influence_section(
-    found: Found | Missing, images: StoredImages, targets: Targets, test_targets: Targets, num_train: int
+    found: Findings | Missing, images: StoredImages, targets: Targets, test_targets: Targets, num_train: int
 ) -> Section:
     """Test samples with the training samples of their largest terms, and those that matter most overall."""
     if isinstance(found, Missing):
@@ -53,7 +53,7 @@ def influence_section(
     return Section("influence", _TITLE, _INTRO, tuple(parts), images.why_not())
 
 
-def _reading(found: Found) -> tuple[str, ...]:
+def _reading(found: Findings) -> tuple[str, ...]:
     ridge = float(found.mapping("options")["ridge"])
     return (
         f"First a test sample, then the training samples of its largest terms with their values, at λ = "
@@ -64,7 +64,7 @@ def _reading(found: Found) -> tuple[str, ...]:
     )
 
 
-def _predicted(found: Found) -> NDArray[Any] | None:
+def _predicted(found: Findings) -> NDArray[Any] | None:
     """The label that each test sample was given; none if targets are no classes."""
     classes = found.mapping("options").get("classes")
     if not isinstance(classes, list | tuple) or not classes:
@@ -104,7 +104,7 @@ def _thumbnail(split: str, sample: int, pictures: dict[int, str], lines: tuple[s
     return Thumbnail(pictures.get(sample), f"{split} sample {', '.join(lines)}", lines)
 
 
-def _overall(found: Found, overall: NDArray[np.int64], pictures: dict[int, str], targets: Targets) -> Gallery:
+def _overall(found: Findings, overall: NDArray[np.int64], pictures: dict[int, str], targets: Targets) -> Gallery:
     sizes = found.array("mean_size")
     mean = float(sizes.mean())
     row = tuple(

@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from ntkpipe.report.blocks import Arrangement
 from ntkpipe.report.figures.kernel import class_means, picture
-from ntkpipe.report.look import render
 from ntkpipe.report.parts import Note, Plot, Section
+from ntkpipe.report.theme import render
 
 
 def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, num_samples: int) -> Section:

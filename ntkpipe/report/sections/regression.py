@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.choosing import Chosen, choose
 from ntkpipe.report.figures.regression import Curve, over_ridges
-from ntkpipe.report.findings import Found, Missing, Values
-from ntkpipe.report.look import Quantity, render
-from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import number, ridges_in_words, share, warnings, with_error
+from ntkpipe.report.theme import Quantity, render
 
 _TITLE = "Ridge regression"
 _INTRO = (
@@ -18,7 +19,7 @@ _INTRO = (
 )
 
 
-def regression_section(found: Found | Missing) -> Section:
+def regression_section(found: Findings | Missing) -> Section:
     """Losses and accuracies across ridges."""
     if isinstance(found, Missing):
         return Section("regression", _TITLE, _INTRO, (), found.why)
@@ -37,7 +38,7 @@ def regression_section(found: Found | Missing) -> Section:
     return Section("regression", _TITLE, _INTRO, tuple(parts), missing)
 
 
-def _curves(found: Found, names: dict[Quantity, tuple[str, str, str | None]]) -> dict[Quantity, Curve]:
+def _curves(found: Findings, names: dict[Quantity, tuple[str, str, str | None]]) -> dict[Quantity, Curve]:
     """Those that are known."""
     curves = {}
     for quantity, (label, name, error) in names.items():
@@ -47,7 +48,7 @@ def _curves(found: Found, names: dict[Quantity, tuple[str, str, str | None]]) ->
     return curves
 
 
-def _losses(found: Found, ridges: Values, chosen: Chosen) -> Plot:
+def _losses(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
     curves = _curves(
         found,
         {
@@ -78,7 +79,7 @@ def _losses(found: Found, ridges: Values, chosen: Chosen) -> Plot:
     )
 
 
-def _accuracies(found: Found, ridges: Values, chosen: Chosen) -> Plot:
+def _accuracies(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
     curves = _curves(
         found,
         {
@@ -102,7 +103,7 @@ def _accuracies(found: Found, ridges: Values, chosen: Chosen) -> Plot:
     )
 
 
-def _table(found: Found, ridges: Values) -> Table:
+def _table(found: Findings, ridges: FloatArray) -> PageTable:
     mean = found.number("mean_diagonal")
     losses = {
         "training loss": ("train_loss", None),
@@ -123,4 +124,4 @@ def _table(found: Found, ridges: Values) -> Table:
             columns.append(title)
             cells.append([share(value) for value in values])
     rows = tuple(zip(ridges_in_words(ridges), *cells, strict=True))
-    return Table("Regression in numbers", tuple(columns), rows)
+    return PageTable("Regression in numbers", tuple(columns), rows)

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from ntkpipe.report.figures.spectrum import PowerLaw, density, eigenvalues
-from ntkpipe.report.findings import Found, Missing
-from ntkpipe.report.look import render
-from ntkpipe.report.parts import Note, Part, Plot, Section, Table
+from ntkpipe.report.figures.spectrum import TailLine, density, eigenvalues
+from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, ridges_in_words, warnings, with_error
+from ntkpipe.report.theme import render
 
 _TITLE = "Spectrum and density"
 _INTRO = (
@@ -18,7 +18,7 @@ _INTRO = (
 )
 
 
-def spectrum_section(found: Found | Missing) -> Section:
+def spectrum_section(found: Findings | Missing) -> Section:
     """Eigenvalues by rank and by size, and what is said of them in numbers."""
     if isinstance(found, Missing):
         return Section("spectrum", _TITLE, _INTRO, (), found.why)
@@ -29,19 +29,19 @@ def spectrum_section(found: Found | Missing) -> Section:
         (ridge, with_error(value, wrong))
         for ridge, value, wrong in zip(ridges_in_words(ridges), dimension, error, strict=True)
     )
-    parts.append(Table("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows))
+    parts.append(PageTable("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows))
     return Section("spectrum", _TITLE, _INTRO, tuple(parts))
 
 
-def _fit(found: Found) -> PowerLaw | None:
+def _fit(found: Findings) -> TailLine | None:
     exponent = found.number("tail_exponent")
     if math.isnan(exponent):
         return None
     first, last = (int(found.number(f"tail_{name}_rank")) for name in ("first", "last"))
-    return PowerLaw(exponent, found.number("tail_exponent_error"), found.number("tail_prefactor"), first, last)
+    return TailLine(exponent, found.number("tail_exponent_error"), found.number("tail_prefactor"), first, last)
 
 
-def _by_rank(found: Found) -> Plot:
+def _by_rank(found: Findings) -> Plot:
     values, num_rows, floor = found.array("eigenvalues"), int(found.number("num_rows")), found.number("floor")
     fit, largest = _fit(found), found.number("largest")
     first = largest / found.number("trace")
@@ -70,7 +70,7 @@ def _by_rank(found: Found) -> Plot:
     )
 
 
-def _by_size(found: Found) -> Plot:
+def _by_size(found: Findings) -> Plot:
     places, heights = found.arrays("density_grid", "density")
     peak = float(places[int(np.argmax(heights))]) if len(places) else float("nan")
     is_estimate = found.words("method") != "exact"
@@ -90,7 +90,7 @@ def _by_size(found: Found) -> Plot:
     )
 
 
-def _numbers(found: Found) -> Table:
+def _numbers(found: Findings) -> PageTable:
     low, high = found.number("smallest_low"), found.number("smallest_high")
     least, most = found.number("condition_low"), found.number("condition_high")
     smallest = number(low) if low == high else f"{number(low)} to {number(high)}"
@@ -114,4 +114,4 @@ def _numbers(found: Found) -> Table:
         ),
         ("computed", method_in_words(found)),
     ]
-    return Table("The spectrum in numbers", (), tuple(rows))
+    return PageTable("The spectrum in numbers", (), tuple(rows))

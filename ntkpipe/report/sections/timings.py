@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from ntkpipe.report.figures.timings import bars
-from ntkpipe.report.look import render
-from ntkpipe.report.parts import Plot, Section, Table
+from ntkpipe.report.parts import PageTable, Plot, Section
+from ntkpipe.report.theme import render
 
 
-def timings_section(runs: Table | None, parts: Sequence[tuple[str, float]]) -> Section:
+def timings_section(runs: PageTable | None, parts: Sequence[tuple[str, float]]) -> Section:
     """Runs of the kernel, and seconds of every part."""
-    found: list[Plot | Table] = []
+    found: list[Plot | PageTable] = []
     if parts:
         longest = max(parts, key=lambda part: part[1])
         found.append(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.report.findings import Found, Missing
+from ntkpipe.report.findings import Findings, Missing
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -34,21 +34,21 @@ def ridges_in_words(ridges: NDArray[np.float64]) -> tuple[str, ...]:
     return tuple(f"{ridge:.3g}" for ridge in ridges)
 
 
-def why_missing(*findings: Found | Missing) -> str | None:
+def why_missing(*findings: Findings | Missing) -> str | None:
     """The reason of the first that is missing."""
     return next((finding.why for finding in findings if isinstance(finding, Missing)), None)
 
 
-def warnings(*findings: Found | Missing) -> tuple[str, ...]:
+def warnings(*findings: Findings | Missing) -> tuple[str, ...]:
     """What is to be said of results that did not converge."""
     return tuple(
         f"This is not as exact as was asked for ({finding.words('status')}): {finding.words('message')}."
         for finding in findings
-        if isinstance(finding, Found) and not finding.is_converged
+        if isinstance(finding, Findings) and not finding.is_converged
     )
 
 
-def method_in_words(found: Found) -> str:
+def method_in_words(found: Findings) -> str:
     """How an analysis was done, and why."""
     if found.words("method") == "streamed":
         return f"streamed, since {found.words('why')}"

@@ -1,4 +1,4 @@
-"""The commands that solve: parse, call one public function, print. Loaded without torch."""
+"""The commands of solvers and analyses: parse, call one function, print. Loaded without torch."""
 
 import contextlib
 import json
@@ -11,29 +11,33 @@ import click
 from ntkpipe.base.config import parse_bytes
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import print_rows
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel import open_kernel
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ntkpipe.solvers.result import Result
+
 _NOT_FOUND = 1
+
+
+_array = click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train.")
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random choices.")
+_memory_limit = click.option(
+    "--memory-limit", metavar="BYTES", help="Memory of this process, as 8GiB; on a cluster of each worker."
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
     """Options that every solver has."""
-    options = (
-        click.argument("store", metavar="STORE"),
-        click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of what is random."),
-        click.option("--max-passes", type=int, help="Most products with the matrix."),
-        click.option("--memory-limit", metavar="BYTES", help="Of this process, as 8GiB; on a cluster of each worker."),
-        click.option(
-            "--scheduler",
-            metavar="ADDRESS",
-            help="Multiply on a Dask cluster whose workers keep tiles: tcp://host:8786, tls://…, or local.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    scheduler = click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Multiply on a Dask cluster whose workers keep tiles: tcp://host:8786, tls://…, or local.",
     )
+    most = click.option("--max-passes", type=int, help="Largest number of products with the matrix.")
+    options = (click.argument("store", metavar="STORE"), _array, _seed, most, _memory_limit, scheduler, _as_json)
     for option in reversed(options):
         command = option(command)
     return command
@@ -50,8 +54,8 @@ _path = click.option(
 
 
 @click.command()
-@click.option("-k", "k", type=int, default=100, show_default=True, help="How many.")
-@click.option("--tol", type=float, default=1e-6, show_default=True, help="Relative residual of each.")
+@click.option("-k", "k", type=int, default=100, show_default=True, help="Number of pairs.")
+@click.option("--tol", type=float, default=1e-6, show_default=True, help="Relative residual of each pair.")
 @click.option("--block", type=int, help="Columns of a pass.  [default: k/2]")
 @_common
 def eigsh(store: str, **options: Any) -> None:
@@ -67,10 +71,10 @@ def eigsh(store: str, **options: Any) -> None:
     type=click.Choice(["auto", "pcg", "block_cg", "cholesky"]),
     default="auto",
     show_default=True,
-    help="How; the result says what auto chose and why.",
+    help="Method; the result says what auto chose and why.",
 )
 @click.option("--tol", type=float, default=1e-6, show_default=True, help="True residual of each column.")
-@click.option("--rank", type=int, help="Of the preconditioner.  [default: n/10, at most 1000]")
+@click.option("--rank", type=int, help="Rank of the preconditioner.  [default: n/10, at most 1000]")
 @click.option("--preconditioner", type=click.Choice(["rpcholesky", "nystrom"]), default="rpcholesky", show_default=True)
 @_path
 @_common
@@ -92,7 +96,7 @@ def solve(store: str, **options: Any) -> None:
 @_path
 @click.option("--probes", "num_probes", type=int, help="Random vectors of slq.  [default: 16]")
 @click.option("--tol", type=float, help="Largest error of slq, per row.  [default: 0.01]")
-@click.option("--rank", type=int, help="Of slq's preconditioner.  [default: n/10, at most 1000]")
+@click.option("--rank", type=int, help="Rank of slq's preconditioner.  [default: n/10, at most 1000]")
 @_common
 def logdet(store: str, ridge: float, method: str, seed: int, **options: Any) -> None:
     """Log determinant of K + λI for the kernel of STORE, kept in results/logdet."""
@@ -111,24 +115,54 @@ def density(store: str, max_passes: int | None, **options: Any) -> None:
     _solve(store, "density", given)
 
 
-COMMANDS = (eigsh, solve, logdet, density)
+@click.command()
+@click.argument("store", metavar="A")
+@click.argument("other", metavar="B")
+@_array
+@click.option("-k", "k", type=int, default=10, show_default=True, help="Dimension of the leading eigenspaces.")
+@_ridge
+@_ridge_scale
+@click.option(
+    "--smallest/--no-smallest", "smallest_eigenvalue", default=True, help="Look for λ_min, too: most of the cost."
+)
+@_seed
+@_memory_limit
+@_as_json
+def compare(store: str, other: str, as_json: bool, memory_limit: str | None, **options: Any) -> None:
+    """Compare the kernel of store A with that of B, the reference; kept in results/compare of A.
+
+    Entries, spectra, leading eigenspaces and predictions. A pNTK beside a full NTK stands for K ⊗ I.
+    """
+    from ntkpipe.analysis.comparing.step import compare_of_store  # keeps scipy out of other commands
+
+    found = compare_of_store(open_kernel(store), other=other, memory_limit=_bytes(memory_limit), **options)
+    _show(f"compare {store}", found, as_json=as_json)
+
+
+COMMANDS = (eigsh, solve, logdet, density, compare)
+
+
+def _bytes(memory_limit: str | None) -> int | None:
+    return None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
 
 
 def _solve(store: str, solver: str, options: dict[str, Any]) -> None:
-    """Call a solver and print what it found; one that did not converge is a finding."""
+    """Call a solver and print what it found."""
     from ntkpipe.solvers.steps import SOLVERS  # keeps scipy out of other commands
 
-    scheduler, as_json = options.pop("scheduler"), options.pop("as_json")
-    limit = options.pop("memory_limit")
-    opened: KernelStore = open_kernel(store)
+    scheduler, as_json, limit = options.pop("scheduler"), options.pop("as_json"), _bytes(options.pop("memory_limit"))
+    opened = open_kernel(store)
     with _client(scheduler) as client:
-        found = SOLVERS[solver](
-            opened, memory_limit=None if limit is None else parse_bytes("memory_limit", limit), client=client, **options
-        )
+        found = SOLVERS[solver](opened, memory_limit=limit, client=client, **options)
+    _show(f"{solver} {store}", found, as_json=as_json)
+
+
+def _show(title: str, found: "Result", *, as_json: bool) -> None:
+    """Print a result; exit with 1 if it did not converge."""
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print_rows(f"{solver} {store}", found.rows())
+        print_rows(title, found.rows())
     if not found.is_converged:
         sys.exit(_NOT_FOUND)
 
@@ -139,8 +173,8 @@ def _client(scheduler: str | None) -> Iterator["Client | None"]:
         yield None
         return
     try:
-        from ntkpipe.executors import connect as cluster  # keeps distributed out of runs on one machine
+        from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
     except ModuleNotFoundError as error:
         raise ConfigError(f"--scheduler needs Dask's distributed ({error}); install ntkpipe[cluster]") from error
-    with cluster.connect(scheduler) as client:
+    with connect(scheduler) as client:
         yield client
