@@ -1,4 +1,4 @@
-"""BLAS with one thread: others wait for each other where cores are shared, and threads of ours do as much."""
+"""BLAS with one thread: its own threads wait for each other where cores are shared, and ours do as much."""
 
 import contextlib
 import threading
@@ -10,7 +10,7 @@ from threadpoolctl import ThreadpoolController
 
 
 class _Setting:
-    """Of the process: made by whoever needs it first, and unmade by the last."""
+    """The limit of this process: set by the first user and restored by the last."""
 
     lock = threading.Lock()
     num_users = 0
@@ -19,9 +19,9 @@ class _Setting:
 
 @contextlib.contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """While BLAS has one thread; as a decorator, during the calls of a function.
+    """Limit BLAS to one thread, as a context manager or during the calls of a decorated function.
 
-    On a machine that others use, too, BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
+    On a shared machine BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
     """
     with _Setting.lock:
         if _Setting.num_users == 0:

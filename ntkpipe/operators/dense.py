@@ -1,4 +1,4 @@
-"""An array as an operator."""
+"""An array in memory as an operator."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +13,17 @@ from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import single_threaded_blas
 
-# Rows of a float32 matrix that are upcast at a time: with 2,048 columns 4 MiB, which stay in the cache.
+# Rows of a float32 matrix upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache.
 _ROWS_AT_ONCE = 256
-# Multiplications: some milliseconds.
+# Number of multiplications, some milliseconds, from which on threads are worth their start.
 _WORTH_THREADS = 10**8
 
 
 class DenseOperator(Operator):
     """A symmetric array in memory.
 
-    Products of a float32 array are float64: its rows are upcast a few at a time, never the whole. Threads take runs of
-    rows; no bit depends on how many there are.
+    Products of a float32 array are float64: its rows are upcast a few at a time, never all at once. Threads take runs
+    of rows; no bit depends on their number.
     """
 
     def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:
