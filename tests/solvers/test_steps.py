@@ -12,7 +12,7 @@ import zarr
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError
-from ntkpipe.solvers import on_store as kept
+from ntkpipe.solvers import on_store
 from ntkpipe.solvers.steps import (
     SOLVERS,
     density_of_store,
@@ -122,7 +122,7 @@ def test_interrupted_it_goes_on_from_the_checkpoint_to_the_same_bits(store, monk
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept.Passes, "show", interrupt)
+    monkeypatch.setattr(on_store.Passes, "show", interrupt)
     with pytest.raises(Interrupted, match="the same command goes on"):
         SOLVERS[solver](store, progress=False, **options)
     before = len(passes)
@@ -174,13 +174,13 @@ def test_killed_in_mid_search_the_same_call_goes_on_from_the_checkpoint(path, st
     straight = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
     script = (
         "import sys, time, ntkpipe\n"
-        "from ntkpipe import kept, solving\n"
+        "from ntkpipe.solvers import on_store, steps\n"
         "def show(self, passes, residual, target):\n"
         "    if passes >= 3:\n"
         "        print('third', flush=True)\n"
         "        time.sleep(60)\n"
-        "kept.Passes.show = show\n"
-        "solving.eigsh_of_store(ntkpipe.open_kernel(sys.argv[1]), k=12, block=4, seed=5, progress=False)\n"
+        "on_store.Passes.show = show\n"
+        "steps.eigsh_of_store(ntkpipe.open_kernel(sys.argv[1]), k=12, block=4, seed=5, progress=False)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
