@@ -1,4 +1,4 @@
-"""Threads that share the products of blocks, each with a BLAS of one thread."""
+"""Threads that share the products of blocks, each with single-threaded BLAS."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import single_threaded_blas
 
-Part = TypeVar("Part")
+WorkItem = TypeVar("WorkItem")
 
-# A product is shared out in parts of so many rows and columns, however many threads there are: so no bit depends on it.
+# A product is cut into parts of so many rows and columns, whatever the number of threads, so no bit depends on it.
 _PART_ROWS, _PART_COLUMNS = 256, 512
 
 
 class Pool:
-    """A number of threads that work on parts of blocks.
+    """Threads that work on parts of blocks.
 
-    BLAS with threads of its own lets them wait busily for each other at every call, which is slow for blocks that are
-    not large and very slow where others use the same cores.
+    BLAS's own threads would wait busily for each other at every call, which is slow for blocks that are not large, and
+    very slow where others use the same cores.
     """
 
     def __init__(self, num_threads: int, threads: ThreadPoolExecutor) -> None:
@@ -31,21 +31,21 @@ class Pool:
     @classmethod
     @contextlib.contextmanager
     def open(cls, num_threads: int | None = None) -> Iterator["Pool"]:
-        """Threads for a while, one for each core unless told otherwise; BLAS of this process has one until the end."""
+        """Start threads, by default one per core; until they end, BLAS of this process has one thread."""
         count = num_threads or num_cores()
         with single_threaded_blas(), ThreadPoolExecutor(count, thread_name_prefix="products") as threads:
             yield cls(count, threads)
 
-    def start(self, work: Callable[[Part], None], parts: Iterable[Part]) -> list[Future[None]]:
-        """Begin with the parts, in any order."""
-        return [self._threads.submit(work, part) for part in parts]
+    def start(self, work: Callable[[WorkItem], None], items: Iterable[WorkItem]) -> list[Future[None]]:
+        """Begin to work on items, in any order."""
+        return [self._threads.submit(work, item) for item in items]
 
-    def each(self, work: Callable[[Part], None], parts: Iterable[Part]) -> None:
-        """Do all parts; the error of the first that has one is raised once none is at work any more."""
-        every = list(parts)
+    def each(self, work: Callable[[WorkItem], None], items: Iterable[WorkItem]) -> None:
+        """Work on all items; once no thread is at work any more, raise the error of the first that failed."""
+        every = list(items)
         if self.num_threads == 1 or len(every) == 1:
-            for part in every:
-                work(part)
+            for item in every:
+                work(item)
             return
         started = self.start(work, every)
         wait(started)
@@ -54,7 +54,7 @@ class Pool:
 
     @staticmethod
     def finish(started: Iterable[Future[None]]) -> None:
-        """Wait until none of what was begun is at work; what has not begun does not begin."""
+        """Cancel what has not begun, and wait for the rest."""
         wait([future for future in started if not future.cancel()])
 
     def subtract_product(
@@ -64,14 +64,14 @@ class Pool:
         right: NDArray[np.float64],
         scratch: NDArray[np.float64],
     ) -> None:
-        """``target -= left @ right.T`` by way of ``scratch``, which has room for the product."""
+        """``target -= left @ right.T``; ``scratch`` has room for the product."""
 
         def work(part: tuple[slice, slice, int]) -> None:
             rows, columns, place = part
-            aim = target[rows, columns]
-            product = scratch[place : place + aim.size].reshape(aim.shape)
+            into = target[rows, columns]
+            product = scratch[place : place + into.size].reshape(into.shape)
             np.matmul(left[rows], right[columns].T, out=product)
-            aim -= product
+            into -= product
 
         def parts() -> Iterator[tuple[slice, slice, int]]:
             place = 0
