@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.process import gaussian_process
-from ntkpipe.solvers.on_store import Question
+from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.solvers.result import Result
 
 Values = NDArray[np.float64]
@@ -50,7 +50,7 @@ class JudgedPosterior(Result):
 
 
 def judge_posterior(
-    question: Question,
+    question: StoreRequest,
     targets: ArrayLike,
     test_kernel: Any,
     test_diagonal: ArrayLike,
