@@ -242,15 +242,10 @@ class ColumnsRequest:
 
     def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
         """Yield what tiles contribute to the result, every entry once; valid until the next."""
-        edge = grid.rows.tile_rows
-        for (row, column), tile in tiles:
-            rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
-            here = np.flatnonzero(self.indices // edge == column)
+        for rows, columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
+            here = np.flatnonzero((self.indices >= columns.start) & (self.indices < columns.stop))
             if here.size:
-                yield (rows, here), tile[: _length(rows), self.indices[here] - columns.start]
-            mirrored = np.flatnonzero(self.indices // edge == row)
-            if mirrored.size and row != column:
-                yield (columns, mirrored), tile[self.indices[mirrored] - rows.start, : _length(columns)].T
+                yield (rows, here), values[: _length(rows), self.indices[here] - columns.start]
 
 
 @dataclass(frozen=True)
@@ -271,14 +266,11 @@ class BlockRequest:
 
     def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
         """Yield what tiles contribute to the result, every entry once; valid until the next."""
-        edge = grid.rows.tile_rows
-        for (row, column), tile in tiles:
-            places = (_span(row, edge, num_rows), _span(column, edge, num_rows))
-            for (of_rows, of_columns), values in ((places, tile), (places[::-1], tile.T))[: 1 + (row != column)]:
-                rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
-                if _length(rows) > 0 and _length(columns) > 0:
-                    inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
-                    yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
+        for of_rows, of_columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
+            rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
+            if _length(rows) > 0 and _length(columns) > 0:
+                inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
+                yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
 
 
 EntryRequest = ColumnsRequest | BlockRequest
@@ -288,6 +280,15 @@ def touched_shards(shards: Iterable[Shard], request: EntryRequest, grid: Grid) -
     """Shards reduced to the tiles that a request touches; those without any are left out."""
     touched = ((shard.number, tuple(t for t in shard.tiles if request.touches(t, grid))) for shard in shards)
     return tuple(Shard(number, tiles) for number, tiles in touched if tiles)
+
+
+def _mirrored(tiles: Tiles, edge: int, num_rows: int) -> Iterator[tuple[slice, slice, NDArray[Any]]]:
+    """Yield rows, columns and entries of each tile and of its mirror below the diagonal."""
+    for (row, column), tile in tiles:
+        rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
+        yield rows, columns, tile
+        if row != column:
+            yield columns, rows, tile.T
 
 
 def _span(tile: int, edge: int, num_rows: int) -> slice:

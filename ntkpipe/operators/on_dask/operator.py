@@ -5,6 +5,7 @@ one pass is requested again from others.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -119,35 +120,28 @@ class WorkersOperator(TiledOperator):
         self._group.close()
 
 
+@dataclass
 class _Pass:
     """One pass: its requests to workers, repeated for those that are lost."""
 
-    def __init__(
-        self,
-        group: WorkerGroup,
-        shards: tuple[Shard, ...],
-        num_rows: int,
-        entries: EntryRequest | None,
-        block: NDArray[np.float64] | None,
-    ) -> None:
-        self._group = group
-        self._shards = shards
-        self._num_rows = num_rows
-        self._entries = entries
-        self._block = block
-        self._sent: NDArray[np.float64] | Future[Any] | None = None  # the block as it reaches workers
-        self._pending: dict[Future[Any], WorkerTask] = {}
-        self._losses = 0
+    group: WorkerGroup
+    shards: tuple[Shard, ...]
+    num_rows: int
+    entries: EntryRequest | None
+    block: NDArray[np.float64] | None
+    sent: "NDArray[np.float64] | Future[Any] | None" = None  # the block as it reaches workers
+    pending: "dict[Future[Any], WorkerTask]" = field(default_factory=dict)
+    losses: int = 0
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
         self._send_block()
-        self._group.share(self._num_rows, (shard.number for shard in self._shards))
-        for address in self._group.members:
-            self._request(address, self._group.owned(self._num_rows, address))
-        for task, found in self._group.outcomes(self._pending):
+        self.group.share(self.num_rows, (shard.number for shard in self.shards))
+        for address in self.group.members:
+            self._request(address, self.group.owned(self.num_rows, address))
+        for task, found in self.group.outcomes(self.pending):
             if isinstance(found, PassReply):
-                self._losses = 0
+                self.losses = 0
                 self._count(found.num_tiles, found.bytes_read)
                 if task.handle is not None:
                     task.handle.num_kept = found.num_kept
@@ -158,23 +152,23 @@ class _Pass:
     def _request(self, address: str, shards: tuple[int, ...]) -> None:
         if not shards:
             return
-        handle, owned = self._group.members[address], self._group.owned(self._num_rows, address)
+        handle, owned = self.group.members[address], self.group.owned(self.num_rows, address)
         self._require_room(address, handle)
-        request = PassRequest(self._num_rows, shards, owned, handle.cache_bytes, handle.threads, self._entries)
-        name = "entries" if self._entries is not None else "product" if self._block is not None else "measure"
-        future = self._group.submit(address, name, run_pass, handle.shard_worker, request, self._sent)
-        self._pending[future] = WorkerTask(address, handle, shards)
+        request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
+        name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
+        future = self.group.submit(address, name, run_pass, handle.shard_worker, request, self.sent)
+        self.pending[future] = WorkerTask(address, handle, shards)
 
     def _require_room(self, address: str, handle: WorkerHandle) -> None:
         """Check that a block fits a worker; cached tiles give way to a large one, for good."""
         limit = handle.report.memory_limit
-        if self._block is None or not limit:
+        if self.block is None or not limit:
             return
-        needed = (1 + num_blocks_in_use(handle.threads, len(self._shards))) * self._block.nbytes
-        free = limit - handle.report.base_memory - buffer_bytes(self._group.source, handle.threads)
+        needed = (1 + num_blocks_in_use(handle.threads, len(self.shards))) * self.block.nbytes
+        free = limit - handle.report.base_memory - buffer_bytes(self.group.source, handle.threads)
         if needed > free - (1 - _MOST_OF_LIMIT) * limit:
             raise ResourceError(
-                f"a block of {self._block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
+                f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
                 f"which has {format_bytes(free)}; give fewer columns at a time, more memory or more workers"
             )
         cache_bytes = min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed))
@@ -182,32 +176,32 @@ class _Pass:
 
     def _send_block(self) -> None:
         """Gather the members, and send them a large block before its tasks."""
-        group = self._group
-        group.gather(len(self._shards))
-        self._sent = self._block
-        if self._block is None or self._block.nbytes <= _SMALL_BLOCK:
+        group = self.group
+        group.gather(len(self.shards))
+        self.sent = self.block
+        if self.block is None or self.block.nbytes <= _SMALL_BLOCK:
             return
         for attempt in range(_MOST_LOSSES):
             try:
                 # Hashed by its content, an equal block of another pass would be the same to Dask, and go with it.
-                self._sent = group.client.scatter(self._block, workers=list(group.members), broadcast=True, hash=False)
+                self.sent = group.client.scatter(self.block, workers=list(group.members), broadcast=True, hash=False)
             except Exception as error:  # Dask says in many ways that a worker dies this moment
                 if attempt == _MOST_LOSSES - 1:
                     raise ClusterError(f"a block does not reach the workers: {error!r}; look at their logs") from error
-                group.gather(len(self._shards), anew=True)
+                group.gather(len(self.shards), anew=True)
             else:
                 return
 
     def _request_again(self, task: WorkerTask, reason: BaseException) -> None:
         """Request the shards of a lost worker from others; they own them only from the next pass on."""
-        group, grid = self._group, self._group.source.grid
-        tiles = (tile for number in task.shards for tile in self._shards[number].tiles)
-        num_tiles = sum(self._entries is None or self._entries.touches(tile, grid) for tile in tiles)
+        group, grid = self.group, self.group.source.grid
+        tiles = (tile for number in task.shards for tile in self.shards[number].tiles)
+        num_tiles = sum(self.entries is None or self.entries.touches(tile, grid) for tile in tiles)
         self._count(num_tiles, num_tiles * group.source.tile_bytes)
-        self._losses += 1
-        if self._losses > _MOST_LOSSES:
+        self.losses += 1
+        if self.losses > _MOST_LOSSES:
             raise ClusterError(
-                f"workers were lost {self._losses} times while no part of a pass arrived, {task.address} the last "
+                f"workers were lost {self.losses} times while no part of a pass arrived, {task.address} the last "
                 f"({reason}). Look at their logs; if they were killed for their memory, give them more, or "
                 "cache_bytes or blocks of fewer columns"
             ) from reason
@@ -218,10 +212,10 @@ class _Pass:
             self._request(address, tuple(number for number, owner in shares.items() if owner == address))
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
-        self._group.work += Work(num_tiles / self._group.source.grid.num_tiles, bytes_read)
+        self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)
 
     def close(self) -> None:
         """Cancel the tasks that nobody waits for."""
-        if self._pending:
-            self._group.cancel(self._pending)
-            self._pending.clear()
+        if self.pending:
+            self.group.cancel(self.pending)
+            self.pending.clear()

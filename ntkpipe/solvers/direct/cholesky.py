@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes, memory_room, num_cores
+from ntkpipe.operators.blas import Pool
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.factor_folder import FactorFolder, FactorState, Pivots, require_same
@@ -27,7 +28,6 @@ from ntkpipe.solvers.direct.panels import (
     shape_in_memory,
     widest_shape,
 )
-from ntkpipe.solvers.direct.pool import Pool
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
 from ntkpipe.solvers.result import Monitor, Step, ignore
 
@@ -142,7 +142,7 @@ class _Task:
 
     def begin(self, jitter: float) -> None:
         """Start over with another jitter; existing panels do not count any more."""
-        self.state = FactorState(self.state.matrix, self.state.ridge, jitter, self.state.shape)
+        self.state = replace(self.state, jitter=jitter, panels=())
         self.resumed = 0
         self.save(self.state)
 
@@ -162,8 +162,8 @@ def _opened(
     with folder.held():
         state = _stored_state(folder, operator, options, room)
         panels = folder.panels(state.shape)
-        state = state.up_to(panels.num_complete(len(state.panels)))
-        resumed = len(state.panels)
+        resumed = panels.num_complete(len(state.panels))
+        state = replace(state, panels=state.panels[:resumed])
         require_room(state.shape, folder.medium, resumed)
         yield _Task(operator, panels, state, monitor, threads, resumed, folder.root, folder.commit)
 
@@ -223,7 +223,7 @@ def _factor(task: _Task) -> None:
         for number in range(len(task.state.panels), shape.num_panels):
             # In a function of its own: nothing of one panel may stay in memory when the next is read.
             pivots = _factor_panel(task, number, top, scratch, pool)
-            task.state = task.state.with_panel(pivots)
+            task.state = replace(task.state, panels=(*task.state.panels, pivots))
             task.save(task.state)
             task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
 

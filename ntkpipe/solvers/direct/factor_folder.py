@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,6 @@ class FactorState:
     jitter: float
     shape: Shape
     panels: tuple[Pivots, ...] = ()  # complete ones
-
-    def up_to(self, num_panels: int) -> "FactorState":
-        """The state with the first panels only."""
-        return replace(self, panels=self.panels[:num_panels])
-
-    def with_panel(self, pivots: Pivots) -> "FactorState":
-        """The state with one more complete panel."""
-        return replace(self, panels=(*self.panels, pivots))
 
     def to_json(self) -> dict[str, Any]:
         """Attributes of the group."""
@@ -143,9 +135,7 @@ class FactorFolder:
 
     def panels(self, shape: Shape) -> StoredPanels:
         """Open the panels; their array is created where there is none."""
-        panels = StoredPanels(shape, self.medium, _ARRAY)
-        panels.create()
-        return panels
+        return StoredPanels(shape, self.medium, _ARRAY)
 
 
 def require_same(stored: FactorState, wanted: dict[str, object], where: str) -> None:

@@ -169,10 +169,7 @@ class StoredPanels(Panels):
         self._array = StoredArray(medium, layout)
         self._stored_bytes = layout.chunk_bytes
         self._buffers: deque[NDArray[np.uint8]] = deque()
-
-    def create(self) -> None:
-        """Create the array where there is none, and check the one that is there."""
-        self._array.create()
+        self._array.create()  # or check the one that is there
 
     def num_complete(self, most: int) -> int:
         """Number of leading panels, up to ``most``, with all their chunks: users may delete one that is damaged."""

@@ -6,7 +6,7 @@ All of it uses NumPy's BLAS: SciPy brings another one, with threads of its own.
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.direct.pool import Pool
+from ntkpipe.operators.blas import Pool
 
 # Size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products.
 _BASE = 128

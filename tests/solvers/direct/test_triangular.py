@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.linalg import solve_triangular
 
+from ntkpipe.operators.blas import Pool
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law
-from ntkpipe.solvers.direct.pool import Pool
 from ntkpipe.solvers.direct.triangular import (
     NotPositiveError,
     Triangle,
