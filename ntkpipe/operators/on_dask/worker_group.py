@@ -143,8 +143,8 @@ class WorkerGroup:
         shard_workers, pending = {}, {}
         for address in addresses:
             shard_workers[address] = self._send_source(address)
-            report = self.submit(address, "report", ShardWorker.report, shard_workers[address])
-            pending[report] = WorkerTask(address)
+            future = self.submit(address, "report", ShardWorker.report, shard_workers[address])
+            pending[future] = WorkerTask(address)
         outcomes = self.outcomes(pending)
         reports = {task.address: found for task, found in outcomes if not isinstance(found, BaseException)}
         hosts = Counter(each.host for each in reports.values())
