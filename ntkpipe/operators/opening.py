@@ -85,18 +85,17 @@ def _open(
         from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
 
         return WorkersOperator(source, client, memory_limit=memory_limit, threads=threads)
-    if threads is not None:
-        check_number("threads", threads, low=1)
+    for name, value in (("threads", threads), ("memory_limit", memory_limit)):
+        if value is not None:
+            check_number(name, value, low=1)
     threads = threads or num_cores()
     in_use = buffer_bytes(source, threads)
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
-    room = memory_room(memory_limit)
-    if memory_limit is not None and room < in_use:
+    room = memory_room(memory_limit) - in_use
+    if memory_limit is not None and room < 0:
         raise ResourceError(
             f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
-    cache_bytes = max(0, room - in_use) if keep_tiles else 0
+    cache_bytes = max(0, room) if keep_tiles else 0
     reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room - in_use)
+    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room)
