@@ -12,7 +12,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
 from ntkpipe.learning.regression.opening import at_least, open_for_analysis
 from ntkpipe.learning.regression.sources import train_targets
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _SHARES = (0.5, 0.9, 0.99)
@@ -59,7 +59,7 @@ class Alignment(Result):
     alignment: float
     centred_alignment: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         known = len(self.cumulative_power)
         shown = [count for count in (1, 10, 100, 1000) if count <= known]
         said = [

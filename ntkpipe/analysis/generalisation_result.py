@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 Values = NDArray[np.float64]
 
@@ -93,7 +93,7 @@ class Generalisation(Result):
     reasons: tuple[str, ...]
     floor: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())
         rows = [("method", f"{self.method}: {self.why}")]
         for index, ridge in enumerate(self.ridges):

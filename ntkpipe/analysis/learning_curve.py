@@ -16,7 +16,7 @@ from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.learning.regression.eigensystem import Pairs, find_eigensystem
 from ntkpipe.learning.regression.opening import open_for_analysis
 from ntkpipe.learning.regression.sources import train_targets
-from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Step, TableRows, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
 _DEFAULT_PARTS = (32, 16, 8, 4)
@@ -79,7 +79,7 @@ class LearningCurve(Result):
     canatar_ratio: Values = field(repr=False)
     kare_ratio: Values
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]
         for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 Values = NDArray[np.float64]
 
@@ -92,7 +92,7 @@ class KernelSpectrum(Result):
     tail_prefactor: float | None
     tail_scatter: float | None
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         low = "?" if self.smallest_low is None else f"{self.smallest_low:.6g}"
         least = "?" if self.condition_low is None else f"{self.condition_low:.4g}"
         most = "not known" if self.condition_high is None else f"{self.condition_high:.4g}"

@@ -17,14 +17,14 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.learning.regression.eigensystem import Method
 from ntkpipe.learning.regression.stored_eigenpairs import pairs_of
 from ntkpipe.learning.steps import gaussian_process_of_store, influence_of_store, regression_of_store
-from ntkpipe.solvers.on_store import Question, of_store
+from ntkpipe.solvers.on_store import StoreRequest, of_store
 from ntkpipe.solvers.result import Result
 from ntkpipe.store.kernel import Kernel, KernelStore
 
 
 @of_store("spectrum")
 def spectrum_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
@@ -56,7 +56,7 @@ def spectrum_of_store(
 
 @of_store("alignment")
 def alignment_of_store(
-    question: Question, *, method: Method = "auto", k: int = 100, tol: float = 1e-8, seed: int = 0
+    question: StoreRequest, *, method: Method = "auto", k: int = 100, tol: float = 1e-8, seed: int = 0
 ) -> Alignment:
     """Alignment of a stored kernel with the stored targets; options of :func:`ntkpipe.alignment`."""
     return alignment(
@@ -74,7 +74,7 @@ def alignment_of_store(
 
 @of_store("generalisation")
 def generalisation_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
@@ -111,7 +111,7 @@ def generalisation_of_store(
 
 @of_store("learning_curve")
 def learning_curve_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     sizes: Sequence[int] | None = None,
     ridges: Sequence[float] | None = None,
@@ -144,7 +144,7 @@ def _targets(store: KernelStore) -> NDArray[np.generic]:
     return store.targets
 
 
-def _test_kernel(question: Question) -> Kernel | None:
+def _test_kernel(question: StoreRequest) -> Kernel | None:
     """Test × train of the same parameters and outputs as the train kernel, if there is one."""
     store = question.store
     if store.manifest.test is None:

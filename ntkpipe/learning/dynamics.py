@@ -16,7 +16,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.checkpoint import Journal, Space
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.store.results import Checkpoint
@@ -86,7 +86,7 @@ class Dynamics(Result):
             raise ConfigError(f"initial functions of shape {start.shape}; needed {found.shape[1:]}")
         return np.asarray(found + start)
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         reached = [
             (f"t = {time:.4g}", f"loss {np.sum(loss):.4g}, error {error:.1e} ({status})")
             for time, loss, error, status in zip(self.times, self.losses, self.errors, self.statuses, strict=True)

@@ -17,7 +17,7 @@ from ntkpipe.learning.regression.path_result import RidgePath
 from ntkpipe.learning.regression.ridge_path import Method as PathMethod
 from ntkpipe.learning.regression.ridge_path import ridge_path
 from ntkpipe.learning.regression.sources import targets_of
-from ntkpipe.solvers.on_store import Question, of_store, result_name
+from ntkpipe.solvers.on_store import StoreRequest, of_store, result_name
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.results import save_result
 
@@ -26,7 +26,7 @@ Centre = Literal["initial_outputs"] | None
 
 @of_store("regression")
 def regression_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
@@ -64,7 +64,7 @@ def regression_of_store(
 
 @of_store("gaussian_process")
 def gaussian_process_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     ridge: float = 1e-3,
     ridge_scale: RidgeScale = "mean_diagonal",
@@ -108,7 +108,7 @@ def gaussian_process_of_store(
 
 @of_store("influence")
 def influence_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     ridge: float = 1e-3,
     ridge_scale: RidgeScale = "mean_diagonal",
@@ -143,7 +143,7 @@ def influence_of_store(
     return influence(model, _test_kernel(question), top=top, initial_outputs=offset)
 
 
-def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, Any]:
+def _initial(question: StoreRequest, centre: Centre, is_tested: bool) -> dict[str, Any]:
     """Outputs at initialisation, where targets are centred there."""
     if centre is None:
         return {}
@@ -156,16 +156,16 @@ def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, A
     }
 
 
-def _beside(question: Question, name: str) -> str:
+def _beside(question: StoreRequest, name: str) -> str:
     """Another array of the same parameters and outputs."""
     return f"{question.kernel.name.removesuffix('train')}{name}"
 
 
-def _test_kernel(question: Question) -> Kernel:
+def _test_kernel(question: StoreRequest) -> Kernel:
     store = question.store
     return Kernel(store.store.arrays[_beside(question, "test_train")], store.manifest.digest())
 
 
-def _test_diagonal(question: Question) -> Any:
+def _test_diagonal(question: StoreRequest) -> Any:
     array = question.store.store.arrays[_beside(question, "test_diagonal")]
     return array.read_samples(0, array.layout.shape[0]).astype("float64")

@@ -1,16 +1,26 @@
-"""BLAS with one thread: others wait for each other where cores are shared, and threads of ours do as much."""
+"""Matrix products without BLAS's own threads, which wait for each other where cores are shared, and threads of ours."""
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
+
+from ntkpipe.base.resources import num_cores
+
+WorkItem = TypeVar("WorkItem")
+
+# A product is cut into parts of so many rows and columns, whatever the number of threads, so no bit depends on it.
+_PART_ROWS, _PART_COLUMNS = 256, 512
 
 
 class _Setting:
-    """Of the process: made by whoever needs it first, and unmade by the last."""
+    """The limit of this process: set by the first user and restored by the last."""
 
     lock = threading.Lock()
     num_users = 0
@@ -19,9 +29,9 @@ class _Setting:
 
 @contextlib.contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """While BLAS has one thread; as a decorator, during the calls of a function.
+    """Limit BLAS to one thread, as a context manager or during the calls of a decorated function.
 
-    On a machine that others use, too, BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
+    On a shared machine BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
     """
     with _Setting.lock:
         if _Setting.num_users == 0:
@@ -39,3 +49,71 @@ def single_threaded_blas() -> Iterator[None]:
 @cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+class Pool:
+    """Threads that work on parts of blocks, each with single-threaded BLAS.
+
+    BLAS's own threads would wait busily for each other at every call, which is slow for blocks that are not large, and
+    very slow where others use the same cores.
+    """
+
+    def __init__(self, num_threads: int, threads: ThreadPoolExecutor) -> None:
+        self.num_threads = num_threads
+        self._threads = threads
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, num_threads: int | None = None) -> Iterator["Pool"]:
+        """Start threads, by default one per core; until they end, BLAS of this process has one thread."""
+        count = num_threads or num_cores()
+        with single_threaded_blas(), ThreadPoolExecutor(count, thread_name_prefix="products") as threads:
+            yield cls(count, threads)
+
+    def start(self, work: Callable[[WorkItem], None], items: Iterable[WorkItem]) -> list[Future[None]]:
+        """Begin to work on items, in any order."""
+        return [self._threads.submit(work, item) for item in items]
+
+    def each(self, work: Callable[[WorkItem], None], items: Iterable[WorkItem]) -> None:
+        """Work on all items; once no thread is at work any more, raise the error of the first that failed."""
+        every = list(items)
+        if self.num_threads == 1 or len(every) == 1:
+            for item in every:
+                work(item)
+            return
+        started = self.start(work, every)
+        wait(started)
+        for future in started:
+            future.result()
+
+    @staticmethod
+    def finish(started: Iterable[Future[None]]) -> None:
+        """Cancel what has not begun, and wait for the rest."""
+        wait([future for future in started if not future.cancel()])
+
+    def subtract_product(
+        self,
+        target: NDArray[np.float64],
+        left: NDArray[np.float64],
+        right: NDArray[np.float64],
+        scratch: NDArray[np.float64],
+    ) -> None:
+        """``target -= left @ right.T``; ``scratch`` has room for the product."""
+
+        def work(part: tuple[slice, slice, int]) -> None:
+            rows, columns, place = part
+            into = target[rows, columns]
+            product = scratch[place : place + into.size].reshape(into.shape)
+            np.matmul(left[rows], right[columns].T, out=product)
+            into -= product
+
+        def parts() -> Iterator[tuple[slice, slice, int]]:
+            place = 0
+            for row in range(0, target.shape[0], _PART_ROWS):
+                rows = slice(row, min(row + _PART_ROWS, target.shape[0]))
+                for column in range(0, target.shape[1], _PART_COLUMNS):
+                    columns = slice(column, min(column + _PART_COLUMNS, target.shape[1]))
+                    yield rows, columns, place
+                    place += (rows.stop - rows.start) * (columns.stop - columns.start)
+
+        self.each(work, parts())

@@ -1,7 +1,5 @@
-"""An array as an operator."""
+"""An array in memory as an operator."""
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
@@ -10,20 +8,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
-from ntkpipe.base.resources import num_cores
-from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.operators.blas import Pool
 
-# Rows of a float32 matrix that are upcast at a time: with 2,048 columns 4 MiB, which stay in the cache.
+# Rows of a float32 matrix upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache.
 _ROWS_AT_ONCE = 256
-# Multiplications: some milliseconds.
+# Number of multiplications, some milliseconds, from which on threads are worth their start.
 _WORTH_THREADS = 10**8
 
 
 class DenseOperator(Operator):
     """A symmetric array in memory.
 
-    Products of a float32 array are float64: its rows are upcast a few at a time, never the whole. Threads take runs of
-    rows; no bit depends on how many there are.
+    Products of a float32 array are float64: its rows are upcast a few at a time, never all at once. Threads take runs
+    of rows; no bit depends on their number.
     """
 
     def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:
@@ -60,12 +57,9 @@ class DenseOperator(Operator):
             np.matmul(self._matrix[rows].astype(np.float64, copy=False), block, out=product[rows])
 
         runs = range(0, self.num_rows, _ROWS_AT_ONCE)
-        with single_threaded_blas():
-            if self.num_rows**2 * block.shape[1] < _WORTH_THREADS:
-                deque(map(multiply, runs), 0)
-            else:
-                with ThreadPoolExecutor(num_cores()) as threads:
-                    deque(threads.map(multiply, runs), 0)
+        is_worth_threads = self.num_rows**2 * block.shape[1] >= _WORTH_THREADS
+        with Pool.open(None if is_worth_threads else 1) as pool:
+            pool.each(multiply, runs)
         self._work += Work(1.0, 0, perf_counter() - start)
         return product
 

@@ -1,4 +1,4 @@
-"""The operator of what users have: a stored kernel, an array, or an operator already."""
+"""Operators for what users have: a stored kernel, an array, or already an operator."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,38 +26,38 @@ def as_operator(
     client: "Client | None" = None,
     keep_tiles: bool = True,
 ) -> Operator:
-    """The operator of a matrix.
+    """Open a symmetric matrix as an operator, whose products with blocks of columns are float64.
 
     Parameters
     ----------
     matrix
-        A symmetric stored kernel, as ``store.train``; a NumPy array; a memory map or an array of another store, as a
-        ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is.
+        A symmetric stored kernel, such as ``store.train``; a NumPy array; a memory map or an array of another store,
+        such as a ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is.
     memory_limit
-        Bytes that this process may have in a pass: tiles in use, products, and as many tiles that are kept as there is
-        room for beside them; what does not fit is read again in each pass. Default for tiles what it has and half of
-        what is free; the rest is for products. For a matrix in memory, or an operator, it means
-        nothing. With a client: of each worker; default 60 % of what its Dask gives it.
+        Bytes that this process may have during a pass: tiles in use, products, and as many cached tiles as there is
+        room for beside them; other tiles are read again in each pass. Default for tiles: what the process has and half
+        of what is free; the rest is for products. With a client: of each worker; default 60 % of what Dask gives it.
+        Ignored for a matrix in memory and for an operator.
     threads
-        That multiply; default one for each core. No number depends on it. With a client: of each worker; default those
-        of its Dask.
+        Number of threads that multiply; default one per core. No number depends on it. With a client: of each worker;
+        default the number that Dask gave it.
     client
-        Of a Dask cluster whose workers read and keep the tiles of a stored matrix; results have the same bits. For a
-        matrix in memory, or an operator, it means nothing.
+        Client of a Dask cluster whose workers read and cache the tiles of a stored matrix; results have the same bits.
+        Ignored for a matrix in memory and for an operator.
     keep_tiles
-        Whether tiles that fit are kept for further passes; who reads each of them once has better uses of memory. With
-        a client it means nothing.
+        Whether to cache tiles that fit for further passes; a caller that reads each tile once has better uses of
+        memory. Ignored with a client.
 
     Raises
     ------
     ConfigError
-        If it is no symmetric matrix, an option is out of range, or the client is none.
+        If the matrix is not symmetric, an option is out of range, or the client is no Dask client.
     NonFiniteError
         If an array holds NaN or infinity.
     ResourceError
         If the limit leaves no room for the tiles in use.
     ClusterError
-        If the cluster has no workers, or one of no use.
+        If the cluster has no workers, or a worker that cannot be used.
     """
     if isinstance(matrix, Operator):
         return matrix
@@ -69,7 +69,7 @@ def as_operator(
 
 
 def open_for_solver(matrix: Any, memory_limit: int | None) -> tuple[Operator, int | None]:
-    """The operator of a matrix, and the limit for the solver: half of the room is for tiles that this call opens."""
+    """Open a matrix for a solver, and say its memory limit: half of the room is for tiles that this call opens."""
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
@@ -82,21 +82,20 @@ def _open(
     source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None", keep_tiles: bool
 ) -> Operator:
     if client is not None:
-        from ntkpipe.operators.on_dask.operator import WorkersOperator  # keeps distributed out of work on one machine
+        from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
 
         return WorkersOperator(source, client, memory_limit=memory_limit, threads=threads)
-    if threads is not None:
-        check_number("threads", threads, low=1)
+    for name, value in (("threads", threads), ("memory_limit", memory_limit)):
+        if value is not None:
+            check_number(name, value, low=1)
     threads = threads or num_cores()
     in_use = buffer_bytes(source, threads)
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
-    room = memory_room(memory_limit)
-    if memory_limit is not None and room < in_use:
+    room = memory_room(memory_limit) - in_use
+    if memory_limit is not None and room < 0:
         raise ResourceError(
             f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
-    cache_bytes = max(0, room - in_use) if keep_tiles else 0
+    cache_bytes = max(0, room) if keep_tiles else 0
     reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room - in_use)
+    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room)

@@ -1,4 +1,4 @@
-"""Shards of tiles: who owns which, threads that work through them with single-threaded BLAS, how results add up."""
+"""Shards of tiles: who owns which, how threads work through them with single-threaded BLAS, and how results add up."""
 
 import threading
 from collections import Counter, deque
@@ -11,43 +11,40 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.grid import Grid
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.tiles import Part, Shard, TileIndex, Tiles, multiply
+from ntkpipe.operators.tiles import PartialProduct, Shard, TileIndex, Tiles, multiply
 
-Found = TypeVar("Found")
+ShardResult = TypeVar("ShardResult")
 
-# Shards 2^level * index to 2^level * (index + 1).
-Node = tuple[int, int]
+# Level and index: the sum of shards 2^level * index to 2^level * (index + 1).
+SumNode = tuple[int, int]
 
 
-class Stopped(Exception):  # noqa: N818 - a request, not an error
-    """Leaves a shard when another one has failed, or nobody waits for the pass any more."""
+class PassStopped(Exception):  # noqa: N818 - a request, not an error
+    """Raised in a shard when another one has failed, or nobody waits for the pass any more."""
 
 
 def map_shards(
-    work: Callable[[Tiles], Found],
+    work: Callable[[Tiles], ShardResult],
     shards: Iterable[Shard],
     read: Callable[[tuple[TileIndex, ...]], Tiles],
     num_threads: int,
     is_unwanted: Callable[[], bool] = lambda: False,
-) -> Iterator[Found]:
-    """What ``work`` finds in the tiles of each shard, in order; threads are at most one shard ahead."""
+) -> Iterator[ShardResult]:
+    """Yield the result of ``work`` on the tiles of each shard, in order; threads are at most one shard ahead."""
     stop = threading.Event()
 
     def watched(tiles: Tiles) -> Iterator[tuple[TileIndex, Any]]:
         for item in tiles:
             if stop.is_set() or is_unwanted():
-                raise Stopped
+                raise PassStopped
             yield item
 
-    def do(tiles: Tiles) -> Found:
-        return work(watched(tiles))
-
-    waiting: list[Future[Found]] = []
+    waiting: list[Future[ShardResult]] = []
     with single_threaded_blas(), ThreadPoolExecutor(num_threads) as threads:
         try:
             for shard in shards:
-                # Here and not in the thread: the first tile comes while others are still multiplied.
-                waiting.append(threads.submit(do, read(shard.tiles)))
+                # Read from here and not in the thread: the first tile comes while others are still multiplied.
+                waiting.append(threads.submit(work, watched(read(shard.tiles))))
                 if len(waiting) > num_threads:
                     yield waiting.pop(0).result()
             while waiting:
@@ -59,21 +56,21 @@ def map_shards(
 
 
 class PairwiseSum:
-    """Adds parts: those of neighbours, then those of neighbouring pairs, and so on.
+    """Adds partial products of neighbouring shards, then of neighbouring pairs, and so on.
 
-    So whoever has neighbours may add them, in whatever order they come: the bits are the same. The error grows with
+    So whoever has neighbours may add them, in any order of arrival, and the bits are the same. The error grows with
     the logarithm of the number of parts (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2).
     """
 
     def __init__(self) -> None:
-        self.parts: dict[Node, Part] = {}
+        self.parts: dict[SumNode, PartialProduct] = {}
 
-    def add(self, node: Node, part: Part) -> list[Part]:
-        """Add a part, into the memory of parts before; returns those that are not needed any more."""
+    def add(self, node: SumNode, part: PartialProduct) -> list[PartialProduct]:
+        """Add a part, into the memory of earlier parts; returns those that are not needed any more."""
         done = []
         level, index = node
         while (other := self.parts.pop((level, index ^ 1), None)) is not None:
-            # Rows of a shard begin where, or below where those of the one before begin.
+            # The rows of a shard begin at or below the first row of the shard before.
             into, added = (other, part) if index % 2 else (part, other)
             into.values[added.start - into.start :] += added.values
             done.append(added)
@@ -96,16 +93,13 @@ def multiply_shards(
     num_threads: int,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> PairwiseSum:
-    """What shards add to ``K @ block``, neighbours added; see :func:`map_shards`.
-
-    Memory is a block for each thread, one that waits, and those of the sum.
-    """
+    """Sum what shards contribute to ``K @ block``; memory is :func:`num_blocks_in_use` blocks."""
     total = PairwiseSum()
     free: deque[NDArray[np.float64]] = deque()
 
-    def work(tiles: Tiles) -> Part:
+    def work(tiles: Tiles) -> PartialProduct:
         try:
-            # Fresh memory costs page faults as long as a tile takes.
+            # Page faults of fresh memory would take as long as a tile.
             memory = free.pop()
         except IndexError:
             memory = np.empty_like(block)
@@ -118,10 +112,18 @@ def multiply_shards(
     return total
 
 
+def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
+    """Blocks that :func:`multiply_shards` holds at most: one in each thread, one waiting, and those not yet added."""
+    return num_threads + 1 + num_shards.bit_length()
+
+
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
-    """Owner of each shard: its present one if still there; about equally many shards for each thread."""
+    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread.
+
+    A shard stays with the owner in ``known`` where that is still there and not overloaded.
+    """
     if not set(known.values()) & set(workers):
-        known, threads, position = {}, sum(workers.values()), 0
+        threads, position = sum(workers.values()), 0
         fresh = {}
         for address, count in workers.items():
             first, position = position, position + count
@@ -132,17 +134,17 @@ def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int
     held = Counter({address: 0 for address in workers})
     held.update(owners.values())
 
-    def give(number: int) -> None:
-        owners[number] = min(workers, key=lambda address: (held[address] + 1) / workers[address])
-        held[owners[number]] += 1
+    def load_with_one_more(address: str) -> float:
+        return (held[address] + 1) / workers[address]
 
     for number in numbers:
         if number not in owners:
-            give(number)
+            owners[number] = min(workers, key=load_with_one_more)
+            held[owners[number]] += 1
     while True:
         fullest = max(workers, key=lambda address: held[address] / workers[address])
-        emptiest = min(workers, key=lambda address: (held[address] + 1) / workers[address])
-        if (held[emptiest] + 1) / workers[emptiest] >= held[fullest] / workers[fullest]:
+        emptiest = min(workers, key=load_with_one_more)
+        if load_with_one_more(emptiest) >= held[fullest] / workers[fullest]:
             return dict(sorted(owners.items()))
         moved = max(number for number, owner in owners.items() if owner == fullest)
         held[fullest] -= 1

@@ -1,43 +1,75 @@
-"""A stored matrix as an operator on this machine: its tiles pass by, each used for both halves."""
+"""A stored matrix as an operator on this machine: its tiles stream by, each used for both halves."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader, buffer_bytes
-from ntkpipe.operators.shards import map_shards, multiply_shards
-from ntkpipe.operators.tiled import TiledOperator, join_measures
-from ntkpipe.operators.tiles import Columns, Rectangle, Shard, Tiles, cut_shards, measure, scratch_bytes
+from ntkpipe.operators.shards import ShardResult, map_shards, multiply_shards, num_blocks_in_use
+from ntkpipe.operators.tiles import (
+    BlockRequest,
+    ColumnsRequest,
+    EntryRequest,
+    Shard,
+    Tiles,
+    TileSource,
+    cut_shards,
+    join_statistics,
+    measure,
+    scratch_bytes,
+    touched_shards,
+)
 
-Found = TypeVar("Found")
+
+class TiledOperator(Operator):
+    """A symmetric matrix of stored tiles, or a leading block of one; subclasses decide where tiles are read."""
+
+    def __init__(self, source: TileSource, num_rows: int) -> None:
+        super().__init__(num_rows, source.dtype)
+        self._source = source
+        self._shards = cut_shards(source.grid, num_rows)
+
+    def identity(self) -> str:
+        """See :meth:`Operator.identity`."""
+        whole = self._source.identity()
+        return whole if self.num_rows == self._source.grid.shape[0] else f"leading({whole}, {self.num_rows})"
+
+    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._gather(ColumnsRequest(indices), np.empty((self.num_rows, len(indices))))
+
+    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+        values = np.empty((rows.stop - rows.start, columns.stop - columns.start))
+        return self._gather(BlockRequest(rows, columns), values)
+
+    @abstractmethod
+    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Fill ``values`` with the requested entries."""
 
 
 class StreamingOperator(TiledOperator):
-    """A symmetric matrix of tiles, read from its store in every pass but for those that are kept.
+    """A symmetric matrix of tiles, read from its store in every pass except for those that stay in memory.
 
     Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
-    pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, for each thread a block of the
-    shape of the product and some megabytes, and three such blocks, up to five for 128 shards. Tiles that are kept give
+    pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, a block of the shape of the
+    product and some megabytes for each thread, and three such blocks, up to five for 128 shards. Tiles in memory give
     way to all this, for good, where there is no room for both.
     """
 
     def __init__(
         self, reader: TileReader, *, threads: int, num_rows: int | None = None, room: int | None = None
     ) -> None:
+        super().__init__(reader.source, num_rows or reader.source.grid.shape[0])
         self._reader = reader
         self._room = room
-        self._grid = reader.source.grid
         self._num_threads = threads
-        super().__init__(num_rows or self._grid.shape[0], reader.source.dtype)
-        self._shards = cut_shards(self._grid, self.num_rows)
 
     @property
     def share_kept(self) -> float:
-        """Share of the tiles that is kept in memory."""
+        """Share of the tiles that stays in memory."""
         return self._reader.share_kept
 
     @property
@@ -48,45 +80,37 @@ class StreamingOperator(TiledOperator):
     @property
     def buffer_bytes(self) -> int:
         """See :attr:`Operator.buffer_bytes`."""
-        return buffer_bytes(self._reader.source, self._num_threads)
-
-    def identity(self) -> str:
-        """See :meth:`Operator.identity`."""
-        whole = self._reader.source.identity()
-        return whole if self.num_rows == self._grid.shape[0] else f"leading({whole}, {self.num_rows})"
+        return buffer_bytes(self._source, self._num_threads)
 
     def _leading(self, num_rows: int) -> Operator:
         return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows, room=self._room)
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        start = perf_counter()
+        start, grid = perf_counter(), self._source.grid
         if self._room is not None:
-            products = self._num_threads + 1 + len(self._shards).bit_length()  # in threads, waiting, not yet added
-            scratch = self._num_threads * scratch_bytes(self._grid.rows.tile_rows, block.shape[1])
-            self._reader.keep_at_most(self._room - products * block.nbytes - scratch)
+            products = num_blocks_in_use(self._num_threads, len(self._shards)) * block.nbytes
+            scratch = self._num_threads * scratch_bytes(grid.rows.tile_rows, block.shape[1])
+            self._reader.keep_at_most(self._room - products - scratch)
         try:
-            return multiply_shards(self._grid, block, self._shards, self._reader.tiles, self._num_threads).total
+            return multiply_shards(grid, block, self._shards, self._reader.tiles, self._num_threads).total
         finally:
             self._reader.add_seconds(perf_counter() - start)
 
     def _measure(self) -> Statistics:
-        found = self._map(lambda tiles: measure(tiles, self._grid, self.num_rows), self._shards)
-        return join_measures(found, self.num_rows)
+        parts = self._map(lambda tiles: measure(tiles, self._source.grid, self.num_rows), self._shards)
+        return join_statistics(parts, self.num_rows)
 
-    def _gather(self, request: Columns | Rectangle, shape: tuple[int, int]) -> NDArray[np.float64]:
-        values = np.empty(shape)
-
+    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
         def place(tiles: Tiles) -> None:
-            for where, entries in request.pieces(tiles, self._grid, self.num_rows):
+            for where, entries in request.entries(tiles, self._source.grid, self.num_rows):
                 values[where] = entries
 
-        touched = (tuple(t for t in shard.tiles if request.touches(t, self._grid)) for shard in self._shards)
-        for _ in self._map(place, tuple(Shard(number, tiles) for number, tiles in enumerate(touched) if tiles)):
+        for _ in self._map(place, touched_shards(self._shards, request, self._source.grid)):
             pass
         return values
 
-    def _map(self, work: Callable[[Tiles], Found], shards: tuple[Shard, ...]) -> Iterator[Found]:
-        """What ``work`` finds in the tiles of each shard, in order."""
+    def _map(self, work: Callable[[Tiles], ShardResult], shards: tuple[Shard, ...]) -> Iterator[ShardResult]:
+        """Yield the result of ``work`` on the tiles of each shard, in order."""
         start = perf_counter()
         try:
             yield from map_shards(work, shards, self._reader.tiles, self._num_threads)

@@ -1,7 +1,4 @@
-"""For tests of operators and solvers, here and in what others build on them.
-
-Matrices whose spectrum is known, and what every operator must do.
-"""
+"""For tests of operators and solvers, here and in other packages: matrices of known spectrum, checks of operators."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,13 +9,13 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 
-# Twice the unit roundoff: of two products, computed and of reference, that differ.
+# Twice the unit roundoff, since both the computed and the reference product are rounded.
 _EPS = float(np.finfo(np.float64).eps)
 _TINY = float(np.finfo(np.float64).tiny)
 
 
 def matrix_with_spectrum(eigenvalues: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:
-    """A symmetric matrix of these eigenvalues and of random eigenvectors, exactly symmetric."""
+    """An exactly symmetric matrix with these eigenvalues and random eigenvectors."""
     values = np.asarray(eigenvalues, np.float64)
     rng = np.random.default_rng(seed)
     vectors, upper = np.linalg.qr(rng.standard_normal((len(values), len(values))))
@@ -36,9 +33,8 @@ def power_law(num_rows: int, *, condition: float, largest: float = 1e4) -> NDArr
 def spectra(num_rows: int) -> Mapping[str, NDArray[np.float64]]:
     """Spectra that solvers must cope with, by name, each in descending order.
 
-    Power laws as neural tangent kernels have them, at conditions of 1e4 to 1e10; clusters of equal eigenvalues; a few
-    large ones over a floor; a singular one, of rank 3n/4; and one that rounding made indefinite, as float32 storage
-    does to a small spectrum.
+    Power laws, which neural tangent kernels have, at condition numbers of 1e4 to 1e10; clusters of equal eigenvalues; a
+    few large ones over a floor; a singular spectrum of rank 3n/4; and an indefinite one, as rounding to float32 makes.
     """
     n = num_rows
     found = {f"power_law_1e{digits}": power_law(n, condition=10.0**digits) for digits in (4, 6, 8, 10)}
@@ -58,12 +54,12 @@ def check_operator(
     dtypes: Iterable[DTypeLike] = (np.float32, np.float64),
     rounding: float = 0.0,
 ) -> None:
-    """Check everything that solvers rely on, for an implementation of :class:`ntkpipe.base.operator.Operator`.
+    """Check everything that solvers rely on in an implementation of :class:`ntkpipe.base.operator.Operator`.
 
-    Products are compared with those of the entries in float64. Each may be off by what rounding explains: with u the
-    unit roundoff of float64, a sum of n products has an error of at most n u times the sum of their sizes (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1); a computed and a reference product differ by twice
-    that. An implementation that multiplies in float32 fails.
+    Products are compared with those of the entries in float64, up to rounding: with u the unit roundoff of float64, a
+    sum of n products has an error of at most n u times the sum of their sizes (Higham, Accuracy and Stability of
+    Numerical Algorithms, section 3.1), and a computed and a reference product differ by twice that. An implementation
+    that multiplies in float32 fails.
     """
     for num_rows in sizes:
         for dtype in dtypes:
@@ -72,7 +68,7 @@ def check_operator(
 
 
 def _matrices(num_rows: int, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
-    """A positive definite and an indefinite one, neither of zero mean."""
+    """A positive definite and an indefinite matrix, neither of zero mean."""
     spectrum = power_law(num_rows, condition=1e4) if num_rows > 1 else np.array([3.0])
     definite = matrix_with_spectrum(spectrum) + 1.0
     rough = np.random.default_rng(1).standard_normal((num_rows, num_rows))
@@ -80,7 +76,7 @@ def _matrices(num_rows: int, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
 
 
 class _Contract:
-    """The checks of one matrix."""
+    """The checks with one matrix."""
 
     def __init__(
         self, make: Callable[[NDArray[Any]], Operator], matrix: NDArray[Any], rounding: float, of: str
@@ -112,10 +108,11 @@ class _Contract:
     def _near(self, found: NDArray[Any], wanted: NDArray[Any], bound: NDArray[Any] | float, what: str) -> None:
         self._require(found.shape == wanted.shape, what, f"shape {found.shape}; needed {wanted.shape}")
         self._require(found.dtype == np.float64, what, f"dtype {found.dtype}; needed float64")
-        excess = np.abs(found - wanted) - bound
-        self._require(
-            not excess.size or bool((excess <= 0).all()), what, f"off by {np.abs(found - wanted).max(initial=0):.3g}"
-        )
+        error = np.abs(found - wanted)
+        self._require(bool((error - bound <= 0).all()), what, f"off by {error.max(initial=0):.3g}")
+
+    def _product(self, found: NDArray[Any], block: NDArray[np.float64], what: str) -> None:
+        self._near(found, self._dense @ block, self._product_bound(block), what)
 
     def _product_bound(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         sizes = np.abs(block)
@@ -134,15 +131,12 @@ class _Contract:
         apart = np.zeros((n, 6))
         apart[:, ::2] = block
         whole = self._rng.integers(-9, 9, (n, 2))
-        raw = np.zeros(block.nbytes + 1, np.uint8)
-        unaligned = raw[1:].view(np.float64).reshape(n, 3)
+        unaligned = np.zeros(block.nbytes + 1, np.uint8)[1:].view(np.float64).reshape(n, 3)
         unaligned[:] = block
-        kept = block.copy()
+        before = block.copy()
         product = self._operator.matmat(block)
-        self._require(np.array_equal(block, kept), "matmat leaves the block as it is")
-        self._near(
-            product, self._dense @ block, self._product_bound(block), "matmat of a block is float64's to rounding"
-        )
+        self._require(np.array_equal(block, before), "matmat leaves the block as it is")
+        self._product(product, block, "matmat of a block is float64's to rounding")
         self._require(product.flags.writeable and product.base is not block, "matmat gives new memory")
         same = {
             "again": block,
@@ -156,18 +150,10 @@ class _Contract:
             self._require(np.array_equal(self._operator.matmat(each), product), f"matmat {how} has equal bits")
         self._require(np.array_equal(self._operator @ block, product), "@ is matmat")
         vector = self._operator.matmat(block[:, 0])
-        self._near(
-            vector, self._dense @ block[:, 0], self._product_bound(block[:, 0]), "matmat of a vector is float64's"
-        )
+        self._product(vector, block[:, 0], "matmat of a vector is float64's")
         self._near(self._operator.matmat(block[:, :1])[:, 0], vector, 0.0, "a vector is a block of one column")
         for each in (whole, block.astype(np.float32), whole > 0):
-            as_float = each.astype(np.float64)
-            self._near(
-                self._operator.matmat(each),
-                self._dense @ as_float,
-                self._product_bound(as_float),
-                f"matmat of {each.dtype}",
-            )
+            self._product(self._operator.matmat(each), each.astype(np.float64), f"matmat of {each.dtype}")
         self._near(self._operator.matmat(np.zeros((n, 0))), np.zeros((n, 0)), 0.0, "matmat of no columns")
         self._near(self._operator.matmat(np.zeros(n)), np.zeros(n), 0.0, "matmat of zeros")
 
@@ -181,31 +167,24 @@ class _Contract:
         self._near(self._operator.matmat(2 * x - 3 * y), 2 * of_x - 3 * of_y, bound, "products are linear")
 
     def _entries(self, operator: Operator, dense: NDArray[np.float64], size: float, of: str) -> None:
-        """Columns, blocks and statistics; exact where a matrix is stored and looked at as it is."""
+        """Check columns, blocks and statistics; they are exact unless the operator is a view ``of`` another."""
         n = len(dense)
         off = self._rounding * size / max(float(np.abs(self._dense).max()), _TINY) if of else self._rounding
         off += 16 * n * _EPS * size if of else 0.0
         numbers = self._rng.integers(0, n, 5)
         self._near(operator.columns(numbers), dense[:, numbers], off, f"columns{of}, repeated and in any order")
         self._near(operator.columns([]), np.zeros((n, 0)), 0.0, f"no columns{of}")
-        for rows, columns in (
-            (slice(0, n), slice(n // 2, n)),
-            (slice(n // 3, n), slice(0, n // 2)),
-            (slice(0, 0), slice(0, n)),
-        ):
+        for first, last, left, right in ((0, n, n // 2, n), (n // 3, n, 0, n // 2), (0, 0, 0, n)):
+            rows, columns = slice(first, last), slice(left, right)
             found = operator.block(rows, columns)
             self._near(found, dense[rows, columns], off, f"block{of} of {rows} and {columns}")
             self._require(found.flags.c_contiguous and found.flags.writeable, f"a block{of} is contiguous and new")
         self._near(operator.diagonal(), dense.diagonal(), off, f"diagonal{of}")
-        trace = float(dense.trace())
-        self._require(
-            abs(operator.trace() - trace) <= n * (off + 2 * _EPS * n * size), f"trace{of} is the sum of the diagonal"
-        )
+        error = abs(operator.trace() - float(dense.trace()))
+        self._require(error <= n * (off + 2 * _EPS * n * size), f"trace{of} is the sum of the diagonal")
         squared, wanted = operator.frobenius() ** 2, float(np.vdot(dense, dense))
-        bound = n * n * (2 * off * size + 16 * n * _EPS * size**2)
-        self._require(
-            abs(squared - wanted) <= bound, f"Frobenius norm{of}", f"{squared**0.5:.17g}; needed {wanted**0.5:.17g}"
-        )
+        is_near = abs(squared - wanted) <= n * n * (2 * off * size + 16 * n * _EPS * size**2)
+        self._require(is_near, f"Frobenius norm{of}", f"{squared**0.5:.17g}; needed {wanted**0.5:.17g}")
 
     def _statistics_are_kept(self) -> None:
         operator = self._make(self._matrix)
@@ -225,9 +204,8 @@ class _Contract:
         for columns in (1, 5):
             operator.matmat(np.ones((n, columns)))
         cost = operator.work - before
-        self._require(
-            abs(cost.passes - 2) < 1e-9, "a product is one pass, whatever the columns", f"{cost.passes / 2:.6g}"
-        )
+        is_one = abs(cost.passes - 2) < 1e-9
+        self._require(is_one, "a product is one pass, whatever the columns", f"{cost.passes / 2:.6g}")
         self._require(cost.bytes_read >= 0 and cost.seconds >= 0, "work does not become less")
         before = operator.work
         operator.columns([0])
@@ -236,44 +214,38 @@ class _Contract:
     def _views(self) -> None:
         operator, dense, n = self._operator, self._dense, len(self._dense)
         eye, part = np.eye(n), (n + 1) // 2
-        centring = eye - 1.0 / n
-        of_part = np.eye(part) - 1.0 / part
+        centring, of_part = eye - 1.0 / n, np.eye(part) - 1.0 / part
+        centred, shifted = centring @ dense @ centring, dense + 0.3 * eye
         views: dict[str, tuple[Operator, NDArray[Any]]] = {
-            "shifted": (operator.shifted(0.3), dense + 0.3 * eye),
+            "shifted": (operator.shifted(0.3), shifted),
             "shifted to a negative side": (operator.shifted(-2.5), dense - 2.5 * eye),
             "scaled": (operator.scaled(-1.7), -1.7 * dense),
-            "centred": (operator.centred(), centring @ dense @ centring),
+            "centred": (operator.centred(), centred),
             "of several outputs": (operator.kronecker(3), np.kron(dense, np.eye(3))),
             "leading": (operator.leading(part), dense[:part, :part]),
             "scaled and shifted": (operator.scaled(0.5).shifted(0.3), 0.5 * dense + 0.3 * eye),
-            "shifted and centred": (operator.shifted(0.3).centred(), centring @ (dense + 0.3 * eye) @ centring),
-            "centred and shifted": (operator.centred().shifted(0.3), centring @ dense @ centring + 0.3 * eye),
+            "shifted and centred": (operator.shifted(0.3).centred(), centring @ shifted @ centring),
+            "centred and shifted": (operator.centred().shifted(0.3), centred + 0.3 * eye),
             "leading and centred": (operator.leading(part).centred(), of_part @ dense[:part, :part] @ of_part),
-            "centred and leading": (operator.centred().leading(part), (centring @ dense @ centring)[:part, :part]),
-            "shifted and leading": (operator.shifted(0.3).leading(part), (dense + 0.3 * eye)[:part, :part]),
-            "shifted and of several outputs": (
-                operator.shifted(0.3).kronecker(2),
-                np.kron(dense + 0.3 * eye, np.eye(2)),
-            ),
+            "centred and leading": (operator.centred().leading(part), centred[:part, :part]),
+            "shifted and leading": (operator.shifted(0.3).leading(part), shifted[:part, :part]),
+            "shifted and of several outputs": (operator.shifted(0.3).kronecker(2), np.kron(shifted, np.eye(2))),
             "of several outputs and leading": (
                 operator.kronecker(2).leading(part + 1),
                 np.kron(dense, np.eye(2))[: part + 1, : part + 1],
             ),
         }
+        size = 2 * float(np.abs(dense).max()) + 3.0
         for name, (view, wanted) in views.items():
             of = f" of the matrix {name}"
-            size = 2 * float(np.abs(dense).max()) + 3.0
             block = self._rng.standard_normal((len(wanted), 2))
             rounding = 16 * len(wanted) * _EPS * size + 2 * self._rounding
-            self._near(view.matmat(block), wanted @ block, rounding * np.abs(block).sum(axis=0), f"product{of}")
-            self._near(
-                view.matmat(block[:, 0]), wanted @ block[:, 0], rounding * np.abs(block[:, 0]).sum(), f"product{of}"
-            )
+            for each in (block, block[:, 0]):
+                self._near(view.matmat(each), wanted @ each, rounding * np.abs(each).sum(axis=0), f"product{of}")
             self._entries(view, wanted, size, of)
             self._require(view.shape == wanted.shape, f"shape{of}")
             self._require(view.storage_floor() >= 0.0, f"storage floor{of}")
-            is_same = view is operator
-            self._require((view.identity() == operator.identity()) == is_same, f"identity{of}")
+            self._require((view.identity() == operator.identity()) == (view is operator), f"identity{of}")
         for unchanged in (operator.shifted(0.0), operator.scaled(1.0), operator.kronecker(1), operator.leading(n)):
             self._require(unchanged is operator, "a view of the same is the operator")
 

@@ -1,4 +1,4 @@
-"""Tiles of a stored symmetric matrix: where they come from, how they are cut into shards, and what is done with one."""
+"""Tiles of a stored symmetric matrix: their sources, how they are cut into shards, and the arithmetic on a tile."""
 
 import mmap
 from collections.abc import Iterable, Iterator
@@ -11,84 +11,46 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Axis, Grid
-from ntkpipe.base.operator import digest_of
+from ntkpipe.base.operator import Statistics, digest_of
 from ntkpipe.store.kernel import Kernel
 
 TileIndex = tuple[int, int]
-# Passes a tile on with its place, as :meth:`ntkpipe.operators.reading.TileReader.tiles` does.
+# Tiles with their indices, as :meth:`ntkpipe.operators.reading.TileReader.tiles` yields them.
 Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]
 
-# Rows of a tile that are upcast at a time. For few columns they stay in the cache for both products, and OpenBLAS has
-# kernels for small products (up to 10⁶ multiplications), twice as fast; for many columns large products are faster.
+# Rows of a tile that are upcast at a time. With few columns they stay in the cache for both products, and OpenBLAS has
+# kernels for small products (up to 10⁶ multiplications) that are twice as fast; with many columns large products win.
 _SMALL_PRODUCT = 10**6
 _FEW_ROWS = (32, 64)
 _MANY_ROWS = 512
 _DEFAULT_EDGE = 2048
-# At least so many tiles in each of so many shards: enough for the threads of a cluster where a matrix is worth one.
+# Number of shards → least number of tiles in each: enough for the threads of any cluster that the matrix is worth.
 _TILES_OF_SHARDS = {128: 16, 64: 16, 32: 16, 16: 4, 8: 4, 4: 4, 2: 4}
 
 
 class TileSource(Protocol):
-    """Where tiles come from. Pickles, so that workers of a cluster can read for themselves."""
+    """Where tiles come from. It pickles, so that the workers of a cluster can read for themselves."""
 
-    @property
-    def grid(self) -> Grid:
-        """The tiles of a symmetric matrix."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of the entries."""
-        ...
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of one tile as it is read."""
-        ...
-
-    @property
-    def is_local(self) -> bool:
-        """Whether one reader at a time keeps the medium busy."""
-        ...
+    grid: Grid  # the tiles of a symmetric matrix
+    dtype: np.dtype[Any]  # of the entries
+    tile_bytes: int  # of one tile as it is read
+    is_local: bool  # whether one reader at a time keeps the medium busy
 
     def identity(self) -> str:
-        """Names the matrix; see :meth:`ntkpipe.base.operator.Operator.identity`."""
-        ...
+        """Name of the matrix; see :meth:`ntkpipe.base.operator.Operator.identity`."""
 
     def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
-        """A stored tile, in the buffer if there is one."""
-        ...
+        """Read a stored tile, into the buffer if there is one."""
 
 
-@dataclass(frozen=True)
 class KernelTiles:
-    """Tiles of a stored kernel, each verified by its checksum."""
+    """Tiles of a stored symmetric kernel, each verified by its checksum."""
 
-    kernel: Kernel  # symmetric
-
-    def __post_init__(self) -> None:
-        if not self.kernel.is_symmetric:
-            raise ConfigError(f"{self.kernel!r} is not symmetric; needed the kernel of samples with themselves")
-
-    @property
-    def grid(self) -> Grid:
-        """See :class:`TileSource`."""
-        return self.kernel.grid
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See :class:`TileSource`."""
-        return self.kernel.dtype
-
-    @property
-    def tile_bytes(self) -> int:
-        """See :class:`TileSource`."""
-        return self.kernel.tile_bytes
-
-    @property
-    def is_local(self) -> bool:
-        """See :class:`TileSource`."""
-        return self.kernel.is_local
+    def __init__(self, kernel: Kernel) -> None:
+        if not kernel.is_symmetric:
+            raise ConfigError(f"{kernel!r} is not symmetric; needed the kernel of samples with themselves")
+        self.kernel, self.grid, self.dtype = kernel, kernel.grid, kernel.dtype
+        self.tile_bytes, self.is_local = kernel.tile_bytes, kernel.is_local
 
     def identity(self) -> str:
         """See :class:`TileSource`."""
@@ -99,20 +61,23 @@ class KernelTiles:
         return self.kernel.read_stored(*index, buffer)
 
 
-@dataclass(frozen=True)
 class ArrayTiles:
-    """Tiles of any matrix that gives slices as arrays: a ``zarr.Array``, a memory map. Only upper tiles are read.
+    """Tiles of any symmetric matrix that gives slices as arrays: a ``zarr.Array``, a memory map.
 
-    Pickled, a memory map is the name of its file, which must be there where it is opened.
+    Only the tiles on and above the diagonal are read. A memory map is pickled as the name of its file, which must be
+    there where it is opened.
     """
 
-    array: Any  # shape (n, n), float32 or float64, symmetric; what is below its diagonal tiles is not looked at
-    edge: int = _DEFAULT_EDGE  # rows of a tile; best a multiple of the chunks of the array
-
-    def __post_init__(self) -> None:
-        shape, dtype = tuple(self.array.shape), np.dtype(self.array.dtype)
+    # Rows of a tile are best a multiple of the chunks of the array.
+    def __init__(self, array: Any, edge: int = _DEFAULT_EDGE) -> None:
+        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
         if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or dtype not in (np.float32, np.float64):
             raise ConfigError(f"a matrix of shape {shape} and dtype {dtype}; needed (n, n) in float32 or float64")
+        axis = Axis(shape[0], 1, min(edge, shape[0]))
+        self.array, self.edge, self.dtype = array, edge, dtype
+        self.grid = Grid(axis, axis, symmetric=True)
+        self.tile_bytes = int(axis.tile) ** 2 * dtype.itemsize
+        self.is_local = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not isinstance(self.array, np.memmap):
@@ -124,30 +89,8 @@ class ArrayTiles:
         place = str(self.array.filename), self.array.dtype, self.array.offset, self.array.shape, order
         return _open_mapped, (*place, self.edge)
 
-    @property
-    def grid(self) -> Grid:
-        """See :class:`TileSource`."""
-        axis = Axis(self.array.shape[0], 1, min(self.edge, self.array.shape[0]))
-        return Grid(axis, axis, symmetric=True)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """See :class:`TileSource`."""
-        dtype: np.dtype[Any] = np.dtype(self.array.dtype)
-        return dtype
-
-    @property
-    def tile_bytes(self) -> int:
-        """See :class:`TileSource`."""
-        return int(self.grid.rows.tile) ** 2 * self.dtype.itemsize
-
-    @property
-    def is_local(self) -> bool:
-        """See :class:`TileSource`."""
-        return True
-
     def identity(self) -> str:
-        """Digest of the diagonal tiles: a whole matrix is too much to read for a name."""
+        """Digest of the diagonal tiles: reading a whole matrix for its name would take too long."""
         digests = "".join(digest_of(self.read((i, i), None)) for i in range(self.grid.rows.num_tiles))
         return digest_of(np.frombuffer(digests.encode(), np.uint8))
 
@@ -168,7 +111,7 @@ def _open_mapped(
 class Shard:
     """A run of stored tiles, in order: what one thread multiplies at a time.
 
-    Shards and how they add up depend on the matrix alone, so bits do not depend on who computes.
+    The shards and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
     """
 
     number: int  # its place in the sum
@@ -176,7 +119,7 @@ class Shard:
 
 
 def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
-    """The tiles of the leading ``num_rows`` rows in runs of equal length: a power of two, at most 128."""
+    """Cut the tiles of the leading ``num_rows`` rows into runs of equal length: a power of two, at most 128."""
     edge = grid.rows.tile_rows
     tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
     count = next((count for count, least in _TILES_OF_SHARDS.items() if len(tiles) >= least * count), 1)
@@ -185,15 +128,17 @@ def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What shards add to a product: rows from ``start`` on, shape (rows, r), float64."""
+class PartialProduct:
+    """What some shards contribute to a product: rows from ``start`` on, shape (rows, r), float64."""
 
     start: int
     values: NDArray[np.float64]
 
 
-def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None) -> Part:
-    """The part of ``K @ block`` that comes from some tiles, each used for itself and for its mirror."""
+def multiply(
+    tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None
+) -> PartialProduct:
+    """Multiply a block by some tiles, each used for itself and for its mirror."""
     edge, num_rows, start = grid.rows.tile_rows, len(block), 0
     product: NDArray[np.float64] | None = None
     upcast = _Upcast(edge, block.shape[1])
@@ -205,7 +150,7 @@ def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArr
         rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
         tile = whole[: _length(rows), : _length(columns)]
         of_rows = product[_moved(rows, start)]
-        # Of the mirrored tile, transposed: faster so for BLAS.
+        # The product with the mirrored tile is computed transposed, which is faster in BLAS.
         mirrored = np.zeros((block.shape[1], _length(columns))) if row != column else None
         for run, part in upcast.parts(tile):
             of_rows[run] += part @ block[columns]
@@ -214,7 +159,7 @@ def multiply(tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArr
         if mirrored is not None:
             product[_moved(columns, start)] += mirrored.T
     assert product is not None
-    return Part(start, product)
+    return PartialProduct(start, product)
 
 
 def scratch_bytes(edge: int, num_columns: int) -> int:
@@ -223,13 +168,12 @@ def scratch_bytes(edge: int, num_columns: int) -> int:
 
 
 def _rows_at_once(edge: int, num_columns: int) -> int:
-    """Rows of a tile that are upcast at a time."""
     few = _SMALL_PRODUCT // (edge * num_columns)
     return min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
 
 
 class _Upcast:
-    """Runs of rows of tiles in float64; memory is the longest of them."""
+    """Converts tiles to float64 a run of rows at a time; memory is the longest run."""
 
     def __init__(self, edge: int, num_columns: int) -> None:
         self._step = _rows_at_once(edge, num_columns)
@@ -237,7 +181,7 @@ class _Upcast:
         self._scratch: NDArray[np.float64] | None = None
 
     def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-        """The rows of a tile, each run valid until the next."""
+        """Yield the rows of a tile, each run valid until the next."""
         is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
         if not is_ready and self._scratch is None:
             self._scratch = np.empty((self._step, self._edge))
@@ -252,14 +196,14 @@ class _Upcast:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What some tiles say of the diagonal (start of each run, and its entries) and of the squared Frobenius norm."""
+class PartialStatistics:
+    """What some tiles contribute to the diagonal (start and entries of each run) and to the squared Frobenius norm."""
 
     diagonals: tuple[tuple[int, NDArray[np.float64]], ...]
     squared: float
 
 
-def measure(tiles: Tiles, grid: Grid, num_rows: int) -> Measure:
+def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
     """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
     edge, squared = grid.rows.tile_rows, 0.0
     diagonals, upcast = [], _Upcast(edge, 1)
@@ -269,15 +213,25 @@ def measure(tiles: Tiles, grid: Grid, num_rows: int) -> Measure:
         squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast.parts(tile))
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
-    return Measure(tuple(diagonals), squared)
+    return PartialStatistics(tuple(diagonals), squared)
 
 
-# Where entries belong in the result of a request, and the entries.
-Piece = tuple[Any, NDArray[Any]]
+def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statistics:
+    """Statistics of a matrix from those of its shards, in their order."""
+    diagonal, squared = np.empty(num_rows), 0.0
+    for part in parts:
+        squared += part.squared
+        for start, values in part.diagonals:
+            diagonal[start : start + len(values)] = values
+    return Statistics(diagonal, squared**0.5)
+
+
+# Index of entries in the result of a request, and the entries.
+PlacedEntries = tuple[Any, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnsRequest:
     """A request for columns of the full matrix."""
 
     indices: NDArray[np.int64]  # shape (c,); the result has shape (n, c)
@@ -286,22 +240,16 @@ class Columns:
         """Whether it needs a stored tile."""
         return bool(np.isin(self.indices // grid.rows.tile_rows, index).any())
 
-    def pieces(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[Piece]:
-        """What tiles give to the result, every entry once; a piece is valid until the next."""
-        edge = grid.rows.tile_rows
-        for (row, column), tile in tiles:
-            rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
-            here = np.flatnonzero(self.indices // edge == column)
+    def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
+        """Yield what tiles contribute to the result, every entry once; valid until the next."""
+        for rows, columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
+            here = np.flatnonzero((self.indices >= columns.start) & (self.indices < columns.stop))
             if here.size:
-                yield (rows, here), tile[: rows.stop - rows.start, self.indices[here] - columns.start]
-            mirrored = np.flatnonzero(self.indices // edge == row)
-            if mirrored.size and row != column:
-                picked = tile[self.indices[mirrored] - rows.start, : columns.stop - columns.start]
-                yield (columns, mirrored), picked.T
+                yield (rows, here), values[: _length(rows), self.indices[here] - columns.start]
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class BlockRequest:
     """A request for a run of rows by a run of columns of the full matrix."""
 
     rows: slice
@@ -316,20 +264,34 @@ class Rectangle:
             for one, other in ((row, column), (column, row))
         )
 
-    def pieces(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[Piece]:
-        """What tiles give to the result, every entry once; a piece is valid until the next."""
-        edge = grid.rows.tile_rows
-        for (row, column), tile in tiles:
-            places = (_span(row, edge, num_rows), _span(column, edge, num_rows))
-            for (of_rows, of_columns), values in ((places, tile), (places[::-1], tile.T))[: 1 + (row != column)]:
-                rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
-                if _length(rows) > 0 and _length(columns) > 0:
-                    inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
-                    yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
+    def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
+        """Yield what tiles contribute to the result, every entry once; valid until the next."""
+        for of_rows, of_columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
+            rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
+            if _length(rows) > 0 and _length(columns) > 0:
+                inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
+                yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
+
+
+EntryRequest = ColumnsRequest | BlockRequest
+
+
+def touched_shards(shards: Iterable[Shard], request: EntryRequest, grid: Grid) -> tuple[Shard, ...]:
+    """Shards reduced to the tiles that a request touches; those without any are left out."""
+    touched = ((shard.number, tuple(t for t in shard.tiles if request.touches(t, grid))) for shard in shards)
+    return tuple(Shard(number, tiles) for number, tiles in touched if tiles)
+
+
+def _mirrored(tiles: Tiles, edge: int, num_rows: int) -> Iterator[tuple[slice, slice, NDArray[Any]]]:
+    """Yield rows, columns and entries of each tile and of its mirror below the diagonal."""
+    for (row, column), tile in tiles:
+        rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
+        yield rows, columns, tile
+        if row != column:
+            yield columns, rows, tile.T
 
 
 def _span(tile: int, edge: int, num_rows: int) -> slice:
-    """Rows of a tile, cut at the end of the matrix."""
     return slice(tile * edge, min((tile + 1) * edge, num_rows))
 
 

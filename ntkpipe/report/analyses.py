@@ -21,13 +21,13 @@ from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.gather import Analysis, Inputs
 from ntkpipe.report.posterior import JudgedPosterior, judge_posterior
-from ntkpipe.solvers.on_store import Question
+from ntkpipe.solvers.on_store import StoreRequest
 
 # Of a prediction that are kept.
 _NUM_TERMS = 10
 
 
-def _spectrum(inputs: Inputs, question: Question) -> KernelSpectrum:
+def _spectrum(inputs: Inputs, question: StoreRequest) -> KernelSpectrum:
     options = inputs.options
     return spectrum(
         question.operator,
@@ -39,7 +39,7 @@ def _spectrum(inputs: Inputs, question: Question) -> KernelSpectrum:
     )
 
 
-def _alignment(inputs: Inputs, question: Question) -> Alignment:
+def _alignment(inputs: Inputs, question: StoreRequest) -> Alignment:
     return alignment(
         question.operator,
         inputs.known_targets,
@@ -49,7 +49,7 @@ def _alignment(inputs: Inputs, question: Question) -> Alignment:
     )
 
 
-def _across_ridges(inputs: Inputs, question: Question) -> dict[str, Any]:
+def _across_ridges(inputs: Inputs, question: StoreRequest) -> dict[str, Any]:
     """What analyses across ridges take."""
     options = inputs.options
     is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
@@ -64,15 +64,15 @@ def _across_ridges(inputs: Inputs, question: Question) -> dict[str, Any]:
     }
 
 
-def _regression(inputs: Inputs, question: Question) -> RidgePath:
+def _regression(inputs: Inputs, question: StoreRequest) -> RidgePath:
     return ridge_path(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
 
 
-def _generalisation(inputs: Inputs, question: Question) -> Generalisation:
+def _generalisation(inputs: Inputs, question: StoreRequest) -> Generalisation:
     return generalisation(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
 
 
-def _influence(inputs: Inputs, question: Question) -> Influence:
+def _influence(inputs: Inputs, question: StoreRequest) -> Influence:
     """At the ridge that the page speaks of, which becomes an option of the result."""
     begin, ridge = perf_counter(), _chosen_ridge(inputs)
     model = KernelRegression(ridge=ridge, memory_limit=question.memory_limit)
@@ -101,7 +101,7 @@ def _is_of_the_chosen_ridge(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
     return isinstance(found, Missing) or bool(saved["options"].get("ridge") == choose(found).ridge)
 
 
-def _calibration(inputs: Inputs, question: Question) -> JudgedPosterior:
+def _calibration(inputs: Inputs, question: StoreRequest) -> JudgedPosterior:
     test_diagonal, test_targets = inputs.test_diagonal, inputs.test_targets
     assert test_diagonal is not None
     assert test_targets is not None

@@ -22,7 +22,7 @@ from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.direct.eigh import Spectrum, eigh
-from ntkpipe.solvers.on_store import Question, find_kernel, of_store, result_name
+from ntkpipe.solvers.on_store import StoreRequest, find_kernel, of_store, result_name
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 from ntkpipe.solvers.steps import StoredPairs, stored_pairs
 from ntkpipe.store.chunks import reading_results
@@ -146,7 +146,7 @@ def _has_the_ridges(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
 class Analysis:
     """One question to a kernel."""
 
-    ask: Callable[[Inputs, Question], Result]  # of the inputs and the kernel as an operator
+    ask: Callable[[Inputs, StoreRequest], Result]  # of the inputs and the kernel as an operator
     # needs_targets, needs_test: whether it needs targets of the train samples, or a test set (with targets, if it
     # needs targets)
     needs_targets: bool = False
@@ -232,7 +232,7 @@ def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
     """The answer, saved unless the store cannot be written."""
     store, options = inputs.store, inputs.options
 
-    def answer(question: Question) -> Result:
+    def answer(question: StoreRequest) -> Result:
         return analysis.ask(inputs, question)
 
     if store.store.is_writable():
@@ -248,6 +248,6 @@ def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
     operator = as_operator(inputs.kernel, memory_limit=share, client=options.client)
     try:
         checkpoint = Checkpoint(store.store, name)
-        return answer(Question(store, inputs.kernel, operator, ignore, checkpoint, share, options.client))
+        return answer(StoreRequest(store, inputs.kernel, operator, ignore, checkpoint, share, options.client))
     finally:
         operator.close()

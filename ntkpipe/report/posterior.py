@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.process import gaussian_process
-from ntkpipe.solvers.on_store import Question
+from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.solvers.result import Result
 
 
@@ -49,7 +49,7 @@ class JudgedPosterior(Result):
 
 
 def judge_posterior(
-    question: Question,
+    question: StoreRequest,
     targets: ArrayLike,
     test_kernel: Any,
     test_diagonal: ArrayLike,

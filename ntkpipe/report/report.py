@@ -11,7 +11,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.report.analyses import ANALYSES
 from ntkpipe.report.gather import PageOptions, gather
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 from ntkpipe.store.chunks import writing
 from ntkpipe.store.kernel import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
@@ -46,7 +46,7 @@ class Report(Result):
     verdict: str
     missing: tuple[tuple[str, str], ...]
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         return [
             ("page", f"{self.path}, {format_bytes(self.num_bytes)}"),
             ("verdict", self.verdict),

@@ -1,4 +1,4 @@
-"""Blocks of columns that callers give: targets, right-hand sides, starts."""
+"""Checks of blocks of columns from callers: targets, right-hand sides, starts."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -7,7 +7,7 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> NDArray[np.float64]:
-    """A block as float64 of two axes, C-contiguous, checked; the memory of the caller where that is so already."""
+    """Check a block, and return it as C-contiguous float64 of two axes; without a copy where it is that already."""
     block = np.asarray(values)
     fits = block.ndim in {1, 2} and block.shape[0] == num_rows and (block.size > 0 or allow_none)
     if not fits or block.dtype.kind not in "fiub":

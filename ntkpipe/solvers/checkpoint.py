@@ -1,4 +1,4 @@
-"""Krylov spaces that outlive their process: each step is written once, and a small state says which count."""
+"""Checkpoints of Krylov spaces: each step is written once, and a small state says which steps count."""
 
 import json
 from collections.abc import Mapping
@@ -10,28 +10,28 @@ from ntkpipe.store.results import Checkpoint, as_integer, as_mapping, as_number
 
 
 class Space(Protocol):
-    """A Krylov space that can be written a step at a time."""
+    """A Krylov space that can be written one step at a time."""
 
     @property
     def num_steps(self) -> int:
-        """Products taken."""
+        """Number of steps taken."""
 
     @property
     def max_steps(self) -> int:
-        """Most of them."""
+        """Largest number of steps."""
 
     def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-        """Write the arrays of the last step; returns the state."""
+        """Write the arrays of the last step, and return the state."""
 
     def names(self, prefix: str) -> set[str]:
-        """Of all arrays that were written for the steps taken."""
+        """Names of all arrays of the steps taken."""
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
-        """Take all steps of a state."""
+        """Restore all steps of a state."""
 
 
 class Journal:
-    """Spaces of one calculation and their checkpoint, if there is one."""
+    """Saves the spaces of one calculation in a checkpoint, if there is one; what it holds is restored at once."""
 
     def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], spaces: Mapping[str, Space]) -> None:
         self._checkpoint = checkpoint
@@ -50,7 +50,6 @@ class Journal:
             self._read(checkpoint, found)
 
     def _read(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
-        """Give the spaces their steps."""
         for name, state in as_mapping(found["spaces"]).items():
             space, num_steps = self._spaces[name], as_integer(state["num_steps"])
             if num_steps > space.max_steps:
@@ -62,7 +61,7 @@ class Journal:
             self._written[name], self._states[name] = num_steps, state
 
     def save(self) -> None:
-        """Write what has been added, at most a step of each space."""
+        """Write what was added since the last call, at most one step of each space."""
         if self._checkpoint is None:
             return
         for name, space in self._spaces.items():
@@ -74,6 +73,6 @@ class Journal:
 
 
 def as_work(value: Any) -> Work:
-    """What was saved as ``[passes, bytes_read, seconds]``."""
+    """Restore what was saved as ``[passes, bytes_read, seconds]``."""
     passes, bytes_read, seconds = value
     return Work(as_number(passes), as_integer(bytes_read), as_number(seconds))

@@ -1,4 +1,4 @@
-"""What is found of a stored kernel is kept in its store: progress is shown, Ctrl-C leaves a checkpoint."""
+"""Solvers on stored kernels: results are saved in the store, progress is shown, Ctrl-C leaves a checkpoint."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ from ntkpipe.store.results import Checkpoint, save_result
 if TYPE_CHECKING:
     from distributed import Client
 
-Found = TypeVar("Found", bound=Result)
+StoredResult = TypeVar("StoredResult", bound=Result)
 
 _TRAIN = "kernel/train"
 
 
 def find_kernel(store: KernelStore, array: str) -> Kernel:
-    """A symmetric kernel of a store by name."""
+    """Open a symmetric kernel of a store by name."""
     found = find_array(store.store, array)
     grid = found.layout.grid
     if grid is None or not grid.symmetric:
@@ -41,7 +41,7 @@ def find_kernel(store: KernelStore, array: str) -> Kernel:
 
 
 def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
-    """The train targets as right-hand sides in the rows of the kernel: (N, c), or (N·O, 1) for a full NTK."""
+    """Train targets as right-hand sides, by rows of the kernel: (N, c), or (N·O, 1) for a full NTK."""
     targets = store.targets
     if targets is None:
         raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call ntkpipe.solve with yours")
@@ -56,38 +56,42 @@ def right_hand_sides(store: KernelStore) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of a stored kernel, and what the answer may use."""
+class StoreRequest:
+    """A stored kernel to work on, and what the work may use."""
 
-    store: KernelStore  # store, kernel, operator: the kernel, and its products
+    store: KernelStore
     kernel: Kernel
-    operator: Operator
-    monitor: Monitor  # monitor, checkpoint: shown and kept while the answer is looked for
+    operator: Operator  # products with the kernel
+    monitor: Monitor  # shows progress
     checkpoint: Checkpoint
-    # Bytes that this process may have without what is for tiles; none for a share of what is free
-    memory_limit: int | None
+    memory_limit: int | None  # bytes that this process may have beside tiles; none for a share of what is free
     client: "Client | None"  # of the cluster whose workers multiply, if any
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """Options of solvers that can be interrupted."""
+        return {"memory_limit": self.memory_limit, "checkpoint": self.checkpoint, "monitor": self.monitor}
 
 
 def of_store(
     name: str, beside: Callable[[KernelStore, str], Mapping[str, Any]] = lambda store, array: {}
-) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
-    """Make of a function that answers a :class:`Question` one of a store, with the same options by keyword.
+) -> Callable[[Callable[..., StoredResult]], Callable[..., StoredResult]]:
+    """Turn a function of a :class:`StoreRequest` into one of a store, with the same options by keyword.
 
     It takes ``(store, *, array="train", memory_limit=None, client=None, progress=True)`` and the options of the
-    function: ``array`` is ``train`` or, as ``groups/head/train``, another kernel of the store; ``memory_limit`` and
-    ``client`` as for :func:`ntkpipe.as_operator`, and half of the memory is for the answer; passes
-    are shown on standard error. The result goes to ``results/NAME`` of the store.
+    function: ``array`` is ``train`` or another kernel of the store, such as ``groups/head/train``; ``memory_limit`` and
+    ``client`` are as for :func:`ntkpipe.as_operator`, with half of the memory for tiles. Passes are shown on standard
+    error. The result goes to ``results/NAME`` of the store.
 
-    On Ctrl-C it raises `Interrupted`, which says whether the same call goes on from a checkpoint;
-    that has the name of the options, and is dropped when the result is there.
+    On Ctrl-C it raises `Interrupted`, which says whether the same call continues from a checkpoint. The name of the
+    checkpoint depends on the options and on what ``beside`` returns; it is dropped once the result is saved.
     """
 
-    def decorate(answer: Callable[..., Found]) -> Callable[..., Found]:
-        own = [p for p in signature(answer).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    def decorate(function: Callable[..., StoredResult]) -> Callable[..., StoredResult]:
+        own = [p for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-        @wraps(answer)
-        def ask(
+        @wraps(function)
+        def run(
             store: KernelStore,
             *,
             array: str = "train",
@@ -95,33 +99,33 @@ def of_store(
             client: "Client | None" = None,
             progress: bool = True,
             **options: Any,
-        ) -> Found:
+        ) -> StoredResult:
             kernel = find_kernel(store, array)
-            asked = {p.name: p.default for p in own} | options
-            question = [kernel.identity, asked, dict(beside(store, array))]
-            digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-            saved = result_name(name, kernel.name)
-            checkpoint = Checkpoint(store.store, f"{saved}-{digest[:16]}")
+            decides = [kernel.identity, {p.name: p.default for p in own} | options, dict(beside(store, array))]
+            digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+            saved_as = result_name(name, kernel.name)
+            checkpoint = Checkpoint(store.store, f"{saved_as}-{digest[:16]}")
             share = half_of_room(memory_limit)
             operator = as_operator(kernel, memory_limit=share, client=client)
             try:
                 with store.store.in_use(), _shown(name, checkpoint, progress) as monitor:
-                    found = answer(Question(store, kernel, operator, monitor, checkpoint, share, client), **options)
-                    save_result(store.store, saved, found.to_json(), found.arrays())
+                    request = StoreRequest(store, kernel, operator, monitor, checkpoint, share, client)
+                    result = function(request, **options)
+                    save_result(store.store, saved_as, result.to_json(), result.arrays())
                     checkpoint.clear()
             finally:
                 operator.close()
-            return found
+            return result
 
-        common = [p for p in signature(ask, follow_wrapped=False).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        ask.__signature__ = Signature([*common, *own])  # type: ignore[attr-defined]
-        return ask
+        common = [p for p in signature(run, follow_wrapped=False).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        run.__signature__ = Signature([*common, *own])  # type: ignore[attr-defined]
+        return run
 
     return decorate
 
 
 def result_name(solver: str, array: str) -> str:
-    """Below ``results/``: the solver, and the kernel where it is not the main one."""
+    """Name below ``results/``: the solver, and the kernel where it is not the main one."""
     return solver if array == _TRAIN else f"{solver}-{array.replace('/', '-')}"
 
 

@@ -1,8 +1,9 @@
-"""Solvers applied to a store: progress is shown, Ctrl-C leaves a checkpoint, results are kept below ``results/``."""
+"""Solvers as steps on a store, which save their results below ``results/``, and what reads these results."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import Method, solve
-from ntkpipe.solvers.on_store import Question, of_store, result_name, right_hand_sides
+from ntkpipe.solvers.on_store import StoreRequest, of_store, result_name, right_hand_sides
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.spectral.density import Density, density
 from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
@@ -21,13 +22,10 @@ from ntkpipe.store.export import find_array
 from ntkpipe.store.kernel import KernelStore, open_kernel
 from ntkpipe.store.results import load_result
 
-if TYPE_CHECKING:
-    pass
-
 
 @of_store("eigsh")
 def eigsh_of_store(
-    question: Question,
+    request: StoreRequest,
     *,
     k: int = 100,
     tol: float = 1e-6,
@@ -36,22 +34,12 @@ def eigsh_of_store(
     seed: int = 0,
 ) -> Eigenpairs:
     """Leading eigenpairs of a stored kernel; options of :func:`ntkpipe.eigsh`."""
-    return eigsh(
-        question.operator,
-        k,
-        tol=tol,
-        block=block,
-        max_passes=max_passes,
-        seed=seed,
-        memory_limit=question.memory_limit,
-        checkpoint=question.checkpoint,
-        monitor=question.monitor,
-    )
+    return eigsh(request.operator, k, tol=tol, block=block, max_passes=max_passes, seed=seed, **request.solver_options)
 
 
 @of_store("solve")
 def solve_store(
-    question: Question,
+    request: StoreRequest,
     *,
     ridge: float = 0.0,
     ridge_scale: RidgeScale = None,
@@ -65,13 +53,13 @@ def solve_store(
 ) -> Solution:
     """Kernel regression of the stored targets; options of :func:`ntkpipe.solve`.
 
-    Right-hand sides are the targets, classes as one-hot columns; of a full NTK each output has rows of its own, and
-    there is one column.
+    Right-hand sides are the targets, with classes as one-hot columns; for a full NTK, where each output has rows of its
+    own, there is one column.
     """
     return solve(
-        question.operator,
-        right_hand_sides(question.store),
-        ridge=absolute_ridge(ridge, ridge_scale, question.kernel.diagonal),
+        request.operator,
+        right_hand_sides(request.store),
+        ridge=absolute_ridge(ridge, ridge_scale, request.kernel.diagonal),
         method=method,
         tol=tol,
         rank=rank,
@@ -79,15 +67,13 @@ def solve_store(
         path=path,
         max_passes=max_passes,
         seed=seed,
-        memory_limit=question.memory_limit,
-        checkpoint=question.checkpoint,
-        monitor=question.monitor,
+        **request.solver_options,
     )
 
 
 @of_store("logdet")
 def logdet_of_store(
-    question: Question,
+    request: StoreRequest,
     *,
     ridge: float = 0.0,
     method: Literal["cholesky", "slq"] = "cholesky",
@@ -103,15 +89,7 @@ def logdet_of_store(
     given = {"num_probes": num_probes, "tol": tol, "rank": rank, "max_passes": max_passes, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return logdet(
-        question.operator,
-        ridge=ridge,
-        method=method,
-        jitter=jitter,
-        path=path,
-        memory_limit=question.memory_limit,
-        checkpoint=question.checkpoint,
-        monitor=question.monitor,
-        **sampling,
+        request.operator, ridge=ridge, method=method, jitter=jitter, path=path, **request.solver_options, **sampling
     )
 
 
@@ -122,7 +100,7 @@ def _num_stored_pairs(store: KernelStore, array: str) -> dict[str, int]:
 
 @of_store("density", _num_stored_pairs)
 def density_of_store(
-    question: Question,
+    request: StoreRequest,
     *,
     num_probes: int = 16,
     num_steps: int | None = None,
@@ -132,52 +110,50 @@ def density_of_store(
 ) -> Density:
     """Spectral density of a stored kernel; options of :func:`ntkpipe.density`.
 
-    Eigenpairs that :func:`eigsh_of_store` left in the store are counted exactly.
+    Eigenpairs that :func:`eigsh_of_store` saved in the store are counted exactly.
     """
     return density(
-        question.operator,
-        top=stored_pairs(question.store, question.kernel.name),
+        request.operator,
+        top=stored_pairs(request.store, request.kernel.name),
         num_probes=num_probes,
         num_steps=num_steps,
         tol=tol,
         max_passes=max_passes,
         seed=seed,
-        memory_limit=question.memory_limit,
-        checkpoint=question.checkpoint,
-        monitor=question.monitor,
+        **request.solver_options,
     )
 
 
 def read_result(store: KernelStore | str | Path, name: str) -> dict[str, Any] | None:
-    """What is below ``results/name`` of a store: numbers, words and arrays by name, or none.
+    """Read the result below ``results/name`` of a store: numbers, words and arrays by name; none if there is none.
 
     Parameters
     ----------
     store
         Path, or an open store.
     name
-        ``eigsh``, ``solve``, ``logdet``, ``density``; of another kernel than ``train`` its array follows, parts joined
-        by ``-``, as ``eigsh-groups-head-kernel-train``.
+        ``eigsh``, ``solve``, ``logdet``, ``density``; for another kernel than ``train`` its array follows, parts joined
+        by ``-``, such as ``eigsh-groups-head-train``.
 
     Raises
     ------
     StoreError
-        If it is damaged.
+        If the result is damaged.
     """
     opened = store if isinstance(store, KernelStore) else open_kernel(store)
     return load_result(opened.store, name)
 
 
+@dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """Eigenpairs that are in a store."""
+    """Eigenpairs that were read from a store."""
 
-    def __init__(self, eigenvalues: NDArray[np.float64], eigenvectors: NDArray[np.float64]) -> None:
-        self.eigenvalues = eigenvalues
-        self.eigenvectors = eigenvectors
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
 
 
 def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None:
-    """Eigenpairs of a kernel that :func:`eigsh_of_store` has found, or none if there are none that converged."""
+    """Read the eigenpairs that :func:`eigsh_of_store` saved for a kernel; none if there are none that converged."""
     found = load_result(store.store, result_name("eigsh", find_array(store.store, array).layout.name))
     if found is None or found.get("status") != "converged":
         return None
@@ -185,7 +161,7 @@ def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None
         return StoredPairs(found["eigenvalues"], found["eigenvectors"])
 
 
-# By the names of commands and steps, which are those of results.
+# By name of the command, the step and the result.
 SOLVERS: Mapping[str, Callable[..., Result]] = {
     "eigsh": eigsh_of_store,
     "solve": solve_store,

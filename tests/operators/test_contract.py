@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stored import store_matrix
 
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.executors import connect as cluster
+from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.on_dask.operator import WorkersOperator
 from ntkpipe.operators.reading import TileReader
@@ -90,7 +90,7 @@ def test_memory_maps(tmp_path, offset):
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster.connect("local", workers=2, memory_limit=2**30) as joined:
+    with connect.connect("local", workers=2, memory_limit=2**30) as joined:
         joined.wait_for_workers(2)
         yield joined
 

@@ -18,10 +18,10 @@ from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, Stopped, map_shards
+from ntkpipe.operators.shards import PairwiseSum, PassStopped, map_shards
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, Part, TileIndex, cut_shards, scratch_bytes
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, PartialProduct, TileIndex, cut_shards, scratch_bytes
 
 EDGE, NUM_TILES = 4, 6
 EVERY = [(row, column) for row in range(NUM_TILES) for column in range(row, NUM_TILES)]
@@ -291,7 +291,10 @@ def test_shards_hold_every_tile_once_and_depend_on_the_matrix_alone():
 
 def test_sums_by_pairs_have_the_same_bits_whoever_adds_in_whatever_order(rng):
     for count in (1, 2, 8, 64):
-        parts = [Part(row, rng.standard_normal((count - row, 3)) * 10.0 ** rng.integers(-8, 8)) for row in range(count)]
+        parts = [
+            PartialProduct(row, rng.standard_normal((count - row, 3)) * 10.0 ** rng.integers(-8, 8))
+            for row in range(count)
+        ]
         exact = sum(np.pad(part.values, ((part.start, 0), (0, 0))) for part in parts)
         found = []
         for order in (range(count), range(count)[::-1], *(rng.permutation(count) for _ in range(5))):
@@ -299,7 +302,7 @@ def test_sums_by_pairs_have_the_same_bits_whoever_adds_in_whatever_order(rng):
             elsewhere, here = PairwiseSum(), PairwiseSum()
             for number in order:
                 sums = elsewhere if number < count // 3 else here
-                sums.add((0, int(number)), Part(parts[number].start, parts[number].values.copy()))
+                sums.add((0, int(number)), PartialProduct(parts[number].start, parts[number].values.copy()))
             for node, part in elsewhere.parts.items():
                 here.add(node, part)
             found.append(here.total)
@@ -322,7 +325,7 @@ def test_a_shard_that_fails_stops_the_others():
     with pytest.raises(ZeroDivisionError):
         list(map_shards(work, every, reader.tiles, 2))
     assert source.reads.total() < len(EVERY)
-    with pytest.raises(Stopped):
+    with pytest.raises(PassStopped):
         list(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2, lambda: True))
     assert sum(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2)) == len(EVERY)
 

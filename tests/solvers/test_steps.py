@@ -12,7 +12,7 @@ import zarr
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError
-from ntkpipe.solvers import on_store as kept
+from ntkpipe.solvers import on_store
 from ntkpipe.solvers.steps import (
     SOLVERS,
     density_of_store,
@@ -122,7 +122,7 @@ def test_interrupted_it_goes_on_from_the_checkpoint_to_the_same_bits(store, monk
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept.Passes, "show", interrupt)
+    monkeypatch.setattr(on_store.Passes, "show", interrupt)
     with pytest.raises(Interrupted, match="the same command goes on"):
         SOLVERS[solver](store, progress=False, **options)
     before = len(passes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
 
@@ -169,7 +169,7 @@ class Comparison(Result):
             return "not compared: needs all eigenvalues, and λ that makes both positive definite; see ntkpipe.logdet"
         return f"{a:.8g} and {b:.8g}, apart by {abs(a - b):.2g}, {abs(a - b) / self.num_rows:.2g} a row"
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         rows = [("a", self.a), ("b, the reference", self.b), ("rows", self._size_words())]
         if self.differs is not None:
             rows.append(("manifests differ in", ", ".join(self.differs) or "nothing"))
@@ -221,7 +221,7 @@ class Comparison(Result):
             f"{len(angles)} dimensions, angles to {_degrees(float(angles[-1]))} ({known}), overlap {self.overlap:.6g}"
         )
 
-    def _prediction_rows(self) -> Rows:
+    def _prediction_rows(self) -> TableRows:
         if self.prediction_difference is None:
             return [("regression", self.prediction_note)]
         ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"

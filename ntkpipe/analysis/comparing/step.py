@@ -4,13 +4,13 @@ from ntkpipe.analysis.comparing.compare import compare_kernels
 from ntkpipe.analysis.comparing.result import Comparison
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.solvers.on_store import Question, of_store
+from ntkpipe.solvers.on_store import StoreRequest, of_store
 from ntkpipe.store.kernel import open_kernel
 
 
 @of_store("compare")
 def compare_of_store(
-    question: Question,
+    question: StoreRequest,
     *,
     other: str | None = None,
     k: int = 10,

@@ -14,7 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.targets import Labels, Task, encode
 from ntkpipe.learning.gaussian.posterior import Posterior
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
@@ -68,7 +68,7 @@ class Calibration(Result):
     mean_confidence: float
     mean_accuracy: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"

@@ -12,7 +12,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.sources import initial_matrix
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 from ntkpipe.store.kernel import Kernel, KernelSet
 
 _SHOWN = 5
@@ -48,7 +48,7 @@ class Influence(Result):
     mean_size: NDArray[np.float64] = field(repr=False)
     most_influential: NDArray[np.int64]
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         shown = self.most_influential[:_SHOWN]
         named = ", ".join(f"{sample} ({self.mean_size[sample]:.3g})" for sample in shown)
         count, most = self.top_samples.shape

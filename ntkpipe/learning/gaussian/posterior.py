@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Posterior(Result):
         """Of targets: ``variance + noise``, shape (M, S)."""
         return self.variance + self.noise
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         error = f" ± {self.log_marginal_likelihood_error:.2g}" if self.log_marginal_likelihood_error else ""
         parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
         relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 Criterion = Literal[
     "leave_one_out_loss", "leave_one_out_accuracy", "generalised_cross_validation", "test_loss", "test_accuracy"
@@ -111,7 +111,7 @@ class RidgePath(Result):
         index = min(keys)[2]
         return Best(criterion=criterion, index=index, ridge=float(self.ridges[index]), value=float(values[index]))
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         tested = ["test"] if np.isfinite(self.test_loss).any() else []
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""

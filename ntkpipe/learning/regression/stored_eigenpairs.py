@@ -4,7 +4,7 @@ from weakref import WeakKeyDictionary
 
 from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, find_eigensystem
-from ntkpipe.solvers.on_store import Question
+from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.store.kernel import KernelStore
 
 # Pairs are kept while the store is open, if they take at most this part of what the analysis may still allocate.
@@ -13,7 +13,7 @@ _SHARE = 0.125
 _KEPT: WeakKeyDictionary[KernelStore, tuple[str, Eigensystem]] = WeakKeyDictionary()
 
 
-def pairs_of(question: Question, method: Method, *, compute: bool = True) -> Eigensystem | None:
+def pairs_of(question: StoreRequest, method: Method, *, compute: bool = True) -> Eigensystem | None:
     """All eigenpairs of the kernel that is asked about; none if they do not fit, or streaming was asked for.
 
     They are kept for the next step on the same open store where memory is plenty, of one kernel a store.

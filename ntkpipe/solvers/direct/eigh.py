@@ -1,7 +1,6 @@
-"""The whole spectrum in memory, by LAPACK in float64, with its identities checked."""
+"""The whole spectrum in memory by LAPACK in float64, checked against the matrix."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -14,9 +13,9 @@ from ntkpipe.base.errors import NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Step, TableRows, ignore
 
-# From the next size on the workspace of LAPACK's eigh, 1 + 6 n + 2 n², is beyond 32-bit integers.
+# For more rows the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers.
 MOST_ROWS_OF_32_BITS = 32766
 _EPS = float(np.finfo(np.float64).eps)
 _ROWS_AT_ONCE = 1024
@@ -27,24 +26,23 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum(Result):
-    """All eigenvalues of a symmetric matrix, and eigenvectors if they were asked for.
+    """All eigenvalues of a symmetric matrix, and eigenvectors if requested.
 
     Attributes
     ----------
     eigenvalues
-        Descending, float64, shape (n,). Their errors are at most about ``n eps λ_1``, usually a few ``eps λ_1``: small
-        eigenvalues are known to that, not to their own size.
+        Descending, float64, shape (n,). Errors are at most about ``n eps λ_1``, usually a few ``eps λ_1``, also those
+        of small eigenvalues.
     eigenvectors
-        Orthonormal columns in the order of the eigenvalues, shape (n, n); none of :func:`eigvalsh`.
+        Orthonormal columns in the order of the eigenvalues, shape (n, n); none from :func:`eigvalsh`.
     trace_error, frobenius_error
         ``|Σλ - tr K| / |K|_F`` and ``|Σλ² - |K|_F²| / |K|_F²``.
     residual
-        ``|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))`` for random X, by a product with the stored K; none without
-        eigenvectors.
+        ``|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))`` for random X, with the stored K; none without eigenvectors.
     orthogonality
         ``|VᵀV X - X|_F / |X|_F`` for random X; none without eigenvectors.
     floor
-        What rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known.
+        Error of K in the spectral norm from rounding to the storage dtype: eigenvalues below it are not known.
     """
 
     eigenvalues: Values = field(repr=False)
@@ -55,7 +53,7 @@ class Spectrum(Result):
     orthogonality: float | None
     floor: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         values = self.eigenvalues
         below = int((values < self.floor).sum())
         rows = [
@@ -71,26 +69,26 @@ class Spectrum(Result):
 def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues of a symmetric matrix that fits into memory.
 
-    Reads one triangle of K into one float64 array, one pass. LAPACK's ``syevd`` by numpy takes a copy; where that does
-    not fit, ``syevr`` by scipy works in place. About 4/3 n³ flops.
+    Reads one triangle of K into one float64 array, in one pass, and takes about 4/3 n³ flops. NumPy's LAPACK driver
+    ``syevd`` copies the array; where a copy does not fit, SciPy's ``syevr`` works in place.
 
     Memory is ``16 n²`` bytes, or ``8 n²`` in place, and two panels of 1,024 rows.
 
     Parameters
     ----------
     matrix
-        K: what :func:`ntkpipe.as_operator` takes. It stays as it is.
+        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
     memory_limit
         Bytes that this process may have; default what it has and all that is free.
     monitor
-        Called once, when K has been read.
+        Called once, after K has been read.
 
     Raises
     ------
     ConfigError
         If the matrix is not symmetric, or the limit is no number of bytes.
     ResourceError
-        If it does not fit; the message says what does.
+        If the spectrum does not fit into memory; the message says what does.
     NonFiniteError
         If the matrix or the result holds NaN or infinity.
     SelfCheckError
@@ -104,30 +102,24 @@ def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor =
 def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues and eigenvectors of a symmetric matrix that fits into memory.
 
-    As :func:`eigvalsh`, and one more pass that checks the vectors on random combinations of them. Memory is ``40 n²``
+    Like :func:`eigvalsh`, with one more pass to check the vectors on random combinations of them. Memory is ``40 n²``
     bytes with ``syevd``, or ``16 n²`` in place; about 9 n³ flops at most.
 
     Parameters
     ----------
     matrix
-        K: what :func:`ntkpipe.as_operator` takes. It stays as it is.
+        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
     memory_limit
         Bytes that this process may have; default what it has and all that is free.
     monitor
-        Called when K has been read, and after the check.
+        Called after K has been read, and after the check.
 
     Raises
     ------
-    ConfigError
-        If the matrix is not symmetric, or the limit is no number of bytes.
-    ResourceError
-        If it does not fit; the message says what does.
-    NonFiniteError
-        If the matrix or the result holds NaN or infinity.
+    ConfigError, ResourceError, NonFiniteError, TileError
+        As :func:`eigvalsh`.
     SelfCheckError
         If LAPACK failed, or the result does not fit K.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
     """
     return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=True)
 
@@ -138,7 +130,7 @@ def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *
     upper, trace, frobenius = _read(operator)
     monitor(Step(operator.work - before, None, 0.0))
     try:
-        ascending, columns = _DRIVERS[driver](upper, with_vectors)
+        ascending, columns = (_by_syevd if driver == "syevd" else _by_syevr)(upper, with_vectors)
     except np.linalg.LinAlgError as error:
         raise SelfCheckError(f"LAPACK ({driver}) failed on {operator.num_rows} rows: {error}") from error
     del upper
@@ -167,11 +159,11 @@ def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *
 
 
 def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> str:
-    """The fastest driver whose memory and integers suffice."""
+    """Name of the fastest driver whose memory and integers suffice."""
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     limit = max(0, memory_room(memory_limit, share=1.0))
-    # K, its copy or the vectors, and workspace, as multiples of a matrix.
+    # Number of n × n arrays: K, its copy or the vectors, and workspace.
     matrices = {"syevd": 5 if with_vectors else 2, "syevr in place": 2 if with_vectors else 1}
     if num_rows > MOST_ROWS_OF_32_BITS and not has_64_bit_integers():
         del matrices["syevd"]
@@ -190,14 +182,14 @@ def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> s
 
 
 def has_64_bit_integers() -> bool:
-    """Whether numpy's LAPACK counts in 64 bits, by numpy's own account of its build; the wheels on PyPI do."""
+    """Whether numpy's LAPACK has 64-bit integers, according to its build configuration; the wheels on PyPI have."""
     build = np.show_config(mode="dicts")
     about = json.dumps(build.get("Build Dependencies", {}).get("lapack", {}) if build else {}).lower()
     return "use64bitint" in about or "ilp64" in about
 
 
 def _read(operator: Operator) -> tuple[Values, float, float]:
-    """The upper triangle in an array whose rest stays zero and so takes no memory; trace and Frobenius norm."""
+    """Upper triangle, in an array whose rest stays zero and so takes no memory; trace and Frobenius norm."""
     num_rows = operator.num_rows
     upper = np.zeros((num_rows, num_rows))
     trace, squared = 0.0, 0.0
@@ -214,39 +206,30 @@ def _read(operator: Operator) -> tuple[Values, float, float]:
 
 
 def _by_syevd(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
-    if not with_vectors:
-        return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
-    values, vectors = np.linalg.eigh(upper, UPLO="U")
-    return values, vectors
+    if with_vectors:
+        return np.linalg.eigh(upper, UPLO="U")
+    return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
 
 
 def _by_syevr(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
-    """In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as of the transpose they are."""
+    """In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as those of the transpose are."""
     from scipy.linalg import eigh as decompose
 
     options = {"lower": True, "driver": "evr", "overwrite_a": True, "check_finite": False}
-    if not with_vectors:
-        return decompose(upper.T, eigvals_only=True, **options), None
-    values, vectors = decompose(upper.T, **options)
-    return values, vectors
-
-
-_DRIVERS: dict[str, Callable[[Values, bool], tuple[Values, Values | None]]] = {
-    "syevd": _by_syevd,
-    "syevr in place": _by_syevr,
-}
+    found = decompose(upper.T, eigvals_only=not with_vectors, **options)
+    return found if with_vectors else (found, None)
 
 
 def _bound(num_rows: int) -> float:
-    """What LAPACK's rounding may do to K, relative to its Frobenius norm: a modest multiple of ``n eps``."""
+    """Largest effect of LAPACK's rounding, relative to the Frobenius norm of K: a modest multiple of ``n eps``."""
     return 10 * num_rows * _EPS
 
 
 def _check_identities(values: Values, trace: float, frobenius: float, driver: str) -> tuple[float, float]:
     """Relative errors of Σλ = tr K and Σλ² = |K|_F².
 
-    Eigenvalues are exact ones of K + E, where E is rounding: |E|_F ≤ c n eps |K|_F with a modest c. Then the trace is
-    wrong by sqrt(n) |E|_F at most, and the sum of squares by 2 |K|_F |E|_F.
+    The computed eigenvalues are the exact ones of K + E with |E|_F ≤ c n eps |K|_F and a modest c. So the trace is
+    wrong by at most sqrt(n) |E|_F, and the sum of squares by 2 |K|_F |E|_F.
     """
     if not np.isfinite(values).all():
         raise NonFiniteError(f"LAPACK ({driver}) returned NaN or infinity for {len(values)} finite rows")

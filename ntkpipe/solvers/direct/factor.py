@@ -1,4 +1,4 @@
-"""A Cholesky factor, and what is done with it: systems, the log-determinant, the diagonal of the inverse."""
+"""A Cholesky factor and its uses: linear systems, the log-determinant, the diagonal of the inverse."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -12,27 +12,26 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.direct.panels import Panels, Traffic
-from ntkpipe.solvers.direct.pool import Pool
 from ntkpipe.solvers.direct.triangular import Triangle
-from ntkpipe.solvers.result import Result, Rows, Status
+from ntkpipe.solvers.result import Result, Status, TableRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolution(Result):
-    """Columns X with (K + shift I) X = B, by a factor."""
+    """Solution X of (K + shift I) X = B by a Cholesky factor."""
 
-    coefficients: NDArray[np.float64]  # x, of the shape of B, float64
-    # |B - (K + shift I) X| / |B| of each column, shape (r,): computed in float64 with the matrix, after the last
-    # step. Zero for a column of zeros.
+    coefficients: NDArray[np.float64]  # X, of the shape of B
+    # |B - (K + shift I) X| / |B| of each column, shape (r,), computed with the matrix after the last step; zero for a
+    # column of zeros
     residuals: NDArray[np.float64]
-    refinements: int  # steps of refinement that were made
-    # factor_passes, factor_bytes_read: reads of the whole factor, and what of them came from files
-    factor_passes: float
-    factor_bytes_read: int
+    refinements: int  # steps of refinement
+    factor_passes: float  # reads of the whole factor
+    factor_bytes_read: int  # from files
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         worst, count = float(self.residuals.max(initial=0.0)), len(self.residuals)
         read = f", {format_bytes(self.factor_bytes_read)}" if self.factor_bytes_read else ""
         return [
@@ -43,26 +42,26 @@ class DirectSolution(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class CholeskyFactor(Result):
-    """``K + shift I = L L'``: what :func:`ntkpipe.cholesky` returns.
+    """``K + shift I = L L'``, as :func:`ntkpipe.cholesky` returns it.
 
-    Results that are made with it read L once or more; see each method. L may be in files, which must stay as they are.
+    Every method reads L once or more, as it says. L may be in files, which must stay as they are.
 
     Attributes
     ----------
     num_rows
         n.
     ridge, jitter
-        What was added to the diagonal: ``ridge`` was asked for, ``jitter`` was needed besides and allowed.
+        Added to the diagonal: ``ridge`` as requested, ``jitter`` because it was needed and allowed.
     logdet
         log det(K + shift I) = 2 Σ log L_ii.
     smallest_pivot, largest_pivot
-        Of the L_ii². Their ratio is at most the condition number.
+        Extremes of the L_ii². Their ratio is at most the condition number.
     num_panels, panel_width
-        How L is cut.
+        Number of panels of L, and their columns.
     resumed
-        Panels that were there already.
+        Number of panels that already existed.
     path
-        Where L is, or none if it is in memory.
+        Where L is; none if it is in memory.
     factor_passes, factor_bytes_read, factor_bytes_written
         Reads of the whole factor while it was made, and bytes from and to files.
     """
@@ -89,15 +88,15 @@ class CholeskyFactor(Result):
         return self.ridge + self.jitter
 
     def storage_floor(self) -> float:
-        """Of the matrix; one pass if it is not known yet."""
+        """Storage floor of the matrix; one pass if it is not known yet."""
         return self._operator.storage_floor()
 
     @property
     def traffic(self) -> Traffic:
-        """Reads and bytes of L up to now, also by what was done with the factor."""
+        """Reads and bytes of L up to now, including those of solves."""
         return self._panels.traffic
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         where = "in memory" if self.path is None else f"in {self.path}"
         added = f"{self.ridge:.4g}" + (f", and a jitter of {self.jitter:.4g}" if self.jitter else "")
         written = f", {format_bytes(self.factor_bytes_written)} written" if self.factor_bytes_written else ""
@@ -113,17 +112,17 @@ class CholeskyFactor(Result):
     def solve(self, rhs: ArrayLike, *, refine: int = 1, tol: float = 1e-6) -> DirectSolution:
         """Solve (K + shift I) X = B for all columns together.
 
-        Forward and back substitution read L twice, and once more each for every step of refinement: the residual in
-        float64 with the matrix, one pass, and its correction (Wilkinson; Higham, Accuracy and Stability of Numerical
-        Algorithms, 2nd ed., chapter 12, there "fixed precision iterative refinement"). A step that makes the residual
-        of a column larger is not taken for it.
+        Forward and back substitution read L twice, and twice more for every step of refinement, which is one pass for
+        the residual in float64 with the matrix, and its correction (Wilkinson; Higham, Accuracy and Stability of
+        Numerical Algorithms, 2nd ed., chapter 12, "fixed precision iterative refinement"). A column keeps its solution
+        where a step would make its residual larger. Memory is four blocks of the shape of B and a few chunks of L.
 
         Parameters
         ----------
         rhs
             B, shape (n, r) or (n,).
         refine
-            Steps of refinement, at most.
+            Largest number of steps of refinement.
         tol
             The status is ``converged`` if every residual, relative to its column, is at most this; otherwise
             ``stagnated``.
@@ -136,10 +135,6 @@ class CholeskyFactor(Result):
             If B holds NaN or infinity.
         TileError
             If a part of the matrix or of L is missing or damaged; the message names it.
-
-        Notes
-        -----
-        Memory is four blocks of the shape of B and a few chunks of L.
         """
         check_number("refine", refine, low=0)
         check_number("tol", tol, low=0.0)
@@ -186,19 +181,18 @@ class CholeskyFactor(Result):
     def half_solve(self, rhs: ArrayLike, *, transposed: bool = False) -> NDArray[np.float64]:
         """``inv(L) @ B``, or ``inv(L).T @ B``, of the shape of B; reads L once.
 
-        Squared norms of columns of the first are ``b' (K + shift I)^-1 b``; both after each other are the inverse.
+        The squared norm of a column of the first is ``b' (K + shift I)^-1 b``; one after the other they apply the
+        inverse.
         """
         block = as_block("right-hand sides", rhs, self.num_rows, allow_none=True).copy()
         return (self._backward(block) if transposed else self._forward(block, 0)).reshape(np.shape(rhs))
 
     def inverse_diagonal(self, rows: ArrayLike | None = None, *, columns_at_once: int | None = None) -> NDArray[Any]:
-        """Entries ``(K + shift I)^-1_ii``, shape (len(rows),), float64.
+        """Entries ``(K + shift I)^-1_ii`` of some rows, by default of all, shape (len(rows),), float64.
 
         Each is the squared norm of a column of inv(L). With ``alpha = solve(y)`` the exact leave-one-out residual of
         kernel ridge regression is ``alpha_i / inverse_diagonal()_i`` (Rasmussen and Williams, Gaussian Processes for
-        Machine Learning, 2006, equation 5.12).
-
-        Memory is n · columns_at_once float64, and a few chunks of L.
+        Machine Learning, 2006, equation 5.12). Memory is n · columns_at_once float64 numbers and a few chunks of L.
         """
         n = self.num_rows
         wanted = np.arange(n) if rows is None else np.asarray(rows, np.int64).reshape(-1)
@@ -211,7 +205,7 @@ class CholeskyFactor(Result):
         for start in range(0, len(wanted), at_once):
             places = order[start : start + at_once]
             of_rows = wanted[places]
-            # Columns of inv(L) begin at their diagonal, so panels before the first have no part in them.
+            # A column of inv(L) begins at its diagonal, so earlier panels contribute nothing.
             first_panel = int(of_rows[0]) // self.panel_width
             first_row = first_panel * self.panel_width
             unit = np.zeros((n - first_row, len(places)))
@@ -221,15 +215,15 @@ class CholeskyFactor(Result):
         return found
 
     def logdet_error(self, *, num_probes: int = 8, seed: int = 0) -> float:
-        """About what rounding of the stored entries did to :attr:`logdet`, to first and second order.
+        """Estimate the error of :attr:`logdet` from rounding of the stored entries, to first and second order.
 
-        Reads L twice, and one pass for the Frobenius norm if it is not known yet. For float64 entries rounding of the
-        arithmetic is of the same size.
+        Reads L twice, and takes one pass for the Frobenius norm if it is not known yet. For float64 entries rounding of
+        the arithmetic is of the same size.
 
         Rounding adds a symmetric E of independent entries of standard deviation s, at most ``eps |K|_F / (2 n)``, see
-        :meth:`ntkpipe.base.operator.Operator.storage_floor`. With A = (K + shift I)^-1 the logarithm moves by
-        tr(A E), of standard deviation √2 s |A|_F, and by -tr(A E A E) / 2, of mean -s² (tr(A)² + |A|_F²) / 2. Returned
-        is the sum of both sizes, tr(A) and |A|_F² being estimated.
+        :meth:`ntkpipe.base.operator.Operator.storage_floor`. With A = (K + shift I)^-1 the logarithm moves by tr(A E),
+        of standard deviation √2 s |A|_F, and by -tr(A E A E) / 2, of mean -s² (tr(A)² + |A|_F²) / 2. The sum of both
+        sizes is returned, with probes' estimates of tr(A) and |A|_F².
         """
         check_number("num_probes", num_probes, low=1)
         deviation = self._operator.storage_floor() / (2.0 * self.num_rows**0.5)
@@ -251,7 +245,7 @@ class CholeskyFactor(Result):
         return self._backward(self._forward(block, 0))
 
     def _forward(self, block: NDArray[np.float64], first_panel: int) -> NDArray[np.float64]:
-        """Overwrite ``block`` by ``inv(L) @ block``; its rows are those from the first of a panel on, as those of L."""
+        """Overwrite ``block`` by ``inv(L) @ block``; both begin at the first row of ``first_panel``."""
         shape = self._panels.shape
         origin = first_panel * shape.width
         scratch = np.empty(shape.height * block.shape[1])

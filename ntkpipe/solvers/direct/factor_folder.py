@@ -1,9 +1,9 @@
-"""A factor in files: which matrix it is of, how far it is; panels count once the group's attributes say so."""
+"""A factor in files: its matrix, its progress and its panels, which count once the group's attributes say so."""
 
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,25 @@ _MOST_TEXT = 2000
 
 @dataclass(frozen=True)
 class Pivots:
-    """What is kept of the diagonal of a panel."""
+    """Summary of the diagonal of a panel."""
 
     logdet: float  # 2 Σ log L_ii
-    smallest: float  # smallest, largest: of the L_ii²
-    largest: float
+    smallest: float  # of the L_ii²
+    largest: float  # of the L_ii²
 
 
 @dataclass(frozen=True)
 class FactorState:
-    """What is in files of a factor."""
+    """What a factor is of, and how much of it exists."""
 
     matrix: str  # identity of the operator
-    ridge: float  # ridge, jitter: what is added to its diagonal
+    ridge: float
     jitter: float
-    shape: Shape  # how the factor is cut
-    panels: tuple[Pivots, ...] = ()  # those that are complete
-
-    def up_to(self, num_panels: int) -> "FactorState":
-        """Only the first panels count."""
-        return replace(self, panels=self.panels[:num_panels])
-
-    def with_panel(self, pivots: Pivots) -> "FactorState":
-        """One more panel is complete."""
-        return replace(self, panels=(*self.panels, pivots))
+    shape: Shape
+    panels: tuple[Pivots, ...] = ()  # complete ones
 
     def to_json(self) -> dict[str, Any]:
-        """As attributes of a group."""
+        """Attributes of the group."""
         return {
             "format": _FORMAT,
             "matrix": self.matrix,
@@ -63,7 +55,7 @@ class FactorState:
 
     @classmethod
     def from_json(cls, found: dict[str, Any], where: str) -> "FactorState":
-        """What :meth:`to_json` wrote, checked, since anybody may have."""
+        """Read and check what :meth:`to_json` wrote, since anybody may have changed it."""
         matrix, panels = found.get("matrix"), found.get("panels")
         sizes: list[Any] = [found.get(name) for name in ("num_rows", "panel_width", "chunk_rows")]
         shifts: list[Any] = [found.get(name) for name in ("ridge", "jitter")]
@@ -111,9 +103,9 @@ class FactorFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only one who writes, where the medium has locks; what a killed writer left is removed.
+        """Lock the folder where the medium has locks, and remove what a killed writer left.
 
-        Where it has none two writers of one factor are harmless: they write the same.
+        Without locks two writers of one factor are harmless: they write the same.
         """
         with writing(self.medium):
             self.medium.put_new(_DOCUMENT, group_document({}))
@@ -132,26 +124,24 @@ class FactorFolder:
             yield
 
     def load(self) -> FactorState | None:
-        """The state, or none if there is no factor yet."""
+        """Read the state; none if there is no factor yet."""
         attributes = self._folder.read_attributes()
         where = str(self.medium.address(f"{_GROUP}/{_DOCUMENT}"))
         return None if attributes is None else FactorState.from_json(attributes, where)
 
     def commit(self, state: FactorState) -> None:
-        """Make this the state, in one step."""
+        """Replace the state in one step."""
         self._folder.write_attributes(state.to_json())
 
     def panels(self, shape: Shape) -> StoredPanels:
-        """The panels, their array made where there is none."""
-        panels = StoredPanels(shape, self.medium, _ARRAY)
-        panels.create()
-        return panels
+        """Open the panels; their array is created where there is none."""
+        return StoredPanels(shape, self.medium, _ARRAY)
 
 
-def require_same(stored: FactorState, asked: dict[str, object], where: str) -> None:
-    """Check that a stored factor is the one that is asked for."""
+def require_same(stored: FactorState, wanted: dict[str, object], where: str) -> None:
+    """Check that a stored factor is the wanted one."""
     found = stored.to_json()
-    differences = tuple((name, found[name], value) for name, value in asked.items() if found[name] != value)
+    differences = tuple((name, found[name], value) for name, value in wanted.items() if found[name] != value)
     if differences:
         words = "; ".join(f"{name} is {_short(there)}, asked for {_short(value)}" for name, there, value in differences)
         raise StoreMismatchError(

@@ -1,12 +1,14 @@
-"""A lower triangular factor in panels of columns: in memory, or in a Zarr array that is written once."""
+"""A lower triangular factor in panels of columns, in memory or in a Zarr array, and how wide memory lets them be."""
 
 import contextlib
+import operator
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout
 from ntkpipe.store.media.folder import Medium
@@ -25,11 +28,15 @@ _FEWEST_ROWS, _MOST_ROWS = 256, 2048
 _CHUNKS_OF_PANEL = 16
 # Chunks on their way while one is in use.
 _DEPTH = 2
+# Beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained.
+_WIDEST = 32768
+_WIDTH_IN_MEMORY, _WIDER_IN_MEMORY = 1024, 2048
+# So many panels, if they are not narrow, are checkpoints close enough to each other.
+_NUM_CHECKPOINTS = 8
+_WIDTHS = (2048, 256, 32, 1)
 
-# A panel, rows of it, and the entries there.
-Chunk = tuple[int, slice, NDArray[np.float64]]
-
-
+# A panel, a range of its rows, and their entries.
+PanelChunk = tuple[int, slice, NDArray[np.float64]]
 _Coming = tuple[int, slice, "Future[NDArray[Any]]", NDArray[np.uint8]]
 
 
@@ -38,14 +45,14 @@ class Shape:
     """How a factor is cut: panels of ``width`` columns, from their diagonal down in chunks of ``height`` rows."""
 
     num_rows: int  # n
-    width: int  # width, height: `width` is a multiple of `height`, so a diagonal block is whole chunks
+    width: int  # a multiple of `height`, so a diagonal block is whole chunks
     height: int
 
     @classmethod
     def of_width(cls, num_rows: int, width: int) -> "Shape":
-        """Panels of about this width, and chunks of whole rows: large, but much smaller than a panel.
+        """Panels of about this width, cut into chunks that are large, but much smaller than a panel.
 
-        A width above 256 is rounded up to a multiple of it, so that chunks of some size divide it.
+        A width above 256 is rounded up to a multiple of 256, so that some size of chunks divides it.
         """
         width = min(width, num_rows)
         if width <= _FEWEST_ROWS:
@@ -62,11 +69,11 @@ class Shape:
         return -(-self.num_rows // self.width)
 
     def columns(self, panel: int) -> slice:
-        """Columns of a panel; its first row has the number of its first column."""
+        """Columns of a panel; its first row has the same number as its first column."""
         return slice(panel * self.width, min((panel + 1) * self.width, self.num_rows))
 
     def chunks(self, panel: int, first_row: int | None = None) -> Iterator[slice]:
-        """Rows of the chunks of a panel in order, from its diagonal or from ``first_row``, which begins a chunk."""
+        """Rows of the chunks of a panel in order, from its diagonal or from ``first_row``, where a chunk begins."""
         start = panel * self.width if first_row is None else first_row
         for row in range(start, self.num_rows, self.height):
             yield slice(row, min(row + self.height, self.num_rows))
@@ -83,7 +90,7 @@ class Shape:
         return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts) * _ITEM
 
     def working_bytes(self) -> int:
-        """Bytes beside the panels, while a factor is made or used: one diagonal block, chunks on their way, a product.
+        """Bytes beside the panels while a factor is made or used: one diagonal block, chunks on their way, a product.
 
         One more chunk is for the padding of a ragged one when it is written.
         """
@@ -93,25 +100,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What has gone between the panels of a factor and who works with them. Values subtract."""
+    """Reads and writes of the panels of a factor. Values add and subtract."""
 
     passes: float = 0.0  # reads of the whole factor
-    bytes_read: int = 0  # bytes_read, bytes_written: of files or object storage
-    bytes_written: int = 0
+    bytes_read: int = 0  # from files or object storage
+    bytes_written: int = 0  # to files or object storage
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.passes + other.passes,
-            self.bytes_read + other.bytes_read,
-            self.bytes_written + other.bytes_written,
-        )
+        return Traffic(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.passes - other.passes,
-            self.bytes_read - other.bytes_read,
-            self.bytes_written - other.bytes_written,
-        )
+        return Traffic(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class Panels(ABC):
@@ -124,19 +123,19 @@ class Panels(ABC):
 
     @abstractmethod
     def writing(self, panel: int, values: NDArray[np.float64]) -> AbstractContextManager[Callable[[slice], None]]:
-        """Keep a panel, shape (n - first column, width), whose chunks are given as they are ready.
+        """Store a panel, shape (n - first column, width), chunk by chunk as they are ready.
 
-        What is entered is called with the rows of each chunk, which must not change afterwards. At the end all of them
-        are kept, or an error is raised.
+        The context gives a function to call with the rows of each chunk, which must not change afterwards. At the end
+        all of them are stored, or an error is raised.
         """
 
     @abstractmethod
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
-        """Chunks by panel and rows, in the order asked for, each valid until the next is asked for."""
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
+        """Yield chunks by panel and rows in the order requested, each valid until the next is requested."""
 
 
 class PanelsInMemory(Panels):
-    """Arrays of this process."""
+    """Panels as arrays of this process."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -148,7 +147,7 @@ class PanelsInMemory(Panels):
         yield lambda rows: None
         self._values[panel] = values
 
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
         """See :meth:`Panels.read`."""
         for panel, rows in requests:
             start = self.shape.columns(panel).start
@@ -158,7 +157,7 @@ class PanelsInMemory(Panels):
 
 
 class StoredPanels(Panels):
-    """A Zarr array of float64 chunks, checked by crc32c; what is above the diagonal blocks is not there.
+    """Panels in a Zarr array of float64 chunks, checked by crc32c; chunks above the diagonal blocks do not exist.
 
     Chunks are read ahead by threads into reused memory, and written by one while the next are computed.
     """
@@ -170,13 +169,10 @@ class StoredPanels(Panels):
         self._array = StoredArray(medium, layout)
         self._stored_bytes = layout.chunk_bytes
         self._buffers: deque[NDArray[np.uint8]] = deque()
-
-    def create(self) -> None:
-        """Create the array where there is none, and check the one that is there."""
-        self._array.create()
+        self._array.create()  # or check the one that is there
 
     def num_complete(self, most: int) -> int:
-        """How many of the first ``most`` panels have all their chunks: one that was found damaged may be deleted."""
+        """Number of leading panels, up to ``most``, with all their chunks: users may delete one that is damaged."""
         present, height = self._array.present(), self.shape.height
         for panel in range(most):
             if any((rows.start // height, panel) not in present for rows in self.shape.chunks(panel)):
@@ -199,13 +195,13 @@ class StoredPanels(Panels):
                 future.result()
         self.traffic += Traffic(bytes_written=len(written) * self._stored_bytes)
 
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[Chunk]:
+    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
         """See :meth:`Panels.read`."""
         coming: deque[_Coming] = deque()
         with ThreadPoolExecutor(_DEPTH, thread_name_prefix="factor") as threads:
             try:
                 for panel, rows in requests:
-                    buffer = self._take()
+                    buffer = self._take_buffer()
                     index = (rows.start // self.shape.height, panel)
                     coming.append((panel, rows, threads.submit(self._array.read, index, buffer), buffer))
                     if len(coming) > _DEPTH:
@@ -214,13 +210,13 @@ class StoredPanels(Panels):
                     yield from self._next(coming)
             finally:
                 for _, _, future, buffer in coming:
-                    # Memory that is still written to must not be handed out.
+                    # A buffer that is still written to must not be handed out.
                     if not future.cancel():
                         future.exception()
                     self._buffers.append(buffer)
 
-    def _next(self, coming: "deque[_Coming]") -> Iterator[Chunk]:
-        """The first of the chunks that are on their way; its buffer is free once the next is asked for."""
+    def _next(self, coming: deque[_Coming]) -> Iterator[PanelChunk]:
+        """Yield the first of the chunks on their way; its buffer is free once the next is requested."""
         panel, rows, future, buffer = coming[0]
         values = future.result()
         coming.popleft()
@@ -230,12 +226,12 @@ class StoredPanels(Panels):
         finally:
             self._buffers.append(buffer)
 
-    def _take(self) -> NDArray[np.uint8]:
+    def _take_buffer(self) -> NDArray[np.uint8]:
         return self._buffers.pop() if self._buffers else np.empty(self._stored_bytes, np.uint8)
 
 
 def require_room(shape: Shape, medium: Medium, done: int) -> None:
-    """Check that the panels from ``done`` on fit the disk."""
+    """Check that the panels from number ``done`` on fit the disk."""
     free = medium.free_bytes()
     count = sum(1 for panel in range(done, shape.num_panels) for _ in shape.chunks(panel))
     needed = count * (shape.chunk_bytes + CHECKSUM_BYTES)
@@ -243,3 +239,33 @@ def require_room(shape: Shape, medium: Medium, done: int) -> None:
         raise ResourceError(
             f"panels of the factor need {format_bytes(needed)} at {medium.root}, where {format_bytes(free)} are free"
         )
+
+
+def shape_in_memory(num_rows: int, panel_width: int | None, room: int, num_threads: int) -> Shape:
+    """How to cut a factor in memory."""
+    default = _WIDTH_IN_MEMORY if num_rows < 8 * _WIDER_IN_MEMORY else _WIDER_IN_MEMORY
+    shape = Shape.of_width(num_rows, panel_width or default)
+    needed = shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+    if needed > room:
+        raise ResourceError(
+            f"the Cholesky factor of {num_rows:,} rows needs {format_bytes(needed)} of memory; {format_bytes(room)} "
+            "may be used. Give path=, a folder: the factor is then written there in panels that fit"
+        )
+    return shape
+
+
+def bytes_of_panel(shape: Shape, num_threads: int) -> int:
+    """Memory of a factorisation whose panels go to files."""
+    panel = shape.num_rows * min(shape.width, shape.num_rows) * _ITEM
+    return panel + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+
+
+def widest_shape(num_rows: int, room: int, num_threads: int) -> Shape:
+    """The widest panels that fit, of one of the usual widths where that is possible; at least one column."""
+    most = min(num_rows, _WIDEST, max(_WIDTHS[0], -(-num_rows // _NUM_CHECKPOINTS)))
+    multiples = ([most] if most == num_rows else [], *(range(most // step * step, 0, -step) for step in _WIDTHS))
+    for width in chain(*multiples):
+        shape = Shape.of_width(num_rows, width)
+        if bytes_of_panel(shape, num_threads) <= room:
+            return shape
+    return Shape.of_width(num_rows, 1)

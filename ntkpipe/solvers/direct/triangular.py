@@ -1,25 +1,25 @@
-"""Cholesky factors of blocks in memory, and products with their inverses, so that nearly all is matrix products.
+"""Cholesky factors of blocks in memory and solves with them, nearly all of it in matrix products.
 
-All of it is NumPy's BLAS: SciPy has one of its own, with threads of its own.
+All of it uses NumPy's BLAS: SciPy brings another one, with threads of its own.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.solvers.direct.pool import Pool
+from ntkpipe.operators.blas import Pool
 
-# Blocks that are factored by LAPACK and inverted; what is larger is split into products.
+# Size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products.
 _BASE = 128
-# Below it inverses are found row by row.
+# Up to this size inverses are computed row by row.
 _SMALLEST = 32
-# Rows of a symmetric update at a time: what of them is above the diagonal is wasted.
+# Rows of a symmetric update at a time: entries of them above the diagonal are computed in vain.
 _ROWS = 512
 # Rows that a thread solves at a time.
 ROWS_OF_THREAD = 256
 
 
 class NotPositiveError(Exception):
-    """A pivot of a block is not positive."""
+    """A block has a pivot that is not positive."""
 
     def __init__(self, row: int, pivot: float) -> None:
         super().__init__(row, pivot)
@@ -28,9 +28,9 @@ class NotPositiveError(Exception):
 
 
 class Triangle:
-    """A lower triangular block, ready for solves with it: recursive in halves, small diagonal blocks by their inverses.
+    """A lower triangular block for solves: recursive in halves, small diagonal blocks by their inverses.
 
-    An inverse alone would lose digits where a small block is ill-conditioned; a step of refinement gives them back
+    An inverse alone would lose digits where a small block is ill-conditioned; a step of refinement restores them
     (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 14.1 and chapter 12).
     """
 
@@ -45,7 +45,7 @@ class Triangle:
         self._solve_right(rows, 0, len(self.lower), scratch)
 
     def _solve_right(self, rows: NDArray[np.float64], start: int, stop: int, scratch: NDArray[np.float64]) -> None:
-        """For columns ``start`` to ``stop`` of the block, which are those of ``rows``."""
+        """Solve with columns ``start`` to ``stop`` of the block; ``rows`` has these columns only."""
         size = stop - start
         if size <= _BASE:
             lower, inverse = self.lower[start:stop, start:stop], self.inverses[start // _BASE]
@@ -63,7 +63,7 @@ class Triangle:
         self._solve_right(right, start + half, stop, scratch)
 
     def solve_left(self, rhs: NDArray[np.float64], *, transposed: bool) -> None:
-        """Overwrite ``rhs``, shape (s, r), with ``inv(lower) @ rhs``, or that of the transpose."""
+        """Overwrite ``rhs``, shape (s, r), with ``inv(lower) @ rhs`` or ``inv(lower).T @ rhs``."""
         starts = range(0, len(self.lower), _BASE)
         for start in reversed(starts) if transposed else starts:
             here = slice(start, min(start + _BASE, len(self.lower)))
@@ -79,9 +79,9 @@ class Triangle:
 
 
 def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool) -> Triangle:
-    """Overwrite a symmetric block, of which only the lower triangle is read, with its Cholesky factor.
+    """Overwrite a symmetric block with its Cholesky factor, recursively in halves.
 
-    Recursive in halves. Above the diagonal zeros are written.
+    Only the lower triangle is read; above the diagonal zeros are written.
     """
     size = len(block)
     if size <= _BASE:
@@ -108,7 +108,7 @@ def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64], po
 
 
 def solve_bytes(size: int) -> int:
-    """Memory that a thread takes to solve its rows with a triangle of this size."""
+    """Memory of a thread that solves its rows with a triangle of this size."""
     return 8 * ROWS_OF_THREAD * ((size + _BASE) // 2 + 2 * _BASE)
 
 
@@ -118,7 +118,6 @@ def _half(size: int) -> int:
 
 
 def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of a lower triangular block."""
     size = len(lower)
     inverse = np.zeros((size, size))
     if size <= _SMALLEST:
@@ -134,7 +133,7 @@ def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _first_bad_pivot(block: NDArray[np.float64]) -> tuple[int, float]:
-    """Where the factorisation of a block breaks down, and the pivot there; slow, and only called where it does."""
+    """Row where the factorisation of a block breaks down, and the pivot there; slow, for failures only."""
     factor = np.zeros_like(block)
     pivots = np.empty(len(block))
     for row in range(len(block)):
@@ -143,6 +142,6 @@ def _first_bad_pivot(block: NDArray[np.float64]) -> tuple[int, float]:
         if not pivots[row] > 0:
             return row, float(pivots[row])
         factor[row, :row], factor[row, row] = entries, pivots[row] ** 0.5
-    # LAPACK rounds otherwise: where it failed a pivot is within rounding of zero, so the smallest is the one.
+    # LAPACK rounds differently: where it failed a pivot is within rounding of zero, so it is the smallest one.
     row = int(pivots.argmin())
     return row, float(pivots[row])

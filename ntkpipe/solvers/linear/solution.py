@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Work
-from ntkpipe.solvers.result import Result, Rows
+from ntkpipe.solvers.result import Result, TableRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Solution(Result):
         work = {"passes": made.passes, "bytes_read": made.bytes_read, "seconds": made.seconds}
         return {**super().to_json(), "preconditioner_work": work}
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         count = len(self.residuals)
         rows = [
             ("method", f"{self.method}: {self.why}"),

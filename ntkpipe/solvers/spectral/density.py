@@ -14,7 +14,7 @@ from ntkpipe.base.operator import digest_of
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
 from ntkpipe.solvers.spectral.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.spectral.quadrature import Rule, gauss_rule
 from ntkpipe.store.results import Checkpoint
@@ -97,7 +97,7 @@ class Density(Result):
         found = (self.weights * (self.nodes < -self.floor)).sum() / len(self.weights)
         return float(found) + int((self.eigenvalues < -self.floor).sum())
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         largest = max(self.nodes.max(initial=0.0), self.eigenvalues.max(initial=0.0))
         levels = [level for level in largest * 10.0 ** -np.arange(1, 8) if level > self.floor]
         counts = self.count_above([*levels, self.floor])

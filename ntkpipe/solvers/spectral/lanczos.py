@@ -15,7 +15,7 @@ from ntkpipe.base.resources import format_bytes, memory_room
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import as_work
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
@@ -61,7 +61,7 @@ class Eigenpairs(Result):
     floor: float
     history: NDArray[np.float64] = field(repr=False)
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         values = self.eigenvalues
         below = int((np.abs(values) < self.floor).sum())
         return [

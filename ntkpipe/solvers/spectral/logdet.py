@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
+from ntkpipe.solvers.result import Monitor, Result, TableRows, ignore
 from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate, slq_logdet
 from ntkpipe.store.results import Checkpoint
 
@@ -46,7 +46,7 @@ class LogDeterminant(Result):
     floor: float
     storage_error: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         added = f"{self.ridge:.6g}" + (f", and a jitter of {self.jitter:.6g}" if self.jitter else "")
         return [
             ("log det", f"{self.value:.12g} ± {self.storage_error:.2g} (rounding of stored entries)"),

@@ -15,7 +15,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
 from ntkpipe.solvers.spectral.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint
@@ -69,7 +69,7 @@ class LogDeterminantEstimate(Result):
     rank: int
     smallest_ritz: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         errors = f"± {self.standard_error:.2g} (Monte Carlo) ± {self.truncation_error:.2g} (truncation)"
         return [
             ("log det", f"{self.value:.8g} {errors}"),

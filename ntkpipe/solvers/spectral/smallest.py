@@ -17,7 +17,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.result import Monitor, Result, Rows, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
 from ntkpipe.solvers.spectral.davidson import Davidson, Inverse
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
@@ -75,7 +75,7 @@ class Smallest(Result):
     condition_high: float | None
     floor: float
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> TableRows:
         words = {
             "cholesky": "proved by Cholesky",
             "residual": "below by residual: if none was missed",

@@ -15,14 +15,14 @@ from stored import HereOnly, WatchedTiles, store_matrix
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError, TileError
 from ntkpipe.base.operator import Operator
-from ntkpipe.executors import connect as cluster
-from ntkpipe.operators.on_dask import operator as workers
-from ntkpipe.operators.on_dask import workers as crew
+from ntkpipe.executors import connect
+from ntkpipe.operators.on_dask import operator as operator_module
+from ntkpipe.operators.on_dask import worker_group
 from ntkpipe.operators.on_dask.operator import WorkersOperator
-from ntkpipe.operators.on_dask.shard_holder import Holder, Order
+from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.shards import Stopped, share_out
+from ntkpipe.operators.shards import PassStopped, share_out
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
 from ntkpipe.store.kernel import Kernel
@@ -33,7 +33,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster.connect("local", workers=2, memory_limit=1024 * MIB) as joined:
+    with connect.connect("local", workers=2, memory_limit=1024 * MIB) as joined:
         joined.wait_for_workers(2)
         yield joined
 
@@ -92,7 +92,7 @@ def test_products_have_the_bits_of_one_machine(both, kernel, here, rng, columns)
     operator = as_operator(kernel, client=both)
     assert operator.num_workers == 2
     block = rng.standard_normal((NUM_ROWS, columns))
-    assert columns < 100 or block.nbytes > workers._SMALL_BLOCK
+    assert columns < 100 or block.nbytes > operator_module._SMALL_BLOCK
     np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
     assert operator.work.passes == 1
     assert operator.share_kept == 1
@@ -141,7 +141,7 @@ def test_a_worker_that_dies_costs_its_part_and_changes_no_bit(both, kernel, here
     killer.join()
     assert operator.work.passes == 1.5
     both.wait_for_workers(2, timeout=60)
-    time.sleep(crew._POLL_SECONDS)
+    time.sleep(worker_group._POLL_SECONDS)
     np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
     assert operator.work.passes == 2.5
     assert operator.num_workers == 2
@@ -182,20 +182,20 @@ def test_a_worker_that_leaves_is_missed_by_nobody(kernel, here, rng, monkeypatch
         operator = as_operator(kernel, client=client)
         np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
         client.retire_workers(list(client.nthreads())[:1])
-        time.sleep(crew._POLL_SECONDS)
+        time.sleep(worker_group._POLL_SECONDS)
         np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
         client.cluster.scale(0)
         while client.nthreads():
             time.sleep(0.02)
-        time.sleep(crew._POLL_SECONDS)
-        monkeypatch.setattr(cluster, "_WAIT_SECONDS", 0.1)
+        time.sleep(worker_group._POLL_SECONDS)
+        monkeypatch.setattr(connect, "_WAIT_SECONDS", 0.1)
         with pytest.raises(ClusterError, match="no worker joined"):
             operator.matmat(block)
         assert "waiting up to" in capsys.readouterr().err
 
 
 def test_workers_that_die_of_every_pass_end_it(both, kernel, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_MOST_LOSSES", 1)
+    monkeypatch.setattr(operator_module, "_MOST_LOSSES", 1)
     source = watched(kernel, tmp_path, 0.02)
     operator = WorkersOperator(source, both, cache_bytes=0)
     killer = kill_soon(source.readers, count=2)
@@ -251,7 +251,7 @@ def test_memory_of_a_driver_that_is_gone_is_free(both, kernel):
     with Client(both.scheduler.address, set_as_default=False) as other:
         operator = as_operator(kernel, client=other)
         operator.matmat(np.ones(NUM_ROWS))
-    wait_until(lambda: not any(both.run(num_objects, "Holder").values()))
+    wait_until(lambda: not any(both.run(num_objects, "ShardWorker").values()))
     assert operator.share_kept == 1  # as it was
 
 
@@ -259,11 +259,11 @@ def test_a_worker_that_does_not_reach_the_store(both, kernel, tmp_path, monkeypa
     source = HereOnly(KernelTiles(kernel), tmp_path, process=os.getpid())
     with pytest.raises(ClusterError, match=r"tcp.* does not reach the matrix: .*not here.* at the same path"):
         WorkersOperator(source, both)
-    monkeypatch.setattr(crew, "version", lambda _: "0.0.1")
+    monkeypatch.setattr(worker_group, "version", lambda _: "0.0.1")
     with pytest.raises(ClusterError, match=r"has ntkpipe .*, this process 0\.0\.1; install the same"):
         WorkersOperator(KernelTiles(kernel), both)
     monkeypatch.undo()
-    monkeypatch.setattr(crew, "digest_of", lambda _: "another")
+    monkeypatch.setattr(worker_group, "digest_of", lambda _: "another")
     with pytest.raises(ClusterError, match="another disk at the same path"):
         WorkersOperator(KernelTiles(kernel), both)
 
@@ -277,20 +277,20 @@ def test_options_that_cannot_be(both, kernel):
         as_operator(kernel, client=both, memory_limit=1000)
     wide = np.broadcast_to(np.float64(0), (NUM_ROWS, 10**6))
     operator = as_operator(kernel, client=both)
-    this = workers._Pass(operator._crew, operator._shards, NUM_ROWS, None, wide)
+    this = operator_module._Pass(operator._group, operator._shards, NUM_ROWS, None, wide)
     with pytest.raises(ResourceError, match=r"a block of 1000000 columns needs .* give fewer columns at a time"):
-        this._require_room("there", next(iter(operator._crew.members.values())))
+        this._require_room("there", next(iter(operator._group.members.values())))
 
 
 def test_a_large_block_takes_the_memory_of_tiles(both, kernel):
     operator = as_operator(kernel, client=both)
-    member = next(iter(operator._crew.members.values()))
-    before = member.cache_bytes
+    handle = next(iter(operator._group.members.values()))
+    before = handle.cache_bytes
     for columns, changes in ((10, False), (10_000, True)):
         wide = np.broadcast_to(np.float64(0), (NUM_ROWS, columns))
-        this = workers._Pass(operator._crew, operator._shards, NUM_ROWS, None, wide)
-        this._require_room("there", member)
-        assert (member.cache_bytes < before) == changes
+        this = operator_module._Pass(operator._group, operator._shards, NUM_ROWS, None, wide)
+        this._require_room("there", handle)
+        assert (handle.cache_bytes < before) == changes
 
 
 def test_a_memory_map_travels_by_name(both, here, kernel, tmp_path, rng):
@@ -323,31 +323,31 @@ def test_shards_move_only_where_they_must():
 
 
 def test_what_is_not_wanted_any_more_is_left(kernel):
-    holder = Holder(KernelTiles(kernel))
-    order = Order(NUM_ROWS, tuple(range(16)), (), 0, 2, None)
+    worker = ShardWorker(KernelTiles(kernel))
+    request = PassRequest(NUM_ROWS, tuple(range(16)), (), 0, 2, None)
     asked: list[int] = []
 
     def after_ten() -> bool:
         asked.append(0)
         return len(asked) > 10
 
-    with pytest.raises(Stopped):
-        holder.answer(order, np.ones((NUM_ROWS, 1)), after_ten)
+    with pytest.raises(PassStopped):
+        worker.run(request, np.ones((NUM_ROWS, 1)), after_ten)
     assert len(asked) < 20
 
 
 def test_leading_blocks_share_the_memory(kernel):
-    holder = Holder(KernelTiles(kernel))
+    worker = ShardWorker(KernelTiles(kernel))
     size = KernelTiles(kernel).tile_bytes
-    whole = Order(NUM_ROWS, (0, 1), (0, 1), 8 * size, 1, None)
-    part = Order(100, (0,), (0,), 8 * size, 1, None)
+    whole = PassRequest(NUM_ROWS, (0, 1), (0, 1), 8 * size, 1, None)
+    part = PassRequest(100, (0,), (0,), 8 * size, 1, None)
     block = np.ones((NUM_ROWS, 1))
-    assert holder.answer(whole, block).num_kept == {NUM_ROWS: 8}
-    found = holder.answer(part, block[:100])
+    assert worker.run(whole, block).num_kept == {NUM_ROWS: 8}
+    found = worker.run(part, block[:100])
     assert found.num_kept[NUM_ROWS] == 0
     assert 0 < found.num_kept[100] <= 8
-    again = holder.answer(whole, block)
+    again = worker.run(whole, block)
     assert again.num_kept == {NUM_ROWS: 8, 100: 0}
     assert again.bytes_read == 8 * size
-    assert isinstance(Holder(ArrayTiles(np.eye(3))).first_tile(), str)
+    assert isinstance(ShardWorker(ArrayTiles(np.eye(3))).first_tile(), str)
     assert num_objects(TileReader.__name__) >= 2

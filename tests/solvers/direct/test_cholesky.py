@@ -22,8 +22,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.direct import panels as panels_module
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.direct.fitting import bytes_of_panel
-from ntkpipe.solvers.direct.panels import Shape
+from ntkpipe.solvers.direct.panels import Shape, bytes_of_panel
 
 N = 330
 DEFINITE = ("power_law_1e4", "power_law_1e6", "power_law_1e8", "power_law_1e10", "clustered", "spiked")

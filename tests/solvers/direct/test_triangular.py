@@ -1,13 +1,11 @@
 """Factors of blocks in memory, where they are split into halves and where they are not."""
 
-import time
-
 import numpy as np
 import pytest
 from scipy.linalg import solve_triangular
 
+from ntkpipe.operators.blas import Pool
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law
-from ntkpipe.solvers.direct.pool import Pool
 from ntkpipe.solvers.direct.triangular import (
     NotPositiveError,
     Triangle,
@@ -55,31 +53,6 @@ def test_columns_are_solved_against_the_factor(matrix, transposed):
     exact = solve_triangular(lower, rhs, lower=True, trans=int(transposed))
     Triangle(lower).solve_left(rhs, transposed=transposed)
     np.testing.assert_allclose(rhs, exact, rtol=1e-8, atol=1e-9)
-
-
-def test_products_are_subtracted_in_place(pool):
-    rng = np.random.default_rng(0)
-    for rows, columns in ((4, 3), (300, 700)):
-        left, right = rng.standard_normal((rows, 5)), rng.standard_normal((columns, 5))
-        whole = rng.standard_normal((rows + 2, columns + 3))
-        exact = whole.copy()
-        exact[1 : rows + 1, 2 : columns + 2] -= left @ right.T
-        pool.subtract_product(whole[1 : rows + 1, 2 : columns + 2], left, right, np.empty(rows * columns))
-        np.testing.assert_allclose(whole, exact, rtol=1e-12, atol=1e-13)
-
-
-def test_the_error_of_a_part_is_raised_after_all_have_ended(pool):
-    done = []
-
-    def work(part):
-        if part == 1:
-            raise ZeroDivisionError
-        time.sleep(0.01)
-        done.append(part)
-
-    with pytest.raises(ZeroDivisionError):
-        pool.each(work, range(4))
-    assert pool.num_threads == 1 or sorted(done) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("row", [0, 127, 128, 383, 384, 699])
