@@ -5,8 +5,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
@@ -17,8 +18,6 @@ from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _SHARES = (0.5, 0.9, 0.99)
 _EPS = float(np.finfo(np.float64).eps)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +50,10 @@ class Alignment(Result):
     why: str
     num_rows: int
     num_outputs: int
-    eigenvalues: Values = field(repr=False)
-    powers: Values = field(repr=False)
-    cumulative_power: Values = field(repr=False)
-    cumulative_power_error: Values = field(repr=False)
+    eigenvalues: FloatArray = field(repr=False)
+    powers: FloatArray = field(repr=False)
+    cumulative_power: FloatArray = field(repr=False)
+    cumulative_power_error: FloatArray = field(repr=False)
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float
     centred_alignment: float
@@ -188,7 +187,7 @@ def alignment(
     )
 
 
-def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) -> tuple[float, float]:
+def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[float, float]:
     """Kernel-target alignment, plain and centred, by one pass and that of the Frobenius norm.
 
     With Q the orthonormal basis of what centring takes off, ``|H K H|² = |K|² - 2 |K Q|² + |Qᵀ K Q|²`` in Frobenius
@@ -210,7 +209,7 @@ def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) ->
     return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
 
 
-def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
     """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
 
     Of a centred kernel and centred targets it is the centred alignment.
@@ -218,12 +217,12 @@ def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.flo
     return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
 
 
-def _cosine(inner: float, norm: float, rows: NDArray[np.float64]) -> float:
+def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     norms = norm * float(np.linalg.norm(rows.T @ rows))
     return inner / norms if norms else 0.0
 
 
-def _errors(operator: Operator, system: Eigensystem) -> Values:
+def _errors(operator: Operator, system: Eigensystem) -> FloatArray:
     """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
 
     Davis and Kahan: at most the norm of the residuals over the gap behind the i-th value. Behind the last one no gap is

@@ -5,11 +5,12 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
 from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.trust import judge
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
@@ -24,7 +25,6 @@ from ntkpipe.solvers.result import Monitor, ignore
 _EPS = float(np.finfo(np.float64).eps)
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
-Values = NDArray[np.float64]
 
 
 def generalisation(
@@ -198,7 +198,7 @@ def generalisation(
 def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
     """What G says: KARE, leave-one-out, κ, E_0, effective dimension."""
 
-    def over(function: Callable[[Resolvent], float]) -> Values:
+    def over(function: Callable[[Resolvent], float]) -> FloatArray:
         return np.array([function(one) for one in resolvents])
 
     ridges = over(lambda one: one.ridge)
@@ -227,7 +227,7 @@ def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
     }
 
 
-def _of_population(system: Eigensystem | None, rows: Values, ridges: Values) -> dict[str, Values]:
+def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
     n, count = len(rows), len(ridges)
     if system is None:
@@ -260,7 +260,7 @@ class _Test:
             )
         self._kernel, self._wanted = kernel, of_test.rows(width)
 
-    def losses(self, coefficients: Sequence[Values]) -> Values:
+    def losses(self, coefficients: Sequence[FloatArray]) -> FloatArray:
         """Squared errors of each sample, mean over outputs, of predictors by their coefficients: shape (r, M)."""
         wanted, count = self._wanted, len(coefficients)
         predicted = self._kernel.times(np.concatenate(coefficients, axis=1))
@@ -269,7 +269,7 @@ class _Test:
         return np.asarray(of_samples.mean(axis=2), np.float64)
 
 
-def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, Values]:
+def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
         return {"test_loss": np.full(len(resolvents), np.nan), "test_loss_error": np.full(len(resolvents), np.nan)}

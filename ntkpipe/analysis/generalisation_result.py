@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Result, Rows
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,30 +62,30 @@ class Generalisation(Result):
     why: str
     num_rows: int
     num_outputs: int
-    ridges: Values
-    test_loss: Values
-    test_loss_error: Values
-    train_loss: Values
-    kare: Values
-    kare_error: Values
-    generalised_cross_validation: Values
-    leave_one_out_loss: Values
-    leave_one_out_loss_error: Values
-    eigenlearning: Values
-    canatar: Values
-    eigenlearning_kappa: Values
-    learnabilities: Values = field(repr=False)
-    target_learnability: Values
-    kappa: Values
-    kappa_error: Values
-    overfitting_coefficient: Values
-    overfitting_coefficient_error: Values
-    effective_dimension: Values
-    effective_dimension_error: Values
-    kare_ratio: Values
-    eigenlearning_ratio: Values
-    canatar_ratio: Values
-    leave_one_out_ratio: Values
+    ridges: FloatArray
+    test_loss: FloatArray
+    test_loss_error: FloatArray
+    train_loss: FloatArray
+    kare: FloatArray
+    kare_error: FloatArray
+    generalised_cross_validation: FloatArray
+    leave_one_out_loss: FloatArray
+    leave_one_out_loss_error: FloatArray
+    eigenlearning: FloatArray
+    canatar: FloatArray
+    eigenlearning_kappa: FloatArray
+    learnabilities: FloatArray = field(repr=False)
+    target_learnability: FloatArray
+    kappa: FloatArray
+    kappa_error: FloatArray
+    overfitting_coefficient: FloatArray
+    overfitting_coefficient_error: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    kare_ratio: FloatArray
+    eigenlearning_ratio: FloatArray
+    canatar_ratio: FloatArray
+    leave_one_out_ratio: FloatArray
     kare_is_trusted: tuple[bool, ...]
     eigenlearning_is_trusted: tuple[bool, ...]
     reasons: tuple[str, ...]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
@@ -21,8 +22,6 @@ from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
 _DEFAULT_PARTS = (32, 16, 8, 4)
 _DEFAULT_RIDGES = (0.0, 1e-2, 1e-1, 1.0, 10.0)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +63,20 @@ class LearningCurve(Result):
     num_samples: int
     num_subsets: int
     sizes: NDArray[np.int64]
-    ridges: Values
-    population_loss: Values
-    population_loss_error: Values = field(repr=False)
-    left_out_loss: Values
-    left_out_loss_error: Values = field(repr=False)
-    kare: Values
-    kare_error: Values = field(repr=False)
-    eigenlearning: Values
-    canatar: Values = field(repr=False)
-    kappa: Values = field(repr=False)
-    target_learnability: Values = field(repr=False)
-    eigenlearning_ratio: Values
-    canatar_ratio: Values = field(repr=False)
-    kare_ratio: Values
+    ridges: FloatArray
+    population_loss: FloatArray
+    population_loss_error: FloatArray = field(repr=False)
+    left_out_loss: FloatArray
+    left_out_loss_error: FloatArray = field(repr=False)
+    kare: FloatArray
+    kare_error: FloatArray = field(repr=False)
+    eigenlearning: FloatArray
+    canatar: FloatArray = field(repr=False)
+    kappa: FloatArray = field(repr=False)
+    target_learnability: FloatArray = field(repr=False)
+    eigenlearning_ratio: FloatArray
+    canatar_ratio: FloatArray = field(repr=False)
+    kare_ratio: FloatArray
 
     def _rows(self) -> Rows:
         rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]
@@ -219,11 +218,13 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> Values:
+def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> FloatArray:
     return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
 
 
-def _measure(operator: Operator, rows: Values, chosen: NDArray[np.int64], ridges: Values, width: int) -> Values:
+def _measure(
+    operator: Operator, rows: FloatArray, chosen: NDArray[np.int64], ridges: FloatArray, width: int
+) -> FloatArray:
     """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
     inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
     columns = operator.columns(inside)

@@ -5,11 +5,11 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
 from ntkpipe.analysis.spectral_sums import Sum, sum_of_density, sum_of_values
 from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
@@ -31,8 +31,6 @@ _VECTORS_A_PAIR, _FEWEST_PAIRS = 11, 16
 _LEAST_STEPS = 64
 _VECTORS_OF_SMALLEST = 3500
 _EPS = float(np.finfo(np.float64).eps)
-
-Values = NDArray[np.float64]
 
 
 def spectrum(
@@ -109,7 +107,7 @@ def spectrum(
     shifts = absolute_ridges(asked, scale, statistics.diagonal)
     floor = operator.storage_floor()
     if given is not None and given.is_whole:
-        every: Values | None = np.array(given.eigenvalues)
+        every: FloatArray | None = np.array(given.eigenvalues)
         why = given.why
     else:
         every, why = _all_values(operator, room, method, monitor)
@@ -170,7 +168,7 @@ def spectrum(
 
 def _all_values(
     operator: Operator, memory_limit: int | None, method: Method, monitor: Monitor
-) -> tuple[Values | None, str]:
+) -> tuple[FloatArray | None, str]:
     if method == "streamed":
         return None, "streamed was asked for"
     try:
@@ -181,7 +179,7 @@ def _all_values(
         return None, does_not_fit(operator.num_rows, memory_limit)
 
 
-def _exact(values: Values, ridges: Values, floor: float) -> dict[str, Any]:
+def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
     largest, least = float(values[0]), float(values[-1])
     is_known = least > max(floor, 0.0) and largest > 0
     condition = largest / least if is_known else None
@@ -208,7 +206,7 @@ def _exact(values: Values, ridges: Values, floor: float) -> dict[str, Any]:
 def _streamed(
     operator: Operator,
     given: Any,
-    ridges: Values,
+    ridges: FloatArray,
     floor: float,
     *,
     k: int,
@@ -270,14 +268,14 @@ def _streamed(
 class _Spliced:
     """Pairs as the density takes them."""
 
-    def __init__(self, eigenvalues: Values, eigenvectors: Values) -> None:
+    def __init__(self, eigenvalues: FloatArray, eigenvectors: FloatArray) -> None:
         self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
 
 
-def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, Any]:
+def _sums(ridges: FloatArray, trace: float, floor: float, sum_of: Any) -> dict[str, Any]:
     """Entropy rank and effective dimensions."""
 
-    def entropy(values: Values) -> Values:
+    def entropy(values: FloatArray) -> FloatArray:
         share = np.maximum(values / trace, 0.0) if trace > 0 else np.zeros_like(values)
         return np.asarray(-share * np.log(np.where(share > 0, share, 1.0)))
 
@@ -286,7 +284,7 @@ def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, 
     dimensions: list[Sum] = []
     for ridge in ridges:
 
-        def dimension(values: Values, ridge: float = float(ridge)) -> Values:
+        def dimension(values: FloatArray, ridge: float = float(ridge)) -> FloatArray:
             positive = np.maximum(values, 0.0)
             return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
 
@@ -300,7 +298,7 @@ def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, 
     }
 
 
-def _tail(values: Values, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> PowerLaw | None:
+def _tail(values: FloatArray, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> PowerLaw | None:
     """The fit of the range that was asked for, or of the default one."""
     if ranks is not None:
         return fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])

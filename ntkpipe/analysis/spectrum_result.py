@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Result, Rows
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +58,7 @@ class KernelSpectrum(Result):
     method: str
     why: str
     num_rows: int
-    eigenvalues: Values = field(repr=False)
+    eigenvalues: FloatArray = field(repr=False)
     largest: float
     smallest: float
     smallest_low: float | None
@@ -78,11 +74,11 @@ class KernelSpectrum(Result):
     entropy_rank: float
     entropy_rank_error: float
     participation_ratio: float
-    ridges: Values
-    effective_dimension: Values
-    effective_dimension_error: Values
-    density_grid: Values = field(repr=False)
-    density: Values = field(repr=False)
+    ridges: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    density_grid: FloatArray = field(repr=False)
+    density: FloatArray = field(repr=False)
     tail_exponent: float | None
     tail_exponent_error: float | None
     tail_first_rank: int | None

@@ -150,10 +150,7 @@ def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, A
     if centre != "initial_outputs":
         raise ConfigError(f"centre={centre!r}; needed 'initial_outputs' or None")
     store = question.store
-    return {
-        "initial_outputs": store.outputs,
-        "test_initial_outputs": store.test_outputs if is_tested else None,
-    }
+    return {"initial_outputs": store.outputs, "test_initial_outputs": store.test_outputs if is_tested else None}
 
 
 def _beside(question: Question, name: str) -> str:

@@ -6,20 +6,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.comparing.eigenspaces import angle_error, outer_vectors, principal_angles
 from ntkpipe.analysis.comparing.entries import Differences, measure_differences
 from ntkpipe.analysis.comparing.predictions import Goal, Predictions, disagreement, goal_of_sides, predict
 from ntkpipe.analysis.comparing.ratios import ratios_of
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.sides import (
-    Side,
-    differing_fields,
-    require_comparable,
-    sides_of,
-)
+from ntkpipe.analysis.comparing.sides import Side, differing_fields, require_comparable, sides_of
 from ntkpipe.analysis.comparing.spectra import Ends, Way, find_ends, in_memory, way_for
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -218,9 +214,7 @@ def _leading(side: Side, sides: tuple[Side, Side], k: int) -> int:
     return k if sides[0].width == sides[1].width else k * side.width
 
 
-def _find(
-    side: Side, count: int, diagonal: NDArray[np.float64], goal: Goal | None, wanted: _Wanted, given: Any
-) -> _Found:
+def _find(side: Side, count: int, diagonal: FloatArray, goal: Goal | None, wanted: _Wanted, given: Any) -> _Found:
     """The ends of one spectrum, and predictions."""
     ridge = absolute_ridge(wanted.ridge, wanted.ridge_scale, lambda: diagonal)
     limit = wanted.memory_limit

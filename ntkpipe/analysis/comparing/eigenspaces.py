@@ -3,13 +3,13 @@
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
 
 from ntkpipe.analysis.comparing.spectra import Ends
+from ntkpipe.base.arrays import FloatArray
 
 
-def principal_angles(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
     """Principal angles between the ranges of two matrices of orthonormal columns, ascending, in radians.
 
     Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
@@ -19,7 +19,7 @@ def principal_angles(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[
     return np.asarray(subspace_angles(a, b)[::-1], np.float64)
 
 
-def outer_vectors(vectors: NDArray[np.float64], num_outputs: int) -> NDArray[np.float64]:
+def outer_vectors(vectors: FloatArray, num_outputs: int) -> FloatArray:
     """``V ⊗ I_O``: eigenvectors of ``K ⊗ I_O``, O for each of K, shape (n O, k O)."""
     if num_outputs == 1:
         return vectors

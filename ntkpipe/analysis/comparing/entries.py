@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.in_step import Entries, Strip, strips
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import NonFiniteError
 
 # A centred matrix of so small a part of the squared norm has no digits that say anything.
@@ -30,8 +31,8 @@ class Differences:
     largest: float
     largest_at: tuple[int, int] | None
     num_zero_rows: int  # rows of B whose diagonal is not positive; their entries are not counted in `largest`
-    diagonal_a: NDArray[np.float64]  # diagonal_a, diagonal_b: shape (rows,), float64
-    diagonal_b: NDArray[np.float64]
+    diagonal_a: FloatArray  # diagonal_a, diagonal_b: shape (rows,), float64
+    diagonal_b: FloatArray
     bytes_read: int  # of tiles
 
 
@@ -102,7 +103,7 @@ class _Sums:
                 mirrored = values.reshape(-1, width, values.shape[1]).sum(axis=0)
                 sums[columns] += mirrored.T
 
-    def _find_largest(self, strip: Strip, gap: NDArray[np.float64]) -> None:
+    def _find_largest(self, strip: Strip, gap: FloatArray) -> None:
         """Of a diagonal block the part up to the strip's own rows, whose diagonal is known by now."""
         width = self._width
         last = strip.rows.stop if strip.is_diagonal else strip.columns.stop
@@ -154,7 +155,7 @@ class _Sums:
             return None
         return _cosine(centred["ab"], centred["aa"], centred["bb"])
 
-    def _centred(self, inner: float, one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    def _centred(self, inner: float, one: FloatArray, other: FloatArray) -> float:
         """``<(H ⊗ I) A (H ⊗ I), B>`` from ``<A, B>`` and row sums: I - H ⊗ I is U U' with U = 1 ⊗ I / sqrt(N)."""
         count, width = self._num_samples, self._width
         totals = [sums.reshape(count, width, width).sum(axis=0) for sums in (one, other)]

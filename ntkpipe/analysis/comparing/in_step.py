@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.tiles import TileSource
 
@@ -118,8 +119,8 @@ class Strip:
     columns: slice
     # Whether its block is a diagonal one, which has its own mirror in it; entries of others count twice
     is_diagonal: bool
-    first: NDArray[np.float64]  # first, second: shape (rows * width, columns * width)
-    second: NDArray[np.float64]
+    first: FloatArray  # first, second: shape (rows * width, columns * width)
+    second: FloatArray
 
 
 def strips(first: Entries, second: Entries) -> Iterator[Strip]:
@@ -164,7 +165,7 @@ def _strips_of(first: Entries, second: Entries, rows: slice, columns: slice) -> 
         yield Strip(part, columns, rows == columns, *values)
 
 
-def _as_strip(block: NDArray[Any], rows: slice, width: int, *, is_outer: bool) -> NDArray[np.float64]:
+def _as_strip(block: NDArray[Any], rows: slice, width: int, *, is_outer: bool) -> FloatArray:
     """Rows of a block in float64, C-contiguous."""
     if not is_outer:
         return np.ascontiguousarray(block[rows.start * width : rows.stop * width], np.float64)

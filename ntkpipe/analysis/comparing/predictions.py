@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.comparing.sides import Side, has_same_test_samples, targets_of
 from ntkpipe.analysis.comparing.spectra import Way
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Labels, as_samples, encode
@@ -66,7 +67,7 @@ def goal_of_sides(
 class Predictions:
     """Of one kernel."""
 
-    values: NDArray[np.float64]  # shape (M, c)
+    values: FloatArray  # shape (M, c)
     status: Status  # status, message: of the solver
     message: str
 
@@ -93,7 +94,7 @@ def predict(
 
 def _solve(
     operator: Operator,
-    rows: NDArray[np.float64],
+    rows: FloatArray,
     ridge: float,
     largest: float,
     way: Way,
@@ -109,9 +110,7 @@ def _solve(
     return solve(operator, rows, ridge=ridge, method=method, tol=_TOL, seed=seed, memory_limit=limit, monitor=monitor)
 
 
-def _solve_in_memory(
-    operator: Operator, rows: NDArray[np.float64], ridge: float, largest: float, seed: int
-) -> Solution:
+def _solve_in_memory(operator: Operator, rows: FloatArray, ridge: float, largest: float, seed: int) -> Solution:
     """By a factor; without a ridge and of a kernel that is singular to its storage the solution of smallest norm."""
     try:
         factor = cholesky(operator, ridge=ridge)
@@ -132,7 +131,7 @@ class Disagreement:
     accuracies: tuple[float, float] | None  # share of samples whose class is predicted by each; none without classes
 
 
-def disagreement(a: NDArray[np.float64], b: NDArray[np.float64], goal: Goal) -> Disagreement:
+def disagreement(a: FloatArray, b: FloatArray, goal: Goal) -> Disagreement:
     """Compare predictions of two kernels, shape (M, c) each."""
     wanted = goal.test_labels
     if len(a) != len(b) or (wanted is not None and len(wanted.matrix) != len(a)):

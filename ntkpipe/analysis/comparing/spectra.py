@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
@@ -17,7 +17,6 @@ from ntkpipe.solvers.result import Monitor, Status
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, smallest
 
-Values = NDArray[np.float64]
 Way = Literal["lapack", "factor", "passes"]
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -37,8 +36,8 @@ _BYTES_PER_ENTRY = 24
 class Ends:
     """The ends of a spectrum."""
 
-    eigenvalues: Values  # the largest, descending, shape (k,)
-    eigenvectors: Values  # theirs, shape (n, k)
+    eigenvalues: FloatArray  # the largest, descending, shape (k,)
+    eigenvectors: FloatArray  # theirs, shape (n, k)
     residual: float  # norm of `K V - V Λ`, absolute
     next_eigenvalue: float | None  # the largest that is not among them; none if there is none
     smallest: float | None  # λ_min of the stored kernel; none if it was not asked for
@@ -75,15 +74,7 @@ def in_memory(operator: Operator) -> DenseOperator:
 
 
 def find_ends(
-    operator: Operator,
-    k: int,
-    *,
-    way: Way,
-    ridge: float,
-    with_smallest: bool,
-    given: Any,
-    seed: int,
-    monitor: Monitor,
+    operator: Operator, k: int, *, way: Way, ridge: float, with_smallest: bool, given: Any, seed: int, monitor: Monitor
 ) -> Ends:
     """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
     wanted = min(k + 1, operator.num_rows)
@@ -123,7 +114,7 @@ def find_ends(
     )
 
 
-def _of_all(every: Values) -> tuple[float, float, float]:
+def _of_all(every: FloatArray) -> tuple[float, float, float]:
     """The smallest eigenvalue, and bounds of LAPACK's error."""
     least, unsure = float(every[-1]), len(every) * _EPS * float(np.abs(every).max())
     return least, least - unsure, least + unsure
@@ -138,13 +129,13 @@ def _smallest(operator: Operator, way: Way, seed: int, monitor: Monitor) -> Smal
     except IndefiniteError:  # beyond what rounding explains
         return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
 
-    def inverse(block: Values) -> Values:
+    def inverse(block: FloatArray) -> FloatArray:
         return factor.solve(block, refine=0).coefficients
 
     return smallest(operator, tol=_TOL_BY_FACTOR, inverse=inverse, certify=True, seed=seed, monitor=monitor)
 
 
-def _log_determinant(operator: Operator, every: Values | None, way: Way, ridge: float) -> float | None:
+def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, ridge: float) -> float | None:
     if every is not None:
         shifted = every + ridge
         return float(np.log(shifted).sum()) if shifted[-1] > 0 else None

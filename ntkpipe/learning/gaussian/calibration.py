@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr, ndtri
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -21,8 +22,6 @@ _NODES = 64
 # Of a temporary of probabilities.
 _BYTES_AT_ONCE = 2**24
 _SHOWN_LEVELS = (0.5, 0.9, 0.99)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +53,16 @@ class Calibration(Result):
         Over all test samples; NaN for real targets.
     """
 
-    levels: Values
-    coverage: Values
+    levels: FloatArray
+    coverage: FloatArray
     mean_standardized_squared_residual: float
     negative_log_predictive_density: float
     scale: float
     includes_noise: bool
-    confidence: Values = field(repr=False)
-    accuracy: Values = field(repr=False)
+    confidence: FloatArray = field(repr=False)
+    accuracy: FloatArray = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
-    edges: Values = field(repr=False)
+    edges: FloatArray = field(repr=False)
     expected_calibration_error: float
     mean_confidence: float
     mean_accuracy: float
@@ -203,7 +202,7 @@ def _no_table() -> dict[str, Any]:
     }
 
 
-def _reliability(probabilities: Values, mean: Values, labels: Labels, bins: int) -> dict[str, Any]:
+def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bins: int) -> dict[str, Any]:
     """Confidence against accuracy, in bins."""
     predicted = mean.argmax(axis=1)
     confidence = probabilities[np.arange(len(mean)), predicted]
@@ -223,7 +222,7 @@ def _reliability(probabilities: Values, mean: Values, labels: Labels, bins: int)
     }
 
 
-def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> Values:
+def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> FloatArray:
     """That each output is the largest, shape (M, O)."""
     width = posterior.covariance.shape[1]
     if width == 1:
@@ -238,7 +237,7 @@ def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws:
     return found
 
 
-def largest_of_independent(mean: Values, variance: Values) -> Values:
+def largest_of_independent(mean: FloatArray, variance: FloatArray) -> FloatArray:
     """The probability that each of O independent normal numbers of equal variance is the largest, shape (M, O).
 
     ``P(c) = ∫ φ(t) Π_{j≠c} Φ(t + (m_c - m_j) / s) dt``, by Gauss-Hermite quadrature with 64 nodes.

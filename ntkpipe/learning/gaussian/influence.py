@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -43,9 +44,9 @@ class Influence(Result):
 
     predicted: NDArray[np.int64] = field(repr=False)
     top_samples: NDArray[np.int64] = field(repr=False)
-    top_terms: NDArray[np.float64] = field(repr=False)
+    top_terms: FloatArray = field(repr=False)
     top_share: float
-    mean_size: NDArray[np.float64] = field(repr=False)
+    mean_size: FloatArray = field(repr=False)
     most_influential: NDArray[np.int64]
 
     def _rows(self) -> Rows:
@@ -143,9 +144,7 @@ def influence(
     )
 
 
-def _taken_apart(
-    model: Any, is_classification: bool | None, width: int | None
-) -> tuple[NDArray[np.float64], int, bool]:
+def _taken_apart(model: Any, is_classification: bool | None, width: int | None) -> tuple[FloatArray, int, bool]:
     """Coefficients with two axes, rows a sample, whether the largest output counts."""
     if hasattr(model, "fit"):
         if not hasattr(model, "dual_coef_"):
@@ -169,12 +168,8 @@ def _taken_apart(
 
 
 def _terms(
-    block: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-    width: int,
-    by_class: bool,
-    offset: NDArray[np.float64] | None,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    block: FloatArray, coefficients: FloatArray, width: int, by_class: bool, offset: FloatArray | None
+) -> tuple[FloatArray, NDArray[np.int64]]:
     """Terms of each test and train sample, and the output that they are of."""
     if width == 1:
         outputs = block @ coefficients
@@ -193,14 +188,12 @@ def _terms(
     return parts[np.arange(len(parts)), column], column
 
 
-def _largest(
-    outputs: NDArray[np.float64], by_class: bool, offset: NDArray[np.float64] | None
-) -> NDArray[np.int64] | None:
+def _largest(outputs: FloatArray, by_class: bool, offset: FloatArray | None) -> NDArray[np.int64] | None:
     """The largest output of each sample; none if all count."""
     if not by_class:
         return None
     return np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
 
 
-def _all(outputs: NDArray[np.float64]) -> NDArray[np.int64]:
+def _all(outputs: FloatArray) -> NDArray[np.int64]:
     return np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Result, Rows
 
 
@@ -46,9 +46,9 @@ class Posterior(Result):
         Size of what rounding to the storage dtype did to K.
     """
 
-    mean: NDArray[np.float64] = field(repr=False)
-    covariance: NDArray[np.float64] = field(repr=False)
-    variance: NDArray[np.float64] = field(repr=False)
+    mean: FloatArray = field(repr=False)
+    covariance: FloatArray = field(repr=False)
+    variance: FloatArray = field(repr=False)
     noise: float
     log_marginal_likelihood: float
     log_marginal_likelihood_error: float
@@ -65,7 +65,7 @@ class Posterior(Result):
     floor: float
 
     @property
-    def predictive_variance(self) -> NDArray[np.float64]:
+    def predictive_variance(self) -> FloatArray:
         """Of targets: ``variance + noise``, shape (M, S)."""
         return self.variance + self.noise
 

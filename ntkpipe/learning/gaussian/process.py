@@ -7,8 +7,9 @@ from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
@@ -26,8 +27,6 @@ from ntkpipe.solvers.result import Monitor, ignore
 
 Method = Literal["auto", "cholesky", "streamed"]
 _METHODS = ("auto", "cholesky", "streamed")
-
-Values = NDArray[np.float64]
 
 
 def gaussian_process(
@@ -120,7 +119,7 @@ def gaussian_process(
     rhs = as_rows(goal, width)
     noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     test = _Test.of(test_kernel, test_diagonal, operator.num_rows, width)
-    offset: Values = np.zeros(1)
+    offset: FloatArray = np.zeros(1)
     if test_initial_outputs is not None and test is not None:
         offset = initial_matrix(test_initial_outputs, (test.cross.num_samples, goal.shape[1]))
     if test is not None and (test_initial_outputs is None) != (initial_outputs is None):
@@ -196,7 +195,7 @@ class _Test:
     """Test samples."""
 
     cross: CrossKernel
-    diagonal: Values
+    diagonal: FloatArray
 
     @classmethod
     def of(cls, kernel: Any, diagonal: Any, num_columns: int, width: int) -> "_Test | None":
@@ -219,11 +218,11 @@ class _Conditioned(Protocol):
     name: str
     why: str
     message: str
-    coefficients: Values
+    coefficients: FloatArray
     verdict: Verdict
     form: float  # tr Y'G Y
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """``K_* G K_*'`` of each test sample, shape (M, S, S)."""
 
     def logdet(self) -> tuple[float, float]:
@@ -238,7 +237,7 @@ class _ByFactor:
     def __init__(
         self,
         operator: Operator,
-        rhs: Values,
+        rhs: FloatArray,
         noise: float,
         *,
         path: str | Path | None,
@@ -257,7 +256,7 @@ class _ByFactor:
         self.why = "a factor in memory" if path is None else f"a factor in {self._factor.path}"
         self.message = "exact, by a Cholesky factor in float64"
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks():
@@ -278,7 +277,7 @@ class _ByPasses:
     def __init__(
         self,
         operator: Operator,
-        rhs: Values,
+        rhs: FloatArray,
         noise: float,
         *,
         tol: float,
@@ -296,7 +295,7 @@ class _ByPasses:
         self.why = f"a factor does not fit; {self._inverse.words}"
         self.message = "systems are solved; the log determinant is an estimate with its error"
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Status
 
 
@@ -36,17 +34,17 @@ class Inverse(Protocol):
 
     def times(
         self,
-        block: NDArray[np.float64],
+        block: FloatArray,
         ridge: float,
         verdict: Verdict,
-        initial: NDArray[np.float64] | None = None,
+        initial: FloatArray | None = None,
         tol: float | None = None,
-    ) -> NDArray[np.float64]:
+    ) -> FloatArray:
         """``(K + λI)^-1 B``, shape (n, c)."""
 
     def quadratic(
-        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
-    ) -> NDArray[np.float64]:
+        self, block: FloatArray, ridge: float, width: int, verdict: Verdict, tol: float | None = None
+    ) -> FloatArray:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width)."""
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.store.kernel import Kernel
 
@@ -30,7 +30,7 @@ class CrossKernel:
         self._num_columns = num_columns
         self._width = width
 
-    def times(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def times(self, block: FloatArray) -> FloatArray:
         """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
         found = np.zeros((self.num_rows, block.shape[1]))
         for rows, columns, part in self._parts():
@@ -39,7 +39,7 @@ class CrossKernel:
             found[rows] += part @ block[columns]
         return found
 
-    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
         """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
         step = fitting if most_samples is None else max(1, min(fitting, most_samples))
@@ -51,7 +51,7 @@ class CrossKernel:
                 raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
             yield samples, block
 
-    def _parts(self) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    def _parts(self) -> Iterator[tuple[slice, slice, FloatArray]]:
         if isinstance(self._matrix, Kernel):
             yield from self._tiles(self._matrix)
             return
@@ -61,7 +61,7 @@ class CrossKernel:
             yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
 
     @staticmethod
-    def _tiles(kernel: Kernel) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    def _tiles(kernel: Kernel) -> Iterator[tuple[slice, slice, FloatArray]]:
         rows, columns = kernel.grid.rows, kernel.grid.columns
         for row in range(rows.num_tiles):
             for column in range(columns.num_tiles):

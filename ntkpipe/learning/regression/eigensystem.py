@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
@@ -23,11 +23,11 @@ class Pairs(Protocol):
     """Eigenpairs: values of shape (k,), descending, and orthonormal vectors of shape (n, k)."""
 
     @property
-    def eigenvalues(self) -> NDArray[np.float64]:
+    def eigenvalues(self) -> FloatArray:
         """Shape (k,)."""
 
     @property
-    def eigenvectors(self) -> NDArray[np.float64] | None:
+    def eigenvectors(self) -> FloatArray | None:
         """Shape (n, k)."""
 
 
@@ -35,8 +35,8 @@ class Pairs(Protocol):
 class Eigensystem:
     """Eigenpairs, descending."""
 
-    eigenvalues: NDArray[np.float64]  # eigenvalues, eigenvectors: shapes (k,) and (n, k)
-    eigenvectors: NDArray[np.float64]
+    eigenvalues: FloatArray  # eigenvalues, eigenvectors: shapes (k,) and (n, k)
+    eigenvectors: FloatArray
     why: str  # where they come from, in words
 
     @property

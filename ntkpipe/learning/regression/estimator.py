@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.base.operator import Operator
@@ -179,7 +180,7 @@ class KernelRegression:
             raise ConfigError(f"centre={self.centre!r} and {found} {what}; needed both or none")
         return given
 
-    def _solve(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
+    def _solve(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
         """By the method that was asked for, or is right."""
         if self.method not in _METHODS:
             raise ConfigError(f"method={self.method!r}; needed one of {', '.join(_METHODS)}")
@@ -202,14 +203,14 @@ class KernelRegression:
         why = "a factor does not fit memory" if self.method == "auto" else "asked for"
         return self._iterate(operator, rhs, why, memory_limit)
 
-    def _iterate(self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None) -> Solution:
+    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
         """By conjugate gradients; with the least that is of use, where the limit has no room for that."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
         found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
         return replace(found, why=why)
 
-    def _interpolate(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
+    def _interpolate(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
         """λ = 0: by a factor where the matrix is surely not singular, or by eigenpairs, or iterating."""
         why = "λ = 0, and a factor does not fit memory"
         try:
@@ -230,9 +231,7 @@ class KernelRegression:
             return self._minimum_norm(operator, rhs, why, memory_limit)
         return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", memory_limit)
 
-    def _minimum_norm(
-        self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None
-    ) -> Solution:
+    def _minimum_norm(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
         return minimum_norm(
             operator, rhs, self.ridge_, tol=self.tol, options=self._options(), why=why, memory_limit=memory_limit
         )
@@ -240,7 +239,7 @@ class KernelRegression:
     def _options(self) -> dict[str, Any]:
         return {"ridge": self.ridge_, "method": self.method, "tol": self.tol, "memory_limit": self.memory_limit}
 
-    def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+    def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Real predictions ``f₀ + K_test A``, shape (M, O), whatever the targets were.
 
         Parameters
@@ -284,7 +283,7 @@ class KernelRegression:
             return np.asarray(self.classes_[outputs.argmax(axis=1)])
         return outputs[:, 0] if self._is_flat else outputs
 
-    def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+    def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Outputs of classes, (M, O); of two classes that of the second less that of the first, (M,), as scikit-learn.
 
         Parameters and errors as of :meth:`predict_outputs`.
@@ -373,7 +372,7 @@ def _names() -> list[str]:
     return [name for name in inspect.signature(KernelRegression.__init__).parameters if name != "self"]
 
 
-def _r_squared(outputs: NDArray[np.float64], wanted: Labels) -> float:
+def _r_squared(outputs: FloatArray, wanted: Labels) -> float:
     """The mean over outputs of 1 - SS_res / SS_tot; where targets are constant 1 if they are met, and 0 if not."""
     residual = np.sum((wanted.matrix - outputs) ** 2, axis=0)
     total = np.sum((wanted.matrix - wanted.matrix.mean(axis=0)) ** 2, axis=0)

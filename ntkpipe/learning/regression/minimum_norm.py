@@ -5,8 +5,8 @@ from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.solvers.direct.eigh import eigh
@@ -22,15 +22,15 @@ class Eigenpairs(Protocol):
     """All eigenpairs of a symmetric matrix, however they were found."""
 
     @property
-    def eigenvalues(self) -> NDArray[np.float64]:
+    def eigenvalues(self) -> FloatArray:
         """Descending, shape (n,)."""
 
     @property
-    def eigenvectors(self) -> NDArray[np.float64] | None:
+    def eigenvectors(self) -> FloatArray | None:
         """Orthonormal columns, shape (n, n)."""
 
 
-def require_all(eigenpairs: Eigenpairs, num_rows: int) -> NDArray[np.float64]:
+def require_all(eigenpairs: Eigenpairs, num_rows: int) -> FloatArray:
     """The eigenvectors, if there are all."""
     vectors = eigenpairs.eigenvectors
     if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
@@ -66,7 +66,7 @@ def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
 
 def minimum_norm(
     operator: Operator,
-    rhs: NDArray[np.float64],
+    rhs: FloatArray,
     ridge: float,
     *,
     tol: float,
@@ -111,13 +111,7 @@ def minimum_norm(
 
 
 def by_factor(
-    operator: Operator,
-    factor: CholeskyFactor,
-    rhs: NDArray[np.float64],
-    *,
-    tol: float,
-    options: dict[str, Any],
-    why: str,
+    operator: Operator, factor: CholeskyFactor, rhs: FloatArray, *, tol: float, options: dict[str, Any], why: str
 ) -> Solution:
     """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement."""
     start, before = perf_counter(), operator.work
@@ -132,8 +126,8 @@ class Found(NamedTuple):
 
     status: Status
     message: str
-    coefficients: NDArray[np.float64]
-    residuals: NDArray[np.float64]
+    coefficients: FloatArray
+    residuals: FloatArray
 
 
 def _solution(
@@ -171,5 +165,5 @@ def _solution(
     )
 
 
-def _relative(norms: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:
     return np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)

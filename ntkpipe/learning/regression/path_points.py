@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
@@ -15,7 +16,6 @@ from ntkpipe.learning.regression.minimum_norm import Eigenpairs, cut_off, requir
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
-Values = NDArray[np.float64]
 _INDEFINITE: Status = "indefinite at storage precision"
 
 
@@ -30,19 +30,19 @@ class Estimate(NamedTuple):
 class Point:
     """The fit at one ridge, in the rows of the kernel."""
 
-    coefficients: Values  # a, shape (n, c)
-    train_residuals: Values  # Y - K A
+    coefficients: FloatArray  # a, shape (n, c)
+    train_residuals: FloatArray  # Y - K A
     effective_dimension: Estimate  # effective_dimension, generalised_cross_validation: with their errors
     generalised_cross_validation: Estimate
     left_out_samples: NDArray[np.int64]  # for which there are leave-one-out residuals; all or some
-    left_out_residuals: Values  # of these, rows as in the kernel
+    left_out_residuals: FloatArray  # of these, rows as in the kernel
     # About these of all samples, where there are only some: with the mean block of the inverse for each
-    proxy_residuals: Values | None
+    proxy_residuals: FloatArray | None
     residual: float = 0.0  # largest relative true residual
     status: Status = "converged"  # whether it can be trusted
     message: str = ""  # why not
 
-    def mean_left_out(self, value: Callable[[Values, NDArray[np.int64]], Values]) -> Estimate:
+    def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> Estimate:
         """The mean over all samples of a function of residuals and samples, one value a sample.
 
         Where only some samples were left out this is the difference estimator of sampling theory: the mean over all of
@@ -79,7 +79,7 @@ class ByEigenpairs:
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
 
-    def __init__(self, operator: Operator, pairs: Eigenpairs, rhs: Values, width: int, why: str) -> None:
+    def __init__(self, operator: Operator, pairs: Eigenpairs, rhs: FloatArray, width: int, why: str) -> None:
         self._vectors = require_all(pairs, operator.num_rows)
         self._values = np.asarray(pairs.eigenvalues, np.float64)
         self._cut = cut_off(operator, float(np.abs(self._values).max()))
@@ -119,7 +119,7 @@ class ByFactors:
     """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
     def __init__(
-        self, operator: Operator, rhs: Values, width: int, *, tol: float, memory_limit: int | None, why: str
+        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, memory_limit: int | None, why: str
     ) -> None:
         self._operator, self._rhs, self._width = operator, rhs, width
         self._tol, self._memory_limit, self.why = tol, memory_limit, why
@@ -148,13 +148,13 @@ class ByPasses:
     """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
-        self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, tol: float, seed: int, why: str
+        self, inverse: Inverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int, why: str
     ) -> None:
         self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
         self._tol = tol
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-        self._previous: Values | None = None
+        self._previous: FloatArray | None = None
 
     def at(self, ridge: float) -> Point:
         """See :class:`Points`; starts from the coefficients of the ridge before."""
@@ -182,7 +182,7 @@ class ByPasses:
             message="; ".join(verdict.messages[:1]),
         )
 
-    def _blocks(self, ridge: float, verdict: Verdict) -> Values:
+    def _blocks(self, ridge: float, verdict: Verdict) -> FloatArray:
         """Diagonal blocks of the inverse of the samples that are left out."""
         n, width = len(self._rhs), self._width
         found = np.empty((len(self._samples), width, width))
@@ -196,8 +196,8 @@ class ByPasses:
 
 def _exact_point(
     ridge: float,
-    coefficients: Values,
-    blocks: Values,
+    coefficients: FloatArray,
+    blocks: FloatArray,
     *,
     residual: float = 0.0,
     status: Status = "converged",

@@ -4,16 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.solvers.result import Result, Rows
 
 Criterion = Literal[
     "leave_one_out_loss", "leave_one_out_accuracy", "generalised_cross_validation", "test_loss", "test_accuracy"
 ]
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +63,25 @@ class RidgePath(Result):
         Size of what rounding to the storage dtype did to K. Nothing is known of ridges below it.
     """
 
-    ridges: Values
+    ridges: FloatArray
     mean_diagonal: float
     method: str
     why: str
-    train_loss: Values
-    train_accuracy: Values
-    effective_dimension: Values
-    effective_dimension_error: Values
-    generalised_cross_validation: Values
-    generalised_cross_validation_error: Values
-    leave_one_out_loss: Values
-    leave_one_out_loss_error: Values
-    leave_one_out_accuracy: Values
-    leave_one_out_accuracy_error: Values
+    train_loss: FloatArray
+    train_accuracy: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    generalised_cross_validation: FloatArray
+    generalised_cross_validation_error: FloatArray
+    leave_one_out_loss: FloatArray
+    leave_one_out_loss_error: FloatArray
+    leave_one_out_accuracy: FloatArray
+    leave_one_out_accuracy_error: FloatArray
     num_left_out: int
-    test_loss: Values
-    test_accuracy: Values
-    norm: Values
-    residuals: Values
+    test_loss: FloatArray
+    test_accuracy: FloatArray
+    norm: FloatArray
+    residuals: FloatArray
     statuses: tuple[str, ...]
     is_classification: bool
     floor: float = field(repr=False)
@@ -148,5 +146,5 @@ class RidgePath(Result):
         return ""
 
 
-def _with_error(values: Values, errors: Values, index: int) -> str:
+def _with_error(values: FloatArray, errors: FloatArray, index: int) -> str:
     return f"{values[index]:.4g}" + (f" ± {errors[index]:.1g}" if errors[index] else "")

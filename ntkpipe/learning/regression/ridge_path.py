@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
@@ -30,8 +31,6 @@ _METHODS = ("auto", "eigh", "cholesky", "streamed")
 DEFAULT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Of the memory, for coefficients that wait for the test kernel.
 _SHARE_OF_COEFFICIENTS = 0.1
-
-Values = NDArray[np.float64]
 
 
 def ridge_path(
@@ -137,7 +136,7 @@ def ridge_path(
     name, finder = points
     found: dict[int, dict[str, float]] = {}
     statuses: dict[int, tuple[Status, str]] = {}
-    waiting: list[tuple[int, Values]] = []
+    waiting: list[tuple[int, FloatArray]] = []
     most = _most_waiting(rhs, share)
     num_left = 0
     for index in sorted(range(len(values)), key=lambda i: -values[i]):
@@ -200,7 +199,7 @@ class _Test:
 
     cross: CrossKernel
     labels: Labels
-    offset: Values
+    offset: FloatArray
     width: int
 
     @classmethod
@@ -218,7 +217,7 @@ class _Test:
         offset = np.zeros(1) if initial is None else initial_matrix(initial, needed)
         return cls(cross, labels, offset, width)
 
-    def measure(self, waiting: Sequence[tuple[int, Values]], found: dict[int, dict[str, float]]) -> None:
+    def measure(self, waiting: Sequence[tuple[int, FloatArray]], found: dict[int, dict[str, float]]) -> None:
         """Losses and accuracies of several ridges in one read of the test kernel."""
         predicted = self.cross.times(np.concatenate([coefficients for _, coefficients in waiting], axis=1))
         for (index, _), columns in zip(waiting, np.split(predicted, len(waiting), axis=1), strict=True):
@@ -230,7 +229,7 @@ class _Test:
 
 def _points(
     operator: Operator,
-    rhs: Values,
+    rhs: FloatArray,
     width: int,
     eigenpairs: Eigenpairs | None,
     method: Method,
@@ -258,20 +257,20 @@ def _points(
     return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, tol=tol, seed=seed, why=why)
 
 
-def _most_waiting(rhs: Values, memory_limit: int | None) -> int:
+def _most_waiting(rhs: FloatArray, memory_limit: int | None) -> int:
     """Ridges whose coefficients may wait for the test kernel."""
     return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, memory_room(memory_limit))) // max(1, 2 * rhs.nbytes))
 
 
-def _measures(point: Point, labels: Labels, rhs: Values, width: int) -> dict[str, float]:
+def _measures(point: Point, labels: Labels, rhs: FloatArray, width: int) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result."""
     fitted = labels.matrix - as_samples(point.train_residuals, width)
     accuracy = labels.accuracy(fitted)
 
-    def squares(residuals: Values, samples: NDArray[np.int64]) -> Values:
+    def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
 
-    def hits(residuals: Values, samples: NDArray[np.int64]) -> Values:
+    def hits(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         assert labels.codes is not None
         predicted = labels.matrix[samples] - residuals.reshape(len(samples), -1)
         return np.asarray(predicted.argmax(axis=1) == labels.codes[samples], np.float64)
@@ -295,7 +294,7 @@ def _measures(point: Point, labels: Labels, rhs: Values, width: int) -> dict[str
     }
 
 
-def _judge(statuses: Sequence[tuple[Status, str]], ridges: Values, method: str) -> tuple[Status, str]:
+def _judge(statuses: Sequence[tuple[Status, str]], ridges: FloatArray, method: str) -> tuple[Status, str]:
     """One status of all ridges: the worst, with the first reason."""
     failed = [(ridge, *one) for ridge, one in zip(ridges, statuses, strict=True) if one[0] != "converged"]
     if not failed:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Labels, Task, as_rows, encode
@@ -39,7 +40,7 @@ def train_targets(kernel: Any, operator: Operator, targets: Any, initial: Any | 
     return labels, width
 
 
-def initial_matrix(initial: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+def initial_matrix(initial: Any, shape: tuple[int, ...]) -> FloatArray:
     """f₀ of samples, (N, O)."""
     values = np.asarray(initial, np.float64)
     if values.ndim == 1:

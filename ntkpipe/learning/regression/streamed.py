@@ -1,8 +1,8 @@
 """Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.columns import Verdict, runs
@@ -75,12 +75,12 @@ class StreamedInverse:
 
     def times(
         self,
-        block: NDArray[np.float64],
+        block: FloatArray,
         ridge: float,
         verdict: Verdict,
-        initial: NDArray[np.float64] | None = None,
+        initial: FloatArray | None = None,
         tol: float | None = None,
-    ) -> NDArray[np.float64]:
+    ) -> FloatArray:
         """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
         found = np.empty_like(block)
         for columns in runs(block.shape[1], self.columns_at_once):
@@ -89,8 +89,8 @@ class StreamedInverse:
         return found
 
     def quadratic(
-        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
-    ) -> NDArray[np.float64]:
+        self, block: FloatArray, ridge: float, width: int, verdict: Verdict, tol: float | None = None
+    ) -> FloatArray:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
 
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
@@ -130,13 +130,8 @@ class StreamedInverse:
         return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
 
     def _solve(
-        self,
-        block: NDArray[np.float64],
-        ridge: float,
-        initial: NDArray[np.float64] | None,
-        verdict: Verdict,
-        tol: float,
-    ) -> NDArray[np.float64]:
+        self, block: FloatArray, ridge: float, initial: FloatArray | None, verdict: Verdict, tol: float
+    ) -> FloatArray:
         before = self._operator.work - self._before
 
         def tell(step: Step) -> None:
@@ -157,7 +152,7 @@ class StreamedInverse:
         return np.asarray(found.coefficients)
 
 
-def _by_runs(left: NDArray[np.float64], right: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+def _by_runs(left: FloatArray, right: FloatArray, width: int) -> FloatArray:
     """``left_i' right_i`` for each run of columns."""
     shape = (len(left), -1, width)
     return np.asarray(np.einsum("nia,nib->iab", left.reshape(shape), right.reshape(shape)), np.float64)
