@@ -10,9 +10,8 @@ from numpy.typing import ArrayLike
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import at_least, open_for_analysis
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
+from ntkpipe.learning.regression.sources import at_least, open_for_analysis, train_targets
 from ntkpipe.solvers.result import Monitor, Result, Rows, Status, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
@@ -80,8 +79,8 @@ def alignment(
     kernel: Any,
     targets: ArrayLike,
     *,
-    eigenpairs: Pairs | None = None,
-    method: Method = "auto",
+    eigenpairs: KnownEigenpairs | None = None,
+    method: AnalysisMethod = "auto",
     k: int = 100,
     tol: float = 1e-8,
     memory_limit: int | None = None,
@@ -145,8 +144,8 @@ def alignment(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     check_number("k", k, low=1)
     plain, centred = alignments(operator, rows, width)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)

@@ -12,17 +12,13 @@ from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.base.targets import Labels, encode
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.cross import HeldOut
+from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
 from ntkpipe.solvers.result import Monitor, ignore
 
-_EPS = float(np.finfo(np.float64).eps)
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
 
@@ -35,8 +31,8 @@ def generalisation(
     ridge_scale: RidgeScale = None,
     test_kernel: Any = None,
     test_targets: ArrayLike | None = None,
-    eigenpairs: Pairs | None = None,
-    method: Method = "auto",
+    eigenpairs: KnownEigenpairs | None = None,
+    method: AnalysisMethod = "auto",
     tolerance: float = 0.1,
     num_probes: int = 32,
     tol: float = 1e-8,
@@ -130,13 +126,11 @@ def generalisation(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
-    if (test_kernel is None) != (test_targets is None):
-        raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
-    test = None if test_targets is None else _Test(CrossKernel(test_kernel, n, width), labels, test_targets, width)
+    test = HeldOut.of(test_kernel, test_targets, train)
     diagonal = operator.statistics().diagonal
     asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
     shifts = absolute_ridges(asked, scale, diagonal)
@@ -248,32 +242,12 @@ def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatAr
     }
 
 
-class _Test:
-    """Test samples: their kernel with the train samples, and targets."""
-
-    def __init__(self, kernel: CrossKernel, labels: Labels, targets: ArrayLike, width: int) -> None:
-        of_test = encode(targets, classes=labels.classes, task="auto" if labels.classes is not None else "regression")
-        if of_test.matrix.shape != (kernel.num_samples, labels.matrix.shape[1]):
-            raise ConfigError(
-                f"test targets of shape {np.shape(targets)} for {kernel.num_samples:,} test samples and train targets "
-                f"of {labels.matrix.shape[1]} columns"
-            )
-        self._kernel, self._wanted = kernel, of_test.rows(width)
-
-    def losses(self, coefficients: Sequence[FloatArray]) -> FloatArray:
-        """Squared errors of each sample, mean over outputs, of predictors by their coefficients: shape (r, M)."""
-        wanted, count = self._wanted, len(coefficients)
-        predicted = self._kernel.times(np.concatenate(coefficients, axis=1))
-        squares = (predicted.reshape(len(wanted), count, -1) - wanted[:, None, :]) ** 2
-        of_samples = squares.transpose(1, 0, 2).reshape(count, self._kernel.num_samples, -1)
-        return np.asarray(of_samples.mean(axis=2), np.float64)
-
-
-def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, FloatArray]:
+def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
         return {"test_loss": np.full(len(resolvents), np.nan), "test_loss_error": np.full(len(resolvents), np.nan)}
-    losses = test.losses([one.coefficients for one in resolvents])
+    predicted = test.predict([one.coefficients for one in resolvents])
+    losses = np.stack([((outputs - test.labels.matrix) ** 2).mean(axis=1) for outputs in predicted])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}

@@ -14,9 +14,8 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.learning.regression.eigensystem import Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import open_for_analysis
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
+from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
 from ntkpipe.solvers.result import Monitor, Result, Rows, Step, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -97,7 +96,7 @@ def learning_curve(
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     num_subsets: int = 4,
-    eigenpairs: Pairs | None = None,
+    eigenpairs: KnownEigenpairs | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
@@ -152,8 +151,8 @@ def learning_curve(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before = operator.work
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     count = operator.num_rows // width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)

@@ -2,24 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ntkpipe.analysis.alignment import Alignment, alignment
-from ntkpipe.analysis.comparing.step import compare_of_store
+from ntkpipe.analysis.comparing.compare import compare_kernels
+from ntkpipe.analysis.comparing.result import Comparison
 from ntkpipe.analysis.generalisation import generalisation
 from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.learning_curve import LearningCurve, learning_curve
-from ntkpipe.analysis.spectrum import spectrum
-from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.learning.regression.eigensystem import Method
-from ntkpipe.learning.regression.stored_eigenpairs import pairs_of
+from ntkpipe.learning.regression.eigensystem import AnalysisMethod, eigenpairs_of_store
+from ntkpipe.learning.regression.sources import targets_of, test_kernel_of
 from ntkpipe.learning.steps import gaussian_process_of_store, influence_of_store, regression_of_store
 from ntkpipe.solvers.on_store import Question, of_store
 from ntkpipe.solvers.result import Result
-from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.kernel import open_kernel
 
 
 @of_store("spectrum")
@@ -29,7 +26,7 @@ def spectrum_of_store(
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     tail_ranks: Sequence[int] | None = None,
-    method: Method = "auto",
+    method: AnalysisMethod = "auto",
     k: int = 100,
     num_probes: int = 16,
     max_passes: int = 100,
@@ -40,7 +37,7 @@ def spectrum_of_store(
         raise ConfigError(f"tail_ranks={tail_ranks!r}; needed two numbers, the first and the last rank")
     return spectrum(
         question.operator,
-        eigenpairs=pairs_of(question, method, compute=False),
+        eigenpairs=eigenpairs_of_store(question, method, compute=False),
         ridges=ridges,
         ridge_scale=ridge_scale,
         tail_ranks=None if tail_ranks is None else (tail_ranks[0], tail_ranks[1]),
@@ -56,13 +53,13 @@ def spectrum_of_store(
 
 @of_store("alignment")
 def alignment_of_store(
-    question: Question, *, method: Method = "auto", k: int = 100, tol: float = 1e-8, seed: int = 0
+    question: Question, *, method: AnalysisMethod = "auto", k: int = 100, tol: float = 1e-8, seed: int = 0
 ) -> Alignment:
     """Alignment of a stored kernel with the stored targets; options of :func:`ntkpipe.alignment`."""
     return alignment(
         question.operator,
-        _targets(question.store),
-        eigenpairs=pairs_of(question, method),
+        targets_of(question.store, "train"),
+        eigenpairs=eigenpairs_of_store(question, method),
         method=method,
         k=k,
         tol=tol,
@@ -78,7 +75,7 @@ def generalisation_of_store(
     *,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
-    method: Method = "auto",
+    method: AnalysisMethod = "auto",
     tolerance: float = 0.1,
     num_probes: int = 32,
     tol: float = 1e-8,
@@ -89,16 +86,16 @@ def generalisation_of_store(
     Options are those of :func:`ntkpipe.generalisation`.
     """
     store = question.store
-    test_kernel, test_targets = _test_kernel(question), store.test_targets
+    test_kernel, test_targets = test_kernel_of(question), store.test_targets
     is_measured = test_kernel is not None and test_targets is not None
     return generalisation(
         question.operator,
-        _targets(store),
+        targets_of(store, "train"),
         ridges=ridges,
         ridge_scale=ridge_scale,
         test_kernel=test_kernel if is_measured else None,
         test_targets=test_targets if is_measured else None,
-        eigenpairs=pairs_of(question, method),
+        eigenpairs=eigenpairs_of_store(question, method),
         method=method,
         tolerance=tolerance,
         num_probes=num_probes,
@@ -125,8 +122,8 @@ def learning_curve_of_store(
     """
     return learning_curve(
         question.operator,
-        _targets(question.store),
-        eigenpairs=pairs_of(question, "exact"),
+        targets_of(question.store, "train"),
+        eigenpairs=eigenpairs_of_store(question, "exact"),
         sizes=sizes,
         ridges=ridges,
         ridge_scale=ridge_scale,
@@ -137,20 +134,33 @@ def learning_curve_of_store(
     )
 
 
-def _targets(store: KernelStore) -> NDArray[np.generic]:
-    """The train targets."""
-    if store.targets is None:
-        raise ConfigError(f"{store.path} has no targets; give them to compute_kernel, or call the function with yours")
-    return store.targets
-
-
-def _test_kernel(question: Question) -> Kernel | None:
-    """Test × train of the same parameters and outputs as the train kernel, if there is one."""
-    store = question.store
-    if store.manifest.test is None:
-        return None
-    name = f"{question.kernel.name.removesuffix('train')}test_train"
-    return Kernel(store.store.arrays[name], store.manifest.digest())
+@of_store("compare")
+def compare_of_store(
+    question: Question,
+    *,
+    other: str | None = None,
+    k: int = 10,
+    ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
+    smallest_eigenvalue: bool = True,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a stored kernel with that of the same name in another store, the reference."""
+    if other is None:
+        raise ConfigError("compare needs other: the path of the store to compare with, which is the reference")
+    return compare_kernels(
+        question.store,
+        open_kernel(other),
+        array=question.kernel.name,
+        k=k,
+        ridge=ridge,
+        ridge_scale=ridge_scale,
+        smallest_eigenvalue=smallest_eigenvalue,
+        seed=seed,
+        memory_limit=question.memory_limit,
+        client=question.client,
+        monitor=question.monitor,
+    )
 
 
 # By the names of steps, which are those of results.

@@ -33,7 +33,7 @@ def compare(store: str, other: str, as_json: bool, memory_limit: str | None, **o
 
     Entries, spectra, leading eigenspaces and predictions. A pNTK beside a full NTK stands for K ⊗ I.
     """
-    from ntkpipe.analysis.comparing.step import compare_of_store  # keeps scipy out of other commands
+    from ntkpipe.analysis.steps import compare_of_store  # keeps scipy out of other commands
 
     limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
     found = compare_of_store(open_kernel(store), other=other, memory_limit=limit, **options)

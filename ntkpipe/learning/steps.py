@@ -8,17 +8,11 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.influence import Influence, influence
-from ntkpipe.learning.gaussian.posterior import Posterior
-from ntkpipe.learning.gaussian.process import Method as ProcessMethod
-from ntkpipe.learning.gaussian.process import gaussian_process
-from ntkpipe.learning.regression.estimator import KernelRegression
-from ntkpipe.learning.regression.estimator import Method as FitMethod
-from ntkpipe.learning.regression.path_result import RidgePath
-from ntkpipe.learning.regression.ridge_path import Method as PathMethod
-from ntkpipe.learning.regression.ridge_path import ridge_path
-from ntkpipe.learning.regression.sources import targets_of
+from ntkpipe.learning.gaussian.process import Posterior, ProcessMethod, gaussian_process
+from ntkpipe.learning.regression.estimator import FitMethod, KernelRegression
+from ntkpipe.learning.regression.ridge_path import PathMethod, RidgePath, ridge_path
+from ntkpipe.learning.regression.sources import targets_of, test_kernel_of
 from ntkpipe.solvers.on_store import Question, of_store, result_name
-from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.results import save_result
 
 Centre = Literal["initial_outputs"] | None
@@ -49,7 +43,7 @@ def regression_of_store(
         targets_of(store, "train"),
         ridges=ridges,
         ridge_scale=ridge_scale,
-        test_kernel=_test_kernel(question) if is_measured else None,
+        test_kernel=test_kernel_of(question) if is_measured else None,
         test_targets=store.test_targets if is_measured else None,
         **_initial(question, centre, is_measured),
         method=method,
@@ -88,7 +82,7 @@ def gaussian_process_of_store(
         targets_of(store, "train"),
         ridge=ridge,
         ridge_scale=ridge_scale,
-        test_kernel=_test_kernel(question) if is_tested else None,
+        test_kernel=test_kernel_of(question),
         test_diagonal=_test_diagonal(question) if is_tested else None,
         **_initial(question, centre, is_tested),
         method=method,
@@ -140,7 +134,7 @@ def influence_of_store(
     targets = targets_of(question.store, "train")
     model.fit(question.operator, targets, initial_outputs=initial.get("initial_outputs"))
     offset = initial.get("test_initial_outputs")
-    return influence(model, _test_kernel(question), top=top, initial_outputs=offset)
+    return influence(model, test_kernel_of(question), top=top, initial_outputs=offset)
 
 
 def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, Any]:
@@ -153,16 +147,7 @@ def _initial(question: Question, centre: Centre, is_tested: bool) -> dict[str, A
     return {"initial_outputs": store.outputs, "test_initial_outputs": store.test_outputs if is_tested else None}
 
 
-def _beside(question: Question, name: str) -> str:
-    """Another array of the same parameters and outputs."""
-    return f"{question.kernel.name.removesuffix('train')}{name}"
-
-
-def _test_kernel(question: Question) -> Kernel:
-    store = question.store
-    return Kernel(store.store.arrays[_beside(question, "test_train")], store.manifest.digest())
-
-
 def _test_diagonal(question: Question) -> Any:
-    array = question.store.store.arrays[_beside(question, "test_diagonal")]
+    name = f"{question.kernel.name.removesuffix('train')}test_diagonal"
+    array = question.store.store.arrays[name]
     return array.read_samples(0, array.layout.shape[0]).astype("float64")

@@ -10,13 +10,11 @@ import numpy as np
 from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.generalisation import generalisation
 from ntkpipe.analysis.generalisation_result import Generalisation
-from ntkpipe.analysis.spectrum import spectrum
-from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.gaussian.influence import Influence, influence
 from ntkpipe.learning.regression.estimator import KernelRegression
-from ntkpipe.learning.regression.path_result import RidgePath
-from ntkpipe.learning.regression.ridge_path import ridge_path
+from ntkpipe.learning.regression.ridge_path import RidgePath, ridge_path
 from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.gather import Analysis, Inputs

@@ -22,7 +22,7 @@ class JudgedPosterior(Result):
     method: str  # method, why: how it was found
     why: str
     # log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale: of
-    # :class:`ntkpipe.learning.gaussian.posterior.Posterior`
+    # :class:`ntkpipe.learning.gaussian.process.Posterior`
     log_marginal_likelihood: float
     log_marginal_likelihood_error: float
     data_fit: float

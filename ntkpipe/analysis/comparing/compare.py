@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.comparing.eigenspaces import angle_error, outer_vectors, principal_angles
 from ntkpipe.analysis.comparing.entries import Differences, measure_differences
+from ntkpipe.analysis.comparing.inputs import Side, differing_fields, require_comparable, sides_of
 from ntkpipe.analysis.comparing.predictions import Goal, Predictions, disagreement, goal_of_sides, predict
-from ntkpipe.analysis.comparing.ratios import ratios_of
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.sides import Side, differing_fields, require_comparable, sides_of
-from ntkpipe.analysis.comparing.spectra import Ends, Way, find_ends, in_memory, way_for
+from ntkpipe.analysis.comparing.spectra import (
+    Ends,
+    Way,
+    angle_error,
+    find_ends,
+    in_memory,
+    outer_vectors,
+    principal_angles,
+    ratios_of,
+    way_for,
+)
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError

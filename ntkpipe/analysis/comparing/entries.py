@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.in_step import Entries, Strip, strips
+from ntkpipe.analysis.comparing.paired_tiles import Entries, Strip, strips
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import NonFiniteError
 
@@ -37,7 +37,7 @@ class Differences:
 
 
 def measure_differences(first: Entries, second: Entries) -> Differences:
-    """Compare A and B entry by entry; see :func:`ntkpipe.analysis.comparing.in_step.strips` for how they are read.
+    """Compare A and B entry by entry; see :func:`ntkpipe.analysis.comparing.paired_tiles.strips` for how they are read.
 
     ``|c A - B|`` comes from the residual of a c that is near the best one, not from 1 - alignment², which has no digits
     for matrices that differ by rounding. Centring is that of each output over samples, H = I - 11'/N. Its

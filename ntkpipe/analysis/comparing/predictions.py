@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.comparing.sides import Side, has_same_test_samples, targets_of
+from ntkpipe.analysis.comparing.inputs import Side, has_same_test_samples, targets_of
 from ntkpipe.analysis.comparing.spectra import Way
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, IndefiniteError
@@ -14,7 +14,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Labels, as_samples, encode
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import default_rank
 from ntkpipe.solvers.linear.solution import Solution

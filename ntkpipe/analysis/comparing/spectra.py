@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy.linalg import subspace_angles
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
@@ -18,6 +19,7 @@ from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, smallest
 
 Way = Literal["lapack", "factor", "passes"]
+Bounds = tuple[float, float]
 
 _EPS = float(np.finfo(np.float64).eps)
 # Of leading pairs: angles between eigenspaces are known to the residual over the gap.
@@ -145,3 +147,89 @@ def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, rid
         return cholesky(operator, ridge=ridge).logdet
     except IndefiniteError:
         return None
+
+
+def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Principal angles between the ranges of two matrices of orthonormal columns, ascending, in radians.
+
+    Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
+    linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines are
+    near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
+    """
+    return np.asarray(subspace_angles(a, b)[::-1], np.float64)
+
+
+def outer_vectors(vectors: FloatArray, num_outputs: int) -> FloatArray:
+    """``V ⊗ I_O``: eigenvectors of ``K ⊗ I_O``, O for each of K, shape (n O, k O)."""
+    if num_outputs == 1:
+        return vectors
+    return np.asarray(np.kron(vectors, np.eye(num_outputs)), np.float64)
+
+
+def angle_error(a: Ends, b: Ends) -> float:
+    """How far the largest angle can be off, in radians: for each space the residual over its gap, and added up.
+
+    That is the sin Θ theorem (Davis, Kahan 1970, SIAM J. Numer. Anal. 7) with the gap of the values found; infinite
+    where there is none.
+    """
+    errors = [0.0 if ends.residual == 0 else ends.residual / ends.gap if ends.gap > 0 else math.inf for ends in (a, b)]
+    return float(min(sum(math.asin(min(1.0, error)) for error in errors), math.pi / 2))
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """λ_min and λ_max / λ_min of A over those of B.
+
+    Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
+    be off by its error and its storage floor.
+    """
+
+    # smallest, smallest_bounds: λ_min of A over that of B; none where one of them is not known from zero
+    smallest: float | None
+    smallest_bounds: Bounds | None
+    note: str  # the same in words, or why there is none
+    # condition_a, condition_b: λ_max / λ_min of each; none where λ_min is not known from zero
+    condition_a: float | None
+    condition_b: float | None
+    condition: float | None  # condition, condition_bounds: their ratio; none without both
+    condition_bounds: Bounds | None
+
+
+def ratios_of(a: Ends, b: Ends) -> Ratios:
+    """What is known of the ratios."""
+    if a.smallest is None or b.smallest is None:
+        return Ratios(None, None, "not asked for", None, None, None, None)
+    bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
+    condition_a, condition_b = _condition(a, bounds_a), _condition(b, bounds_b)
+    if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
+        words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
+        return Ratios(None, None, "; ".join(words), condition_a, condition_b, None, None)
+    ratio, bounds = a.smallest / b.smallest, (bounds_a[0] / bounds_b[1], bounds_a[1] / bounds_b[0])
+    top = float(a.eigenvalues[0]) / float(b.eigenvalues[0])
+    note = f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
+    of_conditions = top / bounds[1], top / bounds[0]
+    return Ratios(ratio, bounds, note, condition_a, condition_b, condition_a / condition_b, of_conditions)
+
+
+def _before_rounding(ends: Ends) -> Bounds | None:
+    """Bounds of λ_min with the floor added; none if zero is between them."""
+    assert ends.high is not None
+    if ends.low is None or ends.low - ends.floor <= 0:
+        return None
+    return ends.low - ends.floor, ends.high + ends.floor
+
+
+def _condition(ends: Ends, bounds: Bounds | None) -> float | None:
+    assert ends.smallest is not None
+    return None if bounds is None else float(ends.eigenvalues[0]) / ends.smallest
+
+
+def _why(name: str, ends: Ends) -> str:
+    assert ends.smallest is not None
+    value, floor = f"{ends.smallest:.3g}", f"storage floor {ends.floor:.2g}"
+    if abs(ends.smallest) < ends.floor:
+        return f"λ_min of {name}, {value}, is below its {floor}: noise"
+    if ends.high is not None and ends.high < 0:
+        return f"λ_min of {name} is {value}: not positive definite"
+    least = "?" if ends.low is None else f"{ends.low:.3g}"
+    return f"λ_min of {name} is {value}, at least {least}, {floor}: not known from zero"

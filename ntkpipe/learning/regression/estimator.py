@@ -13,20 +13,19 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Labels, Task, as_rows, as_samples, encode
+from ntkpipe.base.targets import Labels, Task, as_samples, encode
 from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.eigensystem import check_method
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.opening import open_for_analysis
-from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
+from ntkpipe.learning.regression.sources import initial_matrix, open_for_analysis, outputs_of, targets_of, train_targets
 from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, rank_beside
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.store.kernel import KernelSet
 
-Method = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
-_METHODS = ("auto", "cholesky", "eigh", "pcg", "block_cg")
-# By how much the smallest eigenvalue, of which an upper bound is known, must be above the cut-off.
+FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
+# How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.
 _MARGIN = 10.0
 
 
@@ -95,7 +94,7 @@ class KernelRegression:
         ridge: float = 0.0,
         *,
         ridge_scale: RidgeScale = None,
-        method: Method = "auto",
+        method: FitMethod = "auto",
         tol: float = 1e-6,
         centre: Literal["initial_outputs"] | None = None,
         task: Task = "auto",
@@ -152,17 +151,15 @@ class KernelRegression:
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
         operator, share = open_for_analysis(kernel, self.memory_limit)
         try:
-            labels, self.rows_per_sample_ = train_targets(kernel, operator, y, initial, self.task)
-            goal = labels.matrix
-            if initial is not None:
-                goal = goal - initial_matrix(initial, goal.shape)
+            train = train_targets(kernel, operator, y, initial, self.task)
+            labels, self.rows_per_sample_ = train.labels, train.width
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
-            self.result_ = self._solve(operator, as_rows(goal, self.rows_per_sample_), share)
+            self.result_ = self._solve(operator, train.rhs, share)
         finally:
             operator.close()
         coefficients = np.asarray(self.result_.coefficients)
         self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self.rows_per_sample_ > 1 else coefficients
-        self.num_outputs_ = goal.shape[1]
+        self.num_outputs_ = labels.matrix.shape[1]
         self._is_flat = labels.is_flat
         if labels.classes is not None:
             self.classes_ = labels.classes
@@ -181,9 +178,8 @@ class KernelRegression:
         return given
 
     def _solve(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
-        """By the method that was asked for, or is right."""
-        if self.method not in _METHODS:
-            raise ConfigError(f"method={self.method!r}; needed one of {', '.join(_METHODS)}")
+        """Solve by the method that was asked for, or that suits the system."""
+        check_method(self.method, FitMethod)
         check_number("tol", self.tol, low=0.0)
         if self.method == "eigh":
             return self._minimum_norm(operator, rhs, "asked for", memory_limit)
@@ -204,14 +200,14 @@ class KernelRegression:
         return self._iterate(operator, rhs, why, memory_limit)
 
     def _iterate(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
-        """By conjugate gradients; with the least that is of use, where the limit has no room for that."""
+        """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
         found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
         return replace(found, why=why)
 
     def _interpolate(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
-        """λ = 0: by a factor where the matrix is surely not singular, or by eigenpairs, or iterating."""
+        """Solve for λ = 0: by a factor where the matrix is surely not singular, else by eigenpairs or iterations."""
         why = "λ = 0, and a factor does not fit memory"
         try:
             factor = cholesky(operator, memory_limit=memory_limit)
@@ -333,7 +329,7 @@ class KernelRegression:
             Without meaning: no option is an estimator.
         """
         del deep
-        return {name: getattr(self, name) for name in _names()}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> Self:
         """Change options.
@@ -343,14 +339,15 @@ class KernelRegression:
         ConfigError
             If there is none of that name.
         """
+        names = self.get_params()
         for name, value in params.items():
-            if name not in _names():
-                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(_names())}")
+            if name not in names:
+                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(names)}")
             setattr(self, name, value)
         return self
 
     def __repr__(self) -> str:
-        defaults = inspect.signature(type(self).__init__).parameters
+        defaults = inspect.signature(type(self)).parameters
         shown = (f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name].default)
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -366,10 +363,6 @@ class KernelRegression:
             regressor_tags=RegressorTags() if self.task == "regression" else None,
             input_tags=InputTags(pairwise=True),
         )
-
-
-def _names() -> list[str]:
-    return [name for name in inspect.signature(KernelRegression.__init__).parameters if name != "self"]
 
 
 def _r_squared(outputs: FloatArray, wanted: Labels) -> float:

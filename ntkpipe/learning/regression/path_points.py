@@ -11,15 +11,16 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
-from ntkpipe.learning.regression.columns import Inverse, Verdict, runs
-from ntkpipe.learning.regression.minimum_norm import Eigenpairs, cut_off, require_all
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
+from ntkpipe.learning.regression.minimum_norm import cut_off, require_all
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, runs
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
 _INDEFINITE: Status = "indefinite at storage precision"
 
 
-class Estimate(NamedTuple):
+class WithError(NamedTuple):
     """A number and its standard error, zero where it is exact."""
 
     value: float
@@ -32,8 +33,8 @@ class Point:
 
     coefficients: FloatArray  # a, shape (n, c)
     train_residuals: FloatArray  # Y - K A
-    effective_dimension: Estimate  # effective_dimension, generalised_cross_validation: with their errors
-    generalised_cross_validation: Estimate
+    effective_dimension: WithError  # effective_dimension, generalised_cross_validation: with their errors
+    generalised_cross_validation: WithError
     left_out_samples: NDArray[np.int64]  # for which there are leave-one-out residuals; all or some
     left_out_residuals: FloatArray  # of these, rows as in the kernel
     # About these of all samples, where there are only some: with the mean block of the inverse for each
@@ -42,7 +43,7 @@ class Point:
     status: Status = "converged"  # whether it can be trusted
     message: str = ""  # why not
 
-    def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> Estimate:
+    def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> WithError:
         """The mean over all samples of a function of residuals and samples, one value a sample.
 
         Where only some samples were left out this is the difference estimator of sampling theory: the mean over all of
@@ -51,14 +52,14 @@ class Point:
         """
         exact = value(self.left_out_residuals, self.left_out_samples)
         if self.proxy_residuals is None:
-            return Estimate(float(exact.mean()), 0.0)
+            return WithError(float(exact.mean()), 0.0)
         total, count = len(self.proxy_residuals) * len(exact) // len(self.left_out_residuals), len(exact)
         proxies = value(self.proxy_residuals, np.arange(total))
         gaps = exact - proxies[self.left_out_samples]
         finite = (1.0 - count / total) ** 0.5
         # Gaps that are all the same, as of accuracies, do not say that there are no others.
         spread = max(float(gaps.std(ddof=1)), float(np.abs(gaps).max(initial=0.0)) / count)
-        return Estimate(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
+        return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
 class Points(Protocol):
@@ -79,7 +80,7 @@ class ByEigenpairs:
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
 
-    def __init__(self, operator: Operator, pairs: Eigenpairs, rhs: FloatArray, width: int, why: str) -> None:
+    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int, why: str) -> None:
         self._vectors = require_all(pairs, operator.num_rows)
         self._values = np.asarray(pairs.eigenvalues, np.float64)
         self._cut = cut_off(operator, float(np.abs(self._values).max()))
@@ -105,8 +106,8 @@ class ByEigenpairs:
         return Point(
             coefficients=coefficients,
             train_residuals=outside,
-            effective_dimension=Estimate(float(kept.sum()), 0.0),
-            generalised_cross_validation=Estimate(float(np.mean(outside**2)) / rest**2, 0.0),
+            effective_dimension=WithError(float(kept.sum()), 0.0),
+            generalised_cross_validation=WithError(float(np.mean(outside**2)) / rest**2, 0.0),
             left_out_samples=np.arange(len(blocks)),
             left_out_residuals=leave_one_out.limit_residuals(null_blocks, outside, blocks, coefficients),
             proxy_residuals=None,
@@ -148,7 +149,15 @@ class ByPasses:
     """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
-        self, inverse: Inverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int, why: str
+        self,
+        inverse: StreamedInverse,
+        rhs: FloatArray,
+        width: int,
+        *,
+        num_left_out: int,
+        tol: float,
+        seed: int,
+        why: str,
     ) -> None:
         self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
         self._tol = tol
@@ -158,10 +167,10 @@ class ByPasses:
 
     def at(self, ridge: float) -> Point:
         """See :class:`Points`; starts from the coefficients of the ridge before."""
-        verdict = Verdict()
-        coefficients = self._inverse.times(self._rhs, ridge, verdict, self._previous)
+        convergence = Convergence()
+        coefficients = self._inverse.times(self._rhs, ridge, convergence, self._previous)
         self._previous = coefficients
-        blocks = self._blocks(ridge, verdict)
+        blocks = self._blocks(ridge, convergence)
         n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
         traces = np.trace(blocks, axis1=1, axis2=2)
         finite = max(0.0, 1.0 - taken / count) ** 0.5
@@ -172,17 +181,17 @@ class ByPasses:
         return Point(
             coefficients=coefficients,
             train_residuals=ridge * coefficients,
-            effective_dimension=Estimate(n - ridge * trace, ridge * error),
-            generalised_cross_validation=Estimate(crossed, 2.0 * crossed * error / trace),
+            effective_dimension=WithError(n - ridge * trace, ridge * error),
+            generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace),
             left_out_samples=self._samples,
             left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows]),
             proxy_residuals=None if taken == count else leave_one_out.residuals(mean_block, coefficients),
-            residual=verdict.worst,
-            status=verdict.status,
-            message="; ".join(verdict.messages[:1]),
+            residual=convergence.worst,
+            status=convergence.status,
+            message="; ".join(convergence.messages[:1]),
         )
 
-    def _blocks(self, ridge: float, verdict: Verdict) -> FloatArray:
+    def _blocks(self, ridge: float, convergence: Convergence) -> FloatArray:
         """Diagonal blocks of the inverse of the samples that are left out."""
         n, width = len(self._rhs), self._width
         found = np.empty((len(self._samples), width, width))
@@ -190,7 +199,7 @@ class ByPasses:
             rows = (self._samples[some, None] * width + np.arange(width)).ravel()
             unit = np.zeros((n, len(rows)))
             unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width, verdict, self._tol**0.5)
+            found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
         return found
 
 
@@ -209,8 +218,8 @@ def _exact_point(
     return Point(
         coefficients=coefficients,
         train_residuals=ridge * coefficients,
-        effective_dimension=Estimate(n - ridge * trace, 0.0),
-        generalised_cross_validation=Estimate(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
+        effective_dimension=WithError(n - ridge * trace, 0.0),
+        generalised_cross_validation=WithError(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
         left_out_samples=np.arange(len(blocks)),
         left_out_residuals=leave_one_out.residuals(blocks, coefficients),
         proxy_residuals=None,

@@ -13,7 +13,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.eigensystem import Eigensystem
 from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
-from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.result import Monitor, ignore

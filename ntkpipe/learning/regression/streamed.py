@@ -1,15 +1,17 @@
 """Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
-from ntkpipe.learning.regression.columns import Verdict, runs
-from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.result import Monitor, Step
+from ntkpipe.solvers.result import Monitor, Status, Step
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
@@ -48,6 +50,29 @@ def factor_fits(num_rows: int, memory_limit: int | None) -> bool:
     return 4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS) <= memory_room(memory_limit)
 
 
+@dataclass
+class Convergence:
+    """How far the solutions of several systems can be trusted, all together."""
+
+    status: Status = "converged"  # that of the first solve that did not converge
+    worst: float = 0.0  # the largest relative residual
+    messages: list[str] = field(default_factory=list)  # those of solves that did not converge
+
+    def add(self, status: Status, residual: float, message: str) -> None:
+        """Take one more solve into account."""
+        self.worst = max(self.worst, residual)
+        if status != "converged":
+            if self.status == "converged":
+                self.status = status
+            self.messages.append(message)
+
+
+def runs(count: int, most: int) -> Iterator[slice]:
+    """Cut a range of ``count`` into runs of at most ``most``."""
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
+
+
 class StreamedInverse:
     """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
 
@@ -69,7 +94,7 @@ class StreamedInverse:
 
     @property
     def words(self) -> str:
-        """What it is."""
+        """Describe the method."""
         rank = self._preconditioner.rank
         return f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
 
@@ -77,31 +102,31 @@ class StreamedInverse:
         self,
         block: FloatArray,
         ridge: float,
-        verdict: Verdict,
+        convergence: Convergence,
         initial: FloatArray | None = None,
         tol: float | None = None,
     ) -> FloatArray:
         """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
-        found = np.empty_like(block)
+        found, tol = np.empty_like(block), self._tol if tol is None else tol
         for columns in runs(block.shape[1], self.columns_at_once):
             guess = None if initial is None else initial[:, columns]
-            found[:, columns] = self._solve(block[:, columns], ridge, guess, verdict, self._tol if tol is None else tol)
+            found[:, columns] = self._solve(block[:, columns], ridge, guess, convergence, tol)
         return found
 
     def quadratic(
-        self, block: FloatArray, ridge: float, width: int, verdict: Verdict, tol: float | None = None
+        self, block: FloatArray, ridge: float, width: int, convergence: Convergence, tol: float | None = None
     ) -> FloatArray:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
 
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
-        solution = self.times(block, ridge, verdict, tol=tol)
+        solution = self.times(block, ridge, convergence, tol=tol)
         residual = block - self._operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
 
-    def logdet(self, ridge: float, verdict: Verdict) -> tuple[float, float]:
+    def logdet(self, ridge: float, convergence: Convergence) -> tuple[float, float]:
         """``log det(K + λI)`` and its error, Monte-Carlo and truncation together.
 
         Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
@@ -124,13 +149,13 @@ class StreamedInverse:
         for one in found:
             # Errors of estimates are in their error bars; what has no logarithm is a finding.
             if one.status == "indefinite at storage precision":
-                verdict.add(one.status, 0.0, f"log determinant: {one.message}")
+                convergence.add(one.status, 0.0, f"log determinant: {one.message}")
         samples = np.concatenate([one.samples for one in found])
         standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
         return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
 
     def _solve(
-        self, block: FloatArray, ridge: float, initial: FloatArray | None, verdict: Verdict, tol: float
+        self, block: FloatArray, ridge: float, initial: FloatArray | None, convergence: Convergence, tol: float
     ) -> FloatArray:
         before = self._operator.work - self._before
 
@@ -148,7 +173,7 @@ class StreamedInverse:
             seed=self._seed,
             monitor=tell,
         )
-        verdict.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
+        convergence.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
         return np.asarray(found.coefficients)
 
 

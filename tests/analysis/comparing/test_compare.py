@@ -14,8 +14,8 @@ import ntkpipe
 from ntkpipe.analysis.comparing import spectra as ends_of_spectra
 from ntkpipe.analysis.comparing.compare import compare_kernels
 from ntkpipe.analysis.comparing.entries import measure_differences
-from ntkpipe.analysis.comparing.in_step import TileEntries
-from ntkpipe.analysis.comparing.sides import sides_of
+from ntkpipe.analysis.comparing.inputs import sides_of
+from ntkpipe.analysis.comparing.paired_tiles import TileEntries
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
 

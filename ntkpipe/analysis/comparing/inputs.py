@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.in_step import Entries, OperatorEntries, OuterEntries, TileEntries
+from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, OuterEntries, TileEntries
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.sources import open_for_analysis
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
 from ntkpipe.store.export import find_array
