@@ -30,7 +30,7 @@ class Alignment(Result):
     num_rows, num_outputs
         n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
     eigenvalues
-        Of the directions, descending, shape (k,).
+        Eigenvalues of the directions, descending, shape (k,).
     powers
         (u_iᵀ y)² of each direction and output, shape (k, c).
     cumulative_power
@@ -119,16 +119,14 @@ def alignment(
     method
         ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit.
     k
-        Directions of a streamed one.
+        Number of directions where it is streamed.
     tol
-        Relative residual of these.
+        Relative residual of these directions.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of the first block of a streamed one.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of the first block where it is streamed; function that is called after each pass.
 
     Raises
     ------
@@ -163,8 +161,6 @@ def alignment(
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
     if not system.is_whole and eigenpairs is None and len(cumulative) > k:
         powers, cumulative, errors = powers[:k], cumulative[:k], errors[:k]
-    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
-    few = tuple(count if count <= len(cumulative) else None for count in counts)
     return Alignment(
         status=status,
         message=message,
@@ -180,7 +176,7 @@ def alignment(
         powers=powers,
         cumulative_power=cumulative,
         cumulative_power_error=errors,
-        num_directions=(few[0], few[1], few[2]),
+        num_directions=_num_directions(cumulative),
         alignment=plain,
         centred_alignment=centred,
     )
@@ -203,7 +199,7 @@ def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[fl
     # H K H Y = H K (H Y), and H Y = Y - Q QᵀY.
     of_centred = of_rows - of_basis @ inner
     squared = norm**2 - 2 * float((of_basis**2).sum()) + float(((basis.T @ of_basis) ** 2).sum())
-    # Of a kernel that is constant nothing but rounding is left.
+    # Centring leaves nothing but rounding of a constant kernel.
     rest = np.sqrt(squared) if squared > 64 * _EPS * norm**2 else 0.0
     return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
 
@@ -221,11 +217,20 @@ def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     return inner / norms if norms else 0.0
 
 
+def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int | None]:
+    """How many directions hold each of ``_SHARES`` of the power."""
+    half, most, nearly_all = (
+        count if (count := int(np.searchsorted(cumulative, share)) + 1) <= len(cumulative) else None
+        for share in _SHARES
+    )
+    return half, most, nearly_all
+
+
 def _errors(operator: Operator, system: Eigensystem) -> FloatArray:
     """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
 
-    Davis and Kahan: at most the norm of the residuals over the gap behind the i-th value. Behind the last one no gap is
-    known, and there is no bound.
+    It is at most the norm of the residuals over the gap behind the i-th eigenvalue (Davis and Kahan), and unknown for
+    the last one, whose gap is not known.
     """
     residuals = operator.matmat(system.eigenvectors) - system.eigenvectors * system.eigenvalues
     norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))

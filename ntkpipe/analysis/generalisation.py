@@ -1,6 +1,7 @@
 """What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -8,19 +9,122 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
-from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
+from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
 from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor, Result, Rows, ignore
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generalisation(Result):
+    """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
+
+    Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
+    estimated, zero where a number is exact; that of ``test_loss`` is of the choice of test samples.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` or ``streamed``, and why.
+    num_rows, num_outputs
+        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
+    ridges
+        λ, absolute, shape (r,).
+    test_loss, test_loss_error
+        Measured; NaN without test data.
+    train_loss
+        Loss of the same predictor on its own samples.
+    kare, kare_error
+        The kernel alignment risk estimator.
+    generalised_cross_validation
+        The same number, from train loss and effective dimension.
+    leave_one_out_loss, leave_one_out_loss_error
+        What trust is judged by: each sample predicted from all others. NaN where it is not known.
+    eigenlearning, canatar
+        Predicted from the train kernel's own eigensystem; NaN if streamed.
+    eigenlearning_kappa
+        κ of that, in population eigenvalues; NaN if streamed.
+    learnabilities
+        L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed.
+    target_learnability
+        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``; NaN if streamed.
+    kappa, kappa_error
+        The signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of eigenlearning
+        without its bias.
+    overfitting_coefficient, overfitting_coefficient_error
+        E_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)².
+    effective_dimension, effective_dimension_error
+        tr K (K + λI)^-1.
+    kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio
+        Each over ``test_loss``.
+    kare_is_trusted, eigenlearning_is_trusted
+        Whether the estimate can be trusted; of GCV as of KARE, of Canatar as of eigenlearning.
+    reasons
+        Why or why not, in words.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    num_outputs: int
+    ridges: FloatArray
+    test_loss: FloatArray
+    test_loss_error: FloatArray
+    train_loss: FloatArray
+    kare: FloatArray
+    kare_error: FloatArray
+    generalised_cross_validation: FloatArray
+    leave_one_out_loss: FloatArray
+    leave_one_out_loss_error: FloatArray
+    eigenlearning: FloatArray
+    canatar: FloatArray
+    eigenlearning_kappa: FloatArray
+    learnabilities: FloatArray = field(repr=False)
+    target_learnability: FloatArray
+    kappa: FloatArray
+    kappa_error: FloatArray
+    overfitting_coefficient: FloatArray
+    overfitting_coefficient_error: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    kare_ratio: FloatArray
+    eigenlearning_ratio: FloatArray
+    canatar_ratio: FloatArray
+    leave_one_out_ratio: FloatArray
+    kare_is_trusted: tuple[bool, ...]
+    eigenlearning_is_trusted: tuple[bool, ...]
+    reasons: tuple[str, ...]
+    floor: float
+
+    def _rows(self) -> Rows:
+        is_measured = bool(np.isfinite(self.test_loss).any())
+        rows = [("method", f"{self.method}: {self.why}")]
+        for index, ridge in enumerate(self.ridges):
+            if is_measured:
+                numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
+                said = f"test loss {self.test_loss[index]:.4g} ± {self.test_loss_error[index]:.1g}; of it"
+            else:
+                numbers = (self.kare, self.eigenlearning, self.leave_one_out_loss)
+                said = "no test data; losses by"
+            kare, theory, left_out = (f"{number[index]:.3g}" for number in numbers)
+            estimates = f"KARE = GCV {kare}, eigenlearning = Canatar {theory}, leave-one-out {left_out}"
+            rows.append((f"λ = {ridge:.4g}", f"{said} {estimates}; {self._trust(index)}"))
+        return rows
+
+    def _trust(self, index: int) -> str:
+        trusted = {"KARE": self.kare_is_trusted, "eigenlearning": self.eigenlearning_is_trusted}
+        return f"trust {' and '.join(name for name, of in trusted.items() if of[index]) or 'none'}"
 
 
 def generalisation(
@@ -94,16 +198,14 @@ def generalisation(
     tolerance
         Largest relative difference from leave-one-out that is trusted.
     num_probes
-        Of the streamed estimates.
+        Random probes of the streamed estimates.
     tol
         Relative residual of the streamed systems.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of the streamed estimates.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of the streamed estimates; function that is called after each pass.
 
     Raises
     ------
@@ -135,26 +237,10 @@ def generalisation(
     asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
     shifts = absolute_ridges(asked, scale, diagonal)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
-    order = np.argsort(-shifts, kind="stable")
-    found: Iterator[Resolvent]
-    if system is not None and system.is_whole:
-        found = resolvents_of_pairs(system, rows, shifts[order].tolist(), width)
-    else:
+    if system is not None and not system.is_whole:
         system = None
-        found = resolvents_of_operator(
-            operator,
-            rows,
-            shifts[order].tolist(),
-            width,
-            num_probes=num_probes,
-            tol=tol,
-            memory_limit=room,
-            seed=seed,
-            monitor=monitor,
-        )
-    resolvents: list[Resolvent] = [None] * len(shifts)  # type: ignore[list-item]
-    for place, resolvent in zip(order, found, strict=True):
-        resolvents[place] = resolvent
+    how = {"num_probes": num_probes, "tol": tol, "memory_limit": room, "seed": seed, "monitor": monitor}
+    resolvents = _find_resolvents(operator, system, rows, shifts, width, how)
     losses = _of_resolvents(resolvents, n)
     losses |= _of_population(system, rows, shifts)
     losses |= _measured(resolvents, test)
@@ -189,8 +275,27 @@ def generalisation(
     )
 
 
+def _find_resolvents(
+    operator: Operator,
+    system: Eigensystem | None,
+    rows: FloatArray,
+    ridges: FloatArray,
+    width: int,
+    how: Mapping[str, Any],
+) -> list[Resolvent]:
+    """Resolvents in the order of ridges, found from the largest ridge to the smallest, which is cheapest by passes."""
+    order = np.argsort(-ridges, kind="stable")
+    descending = ridges[order].tolist()
+    if system is None:
+        found = resolvents_of_operator(operator, rows, descending, width, **how)
+    else:
+        found = resolvents_of_pairs(system, rows, descending, width)
+    by_place = dict(zip(order.tolist(), found, strict=True))
+    return [by_place[place] for place in range(len(ridges))]
+
+
 def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
-    """What G says: KARE, leave-one-out, κ, E_0, effective dimension."""
+    """Estimates from G: KARE, leave-one-out, κ, E_0, effective dimension."""
 
     def over(function: Callable[[Resolvent], float]) -> FloatArray:
         return np.array([function(one) for one in resolvents])

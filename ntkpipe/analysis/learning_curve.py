@@ -33,9 +33,9 @@ class LearningCurve(Result):
     Attributes
     ----------
     num_samples
-        Of the population, N.
+        Size of the population, N.
     num_subsets
-        That were drawn of each size.
+        How many were drawn of each size.
     sizes
         Samples in a train set, shape (s,).
     ridges
@@ -133,7 +133,7 @@ def learning_curve(
     memory_limit
         Bytes that this process may have; default what it has and all that is free.
     seed
-        Of the subsets.
+        Seed of the subsets.
     monitor
         Called after the eigenpairs, and after each subset.
 

@@ -193,16 +193,14 @@ def spectrum(
     method
         ``exact``, ``streamed``, or ``auto``: exact where it fits.
     k
-        Leading eigenvalues of a streamed one.
+        Number of leading eigenvalues where it is streamed.
     num_probes, max_passes
-        Of the density.
+        Probes of the density, and most passes for it.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of everything that is random.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of everything that is random; function that is called after each pass.
 
     Raises
     ------
@@ -273,7 +271,7 @@ def spectrum(
         effective_rank=trace / found["largest"] if found["largest"] else 0.0,
         participation_ratio=trace**2 / frobenius**2 if frobenius else 0.0,
         ridges=shifts,
-        **{f"tail_{one.name}": None if tail is None else getattr(tail, one.name) for one in fields(PowerLaw)},
+        **tail,
         **found,
     )
 
@@ -328,7 +326,7 @@ def _streamed(
     seed: int,
     monitor: Monitor,
 ) -> tuple[dict[str, Any], Status, str]:
-    """By passes."""
+    """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
     if given is None:
         limit = at_least(memory_limit, 8 * n * _VECTORS_A_PAIR * max(k, _FEWEST_PAIRS))
@@ -400,13 +398,13 @@ def _learnt(values: FloatArray, ridge: float) -> FloatArray:
     return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
 
 
-def _tail(values: FloatArray, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> PowerLaw | None:
-    """The fit of the range that was asked for, or of the default one."""
-    if ranks is not None:
-        return fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
-    known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())
-    found = default_ranks(num_rows, known)
-    return None if found is None else fit_power_law(values, first_rank=found[0], last_rank=found[1])
+def _tail(values: FloatArray, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> dict[str, Any]:
+    """The power law of the range that was asked for, or of the default one; fields are None where there is none."""
+    if ranks is None:
+        known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())
+        ranks = default_ranks(num_rows, known)
+    law = None if ranks is None else fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
+    return {f"tail_{one.name}": None if law is None else getattr(law, one.name) for one in fields(PowerLaw)}
 
 
 def _with_error(value: float, error: float) -> str:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ntkpipe.analysis.alignment import Alignment, alignment
 from ntkpipe.analysis.comparing.compare import compare_kernels
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.generalisation import generalisation
-from ntkpipe.analysis.generalisation_result import Generalisation
+from ntkpipe.analysis.generalisation import Generalisation, generalisation
 from ntkpipe.analysis.learning_curve import LearningCurve, learning_curve
 from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.base.errors import ConfigError

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.analysis.alignment import Alignment, alignment
-from ntkpipe.analysis.generalisation import generalisation
-from ntkpipe.analysis.generalisation_result import Generalisation
+from ntkpipe.analysis.generalisation import Generalisation, generalisation
 from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.gaussian.influence import Influence, influence

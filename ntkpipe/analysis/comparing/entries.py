@@ -17,7 +17,7 @@ _NOTHING_LEFT = 1e-10
 
 @dataclass(frozen=True)
 class Differences:
-    """What one pass over A and B says; inner products and norms are Frobenius'."""
+    """Results of one pass over A and B; inner products and norms are those of Frobenius."""
 
     frobenius_a: float  # frobenius_a, frobenius_b: `|A|`, `|B|`
     frobenius_b: float
@@ -54,7 +54,7 @@ def measure_differences(first: Entries, second: Entries) -> Differences:
 
 
 class _Sums:
-    """What is added up over strips."""
+    """Sums over the strips of both matrices."""
 
     def __init__(self, num_samples: int, width: int) -> None:
         self._num_samples, self._width = num_samples, width
@@ -69,7 +69,7 @@ class _Sums:
         self._largest, self._at = -1.0, (0, 0)
 
     def add(self, strip: Strip) -> None:
-        """Strips of diagonal blocks come first, so that the diagonal is known where it is needed."""
+        """Add a strip; those of diagonal blocks come first, so that the diagonal is known where it is needed."""
         if strip.is_diagonal:
             self._add_diagonal(strip)
         first, second = strip.first, strip.second
@@ -84,7 +84,7 @@ class _Sums:
         self._find_largest(strip, gap)
 
     def _add_diagonal(self, strip: Strip) -> None:
-        """The part of the diagonal that a strip of a diagonal block holds, of B that of the whole block."""
+        """Take the part of the diagonals that a strip of a diagonal block holds."""
         width = self._width
         own = np.arange(strip.rows.start * width, strip.rows.stop * width)
         inside = own - own[0], own - strip.columns.start * width
@@ -104,7 +104,7 @@ class _Sums:
                 sums[columns] += mirrored.T
 
     def _find_largest(self, strip: Strip, gap: FloatArray) -> None:
-        """Of a diagonal block the part up to the strip's own rows, whose diagonal is known by now."""
+        """Look for the largest difference; in a diagonal block up to the strip's own rows, whose diagonal is known."""
         width = self._width
         last = strip.rows.stop if strip.is_diagonal else strip.columns.stop
         rows = slice(strip.rows.start * width, strip.rows.stop * width)
@@ -119,7 +119,7 @@ class _Sums:
             self._at = (rows.start + row, columns.start + column)
 
     def result(self, bytes_read: int) -> Differences:
-        """Everything from the sums."""
+        """Differences from the sums."""
         if not np.isfinite(self._inner).all():
             raise NonFiniteError(
                 "one of the kernels holds NaN or infinity, or entries whose squares are beyond float64"
@@ -163,7 +163,7 @@ class _Sums:
 
 
 def _near_scale(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """A c that is near the best, from a few entries."""
+    """A scale near the best one, from a few entries."""
     square = float(np.vdot(first, first))
     near = float(np.vdot(first, second)) / square if square else 1.0
     return near if math.isfinite(near) and near else 1.0

@@ -1,7 +1,7 @@
 """Both ends of a kernel's spectrum, with bounds: in memory where the kernel fits, by passes over tiles where not."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +22,15 @@ Way = Literal["lapack", "factor", "passes"]
 Bounds = tuple[float, float]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Of leading pairs: angles between eigenspaces are known to the residual over the gap.
+# Tolerance of leading eigenpairs: angles between eigenspaces are known to the residual over the gap.
 _TOL = 1e-10
-# Of the smallest eigenvalue, relative: steps with a factor are cheap, without they are many.
+# Relative tolerance of the smallest eigenvalue: steps with a factor are cheap, steps without one are many.
 _TOL_BY_FACTOR, _TOL_BY_PASSES = 1e-6, 1e-4
 # Rows up to which all eigenvalues, 4/3 n³ flops at a low rate, are a matter of seconds; and up to which three Cholesky
 # factors, n³ flops at a high one, are a matter of minutes.
 _MOST_ROWS_OF_LAPACK = 2048
 _MOST_ROWS_IN_MEMORY = 16384
-# The kernel in float64, and copies or factors of it.
+# Bytes for the kernel in float64 and copies or factors of it.
 _BYTES_PER_ENTRY = 24
 
 
@@ -43,11 +43,11 @@ class Ends:
     residual: float  # norm of `K V - V Λ`, absolute
     next_eigenvalue: float | None  # the largest that is not among them; none if there is none
     smallest: float | None  # λ_min of the stored kernel; none if it was not asked for
-    low: float | None  # low, high: its bounds; `low` none if there is no lower one
+    low: float | None  # low, high: bounds of λ_min; `low` is None if there is no lower one
     high: float | None
-    floor: float  # what rounding of entries did to eigenvalues; below it they are not known
+    floor: float  # error of eigenvalues by rounding of entries; below it they are not known
     log_determinant: float | None  # of `K + λ I`; none if that is indefinite, or the kernel does not fit in memory
-    status: Status  # status, message: of the worse of both ends
+    status: Status  # status, message: those of the worse of both ends
     message: str
 
     @property
@@ -123,7 +123,7 @@ def _of_all(every: FloatArray) -> tuple[float, float, float]:
 
 
 def _smallest(operator: Operator, way: Way, seed: int, monitor: Monitor) -> Smallest:
-    """By block Davidson: with a factor few steps, and a bound that is proved; by passes one that residuals give."""
+    """The smallest eigenvalue by block Davidson, with a proved bound where there is a factor."""
     if way == "passes":
         return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
     try:
@@ -159,11 +159,18 @@ def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
     return np.asarray(subspace_angles(a, b)[::-1], np.float64)
 
 
-def outer_vectors(vectors: FloatArray, num_outputs: int) -> FloatArray:
-    """``V ⊗ I_O``: eigenvectors of ``K ⊗ I_O``, O for each of K, shape (n O, k O)."""
+def outer_ends(ends: Ends, num_outputs: int) -> Ends:
+    """The ends of ``K ⊗ I_O`` from those of K: each eigenvector v stands for the O vectors ``v ⊗ e``."""
     if num_outputs == 1:
-        return vectors
-    return np.asarray(np.kron(vectors, np.eye(num_outputs)), np.float64)
+        return ends
+    determinant = ends.log_determinant
+    return replace(
+        ends,
+        eigenvalues=np.repeat(ends.eigenvalues, num_outputs),
+        eigenvectors=np.asarray(np.kron(ends.eigenvectors, np.eye(num_outputs)), np.float64),
+        residual=ends.residual * math.sqrt(num_outputs),
+        log_determinant=None if determinant is None else determinant * num_outputs,
+    )
 
 
 def angle_error(a: Ends, b: Ends) -> float:
@@ -176,39 +183,32 @@ def angle_error(a: Ends, b: Ends) -> float:
     return float(min(sum(math.asin(min(1.0, error)) for error in errors), math.pi / 2))
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """λ_min and λ_max / λ_min of A over those of B.
+def ratios_of(a: Ends, b: Ends) -> dict[str, Any]:
+    """Ratios of λ_min and λ_max / λ_min of A over those of B, by the fields of the comparison.
 
     Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
     be off by its error and its storage floor.
     """
-
-    # smallest, smallest_bounds: λ_min of A over that of B; none where one of them is not known from zero
-    smallest: float | None
-    smallest_bounds: Bounds | None
-    note: str  # the same in words, or why there is none
-    # condition_a, condition_b: λ_max / λ_min of each; none where λ_min is not known from zero
-    condition_a: float | None
-    condition_b: float | None
-    condition: float | None  # condition, condition_bounds: their ratio; none without both
-    condition_bounds: Bounds | None
-
-
-def ratios_of(a: Ends, b: Ends) -> Ratios:
-    """What is known of the ratios."""
+    names = ("smallest_eigenvalue_ratio", "condition_number_ratio", "condition_number_a", "condition_number_b")
+    found: dict[str, Any] = dict.fromkeys((*names, f"{names[0]}_bounds", f"{names[1]}_bounds"))
     if a.smallest is None or b.smallest is None:
-        return Ratios(None, None, "not asked for", None, None, None, None)
+        return found | {"smallest_eigenvalue_note": "not asked for"}
     bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
-    condition_a, condition_b = _condition(a, bounds_a), _condition(b, bounds_b)
+    found["condition_number_a"] = condition_a = _condition(a, bounds_a)
+    found["condition_number_b"] = condition_b = _condition(b, bounds_b)
     if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
         words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
-        return Ratios(None, None, "; ".join(words), condition_a, condition_b, None, None)
+        return found | {"smallest_eigenvalue_note": "; ".join(words)}
     ratio, bounds = a.smallest / b.smallest, (bounds_a[0] / bounds_b[1], bounds_a[1] / bounds_b[0])
     top = float(a.eigenvalues[0]) / float(b.eigenvalues[0])
     note = f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
-    of_conditions = top / bounds[1], top / bounds[0]
-    return Ratios(ratio, bounds, note, condition_a, condition_b, condition_a / condition_b, of_conditions)
+    return found | {
+        "smallest_eigenvalue_ratio": ratio,
+        "smallest_eigenvalue_ratio_bounds": bounds,
+        "smallest_eigenvalue_note": note,
+        "condition_number_ratio": condition_a / condition_b,
+        "condition_number_ratio_bounds": (top / bounds[1], top / bounds[0]),
+    }
 
 
 def _before_rounding(ends: Ends) -> Bounds | None:

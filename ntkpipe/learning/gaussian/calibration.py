@@ -19,7 +19,7 @@ from ntkpipe.solvers.result import Result, Rows
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
-# Of a temporary of probabilities.
+# Size of a temporary array of probabilities.
 _BYTES_AT_ONCE = 2**24
 _SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
@@ -45,7 +45,7 @@ class Calibration(Result):
         Of classes, in bins of the probability of the predicted class: its mean, the share that is right, and test
         samples, shape (B,); empty for real targets. NaN where a bin is empty.
     edges
-        Of the bins, shape (B + 1,).
+        Edges of the bins, shape (B + 1,).
     expected_calibration_error
         ``Σ counts |accuracy - confidence| / M`` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
         targets.
@@ -105,7 +105,7 @@ def calibration(
     Parameters
     ----------
     posterior
-        With test samples.
+        A posterior with test samples.
     test_targets
         Labels of classes (M,), or real targets (M,) or (M, O).
     classes
@@ -118,11 +118,11 @@ def calibration(
     levels
         Probabilities of central intervals, between 0 and 1.
     bins
-        Of the probability of the predicted class, of equal width.
+        Number of bins of equal width for the probability of the predicted class.
     task
         As of :class:`ntkpipe.KernelRegression`.
     num_draws, seed
-        Of the probabilities with a full NTK.
+        Draws, and their seed, for probabilities with a full NTK.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def _checked(
     bins: int,
     task: Task,
 ) -> tuple[float, Labels]:
-    """The factor of variances, and targets."""
+    """The factor of variances and the targets, checked."""
     if not len(posterior.mean):
         raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
     factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
@@ -191,15 +191,8 @@ def _checked(
 
 
 def _no_table() -> dict[str, Any]:
-    empty = np.zeros(0)
-    return {
-        "confidence": empty,
-        "accuracy": empty.copy(),
-        "counts": np.zeros(0, np.int64),
-        "expected_calibration_error": np.nan,
-        "mean_confidence": np.nan,
-        "mean_accuracy": np.nan,
-    }
+    arrays = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
+    return arrays | dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
 
 
 def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bins: int) -> dict[str, Any]:
@@ -223,7 +216,7 @@ def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bi
 
 
 def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> FloatArray:
-    """That each output is the largest, shape (M, O)."""
+    """Probabilities that each output is the largest, shape (M, O)."""
     width = posterior.covariance.shape[1]
     if width == 1:
         return largest_of_independent(posterior.mean, factor * (posterior.variance[:, 0] + noise))

@@ -29,7 +29,7 @@ class Influence(Result):
     Attributes
     ----------
     predicted
-        Column of the output that is looked at, shape (M,); -1 where all are.
+        Column of the output whose terms are taken, shape (M,); -1 where all outputs are.
     top_samples
         Train samples of the largest terms by size, descending, shape (M, k).
     top_terms
@@ -170,30 +170,20 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
 def _terms(
     block: FloatArray, coefficients: FloatArray, width: int, by_class: bool, offset: FloatArray | None
 ) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Terms of each test and train sample, and the output that they are of."""
+    """Terms of each test and train sample, and the output that they are of; see :class:`Influence`."""
     if width == 1:
         outputs = block @ coefficients
-        column = _largest(outputs, by_class, offset)
-        if column is None:
-            sizes = np.linalg.norm(coefficients, axis=1)
-            return np.abs(block) * sizes if coefficients.shape[1] > 1 else block * coefficients.T, _all(outputs)
-        return block * coefficients.T[column], column
-    # (m, O, N): what each train sample adds to each output.
-    products = (block * coefficients[:, 0]).reshape(len(block), -1, width)
-    parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
-    outputs = parts.sum(axis=2)
-    column = _largest(outputs, by_class, offset)
-    if column is None:
-        return np.linalg.norm(parts, axis=1), _all(outputs)
-    return parts[np.arange(len(parts)), column], column
-
-
-def _largest(outputs: FloatArray, by_class: bool, offset: FloatArray | None) -> NDArray[np.int64] | None:
-    """The largest output of each sample; none if all count."""
-    if not by_class:
-        return None
-    return np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
-
-
-def _all(outputs: FloatArray) -> NDArray[np.int64]:
-    return np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)
+    else:
+        # (m, O, N): what each train sample adds to each output.
+        products = (block * coefficients[:, 0]).reshape(len(block), -1, width)
+        parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
+        outputs = parts.sum(axis=2)
+    if by_class:
+        column = np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
+        return (block * coefficients.T[column] if width == 1 else parts[np.arange(len(parts)), column]), column
+    column = np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)
+    if width > 1:
+        return np.linalg.norm(parts, axis=1), column
+    if coefficients.shape[1] == 1:
+        return block * coefficients.T, column
+    return np.abs(block) * np.linalg.norm(coefficients, axis=1), column

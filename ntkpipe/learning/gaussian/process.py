@@ -38,7 +38,7 @@ class Posterior(Result):
         Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample,
         S = 1, it is that of every output, and outputs are independent: the prior is ``K ⊗ I_O``. Of a full NTK S = O.
     variance
-        Its diagonals, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean.
+        Diagonals of the covariance, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean.
     noise
         The variance of the noise of targets: the ridge λ, absolute.
     log_marginal_likelihood, log_marginal_likelihood_error
@@ -51,7 +51,7 @@ class Posterior(Result):
         ``tr Y'(K + λI)^-1 Y / (n c)``: with the prior s² K and noise s² λ the mean stays, and variances are s² times
         as large. NTKs are not scaled for targets, so compare it with 1 before variances are read as such.
     mean_diagonal
-        Of K.
+        Mean of the diagonal of K.
     num_rows, num_columns
         n and c, of the targets as right-hand sides.
     method, why
@@ -162,10 +162,8 @@ def gaussian_process(
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed
-        Of preconditioners and probes.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of preconditioners and probes; function that is called after each pass.
 
     Raises
     ------

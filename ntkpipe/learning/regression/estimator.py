@@ -66,7 +66,7 @@ class KernelRegression:
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         conjugate gradients take a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
     seed
-        Of preconditioners.
+        Seed of preconditioners.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 
-# Of a temporary.
+# Size of a temporary array.
 _BYTES_AT_ONCE = 2**25
 # Rows of eigenvectors are known to about ε; a part of a row in the null space below its root is rounding.
 _NOTHING = 1e-8

@@ -35,13 +35,13 @@ class Point:
     train_residuals: FloatArray  # Y - K A
     effective_dimension: WithError  # effective_dimension, generalised_cross_validation: with their errors
     generalised_cross_validation: WithError
-    left_out_samples: NDArray[np.int64]  # for which there are leave-one-out residuals; all or some
-    left_out_residuals: FloatArray  # of these, rows as in the kernel
-    # About these of all samples, where there are only some: with the mean block of the inverse for each
+    left_out_samples: NDArray[np.int64]  # samples with leave-one-out residuals: all or some
+    left_out_residuals: FloatArray  # residuals of these samples, rows as in the kernel
+    # Approximate residuals of all samples, by the mean block of the inverse, where only some samples are left out
     proxy_residuals: FloatArray | None
     residual: float = 0.0  # largest relative true residual
     status: Status = "converged"  # whether it can be trusted
-    message: str = ""  # why not
+    message: str = ""  # why it cannot be trusted
 
     def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> WithError:
         """The mean over all samples of a function of residuals and samples, one value a sample.
@@ -70,7 +70,7 @@ class Points(Protocol):
 
     @property
     def why(self) -> str:
-        """How, in words."""
+        """The method in words."""
 
 
 class ByEigenpairs:
@@ -192,7 +192,7 @@ class ByPasses:
         )
 
     def _blocks(self, ridge: float, convergence: Convergence) -> FloatArray:
-        """Diagonal blocks of the inverse of the samples that are left out."""
+        """Diagonal blocks of the inverse for the samples that are left out."""
         n, width = len(self._rhs), self._width
         found = np.empty((len(self._samples), width, width))
         for some in runs(len(self._samples), max(1, self._inverse.columns_at_once // width)):
@@ -212,7 +212,7 @@ def _exact_point(
     status: Status = "converged",
     message: str = "",
 ) -> Point:
-    """From coefficients and all diagonal blocks of the inverse."""
+    """The fit from coefficients and all diagonal blocks of the inverse."""
     n = len(coefficients)
     trace = float(np.trace(blocks, axis1=1, axis2=2).sum())
     return Point(

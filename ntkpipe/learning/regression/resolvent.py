@@ -18,13 +18,13 @@ from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_o
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.result import Monitor, ignore
 
-# Blocks of the size of the right-hand sides that conjugate gradients have in memory.
+# Blocks of the shape of the right-hand sides that conjugate gradients hold in memory.
 _BLOCKS = 11
 
 
 @dataclass(frozen=True)
 class Resolvent:
-    """G = (K + λI)^-1 at one ridge, as far as it is needed. Errors are zero where numbers are exact."""
+    """What is needed of G = (K + λI)^-1 at one ridge. Errors are zero where numbers are exact."""
 
     ridge: float  # λ
     coefficients: FloatArray  # A = G Y, shape (n, c)
@@ -50,8 +50,8 @@ def resolvents_of_pairs(
     for ridge in ridges:
         shifted = values + ridge
         if (shifted == 0).any():
-            nothing = np.full(rows.shape, np.nan)
-            yield Resolvent(ridge, nothing, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
+            unknown = np.full(rows.shape, np.nan)
+            yield Resolvent(ridge, unknown, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
@@ -132,7 +132,7 @@ def resolvents_of_operator(
 
 
 def _rank(num_rows: int, num_columns: int, memory_limit: int | None) -> int:
-    """Of the preconditioner: the default where its making fits, but not below a tenth of that."""
+    """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
     most = default_rank(num_rows)
     room = memory_room(memory_limit) // (8 * num_rows) - _BLOCKS * num_columns
     return int(max(1, most // 10, min(most, room // 3)))

@@ -27,7 +27,7 @@ PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
 Criterion = Literal[
     "leave_one_out_loss", "leave_one_out_accuracy", "generalised_cross_validation", "test_loss", "test_accuracy"
 ]
-# In mean diagonals.
+# Multiples of the mean diagonal.
 DEFAULT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Share of the memory for coefficients that wait for the test kernel.
 _SHARE_OF_COEFFICIENTS = 0.1
@@ -38,9 +38,9 @@ class Best:
     """One ridge of a path."""
 
     criterion: str  # by which it is best
-    index: int  # in the arrays of the path
+    index: int  # position in the arrays of the path
     ridge: float  # λ, absolute
-    value: float  # of the criterion
+    value: float  # value of the criterion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class RidgePath(Result):
     ridges
         λ, absolute.
     mean_diagonal
-        Of K: ridges are also printed in these.
+        Mean of the diagonal of K; ridges are also printed as multiples of it.
     method, why
         ``eigh``, ``cholesky`` or ``streamed``, and why.
     train_loss, train_accuracy
@@ -75,7 +75,7 @@ class RidgePath(Result):
     residuals
         Largest relative true residual of the systems; zero for ``eigh``.
     statuses
-        Of each ridge.
+        Status of each ridge.
     is_classification
         Whether targets are labels of classes.
     floor
@@ -224,10 +224,8 @@ def ridge_path(
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed
-        Of preconditioners, and the choice of samples.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of preconditioners and of the choice of samples; function that is called after each pass.
 
     Raises
     ------
@@ -340,7 +338,7 @@ def _points(
 
 
 def _most_waiting(rhs: FloatArray, memory_limit: int | None) -> int:
-    """Ridges whose coefficients may wait for the test kernel."""
+    """Number of ridges whose coefficients may wait for the test kernel."""
     return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, memory_room(memory_limit))) // max(1, 2 * rhs.nbytes))
 
 

@@ -16,13 +16,13 @@ from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
 _BLOCKS, _FACTORS = 11, 3
-# Of the memory that is free, so that what else a process does in between has room.
+# Share of the free memory, so that there is room for what else the process does.
 _SHARE = 0.9
 _MOST_COLUMNS = 256
 # Vectors of n float64 that are taken where the limit has no room for them, since fewer would be no use: a tenth of a
 # float32 kernel, but not more than 768.
 _LEAST_VECTORS, _ENOUGH_VECTORS, _ROWS_PER_VECTOR = 64, 768, 20
-# Of the log determinant: probes, and Lanczos vectors that there is room for of each.
+# Probes of the log determinant, and Lanczos vectors of each that there is room for.
 _PROBES, _STEPS = 16, 24
 # Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
 _BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
