@@ -5,20 +5,18 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import at_least, open_for_analysis
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
+from ntkpipe.learning.regression.sources import at_least, open_for_analysis, train_targets
 from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _SHARES = (0.5, 0.9, 0.99)
 _EPS = float(np.finfo(np.float64).eps)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Alignment(Result):
     num_rows, num_outputs
         n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
     eigenvalues
-        Of the directions, descending, shape (k,).
+        Eigenvalues of the directions, descending, shape (k,).
     powers
         (u_iᵀ y)² of each direction and output, shape (k, c).
     cumulative_power
@@ -51,10 +49,10 @@ class Alignment(Result):
     why: str
     num_rows: int
     num_outputs: int
-    eigenvalues: Values = field(repr=False)
-    powers: Values = field(repr=False)
-    cumulative_power: Values = field(repr=False)
-    cumulative_power_error: Values = field(repr=False)
+    eigenvalues: FloatArray = field(repr=False)
+    powers: FloatArray = field(repr=False)
+    cumulative_power: FloatArray = field(repr=False)
+    cumulative_power_error: FloatArray = field(repr=False)
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float
     centred_alignment: float
@@ -81,8 +79,8 @@ def alignment(
     kernel: Any,
     targets: ArrayLike,
     *,
-    eigenpairs: Pairs | None = None,
-    method: Method = "auto",
+    eigenpairs: KnownEigenpairs | None = None,
+    method: AnalysisMethod = "auto",
     k: int = 100,
     tol: float = 1e-8,
     memory_limit: int | None = None,
@@ -121,16 +119,14 @@ def alignment(
     method
         ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit.
     k
-        Directions of a streamed one.
+        Number of directions where it is streamed.
     tol
-        Relative residual of these.
+        Relative residual of these directions.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of the first block of a streamed one.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of the first block where it is streamed; function that is called after each pass.
 
     Raises
     ------
@@ -146,8 +142,8 @@ def alignment(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     check_number("k", k, low=1)
     plain, centred = alignments(operator, rows, width)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
@@ -165,8 +161,6 @@ def alignment(
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
     if not system.is_whole and eigenpairs is None and len(cumulative) > k:
         powers, cumulative, errors = powers[:k], cumulative[:k], errors[:k]
-    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
-    few = tuple(count if count <= len(cumulative) else None for count in counts)
     return Alignment(
         status=status,
         message=message,
@@ -182,13 +176,13 @@ def alignment(
         powers=powers,
         cumulative_power=cumulative,
         cumulative_power_error=errors,
-        num_directions=(few[0], few[1], few[2]),
+        num_directions=_num_directions(cumulative),
         alignment=plain,
         centred_alignment=centred,
     )
 
 
-def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) -> tuple[float, float]:
+def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[float, float]:
     """Kernel-target alignment, plain and centred, by one pass and that of the Frobenius norm.
 
     With Q the orthonormal basis of what centring takes off, ``|H K H|² = |K|² - 2 |K Q|² + |Qᵀ K Q|²`` in Frobenius
@@ -205,12 +199,12 @@ def alignments(operator: Operator, rows: NDArray[np.float64], width: int = 1) ->
     # H K H Y = H K (H Y), and H Y = Y - Q QᵀY.
     of_centred = of_rows - of_basis @ inner
     squared = norm**2 - 2 * float((of_basis**2).sum()) + float(((basis.T @ of_basis) ** 2).sum())
-    # Of a kernel that is constant nothing but rounding is left.
+    # Centring leaves nothing but rounding of a constant kernel.
     rest = np.sqrt(squared) if squared > 64 * _EPS * norm**2 else 0.0
     return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
 
 
-def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
     """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
 
     Of a centred kernel and centred targets it is the centred alignment.
@@ -218,16 +212,25 @@ def kernel_target_alignment(kernel: NDArray[np.float64], targets: NDArray[np.flo
     return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
 
 
-def _cosine(inner: float, norm: float, rows: NDArray[np.float64]) -> float:
+def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     norms = norm * float(np.linalg.norm(rows.T @ rows))
     return inner / norms if norms else 0.0
 
 
-def _errors(operator: Operator, system: Eigensystem) -> Values:
+def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int | None]:
+    """How many directions hold each of ``_SHARES`` of the power."""
+    half, most, nearly_all = (
+        count if (count := int(np.searchsorted(cumulative, share)) + 1) <= len(cumulative) else None
+        for share in _SHARES
+    )
+    return half, most, nearly_all
+
+
+def _errors(operator: Operator, system: Eigensystem) -> FloatArray:
     """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
 
-    Davis and Kahan: at most the norm of the residuals over the gap behind the i-th value. Behind the last one no gap is
-    known, and there is no bound.
+    It is at most the norm of the residuals over the gap behind the i-th eigenvalue (Davis and Kahan), and unknown for
+    the last one, whose gap is not known.
     """
     residuals = operator.matmat(system.eigenvectors) - system.eigenvectors * system.eigenvalues
     norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))

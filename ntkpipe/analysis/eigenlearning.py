@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 
@@ -19,12 +20,12 @@ class Prediction:
 
     kappa: float  # κ, the effective ridge (regularisation) of Simon et al., in units of population eigenvalues
     # L_i = λ_i / (λ_i + κ), shape (m,): which part of mode i is learnt. With ridge 0 they add up to n.
-    learnabilities: NDArray[np.float64]
+    learnabilities: FloatArray
     # E_0 = n / (n - Σ L_i²) ≥ 1, by which noise and modes that are not learnt are amplified
     overfitting_coefficient: float
     # Expected squared error on a new sample whose target has the noise, too; of each output, shape (c,)
-    test_loss: NDArray[np.float64]
-    train_loss: NDArray[np.float64]  # expected squared error on the train samples, shape (c,)
+    test_loss: FloatArray
+    train_loss: FloatArray  # expected squared error on the train samples, shape (c,)
 
 
 def effective_ridge(eigenvalues: ArrayLike, num_samples: float, ridge: float) -> float:
@@ -93,7 +94,7 @@ def eigenlearning(
 
 def canatar(
     eigenvalues: ArrayLike, powers: ArrayLike, num_samples: float, ridge: float, *, noise: float = 0.0
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """Predicted generalisation error by Canatar, Bordelon and Pehlevan, Eq. 4; of each output, shape (c,).
 
     With η_ρ the eigenvalues, P samples, ridge λ and target ``Σ w_ρ sqrt(η_ρ) φ_ρ``, in their letters:
@@ -119,16 +120,16 @@ def canatar(
     return np.asarray((signal + noise * gamma) / (1 - gamma), np.float64)
 
 
-def _excess(values: NDArray[np.float64], num_samples: float, ridge: float, log_kappa: float) -> float:
+def _excess(values: FloatArray, num_samples: float, ridge: float, log_kappa: float) -> float:
     kappa = np.exp(log_kappa)
     return float((values / (values + kappa)).sum() + ridge / kappa - num_samples)
 
 
-def _learnabilities(values: NDArray[np.float64], kappa: float) -> NDArray[np.float64]:
+def _learnabilities(values: FloatArray, kappa: float) -> FloatArray:
     return (values > 0).astype(np.float64) if kappa == 0 else values / (values + kappa)
 
 
-def _population(eigenvalues: ArrayLike) -> NDArray[np.float64]:
+def _population(eigenvalues: ArrayLike) -> FloatArray:
     values = np.asarray(eigenvalues, np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or values.min() < 0:
         raise ConfigError(
@@ -138,7 +139,7 @@ def _population(eigenvalues: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
-def _powers(powers: ArrayLike, eigenvalues: ArrayLike) -> NDArray[np.float64]:
+def _powers(powers: ArrayLike, eigenvalues: ArrayLike) -> FloatArray:
     weights = np.asarray(powers, np.float64)
     weights = weights[:, None] if weights.ndim == 1 else weights
     count = len(np.asarray(eigenvalues))

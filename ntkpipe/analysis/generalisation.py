@@ -1,30 +1,130 @@
 """What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
-from ntkpipe.analysis.generalisation_result import Generalisation
 from ntkpipe.analysis.trust import judge
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.base.targets import Labels, encode
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.cross import HeldOut
+from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import train_targets
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
+from ntkpipe.solvers.result import Monitor, Result, TableRows, ignore
 
-_EPS = float(np.finfo(np.float64).eps)
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
-Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generalisation(Result):
+    """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
+
+    Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
+    estimated, zero where a number is exact; that of ``test_loss`` is of the choice of test samples.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` or ``streamed``, and why.
+    num_rows, num_outputs
+        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
+    ridges
+        λ, absolute, shape (r,).
+    test_loss, test_loss_error
+        Measured; NaN without test data.
+    train_loss
+        Loss of the same predictor on its own samples.
+    kare, kare_error
+        The kernel alignment risk estimator.
+    generalised_cross_validation
+        The same number, from train loss and effective dimension.
+    leave_one_out_loss, leave_one_out_loss_error
+        What trust is judged by: each sample predicted from all others. NaN where it is not known.
+    eigenlearning, canatar
+        Predicted from the train kernel's own eigensystem; NaN if streamed.
+    eigenlearning_kappa
+        κ of that, in population eigenvalues; NaN if streamed.
+    learnabilities
+        L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed.
+    target_learnability
+        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``; NaN if streamed.
+    kappa, kappa_error
+        The signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of eigenlearning
+        without its bias.
+    overfitting_coefficient, overfitting_coefficient_error
+        E_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)².
+    effective_dimension, effective_dimension_error
+        tr K (K + λI)^-1.
+    kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio
+        Each over ``test_loss``.
+    kare_is_trusted, eigenlearning_is_trusted
+        Whether the estimate can be trusted; of GCV as of KARE, of Canatar as of eigenlearning.
+    reasons
+        Why or why not, in words.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    num_outputs: int
+    ridges: FloatArray
+    test_loss: FloatArray
+    test_loss_error: FloatArray
+    train_loss: FloatArray
+    kare: FloatArray
+    kare_error: FloatArray
+    generalised_cross_validation: FloatArray
+    leave_one_out_loss: FloatArray
+    leave_one_out_loss_error: FloatArray
+    eigenlearning: FloatArray
+    canatar: FloatArray
+    eigenlearning_kappa: FloatArray
+    learnabilities: FloatArray = field(repr=False)
+    target_learnability: FloatArray
+    kappa: FloatArray
+    kappa_error: FloatArray
+    overfitting_coefficient: FloatArray
+    overfitting_coefficient_error: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    kare_ratio: FloatArray
+    eigenlearning_ratio: FloatArray
+    canatar_ratio: FloatArray
+    leave_one_out_ratio: FloatArray
+    kare_is_trusted: tuple[bool, ...]
+    eigenlearning_is_trusted: tuple[bool, ...]
+    reasons: tuple[str, ...]
+    floor: float
+
+    def _rows(self) -> TableRows:
+        is_measured = bool(np.isfinite(self.test_loss).any())
+        rows = [("method", f"{self.method}: {self.why}")]
+        for index, ridge in enumerate(self.ridges):
+            if is_measured:
+                numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
+                said = f"test loss {self.test_loss[index]:.4g} ± {self.test_loss_error[index]:.1g}; of it"
+            else:
+                numbers = (self.kare, self.eigenlearning, self.leave_one_out_loss)
+                said = "no test data; losses by"
+            kare, theory, left_out = (f"{number[index]:.3g}" for number in numbers)
+            estimates = f"KARE = GCV {kare}, eigenlearning = Canatar {theory}, leave-one-out {left_out}"
+            rows.append((f"λ = {ridge:.4g}", f"{said} {estimates}; {self._trust(index)}"))
+        return rows
+
+    def _trust(self, index: int) -> str:
+        trusted = {"KARE": self.kare_is_trusted, "eigenlearning": self.eigenlearning_is_trusted}
+        return f"trust {' and '.join(name for name, of in trusted.items() if of[index]) or 'none'}"
 
 
 def generalisation(
@@ -35,8 +135,8 @@ def generalisation(
     ridge_scale: RidgeScale = None,
     test_kernel: Any = None,
     test_targets: ArrayLike | None = None,
-    eigenpairs: Pairs | None = None,
-    method: Method = "auto",
+    eigenpairs: KnownEigenpairs | None = None,
+    method: AnalysisMethod = "auto",
     tolerance: float = 0.1,
     num_probes: int = 32,
     tol: float = 1e-8,
@@ -98,16 +198,14 @@ def generalisation(
     tolerance
         Largest relative difference from leave-one-out that is trusted.
     num_probes
-        Of the streamed estimates.
+        Random probes of the streamed estimates.
     tol
         Relative residual of the streamed systems.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of the streamed estimates.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of the streamed estimates; function that is called after each pass.
 
     Raises
     ------
@@ -130,37 +228,19 @@ def generalisation(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
-    if (test_kernel is None) != (test_targets is None):
-        raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
-    test = None if test_targets is None else _Test(CrossKernel(test_kernel, n, width), labels, test_targets, width)
+    test = HeldOut.of(test_kernel, test_targets, train)
     diagonal = operator.statistics().diagonal
     asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
     shifts = absolute_ridges(asked, scale, diagonal)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
-    order = np.argsort(-shifts, kind="stable")
-    found: Iterator[Resolvent]
-    if system is not None and system.is_whole:
-        found = resolvents_of_pairs(system, rows, shifts[order].tolist(), width)
-    else:
+    if system is not None and not system.is_whole:
         system = None
-        found = resolvents_of_operator(
-            operator,
-            rows,
-            shifts[order].tolist(),
-            width,
-            num_probes=num_probes,
-            tol=tol,
-            memory_limit=room,
-            seed=seed,
-            monitor=monitor,
-        )
-    resolvents: list[Resolvent] = [None] * len(shifts)  # type: ignore[list-item]
-    for place, resolvent in zip(order, found, strict=True):
-        resolvents[place] = resolvent
+    how = {"num_probes": num_probes, "tol": tol, "memory_limit": room, "seed": seed, "monitor": monitor}
+    resolvents = _find_resolvents(operator, system, rows, shifts, width, how)
     losses = _of_resolvents(resolvents, n)
     losses |= _of_population(system, rows, shifts)
     losses |= _measured(resolvents, test)
@@ -195,10 +275,29 @@ def generalisation(
     )
 
 
-def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
-    """What G says: KARE, leave-one-out, κ, E_0, effective dimension."""
+def _find_resolvents(
+    operator: Operator,
+    system: Eigensystem | None,
+    rows: FloatArray,
+    ridges: FloatArray,
+    width: int,
+    how: Mapping[str, Any],
+) -> list[Resolvent]:
+    """Resolvents in the order of ridges, found from the largest ridge to the smallest, which is cheapest by passes."""
+    order = np.argsort(-ridges, kind="stable")
+    descending = ridges[order].tolist()
+    if system is None:
+        found = resolvents_of_operator(operator, rows, descending, width, **how)
+    else:
+        found = resolvents_of_pairs(system, rows, descending, width)
+    by_place = dict(zip(order.tolist(), found, strict=True))
+    return [by_place[place] for place in range(len(ridges))]
 
-    def over(function: Callable[[Resolvent], float]) -> Values:
+
+def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
+    """Estimates from G: KARE, leave-one-out, κ, E_0, effective dimension."""
+
+    def over(function: Callable[[Resolvent], float]) -> FloatArray:
         return np.array([function(one) for one in resolvents])
 
     ridges = over(lambda one: one.ridge)
@@ -227,7 +326,7 @@ def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
     }
 
 
-def _of_population(system: Eigensystem | None, rows: Values, ridges: Values) -> dict[str, Values]:
+def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
     n, count = len(rows), len(ridges)
     if system is None:
@@ -248,32 +347,12 @@ def _of_population(system: Eigensystem | None, rows: Values, ridges: Values) -> 
     }
 
 
-class _Test:
-    """Test samples: their kernel with the train samples, and targets."""
-
-    def __init__(self, kernel: CrossKernel, labels: Labels, targets: ArrayLike, width: int) -> None:
-        of_test = encode(targets, classes=labels.classes, task="auto" if labels.classes is not None else "regression")
-        if of_test.matrix.shape != (kernel.num_samples, labels.matrix.shape[1]):
-            raise ConfigError(
-                f"test targets of shape {np.shape(targets)} for {kernel.num_samples:,} test samples and train targets "
-                f"of {labels.matrix.shape[1]} columns"
-            )
-        self._kernel, self._wanted = kernel, of_test.rows(width)
-
-    def losses(self, coefficients: Sequence[Values]) -> Values:
-        """Squared errors of each sample, mean over outputs, of predictors by their coefficients: shape (r, M)."""
-        wanted, count = self._wanted, len(coefficients)
-        predicted = self._kernel.times(np.concatenate(coefficients, axis=1))
-        squares = (predicted.reshape(len(wanted), count, -1) - wanted[:, None, :]) ** 2
-        of_samples = squares.transpose(1, 0, 2).reshape(count, self._kernel.num_samples, -1)
-        return np.asarray(of_samples.mean(axis=2), np.float64)
-
-
-def _measured(resolvents: Sequence[Resolvent], test: _Test | None) -> dict[str, Values]:
+def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
         return {"test_loss": np.full(len(resolvents), np.nan), "test_loss_error": np.full(len(resolvents), np.nan)}
-    losses = test.losses([one.coefficients for one in resolvents])
+    predicted = test.predict([one.coefficients for one in resolvents])
+    losses = np.stack([((outputs - test.labels.matrix) ** 2).mean(axis=1) for outputs in predicted])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}

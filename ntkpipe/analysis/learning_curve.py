@@ -9,20 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.learning.regression.eigensystem import Pairs, find_eigensystem
-from ntkpipe.learning.regression.opening import open_for_analysis
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
+from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
 from ntkpipe.solvers.result import Monitor, Result, Step, TableRows, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
 _DEFAULT_PARTS = (32, 16, 8, 4)
 _DEFAULT_RIDGES = (0.0, 1e-2, 1e-1, 1.0, 10.0)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +33,9 @@ class LearningCurve(Result):
     Attributes
     ----------
     num_samples
-        Of the population, N.
+        Size of the population, N.
     num_subsets
-        That were drawn of each size.
+        How many were drawn of each size.
     sizes
         Samples in a train set, shape (s,).
     ridges
@@ -64,20 +62,20 @@ class LearningCurve(Result):
     num_samples: int
     num_subsets: int
     sizes: NDArray[np.int64]
-    ridges: Values
-    population_loss: Values
-    population_loss_error: Values = field(repr=False)
-    left_out_loss: Values
-    left_out_loss_error: Values = field(repr=False)
-    kare: Values
-    kare_error: Values = field(repr=False)
-    eigenlearning: Values
-    canatar: Values = field(repr=False)
-    kappa: Values = field(repr=False)
-    target_learnability: Values = field(repr=False)
-    eigenlearning_ratio: Values
-    canatar_ratio: Values = field(repr=False)
-    kare_ratio: Values
+    ridges: FloatArray
+    population_loss: FloatArray
+    population_loss_error: FloatArray = field(repr=False)
+    left_out_loss: FloatArray
+    left_out_loss_error: FloatArray = field(repr=False)
+    kare: FloatArray
+    kare_error: FloatArray = field(repr=False)
+    eigenlearning: FloatArray
+    canatar: FloatArray = field(repr=False)
+    kappa: FloatArray = field(repr=False)
+    target_learnability: FloatArray = field(repr=False)
+    eigenlearning_ratio: FloatArray
+    canatar_ratio: FloatArray = field(repr=False)
+    kare_ratio: FloatArray
 
     def _rows(self) -> TableRows:
         rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]
@@ -98,7 +96,7 @@ def learning_curve(
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     num_subsets: int = 4,
-    eigenpairs: Pairs | None = None,
+    eigenpairs: KnownEigenpairs | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     monitor: Monitor = ignore,
@@ -135,7 +133,7 @@ def learning_curve(
     memory_limit
         Bytes that this process may have; default what it has and all that is free.
     seed
-        Of the subsets.
+        Seed of the subsets.
     monitor
         Called after the eigenpairs, and after each subset.
 
@@ -153,8 +151,8 @@ def learning_curve(
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before = operator.work
-    labels, width = train_targets(kernel, operator, targets, None, "auto")
-    rows = labels.rows(width)
+    train = train_targets(kernel, operator, targets)
+    rows, width = train.rhs, train.width
     count = operator.num_rows // width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
@@ -219,11 +217,13 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> Values:
+def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> FloatArray:
     return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
 
 
-def _measure(operator: Operator, rows: Values, chosen: NDArray[np.int64], ridges: Values, width: int) -> Values:
+def _measure(
+    operator: Operator, rows: FloatArray, chosen: NDArray[np.int64], ridges: FloatArray, width: int
+) -> FloatArray:
     """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
     inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
     columns = operator.columns(inside)

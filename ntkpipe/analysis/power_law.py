@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 
@@ -82,7 +83,7 @@ def fit_power_law(eigenvalues: ArrayLike, *, first_rank: int, last_rank: int) ->
     )
 
 
-def _line(x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+def _line(x: FloatArray, y: FloatArray, weights: FloatArray) -> tuple[float, float]:
     """Slope and intercept of weighted least squares."""
     centre_x, centre_y = np.average(x, weights=weights), np.average(y, weights=weights)
     slope = float((weights * (x - centre_x)) @ (y - centre_y) / ((weights * (x - centre_x)) @ (x - centre_x)))

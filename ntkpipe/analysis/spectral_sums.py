@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.spectral.density import Density
 
 _EPS = float(np.finfo(np.float64).eps)
 
-Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Function = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sum:
         return self.standard_error + self.truncation_error
 
 
-def sum_of_values(values: NDArray[np.float64], function: Function) -> Sum:
+def sum_of_values(values: FloatArray, function: Function) -> Sum:
     """Exact, from all eigenvalues."""
     return Sum(float(function(values).sum()), 0.0, 0.0)
 
@@ -52,14 +52,14 @@ def sum_of_density(density: Density, function: Function, trace: float, squares: 
     moments = np.array([rest, trace - exact.sum(), squares - (exact**2).sum()])
     scale = max(float(np.abs(nodes).max()), np.finfo(np.float64).tiny)
 
-    def powers(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def powers(values: FloatArray) -> FloatArray:
         scaled = values / scale
         return np.stack([np.ones_like(scaled), scaled, scaled**2], axis=-1)
 
     root = np.sqrt(weights.reshape(-1))
     fit, *_ = np.linalg.lstsq(root[:, None] * powers(nodes.reshape(-1)), root * function(nodes).reshape(-1), rcond=None)
 
-    def beyond(values: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    def beyond(values: FloatArray, mass: FloatArray) -> FloatArray:
         return np.asarray((mass * (function(values) - powers(values) @ fit)).sum(axis=1))
 
     known = float(function(exact).sum() + fit @ (moments / np.array([1.0, scale, scale**2])))
@@ -72,7 +72,7 @@ def sum_of_density(density: Density, function: Function, trace: float, squares: 
     )
 
 
-def _radau(density: Density) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _radau(density: Density) -> tuple[FloatArray, FloatArray]:
     """Nodes and weights of the Gauss-Radau rules, of one node more, with a node at zero.
 
     In the eigenvectors of a probe's tridiagonal matrix T the longer one is diagonal but for its last row, which holds

@@ -1,23 +1,31 @@
 """The spectrum of a kernel in a few numbers: extremes, condition, effective ranks and dimensions, density, tail."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
-from ntkpipe.analysis.spectral_sums import Sum, sum_of_density, sum_of_values
-from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.analysis.spectral_sums import Function, Sum, sum_of_density, sum_of_values
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
-from ntkpipe.learning.regression.eigensystem import Method, Pairs, check_method, check_pairs, does_not_fit
-from ntkpipe.learning.regression.opening import at_least, open_for_analysis
+from ntkpipe.learning.regression.eigensystem import (
+    AnalysisMethod,
+    Eigensystem,
+    KnownEigenpairs,
+    check_eigenpairs,
+    check_method,
+    does_not_fit,
+)
+from ntkpipe.learning.regression.sources import at_least, open_for_analysis
 from ntkpipe.solvers.direct.eigh import eigvalsh
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
 from ntkpipe.solvers.spectral.density import density, smoothed
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import smallest
@@ -32,17 +40,126 @@ _LEAST_STEPS = 64
 _VECTORS_OF_SMALLEST = 3500
 _EPS = float(np.finfo(np.float64).eps)
 
-Values = NDArray[np.float64]
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpectrum(Result):
+    """The spectrum of a symmetric matrix K in numbers. Errors are zero where numbers are exact.
+
+    Attributes
+    ----------
+    method, why
+        ``exact`` from all eigenvalues, or ``streamed``, and why.
+    num_rows
+        n.
+    eigenvalues
+        Descending: all of them, or the leading ones.
+    largest
+        λ_max.
+    smallest
+        λ_min; streamed, the upper bound of it.
+    smallest_low, smallest_high
+        Bounds of λ_min; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`. None if there is no lower one.
+    condition_low, condition_high
+        Bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage floor and is not known.
+    trace, frobenius
+        tr K and |K|_F, exact in any case.
+    floor
+        What rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known.
+    num_below_floor, num_below_floor_error
+        Number of eigenvalues below it.
+    effective_rank
+        tr K / λ_max (Koltchinskii, Lounici 2017, Bernoulli 23: "effective rank").
+    entropy_rank, entropy_rank_error
+        exp(-Σ p_i log p_i) with p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO, who call it effective rank, too).
+    participation_ratio
+        (tr K)² / |K|_F², exact in any case.
+    ridges
+        λ, absolute, shape (r,).
+    effective_dimension, effective_dimension_error
+        d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural Computation 17).
+    density_grid, density
+        Eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades.
+    tail_exponent, tail_exponent_error
+        α of λ_i ~ i^-α, and one standard deviation by jackknife; see :func:`ntkpipe.analysis.power_law.fit_power_law`.
+        None where fewer than 20 eigenvalues above the floor are in the range.
+    tail_first_rank, tail_last_rank
+        The range of ranks that was fitted.
+    tail_exponent_of_first_half, tail_exponent_of_second_half
+        α of both halves of the range. Unlike ones say that this is no power law.
+    tail_prefactor, tail_scatter
+        λ at rank 1 of the line; root mean square distance from it in decades.
+    """
+
+    method: str
+    why: str
+    num_rows: int
+    eigenvalues: FloatArray = field(repr=False)
+    largest: float
+    smallest: float
+    smallest_low: float | None
+    smallest_high: float
+    condition_low: float | None
+    condition_high: float | None
+    trace: float
+    frobenius: float
+    floor: float
+    num_below_floor: float
+    num_below_floor_error: float
+    effective_rank: float
+    entropy_rank: float
+    entropy_rank_error: float
+    participation_ratio: float
+    ridges: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    density_grid: FloatArray = field(repr=False)
+    density: FloatArray = field(repr=False)
+    tail_exponent: float | None
+    tail_exponent_error: float | None
+    tail_first_rank: int | None
+    tail_last_rank: int | None
+    tail_exponent_of_first_half: float | None
+    tail_exponent_of_second_half: float | None
+    tail_prefactor: float | None
+    tail_scatter: float | None
+
+    def _rows(self) -> TableRows:
+        low = "?" if self.smallest_low is None else f"{self.smallest_low:.6g}"
+        least = "?" if self.condition_low is None else f"{self.condition_low:.4g}"
+        most = "not known" if self.condition_high is None else f"{self.condition_high:.4g}"
+        bounds = f"between {low} and {self.smallest_high:.6g}"
+        smallest = f"{self.smallest:.6g}" if self.smallest_low == self.smallest_high else f"one {bounds}"
+        below = _with_error(self.num_below_floor, self.num_below_floor_error)
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("eigenvalues", f"{self.largest:.6g} to {smallest}, {self.num_rows:,} rows"),
+            ("condition number", least if least == most else f"{least} to {most}"),
+            ("storage floor", f"{self.floor:.2g}, {below} below"),
+            ("trace, Frobenius norm", f"{self.trace:.6g}, {self.frobenius:.6g}"),
+            ("effective rank", f"{self.effective_rank:.4g} (trace / largest)"),
+            ("entropy rank", f"{_with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
+            ("participation ratio", f"{self.participation_ratio:.4g}"),
+        ]
+        for ridge, value, error in zip(
+            self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True
+        ):
+            rows.append((f"effective dimension at {ridge:.3g}", _with_error(value, error)))
+        if self.tail_exponent is not None:
+            exponent = f"{self.tail_exponent:.3f} ± {self.tail_exponent_error:.2g}"
+            ranks = f"ranks {self.tail_first_rank} to {self.tail_last_rank}"
+            halves = f"halves {self.tail_exponent_of_first_half:.3f}, {self.tail_exponent_of_second_half:.3f}"
+            rows.append(("tail", f"rank^-{exponent}, {ranks}; {halves}"))
+        return rows
 
 
 def spectrum(
     kernel: Any,
     *,
-    eigenpairs: Pairs | None = None,
+    eigenpairs: KnownEigenpairs | None = None,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     tail_ranks: tuple[int, int] | None = None,
-    method: Method = "auto",
+    method: AnalysisMethod = "auto",
     k: int = 100,
     num_probes: int = 16,
     max_passes: int = 100,
@@ -76,16 +193,14 @@ def spectrum(
     method
         ``exact``, ``streamed``, or ``auto``: exact where it fits.
     k
-        Leading eigenvalues of a streamed one.
+        Number of leading eigenvalues where it is streamed.
     num_probes, max_passes
-        Of the density.
+        Probes of the density, and most passes for it.
     memory_limit
         Bytes that this process may have; default what it has and all that is free. It decides between exact and
         streamed; what streaming takes at least is said above.
-    seed
-        Of everything that is random.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of everything that is random; function that is called after each pass.
 
     Raises
     ------
@@ -103,13 +218,13 @@ def spectrum(
     before, n = operator.work, operator.num_rows
     check_method(method)
     check_number("k", k, low=1)
-    given = None if eigenpairs is None else check_pairs(operator, eigenpairs)
+    given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics = operator.statistics()
     asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
     shifts = absolute_ridges(asked, scale, statistics.diagonal)
     floor = operator.storage_floor()
     if given is not None and given.is_whole:
-        every: Values | None = np.array(given.eigenvalues)
+        every: FloatArray | None = np.array(given.eigenvalues)
         why = given.why
     else:
         every, why = _all_values(operator, room, method, monitor)
@@ -156,21 +271,14 @@ def spectrum(
         effective_rank=trace / found["largest"] if found["largest"] else 0.0,
         participation_ratio=trace**2 / frobenius**2 if frobenius else 0.0,
         ridges=shifts,
-        tail_exponent=None if tail is None else tail.exponent,
-        tail_exponent_error=None if tail is None else tail.exponent_error,
-        tail_first_rank=None if tail is None else tail.first_rank,
-        tail_last_rank=None if tail is None else tail.last_rank,
-        tail_exponent_of_first_half=None if tail is None else tail.exponent_of_first_half,
-        tail_exponent_of_second_half=None if tail is None else tail.exponent_of_second_half,
-        tail_prefactor=None if tail is None else tail.prefactor,
-        tail_scatter=None if tail is None else tail.scatter,
+        **tail,
         **found,
     )
 
 
 def _all_values(
-    operator: Operator, memory_limit: int | None, method: Method, monitor: Monitor
-) -> tuple[Values | None, str]:
+    operator: Operator, memory_limit: int | None, method: AnalysisMethod, monitor: Monitor
+) -> tuple[FloatArray | None, str]:
     if method == "streamed":
         return None, "streamed was asked for"
     try:
@@ -181,12 +289,12 @@ def _all_values(
         return None, does_not_fit(operator.num_rows, memory_limit)
 
 
-def _exact(values: Values, ridges: Values, floor: float) -> dict[str, Any]:
+def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
     largest, least = float(values[0]), float(values[-1])
     is_known = least > max(floor, 0.0) and largest > 0
     condition = largest / least if is_known else None
     grid, smooth = smoothed(values, np.ones(len(values)), floor, num_points=_NUM_POINTS, width=_WIDTH)
-    sums = _sums(ridges, float(values.sum()), floor, lambda function: sum_of_values(values, function))
+    sums = _sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function))
     return {
         "method": "exact",
         "eigenvalues": values,
@@ -208,7 +316,7 @@ def _exact(values: Values, ridges: Values, floor: float) -> dict[str, Any]:
 def _streamed(
     operator: Operator,
     given: Any,
-    ridges: Values,
+    ridges: FloatArray,
     floor: float,
     *,
     k: int,
@@ -218,7 +326,7 @@ def _streamed(
     seed: int,
     monitor: Monitor,
 ) -> tuple[dict[str, Any], Status, str]:
-    """By passes."""
+    """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
     if given is None:
         limit = at_least(memory_limit, 8 * n * _VECTORS_A_PAIR * max(k, _FEWEST_PAIRS))
@@ -226,11 +334,10 @@ def _streamed(
         values, vectors, statuses = top.eigenvalues, top.eigenvectors, [top.status]
     else:
         values, vectors, statuses = given.eigenvalues, given.eigenvectors, []
-    spliced = _Spliced(values, vectors)
     spread = density(
         operator,
         num_probes=num_probes,
-        top=spliced,
+        top=Eigensystem(values, vectors, "known"),
         tol=0.01,
         max_passes=max_passes,
         memory_limit=at_least(memory_limit, 8 * n * num_probes * _LEAST_STEPS),
@@ -243,7 +350,7 @@ def _streamed(
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2
-    sums = _sums(ridges, trace, floor, lambda function: sum_of_density(spread, function, trace, squares))
+    sums = _sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares))
     found = {
         "method": "streamed",
         "eigenvalues": np.array(values),
@@ -267,30 +374,15 @@ def _streamed(
     return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
 
 
-class _Spliced:
-    """Pairs as the density takes them."""
-
-    def __init__(self, eigenvalues: Values, eigenvectors: Values) -> None:
-        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
-
-
-def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, Any]:
+def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -> dict[str, Any]:
     """Entropy rank and effective dimensions."""
 
-    def entropy(values: Values) -> Values:
+    def entropy(values: FloatArray) -> FloatArray:
         share = np.maximum(values / trace, 0.0) if trace > 0 else np.zeros_like(values)
         return np.asarray(-share * np.log(np.where(share > 0, share, 1.0)))
 
-    del floor
     of_entropy = sum_of(entropy)
-    dimensions: list[Sum] = []
-    for ridge in ridges:
-
-        def dimension(values: Values, ridge: float = float(ridge)) -> Values:
-            positive = np.maximum(values, 0.0)
-            return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
-
-        dimensions.append(sum_of(dimension))
+    dimensions = [sum_of(partial(_learnt, ridge=float(ridge))) for ridge in ridges]
     rank = float(np.exp(of_entropy.value))
     return {
         "entropy_rank": rank,
@@ -300,10 +392,20 @@ def _sums(ridges: Values, trace: float, floor: float, sum_of: Any) -> dict[str, 
     }
 
 
-def _tail(values: Values, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> PowerLaw | None:
-    """The fit of the range that was asked for, or of the default one."""
-    if ranks is not None:
-        return fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
-    known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())
-    found = default_ranks(num_rows, known)
-    return None if found is None else fit_power_law(values, first_rank=found[0], last_rank=found[1])
+def _learnt(values: FloatArray, ridge: float) -> FloatArray:
+    """λ_i / (λ_i + ridge), with zero for negative λ_i."""
+    positive = np.maximum(values, 0.0)
+    return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
+
+
+def _tail(values: FloatArray, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> dict[str, Any]:
+    """The power law of the range that was asked for, or of the default one; fields are None where there is none."""
+    if ranks is None:
+        known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())
+        ranks = default_ranks(num_rows, known)
+    law = None if ranks is None else fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
+    return {f"tail_{one.name}": None if law is None else getattr(law, one.name) for one in fields(PowerLaw)}
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:,.5g}" if error == 0 else f"{value:,.5g} ± {error:.1g}"

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.alignment import kernel_target_alignment
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import num_classes_of, target_matrix, target_rows
@@ -74,24 +75,19 @@ def summarize(
     )
 
 
-def ridge_regression(kernel: NDArray[np.float64], targets: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+def ridge_regression(kernel: FloatArray, targets: FloatArray, ridge: float) -> FloatArray:
     """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve."""
     return np.asarray(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets), np.float64)
 
 
-def _centred(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+def _centred(kernel: FloatArray) -> FloatArray:
     """H K H with H = I - 11'/n."""
     columns = kernel.mean(axis=0)
     return np.asarray(kernel - columns[:, None] - columns[None, :] + columns.mean(), np.float64)
 
 
 def _regression(
-    store: KernelStore,
-    block: NDArray[np.float64],
-    rows: NDArray[np.float64],
-    targets: NDArray[Any],
-    ridge: float,
-    count: int,
+    store: KernelStore, block: FloatArray, rows: FloatArray, targets: NDArray[Any], ridge: float, count: int
 ) -> dict[str, Any]:
     """Ridge regression on the leading samples, judged on all test samples."""
     num_classes, test_targets = num_classes_of(targets), store.test_targets

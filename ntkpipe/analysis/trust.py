@@ -10,8 +10,8 @@ from ntkpipe.learning.regression.resolvent import Resolvent
 
 # The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
 _FLOORS = 10.0
-# Standard errors by which leave-one-out and test loss differ for another reason than chance; they are a bit larger than
-# said, since left-out errors are not independent.
+# Standard errors by which leave-one-out and test loss differ for another reason than chance. True errors are a bit
+# larger, since left-out errors are not independent.
 _SIGMAS = 3.0
 # Without leave-one-out, the share of n up to which the effective dimension is small.
 _SMALL_DIMENSION = 0.1
@@ -26,25 +26,18 @@ def judge(
     n: int,
 ) -> dict[str, Any]:
     """Ratios to the measured loss, and which estimates can be trusted."""
-    ratios = {
-        f"{name}_ratio": losses[key] / losses["test_loss"]
-        for name, key in (
-            ("kare", "kare"),
-            ("eigenlearning", "eigenlearning"),
-            ("canatar", "canatar"),
-            ("leave_one_out", "leave_one_out_loss"),
-        )
-    }
-    verdicts = [_verdict(index, losses, one, system, floor, tolerance, n) for index, one in enumerate(resolvents)]
+    sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
+    found = [_judge_ridge(index, losses, one, system, floor, tolerance, n) for index, one in enumerate(resolvents)]
+    kare, theory, reasons = zip(*found, strict=True)
     return {
-        **ratios,
-        "kare_is_trusted": tuple(kare for kare, _, _ in verdicts),
-        "eigenlearning_is_trusted": tuple(theory for _, theory, _ in verdicts),
-        "reasons": tuple(why for _, _, why in verdicts),
+        **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
+        "kare_is_trusted": kare,
+        "eigenlearning_is_trusted": theory,
+        "reasons": reasons,
     }
 
 
-def _verdict(
+def _judge_ridge(
     index: int,
     losses: dict[str, Any],
     resolvent: Resolvent,
@@ -57,25 +50,20 @@ def _verdict(
     unknown = _unknown(resolvent, system, floor)
     if unknown is not None:
         return False, False, unknown
-    loss, error = float(losses["leave_one_out_loss"][index]), float(losses["leave_one_out_loss_error"][index])
+    at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
+    loss, test = at["leave_one_out_loss"], at["test_loss"]
     if not np.isfinite(loss) or loss <= 0:
-        dimension = float(losses["effective_dimension"][index])
-        is_small = dimension <= _SMALL_DIMENSION * n
-        return is_small, False, f"leave-one-out is not known; the effective dimension is {dimension / n:.2g} n"
-    test, test_error = float(losses["test_loss"][index]), float(losses["test_loss_error"][index])
+        share = at["effective_dimension"] / n
+        is_small = at["effective_dimension"] <= _SMALL_DIMENSION * n
+        return is_small, False, f"leave-one-out is not known; the effective dimension is {share:.2g} n"
     apart = loss / test - 1 if test > 0 else np.nan
-    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(test_error, resolvent.left_out_spread):
-        return (
-            False,
-            False,
-            (
-                f"leave-one-out itself is {apart:+.1%} off the test loss: train and test samples are not alike to this "
-                "kernel, as after training on the former"
-            ),
-        )
-    gaps = {name: float(losses[name][index]) / loss - 1 for name in ("kare", "eigenlearning")}
-    # What leave-one-out is off by counts against the estimate; a comparison with NaN is no trust.
-    kare, theory = (abs(gap) + error / loss <= tolerance for gap in gaps.values())
+    spread = np.hypot(at["test_loss_error"], resolvent.left_out_spread)
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * spread:
+        why = "train and test samples are not alike to this kernel, as after training on the former"
+        return False, False, f"leave-one-out itself is {apart:+.1%} off the test loss: {why}"
+    gaps = {name: at[name] / loss - 1 for name in ("kare", "eigenlearning")}
+    # The error of leave-one-out counts against the estimate; a comparison with NaN is no trust.
+    kare, theory = (abs(gap) + at["leave_one_out_loss_error"] / loss <= tolerance for gap in gaps.values())
     of_theory = "" if np.isnan(gaps["eigenlearning"]) else f", eigenlearning by {gaps['eigenlearning']:+.1%}"
     return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
 

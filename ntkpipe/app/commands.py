@@ -133,7 +133,7 @@ def compare(store: str, other: str, as_json: bool, memory_limit: str | None, **o
 
     Entries, spectra, leading eigenspaces and predictions. A pNTK beside a full NTK stands for K ⊗ I.
     """
-    from ntkpipe.analysis.comparing.step import compare_of_store  # keeps scipy out of other commands
+    from ntkpipe.analysis.steps import compare_of_store  # keeps scipy out of other commands
 
     found = compare_of_store(open_kernel(store), other=other, memory_limit=_bytes(memory_limit), **options)
     _show(f"compare {store}", found, as_json=as_json)

@@ -8,17 +8,11 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.influence import Influence, influence
-from ntkpipe.learning.gaussian.posterior import Posterior
-from ntkpipe.learning.gaussian.process import Method as ProcessMethod
-from ntkpipe.learning.gaussian.process import gaussian_process
-from ntkpipe.learning.regression.estimator import KernelRegression
-from ntkpipe.learning.regression.estimator import Method as FitMethod
-from ntkpipe.learning.regression.path_result import RidgePath
-from ntkpipe.learning.regression.ridge_path import Method as PathMethod
-from ntkpipe.learning.regression.ridge_path import ridge_path
-from ntkpipe.learning.regression.sources import targets_of
+from ntkpipe.learning.gaussian.process import Posterior, ProcessMethod, gaussian_process
+from ntkpipe.learning.regression.estimator import FitMethod, KernelRegression
+from ntkpipe.learning.regression.ridge_path import PathMethod, RidgePath, ridge_path
+from ntkpipe.learning.regression.sources import targets_of, test_kernel_of
 from ntkpipe.solvers.on_store import StoreRequest, of_store, result_name
-from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.results import save_result
 
 Centre = Literal["initial_outputs"] | None
@@ -26,7 +20,7 @@ Centre = Literal["initial_outputs"] | None
 
 @of_store("regression")
 def regression_of_store(
-    question: StoreRequest,
+    request: StoreRequest,
     *,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
@@ -42,29 +36,29 @@ def regression_of_store(
     Options are those of :func:`ntkpipe.ridge_path`; with ``centre="initial_outputs"`` targets are
     centred at the stored outputs.
     """
-    store = question.store
+    store = request.store
     is_measured = store.manifest.test is not None and store.test_targets is not None
     return ridge_path(
-        question.operator,
+        request.operator,
         targets_of(store, "train"),
         ridges=ridges,
         ridge_scale=ridge_scale,
-        test_kernel=_test_kernel(question) if is_measured else None,
+        test_kernel=test_kernel_of(request) if is_measured else None,
         test_targets=store.test_targets if is_measured else None,
-        **_initial(question, centre, is_measured),
+        **_initial(request, centre, is_measured),
         method=method,
         task=task,
         tol=tol,
         num_left_out=num_left_out,
-        memory_limit=question.memory_limit,
+        memory_limit=request.memory_limit,
         seed=seed,
-        monitor=question.monitor,
+        monitor=request.monitor,
     )
 
 
 @of_store("gaussian_process")
 def gaussian_process_of_store(
-    question: StoreRequest,
+    request: StoreRequest,
     *,
     ridge: float = 1e-3,
     ridge_scale: RidgeScale = "mean_diagonal",
@@ -81,34 +75,34 @@ def gaussian_process_of_store(
     Options are those of :func:`ntkpipe.gaussian_process`. Where there are test targets its
     calibration, with ``scale`` as of :func:`ntkpipe.calibration`, goes to ``results/calibration``.
     """
-    store = question.store
+    store = request.store
     is_tested = store.manifest.test is not None
     posterior = gaussian_process(
-        question.operator,
+        request.operator,
         targets_of(store, "train"),
         ridge=ridge,
         ridge_scale=ridge_scale,
-        test_kernel=_test_kernel(question) if is_tested else None,
-        test_diagonal=_test_diagonal(question) if is_tested else None,
-        **_initial(question, centre, is_tested),
+        test_kernel=test_kernel_of(request),
+        test_diagonal=_test_diagonal(request) if is_tested else None,
+        **_initial(request, centre, is_tested),
         method=method,
         path=path,
         task=task,
         tol=tol,
-        memory_limit=question.memory_limit,
+        memory_limit=request.memory_limit,
         seed=seed,
-        monitor=question.monitor,
+        monitor=request.monitor,
     )
     if is_tested and store.test_targets is not None:
         judged = calibration(posterior, store.test_targets, scale=scale, task=task, seed=seed)
-        name = result_name("calibration", question.kernel.name)
+        name = result_name("calibration", request.kernel.name)
         save_result(store.store, name, judged.to_json(), judged.arrays())
     return posterior
 
 
 @of_store("influence")
 def influence_of_store(
-    question: StoreRequest,
+    request: StoreRequest,
     *,
     ridge: float = 1e-3,
     ridge_scale: RidgeScale = "mean_diagonal",
@@ -124,9 +118,9 @@ def influence_of_store(
     Options are those of :class:`ntkpipe.KernelRegression` and, for ``top``,
     :func:`ntkpipe.influence`.
     """
-    if question.store.manifest.test is None:
-        raise ConfigError(f"{question.store.path} has no test samples; give test_inputs= to compute_kernel")
-    initial = _initial(question, centre, True)
+    if request.store.manifest.test is None:
+        raise ConfigError(f"{request.store.path} has no test samples; give test_inputs= to compute_kernel")
+    initial = _initial(request, centre, True)
     model = KernelRegression(
         ridge,
         ridge_scale=ridge_scale,
@@ -134,38 +128,26 @@ def influence_of_store(
         tol=tol,
         centre=centre,
         task=task,
-        memory_limit=question.memory_limit,
+        memory_limit=request.memory_limit,
         seed=seed,
     )
-    targets = targets_of(question.store, "train")
-    model.fit(question.operator, targets, initial_outputs=initial.get("initial_outputs"))
+    targets = targets_of(request.store, "train")
+    model.fit(request.operator, targets, initial_outputs=initial.get("initial_outputs"))
     offset = initial.get("test_initial_outputs")
-    return influence(model, _test_kernel(question), top=top, initial_outputs=offset)
+    return influence(model, test_kernel_of(request), top=top, initial_outputs=offset)
 
 
-def _initial(question: StoreRequest, centre: Centre, is_tested: bool) -> dict[str, Any]:
+def _initial(request: StoreRequest, centre: Centre, is_tested: bool) -> dict[str, Any]:
     """Outputs at initialisation, where targets are centred there."""
     if centre is None:
         return {}
     if centre != "initial_outputs":
         raise ConfigError(f"centre={centre!r}; needed 'initial_outputs' or None")
-    store = question.store
-    return {
-        "initial_outputs": store.outputs,
-        "test_initial_outputs": store.test_outputs if is_tested else None,
-    }
+    store = request.store
+    return {"initial_outputs": store.outputs, "test_initial_outputs": store.test_outputs if is_tested else None}
 
 
-def _beside(question: StoreRequest, name: str) -> str:
-    """Another array of the same parameters and outputs."""
-    return f"{question.kernel.name.removesuffix('train')}{name}"
-
-
-def _test_kernel(question: StoreRequest) -> Kernel:
-    store = question.store
-    return Kernel(store.store.arrays[_beside(question, "test_train")], store.manifest.digest())
-
-
-def _test_diagonal(question: StoreRequest) -> Any:
-    array = question.store.store.arrays[_beside(question, "test_diagonal")]
+def _test_diagonal(request: StoreRequest) -> Any:
+    name = f"{request.kernel.name.removesuffix('train')}test_diagonal"
+    array = request.store.store.arrays[name]
     return array.read_samples(0, array.layout.shape[0]).astype("float64")

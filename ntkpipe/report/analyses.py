@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.analysis.alignment import Alignment, alignment
-from ntkpipe.analysis.generalisation import generalisation
-from ntkpipe.analysis.generalisation_result import Generalisation
-from ntkpipe.analysis.spectrum import spectrum
-from ntkpipe.analysis.spectrum_result import KernelSpectrum
+from ntkpipe.analysis.generalisation import Generalisation, generalisation
+from ntkpipe.analysis.spectrum import KernelSpectrum, spectrum
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.gaussian.influence import Influence, influence
 from ntkpipe.learning.regression.estimator import KernelRegression
-from ntkpipe.learning.regression.path_result import RidgePath
-from ntkpipe.learning.regression.ridge_path import ridge_path
+from ntkpipe.learning.regression.ridge_path import RidgePath, ridge_path
 from ntkpipe.report.choosing import choose
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.gather import Analysis, Inputs
@@ -27,29 +24,29 @@ from ntkpipe.solvers.on_store import StoreRequest
 _NUM_TERMS = 10
 
 
-def _spectrum(inputs: Inputs, question: StoreRequest) -> KernelSpectrum:
+def _spectrum(inputs: Inputs, request: StoreRequest) -> KernelSpectrum:
     options = inputs.options
     return spectrum(
-        question.operator,
+        request.operator,
         eigenpairs=inputs.pairs,
         ridges=options.ridges,
         ridge_scale=options.ridge_scale,
-        memory_limit=question.memory_limit,
-        monitor=question.monitor,
+        memory_limit=request.memory_limit,
+        monitor=request.monitor,
     )
 
 
-def _alignment(inputs: Inputs, question: StoreRequest) -> Alignment:
+def _alignment(inputs: Inputs, request: StoreRequest) -> Alignment:
     return alignment(
-        question.operator,
+        request.operator,
         inputs.known_targets,
         eigenpairs=inputs.pairs,
-        memory_limit=question.memory_limit,
-        monitor=question.monitor,
+        memory_limit=request.memory_limit,
+        monitor=request.monitor,
     )
 
 
-def _across_ridges(inputs: Inputs, question: StoreRequest) -> dict[str, Any]:
+def _across_ridges(inputs: Inputs, request: StoreRequest) -> dict[str, Any]:
     """What analyses across ridges take."""
     options = inputs.options
     is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
@@ -59,31 +56,31 @@ def _across_ridges(inputs: Inputs, question: StoreRequest) -> dict[str, Any]:
         "test_kernel": inputs.test_kernel if is_measured else None,
         "test_targets": inputs.test_targets if is_measured else None,
         "eigenpairs": inputs.eigenpairs,
-        "memory_limit": question.memory_limit,
-        "monitor": question.monitor,
+        "memory_limit": request.memory_limit,
+        "monitor": request.monitor,
     }
 
 
-def _regression(inputs: Inputs, question: StoreRequest) -> RidgePath:
-    return ridge_path(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
+def _regression(inputs: Inputs, request: StoreRequest) -> RidgePath:
+    return ridge_path(request.operator, inputs.known_targets, **_across_ridges(inputs, request))
 
 
-def _generalisation(inputs: Inputs, question: StoreRequest) -> Generalisation:
-    return generalisation(question.operator, inputs.known_targets, **_across_ridges(inputs, question))
+def _generalisation(inputs: Inputs, request: StoreRequest) -> Generalisation:
+    return generalisation(request.operator, inputs.known_targets, **_across_ridges(inputs, request))
 
 
-def _influence(inputs: Inputs, question: StoreRequest) -> Influence:
+def _influence(inputs: Inputs, request: StoreRequest) -> Influence:
     """At the ridge that the page speaks of, which becomes an option of the result."""
     begin, ridge = perf_counter(), _chosen_ridge(inputs)
-    model = KernelRegression(ridge=ridge, memory_limit=question.memory_limit)
-    model.fit(question.operator, inputs.known_targets)
+    model = KernelRegression(ridge=ridge, memory_limit=request.memory_limit)
+    model.fit(request.operator, inputs.known_targets)
     found = influence(model, inputs.test_kernel, top=_NUM_TERMS)
     classes = np.asarray(getattr(model, "classes_", np.zeros(0))).tolist()
     return replace(
         found,
         options={**found.options, "ridge": ridge, "classes": classes},
-        matrix=question.operator.identity(),
-        work=question.operator.work,
+        matrix=request.operator.identity(),
+        work=request.operator.work,
         seconds=perf_counter() - begin,
     )
 
@@ -101,12 +98,12 @@ def _is_of_the_chosen_ridge(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
     return isinstance(found, Missing) or bool(saved["options"].get("ridge") == choose(found).ridge)
 
 
-def _calibration(inputs: Inputs, question: StoreRequest) -> JudgedPosterior:
+def _calibration(inputs: Inputs, request: StoreRequest) -> JudgedPosterior:
     test_diagonal, test_targets = inputs.test_diagonal, inputs.test_targets
     assert test_diagonal is not None
     assert test_targets is not None
     ridge = _chosen_ridge(inputs)
-    return judge_posterior(question, inputs.known_targets, inputs.test_kernel, test_diagonal, test_targets, ridge)
+    return judge_posterior(request, inputs.known_targets, inputs.test_kernel, test_diagonal, test_targets, ridge)
 
 
 # By the names of results, which steps of the same name save, too.

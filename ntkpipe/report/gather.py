@@ -144,14 +144,14 @@ def _has_the_ridges(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One question to a kernel."""
+    """One request to a kernel."""
 
     ask: Callable[[Inputs, StoreRequest], Result]  # of the inputs and the kernel as an operator
     # needs_targets, needs_test: whether it needs targets of the train samples, or a test set (with targets, if it
     # needs targets)
     needs_targets: bool = False
     needs_test: bool = False
-    # Whether a saved result of the same kernel answers the same question
+    # Whether a saved result of the same kernel answers the same request
     is_current: Callable[[Inputs, Mapping[str, Any]], bool] = _has_the_ridges
 
     def lacks(self, inputs: Inputs) -> str | None:
@@ -232,8 +232,8 @@ def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
     """The answer, saved unless the store cannot be written."""
     store, options = inputs.store, inputs.options
 
-    def answer(question: StoreRequest) -> Result:
-        return analysis.ask(inputs, question)
+    def answer(request: StoreRequest) -> Result:
+        return analysis.ask(inputs, request)
 
     if store.store.is_writable():
         asked = of_store(name)(answer)

@@ -21,7 +21,7 @@ class JudgedPosterior(Result):
     method: str  # method, why: how it was found
     why: str
     # log_marginal_likelihood, log_marginal_likelihood_error, data_fit, complexity, scale: of
-    # :class:`ntkpipe.learning.gaussian.posterior.Posterior`
+    # :class:`ntkpipe.learning.gaussian.process.Posterior`
     log_marginal_likelihood: float
     log_marginal_likelihood_error: float
     data_fit: float
@@ -49,7 +49,7 @@ class JudgedPosterior(Result):
 
 
 def judge_posterior(
-    question: StoreRequest,
+    request: StoreRequest,
     targets: ArrayLike,
     test_kernel: Any,
     test_diagonal: ArrayLike,
@@ -59,13 +59,13 @@ def judge_posterior(
     """Condition on the targets, and compare with the test targets."""
     begin = perf_counter()
     posterior = gaussian_process(
-        question.operator,
+        request.operator,
         targets,
         ridge=ridge,
         test_kernel=test_kernel,
         test_diagonal=test_diagonal,
-        memory_limit=question.memory_limit,
-        monitor=question.monitor,
+        memory_limit=request.memory_limit,
+        monitor=request.monitor,
     )
     classes = np.unique(np.asarray(targets)) if np.ndim(targets) == 1 and posterior.mean.shape[1] > 1 else None
     if classes is not None and len(classes) != posterior.mean.shape[1]:

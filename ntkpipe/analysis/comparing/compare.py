@@ -1,25 +1,28 @@
 """Comparing two kernels of the same samples: entries, spectra, eigenspaces, predictions."""
 
-import math
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.comparing.eigenspaces import angle_error, outer_vectors, principal_angles
 from ntkpipe.analysis.comparing.entries import Differences, measure_differences
-from ntkpipe.analysis.comparing.predictions import Goal, Predictions, disagreement, goal_of_sides, predict
-from ntkpipe.analysis.comparing.ratios import ratios_of
+from ntkpipe.analysis.comparing.inputs import KernelInput, differing_fields, inputs_of, require_comparable
+from ntkpipe.analysis.comparing.predictions import Goal, Predictions, compare_predictions, goal_of, predict
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.sides import (
-    Side,
-    differing_fields,
-    require_comparable,
-    sides_of,
+from ntkpipe.analysis.comparing.spectra import (
+    Ends,
+    Way,
+    angle_error,
+    find_ends,
+    in_memory,
+    outer_ends,
+    principal_angles,
+    ratios_of,
+    way_for,
 )
-from ntkpipe.analysis.comparing.spectra import Ends, Way, find_ends, in_memory, way_for
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is to be found of each side."""
+    """What is to be found of each kernel."""
 
     k: int
     ridge: float
@@ -46,7 +49,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Found:
-    """What was found of one side."""
+    """What was found of one kernel."""
 
     ends: Ends
     predictions: Predictions | None
@@ -125,10 +128,8 @@ def compare_kernels(
     client
         Of a Dask cluster that multiplies, as for :func:`ntkpipe.as_operator`; the pass over entries
         is made here.
-    seed
-        Of the first blocks.
-    monitor
-        Called after each pass of a solver.
+    seed, monitor
+        Seed of the first blocks; function that is called after each pass.
 
     Raises
     ------
@@ -143,18 +144,20 @@ def compare_kernels(
         If a tile is missing or damaged; the message names it.
     """
     started = perf_counter()
-    sides = sides_of(a, b, array=array, num_outputs=num_outputs)
+    inputs = inputs_of(a, b, array=array, num_outputs=num_outputs)
     if test_kernels is not None:
-        sides = replace(sides[0], test_kernel=test_kernels[0]), replace(sides[1], test_kernel=test_kernels[1])
-    width = require_comparable(*sides)
-    _check(k, memory_limit)
-    goal, note = goal_of_sides(sides, targets, test_targets, is_given=test_kernels is not None)
-    entries = sides[0].entries(width), sides[1].entries(width)
+        inputs = replace(inputs[0], test_kernel=test_kernels[0]), replace(inputs[1], test_kernel=test_kernels[1])
+    width = require_comparable(*inputs)
+    check_number("k", k, low=1)
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, low=1)
+    goal, note = goal_of(inputs, targets, test_targets, are_kernels_given=test_kernels is not None)
+    entries = inputs[0].entries(width), inputs[1].entries(width)
     measured = measure_differences(*entries)
     if measured.frobenius_b == 0:
-        raise ConfigError(f"{sides[1].name} is zero, so nothing is relative to it; give it as a")
+        raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
     wanted = _Wanted(
-        k=min(int(k), sides[0].num_samples),
+        k=min(int(k), inputs[0].num_samples),
         ridge=float(ridge),
         ridge_scale=ridge_scale,
         with_smallest=smallest_eigenvalue,
@@ -163,10 +166,12 @@ def compare_kernels(
         client=client,
         monitor=monitor,
     )
+    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
+    is_outer = inputs[0].width != inputs[1].width
     first, second = (
-        _find(side, _leading(side, sides, wanted.k), diagonal[:: width // side.width], goal, wanted, given)
-        for side, diagonal, given in zip(
-            sides, (measured.diagonal_a, measured.diagonal_b), eigenpairs or (None, None), strict=True
+        _find(kernel, width, wanted.k * kernel.width if is_outer else wanted.k, diagonal, goal, wanted, given)
+        for kernel, diagonal, given in zip(
+            inputs, (measured.diagonal_a, measured.diagonal_b), eigenpairs or (None, None), strict=True
         )
     )
     work = Work(1.0, measured.bytes_read, 0.0) + first.work + second.work
@@ -179,7 +184,7 @@ def compare_kernels(
         "memory_limit": memory_limit,
         "seed": wanted.seed,
     }
-    fields = _entry_fields(measured) | _spectral_fields(sides, width, first, second)
+    fields = _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
     fields |= _prediction_fields(goal, first.predictions, second.predictions, note)
     status, message = _judge(first, second)
     return Comparison(
@@ -190,43 +195,32 @@ def compare_kernels(
         options=options,
         matrix=first.identity,
         reference=second.identity,
-        a=sides[0].name,
-        b=sides[1].name,
-        kinds=(sides[0].kind, sides[1].kind),
-        differs=differing_fields(*sides),
-        num_samples=sides[0].num_samples,
-        num_rows=sides[0].num_samples * width,
+        a=inputs[0].name,
+        b=inputs[1].name,
+        kinds=(inputs[0].kind, inputs[1].kind),
+        differs=differing_fields(*inputs),
+        num_samples=inputs[0].num_samples,
+        num_rows=inputs[0].num_samples * width,
         num_outputs=width,
-        outer=next((name for name, side in zip("ab", sides, strict=True) if side.width < width), None),
+        outer=next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
         method=_method(first, second),
-        log_determinant_a=_outer_determinant(first, sides[0], width),
-        log_determinant_b=_outer_determinant(second, sides[1], width),
         ridge_a=first.ridge,
         ridge_b=second.ridge,
         **fields,
     )
 
 
-def _check(k: int, memory_limit: int | None) -> None:
-    check_number("k", k, low=1)
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
-
-
-def _leading(side: Side, sides: tuple[Side, Side], k: int) -> int:
-    """Leading eigenpairs of one side: O times as many of a full NTK beside ``K ⊗ I_O``."""
-    return k if sides[0].width == sides[1].width else k * side.width
-
-
 def _find(
-    side: Side, count: int, diagonal: NDArray[np.float64], goal: Goal | None, wanted: _Wanted, given: Any
+    kernel: KernelInput, width: int, count: int, diagonal: FloatArray, goal: Goal | None, wanted: _Wanted, given: Any
 ) -> _Found:
-    """The ends of one spectrum, and predictions."""
+    """The ends of one spectrum, expanded to ``width`` rows a sample, and predictions."""
+    num_outputs = width // kernel.width
+    diagonal = diagonal[::num_outputs]
     ridge = absolute_ridge(wanted.ridge, wanted.ridge_scale, lambda: diagonal)
     limit = wanted.memory_limit
     way = way_for(len(diagonal), None if wanted.client is not None else limit)
     how: dict[str, Any] = {"way": way, "seed": wanted.seed, "monitor": wanted.monitor}
-    with side.operator(limit, wanted.client) as stored:
+    with kernel.operator(limit, wanted.client) as stored:
         before, identity = stored.work, stored.identity()
         operator = stored if way == "passes" else in_memory(stored)
         ends = find_ends(operator, count, ridge=ridge, with_smallest=wanted.with_smallest, given=given, **how)
@@ -234,8 +228,8 @@ def _find(
         if goal is not None:
             predictions = predict(
                 operator,
-                side.test_kernel,
-                side.width,
+                kernel.test_kernel,
+                kernel.width,
                 goal,
                 ridge=ridge,
                 largest=float(ends.eigenvalues[0]),
@@ -243,7 +237,7 @@ def _find(
                 **how,
             )
         done = stored.work - before + (Work() if operator is stored else operator.work)
-        return _Found(ends, predictions, ridge, identity, way, done)
+        return _Found(outer_ends(ends, num_outputs), predictions, ridge, identity, way, done)
 
 
 def _entry_fields(measured: Differences) -> dict[str, Any]:
@@ -262,11 +256,9 @@ def _entry_fields(measured: Differences) -> dict[str, Any]:
     }
 
 
-def _spectral_fields(sides: tuple[Side, Side], width: int, first: _Found, second: _Found) -> dict[str, Any]:
-    a, b = (_outer_ends(found.ends, width // side.width) for found, side in zip((first, second), sides, strict=True))
-    ratios = ratios_of(a, b)
+def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
     angles = principal_angles(a.eigenvectors, b.eigenvectors)
-    return {
+    return ratios_of(a, b) | {
         "eigenvalues_a": a.eigenvalues,
         "eigenvalues_b": b.eigenvalues,
         "largest_eigenvalue_ratio": float(a.eigenvalues[0]) / float(b.eigenvalues[0]),
@@ -274,13 +266,8 @@ def _spectral_fields(sides: tuple[Side, Side], width: int, first: _Found, second
         "smallest_eigenvalue_b": b.smallest,
         "smallest_eigenvalue_bounds_a": None if a.high is None else (a.low, a.high),
         "smallest_eigenvalue_bounds_b": None if b.high is None else (b.low, b.high),
-        "smallest_eigenvalue_ratio": ratios.smallest,
-        "smallest_eigenvalue_ratio_bounds": ratios.smallest_bounds,
-        "smallest_eigenvalue_note": ratios.note,
-        "condition_number_a": ratios.condition_a,
-        "condition_number_b": ratios.condition_b,
-        "condition_number_ratio": ratios.condition,
-        "condition_number_ratio_bounds": ratios.condition_bounds,
+        "log_determinant_a": a.log_determinant,
+        "log_determinant_b": b.log_determinant,
         "floor_a": a.floor,
         "floor_b": b.floor,
         "principal_angles": angles,
@@ -289,43 +276,14 @@ def _spectral_fields(sides: tuple[Side, Side], width: int, first: _Found, second
     }
 
 
-def _outer_ends(ends: Ends, num_outputs: int) -> Ends:
-    """The ends of ``K ⊗ I_O`` from those of K."""
-    if num_outputs == 1:
-        return ends
-    return replace(
-        ends,
-        eigenvalues=np.repeat(ends.eigenvalues, num_outputs),
-        eigenvectors=outer_vectors(ends.eigenvectors, num_outputs),
-        residual=ends.residual * math.sqrt(num_outputs),
-    )
-
-
-def _outer_determinant(found: _Found, side: Side, width: int) -> float | None:
-    value = found.ends.log_determinant
-    return None if value is None else value * (width // side.width)
-
-
 def _prediction_fields(
     goal: Goal | None, first: Predictions | None, second: Predictions | None, note: str
 ) -> dict[str, Any]:
-    if goal is None or first is None or second is None:
-        names = ("predictions", "test_loss", "test_accuracy")
-        missing = {f"{name}_{side}": None for name in names for side in "ab"}
-        return {**missing, "prediction_difference": None, "disagreement": None, "prediction_note": note}
-    apart = disagreement(first.values, second.values, goal)
-    losses, accuracies = apart.losses or (None, None), apart.accuracies or (None, None)
-    return {
-        "predictions_a": first.values,
-        "predictions_b": second.values,
-        "prediction_difference": apart.difference,
-        "disagreement": apart.columns,
-        "test_loss_a": losses[0],
-        "test_loss_b": losses[1],
-        "test_accuracy_a": accuracies[0],
-        "test_accuracy_b": accuracies[1],
-        "prediction_note": note,
-    }
+    if goal is not None and first is not None and second is not None:
+        return compare_predictions(first.values, second.values, goal) | {"prediction_note": note}
+    names = ("predictions", "test_loss", "test_accuracy")
+    missing = dict.fromkeys([f"{name}_{kernel}" for name in names for kernel in "ab"])
+    return {**missing, "prediction_difference": None, "disagreement": None, "prediction_note": note}
 
 
 def _method(first: _Found, second: _Found) -> str:
@@ -341,7 +299,7 @@ def _method(first: _Found, second: _Found) -> str:
 
 
 def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
-    """The first thing that did not converge, of either side."""
+    """The first thing that did not converge, of either kernel."""
     for name, found in (("A", first), ("B", second)):
         for part in (found.ends, found.predictions):
             if part is not None and part.status != "converged":

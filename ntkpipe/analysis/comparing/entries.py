@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.in_step import Entries, Strip, strips
+from ntkpipe.analysis.comparing.paired_tiles import Entries, Strip, strips
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import NonFiniteError
 
 # A centred matrix of so small a part of the squared norm has no digits that say anything.
@@ -16,7 +17,7 @@ _NOTHING_LEFT = 1e-10
 
 @dataclass(frozen=True)
 class Differences:
-    """What one pass over A and B says; inner products and norms are Frobenius'."""
+    """Results of one pass over A and B; inner products and norms are those of Frobenius."""
 
     frobenius_a: float  # frobenius_a, frobenius_b: `|A|`, `|B|`
     frobenius_b: float
@@ -30,13 +31,13 @@ class Differences:
     largest: float
     largest_at: tuple[int, int] | None
     num_zero_rows: int  # rows of B whose diagonal is not positive; their entries are not counted in `largest`
-    diagonal_a: NDArray[np.float64]  # diagonal_a, diagonal_b: shape (rows,), float64
-    diagonal_b: NDArray[np.float64]
+    diagonal_a: FloatArray  # diagonal_a, diagonal_b: shape (rows,), float64
+    diagonal_b: FloatArray
     bytes_read: int  # of tiles
 
 
 def measure_differences(first: Entries, second: Entries) -> Differences:
-    """Compare A and B entry by entry; see :func:`ntkpipe.analysis.comparing.in_step.strips` for how they are read.
+    """Compare A and B entry by entry; see :func:`ntkpipe.analysis.comparing.paired_tiles.strips` for how they are read.
 
     ``|c A - B|`` comes from the residual of a c that is near the best one, not from 1 - alignment², which has no digits
     for matrices that differ by rounding. Centring is that of each output over samples, H = I - 11'/N. Its
@@ -53,7 +54,7 @@ def measure_differences(first: Entries, second: Entries) -> Differences:
 
 
 class _Sums:
-    """What is added up over strips."""
+    """Sums over the strips of both matrices."""
 
     def __init__(self, num_samples: int, width: int) -> None:
         self._num_samples, self._width = num_samples, width
@@ -68,7 +69,7 @@ class _Sums:
         self._largest, self._at = -1.0, (0, 0)
 
     def add(self, strip: Strip) -> None:
-        """Strips of diagonal blocks come first, so that the diagonal is known where it is needed."""
+        """Add a strip; those of diagonal blocks come first, so that the diagonal is known where it is needed."""
         if strip.is_diagonal:
             self._add_diagonal(strip)
         first, second = strip.first, strip.second
@@ -83,7 +84,7 @@ class _Sums:
         self._find_largest(strip, gap)
 
     def _add_diagonal(self, strip: Strip) -> None:
-        """The part of the diagonal that a strip of a diagonal block holds, of B that of the whole block."""
+        """Take the part of the diagonals that a strip of a diagonal block holds."""
         width = self._width
         own = np.arange(strip.rows.start * width, strip.rows.stop * width)
         inside = own - own[0], own - strip.columns.start * width
@@ -102,8 +103,8 @@ class _Sums:
                 mirrored = values.reshape(-1, width, values.shape[1]).sum(axis=0)
                 sums[columns] += mirrored.T
 
-    def _find_largest(self, strip: Strip, gap: NDArray[np.float64]) -> None:
-        """Of a diagonal block the part up to the strip's own rows, whose diagonal is known by now."""
+    def _find_largest(self, strip: Strip, gap: FloatArray) -> None:
+        """Look for the largest difference; in a diagonal block up to the strip's own rows, whose diagonal is known."""
         width = self._width
         last = strip.rows.stop if strip.is_diagonal else strip.columns.stop
         rows = slice(strip.rows.start * width, strip.rows.stop * width)
@@ -118,7 +119,7 @@ class _Sums:
             self._at = (rows.start + row, columns.start + column)
 
     def result(self, bytes_read: int) -> Differences:
-        """Everything from the sums."""
+        """Differences from the sums."""
         if not np.isfinite(self._inner).all():
             raise NonFiniteError(
                 "one of the kernels holds NaN or infinity, or entries whose squares are beyond float64"
@@ -154,7 +155,7 @@ class _Sums:
             return None
         return _cosine(centred["ab"], centred["aa"], centred["bb"])
 
-    def _centred(self, inner: float, one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    def _centred(self, inner: float, one: FloatArray, other: FloatArray) -> float:
         """``<(H ⊗ I) A (H ⊗ I), B>`` from ``<A, B>`` and row sums: I - H ⊗ I is U U' with U = 1 ⊗ I / sqrt(N)."""
         count, width = self._num_samples, self._width
         totals = [sums.reshape(count, width, width).sum(axis=0) for sums in (one, other)]
@@ -162,7 +163,7 @@ class _Sums:
 
 
 def _near_scale(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """A c that is near the best, from a few entries."""
+    """A scale near the best one, from a few entries."""
     square = float(np.vdot(first, first))
     near = float(np.vdot(first, second)) / square if square else 1.0
     return near if math.isfinite(near) and near else 1.0

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Result, TableRows
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
@@ -45,7 +45,7 @@ class Comparison(Result):
     largest_entry_difference, largest_entry
         Largest ``|A_ij - B_ij| / sqrt(B_ii B_jj)`` and its row and column.
     num_zero_rows
-        Rows of B with a diagonal that is not positive, whose entries are left out of it.
+        TableRows of B with a diagonal that is not positive, whose entries are left out of it.
     method
         How spectra and predictions were found, and why.
     eigenvalues_a, eigenvalues_b
@@ -109,8 +109,8 @@ class Comparison(Result):
     largest_entry: tuple[int, int] | None
     num_zero_rows: int
     method: str
-    eigenvalues_a: NDArray[np.float64] = field(repr=False)
-    eigenvalues_b: NDArray[np.float64] = field(repr=False)
+    eigenvalues_a: FloatArray = field(repr=False)
+    eigenvalues_b: FloatArray = field(repr=False)
     largest_eigenvalue_ratio: float
     smallest_eigenvalue_a: float | None
     smallest_eigenvalue_b: float | None
@@ -125,15 +125,15 @@ class Comparison(Result):
     condition_number_ratio_bounds: tuple[float, float] | None
     floor_a: float
     floor_b: float
-    principal_angles: NDArray[np.float64] = field(repr=False)
+    principal_angles: FloatArray = field(repr=False)
     angle_error: float
     overlap: float
     log_determinant_a: float | None
     log_determinant_b: float | None
     ridge_a: float | None
     ridge_b: float | None
-    predictions_a: NDArray[np.float64] | None = field(repr=False)
-    predictions_b: NDArray[np.float64] | None = field(repr=False)
+    predictions_a: FloatArray | None = field(repr=False)
+    predictions_b: FloatArray | None = field(repr=False)
     prediction_difference: float | None
     disagreement: float | None
     test_loss_a: float | None

@@ -1,12 +1,13 @@
 """Both ends of a kernel's spectrum, with bounds: in memory where the kernel fits, by passes over tiles where not."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.linalg import subspace_angles
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
@@ -17,19 +18,19 @@ from ntkpipe.solvers.result import Monitor, Status
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, smallest
 
-Values = NDArray[np.float64]
 Way = Literal["lapack", "factor", "passes"]
+Bounds = tuple[float, float]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Of leading pairs: angles between eigenspaces are known to the residual over the gap.
+# Tolerance of leading eigenpairs: angles between eigenspaces are known to the residual over the gap.
 _TOL = 1e-10
-# Of the smallest eigenvalue, relative: steps with a factor are cheap, without they are many.
+# Relative tolerance of the smallest eigenvalue: steps with a factor are cheap, steps without one are many.
 _TOL_BY_FACTOR, _TOL_BY_PASSES = 1e-6, 1e-4
 # Rows up to which all eigenvalues, 4/3 n³ flops at a low rate, are a matter of seconds; and up to which three Cholesky
 # factors, n³ flops at a high one, are a matter of minutes.
 _MOST_ROWS_OF_LAPACK = 2048
 _MOST_ROWS_IN_MEMORY = 16384
-# The kernel in float64, and copies or factors of it.
+# Bytes for the kernel in float64 and copies or factors of it.
 _BYTES_PER_ENTRY = 24
 
 
@@ -37,16 +38,16 @@ _BYTES_PER_ENTRY = 24
 class Ends:
     """The ends of a spectrum."""
 
-    eigenvalues: Values  # the largest, descending, shape (k,)
-    eigenvectors: Values  # theirs, shape (n, k)
+    eigenvalues: FloatArray  # the largest, descending, shape (k,)
+    eigenvectors: FloatArray  # theirs, shape (n, k)
     residual: float  # norm of `K V - V Λ`, absolute
     next_eigenvalue: float | None  # the largest that is not among them; none if there is none
     smallest: float | None  # λ_min of the stored kernel; none if it was not asked for
-    low: float | None  # low, high: its bounds; `low` none if there is no lower one
+    low: float | None  # low, high: bounds of λ_min; `low` is None if there is no lower one
     high: float | None
-    floor: float  # what rounding of entries did to eigenvalues; below it they are not known
+    floor: float  # error of eigenvalues by rounding of entries; below it they are not known
     log_determinant: float | None  # of `K + λ I`; none if that is indefinite, or the kernel does not fit in memory
-    status: Status  # status, message: of the worse of both ends
+    status: Status  # status, message: those of the worse of both ends
     message: str
 
     @property
@@ -75,15 +76,7 @@ def in_memory(operator: Operator) -> DenseOperator:
 
 
 def find_ends(
-    operator: Operator,
-    k: int,
-    *,
-    way: Way,
-    ridge: float,
-    with_smallest: bool,
-    given: Any,
-    seed: int,
-    monitor: Monitor,
+    operator: Operator, k: int, *, way: Way, ridge: float, with_smallest: bool, given: Any, seed: int, monitor: Monitor
 ) -> Ends:
     """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
     wanted = min(k + 1, operator.num_rows)
@@ -123,14 +116,14 @@ def find_ends(
     )
 
 
-def _of_all(every: Values) -> tuple[float, float, float]:
+def _of_all(every: FloatArray) -> tuple[float, float, float]:
     """The smallest eigenvalue, and bounds of LAPACK's error."""
     least, unsure = float(every[-1]), len(every) * _EPS * float(np.abs(every).max())
     return least, least - unsure, least + unsure
 
 
 def _smallest(operator: Operator, way: Way, seed: int, monitor: Monitor) -> Smallest:
-    """By block Davidson: with a factor few steps, and a bound that is proved; by passes one that residuals give."""
+    """The smallest eigenvalue by block Davidson, with a proved bound where there is a factor."""
     if way == "passes":
         return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
     try:
@@ -138,13 +131,13 @@ def _smallest(operator: Operator, way: Way, seed: int, monitor: Monitor) -> Smal
     except IndefiniteError:  # beyond what rounding explains
         return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
 
-    def inverse(block: Values) -> Values:
+    def inverse(block: FloatArray) -> FloatArray:
         return factor.solve(block, refine=0).coefficients
 
     return smallest(operator, tol=_TOL_BY_FACTOR, inverse=inverse, certify=True, seed=seed, monitor=monitor)
 
 
-def _log_determinant(operator: Operator, every: Values | None, way: Way, ridge: float) -> float | None:
+def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, ridge: float) -> float | None:
     if every is not None:
         shifted = every + ridge
         return float(np.log(shifted).sum()) if shifted[-1] > 0 else None
@@ -154,3 +147,89 @@ def _log_determinant(operator: Operator, every: Values | None, way: Way, ridge: 
         return cholesky(operator, ridge=ridge).logdet
     except IndefiniteError:
         return None
+
+
+def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Principal angles between the ranges of two matrices of orthonormal columns, ascending, in radians.
+
+    Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
+    linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines are
+    near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
+    """
+    return np.asarray(subspace_angles(a, b)[::-1], np.float64)
+
+
+def outer_ends(ends: Ends, num_outputs: int) -> Ends:
+    """The ends of ``K ⊗ I_O`` from those of K: each eigenvector v stands for the O vectors ``v ⊗ e``."""
+    if num_outputs == 1:
+        return ends
+    determinant = ends.log_determinant
+    return replace(
+        ends,
+        eigenvalues=np.repeat(ends.eigenvalues, num_outputs),
+        eigenvectors=np.asarray(np.kron(ends.eigenvectors, np.eye(num_outputs)), np.float64),
+        residual=ends.residual * math.sqrt(num_outputs),
+        log_determinant=None if determinant is None else determinant * num_outputs,
+    )
+
+
+def angle_error(a: Ends, b: Ends) -> float:
+    """How far the largest angle can be off, in radians: for each space the residual over its gap, and added up.
+
+    That is the sin Θ theorem (Davis, Kahan 1970, SIAM J. Numer. Anal. 7) with the gap of the values found; infinite
+    where there is none.
+    """
+    errors = [0.0 if ends.residual == 0 else ends.residual / ends.gap if ends.gap > 0 else math.inf for ends in (a, b)]
+    return float(min(sum(math.asin(min(1.0, error)) for error in errors), math.pi / 2))
+
+
+def ratios_of(a: Ends, b: Ends) -> dict[str, Any]:
+    """Ratios of λ_min and λ_max / λ_min of A over those of B, by the fields of the comparison.
+
+    Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
+    be off by its error and its storage floor.
+    """
+    names = ("smallest_eigenvalue_ratio", "condition_number_ratio", "condition_number_a", "condition_number_b")
+    found: dict[str, Any] = dict.fromkeys((*names, f"{names[0]}_bounds", f"{names[1]}_bounds"))
+    if a.smallest is None or b.smallest is None:
+        return found | {"smallest_eigenvalue_note": "not asked for"}
+    bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
+    found["condition_number_a"] = condition_a = _condition(a, bounds_a)
+    found["condition_number_b"] = condition_b = _condition(b, bounds_b)
+    if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
+        words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
+        return found | {"smallest_eigenvalue_note": "; ".join(words)}
+    ratio, bounds = a.smallest / b.smallest, (bounds_a[0] / bounds_b[1], bounds_a[1] / bounds_b[0])
+    top = float(a.eigenvalues[0]) / float(b.eigenvalues[0])
+    note = f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
+    return found | {
+        "smallest_eigenvalue_ratio": ratio,
+        "smallest_eigenvalue_ratio_bounds": bounds,
+        "smallest_eigenvalue_note": note,
+        "condition_number_ratio": condition_a / condition_b,
+        "condition_number_ratio_bounds": (top / bounds[1], top / bounds[0]),
+    }
+
+
+def _before_rounding(ends: Ends) -> Bounds | None:
+    """Bounds of λ_min with the floor added; none if zero is between them."""
+    assert ends.high is not None
+    if ends.low is None or ends.low - ends.floor <= 0:
+        return None
+    return ends.low - ends.floor, ends.high + ends.floor
+
+
+def _condition(ends: Ends, bounds: Bounds | None) -> float | None:
+    assert ends.smallest is not None
+    return None if bounds is None else float(ends.eigenvalues[0]) / ends.smallest
+
+
+def _why(name: str, ends: Ends) -> str:
+    assert ends.smallest is not None
+    value, floor = f"{ends.smallest:.3g}", f"storage floor {ends.floor:.2g}"
+    if abs(ends.smallest) < ends.floor:
+        return f"λ_min of {name}, {value}, is below its {floor}: noise"
+    if ends.high is not None and ends.high < 0:
+        return f"λ_min of {name} is {value}: not positive definite"
+    least = "?" if ends.low is None else f"{ends.low:.3g}"
+    return f"λ_min of {name} is {value}, at least {least}, {floor}: not known from zero"

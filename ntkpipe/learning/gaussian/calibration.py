@@ -9,20 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr, ndtri
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.targets import Labels, Task, encode
-from ntkpipe.learning.gaussian.posterior import Posterior
+from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.solvers.result import Result, TableRows
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
-# Of a temporary of probabilities.
+# Size of a temporary array of probabilities.
 _BYTES_AT_ONCE = 2**24
 _SHOWN_LEVELS = (0.5, 0.9, 0.99)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Calibration(Result):
         Of classes, in bins of the probability of the predicted class: its mean, the share that is right, and test
         samples, shape (B,); empty for real targets. NaN where a bin is empty.
     edges
-        Of the bins, shape (B + 1,).
+        Edges of the bins, shape (B + 1,).
     expected_calibration_error
         ``Σ counts |accuracy - confidence| / M`` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
         targets.
@@ -54,16 +53,16 @@ class Calibration(Result):
         Over all test samples; NaN for real targets.
     """
 
-    levels: Values
-    coverage: Values
+    levels: FloatArray
+    coverage: FloatArray
     mean_standardized_squared_residual: float
     negative_log_predictive_density: float
     scale: float
     includes_noise: bool
-    confidence: Values = field(repr=False)
-    accuracy: Values = field(repr=False)
+    confidence: FloatArray = field(repr=False)
+    accuracy: FloatArray = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
-    edges: Values = field(repr=False)
+    edges: FloatArray = field(repr=False)
     expected_calibration_error: float
     mean_confidence: float
     mean_accuracy: float
@@ -106,7 +105,7 @@ def calibration(
     Parameters
     ----------
     posterior
-        With test samples.
+        A posterior with test samples.
     test_targets
         Labels of classes (M,), or real targets (M,) or (M, O).
     classes
@@ -119,11 +118,11 @@ def calibration(
     levels
         Probabilities of central intervals, between 0 and 1.
     bins
-        Of the probability of the predicted class, of equal width.
+        Number of bins of equal width for the probability of the predicted class.
     task
         As of :class:`ntkpipe.KernelRegression`.
     num_draws, seed
-        Of the probabilities with a full NTK.
+        Draws, and their seed, for probabilities with a full NTK.
 
     Raises
     ------
@@ -176,7 +175,7 @@ def _checked(
     bins: int,
     task: Task,
 ) -> tuple[float, Labels]:
-    """The factor of variances, and targets."""
+    """The factor of variances and the targets, checked."""
     if not len(posterior.mean):
         raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
     factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
@@ -192,18 +191,11 @@ def _checked(
 
 
 def _no_table() -> dict[str, Any]:
-    empty = np.zeros(0)
-    return {
-        "confidence": empty,
-        "accuracy": empty.copy(),
-        "counts": np.zeros(0, np.int64),
-        "expected_calibration_error": np.nan,
-        "mean_confidence": np.nan,
-        "mean_accuracy": np.nan,
-    }
+    arrays = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
+    return arrays | dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
 
 
-def _reliability(probabilities: Values, mean: Values, labels: Labels, bins: int) -> dict[str, Any]:
+def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bins: int) -> dict[str, Any]:
     """Confidence against accuracy, in bins."""
     predicted = mean.argmax(axis=1)
     confidence = probabilities[np.arange(len(mean)), predicted]
@@ -223,8 +215,8 @@ def _reliability(probabilities: Values, mean: Values, labels: Labels, bins: int)
     }
 
 
-def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> Values:
-    """That each output is the largest, shape (M, O)."""
+def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> FloatArray:
+    """Probabilities that each output is the largest, shape (M, O)."""
     width = posterior.covariance.shape[1]
     if width == 1:
         return largest_of_independent(posterior.mean, factor * (posterior.variance[:, 0] + noise))
@@ -238,7 +230,7 @@ def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws:
     return found
 
 
-def largest_of_independent(mean: Values, variance: Values) -> Values:
+def largest_of_independent(mean: FloatArray, variance: FloatArray) -> FloatArray:
     """The probability that each of O independent normal numbers of equal variance is the largest, shape (M, O).
 
     ``P(c) = ∫ φ(t) Π_{j≠c} Φ(t + (m_c - m_j) / s) dt``, by Gauss-Hermite quadrature with 64 nodes.

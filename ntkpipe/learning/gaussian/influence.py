@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -28,7 +29,7 @@ class Influence(Result):
     Attributes
     ----------
     predicted
-        Column of the output that is looked at, shape (M,); -1 where all are.
+        Column of the output whose terms are taken, shape (M,); -1 where all outputs are.
     top_samples
         Train samples of the largest terms by size, descending, shape (M, k).
     top_terms
@@ -43,9 +44,9 @@ class Influence(Result):
 
     predicted: NDArray[np.int64] = field(repr=False)
     top_samples: NDArray[np.int64] = field(repr=False)
-    top_terms: NDArray[np.float64] = field(repr=False)
+    top_terms: FloatArray = field(repr=False)
     top_share: float
-    mean_size: NDArray[np.float64] = field(repr=False)
+    mean_size: FloatArray = field(repr=False)
     most_influential: NDArray[np.int64]
 
     def _rows(self) -> TableRows:
@@ -143,9 +144,7 @@ def influence(
     )
 
 
-def _taken_apart(
-    model: Any, is_classification: bool | None, width: int | None
-) -> tuple[NDArray[np.float64], int, bool]:
+def _taken_apart(model: Any, is_classification: bool | None, width: int | None) -> tuple[FloatArray, int, bool]:
     """Coefficients with two axes, rows a sample, whether the largest output counts."""
     if hasattr(model, "fit"):
         if not hasattr(model, "dual_coef_"):
@@ -169,38 +168,22 @@ def _taken_apart(
 
 
 def _terms(
-    block: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-    width: int,
-    by_class: bool,
-    offset: NDArray[np.float64] | None,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Terms of each test and train sample, and the output that they are of."""
+    block: FloatArray, coefficients: FloatArray, width: int, by_class: bool, offset: FloatArray | None
+) -> tuple[FloatArray, NDArray[np.int64]]:
+    """Terms of each test and train sample, and the output that they are of; see :class:`Influence`."""
     if width == 1:
         outputs = block @ coefficients
-        column = _largest(outputs, by_class, offset)
-        if column is None:
-            sizes = np.linalg.norm(coefficients, axis=1)
-            return np.abs(block) * sizes if coefficients.shape[1] > 1 else block * coefficients.T, _all(outputs)
-        return block * coefficients.T[column], column
-    # (m, O, N): what each train sample adds to each output.
-    products = (block * coefficients[:, 0]).reshape(len(block), -1, width)
-    parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
-    outputs = parts.sum(axis=2)
-    column = _largest(outputs, by_class, offset)
-    if column is None:
-        return np.linalg.norm(parts, axis=1), _all(outputs)
-    return parts[np.arange(len(parts)), column], column
-
-
-def _largest(
-    outputs: NDArray[np.float64], by_class: bool, offset: NDArray[np.float64] | None
-) -> NDArray[np.int64] | None:
-    """The largest output of each sample; none if all count."""
-    if not by_class:
-        return None
-    return np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
-
-
-def _all(outputs: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)
+    else:
+        # (m, O, N): what each train sample adds to each output.
+        products = (block * coefficients[:, 0]).reshape(len(block), -1, width)
+        parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
+        outputs = parts.sum(axis=2)
+    if by_class:
+        column = np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
+        return (block * coefficients.T[column] if width == 1 else parts[np.arange(len(parts)), column]), column
+    column = np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)
+    if width > 1:
+        return np.linalg.norm(parts, axis=1), column
+    if coefficients.shape[1] == 1:
+        return block * coefficients.T, column
+    return np.abs(block) * np.linalg.norm(coefficients, axis=1), column

@@ -1,33 +1,109 @@
 """Gaussian processes with a stored kernel as covariance: posterior, marginal likelihood, exact or streamed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Task, as_rows, as_samples
-from ntkpipe.learning.gaussian.posterior import Posterior
-from ntkpipe.learning.regression.columns import Verdict
+from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.opening import open_for_analysis
-from ntkpipe.learning.regression.sources import initial_matrix, train_targets
-from ntkpipe.learning.regression.streamed import StreamedInverse, factor_fits
+from ntkpipe.learning.regression.eigensystem import check_method
+from ntkpipe.learning.regression.sources import offset_of_test, open_for_analysis, train_targets
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor, Result, TableRows, ignore
 
-Method = Literal["auto", "cholesky", "streamed"]
-_METHODS = ("auto", "cholesky", "streamed")
+ProcessMethod = Literal["auto", "cholesky", "streamed"]
 
-Values = NDArray[np.float64]
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior(Result):
+    """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample.
+
+    Attributes
+    ----------
+    mean
+        Shape (M, O).
+    covariance
+        Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample,
+        S = 1, it is that of every output, and outputs are independent: the prior is ``K ⊗ I_O``. Of a full NTK S = O.
+    variance
+        Diagonals of the covariance, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean.
+    noise
+        The variance of the noise of targets: the ridge λ, absolute.
+    log_marginal_likelihood, log_marginal_likelihood_error
+        ``log p(Y | X)``, summed over outputs; the error is zero by a factor, and that of the log determinant else.
+    data_fit, complexity
+        Its parts ``-½ tr Y'(K + λI)^-1 Y`` and ``-½ log det(K + λI)`` times the number of columns; the rest is
+        ``-½ n c log 2π``.
+    scale
+        The factor s² of kernel and noise together that makes the targets most likely,
+        ``tr Y'(K + λI)^-1 Y / (n c)``: with the prior s² K and noise s² λ the mean stays, and variances are s² times
+        as large. NTKs are not scaled for targets, so compare it with 1 before variances are read as such.
+    mean_diagonal
+        Mean of the diagonal of K.
+    num_rows, num_columns
+        n and c, of the targets as right-hand sides.
+    method, why
+        ``cholesky`` or ``streamed``, and why.
+    residual
+        Largest relative true residual of the systems.
+    num_clipped
+        Variances that rounding made negative; they are zero now.
+    floor
+        Size of what rounding to the storage dtype did to K.
+    """
+
+    mean: FloatArray = field(repr=False)
+    covariance: FloatArray = field(repr=False)
+    variance: FloatArray = field(repr=False)
+    noise: float
+    log_marginal_likelihood: float
+    log_marginal_likelihood_error: float
+    data_fit: float
+    complexity: float
+    scale: float
+    mean_diagonal: float
+    num_rows: int
+    num_columns: int
+    method: str
+    why: str
+    residual: float
+    num_clipped: int
+    floor: float
+
+    @property
+    def predictive_variance(self) -> FloatArray:
+        """Of targets: ``variance + noise``, shape (M, S)."""
+        return self.variance + self.noise
+
+    def _rows(self) -> TableRows:
+        error = f" ± {self.log_marginal_likelihood_error:.2g}" if self.log_marginal_likelihood_error else ""
+        parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
+        relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("noise λ", f"{self.noise:.4g}, {relative:.2g} mean diagonals; storage floor {self.floor:.2g}"),
+            ("log marginal likelihood", f"{self.log_marginal_likelihood:.8g}{error}; {parts}"),
+            ("scale", f"s² = {self.scale:.4g} would make the targets most likely"),
+            ("residual", f"{self.residual:.2g}, the largest"),
+        ]
+        if len(self.mean):
+            size = np.sqrt(self.variance)
+            clipped = f"; {self.num_clipped} that rounding made negative are zero" if self.num_clipped else ""
+            sizes = f"{size.min():.4g} to {size.max():.4g}, mean {size.mean():.4g}"
+            rows.append(("test samples", f"{len(self.mean):,}; standard deviations {sizes}{clipped}"))
+        return rows
 
 
 def gaussian_process(
@@ -40,7 +116,7 @@ def gaussian_process(
     test_diagonal: ArrayLike | None = None,
     initial_outputs: ArrayLike | None = None,
     test_initial_outputs: ArrayLike | None = None,
-    method: Method = "auto",
+    method: ProcessMethod = "auto",
     path: str | Path | None = None,
     task: Task = "auto",
     tol: float = 1e-8,
@@ -86,10 +162,8 @@ def gaussian_process(
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed
-        Of preconditioners and probes.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of preconditioners and probes; function that is called after each pass.
 
     Raises
     ------
@@ -110,30 +184,31 @@ def gaussian_process(
     that fits memory, 256 at most.
     """
     begin = perf_counter()
-    _check(method, path, test_kernel, test_diagonal, tol)
+    check_method(method, ProcessMethod)
+    if method == "streamed" and path is not None:
+        raise ConfigError("path is an option of method='cholesky'")
+    if (test_kernel is None) != (test_diagonal is None):
+        raise ConfigError("a test kernel without the diagonal of test samples, or this without it; needed both or none")
+    check_number("tol", tol, low=0.0)
     operator, share = open_for_analysis(kernel, memory_limit)
     before = operator.work
-    labels, width = train_targets(kernel, operator, targets, initial_outputs, task)
-    goal = labels.matrix
-    if initial_outputs is not None:
-        goal = goal - initial_matrix(initial_outputs, goal.shape)
-    rhs = as_rows(goal, width)
+    train = train_targets(kernel, operator, targets, initial_outputs, task)
+    rhs, width, num_outputs = train.rhs, train.width, train.labels.matrix.shape[1]
     noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
-    test = _Test.of(test_kernel, test_diagonal, operator.num_rows, width)
-    offset: Values = np.zeros(1)
-    if test_initial_outputs is not None and test is not None:
-        offset = initial_matrix(test_initial_outputs, (test.cross.num_samples, goal.shape[1]))
-    if test is not None and (test_initial_outputs is None) != (initial_outputs is None):
-        raise ConfigError("initial_outputs of one of train and test samples; needed both or none")
+    cross, mean, covariance = None, np.zeros((0, num_outputs)), np.zeros((0, width, width))
+    if test_kernel is not None:
+        cross = CrossKernel(test_kernel, operator.num_rows, width)
+        covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
+        shape = cross.num_samples, num_outputs
+        offset = offset_of_test(test_initial_outputs, shape, is_centred=initial_outputs is not None)
     by: _Conditioned
     if method == "cholesky" or (method == "auto" and (path is not None or factor_fits(operator.num_rows, share))):
         by = _ByFactor(operator, rhs, noise, path=path, tol=tol, memory_limit=share, monitor=monitor)
     else:
         by = _ByPasses(operator, rhs, noise, tol=tol, seed=seed, memory_limit=share, monitor=monitor)
-    mean, covariance = np.zeros((0, goal.shape[1])), np.zeros((0, width, width))
-    if test is not None:
-        mean = as_samples(test.cross.times(by.coefficients), width) + offset
-        covariance = test.diagonal - by.explained(test.cross, width)
+    if cross is not None:
+        mean = as_samples(cross.times(by.coefficients), width) + offset
+        covariance = covariance - by.explained(cross, width)
     variance = np.diagonal(covariance, axis1=1, axis2=2)
     clipped = variance < 0.0
     if clipped.any():
@@ -141,11 +216,11 @@ def gaussian_process(
         places = np.arange(width)
         covariance[:, places, places] = np.maximum(variance, 0.0)
     logdet, logdet_error = by.logdet()
-    verdict, (n, columns) = by.verdict, rhs.shape
+    convergence, (n, columns) = by.convergence, rhs.shape
     data_fit, complexity = -0.5 * by.form, -0.5 * columns * logdet
     return Posterior(
-        status=verdict.status,
-        message=verdict.messages[0] if verdict.messages else by.message,
+        status=convergence.status,
+        message=convergence.messages[0] if convergence.messages else by.message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
         options={
@@ -174,56 +249,33 @@ def gaussian_process(
         num_columns=columns,
         method=by.name,
         why=by.why if method == "auto" else f"asked for; {by.why}",
-        residual=verdict.worst,
+        residual=convergence.worst,
         num_clipped=int(clipped.sum()),
         floor=operator.storage_floor(),
     )
 
 
-def _check(method: str, path: Any, test_kernel: Any, test_diagonal: Any, tol: float) -> None:
-    """Options."""
-    if method not in _METHODS:
-        raise ConfigError(f"method={method!r}; needed one of {', '.join(_METHODS)}")
-    if method == "streamed" and path is not None:
-        raise ConfigError("path is an option of method='cholesky'")
-    if (test_kernel is None) != (test_diagonal is None):
-        raise ConfigError("a test kernel without the diagonal of test samples, or this without it; needed both or none")
-    check_number("tol", tol, low=0.0)
-
-
-@dataclass(frozen=True)
-class _Test:
-    """Test samples."""
-
-    cross: CrossKernel
-    diagonal: Values
-
-    @classmethod
-    def of(cls, kernel: Any, diagonal: Any, num_columns: int, width: int) -> "_Test | None":
-        """If there are any."""
-        if kernel is None:
-            return None
-        cross = CrossKernel(kernel, num_columns, width)
-        blocks = np.asarray(diagonal, np.float64)
-        needed = (cross.num_samples, width, width)
-        if blocks.shape != needed and not (width == 1 and blocks.shape == needed[:1]):
-            raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {needed}, as store.test_diagonal")
-        if not np.isfinite(blocks).all():
-            raise NonFiniteError("test_diagonal holds NaN or infinity")
-        return cls(cross, blocks.reshape(needed))
+def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
+    """The kernel of each test sample with itself, (M, S, S)."""
+    blocks = np.asarray(diagonal, np.float64)
+    if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
+        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, as store.test_diagonal")
+    if not np.isfinite(blocks).all():
+        raise NonFiniteError("test_diagonal holds NaN or infinity")
+    return blocks.reshape(shape)
 
 
 class _Conditioned(Protocol):
-    """``G = (K + λI)^-1``, as far as it is needed."""
+    """What is needed of ``G = (K + λI)^-1``."""
 
     name: str
     why: str
     message: str
-    coefficients: Values
-    verdict: Verdict
+    coefficients: FloatArray
+    convergence: Convergence
     form: float  # tr Y'G Y
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """``K_* G K_*'`` of each test sample, shape (M, S, S)."""
 
     def logdet(self) -> tuple[float, float]:
@@ -231,14 +283,14 @@ class _Conditioned(Protocol):
 
 
 class _ByFactor:
-    """Exact, by a Cholesky factor."""
+    """Exact conditioning, by a Cholesky factor."""
 
     name = "cholesky"
 
     def __init__(
         self,
         operator: Operator,
-        rhs: Values,
+        rhs: FloatArray,
         noise: float,
         *,
         path: str | Path | None,
@@ -251,13 +303,13 @@ class _ByFactor:
         )
         found = self._factor.solve(rhs, tol=tol)
         self.coefficients = np.asarray(found.coefficients)
-        self.verdict = Verdict()
-        self.verdict.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
+        self.convergence = Convergence()
+        self.convergence.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
         self.form = float(np.sum(rhs * self.coefficients))
         self.why = "a factor in memory" if path is None else f"a factor in {self._factor.path}"
         self.message = "exact, by a Cholesky factor in float64"
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks():
@@ -271,14 +323,14 @@ class _ByFactor:
 
 
 class _ByPasses:
-    """By conjugate gradients, and stochastic quadrature for the determinant."""
+    """Conditioning by conjugate gradients, with stochastic quadrature for the determinant."""
 
     name = "streamed"
 
     def __init__(
         self,
         operator: Operator,
-        rhs: Values,
+        rhs: FloatArray,
         noise: float,
         *,
         tol: float,
@@ -288,21 +340,21 @@ class _ByPasses:
     ) -> None:
         self._noise = noise
         self._inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
-        self.verdict = Verdict()
-        self.coefficients = self._inverse.times(rhs, noise, self.verdict)
+        self.convergence = Convergence()
+        self.coefficients = self._inverse.times(rhs, noise, self.convergence)
         # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
         residual = rhs - operator.shifted(noise).matmat(self.coefficients)
         self.form = float(np.sum(rhs * self.coefficients) + np.sum(self.coefficients * residual))
         self.why = f"a factor does not fit; {self._inverse.words}"
         self.message = "systems are solved; the log determinant is an estimate with its error"
 
-    def explained(self, cross: CrossKernel, width: int) -> Values:
+    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):
-            found[samples] = self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, self.verdict)
+            found[samples] = self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, self.convergence)
         return found
 
     def logdet(self) -> tuple[float, float]:
         """See :class:`_Conditioned`."""
-        return self._inverse.logdet(self._noise, self.verdict)
+        return self._inverse.logdet(self._noise, self.convergence)

@@ -1,20 +1,22 @@
 """Kernels of test samples with train samples: any rectangle, a part at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.targets import as_samples, encode
+from ntkpipe.learning.regression.sources import TrainTargets
 from ntkpipe.store.kernel import Kernel
 
-# Of a part in float64.
+# Size of a part in float64.
 _BYTES_AT_ONCE = 2**24
 
 
 class CrossKernel:
-    """A test × train kernel that is read in parts: memory is one part beside what it is made of."""
+    """A test × train kernel that is read in parts, one of which is in memory at a time."""
 
     def __init__(self, matrix: Any, num_columns: int, width: int) -> None:
         self._matrix = matrix if isinstance(matrix, Kernel) or hasattr(matrix, "shape") else np.asarray(matrix)
@@ -30,28 +32,23 @@ class CrossKernel:
         self._num_columns = num_columns
         self._width = width
 
-    def times(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def times(self, block: FloatArray) -> FloatArray:
         """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
         found = np.zeros((self.num_rows, block.shape[1]))
         for rows, columns, part in self._parts():
-            if not np.isfinite(part).all():
-                raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-            found[rows] += part @ block[columns]
+            found[rows] += _finite(part, rows) @ block[columns]
         return found
 
-    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
         """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
         step = fitting if most_samples is None else max(1, min(fitting, most_samples))
         for start in range(0, self.num_samples, step):
             samples = slice(start, min(start + step, self.num_samples))
             rows = slice(samples.start * self._width, samples.stop * self._width)
-            block = np.asarray(self._matrix[rows, :], np.float64)
-            if not np.isfinite(block).all():
-                raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-            yield samples, block
+            yield samples, _finite(np.asarray(self._matrix[rows, :], np.float64), rows)
 
-    def _parts(self) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    def _parts(self) -> Iterator[tuple[slice, slice, FloatArray]]:
         if isinstance(self._matrix, Kernel):
             yield from self._tiles(self._matrix)
             return
@@ -61,7 +58,7 @@ class CrossKernel:
             yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
 
     @staticmethod
-    def _tiles(kernel: Kernel) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    def _tiles(kernel: Kernel) -> Iterator[tuple[slice, slice, FloatArray]]:
         rows, columns = kernel.grid.rows, kernel.grid.columns
         for row in range(rows.num_tiles):
             for column in range(columns.num_tiles):
@@ -69,3 +66,35 @@ class CrossKernel:
                 tile = kernel.read_tile(row, column)
                 where = slice(at_rows.start, at_rows.stop), slice(at_columns.start, at_columns.stop)
                 yield *where, np.asarray(tile, np.float64)
+
+
+def _finite(part: FloatArray, rows: slice) -> FloatArray:
+    if not np.isfinite(part).all():
+        raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+    return part
+
+
+class HeldOut:
+    """Test samples with targets, for predictors whose coefficients are in the rows of the train kernel."""
+
+    def __init__(self, kernel: Any, targets: Any, train: TrainTargets) -> None:
+        self.labels = encode(targets, classes=train.labels.classes, task="regression")
+        self._cross = CrossKernel(kernel, len(train.rhs), train.width)
+        self._width = train.width
+        self.shape = self._cross.num_samples, train.labels.matrix.shape[1]
+        if self.labels.matrix.shape != self.shape:
+            raise ConfigError(
+                f"test targets of shape {np.shape(targets)}; needed {self.shape} by kernel and train targets"
+            )
+
+    @classmethod
+    def of(cls, kernel: Any, targets: Any, train: TrainTargets) -> "HeldOut | None":
+        """The test set, if there is one."""
+        if (kernel is None) != (targets is None):
+            raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
+        return None if kernel is None else cls(kernel, targets, train)
+
+    def predict(self, coefficients: Sequence[FloatArray]) -> list[FloatArray]:
+        """Predictions (M, O) of several predictors, by one read of the test kernel."""
+        predicted = self._cross.times(np.concatenate(coefficients, axis=1))
+        return [as_samples(part, self._width) for part in np.split(predicted, len(coefficients), axis=1)]

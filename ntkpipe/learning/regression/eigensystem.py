@@ -1,42 +1,49 @@
-"""All eigenpairs of a kernel where they fit in memory, or those that a caller has already."""
+"""All eigenpairs of a kernel where they fit in memory, or those that a caller already has."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
 from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.store.kernel import KernelStore
 
-# How an analysis is done: with all eigenvalues in memory, by passes of the operator, or the first where it fits.
-Method = Literal["auto", "exact", "streamed"]
-# Products of given pairs must agree with the matrix to this part of its norm.
+# With all eigenvalues in memory, by passes of the operator, or the former where it fits.
+AnalysisMethod = Literal["auto", "exact", "streamed"]
+# Products of given eigenpairs must agree with the matrix to this part of its norm.
 _TOLERANCE = 1e-5
 _SEED = 0
+# Eigenpairs are kept while the store is open if they take at most this share of the memory that is left.
+_SHARE = 0.125
+# Of one kernel for each open store, with its identity.
+_CACHE: WeakKeyDictionary[KernelStore, tuple[str, "Eigensystem"]] = WeakKeyDictionary()
 
 
-class Pairs(Protocol):
-    """Eigenpairs: values of shape (k,), descending, and orthonormal vectors of shape (n, k)."""
+class KnownEigenpairs(Protocol):
+    """Eigenpairs of a symmetric matrix, however they were found."""
 
     @property
-    def eigenvalues(self) -> NDArray[np.float64]:
-        """Shape (k,)."""
+    def eigenvalues(self) -> FloatArray:
+        """Descending, shape (k,)."""
 
     @property
-    def eigenvectors(self) -> NDArray[np.float64] | None:
-        """Shape (n, k)."""
+    def eigenvectors(self) -> FloatArray | None:
+        """Orthonormal columns, shape (n, k)."""
 
 
 @dataclass(frozen=True)
 class Eigensystem:
-    """Eigenpairs, descending."""
+    """Eigenpairs in descending order."""
 
-    eigenvalues: NDArray[np.float64]  # eigenvalues, eigenvectors: shapes (k,) and (n, k)
-    eigenvectors: NDArray[np.float64]
+    eigenvalues: FloatArray  # shape (k,)
+    eigenvectors: FloatArray  # shape (n, k)
     why: str  # where they come from, in words
 
     @property
@@ -45,10 +52,10 @@ class Eigensystem:
         return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
 
 
-def check_method(method: str) -> None:
-    """Whether this is a method."""
-    if method not in get_args(Method):
-        raise ConfigError(f"method={method!r}; needed one of {', '.join(get_args(Method))}")
+def check_method(method: str, methods: Any = AnalysisMethod) -> None:
+    """Refuse a method that is none of a ``Literal``."""
+    if method not in get_args(methods):
+        raise ConfigError(f"method={method!r}; needed one of {', '.join(get_args(methods))}")
 
 
 def does_not_fit(num_rows: int, memory_limit: int | None) -> str:
@@ -58,13 +65,17 @@ def does_not_fit(num_rows: int, memory_limit: int | None) -> str:
 
 
 def find_eigensystem(
-    operator: Operator, given: Pairs | None, memory_limit: int | None, method: Method, monitor: Monitor = ignore
+    operator: Operator,
+    given: KnownEigenpairs | None,
+    memory_limit: int | None,
+    method: AnalysisMethod,
+    monitor: Monitor = ignore,
 ) -> tuple[Eigensystem | None, str]:
-    """All eigenpairs, given ones or where they fit, or else those that were given; and why."""
+    """All eigenpairs, given or computed where they fit; else those that were given, if any. And why, in words."""
     check_method(method)
     system = None
     if given is not None:
-        system = check_pairs(operator, given)
+        system = check_eigenpairs(operator, given)
         if system.is_whole:
             return system, system.why
     if method == "streamed":
@@ -79,8 +90,26 @@ def find_eigensystem(
     return Eigensystem(found.eigenvalues, found.eigenvectors, "all eigenvalues fit in memory"), "they fit in memory"
 
 
-def check_pairs(operator: Operator, given: Pairs) -> Eigensystem:
-    """Pairs of a caller as an eigensystem: a random combination of them must be orthonormal, and fit the matrix."""
+def eigenpairs_of_store(request: StoreRequest, method: AnalysisMethod, *, compute: bool = True) -> Eigensystem | None:
+    """All eigenpairs of a stored kernel; None if they do not fit or streaming was asked for.
+
+    The next step on the same open store finds them again, where memory is plenty.
+    """
+    if method == "streamed":
+        return None
+    identity, (name, cached) = request.operator.identity(), _CACHE.get(request.store, ("", None))
+    if name == identity:
+        return cached
+    if not compute:
+        return None
+    found, _ = find_eigensystem(request.operator, None, request.memory_limit, method, request.monitor)
+    if found is not None and found.eigenvectors.nbytes <= _SHARE * memory_room(request.memory_limit, share=1.0):
+        _CACHE[request.store] = identity, found
+    return found
+
+
+def check_eigenpairs(operator: Operator, given: KnownEigenpairs) -> Eigensystem:
+    """A caller's eigenpairs, tested by a random combination: they must be orthonormal and fit the matrix."""
     vectors, n = given.eigenvectors, operator.num_rows
     if vectors is None:
         raise ConfigError("eigenpairs without eigenvectors; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")

@@ -8,24 +8,24 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Labels, Task, as_rows, as_samples, encode
+from ntkpipe.base.targets import Labels, Task, as_samples, encode
 from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.eigensystem import check_method
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.opening import open_for_analysis
-from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
+from ntkpipe.learning.regression.sources import initial_matrix, open_for_analysis, outputs_of, targets_of, train_targets
 from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, rank_beside
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.store.kernel import KernelSet
 
-Method = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
-_METHODS = ("auto", "cholesky", "eigh", "pcg", "block_cg")
-# By how much the smallest eigenvalue, of which an upper bound is known, must be above the cut-off.
+FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
+# How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.
 _MARGIN = 10.0
 
 
@@ -66,7 +66,7 @@ class KernelRegression:
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         conjugate gradients take a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
     seed
-        Of preconditioners.
+        Seed of preconditioners.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ class KernelRegression:
         ridge: float = 0.0,
         *,
         ridge_scale: RidgeScale = None,
-        method: Method = "auto",
+        method: FitMethod = "auto",
         tol: float = 1e-6,
         centre: Literal["initial_outputs"] | None = None,
         task: Task = "auto",
@@ -151,17 +151,15 @@ class KernelRegression:
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
         operator, share = open_for_analysis(kernel, self.memory_limit)
         try:
-            labels, self.rows_per_sample_ = train_targets(kernel, operator, y, initial, self.task)
-            goal = labels.matrix
-            if initial is not None:
-                goal = goal - initial_matrix(initial, goal.shape)
+            train = train_targets(kernel, operator, y, initial, self.task)
+            labels, self.rows_per_sample_ = train.labels, train.width
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
-            self.result_ = self._solve(operator, as_rows(goal, self.rows_per_sample_), share)
+            self.result_ = self._solve(operator, train.rhs, share)
         finally:
             operator.close()
         coefficients = np.asarray(self.result_.coefficients)
         self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self.rows_per_sample_ > 1 else coefficients
-        self.num_outputs_ = goal.shape[1]
+        self.num_outputs_ = labels.matrix.shape[1]
         self._is_flat = labels.is_flat
         if labels.classes is not None:
             self.classes_ = labels.classes
@@ -179,10 +177,9 @@ class KernelRegression:
             raise ConfigError(f"centre={self.centre!r} and {found} {what}; needed both or none")
         return given
 
-    def _solve(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
-        """By the method that was asked for, or is right."""
-        if self.method not in _METHODS:
-            raise ConfigError(f"method={self.method!r}; needed one of {', '.join(_METHODS)}")
+    def _solve(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
+        """Solve by the method that was asked for, or that suits the system."""
+        check_method(self.method, FitMethod)
         check_number("tol", self.tol, low=0.0)
         if self.method == "eigh":
             return self._minimum_norm(operator, rhs, "asked for", memory_limit)
@@ -202,15 +199,15 @@ class KernelRegression:
         why = "a factor does not fit memory" if self.method == "auto" else "asked for"
         return self._iterate(operator, rhs, why, memory_limit)
 
-    def _iterate(self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None) -> Solution:
-        """By conjugate gradients; with the least that is of use, where the limit has no room for that."""
+    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
+        """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
         found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
         return replace(found, why=why)
 
-    def _interpolate(self, operator: Operator, rhs: NDArray[np.float64], memory_limit: int | None) -> Solution:
-        """λ = 0: by a factor where the matrix is surely not singular, or by eigenpairs, or iterating."""
+    def _interpolate(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
+        """Solve for λ = 0: by a factor where the matrix is surely not singular, else by eigenpairs or iterations."""
         why = "λ = 0, and a factor does not fit memory"
         try:
             factor = cholesky(operator, memory_limit=memory_limit)
@@ -230,9 +227,7 @@ class KernelRegression:
             return self._minimum_norm(operator, rhs, why, memory_limit)
         return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", memory_limit)
 
-    def _minimum_norm(
-        self, operator: Operator, rhs: NDArray[np.float64], why: str, memory_limit: int | None
-    ) -> Solution:
+    def _minimum_norm(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
         return minimum_norm(
             operator, rhs, self.ridge_, tol=self.tol, options=self._options(), why=why, memory_limit=memory_limit
         )
@@ -240,7 +235,7 @@ class KernelRegression:
     def _options(self) -> dict[str, Any]:
         return {"ridge": self.ridge_, "method": self.method, "tol": self.tol, "memory_limit": self.memory_limit}
 
-    def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+    def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Real predictions ``f₀ + K_test A``, shape (M, O), whatever the targets were.
 
         Parameters
@@ -284,7 +279,7 @@ class KernelRegression:
             return np.asarray(self.classes_[outputs.argmax(axis=1)])
         return outputs[:, 0] if self._is_flat else outputs
 
-    def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+    def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Outputs of classes, (M, O); of two classes that of the second less that of the first, (M,), as scikit-learn.
 
         Parameters and errors as of :meth:`predict_outputs`.
@@ -334,7 +329,7 @@ class KernelRegression:
             Without meaning: no option is an estimator.
         """
         del deep
-        return {name: getattr(self, name) for name in _names()}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> Self:
         """Change options.
@@ -344,14 +339,15 @@ class KernelRegression:
         ConfigError
             If there is none of that name.
         """
+        names = self.get_params()
         for name, value in params.items():
-            if name not in _names():
-                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(_names())}")
+            if name not in names:
+                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(names)}")
             setattr(self, name, value)
         return self
 
     def __repr__(self) -> str:
-        defaults = inspect.signature(type(self).__init__).parameters
+        defaults = inspect.signature(type(self)).parameters
         shown = (f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name].default)
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -369,11 +365,7 @@ class KernelRegression:
         )
 
 
-def _names() -> list[str]:
-    return [name for name in inspect.signature(KernelRegression.__init__).parameters if name != "self"]
-
-
-def _r_squared(outputs: NDArray[np.float64], wanted: Labels) -> float:
+def _r_squared(outputs: FloatArray, wanted: Labels) -> float:
     """The mean over outputs of 1 - SS_res / SS_tot; where targets are constant 1 if they are met, and 0 if not."""
     residual = np.sum((wanted.matrix - outputs) ** 2, axis=0)
     total = np.sum((wanted.matrix - wanted.matrix.mean(axis=0)) ** 2, axis=0)

@@ -8,17 +8,17 @@ partitioned matrix gives ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 
-# Of a temporary.
+# Size of a temporary array.
 _BYTES_AT_ONCE = 2**25
 # Rows of eigenvectors are known to about ε; a part of a row in the null space below its root is rounding.
 _NOTHING = 1e-8
 
 
-def residuals(blocks: NDArray[np.float64], coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+def residuals(blocks: FloatArray, coefficients: FloatArray) -> FloatArray:
     """``(G_ii)^-1 A_i`` of each sample."""
     count, width, _ = blocks.shape
     if width == 1:
@@ -27,7 +27,7 @@ def residuals(blocks: NDArray[np.float64], coefficients: NDArray[np.float64]) ->
     return np.asarray(found, np.float64).reshape(coefficients.shape)
 
 
-def weighted_blocks(vectors: NDArray[np.float64], weights: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+def weighted_blocks(vectors: FloatArray, weights: FloatArray, width: int) -> FloatArray:
     """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications."""
     count = len(vectors) // width
     found = np.empty((count, width, width))
@@ -42,7 +42,7 @@ def weighted_blocks(vectors: NDArray[np.float64], weights: NDArray[np.float64], 
     return found
 
 
-def inverse_blocks(factor: CholeskyFactor, width: int) -> NDArray[np.float64]:
+def inverse_blocks(factor: CholeskyFactor, width: int) -> FloatArray:
     """Diagonal blocks of ``(K + shift I)^-1`` by a factor, shape (N, S, S); about the work of the factor.
 
     Memory is n times as many columns as a panel of the factor has, in float64.
@@ -63,11 +63,8 @@ def inverse_blocks(factor: CholeskyFactor, width: int) -> NDArray[np.float64]:
 
 
 def limit_residuals(
-    null_blocks: NDArray[np.float64],
-    null_targets: NDArray[np.float64],
-    inverse: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-) -> NDArray[np.float64]:
+    null_blocks: FloatArray, null_targets: FloatArray, inverse: FloatArray, coefficients: FloatArray
+) -> FloatArray:
     """Leave-one-out residuals of the minimum-norm solution of a singular kernel: the limit λ → 0 of :func:`residuals`.
 
     There G = P/λ + K⁺ + O(λ) with P the projection onto the null space, and A = PY/λ + K⁺Y + O(λ). Within the range of

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.linear.solution import Solution
@@ -18,19 +19,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _NUM_VECTORS, _NUM_STEPS = 4, 8
 
 
-class Eigenpairs(Protocol):
-    """All eigenpairs of a symmetric matrix, however they were found."""
-
-    @property
-    def eigenvalues(self) -> NDArray[np.float64]:
-        """Descending, shape (n,)."""
-
-    @property
-    def eigenvectors(self) -> NDArray[np.float64] | None:
-        """Orthonormal columns, shape (n, n)."""
-
-
-def require_all(eigenpairs: Eigenpairs, num_rows: int) -> NDArray[np.float64]:
+def require_all(eigenpairs: KnownEigenpairs, num_rows: int) -> FloatArray:
     """The eigenvectors, if there are all."""
     vectors = eigenpairs.eigenvectors
     if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
@@ -66,7 +55,7 @@ def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
 
 def minimum_norm(
     operator: Operator,
-    rhs: NDArray[np.float64],
+    rhs: FloatArray,
     ridge: float,
     *,
     tol: float,
@@ -74,7 +63,7 @@ def minimum_norm(
     why: str,
     memory_limit: int | None,
     monitor: Monitor = ignore,
-    eigenpairs: Eigenpairs | None = None,
+    eigenpairs: KnownEigenpairs | None = None,
 ) -> Solution:
     """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
     start, before = perf_counter(), operator.work
@@ -106,60 +95,51 @@ def minimum_norm(
         message = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a larger ridge"
     elif status == "stagnated":
         message += f"; the residual inside of the range is {beside:.2g}, more than tol={tol:.2g}"
-    found = Found(status, message, coefficients, relative)
-    return _solution(operator, found, "eigh", why, ridge, {**options, "cut_off": cut, "rank": rank}, start, before)
+    return _solution(
+        operator,
+        start,
+        before,
+        status=status,
+        message=message,
+        coefficients=coefficients,
+        residuals=relative,
+        ridge=ridge,
+        method="eigh",
+        why=why,
+        options={**options, "cut_off": cut, "rank": rank},
+    )
 
 
 def by_factor(
-    operator: Operator,
-    factor: CholeskyFactor,
-    rhs: NDArray[np.float64],
-    *,
-    tol: float,
-    options: dict[str, Any],
-    why: str,
+    operator: Operator, factor: CholeskyFactor, rhs: FloatArray, *, tol: float, options: dict[str, Any], why: str
 ) -> Solution:
     """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement."""
     start, before = perf_counter(), operator.work
     direct = factor.solve(rhs, tol=tol)
-    found = Found(direct.status, direct.message, np.array(direct.coefficients), np.array(direct.residuals))
-    solution = _solution(operator, found, "cholesky", why, factor.shift, options, start, before)
+    solution = _solution(
+        operator,
+        start,
+        before,
+        status=direct.status,
+        message=direct.message,
+        coefficients=np.array(direct.coefficients),
+        residuals=np.array(direct.residuals),
+        ridge=factor.shift,
+        method="cholesky",
+        why=why,
+        options=options,
+    )
     return replace(solution, work=solution.work + factor.work, seconds=solution.seconds + factor.seconds)
 
 
-class Found(NamedTuple):
-    """What a direct method has found."""
-
-    status: Status
-    message: str
-    coefficients: NDArray[np.float64]
-    residuals: NDArray[np.float64]
-
-
-def _solution(
-    operator: Operator,
-    found: Found,
-    method: str,
-    why: str,
-    ridge: float,
-    options: dict[str, Any],
-    start: float,
-    before: Work,
-) -> Solution:
+def _solution(operator: Operator, start: float, before: Work, *, coefficients: FloatArray, **found: Any) -> Solution:
     """The result of a method without iterations."""
-    columns = found.coefficients.shape[1]
+    columns = coefficients.shape[1]
     return Solution(
-        status=found.status,
-        message=found.message,
         work=operator.work - before,
         seconds=perf_counter() - start,
-        options=options,
         matrix=operator.identity(),
-        coefficients=found.coefficients,
-        residuals=found.residuals,
-        ridge=ridge,
-        method=method,
-        why=why,
+        coefficients=coefficients,
         iterations=0,
         history=np.zeros((0, columns)),
         checks=np.zeros(0, np.int64),
@@ -168,8 +148,9 @@ def _solution(
         rank=0,
         mu=1.0,
         preconditioner_work=Work(),
+        **found,
     )
 
 
-def _relative(norms: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:
     return np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)

@@ -7,19 +7,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
-from ntkpipe.learning.regression.columns import Inverse, Verdict, runs
-from ntkpipe.learning.regression.minimum_norm import Eigenpairs, cut_off, require_all
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
+from ntkpipe.learning.regression.minimum_norm import cut_off, require_all
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, runs
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
-Values = NDArray[np.float64]
 _INDEFINITE: Status = "indefinite at storage precision"
 
 
-class Estimate(NamedTuple):
+class WithError(NamedTuple):
     """A number and its standard error, zero where it is exact."""
 
     value: float
@@ -30,19 +31,19 @@ class Estimate(NamedTuple):
 class Point:
     """The fit at one ridge, in the rows of the kernel."""
 
-    coefficients: Values  # a, shape (n, c)
-    train_residuals: Values  # Y - K A
-    effective_dimension: Estimate  # effective_dimension, generalised_cross_validation: with their errors
-    generalised_cross_validation: Estimate
-    left_out_samples: NDArray[np.int64]  # for which there are leave-one-out residuals; all or some
-    left_out_residuals: Values  # of these, rows as in the kernel
-    # About these of all samples, where there are only some: with the mean block of the inverse for each
-    proxy_residuals: Values | None
+    coefficients: FloatArray  # a, shape (n, c)
+    train_residuals: FloatArray  # Y - K A
+    effective_dimension: WithError  # effective_dimension, generalised_cross_validation: with their errors
+    generalised_cross_validation: WithError
+    left_out_samples: NDArray[np.int64]  # samples with leave-one-out residuals: all or some
+    left_out_residuals: FloatArray  # residuals of these samples, rows as in the kernel
+    # Approximate residuals of all samples, by the mean block of the inverse, where only some samples are left out
+    proxy_residuals: FloatArray | None
     residual: float = 0.0  # largest relative true residual
     status: Status = "converged"  # whether it can be trusted
-    message: str = ""  # why not
+    message: str = ""  # why it cannot be trusted
 
-    def mean_left_out(self, value: Callable[[Values, NDArray[np.int64]], Values]) -> Estimate:
+    def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> WithError:
         """The mean over all samples of a function of residuals and samples, one value a sample.
 
         Where only some samples were left out this is the difference estimator of sampling theory: the mean over all of
@@ -51,14 +52,14 @@ class Point:
         """
         exact = value(self.left_out_residuals, self.left_out_samples)
         if self.proxy_residuals is None:
-            return Estimate(float(exact.mean()), 0.0)
+            return WithError(float(exact.mean()), 0.0)
         total, count = len(self.proxy_residuals) * len(exact) // len(self.left_out_residuals), len(exact)
         proxies = value(self.proxy_residuals, np.arange(total))
         gaps = exact - proxies[self.left_out_samples]
         finite = (1.0 - count / total) ** 0.5
         # Gaps that are all the same, as of accuracies, do not say that there are no others.
         spread = max(float(gaps.std(ddof=1)), float(np.abs(gaps).max(initial=0.0)) / count)
-        return Estimate(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
+        return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
 class Points(Protocol):
@@ -69,7 +70,7 @@ class Points(Protocol):
 
     @property
     def why(self) -> str:
-        """How, in words."""
+        """The method in words."""
 
 
 class ByEigenpairs:
@@ -79,7 +80,7 @@ class ByEigenpairs:
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
 
-    def __init__(self, operator: Operator, pairs: Eigenpairs, rhs: Values, width: int, why: str) -> None:
+    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int, why: str) -> None:
         self._vectors = require_all(pairs, operator.num_rows)
         self._values = np.asarray(pairs.eigenvalues, np.float64)
         self._cut = cut_off(operator, float(np.abs(self._values).max()))
@@ -105,8 +106,8 @@ class ByEigenpairs:
         return Point(
             coefficients=coefficients,
             train_residuals=outside,
-            effective_dimension=Estimate(float(kept.sum()), 0.0),
-            generalised_cross_validation=Estimate(float(np.mean(outside**2)) / rest**2, 0.0),
+            effective_dimension=WithError(float(kept.sum()), 0.0),
+            generalised_cross_validation=WithError(float(np.mean(outside**2)) / rest**2, 0.0),
             left_out_samples=np.arange(len(blocks)),
             left_out_residuals=leave_one_out.limit_residuals(null_blocks, outside, blocks, coefficients),
             proxy_residuals=None,
@@ -119,7 +120,7 @@ class ByFactors:
     """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
     def __init__(
-        self, operator: Operator, rhs: Values, width: int, *, tol: float, memory_limit: int | None, why: str
+        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, memory_limit: int | None, why: str
     ) -> None:
         self._operator, self._rhs, self._width = operator, rhs, width
         self._tol, self._memory_limit, self.why = tol, memory_limit, why
@@ -148,20 +149,28 @@ class ByPasses:
     """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
-        self, inverse: Inverse, rhs: Values, width: int, *, num_left_out: int, tol: float, seed: int, why: str
+        self,
+        inverse: StreamedInverse,
+        rhs: FloatArray,
+        width: int,
+        *,
+        num_left_out: int,
+        tol: float,
+        seed: int,
+        why: str,
     ) -> None:
         self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
         self._tol = tol
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-        self._previous: Values | None = None
+        self._previous: FloatArray | None = None
 
     def at(self, ridge: float) -> Point:
         """See :class:`Points`; starts from the coefficients of the ridge before."""
-        verdict = Verdict()
-        coefficients = self._inverse.times(self._rhs, ridge, verdict, self._previous)
+        convergence = Convergence()
+        coefficients = self._inverse.times(self._rhs, ridge, convergence, self._previous)
         self._previous = coefficients
-        blocks = self._blocks(ridge, verdict)
+        blocks = self._blocks(ridge, convergence)
         n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
         traces = np.trace(blocks, axis1=1, axis2=2)
         finite = max(0.0, 1.0 - taken / count) ** 0.5
@@ -172,45 +181,45 @@ class ByPasses:
         return Point(
             coefficients=coefficients,
             train_residuals=ridge * coefficients,
-            effective_dimension=Estimate(n - ridge * trace, ridge * error),
-            generalised_cross_validation=Estimate(crossed, 2.0 * crossed * error / trace),
+            effective_dimension=WithError(n - ridge * trace, ridge * error),
+            generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace),
             left_out_samples=self._samples,
             left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows]),
             proxy_residuals=None if taken == count else leave_one_out.residuals(mean_block, coefficients),
-            residual=verdict.worst,
-            status=verdict.status,
-            message="; ".join(verdict.messages[:1]),
+            residual=convergence.worst,
+            status=convergence.status,
+            message="; ".join(convergence.messages[:1]),
         )
 
-    def _blocks(self, ridge: float, verdict: Verdict) -> Values:
-        """Diagonal blocks of the inverse of the samples that are left out."""
+    def _blocks(self, ridge: float, convergence: Convergence) -> FloatArray:
+        """Diagonal blocks of the inverse for the samples that are left out."""
         n, width = len(self._rhs), self._width
         found = np.empty((len(self._samples), width, width))
         for some in runs(len(self._samples), max(1, self._inverse.columns_at_once // width)):
             rows = (self._samples[some, None] * width + np.arange(width)).ravel()
             unit = np.zeros((n, len(rows)))
             unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width, verdict, self._tol**0.5)
+            found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
         return found
 
 
 def _exact_point(
     ridge: float,
-    coefficients: Values,
-    blocks: Values,
+    coefficients: FloatArray,
+    blocks: FloatArray,
     *,
     residual: float = 0.0,
     status: Status = "converged",
     message: str = "",
 ) -> Point:
-    """From coefficients and all diagonal blocks of the inverse."""
+    """The fit from coefficients and all diagonal blocks of the inverse."""
     n = len(coefficients)
     trace = float(np.trace(blocks, axis1=1, axis2=2).sum())
     return Point(
         coefficients=coefficients,
         train_residuals=ridge * coefficients,
-        effective_dimension=Estimate(n - ridge * trace, 0.0),
-        generalised_cross_validation=Estimate(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
+        effective_dimension=WithError(n - ridge * trace, 0.0),
+        generalised_cross_validation=WithError(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
         left_out_samples=np.arange(len(blocks)),
         left_out_residuals=leave_one_out.residuals(blocks, coefficients),
         proxy_residuals=None,

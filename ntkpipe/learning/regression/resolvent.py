@@ -7,27 +7,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.eigensystem import Eigensystem
 from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
-from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.result import Monitor, ignore
 
-# Blocks of the size of the right-hand sides that conjugate gradients have in memory.
+# Blocks of the shape of the right-hand sides that conjugate gradients hold in memory.
 _BLOCKS = 11
 
 
 @dataclass(frozen=True)
 class Resolvent:
-    """G = (K + λI)^-1 at one ridge, as far as it is needed. Errors are zero where numbers are exact."""
+    """What is needed of G = (K + λI)^-1 at one ridge. Errors are zero where numbers are exact."""
 
     ridge: float  # λ
-    coefficients: NDArray[np.float64]  # A = G Y, shape (n, c)
+    coefficients: FloatArray  # A = G Y, shape (n, c)
     trace: float  # trace, trace_error: tr G, and one standard deviation
     trace_error: float
     squared_trace: float  # squared_trace, squared_trace_error: tr G²
@@ -42,7 +42,7 @@ class Resolvent:
 
 
 def resolvents_of_pairs(
-    system: Eigensystem, rows: NDArray[np.float64], ridges: Sequence[float], width: int
+    system: Eigensystem, rows: FloatArray, ridges: Sequence[float], width: int
 ) -> Iterator[Resolvent]:
     """Exact, from all eigenpairs: ``n² (c + width²)`` multiplications a ridge."""
     values, vectors = system.eigenvalues, system.eigenvectors
@@ -50,8 +50,8 @@ def resolvents_of_pairs(
     for ridge in ridges:
         shifted = values + ridge
         if (shifted == 0).any():
-            nothing = np.full(rows.shape, np.nan)
-            yield Resolvent(ridge, nothing, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
+            unknown = np.full(rows.shape, np.nan)
+            yield Resolvent(ridge, unknown, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
@@ -74,7 +74,7 @@ def resolvents_of_pairs(
 
 def resolvents_of_operator(
     operator: Operator,
-    rows: NDArray[np.float64],
+    rows: FloatArray,
     ridges: Sequence[float],
     width: int,
     *,
@@ -132,15 +132,13 @@ def resolvents_of_operator(
 
 
 def _rank(num_rows: int, num_columns: int, memory_limit: int | None) -> int:
-    """Of the preconditioner: the default where its making fits, but not below a tenth of that."""
+    """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
     most = default_rank(num_rows)
     room = memory_room(memory_limit) // (8 * num_rows) - _BLOCKS * num_columns
     return int(max(1, most // 10, min(most, room // 3)))
 
 
-def _estimated_left_out_loss(
-    samples: NDArray[np.float64], coefficients: NDArray[np.float64]
-) -> tuple[float, float, float]:
+def _estimated_left_out_loss(samples: FloatArray, coefficients: FloatArray) -> tuple[float, float, float]:
     """The mean square of ``A_i / G_ii`` where G_ii is the mean of a row of samples, its error, and its spread."""
     diagonal = samples.mean(axis=1)
     variances = samples.var(axis=1, ddof=1) / samples.shape[1]
@@ -154,5 +152,5 @@ def _estimated_left_out_loss(
     return float(terms.mean()), float(np.hypot(scatter, (squares * bias).mean())), _standard_error(terms)
 
 
-def _standard_error(samples: NDArray[np.float64]) -> float:
+def _standard_error(samples: FloatArray) -> float:
     return float(samples.std(ddof=1) / len(samples) ** 0.5)

@@ -1,37 +1,168 @@
 """Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Labels, Task, as_rows, as_samples, encode
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.minimum_norm import Eigenpairs
-from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.targets import Labels, Task, as_samples
+from ntkpipe.learning.regression.cross import HeldOut
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, check_method
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.path_result import RidgePath
-from ntkpipe.learning.regression.sources import initial_matrix, train_targets
+from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, open_for_analysis, train_targets
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
 
-Method = Literal["auto", "eigh", "cholesky", "streamed"]
-_METHODS = ("auto", "eigh", "cholesky", "streamed")
-# In mean diagonals.
+PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
+Criterion = Literal[
+    "leave_one_out_loss", "leave_one_out_accuracy", "generalised_cross_validation", "test_loss", "test_accuracy"
+]
+# Multiples of the mean diagonal.
 DEFAULT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Of the memory, for coefficients that wait for the test kernel.
+# Share of the memory for coefficients that wait for the test kernel.
 _SHARE_OF_COEFFICIENTS = 0.1
 
-Values = NDArray[np.float64]
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """One ridge of a path."""
+
+    criterion: str  # by which it is best
+    index: int  # position in the arrays of the path
+    ridge: float  # λ, absolute
+    value: float  # value of the criterion
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgePath(Result):
+    """Kernel ridge regression at R ridges. Arrays have an entry a ridge, in the order of ``ridges``.
+
+    Losses are mean squared errors over samples and outputs. An ``_error`` is one standard error of a number that was
+    estimated from some of the samples, zero where it is exact.
+
+    Attributes
+    ----------
+    ridges
+        λ, absolute.
+    mean_diagonal
+        Mean of the diagonal of K; ridges are also printed as multiples of it.
+    method, why
+        ``eigh``, ``cholesky`` or ``streamed``, and why.
+    train_loss, train_accuracy
+        On the training set; accuracies are NaN if targets are no classes.
+    effective_dimension, effective_dimension_error
+        ``tr K (K + λI)^-1``, the degrees of freedom of the fit.
+    generalised_cross_validation, generalised_cross_validation_error
+        V(λ) of Golub, Heath and Wahba.
+    leave_one_out_loss, leave_one_out_loss_error, leave_one_out_accuracy, leave_one_out_accuracy_error
+        Each sample, with all of its rows, predicted from all others.
+    num_left_out
+        Samples that this was done for; all N where it is exact.
+    test_loss, test_accuracy
+        On the test set; NaN without one.
+    norm
+        ``tr A'K A``, the squared norm of the fit in the space of the kernel.
+    residuals
+        Largest relative true residual of the systems; zero for ``eigh``.
+    statuses
+        Status of each ridge.
+    is_classification
+        Whether targets are labels of classes.
+    floor
+        Size of what rounding to the storage dtype did to K. Nothing is known of ridges below it.
+    """
+
+    ridges: FloatArray
+    mean_diagonal: float
+    method: str
+    why: str
+    train_loss: FloatArray
+    train_accuracy: FloatArray
+    effective_dimension: FloatArray
+    effective_dimension_error: FloatArray
+    generalised_cross_validation: FloatArray
+    generalised_cross_validation_error: FloatArray
+    leave_one_out_loss: FloatArray
+    leave_one_out_loss_error: FloatArray
+    leave_one_out_accuracy: FloatArray
+    leave_one_out_accuracy_error: FloatArray
+    num_left_out: int
+    test_loss: FloatArray
+    test_accuracy: FloatArray
+    norm: FloatArray
+    residuals: FloatArray
+    statuses: tuple[str, ...]
+    is_classification: bool
+    floor: float = field(repr=False)
+
+    @property
+    def best(self) -> Best:
+        """By ``leave_one_out_loss``, which uses no test data; see :meth:`best_by`."""
+        return self.best_by("leave_one_out_loss")
+
+    def best_by(self, criterion: Criterion) -> Best:
+        """The ridge with the smallest loss or largest accuracy; of equal ones the largest ridge.
+
+        Ridges whose systems were not solved do not take part, unless none was.
+        """
+        if criterion not in get_args(Criterion):
+            raise ConfigError(f"criterion={criterion!r}; needed one of {', '.join(get_args(Criterion))}")
+        values = np.asarray(getattr(self, criterion), np.float64)
+        known = np.isfinite(values)
+        if not known.any():
+            raise ConfigError(f"{criterion} is not known: it takes classes, or test_kernel and test_targets")
+        solved = known & np.array([status == "converged" for status in self.statuses])
+        allowed = solved if solved.any() else known
+        sign = -1.0 if criterion.endswith("accuracy") else 1.0
+        keys = [(sign * values[i] if allowed[i] else np.inf, -self.ridges[i], i) for i in range(len(values))]
+        index = min(keys)[2]
+        return Best(criterion=criterion, index=index, ridge=float(self.ridges[index]), value=float(values[index]))
+
+    def _rows(self) -> TableRows:
+        tested = ["test"] if np.isfinite(self.test_loss).any() else []
+        losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
+        accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
+        rows = [
+            ("method", f"{self.method}: {self.why}"),
+            ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
+            ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
+        ]
+        for index, ridge in enumerate(self.ridges):
+            rows.append((f"  {ridge:.4g}", self._row(index)))
+        if np.isfinite(self.leave_one_out_loss).any():
+            best = self.best
+            rows.append(("best", f"λ = {best.ridge:.4g}, by leave-one-out loss" + self._at(best.index)))
+        return rows
+
+    def _row(self, index: int) -> str:
+        relative = self.ridges[index] / self.mean_diagonal if self.mean_diagonal else np.nan
+        crossed = _with_error(self.generalised_cross_validation, self.generalised_cross_validation_error, index)
+        left = _with_error(self.leave_one_out_loss, self.leave_one_out_loss_error, index)
+        row = f"{relative:.2g}; {self.train_loss[index]:.4g}, {crossed}, {left}"
+        is_tested = np.isfinite(self.test_loss[index])
+        if is_tested:
+            row += f", {self.test_loss[index]:.4g}"
+        if self.is_classification:
+            row += f"; {_with_error(self.leave_one_out_accuracy, self.leave_one_out_accuracy_error, index)}"
+            row += f", {self.test_accuracy[index]:.4g}" if is_tested else ""
+        return row + (f"; {self.statuses[index]}" if self.statuses[index] != "converged" else "")
+
+    def _at(self, index: int) -> str:
+        if np.isfinite(self.test_accuracy[index]):
+            return f"; {self.test_accuracy[index]:.1%} of test samples right"
+        if np.isfinite(self.test_loss[index]):
+            return f"; test loss {self.test_loss[index]:.4g}"
+        return ""
 
 
 def ridge_path(
@@ -44,8 +175,8 @@ def ridge_path(
     test_targets: ArrayLike | None = None,
     initial_outputs: ArrayLike | None = None,
     test_initial_outputs: ArrayLike | None = None,
-    eigenpairs: Eigenpairs | None = None,
-    method: Method = "auto",
+    eigenpairs: KnownEigenpairs | None = None,
+    method: PathMethod = "auto",
     task: Task = "auto",
     tol: float = 1e-8,
     num_left_out: int = 64,
@@ -93,10 +224,8 @@ def ridge_path(
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed
-        Of preconditioners, and the choice of samples.
-    monitor
-        Called after each pass.
+    seed, monitor
+        Seed of preconditioners and of the choice of samples; function that is called after each pass.
 
     Raises
     ------
@@ -119,41 +248,36 @@ def ridge_path(
     begin = perf_counter()
     operator, share = open_for_analysis(kernel, memory_limit)
     before = operator.work
-    _check(method, test_kernel, test_targets, tol, num_left_out)
-    labels, width = train_targets(kernel, operator, targets, initial_outputs, task)
-    goal = labels.matrix
-    if initial_outputs is not None:
-        goal = goal - initial_matrix(initial_outputs, goal.shape)
-    rhs = as_rows(goal, width)
-    scale: RidgeScale = ridge_scale if ridges is not None else "mean_diagonal"
-    asked = [float(ridge) for ridge in (DEFAULT_RIDGES if ridges is None else ridges)]
-    if not asked:
-        raise ConfigError("no ridge is given; needed at least one")
-    values = np.array([absolute_ridge(ridge, scale, operator.diagonal) for ridge in asked])
-    test = _Test.of(test_kernel, test_targets, test_initial_outputs, labels, operator, width)
-    if (test_initial_outputs is None) == (initial_outputs is not None) and test is not None:
-        raise ConfigError("initial_outputs of one of train and test samples; needed both or none")
-    points = _points(operator, rhs, width, eigenpairs, method, tol, num_left_out, share, seed, monitor)
-    name, finder = points
-    found: dict[int, dict[str, float]] = {}
-    statuses: dict[int, tuple[Status, str]] = {}
-    waiting: list[tuple[int, Values]] = []
-    most = _most_waiting(rhs, share)
+    check_method(method, PathMethod)
+    check_number("tol", tol, low=0.0)
+    check_number("num_left_out", num_left_out, low=2)
+    train = train_targets(kernel, operator, targets, initial_outputs, task)
+    asked, scale = ridges_or(DEFAULT_RIDGES, ridges, ridge_scale)
+    values = absolute_ridges(asked, scale, operator.diagonal())
+    test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
+    if test is not None:
+        offset = offset_of_test(test_initial_outputs, test.shape, is_centred=initial_outputs is not None)
+    name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, share, seed, monitor)
+    found: list[dict[str, float]] = [{} for _ in values]
+    statuses: list[tuple[Status, str]] = [("converged", "")] * len(values)
+    waiting: dict[int, FloatArray] = {}
+    most = _most_waiting(train.rhs, share)
     num_left = 0
-    for index in sorted(range(len(values)), key=lambda i: -values[i]):
+    order = np.argsort(-values, kind="stable").tolist()
+    for index in order:
         point = finder.at(float(values[index]))
-        found[index] = _measures(point, labels, rhs, width)
+        found[index] = _measures(point, train)
         statuses[index] = point.status, point.message
         num_left = len(point.left_out_samples)
-        if test is not None:
-            waiting.append((index, point.coefficients))
-            if len(waiting) == most:
-                test.measure(waiting, found)
-                waiting = []
-    if test is not None and waiting:
-        test.measure(waiting, found)
-    status, message = _judge([statuses[index] for index in range(len(values))], values, name)
-    arrays = {key: np.array([found[index][key] for index in range(len(values))]) for key in found[0]}
+        if test is None:
+            continue
+        waiting[index] = point.coefficients
+        if len(waiting) == most or index == order[-1]:
+            for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
+                found[place] |= _test_measures(test.labels, outputs + offset)
+            waiting.clear()
+    status, message = _judge(statuses, values, name)
+    arrays = {key: np.array([one[key] for one in found]) for key in found[0]}
     empty = np.full(len(values), np.nan)
     return RidgePath(
         status=status,
@@ -161,7 +285,7 @@ def ridge_path(
         work=operator.work - before,
         seconds=perf_counter() - begin,
         options={
-            "ridges": asked,
+            "ridges": [float(ridge) for ridge in asked],
             "ridge_scale": scale,
             "method": method,
             "task": task,
@@ -177,71 +301,26 @@ def ridge_path(
         method=name,
         why=finder.why,
         num_left_out=num_left,
-        statuses=tuple(statuses[index][0] for index in range(len(values))),
-        is_classification=labels.classes is not None,
+        statuses=tuple(one for one, _ in statuses),
+        is_classification=train.labels.classes is not None,
         floor=operator.storage_floor(),
         **{"test_loss": empty, "test_accuracy": empty, **arrays},
     )
 
 
-def _check(method: str, test_kernel: Any, test_targets: Any, tol: float, num_left_out: int) -> None:
-    """Options."""
-    if method not in _METHODS:
-        raise ConfigError(f"method={method!r}; needed one of {', '.join(_METHODS)}")
-    if (test_kernel is None) != (test_targets is None):
-        raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
-    check_number("tol", tol, low=0.0)
-    check_number("num_left_out", num_left_out, low=2)
-
-
-@dataclass(frozen=True)
-class _Test:
-    """The test set."""
-
-    cross: CrossKernel
-    labels: Labels
-    offset: Values
-    width: int
-
-    @classmethod
-    def of(
-        cls, kernel: Any, targets: Any, initial: Any, train: Labels, operator: Operator, width: int
-    ) -> "_Test | None":
-        """If there is one."""
-        if kernel is None:
-            return None
-        labels = encode(targets, classes=train.classes, task="regression")
-        cross = CrossKernel(kernel, operator.num_rows, width)
-        needed = cross.num_samples, train.matrix.shape[1]
-        if labels.matrix.shape != needed:
-            raise ConfigError(f"test targets of shape {np.shape(targets)}; needed {needed} by kernel and train targets")
-        offset = np.zeros(1) if initial is None else initial_matrix(initial, needed)
-        return cls(cross, labels, offset, width)
-
-    def measure(self, waiting: Sequence[tuple[int, Values]], found: dict[int, dict[str, float]]) -> None:
-        """Losses and accuracies of several ridges in one read of the test kernel."""
-        predicted = self.cross.times(np.concatenate([coefficients for _, coefficients in waiting], axis=1))
-        for (index, _), columns in zip(waiting, np.split(predicted, len(waiting), axis=1), strict=True):
-            outputs = as_samples(columns, self.width) + self.offset
-            accuracy = self.labels.accuracy(outputs)
-            found[index]["test_loss"] = self.labels.loss(outputs)
-            found[index]["test_accuracy"] = np.nan if accuracy is None else accuracy
-
-
 def _points(
     operator: Operator,
-    rhs: Values,
-    width: int,
-    eigenpairs: Eigenpairs | None,
-    method: Method,
+    train: TrainTargets,
+    eigenpairs: KnownEigenpairs | None,
+    method: PathMethod,
     tol: float,
     num_left_out: int,
     memory_limit: int | None,
     seed: int,
     monitor: Monitor,
 ) -> tuple[str, Points]:
-    """By what fits."""
-    n, room = operator.num_rows, memory_room(memory_limit)
+    """What finds the fits, by the method that was asked for or that memory has room for; and the method."""
+    n, room, rhs, width = operator.num_rows, memory_room(memory_limit), train.rhs, train.width
     if eigenpairs is not None and method in {"auto", "eigh"}:
         return "eigh", ByEigenpairs(operator, eigenpairs, rhs, width, "all eigenpairs were given")
     needed = f"{n:,} rows, {format_bytes(max(0, room))} of memory"
@@ -258,20 +337,26 @@ def _points(
     return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, tol=tol, seed=seed, why=why)
 
 
-def _most_waiting(rhs: Values, memory_limit: int | None) -> int:
-    """Ridges whose coefficients may wait for the test kernel."""
+def _most_waiting(rhs: FloatArray, memory_limit: int | None) -> int:
+    """Number of ridges whose coefficients may wait for the test kernel."""
     return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, memory_room(memory_limit))) // max(1, 2 * rhs.nbytes))
 
 
-def _measures(point: Point, labels: Labels, rhs: Values, width: int) -> dict[str, float]:
+def _test_measures(labels: Labels, outputs: FloatArray) -> dict[str, float]:
+    accuracy = labels.accuracy(outputs)
+    return {"test_loss": labels.loss(outputs), "test_accuracy": np.nan if accuracy is None else accuracy}
+
+
+def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result."""
-    fitted = labels.matrix - as_samples(point.train_residuals, width)
+    labels = train.labels
+    fitted = labels.matrix - as_samples(point.train_residuals, train.width)
     accuracy = labels.accuracy(fitted)
 
-    def squares(residuals: Values, samples: NDArray[np.int64]) -> Values:
+    def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
 
-    def hits(residuals: Values, samples: NDArray[np.int64]) -> Values:
+    def hits(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         assert labels.codes is not None
         predicted = labels.matrix[samples] - residuals.reshape(len(samples), -1)
         return np.asarray(predicted.argmax(axis=1) == labels.codes[samples], np.float64)
@@ -290,16 +375,20 @@ def _measures(point: Point, labels: Labels, rhs: Values, width: int) -> dict[str
         "leave_one_out_loss_error": loss[1],
         "leave_one_out_accuracy": right[0],
         "leave_one_out_accuracy_error": right[1],
-        "norm": float(np.sum(point.coefficients * (rhs - point.train_residuals))),
+        "norm": float(np.sum(point.coefficients * (train.rhs - point.train_residuals))),
         "residuals": point.residual,
     }
 
 
-def _judge(statuses: Sequence[tuple[Status, str]], ridges: Values, method: str) -> tuple[Status, str]:
-    """One status of all ridges: the worst, with the first reason."""
+def _judge(statuses: Sequence[tuple[Status, str]], ridges: FloatArray, method: str) -> tuple[Status, str]:
+    """The status of the first ridge that failed, or of all."""
     failed = [(ridge, *one) for ridge, one in zip(ridges, statuses, strict=True) if one[0] != "converged"]
     if not failed:
         how = "estimates have error bars" if method == "streamed" else "exact"
         return "converged", f"{len(ridges)} ridge{'s'[: len(ridges) != 1]}, {how}"
     ridge, status, why = failed[0]
     return status, f"{len(failed)} of {len(ridges)} ridges, the first λ = {ridge:.4g}: {why}"
+
+
+def _with_error(values: FloatArray, errors: FloatArray, index: int) -> str:
+    return f"{values[index]:.4g}" + (f" ± {errors[index]:.1g}" if errors[index] else "")

@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.extras import needed_for
 from ntkpipe.store.kernel import KernelSet
 
 with needed_for("PrecomputedKernel", "scikit-learn"):
     from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
-
-Numbers = NDArray[np.int64]
 
 
 class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
@@ -76,12 +75,12 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         return cls(kernels.train, kernels.test_train, kernels.test_diagonal)
 
     @property
-    def train_rows(self) -> Numbers:
+    def train_rows(self) -> NDArray[np.int64]:
         """Train rows as inputs, (n, 1)."""
         return np.arange(int(self.train.shape[0]))[:, None]
 
     @property
-    def test_rows(self) -> Numbers:
+    def test_rows(self) -> NDArray[np.int64]:
         """Test rows as inputs, (m, 1).
 
         Raises
@@ -147,7 +146,9 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                 )
         return (values, np.empty((*values.shape, 0))) if eval_gradient else values
 
-    def _part(self, rows: Numbers, columns: Numbers, rows_are_tests: bool, columns_are_tests: bool) -> NDArray[Any]:
+    def _part(
+        self, rows: NDArray[np.int64], columns: NDArray[np.int64], rows_are_tests: bool, columns_are_tests: bool
+    ) -> NDArray[Any]:
         """Entries of rows of one set by columns of one set, each counted from 0."""
         if rows_are_tests and columns_are_tests:
             return self._within_tests(rows, columns)
@@ -155,7 +156,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
             return self._part(columns, rows, True, False).T
         return np.asarray((self.test_train if rows_are_tests else self.train)[np.ix_(rows, columns)], np.float64)
 
-    def _within_tests(self, rows: Numbers, columns: Numbers) -> NDArray[np.float64]:
+    def _within_tests(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> FloatArray:
         blocks = self._blocks()
         width = blocks.shape[1]
         if np.any(rows[:, None] // width != columns // width):
@@ -163,10 +164,10 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                 f"{self!r} has no entries of test samples with each other, which stores do not keep; ask for "
                 "return_std=True rather than return_cov=True, or compute a store that has them as train samples"
             )
-        within: NDArray[np.float64] = blocks[rows[:, None] // width, rows[:, None] % width, columns % width]
+        within: FloatArray = blocks[rows[:, None] // width, rows[:, None] % width, columns % width]
         return within
 
-    def _blocks(self) -> NDArray[np.float64]:
+    def _blocks(self) -> FloatArray:
         """S x S blocks of test samples, checked."""
         num_rows = 0 if self.test_train is None else self.test_train.shape[0]
         if self.test_diagonal is None:
@@ -180,7 +181,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
             )
         return blocks
 
-    def diag(self, X: ArrayLike) -> NDArray[np.float64]:  # noqa: N803
+    def diag(self, X: ArrayLike) -> FloatArray:  # noqa: N803
         """Each of rows ``X`` with itself, (a,); reads the diagonal tiles.
 
         Parameters
@@ -206,7 +207,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         """Whether the kernel depends on differences of inputs alone: row numbers say nothing of that."""
         return False
 
-    def _numbers(self, inputs: ArrayLike) -> Numbers:
+    def _numbers(self, inputs: ArrayLike) -> NDArray[np.int64]:
         """Row numbers of inputs, (a,)."""
         given = np.asarray(inputs)
         limit = self.train.shape[0] + (0 if self.test_train is None else self.test_train.shape[0])
@@ -224,7 +225,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         return numbers.astype(np.int64)
 
 
-def _split(are_tests: NDArray[np.bool_]) -> list[tuple[Numbers, bool]]:
+def _split(are_tests: NDArray[np.bool_]) -> list[tuple[NDArray[np.int64], bool]]:
     """Positions of train rows, then of test rows, where there are any."""
     found = [(np.flatnonzero(~are_tests), False), (np.flatnonzero(are_tests), True)]
     return [(at, which) for at, which in found if at.size]

@@ -1,26 +1,28 @@
 """Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
-from ntkpipe.learning.regression.columns import Verdict, runs
-from ntkpipe.learning.regression.opening import at_least
+from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.result import Monitor, Step
+from ntkpipe.solvers.result import Monitor, Status, Step
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
 _BLOCKS, _FACTORS = 11, 3
-# Of the memory that is free, so that what else a process does in between has room.
+# Share of the free memory, so that there is room for what else the process does.
 _SHARE = 0.9
 _MOST_COLUMNS = 256
 # Vectors of n float64 that are taken where the limit has no room for them, since fewer would be no use: a tenth of a
 # float32 kernel, but not more than 768.
 _LEAST_VECTORS, _ENOUGH_VECTORS, _ROWS_PER_VECTOR = 64, 768, 20
-# Of the log determinant: probes, and Lanczos vectors that there is room for of each.
+# Probes of the log determinant, and Lanczos vectors of each that there is room for.
 _PROBES, _STEPS = 16, 24
 # Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
 _BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
@@ -48,6 +50,29 @@ def factor_fits(num_rows: int, memory_limit: int | None) -> bool:
     return 4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS) <= memory_room(memory_limit)
 
 
+@dataclass
+class Convergence:
+    """How far the solutions of several systems can be trusted, all together."""
+
+    status: Status = "converged"  # that of the first solve that did not converge
+    worst: float = 0.0  # the largest relative residual
+    messages: list[str] = field(default_factory=list)  # those of solves that did not converge
+
+    def add(self, status: Status, residual: float, message: str) -> None:
+        """Take one more solve into account."""
+        self.worst = max(self.worst, residual)
+        if status != "converged":
+            if self.status == "converged":
+                self.status = status
+            self.messages.append(message)
+
+
+def runs(count: int, most: int) -> Iterator[slice]:
+    """Cut a range of ``count`` into runs of at most ``most``."""
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
+
+
 class StreamedInverse:
     """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
 
@@ -69,39 +94,39 @@ class StreamedInverse:
 
     @property
     def words(self) -> str:
-        """What it is."""
+        """Describe the method."""
         rank = self._preconditioner.rank
         return f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
 
     def times(
         self,
-        block: NDArray[np.float64],
+        block: FloatArray,
         ridge: float,
-        verdict: Verdict,
-        initial: NDArray[np.float64] | None = None,
+        convergence: Convergence,
+        initial: FloatArray | None = None,
         tol: float | None = None,
-    ) -> NDArray[np.float64]:
+    ) -> FloatArray:
         """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
-        found = np.empty_like(block)
+        found, tol = np.empty_like(block), self._tol if tol is None else tol
         for columns in runs(block.shape[1], self.columns_at_once):
             guess = None if initial is None else initial[:, columns]
-            found[:, columns] = self._solve(block[:, columns], ridge, guess, verdict, self._tol if tol is None else tol)
+            found[:, columns] = self._solve(block[:, columns], ridge, guess, convergence, tol)
         return found
 
     def quadratic(
-        self, block: NDArray[np.float64], ridge: float, width: int, verdict: Verdict, tol: float | None = None
-    ) -> NDArray[np.float64]:
+        self, block: FloatArray, ridge: float, width: int, convergence: Convergence, tol: float | None = None
+    ) -> FloatArray:
         """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
 
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
-        solution = self.times(block, ridge, verdict, tol=tol)
+        solution = self.times(block, ridge, convergence, tol=tol)
         residual = block - self._operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
 
-    def logdet(self, ridge: float, verdict: Verdict) -> tuple[float, float]:
+    def logdet(self, ridge: float, convergence: Convergence) -> tuple[float, float]:
         """``log det(K + λI)`` and its error, Monte-Carlo and truncation together.
 
         Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
@@ -124,19 +149,14 @@ class StreamedInverse:
         for one in found:
             # Errors of estimates are in their error bars; what has no logarithm is a finding.
             if one.status == "indefinite at storage precision":
-                verdict.add(one.status, 0.0, f"log determinant: {one.message}")
+                convergence.add(one.status, 0.0, f"log determinant: {one.message}")
         samples = np.concatenate([one.samples for one in found])
         standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
         return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
 
     def _solve(
-        self,
-        block: NDArray[np.float64],
-        ridge: float,
-        initial: NDArray[np.float64] | None,
-        verdict: Verdict,
-        tol: float,
-    ) -> NDArray[np.float64]:
+        self, block: FloatArray, ridge: float, initial: FloatArray | None, convergence: Convergence, tol: float
+    ) -> FloatArray:
         before = self._operator.work - self._before
 
         def tell(step: Step) -> None:
@@ -153,11 +173,11 @@ class StreamedInverse:
             seed=self._seed,
             monitor=tell,
         )
-        verdict.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
+        convergence.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
         return np.asarray(found.coefficients)
 
 
-def _by_runs(left: NDArray[np.float64], right: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+def _by_runs(left: FloatArray, right: FloatArray, width: int) -> FloatArray:
     """``left_i' right_i`` for each run of columns."""
     shape = (len(left), -1, width)
     return np.asarray(np.einsum("nia,nib->iab", left.reshape(shape), right.reshape(shape)), np.float64)

@@ -14,8 +14,8 @@ import ntkpipe
 from ntkpipe.analysis.comparing import spectra as ends_of_spectra
 from ntkpipe.analysis.comparing.compare import compare_kernels
 from ntkpipe.analysis.comparing.entries import measure_differences
-from ntkpipe.analysis.comparing.in_step import TileEntries
-from ntkpipe.analysis.comparing.sides import sides_of
+from ntkpipe.analysis.comparing.inputs import inputs_of
+from ntkpipe.analysis.comparing.paired_tiles import TileEntries
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
 
@@ -296,7 +296,7 @@ def test_a_tenth_of_the_kernel_gives_the_same_numbers(large: Any, way: str, monk
 
 def test_each_tile_is_read_once_and_diagonal_ones_twice(large: Any) -> None:
     a, _, _ = large
-    (side, other) = sides_of(a, a)
+    (side, other) = inputs_of(a, a)
     measured = measure_differences(side.entries(1), other.entries(1))
     tiles = a.grid.num_tiles
     assert measured.bytes_read == 2 * tiles * a.tile_bytes  # in one grid no tile is left and entered again
@@ -305,7 +305,7 @@ def test_each_tile_is_read_once_and_diagonal_ones_twice(large: Any) -> None:
 
 def test_a_finer_grid_is_read_at_most_four_times_where_edges_do_not_divide(large: Any) -> None:
     a, b, _ = large
-    coarse, fine = (side.entries(1) for side in sides_of(a, b))
+    coarse, fine = (side.entries(1) for side in inputs_of(a, b))
     assert isinstance(coarse, TileEntries)
     measure_differences(coarse, fine)
     of_diagonal = a.grid.rows.num_tiles

@@ -5,8 +5,7 @@ import pytest
 from regressions import features
 
 from ntkpipe import gaussian_process
-from ntkpipe.learning.regression.columns import Verdict
-from ntkpipe.learning.regression.streamed import StreamedInverse, vectors_that_fit
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, vectors_that_fit
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.result import ignore
 
@@ -25,7 +24,7 @@ def kernel(rng: np.random.Generator) -> np.ndarray:
 def test_columns_are_solved_a_few_at_a_time(rng: np.random.Generator, kernel: np.ndarray) -> None:
     few, many = inverse_of(kernel, 1e-12, memory_limit=1), inverse_of(kernel, 1e-12)
     assert few.columns_at_once < 7 < many.columns_at_once
-    block, verdict = rng.standard_normal((200, 7)), Verdict()
+    block, verdict = rng.standard_normal((200, 7)), Convergence()
     exact = np.linalg.solve(kernel + RIDGE * np.eye(200), block)
     for inverse in (few, many):
         np.testing.assert_allclose(inverse.times(block, RIDGE, verdict), exact, atol=1e-9)
@@ -37,7 +36,7 @@ def test_columns_are_solved_a_few_at_a_time(rng: np.random.Generator, kernel: np
 @pytest.mark.parametrize("width", [1, 2])
 def test_forms_are_of_second_order_in_the_residual(rng: np.random.Generator, kernel: np.ndarray, width: int) -> None:
     tol = 1e-3
-    inverse, verdict = inverse_of(kernel, tol, memory_limit=1), Verdict()
+    inverse, verdict = inverse_of(kernel, tol, memory_limit=1), Convergence()
     block = rng.standard_normal((200, 6))
     found = inverse.quadratic(block, RIDGE, width, verdict)
     parts = block.T.reshape(-1, width, 200)
@@ -60,7 +59,7 @@ def test_the_data_fit_is_too(rng: np.random.Generator, kernel: np.ndarray) -> No
 
 
 def test_what_is_not_solved_is_said(rng: np.random.Generator) -> None:
-    singular, verdict = features(rng, size=5)[0], Verdict()
+    singular, verdict = features(rng, size=5)[0], Convergence()
     inverse_of(singular, 1e-8).times(rng.standard_normal((30, 2)), 0.0, verdict)
     assert verdict.status != "converged"
     assert "λ = 0" in verdict.messages[0]

@@ -1,4 +1,4 @@
-"""Two symmetric matrices read in step: runs of samples that lie in one tile of both, each pair of runs once."""
+"""Tiles of two symmetric matrices side by side: runs of samples that lie in one tile of both, each pair once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.tiles import TileSource
 
@@ -18,35 +19,22 @@ _RUN = 512
 
 
 class Entries(Protocol):
-    """Entries of a symmetric matrix of samples, ``width`` rows each, by two runs of samples."""
+    """Entries of a symmetric matrix of samples, by two runs of samples."""
 
-    @property
-    def num_samples(self) -> int:
-        """Samples, N."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Rows a sample."""
-        ...
-
-    @property
-    def edge(self) -> int | None:
-        """Samples of a tile; none if any run may be asked for."""
-        ...
+    num_samples: int
+    width: int  # rows a sample
+    edge: int | None  # samples of a tile; None if any run may be asked for
 
     @property
     def bytes_read(self) -> int:
         """Bytes that came from files or object storage."""
-        ...
 
     def read(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """The block of two runs of samples, rows before columns or the same; may be a view, valid until the next."""
-        ...
+        """The block of two runs, rows before columns or the same; may be a view that is valid until the next read."""
 
 
 class TileEntries:
-    """Of tiles: a run must lie in one of them. The last tile is kept, so that neighbours do not read it again."""
+    """Entries of tiles; a run must lie in one. The last tile is kept, so that neighbours do not read it again."""
 
     def __init__(self, source: TileSource, width: int) -> None:
         self._source = source
@@ -62,7 +50,7 @@ class TileEntries:
         first, second = rows.start * self.width, columns.start * self.width
         index = first // self._rows, second // self._rows
         if self._last is None or self._last[0] != index:
-            self._last = None  # before the next one is there, or there would be two
+            self._last = None  # or two tiles would be in memory during the read
             self._last = index, self._source.read(index, None)
             self.bytes_read += self._source.tile_bytes
         top, left = index[0] * self._rows, index[1] * self._rows
@@ -72,7 +60,7 @@ class TileEntries:
 
 
 class OperatorEntries:
-    """Of an operator: any block that it is asked for."""
+    """Entries of an operator, in any blocks."""
 
     def __init__(self, operator: Operator, width: int) -> None:
         self._operator = operator
@@ -83,7 +71,7 @@ class OperatorEntries:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that the operator has read for it."""
+        """Bytes that the operator has read for these entries."""
         return self._operator.work.bytes_read - self._before
 
     def read(self, rows: slice, columns: slice) -> NDArray[Any]:
@@ -118,8 +106,8 @@ class Strip:
     columns: slice
     # Whether its block is a diagonal one, which has its own mirror in it; entries of others count twice
     is_diagonal: bool
-    first: NDArray[np.float64]  # first, second: shape (rows * width, columns * width)
-    second: NDArray[np.float64]
+    first: FloatArray  # first, second: shape (rows * width, columns * width)
+    second: FloatArray
 
 
 def strips(first: Entries, second: Entries) -> Iterator[Strip]:
@@ -164,7 +152,7 @@ def _strips_of(first: Entries, second: Entries, rows: slice, columns: slice) -> 
         yield Strip(part, columns, rows == columns, *values)
 
 
-def _as_strip(block: NDArray[Any], rows: slice, width: int, *, is_outer: bool) -> NDArray[np.float64]:
+def _as_strip(block: NDArray[Any], rows: slice, width: int, *, is_outer: bool) -> FloatArray:
     """Rows of a block in float64, C-contiguous."""
     if not is_outer:
         return np.ascontiguousarray(block[rows.start * width : rows.stop * width], np.float64)

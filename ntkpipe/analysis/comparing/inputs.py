@@ -1,4 +1,4 @@
-"""What two kernels are compared as: their entries, samples, targets and test kernels, and whether that makes sense."""
+"""The two kernels of a comparison with their samples, targets and test kernels, and whether they can be compared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.in_step import Entries, OperatorEntries, OuterEntries, TileEntries
+from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, OuterEntries, TileEntries
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.opening import open_for_analysis
+from ntkpipe.learning.regression.sources import open_for_analysis
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
-from ntkpipe.store.export import find_array
+from ntkpipe.solvers.on_store import find_kernel
 from ntkpipe.store.kernel import Kernel, KernelStore, open_kernel
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
 
@@ -28,11 +28,11 @@ _ARRAY_EDGE = 2048
 
 
 @dataclass(frozen=True)
-class Side:
+class KernelInput:
     """One of two kernels that are compared."""
 
     name: str  # for people: path and array, or what it is
-    matrix: Any  # A stored kernel, an array, or an operator
+    matrix: Any  # a stored kernel, an array, or an operator
     width: int  # rows a sample in the matrix
     num_samples: int  # of the train kernel
     manifest: Manifest | None  # of a stored kernel
@@ -45,7 +45,7 @@ class Side:
         return None if self.manifest is None else self.manifest.kind
 
     def entries(self, num_outputs: int) -> Entries:
-        """Its entries, or those of ``K ⊗ I_O`` where it has fewer rows a sample than ``num_outputs``."""
+        """The entries, or those of ``K ⊗ I_O`` where the matrix has fewer rows a sample than ``num_outputs``."""
         if isinstance(self.matrix, Kernel):
             found: Entries = TileEntries(KernelTiles(self.matrix), self.width)
         elif _has_tiles(self.matrix):
@@ -73,18 +73,20 @@ def _has_tiles(matrix: Any) -> bool:
     return isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
 
 
-def sides_of(a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None) -> tuple[Side, Side]:
-    """What is to be compared, of whatever a caller has."""
-    stored = [_stored_side(kernel, array) for kernel in (a, b)]
+def inputs_of(
+    a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None
+) -> tuple[KernelInput, KernelInput]:
+    """The two kernels of a comparison, from stores, paths, stored kernels, arrays or operators."""
+    stored = [_stored_input(kernel, array) for kernel in (a, b)]
     rows = [
-        _num_rows(kernel, name) if side is None else side.num_samples * side.width
-        for kernel, name, side in zip((a, b), "ab", stored, strict=True)
+        _num_rows(kernel, name) if known is None else known.num_samples * known.width
+        for kernel, name, known in zip((a, b), "ab", stored, strict=True)
     ]
-    widths = [1 if side is None else side.width for side in stored]
+    widths = [1 if known is None else known.width for known in stored]
     full = max(widths) if num_outputs is None else int(check_number("num_outputs", num_outputs, low=1))
     first, second = (
-        side or _side_of_matrix(kernel, name, own, full if own == max(rows) else 1)
-        for kernel, name, own, side in zip((a, b), "ab", rows, stored, strict=True)
+        known or _input_of_matrix(kernel, name, own, full if own == max(rows) else 1)
+        for kernel, name, own, known in zip((a, b), "ab", rows, stored, strict=True)
     )
     return first, second
 
@@ -96,39 +98,33 @@ def _num_rows(kernel: Any, name: str) -> int:
     return shape[0]
 
 
-def _side_of_matrix(kernel: Any, name: str, num_rows: int, width: int) -> Side:
+def _input_of_matrix(kernel: Any, name: str, num_rows: int, width: int) -> KernelInput:
     if num_rows % width:
         raise ConfigError(
             f"{name} has {num_rows} rows, which is no multiple of {width} outputs; needed sample * O + output"
         )
     matrix = kernel if isinstance(kernel, Operator) or _has_tiles(kernel) else np.asarray(kernel)
-    return Side(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width, None, None, None)
+    return KernelInput(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width, None, None, None)
 
 
-def _stored_side(kernel: Any, array: str) -> Side | None:
+def _stored_input(kernel: Any, array: str) -> KernelInput | None:
     if isinstance(kernel, str | Path):
         kernel = open_kernel(kernel)
     if isinstance(kernel, KernelStore):
-        return _side_of_store(kernel, array)
-    return _side_of_store(open_kernel(kernel.root), kernel.name) if isinstance(kernel, Kernel) else None
+        return _input_of_store(kernel, array)
+    return _input_of_store(open_kernel(kernel.root), kernel.name) if isinstance(kernel, Kernel) else None
 
 
-def _side_of_store(store: KernelStore, array: str) -> Side:
-    found, manifest = find_array(store.store, array), store.manifest
-    grid = found.layout.grid
-    if grid is None or not grid.symmetric:
-        raise ConfigError(
-            f"{found.layout.name} of {store.path} is no kernel of samples with themselves; needed 'train'"
-        )
-    kernel = Kernel(found, manifest.digest())
+def _input_of_store(store: KernelStore, array: str) -> KernelInput:
+    kernel, manifest = find_kernel(store, array), store.manifest
     test = f"{kernel.name.removesuffix(_TRAIN)}{_TEST}"
     test_kernel = Kernel(store.store.arrays[test], manifest.digest()) if test in store.store.arrays else None
     name = f"{store.path}" if kernel.name == f"kernel/{_TRAIN}" else f"{store.path} {kernel.name}"
     count = manifest.train.num_samples
-    return Side(name, kernel, manifest.num_covectors, count, manifest, store, test_kernel)
+    return KernelInput(name, kernel, manifest.num_covectors, count, manifest, store, test_kernel)
 
 
-def require_comparable(a: Side, b: Side) -> int:
+def require_comparable(a: KernelInput, b: KernelInput) -> int:
     """Rows a sample that both are compared in: that of a full NTK, O, if one of them is."""
     if a.manifest is not None and b.manifest is not None:
         differing = _data_differences("train", a.manifest.train, b.manifest.train)
@@ -150,14 +146,14 @@ def require_comparable(a: Side, b: Side) -> int:
     return max(a.width, b.width)
 
 
-def differing_fields(a: Side, b: Side) -> tuple[str, ...] | None:
+def differing_fields(a: KernelInput, b: KernelInput) -> tuple[str, ...] | None:
     """Fields of the manifests that differ, but for tiles; none where one has no manifest."""
     if a.manifest is None or b.manifest is None:
         return None
     return tuple(field for field, _, _ in differences(a.manifest, b.manifest) if field != "tile")
 
 
-def has_same_test_samples(a: Side, b: Side) -> bool:
+def has_same_test_samples(a: KernelInput, b: KernelInput) -> bool:
     """Whether test kernels are of the same samples, as far as manifests say."""
     if a.manifest is None or b.manifest is None:
         return True
@@ -179,11 +175,11 @@ def _short(value: object) -> object:
     return f"{value[:12]}…" if isinstance(value, str) else value
 
 
-def targets_of(a: Side, b: Side, split: str) -> NDArray[Any] | None:
+def targets_of(a: KernelInput, b: KernelInput, split: str) -> NDArray[Any] | None:
     """Targets of the first of the stores that has them; ``split`` is ``train`` or ``test``."""
-    for side in (a, b):
-        if side.store is not None:
-            found = side.store.targets if split == "train" else side.store.test_targets
+    for known in (a, b):
+        if known.store is not None:
+            found = known.store.targets if split == "train" else known.store.test_targets
             if found is not None:
                 return found
     return None
