@@ -19,7 +19,8 @@ from ntkpipe.learning.regression.stored_eigenpairs import pairs_of
 from ntkpipe.learning.steps import gaussian_process_of_store, influence_of_store, regression_of_store
 from ntkpipe.solvers.on_store import Question, of_store
 from ntkpipe.solvers.result import Result
-from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore
 
 
 @of_store("spectrum")

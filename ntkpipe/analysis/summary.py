@@ -10,7 +10,7 @@ from ntkpipe.analysis.alignment import kernel_target_alignment
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import num_classes_of, target_matrix, target_rows
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
 _NUM_EIGENVALUES = 5

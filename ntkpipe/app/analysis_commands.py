@@ -8,7 +8,7 @@ import click
 
 from ntkpipe.base.config import parse_bytes
 from ntkpipe.base.tables import print_rows
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 
 _NOT_FOUND = 1
 

@@ -28,10 +28,11 @@ from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.report.report import report_of_store, require_libraries
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.steps import SOLVERS
-from ntkpipe.store.chunks import Mode, reading_results
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
+from ntkpipe.store.results import reading_results
+from ntkpipe.store.store import Mode
 from ntkpipe.store.verification import Rows, VerificationReport, verification_rows
 
 if TYPE_CHECKING:

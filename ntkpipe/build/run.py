@@ -40,12 +40,13 @@ from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.self_check import CheckReport, self_check
-from ntkpipe.store.chunks import Mode, Store, StoredArray, prepare_path
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import Index, layouts, planes
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest, differences
-from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.media.medium import Medium
 from ntkpipe.store.mending.growth import NOTHING, Chunk, Kept, aside, finish, is_larger
+from ntkpipe.store.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.

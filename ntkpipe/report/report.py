@@ -12,9 +12,9 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.report.analyses import ANALYSES
 from ntkpipe.report.gather import Options, gather
 from ntkpipe.solvers.result import Result, Rows
-from ntkpipe.store.chunks import writing
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.medium import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,10 +15,12 @@ from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.store.chunks import Store, StoredArray, medium_at, prepare_path
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index
 from ntkpipe.store.manifest import DerivedRecord, Manifest, differences
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Store, prepare_path
 
 # What can be derived from what: everything else would need pairs of outputs that were not kept.
 _SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trace", "output:k")}

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes, free_disk
-from ntkpipe.store.chunks import Store, StoredArray, writing
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
 from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.medium import writing
+from ntkpipe.store.store import Store
 
 _KERNELS = "kernel/"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

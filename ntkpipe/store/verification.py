@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.store.chunks import Store, StoredArray
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import Index
+from ntkpipe.store.store import Store
 
 Rows = list[tuple[str, str]]
 

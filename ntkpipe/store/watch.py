@@ -8,7 +8,7 @@ from typing import Any
 
 from ntkpipe.base.errors import ClusterError, StoreNotFoundError
 from ntkpipe.base.progress import show_progress
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 
 _POLL_SECONDS = 2.0
 # A driver says every half minute that it is there.

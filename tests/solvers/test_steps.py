@@ -22,7 +22,7 @@ from ntkpipe.solvers.steps import (
     right_hand_sides,
     solve_store,
 )
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(90) % 3
 

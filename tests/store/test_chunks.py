@@ -12,9 +12,10 @@ import pytest
 import zarr
 
 from ntkpipe.base import errors
-from ntkpipe.store.chunks import Store, medium_at, prepare_path
 from ntkpipe.store.layout import layouts
 from ntkpipe.store.manifest import ArrayRecord
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Store, prepare_path
 
 ROOT_KEYS = {
     "kernel/train",

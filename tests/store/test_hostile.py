@@ -22,9 +22,9 @@ from small import compute
 from ntkpipe import compute_kernel, open_kernel
 from ntkpipe.app.cli import main
 from ntkpipe.base.errors import DataError, StoreError
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.layout import MOST_CHUNKS, layouts
-from ntkpipe.store.media.folder import DOCUMENT_BYTES
+from ntkpipe.store.media.medium import DOCUMENT_BYTES
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
 
 Change = Callable[[dict[str, Any]], object]

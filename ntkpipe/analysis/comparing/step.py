@@ -5,7 +5,7 @@ from ntkpipe.analysis.comparing.result import Comparison
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.solvers.on_store import Question, of_store
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 
 
 @of_store("compare")

@@ -14,9 +14,9 @@ from ntkpipe.build.records import Record
 from ntkpipe.build.run import Settled, build, first_of, require_same, require_same_function, settle
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.mending.growth import Chunk, Kept, begin, end_growth, ragged
+from ntkpipe.store.store import Store
 
 
 def grow_store(

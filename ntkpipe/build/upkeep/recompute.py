@@ -14,9 +14,9 @@ from ntkpipe.build.records import Record
 from ntkpipe.build.run import build, first_of, require_same_function, settle, write_samples
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.mending.growth import Chunk, aside, ragged
+from ntkpipe.store.store import Store
 
 
 def spec_of(manifest: Manifest) -> KernelSpec:

@@ -13,7 +13,8 @@ from ntkpipe.base.operator import Work
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.sources import initial_matrix
 from ntkpipe.solvers.result import Result, Rows
-from ntkpipe.store.kernel import Kernel, KernelSet
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet
 
 _SHOWN = 5
 

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.extras import needed_for
-from ntkpipe.store.kernel import KernelSet
+from ntkpipe.base.errors import ConfigError, needed_for
+from ntkpipe.store.kernel_store import KernelSet
 
 with needed_for("PrecomputedKernel", "scikit-learn"):
     from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
@@ -43,7 +42,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         Test rows with train rows. Default none: only train rows are known.
     test_diagonal : (m,) or (M, S, S) array, optional
         Each test row with itself, or the S x S block of each test sample, as
-        :attr:`ntkpipe.store.kernel.KernelSet.test_diagonal` is. Needed for the standard deviation of predictions.
+        :attr:`ntkpipe.store.kernel_store.KernelSet.test_diagonal` is. Needed for the standard deviation of predictions.
 
     Raises
     ------

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Labels, Task, as_rows, encode
-from ntkpipe.store.kernel import Kernel, KernelSet, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet, KernelStore
 
 
 def width_of(kernel: Any, num_rows: int, num_samples: int) -> int:

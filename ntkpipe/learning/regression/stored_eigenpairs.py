@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.eigensystem import Eigensystem, Method, find_eigensystem
 from ntkpipe.solvers.on_store import Question
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 # Pairs are kept while the store is open, if they take at most this part of what the analysis may still allocate.
 _SHARE = 0.125

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError, TileError
-from ntkpipe.store.chunks import Store, StoredArray
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.documents import group_attributes, group_document
 from ntkpipe.store.layout import ArrayLayout, Index, layouts
 from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
 
 Chunk = tuple[str, Index]
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.errors import StoreError, TileError
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.layout import Index
 from ntkpipe.store.mending.growth import Chunk, end_growth, undo_cut_growth
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import Rows, VerificationReport, verification_rows, verify_and_record
 
 # Actions that a record of a repair lists, and that are shown.

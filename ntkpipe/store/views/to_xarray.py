@@ -154,7 +154,7 @@ def to_dataset(
     group: str | None,
     output: int | None,
 ) -> xr.Dataset:
-    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel.KernelSet.to_xarray` says."""
+    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel_store.KernelSet.to_xarray` says."""
     apart = get_kind(manifest.kind).pairs == "same" and output is None
     prefixes = [prefix_of(group, number) for number in (range(manifest.num_outputs) if apart else [output])]
 

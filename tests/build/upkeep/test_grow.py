@@ -18,8 +18,7 @@ from small import Allowance, chunks, compute, mlp, times
 
 from ntkpipe import plan_kernel, repair, verify
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError, TileError
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import layouts
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.mending.growth import (
@@ -33,6 +32,7 @@ from ntkpipe.store.mending.growth import (
     state_of,
     undo_cut_growth,
 )
+from ntkpipe.store.store import Store
 
 
 def everything(store: KernelStore) -> dict[str, np.ndarray]:
