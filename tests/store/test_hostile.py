@@ -404,7 +404,7 @@ def test_of_any_change_to_a_manifest_comes_a_store_or_an_error(tmp_path_factory,
 AUDITED = """
 import builtins, json, os, sys
 import numpy, google_crc32c
-from ntkpipe.store import kernel
+from ntkpipe.store import kernel_store as kernel
 from ntkpipe.store import verification
 from ntkpipe.app import cli
 root = sys.argv[1]

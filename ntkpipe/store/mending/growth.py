@@ -27,7 +27,7 @@ from ntkpipe.store.layout import ArrayLayout, Index, layouts
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.store import Store
 
-Chunk = tuple[str, Index]
+ChunkKey = tuple[str, Index]
 
 _FOLDER = "growth"
 _RECORD = f"{_FOLDER}/zarr.json"
@@ -69,7 +69,7 @@ def is_larger(stored: Manifest, asked: Manifest) -> bool:
     return all(left <= right for left, right in sizes) and any(left < right for left, right in sizes)
 
 
-def ragged(before: Manifest, after: Manifest) -> frozenset[Chunk]:
+def ragged(before: Manifest, after: Manifest) -> frozenset[ChunkKey]:
     """Chunks that hold more entries after a growth than before it, or are cut otherwise."""
     new = layouts(after)
     return frozenset((name, index) for name, old in layouts(before).items() for index in _ragged(old, new[name]))
@@ -96,14 +96,14 @@ def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class OldEntries:
     """Old entries of chunks that a growth makes larger."""
 
     # The arrays that are kept aside and the chunks that they have, the latest growth first
-    levels: tuple[tuple[Mapping[str, StoredArray], frozenset[Chunk]], ...] = ()
+    levels: tuple[tuple[Mapping[str, StoredArray], frozenset[ChunkKey]], ...] = ()
 
     @classmethod
-    def of(cls, store: Store, earlier: tuple[Manifest, ...]) -> "Kept":
+    def of(cls, store: Store, earlier: tuple[Manifest, ...]) -> "OldEntries":
         """What a store keeps from its earlier manifests."""
         if next(store.medium.sizes(_FOLDER), None) is None:
             return cls()
@@ -113,7 +113,7 @@ class Kept:
             levels.append((arrays, frozenset((name, i) for name, array in arrays.items() for i in array.present())))
         return cls(tuple(level for level in levels if level[1]))
 
-    def chunks(self) -> frozenset[Chunk]:
+    def chunks(self) -> frozenset[ChunkKey]:
         """Every chunk of which something is kept."""
         return frozenset().union(*(chunks for _, chunks in self.levels))
 
@@ -131,7 +131,7 @@ class Kept:
             values[tuple(map(slice, old.shape))] = old
 
 
-NOTHING = Kept()
+NO_OLD_ENTRIES = OldEntries()
 
 
 def begin(store: Store, after: Manifest) -> Store:
@@ -164,7 +164,7 @@ def undo_cut_growth(store: Store) -> bool:
     if state_of(store) is not State.BEGUN:
         return False
     with store.exclusive("it cannot grow"):
-        kept = Kept.of(store, (store.manifest,))
+        kept = OldEntries.of(store, (store.manifest,))
         for array in store.arrays.values():
             array.replace_metadata()
         for name, index in sorted(kept.chunks()):
@@ -189,7 +189,7 @@ def finish(store: Store) -> None:
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
     is_grown = state_of(store) is State.RESUMABLE  # else a repair has left them
-    kept = Kept.of(store, store.manifest.earlier()) if is_grown else NOTHING
+    kept = OldEntries.of(store, store.manifest.earlier()) if is_grown else NO_OLD_ENTRIES
     for name, index in sorted(kept.chunks()):
         array, old = store.arrays[name], kept.read(name, index)
         if old is None or not array.has(index):
