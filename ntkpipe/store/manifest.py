@@ -12,7 +12,6 @@ from pydantic import (
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
     model_serializer,
 )
 
@@ -140,14 +139,9 @@ class Manifest(_Record):
     test: DataRecord | None
     choices: Choices
     environment: dict[str, str]
-    groups: dict[GroupName, tuple[str, ...]] = {}
+    groups: Annotated[dict[GroupName, tuple[str, ...]], AfterValidator(require_folders)] = {}
     derived: DerivedRecord | None = None
     growth: tuple[GrowthRecord, ...] = ()
-
-    @field_validator("groups")
-    @classmethod
-    def _require_folders(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-        return require_folders(groups)
 
     @model_serializer(mode="wrap")
     def _without_empty_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -227,8 +221,7 @@ _IDENTITY = (
 
 def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:
     """Fields in which two kernels differ, as ``(field, stored, asked)`` with records expanded."""
-    left = {name: getattr(stored, name) for name in _IDENTITY}
-    right = {name: getattr(asked, name) for name in _IDENTITY}
+    left, right = ({name: getattr(manifest, name) for name in _IDENTITY} for manifest in (stored, asked))
     return tuple(_compare("", left, right))
 
 
@@ -236,8 +229,6 @@ def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object
     left = left.model_dump() if isinstance(left, BaseModel) else left
     right = right.model_dump() if isinstance(right, BaseModel) else right
     if isinstance(left, dict) and isinstance(right, dict):
-        found = []
-        for key in [*left, *(key for key in right if key not in left)]:
-            found += _compare(f"{prefix}.{key}" if prefix else key, left.get(key), right.get(key))
-        return found
+        keys = {key: f"{prefix}.{key}" if prefix else key for key in [*left, *right]}
+        return [item for key, name in keys.items() for item in _compare(name, left.get(key), right.get(key))]
     return [] if left == right else [(prefix, left, right)]

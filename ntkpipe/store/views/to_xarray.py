@@ -20,6 +20,8 @@ from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
 
+Indices = NDArray[np.int64]
+
 
 class Matrix(Protocol):
     """A stored kernel, indexed as in numpy by rows and columns."""
@@ -45,10 +47,10 @@ class _Lazy(BackendArray):
 
     def __getitem__(self, key: ExplicitIndexer) -> Any:
         if isinstance(key, VectorizedIndexer) and all(isinstance(part, np.ndarray) for part in key.tuple):
-            numbers = [np.asarray(part, np.int64) for part in key.tuple]
+            indices = [np.asarray(part, np.int64) for part in key.tuple]
             # One by one if the points, as those of a diagonal, are few of the product of their indices.
-            if np.broadcast(*numbers).size < np.prod([np.unique(part).size for part in numbers], dtype=float):
-                return self._points(*np.broadcast_arrays(*numbers))
+            if np.broadcast(*indices).size < np.prod([np.unique(part).size for part in indices], dtype=float):
+                return self._points(*np.broadcast_arrays(*indices))
         return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._outer)
 
     def _outer(self, key: tuple[Any, ...]) -> NDArray[Any]:
@@ -58,12 +60,23 @@ class _Lazy(BackendArray):
             return np.empty(shape, self.dtype)
         return self._product(*(np.atleast_1d(part) for part in picked)).reshape(shape)
 
-    def _product(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        """Read the entries of all combinations of the indices."""
+    def _product(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
+        parts = [self._read_product(int(plane), *indices) for plane in planes]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)  # which copies
+
+    def _points(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
+        values = np.empty(planes.shape, self.dtype)
+        for plane in np.unique(planes):
+            at = planes == plane
+            values[at] = self._read_points(int(plane), *(part[at] for part in indices))
+        return values
+
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        """Read the entries of one plane at all combinations of the indices."""
         raise NotImplementedError
 
-    def _points(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        """Read entries one by one; the indices have the shape of the result."""
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        """Read the entries of one plane one by one, from indices of equal length."""
         raise NotImplementedError
 
 
@@ -77,22 +90,16 @@ class _LazyKernel(_Lazy):
         self.shape = (len(kernels), rows // width, width, columns // width, width)
         self.dtype = kernels[0].dtype
 
-    def _product(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        row_samples, row_covectors, column_samples, column_covectors = indices
         rows = (row_samples[:, None] * self._width + row_covectors).ravel()
         columns = (column_samples[:, None] * self._width + column_covectors).ravel()
-        parts = [self._kernels[plane][np.ix_(rows, columns)] for plane in planes]
-        values = parts[0] if len(parts) == 1 else np.stack(parts)  # which copies
-        return values.reshape([part.size for part in numbers])
+        return self._kernels[plane][np.ix_(rows, columns)].reshape([part.size for part in indices])
 
-    def _points(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        row_samples, row_covectors, column_samples, column_covectors = indices
         rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
-        values = np.empty(planes.shape, self.dtype)
-        for plane in np.unique(planes):
-            at = planes == plane
-            values[at] = self._kernels[plane][rows[at], columns[at]]
-        return values
+        return self._kernels[plane][rows, columns]
 
 
 class _LazySamples(_Lazy):
@@ -103,22 +110,16 @@ class _LazySamples(_Lazy):
         self.shape = (len(arrays), *arrays[0].layout.shape)
         self.dtype = arrays[0].layout.dtype
 
-    def _read(self, plane: int, samples: NDArray[np.int64]) -> NDArray[Any]:
+    def _read(self, plane: int, samples: Indices) -> NDArray[Any]:
         return self._arrays[plane].read_samples(int(samples.min()), int(samples.max()) + 1).astype(self.dtype)
 
-    def _product(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        planes, samples, *rest = numbers
-        within = np.ix_(samples - samples.min(), *rest)
-        return np.stack([self._read(int(plane), samples)[within] for plane in planes])
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        samples, *rest = indices
+        return self._read(plane, samples)[np.ix_(samples - samples.min(), *rest)]
 
-    def _points(self, *numbers: NDArray[np.int64]) -> NDArray[Any]:
-        planes, samples, *rest = numbers
-        values = np.empty(planes.shape, self.dtype)
-        for plane in np.unique(planes):
-            at = planes == plane
-            within = (samples[at] - samples[at].min(), *(part[at] for part in rest))
-            values[at] = self._read(int(plane), samples[at])[within]
-        return values
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        samples, *rest = indices
+        return self._read(plane, samples)[(samples - samples.min(), *rest)]
 
 
 def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
