@@ -115,11 +115,13 @@ class _LazySamples(_Lazy):
 
     def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
         samples, *rest = indices
-        return self._read(plane, samples)[np.ix_(samples - samples.min(), *rest)]
+        values: NDArray[Any] = self._read(plane, samples)[np.ix_(samples - samples.min(), *rest)]
+        return values
 
     def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
         samples, *rest = indices
-        return self._read(plane, samples)[(samples - samples.min(), *rest)]
+        values: NDArray[Any] = self._read(plane, samples)[(samples - samples.min(), *rest)]
+        return values
 
 
 def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
