@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from ntkpipe.solvers.steps import read_result
     from ntkpipe.store.derive import derive_kernel
     from ntkpipe.store.export import export_kernel
-    from ntkpipe.store.kernel import Kernel, KernelStore, open_kernel
+    from ntkpipe.store.kernel import Kernel
+    from ntkpipe.store.kernel_store import KernelStore, open_kernel
     from ntkpipe.store.results import Checkpoint
 
 __version__ = VERSION
@@ -47,7 +48,7 @@ _HOMES = {
     "ClusterSpec": "base.config",
     "Kernel": "store.kernel",
     "KernelRegression": "learning.regression.estimator",
-    "KernelStore": "store.kernel",
+    "KernelStore": "store.kernel_store",
     "NtkpipeError": "base.errors",
     "PrecomputedKernel": "learning.regression.sklearn_gp",
     "alignment": "analysis.alignment",
@@ -71,7 +72,7 @@ _HOMES = {
     "kernel_matrix": "build.compute",
     "learning_curve": "analysis.learning_curve",
     "logdet": "solvers.spectral.logdet",
-    "open_kernel": "store.kernel",
+    "open_kernel": "store.kernel_store",
     "plan_kernel": "build.compute",
     "read_result": "solvers.steps",
     "repair": "build.upkeep.verify_repair",

@@ -13,7 +13,7 @@ import yaml
 from old_model import NUM_OUTPUTS, data, described, model, readable
 
 import ntkpipe
-from ntkpipe.__main__ import main
+from ntkpipe.app.cli import main
 
 DATA = Path(__file__).parent / "data"
 OLD = DATA / "old"

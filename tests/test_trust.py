@@ -9,13 +9,18 @@ from house import imports, modules, resolve
 SOURCES = modules()
 # Where bytes of a store or a checkpoint come in.
 READERS = (
+    "store.media.medium",
+    "store.media.opening",
     "store.media.folder",
     "store.media.objects",
     "store.documents",
     "store.manifest",
     "store.layout",
     "store.chunks",
+    "store.store",
+    "store.results",
     "store.kernel",
+    "store.kernel_store",
     "store.views.to_dask",
     "store.views.to_xarray",
     "store.verification",

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 import ntkpipe
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import num_cores
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from solving.measuring import in_turns, median, print_table, ratio, watched
 
 _TOL = 1e-6

@@ -10,7 +10,8 @@ from sklearn.kernel_ridge import KernelRidge
 
 import ntkpipe
 from ntkpipe.base.operator import Operator
-from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore
 from solving.measuring import in_turns, median, print_table, ratio, watched
 
 _TOL = 1e-6

@@ -8,9 +8,10 @@ import numpy as np
 
 import ntkpipe
 from ntkpipe.base.kinds import KINDS
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
+from ntkpipe.store.store import Store
 
 _ROOT = Path(__file__).parents[2]
 _RANK = 64

@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.sources import at_least, open_for_analysis, train_targets
-from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _SHARES = (0.5, 0.9, 0.99)

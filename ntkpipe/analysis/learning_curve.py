@@ -14,9 +14,10 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
-from ntkpipe.solvers.result import Monitor, Result, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
 _DEFAULT_PARTS = (32, 16, 8, 4)

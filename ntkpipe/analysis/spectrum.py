@@ -15,6 +15,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.eigensystem import (
     AnalysisMethod,
     Eigensystem,
@@ -25,7 +26,7 @@ from ntkpipe.learning.regression.eigensystem import (
 )
 from ntkpipe.learning.regression.sources import at_least, open_for_analysis
 from ntkpipe.solvers.direct.eigh import eigvalsh
-from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.density import density, smoothed
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import smallest

@@ -15,7 +15,7 @@ from ntkpipe.learning.regression.sources import targets_of, test_kernel_of
 from ntkpipe.learning.steps import gaussian_process_of_store, influence_of_store, regression_of_store
 from ntkpipe.solvers.on_store import StoreRequest, of_store
 from ntkpipe.solvers.result import Result
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 
 
 @of_store("spectrum")

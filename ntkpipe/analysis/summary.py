@@ -11,7 +11,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import num_classes_of, target_matrix, target_rows
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
 _NUM_EIGENVALUES = 5

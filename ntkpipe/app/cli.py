@@ -30,12 +30,12 @@ from ntkpipe.base.errors import (
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.store.chunks import reading_results
 from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, repair_rows, undo
+from ntkpipe.store.results import reading_results
 from ntkpipe.store.verification import VerificationReport, verification_rows, verify_and_record
 from ntkpipe.store.watch import watch
 

@@ -11,7 +11,7 @@ import click
 from ntkpipe.base.config import parse_bytes
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import print_rows
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 
 if TYPE_CHECKING:
     from distributed import Client

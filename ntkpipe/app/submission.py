@@ -22,7 +22,8 @@ from ntkpipe.base.errors import ClusterError, ConfigError, StoreError, StoreNotF
 from ntkpipe.executors import connect
 from ntkpipe.executors.dask import TOPIC
 from ntkpipe.executors.payload import pack_code, unpack_code
-from ntkpipe.store.chunks import Mode, Store, medium_at
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Mode, Store
 
 _POLL_SECONDS = 0.5
 # How often a driver says that it is there; `ntkpipe info --watch` waits ten times as long.

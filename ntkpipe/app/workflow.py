@@ -18,6 +18,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.base.tables import TableRows
 from ntkpipe.build import compute
 from ntkpipe.build.plan import Plan, format_seconds
 from ntkpipe.build.upkeep import verify_repair
@@ -28,11 +29,12 @@ from ntkpipe.jacobian.report import ParameterReport
 from ntkpipe.report.report import report_of_store, require_libraries
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.steps import SOLVERS
-from ntkpipe.store.chunks import Mode, reading_results
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
-from ntkpipe.store.verification import Rows, VerificationReport, verification_rows
+from ntkpipe.store.results import reading_results
+from ntkpipe.store.store import Mode
+from ntkpipe.store.verification import VerificationReport, verification_rows
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -59,7 +61,7 @@ class StepResult:
     """What one step found."""
 
     step: str  # its name
-    rows: Rows  # the result as (quantity, value) in words
+    rows: TableRows  # the result as (quantity, value) in words
     is_good: bool  # whether nothing was found to be wrong
 
 
@@ -189,7 +191,7 @@ def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:
     return workflow.kernel.model_dump()
 
 
-def kernel_rows(store: KernelStore) -> Rows:
+def kernel_rows(store: KernelStore) -> TableRows:
     """Size of a kernel and how fast it was computed, in words."""
     manifest, progress = store.manifest, store.progress
     shapes = [a.layout.shape for a in store.store.arrays.values() if a.layout.grid is not None]
@@ -211,9 +213,9 @@ def kernel_rows(store: KernelStore) -> Rows:
         return rows + _result_rows(store)
 
 
-def _result_rows(store: KernelStore) -> Rows:
+def _result_rows(store: KernelStore) -> TableRows:
     """How the kernel was computed and checked, in words."""
-    rows: Rows = []
+    rows: TableRows = []
     runs = store.store.read_results("runs")
     if runs:
         seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
@@ -228,7 +230,7 @@ def _result_rows(store: KernelStore) -> Rows:
     return rows
 
 
-def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[Rows, bool]:
+def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
     report = verify(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
     return verification_rows(report), report.is_good
 
@@ -241,14 +243,14 @@ def _summary_step(
     samples: int | None = None,
     ridge: float = 1e-4,
     ridge_scale: RidgeScale = "mean_diagonal",
-) -> tuple[Rows, bool]:
+) -> tuple[TableRows, bool]:
     del loaded, progress
     found = summarize(store, samples=samples, ridge=ridge, ridge_scale=ridge_scale)
     store.store.write_result("summary", found.to_json())
     return summary_rows(found), True
 
 
-def summary_rows(found: Summary) -> Rows:
+def summary_rows(found: Summary) -> TableRows:
     """A summary in words."""
     shown = ", ".join(f"{value:,.4g}" for value in found.eigenvalues)
     part = "" if found.num_samples == found.num_train else "; all below is of these alone, `samples` takes more"
@@ -269,7 +271,7 @@ def summary_rows(found: Summary) -> Rows:
 
 # Steps that need the store alone.
 _OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": report_of_store}
-_STEPS: dict[str, Callable[..., tuple[Rows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
+_STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
 def _solver_options(step: StepSpec) -> dict[str, Any]:

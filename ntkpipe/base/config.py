@@ -1,4 +1,4 @@
-"""What a run is made of: frozen, validated specs, read from YAML workflow files or built by the API."""
+"""Settings of a run: frozen, validated specs, read from YAML workflow files or built by the API."""
 
 import math
 import operator
@@ -27,7 +27,7 @@ RealDtype = Literal["float32", "float64"]
 
 
 def _as_int(value: object) -> object:
-    """Integers of other libraries, as numpy's, are integers; truth values and text are not."""
+    """Accept integers of other libraries, such as numpy; leave booleans and text to validation."""
     return value if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
 
 
@@ -35,7 +35,7 @@ Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
 
 
 def _as_location(value: object) -> object:
-    """URLs stay text: a path would lose one of their slashes."""
+    """Convert text to a path, but not a URL, which would lose a slash."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
@@ -43,13 +43,13 @@ def _as_patterns(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-# A folder of the store.
+# The name of a folder in the store.
 GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_patterns), Field(min_length=1)]
 
 
 def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return groups whose names can be folders side by side; some file systems ignore case."""
+    """Check that names of groups can be folders side by side, on file systems that ignore case, too."""
     seen = {"zarr.json": "zarr.json"}
     for name in groups:
         if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
@@ -61,104 +61,96 @@ _BYTES = TypeAdapter(Annotated[ByteSize, Field(gt=0)])
 
 
 class Spec(BaseModel):
-    """Base of all specs: frozen, and an unknown key is an error."""
+    """Base of all specs: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FactorySpec(Spec):
-    """A callable by import string, ``package.module:name``, and its keyword arguments.
-
-    Modules beside the workflow file are found first.
-    """
+    """A callable as import string ``package.module:name``, searched beside the workflow file first; its arguments."""
 
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
     arguments: dict[str, Any] = {}
 
 
 class ModelSpec(FactorySpec):
-    """A factory that returns a ``torch.nn.Module``, and what is done to it."""
+    """A factory that returns a ``torch.nn.Module``, with a checkpoint and a forward function."""
 
-    # A state dict to load: `.safetensors`, or `.pt` / `.pth` (loaded weights-only). Relative to the workflow file.
+    # State dict to load, relative to the workflow file: `.safetensors`, or `.pt` / `.pth` (loaded weights-only).
     checkpoint: Path | None = None
-    # Picks the (batch, O) tensor: `.attribute` of the model's output, or an import string of a function of the output
-    # or of (model, inputs)
+    # Selects the (batch, O) tensor: `.attribute` of the model's output, or an import string of a function of the output
+    # or of (model, inputs).
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 
 class DataSpec(FactorySpec):
-    """A factory that returns a mapping: ``inputs``, optionally ``targets``, ``test_inputs``, ``test_targets``."""
+    """A factory that returns a mapping with ``inputs``, optionally ``targets``, ``test_inputs``, ``test_targets``."""
 
 
 class KernelSpec(Spec):
-    """What decides the numbers of a kernel, apart from the model and the data."""
+    """All that determines the numbers of a kernel, apart from model and data."""
 
     kind: str = "pntk"  # `ntk`, `pntk`, `trace`, `diagonal` or `output:k`; see :mod:`ntkpipe.base.kinds`
-    # Shell-style patterns of parameter names; nothing means every parameter that requires a gradient
+    # Shell-style patterns of parameter names; default every parameter that requires a gradient
     parameters: Annotated[tuple[str, ...] | None, BeforeValidator(_as_patterns)] = None
-    # Name → shell-style patterns of the selected parameters: a kernel of each group, beside that of all
+    # Name → shell-style patterns among the selected parameters: a kernel of each group, beside that of all
     groups: Annotated[dict[GroupName, Patterns], AfterValidator(require_folders)] = {}
     # Dtype of the forward pass and the Jacobians; `tf32` is float32 whose products on a GPU may be TF32
     compute_dtype: ComputeDtype = "float32"
-    # Dtype of the sum over parameters and of the products in it, never TF32; default `compute_dtype`, at least
-    # float32
+    # Dtype of the sum over parameters and of its products, never TF32; default `compute_dtype`, at least float32
     accumulate_dtype: RealDtype | None = None
     store_dtype: RealDtype | None = None  # dtype of the stored matrix; default `accumulate_dtype`
     tile: Positive | None = None  # samples along a tile's edge; default about 2048 rows
-    # `structured`, or `fallback` to leave every parameter to plain `torch.func`: slower, for models that the tracing
-    # refuses
+    # `structured`, or `fallback` for plain `torch.func`, which is slower, for models that cannot be traced
     jacobian: Literal["structured", "fallback"] = "structured"
 
     def resolved_accumulate_dtype(self) -> RealDtype:
-        """``accumulate_dtype`` with its default filled in."""
-        if self.accumulate_dtype is not None:
-            return self.accumulate_dtype
-        return "float64" if self.compute_dtype == "float64" else "float32"
+        """``accumulate_dtype``, or its default."""
+        return self.accumulate_dtype or ("float64" if self.compute_dtype == "float64" else "float32")
 
     def resolved_store_dtype(self) -> RealDtype:
-        """``store_dtype`` with its default filled in."""
+        """``store_dtype``, or its default."""
         return self.store_dtype or self.resolved_accumulate_dtype()
 
 
 class RunSpec(Spec):
-    """Where and within what limits a run happens. None of it may change a number on one type of machine."""
+    """Machines and limits of a run. On machines of one type, none of it changes any number."""
 
     # Bytes that the process may use, Python and torch included; a number or text such as `8GiB`. Default 70 % of what
-    # is available. With `scheduler: local` of all its processes together, with an address of each.
+    # is available. For `scheduler: local` the bytes of all processes together, for an address those of each.
     memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
-    device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU where there is one
-    # Single-threaded workers in this process; default one for each core, on a GPU one. With `scheduler: local`
-    # processes. Another scheduler has the workers that it has.
+    device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU if any
+    # Single-threaded workers in this process, or processes for `scheduler: local`; default one per core, on a GPU one.
+    # Any other scheduler brings its own workers.
     workers: Positive | None = None
     self_check: bool = True  # compare the engine with plain `torch.func` before the first tile
-    # Address of a Dask scheduler, as `tcp://host:8786`, or `local` for a cluster of this machine: processes with a
-    # thread each, or one for each GPU. Default threads of this process.
+    # Address of a Dask scheduler, such as `tcp://host:8786`, or `local` for single-threaded processes on this machine,
+    # one for each GPU if there are any. Default threads of this process.
     scheduler: str | None = None
 
 
 class ClusterSpec(Spec):
-    """A cluster in words: ``ntkpipe plan`` says what it would take. It plays no part in a run.
+    """A hypothetical cluster, for which ``ntkpipe plan`` estimates time and cost. It does not affect runs.
 
     Attributes
     ----------
     workers
-        Workers, each single-threaded on a CPU, or with a GPU of its own.
+        Number of workers, each single-threaded on a CPU, or with a GPU of its own.
     device
-        What a worker computes on.
+        Device of a worker.
     flops_per_second
-        Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it computes on
-        such a device.
-    memory_limit
-        Bytes of one worker: of its process, Python and torch included, or what is free on its GPU; a number or text
-        such as ``8GiB``. 85 % of it are planned. Default what a worker has here, if this machine computes on such a
+        Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it has such a
         device.
+    memory_limit
+        Bytes of one worker: of its process, Python and torch included, or free on its GPU; a number or text such as
+        ``8GiB``. Plans use 85 % of it. Default that of a worker on this machine, if it has such a device.
     write_bytes_per_second
-        What the store takes from all workers together; a number or text such as ``500MB``. By default writing is
-        taken to be faster than computing.
+        Write rate of the store for all workers together; a number or text such as ``500MB``. By default writing is
+        assumed to be faster than computing.
     price
-        Of one worker for one hour.
+        Price of one worker per hour.
     currency
-        Of ``price``; printed as it is.
+        Currency of ``price``, printed as it is.
     """
 
     workers: Positive
@@ -171,7 +163,7 @@ class ClusterSpec(Spec):
 
 
 class StepSpec(Spec):
-    """Something done with the finished store: the name of a step and its options."""
+    """A step on the finished store, with its options."""
 
     step: str
     options: dict[str, Any] = {}
@@ -180,22 +172,21 @@ class StepSpec(Spec):
 class Workflow(Spec):
     """A whole workflow file."""
 
-    # Path of the store, relative to the folder that the command is run in, or a URL such as
-    # `s3://bucket/prefix/run.zarr`
+    # Path of the store, relative to the working directory, or a URL such as `s3://bucket/prefix/run.zarr`
     store: Annotated[Path | str, BeforeValidator(_as_location)]
     model: ModelSpec
     data: DataSpec
     kernel: KernelSpec = KernelSpec()
     run: RunSpec = RunSpec()
-    steps: tuple[StepSpec, ...] = ()  # what is done once the kernel is complete, in order
-    cluster: ClusterSpec | None = None  # what `ntkpipe plan` estimates beside this machine
+    steps: tuple[StepSpec, ...] = ()  # run in order once the kernel is complete
+    cluster: ClusterSpec | None = None  # estimated by `ntkpipe plan` beside this machine
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-6 is a number, and a repeated key is an error."""
+    """YAML in which 1e-6 is a number and a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -209,7 +200,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-6 (no dot) for text.
+# PyYAML reads YAML 1.1, where 1e-6 (no dot) is text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
@@ -284,7 +275,7 @@ def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, t
 
 
 def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the spec that sits at ``location`` below ``spec``."""
+    """Field names of the spec at ``location`` below ``spec``."""
     current = spec
     for key in location:
         if isinstance(key, str):
@@ -295,14 +286,14 @@ def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
 
 
 def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | None:
-    """Line (from 1) of the deepest node on the way to ``location`` that the file has; none if not in the file."""
+    """Line, from 1, of the deepest existing node on the way to ``location``, or None."""
     line = None
     for key in location:
         if isinstance(node, yaml.MappingNode):
-            found = [(k, v) for k, v in node.value if k.value == key]
-            if not found:
+            found = next(((name, value) for name, value in node.value if name.value == key), None)
+            if found is None:
                 return line
-            line, node = found[0][0].start_mark.line + 1, found[0][1]
+            line, node = found[0].start_mark.line + 1, found[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
             line = node.start_mark.line + 1
@@ -312,7 +303,7 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:
-    """Return ``value`` if ``low <= value <= high``; the error names it, what was found and what was needed."""
+    """Return ``value`` if ``low <= value <= high``, else raise ConfigError."""
     # Comparing a NumPy float32 with the largest float64 would overflow.
     number: float = value.item() if hasattr(value, "item") else value
     if not low <= number <= high:
@@ -321,7 +312,7 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """A number of bytes such as ``8GiB``; the error names it and says what was found."""
+    """Parse a number of bytes such as ``8GiB``, else raise ConfigError."""
     try:
         return int(_BYTES.validate_python(text))
     except ValidationError:

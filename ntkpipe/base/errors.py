@@ -1,8 +1,11 @@
 """The exception family of the package.
 
-Every error that ntkpipe raises on purpose derives from :class:`NtkpipeError`. Leaves also inherit the
-builtin that a caller would expect, so ``except ValueError`` or ``except OSError`` keep working.
+Every error that ntkpipe raises on purpose derives from :class:`NtkpipeError`. Each also derives from the builtin
+that a caller would expect, so ``except ValueError`` and ``except OSError`` work.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from numpy.linalg import LinAlgError
 
@@ -24,7 +27,7 @@ class DataError(NtkpipeError, ValueError):
 
 
 class NonFiniteError(NtkpipeError, ArithmeticError):
-    """NaN or infinity in inputs, parameters, outputs, Jacobians or tiles. None of it was written."""
+    """NaN or infinity in inputs, parameters, outputs, Jacobians or tiles. Nothing of it was written."""
 
 
 class SelfCheckError(NtkpipeError, ArithmeticError):
@@ -41,7 +44,7 @@ class IndefiniteError(NtkpipeError, LinAlgError):
         self.floor = floor
 
 
-class ResourceError(MemoryError, NtkpipeError):  # in this order: Dask makes it by the first base's ``__new__``
+class ResourceError(MemoryError, NtkpipeError):  # in this order, since Dask creates it by the first base's ``__new__``
     """The work does not fit the memory or the disk; the message holds both numbers."""
 
 
@@ -58,11 +61,11 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
 
 
 class StoreExistsError(StoreError, FileExistsError):
-    """Something is at the path already and the mode does not allow to touch it."""
+    """Something is at the path already, and the mode does not allow changing it."""
 
 
 class StoreMismatchError(StoreError, ValueError):
-    """The store was made with something else than what is asked for now."""
+    """The store was made with other settings, model or data than the present ones."""
 
     def __init__(self, message: str, differences: tuple[tuple[str, object, object], ...]) -> None:
         super().__init__(message)
@@ -77,9 +80,18 @@ class StoreFullError(StoreError):
     """The disk is full. Every tile that was finished is kept."""
 
 
-class Interrupted(NtkpipeError, KeyboardInterrupt):  # noqa: N818 - it is not an error of the program
+class Interrupted(NtkpipeError, KeyboardInterrupt):  # noqa: N818 - not an error of the program
     """The run was interrupted from outside. Every tile that was finished is kept."""
 
 
 class NotConvergedWarning(UserWarning):
-    """A result is not what was asked for; its status and message say in what respect."""
+    """A result falls short of what was asked for; its status and message say how."""
+
+
+@contextmanager
+def needed_for(what: str, extra: str) -> Iterator[None]:
+    """Say which extra to install if an import inside fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{what} needs {error.name}: pip install 'ntkpipe[{extra}]'") from error

@@ -1,12 +1,12 @@
 """Integer arithmetic of the kernel matrix: samples, rows, tiles, strips and blocks.
 
-The only module that knows that a symmetric kernel keeps its upper tiles. It touches no data.
+Only this module knows that of a symmetric kernel the upper tiles are stored. It touches no data.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Tiles of so many planes are of full size; of more they are smaller, since a worker holds one of each.
+# With more planes tiles are smaller, since a worker holds one of each plane.
 _FULL_PLANES = 16
 
 
@@ -25,9 +25,9 @@ class Span:
         return [Span(start, min(start + size, self.stop)) for start in range(self.start, self.stop, size)]
 
     def batches(self, size: int) -> list["Span"]:
-        """As :meth:`cut`, but a last one of a single sample is joined to the one before it.
+        """Cut as :meth:`cut`, but join a last span of a single sample to the one before it.
 
-        In torch 2.13 on the CPU some backward passes are wrong for a batch of one.
+        Some backward passes of torch 2.13 on the CPU are wrong for a batch of one.
         """
         spans = self.cut(size)
         if len(spans) > 1 and len(spans[-1]) == 1:
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Axis:
-    """One side of a kernel: ``num_samples`` samples in tiles of ``tile`` samples, ``num_covectors`` rows a sample."""
+    """One side of a kernel: samples in tiles of ``tile`` samples, with ``num_covectors`` rows per sample."""
 
     num_samples: int
     num_covectors: int
@@ -55,22 +55,22 @@ class Axis:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles along this axis; the last may be ragged."""
+        """Number of tiles; the last may be ragged."""
         return -(-self.num_samples // self.tile)
 
     def samples(self, tile: int) -> Span:
-        """Samples of tile number ``tile``."""
+        """Samples of a tile."""
         return Span(tile * self.tile, min((tile + 1) * self.tile, self.num_samples))
 
     def rows(self, tile: int) -> Span:
-        """Rows of tile number ``tile``."""
+        """Rows of a tile."""
         span = self.samples(tile)
         return Span(span.start * self.num_covectors, span.stop * self.num_covectors)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of one kernel. A symmetric one keeps only tiles with row <= column."""
+    """The tiles of one kernel; of a symmetric one those with row <= column are stored."""
 
     rows: Axis
     columns: Axis
@@ -100,7 +100,7 @@ class Grid:
                 yield row, column
 
     def is_stored(self, row: int, column: int) -> bool:
-        """Whether tile (row, column) is one that is stored rather than the mirror of one."""
+        """Whether tile (row, column) is stored, rather than its mirror image."""
         return row <= column or not self.symmetric
 
     def locate(self, row: int, column: int) -> tuple[int, int, bool]:
@@ -108,7 +108,7 @@ class Grid:
         return (row, column, False) if self.is_stored(row, column) else (column, row, True)
 
     def blocks(self, edge: int) -> Iterator["Block"]:
-        """Rectangles of at most ``edge`` x ``edge`` tiles that cover the stored tiles, each exactly once."""
+        """Yield blocks of at most ``edge`` x ``edge`` tiles that cover each stored tile exactly once."""
         for row in range(0, self.rows.num_tiles, edge):
             row_stop = min(row + edge, self.rows.num_tiles)
             for column in range(row if self.symmetric else 0, self.columns.num_tiles, edge):
@@ -122,7 +122,7 @@ class Grid:
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """A rectangle of tiles that one task computes; its tiles below the diagonal are left out where symmetric."""
+    """A rectangle of tiles that one task computes, without those below the diagonal of a symmetric kernel."""
 
     row_start: int
     row_stop: int
@@ -139,7 +139,7 @@ class Block:
 
 
 def kernel_grids(num_train: int, num_test: int | None, num_covectors: int, tile: int) -> dict[str, Grid]:
-    """The kernels of a store by array name: train x train, and test x train where there are test samples."""
+    """Grids of a store by array name: train x train, and test x train if there are test samples."""
     train = Axis(num_train, num_covectors, tile)
     grids = {"kernel/train": Grid(train, train, symmetric=True)}
     if num_test is not None:
@@ -148,11 +148,10 @@ def kernel_grids(num_train: int, num_test: int | None, num_covectors: int, tile:
 
 
 def default_tile(num_samples: int, num_covectors: int, num_planes: int = 1) -> int:
-    """Samples along a tile's edge where none are asked for.
+    """Default number of samples along a tile's edge.
 
-    About 2048 rows (16 MiB in float32), 4096 from 500,000 rows on, and fewer for small kernels so that there is
-    work for several workers, or where tiles of many planes are filled at once. The number of workers plays no part:
-    the tile decides bits.
+    About 2048 rows (16 MiB in float32), 4096 from 500,000 rows on; fewer for small kernels, to give several workers
+    something to do, and for many planes. Independent of the number of workers, since the tile determines bits.
     """
     rows = num_samples * num_covectors
     edge = 4096 if rows >= 500_000 else min(2048, max(256, -(-rows // 8) // 64 * 64))
@@ -162,8 +161,8 @@ def default_tile(num_samples: int, num_covectors: int, num_planes: int = 1) -> i
 
 
 def matrix_tile(num_samples: int, num_covectors: int, num_planes: int, num_workers: int) -> int:
-    """Samples along a tile's edge of a kernel that stays in memory: the largest that leave work for every worker."""
-    del num_planes  # tiles are computed where they stay
+    """Samples along a tile's edge of a kernel in memory: the largest number that leaves work for every worker."""
+    del num_planes  # tiles are computed in place, whatever their number
     edge = 1
     while num_workers > 1 and edge * (edge + 1) // 2 < 1.5 * num_workers:
         edge += 1

@@ -1,4 +1,4 @@
-"""Objects by import string, from installed packages or from the folder of a workflow file."""
+"""Objects by import string, from installed packages or the folder of a workflow file."""
 
 import contextlib
 import importlib
@@ -15,8 +15,10 @@ from ntkpipe.base.errors import ConfigError
 def import_object(name: str, folder: Path | None = None) -> Any:
     """Import ``package.module:attribute``."""
     module_name, _, attribute = name.partition(":")
+    search = contextlib.nullcontext() if folder is None else folder_first(folder, module_name.partition(".")[0])
     try:
-        found: Any = _import_module(module_name, folder)
+        with search:
+            found: Any = importlib.import_module(module_name)
     except Exception as error:
         where = f" (searched {folder} first)" if folder is not None else ""
         raise ConfigError(f"cannot import {module_name!r} of {name!r}{where}: {error!r}") from error
@@ -41,24 +43,15 @@ def call_factory(factory: str, arguments: dict[str, Any], folder: Path | None = 
         raise ConfigError(f"the factory {factory}({shown}) raised {type(error).__name__}: {error}") from error
 
 
-def _import_module(name: str, folder: Path | None) -> ModuleType:
-    if folder is None:
-        return importlib.import_module(name)
-    with folder_first(folder, name.partition(".")[0]):
-        return importlib.import_module(name)
-
-
 @contextlib.contextmanager
 def folder_first(folder: Path, top: str | None = None) -> Iterator[None]:
-    """Find modules in ``folder`` first, never those of the same names from other workflows' folders."""
+    """Search ``folder`` first, and forget modules of the same names from the folders of other workflows."""
     folder = folder.resolve()
-    for local in {path.stem for path in folder.glob("*.py")} | {
-        path.parent.name for path in folder.glob("*/__init__.py")
-    }:
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    for local in packages | {path.stem for path in folder.glob("*.py")}:
         known = sys.modules.get(local)
         is_wanted = local == top if top is not None else local not in sys.stdlib_module_names
         if known is not None and not _is_below(known, folder) and (is_wanted or _is_of_another_folder(known)):
-            # Another workflow's module of the same name: forget it, so that this folder's is found.
             for loaded in [key for key in sys.modules if key == local or key.startswith(f"{local}.")]:
                 del sys.modules[loaded]
     sys.path.insert(0, str(folder))
@@ -70,14 +63,14 @@ def folder_first(folder: Path, top: str | None = None) -> Iterator[None]:
 
 
 def forget_folder(folder: Path) -> None:
-    """Forget the modules of a folder, so that a later import of one of these names finds another; objects live on."""
+    """Forget the modules of a folder, so that later imports of their names search again; objects live on."""
     folder = folder.resolve()
     for name in [name for name, module in sys.modules.items() if _is_below(module, folder)]:
         del sys.modules[name]
 
 
 def _is_of_another_folder(module: ModuleType) -> bool:
-    """Whether a top-level module was found in a folder that is on ``sys.path`` no longer: an earlier workflow's."""
+    """Whether a top-level module comes from a folder that is no longer on ``sys.path``: an earlier workflow's."""
     file = getattr(module, "__file__", None)
     if file is None or module.__name__ == "__main__":
         return False

@@ -1,4 +1,4 @@
-"""Which kernel is computed: the covectors of a sample, and the convention that says what an entry means."""
+"""Kinds of kernels: the covectors of a sample, and the convention that defines an entry."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,24 +16,23 @@ _OUTPUT = "output:"
 class Kind:
     """One kind of empirical neural tangent kernel."""
 
-    name: str  # what users type, and the manifest's `kind`
-    # What one entry of the stored matrix is, as text for the manifest. Implementations differ by factors of the
-    # number of outputs and do not say so.
+    name: str  # as users type it, and as `kind` in the manifest
+    # Definition of an entry, as text for the manifest: implementations differ by factors of the number of outputs.
     convention: str
-    # Which pairs of a sample's covectors with another's are contracted: all, each an entry; or the equal ones, each
-    # an entry of a matrix of its own (`same`) or their sum an entry. Pairs that are not wanted cost nothing.
+    # Pairs of covectors of two samples that are contracted: `all`, each an entry; or equal ones, each an entry of a
+    # matrix of its own (`same`) or all summed to one entry (`sum`). Other pairs cost nothing.
     pairs: Literal["all", "same", "sum"] = "all"
 
     def num_covectors(self, num_outputs: int) -> int:
-        """Rows a sample, S; the kernel of N samples has N*S rows."""
+        """Rows per sample, S; the kernel of N samples has N*S rows."""
         return num_outputs if self.name == "ntk" else 1
 
     def num_matrices(self, num_outputs: int) -> int:
-        """Matrices of that size: one, but of the kernels of single outputs one each."""
+        """Number of matrices: one per output if outputs have kernels of their own, else one."""
         return num_outputs if self.pairs == "same" else 1
 
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
-        """Vectors in output space that are pulled back to the parameters, one a row, O columns."""
+        """Vectors in output space that are pulled back to the parameters, one per row, shape (S, O)."""
         unit: NDArray[np.float64] = np.eye(num_outputs)
         if self.name in {"ntk", "diagonal"}:
             return unit

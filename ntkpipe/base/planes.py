@@ -1,4 +1,4 @@
-"""Planes: the matrices of one shape that a single pass over the samples fills, tile by tile of the same grid."""
+"""Planes: matrices of equal shape that one pass over the samples fills, tile by tile of the same grid."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,43 +7,43 @@ from fnmatch import fnmatchcase
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.kinds import KINDS
 
-# Each plane has its own arrays and its own buffers; more of them than this is no kernel that anybody stores.
+# Each plane has arrays and buffers of its own.
 MAX_PLANES = 65_536
-# What stands for each plane's folder in the names of arrays that all planes have.
+# Stands for the folder of any plane in names of arrays that every plane has.
 _ANY = "kernel"
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One matrix of several that are computed together."""
+    """One of several matrices that are computed together."""
 
     prefix: str  # folder of its arrays in a store: `kernel`, `kernel/output_3`, `groups/head`, `groups/head/output_3`
-    group: int | None = None  # number of the group of parameters that it sums over; none for all selected ones
-    output: int | None = None  # number of the output, where each has a matrix of its own
+    group: int | None = None  # number of the group of parameters that it sums over; None for all selected ones
+    output: int | None = None  # number of the output, if each has a matrix of its own
 
     def array(self, name: str) -> str:
-        """Its own array of the kind of ``kernel/train``, ``kernel/test_train`` or ``kernel/test_diagonal``."""
+        """Array of the plane for ``kernel/train``, ``kernel/test_train`` or ``kernel/test_diagonal``."""
         return array_of(self.prefix, name)
 
 
 def array_of(prefix: str, name: str) -> str:
-    """The array of the plane at ``prefix`` that ``name``, as ``kernel/train``, is in a store of one plane."""
+    """Array of the plane at ``prefix`` that corresponds to ``name``, such as ``kernel/train``, of the first plane."""
     return prefix + name.removeprefix(_ANY)
 
 
 def prefix_of(group: str | None = None, output: int | None = None) -> str:
-    """Folder of a plane by the name of its group and the number of its output."""
+    """Folder of a plane, from the name of its group and the number of its output."""
     folder = _ANY if group is None else f"groups/{group}"
     return folder if output is None else f"{folder}/output_{output}"
 
 
 def planes_of(kind: str, num_outputs: int, groups: Iterable[str]) -> tuple[Plane, ...]:
-    """Every plane: of all parameters, then of each group; of each output, if they are kept apart."""
+    """All planes: that of all parameters, then one per group; each for every output if these are separate."""
     found = KINDS.get(kind)
-    apart = [*range(num_outputs)] if found is not None and found.pairs == "same" else [None]
+    outputs = [*range(num_outputs)] if found is not None and found.pairs == "same" else [None]
     named = [(None, None), *enumerate(groups)]
-    return tuple(Plane(prefix_of(name, output), number, output) for number, name in named for output in apart)
+    return tuple(Plane(prefix_of(name, output), number, output) for number, name in named for output in outputs)
 
 
 def num_planes(kind: str, num_outputs: int, num_groups: int) -> int:
@@ -53,9 +53,9 @@ def num_planes(kind: str, num_outputs: int, num_groups: int) -> int:
 
 
 def match_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The parameters of each group by name, from shell-style patterns."""
+    """Parameters of each group, from shell-style patterns; groups must be disjoint."""
     found: dict[str, tuple[str, ...]] = {}
-    for group, patterns in sorted(groups.items()):  # their order decides the last bits of the total
+    for group, patterns in sorted(groups.items()):  # their order determines the last bits of the total
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Showing how far a run is: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress display: a live bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -27,7 +27,7 @@ _FEWEST_FOR_FORECAST = 4
 
 
 class _RateColumn(ProgressColumn):
-    """Items a second, or seconds an item."""
+    """Items per second, or seconds per item."""
 
     def render(self, task: Task) -> Text:
         return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
@@ -42,7 +42,7 @@ def _rate(speed: float, unit: str) -> str:
 def show_progress(
     items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
 ) -> Generator[Item, None, None]:
-    """Pass ``items`` on and show how many there were."""
+    """Yield ``items`` and show their count."""
     stream = stream or sys.stderr
     if stream.isatty():
         yield from _bar(items, total, done, what, unit, Console(file=stream))
@@ -82,7 +82,7 @@ def _lines(items: Iterator[Item], total: int, done: int, what: str, unit: str, s
 
 
 class Ticks:
-    """Progress of work that reports by a callback: call :meth:`tick` for each step, inside ``with``."""
+    """Progress of work that reports by callback: inside ``with``, call :meth:`tick` after each step."""
 
     def __init__(self, total: int, *, what: str, unit: str, enabled: bool) -> None:
         steps = iter(range(total))
@@ -96,13 +96,13 @@ class Ticks:
             self._steps.close()
 
     def tick(self) -> None:
-        """One step is done."""
+        """Count one step."""
         if self._steps is not None:
             next(self._steps, None)
 
 
 class Passes:
-    """Progress of what converges: passes, residual and time left; a live line on a terminal, else one now and then."""
+    """Progress of an iteration: passes, residual, time left; live on a terminal, else a line every few seconds."""
 
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
         self._what = what
@@ -124,7 +124,7 @@ class Passes:
             self._status.stop()
 
     def show(self, passes: float, residual: float | None, target: float) -> None:
-        """One more pass is done."""
+        """Show the state after another pass."""
         now = monotonic()
         if residual is not None and isfinite(residual):
             self._seen.append((now - self._start, residual))
@@ -142,7 +142,7 @@ class Passes:
 
 
 def _seconds_left(seen: Sequence[tuple[float, float]], target: float) -> float | None:
-    """From how the residual fell over the later half: by a factor in equal times, or, to zero, by equal parts."""
+    """Forecast from the later half: exponential decay of the residual to the target, or linear decay to zero."""
     if len(seen) < _FEWEST_FOR_FORECAST:
         return None
     (before, first), (now, last) = seen[len(seen) // 2], seen[-1]

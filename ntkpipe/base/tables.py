@@ -1,4 +1,4 @@
-"""Tables on the terminal; names in a store may come from anybody, so nothing of them is obeyed."""
+"""Tables on the terminal. Names in a store are untrusted, so markup and control characters in them have no effect."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Names of rows are shorter; reasons are folded.
+# Row names are shorter; longer texts there are reasons, which are folded.
 _NAME_WIDTH = 36
+
+TableRows = list[tuple[str, str]]  # (quantity, value) pairs
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -22,7 +24,7 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
-    """Print rows below headers; the first column is folded where needed, those after the first few hold numbers."""
+    """Print rows below headers; the first column is folded if needed, those from ``num_texts`` on hold numbers."""
     table = _titled(title, header_style="", collapse_padding=True)
     table.add_column(_text(columns[0]), style="cyan", overflow="fold")
     for name in columns[1:num_texts]:
@@ -39,16 +41,14 @@ def _titled(title: str, **options: Any) -> Table:
 
 
 def _text(text: str) -> Text:
-    """Text of anybody: neither markup nor what a terminal would obey."""
     return Text(printable(text))
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters spelled out: names in a store may come from anybody."""
+    """Spell out control characters, as in untrusted names of a store."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print(table: Table) -> None:
-    console = Console()
     # A pipe or a file has no width; do not wrap what a program may read.
-    Console(width=None if console.is_terminal else 160).print(table)
+    Console(width=None if Console().is_terminal else 160).print(table)

@@ -21,7 +21,8 @@ from ntkpipe.jacobian.model.functional import DTYPES, Forward, fingerprint, prep
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
 from ntkpipe.jacobian.probe import with_fast_layout
 from ntkpipe.jacobian.products import JacobianProducts
-from ntkpipe.store.kernel import Kernel, KernelSet, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.verification import Finding, VerificationReport

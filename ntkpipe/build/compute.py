@@ -34,10 +34,11 @@ from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.report import ParameterReport, report_of
 from ntkpipe.jacobian.self_check import self_check
-from ntkpipe.store.chunks import Mode, Store, medium_at, prepare_path
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord, Manifest
+from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.mending.growth import end_growth, is_larger, undo_cut_growth
+from ntkpipe.store.store import Mode, Store, prepare_path
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -22,7 +22,7 @@ from ntkpipe.build.prepare import measure_rates
 from ntkpipe.executors.connect import address_of, require_package, require_workers
 from ntkpipe.jacobian.model.device import describe_arithmetic
 from ntkpipe.jacobian.model.functional import resolve_device
-from ntkpipe.store.chunks import Store
+from ntkpipe.store.store import Store
 
 Answer = TypeVar("Answer")
 

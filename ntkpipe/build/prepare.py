@@ -27,7 +27,7 @@ from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.terms import Rates
 from ntkpipe.store.manifest import Choices
-from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.media.medium import Medium
 
 # What a run may take of the memory that is free when it starts, where no limit is given.
 _SHARE_OF_MEMORY = 0.7

@@ -12,8 +12,8 @@ from typing import Any
 
 from ntkpipe.base.errors import StoreFullError
 from ntkpipe.build.plan import Plan
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.layout import Index
+from ntkpipe.store.store import Store
 
 
 @dataclass(frozen=True)

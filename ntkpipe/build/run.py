@@ -40,12 +40,13 @@ from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.self_check import CheckReport, self_check
-from ntkpipe.store.chunks import Mode, Store, StoredArray, prepare_path
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import Index, layouts, planes
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest, differences
-from ntkpipe.store.media.folder import Medium
-from ntkpipe.store.mending.growth import NOTHING, Chunk, Kept, aside, finish, is_larger
+from ntkpipe.store.media.medium import Medium
+from ntkpipe.store.mending.growth import NO_OLD_ENTRIES, ChunkKey, OldEntries, aside, finish, is_larger
+from ntkpipe.store.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"
 # Outputs of the same model on another machine agree to rounding; those of another function do not.
@@ -134,7 +135,7 @@ def require_made_from_model(store: Store, *, grows: bool = False) -> None:
         )
 
 
-def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[Chunk] = frozenset()) -> None:
+def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[ChunkKey] = frozenset()) -> None:
     """Check that the model still maps stored samples to the outputs that were stored with the first tiles.
 
     Fingerprints see parameters, buffers and the module tree, not a constant in ``forward`` or another forward hook. So
@@ -299,8 +300,8 @@ class StoreSink:
     arrays: Mapping[str, StoredArray]  # where they go
     # The chunks that are computed, whether they are there or not: those that a repair replaces. None: those that are
     # not there.
-    wanted: frozenset[Chunk] | None = None
-    kept: Kept = NOTHING  # old entries that a growth must not change
+    wanted: frozenset[ChunkKey] | None = None
+    kept: OldEntries = NO_OLD_ENTRIES  # old entries that a growth must not change
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether the chunk is there with its whole size, or not wanted."""
@@ -321,7 +322,7 @@ class StoreSink:
         stored.write(index, values)
 
 
-def write_samples(store: Store, split: str, samples: Samples, wanted: frozenset[Chunk] | None = None) -> None:
+def write_samples(store: Store, split: str, samples: Samples, wanted: frozenset[ChunkKey] | None = None) -> None:
     """Write the samples and targets that the store does not have yet, or those of the chunks that are wanted."""
 
     def todo(array: StoredArray) -> list[Index]:
@@ -346,7 +347,7 @@ def build(
     test: Samples | None,
     *,
     executor: Executor[Task, Record] | None = None,
-    wanted: frozenset[Chunk] | None = None,
+    wanted: frozenset[ChunkKey] | None = None,
     stage: Manifest | None = None,
     progress: bool,
 ) -> None:
@@ -362,7 +363,7 @@ def build(
         plan=plan,
         sources=stored,
         is_mapping=train.is_mapping,
-        sink=StoreSink(arrays, wanted, Kept.of(store, manifest.earlier())),
+        sink=StoreSink(arrays, wanted, OldEntries.of(store, manifest.earlier())),
         cache=StripCache(plan.cache_bytes),
         store_dtype=np.dtype(store.manifest.store_dtype),
         pairs=settled.engine.setup.pairs,

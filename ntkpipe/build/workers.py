@@ -9,7 +9,7 @@ from ntkpipe.build.plan import Crew, Task
 from ntkpipe.build.records import Record
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.functional import DTYPES
-from ntkpipe.store.chunks import Store
+from ntkpipe.store.store import Store
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -12,11 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.checkpoint import Journal, Space
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.store.results import Checkpoint

@@ -20,7 +20,7 @@ from ntkpipe.report.sections.regression import regression_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
-from ntkpipe.store.chunks import reading_results
+from ntkpipe.store.results import reading_results
 
 _SYMBOLS = (
     ("N, M, O", "training samples, test samples, outputs of the model"),

@@ -25,9 +25,9 @@ from ntkpipe.solvers.direct.eigh import Spectrum, eigh
 from ntkpipe.solvers.on_store import StoreRequest, find_kernel, of_store, result_name
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 from ntkpipe.solvers.steps import StoredPairs, stored_pairs
-from ntkpipe.store.chunks import reading_results
-from ntkpipe.store.kernel import Kernel, KernelStore
-from ntkpipe.store.results import Checkpoint, load_result
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.results import Checkpoint, load_result, reading_results
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import ArrayRecord
 
 Split = Literal["train", "test"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.report.parts import Note, PageTable, Section
-from ntkpipe.store.chunks import reading_results
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord
+from ntkpipe.store.results import reading_results
 
 _MOST_NAMES = 200
 

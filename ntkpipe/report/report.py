@@ -9,12 +9,13 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.base.tables import TableRows
 from ntkpipe.report.analyses import ANALYSES
 from ntkpipe.report.gather import PageOptions, gather
-from ntkpipe.solvers.result import Result, TableRows
-from ntkpipe.store.chunks import writing
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.solvers.result import Result
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.medium import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,7 +20,8 @@ from ntkpipe.base.targets import num_classes_of, target_matrix, target_rows
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.result import Monitor, Result, Step
 from ntkpipe.store.export import find_array
-from ntkpipe.store.kernel import Kernel, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import Checkpoint, save_result
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows
 
 Status = Literal["converged", "stagnated", "indefinite at storage precision", "step limit", "not converged"]
-TableRows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from ntkpipe.solvers.spectral.density import Density, density
 from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
 from ntkpipe.solvers.spectral.logdet import LogDeterminant, logdet
 from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate
-from ntkpipe.store.chunks import reading_results
 from ntkpipe.store.export import find_array
-from ntkpipe.store.kernel import KernelStore, open_kernel
-from ntkpipe.store.results import load_result
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.results import load_result, reading_results
 
 
 @of_store("eigsh")

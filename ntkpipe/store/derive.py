@@ -1,4 +1,4 @@
-"""Derive: other kinds of kernel from a stored one, without the model: its S x S blocks are reduced, tile by tile."""
+"""Other kinds of kernel from a stored one, without the model, by reducing its S x S blocks tile by tile."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.store.chunks import Store, StoredArray, medium_at, prepare_path
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index
 from ntkpipe.store.manifest import DerivedRecord, Manifest, differences
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Store, prepare_path
 
-# What can be derived from what: everything else would need pairs of outputs that were not kept.
+# Source kind → kinds derived from it; all others need pairs of outputs that are not stored.
 _SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trace", "output:k")}
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
@@ -36,25 +38,25 @@ def derive_kernel(
     """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
 
     ``pntk``, ``trace``, ``diagonal`` and ``output:k`` come from ``ntk``; ``trace`` and ``output:k`` from ``diagonal``.
-    Groups are derived, too. Sums over outputs are float64; the result equals a direct run to the rounding of the
-    stored entries, which for ``pntk`` is relative to the largest kernel of an output: where outputs cancel, as softmax
-    outputs do, little of their sum may be left.
+    Groups are derived, too. Sums over outputs are float64. The result equals that of a direct run up to the rounding of
+    the stored entries, which for ``pntk`` is relative to the largest kernel of an output: where outputs cancel, as
+    softmax outputs do, their sum may have few correct digits.
 
-    The new store is complete and verifiable by itself. Outputs and targets are copied. Samples are not, unless asked
-    for: then :func:`ntkpipe.verify` with a model, which needs them, must be given ``inputs`` (and ``test_inputs``); a
-    workflow file gives them. Every chunk of the source is read once, and its checksum verified; memory is one of its
-    tiles and what is made of it. What exists already at ``to`` is kept, so the same call resumes.
+    The new store is complete and verifiable by itself. Outputs and targets are copied. Samples are copied on request
+    only; without them, :func:`ntkpipe.verify` with a model must be given ``inputs`` (and ``test_inputs``), as a
+    workflow file does. Every chunk of the source is read and its checksum verified once; memory is one of its tiles and
+    what is derived from it. Existing chunks at ``to`` are kept, so the same call resumes.
 
     Parameters
     ----------
     store
         The source: path, URL, or an open store. It must be complete.
     kind
-        What is derived.
+        The kind to derive.
     to
         Path or URL of the new store.
     samples
-        Whether the samples are copied, too.
+        Whether to copy the samples, too.
     progress
         Show a progress bar on standard error.
 
@@ -73,9 +75,9 @@ def derive_kernel(
     NonFiniteError
         If sums over outputs overflow the dtype of the store; the message names the tile.
     ResourceError, StoreFullError
-        If there is too little room; what is finished is kept.
+        If there is too little disk space; finished chunks are kept.
     StoreError
-        If the source was changed meanwhile, or something cannot be read or written.
+        If the source was changed meanwhile, or cannot be read, or the new store cannot be written.
     """
     source = store if isinstance(store, KernelStore) else open_kernel(store)
     manifest = derived_manifest(source.manifest, kind, samples=samples)
@@ -105,7 +107,7 @@ def derive_kernel(
 
 
 def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
-    """The manifest of a store of ``kind`` that is derived from another."""
+    """The manifest of a store of ``kind`` that is derived from ``source``."""
     wanted = get_kind(kind)
     general = "output:k" if wanted.name.startswith("output:") else wanted.name
     known = _SOURCES.get(source.kind, ())
@@ -113,7 +115,7 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
         kept = "it is that already" if general == source.kind else "its store does not keep what that needs"
         possible = f"; from it come {', '.join(known)}" if known else "; kinds are derived from 'ntk' or 'diagonal'"
         raise ConfigError(f"kind={kind!r} cannot be derived from kind {source.kind!r}: {kept}{possible}")
-    wanted.covectors(source.num_outputs)  # is there such an output?
+    wanted.covectors(source.num_outputs)  # raises if there is no such output
     if samples and source.derived is not None and not source.derived.has_samples:
         raise ConfigError("samples=True, but the source was itself derived without its samples")
     return source.model_copy(
@@ -163,10 +165,11 @@ def _require_room(target: Store, missing: dict[str, set[Index]]) -> None:
 
 
 def _chunks(source: Store, target: Store, missing: dict[str, set[Index]]) -> Iterator[tuple[str, Index, NDArray[Any]]]:
-    """Every missing chunk of the target: array, index, entries."""
-    for name in [name for name in target.arrays if not _is_kernel(target.arrays[name])]:
-        for index in sorted(missing.get(name, ())):
-            yield name, index, source.arrays[name].read(index)
+    """Yield every missing chunk of the target as array, index and entries."""
+    for name, stored in target.arrays.items():
+        if stored.layout.grid is None and not stored.layout.holds_blocks:
+            for index in sorted(missing.get(name, ())):
+                yield name, index, source.arrays[name].read(index)
     kind, manifest = get_kind(target.manifest.kind), target.manifest
     outputs = [*range(manifest.num_outputs)] if kind.pairs == "same" else [None]
     for group in (None, *manifest.groups):
@@ -180,13 +183,13 @@ def _chunks(source: Store, target: Store, missing: dict[str, set[Index]]) -> Ite
                         layout = target.arrays[array].layout
                         values = _as_stored(_reduce(blocks, kind, output), target.arrays[array], index)
                         if layout.grid is not None and layout.grid.symmetric and index[0] == index[1]:
-                            # Sums of transposed blocks run in another order.
+                            # Sums over transposed blocks run in another order, so mirror them.
                             values = np.triu(values) + np.triu(values, 1).T
                         yield array, index, values if layout.grid is not None else values[:, :, None]
 
 
 def _as_stored(values: NDArray[Any], array: StoredArray, index: Index) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # an overflow is an error, raised with its tile
+    with np.errstate(over="ignore"):  # an overflow is reported below, with its tile
         found = values.astype(array.layout.dtype)
     if not np.isfinite(found).all():
         raise NonFiniteError(
@@ -196,46 +199,36 @@ def _as_stored(values: NDArray[Any], array: StoredArray, index: Index) -> NDArra
     return found
 
 
-def _is_kernel(array: StoredArray) -> bool:
-    return array.layout.grid is not None or array.layout.holds_blocks
-
-
 @dataclass(frozen=True)
 class _Blocks:
-    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, when it is needed."""
+    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, on demand."""
 
-    # source, group, name, index: which store, which group of parameters, which kernel, which of its chunks
     source: Store
-    group: str | None
-    name: str
+    group: str | None  # group of parameters
+    name: str  # array of the kernel
     index: Index
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs O."""
-        return self.source.manifest.num_outputs
 
     def _read(self, output: int | None) -> NDArray[Any]:
         values = self.source.arrays[array_of(prefix_of(self.group, output), self.name)].read(self.index)
-        # A test_diagonal is a kernel of one column of samples.
+        # A test_diagonal becomes a kernel with a single column of samples.
         return values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
 
     @cached_property
     def whole(self) -> NDArray[Any]:
-        """All pairs, shape (n, O, m, O), where the source keeps them."""
-        values, count = self._read(None), self.num_outputs
+        """All pairs of outputs, shape (n, O, m, O), if the source stores them."""
+        values, count = self._read(None), self.source.manifest.num_outputs
         return values.reshape(len(values) // count, count, -1, count)
 
     def equal(self, output: int) -> NDArray[Any]:
-        """The pair of an output with itself, shape (n, m)."""
+        """Entries for an output with itself, shape (n, m)."""
         if get_kind(self.source.manifest.kind).pairs == "same":
             return self._read(output)
         return self.whole[:, output, :, output]
 
 
 def _reduce(blocks: _Blocks, kind: Kind, output: int | None) -> NDArray[Any]:
-    """Entries of a kind, shape (n, m); sums are float64."""
-    count = blocks.num_outputs
+    """Reduce blocks to entries of a kind, shape (n, m); sums are float64."""
+    count = blocks.source.manifest.num_outputs
     if kind.name == "pntk":
         total: NDArray[np.float64] = blocks.whole.sum(axis=(1, 3), dtype=np.float64)
         return total / count

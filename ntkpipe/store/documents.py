@@ -1,14 +1,13 @@
-"""The JSON documents of a store, ``zarr.json``: written as Zarr does, read as what anybody may have written."""
+"""The JSON documents of a store, ``zarr.json``: written as Zarr writes them, read as untrusted input."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ntkpipe.base.errors import StoreError
+from ntkpipe.store.layout import ArrayLayout
 
-# What a reader decodes by; attributes and names of dimensions are for people.
+DOCUMENT = "zarr.json"
+# Fields that decide how a reader decodes; attributes and names of dimensions are for people.
 _DECISIVE = (
     "zarr_format",
     "node_type",
@@ -23,17 +22,14 @@ _DECISIVE = (
 
 
 def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
-    """JSON as the standard has it: UTF-8, no key twice, and no NaN unless it is allowed."""
+    """Parse strict JSON: UTF-8, no repeated key, and no NaN unless allowed."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"it holds {constant}, which is no number")
 
     try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_without_repetition,
-            parse_constant=None if allow_nan else refuse,
-        )
+        text, constants = data.decode("utf-8"), None if allow_nan else refuse
+        return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=constants)
     except RecursionError:
         raise StoreError(f"{where} is damaged: nested too deeply") from None
     except ValueError as error:
@@ -48,13 +44,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:
-    """A Zarr group of attributes alone."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return json.dumps(document, indent=1).encode()
+    """Encode a Zarr group that holds attributes only."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
 
 
 def group_attributes(data: bytes, where: str, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The attributes of a Zarr group."""
+    """Decode the attributes of a Zarr group."""
     document = parse(data, where, allow_nan=allow_nan)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict):
@@ -62,35 +57,33 @@ def group_attributes(data: bytes, where: str, *, allow_nan: bool = False) -> dic
     return attributes
 
 
-def array_document(
-    *, shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], fill_value: float, dimensions: Sequence[str]
-) -> bytes:
-    """A Zarr array of uncompressed chunks, each followed by its crc32c."""
-    # Zarr takes longer to import than everything else that reads a store, and only writers need it.
+def array_document(layout: ArrayLayout) -> bytes:
+    """Encode a Zarr array of uncompressed chunks, each followed by its crc32c."""
+    # Importing Zarr takes longer than everything else that readers need, and only writers need Zarr.
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
     documents: dict[str, Any] = {}
     zarr.create_array(
         zarr.storage.MemoryStore(documents),
-        shape=tuple(shape),
-        chunks=tuple(chunks),
-        dtype=dtype,
-        fill_value=fill_value,
+        shape=layout.shape,
+        chunks=layout.chunks,
+        dtype=layout.dtype,
+        fill_value=layout.fill_value,
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
         filters=None,
-        dimension_names=tuple(dimensions),
+        dimension_names=layout.dimensions,
         config={"write_empty_chunks": True},
     )
-    data: bytes = documents["zarr.json"].to_bytes()
+    data: bytes = documents[DOCUMENT].to_bytes()
     return data
 
 
 def array_difference(found: bytes, needed: bytes, where: str) -> str | None:
-    """How an array's document differs from the one that is needed, in words, or none.
+    """Describe the first difference between two array documents, or return None.
 
-    Documents are compared, and the found one is not given to Zarr: it may name codecs and dtypes of anybody's.
+    The found one is compared rather than opened with Zarr, since it may name arbitrary codecs and dtypes.
     """
     left, right = parse(found, where), parse(needed, where)
     if not isinstance(left, dict):
@@ -102,7 +95,7 @@ def array_difference(found: bytes, needed: bytes, where: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` without what says nothing: an empty configuration, and no storage transformers, may be left out."""
+    """Drop what Zarr allows to be omitted: empty configurations and empty lists of storage transformers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if not (key == "configuration" and item == {})}
     if isinstance(value, list):

@@ -1,7 +1,6 @@
-"""Export: one array of a store as a plain ``.npy`` file or Zarr array, a kernel as the full mirrored matrix."""
+"""Export of one array of a store to a ``.npy`` file or Zarr array; a kernel becomes the full matrix."""
 
 import contextlib
-import errno
 import os
 import shutil
 import uuid
@@ -16,15 +15,15 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes, free_disk
-from ntkpipe.store.chunks import Store, StoredArray, writing
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
 from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.medium import writing
+from ntkpipe.store.store import Store
 
 _KERNELS = "kernel/"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-Part = tuple[Index, NDArray[Any]]
 Write = Callable[[Index, NDArray[Any]], None]
 
 
@@ -33,8 +32,8 @@ def export_kernel(
 ) -> Path:
     """Write one array of a store for programs that do not know this package.
 
-    A symmetric kernel becomes the full matrix. Tiles are streamed, each read and checked once: memory is two tiles,
-    whatever the size of the matrix. The file appears at ``path`` when it is whole, and not before.
+    A symmetric kernel becomes the full matrix. Each tile is read and verified once; memory is two tiles, whatever the
+    size of the matrix. The file appears at ``path`` only once it is complete.
 
     Parameters
     ----------
@@ -42,28 +41,28 @@ def export_kernel(
         Path, or an open store.
     path
         ``….npy`` for one file that ``numpy.load(path, mmap_mode="r")`` maps, or ``….zarr`` for a Zarr v3 array (no
-        compression, crc32c, one chunk a tile) that any Zarr library reads. Nothing may be there yet.
+        compression, crc32c, one chunk per tile) that any Zarr library reads. The path must not exist.
     array
-        Name of the array in the store; ``kernel/`` may be left out, as in ``"train"`` and ``"test_train"``.
+        Name of the array in the store; ``kernel/`` may be omitted, as in ``"train"`` and ``"test_train"``.
     progress
         Show a progress bar on standard error.
 
     Returns
     -------
-    The path. dtype and order of the axes are those of the store; row = sample * S + covector.
+    The path. The dtype and the order of axes are those of the store; row = sample * S + covector.
 
     Raises
     ------
     ConfigError
-        If the path ends otherwise, or the store has no such array.
+        If the path has another suffix, or the store has no such array.
     StoreExistsError
         If something is at the path.
     TileError
         If the store is incomplete or damaged; the message names the tile, and nothing is left at the path.
     ResourceError
-        If the disk has too little room; nothing was written.
+        If the disk has too little space; nothing was written.
     StoreFullError, StoreError
-        If it cannot be written all the same.
+        If the file cannot be written.
     """
     opened = store if isinstance(store, KernelStore) else open_kernel(store)
     source = find_array(opened.store, array)
@@ -84,8 +83,11 @@ def export_kernel(
         try:
             with _WRITERS[target.suffix](partial, source.layout) as write:
                 for index in source.layout.indices():
-                    for part in _parts(source, index):
-                        write(*part)
+                    values = source.read(index)
+                    write(index, values)
+                    grid = source.layout.grid
+                    if grid is not None and grid.symmetric and index[0] != index[1]:
+                        write((index[1], index[0]), values.T)
                     ticks.tick()
             partial.rename(target)
         finally:
@@ -94,7 +96,7 @@ def export_kernel(
 
 
 def find_array(store: Store, name: str) -> StoredArray:
-    """The array of a store that is called ``name``, or ``kernel/name``."""
+    """Find the array ``name``, or ``kernel/name``, of a store."""
     for known in (name, _KERNELS + name):
         if known in store.arrays:
             return store.arrays[known]
@@ -122,18 +124,9 @@ def _require_room(layout: ArrayLayout, target: Path) -> None:
         )
 
 
-def _parts(source: StoredArray, index: Index) -> Iterator[Part]:
-    """A chunk and, for a tile whose mirror is not stored, the mirror."""
-    values = source.read(index)
-    yield index, values
-    grid = source.layout.grid
-    if grid is not None and grid.symmetric and index[0] != index[1]:
-        yield (index[1], index[0]), values.T
-
-
 @contextlib.contextmanager
 def _npy(path: Path, layout: ArrayLayout) -> Iterator[Write]:
-    """A ``.npy`` file, filled by positioned writes: a memory map would answer a full disk with a signal."""
+    """Fill a ``.npy`` file by positioned writes; with a memory map, a full disk would raise a signal."""
     dtype = layout.dtype.newbyteorder("<")
     row_bytes = int(np.prod(layout.shape[1:])) * dtype.itemsize
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": layout.shape}
@@ -151,7 +144,7 @@ def _npy(path: Path, layout: ArrayLayout) -> Iterator[Write]:
 
         yield write
         file.flush()
-        os.fsync(file.fileno())  # what could not be written must be known before the file gets its name
+        os.fsync(file.fileno())  # errors of writing must surface before the file gets its name
 
 
 def _write_at(file: BinaryIO, position: int, values: NDArray[Any], dtype: np.dtype[Any]) -> None:
@@ -161,7 +154,7 @@ def _write_at(file: BinaryIO, position: int, values: NDArray[Any], dtype: np.dty
 
 @contextlib.contextmanager
 def _zarr(path: Path, layout: ArrayLayout) -> Iterator[Write]:
-    """A Zarr array of the same chunks, all of which are there."""
+    """Create a Zarr array of the same chunks, with all of them stored."""
     plain = ArrayLayout(path.name, layout.shape, layout.chunks, layout.dtype, layout.dimensions)
     array = StoredArray(Folder(path.parent), plain)
     array.create()

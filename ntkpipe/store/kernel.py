@@ -1,31 +1,27 @@
-"""Reading a store: kernels as numpy-like matrices, outputs, targets, progress. Imports neither torch nor dask."""
+"""One stored kernel as a numpy-like matrix that is read tile by tile. Imports neither torch nor dask."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ntkpipe.base.errors import ConfigError, ResourceError, StoreError
-from ntkpipe.base.extras import needed_for
+from ntkpipe.base.errors import ResourceError, needed_for
 from ntkpipe.base.grid import Grid
-from ntkpipe.base.kinds import get_kind
-from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.base.resources import available_memory, format_bytes
-from ntkpipe.store.chunks import Store, StoredArray
-from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.chunks import StoredArray
 
 if TYPE_CHECKING:
     import dask.array
     import xarray
 
-# What a request may take of the memory that is free; the rest is for the work that it is read for.
+# Share of the available memory that one read may take; the rest is for the work on what was read.
 _SHARE_OF_MEMORY = 0.8
 
 
-def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
+def require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
+    """Check that an array fits into the available memory."""
     needed, available = int(np.prod(shape, dtype=object)) * dtype.itemsize, available_memory()
     if needed > _SHARE_OF_MEMORY * available:
         raise ResourceError(
@@ -35,10 +31,10 @@ def _require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> 
 
 
 class Kernel:
-    """One kernel of a store, read as the full matrix although a symmetric one stores its upper tiles only.
+    """One kernel of a store, read as the full matrix, although only the upper tiles of a symmetric one are stored.
 
     Supports numpy's basic slicing and integer or boolean index arrays. Every read verifies the checksums of the tiles
-    that it touches; its memory is the result plus one tile, and it is checked against what is available.
+    that it touches. Its memory is the result plus one tile, and is checked against what is available.
 
     Raises
     ------
@@ -58,12 +54,12 @@ class Kernel:
 
     @property
     def token(self) -> str:
-        """Names the entries and where they are, for caches of lazy arrays."""
+        """Identifier of the entries and their place, for caches of lazy arrays."""
         return f"{self._digest}-{self._array.medium.identity()}-{self.name.replace('/', '-')}"
 
     @property
     def name(self) -> str:
-        """The array in the store, as ``kernel/train``."""
+        """Name of the array in the store, such as ``kernel/train``."""
         return self._array.layout.name
 
     @property
@@ -88,7 +84,7 @@ class Kernel:
 
     @property
     def num_covectors(self) -> int:
-        """Rows a sample, S."""
+        """Rows per sample, S."""
         return self._grid.rows.num_covectors
 
     @property
@@ -103,12 +99,12 @@ class Kernel:
 
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows of each tile along both axes, as dask writes them."""
-        rows, columns = self._grid.rows, self._grid.columns
-        return (
-            tuple(len(rows.rows(tile)) for tile in range(rows.num_tiles)),
-            tuple(len(columns.rows(tile)) for tile in range(columns.num_tiles)),
+        """Rows of each tile along both axes, in the form of dask."""
+        rows, columns = (
+            tuple(len(axis.rows(tile)) for tile in range(axis.num_tiles))
+            for axis in (self._grid.rows, self._grid.columns)
         )
+        return rows, columns
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -117,13 +113,13 @@ class Kernel:
         return f"<Kernel {self.name} {self.shape[0]} x {self.shape[1]} {self.dtype}, {format_bytes(self.nbytes)}>"
 
     def read_tile(self, row: int, column: int) -> NDArray[Any]:
-        """Tile (row, column) of the full matrix, read-only, transposed from its mirror where that is what is stored."""
+        """Read tile (row, column) of the full matrix, read-only; transposed if its mirror image is stored."""
         stored_row, stored_column, mirrored = self._grid.locate(row, column)
         tile = self._array.read((stored_row, stored_column))
         return tile.T if mirrored else tile
 
     def read_stored(self, row: int, column: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
-        """A tile that is stored, as it is there; with a ``buffer`` of :attr:`tile_bytes` bytes, a view of that."""
+        """Read a stored tile as it is; with a ``buffer`` of :attr:`tile_bytes` bytes, return a view of that."""
         return self._array.read((row, column), buffer)
 
     @property
@@ -138,25 +134,19 @@ class Kernel:
 
     @property
     def is_local(self) -> bool:
-        """Whether tiles are files of this machine's file system, rather than objects that a server sends."""
+        """Whether tiles are files in a file system rather than objects that a server sends."""
         return isinstance(self._array.medium.root, Path)
 
     @property
     def identity(self) -> str:
-        """What decided the entries, wherever they are: digest of the manifest and name of the array."""
+        """Identifier of the entries, independent of their place: digest of the manifest and name of the array."""
         return f"{self._digest}/{self.name}"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         if isinstance(key, np.ndarray) and key.ndim == 2:
             raise IndexError("a kernel takes one index an axis; a two-dimensional mask or index array is not supported")
-        parts = key if isinstance(key, tuple) else (key,)
-        if any(part is Ellipsis for part in parts):
-            at = next(position for position, part in enumerate(parts) if part is Ellipsis)
-            parts = (*parts[:at], *[slice(None)] * (3 - len(parts)), *parts[at + 1 :])
-        if len(parts) > 2 or any(part is None or part is Ellipsis for part in parts):
-            raise IndexError(f"too many indices for a kernel: {key!r}")
-        parts = (*parts, *[slice(None)] * (2 - len(parts)))
-        # numpy itself says what an index means: apply it to the numbers of the rows and columns.
+        parts = _one_index_per_axis(key, self.ndim, "a kernel")
+        # Let numpy interpret each index: apply it to the numbers of the rows or columns.
         rows, columns = (self._numbers(part, axis) for axis, part in enumerate(parts))
         if rows.ndim == columns.ndim == 1 and not any(isinstance(part, slice) for part in parts):
             return self._read_points(*np.broadcast_arrays(rows, columns))
@@ -177,8 +167,8 @@ class Kernel:
         return numbers
 
     def _read(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
-        """The matrix of all ``rows`` by all ``columns``, each tile read once."""
-        _require_memory((rows.size, columns.size), self.dtype, "a slice of the kernel")
+        """Read the submatrix of ``rows`` and ``columns``, each tile once."""
+        require_memory((rows.size, columns.size), self.dtype, "a slice of the kernel")
         values = np.empty((rows.size, columns.size), self.dtype)
         row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
         for row_tile, at_rows in _by_tile(rows, row_edge):
@@ -189,7 +179,7 @@ class Kernel:
         return values
 
     def _read_points(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
-        """Single entries, each tile read once."""
+        """Read single entries, each tile once."""
         values = np.empty(rows.shape, self.dtype)
         row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
         tiles = rows // row_edge * self._grid.columns.num_tiles + columns // column_edge
@@ -201,13 +191,13 @@ class Kernel:
         return values
 
     def diagonal(self) -> NDArray[Any]:
-        """The diagonal, shape (rows,); reads the diagonal tiles only."""
+        """Read the diagonal, shape (rows,), from the diagonal tiles alone."""
         if not self._grid.symmetric:
             raise ValueError(f"{self!r} has no diagonal: its rows and columns are different samples")
         return np.concatenate([self.read_tile(i, i).diagonal() for i in range(self._grid.rows.num_tiles)])
 
     def to_numpy(self) -> NDArray[Any]:
-        """The whole matrix in memory; refused, with the numbers, where it does not fit."""
+        """Read the whole matrix into memory; raises ResourceError if it does not fit."""
         return self[:, :]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -217,19 +207,17 @@ class Kernel:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def to_dask(self) -> "dask.array.Array":
-        """A lazy dask array of the full matrix, one chunk a tile."""
+        """Return a lazy dask array of the full matrix, one chunk per tile."""
         from ntkpipe.store.views import to_dask as views  # keeps dask out of sessions that only read
 
         return views.to_dask(self)
 
     def to_xarray(self) -> "xarray.DataArray":
-        """A lazy :class:`xarray.DataArray` of the full matrix; indexing reads the tiles that it touches, and no others.
+        """Return a lazy :class:`xarray.DataArray` of the full matrix; indexing reads only the tiles that it touches.
 
-        Dimensions are ``(sample, sample_)``, or ``(test_sample, sample_)`` for a test kernel; where a sample has more
-        rows than one, as in a full NTK, ``(sample, output, sample_, output_)``. Values that were read are not kept:
-        ``.load()`` keeps them, ``.chunk()`` makes a dask array.
-
-        :meth:`KernelSet.to_xarray` has targets and outputs beside it.
+        Dimensions are ``(sample, sample_)``, or ``(test_sample, sample_)`` for a test kernel; if a sample has several
+        rows, as in a full NTK, ``(sample, output, sample_, output_)``. Values are not cached: ``.load()`` keeps them,
+        ``.chunk()`` makes a dask array. :meth:`KernelStore.to_xarray` adds targets and outputs.
 
         Raises
         ------
@@ -242,12 +230,12 @@ class Kernel:
 
     @property
     def blocks(self) -> "KernelBlocks":
-        """The kernel as an (N, M, S, S) array: one S x S block for each pair of samples."""
+        """The kernel as an (N, M, S, S) array: one S x S block per pair of samples."""
         return KernelBlocks(self)
 
 
 class KernelBlocks:
-    """A kernel as (N, M, S, S): ``blocks[i, j]`` is the S x S block of samples i and j. Nothing is copied until read.
+    """A kernel as (N, M, S, S): ``blocks[i, j]`` is the S x S block of samples i and j, read on access.
 
     For ``kind="ntk"`` S is the number of outputs.
     """
@@ -272,15 +260,9 @@ class KernelBlocks:
         return f"<KernelBlocks {self.shape} {self.dtype}>"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        parts = key if isinstance(key, tuple) else (key,)
-        if any(part is Ellipsis for part in parts):
-            at = next(position for position, part in enumerate(parts) if part is Ellipsis)
-            parts = (*parts[:at], *[slice(None)] * (5 - len(parts)), *parts[at + 1 :])
-        if len(parts) > 4 or any(part is None for part in parts):
-            raise IndexError(f"too many indices for a kernel's blocks: {key!r}")
+        parts = _one_index_per_axis(key, self.ndim, "a kernel's blocks")
         if any(not isinstance(part, slice | int | np.integer) for part in parts):
             raise IndexError("blocks take integers and slices; for index arrays, index the kernel itself by rows")
-        parts = (*parts, *[slice(None)] * (4 - len(parts)))
         picked = [np.asarray(np.arange(size)[part]) for size, part in zip(self.shape, parts, strict=True)]
         row_samples, column_samples, row_covectors, column_covectors = (np.atleast_1d(p) for p in picked)
         width = self._kernel.num_covectors
@@ -298,224 +280,19 @@ class KernelBlocks:
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
+def _one_index_per_axis(key: Any, num_axes: int, what: str) -> tuple[Any, ...]:
+    """Expand a key as numpy does: an ellipsis, or a missing end, stands for whole axes."""
+    parts = key if isinstance(key, tuple) else (key,)
+    at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
+    before, after = parts[:at], parts[at + 1 :]
+    parts = (*before, *[slice(None)] * (num_axes - len(before) - len(after)), *after)
+    if len(parts) > num_axes or any(part is None or part is Ellipsis for part in parts):
+        raise IndexError(f"too many indices for {what}: {key!r}")
+    return parts
+
+
 def _by_tile(numbers: NDArray[np.int64], edge: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """``(tile, positions of the numbers that fall into it)`` for each tile that is touched."""
+    """Yield each touched tile with the positions of the numbers that fall into it."""
     tiles = numbers // edge
     for tile in np.unique(tiles):
         yield int(tile), np.flatnonzero(tiles == tile)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How much of a store exists.
-
-    Attributes
-    ----------
-    tiles_done, tiles_total
-        Tiles of all kernels.
-    bytes_done
-        Bytes of the tiles that exist.
-    """
-
-    tiles_done: int
-    tiles_total: int
-    bytes_done: int
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every tile exists."""
-        return self.tiles_done == self.tiles_total
-
-
-class KernelSet:
-    """The kernels of one sum over parameters: of all selected ones, or of a group; where asked for, of one output.
-
-    Attributes
-    ----------
-    store
-        The arrays underneath.
-    """
-
-    def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
-        self.store = store
-        self._group = group
-        self._output = output
-
-    def __repr__(self) -> str:
-        return f"<KernelSet {prefix_of(self._group, self._output)} of {self.store.root}>"
-
-    @property
-    def train(self) -> Kernel:
-        """Train x train, symmetric, shape (N*S, N*S)."""
-        return self._kernel("kernel/train")
-
-    @property
-    def test_train(self) -> Kernel:
-        """Test x train, shape (M*S, N*S); raises as :attr:`train`."""
-        return self._kernel("kernel/test_train")
-
-    @property
-    def test_diagonal(self) -> NDArray[Any]:
-        """The S x S block of each test sample with itself, shape (M, S, S); raises as :attr:`train`."""
-        return self._read_all(self._name("kernel/test_diagonal"))
-
-    def to_xarray(self) -> "xarray.Dataset":
-        """Kernels, outputs and targets as a lazy :class:`xarray.Dataset` with named dimensions; opening reads no tile.
-
-        ======================  ============================================  ==================================
-        variable                dimensions                                    there if
-        ======================  ============================================  ==================================
-        ``train``               ``(sample, sample_)``
-        ``test_train``          ``(test_sample, sample_)``                    the store has test samples
-        ``test_diagonal``       ``(test_sample,)``                            the store has test samples
-        ``outputs``             ``(sample, output)``
-        ``test_outputs``        ``(test_sample, output)``                     the store has test samples
-        ``target``              ``(sample,)`` and those of a target           coordinate; the store has targets
-        ``target_``             ``(sample_,)`` and those of a target          coordinate; the store has targets
-        ``test_target``         ``(test_sample,)`` and those of a target      coordinate; the store has test targets
-        ======================  ============================================  ==================================
-
-        A trailing underscore marks what belongs to columns, in train and test kernels alike, so that
-        ``xarray.dot(dataset.test_train, coefficients)`` with coefficients of ``(sample_, …)`` is a prediction. A full
-        NTK has ``output`` behind each row's sample and ``output_`` behind each column's, ``(sample, output, sample_,
-        output_)``; of kind ``diagonal``, where each output has a kernel, ``output`` comes first, ``(output, sample,
-        sample_)``, unless :meth:`output` has picked one. Targets of as many columns as there are outputs have the
-        dimension ``output``, others ``target_axis_1`` and so on.
-
-        Attributes are ``kind``, ``convention``, ``compute_dtype``, ``accumulate_dtype``, ``store_dtype``, ``model``,
-        ``num_parameters`` and ``manifest_digest`` of the manifest, and ``group`` and ``picked_output`` where these were
-        chosen. Entries keep the dtype of the store: convert with ``.astype("float64")`` before long sums.
-        """
-        with needed_for("to_xarray", "xarray"):
-            from ntkpipe.store.views import to_xarray as labelled
-        manifest = self.store.manifest
-        digest = manifest.digest()
-        return labelled.to_dataset(
-            manifest, self.store.arrays, lambda array: Kernel(array, digest), self._group, self._output
-        )
-
-    def output(self, number: int) -> "KernelSet":
-        """The kernels of one output, in a store of kind ``diagonal``."""
-        manifest = self.store.manifest
-        if get_kind(manifest.kind).pairs != "same" or self._output is not None:
-            raise ConfigError(f"{self!r} has no kernels of single outputs; they are those of kind='diagonal'")
-        if not 0 <= number < manifest.num_outputs:
-            raise ConfigError(f"output({number}): {self.store.root} has outputs 0 to {manifest.num_outputs - 1}")
-        return KernelSet(self.store, self._group, number)
-
-    def _name(self, name: str) -> str:
-        if self._output is None and get_kind(self.store.manifest.kind).pairs == "same":
-            raise ConfigError(
-                f"{self.store.root} has a kernel for each of {self.store.manifest.num_outputs} outputs; use "
-                f".output(k).{name.rpartition('/')[2]}"
-            )
-        return array_of(prefix_of(self._group, self._output), name)
-
-    def _kernel(self, name: str) -> Kernel:
-        return Kernel(self._array(self._name(name)), self.store.manifest.digest())
-
-    def _array(self, name: str) -> StoredArray:
-        if name not in self.store.arrays:
-            raise StoreError(f"{self.store.root} has no {name}: it was made without test_inputs")
-        return self.store.arrays[name]
-
-    def _read_all(self, name: str) -> NDArray[Any]:
-        array = self._array(name)
-        _require_memory(array.layout.shape, array.layout.dtype, name)
-        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
-
-
-class KernelStore(KernelSet):
-    """A kernel store, opened for reading.
-
-    Attributes
-    ----------
-    store
-        The arrays underneath.
-    """
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-
-    def __repr__(self) -> str:
-        manifest, progress = self.manifest, self.progress
-        return (
-            f"<KernelStore {self.path} kind={manifest.kind} {manifest.train.num_samples} samples, "
-            f"{manifest.num_outputs} outputs, {progress.tiles_done}/{progress.tiles_total} tiles>"
-        )
-
-    @property
-    def path(self) -> Path | str:
-        """Path or URL of the store."""
-        return self.store.root
-
-    @property
-    def manifest(self) -> Manifest:
-        """Everything that decided the numbers."""
-        return self.store.manifest
-
-    @property
-    def progress(self) -> Progress:
-        """What exists, from one listing; no tile is read."""
-        done = total = num_bytes = 0
-        for array in self.store.arrays.values():
-            if array.layout.grid is not None:
-                present = array.layout.num_chunks - len(array.missing())
-                done, total = done + present, total + array.layout.num_chunks
-                num_bytes += present * array.layout.chunk_bytes
-        return Progress(done, total, num_bytes)
-
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Name → parameters of each group that has kernels of its own."""
-        return dict(self.manifest.groups)
-
-    def group(self, name: str) -> KernelSet:
-        """The kernels of one group of parameters.
-
-        Raises
-        ------
-        ConfigError
-            If the store has no such group; the message lists those that it has.
-        """
-        if name not in self.manifest.groups:
-            known = ", ".join(map(repr, self.manifest.groups)) or "none"
-            raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")
-        return KernelSet(self.store, name)
-
-    @property
-    def outputs(self) -> NDArray[Any]:
-        """The model's outputs on the train samples, shape (N, O)."""
-        return self._read_all("outputs/train")
-
-    @property
-    def test_outputs(self) -> NDArray[Any]:
-        """The model's outputs on the test samples, shape (M, O)."""
-        return self._read_all("outputs/test")
-
-    @property
-    def targets(self) -> NDArray[Any] | None:
-        """Train targets, first axis N, or None if the store was made without."""
-        return self._read_targets("train", self.manifest.train.targets is not None)
-
-    @property
-    def test_targets(self) -> NDArray[Any] | None:
-        """Test targets, first axis M, or None if the store was made without."""
-        test = self.manifest.test
-        return self._read_targets("test", test is not None and test.targets is not None)
-
-    def _read_targets(self, split: str, exists: bool) -> NDArray[Any] | None:
-        return self._read_all(f"targets/{split}") if exists else None
-
-
-def open_kernel(path: str | Path) -> KernelStore:
-    """Open a kernel store, by path or URL, for reading; loads neither torch nor dask, and reads only the manifest.
-
-    Raises
-    ------
-    StoreNotFoundError
-        If there is nothing at the path.
-    StoreError
-        If what is there is not a kernel store, or its manifest is damaged.
-    """
-    return KernelStore(Store.open(path))

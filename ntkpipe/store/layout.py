@@ -1,4 +1,4 @@
-"""Which arrays a store has: names, shapes, chunks and dtypes, all decided by the manifest."""
+"""The arrays of a store: names, shapes, chunks and dtypes, all derived from the manifest."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from ntkpipe.store.manifest import DataRecord, Manifest
 
 Index = tuple[int, ...]
 
-# A chunk is followed by the crc32c of its bytes.
+# Each chunk is followed by the crc32c of its bytes.
 CHECKSUM_BYTES = 4
 _BLOCK_DIMENSIONS = ("sample", "row", "column")
-# What is missing is listed in memory, and a chunk is read as a whole.
+# Limits: lists of chunks, and single chunks, are held in memory.
 MOST_CHUNKS = 2**22
 MOST_CHUNK_BYTES = 2**33
 _SAMPLE_CHUNK_BYTES = 16 * 2**20
@@ -28,48 +28,50 @@ class ArrayLayout:
     """One array of a store."""
 
     name: str  # path below the store's root
-    shape: tuple[int, ...]  # shape, chunks, dtype, dimensions: as in Zarr
+    shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     dimensions: tuple[str, ...]
-    grid: Grid | None = None  # the tiles, for a kernel; other arrays keep every chunk
+    grid: Grid | None = None  # the tiles, for a kernel; all chunks of other arrays are stored
 
     @property
     def holds_blocks(self) -> bool:
-        """Whether it is a ``test_diagonal``: the S x S block of each sample with itself."""
+        """Whether the array is a ``test_diagonal``: the S x S block of each sample with itself."""
         return self.dimensions == _BLOCK_DIMENSIONS
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk's file. Ragged chunks are padded to a whole one, as Zarr does."""
+        """Bytes of one chunk's file. Ragged chunks are padded to full size, as Zarr does."""
         return math.prod(self.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
 
     @property
     def fill_value(self) -> float:
-        """What plain Zarr readers see where nothing was written, and what pads ragged chunks."""
+        """Value that plain Zarr readers see in missing chunks, and that pads ragged ones."""
         return float("nan") if self.dtype.kind == "f" else 0
 
+    @property
+    def chunk_counts(self) -> tuple[int, ...]:
+        """Chunks along each axis, stored or not."""
+        return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+
     def indices(self) -> Iterator[Index]:
-        """Chunks that a complete array has."""
+        """Chunks of a complete array."""
         if self.grid is not None:
             return self.grid.tiles()
-        return np.ndindex(*(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)))
+        return np.ndindex(*self.chunk_counts)
 
     @property
     def num_chunks(self) -> int:
         """Number of :meth:`indices`."""
-        if self.grid is not None:
-            return self.grid.num_tiles
-        return math.prod(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+        return math.prod(self.chunk_counts) if self.grid is None else self.grid.num_tiles
 
     def holds(self, index: Index) -> bool:
         """Whether a complete array has chunk ``index``."""
-        counts = (-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
-        inside = all(0 <= i < count for i, count in zip(index, counts, strict=True))
+        inside = all(0 <= i < count for i, count in zip(index, self.chunk_counts, strict=True))
         return inside and (self.grid is None or self.grid.is_stored(*index))
 
     def region(self, index: Index) -> tuple[slice, ...]:
-        """Part of the array that chunk ``index`` holds, cut at the array's end."""
+        """Part of the array in chunk ``index``, cut at the array's end."""
         return tuple(
             slice(i * chunk, min((i + 1) * chunk, size))
             for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
@@ -77,7 +79,7 @@ class ArrayLayout:
 
 
 def planes(manifest: Manifest) -> tuple[Plane, ...]:
-    """The matrices that a store of this manifest has of each kernel."""
+    """The planes of a store with this manifest."""
     count = num_planes(manifest.kind, manifest.num_outputs, len(manifest.groups))
     if count > MAX_PLANES:
         raise StoreError(f"the manifest asks for {count} kernels beside each other; at most {MAX_PLANES} are possible")
@@ -85,7 +87,7 @@ def planes(manifest: Manifest) -> tuple[Plane, ...]:
 
 
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
-    """Every array that a store of this manifest has, by name."""
+    """Every array of a store with this manifest, by name."""
     found: list[ArrayLayout] = []
     store_dtype = np.dtype(manifest.store_dtype)
     num_test = None if manifest.test is None else manifest.test.num_samples
@@ -109,7 +111,7 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 
 def _require_possible(found: list[ArrayLayout]) -> None:
-    """Check that chunks can be listed and read, for numbers of any size, before anything is allocated."""
+    """Check, before anything is allocated, that the chunks can be listed and read; counts may be of any size."""
     count = sum(layout.num_chunks for layout in found)
     if count > MOST_CHUNKS:
         raise StoreError(

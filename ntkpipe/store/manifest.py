@@ -1,4 +1,4 @@
-"""The manifest: everything that decides the numbers of a store, as JSON in its group's attributes."""
+"""The manifest: all that determines the numbers of a store, as JSON in its group's attributes."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ from pydantic import (
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
     model_serializer,
 )
 
@@ -22,9 +21,9 @@ from ntkpipe.base.errors import StoreError
 FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
-# numpy has 64 axes at most, and one is the sample.
+# numpy supports 64 axes, and one is the sample axis.
 _MOST_AXES = 63
-# Other readers of JSON take numbers for float64.
+# Other JSON readers parse numbers as float64.
 _LARGEST = 2**53
 
 
@@ -32,7 +31,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-# Numbers of machines, never objects, dates or structures.
+# Plain numbers; no objects, dates or structures.
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
 
 
@@ -43,14 +42,14 @@ def _require_dtype(name: str) -> str:
 
 
 class ArrayRecord(_Record):
-    """Shape of one sample's entry, and dtype, of one array."""
+    """Shape per sample, and dtype, of one array."""
 
     shape: Annotated[tuple[PositiveInt, ...], Field(max_length=_MOST_AXES)]
     dtype: Annotated[str, AfterValidator(_require_dtype)]
 
 
 def _require_identifier(name: str) -> str:
-    """Names of arrays are keyword arguments of a model, and folders of the store."""
+    """Check a name that becomes a keyword argument of the model and a folder of the store."""
     if not name.isidentifier():
         raise ValueError("no name of an array")
     return name
@@ -59,12 +58,12 @@ def _require_identifier(name: str) -> str:
 class DataRecord(_Record):
     """One set of samples."""
 
-    num_samples: PositiveInt  # samples of the set
-    # The arrays of a sample by name; a sample that is one tensor has the one array `input`
+    num_samples: PositiveInt
+    # Arrays of a sample by name; a sample that is a single tensor has the array `input`.
     inputs: dict[Annotated[str, AfterValidator(_require_identifier)], ArrayRecord]
-    is_mapping: bool  # whether the model takes a dict of the arrays, or the one array itself
-    inputs_digest: str  # inputs_digest, targets_digest: sha256 over names, dtypes, shapes and bytes
-    targets: ArrayRecord | None  # the targets' array, if any
+    is_mapping: bool  # whether the model takes a dict of arrays, or a single array
+    inputs_digest: str  # sha256 over names, dtypes, shapes and bytes, as targets_digest
+    targets: ArrayRecord | None
     targets_digest: str | None
 
 
@@ -79,51 +78,51 @@ class ModelRecord(_Record):
 
 
 class Choices(_Record):
-    """What could have been chosen otherwise and decides the last bits; fixed once, reused by every resume."""
+    """Free choices that determine the last bits; made once, and reused by every resume."""
 
-    strip: PositiveInt  # samples whose Jacobians are computed and held as a unit
-    subtile: PositiveInt  # samples along the edge of the pieces in which strips are contracted
+    strip: PositiveInt  # samples whose Jacobians are computed and held together
+    subtile: PositiveInt  # samples along the edge of the pieces into which contractions of strips are cut
     batch: PositiveInt  # samples of one forward pass
-    representations: dict[str, str]  # per parameter (or fused pair): how its Jacobian is found and kept
-    device: str  # type of the device
-    # Instruction set of the processor, or name of the GPU, and version of torch: where they differ, results agree to
-    # rounding only
+    representations: dict[str, str]  # how the Jacobian of each parameter (or fused pair) is represented
+    device: str  # device type
+    # Instruction set of the processor, or name of the GPU, and version of torch; results of different ones agree up to
+    # rounding.
     arithmetic: str
 
 
 class DerivedRecord(_Record):
-    """The store that one was derived from, without the model."""
+    """Source of a store that was derived from another one, without the model."""
 
-    kind: str  # its kind
-    digest: str  # digest of its manifest
+    kind: str  # kind of the source
+    digest: str  # digest of the manifest of the source
     has_samples: bool  # whether the samples were copied, too
 
 
 class GrowthRecord(_Record):
-    """What a store held before it got more samples. Bits of tiles at its old edge depend on it."""
+    """Samples of a store before a growth; bits of tiles at the old edge depend on them."""
 
-    train: DataRecord  # train, test: the samples before
+    train: DataRecord
     test: DataRecord | None
-    environment: dict[str, str]  # versions, host and time of the run that added more; for people, never compared
+    environment: dict[str, str]  # versions, host and time of the run that added samples; informative, never compared
 
 
-# Fields that came later, left out of the JSON where they say nothing: stores without them keep manifest and digest.
+# Later fields are left out of the JSON if empty, so that older stores keep their manifest and digest.
 _LATER = frozenset({"groups", "derived", "growth"})
 
 
 class Manifest(_Record):
-    """What a store holds. Frozen; its digest is stored beside it, so that an altered one is noticed.
+    """Content of a store. Frozen; its digest is stored beside it, so that alterations are noticed.
 
     Attributes
     ----------
     environment
-        Versions, host and time of the run that made the store; for people, never compared.
+        Versions, host and time of the run that created the store; informative, never compared.
     groups
-        Name → parameters of each group that has kernels of its own; they have none in common.
+        Name → parameters of each group with kernels of its own; groups are disjoint.
     derived
-        Where the kernels come from, if not from the model.
+        The source of a derived store.
     growth
-        What the store held before each time that it got more samples, the oldest first; never compared.
+        Samples before each growth, the oldest first; never compared.
     """
 
     format: Literal[1]
@@ -140,29 +139,24 @@ class Manifest(_Record):
     test: DataRecord | None
     choices: Choices
     environment: dict[str, str]
-    groups: dict[GroupName, tuple[str, ...]] = {}
+    groups: Annotated[dict[GroupName, tuple[str, ...]], AfterValidator(require_folders)] = {}
     derived: DerivedRecord | None = None
     growth: tuple[GrowthRecord, ...] = ()
 
-    @field_validator("groups")
-    @classmethod
-    def _require_folders(cls, groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-        return require_folders(groups)
-
     @model_serializer(mode="wrap")
-    def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_empty_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         return {name: value for name, value in values.items() if value or name not in _LATER}
 
     def earlier(self) -> tuple["Manifest", ...]:
-        """The manifests that the store had before each growth, the oldest first, as they were."""
+        """The manifests before each growth, the oldest first."""
         return tuple(
             self.model_copy(update={"train": before.train, "test": before.test, "growth": self.growth[:number]})
             for number, before in enumerate(self.growth)
         )
 
     def grown(self, train: DataRecord, test: DataRecord | None, environment: dict[str, str]) -> "Manifest":
-        """The manifest of the same store with more samples."""
+        """The manifest after a growth."""
         before = GrowthRecord(train=self.train, test=self.test, environment=environment)
         return self.model_copy(update={"train": train, "test": test, "growth": (*self.growth, before)})
 
@@ -171,12 +165,12 @@ class Manifest(_Record):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     def to_attribute(self) -> dict[str, Any]:
-        """JSON value of the group's attribute."""
+        """JSON value of the group attribute."""
         return {"manifest": self.model_dump(mode="json"), "digest": self.digest()}
 
 
 def from_attribute(value: object, where: str) -> Manifest:
-    """Read a manifest from a group's attribute."""
+    """Read a manifest from a group attribute."""
     if not isinstance(value, dict) or not isinstance(value.get("manifest"), dict):
         raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed the path of a kernel store")
     found = value["manifest"].get("format")
@@ -186,7 +180,7 @@ def from_attribute(value: object, where: str) -> Manifest:
     if problem is not None:
         raise StoreError(f"the manifest of {where} is damaged: {problem}")
     try:
-        # Through JSON, so that strict types hold and lists may become tuples.
+        # Through JSON: strict validation accepts lists for tuples only there.
         manifest = Manifest.model_validate_json(json.dumps(value["manifest"]))
     except ValidationError as error:
         places = [".".join(map(str, item["loc"])) for item in error.errors(include_url=False, include_input=False)]
@@ -199,10 +193,7 @@ def from_attribute(value: object, where: str) -> Manifest:
 
 
 def _implausible(value: object) -> str | None:
-    """What no manifest of ours holds: text that is no text, numbers that are no counts; none if there is no such thing.
-
-    Whoever made the store, its words are printed and its numbers become shapes.
-    """
+    """Find control characters or huge numbers, since untrusted texts get printed and numbers become shapes."""
     if isinstance(value, str) and any(not (c.isprintable() or c in "\n\t") for c in value):
         return f"control characters in {value[:40]!a}"
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -212,7 +203,7 @@ def _implausible(value: object) -> str | None:
     return next((problem for part in parts if (problem := _implausible(part)) is not None), None)
 
 
-# Choices, environment and history may differ between runs; everything else may not.
+# Runs of the same kernel may differ in choices, environment and history, but in nothing else.
 _IDENTITY = (
     "kind",
     "convention",
@@ -229,9 +220,8 @@ _IDENTITY = (
 
 
 def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:
-    """Fields in which two runs are not the same kernel: ``(field, stored, asked)``, records spelled out."""
-    left = {name: getattr(stored, name) for name in _IDENTITY}
-    right = {name: getattr(asked, name) for name in _IDENTITY}
+    """Fields in which two kernels differ, as ``(field, stored, asked)`` with records expanded."""
+    left, right = ({name: getattr(manifest, name) for name in _IDENTITY} for manifest in (stored, asked))
     return tuple(_compare("", left, right))
 
 
@@ -239,8 +229,6 @@ def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object
     left = left.model_dump() if isinstance(left, BaseModel) else left
     right = right.model_dump() if isinstance(right, BaseModel) else right
     if isinstance(left, dict) and isinstance(right, dict):
-        found = []
-        for key in [*left, *(key for key in right if key not in left)]:
-            found += _compare(f"{prefix}.{key}" if prefix else key, left.get(key), right.get(key))
-        return found
+        keys = {key: f"{prefix}.{key}" if prefix else key for key in [*left, *right]}
+        return [item for key, name in keys.items() for item in _compare(name, left.get(key), right.get(key))]
     return [] if left == right else [(prefix, left, right)]

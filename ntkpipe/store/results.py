@@ -1,4 +1,4 @@
-"""Results and checkpoints as plain Zarr, readable without this package: JSON in a group's attributes, and arrays."""
+"""Results and checkpoints as plain Zarr that other programs can read: JSON attributes of a group, and arrays."""
 
 import contextlib
 import json
@@ -11,22 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import NtkpipeError, StoreError
-from ntkpipe.store.chunks import OF_WRONG_VALUES, Store, StoredArray, medium_at, writing
-from ntkpipe.store.documents import group_attributes, group_document, parse
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.documents import DOCUMENT, group_attributes, group_document, parse
 from ntkpipe.store.layout import MOST_CHUNK_BYTES, MOST_CHUNKS, ArrayLayout
-from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.media.medium import Medium, writing
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Store, create_groups
 
-_DOCUMENT = "zarr.json"
 _CHUNK_BYTES = 16 * 2**20
 _DTYPES = ("float64", "float32", "int64", "uint8")
-_CHECKPOINTS = "checkpoints"
 _MOST_AXES = 8
+# What reading untrusted JSON raises where a value is missing or of another type.
+_WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class ArrayFolder:
     """A Zarr group of arrays and attributes, in a store or by itself.
 
-    Attributes are put whole. What they name is there if arrays are written first.
+    Attributes are replaced atomically; if arrays are written first, all that attributes refer to exists.
     """
 
     def __init__(self, medium: Medium, name: str) -> None:
@@ -45,21 +47,14 @@ class ArrayFolder:
         return f"{self._name}/{name}"
 
     def write_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Replace the attributes in one atomic step."""
+        """Replace the attributes atomically."""
+        create_groups(self._medium, [self._name], root=True)
         with writing(self._medium):
-            self._create_groups()
-            self._medium.put(self._below(_DOCUMENT), group_document(dict(attributes)))
-
-    def _create_groups(self) -> None:
-        """The groups that this one is in, and the root, where there is none."""
-        parts = self._name.split("/")
-        for document in (_DOCUMENT, *(f"{'/'.join(parts[:depth])}/{_DOCUMENT}" for depth in range(1, len(parts)))):
-            if self._medium.size(document) is None:
-                self._medium.put_new(document, group_document({}))
+            self._medium.put(self._below(DOCUMENT), group_document(dict(attributes)))
 
     def read_attributes(self) -> dict[str, Any] | None:
-        """The attributes, or none if there is no such group."""
-        name = self._below(_DOCUMENT)
+        """Read the attributes; None if there is no such group."""
+        name = self._below(DOCUMENT)
         try:
             data = self._medium.get(name)
         except FileNotFoundError:
@@ -67,18 +62,17 @@ class ArrayFolder:
         return group_attributes(data, str(self._medium.address(name)), allow_nan=True)
 
     def write_array(self, name: str, values: NDArray[Any]) -> None:
-        """Write an array of float or integer numbers, over one of the same name."""
+        """Write an array of float or integer numbers, replacing one of the same name."""
         self.delete_array(name)
         array = self._array(name, values.shape, values.dtype)
-        with writing(self._medium):
-            self._create_groups()
+        create_groups(self._medium, [self._name], root=True)
         array.create()
         for index in array.layout.indices():
             array.write(index, values[array.layout.region(index)])
 
     def read_array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """An array, its checksums verified; memory is the array plus one chunk."""
-        where = f"{self._below(name)}/{_DOCUMENT}"
+        """Read an array and verify its checksums; memory is the array plus one chunk."""
+        where = f"{self._below(name)}/{DOCUMENT}"
         address = str(self._medium.address(where))
         try:
             document = parse(self._medium.get(where), address)
@@ -94,24 +88,24 @@ class ArrayFolder:
         return values
 
     def array_names(self) -> list[str]:
-        """Names of the arrays that are complete."""
+        """Names of the complete arrays."""
         names = (name[len(self._name) + 1 :].split("/") for name, _ in self._medium.sizes(self._name))
-        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == _DOCUMENT)
+        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == DOCUMENT)
 
     def delete_array(self, name: str) -> None:
-        """Delete an array, if it is there: first what makes it one."""
+        """Delete an array if it exists, its ``zarr.json`` first."""
         with writing(self._medium):
-            self._medium.delete(f"{self._below(name)}/{_DOCUMENT}")
+            self._medium.delete(f"{self._below(name)}/{DOCUMENT}")
             self._medium.delete_below(self._below(name))
 
     def delete(self) -> None:
-        """Delete the group with all that is in it, its attributes first."""
+        """Delete the group and all its arrays, its attributes first."""
         with writing(self._medium):
-            self._medium.delete(self._below(_DOCUMENT))
+            self._medium.delete(self._below(DOCUMENT))
             self._medium.delete_below(self._name)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
-        """The array of this name; chunks are whole rows."""
+        """The array of this name, in chunks of whole rows."""
         row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         chunks = (max(1, min(shape[0], _CHUNK_BYTES // row_bytes)), *(max(1, size) for size in shape[1:]))
         dimensions = tuple(f"axis_{axis}" for axis in range(len(shape)))
@@ -119,7 +113,7 @@ class ArrayFolder:
 
 
 def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an array that anybody may have written, checked before anything is allocated."""
+    """Shape and dtype of an untrusted array document, checked before anything is allocated."""
     fields = document if isinstance(document, dict) else {}
     sizes = shape if isinstance(shape := fields.get("shape"), list) else []
     is_shape = 1 <= len(sizes) <= _MOST_AXES and all(type(size) is int and 0 <= size < 2**48 for size in sizes)
@@ -133,28 +127,28 @@ def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dty
 
 
 class Checkpoint:
-    """The state of one calculation: arrays that are written once, and a small JSON that says which of them count.
+    """The state of one calculation: arrays that are written once, and a small JSON document that names the valid ones.
 
-    Killed at any moment, what the last :meth:`commit` named is there.
+    A process may be killed at any moment: everything that the last :meth:`commit` named exists.
 
     Parameters
     ----------
     where
-        A folder, by path or URL, of which this becomes a Zarr group; or a store.
+        Path or URL of a folder, in which the checkpoint becomes a Zarr group; or a store.
     name
-        Of the calculation, with everything that decides it: another one has another name.
+        Name of the calculation; it must identify everything that decides the result.
     """
 
     def __init__(self, where: str | Path | Store, name: str) -> None:
         inside = isinstance(where, Store)
         medium = where.medium if isinstance(where, Store) else medium_at(where)
-        self._folder = ArrayFolder(medium, f"results/{_CHECKPOINTS}/{name}" if inside else name)
+        self._folder = ArrayFolder(medium, f"results/checkpoints/{name}" if inside else name)
 
     def __repr__(self) -> str:
         return f"<Checkpoint in {self._folder.address}>"
 
     def load(self) -> dict[str, Any] | None:
-        """What the last :meth:`commit` said, or none.
+        """Read the state of the last :meth:`commit`, or None if there is none.
 
         Raises
         ------
@@ -167,21 +161,21 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """What a checkpoint holds is anybody's: there, a value that is missing or of another type is damage and no bug.
+        """Context in which to read a state, whose content is untrusted: missing or wrong values raise StoreError.
 
-        Who reads a state does so in here, by :func:`as_integer` and its like, and :meth:`get` with the shape that is
-        needed: numpy would spread a smaller array over a larger one.
+        Read values with :func:`as_integer` and its like, and arrays with :meth:`get` and the needed shape, since numpy
+        would broadcast a smaller array to a larger one.
 
         Raises
         ------
         StoreError
-            If there is one, or an array is missing or damaged; it names the checkpoint.
+            If a value is missing or wrong, or an array is missing or damaged; the message names the checkpoint.
         NtkpipeError
-            What else this package says.
+            Other errors of this package pass through.
         """
         try:
             yield
-        except (StoreError, *OF_WRONG_VALUES) as error:
+        except (StoreError, *_WRONG_VALUES) as error:
             if isinstance(error, NtkpipeError) and not isinstance(error, StoreError):
                 raise
             why = str(error) if isinstance(error, StoreError) else repr(error)
@@ -190,22 +184,22 @@ class Checkpoint:
             ) from error
 
     def put(self, name: str, values: NDArray[Any]) -> None:
-        """Write an array under a name that no committed state uses."""
+        """Write an array, under a name that no committed state uses."""
         self._folder.write_array(name, values)
 
     def get(
         self, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
     ) -> NDArray[Any]:
-        """An array that the state names, of this shape and dtype.
+        """Read an array that the state names.
 
         Parameters
         ----------
         name
-            As it was put.
+            The name given to :meth:`put`.
         shape, dtype
-            Needed of it.
+            The shape and dtype that it must have.
         allow_nan
-            Whether NaN and infinity are numbers of it.
+            Whether it may hold NaN and infinity.
 
         Raises
         ------
@@ -220,40 +214,40 @@ class Checkpoint:
         return values
 
     def commit(self, state: Mapping[str, Any], keep: set[str]) -> None:
-        """Make this the state, and delete every array but those it needs."""
+        """Make this the state, and delete every array that is not in ``keep``."""
         self._folder.write_attributes({"state": json.loads(json.dumps(dict(state)))})
         for name in self._folder.array_names():
             if name not in keep:
                 self._folder.delete_array(name)
 
     def clear(self) -> None:
-        """Delete it, once the result is safe."""
+        """Delete the checkpoint, once the result is safe."""
         self._folder.delete()
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
-    """A value of JSON that must be an object."""
+    """Check that a JSON value is an object."""
     if not isinstance(value, dict):
         raise TypeError(f"{str(value)[:40]!r} is no JSON object")
     return value
 
 
 def as_integer(value: Any, *, low: int = 0) -> int:
-    """A value of JSON that must be an integer, from ``low`` on."""
+    """Check that a JSON value is an integer of at least ``low``."""
     if type(value) is not int or value < low:
         raise ValueError(f"{str(value)[:40]!r} is no integer from {low} on")
     return value
 
 
 def as_number(value: Any) -> float:
-    """A value of JSON that must be a finite number."""
+    """Check that a JSON value is a finite number."""
     if type(value) not in {int, float} or not math.isfinite(value):
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
     return float(value)
 
 
 def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -> NDArray[np.float64]:
-    """Nested lists of JSON that must be numbers of this shape."""
+    """Check that nested JSON lists are numbers of this shape."""
     found = np.array(value)
     if found.size == 0 and math.prod(shape) == 0 and isinstance(value, list):
         return np.zeros(shape)
@@ -263,9 +257,9 @@ def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -
 
 
 def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Save a result below ``results/name`` with the digest of the manifest that it came from, over an older one.
+    """Save a result below ``results/name`` with the digest of the store's manifest, replacing an older one.
 
-    It counts from the moment that its attributes are there, which are written last.
+    It is valid once its attributes exist, which are written last.
     """
     folder = ArrayFolder(store.medium, f"results/{name}")
     folder.delete()
@@ -275,9 +269,23 @@ def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapp
 
 
 def load_result(store: Store, name: str) -> dict[str, Any] | None:
-    """A result below ``results/name``: numbers, words and arrays by name; none if there is none of this manifest."""
+    """Read values and arrays of a result below ``results/name`` by name; None if this manifest has no such result."""
     found = store.read_result(name)
     if found is None:
         return None
     folder = ArrayFolder(store.medium, f"results/{name}")
     return {**found, **{array: folder.read_array(array) for array in folder.array_names()}}
+
+
+@contextlib.contextmanager
+def reading_results(root: Path | str) -> Iterator[None]:
+    """Context in which to use results, whose content is untrusted: missing or wrong values raise StoreError."""
+    try:
+        yield
+    except NtkpipeError:
+        raise
+    except _WRONG_VALUES as error:
+        raise StoreError(
+            f"a result in {root} is damaged, or of another version ({error!r}); delete its folder below results, and "
+            "run or verify again"
+        ) from error

@@ -1,7 +1,7 @@
-"""Verification of a store by itself: every chunk present, whole and finite, and the matrix one that a kernel can be."""
+"""Verification of a store without a model: all chunks present, whole and finite, and bounds that kernels satisfy."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,42 +12,45 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.store.chunks import Store, StoredArray
+from ntkpipe.base.tables import TableRows
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import Index
+from ntkpipe.store.store import Store
 
-Rows = list[tuple[str, str]]
-
-# |K_ij| <= sqrt(K_ii K_jj) holds for any Gram matrix; what rounding may add, by the coarser dtype of sum and store.
+# Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), which holds for Gram matrices; the coarser dtype of sum and store
+# decides.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
+# Anybody may have put millions of stray files into a store.
 _MOST_STRAYS = 1000
-# A report of every tile of a large store would be too large to be read back.
+# A report on every tile of a large store would be too large to be read back.
 _MOST_RECORDED = 1000
+_MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem of a store."""
 
-    array: str  # array, index: the chunk, or the array and nothing
-    index: Index
-    problem: str  # what is wrong with it
-    is_harmless: bool = False  # whether the numbers are good all the same: a leftover that is never read
+    array: str
+    index: Index  # the chunk; empty for the whole array
+    problem: str
+    is_harmless: bool = False  # whether no number is affected, as for a leftover that is never read
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What :func:`verify_store` found.
+    """Result of :func:`verify_store`.
 
     Attributes
     ----------
     chunks_checked
-        Chunks that were read.
+        Number of chunks read.
     bytes_checked
         Their bytes.
     findings
-        What is wrong; empty for a good store.
+        The problems; empty for a good store.
     certificates
-        Of the whole kernels against the model, where it was given: one a kernel.
+        One certificate per kernel, of its agreement with the model, if a model was given.
     """
 
     chunks_checked: int
@@ -57,30 +60,23 @@ class VerificationReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether every finding is harmless."""
         return all(finding.is_harmless for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to JSON values."""
         return {**asdict(self), "is_good": self.is_good}
 
 
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
     """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonals.
 
-    Checked are: each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
-    diagonal tiles are symmetric to the last bit; that the diagonal is not negative and
-    ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Files that killed writers left behind are listed, too.
+    Checks each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
+    diagonal tiles are exactly symmetric; that the diagonal is not negative and
+    ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Partial files of killed writers are listed as harmless findings.
     """
-    findings = [
-        Finding(
-            name,
-            (),
-            "a partial file of a killed writer; never read",
-            is_harmless=True,
-        )
-        for name in store.partials()
-    ]
+    leftover = "a partial file of a killed writer; never read"
+    findings = [Finding(name, (), leftover, is_harmless=True) for name in store.partials()]
     diagonals = _diagonals(store)
     count = size = 0
     for name, array in store.arrays.items():
@@ -94,7 +90,6 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
             count, size = count + 1, size + array.layout.chunk_bytes
             on_chunk()
         strays = (index for index, _ in array.sizes() if not array.layout.holds(index))
-        # Whoever made the store may have put millions there.
         first = sorted(itertools.islice(strays, _MOST_STRAYS))
         findings += [Finding(name, index, "a chunk that does not belong to the array") for index in first]
         more = sum(1 for _ in strays)
@@ -103,7 +98,7 @@ def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> V
 
 
 def verify_and_record(store: Store, *, progress: bool) -> VerificationReport:
-    """Verify a store with a progress bar, and keep the report in it if it can be written."""
+    """Verify a store with a progress bar, and record the report in it if it is writable."""
     total = sum(array.layout.num_chunks for array in store.arrays.values())
     with Ticks(total, what="verify", unit="chunk", enabled=progress) as ticks:
         report = verify_store(store, ticks.tick)
@@ -112,58 +107,42 @@ def verify_and_record(store: Store, *, progress: bool) -> VerificationReport:
 
 
 def record_report(store: Store, report: VerificationReport) -> None:
-    """Keep a report in the store, certificates by themselves, so that a later check without a model leaves them.
-
-    A store that cannot be written is left as it is.
-    """
-    if store.is_writable():
-        checked = datetime.now(UTC).isoformat(timespec="seconds")
-        with store.in_use():
-            shown = replace(report, findings=report.findings[:_MOST_RECORDED]).to_json()
-            found = {**shown, "is_good": report.is_good, "num_findings": len(report.findings), "checked": checked}
-            store.write_result("verification", found)
-            if report.certificates:
-                store.write_result("certificate", {"kernels": report.certificates, "checked": checked})
+    """Record a report in the store, unless that is read-only."""
+    if not store.is_writable():
+        return
+    checked = datetime.now(UTC).isoformat(timespec="seconds")
+    with store.in_use():
+        shown = replace(report, findings=report.findings[:_MOST_RECORDED]).to_json()
+        found = {**shown, "is_good": report.is_good, "num_findings": len(report.findings), "checked": checked}
+        store.write_result("verification", found)
+        if report.certificates:  # a result of their own, which a later check without a model leaves alone
+            store.write_result("certificate", {"kernels": report.certificates, "checked": checked})
 
 
 def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
-    """Diagonal entries of the train and test samples of each plane, by the array that they are in.
-
-    NaN where a chunk cannot be read; that is reported where the chunk is checked.
-    """
+    """Diagonals of the kernels of train samples, and of test samples with themselves, by array; NaN if unreadable."""
     found = {}
     for name, array in store.arrays.items():
-        layout = array.layout
-        if layout.grid is not None and layout.grid.symmetric:
-            axis = layout.grid.rows
-            found[name] = np.concatenate(
-                [_diagonal_of(_try_read(array, (i, i)), len(axis.rows(i))) for i in range(axis.num_tiles)]
-            )
-        elif layout.holds_blocks:
-            parts = []
-            for index in layout.indices():
-                region = layout.region(index)[0]
-                parts.append(_diagonal_of(_try_read(array, index), (region.stop - region.start) * layout.shape[1]))
-            found[name] = np.concatenate(parts)
+        grid = array.layout.grid
+        if grid is not None and grid.symmetric:
+            tiles = range(grid.rows.num_tiles)
+            found[name] = np.concatenate([_diagonal_of(array, (tile, tile)) for tile in tiles])
+        elif array.layout.holds_blocks:
+            found[name] = np.concatenate([_diagonal_of(array, index) for index in array.layout.indices()])
     return found
 
 
-def _diagonal_of(values: NDArray[Any] | None, rows: int) -> NDArray[np.float64]:
-    """The diagonal along the last two axes."""
-    if values is None:
-        return np.full(rows, np.nan)
-    return values.diagonal(axis1=-2, axis2=-1).reshape(-1).astype(np.float64)
-
-
-def _try_read(array: StoredArray, index: Index) -> NDArray[Any] | None:
+def _diagonal_of(array: StoredArray, index: Index) -> NDArray[np.float64]:
+    """Diagonal along the last two axes of a chunk."""
     try:
-        return array.read(index)
-    except TileError:
-        return None
+        return array.read(index).diagonal(axis1=-2, axis2=-1).reshape(-1).astype(np.float64)
+    except TileError:  # reported where the chunk itself is checked
+        first, *rest = array.layout.region(index)
+        return np.full((first.stop - first.start) * (rest[0].stop if array.layout.holds_blocks else 1), np.nan)
 
 
 def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, NDArray[np.float64]]) -> str | None:
-    """What is wrong with one chunk."""
+    """Describe the problem of one chunk, or return None."""
     try:
         values = array.read(index)
     except TileError as error:
@@ -185,10 +164,9 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     right = diagonals[f"{plane}/train"]
     left = right if grid.symmetric else diagonals[f"{plane}/test_diagonal"]
     rows, columns = grid.rows.rows(index[0]), grid.columns.rows(index[1])
-    bound = np.sqrt(np.clip(left[rows.start : rows.stop], 0, None))[:, None] * np.sqrt(
-        np.clip(right[columns.start : columns.stop], 0, None)
-    )
-    # Where a diagonal entry is unreadable the bound is NaN and says nothing; that chunk is reported by itself.
+    left, right = left[rows.start : rows.stop], right[columns.start : columns.stop]
+    bound = np.sqrt(np.clip(left, 0, None))[:, None] * np.sqrt(np.clip(right, 0, None))
+    # The bound is NaN, and satisfied, where a diagonal entry is unreadable; that chunk is reported by itself.
     tolerance = max(_BOUND_TOLERANCE[dtype] for dtype in (store.manifest.accumulate_dtype, store.manifest.store_dtype))
     excess = np.abs(values) > bound * (1 + tolerance)
     if excess.any():
@@ -200,27 +178,20 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     return None
 
 
-def verification_rows(report: VerificationReport) -> Rows:
-    """A verification report in words."""
+def verification_rows(report: VerificationReport) -> TableRows:
+    """Describe a verification report."""
     rows = [("chunks", f"{report.chunks_checked} read and checked, {format_bytes(report.bytes_checked)}")]
-    for certificate in report.certificates:
-        rows.append(
-            (
-                f"certificate {certificate['array'].removeprefix('kernel/')}",
-                f"K v and J(Jᵀv) agree to {certificate['error']:.1e} in every row (tolerance "
-                f"{certificate['tolerance']:.0e})"
-                if certificate["is_good"]
-                else "FAILED",
-            )
-        )
-    rows += [("finding", line) for line in _shown(report)]
+    for found in report.certificates:
+        agreement = f"K v and J(Jᵀv) agree to {found['error']:.1e} in every row (tolerance {found['tolerance']:.0e})"
+        name = f"certificate {found['array'].removeprefix('kernel/')}"
+        rows.append((name, agreement if found["is_good"] else "FAILED"))
+    for finding in report.findings[:_MOST_SHOWN]:
+        rows.append(("finding", f"{describe_chunk(finding.array, finding.index)}: {finding.problem}"))
+    if len(report.findings) > _MOST_SHOWN:
+        rows.append(("finding", f"and {len(report.findings) - _MOST_SHOWN} more"))
     return [*rows, ("verdict", "good" if report.is_good else f"{len(report.findings)} findings")]
 
 
-def _shown(report: VerificationReport, most: int = 20) -> Iterator[str]:
-    """Findings in words, one line each."""
-    for finding in report.findings[:most]:
-        where = f" ({', '.join(map(str, finding.index))})" if finding.index else ""
-        yield f"{finding.array}{where}: {finding.problem}"
-    if len(report.findings) > most:
-        yield f"and {len(report.findings) - most} more"
+def describe_chunk(array: str, index: Index) -> str:
+    """Name a chunk, or an array if the index is empty."""
+    return f"{array} ({', '.join(map(str, index))})" if index else array

@@ -1,4 +1,4 @@
-"""Follow a run from outside, by what its store says; loads neither torch nor dask."""
+"""Follow a run from another process by reading its store; loads neither torch nor dask."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from typing import Any
 
 from ntkpipe.base.errors import ClusterError, StoreNotFoundError
 from ntkpipe.base.progress import show_progress
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 
 _POLL_SECONDS = 2.0
-# A driver says every half minute that it is there.
+# A live driver writes to the store every half minute.
 _SILENCE_SECONDS = 300.0
 
 
@@ -33,13 +33,13 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
         tiles, total=first.tiles_total, done=first.tiles_done, what=store.manifest.kind, unit="tile"
     ):
         pass
-    while driver.is_running():  # the steps of its workflow
+    while driver.is_running():  # with the steps of its workflow
         pause(_POLL_SECONDS)
     return store
 
 
 def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable[[float], None]) -> Iterator[int]:
-    """A number for each tile that appears, until there is none to come."""
+    """Yield a number for each tile that appears, until the store is complete."""
     while True:
         progress = store.progress
         yield from range(seen, progress.tiles_done)
@@ -51,23 +51,23 @@ def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable
 
 
 class _Driver:
-    """The driver that was submitted, by what it says of itself in the store; there may be none."""
+    """State of the submitted driver, if any, from what it writes to the store."""
 
     def __init__(self, store: KernelStore) -> None:
         self._store = store
-        self._heard: dict[str, Any] = {}
-        self._heard_at = monotonic()
+        self._last: dict[str, Any] = {}
+        self._changed_at = monotonic()
 
     def is_running(self) -> bool:
-        """Whether it says so."""
+        """Whether the driver reports that it runs; raises ClusterError if it failed or fell silent."""
         found = self._store.store.read_result("driver") or {}
         if found.get("state") == "failed":
             raise ClusterError(f"the driver on {found.get('host')} failed: {found.get('message')}")
         if found.get("state") != "running":
             return False
-        if found != self._heard:
-            self._heard, self._heard_at = found, monotonic()
-        elif monotonic() - self._heard_at > _SILENCE_SECONDS:
+        if found != self._last:
+            self._last, self._changed_at = found, monotonic()
+        elif monotonic() - self._changed_at > _SILENCE_SECONDS:
             raise ClusterError(
                 f"the driver on {found.get('host')} has said nothing since {found.get('time')}: it was lost, with its "
                 "worker or its cluster. Every finished tile is stored; submit again, and it resumes"

@@ -17,7 +17,7 @@ from ntkpipe.analysis.steps import (
 from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.solvers import on_store as kept
 from ntkpipe.solvers.steps import read_result
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(60) % 3
 

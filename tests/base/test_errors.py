@@ -7,7 +7,7 @@ import tblib.pickling_support
 from distributed.protocol.pickle import dumps, loads
 
 from ntkpipe.base import errors
-from ntkpipe.store.media.folder import OversizeError
+from ntkpipe.store.media.medium import OversizeError
 
 WITH_MORE = (errors.StoreMismatchError, errors.IndefiniteError)
 OURS = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, errors.NtkpipeError)]

@@ -23,7 +23,7 @@ from ntkpipe.jacobian.cost import Meter
 from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes, contract_planes
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.store.kernel import KernelSet, KernelStore
+from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import layouts
 
 L = nn.Linear

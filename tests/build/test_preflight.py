@@ -16,8 +16,8 @@ from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import preflight
 from ntkpipe.build.preflight import WorkerReport, inspect_workers, require_shared_store
 from ntkpipe.executors.connect import connect
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.store import Store
 
 GIB = 2**30
 USUAL = WorkerReport(

@@ -26,7 +26,7 @@ from ntkpipe.base.errors import (
 from ntkpipe.build import run as runs
 from ntkpipe.build.tiles import BuildJob
 from ntkpipe.jacobian.fallback import METHODS
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 from ntkpipe.store.verification import verify_store
 
 FORKS.set_forkserver_preload(["torch._dynamo", "ntkpipe.build.compute", "small"])

@@ -23,7 +23,7 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Block
 from ntkpipe.jacobian.model.samples import ArraySource
 from ntkpipe.jacobian.representations.factors import Dense, Piece
-from ntkpipe.store.chunks import prepare_path
+from ntkpipe.store.store import prepare_path
 
 CPU = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
 COST = Cost(

@@ -41,7 +41,7 @@ import yaml
 
 import ntkpipe
 from ntkpipe import build, derive, kept, mending, records, runs, solving, submission, verification, workflow
-from ntkpipe.store import Store
+from ntkpipe.store.store import Store
 
 HERE = Path(__file__).resolve().parent
 RUN = {"device": "cpu", "workers": 1, "progress": False}

@@ -5,7 +5,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from ntkpipe.store.chunks import Store
+from ntkpipe.store.store import Store
 
 
 def flip(path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from ntkpipe.report.figures import kernel, regression, spectrum, timings
-from ntkpipe.report.look import Draw, Look, draw_figure
+from ntkpipe.report.theme import Draw, Look, draw_figure
 
 RIDGES = np.concatenate([[0.0], np.geomspace(1e-9, 1e5, 15)])
 

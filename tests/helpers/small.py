@@ -14,7 +14,7 @@ from ntkpipe.build.run import StoreSink
 from ntkpipe.jacobian.engine import Block
 from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.representations.factors import Dense, Piece
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 
 class WithoutRule(nn.Module):

@@ -14,8 +14,8 @@ from ntkpipe import open_kernel
 from ntkpipe.base.errors import TileError
 from ntkpipe.base.grid import Grid
 from ntkpipe.operators.tiles import TileIndex, TileSource
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.store import Store
 
 
 def store_matrix(matrix: NDArray[Any], where: str | Path, *, tile: int) -> Kernel:

@@ -9,8 +9,8 @@ from manifests import small_manifest
 from ntkpipe import open_kernel
 from ntkpipe.base.errors import TileError
 from ntkpipe.report.blocks import arrange, block_means
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.store import Store
 
 
 def store_kernel(path: Path, rng: np.random.Generator, *, num_samples: int, width: int) -> Kernel:

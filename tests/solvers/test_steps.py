@@ -13,16 +13,9 @@ import zarr
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError
 from ntkpipe.solvers import on_store
-from ntkpipe.solvers.steps import (
-    SOLVERS,
-    density_of_store,
-    eigsh_of_store,
-    logdet_of_store,
-    read_result,
-    right_hand_sides,
-    solve_store,
-)
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.solvers.on_store import right_hand_sides
+from ntkpipe.solvers.steps import SOLVERS, density_of_store, eigsh_of_store, logdet_of_store, read_result, solve_store
+from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(90) % 3
 

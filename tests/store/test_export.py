@@ -15,8 +15,8 @@ from small import compute, inputs
 from ntkpipe import export_kernel
 from ntkpipe.base.errors import ConfigError, ResourceError, StoreError, StoreExistsError, StoreFullError, TileError
 from ntkpipe.store import export
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from small import compute
 from ntkpipe import compute_kernel, open_kernel
 from ntkpipe.app.cli import main
 from ntkpipe.base.errors import DataError, StoreError
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.layout import MOST_CHUNKS, layouts
-from ntkpipe.store.media.folder import DOCUMENT_BYTES
+from ntkpipe.store.media.medium import DOCUMENT_BYTES
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
 
 Change = Callable[[dict[str, Any]], object]
@@ -404,7 +404,7 @@ def test_of_any_change_to_a_manifest_comes_a_store_or_an_error(tmp_path_factory,
 AUDITED = """
 import builtins, json, os, sys
 import numpy, google_crc32c
-from ntkpipe.store import kernel
+from ntkpipe.store import kernel_store as kernel
 from ntkpipe.store import verification
 from ntkpipe.app import cli
 root = sys.argv[1]

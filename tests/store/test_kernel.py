@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as npst
 
 from ntkpipe.base.errors import ResourceError, StoreError, StoreNotFoundError, TileError
 from ntkpipe.store import kernel as kernel_module
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import Kernel, KernelStore, open_kernel
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.store import Store
 
 NUM_TRAIN, NUM_TEST, NUM_OUTPUTS = 7, 5, 2
 
@@ -285,7 +286,7 @@ def test_opening_what_is_not_there(tmp_path):
 def test_opening_and_reading_loads_neither_torch_nor_dask(fresh):
     script = """
 import sys
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 kernel = open_kernel(sys.argv[1]).train
 kernel[3:5, ::2], kernel.diagonal(), kernel.blocks[0, 1], kernel.to_numpy()
 print(sorted({"torch", "dask", "safetensors"} & set(sys.modules)))

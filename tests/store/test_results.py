@@ -8,9 +8,9 @@ import pytest
 import zarr
 
 from ntkpipe.base.errors import ConfigError, StoreError, TileError
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.results import ArrayFolder, Checkpoint, as_integer, as_number, as_numbers, load_result, save_result
+from ntkpipe.store.store import Store
 
 ARRAYS = [
     np.arange(12.0).reshape(3, 4),

@@ -9,8 +9,8 @@ from small import compute
 
 from ntkpipe import verify
 from ntkpipe.base.errors import TileError
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import Finding, VerificationReport, verification_rows, verify_store
 
 CHUNKS = {

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.solvers.result import Result, TableRows
+from ntkpipe.base.tables import TableRows
+from ntkpipe.solvers.result import Result
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
 

@@ -14,9 +14,9 @@ from ntkpipe.build.records import Record
 from ntkpipe.build.run import Settled, build, first_of, require_same, require_same_function, settle
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.manifest import DataRecord, Manifest
-from ntkpipe.store.mending.growth import Chunk, Kept, begin, end_growth, ragged
+from ntkpipe.store.mending.growth import ChunkKey, OldEntries, begin, end_growth, ragged
+from ntkpipe.store.store import Store
 
 
 def grow_store(
@@ -106,7 +106,7 @@ def _first_difference(store: Store, split: str, samples: Samples) -> str:
 def _complete_edge(
     before: Prepared,
     store: Store,
-    edge: frozenset[Chunk],
+    edge: frozenset[ChunkKey],
     run: RunSpec,
     *,
     crew: Crew | None,
@@ -117,7 +117,7 @@ def _complete_edge(
 
     So what is stored depends on the manifest and its history alone, whenever a run was interrupted.
     """
-    needed = edge | Kept.of(store, store.manifest.earlier()).chunks()
+    needed = edge | OldEntries.of(store, store.manifest.earlier()).chunks()
     wanted = {chunk for chunk in needed if not store.arrays[chunk[0]].has(chunk[1])}
     if wanted:
         data = (name for name in store.arrays if name.startswith(("samples/", "targets/")))

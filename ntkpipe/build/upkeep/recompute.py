@@ -14,9 +14,9 @@ from ntkpipe.build.records import Record
 from ntkpipe.build.run import build, first_of, require_same_function, settle, write_samples
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.manifest import Manifest
-from ntkpipe.store.mending.growth import Chunk, aside, ragged
+from ntkpipe.store.mending.growth import ChunkKey, aside, ragged
+from ntkpipe.store.store import Store
 
 
 def spec_of(manifest: Manifest) -> KernelSpec:
@@ -61,7 +61,7 @@ def given_or_stored(store: Store, split: str, inputs: object, targets: object) -
 
 def recompute(
     store: Store,
-    chunks: frozenset[Chunk],
+    chunks: frozenset[ChunkKey],
     prepared: Prepared,
     run: RunSpec,
     *,
@@ -99,7 +99,7 @@ def recompute(
 
 def _compute(
     store: Store,
-    wanted: frozenset[Chunk],
+    wanted: frozenset[ChunkKey],
     prepared: Prepared,
     stage: Manifest | None,
     run: RunSpec,

@@ -15,9 +15,9 @@ from ntkpipe.build.run import exact_single_thread, manifest_of, require_same
 from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
 from ntkpipe.build.workers import cluster_executor, device_here, inspect_crew
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.mending.repair import RepairReport, mend, undo
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import Finding, VerificationReport, record_report, verify_and_record
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
+from ntkpipe.store.store import Store
 
 Arrays = dict[str, NDArray[Any]]
 

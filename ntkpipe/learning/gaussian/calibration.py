@@ -13,9 +13,10 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
+from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Labels, Task, encode
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.solvers.result import Result, TableRows
+from ntkpipe.solvers.result import Result
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64

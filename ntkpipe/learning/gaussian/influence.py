@@ -11,10 +11,12 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
+from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.sources import initial_matrix
-from ntkpipe.solvers.result import Result, TableRows
-from ntkpipe.store.kernel import Kernel, KernelSet
+from ntkpipe.solvers.result import Result
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet
 
 _SHOWN = 5
 

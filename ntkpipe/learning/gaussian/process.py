@@ -14,6 +14,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.eigensystem import check_method
@@ -21,7 +22,7 @@ from ntkpipe.learning.regression.sources import offset_of_test, open_for_analysi
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.result import Monitor, Result, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, ignore
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
 

@@ -13,7 +13,7 @@ from ntkpipe.base.resources import format_bytes, memory_room
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.solvers.result import Monitor, ignore
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 # With all eigenvalues in memory, by passes of the operator, or the former where it fits.
 AnalysisMethod = Literal["auto", "exact", "streamed"]

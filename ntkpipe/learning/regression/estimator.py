@@ -22,7 +22,7 @@ from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, ra
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.store.kernel import KernelSet
+from ntkpipe.store.kernel_store import KernelSet
 
 FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
 # How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.

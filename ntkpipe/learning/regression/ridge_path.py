@@ -14,6 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Labels, Task, as_samples
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, check_method
@@ -21,7 +22,7 @@ from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByP
 from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, open_for_analysis, train_targets
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
-from ntkpipe.solvers.result import Monitor, Result, Status, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 
 PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
 Criterion = Literal[

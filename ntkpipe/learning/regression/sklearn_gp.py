@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.extras import needed_for
-from ntkpipe.store.kernel import KernelSet
+from ntkpipe.base.errors import ConfigError, needed_for
+from ntkpipe.store.kernel_store import KernelSet
 
 with needed_for("PrecomputedKernel", "scikit-learn"):
     from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel

@@ -14,7 +14,8 @@ from ntkpipe.base.resources import process_memory
 from ntkpipe.base.targets import Labels, Task, as_rows, encode
 from ntkpipe.operators.opening import as_operator, open_for_solver
 from ntkpipe.solvers.on_store import StoreRequest
-from ntkpipe.store.kernel import Kernel, KernelSet, KernelStore
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet, KernelStore
 
 # What a process takes beside the arrays that are counted.
 _NOISE_BYTES = 2**24

@@ -12,8 +12,9 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.solvers.result import Monitor, Result, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 
 # For more rows the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers.
 MOST_ROWS_OF_32_BITS = 32766

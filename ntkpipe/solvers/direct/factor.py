@@ -12,11 +12,12 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.direct.panels import Panels, Traffic
 from ntkpipe.solvers.direct.triangular import Triangle
-from ntkpipe.solvers.result import Result, Status, TableRows
+from ntkpipe.solvers.result import Result, Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from ntkpipe.base.errors import StoreError, StoreExistsError, StoreMismatchError
 from ntkpipe.solvers.direct.panels import Shape, StoredPanels
-from ntkpipe.store.chunks import medium_at, writing
 from ntkpipe.store.documents import group_attributes, group_document
-from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.media.medium import Medium, writing
+from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.results import ArrayFolder
 
 _GROUP = "cholesky"

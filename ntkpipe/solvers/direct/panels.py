@@ -19,7 +19,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout
-from ntkpipe.store.media.folder import Medium
+from ntkpipe.store.media.medium import Medium
 
 _ITEM = 8
 _CHUNK_BYTES = 32 * 2**20

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Work
-from ntkpipe.solvers.result import Result, TableRows
+from ntkpipe.base.tables import TableRows
+from ntkpipe.solvers.result import Result
 
 
 @dataclass(frozen=True, kw_only=True)

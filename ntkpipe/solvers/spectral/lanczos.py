@@ -12,10 +12,11 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import as_work
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 

@@ -6,9 +6,10 @@ from time import perf_counter
 from typing import Any, Literal
 
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.result import Monitor, Result, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, ignore
 from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate, slq_logdet
 from ntkpipe.store.results import Checkpoint
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.krylov import ProbeLanczos, is_due, steps_that_fit
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint

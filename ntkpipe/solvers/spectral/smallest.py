@@ -13,11 +13,12 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import memory_room
+from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, TableRows, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.davidson import Davidson, Inverse
 from ntkpipe.solvers.spectral.lanczos import eigsh
 

@@ -1,10 +1,12 @@
-"""Stores in object storage: S3 and its like by URL, ``s3://bucket/prefix/run.zarr``; also ``gs://`` and ``az://``.
+"""Stores in object storage, by URL: ``s3://bucket/prefix/run.zarr`` for S3-compatible servers, ``gs://`` and ``az://``.
 
-Credentials and the endpoint come from the environment and are never part of a URL, a pickle or a message:
-``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` for
-what is not Amazon's, ``AWS_ALLOW_HTTP=true`` for an endpoint without TLS, and what obstore reads for the other two.
-Each process reads its own.
+Credentials and the endpoint come from the environment of each process and are never part of a URL, a pickle or a
+message: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``
+for servers other than Amazon's, ``AWS_ALLOW_HTTP=true`` for an endpoint without TLS; for the other two, what obstore
+reads.
 """
+
+# ruff: noqa: D102 - overridden methods are documented in Medium
 
 import contextlib
 import os
@@ -21,19 +23,20 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from ntkpipe.base.errors import StoreError, StoreFullError
-from ntkpipe.store.media.folder import DOCUMENT_BYTES, Data, Medium, OversizeError, check_name
+from ntkpipe.store.media.medium import DOCUMENT_BYTES, Data, Medium, OversizeError, check_name
 
 _CLIENTS: dict[str, Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
 _VENDORS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 
-# A chunk of many MiB takes its time on a slow line; a server that is gone is given up after some of the retries.
+# A chunk of many MiB takes long on a slow line; a server that is gone is given up after a few retries.
 _TIMEOUTS = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=5)}
 _RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+_TRUE = {"1", "on", "true", "yes"}
 _LISTED_AT_ONCE = 1000
 _LONGEST_LOG_BYTES = 2**30
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
-# Without credentials in the environment the client asks what hands them out on machines of the cloud.
+# Without credentials in the environment the client asks the metadata service of cloud machines.
 _NO_CREDENTIALS = ("169.254.169.254", "/latest/api/token", "/latest/meta-data", "metadata.google.internal")
 _DENIED = ("403 Forbidden", "401 Unauthorized", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _FULL = ("507 Insufficient", "StorageFull", "QuotaExceeded", "EntityTooLarge.*quota")
@@ -41,16 +44,16 @@ _UNREACHABLE = ("error sending request", "Connect", "timed out", "dns error")
 
 
 class AccessError(StoreError):
-    """The credentials do not allow it."""
+    """The credentials do not grant access."""
 
 
 class ObjectMedium(Medium):
     """A prefix of a bucket.
 
-    An object is put whole or does not exist, so there are no leftovers, and ``put_new`` is one conditional request
-    (``If-None-Match``): of creators at once one wins. There are no locks, so nobody can know whether another run is
-    writing: :meth:`exclusive` and :meth:`remove`, and with them ``mode="w"``, are refused. Two runs of the same
-    manifest at once are harmless: they write equal bytes.
+    Objects are put atomically, so there are no leftovers, and ``put_new`` is one conditional request
+    (``If-None-Match``), which one of several creators wins. There are no locks, so nothing tells whether another run is
+    writing: :meth:`exclusive` and :meth:`remove`, and with them ``mode="w"``, are refused. Concurrent runs of the same
+    manifest are harmless: they write equal bytes.
     """
 
     def __init__(self, url: str) -> None:
@@ -63,19 +66,14 @@ class ObjectMedium(Medium):
         return f"ObjectMedium({self.root!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the client, which holds credentials: whoever unpickles it has their own.
+        # Without the client, which holds credentials: the process that unpickles has its own.
         return ObjectMedium, (self.root,)
 
     @cached_property
     def _client(self) -> Any:
-        with self._speaking():
-            # Options given replace all that are in the environment, and this one is.
-            allow_http = os.environ.get(f"{_VENDORS[self._scheme]}_ALLOW_HTTP", "").lower() in {
-                "1",
-                "on",
-                "true",
-                "yes",
-            }
+        with self._explaining():
+            # Client options replace those of the environment, so this one is passed on.
+            allow_http = os.environ.get(f"{_VENDORS[self._scheme]}_ALLOW_HTTP", "").lower() in _TRUE
             return _CLIENTS[self._scheme](
                 self._bucket,
                 prefix=self._prefix,
@@ -84,17 +82,14 @@ class ObjectMedium(Medium):
             )
 
     def address(self, name: str) -> str:
-        """URL of ``name``."""
         return f"{self.root}/{name}"
 
     def identity(self) -> str:
-        """See :meth:`Medium.identity`."""
         return self.root
 
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
-        """See :meth:`Medium.get`."""
         check_name(name)
-        with self._speaking():
+        with self._explaining():
             found = obstore.get(self._client, name)
             size = found.meta["size"]
             if size > limit:
@@ -102,24 +97,23 @@ class ObjectMedium(Medium):
             return found.bytes().to_bytes()
 
     def put(self, name: str, *parts: Data) -> None:
-        """See :meth:`Medium.put`: one request, never an upload in parts that could be left behind."""
+        """Put an object in one request: a multipart upload could leave parts behind."""
         check_name(name)
-        with self._speaking():
+        with self._explaining():
             obstore.put(self._client, name, b"".join(parts), use_multipart=False)
 
     def put_new(self, name: str, data: Data) -> bool:
-        """See :meth:`Medium.put_new`."""
         check_name(name)
         created = self._create(name, data)
         if created and not self._refuses_to_overwrite:
-            # Servers that do not know the condition ignore it: those would let any creator overwrite another's store.
+            # Servers that ignore the condition would let any creator overwrite another's store, so try it once.
             if self._create(name, data):
                 raise StoreError(self._no_conditions())
             self._refuses_to_overwrite = True
         return created
 
     def _create(self, name: str, data: Data) -> bool:
-        with self._speaking():
+        with self._explaining():
             try:
                 obstore.put(self._client, name, bytes(data), mode="create", use_multipart=False)
             except AlreadyExistsError:
@@ -135,7 +129,7 @@ class ObjectMedium(Medium):
         )
 
     def append(self, name: str, line: bytes) -> None:
-        """See :meth:`Medium.append`: rewrites the whole, so it is never cut; this process remembers what it wrote."""
+        """Rewrite the whole object from what this process remembers of it, so it is never truncated."""
         if name not in self._appended:
             try:
                 self._appended[name] = self.get(name, _LONGEST_LOG_BYTES)
@@ -145,35 +139,31 @@ class ObjectMedium(Medium):
         self._appended[name] += line
 
     def size(self, name: str) -> int | None:
-        """See :meth:`Medium.size`."""
         check_name(name)
         try:
-            with self._speaking():
+            with self._explaining():
                 return int(obstore.head(self._client, name)["size"])
         except FileNotFoundError:
             return None
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """See :meth:`Medium.sizes`."""
         if prefix:
             check_name(prefix)
-        with self._speaking():
+        with self._explaining():
             for page in obstore.list(self._client, prefix or None, chunk_size=_LISTED_AT_ONCE):
                 for found in page:
                     yield found["path"], int(found["size"])
 
     def delete(self, name: str) -> None:
-        """See :meth:`Medium.delete`."""
         check_name(name)
-        with contextlib.suppress(FileNotFoundError), self._speaking():
+        with contextlib.suppress(FileNotFoundError), self._explaining():
             obstore.delete(self._client, name)
 
     def free_bytes(self) -> None:
-        """See :meth:`Medium.free_bytes`: buckets have no end."""
-        return
+        return  # buckets have no limit
 
     def is_writable(self) -> bool:
-        """See :meth:`Medium.is_writable`: puts a token and deletes it."""
+        """Put an empty object and delete it."""
         token = f"results/{uuid.uuid4().hex}.token"
         try:
             self.put(token, b"")
@@ -183,35 +173,30 @@ class ObjectMedium(Medium):
         return True
 
     def is_vacant(self) -> bool:
-        """See :meth:`Medium.is_vacant`."""
         return next(self.sizes(""), None) is None
 
     def leftovers(self) -> list[str]:
-        """See :meth:`Medium.leftovers`: there are none."""
         return []
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """See :meth:`Medium.in_use`: nothing is held, since nothing can be taken away."""
-        yield
+        yield  # without a lock: nothing can be taken away
 
     def exclusive(self) -> NoReturn:
-        """See :meth:`Medium.exclusive`: never granted."""
         raise StoreError(
             f"{self.root} is in an object store, which has no locks, so nobody knows whether another run writes to it; "
             "a store there is only ever created and completed"
         )
 
     def remove(self) -> None:
-        """See :meth:`Medium.remove`: refused."""
         raise StoreError(
             f"{self.root} is in an object store, which has no locks, so mode='w' does not remove it; use another URL, "
             "or delete the prefix yourself once no run writes to it"
         )
 
     @contextlib.contextmanager
-    def _speaking(self) -> Iterator[None]:
-        """Errors of the client in our words, with what to do next."""
+    def _explaining(self) -> Iterator[None]:
+        """Turn the client's errors into ones that name the remedy."""
         try:
             yield
         except StoreError:
@@ -220,38 +205,38 @@ class ObjectMedium(Medium):
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> OSError:
-        # What follows is the client's state; it repeats what was said.
-        said = _in_one_line(str(error).partition("\n\nDebug source")[0])
-        if _has(said, _NO_BUCKET):
-            return StoreError(
-                f"{self.root}: there is no bucket {self._bucket!r} at the endpoint; create it, or check the URL and "
-                f"the endpoint in the environment ({self._variables('ENDPOINT_URL')}): {said}"
+        # The rest of the client's message is its state, which repeats this part.
+        reason = _in_one_line(str(error).partition("\n\nDebug source")[0])
+        endpoint, keys = self._variables("ENDPOINT_URL"), self._variables("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+        kind: type[StoreError] = StoreError
+        if _has(reason, _NO_BUCKET):
+            words = (
+                f"there is no bucket {self._bucket!r} at the endpoint; create it, or check the URL and the endpoint "
+                f"in the environment ({endpoint})"
             )
-        if isinstance(error, FileNotFoundError):
-            return FileNotFoundError(f"nothing is there: {said}")
-        if _has(said, _FULL):
-            return StoreFullError(f"the object store of {self.root} is full: {said}")
-        if _has(said, _NO_CREDENTIALS):
-            return AccessError(
-                f"{self.root}: no credentials; set them in the environment "
-                f"({self._variables('ACCESS_KEY_ID', 'SECRET_ACCESS_KEY')}) of every process that opens it: {said}"
+        elif isinstance(error, FileNotFoundError):
+            return FileNotFoundError(f"nothing is there: {reason}")
+        elif _has(reason, _FULL):
+            return StoreFullError(f"the object store of {self.root} is full: {reason}")
+        elif _has(reason, _NO_CREDENTIALS):
+            kind = AccessError
+            words = f"no credentials; set them in the environment ({keys}) of every process that opens it"
+        elif _has(reason, _DENIED):
+            kind = AccessError
+            words = f"access is denied; check the credentials in the environment ({keys}) and what they may do"
+        elif "builder error" in reason:
+            words = (
+                "the endpoint in the environment is no URL, or one without TLS; for http:// set "
+                f"{_VENDORS[self._scheme]}_ALLOW_HTTP=true"
             )
-        if _has(said, _DENIED):
-            return AccessError(
-                f"{self.root}: access is denied; check the credentials in the environment "
-                f"({self._variables('ACCESS_KEY_ID', 'SECRET_ACCESS_KEY')}) and what they may do: {said}"
+        elif _has(reason, _UNREACHABLE):
+            words = (
+                "the endpoint does not answer; check the network and the endpoint in the environment "
+                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is kept, run again"
             )
-        if "builder error" in said:
-            return StoreError(
-                f"{self.root}: the endpoint in the environment is no URL, or one without TLS; for http:// set "
-                f"{_VENDORS[self._scheme]}_ALLOW_HTTP=true: {said}"
-            )
-        if _has(said, _UNREACHABLE):
-            return StoreError(
-                f"{self.root}: the endpoint does not answer; check the network and the endpoint in the environment "
-                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is kept, run again: {said}"
-            )
-        return StoreError(f"{self.root}: the object store failed: {said}")
+        else:
+            words = "the object store failed"
+        return kind(f"{self.root}: {words}: {reason}")
 
     def _variables(self, *names: str) -> str:
         vendor = _VENDORS[self._scheme]
@@ -263,13 +248,13 @@ def _has(text: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _in_one_line(text: str) -> str:
-    """What a server said, without its XML."""
+    """Return a server's message without its XML tags and request ids."""
     plain = re.sub(r"<[^>]*>", " ", re.sub(r"<(RequestId|HostId|Resource|Key|BucketName)>.*?</\1>", "", text))
     return " ".join(plain.split())
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and prefix of a URL."""
+    """Split a URL into scheme, bucket and prefix."""
     parts = urlsplit(url)
     if parts.scheme not in _CLIENTS:
         known = ", ".join(f"{scheme}://" for scheme in _CLIENTS)

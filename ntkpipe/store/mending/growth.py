@@ -1,14 +1,14 @@
-"""Growth: a store gets more samples, and what it holds stays as it is, to the last bit.
+"""Growth: add samples to a store while every stored entry keeps its bits.
 
-Tiles at a ragged edge get more entries, so they are computed again; their old entries must not change, although other
-batches may round otherwise. They are kept aside below ``growth/`` until the new tiles, with the old entries pasted in,
-are there. The steps, each of which may be the last one before a crash:
+Tiles at a ragged edge get more entries, so they are recomputed; their old entries must not change, although other
+batches may round differently. Copies below ``growth/`` keep the old entries until the new tiles, with these pasted in,
+are stored. The steps, after each of which the process may crash:
 
-1. copies of the chunks at the ragged edge are written aside, each checked against its checksum;
-2. these chunks are dropped; from here on the store is incomplete, and readers say so;
-3. each array's ``zarr.json`` gets the new shape;
-4. the manifest is replaced, in one step, which decides: before it the growth is undone, after it resumed;
-5. whatever is missing is computed, as in any run; then the copies go.
+1. copy the chunks at the ragged edge, verifying their checksums;
+2. delete these chunks; from now on the store is incomplete, and reading reports that;
+3. write the new shape into ``zarr.json`` of each array;
+4. replace the manifest atomically; an earlier crash means undoing the growth, a later one resuming it;
+5. compute missing chunks as in any run, then remove the copies.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,19 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError, TileError
-from ntkpipe.store.chunks import Store, StoredArray
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.documents import group_attributes, group_document
 from ntkpipe.store.layout import ArrayLayout, Index, layouts
 from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
 
-Chunk = tuple[str, Index]
+ChunkKey = tuple[str, Index]  # name of the array, and index of the chunk
 
 _FOLDER = "growth"
 _RECORD = f"{_FOLDER}/zarr.json"
 
 
 class State(Enum):
-    """How far the growth of a store is."""
+    """Progress of a growth."""
 
     NONE = "no growth is under way"
     BEGUN = "a growth was cut short before the manifest was replaced: what was dropped is put back from the copies"
@@ -41,7 +42,7 @@ class State(Enum):
 
 
 def state_of(store: Store) -> State:
-    """How far the growth of a store is, from one small file."""
+    """Read the progress of a growth from one small file."""
     where = f"{_RECORD} of {store.root}"
     try:
         attributes = group_attributes(store.medium.get(_RECORD), where)
@@ -60,33 +61,31 @@ def state_of(store: Store) -> State:
 
 
 def is_larger(stored: Manifest, asked: Manifest) -> bool:
-    """Whether more samples are asked for than are stored, of either set, and of none fewer."""
-    sizes = [
-        (left.num_samples if left else 0, right.num_samples if right else 0)
-        for left, right in ((stored.train, asked.train), (stored.test, asked.test))
-    ]
-    return all(left <= right for left, right in sizes) and any(left < right for left, right in sizes)
+    """Whether more train or test samples are asked for than are stored, and of neither set fewer."""
+    before, after = (
+        (manifest.train.num_samples, manifest.test.num_samples if manifest.test else 0) for manifest in (stored, asked)
+    )
+    return before != after and before[0] <= after[0] and before[1] <= after[1]
 
 
-def ragged(before: Manifest, after: Manifest) -> frozenset[Chunk]:
-    """Chunks that hold more entries after a growth than before it, or are cut otherwise."""
+def ragged(before: Manifest, after: Manifest) -> frozenset[ChunkKey]:
+    """Chunks that hold more entries after a growth than before, or have another shape."""
     new = layouts(after)
     return frozenset((name, index) for name, old in layouts(before).items() for index in _ragged(old, new[name]))
 
 
 def _ragged(old: ArrayLayout, new: ArrayLayout) -> Iterator[Index]:
-    if old.chunks != new.chunks:  # one chunk of a few samples gets larger
+    if old.chunks != new.chunks:  # few samples in one chunk, which becomes larger
         yield from old.indices()
         return
-    counts = [-(-size // chunk) for size, chunk in zip(old.shape, old.chunks, strict=True)]
     for axis, (size, wanted, chunk) in enumerate(zip(old.shape, new.shape, old.chunks, strict=True)):
         if size != wanted and size % chunk:
-            edge = [range(count) if other != axis else (count - 1,) for other, count in enumerate(counts)]
+            edge = [range(count) if other != axis else (count - 1,) for other, count in enumerate(old.chunk_counts)]
             yield from (index for index in product(*edge) if old.grid is None or old.grid.is_stored(*index))
 
 
 def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
-    """Where chunks are kept as they were under an earlier manifest, by the array that they belong to."""
+    """Arrays that hold copies of chunks as under an earlier manifest, by the name of the original array."""
     folder = f"{_FOLDER}/{len(before.growth)}"
     return {
         name: StoredArray(store.medium, replace(layout, name=f"{folder}/{name}"))
@@ -95,15 +94,15 @@ def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Old entries of chunks that a growth makes larger."""
+class OldEntries:
+    """Old entries of chunks that a growth enlarges."""
 
-    # The arrays that are kept aside and the chunks that they have, the latest growth first
-    levels: tuple[tuple[Mapping[str, StoredArray], frozenset[Chunk]], ...] = ()
+    # Arrays of copies and the chunks that they hold, the latest growth first.
+    levels: tuple[tuple[Mapping[str, StoredArray], frozenset[ChunkKey]], ...] = ()
 
     @classmethod
-    def of(cls, store: Store, earlier: tuple[Manifest, ...]) -> "Kept":
-        """What a store keeps from its earlier manifests."""
+    def of(cls, store: Store, earlier: tuple[Manifest, ...]) -> "OldEntries":
+        """Find the copies in a store from its earlier manifests."""
         if next(store.medium.sizes(_FOLDER), None) is None:
             return cls()
         levels = []
@@ -112,35 +111,34 @@ class Kept:
             levels.append((arrays, frozenset((name, i) for name, array in arrays.items() for i in array.present())))
         return cls(tuple(level for level in levels if level[1]))
 
-    def chunks(self) -> frozenset[Chunk]:
-        """Every chunk of which something is kept."""
+    def chunks(self) -> frozenset[ChunkKey]:
+        """Every chunk that has old entries."""
         return frozenset().union(*(chunks for _, chunks in self.levels))
 
     def read(self, array: str, index: Index) -> NDArray[Any] | None:
-        """The old entries of a chunk, its leading ones along every axis, or none."""
+        """Read the old entries of a chunk, the leading ones along every axis; None if it has none."""
         for arrays, chunks in self.levels:
             if (array, index) in chunks:
                 return arrays[array].read(index)
         return None
 
     def paste(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Put the old entries of a chunk, if there are any, where they belong in the new ones."""
+        """Overwrite the leading entries of a new chunk with its old entries, if any."""
         old = self.read(array, index)
         if old is not None:
             values[tuple(map(slice, old.shape))] = old
 
 
-NOTHING = Kept()
+NO_OLD_ENTRIES = OldEntries()
 
 
 def begin(store: Store, after: Manifest) -> Store:
-    """Steps 1 to 4: give a store, whose ragged edge is complete, its new size."""
+    """Do steps 1 to 4: give a store with a complete ragged edge its new size."""
     chunks = sorted(ragged(store.manifest, after))
     grown = Store(store.medium, after)
     with store.exclusive("it cannot grow"):
         kept = aside(store, store.manifest)
-        digests = {"before": store.manifest.digest(), "after": after.digest()}
-        store.medium.put(_RECORD, group_document(digests))
+        store.medium.put(_RECORD, group_document({"before": store.manifest.digest(), "after": after.digest()}))
         for name in {name for name, _ in chunks}:
             kept[name].create()
         try:
@@ -159,11 +157,11 @@ def begin(store: Store, after: Manifest) -> Store:
 
 
 def undo_cut_growth(store: Store) -> bool:
-    """Put a store back as it was if a growth was cut short before its manifest was replaced, and say whether."""
+    """Restore a store if a growth was interrupted before its manifest was replaced; return whether it was."""
     if state_of(store) is not State.BEGUN:
         return False
     with store.exclusive("it cannot grow"):
-        kept = Kept.of(store, (store.manifest,))
+        kept = OldEntries.of(store, (store.manifest,))
         for array in store.arrays.values():
             array.replace_metadata()
         for name, index in sorted(kept.chunks()):
@@ -175,7 +173,7 @@ def undo_cut_growth(store: Store) -> bool:
 
 
 def end_growth(store: Store) -> bool:
-    """As :func:`finish`, for a store that nobody uses here; says whether there was something to end, and now is not."""
+    """Call :func:`finish` on a store that this process does not use; return whether that ended a growth."""
     if state_of(store) is not State.RESUMABLE:
         return False
     with store.in_use():
@@ -184,11 +182,11 @@ def end_growth(store: Store) -> bool:
 
 
 def finish(store: Store) -> None:
-    """Remove the copies of old entries once everything that they belong to is there and agrees."""
+    """Remove the copies of old entries once all their chunks exist and agree with them."""
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
-    is_grown = state_of(store) is State.RESUMABLE  # else a repair has left them
-    kept = Kept.of(store, store.manifest.earlier()) if is_grown else NOTHING
+    is_grown = state_of(store) is State.RESUMABLE  # else leftovers of a repair
+    kept = OldEntries.of(store, store.manifest.earlier()) if is_grown else NO_OLD_ENTRIES
     for name, index in sorted(kept.chunks()):
         array, old = store.arrays[name], kept.read(name, index)
         if old is None or not array.has(index):
@@ -205,7 +203,7 @@ def finish(store: Store) -> None:
 
 
 def _clear(store: Store) -> None:
-    """Remove all copies, and at last what says that there are any."""
+    """Remove all copies, and the record of the growth last."""
     copies = {"/".join(name.split("/")[:2]) for name, _ in store.medium.sizes(_FOLDER)} - {_RECORD}
     for level in sorted(copies):
         store.medium.delete_below(level)

@@ -1,7 +1,7 @@
-"""Repair of a store: what is bad is found, put right or computed again, and looked at once more.
+"""Repair of a store: verify it, mend it or recompute bad chunks, and verify it again.
 
-Everything but the computing is here, and needs no model: leftovers and chunks that belong nowhere go, descriptions of
-arrays are written anew, a growth that was cut short is undone. A bad chunk stays until the new one replaces it.
+Everything but recomputing is here and needs no model: leftovers and stray chunks are removed, ``zarr.json`` of arrays
+rewritten, an interrupted growth undone. A bad chunk stays until the new one replaces it.
 """
 
 import hashlib
@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.errors import StoreError, TileError
-from ntkpipe.store.chunks import Store
+from ntkpipe.base.tables import TableRows
 from ntkpipe.store.layout import Index
-from ntkpipe.store.mending.growth import Chunk, end_growth, undo_cut_growth
-from ntkpipe.store.verification import Rows, VerificationReport, verification_rows, verify_and_record
+from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
+from ntkpipe.store.store import Store
+from ntkpipe.store.verification import (
+    VerificationReport,
+    describe_chunk,
+    verification_rows,
+    verify_and_record,
+)
 
-# Actions that a record of a repair lists, and that are shown.
+# Most actions in a recorded report, and in a printed one.
 _MOST_RECORDED = 1000
 _MOST_SHOWN = 20
 
@@ -28,23 +34,23 @@ _COMPUTED = "computed again"
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a repair did."""
+    """One step of a repair."""
 
-    array: str  # array, index: the chunk, or the array or file and nothing
-    index: Index
-    done: str  # what was done
+    array: str  # or the name of a file
+    index: Index  # the chunk; empty for the whole array or file
+    done: str
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair found, did and left.
+    """Result of a repair.
 
     Attributes
     ----------
     found
         The verification before.
     actions
-        What was done.
+        The steps of the repair.
     left
         The verification after.
     """
@@ -55,38 +61,34 @@ class RepairReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether the store is good now."""
+        """Whether the store is good after the repair."""
         return self.left.is_good
 
     @property
     def num_computed(self) -> int:
-        """Chunks that were computed again."""
+        """Number of recomputed chunks."""
         return sum(action.done == _COMPUTED for action in self.actions)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "found": self.found.to_json(),
-            "actions": [asdict(action) for action in self.actions],
-            "left": self.left.to_json(),
-            "is_good": self.is_good,
-        }
+        """Convert to JSON values."""
+        actions = [asdict(action) for action in self.actions]
+        return {"found": self.found.to_json(), "actions": actions, "left": self.left.to_json(), "is_good": self.is_good}
 
 
 def undo(store: Store) -> tuple[Action, ...]:
-    """Undo a growth that was cut short before it was decided; that is the first thing of a repair."""
+    """Undo a growth that was interrupted before the manifest was replaced; a repair begins with this."""
     return (Action("growth", (), "put back as before: it was cut short"),) if undo_cut_growth(store) else ()
 
 
 def mend(
     store: Store,
-    compute: Callable[[frozenset[Chunk]], None] | None = None,
+    compute: Callable[[frozenset[ChunkKey]], None] | None = None,
     verify: Callable[[], VerificationReport] | None = None,
     *,
     done: tuple[Action, ...] = (),
     progress: bool,
 ) -> RepairReport:
-    """Repair a store, and keep a record of it below ``results/repairs``."""
+    """Repair a store, and record the repair below ``results/repairs``."""
 
     def look() -> VerificationReport:
         return verify_and_record(store, progress=progress) if verify is None else verify()
@@ -94,7 +96,7 @@ def mend(
     found = verify_and_record(store, progress=progress)
     actions = list(done)
     with store.in_use():
-        actions += _put_right(store)
+        actions += _tidy(store)
     leftovers = [finding.array for finding in found.findings if finding.is_harmless]
     actions += [Action(name, (), "leftover removed") for name in leftovers if store.medium.size(name) is None]
     chunks = bad_chunks(store, found)
@@ -120,8 +122,8 @@ def mend(
     return report
 
 
-def bad_chunks(store: Store, report: VerificationReport) -> frozenset[Chunk]:
-    """The chunks of a report that are missing or bad."""
+def bad_chunks(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
+    """Chunks that are missing or bad according to a report."""
     return frozenset(
         (finding.array, finding.index)
         for finding in report.findings
@@ -129,8 +131,8 @@ def bad_chunks(store: Store, report: VerificationReport) -> frozenset[Chunk]:
     )
 
 
-def _put_right(store: Store) -> list[Action]:
-    """Write bad descriptions of arrays anew, and remove chunks that belong nowhere."""
+def _tidy(store: Store) -> list[Action]:
+    """Rewrite bad ``zarr.json`` of arrays, and remove stray chunks."""
     actions = []
     store.complete_groups()
     for name, array in store.arrays.items():
@@ -146,9 +148,9 @@ def _put_right(store: Store) -> list[Action]:
     return actions
 
 
-def _diagonals_of(store: Store, chunks: frozenset[Chunk]) -> frozenset[Chunk]:
-    """The chunks with the diagonal entries that bound the entries of tiles."""
-    found: set[Chunk] = set()
+def _diagonals_of(store: Store, chunks: frozenset[ChunkKey]) -> frozenset[ChunkKey]:
+    """Chunks that hold the diagonal entries which bound the entries of these tiles."""
+    found: set[ChunkKey] = set()
     for name, index in chunks:
         grid, plane = store.arrays[name].layout.grid, name.rpartition("/")[0]
         if grid is not None:
@@ -158,12 +160,12 @@ def _diagonals_of(store: Store, chunks: frozenset[Chunk]) -> frozenset[Chunk]:
     return frozenset(found)
 
 
-def _suspects(store: Store, report: VerificationReport) -> frozenset[Chunk]:
-    """The tiles in which an entry may be wrong that makes the rows stand out to which certificates point.
+def _suspects(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
+    """Tiles that may hold the wrong entries behind the suspect rows of certificates.
 
-    A wrong entry of a symmetric kernel makes two rows wrong, its own and that of its column.
+    A wrong entry of a symmetric kernel makes two rows suspect, its own and that of its column.
     """
-    found: set[Chunk] = set()
+    found: set[ChunkKey] = set()
     for certificate in report.certificates:
         name = certificate["array"]
         grid = store.arrays[name].layout.grid
@@ -175,8 +177,8 @@ def _suspects(store: Store, report: VerificationReport) -> frozenset[Chunk]:
     return frozenset(found)
 
 
-def _digest(store: Store, chunk: Chunk) -> bytes:
-    """Of the bytes of a chunk, or of none if it cannot be read."""
+def _digest(store: Store, chunk: ChunkKey) -> bytes:
+    """Digest of a chunk's bytes; empty if it cannot be read."""
     name, index = chunk
     try:
         return hashlib.sha256(np.ascontiguousarray(store.arrays[name].read(index)).data).digest()
@@ -199,12 +201,11 @@ def _record(store: Store, report: RepairReport) -> None:
         store.write_result(f"repairs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", record)
 
 
-def repair_rows(report: RepairReport) -> Rows:
-    """A report of a repair in words."""
+def repair_rows(report: RepairReport) -> TableRows:
+    """Describe a repair report."""
     rows = [("found", f"{len(report.found.findings)} findings in {report.found.chunks_checked} chunks")]
     for action in report.actions[:_MOST_SHOWN]:
-        where = f" ({', '.join(map(str, action.index))})" if action.index else ""
-        rows.append(("repaired", f"{action.array}{where}: {action.done}"))
+        rows.append(("repaired", f"{describe_chunk(action.array, action.index)}: {action.done}"))
     if len(report.actions) > _MOST_SHOWN:
         rows.append(("repaired", f"and {len(report.actions) - _MOST_SHOWN} more"))
     if not report.actions:

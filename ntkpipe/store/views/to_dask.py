@@ -1,4 +1,4 @@
-"""A stored kernel in the shapes that other libraries read: dask arrays."""
+"""A stored kernel as a lazy dask array."""
 
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Tiled(Protocol):
-    """A matrix that is read by slices and stored in tiles."""
+    """A matrix that is stored in tiles and read by slices."""
 
     @property
     def shape(self) -> tuple[int, int]: ...  # noqa: D102
@@ -22,10 +22,7 @@ class Tiled(Protocol):
 
 
 def to_dask(kernel: Tiled) -> da.Array:
-    """A lazy dask array of the full matrix, one dask chunk a tile.
-
-    The graph holds the path of the store, not data; a mirrored tile is read from the tile that is stored.
-    """
+    """Return a lazy dask array of the full matrix, one chunk per tile; its graph holds the path, not the data."""
     meta = np.empty((0, 0), dtype=kernel.dtype)
     array: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         kernel, chunks=kernel.chunks, name=f"kernel-{kernel.token}", asarray=False, fancy=False, meta=meta

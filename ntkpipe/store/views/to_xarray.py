@@ -1,7 +1,7 @@
-"""Stored kernels with named dimensions: xarray views that read what is indexed, and nothing before."""
+"""Stored kernels as lazy xarray objects with named dimensions; only what is indexed is read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
@@ -17,14 +17,14 @@ from xarray.core.indexing import (
 
 from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
-from ntkpipe.store.layout import ArrayLayout
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
 
-Numbers = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 class Matrix(Protocol):
-    """A stored kernel: read by numpy's indices of its rows and columns."""
+    """A stored kernel, indexed as in numpy by rows and columns."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -39,29 +39,18 @@ class Matrix(Protocol):
     def __getitem__(self, key: Any) -> NDArray[Any]: ...
 
 
-class Stored(Protocol):
-    """An array of a store that is chunked along its samples alone."""
-
-    layout: ArrayLayout
-
-    def read_samples(self, start: int, stop: int) -> NDArray[Any]: ...  # noqa: D102
-
-
-Array = TypeVar("Array", bound=Stored)
-
-
 class _Lazy(BackendArray):
-    """What xarray indexes; subclasses read the entries of one number, or one array of numbers, an axis."""
+    """Backend array of xarray; subclasses read entries by one array of integers per axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     def __getitem__(self, key: ExplicitIndexer) -> Any:
         if isinstance(key, VectorizedIndexer) and all(isinstance(part, np.ndarray) for part in key.tuple):
-            numbers = [np.asarray(part, np.int64) for part in key.tuple]
-            # A diagonal is n entries of n² pairs of rows and columns; a transposed matrix is all of them.
-            if np.broadcast(*numbers).size < np.prod([np.unique(part).size for part in numbers], dtype=float):
-                return self._points(*np.broadcast_arrays(*numbers))
+            indices = [np.asarray(part, np.int64) for part in key.tuple]
+            # One by one if the points, as those of a diagonal, are few of the product of their indices.
+            if np.broadcast(*indices).size < np.prod([np.unique(part).size for part in indices], dtype=float):
+                return self._points(*np.broadcast_arrays(*indices))
         return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._outer)
 
     def _outer(self, key: tuple[Any, ...]) -> NDArray[Any]:
@@ -71,12 +60,23 @@ class _Lazy(BackendArray):
             return np.empty(shape, self.dtype)
         return self._product(*(np.atleast_1d(part) for part in picked)).reshape(shape)
 
-    def _product(self, *numbers: Numbers) -> NDArray[Any]:
-        """Entries of every combination of the numbers, one axis each."""
+    def _product(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
+        parts = [self._read_product(int(plane), *indices) for plane in planes]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)  # which copies
+
+    def _points(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
+        values = np.empty(planes.shape, self.dtype)
+        for plane in np.unique(planes):
+            at = planes == plane
+            values[at] = self._read_points(int(plane), *(part[at] for part in indices))
+        return values
+
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        """Read the entries of one plane at all combinations of the indices."""
         raise NotImplementedError
 
-    def _points(self, *numbers: Numbers) -> NDArray[Any]:
-        """Entries one by one; the numbers have the shape of the result."""
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        """Read the entries of one plane one by one, from indices of equal length."""
         raise NotImplementedError
 
 
@@ -90,58 +90,48 @@ class _LazyKernel(_Lazy):
         self.shape = (len(kernels), rows // width, width, columns // width, width)
         self.dtype = kernels[0].dtype
 
-    def _product(self, *numbers: Numbers) -> NDArray[Any]:
-        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        row_samples, row_covectors, column_samples, column_covectors = indices
         rows = (row_samples[:, None] * self._width + row_covectors).ravel()
         columns = (column_samples[:, None] * self._width + column_covectors).ravel()
-        parts = [self._kernels[plane][np.ix_(rows, columns)] for plane in planes]
-        values = parts[0] if len(parts) == 1 else np.stack(parts)  # which copies
-        return values.reshape([part.size for part in numbers])
+        return self._kernels[plane][np.ix_(rows, columns)].reshape([part.size for part in indices])
 
-    def _points(self, *numbers: Numbers) -> NDArray[Any]:
-        planes, row_samples, row_covectors, column_samples, column_covectors = numbers
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        row_samples, row_covectors, column_samples, column_covectors = indices
         rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
-        values = np.empty(planes.shape, self.dtype)
-        for plane in np.unique(planes):
-            at = planes == plane
-            values[at] = self._kernels[plane][rows[at], columns[at]]
-        return values
+        return self._kernels[plane][rows, columns]
 
 
 class _LazySamples(_Lazy):
-    """Arrays of one shape that have a sample axis, as (array, sample, …); reads from the first sample to the last."""
+    """Arrays of one shape, chunked by samples, as (array, sample, …); reads the range of samples."""
 
-    def __init__(self, arrays: Sequence[Stored]) -> None:
+    def __init__(self, arrays: Sequence[StoredArray]) -> None:
         self._arrays = tuple(arrays)
         self.shape = (len(arrays), *arrays[0].layout.shape)
         self.dtype = arrays[0].layout.dtype
 
-    def _read(self, plane: int, samples: Numbers) -> NDArray[Any]:
+    def _read(self, plane: int, samples: Indices) -> NDArray[Any]:
         return self._arrays[plane].read_samples(int(samples.min()), int(samples.max()) + 1).astype(self.dtype)
 
-    def _product(self, *numbers: Numbers) -> NDArray[Any]:
-        planes, samples, *rest = numbers
-        within = np.ix_(samples - samples.min(), *rest)
-        return np.stack([self._read(int(plane), samples)[within] for plane in planes])
+    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        samples, *rest = indices
+        values: NDArray[Any] = self._read(plane, samples)[np.ix_(samples - samples.min(), *rest)]
+        return values
 
-    def _points(self, *numbers: Numbers) -> NDArray[Any]:
-        planes, samples, *rest = numbers
-        values = np.empty(planes.shape, self.dtype)
-        for plane in np.unique(planes):
-            at = planes == plane
-            within = (samples[at] - samples[at].min(), *(part[at] for part in rest))
-            values[at] = self._read(int(plane), samples[at])[within]
+    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        samples, *rest = indices
+        values: NDArray[Any] = self._read(plane, samples)[(samples - samples.min(), *rest)]
         return values
 
 
 def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
-    """With the axes that have a name; the others have one entry, which is picked."""
+    """Wrap an array, and drop the axes without a name, which have one entry."""
     whole = xr.Variable([name or f"_{axis}" for axis, name in enumerate(dimensions)], LazilyIndexedArray(array))
     return whole.isel({f"_{axis}": 0 for axis, name in enumerate(dimensions) if name is None})
 
 
 def to_dataarray(kernel: Matrix) -> xr.DataArray:
-    """One kernel as :meth:`ntkpipe.store.kernel.Kernel.to_xarray` says."""
+    """See :meth:`ntkpipe.store.kernel.Kernel.to_xarray`."""
     short = kernel.name.rpartition("/")[2]
     attributes = {"array": kernel.name, "identity": kernel.identity}
     return xr.DataArray(_kernel_variable([kernel], short, apart=False), name=short, attrs=attributes)
@@ -149,16 +139,16 @@ def to_dataarray(kernel: Matrix) -> xr.DataArray:
 
 def to_dataset(
     manifest: Manifest,
-    arrays: Mapping[str, Array],
-    as_kernel: Callable[[Array], Matrix],
+    arrays: Mapping[str, StoredArray],
+    as_kernel: Callable[[StoredArray], Matrix],
     group: str | None,
     output: int | None,
 ) -> xr.Dataset:
-    """A store's kernels, outputs and targets as :meth:`ntkpipe.store.kernel.KernelSet.to_xarray` says."""
+    """See :meth:`ntkpipe.store.kernel_store.KernelSet.to_xarray`."""
     apart = get_kind(manifest.kind).pairs == "same" and output is None
     prefixes = [prefix_of(group, number) for number in (range(manifest.num_outputs) if apart else [output])]
 
-    def named(name: str) -> list[Array]:
+    def named(name: str) -> list[StoredArray]:
         return [arrays[array_of(prefix, name)] for prefix in prefixes if array_of(prefix, name) in arrays]
 
     found: dict[str, xr.Variable] = {}
@@ -194,7 +184,7 @@ def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
 
 
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
-    """Numbers and texts, which files of other formats can keep."""
+    """Attributes, all numbers or texts, which every file format can store."""
     picked = {"group": group, "picked_output": output}
     return {
         "kind": manifest.kind,

@@ -18,12 +18,11 @@ from small import Allowance, chunks, compute, mlp, times
 
 from ntkpipe import plan_kernel, repair, verify
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError, TileError
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import layouts
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.mending.growth import (
-    Kept,
+    OldEntries,
     State,
     begin,
     end_growth,
@@ -33,6 +32,7 @@ from ntkpipe.store.mending.growth import (
     state_of,
     undo_cut_growth,
 )
+from ntkpipe.store.store import Store
 
 
 def everything(store: KernelStore) -> dict[str, np.ndarray]:
@@ -297,7 +297,7 @@ def filled(path: Path, manifest) -> Store:
     return store
 
 
-def write_random(array, index, rng, kept: Kept | None = None) -> None:
+def write_random(array, index, rng, kept: OldEntries | None = None) -> None:
     shape = [part.stop - part.start for part in array.layout.region(index)]
     values = rng.integers(1, 100, shape).astype(array.layout.dtype)
     if array.layout.grid is not None and array.layout.grid.symmetric and index[0] == index[1]:
@@ -343,7 +343,7 @@ def complete(store: Store) -> None:
     """What a run does: create arrays, write what is missing with old entries pasted in, clear up."""
     rng = np.random.default_rng(1)
     store.complete_layout()
-    kept = Kept.of(store, store.manifest.earlier())
+    kept = OldEntries.of(store, store.manifest.earlier())
     for name, indices in store.missing().items():
         for index in indices:
             write_random(store.arrays[name], index, rng, kept)
@@ -486,7 +486,7 @@ def test_another_program_that_writes_an_old_chunk_in_mid_growth_is_noticed(tmp_p
     store.arrays["kernel/train"].write((0, 2), np.ones((6, 2)))
     with grown.in_use(), contextlib.suppress(TileError):
         finish(grown)
-    complete_all_but = Kept.of(grown, grown.manifest.earlier())
+    complete_all_but = OldEntries.of(grown, grown.manifest.earlier())
     rng = np.random.default_rng(1)
     for name, indices in grown.missing().items():
         for index in indices:

@@ -14,10 +14,10 @@ from small import Allowance, chunks, compute, inputs, mlp, times
 from ntkpipe import repair, verify
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError
 from ntkpipe.build.run import StoreSink
-from ntkpipe.store.chunks import Store
-from ntkpipe.store.kernel import open_kernel
+from ntkpipe.store.kernel_store import open_kernel
 from ntkpipe.store.mending.growth import State, state_of
 from ntkpipe.store.mending.repair import repair_rows
+from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
 
 BAD = {

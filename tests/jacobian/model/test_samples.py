@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from ntkpipe.base.errors import DataError, NonFiniteError
 from ntkpipe.jacobian.model import samples as datasets
 from ntkpipe.jacobian.model.samples import StoredSource, as_samples, require_same_arrays, show_samples
-from ntkpipe.store.chunks import Store
+from ntkpipe.store.store import Store
 
 NUM_SAMPLES = 6
 INPUTS = np.arange(NUM_SAMPLES * 4, dtype=np.float32).reshape(NUM_SAMPLES, 4)

@@ -20,7 +20,7 @@ from sklearn.svm import SVC
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.store.kernel import KernelStore
+from ntkpipe.store.kernel_store import KernelStore
 
 N, M = 90, 40
 PLAIN = DotProduct(sigma_0=0.0, sigma_0_bounds="fixed")

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ntkpipe.base.errors import StoreError
-from ntkpipe.store.media.folder import Folder, OversizeError
+from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.medium import OversizeError
 from ntkpipe.store.media.objects import ObjectMedium
 
 

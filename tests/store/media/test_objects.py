@@ -28,8 +28,8 @@ from ntkpipe.base.errors import (
     TileError,
 )
 from ntkpipe.build.run import StoreSink
-from ntkpipe.store.chunks import Store
 from ntkpipe.store.media.objects import AccessError, ObjectMedium
+from ntkpipe.store.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, ResourceError, TileError
 from ntkpipe.store import kernel as kernel_module
 from ntkpipe.store import views
-from ntkpipe.store.chunks import Store, StoredArray
-from ntkpipe.store.kernel import KernelSet, KernelStore, open_kernel
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel_store import KernelSet, KernelStore, open_kernel
 from ntkpipe.store.layout import Index
 from ntkpipe.store.manifest import ArrayRecord, Manifest
+from ntkpipe.store.store import Store
 
 N, M, OUT, TILE = 7, 5, 2, 3
 KINDS = ("ntk", "pntk", "trace", "diagonal")

@@ -1,0 +1,229 @@
+"""An opened store: its kernels, outputs, targets and progress. Imports neither torch nor dask."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ConfigError, StoreError, needed_for
+from ntkpipe.base.kinds import get_kind
+from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel import Kernel, require_memory
+from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How much of a store is complete.
+
+    Attributes
+    ----------
+    tiles_done, tiles_total
+        Tiles of all kernels.
+    bytes_done
+        Bytes of the tiles that exist.
+    """
+
+    tiles_done: int
+    tiles_total: int
+    bytes_done: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tile exists."""
+        return self.tiles_done == self.tiles_total
+
+
+class KernelSet:
+    """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output.
+
+    Attributes
+    ----------
+    store
+        The arrays underneath.
+    """
+
+    def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
+        self.store = store
+        self._group = group
+        self._output = output
+
+    def __repr__(self) -> str:
+        return f"<KernelSet {prefix_of(self._group, self._output)} of {self.store.root}>"
+
+    @property
+    def train(self) -> Kernel:
+        """Train x train, symmetric, shape (N*S, N*S)."""
+        return self._kernel("kernel/train")
+
+    @property
+    def test_train(self) -> Kernel:
+        """Test x train, shape (M*S, N*S); raises as :attr:`train`."""
+        return self._kernel("kernel/test_train")
+
+    @property
+    def test_diagonal(self) -> NDArray[Any]:
+        """S x S block of each test sample with itself, shape (M, S, S); raises as :attr:`train`."""
+        return self._read_all(self._name("kernel/test_diagonal"))
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Return kernels, outputs and targets as a lazy :class:`xarray.Dataset`; creating it reads no tile.
+
+        ======================  ============================================  ==================================
+        variable                dimensions                                    there if
+        ======================  ============================================  ==================================
+        ``train``               ``(sample, sample_)``
+        ``test_train``          ``(test_sample, sample_)``                    the store has test samples
+        ``test_diagonal``       ``(test_sample,)``                            the store has test samples
+        ``outputs``             ``(sample, output)``
+        ``test_outputs``        ``(test_sample, output)``                     the store has test samples
+        ``target``              ``(sample,)`` and those of a target           coordinate; the store has targets
+        ``target_``             ``(sample_,)`` and those of a target          coordinate; the store has targets
+        ``test_target``         ``(test_sample,)`` and those of a target      coordinate; the store has test targets
+        ======================  ============================================  ==================================
+
+        A trailing underscore marks column dimensions, in train and test kernels alike, so that
+        ``xarray.dot(dataset.test_train, coefficients)`` with coefficients of ``(sample_, …)`` is a prediction. A full
+        NTK has the dimensions ``(sample, output, sample_, output_)``. A store of kind ``diagonal``, with a kernel for
+        each output, has ``(output, sample, sample_)``, unless :meth:`output` has picked one. Targets with as many
+        columns as there are outputs have the dimension ``output``, others ``target_axis_1`` and so on.
+
+        Attributes are ``kind``, ``convention``, ``compute_dtype``, ``accumulate_dtype``, ``store_dtype``, ``model``,
+        ``num_parameters`` and ``manifest_digest`` of the manifest, and ``group`` and ``picked_output`` if chosen.
+        Entries keep the dtype of the store: convert with ``.astype("float64")`` before long sums.
+        """
+        with needed_for("to_xarray", "xarray"):
+            from ntkpipe.store.views import to_xarray as labelled
+        manifest, digest = self.store.manifest, self.store.manifest.digest()
+        return labelled.to_dataset(
+            manifest, self.store.arrays, lambda array: Kernel(array, digest), self._group, self._output
+        )
+
+    def output(self, number: int) -> "KernelSet":
+        """Select the kernels of one output, in a store of kind ``diagonal``."""
+        manifest = self.store.manifest
+        if get_kind(manifest.kind).pairs != "same" or self._output is not None:
+            raise ConfigError(f"{self!r} has no kernels of single outputs; they are those of kind='diagonal'")
+        if not 0 <= number < manifest.num_outputs:
+            raise ConfigError(f"output({number}): {self.store.root} has outputs 0 to {manifest.num_outputs - 1}")
+        return KernelSet(self.store, self._group, number)
+
+    def _name(self, name: str) -> str:
+        if self._output is None and get_kind(self.store.manifest.kind).pairs == "same":
+            raise ConfigError(
+                f"{self.store.root} has a kernel for each of {self.store.manifest.num_outputs} outputs; use "
+                f".output(k).{name.rpartition('/')[2]}"
+            )
+        return array_of(prefix_of(self._group, self._output), name)
+
+    def _kernel(self, name: str) -> Kernel:
+        return Kernel(self._array(self._name(name)), self.store.manifest.digest())
+
+    def _array(self, name: str) -> StoredArray:
+        if name not in self.store.arrays:
+            raise StoreError(f"{self.store.root} has no {name}: it was made without test_inputs")
+        return self.store.arrays[name]
+
+    def _read_all(self, name: str) -> NDArray[Any]:
+        array = self._array(name)
+        require_memory(array.layout.shape, array.layout.dtype, name)
+        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
+
+
+class KernelStore(KernelSet):
+    """A kernel store, opened for reading.
+
+    Attributes
+    ----------
+    store
+        The arrays underneath.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+
+    def __repr__(self) -> str:
+        manifest, progress = self.manifest, self.progress
+        return (
+            f"<KernelStore {self.path} kind={manifest.kind} {manifest.train.num_samples} samples, "
+            f"{manifest.num_outputs} outputs, {progress.tiles_done}/{progress.tiles_total} tiles>"
+        )
+
+    @property
+    def path(self) -> Path | str:
+        """Path or URL of the store."""
+        return self.store.root
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest: everything that decided the numbers."""
+        return self.store.manifest
+
+    @property
+    def progress(self) -> BuildProgress:
+        """How much is complete, from one listing; no tile is read."""
+        done = total = num_bytes = 0
+        for array in self.store.arrays.values():
+            if array.layout.grid is not None:
+                present = array.layout.num_chunks - len(array.missing())
+                done, total = done + present, total + array.layout.num_chunks
+                num_bytes += present * array.layout.chunk_bytes
+        return BuildProgress(done, total, num_bytes)
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Name → parameters of each group with kernels of its own."""
+        return dict(self.manifest.groups)
+
+    def group(self, name: str) -> KernelSet:
+        """Select the kernels of one group of parameters.
+
+        Raises
+        ------
+        ConfigError
+            If the store has no such group; the message lists those that it has.
+        """
+        if name not in self.manifest.groups:
+            known = ", ".join(map(repr, self.manifest.groups)) or "none"
+            raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")
+        return KernelSet(self.store, name)
+
+    @property
+    def outputs(self) -> NDArray[Any]:
+        """The model's outputs on the train samples, shape (N, O)."""
+        return self._read_all("outputs/train")
+
+    @property
+    def test_outputs(self) -> NDArray[Any]:
+        """The model's outputs on the test samples, shape (M, O)."""
+        return self._read_all("outputs/test")
+
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """Train targets, first axis N, or None if the store was made without."""
+        return None if self.manifest.train.targets is None else self._read_all("targets/train")
+
+    @property
+    def test_targets(self) -> NDArray[Any] | None:
+        """Test targets, first axis M, or None if the store was made without."""
+        test = self.manifest.test
+        return None if test is None or test.targets is None else self._read_all("targets/test")
+
+
+def open_kernel(path: str | Path) -> KernelStore:
+    """Open a kernel store for reading, by path or URL; loads neither torch nor dask, and reads only the manifest.
+
+    Raises
+    ------
+    StoreNotFoundError
+        If there is nothing at the path.
+    StoreError
+        If what is there is not a kernel store, or its manifest is damaged.
+    """
+    return KernelStore(Store.open(path))
