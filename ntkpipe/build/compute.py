@@ -228,8 +228,8 @@ def plan_kernel(
     -------
     The plan, and how the Jacobian of every selected parameter is found and held and what that costs; for those of the
     fallback why. A parameter and its bias, or all that is computed together, share one report
-    (:class:`ntkpipe.jacobian.parameter_report.ParameterReport`). The self-check of a run may move further parameters to the
-    fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
+    (:class:`ntkpipe.jacobian.parameter_report.ParameterReport`). The self-check of a run may move further parameters to
+    the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What differs between devices: how work is cut, how memory that ran out is recognised, which sums are repeatable."""
+"""What differs between devices: how work is cut, how exhausted memory is recognised, which sums are repeatable."""
 
 import contextlib
 import gc
@@ -21,28 +21,22 @@ class Sizes:
     """How work is cut on one type of device: blocks that stay in a CPU core's cache, few large ones on a GPU."""
 
     piece_rows: int  # rows of the pieces in which strips are contracted
-    piece_entry_bytes: int  # scratch for each pair of rows of a piece: sums, and on a GPU products as large as they are
-    # Scratch that does not depend on the work: Jacobians that are multiplied out late, gradients that wait
-    scratch_bytes: int
-    # batch_bytes, tensor_bytes: what the tensors of one forward and backward pass may take altogether, and the
-    # largest of them: larger batches gain nothing, and glibc returns tensors above 32 MiB to the system each time,
-    # which costs more than using them
-    batch_bytes: int
+    piece_entry_bytes: int  # scratch for each pair of rows of a piece: sums, and on a GPU products of the same size
+    scratch_bytes: int  # scratch that does not depend on the work: Jacobians multiplied out late, waiting gradients
+    batch_bytes: int  # all tensors of one forward and backward pass; larger batches gain nothing
+    # The largest of them: glibc returns tensors above 32 MiB to the system each time, which costs more than their use
     tensor_bytes: int
     # smallest_block, largest_block: edges of the blocks of products. Where a piece meets itself, small ones multiply
     # slowly, large ones waste half.
     smallest_block: int
     largest_block: int
-    # position_rows, position_bytes: rows (samples * positions) of products over several positions, and bytes of such
-    # a product
-    position_rows: int
-    position_bytes: int
-    late_bytes: int  # jacobians that are multiplied out late, at a time
+    position_rows: int  # rows (samples * positions) of products over several positions
+    position_bytes: int  # bytes of such a product
+    late_bytes: int  # Jacobians that are multiplied out late, at a time
     gradient_bytes: int  # gradients of several covectors that wait to be multiplied with the inputs at once
     unfolded_bytes: int  # unfolded inputs of a few samples
     rate_size: int  # edge of the matrices by which the rate of products is measured
-    # Operations of a product in the time of one entry that is multiplied and added to another, usually
-    entry_flops: float
+    entry_flops: float  # operations of a product that usually take the time of one multiplied and added entry
 
 
 _MIB = 2**20
@@ -63,7 +57,7 @@ SIZES = {
         rate_size=1024,
         entry_flops=32.0,
     ),
-    # Not measured: chosen so that a product or a pass takes a good part of a millisecond, and launching it nothing.
+    # Not measured: chosen so that a product or a pass takes a good part of a millisecond, far more than its launch.
     "cuda": Sizes(
         piece_rows=8192,
         piece_entry_bytes=32,
@@ -84,13 +78,13 @@ SIZES = {
 
 
 def sizes_of(device: torch.device | str) -> Sizes:
-    """The sizes of a device, by its type; those of a GPU for any that is no CPU."""
+    """The sizes of a device, by its type; those of a GPU for any that is not a CPU."""
     return SIZES["cpu" if torch.device(device).type == "cpu" else "cuda"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be allocated, on the host or a GPU."""
-    if isinstance(error, NtkpipeError):  # what we refuse to begin is not tried in halves
+    if isinstance(error, NtkpipeError):  # what is refused beforehand is not tried in halves
         return False
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -98,33 +92,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what a failed attempt left: call it outside of the handler, whose exception keeps tensors alive."""
+    """Free what a failed attempt left; call it outside the exception handler, whose exception keeps tensors alive."""
     gc.collect()  # frames of the attempt may be part of a cycle with the exception
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def count_gpus() -> int:
-    """GPUs that torch sees."""
+    """Number of GPUs that torch sees."""
     return torch.cuda.device_count()
 
 
 def describe_arithmetic(device: torch.device) -> str:
     """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    is_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
+    return f"{hardware}, torch {torch.__version__}"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that can still be used: what is free, and what torch keeps for itself unused."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    """Bytes of a GPU's memory that can still be used: what is free, and what torch has reserved unused."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserved
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Bytes that were in use at most: of a GPU's tensors since entering, on a CPU of the process since its start."""
+    """The most bytes in use: on a GPU by tensors since entering, on a CPU by the process since its start."""
     if device.type == "cpu":
         yield peak_process_memory
         return
@@ -134,9 +128,9 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Products of float32 are float32, also in a run whose model may use TF32.
+    """Compute products of float32 in float32, also in a run whose model may use TF32.
 
-    The setting is the whole process's: on a GPU one thread computes.
+    The setting holds for the whole process, but on a GPU only one thread computes.
     """
     if device.type == "cpu":
         yield
