@@ -71,10 +71,7 @@ def _run(model: FunctionalModel, batch: Batch) -> Tensor:
 
 
 def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> FunctionalModel:
-    """The model with its convolutions channels last, where that is faster and the model runs that way.
-
-    Models that take views of what a convolution returns may need the usual layout.
-    """
+    """The model with its convolutions channels last, where that is faster and the model runs that way."""
     convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
     if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
         return model
@@ -88,7 +85,7 @@ def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> Fu
         outputs = model(batch)
         try:
             again = changed(batch)
-        except RuntimeError:
+        except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
             return model
     scale = float(outputs.abs().max()) or 1.0
     return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.arithmetic] * scale else model

@@ -21,7 +21,7 @@ from ntkpipe.jacobian.tracing.uses import pull_back
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
 _MAX_BATCH = 64
-# What the Jacobians of the chosen samples may take; a random covector alone sees every output, too.
+# Memory for the Jacobians of the chosen samples; even a single random covector covers every output.
 _SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
 # |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
 # dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
@@ -247,10 +247,7 @@ def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: T
 
 
 def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
-
-    By the engine's tracing, rules and fallback, but not its ways to hold and contract Jacobians.
-    """
+    """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch, as the engine computes them."""
     parameters = engine.model.parameters()
     shape = (len(engine.covectors), len(places))
     names = (*engine.tracing.covered, *engine.tracing.unused)

@@ -68,23 +68,29 @@ def _gpu_precisions() -> list[Any]:
 
 
 @contextlib.contextmanager
+def changed_settings(*settings: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of objects, given as (object, attribute, value), and restore them afterwards."""
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def _exact_settings() -> Iterator[None]:
     backends: Any = torch.backends
-    on_cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    precisions = [*_gpu_precisions(), *on_cpu]
-    before = [setting.fp32_precision for setting in precisions]
-    cudnn = backends.cudnn.deterministic, backends.cudnn.benchmark
+    precisions = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn, *_gpu_precisions()]
+    settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
+    settings += [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
     fastpath, default_dtype = backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     try:
-        for setting in on_cpu:
-            setting.fp32_precision = "ieee"
-        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
         backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for setting, value in zip(precisions, before, strict=True):
-            setting.fp32_precision = value
-        backends.cudnn.deterministic, backends.cudnn.benchmark = cudnn
         backends.mha.set_fastpath_enabled(fastpath)
         torch.set_default_dtype(default_dtype)

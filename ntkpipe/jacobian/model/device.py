@@ -11,70 +11,54 @@ from torch import Tensor
 
 from ntkpipe.base.errors import NtkpipeError
 from ntkpipe.base.resources import peak_process_memory
+from ntkpipe.jacobian.model.arithmetic import changed_settings
 
 # How failed allocations without an exception of their own are reported: by torch's CPU allocator, CUDA, cuBLAS, cuDNN.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How work is cut on one type of device: blocks that stay in a CPU core's cache, few large ones on a GPU."""
+    """How work is cut on one type of device, by default a CPU, whose cores' caches hold a block."""
 
-    piece_rows: int  # rows of the pieces in which strips are contracted
-    piece_entry_bytes: int  # scratch for each pair of rows of a piece: sums, and on a GPU products of the same size
-    scratch_bytes: int  # scratch that does not depend on the work: Jacobians multiplied out late, waiting gradients
-    batch_bytes: int  # all tensors of one forward and backward pass; larger batches gain nothing
+    piece_rows: int = 2560  # rows of the pieces in which strips are contracted
+    piece_entry_bytes: int = 16  # scratch for each pair of rows of a piece: sums, on a GPU products of the same size
+    scratch_bytes: int = 112 * _MIB  # other scratch: Jacobians that are multiplied out late, waiting gradients
+    batch_bytes: int = 512 * _MIB  # all tensors of one forward and backward pass; larger batches gain nothing
     # The largest of them: glibc returns tensors above 32 MiB to the system each time, which costs more than their use
-    tensor_bytes: int
+    tensor_bytes: int = 24 * _MIB
     # smallest_block, largest_block: edges of the blocks of products. Where a piece meets itself, small ones multiply
     # slowly, large ones waste half.
-    smallest_block: int
-    largest_block: int
-    position_rows: int  # rows (samples * positions) of products over several positions
-    position_bytes: int  # bytes of such a product
-    late_bytes: int  # Jacobians that are multiplied out late, at a time
-    gradient_bytes: int  # gradients of several covectors that wait to be multiplied with the inputs at once
-    unfolded_bytes: int  # unfolded inputs of a few samples
-    rate_size: int  # edge of the matrices by which the rate of products is measured
-    entry_flops: float  # operations of a product that usually take the time of one multiplied and added entry
+    smallest_block: int = 64
+    largest_block: int = 512
+    position_rows: int = 128  # rows (samples * positions) of products over several positions
+    position_bytes: int = 2**62  # bytes of such a product; on a CPU rows alone decide
+    late_bytes: int = 24 * _MIB  # Jacobians that are multiplied out late, at a time
+    gradient_bytes: int = 64 * _MIB  # gradients of several covectors that wait to be multiplied with the inputs at once
+    unfolded_bytes: int = _MIB  # unfolded inputs of a few samples
+    rate_size: int = 1024  # edge of the matrices by which the rate of products is measured
+    entry_flops: float = 32.0  # operations of a product that usually take the time of one multiplied and added entry
 
 
-_MIB = 2**20
-SIZES = {
-    "cpu": Sizes(
-        piece_rows=2560,
-        piece_entry_bytes=16,
-        scratch_bytes=112 * _MIB,
-        batch_bytes=512 * _MIB,
-        tensor_bytes=24 * _MIB,
-        smallest_block=64,
-        largest_block=512,
-        position_rows=128,
-        position_bytes=2**62,  # rows alone decide
-        late_bytes=24 * _MIB,
-        gradient_bytes=64 * _MIB,
-        unfolded_bytes=_MIB,
-        rate_size=1024,
-        entry_flops=32.0,
-    ),
-    # Not measured: chosen so that a product or a pass takes a good part of a millisecond, far more than its launch.
-    "cuda": Sizes(
-        piece_rows=8192,
-        piece_entry_bytes=32,
-        scratch_bytes=1280 * _MIB,
-        batch_bytes=4096 * _MIB,
-        tensor_bytes=1024 * _MIB,
-        smallest_block=1024,
-        largest_block=8192,
-        position_rows=8192,
-        position_bytes=256 * _MIB,
-        late_bytes=128 * _MIB,
-        gradient_bytes=256 * _MIB,
-        unfolded_bytes=64 * _MIB,
-        rate_size=4096,
-        entry_flops=256.0,
-    ),
-}
+# Not measured: chosen so that a product or a pass takes a good part of a millisecond, far more than its launch.
+_GPU = Sizes(
+    piece_rows=8192,
+    piece_entry_bytes=32,
+    scratch_bytes=1280 * _MIB,
+    batch_bytes=4096 * _MIB,
+    tensor_bytes=1024 * _MIB,
+    smallest_block=1024,
+    largest_block=8192,
+    position_rows=8192,
+    position_bytes=256 * _MIB,
+    late_bytes=128 * _MIB,
+    gradient_bytes=256 * _MIB,
+    unfolded_bytes=64 * _MIB,
+    rate_size=4096,
+    entry_flops=256.0,
+)
+SIZES = {"cpu": Sizes(), "cuda": _GPU}
 
 
 def sizes_of(device: torch.device | str) -> Sizes:
@@ -126,22 +110,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     yield lambda: torch.cuda.max_memory_allocated(device)
 
 
-@contextlib.contextmanager
-def without_tf32(device: torch.device) -> Iterator[None]:
-    """Compute products of float32 in float32, also in a run whose model may use TF32.
-
-    The setting holds for the whole process, but on a GPU only one thread computes.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    products: Any = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+def without_tf32(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Compute products of float32 in float32, also in a run whose model may use TF32; for the whole process."""
+    on_gpu: Any = torch.backends.cuda.matmul
+    return contextlib.nullcontext() if device.type == "cpu" else changed_settings((on_gpu, "fp32_precision", "ieee"))
 
 
 def add_rows(target: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:

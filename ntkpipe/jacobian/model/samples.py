@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +23,15 @@ _SHOWN_SAMPLES = 8
 _REREAD = 5  # samples that are read twice
 
 
-class Source(Protocol):
-    """Where samples come from."""
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples."""
-        ...
-
-    def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop`` by array name, first axis the sample."""
-        ...
-
-
 @dataclass(frozen=True)
 class ArraySource:
     """Samples in memory."""
 
     arrays: Arrays
-    num_samples: int
+    num_samples: int  # may be fewer than there are
 
     def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop``, without a copy."""
+        """Samples ``start:stop`` by array name, first axis the sample, without a copy."""
         return {name: values[start:stop] for name, values in self.arrays.items()}
 
 
@@ -53,7 +40,7 @@ class DatasetSource:
     """Samples of a map-style torch data set, loaded when they are read."""
 
     dataset: Any  # `len(dataset)` and `dataset[i]`: a sample, or a pair of a sample and its target
-    num_samples: int
+    num_samples: int  # may be fewer than there are
     has_targets: bool  # whether an item is such a pair
 
     def read(self, start: int, stop: int) -> Arrays:
@@ -108,16 +95,7 @@ class StoredSource:
         return {name: array.read_samples(start, stop) for name, array in arrays.items()}
 
 
-@dataclass(frozen=True)
-class FirstSource:
-    """The first samples of a longer source."""
-
-    source: Source
-    num_samples: int
-
-    def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop``."""
-        return self.source.read(start, stop)
+Source = ArraySource | DatasetSource | StoredSource
 
 
 @dataclass(frozen=True)
@@ -155,7 +133,8 @@ class Samples:
         """The first ``count`` of these samples, with their targets."""
         if count == self.num_samples:
             return self
-        return replace(self, source=FirstSource(self.source, count), given_targets=self._first_targets(count))
+        source = replace(self.source, num_samples=count)
+        return replace(self, source=source, given_targets=self._first_targets(count))
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Runs of about 32 MiB that cover all samples."""

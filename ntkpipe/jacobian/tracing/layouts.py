@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, recorder_of
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, Recorder
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
@@ -28,7 +28,7 @@ class Probed:
 
 def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
     """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
-    with recorder_of(model, expansions=expansions) as recorder:
+    with Recorder(model, expansions=expansions) as recorder:
         outputs = model(batch)
     calls = recorder.calls
     edges = count_edges(outputs, model.parameters())
@@ -113,7 +113,7 @@ def _changed_inputs(
 ) -> list[dict[str, Tensor]]:
     """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
     samples = [*range(batch_size(batch) - 1), 0]
-    with recorder_of(model, expansions=expansions) as recorder:
+    with Recorder(model, expansions=expansions) as recorder:
         model(take(batch, samples))
     others = recorder.calls
     found: list[dict[str, Tensor]] = []

@@ -6,7 +6,7 @@ parameter, or a made tensor, together with samples is a *use*. Calls whose funct
 """
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,7 +29,7 @@ class Argument:
 
     sources: tuple[str, ...]  # names of the parameters that it is made of
     is_parameter: bool  # whether it is the parameter itself, or a view of it
-    geometry: Geometry | None  # which view; None for the whole parameter, and for what is no view
+    geometry: Geometry | None  # which view; None for the whole parameter, and for other tensors
     shape: tuple[int, ...]
     edge: GradientEdge  # its place in the autograd graph, by which gradients reach the parameters
     form: Form  # how it enters the output
@@ -58,23 +58,25 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Record the calls that have a rule and use a selected parameter."""
+    """Records the calls that have a rule and use a selected parameter of a model.
+
+    ``expansions`` are numbers of calls that are uses although they see parameters alone; ``detach`` tells whether
+    parameters are detached in the calls that are recorded.
+    """
 
     def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        constants: Iterable[Tensor],
-        *,
-        expansions: frozenset[int],
-        detach: bool,
+        self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False
     ) -> None:
         super().__init__()
+        parameters = model.parameters()
         self._parameters = {id(parameter): name for name, parameter in parameters.items()}
         # By id, with the tensors themselves, which stay alive so that no id is used again.
-        self._made = {id(parameter): (parameter, (name,)) for name, parameter in parameters.items()}
-        self._constants = {id(tensor): tensor for tensor in constants}
-        self._expansions = expansions  # numbers of calls that are uses, although they see parameters alone
-        self._detach = detach  # whether parameters are detached in the calls that are recorded
+        self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {
+            id(parameter): (parameter, (name,)) for name, parameter in parameters.items()
+        }
+        every = (*model.module.parameters(), *model.module.buffers())
+        self._constants: dict[int, Tensor] = {id(value): value for value in every if id(value) not in self._made}
+        self._expansions, self._detach = expansions, detach
         self._number = 0
         self.calls: list[Call] = []
         self.made: dict[int, tuple[torch.Size, ...]] = {}  # shapes of what each call made, by its number
@@ -90,7 +92,7 @@ class Recorder(TorchFunctionMode):
             output = func(*args, **kwargs)
             if known:
                 self._constants |= {id(value): value for value in _tensors(output)}
-            else:  # samples may have been written into a constant, which is none any more
+            else:  # a constant into which samples were written no longer is one
                 for tensor, version in constants:
                     if tensor._version != version:
                         self._constants.pop(id(tensor), None)
@@ -151,15 +153,6 @@ class Recorder(TorchFunctionMode):
             geometry = (int(tensor.storage_offset()) - int(base.storage_offset()), shape, tensor.stride())
             is_parameter = is_parameter or not (tensor.is_conj() or tensor.is_neg())
         return Argument(sources, is_parameter, geometry, shape, get_gradient_edge(tensor), form)
-
-
-def recorder_of(model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False) -> Recorder:
-    """A recorder for a model's selected parameters."""
-    parameters = model.parameters()
-    selected = {id(parameter) for parameter in parameters.values()}
-    every = (*model.module.parameters(), *model.module.buffers())
-    constants = (value for value in every if id(value) not in selected)
-    return Recorder(parameters, constants, expansions=expansions, detach=detach)
 
 
 def _whole(output: Tensor) -> Tensor:

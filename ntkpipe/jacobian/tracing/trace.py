@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, probe
-from ntkpipe.jacobian.tracing.recorder import Call, recorder_of
+from ntkpipe.jacobian.tracing.recorder import Call, Recorder
 from ntkpipe.jacobian.tracing.rules.form import Outer
 from ntkpipe.jacobian.tracing.uses import Layout, Use, kind_of, total_gradient
 
@@ -53,7 +53,7 @@ class Tracing:
 
     def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Outputs of a batch, and the recorded calls."""
-        with recorder_of(model, expansions=self.expansions) as recorder:
+        with Recorder(model, expansions=self.expansions) as recorder:
             outputs = model(batch)
         return outputs, recorder.calls
 
@@ -68,10 +68,7 @@ class Tracing:
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
-        """The same with some covered parameters moved to the fallback, given with the reasons.
-
-        Parameters that are used together with them move, too.
-        """
+        """The same with covered parameters, and those used together with them, moved to the fallback for a reason."""
         shared = [(use, names[source]) for use in self.uses for source in use.sources if source in names]
         moved = {**{name: why for use, why in shared for name in use.sources}, **names}
         return replace(
@@ -130,7 +127,7 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
     while True:
         made = []
         for batch in probes:
-            with recorder_of(model, expansions=found) as recorder:
+            with Recorder(model, expansions=found) as recorder:
                 model(batch)
             made.append(recorder.made)
         differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
@@ -144,7 +141,7 @@ def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[
     """Names of the parameters to which a path of the autograd graph leads from the outputs of any probe."""
     parameters, reached = model.parameters(), set()
     for batch in probes:
-        with recorder_of(model, expansions=expansions, detach=detach):
+        with Recorder(model, expansions=expansions, detach=detach):
             outputs = model(batch)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)

@@ -117,10 +117,7 @@ def total_gradient(form: Form, grad: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is computed from.
-
-    By autograd, batched where every operation has a batching rule, else row by row. Memory: as much again.
-    """
+    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is computed from, by autograd."""
     if argument.is_parameter and argument.geometry is None:
         yield argument.sources[0], rows.reshape(len(rows), -1)
         return

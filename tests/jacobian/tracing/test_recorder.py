@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from engines import functional
 from torch import nn
 
-from ntkpipe.jacobian.tracing.recorder import recorder_of
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import total_gradient
 
 L = nn.Linear
@@ -20,7 +20,7 @@ def param(*shape):
 
 def record(function, inputs=X, *, expansions=frozenset(), detach=False, **members):
     model = functional(function, **members)
-    with recorder_of(model, expansions=expansions, detach=detach) as recorder:
+    with Recorder(model, expansions=expansions, detach=detach) as recorder:
         outputs = model(inputs)
     return model, recorder, outputs
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import added, per_channel
+from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
 from ntkpipe.jacobian.tracing.rules.form import Bound, Map, Operand, Outer, Rule
 
 PerAxis = int | Sequence[int]  # one value for all spatial axes, or one for each
@@ -57,7 +57,7 @@ def _arrange(weight: Tensor) -> Map:
 def _bound(input: Tensor, weight: Tensor, form: Outer, bias: Tensor | None, shape: Sequence[int]) -> Bound:
     operands = {"weight": Operand(weight, form)}
     if bias is not None:
-        operands["bias"] = Operand(bias, added(per_channel(bias, len(shape)), shape))
+        operands["bias"] = Operand(bias, scaled(per_channel(bias, len(shape)), shape))
     return Bound(operands, (input,))
 
 

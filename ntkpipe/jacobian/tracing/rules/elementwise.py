@@ -12,8 +12,8 @@ from torch import Tensor
 from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale, Thunk
 
 
-def scaled(operand: Tensor, x: Tensor | Thunk | None, shape: Sequence[int], scale: float = 1.0) -> Scale:
-    """The form of ``operand * x * scale`` broadcast to ``shape``, or of ``operand * scale`` without an x.
+def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor | Thunk | None = None) -> Scale:
+    """The form of ``... + operand * x * scale``, or of ``... + operand * scale``, in an output of ``shape``.
 
     Axes along which the operand is broadcast number the rows; its own axes are the elements. An x that is expensive is
     given as a function that computes it.
@@ -34,11 +34,6 @@ def scaled(operand: Tensor, x: Tensor | Thunk | None, shape: Sequence[int], scal
     return Scale(len(rows), None if x is None else inputs, lambda grad: by_row(grad if scale == 1.0 else grad * scale))
 
 
-def added(operand: Tensor, shape: Sequence[int], scale: float = 1.0) -> Scale:
-    """The form of ``... + operand * scale`` in an output of ``shape``."""
-    return scaled(operand, None, shape, scale)
-
-
 def per_channel(vector: Tensor, ndim: int) -> Tensor:
     """A vector over channels in the shape in which it broadcasts along the second of ``ndim`` axes."""
     return vector.detach().view(-1, *(1 for _ in range(ndim - 2)))
@@ -52,7 +47,7 @@ def _shape(*tensors: object) -> torch.Size:
 def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:
     pairs = (("left", left, left_scale), ("right", right, right_scale))
     shape = _shape(left, right)
-    return Bound({role: Operand(t, added(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
+    return Bound({role: Operand(t, scaled(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
 
 
 def add(input: object, other: object, *, alpha: float = 1) -> Bound:
@@ -75,7 +70,7 @@ def mul(input: object, other: object) -> Bound | None:
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None  # by a number: computed from parameters alone, so not a use
     shape = _shape(input, other)
-    left, right = Operand(input, scaled(input, other, shape)), Operand(other, scaled(other, input, shape))
+    left, right = Operand(input, scaled(input, shape, x=other)), Operand(other, scaled(other, shape, x=input))
     return Bound({"left": left, "right": right}, (input, other))
 
 
@@ -83,9 +78,9 @@ def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
     """``input + value * tensor1 * tensor2``."""
     shape = _shape(input, tensor1, tensor2)
     operands = {
-        "bias": Operand(input, added(input, shape)),
-        "left": Operand(tensor1, scaled(tensor1, tensor2, shape, value)),
-        "right": Operand(tensor2, scaled(tensor2, tensor1, shape, value)),
+        "bias": Operand(input, scaled(input, shape)),
+        "left": Operand(tensor1, scaled(tensor1, shape, value, tensor2)),
+        "right": Operand(tensor2, scaled(tensor2, shape, value, tensor1)),
     }
     return Bound(operands, (tensor1, tensor2))
 
@@ -96,14 +91,14 @@ def where(condition: Tensor, input: object, other: object) -> Bound:
     operands = {}
     for role, tensor, chosen in (("input", input, condition), ("other", other, ~condition)):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            operands[role] = Operand(tensor, scaled(tensor, chosen.to(tensor.dtype), shape))
+            operands[role] = Operand(tensor, scaled(tensor, shape, x=chosen.to(tensor.dtype)))
     return Bound(operands, (condition,))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Bound:
     """``max(input, 0) + weight * min(input, 0)``, with a weight for each channel, or one for all."""
     negative = input.detach().clamp_max(0)
-    form = scaled(per_channel(weight, input.ndim), negative, input.shape)
+    form = scaled(per_channel(weight, input.ndim), input.shape, x=negative)
     return Bound({"weight": Operand(weight, form)}, (input,))
 
 
@@ -117,12 +112,12 @@ def _axes(input: Tensor, given: tuple[Any, ...]) -> list[tuple[int, int]]:
 def expand(input: Tensor, *sizes: Any) -> Bound:
     """The same along new axes or axes of size one, as a class token for every sample."""
     shape = [old if new == -1 else new for old, new in _axes(input, sizes)]
-    return Bound({"input": Operand(input, added(input, shape))})
+    return Bound({"input": Operand(input, scaled(input, shape))})
 
 
 def expand_as(input: Tensor, other: Tensor) -> Bound:
     """``input`` in the shape of ``other``."""
-    return Bound({"input": Operand(input, added(input, other.shape))})
+    return Bound({"input": Operand(input, scaled(input, other.shape))})
 
 
 def repeat(input: Tensor, *repeats: Any) -> Bound | None:
@@ -130,12 +125,12 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     axes = _axes(input, repeats)
     if any(size != 1 and times != 1 for size, times in axes):
         return None
-    return Bound({"input": Operand(input, added(input, [size * times for size, times in axes]))})
+    return Bound({"input": Operand(input, scaled(input, [size * times for size, times in axes]))})
 
 
 _METHODS: Any = torch.Tensor
 RULES: dict[Callable[..., Any], Rule] = {
-    # In place, too: a sum needs nothing of what was there before.
+    # Also in place: the form of a sum does not read the values that are overwritten.
     **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
     **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
     **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),

@@ -10,27 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import added
+from ntkpipe.jacobian.tracing.rules.elementwise import scaled
 from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rule
 
 AxisLabels = Sequence[str]  # axes by name, as in einsum
 
 
-def contraction(
-    x: Tensor,
-    weight: Tensor,
-    x_labels: AxisLabels,
-    weight_labels: AxisLabels,
-    out_labels: AxisLabels,
-    scale: float = 1.0,
-) -> Outer | None:
-    """The form of a product of ``x`` with ``weight``, their axes named as in einsum; None if it is no matrix product.
+def contraction(x: Tensor, weight: Tensor, *labels: AxisLabels, scale: float = 1.0) -> Outer | None:
+    """The form of a product of x with a weight, or None if it is no matrix product.
 
-    Axes that both have and that are summed over belong to the inputs a, axes of the weight alone to the cotangents d;
-    axes of x alone number the rows, and axes of x, weight and output number the groups.
+    The axes of x, weight and output are labelled as in einsum. Axes that x and weight share and that are summed over
+    belong to the inputs a, axes of the weight alone to the cotangents d; axes of x alone number the rows, and axes of
+    all three number the groups.
     """
-    if any(len(set(labels)) < len(labels) for labels in (x_labels, weight_labels, out_labels)):
+    if any(len(set(each)) < len(each) for each in labels):
         return None
+    x_labels, weight_labels, out_labels = labels
     x_sizes = dict(zip(x_labels, x.shape, strict=True))
     sizes = dict(zip(weight_labels, weight.shape, strict=True))
     narrow = [axis for axis, label in enumerate(x_labels) if x_sizes[label] == 1 and sizes.get(label, 1) != 1]
@@ -79,21 +74,19 @@ def _bound(forms: dict[str, tuple[Tensor, Outer | None]], *saved: Tensor) -> Bou
 def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
     if bound is None or bias is None:
         return bound
-    return Bound({**bound.operands, "bias": Operand(bias, added(bias, shape, scale))}, bound.saved)
+    return Bound({**bound.operands, "bias": Operand(bias, scaled(bias, shape, scale))}, bound.saved)
 
 
 def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | None, list[int]]:
-    """A product either factor of which may be the parameter, and the shape of its output.
-
-    Leading axes are numbered from the right.
-    """
+    """A product either factor of which may be the parameter, and the shape of its output."""
+    # Leading axes are numbered from the right.
     a = [str(axis) for axis in range(left.ndim - 2, 0, -1)] + (["n", "k"] if left.ndim > 1 else ["k"])
     b = [str(axis) for axis in range(right.ndim - 2, 0, -1)] + (["k", "m"] if right.ndim > 1 else ["k"])
     batch = max(a, b, key=len)
     out = [label for label in batch if label.isdecimal()] + [x for x in ("n", "m") if x in a or x in b]
     forms = {
-        "weight": (right, contraction(left, right, a, b, out, scale)),
-        "left": (left, contraction(right, left, b, a, out, scale)),
+        "weight": (right, contraction(left, right, a, b, out, scale=scale)),
+        "left": (left, contraction(right, left, b, a, out, scale=scale)),
     }
     sizes = dict(zip([*a, *b], [*left.shape, *right.shape], strict=True))
     return _bound(forms, left, right), [sizes[label] for label in out]

@@ -3,6 +3,7 @@
 # ruff: noqa: A002 - arguments are named as in torch
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def _affine(input: Tensor, weight: Weight, bias: Weight, normalized: Thunk, *, b
     for role, tensor, x in (("weight", weight, normalized), ("bias", bias, None)):
         if tensor is not None:
             operand = per_channel(tensor, input.ndim) if by_channel else tensor
-            operands[role] = Operand(tensor, scaled(operand, x, input.shape))
+            operands[role] = Operand(tensor, scaled(operand, input.shape, x=x))
     return Bound(operands, (input,))
 
 
@@ -29,20 +30,19 @@ def layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, bias: Weight = None, eps: float = 1e-5
 ) -> Bound:
     """Normalised over the last axes; weight and bias have these axes."""
-    x = input.detach()
-    return _affine(input, weight, bias, lambda: F.layer_norm(x, normalized_shape, eps=eps), by_channel=False)
+    normalized = partial(F.layer_norm, input.detach(), normalized_shape, eps=eps)
+    return _affine(input, weight, bias, normalized, by_channel=False)
 
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, eps: float | None = None) -> Bound:
     """Divided by the root mean square over the last axes."""
-    x = input.detach()
-    return _affine(input, weight, None, lambda: F.rms_norm(x, normalized_shape, eps=eps), by_channel=False)
+    normalized = partial(F.rms_norm, input.detach(), normalized_shape, eps=eps)
+    return _affine(input, weight, None, normalized, by_channel=False)
 
 
 def group_norm(input: Tensor, num_groups: int, weight: Weight = None, bias: Weight = None, eps: float = 1e-5) -> Bound:
     """Normalised over groups of channels of a sample."""
-    x = input.detach()
-    return _affine(input, weight, bias, lambda: F.group_norm(x, num_groups, eps=eps))
+    return _affine(input, weight, bias, partial(F.group_norm, input.detach(), num_groups, eps=eps))
 
 
 def batch_norm(
@@ -58,8 +58,7 @@ def batch_norm(
     """Normalised by running statistics; with those of the batch there is no kernel of single samples."""
     if training:
         return None
-    x = input.detach()
-    return _affine(input, weight, bias, lambda: F.batch_norm(x, running_mean, running_var, eps=eps))
+    return _affine(input, weight, bias, partial(F.batch_norm, input.detach(), running_mean, running_var, eps=eps))
 
 
 def instance_norm(
@@ -75,8 +74,9 @@ def instance_norm(
     """Normalised over each channel of a sample, or by running statistics."""
     if use_input_stats and running_mean is not None:
         return None  # computing it again would update the statistics
-    x, options = input.detach(), {"use_input_stats": use_input_stats, "eps": eps}
-    return _affine(input, weight, bias, lambda: F.instance_norm(x, running_mean, running_var, **options))
+    x = input.detach()
+    normalized = partial(F.instance_norm, x, running_mean, running_var, use_input_stats=use_input_stats, eps=eps)
+    return _affine(input, weight, bias, normalized)
 
 
 RULES: dict[Callable[..., Any], Rule] = {
