@@ -130,7 +130,7 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
     """
     from ntkpipe.app import workflow as workflows
     from ntkpipe.build.estimate import estimate_cluster
-    from ntkpipe.jacobian import report
+    from ntkpipe.jacobian import parameter_report as reports
 
     loaded = workflows.load(workflow, overrides)
     planned, found = workflows.plan(loaded, grow=grow)
@@ -143,10 +143,10 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
         print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
         if estimate is not None:
             print_rows("estimate for the described cluster", estimate.rows())
-        table = report.list_reports(found) if by_parameter else report.summarize_reports(found)
+        table = reports.list_reports(found) if by_parameter else reports.summarize_reports(found)
         print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
-        print_rows("kept as", report.explain_reports(found))
-        reasons = report.fallback_reasons(found)
+        print_rows("kept as", reports.explain_reports(found))
+        reasons = reports.fallback_reasons(found)
         if reasons:
             print_rows("in the fallback", reasons)
     # Whoever describes a cluster asks about that one.

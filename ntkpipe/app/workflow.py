@@ -25,7 +25,7 @@ from ntkpipe.build.upkeep import verify_repair
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.jacobian.report import ParameterReport
+from ntkpipe.jacobian.parameter_report import ParameterReport
 from ntkpipe.report.report import report_of_store, require_libraries
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.steps import SOLVERS

@@ -32,7 +32,7 @@ from ntkpipe.build.workers import cluster_executor, device_here, inspect_crew
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
-from ntkpipe.jacobian.report import ParameterReport, report_of
+from ntkpipe.jacobian.parameter_report import ParameterReport, report_of
 from ntkpipe.jacobian.self_check import self_check
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord, Manifest
@@ -229,8 +229,8 @@ def plan_kernel(
     -------
     The plan, and how the Jacobian of every selected parameter is found and held and what that costs; for those of the
     fallback why. A parameter and its bias, or all that is computed together, share one report
-    (:class:`ntkpipe.jacobian.report.ParameterReport`). The self-check of a run may move further parameters to the
-    fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
+    (:class:`ntkpipe.jacobian.parameter_report.ParameterReport`). The self-check of a run may move further parameters to
+    the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
 
     Raises
     ------

@@ -1,6 +1,7 @@
-"""Per-sample Jacobians of a model, kept factored, and their contraction.
+"""Per-sample Jacobians of a model, in factored form, and their contraction.
 
-``rules`` says which torch functions have a factored Jacobian, ``trace`` finds where a model uses its parameters,
-``fallback`` is plain ``torch.func`` for everything else, ``factors`` holds and contracts what they find, ``block`` puts
-them together for a run of samples, and ``check`` compares the result with an independent reference.
+``model`` holds the network as a function and its samples. ``tracing`` finds where it uses its parameters, and the rules
+there say how each use is differentiated; ``fallback`` is plain ``torch.func`` for everything else. ``representations``
+holds Jacobians and contracts them. ``engine`` puts these together for a run of samples, ``probe`` sets an engine up,
+and ``self_check`` compares it with an independent reference.
 """

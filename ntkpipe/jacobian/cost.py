@@ -1,4 +1,4 @@
-"""What Jacobians and their contraction cost: all that a plan knows of a model."""
+"""Costs of Jacobians and their contraction, which is all that a plan knows of a model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +12,18 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """What Jacobians and their contraction cost; the planner's only view of a model."""
+    """Bytes and operations of Jacobians and their contraction."""
 
-    block_bytes: int  # bytes held a sample
-    # workspace_bytes, fixed_workspace_bytes: bytes that computing one more sample of a batch allocates, at most, and
-    # those that any batch does
-    workspace_bytes: int
-    fixed_workspace_bytes: int
-    largest_bytes: int  # bytes of the largest tensor among those, a sample
-    jacobian_flops: float  # operations a sample, forward and backward
-    pair_flops: float  # operations to contract one pair of samples, all pairs of covectors that are wanted
+    block_bytes: int  # bytes held for each sample
+    workspace_bytes: int  # bytes that computing one more sample of a batch allocates, at most
+    fixed_workspace_bytes: int  # bytes that computing a batch allocates, whatever its size
+    largest_bytes: int  # bytes of the largest tensor among those, for each sample
+    jacobian_flops: float  # operations for each sample, forward and backward
+    pair_flops: float  # operations to contract one pair of samples, for all pairs of covectors that are wanted
 
 
 class Meter(TorchDispatchMode):
-    """Adds up operations, and the bytes of every new tensor: an upper bound on the peak, as nothing is taken off.
+    """Counter of operations and of the bytes of all new tensors, an upper bound on the peak.
 
     Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
     """
@@ -49,9 +47,10 @@ class Meter(TorchDispatchMode):
 
 
 def _address(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)  # of the storage itself: functorch's have no data
+    return int(value.untyped_storage()._cdata)  # of the storage, since functorch's have no data
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    leaves = (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-    return (leaf for leaf in leaves if leaf.layout == torch.strided)  # sparse ones have no storage of their own
+    leaves = torch.utils._pytree.tree_leaves(value)
+    # Sparse tensors have no storage of their own.
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided)

@@ -11,7 +11,7 @@ JacobianFunction = Callable[[FunctionalModel, tuple[str, ...], Batch, Tensor], T
 
 
 def batch_size(batch: Batch) -> int:
-    """Samples of a batch."""
+    """Number of samples of a batch."""
     first = next(iter(batch.values())) if isinstance(batch, dict) else batch
     return first.shape[0]
 
@@ -23,7 +23,7 @@ def take(batch: Batch, samples: Sequence[int]) -> Batch:
 
 
 def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
-    """Jacobians by ``vmap`` over samples of ``vjp``."""
+    """Jacobians (S, B, P) by ``vmap`` over samples of ``vjp``."""
     parameters = {name: value.detach() for name, value in model.parameters().items() if name in names}
 
     def one_sample(sample: Batch) -> Tensor:
@@ -38,16 +38,14 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
             (grads,) = pull_back(covector)
             return torch.cat([grads[name].reshape(-1) for name in names])
 
-        if len(covectors) == 1:
-            return one_covector(covectors[0])[None]
-        return torch.func.vmap(one_covector)(covectors)
+        return one_covector(covectors[0])[None] if len(covectors) == 1 else torch.func.vmap(one_covector)(covectors)
 
     # Not out_dims=1: vmap cannot expand there what does not depend on the sample, as the Jacobian of a last bias.
     return torch.func.vmap(one_sample)(batch).transpose(0, 1)
 
 
 def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
-    """Jacobians one sample at a time by plain autograd; as :func:`by_vmap`, slower, for models that vmap cannot run.
+    """As :func:`by_vmap`, one sample at a time by plain autograd: slower, for models that vmap cannot run.
 
     Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
     is wrong for a batch of one where input and gradient differ in memory layout.
@@ -58,16 +56,13 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
         outputs = model(take(batch, (sample, sample)))[0]
         rows = []
         for number, covector in enumerate(covectors):
-            if not outputs.requires_grad:
-                grads: Sequence[Tensor | None] = [None] * len(parameters)
-            else:
+            grads: Sequence[Tensor | None] = [None] * len(parameters)
+            if outputs.requires_grad:
                 keep = number + 1 < len(covectors)
                 grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, allow_unused=True)
-            flat = [
-                (torch.zeros_like(parameter) if grad is None else grad.to_dense()).reshape(-1)
-                for parameter, grad in zip(parameters, grads, strict=True)
-            ]
-            rows.append(torch.cat(flat))
+            pairs = zip(parameters, grads, strict=True)
+            dense = [torch.zeros_like(value) if grad is None else grad.to_dense() for value, grad in pairs]
+            rows.append(torch.cat([each.reshape(-1) for each in dense]))
         samples.append(torch.stack(rows))
     return torch.stack(samples, dim=1)
 

@@ -1,4 +1,4 @@
-"""From a model and a few of its samples to an engine: outputs are checked, uses traced, the fallback's way chosen."""
+"""From a model and a few samples to an engine: check outputs, trace uses, choose the fallback's method."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,18 +16,16 @@ from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 
-# Batches of unlike sizes and orders: a layout of rows that holds on all of them is no accident of one.
+# Batches of different sizes and orders, so that a layout of rows that fits one of them by accident does not fit both.
 _PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
-# Jacobians by vmap and by the loop agree to rounding, or vmap is wrong.
-_VMAP_TOLERANCE = 0.1
+_VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 # Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
 _MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
-# Inputs of a 1 x 1 convolution that may be channels last.
-_MANY_CHANNELS = 16
+_MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
 def probe_samples(num_samples: int) -> list[int]:
-    """Samples that are looked at before a run: five, spread over the data; repeated where there are fewer."""
+    """Samples that are examined before a run: five, spread over the data, repeated where there are fewer."""
     return [int(i) for i in np.linspace(0, num_samples - 1, 5)]
 
 
@@ -36,8 +34,7 @@ def check_outputs(model: FunctionalModel, load: Load, num_samples: int) -> int:
     chosen = probe_samples(num_samples)
     batch = load(chosen)
     with torch.no_grad():
-        outputs = _run(model, batch)
-        again = _run(model, batch)
+        outputs, again = _run(model, batch), _run(model, batch)
         # Each sample once more, between other neighbours and in a batch of another size.
         partners = [_run(model, take(batch, (i, (i + 2) % 5, (i + 3) % 5)))[0] for i in range(5)]
     bad = [chosen[i] for i in range(5) if not bool(torch.isfinite(outputs[i]).all())]
@@ -74,48 +71,36 @@ def _run(model: FunctionalModel, batch: Batch) -> Tensor:
 
 
 def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> FunctionalModel:
-    """The model with its convolutions channels last, where they are faster so and the model runs so.
-
-    Models that take views of what a convolution returns may need the usual layout.
-    """
+    """The model with its convolutions channels last, where that is faster and the model runs that way."""
     convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
+    if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
+        return model
     weights = [parameter for parameter in model.module.parameters() if parameter.ndim in {4, 5}]
     # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2,
-    # writes beyond its memory; a function's stride is not known here, nor what other instruction sets do.
+    # writes beyond its memory; strides of functional calls are not known here, nor what other instruction sets do.
     if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
-        return model
-    if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
         return model
     batch, changed = load(probe_samples(num_samples)), model.channels_last()
     with torch.no_grad():
         outputs = model(batch)
         try:
             again = changed(batch)
-        except RuntimeError:
+        except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
             return model
     scale = float(outputs.abs().max()) or 1.0
     return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.arithmetic] * scale else model
 
 
-def make_engine(
-    model: FunctionalModel,
-    load: Load,
-    num_samples: int,
-    setup: Setup,
-    *,
-    structured: bool,
-) -> Engine:
-    """Trace the model and choose how the fallback's parameters are done."""
+def make_engine(model: FunctionalModel, load: Load, num_samples: int, setup: Setup, *, structured: bool) -> Engine:
+    """Trace the model and choose the fallback's method."""
     batch = load(probe_samples(num_samples))
     _check_gradients(model, batch)
-    tracing = _trace(model, batch) if structured else None
-    if tracing is None:
-        tracing = nothing_traced(model.names, "structure was switched off")
+    tracing = _trace(model, batch) if structured else nothing_traced(model.names, "structure was switched off")
     return choose_method(Engine(model, tracing, "vmap", setup), batch)
 
 
 def choose_method(engine: Engine, batch: Batch) -> Engine:
-    """The engine with a method for the fallback's parameters that works: vmap, or else the loop."""
+    """The engine with a method that works for the fallback's parameters: vmap, or else the loop."""
     if not engine.fallback or engine.method == "loop":
         return engine
     problem = _problem_of_vmap(engine, batch)
@@ -155,7 +140,7 @@ def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
         grads = torch.autograd.grad(outputs.sum(), selected, allow_unused=True) if outputs.requires_grad else ()
     except RuntimeError as error:
         raise ModelError(f"autograd cannot differentiate this model: {error}") from error
-    # Leaves that a forward pass makes itself, as energy models do to differentiate by their input, are new each time.
+    # Leaves that a forward pass creates itself, as energy models do to differentiate by their input, are new each time.
     known = {id(value) for value in (*model.module.parameters(), *model.module.buffers())}
     persistent = {id(leaf) for leaf in leaves(again)} - known
     foreign = {id(leaf): leaf for leaf in leaves(outputs) if id(leaf) in persistent}
@@ -180,7 +165,7 @@ def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
         return trace(model, probes, [len(order) for order in _PROBES])
     except (NtkpipeError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func does the model exactly
-        # Models that differentiate inside themselves may refuse to be traced; plain torch.func still does them.
+    except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
+        # Models that differentiate inside themselves may refuse to be traced.
         reason = f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
         return nothing_traced(model.names, reason)

@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a whole data set, J'v and J u, without the Jacobian: by plain ``torch.func``."""
+"""Products J'v and J u with the Jacobian of a whole data set, by plain ``torch.func``, without the Jacobian."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from ntkpipe.jacobian.model.samples import Source
 class JacobianProducts:
     """Products with J and J' over a set of samples, a batch at a time; memory is one batch and two parameter vectors.
 
-    They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink does
-    so here, too; sums over batches are float64.
+    They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink there
+    does so here, too; sums over batches are float64.
     """
 
-    model: FunctionalModel  # selected parameters require a gradient
+    model: FunctionalModel
     covectors: Tensor  # shape (S, O)
-    tile: int  # tile, strip, subtile, batch: samples, as in the manifest of the run
+    tile: int  # this and the next three: numbers of samples, as in the manifest of the run
     strip: int
     subtile: int
     batch: int
     is_mapping: bool  # whether a sample is a dict
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
-        """``J' v`` as one float64 tensor a parameter; v has shape (n*S,)."""
+        """``J' v`` as one float64 tensor for each parameter; v has shape (n*S,)."""
         parameters = self.model.parameters()
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
@@ -53,25 +53,26 @@ class JacobianProducts:
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
         for span, batch in self.batches(source):
-            slopes = self._slopes(parameters, tangents, batch).double() * norm
-            parts.append((slopes @ self.covectors.double().T)[: len(span)].reshape(-1).cpu())
+            derivatives = self._derivatives(parameters, tangents, batch).double() * norm
+            parts.append((derivatives @ self.covectors.double().T)[: len(span)].reshape(-1).cpu())
             step()
         return torch.cat(parts).numpy()
 
-    def _slopes(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+    def _derivatives(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Derivatives of a batch's outputs along the tangents, shape (B, O)."""
         if not self.model.is_replaceable(batch):
-            return self._slopes_by_reverse(tangents, batch)
+            return self._derivatives_by_reverse(tangents, batch)
         try:
-            products = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
+            found = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
         except NtkpipeError:
             raise
-        except (RuntimeError, NotImplementedError):
-            # Operations without forward-mode derivatives: J u is the derivative of (J'w)u by w.
-            return self._slopes_by_reverse(tangents, batch)
-        slopes: Tensor = products[1]
-        return slopes
+        except RuntimeError:  # operations without forward-mode derivatives
+            return self._derivatives_by_reverse(tangents, batch)
+        derivatives: Tensor = found[1]
+        return derivatives
 
-    def _slopes_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+    def _derivatives_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The same by reverse mode twice: J u is the derivative of (J'w)u by w."""
         live = self.model.parameters()
         outputs = self.model(batch)
         weights = torch.zeros_like(outputs, requires_grad=True)
@@ -79,22 +80,22 @@ class JacobianProducts:
             grads = torch.autograd.grad(outputs, list(live.values()), weights, create_graph=True, allow_unused=True)
             pairs = zip(live, grads, strict=True)
             dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
-            (slopes,) = torch.autograd.grad(dot, weights)
+            (derivatives,) = torch.autograd.grad(dot, weights)
         except RuntimeError as error:
             raise ModelError(
                 f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
             ) from error
-        return slopes
+        return derivatives
 
     def spans(self, num_samples: int) -> list[Span]:
-        """The batches of one pass: those of the run, which begin anew at each tile, strip and piece."""
+        """The batches of one pass, as in the run, where they begin anew at each tile, strip and subtile."""
         spans = [Span(0, num_samples)]
         for size in (self.tile, self.strip, self.subtile):
             spans = [part for span in spans for part in span.cut(size)]
         return [part for span in spans for part in span.batches(self.batch)]
 
     def batches(self, source: Source) -> Iterator[tuple[Span, Batch]]:
-        """Samples and their batch, on the device; a single sample is there twice."""
+        """Samples and their batch, on the device; a single sample is in it twice."""
         for span in self.spans(source.num_samples):
             arrays = {name: torch.tensor(values) for name, values in source.read(span.start, span.stop).items()}
             if len(span) == 1:  # as the engine does: never a batch of one

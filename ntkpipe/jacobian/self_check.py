@@ -1,6 +1,6 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -21,16 +21,16 @@ from ntkpipe.jacobian.tracing.uses import pull_back
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
 _MAX_BATCH = 64
-_SHARE_OF_MEMORY = 0.5
-# What the Jacobians of the chosen samples may take; a random covector alone sees every output, too.
-_JACOBIAN_BYTES = 256 * 2**20
+# Memory for the Jacobians of the chosen samples; even a single random covector covers every output.
+_SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
 # |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
 # dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
 _TOLERANCE, _EPSILON = 1e-5, 1e-10
 # What rounding in the compute dtype may cost the whole kernel before the run is refused.
 _COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
+_TINY = torch.finfo(torch.float64).tiny
 
-Jacobians = dict[str, Tensor]
+Jacobians = dict[str, Tensor]  # (covectors, samples, P) per parameter
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ class CheckReport:
     num_covectors: int  # random covectors a sample
     dtype: str  # dtype of the comparison; float64 unless the model cannot run in it
     reference: str  # `torch.func`, or plain autograd with the reason why `torch.func` could not run the model
-    # worst_parameter, worst_error: the largest error of any parameter's kernel, on the scale sqrt(K_p,ii K_p,jj)
-    worst_parameter: str
-    worst_error: float
+    worst_parameter: str  # parameter whose kernel has the largest error
+    worst_error: float  # that error, on the scale sqrt(K_p,ii K_p,jj)
     compute_error: float  # error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj)
     moved: dict[str, str]  # parameters that failed and went to the fallback, with the size of their error
-    reference_wrong: tuple[str, ...]  # parameters where finite differences side with the engine against the reference
+    reference_wrong: tuple[str, ...]  # parameters where finite differences agree with the engine, not the reference
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -56,33 +55,34 @@ class CheckReport:
 def self_check(
     engine: Engine, load: Load, num_samples: int, *, batch: int, memory_bytes: int
 ) -> tuple[Engine, CheckReport]:
-    """Compare the engine with a reference that shares none of its code."""
-    checked = _Check(engine, load, num_samples, batch, memory_bytes)
-    engine, moved, sided, found = checked.settle(engine)
-    worst, error = checked.worst(found, sided)
-    compute_error = checked.compute_error(engine)
+    """Compare the engine with a reference that shares none of its code; what fails is moved to the fallback."""
+    check = _Check(engine, load, num_samples, batch, memory_bytes)
+    engine, moved, found = check.settle(engine)
+    errors = {name: error for name, (_, error) in check.errors(found).items() if name not in check.reference_wrong}
+    worst = max(errors, key=lambda name: errors[name], default="")
+    compute_error = check.compute_error(engine)
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
     if compute_error > limit:
         raise SelfCheckError(
-            f"in {engine.model.arithmetic} the kernel of samples {checked.chosen} is off by {compute_error:.1e} of "
+            f"in {engine.model.arithmetic} the kernel of samples {check.chosen} is off by {compute_error:.1e} of "
             f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
         )
     report = CheckReport(
-        samples=tuple(checked.chosen),
-        num_covectors=len(checked.covectors),
-        dtype=str(checked.model.dtype).removeprefix("torch."),
-        reference=checked.reference_name,
+        samples=tuple(check.chosen),
+        num_covectors=len(check.covectors),
+        dtype=str(check.model.dtype).removeprefix("torch."),
+        reference=check.reference_name,
         worst_parameter=worst,
-        worst_error=error,
+        worst_error=errors.get(worst, 0.0),
         compute_error=compute_error,
         moved=moved,
-        reference_wrong=tuple(sorted(sided)),
+        reference_wrong=tuple(sorted(check.reference_wrong)),
     )
     return engine, report
 
 
 class _Check:
-    """Three samples, their reference Jacobians in float64, and the means to judge an engine by them."""
+    """Three samples and their reference Jacobians in float64, by which an engine is judged."""
 
     def __init__(self, engine: Engine, load: Load, num_samples: int, batch: int, memory_bytes: int) -> None:
         generator = np.random.default_rng(0)
@@ -100,42 +100,38 @@ class _Check:
         covectors = self.covectors.to(self.model.device)
         self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
         self.scale = _scale(_total(self.reference))
+        self.reference_wrong: set[str] = set()
 
-    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], set[str], Jacobians]:
-        """Move what fails to the fallback, then to the loop; whom finite differences side with is right."""
+    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], Jacobians]:
+        """Move what fails to the fallback, then to the loop, unless finite differences show the reference wrong."""
         moved: dict[str, str] = {}
-        sided: set[str] = set()
         while True:
             found = self._jacobians(engine)
-            failed = {name: error for name, error in self._errors(found).items() if error[0] > 1 and name not in sided}
+            failed = {
+                name: f"self-check: off by {relative:.1e}"
+                for name, (ratio, relative) in self.errors(found).items()
+                if ratio > 1 and name not in self.reference_wrong
+            }
             by_engine = {name for name in failed if self._engine_is_right(name, found[name])}
-            sided |= by_engine
             if by_engine:  # the reference is wrong there, so the engine's own Jacobian takes its place
+                self.reference_wrong |= by_engine
                 self.reference |= {name: found[name] for name in by_engine}
                 self.scale = _scale(_total(self.reference))
-            failed = {name: error for name, error in failed.items() if name not in by_engine}
+            failed = {name: reason for name, reason in failed.items() if name not in by_engine}
             if not failed:
-                return engine, moved, sided, found
-            reasons = {name: f"self-check: off by {relative:.1e}" for name, (_, relative) in failed.items()}
-            if all(name in engine.fallback for name in failed):
-                if engine.method == "loop":
-                    raise SelfCheckError(
-                        "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
-                        + ", ".join(f"{name} ({why})" for name, why in reasons.items())
-                        + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
-                    )
+                return engine, moved, found
+            newly = {name: reason for name, reason in failed.items() if name not in engine.fallback}
+            if newly:
+                moved |= newly
+                engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
+            elif engine.method == "loop":
+                raise SelfCheckError(
+                    "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
+                    + ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+                    + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
+                )
+            else:
                 engine = engine.changed(method="loop")
-                continue
-            newly = {name: why for name, why in reasons.items() if name not in engine.fallback}
-            moved |= newly
-            engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
-
-    def worst(self, found: Jacobians, ignored: set[str]) -> tuple[str, float]:
-        """The parameter with the largest error, and that error."""
-        errors = self._errors(found)
-        judged = {name: relative for name, (ratio, relative) in errors.items() if name not in ignored}
-        name = max(judged, key=lambda key: judged[key], default="")
-        return name, judged.get(name, 0.0)
 
     def compute_error(self, engine: Engine) -> float:
         """Error of the whole kernel in the compute dtype, against the reference."""
@@ -143,12 +139,13 @@ class _Check:
         piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
         found = contract(piece, piece, Workspace())
         gap = (found.double() - _total(self.reference)).abs()
-        return float((gap / self.scale.clamp_min(torch.finfo(torch.float64).tiny)).max())
+        return float((gap / self.scale.clamp_min(_TINY)).max())
 
     def _jacobians(self, engine: Engine) -> Jacobians:
         double = engine.with_covectors(self.covectors, "all").changed(model=self.model)
+        batch = _cast(self.model, self._load, self._picked)
         try:
-            found = _per_parameter(double, self._load, self._picked, self.places)
+            found = dict(parameter_jacobians(double, batch, self.places))
         except NtkpipeError:
             raise
         except Exception:
@@ -156,23 +153,21 @@ class _Check:
                 raise
             # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
             # still judged, with everything else, by compute_error.
-            found = _per_parameter(double.changed(method="loop"), self._load, self._picked, self.places)
+            found = dict(parameter_jacobians(double.changed(method="loop"), batch, self.places))
         return {name: found[name].double() for name in self.reference}
 
-    def _errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
-        """Per parameter, the error over what is allowed, and on the scale sqrt(K_p,ii K_p,jj)."""
+    def errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
+        """Per parameter, the error relative to what is allowed, and on the scale sqrt(K_p,ii K_p,jj)."""
         loosened = 1.0 if self.model.dtype == torch.float64 else 1e3
         errors = {}
         for name, exact in self.reference.items():
             wanted = _gram(exact)
-            gap = (_gram(found[name]) - wanted).abs()
-            own = _scale(wanted)
-            allowed = loosened * (_TOLERANCE * own + _EPSILON * self.scale)
-            tiny = torch.finfo(torch.float64).tiny
-            ratio = float((gap / allowed.clamp_min(tiny)).max())
+            gap, own = (_gram(found[name]) - wanted).abs(), _scale(wanted)
+            ratio = gap / (loosened * (_TOLERANCE * own + _EPSILON * self.scale)).clamp_min(_TINY)
             # Beside entries that are zero but for rounding, only the second term of the bound has a meaning.
-            counted = gap[own > _EPSILON * self.scale] / own[own > _EPSILON * self.scale].clamp_min(tiny)
-            errors[name] = (ratio, float(counted.max()) if counted.numel() else 0.0)
+            counted = own > _EPSILON * self.scale
+            relative = gap[counted] / own[counted].clamp_min(_TINY)
+            errors[name] = (float(ratio.max()), float(relative.max()) if relative.numel() else 0.0)
         return errors
 
     def _engine_is_right(self, name: str, found: Tensor) -> bool:
@@ -183,12 +178,12 @@ class _Check:
         direction /= direction.norm()
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
         pairs = [_cast(self.model, self._load, [sample, sample]) for sample in self.chosen]
-        kept, ends = parameter.detach().clone(), []
+        original, ends = parameter.detach().clone(), []
         with torch.no_grad():
             for sign in (1.0, -1.0):
-                parameter.copy_(kept + sign * step * direction)
+                parameter.copy_(original + sign * step * direction)
                 ends.append(torch.stack([self.model(pair)[0] for pair in pairs]))
-            parameter.copy_(kept)
+            parameter.copy_(original)
         slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
         flat = direction.reshape(-1).double()
         gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]
@@ -208,15 +203,18 @@ def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> Funct
     return double
 
 
-def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Any:
+def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
+    """Samples in the model's dtype."""
+
+    def cast(values: Tensor) -> Tensor:
+        return values.to(model.dtype) if values.is_floating_point() else values
+
     batch = load(samples)
-    if isinstance(batch, dict):
-        return {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in batch.items()}
-    return batch.to(model.dtype) if batch.is_floating_point() else batch
+    return {name: cast(values) for name, values in batch.items()} if isinstance(batch, dict) else cast(batch)
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
-    """Jacobians (covectors, samples, P) per parameter, one sample at a time, and what found them.
+    """Jacobians, one sample at a time, and what computed them.
 
     By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
     """
@@ -229,40 +227,28 @@ def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
     widths = {name: parameter.numel() for name, parameter in model.parameters().items()}
     whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
-    parts = torch.split(whole, list(widths.values()), dim=2)
-    return dict(zip(widths, parts, strict=True)), f"plain autograd ({reason})"
+    return dict(zip(widths, whole.split(list(widths.values()), dim=2), strict=True)), f"plain autograd ({reason})"
 
 
 def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
+    def first_outputs(batch: Batch, values: Jacobians) -> Tensor:
+        return model.call_with(values, batch)[0]
+
     parameters = {name: value.detach() for name, value in model.parameters().items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for sample in samples:
-        batch = _cast(model, load, [sample])
-        function = partial(_first_outputs, model, batch)
-        outputs, pull_back = torch.func.vjp(function, parameters)[:2]
+        outputs, vjp = torch.func.vjp(partial(first_outputs, _cast(model, load, [sample])), parameters)[:2]
         for covector in covectors:
-            (grads,) = pull_back(covector.to(outputs.dtype))
+            (grads,) = vjp(covector.to(outputs.dtype))
             for name, grad in grads.items():
                 rows[name].append(grad.reshape(-1).double())
-    count = len(covectors)
-    return {name: torch.stack(grads).unflatten(0, (-1, count)).transpose(0, 1) for name, grads in rows.items()}
-
-
-def _first_outputs(model: FunctionalModel, batch: Batch, parameters: Jacobians) -> Tensor:
-    return model.call_with(parameters, batch)[0]
-
-
-def _per_parameter(engine: Engine, load: Load, picked: list[int], places: list[int]) -> Jacobians:
-    """The engine's Jacobians (covectors, samples, P) of the samples at ``places`` of the batch ``picked``."""
-    return dict(parameter_jacobians(engine, _cast(engine.model, load, picked), places))
+    shape = (len(samples), len(covectors))
+    return {name: torch.stack(grads).unflatten(0, shape).transpose(0, 1) for name, grads in rows.items()}
 
 
 def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """Jacobians (S, n, P) of every parameter, in the order of its elements, for the samples at ``places`` of a batch.
-
-    By the engine's tracing, rules and fallback, without its ways to hold and contract Jacobians.
-    """
-    parameters: Mapping[str, Tensor] = engine.model.parameters()
+    """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch, as the engine computes them."""
+    parameters = engine.model.parameters()
     shape = (len(engine.covectors), len(places))
     names = (*engine.tracing.covered, *engine.tracing.unused)
     found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
@@ -278,8 +264,7 @@ def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iter
     yield from found.items()
     if engine.fallback:
         widths = [parameters[name].numel() for name in engine.fallback]
-        parts = torch.split(engine.fallback_jacobian(take(batch, places)), widths, dim=2)
-        yield from zip(engine.fallback, parts, strict=True)
+        yield from zip(engine.fallback, engine.fallback_jacobian(take(batch, places)).split(widths, dim=2), strict=True)
 
 
 def _gram(jacobian: Tensor) -> Tensor:
@@ -293,5 +278,6 @@ def _total(jacobians: Jacobians) -> Tensor:
 
 
 def _scale(gram: Tensor) -> Tensor:
+    """sqrt(K_ii K_jj) for every entry."""
     diagonal = gram.diagonal().clamp_min(0).sqrt()
     return diagonal[:, None] * diagonal

@@ -1,4 +1,4 @@
-"""Settings of torch under which numbers are computed, whatever the user's are."""
+"""Settings of torch under which numbers are computed, independent of the user's."""
 
 import contextlib
 import threading
@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def exact_math(*, tf32: bool = False) -> Iterator[None]:
-    """Settings under which numbers are computed, whatever the user's are; restored afterwards.
+    """Compute under settings that do not depend on the user's, which are restored afterwards.
 
     float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, autocast is off in this
-    thread, and fused attention paths are off: their math path has the forward-mode derivatives and batching rules that
-    they lack. All but autocast is of the whole process; see :func:`exact_process`.
+    thread, and attention takes its math path, which has the forward-mode derivatives and batching rules that fused
+    paths lack. All but autocast holds for the whole process; see :func:`exact_process`.
     """
     with exact_process(tf32=tf32), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -24,45 +24,42 @@ def exact_math(*, tf32: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """The part of :func:`exact_math` that is of the whole process. It may be entered and left in any order by threads.
+    """The part of :func:`exact_math` that holds for the whole process; threads may enter and leave in any order.
 
-    What was set before the first one came is restored when the last one leaves. Of several the last that came, and is
-    there still, says what its arguments are about.
+    The settings found by the first thread are restored when the last one leaves. The arguments of the thread that came
+    last, among those that have not left, apply.
     """
-    mine = _Exact(tf32, default_dtype or torch.get_default_dtype())
-    with _EXACT_LOCK:
-        if not _EXACT:
-            _UNDO_EXACT.enter_context(_exact_settings())
-        _EXACT.append(mine)
+    mine = _Arguments(tf32, default_dtype or torch.get_default_dtype())
+    with _LOCK:
+        if not _INSIDE:
+            _UNDO.enter_context(_exact_settings())
+        _INSIDE.append(mine)
         mine.apply()
     try:
         yield
     finally:
-        with _EXACT_LOCK:
-            _EXACT.remove(mine)
-            if _EXACT:
-                _EXACT[-1].apply()
+        with _LOCK:
+            _INSIDE.remove(mine)
+            if _INSIDE:
+                _INSIDE[-1].apply()
             else:
-                _UNDO_EXACT.close()
+                _UNDO.close()
 
 
-@dataclass(frozen=True, eq=False)
-class _Exact:
-    """Somebody in :func:`exact_process`."""
-
+@dataclass(frozen=True, eq=False)  # compared by identity: each belongs to one thread
+class _Arguments:
     tf32: bool
     default_dtype: torch.dtype
 
     def apply(self) -> None:
-        """Set what it asks for."""
         torch.set_default_dtype(self.default_dtype)
         for setting in _gpu_precisions():
             setting.fp32_precision = "tf32" if self.tf32 else "ieee"
 
 
-_EXACT: list[_Exact] = []
-_EXACT_LOCK = threading.Lock()
-_UNDO_EXACT = contextlib.ExitStack()
+_INSIDE: list[_Arguments] = []
+_LOCK = threading.Lock()
+_UNDO = contextlib.ExitStack()
 
 
 def _gpu_precisions() -> list[Any]:
@@ -71,23 +68,29 @@ def _gpu_precisions() -> list[Any]:
 
 
 @contextlib.contextmanager
+def changed_settings(*settings: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of objects, given as (object, attribute, value), and restore them afterwards."""
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def _exact_settings() -> Iterator[None]:
     backends: Any = torch.backends
-    on_cpu = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    precisions = [*_gpu_precisions(), *on_cpu]
-    before = [setting.fp32_precision for setting in precisions]
-    cudnn = backends.cudnn.deterministic, backends.cudnn.benchmark
+    precisions = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn, *_gpu_precisions()]
+    settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
+    settings += [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
     fastpath, default_dtype = backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     try:
-        for setting in on_cpu:
-            setting.fp32_precision = "ieee"
-        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
         backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for setting, value in zip(precisions, before, strict=True):
-            setting.fp32_precision = value
-        backends.cudnn.deterministic, backends.cudnn.benchmark = cudnn
         backends.mha.set_fastpath_enabled(fastpath)
         torch.set_default_dtype(default_dtype)

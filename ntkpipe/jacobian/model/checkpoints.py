@@ -1,4 +1,4 @@
-"""State dicts from files: what a workflow's model is loaded from."""
+"""State dicts from files, from which a workflow's model is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,9 +33,9 @@ def _require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

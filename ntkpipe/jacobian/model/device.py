@@ -1,4 +1,4 @@
-"""What differs between devices: how work is cut, how memory that ran out is recognised, which sums are repeatable."""
+"""What differs between devices: how work is cut, how exhausted memory is recognised, which sums are repeatable."""
 
 import contextlib
 import gc
@@ -11,86 +11,64 @@ from torch import Tensor
 
 from ntkpipe.base.errors import NtkpipeError
 from ntkpipe.base.resources import peak_process_memory
+from ntkpipe.jacobian.model.arithmetic import changed_settings
 
 # How failed allocations without an exception of their own are reported: by torch's CPU allocator, CUDA, cuBLAS, cuDNN.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How work is cut on one type of device: blocks that stay in a CPU core's cache, few large ones on a GPU."""
+    """How work is cut on one type of device, by default a CPU, whose cores' caches hold a block."""
 
-    piece_rows: int  # rows of the pieces in which strips are contracted
-    piece_entry_bytes: int  # scratch for each pair of rows of a piece: sums, and on a GPU products as large as they are
-    # Scratch that does not depend on the work: Jacobians that are multiplied out late, gradients that wait
-    scratch_bytes: int
-    # batch_bytes, tensor_bytes: what the tensors of one forward and backward pass may take altogether, and the
-    # largest of them: larger batches gain nothing, and glibc returns tensors above 32 MiB to the system each time,
-    # which costs more than using them
-    batch_bytes: int
-    tensor_bytes: int
+    piece_rows: int = 2560  # rows of the pieces in which strips are contracted
+    piece_entry_bytes: int = 16  # scratch for each pair of rows of a piece: sums, on a GPU products of the same size
+    scratch_bytes: int = 112 * _MIB  # other scratch: Jacobians that are multiplied out late, waiting gradients
+    batch_bytes: int = 512 * _MIB  # all tensors of one forward and backward pass; larger batches gain nothing
+    # The largest of them: glibc returns tensors above 32 MiB to the system each time, which costs more than their use
+    tensor_bytes: int = 24 * _MIB
     # smallest_block, largest_block: edges of the blocks of products. Where a piece meets itself, small ones multiply
     # slowly, large ones waste half.
-    smallest_block: int
-    largest_block: int
-    # position_rows, position_bytes: rows (samples * positions) of products over several positions, and bytes of such
-    # a product
-    position_rows: int
-    position_bytes: int
-    late_bytes: int  # jacobians that are multiplied out late, at a time
-    gradient_bytes: int  # gradients of several covectors that wait to be multiplied with the inputs at once
-    unfolded_bytes: int  # unfolded inputs of a few samples
-    rate_size: int  # edge of the matrices by which the rate of products is measured
-    # Operations of a product in the time of one entry that is multiplied and added to another, usually
-    entry_flops: float
+    smallest_block: int = 64
+    largest_block: int = 512
+    position_rows: int = 128  # rows (samples * positions) of products over several positions
+    position_bytes: int = 2**62  # bytes of such a product; on a CPU rows alone decide
+    late_bytes: int = 24 * _MIB  # Jacobians that are multiplied out late, at a time
+    gradient_bytes: int = 64 * _MIB  # gradients of several covectors that wait to be multiplied with the inputs at once
+    unfolded_bytes: int = _MIB  # unfolded inputs of a few samples
+    rate_size: int = 1024  # edge of the matrices by which the rate of products is measured
+    entry_flops: float = 32.0  # operations of a product that usually take the time of one multiplied and added entry
 
 
-_MIB = 2**20
-SIZES = {
-    "cpu": Sizes(
-        piece_rows=2560,
-        piece_entry_bytes=16,
-        scratch_bytes=112 * _MIB,
-        batch_bytes=512 * _MIB,
-        tensor_bytes=24 * _MIB,
-        smallest_block=64,
-        largest_block=512,
-        position_rows=128,
-        position_bytes=2**62,  # rows alone decide
-        late_bytes=24 * _MIB,
-        gradient_bytes=64 * _MIB,
-        unfolded_bytes=_MIB,
-        rate_size=1024,
-        entry_flops=32.0,
-    ),
-    # Not measured: chosen so that a product or a pass takes a good part of a millisecond, and launching it nothing.
-    "cuda": Sizes(
-        piece_rows=8192,
-        piece_entry_bytes=32,
-        scratch_bytes=1280 * _MIB,
-        batch_bytes=4096 * _MIB,
-        tensor_bytes=1024 * _MIB,
-        smallest_block=1024,
-        largest_block=8192,
-        position_rows=8192,
-        position_bytes=256 * _MIB,
-        late_bytes=128 * _MIB,
-        gradient_bytes=256 * _MIB,
-        unfolded_bytes=64 * _MIB,
-        rate_size=4096,
-        entry_flops=256.0,
-    ),
-}
+# Not measured: chosen so that a product or a pass takes a good part of a millisecond, far more than its launch.
+_GPU = Sizes(
+    piece_rows=8192,
+    piece_entry_bytes=32,
+    scratch_bytes=1280 * _MIB,
+    batch_bytes=4096 * _MIB,
+    tensor_bytes=1024 * _MIB,
+    smallest_block=1024,
+    largest_block=8192,
+    position_rows=8192,
+    position_bytes=256 * _MIB,
+    late_bytes=128 * _MIB,
+    gradient_bytes=256 * _MIB,
+    unfolded_bytes=64 * _MIB,
+    rate_size=4096,
+    entry_flops=256.0,
+)
+SIZES = {"cpu": Sizes(), "cuda": _GPU}
 
 
 def sizes_of(device: torch.device | str) -> Sizes:
-    """The sizes of a device, by its type; those of a GPU for any that is no CPU."""
+    """The sizes of a device, by its type; those of a GPU for any that is not a CPU."""
     return SIZES["cpu" if torch.device(device).type == "cpu" else "cuda"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be allocated, on the host or a GPU."""
-    if isinstance(error, NtkpipeError):  # what we refuse to begin is not tried in halves
+    if isinstance(error, NtkpipeError):  # what is refused beforehand is not tried in halves
         return False
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -98,33 +76,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what a failed attempt left: call it outside of the handler, whose exception keeps tensors alive."""
+    """Free what a failed attempt left; call it outside the exception handler, whose exception keeps tensors alive."""
     gc.collect()  # frames of the attempt may be part of a cycle with the exception
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def count_gpus() -> int:
-    """GPUs that torch sees."""
+    """Number of GPUs that torch sees."""
     return torch.cuda.device_count()
 
 
 def describe_arithmetic(device: torch.device) -> str:
     """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    is_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
+    return f"{hardware}, torch {torch.__version__}"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that can still be used: what is free, and what torch keeps for itself unused."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    """Bytes of a GPU's memory that can still be used: what is free, and what torch has reserved unused."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserved
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Bytes that were in use at most: of a GPU's tensors since entering, on a CPU of the process since its start."""
+    """The most bytes in use: on a GPU by tensors since entering, on a CPU by the process since its start."""
     if device.type == "cpu":
         yield peak_process_memory
         return
@@ -132,22 +110,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     yield lambda: torch.cuda.max_memory_allocated(device)
 
 
-@contextlib.contextmanager
-def without_tf32(device: torch.device) -> Iterator[None]:
-    """Products of float32 are float32, also in a run whose model may use TF32.
-
-    The setting is the whole process's: on a GPU one thread computes.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    products: Any = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+def without_tf32(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Compute products of float32 in float32, also in a run whose model may use TF32; for the whole process."""
+    on_gpu: Any = torch.backends.cuda.matmul
+    return contextlib.nullcontext() if device.type == "cpu" else changed_settings((on_gpu, "fp32_precision", "ieee"))
 
 
 def add_rows(target: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:

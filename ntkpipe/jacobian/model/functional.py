@@ -1,10 +1,10 @@
-"""The model as a function: what is differentiated, in which dtype, and how it is recognised again."""
+"""The model as a function of its parameters and a batch, in the dtype and on the device of a run; its fingerprint."""
 
 import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +18,7 @@ from ntkpipe.store.manifest import ModelRecord
 Batch = Tensor | dict[str, Tensor]
 Forward = str | Callable[..., Any] | None
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a weight
 # The dtype of parameters and activations by ``compute_dtype``; TF32 is a way to multiply float32.
 DTYPES: dict[ComputeDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -29,7 +29,7 @@ DTYPES: dict[ComputeDtype, torch.dtype] = {
 
 
 class _Hooked(nn.Module):
-    """A model and the hook that picks its output as one module, so that ``functional_call`` reaches both."""
+    """A model and the hook that picks its output, as one module, so that ``functional_call`` reaches both."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         super().__init__()
@@ -43,28 +43,24 @@ class _Hooked(nn.Module):
         return self.pick(self.model, own)
 
 
-def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call ``model`` on a batch: a dict of tensors becomes keyword arguments."""
+def _call_model(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def _pick_attribute(forward: str, value: Any) -> Any:
+    for name in forward.lstrip(".").split("."):
+        if not hasattr(value, name):
+            raise ModelError(f"forward={forward!r}: the model returned {type(value).__name__}, without {name!r}")
+        value = getattr(value, name)
+    return value
 
 
 def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
     """Turn the ``forward`` argument into a function of (model, batch)."""
     if forward is None:
-        return call_model
+        return _call_model
     if isinstance(forward, str):
-        path = forward.lstrip(".").split(".")
-
-        def pick_attribute(model: nn.Module, batch: Batch) -> Any:
-            value = call_model(model, batch)
-            for name in path:
-                if not hasattr(value, name):
-                    found = type(value).__name__
-                    raise ModelError(f"forward={forward!r}: the model returned {found}, without {name!r}")
-                value = getattr(value, name)
-            return value
-
-        return pick_attribute
+        return lambda model, batch: _pick_attribute(forward, _call_model(model, batch))
     if not callable(forward):
         raise ConfigError(
             f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
@@ -72,7 +68,7 @@ def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
         )
     if _num_required_arguments(forward) >= 2:
         return forward
-    return lambda model, batch: forward(call_model(model, batch))
+    return lambda model, batch: forward(_call_model(model, batch))
 
 
 def _num_required_arguments(function: Callable[..., Any]) -> int:
@@ -93,14 +89,13 @@ class FunctionalModel:
 
     module: nn.Module  # maps a batch to outputs; its parameters are called `model.<name>`
     names: tuple[str, ...]  # the selected parameters, as the user's model names them
-    dtype: torch.dtype  # dtype, device: of parameters and floating-point inputs
+    dtype: torch.dtype  # of parameters and floating-point inputs
     device: torch.device
-    # Whether float32 products of a GPU may be TF32; :func:`ntkpipe.jacobian.model.arithmetic.exact_math` lets them
-    tf32: bool = False
+    tf32: bool = False  # whether float32 products of a GPU may be TF32, as ``exact_math`` then allows
 
     @property
     def arithmetic(self) -> ComputeDtype:
-        """The ``compute_dtype``, which tolerances go by."""
+        """The ``compute_dtype``, on which tolerances depend."""
         return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -109,7 +104,7 @@ class FunctionalModel:
         return {name: every[f"model.{name}"] for name in self.names}
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Outputs (batch, O) of a batch."""
+        """Outputs (B, O) of a batch."""
         return self.check_outputs(self.module(batch), batch)
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -164,39 +159,35 @@ class FunctionalModel:
 
     def copy(self) -> "FunctionalModel":
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
-        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
-        module = _deepcopy(self.module, shared)
-        _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, self.dtype, self.device, self.tf32)
+        shared = {id(parameter): parameter for parameter in self.module.parameters()}
+        return self._with_module(_deepcopy(self.module, shared))
 
     def moved(self, device: torch.device) -> "FunctionalModel":
         """A copy on another device."""
-        module = _converted(_deepcopy(self.module, {}), self.dtype, device)
+        module = _converted(_deepcopy(self.module), self.dtype, device)
         if device.type == "cuda":
             without_cudnn_rnns(module)
-        _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, self.dtype, device, self.tf32)
+        return self._with_module(module, device=device)
 
     def channels_last(self) -> "FunctionalModel":
-        """A copy with the weights of its convolutions, and so what they compute, channels last in memory.
-
-        On a CPU, oneDNN's convolutions run 10 to 40 % faster so.
-        """
-        module = _deepcopy(self.module, {})
+        """A copy with convolutions channels last in memory; oneDNN's are 10 to 40 % faster in this layout."""
+        module = _deepcopy(self.module)
         for parameter in module.parameters():
             if parameter.ndim in _CHANNELS_LAST:
                 parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
-        _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, self.dtype, self.device, self.tf32)
+        return self._with_module(module)
 
     def converted(self, dtype: torch.dtype) -> "FunctionalModel":
         """A copy in another dtype, which shares nothing."""
-        module = _converted(_deepcopy(self.module, {}), dtype, self.device)
+        return self._with_module(_converted(_deepcopy(self.module), dtype, self.device), dtype=dtype, tf32=False)
+
+    def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
         _require_gradients(module, self.names)
-        return FunctionalModel(module, self.names, dtype, self.device)
+        return replace(self, module=module, **changes)
 
 
-def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    memo = dict(shared or {})
     # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
     # recomputed by the next forward pass.
     for child in module.modules():
@@ -212,11 +203,10 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
-    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def convert(value: Tensor) -> Tensor:
         if value.is_complex():
-            return value.to(device, complex_dtype)
+            return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     converted: nn.Module = module._apply(convert)
@@ -238,14 +228,14 @@ def prepare_model(
     device: torch.device,
     tf32: bool = False,
 ) -> FunctionalModel:
-    """Copy ``model`` into the dtype and device of a run and select its parameters. The user's model is not changed."""
+    """Copy ``model`` into the dtype and device of a run and select its parameters; the user's model is not changed."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # first, since parameters of a lazy module have no size
     names = select_parameters(model, parameters)
     _check_real(model, names)
     _check_finite(model)
-    hooked = _converted(_deepcopy(_Hooked(model, forward), {}), dtype, device)
+    hooked = _converted(_deepcopy(_Hooked(model, forward)), dtype, device)
     if device.type == "cuda":
         without_cudnn_rnns(hooked)
     _require_gradients(hooked, names)
@@ -255,8 +245,8 @@ def prepare_model(
 def without_cudnn_rnns(module: nn.Module) -> None:
     """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap.
 
-    cuDNN has no switch for RNNs alone, and other layers should keep it: it is off while the forward pass of an RNN
-    runs, and the backward pass follows what that has recorded.
+    cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
+    which the backward pass follows.
     """
     for child in module.modules():
         if isinstance(child, nn.RNNBase):
@@ -265,14 +255,13 @@ def without_cudnn_rnns(module: nn.Module) -> None:
 
 
 def _switch_cudnn_off(module: nn.Module, args: Any) -> None:
-    backend: Any = torch.backends.cudnn
-    module._ntkpipe_cudnn = backend.enabled
-    backend.enabled = False
+    cudnn: Any = torch.backends.cudnn
+    module._ntkpipe_cudnn, cudnn.enabled = cudnn.enabled, False
 
 
 def _restore_cudnn(module: nn.Module, args: Any, output: Any) -> None:
-    backend: Any = torch.backends.cudnn
-    backend.enabled = module._ntkpipe_cudnn
+    cudnn: Any = torch.backends.cudnn
+    cudnn.enabled = module._ntkpipe_cudnn
 
 
 def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -340,7 +329,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
-    """What recognises this model again: its state, its printed structure, the selected parameters."""
+    """Digests of a model's state and printed structure, with the selected parameters."""
     digest = hashlib.sha256()
     every = _state(model)
     for name, value in sorted(every.items()):
@@ -357,7 +346,7 @@ def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU where there is one, else the CPU."""
+    """The given device, or by default the first GPU if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

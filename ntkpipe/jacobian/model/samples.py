@@ -1,10 +1,10 @@
-"""Samples: tensors, arrays, dicts of arrays or map-style data sets, read in runs and never held whole by us."""
+"""Samples: tensors, arrays, dicts of arrays or map-style data sets, read in runs and never copied whole."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,34 +17,21 @@ from ntkpipe.store.store import Store
 
 Arrays = dict[str, NDArray[Any]]
 
-SINGLE = "input"
+_SINGLE = "input"  # name of the array where samples are not dicts
 _SCAN_BYTES = 32 * 2**20
 _SHOWN_SAMPLES = 8
-_REREAD = 5
-
-
-class Source(Protocol):
-    """Where samples come from."""
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples."""
-        ...
-
-    def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop`` by array name, first axis the sample."""
-        ...
+_REREAD = 5  # samples that are read twice
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Samples that lie in memory."""
+    """Samples in memory."""
 
     arrays: Arrays
-    num_samples: int
+    num_samples: int  # may be fewer than there are
 
     def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop``, without a copy."""
+        """Samples ``start:stop`` by array name, first axis the sample, without a copy."""
         return {name: values[start:stop] for name, values in self.arrays.items()}
 
 
@@ -53,7 +40,7 @@ class DatasetSource:
     """Samples of a map-style torch data set, loaded when they are read."""
 
     dataset: Any  # `len(dataset)` and `dataset[i]`: a sample, or a pair of a sample and its target
-    num_samples: int
+    num_samples: int  # may be fewer than there are
     has_targets: bool  # whether an item is such a pair
 
     def read(self, start: int, stop: int) -> Arrays:
@@ -77,26 +64,25 @@ class DatasetSource:
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
         sample = item[0] if self.has_targets else item
-        mapping = sample if isinstance(sample, Mapping) else {SINGLE: sample}
+        mapping = sample if isinstance(sample, Mapping) else {_SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
 
     def _stack(self, samples: list[Arrays], start: int) -> Arrays:
-        first = samples[0]
-        for offset, sample in enumerate(samples):
+        shapes = [{name: values.shape for name, values in sample.items()} for sample in samples]
+        first = shapes[0]
+        for number, sample in enumerate(shapes, start):
             for name in [*first, *sample]:
-                found = sample[name].shape if name in sample else None
-                wanted = first[name].shape if name in first else None
-                if found != wanted:
+                if sample.get(name) != first.get(name):
                     raise DataError(
-                        f"{name!r} of sample {start + offset} has shape {found}, of sample {start} {wanted}; samples "
-                        "must have equal arrays: pad or crop them"
+                        f"{name!r} of sample {number} has shape {sample.get(name)}, of sample {start} "
+                        f"{first.get(name)}; samples must have equal arrays: pad or crop them"
                     )
         return {name: np.stack([sample[name] for sample in samples]) for name in first}
 
 
 @dataclass(frozen=True)
 class StoredSource:
-    """Samples of a store, checksums verified; safe to read from any thread."""
+    """Samples of a store, with checksums verified; safe to read from any thread."""
 
     store: Store
     split: str
@@ -109,35 +95,25 @@ class StoredSource:
         return {name: array.read_samples(start, stop) for name, array in arrays.items()}
 
 
-@dataclass(frozen=True)
-class FirstSource:
-    """The first samples of a longer source."""
-
-    source: Source
-    num_samples: int
-
-    def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop``."""
-        return self.source.read(start, stop)
+Source = ArraySource | DatasetSource | StoredSource
 
 
 @dataclass(frozen=True)
 class Samples:
     """Samples and their targets."""
 
-    source: Source  # the samples
+    source: Source
     is_mapping: bool  # whether the model takes a dict of arrays, or one tensor
     given_targets: NDArray[Any] | None  # first axis the sample; None if there are none, or the data set has them
     with_targets: bool  # whether a data set's own targets are wanted
-    label: str  # what messages call the inputs
+    label: str  # name of the inputs in messages
 
     @cached_property
     def targets(self) -> NDArray[Any] | None:
         """First axis the sample, or None; read from a data set when they are first needed."""
         values = self._first_targets(self.num_samples)
-        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
-            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-            bad = [int(i) for i in np.flatnonzero(~finite)]
+        bad = [] if values is None else _non_finite(values)
+        if bad:
             raise NonFiniteError(f"targets of {self.label}: NaN or infinite entries in {show_samples(bad)}")
         return values
 
@@ -157,17 +133,18 @@ class Samples:
         """The first ``count`` of these samples, with their targets."""
         if count == self.num_samples:
             return self
-        return replace(self, source=FirstSource(self.source, count), given_targets=self._first_targets(count))
+        source = replace(self.source, num_samples=count)
+        return replace(self, source=source, given_targets=self._first_targets(count))
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Runs of samples of about 32 MiB that cover all."""
+        """Runs of about 32 MiB that cover all samples."""
         one = sum(values.nbytes for values in self.source.read(0, 1).values())
         size = max(1, min(self.num_samples, _SCAN_BYTES // max(1, one)))
         for start in range(0, self.num_samples, size):
             yield start, min(start + size, self.num_samples)
 
     def describe(self) -> DataRecord:
-        """The record of these samples without fingerprints, from the first one; what a plan needs."""
+        """The record of these samples without fingerprints, from the first one; a plan needs no more."""
         first, targets = self.source.read(0, 1), self._first_targets(1)
         return DataRecord(
             num_samples=self.num_samples,
@@ -179,7 +156,7 @@ class Samples:
         )
 
     def inspect(self, label: str) -> DataRecord:
-        """Read every sample once: check that it is finite, and fingerprint it."""
+        """Read every sample once to check that it is finite, and fingerprint all."""
         described = self.describe()
         chosen = {int(i) for i in np.linspace(0, self.num_samples - 1, _REREAD)}
         before = {i: self.source.read(i, i + 1) for i in chosen}
@@ -192,9 +169,7 @@ class Samples:
                 if first != record:
                     raise DataError(f"{label}: {name!r} of samples {start}:{stop} is {record}, of sample 0 {first}")
                 digests[name].update(np.ascontiguousarray(values).data)
-                if values.dtype.kind == "f" and not np.isfinite(values).all():
-                    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-                    bad |= {start + int(i) for i in np.flatnonzero(~finite)}
+                bad |= {start + i for i in _non_finite(values)}
         if bad:
             raise NonFiniteError(f"{label}: NaN or infinite entries in {show_samples(sorted(bad))}")
         for i, sample in before.items():
@@ -213,6 +188,13 @@ class Samples:
         return described.model_copy(update=found)
 
 
+def _non_finite(values: NDArray[Any]) -> list[int]:
+    """Samples with NaN or infinite entries."""
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return []
+    return [int(i) for i in np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))]
+
+
 def show_samples(numbers: Sequence[int]) -> str:
     """``samples 3, 7 and 12 more``."""
     shown = ", ".join(map(str, numbers[:_SHOWN_SAMPLES]))
@@ -221,7 +203,7 @@ def show_samples(numbers: Sequence[int]) -> str:
 
 
 def as_samples(inputs: object, targets: object = None, *, label: str = "inputs", with_targets: bool = True) -> Samples:
-    """Accept what users have as samples."""
+    """Samples from a tensor, an array, a dict of arrays or a map-style data set."""
     source, is_mapping = _as_source(inputs, label)
     if source.num_samples == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
@@ -247,12 +229,10 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
     if isinstance(inputs, Mapping):
         if not inputs:
             raise DataError(f"{label} is an empty dict; needed name → array")
-        arrays = {}
-        for name, values in inputs.items():
-            _require_key(name, label)
-            arrays[name] = _to_array(values, f"{label}[{name!r}]")
-        lengths = {name: values.shape[:1] for name, values in arrays.items()}
-        if len(set(lengths.values())) > 1 or () in lengths.values():
+        _require_keys(inputs, label)
+        arrays = {name: _to_array(values, f"{label}[{name!r}]") for name, values in inputs.items()}
+        lengths = {values.shape[:1] for values in arrays.values()}
+        if len(lengths) > 1 or () in lengths:
             shown = ", ".join(f"{name}: {values.shape}" for name, values in arrays.items())
             raise DataError(f"{label} has arrays of unequal lengths ({shown}); the first axis is the sample")
         return ArraySource(arrays, len(next(iter(arrays.values())))), True
@@ -260,7 +240,7 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
         values = _to_array(inputs, label)
         if values.ndim == 0:
             raise DataError(f"{label} is a scalar; needed an array whose first axis is the sample")
-        return ArraySource({SINGLE: values}, len(values)), False
+        return ArraySource({_SINGLE: values}, len(values)), False
     if isinstance(inputs, torch.utils.data.IterableDataset) or not (
         hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
     ):
@@ -284,19 +264,20 @@ def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
     if isinstance(first, tuple) and len(first) == 1:
         dataset, first = _First(dataset), first[0]
     sample = first[0] if has_targets else first
-    for name in sample if isinstance(sample, Mapping) else ():
-        _require_key(name, label)
+    if isinstance(sample, Mapping):
+        _require_keys(sample, label)
     return DatasetSource(dataset, len(dataset), has_targets), isinstance(sample, Mapping)
 
 
-def _require_key(name: object, label: str) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
+def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
+    for name in mapping:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
 
 @dataclass(frozen=True)
 class _First:
-    """A data set of one-tuples, as ``TensorDataset(x)`` is, seen as one of samples."""
+    """A data set of one-tuples, such as ``TensorDataset(x)``, as one of samples."""
 
     dataset: Any
 

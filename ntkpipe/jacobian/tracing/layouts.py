@@ -1,51 +1,51 @@
-"""Which rows of a use belong to which sample: found on probe batches, by pulling back one sample at a time."""
+"""Which rows of a use belong to which sample, found on probe batches by pulling back one sample at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, recorder_of
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, Recorder
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What one probe says: the calls, the layouts that the rows of each argument allow, the edges to parameters."""
+    """What one probe batch shows."""
 
     calls: list[Call]
-    layouts: list[dict[str, set[Layout]]]
-    is_output: list[bool]
-    edges: dict[str, int]
+    layouts: list[dict[str, set[Layout]]]  # per call and role, the layouts that the rows allow
+    is_output: list[bool]  # per call, whether it returned the model's output
+    edges: dict[str, int]  # see :func:`count_edges`
 
 
 def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
-    """Pull back one sample at a time and see which rows of each call it reaches; count the edges to parameters."""
-    with recorder_of(model, uses=expansions) as recorder:
+    """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
+    with Recorder(model, expansions=expansions) as recorder:
         outputs = model(batch)
     calls = recorder.calls
     edges = count_edges(outputs, model.parameters())
     owners = [_Owners(call) for call in calls]
-    live = [(number, call.edge) for number, call in enumerate(calls) if call.edge is not None]
+    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
     generator = torch.Generator().manual_seed(0)
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     for sample in range(num_samples if outputs.requires_grad and live else 0):
         seed = torch.zeros_like(outputs)
         seed[sample] = covectors[sample]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            outputs, [edge for _, edge in live], grad_outputs=seed, retain_graph=True, allow_unused=True
-        )
-        for (number, _), grad in zip(live, grads, strict=True):
+        edges_to: list[Any] = list(live.values())
+        grads = torch.autograd.grad(outputs, edges_to, grad_outputs=seed, retain_graph=True, allow_unused=True)
+        for number, grad in zip(live, grads, strict=True):
             if grad is not None:
                 owners[number].add(sample, grad.reshape(calls[number].shape))
     changed = _changed_inputs(model, expansions, batch, calls)
-    layouts = [
-        owner.layouts(call, change, num_samples) for owner, call, change in zip(owners, calls, changed, strict=True)
-    ]
+    layouts = [owner.layouts(change, num_samples) for owner, change in zip(owners, changed, strict=True)]
     return Probed(calls, layouts, [is_output_of(call, outputs) for call in calls], edges)
 
 
@@ -63,7 +63,7 @@ class _Owners:
     def __init__(self, call: Call) -> None:
         self._forms = {role: argument.form for role, argument in call.arguments.items()}
         self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
-        # Roles with the same rows share what is known of them.
+        # Roles with rows of the same shape share them.
         self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}
         self._shared = dict.fromkeys(self._owners, False)
 
@@ -80,8 +80,8 @@ class _Owners:
             self._shared[rows] |= bool(((self._owners[rows] >= 0) & (self._owners[rows] != sample) & touched).any())
             self._owners[rows][touched] = sample
 
-    def layouts(self, call: Call, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
-        """Per role, every layout that agrees with what is known."""
+    def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
+        """Per role, every layout that agrees with the owners found, and with the rows that changed."""
         evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
         for role, rows in self._rows.items():
             if role in changed:
@@ -93,7 +93,7 @@ class _Owners:
 
 
 def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
-    """Every layout that agrees with the rows whose owner is known; a row that changed is the last sample's."""
+    """Every layout that agrees with the rows whose owner is known; a row that changed belongs to the last sample."""
     found = set()
     known = owners >= 0
     for axis, length in enumerate(owners.shape):
@@ -112,11 +112,9 @@ def _changed_inputs(
     model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
 ) -> list[dict[str, Tensor]]:
     """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    replaced = (
-        {k: _with_last_replaced(v) for k, v in batch.items()} if isinstance(batch, dict) else _with_last_replaced(batch)
-    )
-    with recorder_of(model, uses=expansions) as recorder:
-        model(replaced)
+    samples = [*range(batch_size(batch) - 1), 0]
+    with Recorder(model, expansions=expansions) as recorder:
+        model(take(batch, samples))
     others = recorder.calls
     found: list[dict[str, Tensor]] = []
     for number, call in enumerate(calls):
@@ -140,20 +138,10 @@ def _rows_that_differ(argument: Argument, values: Tensor, others: Tensor) -> Ten
     return (moved > 1e-3 * values.abs().amax()).cpu()
 
 
-def _with_last_replaced(values: Tensor) -> Tensor:
-    replaced = values.clone()
-    replaced[-1] = values[0]
-    return replaced
-
-
 def count_edges(outputs: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """How many edges of the autograd graph of ``outputs`` lead to each parameter."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    counts = dict.fromkeys(parameters, 0)
-    for leaf in leaves(outputs):
-        if id(leaf) in names:
-            counts[names[id(leaf)]] += 1
-    return counts
+    counts = Counter(id(leaf) for leaf in leaves(outputs))
+    return {name: counts[id(parameter)] for name, parameter in parameters.items()}
 
 
 def leaves(outputs: Tensor) -> Iterator[Tensor]:

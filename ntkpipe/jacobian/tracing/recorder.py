@@ -1,12 +1,12 @@
 """Watching a forward pass: which calls use a parameter, and where their outputs are in the autograd graph.
 
 A :class:`Recorder` sees every torch function. A tensor that is computed from parameters alone (a transposed weight, a
-position embedding, a weight that is normalised) is *made*, and so is what is made of it; a call that brings a
-parameter, or what was made of it, together with samples is a *use*. Where its function has a rule, the call is noted.
+position embedding, a weight that is normalised) is *made*, and so is what is computed from it; a call that brings a
+parameter, or a made tensor, together with samples is a *use*. Calls whose function has a rule are recorded.
 """
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +20,7 @@ from ntkpipe.jacobian.model.functional import FunctionalModel
 from ntkpipe.jacobian.tracing.rules.form import Form
 from ntkpipe.jacobian.tracing.rules.table import RULES
 
-# (offset, size, stride) of a view within its parameter; none for the parameter itself.
-Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
+Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]  # (offset, size, stride) of a view within its parameter
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class Argument:
 
     sources: tuple[str, ...]  # names of the parameters that it is made of
     is_parameter: bool  # whether it is the parameter itself, or a view of it
-    geometry: Geometry | None  # which view; none for the whole parameter, and for what is no view
-    shape: tuple[int, ...]  # of the argument
+    geometry: Geometry | None  # which view; None for the whole parameter, and for other tensors
+    shape: tuple[int, ...]
     edge: GradientEdge  # its place in the autograd graph, by which gradients reach the parameters
     form: Form  # how it enters the output
 
@@ -43,10 +42,10 @@ class Call:
     name: str  # name of the torch function
     arguments: dict[str, Argument]  # by role
     saved: tuple[tuple[Tensor, int], ...]  # tensors that the forms read later, with their version counters at the call
-    # Place of the output's elements in the autograd graph; none if nothing flows back to it. An edge stays right
+    # Place of the output's elements in the autograd graph; None if nothing flows back to it. An edge stays right
     # where the output is changed in place afterwards; the tensor would not.
     edge: GradientEdge | None
-    zero: Tensor  # A zero of the output's dtype and device
+    zero: Tensor  # a zero of the output's dtype and device
     shape: tuple[int, ...]  # of the output
 
     def blank(self) -> Tensor:
@@ -59,53 +58,49 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Record the calls that have a rule and use a selected parameter."""
+    """Records the calls that have a rule and use a selected parameter of a model.
+
+    ``expansions`` are numbers of calls that are uses although they see parameters alone; ``detach`` tells whether
+    parameters are detached in the calls that are recorded.
+    """
 
     def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        constants: Iterable[Tensor],
-        *,
-        uses: frozenset[int] = frozenset(),
-        detach: bool = False,
+        self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False
     ) -> None:
         super().__init__()
+        parameters = model.parameters()
         self._parameters = {id(parameter): name for name, parameter in parameters.items()}
-        # Tensors are kept alive for as long as they are known by their id.
+        # By id, with the tensors themselves, which stay alive so that no id is used again.
         self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {
             id(parameter): (parameter, (name,)) for name, parameter in parameters.items()
         }
-        self._constants = {id(tensor): tensor for tensor in constants}
-        self._uses = uses
-        self._detach = detach
+        every = (*model.module.parameters(), *model.module.buffers())
+        self._constants: dict[int, Tensor] = {id(value): value for value in every if id(value) not in self._made}
+        self._expansions, self._detach = expansions, detach
         self._number = 0
         self.calls: list[Call] = []
-        self.made: dict[int, tuple[torch.Size, ...]] = {}
+        self.made: dict[int, tuple[torch.Size, ...]] = {}  # shapes of what each call made, by its number
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((args, kwargs)))
+        known = all(id(tensor) in self._made or id(tensor) in self._constants for tensor in tensors)
         # Where no gradient is recorded, parameters are constants.
         mine = [tensor for tensor in tensors if id(tensor) in self._made] if torch.is_grad_enabled() else []
         if not mine:
-            versions = [tensor._version for tensor in tensors if id(tensor) in self._constants]
+            constants = [(tensor, tensor._version) for tensor in tensors if id(tensor) in self._constants]
             output = func(*args, **kwargs)
-            if all(id(tensor) in self._constants or id(tensor) in self._made for tensor in tensors):
+            if known:
                 self._constants |= {id(value): value for value in _tensors(output)}
-            else:
-                self._forget_changed([t for t in tensors if id(t) in self._constants], versions)
+            else:  # a constant into which samples were written no longer is one
+                for tensor, version in constants:
+                    if tensor._version != version:
+                        self._constants.pop(id(tensor), None)
             return output
         number, self._number = self._number, self._number + 1
-        known = all(id(tensor) in self._made or id(tensor) in self._constants for tensor in tensors)
-        if known and number not in self._uses:
+        if known and number not in self._expansions:
             return self._make(number, mine, func(*args, **kwargs))
         return self._use(func, args, kwargs, mine)
-
-    def _forget_changed(self, constants: list[Tensor], versions: list[int]) -> None:
-        """A constant that was changed in place by what depends on samples is none any more."""
-        for tensor, version in zip(constants, versions, strict=True):
-            if tensor._version != version:
-                del self._constants[id(tensor)]
 
     def _make(self, number: int, mine: list[Tensor], output: Any) -> Any:
         found = list(_tensors(output))
@@ -144,7 +139,7 @@ class Recorder(TorchFunctionMode):
         return self._without(mine, output)
 
     def _without(self, mine: list[Tensor], output: Any) -> Any:
-        """What was made of parameters alone is so no more if the call wrote samples into it."""
+        """The output; what was made of parameters alone no longer is if the call wrote samples into it."""
         for tensor in mine:
             if output is tensor and id(tensor) not in self._parameters:
                 del self._made[id(tensor)]
@@ -152,23 +147,12 @@ class Recorder(TorchFunctionMode):
 
     def _argument(self, tensor: Tensor, form: Form) -> Argument:
         sources = self._made[id(tensor)][1]
-        base = tensor._base
-        is_view = base is not None and id(base) in self._parameters and tensor.dtype == base.dtype
-        geometry = None
-        if is_view and base is not None:
-            offset = int(tensor.storage_offset()) - int(base.storage_offset())
-            geometry = (offset, tuple(tensor.shape), tensor.stride())
-        is_parameter = id(tensor) in self._parameters or (is_view and not tensor.is_conj() and not tensor.is_neg())
-        edge = get_gradient_edge(tensor)
-        return Argument(sources, is_parameter, geometry, tuple(tensor.shape), edge, form)
-
-
-def recorder_of(model: FunctionalModel, *, uses: frozenset[int] = frozenset(), detach: bool = False) -> Recorder:
-    """A recorder for a model's selected parameters."""
-    parameters = model.parameters()
-    selected = {id(parameter) for parameter in parameters.values()}
-    every = (*model.module.parameters(), *model.module.buffers())
-    return Recorder(parameters, (value for value in every if id(value) not in selected), uses=uses, detach=detach)
+        base, shape = tensor._base, tuple(tensor.shape)
+        geometry, is_parameter = None, id(tensor) in self._parameters
+        if base is not None and id(base) in self._parameters and tensor.dtype == base.dtype:
+            geometry = (int(tensor.storage_offset()) - int(base.storage_offset()), shape, tensor.stride())
+            is_parameter = is_parameter or not (tensor.is_conj() or tensor.is_neg())
+        return Argument(sources, is_parameter, geometry, shape, get_gradient_edge(tensor), form)
 
 
 def _whole(output: Tensor) -> Tensor:
@@ -185,11 +169,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors among the arguments or results of a call."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
@@ -210,16 +191,16 @@ def _replace(value: Any, cut: set[int]) -> Any:
 
 @cache
 def _body(func: Any) -> Callable[..., Any] | None:
-    """A torch function that is written in Python, as one whose calls can be watched; none if it is not.
+    """A copy of a torch function that is written in Python, whose own calls can be watched; None for other functions.
 
-    Such functions ask ``has_torch_function`` first and hand themselves to the mode; the copy is told there is none.
+    Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
     """
     if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
         return None
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     if not any(name in func.__code__.co_names for name in names):
         return None
-    told = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
-    body = types.FunctionType(func.__code__, told, func.__name__, func.__defaults__, func.__closure__)
+    variables = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    body = types.FunctionType(func.__code__, variables, func.__name__, func.__defaults__, func.__closure__)
     body.__kwdefaults__ = func.__kwdefaults__
     return body

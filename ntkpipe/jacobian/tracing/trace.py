@@ -1,8 +1,7 @@
-"""Where a model uses its parameters: found by watching torch functions, not by looking at modules.
+"""Where a model uses its parameters, found by watching torch functions, not by looking at modules.
 
-That a parameter has no other use than the recorded ones is not assumed: on probe batches the recorded uses are cut (the
-parameter is detached there), and any gradient that still arrives came another way; and what the uses add up to must be
-the gradient. Which rows of a use belong to which sample is found, too, by pulling back one sample at a time.
+That a parameter has no uses beside the recorded ones is verified: on probe batches the parameter is detached in the
+recorded uses, so that any gradient that still arrives came another way; and the uses must add up to the gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, probe
-from ntkpipe.jacobian.tracing.recorder import Call, recorder_of
+from ntkpipe.jacobian.tracing.recorder import Call, Recorder
 from ntkpipe.jacobian.tracing.rules.form import Outer
 from ntkpipe.jacobian.tracing.uses import Layout, Use, kind_of, total_gradient
 
@@ -27,8 +26,7 @@ class Pattern:
 
     function: str  # name of the torch function
     sources: dict[str, tuple[str, ...]]  # per role, the parameters that the argument is made of
-    # Of the output: per axis (size, multiple): the size where it is fixed, else how often the batch size
-    shape: tuple[tuple[int, int], ...]
+    shape: tuple[tuple[int, int], ...]  # per axis of the output, its fixed size and 0, or 0 and a multiple of samples
 
     def matches(self, call: Call, num_samples: int) -> bool:
         """Whether a call of another batch is the same."""
@@ -42,26 +40,25 @@ def _sources(call: Call) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Tracing:
-    """What tracing found."""
+    """How a model uses its parameters, in every batch."""
 
     patterns: tuple[Pattern, ...]  # every recorded call, in order
     uses: tuple[Use, ...]  # those of covered parameters, one for each such argument of a call
-    covered: tuple[str, ...]  # parameters that all their uses account for
+    covered: tuple[str, ...]  # parameters whose every use has a rule
     fallback: dict[str, str]  # parameters that are left to plain `torch.func`, with the reason
     unused: tuple[str, ...]  # parameters that the outputs do not depend on
-    # How many edges of the autograd graph lead to each covered parameter: more in another batch are uses that no rule
-    # has seen
+    # How many edges of the autograd graph lead to each parameter: more in another batch are uses that were not traced
     edges: Mapping[str, int] = field(default_factory=dict)
-    expansions: frozenset[int] = frozenset()  # numbers for :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
+    expansions: frozenset[int] = frozenset()  # as in :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
 
     def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Run the model on a batch: its outputs, and the recorded calls."""
-        with recorder_of(model, uses=self.expansions) as recorder:
+        """Outputs of a batch, and the recorded calls."""
+        with Recorder(model, expansions=self.expansions) as recorder:
             outputs = model(batch)
         return outputs, recorder.calls
 
     def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor], num_samples: int) -> bool:
-        """Whether a forward pass, by its calls and its edges to parameters, is the one that was traced."""
+        """Whether a forward pass has the calls, and the edges to parameters, that were traced."""
         edges = count_edges(outputs, parameters)
         return (
             all(edges[name] == self.edges[name] for name in self.covered)
@@ -71,14 +68,9 @@ class Tracing:
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
-        """The same with some covered parameters moved to the fallback, with the reasons."""
-        joined = {
-            name: why
-            for use in self.uses
-            for why in (names[source] for source in use.sources if source in names)
-            for name in use.sources
-        }
-        moved = {**joined, **names}
+        """The same with covered parameters, and those used together with them, moved to the fallback for a reason."""
+        shared = [(use, names[source]) for use in self.uses for source in use.sources if source in names]
+        moved = {**{name: why for use, why in shared for name in use.sources}, **names}
         return replace(
             self,
             uses=tuple(use for use in self.uses if not moved.keys() & set(use.sources)),
@@ -89,45 +81,41 @@ class Tracing:
 
 def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = ()) -> Tracing:
     """A tracing that leaves every parameter to the fallback."""
-    return Tracing((), (), (), dict.fromkeys((name for name in names if name not in unused), reason), unused)
+    return Tracing((), (), (), {name: reason for name in names if name not in unused}, unused)
 
 
 def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
-    """Find the uses of the selected parameters."""
+    """Find the uses of the selected parameters on probe batches, given with their sizes."""
     parameters = model.parameters()
     expansions = _expansions(model, probes)
-    reached = _gradients(model, parameters, probes, expansions, detach=False)
-    elsewhere = _gradients(model, parameters, probes, expansions, detach=True)
+    reached = _reached(model, probes, expansions, detach=False)
+    elsewhere = _reached(model, probes, expansions, detach=True)
     unused = tuple(name for name in parameters if name not in reached)
     probed = [probe(model, expansions, batch, size) for batch, size in zip(probes, sizes, strict=True)]
     patterns = _patterns([found.calls for found in probed], sizes)
     if patterns is None:
         return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
-    reasons = dict.fromkeys((name for name in parameters if name in elsewhere), NO_RULE)
+    edges = probed[0].edges
+    reasons = {name: NO_RULE for name in parameters if name in elsewhere}
     for name in parameters:
-        if any(found.edges[name] != probed[0].edges[name] for found in probed[1:]):
+        if any(found.edges[name] != edges[name] for found in probed[1:]):
             reasons.setdefault(name, "how often it is used depends on the data")
     uses = []
-    for number in range(len(patterns)):
-        for role, argument in probed[0].calls[number].arguments.items():
-            found, problem = _layout([(each.layouts[number][role], each.calls[number]) for each in probed])
+    for number, call in enumerate(probed[0].calls):
+        for role, argument in call.arguments.items():
+            layout, problem = _layout([(each.layouts[number][role], each.calls[number]) for each in probed])
             needless = set(argument.sources) & set(unused)
             if needless:
                 problem = f"made together with {min(needless)}, which the outputs do not depend on"
-            if found is None or needless:
-                for name in argument.sources:
-                    reasons.setdefault(name, problem)
+            if layout is None or needless:
+                reasons = {**dict.fromkeys(argument.sources, problem), **reasons}
             else:
-                call = probed[0].calls[number]
-                uses.append(_use(call, number, role, found, sizes[0], all(each.is_output[number] for each in probed)))
+                is_output = all(each.is_output[number] for each in probed)
+                uses.append(_use(call, number, role, layout, sizes[0], is_output))
+    live = [name for name in parameters if name not in unused]
     used = {name for use in uses for name in use.sources}
-    left = {
-        name: reasons.get(name, NO_RULE)
-        for name in parameters
-        if name not in unused and (name in reasons or name not in used)
-    }
-    covered = tuple(name for name in parameters if name in used and name not in unused)
-    edges = {name: probed[0].edges[name] for name in parameters}
+    left = {name: reasons.get(name, NO_RULE) for name in live if name in reasons or name not in used}
+    covered = tuple(name for name in live if name in used)
     tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges, expansions).without(left)
     incomplete = _incomplete(model, parameters, tracing, probes[0])
     return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
@@ -139,28 +127,21 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
     while True:
         made = []
         for batch in probes:
-            with recorder_of(model, uses=found) as recorder:
+            with Recorder(model, expansions=found) as recorder:
                 model(batch)
             made.append(recorder.made)
         differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
         if not differing:
             return found
-        # What comes after the first is numbered anew once that is a use.
+        # Calls after the first are numbered anew once that is a use.
         found |= {differing[0]}
 
 
-def _gradients(
-    model: FunctionalModel,
-    parameters: Mapping[str, Tensor],
-    probes: list[Batch],
-    expansions: frozenset[int],
-    *,
-    detach: bool,
-) -> set[str]:
-    """Names of the parameters that autograd finds a way to from the outputs of any probe."""
-    reached = set()
+def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
+    """Names of the parameters to which a path of the autograd graph leads from the outputs of any probe."""
+    parameters, reached = model.parameters(), set()
     for batch in probes:
-        with recorder_of(model, uses=expansions, detach=detach):
+        with Recorder(model, expansions=expansions, detach=detach):
             outputs = model(batch)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
@@ -169,25 +150,26 @@ def _gradients(
 
 
 def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...] | None:
-    """What the calls of all probes have in common; none if they differ by more than the batch size."""
-    first = probed[0]
-    if any(len(calls) != len(first) for calls in probed[1:]):
+    """What the calls of all probes have in common; None if they differ by more than the batch size."""
+    if len({len(calls) for calls in probed}) > 1:
         return None
     found = []
     for calls in zip(*probed, strict=True):
         one = calls[0]
-        same = all(
-            call.name == one.name
-            and len(call.shape) == len(one.shape)
-            and {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
-            == {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in one.arguments.items()}
-            for call in calls[1:]
-        )
-        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)] if same else [None]
-        if any(axis is None for axis in shape):
+        if any(_fixed(call) != _fixed(one) for call in calls[1:]):
             return None
-        found.append(Pattern(one.name, _sources(one), tuple(axis for axis in shape if axis is not None)))
+        sizes_of_axes = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)]
+        shape = tuple(size for size in sizes_of_axes if size is not None)
+        if len(shape) < len(sizes_of_axes):
+            return None
+        found.append(Pattern(one.name, _sources(one), shape))
     return tuple(found)
+
+
+def _fixed(call: Call) -> tuple[Any, ...]:
+    """What must be the same in every batch."""
+    arguments = {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
+    return call.name, len(call.shape), arguments
 
 
 def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
@@ -229,7 +211,7 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
 
 
 def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
-    """The one layout that all probes allow, or why there is none."""
+    """The one layout that all probes allow, or None and the reason."""
     if any(call.input_was_changed() for _, call in found):
         return None, "an input was changed in place after its use"
     candidates = set.intersection(*(layouts for layouts, _ in found))
@@ -240,9 +222,9 @@ def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
 
 
 def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
-    """Covered parameters whose gradient is not what their uses add up to, as where a model differentiates itself.
+    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself.
 
-    Rounding is far below what is tolerated here; a missing use is far above it.
+    Rounding is far below the tolerance, a missing use far above it.
     """
     if not tracing.covered:
         return []
@@ -252,14 +234,12 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
     covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     covered = [parameters[name] for name in tracing.covered]
     sources: list[Any] = [*covered, *live.values()]
-    found: Sequence[Tensor | None] = torch.autograd.grad(
-        outputs, sources, covectors, allow_unused=True, retain_graph=True
-    )
+    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True, retain_graph=True)
     exact = {
         name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
         for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)
     }
-    grads = dict(zip(live, found[len(covered) :], strict=True))
+    grads: dict[int, Tensor | None] = dict(zip(live, found[len(covered) :], strict=True))
     left = {name: grad.clone() for name, grad in exact.items()}
     for use in tracing.uses:
         grad = grads.get(use.call)
@@ -272,7 +252,7 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
         parts = torch.autograd.grad([argument.edge], made_of, [total.to(outputs.dtype)], retain_graph=True)
         for name, part in zip(use.sources, parts, strict=True):
             left[name] -= part.to_dense()
-    # Below this is what is zero but for rounding, as the gradient of a key's bias under softmax.
+    # Smaller gradients are zero but for rounding, as that of a key's bias under softmax.
     whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
     floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
     return [name for name, rest in left.items() if float(rest.norm()) > 0.1 * float(exact[name].norm()) + floor]

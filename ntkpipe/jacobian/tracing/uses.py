@@ -1,4 +1,4 @@
-"""One use of a parameter, the same in every batch, and what its Jacobian is made of, sample by sample."""
+"""One use of a parameter, the same in every batch, and the Jacobians of samples by it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,16 +12,15 @@ from ntkpipe.jacobian.tracing.recorder import Argument, Call, Geometry
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer, Scale
 
 OUTER, SCALE, LOOKUP = "outer", "scale", "lookup"
-# Rows of Jacobians that are pulled back through what was made of parameters at a time.
-_PULLED_BYTES = 64 * 2**20
+_PULLED_BYTES = 64 * 2**20  # Jacobians that are pulled back through a computation of parameters at a time
 
 
 @dataclass(frozen=True, order=True)
 class Layout:
     """Where the samples are among the rows: axis ``axis`` of the rows is (leading, samples, trailing).
 
-    A batch-first layer over T tokens has (0, 1, 1) and an axis of T behind it, a time-first one (1, 1, 1); where both
-    are one axis, trailing or leading is T.
+    A batch-first layer over T tokens has (0, 1, 1) and an axis of T behind it, a time-first one (1, 1, 1); where
+    samples and tokens share an axis, trailing or leading is T.
     """
 
     axis: int
@@ -41,10 +40,10 @@ def kind_of(form: Form) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """One argument of one call that is a parameter, or is made of parameters."""
+    """One argument of one call that is a parameter, or is computed from parameters."""
 
-    call: int  # call, role: number of the call among those that are recorded, and which argument
-    role: str
+    call: int  # number of the call among those that are recorded
+    role: str  # which argument
     function: str  # name of the torch function
     kind: str  # which form: `outer`, `scale` or `lookup`
     # sources, is_parameter, geometry, shape: as in :class:`ntkpipe.jacobian.tracing.recorder.Argument`
@@ -52,16 +51,13 @@ class Use:
     is_parameter: bool
     geometry: Geometry | None
     shape: tuple[int, ...]
-    layout: Layout  # where the samples are
+    layout: Layout
     num_positions: int  # rows of a sample, T
-    # groups, n_in, n_out, order: width of inputs and cotangents in each group; of a scale or a lookup, `n_out` is all
-    # there is. And the order of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.tracing.rules.form.Outer`.
     groups: int
-    n_in: int
-    n_out: int
-    order: tuple[int, ...]
-    # Whether the call's output is the model's output, so that its cotangents are the covectors themselves
-    is_output: bool
+    n_in: int  # width of the inputs in each group; 0 for a scale or a lookup
+    n_out: int  # width of the cotangents in each group
+    order: tuple[int, ...]  # of the Jacobian's elements, as in :class:`~ntkpipe.jacobian.tracing.rules.form.Outer`
+    is_output: bool  # whether the call's output is the model's, so that its cotangents are the covectors themselves
 
     @property
     def numel(self) -> int:
@@ -81,26 +77,30 @@ class Use:
 
     def jacobian(self, call: Call, grad: Tensor, num_samples: int) -> Tensor:
         """Jacobians of the samples by the argument, shape (n, *shape), in the gradient's dtype."""
-        form = call.arguments[self.role].form
-        d = self.cotangents(call, grad, num_samples)
-        if isinstance(form, Outer):
-            a = (
-                self.inputs(call, num_samples)
-                .to(d.dtype)
-                .reshape(num_samples, self.num_positions, self.groups, self.n_in)
-            )
-            d = d.reshape(num_samples, self.num_positions, self.groups, self.n_out)
-            return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
-        if isinstance(form, Lookup):
-            rows = d.reshape(num_samples, self.num_positions, -1)
-            return looked_up(self.inputs(call, num_samples).reshape(num_samples, -1).long(), rows, self.shape)
-        if form.inputs is not None:
-            d = d * self.inputs(call, num_samples)
-        return d.reshape(num_samples, self.num_positions, -1).sum(dim=1).reshape(num_samples, *self.shape)
+        form, d = call.arguments[self.role].form, self.cotangents(call, grad, num_samples)
+        inputs = None if form.inputs is None else self.inputs(call, num_samples)
+        return _summed(form, d, inputs, (num_samples, form.row_dims + 2), self.shape)
+
+
+def _summed(form: Form, d: Tensor, inputs: Tensor | None, rows: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """Jacobians (n, *shape), summed over positions; ``rows`` is n and how many leading axes number the rows."""
+    num_samples, lead = rows
+    num_positions = d.shape[:lead].numel() // num_samples
+    if isinstance(form, Scale):
+        d = d if inputs is None else d * inputs
+        return d.reshape(num_samples, num_positions, -1).sum(dim=1).reshape(num_samples, *shape)
+    assert inputs is not None
+    if isinstance(form, Lookup):
+        return looked_up(inputs.reshape(num_samples, -1).long(), d.reshape(num_samples, num_positions, -1), shape)
+    a, d = (
+        values.reshape(num_samples, num_positions, values.shape[lead], values.shape[lead + 1 :].numel())
+        for values in (inputs.to(d.dtype), d)
+    )
+    return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
 
 
 def looked_up(indices: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Jacobians (n, *shape) of a table: rows (n, T, width) where their indices (n, T) say, repeated ones added up."""
+    """Jacobians (n, *shape) of a table: rows (n, T, width) added up at their indices (n, T)."""
     num_samples, found = len(rows), rows.new_zeros((len(rows), *shape))
     if rows.device.type == "cpu":
         return found.scatter_add_(1, indices[:, :, None].expand_as(rows), rows)
@@ -112,25 +112,12 @@ def looked_up(indices: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def total_gradient(form: Form, grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The gradient by an argument, summed over all rows."""
-    d = form.cotangents(grad)
-    rows = range(form.row_dims)
-    if isinstance(form, Outer):
-        groups = d.shape[form.row_dims]
-        a = form.inputs().to(d.dtype).flatten(form.row_dims + 1).flatten(0, form.row_dims - 1)
-        d = d.flatten(form.row_dims + 1).reshape(-1, groups, d.shape[form.row_dims + 1 :].numel())
-        return form.arrange(d.permute(1, 2, 0) @ a.transpose(0, 1))
-    if isinstance(form, Lookup):
-        return d.new_zeros(shape).index_add_(0, form.inputs().reshape(-1).long(), d.reshape(-1, d.shape[-1]))
-    if form.inputs is not None:
-        d = d * form.inputs()
-    return (d.sum(dim=list(rows)) if rows else d).reshape(shape)
+    inputs = None if form.inputs is None else form.inputs()
+    return _summed(form, form.cotangents(grad), inputs, (1, form.row_dims), shape)[0]
 
 
 def pull_back(argument: Argument, parameters: Mapping[str, Tensor], rows: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is made of.
-
-    By autograd through what made it, batched where that has batching rules, else row by row. Memory: as much again.
-    """
+    """Pull Jacobians (m, *shape) by an argument back to the parameters that it is computed from, by autograd."""
     if argument.is_parameter and argument.geometry is None:
         yield argument.sources[0], rows.reshape(len(rows), -1)
         return

@@ -6,7 +6,7 @@ from engines import functional
 from torch import nn
 
 from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, leaves, probe
-from ntkpipe.jacobian.tracing.recorder import recorder_of
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear
@@ -63,7 +63,7 @@ def test_rows_allow_the_layouts_that_agree_with_gradients_and_inputs(name):
 )
 def test_the_output_of_a_call_may_be_that_of_the_model(function, is_output):
     model = functional(function, a=L(6, 3))
-    with recorder_of(model) as recorder:
+    with Recorder(model) as recorder:
         outputs = model(X)
     assert is_output_of(recorder.calls[0], outputs) is is_output
     assert not is_output_of(recorder.calls[0], outputs.detach())

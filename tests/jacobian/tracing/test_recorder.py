@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from engines import functional
 from torch import nn
 
-from ntkpipe.jacobian.tracing.recorder import recorder_of
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import total_gradient
 
 L = nn.Linear
@@ -18,9 +18,9 @@ def param(*shape):
     return nn.Parameter(torch.zeros(shape))
 
 
-def record(function, inputs=X, *, uses=frozenset(), detach=False, **members):
+def record(function, inputs=X, *, expansions=frozenset(), detach=False, **members):
     model = functional(function, **members)
-    with recorder_of(model, uses=uses, detach=detach) as recorder:
+    with Recorder(model, expansions=expansions, detach=detach) as recorder:
         outputs = model(inputs)
     return model, recorder, outputs
 
@@ -165,7 +165,7 @@ def test_what_has_another_shape_in_another_batch_is_numbered():
 
 
 def test_expansions_are_uses_when_told():
-    _, recorder, _ = record(lambda m, x: x + (2 * m.v).expand(len(x), -1), uses=frozenset({1}), v=param(6))
+    _, recorder, _ = record(lambda m, x: x + (2 * m.v).expand(len(x), -1), expansions=frozenset({1}), v=param(6))
     assert found(recorder) == [("expand", {"input": ("v",)})]
 
 

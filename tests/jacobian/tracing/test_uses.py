@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engines import functional, traced
 from torch import nn
 
-from ntkpipe.jacobian.tracing.recorder import recorder_of
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import Layout, pull_back, total_gradient
 
 L = nn.Linear
@@ -66,7 +66,7 @@ def call_and_grad(name, seed):
     """The model, its one call, the gradient of a function of the outputs at it, and of the parameters."""
     function, inputs, members = USES[name]
     model = functional(function, **members)
-    with recorder_of(model) as recorder:
+    with Recorder(model) as recorder:
         outputs = model(inputs)
     (call,) = recorder.calls
     covector = torch.cos(torch.arange(float(outputs.shape[1]), dtype=outputs.dtype) + seed).expand_as(outputs)
@@ -118,7 +118,7 @@ def test_jacobians_are_pulled_back_to_what_the_argument_is_made_of(name, pulled_
     model = functional(
         lambda m, x: F.linear(x[:, : MADE[name](m.w, m.v).shape[1]], MADE[name](m.w, m.v)), w=param(6, 6), v=param(6, 6)
     )
-    with recorder_of(model) as recorder:
+    with Recorder(model) as recorder:
         model(X)
     (argument,) = recorder.calls[-1].arguments.values()
     parameters = model.parameters()

@@ -1,58 +1,73 @@
 """Convolutions of one to three dimensions, plain and transposed."""
 
+# ruff: noqa: A002 - arguments are named as in torch
+
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import added
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rule
+from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
+from ntkpipe.jacobian.tracing.rules.form import Bound, Map, Operand, Outer, Rule
 
-Sizes = int | Sequence[int]
+PerAxis = int | Sequence[int]  # one value for all spatial axes, or one for each
 
 
-def windows(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    count: Sequence[int],
-    groups: int,
+def _each(value: PerAxis, dims: int) -> list[int]:
+    return [int(value)] * dims if isinstance(value, int) else [int(v) for v in value] * (dims if len(value) == 1 else 1)
+
+
+def _windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], count: Sequence[int], groups: int
 ) -> Tensor:
     """What a kernel sees of (B, C, *space) at each of its places, without a copy."""
     spatial = x.stride()[2:]
     channels = x.shape[1] // groups
-    shape = (x.shape[0], *count, groups, *kernel, channels)
     steps = [step * size for step, size in zip(spatial, stride, strict=True)]
     taps = [step * size for step, size in zip(spatial, dilation, strict=True)]
     strides = (x.stride(0), *steps, channels * x.stride(1), *taps, x.stride(1))
-    return x.as_strided(shape, strides, x.storage_offset())
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x with its channels next to each other in memory, so that windows are read in long runs."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _each(value: Sizes, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, int) else [int(v) for v in value] * (dims if len(value) == 1 else 1)
+    return x.as_strided((x.shape[0], *count, groups, *kernel, channels), strides, x.storage_offset())
 
 
 def _padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """x padded, with its channels next to each other in memory, so that windows are read in long runs."""
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     pairs = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
     return F.pad(x, pairs) if any(pairs) else x
 
 
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, C, *space) as (B, *space, groups, C / groups)."""
+    apart: Tensor = x.unflatten(1, (groups, -1))
+    return apart.permute(0, *range(3, apart.ndim), 1, 2)
+
+
+def _arrange(weight: Tensor) -> Map:
+    """The map from Jacobians whose last axes are channels of the weight and windows to the weight's own axes."""
+
+    def arrange(jacobian: Tensor) -> Tensor:
+        lead = jacobian.shape[:-3]
+        return jacobian.reshape(*lead, weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, len(lead) + 1)
+
+    return arrange
+
+
+def _bound(input: Tensor, weight: Tensor, form: Outer, bias: Tensor | None, shape: Sequence[int]) -> Bound:
+    operands = {"weight": Operand(weight, form)}
+    if bias is not None:
+        operands["bias"] = Operand(bias, scaled(per_channel(bias, len(shape)), shape))
+    return Bound(operands, (input,))
+
+
 def conv(
-    input: Tensor,  # noqa: A002 - torch's names
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
+    stride: PerAxis = 1,
+    padding: PerAxis | str = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
 ) -> Bound | None:
     """Rows are the places of the kernel, inputs what it sees there."""
@@ -70,35 +85,21 @@ def conv(
     count = [(size + low + high - far - 1) // step + 1 for size, low, high, far, step in space]
 
     def inputs() -> Tensor:
-        return windows(_padded(_channels_last(x), before, after), kernel, steps, holes, count, groups)
+        return _windows(_padded(x, before, after), kernel, steps, holes, count, groups)
 
-    def cotangents(grad: Tensor) -> Tensor:
-        apart: Tensor = grad.unflatten(1, (groups, -1))
-        return apart.permute(0, *range(3, 3 + dims), 1, 2)
-
-    def arrange(jacobian: Tensor) -> Tensor:
-        lead = jacobian.shape[:-3]
-        return jacobian.reshape(*lead, weight.shape[0], *kernel, weight.shape[1]).movedim(-1, len(lead) + 1)
-
-    operands = {"weight": Operand(weight, Outer(1 + dims, inputs, cotangents, arrange))}
-    if bias is not None:
-        operands["bias"] = _channels(bias, (x.shape[0], weight.shape[0], *count))
-    return Bound(operands, (input,))
-
-
-def _channels(bias: Tensor, shape: Sequence[int]) -> Operand:
-    return Operand(bias, added(bias.detach().view(-1, *(1 for _ in shape[2:])), shape))
+    form = Outer(1 + dims, inputs, lambda grad: _by_group(grad, groups), _arrange(weight))
+    return _bound(input, weight, form, bias, (x.shape[0], weight.shape[0], *count))
 
 
 def conv_transpose(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
+    stride: PerAxis = 1,
+    padding: PerAxis = 0,
+    output_padding: PerAxis = 0,
     groups: int = 1,
-    dilation: Sizes = 1,
+    dilation: PerAxis = 1,
 ) -> Bound | None:
     """Rows are the places of the input, cotangents what the kernel has written from there."""
     dims = weight.ndim - 2
@@ -108,23 +109,13 @@ def conv_transpose(
     edges, extra = _each(padding, dims), _each(output_padding, dims)
     space = zip(x.shape[2:], steps, edges, holes, kernel, extra, strict=True)
     out = [(size - 1) * step - 2 * edge + hole * (taps - 1) + more + 1 for size, step, edge, hole, taps, more in space]
-
-    def inputs() -> Tensor:
-        apart: Tensor = x.unflatten(1, (groups, -1))
-        return apart.permute(0, *range(3, 3 + dims), 1, 2)
+    arrange = _arrange(weight)
 
     def cotangents(grad: Tensor) -> Tensor:
-        return windows(_padded(_channels_last(grad), edges, edges), kernel, steps, holes, x.shape[2:], groups)
+        return _windows(_padded(grad, edges, edges), kernel, steps, holes, x.shape[2:], groups)
 
-    def arrange(jacobian: Tensor) -> Tensor:
-        lead = jacobian.shape[:-3]
-        by_tap = jacobian.transpose(-1, -2).reshape(*lead, weight.shape[0], *kernel, weight.shape[1])
-        return by_tap.movedim(-1, len(lead) + 1)
-
-    operands = {"weight": Operand(weight, Outer(1 + dims, inputs, cotangents, arrange))}
-    if bias is not None:
-        operands["bias"] = _channels(bias, (x.shape[0], prod((groups, weight.shape[1])), *out))
-    return Bound(operands, (input,))
+    form = Outer(1 + dims, lambda: _by_group(x, groups), cotangents, lambda j: arrange(j.transpose(-1, -2)))
+    return _bound(input, weight, form, bias, (x.shape[0], groups * weight.shape[1], *out))
 
 
 RULES: dict[Callable[..., Any], Rule] = {

@@ -1,5 +1,7 @@
 """Operations that broadcast a parameter over the samples: sums, products, selections, expansions."""
 
+# ruff: noqa: A002 - arguments are named as in torch
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale, Thunk
 
 
-def scaled(operand: Tensor, x: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Scale:
-    """The form of ``operand * x * scale``, or of ``operand * scale``, broadcast to ``shape``.
+def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor | Thunk | None = None) -> Scale:
+    """The form of ``... + operand * x * scale``, or of ``... + operand * scale``, in an output of ``shape``.
 
-    Axes along which the operand is broadcast number the rows; its own axes are the elements.
+    Axes along which the operand is broadcast number the rows; its own axes are the elements. An x that is expensive is
+    given as a function that computes it.
     """
     padded = (*(1 for _ in range(len(shape) - operand.ndim)), *operand.shape)
     rows = [axis for axis, size in enumerate(padded) if size == 1]
     own = [axis for axis, size in enumerate(padded) if size != 1]
-    x = None if x is None else x.detach()
+    x = x.detach() if isinstance(x, Tensor) else x
 
     def by_row(values: Tensor) -> Tensor:
         ordered = values.permute(*rows, *own)
@@ -26,14 +29,14 @@ def scaled(operand: Tensor, x: Tensor | None, shape: Sequence[int], scale: float
 
     def inputs() -> Tensor:
         assert x is not None
-        return by_row(x.expand(shape))
+        return by_row((x if isinstance(x, Tensor) else x()).expand(shape))
 
     return Scale(len(rows), None if x is None else inputs, lambda grad: by_row(grad if scale == 1.0 else grad * scale))
 
 
-def added(operand: Tensor, shape: Sequence[int], scale: float = 1.0) -> Scale:
-    """The form of ``... + operand * scale`` in an output of ``shape``."""
-    return scaled(operand, None, shape, scale)
+def per_channel(vector: Tensor, ndim: int) -> Tensor:
+    """A vector over channels in the shape in which it broadcasts along the second of ``ndim`` axes."""
+    return vector.detach().view(-1, *(1 for _ in range(ndim - 2)))
 
 
 def _shape(*tensors: object) -> torch.Size:
@@ -44,100 +47,96 @@ def _shape(*tensors: object) -> torch.Size:
 def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:
     pairs = (("left", left, left_scale), ("right", right, right_scale))
     shape = _shape(left, right)
-    return Bound({role: Operand(t, added(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
+    return Bound({role: Operand(t, scaled(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
 
 
-def add(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002 - torch's names
+def add(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``input + alpha * other``."""
     return _sum(input, other, 1.0, alpha)
 
 
-def sub(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002
+def sub(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``input - alpha * other``."""
     return _sum(input, other, 1.0, -alpha)
 
 
-def rsub(input: object, other: object, *, alpha: float = 1) -> Bound:  # noqa: A002
+def rsub(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``other - alpha * input``."""
     return _sum(input, other, -alpha, 1.0)
 
 
-def mul(input: object, other: object) -> Bound | None:  # noqa: A002
+def mul(input: object, other: object) -> Bound | None:
     """``input * other``."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        return None  # by a number: made of parameters alone, and no use
+        return None  # by a number: computed from parameters alone, so not a use
     shape = _shape(input, other)
-    operands = {
-        "left": Operand(input, scaled(input, other, shape)),
-        "right": Operand(other, scaled(other, input, shape)),
-    }
-    return Bound(operands, (input, other))
+    left, right = Operand(input, scaled(input, shape, x=other)), Operand(other, scaled(other, shape, x=input))
+    return Bound({"left": left, "right": right}, (input, other))
 
 
-def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Bound:  # noqa: A002
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Bound:
     """``input + value * tensor1 * tensor2``."""
     shape = _shape(input, tensor1, tensor2)
     operands = {
-        "bias": Operand(input, added(input, shape)),
-        "left": Operand(tensor1, scaled(tensor1, tensor2, shape, value)),
-        "right": Operand(tensor2, scaled(tensor2, tensor1, shape, value)),
+        "bias": Operand(input, scaled(input, shape)),
+        "left": Operand(tensor1, scaled(tensor1, shape, value, tensor2)),
+        "right": Operand(tensor2, scaled(tensor2, shape, value, tensor1)),
     }
     return Bound(operands, (tensor1, tensor2))
 
 
-def where(condition: Tensor, input: object, other: object) -> Bound:  # noqa: A002
+def where(condition: Tensor, input: object, other: object) -> Bound:
     """``input`` where the condition holds, else ``other``."""
     shape = _shape(condition, input, other)
     operands = {}
     for role, tensor, chosen in (("input", input, condition), ("other", other, ~condition)):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            operands[role] = Operand(tensor, scaled(tensor, chosen.to(tensor.dtype), shape))
+            operands[role] = Operand(tensor, scaled(tensor, shape, x=chosen.to(tensor.dtype)))
     return Bound(operands, (condition,))
 
 
-def prelu(input: Tensor, weight: Tensor) -> Bound:  # noqa: A002
-    """``max(input, 0) + weight * min(input, 0)``, the weight one for each channel, or one for all."""
-    channels = weight.view(-1, *(1 for _ in range(input.ndim - 2))) if input.ndim > 1 else weight
+def prelu(input: Tensor, weight: Tensor) -> Bound:
+    """``max(input, 0) + weight * min(input, 0)``, with a weight for each channel, or one for all."""
     negative = input.detach().clamp_max(0)
-    return Bound({"weight": Operand(weight, scaled(channels.detach(), negative, input.shape))}, (input,))
+    form = scaled(per_channel(weight, input.ndim), input.shape, x=negative)
+    return Bound({"weight": Operand(weight, form)}, (input,))
 
 
-def expand(input: Tensor, *sizes: Any) -> Bound | None:  # noqa: A002
-    """The same along new axes or axes of size one, as a class token for every sample; also repeat of such axes."""
-    given = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    shape = _expanded(input.shape, [int(size) for size in given])
-    return None if shape is None else Bound({"input": Operand(input, added(input, shape))})
+def _axes(input: Tensor, given: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """Pairs of an axis' size, ones for new axes on the left, and the number given for it, by itself or in a tuple."""
+    numbers = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
+    padded = [1] * (len(numbers) - input.ndim) + list(input.shape)
+    return list(zip(padded, map(int, numbers), strict=True))
 
 
-def _expanded(shape: Sequence[int], sizes: Sequence[int]) -> list[int] | None:
-    padded = [1] * (len(sizes) - len(shape)) + list(shape)
-    return [old if new == -1 else new for old, new in zip(padded, sizes, strict=True)]
+def expand(input: Tensor, *sizes: Any) -> Bound:
+    """The same along new axes or axes of size one, as a class token for every sample."""
+    shape = [old if new == -1 else new for old, new in _axes(input, sizes)]
+    return Bound({"input": Operand(input, scaled(input, shape))})
 
 
-def expand_as(input: Tensor, other: Tensor) -> Bound:  # noqa: A002
+def expand_as(input: Tensor, other: Tensor) -> Bound:
     """``input`` in the shape of ``other``."""
-    return Bound({"input": Operand(input, added(input, other.shape))})
+    return Bound({"input": Operand(input, scaled(input, other.shape))})
 
 
-def repeat(input: Tensor, *repeats: Any) -> Bound | None:  # noqa: A002
+def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     """Copies along axes of size one; copies along longer ones have no rule."""
-    given = repeats[0] if len(repeats) == 1 and not isinstance(repeats[0], int) else repeats
-    padded = [1] * (len(given) - input.ndim) + list(input.shape)
-    if any(size != 1 and times != 1 for size, times in zip(padded, given, strict=True)):
+    axes = _axes(input, repeats)
+    if any(size != 1 and times != 1 for size, times in axes):
         return None
-    shape = [size * int(times) for size, times in zip(padded, given, strict=True)]
-    return Bound({"input": Operand(input, added(input, shape))})
+    return Bound({"input": Operand(input, scaled(input, [size * times for size, times in axes]))})
 
 
 _METHODS: Any = torch.Tensor
 RULES: dict[Callable[..., Any], Rule] = {
-    # In place, too: a sum needs nothing of what was there before.
+    # Also in place: the form of a sum does not read the values that are overwritten.
     **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
     **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
     **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),
     **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul), mul),
     **dict.fromkeys((torch.addcmul, _METHODS.addcmul), addcmul),
-    **dict.fromkeys((torch.where,), where),
+    torch.where: where,
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
     **dict.fromkeys((_METHODS.expand, torch.broadcast_to, _METHODS.broadcast_to), expand),
     _METHODS.expand_as: expand_as,

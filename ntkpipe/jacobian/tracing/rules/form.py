@@ -1,8 +1,8 @@
-"""The three ways in which a parameter enters the output of an operation, and so what its Jacobian is made of.
+"""The three ways in which a parameter enters the output of an operation, and so what its Jacobian consists of.
 
 An operation's output has *rows*: what one position of one sample becomes. With d_r the covector pulled back to row r,
 the Jacobian of a sample is a sum over its rows. Rows of inputs and of cotangents are in the same order; which sample a
-row belongs to is found by tracing and is not a rule's business.
+row belongs to is found by tracing, not by rules.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Outer:
     inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
     arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
-    # Names the order of elements in (groups, n_out, n_in): two uses of one function in the same order may be added up
+    # Identifies the order of elements in (groups, n_out, n_in): uses of one function in the same order may be added up
     # before they are arranged
     order: tuple[int, ...] = ()
 
@@ -32,7 +32,7 @@ class Scale:
     """Rows z_r = w o x_r, or w + x_r: the Jacobian is ``sum_r d_r o x_r``, or ``sum_r d_r``."""
 
     row_dims: int  # as in :class:`Outer`
-    # Makes x, shape (*rows, n), the operand's elements in order along the last axis; none stands for ones
+    # Makes x, shape (*rows, n), with the operand's elements in order along the last axis; None stands for ones
     inputs: Thunk | None
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
 
@@ -59,11 +59,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a rule says of one call."""
+    """The operands of one call that a rule found."""
 
     operands: dict[str, Operand]  # by role, as `weight` and `bias`
-    # Tensors that the forms will read later: they must not change in place after the call
-    saved: tuple[Tensor, ...] = ()
+    saved: tuple[Tensor, ...] = ()  # tensors that the forms read later: they must not change in place after the call
 
 
 Rule = Callable[..., Bound | None]

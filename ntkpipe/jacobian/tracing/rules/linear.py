@@ -1,5 +1,7 @@
 """Products with a matrix: linear, addmm, matmul and its relatives, einsum, bilinear."""
 
+# ruff: noqa: A002 - arguments are named as in torch
+
 from collections.abc import Callable, Sequence
 from string import ascii_letters
 from typing import Any
@@ -8,23 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import added
+from ntkpipe.jacobian.tracing.rules.elementwise import scaled
 from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rule
 
-# Axes by name, as in einsum.
-Labels = Sequence[str]
+AxisLabels = Sequence[str]  # axes by name, as in einsum
 
 
-def contraction(
-    x: Tensor, weight: Tensor, x_labels: Labels, weight_labels: Labels, out_labels: Labels, scale: float = 1.0
-) -> Outer | None:
-    """The form of a product of ``x`` with ``weight``, their axes named as in einsum; none if it is no matrix product.
+def contraction(x: Tensor, weight: Tensor, *labels: AxisLabels, scale: float = 1.0) -> Outer | None:
+    """The form of a product of x with a weight, or None if it is no matrix product.
 
-    Axes of both that are summed over are a's, axes of the weight alone are d's, axes of x alone number the rows, and
-    axes of all three number the groups.
+    The axes of x, weight and output are labelled as in einsum. Axes that x and weight share and that are summed over
+    belong to the inputs a, axes of the weight alone to the cotangents d; axes of x alone number the rows, and axes of
+    all three number the groups.
     """
-    if any(len(set(labels)) < len(labels) for labels in (x_labels, weight_labels, out_labels)):
+    if any(len(set(each)) < len(each) for each in labels):
         return None
+    x_labels, weight_labels, out_labels = labels
     x_sizes = dict(zip(x_labels, x.shape, strict=True))
     sizes = dict(zip(weight_labels, weight.shape, strict=True))
     narrow = [axis for axis, label in enumerate(x_labels) if x_sizes[label] == 1 and sizes.get(label, 1) != 1]
@@ -60,7 +61,7 @@ def contraction(
 
 
 def _grouped(values: Tensor, num_rows: int, num_groups: int, has_width: bool) -> Tensor:
-    """The group axes after the row axes as one; where there are none, or no axes behind them, new ones of size one."""
+    """The group axes behind the row axes as one; without any, or without axes behind them, new ones of size one."""
     values = values.flatten(num_rows, num_rows + num_groups - 1) if num_groups else values.unsqueeze(num_rows)
     return values if has_width else values.unsqueeze(-1)
 
@@ -73,28 +74,25 @@ def _bound(forms: dict[str, tuple[Tensor, Outer | None]], *saved: Tensor) -> Bou
 def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
     if bound is None or bias is None:
         return bound
-    return Bound({**bound.operands, "bias": Operand(bias, added(bias, shape, scale))}, bound.saved)
+    return Bound({**bound.operands, "bias": Operand(bias, scaled(bias, shape, scale))}, bound.saved)
 
 
-def _product(left: Tensor, right: Tensor, labels: tuple[Labels, Labels, Labels], scale: float = 1.0) -> Bound | None:
-    """A product either factor of which may be the parameter."""
-    a, b, out = labels
-    forms = {
-        "weight": (right, contraction(left, right, a, b, out, scale)),
-        "left": (left, contraction(right, left, b, a, out, scale)),
-    }
-    return _bound(forms, left, right)
-
-
-def _matmul_labels(left: Tensor, right: Tensor) -> tuple[list[str], list[str], list[str]]:
-    """Axes of the factors of a matmul and of its output; leading axes are numbered from the right."""
+def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | None, list[int]]:
+    """A product either factor of which may be the parameter, and the shape of its output."""
+    # Leading axes are numbered from the right.
     a = [str(axis) for axis in range(left.ndim - 2, 0, -1)] + (["n", "k"] if left.ndim > 1 else ["k"])
     b = [str(axis) for axis in range(right.ndim - 2, 0, -1)] + (["k", "m"] if right.ndim > 1 else ["k"])
     batch = max(a, b, key=len)
-    return a, b, [label for label in batch if label.isdecimal()] + [x for x in ("n", "m") if x in a or x in b]
+    out = [label for label in batch if label.isdecimal()] + [x for x in ("n", "m") if x in a or x in b]
+    forms = {
+        "weight": (right, contraction(left, right, a, b, out, scale=scale)),
+        "left": (left, contraction(right, left, b, a, out, scale=scale)),
+    }
+    sizes = dict(zip([*a, *b], [*left.shape, *right.shape], strict=True))
+    return _bound(forms, left, right), [sizes[label] for label in out]
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:  # noqa: A002 - torch's names
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:
     """``input @ weight.T + bias``."""
     if weight.ndim != 2:
         return None
@@ -103,20 +101,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound |
     return _with_bias(_bound({"weight": (weight, form)}, input), bias, (*input.shape[:-1], weight.shape[0]))
 
 
-def matmul(input: Tensor, other: Tensor) -> Bound | None:  # noqa: A002
+def matmul(input: Tensor, other: Tensor) -> Bound | None:
     """``input @ other``; also mm, bmm and mv."""
-    return _product(input, other, _matmul_labels(input, other))
+    return _matmul(input, other)[0]
 
 
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Bound | None:  # noqa: A002
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Bound | None:
     """``beta * input + alpha * mat1 @ mat2``; also baddbmm and addmv."""
-    a, b, out = _matmul_labels(mat1, mat2)
-    sizes = {**dict(zip(a, mat1.shape, strict=True)), **dict(zip(b, mat2.shape, strict=True))}
-    return _with_bias(_product(mat1, mat2, (a, b, out), alpha), input, [sizes[label] for label in out], beta)
+    product, shape = _matmul(mat1, mat2, alpha)
+    return _with_bias(product, input, shape, beta)
 
 
 def einsum(equation: str, *operands: Any) -> Bound | None:
-    """Sums of products; those that are linear in a parameter by a matrix product."""
+    """Sums of products, where an operand enters by a matrix product."""
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else list(operands)
     parsed = _parse(equation, tensors)
     if parsed is None:
@@ -154,14 +151,14 @@ def _labels(term: str, extra: int) -> list[str]:
 
 
 def _joined(tensors: list[Tensor], labels: list[list[str]], wanted: list[str]) -> tuple[Tensor | None, list[str]]:
-    """The product of several factors as one, with the axes of theirs that are wanted; none without any."""
+    """The product of several factors as one, with those of their axes that are wanted; None without factors."""
     if len(tensors) <= 1:
         return (tensors[0], labels[0]) if tensors else (None, [])
-    kept = [label for label in dict.fromkeys(label for each in labels for label in each) if label in wanted]
-    names = dict(zip(dict.fromkeys(label for each in labels for label in each), ascii_letters, strict=False))
-    terms = ",".join("".join(names[label] for label in each) for each in labels)
+    letters = dict(zip(dict.fromkeys(label for each in labels for label in each), ascii_letters, strict=False))
+    kept = [label for label in letters if label in wanted]
+    terms = ",".join("".join(letters[label] for label in each) for each in labels)
     with torch.no_grad():
-        return torch.einsum(f"{terms}->{''.join(names[label] for label in kept)}", *tensors), kept
+        return torch.einsum(f"{terms}->{''.join(letters[label] for label in kept)}", *tensors), kept
 
 
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:

@@ -1,5 +1,7 @@
 """Reading rows of a table: embedding, indexing, index_select."""
 
+# ruff: noqa: A002 - arguments are named as in torch
+
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rule
 
 
 def embedding(
-    input: Tensor,  # noqa: A002 - torch's names
+    input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -20,7 +22,6 @@ def embedding(
     sparse: bool = False,
 ) -> Bound | None:
     """``weight[input]``; the row of ``padding_idx`` gets no gradient."""
-    del norm_type, sparse
     if max_norm is not None or scale_grad_by_freq:
         return None  # the first changes the weight, the second gives a gradient that depends on the batch
     return _lookup(weight, input, padding_idx)
@@ -30,10 +31,9 @@ def _lookup(table: Tensor, indices: Tensor, padding_idx: int | None = None) -> B
     if table.ndim != 2 or indices.dtype not in {torch.int64, torch.int32}:
         return None
     count = table.shape[0]
-    padding = None if padding_idx is None else padding_idx % count
 
     def cotangents(grad: Tensor) -> Tensor:
-        return grad if padding is None else grad.masked_fill((indices == padding).unsqueeze(-1), 0.0)
+        return grad if padding_idx is None else grad.masked_fill((indices == padding_idx % count).unsqueeze(-1), 0.0)
 
     form = Lookup(indices.ndim, lambda: indices.remainder(count), cotangents)  # indices from the end are allowed
     return Bound({"weight": Operand(table, form)}, (indices,))
@@ -44,7 +44,7 @@ def getitem(table: Tensor, key: object) -> Bound | None:
     return _lookup(table, key) if isinstance(key, Tensor) else None
 
 
-def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:  # noqa: A002
+def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:
     """``input`` at ``index`` along its first axis."""
     return _lookup(input, index) if dim in {0, -input.ndim} else None
 

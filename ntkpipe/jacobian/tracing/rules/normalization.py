@@ -1,125 +1,87 @@
 """Gains and offsets of normalisations: the normalised input times a weight, plus a bias."""
 
+# ruff: noqa: A002 - arguments are named as in torch
+
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale
+from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Thunk
+
+Weight = Tensor | None
 
 
-def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized: Callable[[], Tensor]) -> Bound:  # noqa: A002
-    """An output ``normalized() * weight + bias`` in which both lie along channels, the second axis."""
+def _affine(input: Tensor, weight: Weight, bias: Weight, normalized: Thunk, *, by_channel: bool = True) -> Bound:
+    """``normalized() * weight + bias``, where both lie along channels, the second axis, or along the last axes."""
     operands = {}
-    for role, tensor in (("weight", weight), ("bias", bias)):
+    for role, tensor, x in (("weight", weight, normalized), ("bias", bias, None)):
         if tensor is not None:
-            channels = tensor.detach().view(-1, *(1 for _ in range(input.ndim - 2)))
-            operands[role] = Operand(
-                tensor, _scaled_by(channels, normalized if role == "weight" else None, input.shape)
-            )
+            operand = per_channel(tensor, input.ndim) if by_channel else tensor
+            operands[role] = Operand(tensor, scaled(operand, input.shape, x=x))
     return Bound(operands, (input,))
-
-
-def _scaled_by(operand: Tensor, normalized: Callable[[], Tensor] | None, shape: Sequence[int]) -> Scale:
-    """As :func:`scaled`, by an input that is computed when it is needed."""
-    form = scaled(operand, None, shape)
-    if normalized is None:
-        return form
-    return Scale(form.row_dims, lambda: form.cotangents(normalized()), form.cotangents)
 
 
 def layer_norm(
-    input: Tensor,  # noqa: A002 - torch's names
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, bias: Weight = None, eps: float = 1e-5
 ) -> Bound:
     """Normalised over the last axes; weight and bias have these axes."""
-    x = input.detach()
-    operands = {}
-    if weight is not None:
-        plain = lambda: F.layer_norm(x, normalized_shape, eps=eps)  # noqa: E731
-        operands["weight"] = Operand(weight, _scaled_by(weight, plain, input.shape))
-    if bias is not None:
-        operands["bias"] = Operand(bias, scaled(bias, None, input.shape))
-    return Bound(operands, (input,))
+    normalized = partial(F.layer_norm, input.detach(), normalized_shape, eps=eps)
+    return _affine(input, weight, bias, normalized, by_channel=False)
 
 
-def rms_norm(
-    input: Tensor,  # noqa: A002
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Bound | None:
+def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, eps: float | None = None) -> Bound:
     """Divided by the root mean square over the last axes."""
-    if weight is None:
-        return None
-    x = input.detach()
-    plain = lambda: F.rms_norm(x, normalized_shape, eps=eps)  # noqa: E731
-    return Bound({"weight": Operand(weight, _scaled_by(weight, plain, input.shape))}, (input,))
+    normalized = partial(F.rms_norm, input.detach(), normalized_shape, eps=eps)
+    return _affine(input, weight, None, normalized, by_channel=False)
 
 
-def group_norm(
-    input: Tensor,  # noqa: A002
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Bound:
+def group_norm(input: Tensor, num_groups: int, weight: Weight = None, bias: Weight = None, eps: float = 1e-5) -> Bound:
     """Normalised over groups of channels of a sample."""
-    x = input.detach()
-    return _affine(input, weight, bias, lambda: F.group_norm(x, num_groups, eps=eps))
+    return _affine(input, weight, bias, partial(F.group_norm, input.detach(), num_groups, eps=eps))
 
 
 def batch_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Weight = None,
+    bias: Weight = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Bound | None:
     """Normalised by running statistics; with those of the batch there is no kernel of single samples."""
-    del momentum
     if training:
         return None
-    x = input.detach()
-    return _affine(input, weight, bias, lambda: F.batch_norm(x, running_mean, running_var, eps=eps))
+    return _affine(input, weight, bias, partial(F.batch_norm, input.detach(), running_mean, running_var, eps=eps))
 
 
 def instance_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Weight = None,
+    bias: Weight = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Bound | None:
     """Normalised over each channel of a sample, or by running statistics."""
-    del momentum
-    x = input.detach()
     if use_input_stats and running_mean is not None:
         return None  # computing it again would update the statistics
-    return _affine(
-        input,
-        weight,
-        bias,
-        lambda: F.instance_norm(x, running_mean, running_var, use_input_stats=use_input_stats, eps=eps),
-    )
+    x = input.detach()
+    normalized = partial(F.instance_norm, x, running_mean, running_var, use_input_stats=use_input_stats, eps=eps)
+    return _affine(input, weight, bias, normalized)
 
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.layer_norm: layer_norm,
-    F.rms_norm: rms_norm,
-    torch.rms_norm: rms_norm,
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     F.group_norm: group_norm,
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,

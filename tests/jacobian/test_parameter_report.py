@@ -9,7 +9,7 @@ from engines import engine_kernel, engine_of, take
 from torch import nn
 
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.report import (
+from ntkpipe.jacobian.parameter_report import (
     LEGEND,
     explain_reports,
     fallback_reasons,

@@ -1,4 +1,4 @@
-"""How each parameter's Jacobian is found and held, and what that costs; or why it is left to plain ``torch.func``."""
+"""How each parameter's Jacobian is computed and held, and at what cost; or why it is left to plain ``torch.func``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +10,7 @@ from ntkpipe.jacobian.tracing.uses import LOOKUP
 
 FALLBACK, UNUSED = "torch.func", "unused"
 
-_TITLE = "KiB a sample, share of the contraction"
-
-# What the words of a report mean; n_in and n_out are the width of inputs and cotangents, T is the number of positions.
+# Words for representations; n_in and n_out are the width of inputs and cotangents, T is the number of positions.
 LEGEND = {
     "pairwise": "inputs a and cotangents d of every position; Gram entries are sums of (a·a′)(d·d′)",
     "late": "a and d as well, multiplied out a part at a time, whenever they are contracted",
@@ -27,7 +25,7 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """Parameters whose Jacobians are found together: a weight and its bias, a part of one, or all that is joined.
+    """Parameters whose Jacobians are computed together: a weight and its bias, part of one, or several joined.
 
     Attributes
     ----------
@@ -40,7 +38,7 @@ class ParameterReport:
     representation
         How their Jacobians are held: a word of :data:`LEGEND`.
     num_parameters
-        Numbers in them.
+        Number of entries in them.
     num_positions
         Positions of a sample at which they are used, T, over all uses; 0 where nothing was traced.
     groups, n_in, n_out
@@ -49,13 +47,13 @@ class ParameterReport:
     sample_bytes
         Bytes held for one sample.
     sample_flops
-        Operations to multiply out one sample's Jacobians; what forward and backward pass take is not told apart.
+        Operations to multiply out one sample's Jacobians; those of forward and backward pass belong to no parameter.
     pair_flops
-        Operations of a contraction that fall on one pair of samples.
+        Operations to contract one pair of samples.
     share
-        Of that, in the contraction of all parameters.
+        Fraction of ``pair_flops`` in those of all parameters.
     reason
-        Why they are in the fallback; else empty.
+        Why they are in the fallback, else empty.
     """
 
     name: str
@@ -75,12 +73,12 @@ class ParameterReport:
 
     @property
     def label(self) -> str:
-        """Rule and representation, as in the manifest's ``choices.representations``; unused ones are not in there."""
+        """Rule and representation, as in the manifest's ``choices.representations``, which lacks unused parameters."""
         return f"{self.rule}:{self.representation}"
 
     @property
     def is_fallback(self) -> bool:
-        """Whether plain ``torch.func`` does it."""
+        """Whether their Jacobians come from plain ``torch.func``."""
         return self.rule == FALLBACK
 
     @property
@@ -93,7 +91,7 @@ class ParameterReport:
 
     @property
     def short_name(self) -> str:
-        """The name, without what a parameter has in common with the one before it: ``head.weight + bias``."""
+        """The name with each module named once: ``head.weight + bias``."""
         shown, last = [], ""
         for name in self.name.split(" + "):
             module = name.rpartition(".")[0]
@@ -107,31 +105,28 @@ class ParameterReport:
 
 
 def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
-    """Every term of an engine, parameter of the fallback and parameter that is not used, in the model's order."""
+    """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
     total = engine.pair_flops() or 1.0
     count, parameters = len(engine.covectors), engine.model.parameters()
     itemsize = engine.setup.accumulate_dtype.itemsize
-    terms = tuple(_term_report(term, engine, total) for term in engine.terms)
-    fallback = []
+    reports = [_term_report(term, engine, total) for term in engine.terms]
     for name in engine.fallback:
         width = parameters[name].numel()
         flops = 2.0 * covector_pairs(count, engine.setup.pairs) * width
-        fallback.append(
-            ParameterReport(
-                name=name,
-                parameters=(name,),
-                rule=FALLBACK,
-                representation=engine.method,
-                num_parameters=width,
-                sample_bytes=count * width * itemsize,
-                pair_flops=flops,
-                share=flops / total,
-                reason=engine.tracing.fallback[name],
-            )
+        fallback = ParameterReport(
+            name=name,
+            parameters=(name,),
+            rule=FALLBACK,
+            representation=engine.method,
+            num_parameters=width,
+            sample_bytes=count * width * itemsize,
+            pair_flops=flops,
+            share=flops / total,
+            reason=engine.tracing.fallback[name],
         )
-    unused = (ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused)
-    order = {name: number for number, name in enumerate(engine.model.names)}
-    return tuple(sorted((*terms, *fallback, *unused), key=lambda report: order[report.parameters[0]]))
+        reports.append(fallback)
+    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
+    return tuple(sorted(reports, key=lambda report: engine.model.names.index(report.parameters[0])))
 
 
 def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
@@ -160,10 +155,10 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
 class ReportTable:
     """Cells of a table in words."""
 
-    title: str  # what the numbers are
     columns: tuple[str, ...]  # headers
     rows: tuple[tuple[str, ...], ...]  # as many cells each
     num_texts: int  # how many columns from the left are text; the others are numbers
+    title: str = "KiB a sample, share of the contraction"  # what the numbers are
 
 
 def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
@@ -177,30 +172,23 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         size = sum(report.num_parameters for report in group)
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
     columns = ("rule", "kept as", "parameters", "numbers", "KiB", "share")
-    return ReportTable(_TITLE, columns, tuple(rows), num_texts=2)
+    return ReportTable(columns, tuple(rows), num_texts=2)
 
 
 def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
     """One row for each report."""
     rows = tuple(
-        (
-            report.short_name,
-            report.rule or "–",
-            report.representation,
-            report.shape,
-            f"{report.num_positions or ''}",
-            *_costs([report]),
-        )
-        for report in reports
+        (r.short_name, r.rule or "–", r.representation, r.shape, f"{r.num_positions or ''}", *_costs([r]))
+        for r in reports
     )
     columns = ("parameters", "rule", "kept as", "n_in × n_out", "positions", "KiB", "share")
-    return ReportTable(_TITLE, columns, rows, num_texts=3)
+    return ReportTable(columns, rows, num_texts=3)
 
 
 def _costs(group: Sequence[ParameterReport]) -> tuple[str, str]:
     """KiB a sample, and share of the contraction."""
-    kept = sum(report.sample_bytes for report in group) / 2**10
-    return f"{kept:,.1f}", f"{_share(group):.1%}"
+    size = sum(report.sample_bytes for report in group) / 2**10
+    return f"{size:,.1f}", f"{_share(group):.1%}"
 
 
 def _share(group: Sequence[ParameterReport]) -> float:
@@ -208,12 +196,12 @@ def _share(group: Sequence[ParameterReport]) -> float:
 
 
 def explain_reports(reports: Sequence[ParameterReport]) -> list[tuple[str, str]]:
-    """Every word for a representation that occurs, with its meaning."""
+    """Words for representations that occur, with their meaning."""
     return [(word, meaning) for word, meaning in LEGEND.items() if any(r.representation == word for r in reports)]
 
 
 def fallback_reasons(reports: Sequence[ParameterReport]) -> list[tuple[str, str]]:
-    """Why parameters are in the fallback, and for each reason the names of all of them."""
+    """Reasons why parameters are in the fallback, each with their names."""
     names: dict[str, list[str]] = {}
     for report in reports:
         if report.is_fallback:
