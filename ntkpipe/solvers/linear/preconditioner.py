@@ -103,7 +103,7 @@ def randomly_pivoted_cholesky(
     then): the rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but candidates that were rejected are
     offered again, so that a round gives as many pivots as it should. Near duplicates of a pivot are not chosen.
 
-    Memory is three blocks of shape (n, rank) in float64 while it is made, one later; arithmetic is 4 n rank² multiplications.
+    Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
     start, operator = perf_counter(), as_operator(matrix)
     rank, ridge = _checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
