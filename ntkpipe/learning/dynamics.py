@@ -138,15 +138,15 @@ def dynamics(
     max_passes
         Most steps.
     memory_limit
-        Bytes that this process may use. The vectors of the space, ``steps * c * n`` float64, and the results of
-        ``2 T c n`` dominate. Default: what it uses already and half of what is free.
+        Bytes that this process may use; default what it uses already and half of what is free. The vectors of the
+        space, ``steps * c * n`` float64, and the results, ``2 T c n``, dominate.
     seed
         Seed of the random vector.
     monitor
         Called after each pass.
     checkpoint
-        Where each step is written, 8 c n bytes, so that another call goes on from the last one, also with a higher
-        ``max_passes``. The caller clears it.
+        Where each step is written, 8 c n bytes, for another call to go on from, also with a higher ``max_passes``. The
+        caller clears it.
 
     Raises
     ------
@@ -163,12 +163,12 @@ def dynamics(
     Lubich 1997). The formulas of the flow are those of Jacot, Gabriel and Hongler (2018) and Lee et al. (2019), with
     the loss above.
 
-    Errors are bounds and not estimates from the last coefficient, which is unsafe where η t is large: the Krylov
-    function u satisfies ``u' + η K u = η d(t)`` with a known defect d, so that its error is at most
-    ``η ∫ |d(s)| ds`` up to t, since ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times. A
-    term for rounding in float64 is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values
-    within rounding of zero, or below the storage floor, count as zero there: the limit is the pseudo-inverse's, and the
-    status says so if targets have a part there.
+    Errors are bounds; estimates from the last coefficient are unsafe where η t is large. The Krylov function u follows
+    ``u' + η K u = η d(t)`` with a known defect d, so its error is at most ``η ∫ |d(s)| ds`` up to t, since
+    ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times, and a term for rounding in float64
+    is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values within rounding of zero, or below
+    the storage floor, count as zero there: the limit is that of the pseudo-inverse, and the status says so if targets
+    have a part there.
     """
     begin = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
@@ -177,28 +177,17 @@ def dynamics(
     wanted = _times(times)
     tol = float(check_number("tol", tol, low=1e-14, high=1.0))
     max_passes = int(check_number("max_passes", max_passes, low=1))
-    if learning_rate is not None and not (0 < learning_rate < math.inf):
-        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
-    given = None if learning_rate is None else float(learning_rate)
-    columns = goals.reshape(operator.num_rows, -1)
-    if initial is not None:
-        if np.shape(initial) != goals.shape:
-            raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
-        columns = columns - as_block("initial functions", initial, operator.num_rows)
+    given = _checked_rate(learning_rate)
+    columns = _start(goals, initial)
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, room)
     training = _Training(operator, columns, wanted, given, tol, most, seed)
     decides = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
-    decides["seed"] = None if training.top is None else seed
-    journal = Journal(checkpoint, decides, training.spaces)
+    journal = Journal(checkpoint, {**decides, "seed": None if training.top is None else seed}, training.spaces)
     take_steps(operator, before, tol, monitor, journal, look=training.look, advance=training.advance)
-
-    rate, flow, space = training.rate, training.flow(), training.space
+    flow, space, shape = training.flow(), training.space, (len(wanted), *goals.shape)
     functions, coefficients, errors, defect = training.functions(flow)
-    missed: Status = "step limit" if space.num_steps == most and not space.is_exhausted else "stagnated"
-    statuses = tuple(
-        flow.status(index, tol) or ("converged" if errors[index] <= tol else missed) for index in range(len(wanted))
-    )
-    status, message = _judge(flow, wanted, statuses, errors, tol, "memory_limit" if most < max_passes else "max_passes")
+    limit = "memory_limit" if most < max_passes else "max_passes"
+    statuses, status, message = training.judge(flow, errors, limit)
     options = {"learning_rate": given, "tol": tol, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
     return Dynamics(
         status=status,
@@ -208,9 +197,9 @@ def dynamics(
         options=options,
         matrix=operator.identity(),
         times=wanted,
-        learning_rate=rate,
-        residuals=functions.reshape(len(wanted), *goals.shape),
-        coefficients=coefficients.reshape(len(wanted), *goals.shape),
+        learning_rate=training.rate,
+        residuals=functions.reshape(shape),
+        coefficients=coefficients.reshape(shape),
         losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *goals.shape[1:]),
         errors=errors,
         storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
@@ -248,7 +237,19 @@ class _Training:
 
     @property
     def rate(self) -> float:
-        return self._given or _rate(self.top)
+        if self._given:
+            return self._given
+        if self.top is None or self.top.value <= 0:
+            raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
+        return 1.0 / self.top.value
+
+    def judge(self, flow: Flow, errors: NDArray[np.float64], limit: str) -> tuple[tuple[Status, ...], Status, str]:
+        """Status at each time, and status and message over all of them."""
+        is_cut = self.space.num_steps == self.space.max_steps and not self.space.is_exhausted
+        missed: Status = "step limit" if is_cut else "stagnated"
+        reached: list[Status] = ["converged" if error <= self._tol else missed for error in errors]
+        statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
+        return statuses, *_judge(flow, self._times, statuses, errors, self._tol, limit)
 
     def flow(self) -> Flow:
         return Flow(self.space, self._times, self.rate, self._floor)
@@ -288,12 +289,6 @@ class _Training:
         functions *= -self._sizes
         coefficients *= self._sizes
         return functions, coefficients, errors, defect
-
-
-def _rate(top: TopEigenvalue | None) -> float:
-    if top is None or top.value <= 0:
-        raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
-    return 1.0 / top.value
 
 
 def _verify(
@@ -351,3 +346,19 @@ def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
     if found.ndim != 1 or not len(found) or not (found >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     return found
+
+
+def _checked_rate(learning_rate: float | None) -> float | None:
+    if learning_rate is not None and not (0 < learning_rate < math.inf):
+        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    return None if learning_rate is None else float(learning_rate)
+
+
+def _start(goals: NDArray[np.float64], initial: ArrayLike | None) -> NDArray[np.float64]:
+    """Columns of ``Y - f_0``."""
+    columns = goals.reshape(len(goals), -1)
+    if initial is None:
+        return columns
+    if np.shape(initial) != goals.shape:
+        raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
+    return columns - as_block("initial functions", initial, len(goals))

@@ -166,15 +166,14 @@ def slq_logdet(
     chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
     journal = Journal(checkpoint, {**decides, "seed": seed, "preconditioner": chosen}, {"probes": lanczos})
     take_steps(operator, before, options.tol, monitor, journal, look=sampling.look, advance=sampling.advance)
-    found, used = sampling.estimate, 0 if preconditioner is None else preconditioner.rank
+    found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
     status, message = _judge(found, n, options.tol, sampling.floor / sampling.scale, lanczos.limit)
-    asked = named if named is None or isinstance(named, str) else named.method
     return LogDeterminantEstimate(
         status=status,
         message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={"ridge": ridge, "preconditioner": asked, "rank": used, **vars(options)},
+        options={"ridge": ridge, "preconditioner": getattr(named, "method", named), "rank": used, **vars(options)},
         matrix=operator.identity(),
         value=float(found.samples.mean()),
         standard_error=found.standard_error,
