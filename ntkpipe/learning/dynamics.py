@@ -118,8 +118,8 @@ def dynamics(
     """Training by gradient flow with a fixed kernel, ``df/dt = -η K (f - Y)``, without eigenvectors.
 
     The loss is ``½ |f - Y|²``, summed over samples and outputs: no 1/n. For the mean, give ``learning_rate = η / n``.
-    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like
-    ``sqrt(η t λ_max)`` at worst; one more checks the result, one more measures the storage floor if that is not known.
+    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like ``sqrt(η t λ_max)`` at
+    worst; one more checks the result, and one measures the storage floor if that is not known.
 
     Parameters
     ----------
@@ -145,8 +145,7 @@ def dynamics(
     monitor
         Called after each pass.
     checkpoint
-        Where each step is written, 8 c n bytes, for another call to go on from, also with a higher ``max_passes``. The
-        caller clears it.
+        Where steps are written, 8 c n bytes each; a call goes on from them, also with a higher ``max_passes``.
 
     Raises
     ------
@@ -160,9 +159,7 @@ def dynamics(
     Notes
     -----
     Functions are ``V f(T) V'`` of the block Lanczos process with full reorthogonalisation (Saad 1992; Hochbruck and
-    Lubich 1997). The formulas of the flow are those of Jacot, Gabriel and Hongler (2018) and Lee et al. (2019), with
-    the loss above.
-
+    Lubich 1997). Formulas of the flow: Jacot, Gabriel and Hongler (2018), Lee et al. (2019), with the loss above.
     Errors are bounds; estimates from the last coefficient are unsafe where η t is large. The Krylov function u follows
     ``u' + η K u = η d(t)`` with a known defect d, so its error is at most ``η ∫ |d(s)| ds`` up to t, since
     ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times, and a term for rounding in float64
@@ -186,8 +183,7 @@ def dynamics(
     take_steps(operator, before, tol, monitor, journal, look=training.look, advance=training.advance)
     flow, space, shape = training.flow(), training.space, (len(wanted), *goals.shape)
     functions, coefficients, errors, defect = training.functions(flow)
-    limit = "memory_limit" if most < max_passes else "max_passes"
-    statuses, status, message = training.judge(flow, errors, limit)
+    statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
     options = {"learning_rate": given, "tol": tol, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
     return Dynamics(
         status=status,

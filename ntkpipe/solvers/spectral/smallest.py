@@ -158,18 +158,18 @@ def smallest(
     """
     started = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
-    n, before = operator.num_rows, operator.work
-    options = _options(n, k, tol, inverse, certify, path, block, max_passes, memory_limit, seed, room)
+    before = operator.work
+    options = _options(operator.num_rows, k, tol, inverse, certify, path, block, max_passes, memory_limit, seed, room)
     top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor)
     largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
     floor = operator.storage_floor()
     given = randomly_pivoted_cholesky(operator, seed=seed).solve if inverse is None else _checked(inverse)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(n, options["block"], given, seed)
+    space = Davidson(operator.num_rows, options["block"], given, seed)
     for _ in range(max_passes):
         space.advance(operator)
-        scale = np.maximum(np.abs(space.values), max(floor, _TINY))
-        monitor(Step(operator.work - before, float((space.norms / scale)[:k].max()), tol))
+        relative = space.norms / np.maximum(np.abs(space.values), max(floor, _TINY))
+        monitor(Step(operator.work - before, float(relative[:k].max()), tol))
         if len(space.values) >= k and _are_small(space.values[:k], space.norms[:k], tol, floor, rounding):
             break
     values, vectors, norms = _by_product(operator, space.pairs(k))
