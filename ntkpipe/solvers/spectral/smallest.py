@@ -174,9 +174,7 @@ def smallest(
             break
     values, vectors, norms = _by_product(operator, space.pairs(k))
     is_converged = _are_small(values, norms, tol, floor, rounding)
-    low, high, certificate = _bounds(
-        operator, values, norms, rounding, path=path, certify=options["certify"], memory_limit=room
-    )
+    low, high, certificate = _bounds(operator, values, norms, rounding, path, room, certify=options["certify"])
     status, message = _judge(values, norms, low, floor, rounding, tol, is_converged=is_converged)
     condition_low, condition_high = _condition(low, high, largest, slack, floor)
     return Smallest(
@@ -271,10 +269,10 @@ def _bounds(
     values: NDArray[np.float64],
     norms: NDArray[np.float64],
     rounding: float,
-    *,
     path: str | Path | None,
-    certify: bool,
     memory_limit: int | None,
+    *,
+    certify: bool,
 ) -> tuple[float | None, float, DefiniteBound | None]:
     """Bounds of λ_min, and what the lower one rests on."""
     high = float(values[0]) + rounding
