@@ -17,9 +17,9 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.checkpoint import Journal, Space
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
-from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit, take_steps
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -27,7 +27,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics(Result):
-    """Gradient flow of the linearised model on ``½ |f - Y|²``: functions on the train samples, coefficients for others.
+    """Gradient flow of the linearised model on ``½ |f - Y|²``, with coefficients for predictions.
 
     With targets of shape (n,), the last axis of arrays is absent.
 
@@ -47,18 +47,18 @@ class Dynamics(Result):
         Bounds of ``|residuals - exact| / |Y - f_0|``, the largest over outputs, shape (T,). ``K @ coefficients`` is
         right to twice that.
     storage_errors
-        What rounding to the dtype of storage can have done to the same, to first order: not in ``errors``; shape (T,).
+        Effect of rounding to the storage dtype, to first order, on the same scale; not in ``errors``; shape (T,).
     defect
         ``|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|`` by products with K at the last finite time and at
-        infinity: zero for exact functions. The largest.
+        infinity, the larger of both: zero for exact functions.
     statuses
-        Of each time.
+        Status at each time.
     largest_eigenvalue
         The largest Ritz value.
     num_steps
         Block Lanczos steps.
     dimension
-        Of the Krylov space.
+        Dimension of the Krylov space.
     """
 
     times: NDArray[np.float64]
@@ -119,8 +119,8 @@ def dynamics(
     """Training by gradient flow with a fixed kernel, ``df/dt = -η K (f - Y)``, without eigenvectors.
 
     The loss is ``½ |f - Y|²``, summed over samples and outputs: no 1/n. For the mean, give ``learning_rate = η / n``.
-    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like
-    ``sqrt(η t λ_max)`` at worst; one more checks the result, one more measures the storage floor if that is not known.
+    All times come from one block Krylov space of ``Y - f_0``, one pass a step. Passes grow like ``sqrt(η t λ_max)`` at
+    worst; one more checks the result, and one measures the storage floor if that is not known.
 
     Parameters
     ----------
@@ -131,23 +131,22 @@ def dynamics(
     times
         t ≥ 0, in steps of gradient descent; ``math.inf`` is the limit, a ridgeless regression.
     learning_rate
-        η > 0; one over the largest eigenvalue if none, for which a random vector joins the first passes.
+        η > 0; default one over the largest eigenvalue, for which a random vector joins the first passes.
     initial
-        f_0, of the shape of ``targets``; zero if none.
+        f_0, of the shape of ``targets``; default zero.
     tol
         Largest error at each time, relative to ``|Y - f_0|`` of each output.
     max_passes
         Most steps.
     memory_limit
-        Bytes that this process may have with the vectors of the space, ``steps * c * n`` float64, which dominate with
-        the results of ``2 T c n``; default what it has and half of what is free.
+        Bytes that this process may use; default what it uses already and half of what is free. The vectors of the
+        space, ``steps * c * n`` float64, and the results, ``2 T c n``, dominate.
     seed
-        Of the random vector.
+        Seed of the random vector.
     monitor
         Called after each pass.
     checkpoint
-        Where each step is written, 8 c n bytes, so that another call goes on from the last one, also with a higher
-        ``max_passes``. The caller clears it.
+        Where steps are written, 8 c n bytes each; a call goes on from them, also with a higher ``max_passes``.
 
     Raises
     ------
@@ -161,15 +160,13 @@ def dynamics(
     Notes
     -----
     Functions are ``V f(T) V'`` of the block Lanczos process with full reorthogonalisation (Saad 1992; Hochbruck and
-    Lubich 1997). The formulas of the flow are those of Jacot, Gabriel and Hongler (2018) and Lee et al. (2019), with
-    the loss above.
-
-    Errors are bounds and not estimates from the last coefficient, which is unsafe where η t is large: the Krylov
-    function u satisfies ``u' + η K u = η d(t)`` with a known defect d, so that its error is at most
-    ``η ∫ |d(s)| ds`` up to t, since ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times. A
-    term for rounding in float64 is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values
-    within rounding of zero, or below the storage floor, count as zero there: the limit is the pseudo-inverse's, and the
-    status says so if targets have a part there.
+    Lubich 1997). Formulas of the flow: Jacot, Gabriel and Hongler (2018), Lee et al. (2019), with the loss above.
+    Errors are bounds; estimates from the last coefficient are unsafe where η t is large. The Krylov function u follows
+    ``u' + η K u = η d(t)`` with a known defect d, so its error is at most ``η ∫ |d(s)| ds`` up to t, since
+    ``|exp(-η s K)| ≤ 1``. The integral is taken numerically over all earlier times, and a term for rounding in float64
+    is added. At infinity the error is the residual of ``K a = Y - f_0``. Ritz values within rounding of zero, or below
+    the storage floor, count as zero there: the limit is that of the pseudo-inverse, and the status says so if targets
+    have a part there.
     """
     begin = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
@@ -178,123 +175,135 @@ def dynamics(
     wanted = _times(times)
     tol = float(check_number("tol", tol, low=1e-14, high=1.0))
     max_passes = int(check_number("max_passes", max_passes, low=1))
-    if learning_rate is not None and not (0 < learning_rate < math.inf):
-        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
-    learning_rate = None if learning_rate is None else float(learning_rate)
-    columns = goals.reshape(operator.num_rows, -1)
-    if initial is not None:
-        if np.shape(initial) != goals.shape:
-            raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
-        columns = columns - as_block("initial functions", initial, operator.num_rows)
-    sizes = np.linalg.norm(columns, axis=0)
+    given = _checked_rate(learning_rate)
+    columns = _start(goals, initial)
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, room)
-    floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
-    space = BlockLanczos(columns / np.where(sizes > 0, sizes, 1.0), most)
-    top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
-
-    spaces: dict[str, Space] = {"targets": space} if top is None else {"targets": space, "top": top}
+    training = _Training(operator, columns, wanted, given, tol, most, seed)
     decides = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
-    journal = Journal(checkpoint, {**decides, "seed": None if top is None else seed}, spaces)
-
-    error, is_begun = math.inf, False
-    while True:
-        steps = space.num_steps
-        is_last = steps == most or space.is_exhausted
-        is_open = top is not None and not top.is_settled
-        if steps and (is_last or is_due(steps)) and (top is None or top.value > 0):
-            error = float(Flow(space, wanted, learning_rate or _rate(top), floor).errors.max(initial=0.0))
-        if is_begun:
-            monitor(Step(operator.work - before, error, tol))
-        is_last = is_last or error <= tol
-        if is_last and not is_open:
-            break
-        _advance(operator, None if is_last else space, top)
-        journal.save()
-        is_begun = True
-
-    rate = learning_rate or _rate(top)
-    flow = Flow(space, wanted, rate, floor)
-    shape = (len(wanted), *columns.shape)
-    functions, coefficients = np.empty(shape), np.empty(shape)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for index, (decayed, grown) in enumerate(flow.functions()):
-            functions[index], coefficients[index] = space.combine(decayed), space.combine(grown)
-    errors, defect = _verify(operator, columns, sizes, wanted, functions, coefficients, flow.errors)
-    functions *= -sizes
-    coefficients *= sizes
-    is_cut = space.num_steps == most and not space.is_exhausted
-    missed: Status = "step limit" if is_cut else "stagnated"
-    statuses = tuple(
-        flow.status(index, tol) or ("converged" if errors[index] <= tol else missed) for index in range(len(wanted))
-    )
-    status, message = _judge(flow, wanted, statuses, errors, tol, "memory_limit" if most < max_passes else "max_passes")
+    journal = Journal(checkpoint, {**decides, "seed": None if training.top is None else seed}, training.spaces)
+    take_steps(operator, before, tol, monitor, journal, look=training.look, advance=training.advance)
+    flow, space, shape = training.flow(), training.space, (len(wanted), *goals.shape)
+    functions, coefficients, errors, defect = training.functions(flow)
+    statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
+    options = {"learning_rate": given, "tol": tol, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
     return Dynamics(
         status=status,
         message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "learning_rate": learning_rate,
-            "tol": tol,
-            "max_passes": max_passes,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options=options,
         matrix=operator.identity(),
         times=wanted,
-        learning_rate=rate,
-        residuals=functions.reshape(len(wanted), *goals.shape),
-        coefficients=coefficients.reshape(len(wanted), *goals.shape),
+        learning_rate=training.rate,
+        residuals=functions.reshape(shape),
+        coefficients=coefficients.reshape(shape),
         losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *goals.shape[1:]),
         errors=errors,
         storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
         defect=defect,
         statuses=statuses,
-        largest_eigenvalue=max(flow.largest, 0.0 if top is None else top.value),
+        largest_eigenvalue=max(flow.largest, 0.0 if training.top is None else training.top.value),
         num_steps=space.num_steps,
         dimension=space.dimension,
     )
 
 
-def _advance(operator: Operator, space: BlockLanczos | None, top: TopEigenvalue | None) -> None:
-    """One pass, for the space, the largest eigenvalue, or both."""
-    is_open = top is not None and not top.is_settled
-    blocks = [] if space is None else [space.block]
-    if is_open and top is not None:
-        blocks.append(top.lanczos.block)
-    product = operator.matmat(np.concatenate(blocks, axis=1))
-    if is_open and top is not None:
-        top.absorb(product[:, -1:])
-        product = product[:, :-1]
-    if space is not None:
-        space.absorb(np.ascontiguousarray(product))
+class _Training:
+    """Krylov space of the scaled columns ``Y - f_0``, and the largest eigenvalue where no learning rate is given."""
 
+    def __init__(
+        self,
+        operator: Operator,
+        columns: NDArray[np.float64],
+        times: NDArray[np.float64],
+        learning_rate: float | None,
+        tol: float,
+        max_steps: int,
+        seed: int,
+    ) -> None:
+        self._operator, self._times, self._given, self._tol = operator, times, learning_rate, tol
+        self._sizes = np.linalg.norm(columns, axis=0)
+        self._units = columns / np.where(self._sizes > 0, self._sizes, 1.0)
+        self._floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+        self.space = BlockLanczos(self._units, max_steps)
+        self.top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
+        self.spaces: dict[str, Space] = {"targets": self.space}
+        if self.top is not None:
+            self.spaces["top"] = self.top
+        self._error = math.inf
 
-def _rate(top: TopEigenvalue | None) -> float:
-    """One over the largest eigenvalue."""
-    if top is None or top.value <= 0:
-        raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
-    return 1.0 / top.value
+    @property
+    def rate(self) -> float:
+        if self._given:
+            return self._given
+        if self.top is None or self.top.value <= 0:
+            raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
+        return 1.0 / self.top.value
+
+    def judge(self, flow: Flow, errors: NDArray[np.float64], limit: str) -> tuple[tuple[Status, ...], Status, str]:
+        """Status at each time, and status and message over all of them."""
+        is_cut = self.space.num_steps == self.space.max_steps and not self.space.is_exhausted
+        missed: Status = "step limit" if is_cut else "stagnated"
+        reached: list[Status] = ["converged" if error <= self._tol else missed for error in errors]
+        statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
+        return statuses, *_judge(flow, self._times, statuses, errors, self._tol, limit)
+
+    def flow(self) -> Flow:
+        return Flow(self.space, self._times, self.rate, self._floor)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the space grows no more."""
+        return self.space.num_steps == self.space.max_steps or self.space.is_exhausted or self._error <= self._tol
+
+    def look(self) -> tuple[float, bool]:
+        """Return the largest error, and whether no more steps are needed."""
+        steps, top = self.space.num_steps, self.top
+        is_limit = steps == self.space.max_steps or self.space.is_exhausted
+        if steps and (is_limit or is_due(steps)) and (top is None or top.value > 0):
+            self._error = float(self.flow().errors.max(initial=0.0))
+        return self._error, self._is_last and (top is None or top.is_settled)
+
+    def advance(self) -> None:
+        """Take one pass, for the space, the largest eigenvalue, or both."""
+        growing: list[BlockLanczos | TopEigenvalue] = [] if self._is_last else [self.space]
+        if self.top is not None and not self.top.is_settled:
+            growing.append(self.top)
+        blocks = [space.block for space in growing]
+        product = self._operator.matmat(np.concatenate(blocks, axis=1))
+        ends = np.cumsum([block.shape[1] for block in blocks])
+        for space, part in zip(growing, np.split(product, ends[:-1], axis=1), strict=True):
+            space.absorb(np.ascontiguousarray(part))
+
+    def functions(self, flow: Flow) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
+        """Residuals and coefficients at all times, their errors, and the defect; one pass."""
+        shape = (len(self._times), *self._units.shape)
+        functions, coefficients = np.empty(shape), np.empty(shape)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for index, (decayed, grown) in enumerate(flow.functions()):
+                functions[index], coefficients[index] = self.space.combine(decayed), self.space.combine(grown)
+        errors, defect = _verify(self._operator, self._units, self._times, functions, coefficients, flow.errors)
+        functions *= -self._sizes
+        coefficients *= self._sizes
+        return functions, coefficients, errors, defect
 
 
 def _verify(
     operator: Operator,
-    columns: NDArray[np.float64],
-    sizes: NDArray[np.float64],
+    units: NDArray[np.float64],
     times: NDArray[np.float64],
     functions: NDArray[np.float64],
     coefficients: NDArray[np.float64],
     errors: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], float]:
-    """Errors with the true residual at infinity, and the defect; one pass for the last finite time and infinity."""
+    """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
     finite = np.flatnonzero(np.isfinite(times))
     checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
     checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
-    if not checked or not columns.any():
-        return errors, 0.0 if not columns.any() else math.inf
+    if not checked or not units.any():
+        return errors, math.inf if units.any() else 0.0
     products = operator.matmat(np.concatenate([coefficients[index] for index in checked], axis=1))
     found, defect = errors.copy(), 0.0
-    units = columns / np.where(sizes > 0, sizes, 1.0)
     for index, product in zip(checked, np.split(products, len(checked), axis=1), strict=True):
         size = float(np.linalg.norm(product + functions[index] - units, axis=0).max())
         defect = max(defect, size)
@@ -311,7 +320,7 @@ def _judge(
     tol: float,
     limit: str,
 ) -> tuple[Status, str]:
-    """Status of the whole and its sentence."""
+    """Status over all times, and message."""
     if "indefinite at storage precision" in statuses:
         index = statuses.index("indefinite at storage precision")
         why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
@@ -324,16 +333,29 @@ def _judge(
         return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
     if "step limit" in statuses:
         worst = int(np.argmax(errors))
-        return (
-            "step limit",
-            f"{limit} is reached with an error of {errors[worst]:.1e} at t = {times[worst]:.4g}; raise it",
-        )
+        reached = f"{limit} is reached with an error of {errors[worst]:.1e} at t = {times[worst]:.4g}"
+        return "step limit", f"{reached}; raise it"
     return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
 
 
 def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
-    """Times as an array."""
     found = np.array(times, np.float64)
     if found.ndim != 1 or not len(found) or not (found >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     return found
+
+
+def _checked_rate(learning_rate: float | None) -> float | None:
+    if learning_rate is not None and not (0 < learning_rate < math.inf):
+        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    return None if learning_rate is None else float(learning_rate)
+
+
+def _start(goals: NDArray[np.float64], initial: ArrayLike | None) -> NDArray[np.float64]:
+    """Columns of ``Y - f_0``."""
+    columns = goals.reshape(len(goals), -1)
+    if initial is None:
+        return columns
+    if np.shape(initial) != goals.shape:
+        raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
+    return columns - as_block("initial functions", initial, len(goals))

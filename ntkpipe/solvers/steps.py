@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.linear.solve import Method, solve
+from ntkpipe.solvers.linear.solve import SolveMethod, solve
 from ntkpipe.solvers.on_store import StoreRequest, of_store, result_name, right_hand_sides
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.spectral.density import Density, density
@@ -42,7 +42,7 @@ def solve_store(
     *,
     ridge: float = 0.0,
     ridge_scale: RidgeScale = None,
-    method: Method = "auto",
+    method: SolveMethod = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
     preconditioner: Literal["rpcholesky", "nystrom"] = "rpcholesky",

@@ -1,15 +1,15 @@
-"""Conjugate gradients for many right-hand sides together: one pass an iteration, whatever their number."""
+"""Conjugate gradients for many right-hand sides together: one pass per iteration, whatever their number."""
 
-from typing import Literal, Unpack
+from functools import partial
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.replacement import Iterate, IterateOptions, Recurrence, iterate
+from ntkpipe.solvers.linear.residual_replacement import Iterate, IterateOptions, Recurrence, iterate
 
-CGMethod = Literal["pcg", "block_cg"]
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -23,15 +23,9 @@ def pcg(
     """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
 
     Columns that are done leave the products. Hestenes and Stiefel, 1952; preconditioned as in Saad, Iterative Methods
-    for Sparse Linear Systems, 2nd ed., algorithm 9.1. What ends it, and how true residuals are kept, is told at
-    `replacement.iterate`, and what the parameters are.
+    for Sparse Linear Systems, 2nd ed., algorithm 9.1. See :func:`iterate` for options, true residuals and stopping.
     """
-    return iterate(
-        operator,
-        rhs,
-        lambda solution, residual: _Independent(operator, preconditioner, solution, residual),
-        **options,
-    )
+    return iterate(operator, rhs, partial(_Independent, operator, preconditioner), **options)
 
 
 def block_cg(
@@ -41,28 +35,20 @@ def block_cg(
     preconditioner: Preconditioner | None = None,
     **options: Unpack[IterateOptions],
 ) -> Iterate:
-    """Block conjugate gradients: every right-hand side profits from the directions of all.
+    """Block conjugate gradients: every right-hand side profits from the search directions of all.
 
     O'Leary, 1980, in the form of Dubrulle ("Retooling the method of block conjugate gradients", ETNA 12, 2001) that
-    keeps an orthonormal basis of the residuals by QR factorisations, so it survives residuals that depend on each
-    other. We depart from it in three points: the preconditioner is split, P^-1/2 on both sides, for which its
+    keeps an orthonormal basis of the residuals by QR factorisations, so it survives linearly dependent residuals.
+    We depart from it in three points: the preconditioner is split, P^-1/2 on both sides, for which its
     eigenvectors are known; the basis of the first residuals is as large as their rank, so equal right-hand sides, or
     more of them than rows, are no trouble; and directions without curvature, to float64 rounding, are left out.
 
-    What ends it, and how true residuals are kept, is told at `replacement.iterate`, and what the
-    parameters are.
+    See :func:`iterate` for options, true residuals and stopping.
     """
-    return iterate(
-        operator,
-        rhs,
-        lambda solution, residual: _Block(operator, preconditioner, solution, residual),
-        **options,
-    )
+    return iterate(operator, rhs, partial(_Block, operator, preconditioner), **options)
 
 
-class _Independent(Recurrence):
-    """One recurrence for each column."""
-
+class _Preconditioned(Recurrence):
     def __init__(
         self,
         operator: Operator,
@@ -73,9 +59,16 @@ class _Independent(Recurrence):
         super().__init__(solution, residual)
         self._operator = operator
         self._preconditioner = preconditioner
-        self._directions = np.zeros_like(residual)
-        # r' P^-1 r of the step before; infinite where a column begins anew.
-        self._products = np.full(residual.shape[1], np.inf)
+
+
+class _Independent(_Preconditioned):
+    """One recurrence for each column."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._directions = np.zeros_like(self.residual)
+        # r' P^-1 r of the previous step; infinite where a column begins anew.
+        self._products = np.full(self.residual.shape[1], np.inf)
 
     def restart(self, columns: NDArray[np.bool_]) -> None:
         self._products[columns] = np.inf
@@ -98,21 +91,10 @@ class _Independent(Recurrence):
         return broken
 
 
-class _Block(Recurrence):
+class _Block(_Preconditioned):
     """One recurrence for all columns: residuals P^-1/2 R = Q C with orthonormal Q."""
 
     shares_directions = True
-
-    def __init__(
-        self,
-        operator: Operator,
-        preconditioner: Preconditioner | None,
-        solution: NDArray[np.float64],
-        residual: NDArray[np.float64],
-    ) -> None:
-        super().__init__(solution, residual)
-        self._operator = operator
-        self._preconditioner = preconditioner
 
     def _whiten(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         return block if self._preconditioner is None else self._preconditioner.inverse_sqrt(block)

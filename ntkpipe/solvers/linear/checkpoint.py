@@ -1,9 +1,9 @@
-"""What is kept of a regression system while it is solved: the preconditioner, and how far the iteration is."""
+"""The checkpoint of a running solve: its preconditioner, the state of its iteration, and what they have cost."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +12,16 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.solvers.checkpoint import as_work
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.replacement import Progress
+from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
-# ``iterating``; ``given up`` for a factor; ``no factor`` where one was of no use.
+# Conjugate gradients are running; were given up for a factor; or run since a factor was of no use.
 Stage = Literal["iterating", "given up", "no factor"]
-_STAGES = ("iterating", "given up", "no factor")
 _METHODS = ("rpcholesky", "nystrom")
 
 
-class Kept:
-    """The state of one system and its checkpoint, if there is one; what was there is read at once."""
+class SystemCheckpoint:
+    """The state of one system and its checkpoint, if there is one; an earlier state is read at once."""
 
     def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], shape: tuple[int, int]) -> None:
         self._checkpoint = checkpoint
@@ -31,7 +30,7 @@ class Kept:
         self._progress_state: dict[str, Any] | None = None
         self._number = 0
         self.preconditioner: Preconditioner | None = None
-        self.progress: Progress | None = None
+        self.progress: IterationState | None = None
         self.stage: Stage | None = None
         self.why = ""
         self.work, self.seconds, self.made = Work(), 0.0, Work()
@@ -52,7 +51,7 @@ class Kept:
             self._read(checkpoint, state, shape)
 
     def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any], shape: tuple[int, int]) -> None:
-        if state["stage"] not in _STAGES or not isinstance(state["why"], str):
+        if state["stage"] not in get_args(Stage) or not isinstance(state["why"], str):
             raise ValueError(f"its stage is {str(state['stage'])[:40]!r}")
         self.stage, self.why = cast(Stage, state["stage"]), state["why"]
         self.work, self.seconds, self.made = as_work(state["work"]), as_number(state["seconds"]), as_work(state["made"])
@@ -64,7 +63,7 @@ class Kept:
             self._number = as_integer(self._progress_state["number"])
 
     def save_preconditioner(self, made: Preconditioner) -> None:
-        """Keep a preconditioner; to be followed by :meth:`save`."""
+        """Write a preconditioner; :meth:`save` must follow."""
         self.preconditioner = replace(made, ridge=0.0)
         if self._checkpoint is None:
             return
@@ -78,12 +77,12 @@ class Kept:
             "seconds": made.seconds,
         }
 
-    def save_progress(self, progress: Progress) -> None:
-        """Keep how far it is; to be followed by :meth:`save`."""
+    def save_progress(self, progress: IterationState) -> None:
+        """Write the state of the iteration; :meth:`save` must follow."""
         self.progress = progress
         if self._checkpoint is None:
             return
-        # A new name for each: what the state names is not touched before the next one is there.
+        # Each has a new name, since arrays of the committed state must stay until the next state is committed.
         self._number += 1
         _put(self._checkpoint, _arrays_of_progress(progress, self._number))
         self._progress_state = {
@@ -95,7 +94,7 @@ class Kept:
         }
 
     def save(self, stage: Stage, why: str, work: Work, seconds: float) -> None:
-        """Make this the state."""
+        """Commit the state."""
         self.stage, self.why = stage, why
         if self._checkpoint is None:
             return
@@ -118,35 +117,28 @@ class Kept:
 
 
 def _arrays_of_preconditioner(made: Preconditioner) -> dict[str, NDArray[Any]]:
-    """Names of arrays, and these."""
     return {f"preconditioner-{name}": getattr(made, name) for name in ("vectors", "values")}
 
 
-def _arrays_of_progress(progress: Progress, number: int) -> dict[str, NDArray[Any]]:
+def _arrays_of_progress(progress: IterationState, number: int) -> dict[str, NDArray[Any]]:
     names = ("solution", "history", "checks", "check_residuals")
     return {f"progress-{number}-{name}": getattr(progress, name) for name in names}
 
 
 def _put(checkpoint: Checkpoint, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write those that have entries."""
+    """Write the arrays that have entries."""
     for name, values in arrays.items():
         if values.size:
             checkpoint.put(name, values)
 
 
 def _get(
-    checkpoint: Checkpoint,
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    dtype: type[Any] = np.float64,
-    allow_nan: bool = False,
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
 ) -> NDArray[Any]:
     return checkpoint.get(name, shape, dtype=dtype, allow_nan=allow_nan) if 0 not in shape else np.zeros(shape, dtype)
 
 
 def _preconditioner(checkpoint: Checkpoint, state: Mapping[str, Any], num_rows: int) -> Preconditioner:
-    """As it was saved."""
     rank, tail, shift = as_integer(state["rank"]), as_number(state["tail"]), as_number(state["shift"])
     values = _get(checkpoint, "preconditioner-values", (rank,))
     if state["method"] not in _METHODS or tail < 0.0 or (values < 0.0).any():
@@ -163,13 +155,12 @@ def _preconditioner(checkpoint: Checkpoint, state: Mapping[str, Any], num_rows: 
     )
 
 
-def _progress(checkpoint: Checkpoint, state: Mapping[str, Any], shape: tuple[int, int]) -> Progress:
-    """As it was saved."""
+def _progress(checkpoint: Checkpoint, state: Mapping[str, Any], shape: tuple[int, int]) -> IterationState:
     prefix, columns = f"progress-{as_integer(state['number'])}", shape[1]
     iterations, num_checks = as_integer(state["iterations"]), as_integer(state["num_checks"])
-    return Progress(
+    return IterationState(
         solution=_get(checkpoint, f"{prefix}-solution", shape),
-        # Of columns that have overflown.
+        # NaN in columns that have overflowed.
         history=_get(checkpoint, f"{prefix}-history", (iterations, columns), allow_nan=True),
         checks=_get(checkpoint, f"{prefix}-checks", (num_checks,), dtype=np.int64),
         check_residuals=_get(checkpoint, f"{prefix}-check_residuals", (num_checks, columns)),

@@ -1,4 +1,4 @@
-"""Preconditioners of K + λI: a low-rank approximation of K, and a number for all that it leaves out."""
+"""Preconditioners of K + λI: a low-rank approximation of K plus a multiple of the identity."""
 
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -16,9 +16,9 @@ from ntkpipe.operators.opening import as_operator
 
 _MOST_RANK = 1000
 _LEAST_COLUMNS_PER_RANK = 10
-# Candidates for each pivot of a round. They cost memory, not passes.
+# Candidates for each pivot of a round; they cost memory, not passes.
 _CANDIDATES = 2
-# Of the rounding of an entry, below which a residual diagonal is noise.
+# A residual diagonal below this multiple of the rounding of an entry is noise.
 _NOISE = 4.0
 _ROWS_AT_ONCE = 16384
 _MOST_SHIFTS = 20
@@ -26,15 +26,15 @@ _MOST_SHIFTS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioner:
-    """``P = F F' + μ I``, by the eigenvectors of its low-rank part: any power of it is two thin products."""
+    """``P = F F' + μ I`` by the eigenvectors of F F', so that any power of it is two thin products."""
 
-    vectors: NDArray[np.float64]  # orthonormal, shape (n, rank), float64: all that it keeps in memory
+    vectors: NDArray[np.float64]  # orthonormal, shape (n, rank), float64: its only large array
     values: NDArray[np.float64]  # eigenvalues of F F', shape (rank,), descending
     tail: float  # mean of the diagonal of K - F F', but not less than the storage floor of K
     ridge: float  # λ
     method: Literal["rpcholesky", "nystrom"]  # how F was made
     shift: float  # what was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise
-    work: Work  # work, seconds: what making it has cost
+    work: Work  # cost of making it
     seconds: float
 
     @property
@@ -58,7 +58,7 @@ class Preconditioner:
         return self.vectors * np.sqrt(self.values)
 
     def for_ridge(self, ridge: float) -> "Preconditioner":
-        """The same for another ridge; no pass, and the memory is shared."""
+        """Return it for another ridge, without a pass; the memory is shared."""
         return replace(self, ridge=_checked_ridge(ridge))
 
     def solve(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,9 +79,8 @@ class Preconditioner:
         return of_factor + (self.num_rows - self.rank) * float(np.log(self.mu))
 
     def _scale(self, block: NDArray[np.float64], of_vectors: NDArray[np.float64], rest: float) -> NDArray[np.float64]:
-        """Multiply what lies in the span of the vectors by their numbers, and the rest by one."""
-        parts = self.vectors.T @ block
-        parts = (parts.T * (of_vectors - rest)).T
+        """Multiply parts along the vectors by numbers, and the rest by one number."""
+        parts = ((self.vectors.T @ block).T * (of_vectors - rest)).T
         scaled: NDArray[np.float64] = self.vectors @ parts
         scaled += rest * block
         return scaled
@@ -131,8 +130,8 @@ def randomly_pivoted_cholesky(
         if not len(pivots):
             break
         found = factor[:, done : done + len(pivots)]
-        for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, n, _ROWS_AT_ONCE)):
-            found[rows] = solve_triangular(lower, columns[rows, pivots].T, lower=True, check_finite=False).T
+        for rows in _row_blocks(n):
+            found[rows] = _solve_rows(lower, columns[rows, pivots])
         del columns
         residual -= np.einsum("ij,ij->i", found, found)
         np.maximum(residual, 0.0, out=residual)
@@ -160,7 +159,7 @@ def _pivots_among(
     wanted: int,
     rng: np.random.Generator,
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Choose pivots among candidates, and the Cholesky factor of their block."""
+    """Choose pivots among candidates; return them and the Cholesky factor of their block."""
     left = block.diagonal().copy()
     columns = np.empty((len(block), wanted))
     chosen: list[int] = []
@@ -218,7 +217,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
 
 
 def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """F with F F' the Nyström approximation of K + shift I, and the shift."""
+    """Return F, with F F' the Nyström approximation of K + shift I, and the shift."""
     size = float(np.linalg.norm(product))
     if size == 0.0:
         return np.zeros_like(product), 0.0
@@ -235,22 +234,30 @@ def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> 
                 break
             continue
         factor = np.empty_like(product)
-        for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(product), _ROWS_AT_ONCE)):
-            shifted = product[rows] + shift * test[rows]
-            factor[rows] = solve_triangular(lower, shifted.T, lower=True, check_finite=False).T
+        for rows in _row_blocks(len(product)):
+            factor[rows] = _solve_rows(lower, product[rows] + shift * test[rows])
         return factor, shift
     raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
 
 
 def _left_singular(factor: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvectors of F F' and its eigenvalues, descending: to working precision, as F' F would not give them."""
+    """Eigenvectors and descending eigenvalues of F F', more accurate than from F' F."""
     if not factor.shape[1]:
         return np.zeros(factor.shape), np.zeros(0)
     vectors, upper = np.linalg.qr(factor)
     rotation, sizes, _ = np.linalg.svd(upper)
-    for rows in (slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(vectors), _ROWS_AT_ONCE)):
+    for rows in _row_blocks(len(vectors)):
         vectors[rows] = vectors[rows] @ rotation
     return vectors, sizes**2
+
+
+def _row_blocks(num_rows: int) -> list[slice]:
+    return [slice(first, first + _ROWS_AT_ONCE) for first in range(0, num_rows, _ROWS_AT_ONCE)]
+
+
+def _solve_rows(lower: NDArray[Any], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ``rows @ lower^-T``."""
+    return np.asarray(solve_triangular(lower, rows.T, lower=True, check_finite=False).T)
 
 
 def _checked_rank(rank: int | None, num_rows: int) -> int:
@@ -262,7 +269,7 @@ def _checked_ridge(ridge: float) -> float:
 
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
-    """The preconditioner of this name."""
+    """Make the preconditioner of this name."""
     if method == "rpcholesky":
         return randomly_pivoted_cholesky(operator, rank, ridge=ridge, seed=seed)
     if method == "nystrom":

@@ -1,4 +1,4 @@
-"""What solvers of regression systems return."""
+"""Result of :func:`ntkpipe.solve`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +25,19 @@ class Solution(Result):
     ridge
         λ.
     method, why
-        What has found them, and why it was taken.
+        The method that found them, and why it was chosen.
     iterations
-        Steps of conjugate gradients, one pass each. Checks of true residuals are passes, too.
+        Steps of conjugate gradients, one pass each; each check of true residuals is one pass more.
     history
-        Residuals that the recurrence knew after each step, relative, shape (iterations, c): not what one should trust.
+        Relative residuals of the recurrence after each step, shape (iterations, c); true residuals may be larger.
     checks, check_residuals
-        After how many iterations true residuals were computed, shape (m,), and these, relative, shape (m, c).
+        After how many iterations true residuals were computed, shape (m,), and their relative size, shape (m, c).
     replacements
         How often residuals were replaced by the true ones and directions began anew.
     rank, mu
-        Of the preconditioner F F' + μ I; 0 and 1 without one.
+        Rank and μ of the preconditioner F F' + μ I; 0 and 1 without one.
     preconditioner_work
-        The part of ``work`` that making the preconditioner was. None if it was given.
+        The part of ``work`` that made the preconditioner; zero if it was given.
     """
 
     coefficients: NDArray[np.float64]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,15 +14,14 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.blocks import as_block
-from ntkpipe.solvers.linear.checkpoint import Kept
+from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.linear.systems import Options, Systems
+from ntkpipe.solvers.linear.systems import SolveOptions, Systems
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.store.results import Checkpoint
 
-Method = Literal["auto", "pcg", "block_cg", "cholesky"]
-_METHODS = ("auto", "pcg", "block_cg", "cholesky")
+SolveMethod = Literal["auto", "pcg", "block_cg", "cholesky"]
 _PRECONDITIONERS = ("rpcholesky", "nystrom")
 _MOST_PASSES = 1000
 _LARGEST = float(np.finfo(np.float64).max)
@@ -34,7 +33,7 @@ def solve(
     rhs: ArrayLike,
     *,
     ridge: float = 0.0,
-    method: Method = "auto",
+    method: SolveMethod = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner = "rpcholesky",
@@ -55,45 +54,45 @@ def solve(
     rhs
         Y, shape (n, c) or (n,).
     ridge
-        λ, absolute. Zero is allowed; how far it is sensible depends on how K is stored, see
+        λ ≥ 0, absolute. How small it may sensibly be depends on how K is stored, see
         :meth:`ntkpipe.base.operator.Operator.storage_floor`.
     method
-        ``pcg``: conjugate gradients, each column for itself in shared passes. ``block_cg``: columns share directions,
-        fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in files below
-        ``path``, with one step of refinement. ``auto``: what is expected to be fastest of Cholesky, if it fits memory
-        or has a path, and ``block_cg`` (``pcg`` for one column), from n, the time of a pass and the rate of matrix
-        products; conjugate gradients that turn out slow are given up for Cholesky, and a Cholesky that meets a pivot
-        that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and ``why`` of the result tell.
-        Since clocks decide, name a method if bits must repeat.
+        ``pcg``: conjugate gradients, each column on its own in shared passes. ``block_cg``: columns share directions,
+        which takes fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in
+        files below ``path``, with one step of refinement. ``auto``: whichever is expected to be faster of Cholesky, if
+        it fits memory or has a path, and ``block_cg`` (``pcg`` for one column), judging by n, the time of a pass and
+        the rate of matrix products. Conjugate gradients that turn out slow are given up for Cholesky, and a Cholesky
+        that meets a pivot that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and ``why`` of
+        the result say what happened. Since timings decide, name a method if bits must repeat.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
     rank
-        Of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.
+        Rank of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.
     preconditioner
         ``rpcholesky`` reads columns, in at most five passes; ``nystrom`` is one pass of ``rank`` columns. Or one that
         was made before, for any ridge.
     initial
-        Where to start, of the shape of Y: one pass.
+        Start, of the shape of Y; costs one pass.
     max_passes
-        Products at most, without those of the preconditioner; default 1,000, at least 2.
+        Most products, without those of the preconditioner; default 1,000, at least 2.
     seed
-        Of the preconditioner. Equal seeds give equal bits.
+        Seed of the preconditioner. Equal seeds give equal bits.
     memory_limit
-        Bytes that this process may have; default all that is free.
+        Bytes that this process may use; default all that is free.
     path
-        A folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes: each panel is a checkpoint, and the
-        factor stays for :func:`ntkpipe.cholesky` to open. Default none: then it is in memory.
+        Folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes. Each panel is a checkpoint, and the
+        factor stays for :func:`ntkpipe.cholesky` to open. Default None: the factor is in memory.
     monitor
         Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
         arithmetic that is left.
     checkpoint
-        Where conjugate gradients are kept: the preconditioner once it is made, ``8 n rank`` bytes; the iterate, 8 n c
-        bytes, with each computation of true residuals (every 25 iterations), and when Ctrl-C or an error ends the call.
-        Another call for the same system goes on from there, with other ``max_passes``, ``memory_limit`` and ``initial``
-        too, of which the last is not looked at. It begins new directions, after one pass for the true residual: so it
-        needs some iterations more than one that was not interrupted and has other bits, but meets the same ``tol``.
-        ``work``, ``iterations`` and ``history`` count what went before, and so does ``max_passes``. Nothing is kept of
-        a factor in memory. It stays when the call returns: clear it once the result is saved.
+        Where conjugate gradients are saved: the preconditioner once it is made, ``8 n rank`` bytes; the iterate, 8 n c
+        bytes, with each computation of true residuals (every 25 iterations) and when Ctrl-C or an error ends the call.
+        Another call for the same system goes on from there; it may have other ``max_passes`` and ``memory_limit``, and
+        ignores ``initial``. It begins new directions, after one pass for the true residual, so it needs a few
+        iterations more than an uninterrupted call and has other bits, but meets the same ``tol``. ``work``,
+        ``iterations``, ``history`` and ``max_passes`` count from the first call. A factor in memory is not saved. The
+        checkpoint stays when the call returns: clear it once the result is saved.
 
     Raises
     ------
@@ -102,9 +101,9 @@ def solve(
     IndefiniteError
         If ``cholesky`` was asked for and a pivot is not positive.
     NonFiniteError
-        If one of them holds NaN or infinity.
+        If the matrix or the right-hand sides hold NaN or infinity.
     ResourceError
-        If the preconditioner and the blocks do not fit memory; with both numbers.
+        If the preconditioner and the blocks do not fit memory.
     StoreError
         If the checkpoint is damaged or cannot be written.
     TileError
@@ -112,26 +111,11 @@ def solve(
 
     Notes
     -----
-    In this process: ``8 n (3 rank + 11 c)`` bytes, and the tiles that are kept; Cholesky 4 n² bytes, and a few panels.
+    Memory: ``8 n (3 rank + 11 c)`` bytes and the tiles that are kept; Cholesky 4 n² bytes and a few panels.
     """
-    return _solve_all(
-        matrix,
-        rhs,
-        [ridge],
-        initial,
-        Options(
-            method,
-            tol,
-            rank,
-            preconditioner,
-            _MOST_PASSES if max_passes is None else max_passes,
-            seed,
-            memory_limit,
-            monitor,
-            path,
-        ),
-        checkpoint,
-    )[0]
+    passes = _MOST_PASSES if max_passes is None else max_passes
+    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, memory_limit, monitor, path)
+    return _solve_all(matrix, rhs, [ridge], initial, options, checkpoint)[0]
 
 
 @single_threaded_blas()
@@ -140,7 +124,7 @@ def solve_path(
     rhs: ArrayLike,
     ridges: Sequence[float],
     *,
-    method: Method = "auto",
+    method: SolveMethod = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner = "rpcholesky",
@@ -151,17 +135,17 @@ def solve_path(
 ) -> tuple[Solution, ...]:
     """Solve for several ridges: the preconditioner is made once, and each solution starts at the one before.
 
-    Ridges are taken from large to small, whatever their order; the solutions have theirs. ``preconditioner_work`` is
-    that of the first one that was solved, so sums over solutions are right.
+    Ridges are solved from large to small; solutions are returned in the order given. ``preconditioner_work`` is counted
+    in the first one that was solved, so sums over solutions are right.
 
     Parameters
     ----------
     matrix, rhs, method, tol, rank, preconditioner, seed, memory_limit, monitor
-        As of :func:`solve`. ``auto`` takes one decision for all ridges.
+        As in :func:`solve`. ``auto`` makes one decision for all ridges.
     ridges
         λ of each solution, at least one.
     max_passes
-        Of each.
+        Most products for each.
 
     Raises
     ------
@@ -170,28 +154,15 @@ def solve_path(
     IndefiniteError
         If ``cholesky`` was asked for and a pivot is not positive.
     NonFiniteError
-        If one of them holds NaN or infinity.
+        If the matrix or the right-hand sides hold NaN or infinity.
     ResourceError
-        If the preconditioner and the blocks do not fit memory; with both numbers.
+        If the preconditioner and the blocks do not fit memory.
     TileError
         If a tile is missing or damaged; the message names it.
     """
-    return _solve_all(
-        matrix,
-        rhs,
-        ridges,
-        None,
-        Options(
-            method,
-            tol,
-            rank,
-            preconditioner,
-            _MOST_PASSES if max_passes is None else max_passes,
-            seed,
-            memory_limit,
-            monitor,
-        ),
-    )
+    passes = _MOST_PASSES if max_passes is None else max_passes
+    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, memory_limit, monitor)
+    return _solve_all(matrix, rhs, ridges, None, options)
 
 
 def _solve_all(
@@ -199,18 +170,18 @@ def _solve_all(
     rhs: ArrayLike,
     ridges: Sequence[float],
     initial: ArrayLike | None,
-    options: Options,
+    options: SolveOptions,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Solution, ...]:
-    """Check everything, and solve from the largest ridge to the smallest."""
+    """Check all arguments, and solve from the largest ridge to the smallest."""
     operator, room = open_for_solver(matrix, options.memory_limit)
     options = replace(options, memory_limit=room)
     block = as_block("right-hand sides", rhs, operator.num_rows)
     guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:
         raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
-    if options.method not in _METHODS:
-        raise ConfigError(f"method={options.method!r}; needed one of {', '.join(_METHODS)}")
+    if options.method not in get_args(SolveMethod):
+        raise ConfigError(f"method={options.method!r}; needed one of {', '.join(get_args(SolveMethod))}")
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
     values = [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in ridges]
@@ -223,7 +194,8 @@ def _solve_all(
             f"preconditioner={options.preconditioner!r}; needed one of {', '.join(_PRECONDITIONERS)}, or one that was "
             "made before"
         )
-    kept = Kept(None, {}, block.shape) if checkpoint is None else _kept(checkpoint, operator, block, values[0], options)
+    decides = {} if checkpoint is None else _decides(operator, block, values[0], options)
+    kept = SystemCheckpoint(checkpoint, decides, block.shape)
     systems = Systems(operator, block, options, len(values), kept)
     found: dict[int, Solution] = {}
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
@@ -233,8 +205,8 @@ def _solve_all(
     return tuple(found[number] for number in range(len(values)))
 
 
-def _kept(checkpoint: Checkpoint, operator: Operator, rhs: NDArray[np.float64], ridge: float, options: Options) -> Kept:
+def _decides(operator: Operator, rhs: NDArray[np.float64], ridge: float, options: SolveOptions) -> dict[str, Any]:
+    """Everything that a checkpoint must have been made with."""
     asked = options.to_json(operator)
-    decides = {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}
     of_system = {"function": "solve", "matrix": operator.identity(), "rhs": digest_of(rhs), "ridge": ridge}
-    return Kept(checkpoint, {**of_system, **decides}, rhs.shape)
+    return of_system | {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}

@@ -1,7 +1,9 @@
-"""Systems with one matrix and one block of right-hand sides, by the method that was asked for or is fastest."""
+"""Choice of a method: conjugate gradients or Cholesky, by forecasts of their time, and changes between them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -11,24 +13,38 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes, memory_room, num_cores
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.cg import block_cg, pcg
-from ntkpipe.solvers.linear.checkpoint import Kept, Stage
-from ntkpipe.solvers.linear.choosing import forecast, hopeless_after
+from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.linear.replacement import Progress
+from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.result import Monitor, Status, Step
 
-# Blocks of the shape of the right-hand sides, and of the preconditioner, that are in memory at a time.
+# Blocks of the shape of the right-hand sides, and of that of the preconditioner, in memory at a time.
 _BLOCKS = 11
 _FACTORS = 3
 
+# Kernels need 30 to 60 iterations to a residual of 1e-6, as measured at ranks of n/10 to n/4.
+_ITERATIONS = 50
+# Rates of thin matrix products, and of a factorisation in panels, relative to large products.
+_THIN = 0.3
+_PANELS = 0.4
+_SAMPLE = 1024
+# Rate for a matrix in memory, where no read has been timed.
+_BYTES_PER_SECOND = 5e9
+_DISK_BYTES_PER_SECOND = 1e9
+_PANEL_COLUMNS = 3 * 1024
+# Up to so many rows nothing is worth a measurement.
+_SMALL = 1000
+_LEAST_HISTORY = 10
+
 
 @dataclass(frozen=True)
-class Options:
-    """What is the same for all ridges."""
+class SolveOptions:
+    """Options that all ridges share."""
 
     method: str
     tol: float
@@ -41,7 +57,7 @@ class Options:
     path: str | Path | None = None
 
     def to_json(self, operator: Operator) -> dict[str, Any]:
-        """As data, defaults filled in."""
+        """Return the options as JSON, with defaults filled in."""
         given = self.preconditioner
         return {
             "method": self.method,
@@ -55,17 +71,22 @@ class Options:
         }
 
     def rank_of(self, operator: Operator) -> int:
-        """Of the preconditioner."""
+        """Rank of the preconditioner."""
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.rank
         return default_rank(operator.num_rows) if self.rank is None else min(self.rank, operator.num_rows)
 
 
 class Systems:
-    """Systems with one matrix and one block of right-hand sides, solved one after another; or one that is kept."""
+    """Systems with one matrix and one block of right-hand sides, solved in turn; or one system with a checkpoint."""
 
     def __init__(
-        self, operator: Operator, rhs: NDArray[np.float64], options: Options, num_ridges: int, kept: Kept
+        self,
+        operator: Operator,
+        rhs: NDArray[np.float64],
+        options: SolveOptions,
+        num_ridges: int,
+        kept: SystemCheckpoint,
     ) -> None:
         self._operator, self._rhs, self._options, self._kept = operator, rhs, options, kept
         self._given = options.preconditioner
@@ -83,12 +104,11 @@ class Systems:
         elif options.method in {"pcg", "block_cg"}:
             self._cg = cast(Literal["pcg", "block_cg"], options.method)
         if kept.stage is not None:
-            # What was decided stays: other clocks would throw away what is there.
+            # An earlier decision stays: another timing must not throw away what is there.
             self._direct, self._why = False, kept.why
             self._alternative = None if kept.stage == "no factor" else self._alternative
 
     def _choose(self, num_ridges: int) -> None:
-        """Take what is expected to be faster."""
         expected = forecast(
             self._operator,
             num_columns=self._rhs.shape[1],
@@ -103,7 +123,7 @@ class Systems:
         self._why = expected.words if math.isfinite(expected.iterating) else small
 
     def _spent(self) -> tuple[Work, float]:
-        """What the solution under way has cost, in earlier processes too."""
+        """Cost of the current solution, including earlier processes."""
         work = self._kept.work + (self._operator.work - self._before)
         return work, self._kept.seconds + perf_counter() - self._start
 
@@ -111,31 +131,24 @@ class Systems:
         stage: Stage = "iterating" if self._alternative is not None or self._options.method != "auto" else "no factor"
         self._kept.save(stage, self._why, *self._spent())
 
-    def _save_progress(self, progress: Progress) -> None:
-        self._kept.save_progress(progress)
+    def _save_state(self, state: IterationState) -> None:
+        self._kept.save_progress(state)
         self._save()
 
-    def _tell(self, spent: Work) -> Monitor:
-        """The caller's monitor, told of this besides what a part has cost."""
+    def _monitor(self) -> Monitor:
+        """Return a monitor that adds the cost so far to that of a part."""
+        spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
     def solve(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
-        """One system.
-
-        Raises
-        ------
-        IndefiniteError
-            If Cholesky was asked for and met a pivot that is not positive.
-        ResourceError
-            If memory does not suffice.
-        """
+        """Solve one system."""
         if self._direct:
             try:
                 factored = self._factor(ridge)
             except (IndefiniteError, ResourceError) as error:
                 if self._options.method != "auto":
                     raise
-                self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
+                self._without_factor(_failure(error))
             else:
                 if factored.is_converged or self._options.method != "auto":
                     return factored
@@ -145,7 +158,7 @@ class Systems:
         return self._iterate(ridge, initial)
 
     def _better(self, factored: Solution, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
-        """Iterate, too, where a factor is no help: a singular matrix may have passed for a definite one."""
+        """Iterate, too, where a factor missed the tolerance: a singular matrix may have passed for a definite one."""
         worst = float(factored.residuals.max())
         self._without_factor(f"left a residual of {worst:.2g}")
         iterated = self._iterate(ridge, initial)
@@ -157,41 +170,40 @@ class Systems:
             preconditioner_work=iterated.preconditioner_work,
         )
 
-    def _factor_instead(self, ridge: float, progress: Progress) -> Solution:
-        """Conjugate gradients were given up; go on with them if a factor is impossible."""
+    def _factor_instead(self, ridge: float, progress: IterationState) -> Solution:
+        """Factor after conjugate gradients were given up; go on with them if a factor is impossible."""
         self._kept.save("given up", self._why, *self._spent())
         try:
             return self._factor(ridge, progress)
         except (IndefiniteError, ResourceError) as error:
-            self._without_factor("met a pivot that is not positive" if _is_indefinite(error) else "has no room")
+            self._without_factor(_failure(error))
             self._save()
             return self._iterate(ridge, None, progress)
 
     def _without_factor(self, why: str) -> None:
-        """From now on by conjugate gradients alone."""
+        """Use conjugate gradients alone from now on."""
         self._direct, self._alternative, self._why = False, None, f"Cholesky {why}"
 
-    def _factor(self, ridge: float, after: Progress | None = None) -> Solution:
-        """By Cholesky; after conjugate gradients, if they were given up."""
-        options, monitor = self._options, self._tell(self._spent()[0])
-        limit = options.memory_limit
-        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=limit, monitor=monitor)
+    def _factor(self, ridge: float, after: IterationState | None = None) -> Solution:
+        """Solve by Cholesky; after conjugate gradients, if they were given up."""
+        options, limit = self._options, self._options.memory_limit
+        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=limit, monitor=self._monitor())
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
 
-    def _iterate(self, ridge: float, initial: NDArray[np.float64] | None, earlier: Progress | None = None) -> Solution:
-        """By conjugate gradients, from where they were."""
+    def _iterate(
+        self, ridge: float, initial: NDArray[np.float64] | None, earlier: IterationState | None = None
+    ) -> Solution:
+        """Solve by conjugate gradients, from where they were."""
         options, kept = self._options, self._kept
         _require_room(self._rhs, options.rank_of(self._operator), options.memory_limit)
         if self._preconditioner is None:
             before = self._operator.work
             assert isinstance(self._given, str)
-            self._preconditioner = preconditioner_of(
-                self._operator, self._given, options.rank, ridge=0.0, seed=options.seed
-            )
-            kept.made = self._operator.work - before
-            kept.save_preconditioner(self._preconditioner)
+            made = preconditioner_of(self._operator, self._given, options.rank, ridge=0.0, seed=options.seed)
+            self._preconditioner, kept.made = made, self._operator.work - before
+            kept.save_preconditioner(made)
             self._save()
         run = block_cg if self._cg == "block_cg" else pcg
         end = run(
@@ -201,10 +213,10 @@ class Systems:
             initial=initial,
             tol=options.tol,
             max_passes=options.max_passes,
-            monitor=self._tell(self._spent()[0]),
+            monitor=self._monitor(),
             give_up=None if self._alternative is None else hopeless_after(self._alternative, options.tol),
             earlier=earlier or kept.progress,
-            keep=self._save_progress,
+            keep=self._save_state,
         )
         if end.gave_up and end.status != "converged":
             return self._factor_instead(ridge, end)
@@ -218,9 +230,9 @@ class Systems:
         message: str,
         coefficients: NDArray[np.float64],
         residuals: NDArray[np.float64],
-        iterate: Progress | None,
+        iterate: IterationState | None,
     ) -> Solution:
-        """The result, with what was spent since the one before."""
+        """Make the result, with the cost since the previous one."""
         operator, kept, used = self._operator, self._kept, self._preconditioner if iterate else None
         why, (work, seconds) = self._why, self._spent()
         if iterate and method == "cholesky":
@@ -252,12 +264,12 @@ class Systems:
         return solution
 
 
-def _is_indefinite(error: Exception) -> bool:
-    return isinstance(error, IndefiniteError)
+def _failure(error: Exception) -> str:
+    return "met a pivot that is not positive" if isinstance(error, IndefiniteError) else "has no room"
 
 
 def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:
-    """Refuse before anything is read."""
+    """Refuse a system that does not fit memory before anything is read."""
     needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
     room = memory_room(memory_limit, share=1.0)
     if needed > room:
@@ -265,3 +277,95 @@ def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | Non
             f"rank {rank:,} and {block.shape[1]:,} columns of {block.shape[0]:,} rows need {format_bytes(needed)} of "
             f"memory; {format_bytes(room)} may be used. Give a smaller rank, or fewer columns at a time"
         )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds that a system is expected to take."""
+
+    iterating: float  # by conjugate gradients, for one ridge, with its share of the preconditioner
+    factoring: float | None  # by a Cholesky factor, in memory or in files; None if it does not fit
+
+    @property
+    def words(self) -> str:
+        """Both times in words."""
+        if self.factoring is None:
+            return "a Cholesky factor does not fit memory, and path= names no folder for it"
+        return f"about {self.factoring:.2g} s by Cholesky, {self.iterating:.2g} s by conjugate gradients"
+
+
+def forecast(
+    operator: Operator,
+    *,
+    num_columns: int,
+    rank: int,
+    num_ridges: int,
+    memory_limit: int | None,
+    in_files: bool = False,
+) -> Forecast:
+    """Estimate both methods from n, the rate of a matrix product, and the time of a pass."""
+    n, room = operator.num_rows, memory_room(memory_limit)
+    fits = in_files or 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room
+    if n <= _SMALL:
+        return Forecast(math.inf, 0.0 if fits else None)
+    rate, read = _flops_per_second(), _seconds_to_read(operator)
+    product = max(read, 2.0 * n * n * num_columns / (_THIN * rate))
+    applied = 8.0 * n * rank * num_columns / (_THIN * rate)
+    made = (6.0 * n * rank**2 / rate + read) / num_ridges
+    factoring = n**3 / 3.0 / (_PANELS * rate) + 2 * read if fits else None
+    if in_files and factoring is not None:
+        # Every panel reads those before it, and the factor is written and read twice more.
+        panels = math.ceil(8.0 * n * n / max(room, 8 * n))
+        factoring += (3 + panels / 3) * 4.0 * n * n / _DISK_BYTES_PER_SECOND
+    return Forecast(made + _ITERATIONS * (product + applied), factoring)
+
+
+def hopeless_after(seconds: float, tol: float) -> Callable[[NDArray[np.float64]], bool]:
+    """Make a test of the history that says whether to stop iterating, given the seconds of the alternative.
+
+    It says yes once half of those seconds are spent and the remaining iterations, extrapolated from the second half of
+    the history, need more than all of them. So the total is at most 1.5 times the alternative, if that was forecast
+    rightly, plus the time for the preconditioner.
+    """
+    start = perf_counter()
+
+    def is_hopeless(history: NDArray[np.float64]) -> bool:
+        spent, count = perf_counter() - start, len(history)
+        if count < _LEAST_HISTORY or spent < seconds / 2:
+            return False
+        return iterations_left(history, tol) * spent / count > seconds
+
+    return is_hopeless
+
+
+def iterations_left(history: NDArray[np.float64], tol: float) -> float:
+    """Iterations until the largest residual is ``tol``, extrapolated from a history of shape (m, c)."""
+    worst = np.log(np.maximum(history.max(axis=1), np.finfo(np.float64).tiny))
+    half = len(worst) // 2
+    drop = (worst[half] - worst[-1]) / max(1, len(worst) - 1 - half)
+    missing = float(worst[-1]) - math.log(max(tol, np.finfo(np.float64).tiny))
+    if missing <= 0.0:
+        return 0.0
+    return missing / float(drop) if drop > 0.0 else math.inf
+
+
+def _seconds_to_read(operator: Operator) -> float:
+    """Time of the pass for diagonal and Frobenius norm, which all methods need; a guess if it is done already."""
+    before, start = operator.work.passes, perf_counter()
+    operator.statistics()
+    if operator.work.passes - before > 0.5:
+        return perf_counter() - start
+    return operator.num_rows**2 * operator.storage_dtype.itemsize / _BYTES_PER_SECOND
+
+
+@lru_cache(maxsize=1)
+def _flops_per_second() -> float:
+    """Rate of float64 matrix products on all cores, from the best of a few on one core; measured once."""
+    block = np.ones((_SAMPLE, _SAMPLE))
+    best = math.inf
+    with single_threaded_blas():
+        for _ in range(3):
+            start = perf_counter()
+            block @ block
+            best = min(best, perf_counter() - start)
+    return num_cores() * 2.0 * _SAMPLE**3 / best

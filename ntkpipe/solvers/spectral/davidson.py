@@ -1,4 +1,4 @@
-"""A space that grows by preconditioned residuals, for eigenpairs at the end of the spectrum where Krylov is slow."""
+"""Block Davidson: preconditioned residuals for the end of the spectrum where Krylov spaces are slow."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Operator
 
-Inverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+ApproximateInverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
-# Blocks that are kept at most, and after a restart: the wanted one, and what neighbours it.
+# Most blocks, and those kept by a restart: the wanted one and its neighbours.
 _MOST_BLOCKS = 12
 _KEPT_BLOCKS = 3
-# What is left of a direction after orthogonalisation, relative to it, that is worth keeping.
+# A direction is dropped if orthogonalisation leaves less of it.
 _NOTHING = 1e-10
 
 
@@ -24,7 +24,7 @@ class Davidson:
     with K and assume nothing. Memory is ``2 * 12 b n`` float64.
     """
 
-    def __init__(self, num_rows: int, block: int, inverse: Inverse, seed: int) -> None:
+    def __init__(self, num_rows: int, block: int, inverse: ApproximateInverse, seed: int) -> None:
         self._block, self._inverse = min(block, num_rows), inverse
         self._rng = np.random.default_rng(seed)
         most = min(num_rows, _MOST_BLOCKS * self._block)
@@ -42,7 +42,7 @@ class Davidson:
         return self._size == len(self._vectors)
 
     def advance(self, operator: Operator) -> None:
-        """One pass; :attr:`values` and :attr:`norms` (of residuals), ascending, are then those of the larger space."""
+        """Take one pass, and update :attr:`values`, ascending, and :attr:`norms` of residuals."""
         if self._size + self._block > self._vectors.shape[1] and self._vectors.shape[1] < len(self._vectors):
             self._restart()
         joining = self._orthonormal(self._ahead)
@@ -60,7 +60,7 @@ class Davidson:
         self._ahead = self._inverse(residuals)
 
     def _orthonormal(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        """An orthonormal basis of what a block adds to V; random columns if that is less than a block, or NaN."""
+        """Orthonormal basis of what a block adds to V, filled up with random columns."""
         vectors, room = self._vectors[:, : self._size], self._vectors.shape[1] - self._size
         sizes = np.linalg.norm(block, axis=0)
         block = block / np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)

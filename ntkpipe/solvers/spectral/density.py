@@ -1,4 +1,4 @@
-"""The spectral density without eigenvectors: stochastic Lanczos quadrature, with exact eigenvalues spliced in."""
+"""Spectral densities by stochastic Lanczos quadrature, with exact eigenvalues spliced in."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,41 +10,42 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import digest_of
+from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.krylov import ProbeLanczos, is_due, steps_that_fit
-from ntkpipe.solvers.spectral.quadrature import Rule, gauss_rule
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.spectral.krylov import is_due, take_steps
+from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
+from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
-# Thresholds, from the floor to the largest eigenvalue, at which counts must have settled.
+# Number of thresholds, from the floor to the largest eigenvalue, at which counts must have settled.
 _NUM_THRESHOLDS = 64
 _EPS = float(np.finfo(np.float64).eps)
 
 
 class TopPairs(Protocol):
-    """Exact eigenpairs to splice in: values of shape (k,), orthonormal vectors of shape (n, k)."""
+    """Exact eigenpairs to splice in."""
 
     @property
     def eigenvalues(self) -> NDArray[np.float64]:
-        """Shape (k,)."""
+        """Values, shape (k,)."""
 
     @property
     def eigenvectors(self) -> NDArray[np.float64]:
-        """Shape (n, k)."""
+        """Orthonormal vectors, shape (n, k)."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of eigenvalues above thresholds. Attributes have one entry a threshold."""
+    """Numbers of eigenvalues above thresholds; arrays have one entry per threshold."""
 
     thresholds: NDArray[np.float64]  # λ
     values: NDArray[np.float64]  # estimates of N(λ)
-    standard_errors: NDArray[np.float64]  # what other probes would change: one standard deviation of the mean
-    truncation_errors: NDArray[np.float64]  # what more steps with the same probes could change at most
+    standard_errors: NDArray[np.float64]  # Monte-Carlo errors: one standard deviation of the mean over probes
+    truncation_errors: NDArray[np.float64]  # most that more steps with the same probes could change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +55,19 @@ class Density(Result):
     Attributes
     ----------
     eigenvalues
-        Exact ones that were spliced in, shape (k,), descending.
+        Exact eigenvalues that were spliced in, shape (k,), descending.
     nodes, weights
         Gauss rules of the probes for the rest, each of shape (p, m): a node stands for ``weight`` eigenvalues.
     node_residuals
-        An eigenvalue is so near to a node; shape (p, m).
+        Distance of each node within which an eigenvalue lies, shape (p, m).
     num_rows
         n.
     num_steps
         m.
     floor
-        Eigenvalues below it are not known from zero: the storage floor, or rounding of products.
+        Smaller eigenvalues cannot be told from zero: the storage floor, or rounding of products.
     resolved_above
-        From here on to larger λ counts are as accurate as ``tol`` asks for; the floor if all are.
+        Counts above this λ are as accurate as ``tol`` asks for; the floor if all are.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -81,20 +82,22 @@ class Density(Result):
     def count_above(self, thresholds: ArrayLike) -> Counts:
         """Numbers of eigenvalues above thresholds, with their errors."""
         wanted = np.asarray(thresholds, np.float64).reshape(-1)
-        return _count(Rule(self.nodes, self.weights, self.node_residuals), self.eigenvalues, self.num_rows, wanted)
+        return _count(
+            QuadratureRule(self.nodes, self.weights, self.node_residuals), self.eigenvalues, self.num_rows, wanted
+        )
 
     def smooth(self, *, num_points: int = 200, width: float = 0.1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Eigenvalues per decade on a logarithmic grid, for plots: ``(λ, density)``, each of shape (num_points,).
 
-        Nodes become Gaussian bells in log10 λ; their area is the number of eigenvalues. What is below the floor is
-        left out.
+        Nodes become Gaussian bells in log10 λ whose area is the number of eigenvalues; nodes below the floor are left
+        out.
         """
         values = np.concatenate([self.eigenvalues, self.nodes.reshape(-1)])
         weights = np.concatenate([np.ones(len(self.eigenvalues)), self.weights.reshape(-1) / len(self.nodes)])
         return smoothed(values, weights, self.floor, num_points=num_points, width=width)
 
     def _below(self) -> float:
-        """Eigenvalues under minus the floor, as far as nodes show them."""
+        """Estimated number of eigenvalues below minus the floor."""
         found = (self.weights * (self.nodes < -self.floor)).sum() / len(self.weights)
         return float(found) + int((self.eigenvalues < -self.floor).sum())
 
@@ -118,7 +121,7 @@ class Density(Result):
 def smoothed(
     values: NDArray[np.float64], weights: NDArray[np.float64], floor: float, *, num_points: int, width: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighted eigenvalues as a density per decade: ``(λ, density)``; see :meth:`Density.smooth`."""
+    """Density per decade of weighted eigenvalues, ``(λ, density)``; see :meth:`Density.smooth`."""
     check_number("num_points", num_points, low=2)
     check_number("width", width, low=1e-3, high=10.0)
     kept = (values > floor) & (weights > 0)
@@ -155,20 +158,20 @@ def density(
     matrix
         K: what :func:`ntkpipe.as_operator` takes.
     num_probes
-        Random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
+        Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
-        Lanczos steps; as many as ``tol`` needs if none.
+        Lanczos steps; default as many as ``tol`` needs.
     top
-        Exact eigenpairs, best the largest: they are counted as such, and probes are kept orthogonal to them.
+        Exact eigenpairs, preferably the largest: they are counted as such, and probes are orthogonal to them.
     tol
-        Largest error of a count that is called converged, Monte-Carlo and truncation error together, as a part of n.
+        Largest error of a count that is called converged, Monte-Carlo plus truncation error, as a fraction of n.
     max_passes
-        Most steps, if ``num_steps`` is none.
+        Most steps, if ``num_steps`` is None.
     memory_limit
-        Bytes that this process may have with the Lanczos vectors, ``steps * p * n`` float64, which dominate; default
-        what it has and half of what is free.
+        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
+        already and half of what is free.
     seed
-        Of the probes.
+        Seed of the probes.
     monitor
         Called after each pass.
     checkpoint
@@ -195,80 +198,72 @@ def density(
     begin = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
     before, n = operator.work, operator.num_rows
-    num_probes = int(check_number("num_probes", num_probes, low=2))
-    tol = float(check_number("tol", tol, low=0.0, high=1.0))
-    max_passes = int(check_number("max_passes", max_passes, low=1))
-    if num_steps is not None:
-        num_steps = int(check_number("num_steps", num_steps, low=1))
+    options = Sampling.checked(num_probes, num_steps, tol, max_passes, memory_limit, seed)
     values, vectors = _exact_pairs(top, n)
-    asked = min(num_steps or max_passes, n)
-    most = steps_that_fit(n, num_probes, asked, room)
-    probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
-    lanczos = ProbeLanczos(probes, most, vectors)
-    masses = np.where(lanczos.squared_norms > 0, n - len(values), 0.0)
-    floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
-
-    decides = {"function": "density", "matrix": operator.identity(), "probes": num_probes, "seed": seed}
-    journal = Journal(checkpoint, {**decides, "top": _name_of(vectors)}, {"probes": lanczos})
-
-    rule, counts, worst = Rule(*np.zeros((3, num_probes, 1))), None, math.inf
-    largest = max(floor, float(values.max(initial=0.0)))
-    is_begun = False
-    while True:
-        steps = lanczos.num_steps
-        is_last = steps == most or bool(lanczos.ended.all())
-        settled = False
-        if counts is None or is_last or is_due(steps):
-            rule = gauss_rule(*lanczos.coefficients(steps), masses) if steps else rule
-            counts = _count(rule, values, n, _thresholds(floor, largest, rule))
-            worst = float((counts.standard_errors + counts.truncation_errors).max()) / n
-            is_even = bool((counts.truncation_errors <= counts.standard_errors / 4).all())
-            settled = num_steps is None and (worst <= tol or is_even) and steps > 0
-        if is_begun:
-            monitor(Step(operator.work - before, worst, tol))
-        if is_last or settled:
-            break
-        lanczos.absorb(operator.matmat(lanczos.block))
-        journal.save()
-        is_begun = True
-    status, message, resolved = _judge(counts, n, tol, "memory_limit" if most < asked else "num_steps or max_passes")
+    lanczos = SampledLanczos(n, options, room, vectors)
+    counting = _Counting(operator, lanczos, options, values)
+    decides = {"function": "density", "matrix": operator.identity(), "probes": options.num_probes, "seed": seed}
+    decides["top"] = None if vectors is None else digest_of(vectors)
+    journal = Journal(checkpoint, decides, {"probes": lanczos})
+    take_steps(operator, before, options.tol, monitor, journal, look=counting.look, advance=counting.advance)
+    status, message, resolved = _judge(counting.counts, n, options.tol, lanczos.limit)
     return Density(
         status=status,
         message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "num_probes": num_probes,
-            "num_steps": num_steps,
-            "top": len(values),
-            "tol": tol,
-            "max_passes": max_passes,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options={"top": len(values), **vars(options)},
         matrix=operator.identity(),
         eigenvalues=values,
-        nodes=rule.nodes,
-        weights=rule.weights,
-        node_residuals=rule.residuals,
+        nodes=counting.rule.nodes,
+        weights=counting.rule.weights,
+        node_residuals=counting.rule.residuals,
         num_rows=n,
         num_steps=lanczos.num_steps,
-        floor=floor,
+        floor=counting.floor,
         resolved_above=resolved,
     )
 
 
-def _name_of(vectors: NDArray[np.float64] | None) -> str | None:
-    return None if vectors is None else digest_of(vectors)
+class _Counting:
+    """Counts of eigenvalues from the Lanczos steps taken, with exact ones spliced in."""
+
+    counts: Counts  # from the first look on
+
+    def __init__(
+        self, operator: Operator, lanczos: SampledLanczos, options: Sampling, values: NDArray[np.float64]
+    ) -> None:
+        self._operator, self._lanczos, self._options, self._values = operator, lanczos, options, values
+        self._masses = np.where(lanczos.squared_norms > 0, operator.num_rows - len(values), 0.0)
+        self.floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
+        self._largest = max(self.floor, float(values.max(initial=0.0)))
+        self.rule = QuadratureRule(*np.zeros((3, options.num_probes, 1)))
+        self._worst: float | None = None
+
+    def advance(self) -> None:
+        self._lanczos.absorb(self._operator.matmat(self._lanczos.block))
+
+    def look(self) -> tuple[float | None, bool]:
+        """Return the largest error of a count, and whether no more steps are needed."""
+        steps, is_finished, n = self._lanczos.num_steps, self._lanczos.is_finished, self._operator.num_rows
+        if self._worst is not None and not is_finished and not is_due(steps):
+            return self._worst, False
+        if steps:
+            self.rule = gauss_rule(*self._lanczos.coefficients(steps), self._masses)
+        self.counts = _count(self.rule, self._values, n, _thresholds(self.floor, self._largest, self.rule))
+        monte_carlo, truncation = self.counts.standard_errors, self.counts.truncation_errors
+        self._worst = worst = float((monte_carlo + truncation).max()) / n
+        is_enough = worst <= self._options.tol or bool((truncation <= monte_carlo / 4).all())
+        return worst, is_finished or (self._options.num_steps is None and steps > 0 and is_enough)
 
 
-def _thresholds(floor: float, largest: float, rule: Rule) -> NDArray[np.float64]:
-    """From the floor to the largest eigenvalue, evenly in the logarithm."""
+def _thresholds(floor: float, largest: float, rule: QuadratureRule) -> NDArray[np.float64]:
+    """Logarithmic grid from the floor to the largest eigenvalue."""
     end = max(largest, float(rule.nodes.max(initial=0.0)), floor)
     return np.geomspace(floor, end, _NUM_THRESHOLDS) if floor > 0 else np.zeros(1)
 
 
-def _count(rule: Rule, exact: NDArray[np.float64], num_rows: int, thresholds: NDArray[np.float64]) -> Counts:
+def _count(rule: QuadratureRule, exact: NDArray[np.float64], num_rows: int, thresholds: NDArray[np.float64]) -> Counts:
     found = rule.mass_above(thresholds)
     above, below = rule.unsettled(thresholds)
     found += (below - above) / 2
@@ -285,7 +280,7 @@ def _count(rule: Rule, exact: NDArray[np.float64], num_rows: int, thresholds: ND
 
 
 def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Status, str, float]:
-    """Status, its sentence, and from where on counts are as asked for."""
+    """Status, message, and the λ from which counts are accurate enough."""
     errors = (counts.standard_errors + counts.truncation_errors) / num_rows
     bad = np.flatnonzero(errors > tol)
     if not len(bad):
@@ -300,7 +295,7 @@ def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Statu
 
 
 def _exact_pairs(top: TopPairs | None, num_rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Values, descending, and vectors."""
+    """Check eigenpairs; values are returned in descending order."""
     if top is None:
         return np.zeros(0), None
     values, vectors = np.array(top.eigenvalues, np.float64), np.asarray(top.eigenvectors, np.float64)

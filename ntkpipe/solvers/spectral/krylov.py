@@ -1,28 +1,31 @@
 """Krylov spaces of a symmetric matrix, with full reorthogonalisation: of many probes at once, and of one block.
 
-Both ask for products and are given them, so one pass can serve several.
+Spaces do not multiply but are given products, so that one pass can serve several.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.solvers.checkpoint import Journal
+from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
-# A direction this far below the norm of the matrix is what rounding left of none.
+# A direction this small, relative to the norm of the matrix, is rounding.
 _NOTHING = 10 * _EPS
-# The largest eigenvalue is settled at this relative residual, whose square is its error, or after so many passes.
+# The largest eigenvalue is settled at this relative residual (its error is the square), or after so many passes.
 _RATE_TOLERANCE = 1e-5
 _MOST_RATE_STEPS = 30
 
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: int | None) -> int:
-    """Lanczos steps whose vectors fit the memory, ``wanted`` at most."""
+    """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
     limit = max(0, memory_room(memory_limit))
     block = 8 * num_rows * num_columns
     fitting = limit // block - 3
@@ -35,11 +38,30 @@ def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: i
 
 
 def is_due(num_steps: int) -> bool:
-    """Whether errors are looked at after this step: each of the first, then every eighth of those taken."""
+    """Whether errors are computed after this step: at first after each, then at intervals that grow with the steps."""
     step = 1
     while step < num_steps:
         step += max(1, step // 8)
     return step == num_steps
+
+
+def take_steps(
+    operator: Operator,
+    before: Work,
+    tol: float,
+    monitor: Monitor,
+    journal: Journal,
+    *,
+    look: Callable[[], tuple[float | None, bool]],
+    advance: Callable[[], None],
+) -> None:
+    """Advance and save steps until ``look``, which returns the error, says that it is enough."""
+    error, is_done = look()
+    while not is_done:
+        advance()
+        journal.save()
+        error, is_done = look()
+        monitor(Step(operator.work - before, error, tol))
 
 
 class ProbeLanczos:
@@ -61,7 +83,7 @@ class ProbeLanczos:
         self.num_steps = 0
         start = self._project(np.array(probes.T, order="C"))
         sizes = np.linalg.norm(start, axis=1)
-        # Of a probe in the span of what is deflated nothing but rounding is left.
+        # Only rounding is left of a probe in the span of the deflated vectors.
         alive = (sizes > _NOTHING * np.linalg.norm(probes, axis=0)) & (self._dimension > 0)
         self.squared_norms = np.where(alive, sizes**2, 0.0)
         self._lengths = np.where(alive, self._dimension, 0)
@@ -132,55 +154,36 @@ class ProbeLanczos:
         self.num_steps = step
 
     def _project(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Rows without their part in what is deflated."""
+        """Remove the parts along deflated vectors."""
         return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
 
 
-class TopEigenvalue:
+class TopEigenvalue(ProbeLanczos):
     """The largest eigenvalue, by the Lanczos process of one random vector."""
 
     def __init__(self, num_rows: int, seed: int) -> None:
         start = np.random.default_rng(seed).standard_normal((num_rows, 1))
-        self.lanczos = ProbeLanczos(start, min(_MOST_RATE_STEPS, num_rows))
+        super().__init__(start, min(_MOST_RATE_STEPS, num_rows))
         self.value = 0.0
         self.is_settled = False
 
     def absorb(self, product: NDArray[np.float64]) -> None:
-        """Take ``K @ lanczos.block``."""
-        self.lanczos.absorb(product)
+        """Take ``K @ block``."""
+        super().absorb(product)
         self._look()
-
-    @property
-    def num_steps(self) -> int:
-        """Products taken."""
-        return self.lanczos.num_steps
-
-    @property
-    def max_steps(self) -> int:
-        """Most of them."""
-        return self.lanczos.max_steps
-
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        return self.lanczos.write_step(checkpoint, prefix)
-
-    def names(self, prefix: str) -> set[str]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        return self.lanczos.names(prefix)
 
     def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
         """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        self.lanczos.read_steps(checkpoint, prefix, state)
+        super().read_steps(checkpoint, prefix, state)
         self._look()
 
     def _look(self) -> None:
-        num_steps = self.num_steps
-        (alphas,), (betas,) = self.lanczos.coefficients(num_steps)
+        (alphas,), (betas,) = self.coefficients(self.num_steps)
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
         self.value = float(values[-1])
         gap = betas[-1] * abs(vectors[-1, -1])
-        is_last = num_steps == self.max_steps
-        self.is_settled = bool(is_last or self.lanczos.ended.all() or gap <= _RATE_TOLERANCE * abs(self.value))
+        is_last = self.num_steps == self.max_steps or self.ended.all()
+        self.is_settled = bool(is_last or gap <= _RATE_TOLERANCE * abs(self.value))
 
 
 class BlockLanczos:
@@ -220,12 +223,12 @@ class BlockLanczos:
 
     @property
     def coupling(self) -> NDArray[np.float64]:
-        """How the space is left, from its last block to the next one."""
+        """Coupling of the last block of the space to the next one."""
         return self._couplings[-1]
 
     @property
     def dimension(self) -> int:
-        """Of the space that products were taken of: the size of T."""
+        """Size of T."""
         return int(self._bounds[-2])
 
     def absorb(self, product: NDArray[np.float64]) -> None:
@@ -238,7 +241,7 @@ class BlockLanczos:
             rest -= older.T @ (older @ rest)
         self._scale = max(self._scale, float(np.linalg.norm(diagonal, 2) + np.linalg.norm(rest, 2)))
         vectors, coupling = _orthonormal(rest, _NOTHING * self._scale, self._num_rows - last)
-        # The smallest of these directions were small differences, so what is left of older ones in them was made large.
+        # Scaling made the remainders of older vectors large in the smallest of these directions.
         for _ in range(2):
             vectors -= older.T @ (older @ vectors)
             vectors, upper = np.linalg.qr(vectors)
@@ -255,7 +258,7 @@ class BlockLanczos:
     def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         """See :class:`ntkpipe.solvers.checkpoint.Space`."""
         first, last = self._bounds[-2:]
-        # Arrays without entries are not written.
+        # Arrays without entries cannot be written.
         if last > first:
             checkpoint.put(f"{prefix}rows_{self.num_steps}", self._vectors[first:last])
             checkpoint.put(f"{prefix}coupling_{self.num_steps}", self.coupling)

@@ -21,13 +21,13 @@ from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
-# Products in float64 are known to this part of the largest eigenvalue, so no residual need be smaller.
+# Rounding of products in float64, relative to the largest eigenvalue: no residual need be smaller.
 _ROUNDING = 50 * _EPS
 _SMALLEST_BLOCK = 8
 _MOST_PASSES = 200
-# A prediction of a residual counts if it is this part of the limit: a check that fails costs a pass.
+# Predicted residuals must be below this fraction of the limit, since a check that fails costs a pass.
 _CONFIDENCE = 0.95
-# Checks in a row that fail without getting better by a half, after which more passes are no use.
+# After so many checks in a row that failed and did not halve the residual, more passes are no use.
 _MOST_FAILURES = 3
 
 
@@ -47,8 +47,8 @@ class Eigenpairs(Result):
     orthogonality
         ``max |VᵀV - I|``.
     floor
-        What rounding to the storage dtype did to K in the spectral norm, as :meth:`Operator.storage_floor` has it but
-        with the Frobenius norm of the Ritz values found (one pass less); eigenvalues below it are not known.
+        Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
+        the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known.
     history
         Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and
         each relative to its own as in ``residuals``; NaN while the space has fewer than k dimensions. These come from
@@ -121,21 +121,21 @@ def eigsh(
     tol
         Relative residual of each pair.
     block
-        Columns of a pass, by default k/2, at least 8. Fewer make a pass cheaper in arithmetic, and passes more. An
-        eigenvalue of higher multiplicity than this is found, but later.
+        Columns of a pass; default k/2, at least 8. A smaller block makes passes cheaper but more. An eigenvalue of
+        higher multiplicity than this is found, but later.
     max_basis
-        Most vectors that are kept, at least ``k + 2 block``; by default ``5 k + 2 block``, at least ``8 block``. With
+        Most basis vectors, at least ``k + 2 block``; by default ``5 k + 2 block``, at least ``8 block``. With
         ``3 k + 2 block`` kernels take one pass more.
     max_passes
         Most products before the one that checks; by default 200.
     memory_limit
-        Bytes that this process may have; default what it has and all that is free.
+        Bytes that this process may use; default what it uses already and all that is free.
     seed
-        Of the first block.
+        Seed of the first block.
     checkpoint
-        Where the state is kept after every pass: one block of columns, after a restart the basis. The call goes on
-        from what is there, to the same result to the last bit; where the result is there already, it returns it
-        without a pass. It stays when the call returns: clear it once the result is saved.
+        Where the state is written after every pass: one block of columns, or the basis after a restart. A call goes on
+        from an earlier state to the same result, to the last bit; a result that is there already is returned without
+        a pass. The checkpoint stays when the call returns: clear it once the result is saved.
     monitor
         Called after every pass, once its state is in the checkpoint.
 
@@ -167,7 +167,7 @@ def _options(
     max_passes: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What was asked for, checked, with defaults."""
+    """Check options and fill in defaults."""
     check_number("k", k, low=1, high=num_rows)
     check_number("tol", tol, low=0.0, high=1.0)
     width = min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
@@ -182,7 +182,7 @@ def _options(
 
 
 def _require_memory(num_rows: int, options: Mapping[str, Any], room: int) -> None:
-    """Fail now and not when the basis is nearly full."""
+    """Refuse a basis that does not fit memory before any pass."""
     k, block, max_basis = (int(options[name]) for name in ("k", "block", "max_basis"))
     need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
     if need > room:
@@ -200,7 +200,7 @@ class _Search:
         self._operator, self._options, self._checkpoint = operator, options, checkpoint
         self._k, self._tol = int(options["k"]), float(options["tol"])
         width, most = int(options["block"]), int(options["max_basis"])
-        # Of what is kept most is spectrum beside the wanted pairs, which filters for them; the rest makes room.
+        # A restart keeps many pairs beside the wanted ones, since they filter for them, and makes room for new blocks.
         keep = max(self._k, min(self._k + width, most - width), most - 4 * width)
         self._space = ThickRestart(operator.num_rows, width, most, keep, int(options["seed"]))
         self._start, self._started, self._earlier = operator.work, perf_counter(), (Work(), 0.0)
@@ -210,7 +210,7 @@ class _Search:
         self._floor = 0.0
 
     def run(self, monitor: Monitor) -> Eigenpairs:
-        """From the beginning, or from the checkpoint."""
+        """Run from the beginning, or from the checkpoint."""
         finished = self._load()
         if finished is not None:
             return finished
@@ -230,16 +230,15 @@ class _Search:
             monitor(Step(self._work(), residual, self._tol))
 
     def _scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What residuals are relative to."""
         return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
 
     def _limits(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How small residuals must be."""
+        """Largest acceptable residuals."""
         rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
         return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
 
     def _note(self) -> float | None:
-        """The history of a pass; its last number if there is one."""
+        """Add the pass to the history; return its largest relative residual, if there is one."""
         found = self._space.ritz(self._space.size)
         eps = float(np.finfo(self._operator.storage_dtype).eps)
         self._floor = eps * float(np.linalg.norm(found.values)) / self._operator.num_rows**0.5
@@ -263,10 +262,10 @@ class _Search:
         return space.is_settled and bool((found.residuals <= limits).all())
 
     def _check(self) -> _Checked:
-        """One pass with the vectors themselves."""
+        """Take one pass with the vectors themselves."""
         vectors = self._space.combine(self._space.refined(self._k).coordinates)
         products = self._operator.matmat(vectors)
-        # The vectors are no Ritz vectors if refined. Their own best combinations cost no pass.
+        # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no pass.
         inner = vectors.T @ products
         values, turn = np.linalg.eigh((inner + inner.T) / 2)
         turn = np.ascontiguousarray(turn[:, ::-1])
@@ -276,7 +275,7 @@ class _Search:
         return _Checked(values, vectors, norms, float((norms / self._limits(values)).max()))
 
     def _judge(self, checked: _Checked) -> Status | None:
-        """How it ended, or none if it goes on."""
+        """Final status, or None if the search goes on."""
         if checked.excess <= 1.0:
             return "converged" if self._space.is_settled else "not converged"
         if self._space.is_whole:
@@ -332,7 +331,7 @@ class _Search:
         return self._earlier[1] + perf_counter() - self._started
 
     def _key(self) -> dict[str, Any]:
-        """What decides the numbers."""
+        """Everything that decides the numbers."""
         asked = {name: value for name, value in self._options.items() if name != "max_passes"}
         return {"solver": "eigsh", "matrix": self._operator.identity(), **asked}
 
@@ -355,7 +354,7 @@ class _Search:
         checkpoint.commit(state, keep)
 
     def _load(self) -> Eigenpairs | None:
-        """Take what the checkpoint has; the result if it is there."""
+        """Read the checkpoint; return its result if it has one."""
         state = None if self._checkpoint is None else self._checkpoint.load()
         if state is None or self._checkpoint is None:
             return None
@@ -370,7 +369,7 @@ class _Search:
             return self._read(self._checkpoint, state)
 
     def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Eigenpairs | None:
-        """The result if the state has one that answers this call; else the space goes on from there."""
+        """Return the result in the state if it answers this call; else restore the space."""
         self._earlier = as_work(state["work"]), as_number(state["seconds"])
         self._floor, num_passes = as_number(state["floor"]), as_integer(state["space"]["passes"])
         self._history = as_numbers(state["history"], (num_passes, 2), allow_nan=True).tolist()
@@ -384,7 +383,7 @@ class _Search:
         return None
 
     def _finished(self, checkpoint: Checkpoint, result: Mapping[str, Any]) -> Eigenpairs:
-        """The result that the checkpoint holds already."""
+        """Read the result."""
         n, k, num_passes = self._operator.num_rows, self._k, len(self._history)
         if result["status"] not in get_args(Status) or not isinstance(result["message"], str):
             raise ValueError(f"its status is {str(result['status'])[:40]!r}")

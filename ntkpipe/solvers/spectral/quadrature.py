@@ -1,4 +1,4 @@
-"""Quadrature rules of the measures that Lanczos coefficients stand for: Gauss, Gauss-Radau, and bounds of counts."""
+"""Gauss and Gauss-Radau rules of the measures that Lanczos coefficients define, and bounds of counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,12 @@ _SETTLED = 1e-2
 
 
 @dataclass(frozen=True)
-class Rule:
+class QuadratureRule:
     """One rule for each of p measures."""
 
-    nodes: NDArray[np.float64]  # ritz values, shape (p, m), ascending
-    # Shape (p, m), not negative. They add up to the mass of the measure, which is the probe's squared norm.
-    weights: NDArray[np.float64]
-    residuals: NDArray[np.float64]  # of the Ritz pairs, with rounding, shape (p, m): an eigenvalue is so near
+    nodes: NDArray[np.float64]  # Ritz values, shape (p, m), ascending
+    weights: NDArray[np.float64]  # shape (p, m), not negative; their sum is the probe's squared norm
+    residuals: NDArray[np.float64]  # distances within which eigenvalues lie, rounding included, shape (p, m)
 
     def integrate(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
         """Integral of a function of the nodes, shape (p,)."""
@@ -33,7 +32,7 @@ class Rule:
         return found
 
     def unsettled(self, thresholds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weight of the nodes next to each of L thresholds that may be of the other side: (above, below), each (p, L).
+        """Weight of the nodes next to each of L thresholds that may lie on the other side: (above, below), each (p, L).
 
         By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) the
         mass below a node lies between the weights of the nodes before it, and these with its own. So what a measure
@@ -45,33 +44,32 @@ class Rule:
             kept = self.weights[index] > 0
             nodes, weights, residuals = self.nodes[index, kept], self.weights[index, kept], self.residuals[index, kept]
             places = np.searchsorted(nodes, thresholds, "right")
-            for found, has, at in (
-                (above, places < len(nodes), places),
-                (below, places > 0, places - 1),
-            ):
+            for found, has, at in ((above, places < len(nodes), places), (below, places > 0, places - 1)):
                 at = at[has]
                 open_ = residuals[at] > _SETTLED * np.abs(nodes[at] - thresholds[has])
                 found[index, has] = np.where(open_, weights[at], 0.0)
         return above, below
 
 
-def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64]) -> Rule:
+def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64]) -> QuadratureRule:
     """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969)."""
     nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
     rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
-    return Rule(nodes, masses[:, None] * vectors[:, 0] ** 2, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
+    return QuadratureRule(
+        nodes, masses[:, None] * vectors[:, 0] ** 2, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding
+    )
 
 
 def radau_rule(
     alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64], end: float
-) -> Rule:
+) -> QuadratureRule:
     """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973)."""
     num_steps = alphas.shape[1]
     shifted = _tridiagonal(alphas, betas) - end * np.eye(num_steps)
     right = np.zeros((*alphas.shape, 1))
     right[:, -1, 0] = betas[:, -1] ** 2
     last = end + np.linalg.solve(shifted, right)[:, -1, 0]
-    # A space that has ended is not coupled: any node without weight will do, and this one is in its spectrum.
+    # A space that has ended is not coupled: any node within the spectrum will do, since it gets no weight.
     last = np.where(betas[:, -1] > 0, last, alphas[:, 0])
     longer = np.concatenate([betas, np.zeros_like(last)[:, None]], axis=1)
     return gauss_rule(np.concatenate([alphas, last[:, None]], axis=1), longer, masses)

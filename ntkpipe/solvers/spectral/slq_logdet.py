@@ -16,13 +16,14 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.krylov import ProbeLanczos, is_due, steps_that_fit
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.spectral.krylov import is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
+from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
-# Below it the half of the steps says nothing.
+# With fewer steps a comparison with half of them is meaningless.
 _FEWEST_STEPS = 8
 
 
@@ -35,15 +36,15 @@ class LogDeterminantEstimate(Result):
     value
         The estimate; NaN if the matrix is not positive definite.
     standard_error
-        What other probes would change: one standard deviation of the mean.
+        Monte-Carlo error: one standard deviation of the mean over probes.
     truncation_error
-        What more steps would change: twice the change from half as many, or the width of the bracket if that is
-        smaller. The first is no bound; more steps can only make the value smaller.
+        Estimated effect of more steps, which can only make the value smaller: twice the change from half as many, which
+        is no bound, or the width of the bracket if that is smaller.
     lower, upper
-        What these probes would give after infinitely many steps lies between: a bracket of truncation alone. Without a
-        ridge above the storage floor there is no lower end, and it is -infinity.
+        Bracket of the value that these probes would give after infinitely many steps: of truncation alone. Without a
+        ridge above the storage floor, ``lower`` is -infinity.
     samples
-        Of each probe, shape (p,); their mean is the value.
+        Value of each probe, shape (p,); their mean is the value.
     half_samples
         The same after half as many steps.
     ridge
@@ -51,7 +52,7 @@ class LogDeterminantEstimate(Result):
     num_rows, num_steps
         n and m.
     rank
-        Of the preconditioner; 0 without one.
+        Rank of the preconditioner; 0 without one.
     smallest_ritz
         The smallest Ritz value of the matrix that was sampled, preconditioned and with the ridge: an upper bound of its
         smallest eigenvalue.
@@ -110,24 +111,24 @@ def slq_logdet(
     ridge
         λ ≥ 0, added to the diagonal.
     preconditioner
-        P = F F' + μ I, or how it is made; then ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is computed, and only
-        the trace is estimated. None samples K + λ I itself.
+        P = F F' + μ I, or how it is made. Only the trace in ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is
+        estimated then. None samples K + λ I itself.
     rank
-        Of a preconditioner that is made; default ``min(1000, n/10)``.
+        Rank of a preconditioner that is made; default ``min(1000, n/10)``.
     num_probes
-        Random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
+        Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
-        Lanczos steps; if none, as many as make the truncation error small against the Monte-Carlo error.
+        Lanczos steps; default as many as make the truncation error small against the Monte-Carlo error.
     tol
-        Largest error that is called converged, both together, as a part of n: 0.01 is one per cent of the geometric
+        Largest sum of both errors that is called converged, as a fraction of n: 0.01 is one per cent of the geometric
         mean of the eigenvalues.
     max_passes
-        Most steps, if ``num_steps`` is none.
+        Most steps, if ``num_steps`` is None.
     memory_limit
-        Bytes that this process may have with the Lanczos vectors, ``steps * p * n`` float64; default what it has and
-        half of what is free. The preconditioner has ``rank * n`` more, three times that while it is made.
+        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
+        already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.
     seed
-        Of the probes, and of a preconditioner that is made.
+        Seed of the probes, and of a preconditioner that is made.
     monitor
         Called after each pass.
     checkpoint
@@ -153,66 +154,27 @@ def slq_logdet(
     operator, room = open_for_solver(matrix, memory_limit)
     before, n = operator.work, operator.num_rows
     ridge = float(check_number("ridge", float(ridge), low=0.0, high=1e300))
-    num_probes = int(check_number("num_probes", num_probes, low=2))
-    tol = float(check_number("tol", tol, low=0.0, high=1.0))
-    max_passes = int(check_number("max_passes", max_passes, low=1))
-    if num_steps is not None:
-        num_steps = int(check_number("num_steps", num_steps, low=1))
+    options = Sampling.checked(num_probes, num_steps, tol, max_passes, memory_limit, seed)
     named = preconditioner
     if isinstance(preconditioner, str):
         preconditioner = preconditioner_of(operator, preconditioner, rank, ridge=ridge, seed=seed)
     elif preconditioner is not None and preconditioner.num_rows != n:
         raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
-    asked = min(num_steps or max_passes, n)
-    most = steps_that_fit(n, num_probes, asked, room)
-    probes = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
-    lanczos = ProbeLanczos(probes, most)
-    floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
-    scale, known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
-    sampled = _Sampled(operator.shifted(ridge), preconditioner)
-    end = (ridge - floor) / scale
-    end = end if preconditioner is None else min(end, 1.0)
-
-    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": num_probes, "seed": seed}
-    # One of equal rank, shift and determinant is taken for the same.
-    chosen = None if preconditioner is None else [preconditioner.rank, scale, known]
-    journal = Journal(checkpoint, {**decides, "preconditioner": chosen}, {"probes": lanczos})
-
-    found, error, is_begun = None, None, False
-    while True:
-        steps = lanczos.num_steps
-        is_done = is_last = steps == most or bool(lanczos.ended.all())
-        if steps and (found is None or is_last or is_due(steps)):
-            found = _Estimate(lanczos, end, known)
-            error = (found.standard_error + found.truncation) / n
-            is_enough = found.truncation <= max(found.standard_error / 4, tol * n / 20)
-            is_done = is_last or not found.is_positive or (num_steps is None and is_enough)
-        if is_begun:
-            monitor(Step(operator.work - before, error, tol))
-        if found is not None and is_done:
-            break
-        lanczos.absorb(sampled.multiply(lanczos.block))
-        journal.save()
-        is_begun = True
-    status, message = _judge(
-        found, n, tol, floor / scale, "memory_limit" if most < asked else "num_steps or max_passes"
-    )
+    lanczos = SampledLanczos(n, options, room)
+    sampling = _Sampling(operator, lanczos, options, preconditioner, ridge)
+    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": options.num_probes}
+    # Preconditioners of equal rank, shift and determinant are taken for the same.
+    chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
+    journal = Journal(checkpoint, {**decides, "seed": seed, "preconditioner": chosen}, {"probes": lanczos})
+    take_steps(operator, before, options.tol, monitor, journal, look=sampling.look, advance=sampling.advance)
+    found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
+    status, message = _judge(found, n, options.tol, sampling.floor / sampling.scale, lanczos.limit)
     return LogDeterminantEstimate(
         status=status,
         message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "ridge": ridge,
-            "preconditioner": named if named is None or isinstance(named, str) else named.method,
-            "rank": 0 if preconditioner is None else preconditioner.rank,
-            "num_probes": num_probes,
-            "num_steps": num_steps,
-            "tol": tol,
-            "max_passes": max_passes,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options={"ridge": ridge, "preconditioner": getattr(named, "method", named), "rank": used, **vars(options)},
         matrix=operator.identity(),
         value=float(found.samples.mean()),
         standard_error=found.standard_error,
@@ -224,28 +186,53 @@ def slq_logdet(
         ridge=ridge,
         num_rows=n,
         num_steps=lanczos.num_steps,
-        rank=0 if preconditioner is None else preconditioner.rank,
+        rank=used,
         smallest_ritz=found.smallest,
     )
 
 
-class _Sampled:
-    """``P^-1/2 (K + λ I) P^-1/2``."""
+class _Sampling:
+    """Sampling of ``P^-1/2 (K + λ I) P^-1/2``."""
 
-    def __init__(self, operator: Operator, preconditioner: Preconditioner | None) -> None:
-        self._operator = operator
+    estimate: "_Estimate"  # from the first step on
+
+    def __init__(
+        self,
+        operator: Operator,
+        lanczos: SampledLanczos,
+        options: Sampling,
+        preconditioner: Preconditioner | None,
+        ridge: float,
+    ) -> None:
+        self._operator, self._lanczos, self._options = operator.shifted(ridge), lanczos, options
         self._preconditioner = preconditioner
+        self.floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+        self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
+        end = (ridge - self.floor) / self.scale
+        self._end = end if preconditioner is None else min(end, 1.0)
+        self._error: float | None = None
 
-    def multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
-        if self._preconditioner is None:
-            return self._operator.matmat(block)
-        return self._preconditioner.inverse_sqrt(self._operator.matmat(self._preconditioner.inverse_sqrt(block)))
+    def advance(self) -> None:
+        block, whiten = self._lanczos.block, self._preconditioner and self._preconditioner.inverse_sqrt
+        product = whiten(self._operator.matmat(whiten(block))) if whiten else self._operator.matmat(block)
+        self._lanczos.absorb(product)
+
+    def look(self) -> tuple[float | None, bool]:
+        """Return the error of the estimate, and whether no more steps are needed."""
+        steps, is_finished, n = self._lanczos.num_steps, self._lanczos.is_finished, self._operator.num_rows
+        if not steps or (self._error is not None and not is_finished and not is_due(steps)):
+            return self._error, False
+        found = self.estimate = _Estimate(self._lanczos, self._end, self.known)
+        self._error = (found.standard_error + found.truncation) / n
+        is_enough = found.truncation <= max(found.standard_error / 4, self._options.tol * n / 20)
+        is_enough = is_enough and self._options.num_steps is None
+        return self._error, is_finished or not found.is_positive or is_enough
 
 
 class _Estimate:
-    """What the steps up to now say. ``known`` is the part that needs no estimate."""
+    """Estimate from the steps taken; ``known`` is the part that is exact."""
 
-    def __init__(self, lanczos: ProbeLanczos, end: float, known: float) -> None:
+    def __init__(self, lanczos: SampledLanczos, end: float, known: float) -> None:
         steps = lanczos.num_steps
         coefficients = lanczos.coefficients(steps)
         rule = gauss_rule(*coefficients, lanczos.squared_norms)
@@ -271,7 +258,7 @@ class _Estimate:
 
 
 def _judge(found: _Estimate, num_rows: int, tol: float, floor: float, limit: str) -> tuple[Status, str]:
-    """Status and its sentence; ``floor`` is the smallest Ritz value that is known from zero."""
+    """Status and message; Ritz values up to ``floor`` cannot be told from zero."""
     if not found.is_positive:
         why = f"a Ritz value is {found.smallest:.3g}: the matrix is not positive definite"
         return "indefinite at storage precision", f"{why}, and has no log determinant; give a larger ridge"

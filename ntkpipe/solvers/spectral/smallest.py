@@ -1,6 +1,5 @@
-"""The smallest eigenvalues and the condition number, with bounds that say what they rest on."""
+"""Smallest eigenvalues and condition numbers, with bounds and what they rest on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -19,22 +18,22 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.davidson import Davidson, Inverse
+from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _EPS = float(np.finfo(np.float64).eps)
-# Products in float64 are known to this part of the Frobenius norm, which is near λ_1 for kernels.
+# Rounding of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels.
 _ROUNDING = 50 * _EPS
-# What a zero matrix has instead.
+# Replaces limits of zero, as of a zero matrix.
 _TINY = 1e-300
 _SMALLEST_BLOCK = 16
-# Rows up to which a proof by Cholesky is a matter of minutes, and is made unless told otherwise.
+# Up to so many rows a proof by Cholesky takes minutes, and is made by default.
 _MOST_PROVED_UNASKED = 16384
 _TOL_OF_LARGEST = 1e-6
-# A negative eigenvalue up to so many floors is what rounding of entries makes of a small positive one.
+# Rounding of entries can turn a small positive eigenvalue into a negative one of up to so many floors.
 _FLOORS = 10.0
 
-Certificate = Literal["cholesky", "residual"]
+DefiniteBound = Literal["cholesky", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +49,11 @@ class Smallest(Result):
     residuals
         Norms ``|K v - λ v|`` by a product with the vectors, shape (k,): an eigenvalue of K lies so near to λ.
     low, high
-        ``low <= λ_min <= high`` for the stored K, rounding of float64 included. ``high`` always holds; ``low`` as
-        ``certificate`` says; none if a proof failed.
+        ``low <= λ_min <= high`` for the stored K, rounding of float64 included. ``high`` always holds, ``low`` as
+        ``certificate`` says; None if a proof failed.
     certificate
-        ``cholesky``: K - low I was shown to be positive definite. ``residual``: there is an eigenvalue above ``low``
-        that near, and that it is the smallest rests on a random start not having missed it.
+        ``cholesky``: K - low I was proved positive definite. ``residual``: some eigenvalue lies between the bounds;
+        that it is the smallest relies on the random start not having missed a smaller one.
     largest
         λ_max.
     condition_low, condition_high
@@ -70,7 +69,7 @@ class Smallest(Result):
     residuals: NDArray[np.float64] = field(repr=False)
     low: float | None
     high: float
-    certificate: Certificate | None
+    certificate: DefiniteBound | None
     largest: float
     condition_low: float | None
     condition_high: float | None
@@ -98,7 +97,7 @@ def smallest(
     k: int = 1,
     *,
     tol: float = 1e-2,
-    inverse: Inverse | None = None,
+    inverse: ApproximateInverse | None = None,
     certify: bool | None = None,
     path: str | Path | None = None,
     block: int | None = None,
@@ -107,7 +106,7 @@ def smallest(
     seed: int = 0,
     monitor: Monitor = ignore,
 ) -> Smallest:
-    """The k smallest eigenvalues, bounds of the smallest one, and of the condition number.
+    """The k smallest eigenvalues, with bounds of the smallest one and of the condition number.
 
     Block Davidson (Davidson, 1975): residuals are preconditioned with an approximate inverse of K, by default that of
     randomly pivoted Cholesky of its default rank. Kernels have no gap at this end: the vectors converge slowly, and
@@ -133,19 +132,19 @@ def smallest(
         Maps a block of shape (n, c) to about ``K^-1 @ block``: ``Preconditioner.solve``, or
         ``lambda block: factor.solve(block).coefficients`` of :func:`ntkpipe.cholesky`.
     certify
-        Whether to prove the lower bound. If none: up to 16,384 rows, where ``memory_limit`` holds the factor.
+        Whether to prove the lower bound; default up to 16,384 rows, where ``memory_limit`` holds the factor.
     path
-        Where the proof's factor is written, if not into memory; see :func:`ntkpipe.cholesky`.
+        Folder for the factor of the proof; default in memory. See :func:`ntkpipe.cholesky`.
     block
         Columns of a pass; default 2 k, at least 16.
     max_passes
         Most steps.
     memory_limit
-        Bytes that this process may have; default what it has and half of what is free. The vectors are not counted.
+        Bytes that this process may use, without the vectors; default what it uses already and half of what is free.
     seed
-        Of the first block, and of the default inverse.
+        Seed of the first block, and of the default inverse.
     monitor
-        Called after each pass: first of the iteration for λ_max, then of the one for the smallest.
+        Called after each pass: first of the iteration for λ_max, then of that for the smallest.
 
     Raises
     ------
@@ -160,43 +159,25 @@ def smallest(
     """
     started = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
-    n, before = operator.num_rows, operator.work
-    check_number("k", k, low=1, high=n)
-    check_number("tol", tol, low=0.0, high=1.0)
-    check_number("max_passes", max_passes, low=1)
-    width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
-    if certify is None:
-        certify = path is not None or (n <= _MOST_PROVED_UNASKED and 8 * n * (n // 2 + 4096) <= memory_room(room))
-    options = {
-        "k": int(k),
-        "tol": float(tol),
-        "inverse": "rpcholesky" if inverse is None else "given",
-        "certify": bool(certify),
-        "path": None if path is None else str(path),
-        "block": min(width, n),
-        "max_passes": int(max_passes),
-        "memory_limit": memory_limit,
-        "seed": int(seed),
-    }
+    before = operator.work
+    options = _options(operator.num_rows, k, tol, inverse, certify, path, block, max_passes, memory_limit, seed, room)
     top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor)
     largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
     floor = operator.storage_floor()
     given = randomly_pivoted_cholesky(operator, seed=seed).solve if inverse is None else _checked(inverse)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(n, width, given, seed)
+    space = Davidson(operator.num_rows, options["block"], given, seed)
     for _ in range(max_passes):
         space.advance(operator)
-        limits = np.maximum(tol * np.maximum(np.abs(space.values), floor), rounding)
-        scale = np.maximum(np.abs(space.values), max(floor, _TINY))
-        monitor(Step(operator.work - before, float((space.norms / scale)[:k].max()), tol))
-        if len(space.values) >= k and bool((space.norms <= limits)[:k].all()):
+        relative = space.norms / np.maximum(np.abs(space.values), max(floor, _TINY))
+        monitor(Step(operator.work - before, float(relative[:k].max()), tol))
+        if len(space.values) >= k and _are_small(space.values[:k], space.norms[:k], tol, floor, rounding):
             break
     values, vectors, norms = _by_product(operator, space.pairs(k))
-    limits = np.maximum(tol * np.maximum(np.abs(values), floor), rounding)
-    is_converged = bool((norms <= limits).all())
-    low, high, certificate = _bounds(operator, values, norms, rounding, path=path, certify=certify, memory_limit=room)
-    status, message = _judge(values, norms, low, floor, rounding, options, is_converged=is_converged)
-    condition = _condition(low, high, largest, slack, floor)
+    is_converged = _are_small(values, norms, tol, floor, rounding)
+    low, high, certificate = _bounds(operator, values, norms, rounding, path, room, certify=options["certify"])
+    status, message = _judge(values, norms, low, floor, rounding, tol, is_converged=is_converged)
+    condition_low, condition_high = _condition(low, high, largest, slack, floor)
     return Smallest(
         status=status,
         message=message,
@@ -211,14 +192,55 @@ def smallest(
         high=high,
         certificate=certificate,
         largest=largest,
-        condition_low=condition[0],
-        condition_high=condition[1],
+        condition_low=condition_low,
+        condition_high=condition_high,
         floor=floor,
     )
 
 
-def _checked(inverse: Inverse) -> Inverse:
-    """The inverse of a caller, whose blocks must have the shape that they came with."""
+def _options(
+    num_rows: int,
+    k: int,
+    tol: float,
+    inverse: ApproximateInverse | None,
+    certify: bool | None,
+    path: str | Path | None,
+    block: int | None,
+    max_passes: int,
+    memory_limit: int | None,
+    seed: int,
+    room: int | None,
+) -> dict[str, Any]:
+    """Check options and fill in defaults."""
+    check_number("k", k, low=1, high=num_rows)
+    check_number("tol", tol, low=0.0, high=1.0)
+    check_number("max_passes", max_passes, low=1)
+    width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
+    if certify is None:
+        fits = num_rows <= _MOST_PROVED_UNASKED and 8 * num_rows * (num_rows // 2 + 4096) <= memory_room(room)
+        certify = path is not None or fits
+    return {
+        "k": int(k),
+        "tol": float(tol),
+        "inverse": "rpcholesky" if inverse is None else "given",
+        "certify": bool(certify),
+        "path": None if path is None else str(path),
+        "block": min(width, num_rows),
+        "max_passes": int(max_passes),
+        "memory_limit": memory_limit,
+        "seed": int(seed),
+    }
+
+
+def _are_small(
+    values: NDArray[np.float64], norms: NDArray[np.float64], tol: float, floor: float, rounding: float
+) -> bool:
+    """Whether residuals are within ``tol`` of the eigenvalues, the storage floor, or rounding."""
+    return bool((norms <= np.maximum(tol * np.maximum(np.abs(values), floor), rounding)).all())
+
+
+def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
+    """Wrap the inverse of a caller in a check of shape and dtype."""
 
     def apply(block: NDArray[np.float64]) -> NDArray[np.float64]:
         found = np.asarray(inverse(block))
@@ -234,7 +256,7 @@ def _checked(inverse: Inverse) -> Inverse:
 def _by_product(
     operator: Operator, vectors: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Rayleigh-Ritz of a few vectors and the norms of their residuals, one pass."""
+    """Rayleigh-Ritz pairs of a few vectors and the norms of their residuals, by one pass."""
     products = operator.matmat(vectors)
     inner = vectors.T @ products
     values, turn = np.linalg.eigh((inner + inner.T) / 2)
@@ -248,11 +270,11 @@ def _bounds(
     values: NDArray[np.float64],
     norms: NDArray[np.float64],
     rounding: float,
-    *,
     path: str | Path | None,
-    certify: bool,
     memory_limit: int | None,
-) -> tuple[float | None, float, Certificate | None]:
+    *,
+    certify: bool,
+) -> tuple[float | None, float, DefiniteBound | None]:
     """Bounds of λ_min, and what the lower one rests on."""
     high = float(values[0]) + rounding
     low = float(values[0] - norms[0]) - rounding
@@ -264,7 +286,7 @@ def _bounds(
     try:
         cholesky(operator.shifted(-low), path=path, memory_limit=memory_limit)
     except IndefiniteError:
-        # Above it because it is a Rayleigh quotient, below the shift because Cholesky failed.
+        # λ_min is below the Rayleigh quotient, and below the shift since Cholesky failed.
         return None, min(high, low + unsure), None
     return low - unsure, high, "cholesky"
 
@@ -272,7 +294,7 @@ def _bounds(
 def _condition(
     low: float | None, high: float, largest: float, slack: float, floor: float
 ) -> tuple[float | None, float | None]:
-    """Bounds of λ_max / λ_min of the stored matrix; none where λ_min may be zero, or is unknown by its storage."""
+    """Bounds of λ_max / λ_min of the stored matrix; None where λ_min may be zero, or storage leaves it unknown."""
     if largest <= 0 or high <= 0:
         return None, None
     if high < floor:
@@ -286,11 +308,10 @@ def _judge(
     low: float | None,
     floor: float,
     rounding: float,
-    options: Mapping[str, Any],
+    tol: float,
     *,
     is_converged: bool,
 ) -> tuple[Status, str]:
-    """Status and message."""
     least, k = float(values[0]), len(values)
     worst = float((norms / np.maximum(np.abs(values), max(floor, _TINY))).max())
     if low is None:
@@ -309,4 +330,4 @@ def _judge(
         note = f"; λ_min lies below the storage floor {floor:.2g}: not known at storage precision"
     elif least < 0:
         note = f"; the matrix is indefinite beyond what the storage floor {floor:.2g} explains"
-    return "converged", f"{k} residual{'s' * (k > 1)} within {options['tol']:g} of the eigenvalue{note}"
+    return "converged", f"{k} residual{'s' * (k > 1)} within {tol:g} of the eigenvalue{note}"

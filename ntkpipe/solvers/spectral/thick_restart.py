@@ -1,4 +1,4 @@
-"""A Krylov space that grows by blocks, is cut to its best part when full, and yields leading eigenvectors."""
+"""Block Lanczos space with thick restarts, for leading eigenpairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 _EPS = float(np.finfo(np.float64).eps)
-# A direction this far below the norm of the matrix is what rounding left of none.
+# A direction this small, relative to the norm of the matrix, is rounding.
 _NOTHING = 10 * _EPS
-# One this far below may be rounding of larger matrices: it is kept, but trusted no more than a random one.
+# One this small may be rounding of larger matrices: it is used, but trusted no more than a random one.
 _DOUBTFUL = 1e-12
-# Passes in which random columns must change nothing before it is believed that the space lacks nothing.
+# Passes without change, after random columns joined, until the space is believed to lack nothing.
 _PROBATION = 2
 # A refinement assumes that the next block is well below the pairs it corrects.
 _MOST_REFINABLE = 0.5
-# Rows of I - Gram matrix sum up to less: its eigenvalues are 1 to within that, and nothing is lost by it.
+# Bound of the row sums of |I - Gram matrix|, below which Cholesky of it is accurate.
 _NEARLY_ORTHONORMAL = 0.5
 _ROWS_AT_ONCE = 4096
 
@@ -32,8 +32,7 @@ class Ritz:
     """Approximate eigenpairs in a basis."""
 
     values: NDArray[np.float64]  # shape (k,), descending
-    # Shape (m, k): of the vectors in the basis V; (m + w, k) of refined ones, in [V, Q]
-    coordinates: NDArray[np.float64]
+    coordinates: NDArray[np.float64]  # in the basis V, shape (m, k); of refined vectors in [V, Q], shape (m + w, k)
     residuals: NDArray[np.float64]  # norms of the residuals, shape (k,)
 
 
@@ -49,7 +48,7 @@ class ThickRestart:
 
     def __init__(self, num_rows: int, block: int, max_basis: int, keep: int, seed: int) -> None:
         self._block, self._keep, self._seed = block, keep, seed
-        # Columns are contiguous: what is in use of it is a matrix that BLAS takes as it is.
+        # Columns are contiguous, so that BLAS can use leading columns without a copy.
         self._vectors = np.empty((num_rows, max_basis), order="F")
         start = np.random.default_rng(seed).standard_normal((num_rows, block))
         self._next = np.ascontiguousarray(np.linalg.qr(start)[0])
@@ -58,10 +57,10 @@ class ThickRestart:
         self._decomposed: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._extended: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._passes = 0
-        # Mean eigenvalue of K on the last block, which is taken as that on the next.
+        # Mean eigenvalue of K on the last block, used as an estimate for the next.
         self._level = 0.0
         self._shrinkage: float | None = None
-        # Passes since random columns joined in which no leading value changed; none if none joined.
+        # Passes since random columns joined in which no leading value changed; None if none joined.
         self._quiet: int | None = None
         self._pieces: list[tuple[str, int]] = []
         self._saved: set[str] = set()
@@ -183,7 +182,7 @@ class ThickRestart:
         if sizes[count - 1] <= _DOUBTFUL * norm:
             self._quiet = self._quiet or 0
         coefficients = sizes[:num_old, None] * right[:num_old]
-        # A small remainder leans on V by its rounding, which is large beside it.
+        # A small remainder is not orthogonal to V, since rounding is large beside it.
         for _ in range(2):
             _remove(basis, self._next)
             self._next, upper = _orthonormal(self._next)
@@ -192,13 +191,13 @@ class ThickRestart:
         self._coupling[:, size - width :] = coefficients
 
     def _residuals(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of any vectors of V."""
+        """Residual norms of any vectors of V."""
         inside = self._projected @ coordinates
         inside -= coordinates * np.einsum("ij,ij->j", coordinates, inside)
         return np.asarray(np.hypot(np.linalg.norm(inside, axis=0), _norms(self._coupling @ coordinates)))
 
     def _restart(self) -> None:
-        """Cut V to its leading Ritz vectors, in place."""
+        """Cut V to its leading Ritz vectors in place."""
         values, coordinates = self._decompose()
         kept = np.asfortranarray(coordinates[:, : self._keep])
         for start in range(0, len(self._vectors), _ROWS_AT_ONCE):
@@ -235,12 +234,12 @@ class ThickRestart:
         }
 
     def _small(self) -> dict[str, NDArray[np.float64]]:
-        """What is written anew after each pass, by name; arrays without entries are not."""
+        """Arrays that are written after each pass, by name; empty ones are left out."""
         kinds = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
         return {f"{kind}-{self._passes}": values for kind, values in kinds.items() if values.size}
 
     def names(self) -> set[str]:
-        """Of the arrays that :meth:`load` needs."""
+        """Names of the arrays that :meth:`load` needs."""
         return {name for name, _ in self._pieces} | self._small().keys()
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
@@ -269,7 +268,7 @@ class ThickRestart:
 
 
 def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Take from a block, in place, what it has of the basis; the coefficients."""
+    """Subtract from a block, in place, its part in the basis; return the coefficients."""
     coefficients = basis.T @ block
     block -= basis @ coefficients
     return np.asarray(coefficients)

@@ -8,7 +8,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.linear.cg import block_cg, pcg
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.replacement import Recurrence, iterate
+from ntkpipe.solvers.linear.residual_replacement import Recurrence, iterate
 
 N = 240
 BOTH = pytest.mark.parametrize("method", [pcg, block_cg])

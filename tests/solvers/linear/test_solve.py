@@ -11,9 +11,9 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear import systems
-from ntkpipe.solvers.linear.choosing import Forecast
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.linear.solve import solve, solve_path
+from ntkpipe.solvers.linear.systems import Forecast
 
 N = 300
 METHODS = ("auto", "pcg", "block_cg", "cholesky")

@@ -5,7 +5,7 @@ import pytest
 
 from ntkpipe.operators.testing import matrix_with_spectrum, spectra
 from ntkpipe.solvers.spectral.krylov import ProbeLanczos
-from ntkpipe.solvers.spectral.quadrature import Rule, gauss_rule, radau_rule
+from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule, radau_rule
 
 
 def measure(values, probes, *, steps, seed=0):
@@ -57,7 +57,7 @@ def test_what_a_probe_has_above_a_threshold_is_within_the_weights_next_to_it(nam
 
 
 def test_counts_of_a_settled_node_are_certain_away_from_it_alone():
-    rule = Rule(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([[1e-6, 0.5]]))
+    rule = QuadratureRule(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([[1e-6, 0.5]]))
     thresholds = np.array([0.5, 1.0 + 1e-5, 1.5, 2.5])
     np.testing.assert_array_equal(rule.mass_above(thresholds), [[7, 4, 4, 0]])
     above, below = rule.unsettled(thresholds)
@@ -66,5 +66,5 @@ def test_counts_of_a_settled_node_are_certain_away_from_it_alone():
 
 
 def test_the_weight_at_a_threshold_is_not_above_it():
-    rule = Rule(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.zeros((1, 2)))
+    rule = QuadratureRule(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.zeros((1, 2)))
     np.testing.assert_array_equal(rule.mass_above(np.array([1.0, 2.0])), [[4, 0]])

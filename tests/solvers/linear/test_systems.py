@@ -7,7 +7,7 @@ import pytest
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear.choosing import forecast, hopeless_after, iterations_left
+from ntkpipe.solvers.linear.systems import forecast, hopeless_after, iterations_left
 
 
 class Sized(Operator):

@@ -1,9 +1,9 @@
-"""The loop around an iteration for linear systems that knows true residuals, so that it cannot claim too much."""
+"""The loop around conjugate gradients: true residuals decide convergence and replace those that have drifted."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _CHECK_EVERY = 25
-# A true residual that is so much larger than the recursive one replaces it.
+# A true residual larger than the recursive one by this factor replaces it.
 _DRIFT = 10.0
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
@@ -33,89 +33,57 @@ class Recurrence(ABC):
 
     @abstractmethod
     def step(self, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Advance some columns by one pass; which of them met a direction without positive curvature."""
+        """Advance some columns by one pass; return which of them met a direction without positive curvature."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far an iteration is, and what led there: another one can go on from it, with new directions.
+class IterationState:
+    """State of an iteration, from which another one can go on with new directions."""
 
-    Attributes
-    ----------
-    solution
-        Shape (n, c).
-    history
-        Recursive residuals, relative, shape (iterations, c).
-    checks
-        After how many iterations true residuals were computed, shape (m,).
-    check_residuals
-        These, relative, shape (m, c).
-    replacements
-        How often a residual was replaced by the true one.
-    passes
-        Products: steps, checks, and one for each start that was not zero.
-    """
-
-    solution: NDArray[np.float64]
-    history: NDArray[np.float64]
-    checks: NDArray[np.int64]
-    check_residuals: NDArray[np.float64]
-    replacements: int
-    passes: int
+    solution: NDArray[np.float64]  # shape (n, c)
+    history: NDArray[np.float64]  # recursive residuals, relative, shape (iterations, c)
+    checks: NDArray[np.int64]  # after how many iterations true residuals were computed, shape (m,)
+    check_residuals: NDArray[np.float64]  # true residuals, relative, shape (m, c)
+    replacements: int  # how often residuals were replaced by the true ones
+    passes: int  # products: steps, checks, and one for each start that was not zero
 
     @property
     def iterations(self) -> int:
-        """Steps, a pass each; every check is one more."""
+        """Steps of one pass each; every check is one pass more."""
         return len(self.history)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Iterate(Progress):
-    """Where an iteration has ended.
+class Iterate(IterationState):
+    """Outcome of an iteration.
 
-    Of each column ``solution`` is the iterate of the smallest true residual that was computed; the last one if it was
-    passes that ended it.
+    Each column of ``solution`` is the iterate with the smallest true residual that was computed, or the last iterate
+    if passes ran out.
     """
 
-    # True residuals of the solution, computed in float64 with the operator, relative to the right-hand sides, shape
-    # (c,)
-    residuals: NDArray[np.float64]
-    status: Status  # status, message: as of :class:`ntkpipe.solvers.result.Result`
+    residuals: NDArray[np.float64]  # true residuals of the solution, relative to the right-hand sides, shape (c,)
+    status: Status
     message: str
-    gave_up: bool  # whether it was the caller who ended it
-
-
-Keep = Callable[[Progress], None]
-
-
-def keep_nothing(progress: Progress) -> None:
-    """For who needs no progress."""
+    gave_up: bool  # whether the caller ended it
 
 
 class IterateOptions(TypedDict, total=False):
-    """What :func:`iterate` takes by keyword, for the iterations that pass it on."""
+    """Keyword options of :func:`iterate`."""
 
     initial: NDArray[np.float64] | None
     tol: float
     max_passes: int
     monitor: Monitor
-    give_up: Callable[[NDArray[np.float64]], bool] | None
-    earlier: Progress | None
-    keep: Keep
+    give_up: Callable[[NDArray[np.float64]], bool] | None  # whether to stop, given the history after each iteration
+    earlier: IterationState | None  # where to go on, instead of `initial`
+    keep: Callable[[IterationState], None]  # called at each check, and when an exception ends the iteration
 
 
 def iterate(
     operator: Operator,
     rhs: NDArray[np.float64],
     make: Callable[[NDArray[np.float64], NDArray[np.float64]], Recurrence],
-    *,
-    initial: NDArray[np.float64] | None = None,
-    tol: float = 1e-6,
-    max_passes: int = 1000,
-    monitor: Monitor = ignore,
-    give_up: Callable[[NDArray[np.float64]], bool] | None = None,
-    earlier: Progress | None = None,
-    keep: Keep = keep_nothing,
+    **options: Unpack[IterateOptions],
 ) -> Iterate:
     """Solve ``A X = B`` by an iteration until true residuals are small, or cannot become so.
 
@@ -127,31 +95,31 @@ def iterate(
 
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
-    loop = _Loop(operator, rhs, initial, tol, max_passes, monitor, earlier, keep)
-    recurrence = make(loop.start.copy(), loop.residual.copy())
-    loop.run(recurrence, give_up)
+    loop = _Loop(operator, rhs, **options)
+    loop.run(make(loop.start.copy(), loop.residual.copy()))
     return loop.outcome()
 
 
 class _Loop:
-    """State of :func:`iterate`, for the columns of B that are not zero, scaled to norm one."""
+    """The loop of :func:`iterate`, over the columns of B that are not zero, scaled to norm one."""
 
     def __init__(
         self,
         operator: Operator,
         rhs: NDArray[np.float64],
-        initial: NDArray[np.float64] | None,
-        tol: float,
-        max_passes: int,
-        monitor: Monitor,
-        earlier: Progress | None,
-        keep: Keep,
+        *,
+        initial: NDArray[np.float64] | None = None,
+        tol: float = 1e-6,
+        max_passes: int = 1000,
+        monitor: Monitor = ignore,
+        give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+        earlier: IterationState | None = None,
+        keep: Callable[[IterationState], None] = lambda state: None,
     ) -> None:
         self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
-        self._keep, self._before = keep, operator.work
-        self._scales = _column_norms(rhs)
+        self._give_up, self._keep, self._before = give_up, keep, operator.work
+        self._shape, self._scales = rhs.shape, _column_norms(rhs)
         self._kept = self._scales > 0.0
-        self._shape = rhs.shape
         self._rhs = rhs[:, self._kept] / self._scales[self._kept]
         count = self._rhs.shape[1]
         self._passes, self._replacements, self._gave_up = 0, 0, False
@@ -171,9 +139,9 @@ class _Loop:
         if earlier is None:
             self.start[:, is_bad], self.residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
         self._best, self._best_residuals = self.start.copy(), np.linalg.norm(self.residual, axis=0)
-        # Of an iteration on its way the error, in the norm of the matrix, is smaller than that of zero all the same.
+        # An iterate that goes on is still closer than zero in the norm of the matrix, though its residual is larger.
         self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
-        # What recursive residuals say is the best; computed only if the end is not good.
+        # The best iterate by recursive residuals; its true one is computed only if the end is not good.
         self._hope, self._hoped_residuals = self.start.copy(), self._best_residuals.copy()
         self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
         self._targets = np.full(count, tol)
@@ -188,29 +156,28 @@ class _Loop:
     @property
     def _is_open(self) -> NDArray[np.bool_]:
         """Columns whose true residual is too large, and may still become smaller."""
-        is_open: NDArray[np.bool_] = (self._best_residuals > self._tol) & ~self._is_broken & ~self._is_stuck
-        return is_open
+        return np.asarray((self._best_residuals > self._tol) & ~self._is_broken & ~self._is_stuck)
 
     def _tell(self, residuals: NDArray[np.float64]) -> None:
         self._monitor(Step(self._operator.work - self._before, float(residuals.max()), self._tol))
 
-    def run(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
-        """Iterate until no column is open, or passes are used up; what is reached is kept, whatever ends it."""
+    def run(self, recurrence: Recurrence) -> None:
+        """Iterate until no column is open, or passes are used up; the state is kept, whatever ends it."""
         try:
-            self._iterate(recurrence, give_up)
+            self._iterate(recurrence)
         except BaseException as error:
             if len(self._history) > self._num_earlier:
                 try:
-                    self._keep(self._progress(self._finite(recurrence)))
-                except Exception as another:  # noqa: BLE001 - what has ended it is to be told, not this
+                    self._keep(self._state(self._finite(recurrence)))
+                except Exception as another:  # noqa: BLE001 - the first error is the one to report
                     error.add_note(f"what was reached could not be kept: {another}")
             raise
 
     def _finite(self, recurrence: Recurrence) -> NDArray[np.float64]:
-        """The solution, of columns that have overflown the best one."""
+        """The solution, with the best iterate in columns that have overflowed."""
         return np.where(np.isfinite(recurrence.solution).all(axis=0), recurrence.solution, self._best)
 
-    def _iterate(self, recurrence: Recurrence, give_up: Callable[[NDArray[np.float64]], bool] | None) -> None:
+    def _iterate(self, recurrence: Recurrence) -> None:
         recursive = np.linalg.norm(recurrence.residual, axis=0)
         if self._is_open.any():
             recurrence.restart(np.ones_like(self._is_open))
@@ -228,7 +195,8 @@ class _Loop:
             self._hoped_residuals[smaller] = recursive[smaller]
             self._tell(recursive)
             self._is_broken |= broken | ~np.isfinite(recursive)
-            self._gave_up = give_up is not None and give_up(np.array(self._history[self._num_earlier :]))
+            new = self._history[self._num_earlier :]
+            self._gave_up = self._give_up is not None and self._give_up(np.array(new))
             is_due = len(self._history) % _CHECK_EVERY == 0 or self._passes + 2 > self._max_passes
             claims = ~(self._is_open & (recursive > self._targets)).any()
             if is_due or claims or self._gave_up:
@@ -237,7 +205,7 @@ class _Loop:
         self._look_back()
 
     def _look_back(self) -> None:
-        """Of columns that met their limits, see whether an iterate between checks was better; one pass, if any."""
+        """Try iterates between checks for columns that broke down or stagnated; at most one pass."""
         is_lost = (self._best_residuals > self._tol) & (self._is_broken | self._is_stuck)
         if self._passes < self._max_passes and (is_lost & (self._hoped_residuals < self._best_residuals)).any():
             true = np.linalg.norm(self._true_residual(self._hope), axis=0)
@@ -246,21 +214,21 @@ class _Loop:
             self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
 
     def _check(self, recurrence: Recurrence, recursive: NDArray[np.float64]) -> None:
-        """Compute true residuals, keep what is best, and replace residuals that have drifted."""
+        """Compute true residuals, remember the best iterates, and replace residuals that have drifted."""
         solution = self._finite(recurrence)
         finite = np.isfinite(recurrence.solution).all(axis=0)
         residual = self._true_residual(solution)
         true = np.linalg.norm(residual, axis=0)
         self._checks.append((len(self._history), true))
-        self._keep(self._progress(solution))
+        self._keep(self._state(solution))
         self._tell(true)
-        # One that passes have ended is nearer to the solution, in the norm of the matrix, than all before it; of one
-        # that has met its limits only the residual tells.
+        # Where passes run out, the last iterate is nearest to the solution in the norm of the matrix; of a column that
+        # broke down or stagnated only the residual tells.
         is_last = self._passes + 1 >= self._max_passes or self._gave_up
         better = finite & ((true < self._best_residuals) | (is_last & self._is_open))
         self._best[:, better], self._best_residuals[better] = recurrence.solution[:, better], true[better]
         is_open = self._is_open
-        # It said it was there and is not, by little: it must go a little further.
+        # The recursive residual met the target and the true one missed it by little: ask for a little more.
         claimed = is_open & (recursive <= self._targets)
         self._targets[claimed] = recursive[claimed] / 2
         drifted = is_open & (true > _DRIFT * recursive)
@@ -280,11 +248,11 @@ class _Loop:
         if self._is_open.any():
             recurrence.restart(drifted)
 
-    def _progress(self, scaled: NDArray[np.float64]) -> Progress:
-        """How far it is with this solution, of all columns."""
+    def _state(self, scaled: NDArray[np.float64]) -> IterationState:
+        """The state with this solution, for all columns."""
         solution = np.zeros(self._shape)
         solution[:, self._kept] = scaled * self._scales[self._kept]
-        return Progress(
+        return IterationState(
             solution=solution,
             history=self._spread(self._history),
             checks=np.array([number for number, _ in self._checks], np.int64),
@@ -294,19 +262,17 @@ class _Loop:
         )
 
     def outcome(self) -> Iterate:
-        """What has been found, of all columns."""
-        (status, message), residuals = self._words(), np.zeros(self._shape[1])
-        residuals[self._kept] = self._best_residuals
-        found = vars(self._progress(self._best))
-        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **found)
+        status, message = self._judge()
+        (residuals,), state = self._spread([self._best_residuals]), vars(self._state(self._best))
+        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **state)
 
     def _spread(self, rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Numbers of columns that are not zero, zero for others."""
+        """Rows of numbers for all columns, with zero for right-hand sides that are zero."""
         spread = np.zeros((len(rows), self._shape[1]))
         spread[:, self._kept] = np.array(rows).reshape(len(rows), len(self._targets))
         return spread
 
-    def _words(self) -> tuple[Status, str]:
+    def _judge(self) -> tuple[Status, str]:
         worst = float(self._best_residuals.max(initial=0.0))
         is_open = self._best_residuals > self._tol
         said = f"true residuals are at most {worst:.2g}"
