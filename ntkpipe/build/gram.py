@@ -4,16 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
-from ntkpipe.jacobian.representations.contract import Pairs, contract_planes
-from ntkpipe.jacobian.representations.factors import Piece
+from ntkpipe.jacobian.representations.contract import contract_planes
+from ntkpipe.jacobian.representations.pieces import Piece
+from ntkpipe.jacobian.representations.sums import Pairs
 from ntkpipe.jacobian.representations.workspace import Workspace
 
 
 def fill_tile(
-    left: Block,
-    right: Block,
+    left: JacobianBlock,
+    right: JacobianBlock,
     tiles: Sequence[Tensor],
     *,
     row: int,
@@ -35,8 +36,8 @@ def fill_tile(
 
 
 def _filled(
-    left: Block,
-    right: Block,
+    left: JacobianBlock,
+    right: JacobianBlock,
     tiles: Sequence[Tensor],
     corner: tuple[int, int],
     num_covectors: int,
@@ -70,7 +71,7 @@ def _filled(
     return True
 
 
-def _placed(block: Block, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
+def _placed(block: JacobianBlock, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
     """Pieces of a block, or parts of at most ``most`` samples, with the position of their first sample."""
     for piece in block.pieces:
         size = piece.num_samples
