@@ -13,12 +13,10 @@ from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.representations.filling import PieceFilling
 from ntkpipe.jacobian.representations.interface import Grads, Pulled, Representation, Setup
-from ntkpipe.jacobian.representations.pieces import Piece
-from ntkpipe.jacobian.representations.registry import choose_representation, recorded_representation
+from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
 from ntkpipe.jacobian.representations.sums import Pairs
-from ntkpipe.jacobian.representations.terms import make_terms
+from ntkpipe.jacobian.representations.terms import choose_representation, make_terms, recorded_representation
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.trace import Tracing
@@ -86,15 +84,19 @@ class Engine:
 
     def copy(self) -> "Engine":
         """The same engine on its own copy of the module, for another thread."""
-        return Engine(self.model.copy(), self.tracing, self.method, self.setup, self.representations)
+        return self.changed(model=self.model.copy())
 
     def changed(
-        self, *, model: FunctionalModel | None = None, tracing: Tracing | None = None, method: str | None = None
+        self,
+        *,
+        model: FunctionalModel | None = None,
+        tracing: Tracing | None = None,
+        method: str | None = None,
+        setup: Setup | None = None,
     ) -> "Engine":
-        """The same engine with another model, tracing or method; terms that remain keep their representations."""
-        return Engine(
-            model or self.model, tracing or self.tracing, method or self.method, self.setup, self.representations
-        )
+        """The same engine but for what is given; terms that remain keep their representations."""
+        model, tracing, method = model or self.model, tracing or self.tracing, method or self.method
+        return Engine(model, tracing, method, setup or self.setup, self.representations)
 
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
@@ -106,13 +108,11 @@ class Engine:
 
     def with_covectors(self, covectors: Tensor, pairs: Pairs) -> "Engine":
         """The same engine for other covectors."""
-        setup = replace(self.setup, covectors=covectors, pairs=pairs)
-        return Engine(self.model, self.tracing, self.method, setup, self.representations)
+        return self.changed(setup=replace(self.setup, covectors=covectors, pairs=pairs))
 
     def with_groups(self, groups: tuple[tuple[str, ...], ...]) -> "Engine":
         """The same engine with other groups of parameters."""
-        setup = replace(self.setup, groups=groups)
-        return Engine(self.model, self.tracing, self.method, setup, self.representations)
+        return self.changed(setup=replace(self.setup, groups=groups))
 
     def block(
         self, load: Callable[[int, int], Batch], start: int, stop: int, *, subtile: int, batch: int
@@ -124,30 +124,20 @@ class Engine:
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
-            found = None
-            while found is None:
-                found = self._piece_if_it_fits(load, first, last, batch)
-                if found is None:
-                    batch = max(2, min(batch, last - first) // 2)
-                    self.workspace.clear()
-                    release_memory()
+            while True:
+                try:
+                    found = self._piece(load, first, last, batch)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error) or min(batch, last - first) <= 2:
+                        raise
+                # Not in the handler: the error keeps the frames of the failed attempt alive, and so their tensors.
+                batch = max(2, min(batch, last - first) // 2)
+                self.workspace.clear()
+                release_memory()
             pieces.append(found[0])
             outputs.append(found[1])
         return JacobianBlock(tuple(pieces), torch.cat(outputs)), batch
-
-    def _piece_if_it_fits(
-        self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int
-    ) -> tuple[Piece, Tensor] | None:
-        """A piece; none if memory ran out for a batch that can be halved.
-
-        A function of its own: once it has returned, nothing keeps the frames of the failed attempt and their tensors.
-        """
-        try:
-            return self._piece(load, start, stop, batch)
-        except Exception as error:
-            if not is_out_of_memory(error) or min(batch, stop - start) <= 2:
-                raise
-            return None
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
@@ -178,9 +168,8 @@ class Engine:
         """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
         samples, parameters = slice(first, first + batch_size(batch)), self.model.parameters()
         outputs, calls = self.forward(batch)
-        filling.fill_inputs(calls, samples)
         for covectors, grads in self.pull_back(outputs, calls):
-            filling.fill_cotangents(Pulled(calls, grads, covectors, samples, parameters, self.workspace))
+            filling.fill(Pulled(calls, grads, covectors, samples, parameters, self.workspace))
         if self.fallback:
             filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
         return outputs.detach()
@@ -233,17 +222,12 @@ class Engine:
                         f"a parameter that the probe batch did not use is used by another batch: {_DEPENDS}"
                     )
                 found.append(grads)
-            by_call = {number: [grads[place] for grads in found] for place, number in enumerate(edges)}
-            yield (
-                covectors,
-                {
-                    number: [
-                        calls[number].blank() if grad is None else grad.reshape(calls[number].shape) for grad in each
-                    ]
-                    for number, each in by_call.items()
-                    if any(grad is not None for grad in each)
-                },
-            )
+            by_call = {}
+            for number, grads_of_call in zip(edges, zip(*found, strict=True), strict=False):
+                if any(grad is not None for grad in grads_of_call):
+                    call = calls[number]
+                    by_call[number] = [call.blank() if g is None else g.reshape(call.shape) for g in grads_of_call]
+            yield covectors, by_call
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""

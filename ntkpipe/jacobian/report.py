@@ -6,7 +6,7 @@ from typing import Any
 
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.representations.interface import Term
-from ntkpipe.jacobian.representations.registry import REPRESENTATIONS
+from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
 from ntkpipe.jacobian.tracing.uses import LOOKUP
 
 FALLBACK, UNUSED = "torch.func", "unused"

@@ -2,5 +2,5 @@
 
 A new one is a file with a subclass of :class:`~ntkpipe.jacobian.representations.interface.Representation`, which says
 when it pays, what it holds, how it is filled and contracted, what that costs, and what the parameter report calls it;
-and an entry in ``registry.CHOICES``, where the first that suits is chosen.
+and an entry in ``terms.CHOICES``, where the first that suits is chosen.
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term, count
+from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
 from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
 from ntkpipe.jacobian.tracing.recorder import Call
@@ -23,6 +23,7 @@ class Dense(Representation):
 
     word: ClassVar[str] = "dense"
     meaning: ClassVar[str] = "the Jacobian itself, summed over positions: n_in × n_out numbers"
+    sample_axes: ClassVar[tuple[int, ...]] = (0,)
 
     @classmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
@@ -39,12 +40,10 @@ class Dense(Representation):
         """Room for Jacobians, shape (n, S, width)."""
         return cls(covectors.new_empty((num_samples, len(covectors), term.width)))
 
-    def fill_inputs(self, term: Term, calls: list[Call], samples: slice) -> None:
-        """Nothing is held but the product."""
-
-    def fill_cotangents(self, term: Term, pulled: Pulled) -> None:
+    def fill(self, term: Term, pulled: Pulled) -> None:
         """Add up the Jacobians of all uses."""
-        size, target = count(pulled.samples), self.matrix[pulled.samples, pulled.covectors]
+        target = self.matrix[pulled.samples, pulled.covectors]
+        size = len(target)
         live = [use for use in term.uses if use.call in pulled.grads]
         if not live:
             target.zero_()
@@ -60,25 +59,13 @@ class Dense(Representation):
                 else:
                     target[:, covector] = rows
 
-    def by_sample(self) -> tuple[Tensor, ...]:
-        """The Jacobians."""
-        return (self.matrix,)
-
-    def part(self, samples: slice) -> "Dense":
-        """Jacobians of some samples, a view."""
-        return Dense(self.matrix[samples])
-
     def add_gram(self, other: "Dense", sums: GramSums) -> None:
         """Multiply rows."""
         add_products(self.matrix, other.matrix, sums)
 
-    def samples_at_once(self) -> int:
-        """All of them."""
-        return len(self.matrix)
-
-    def diagonal(self, samples: slice, *, is_all: bool) -> Tensor:
+    def diagonal(self, *, is_all: bool) -> Tensor:
         """By products of rows, cut as long sums are."""
-        parts = self.matrix[samples].split(LONGEST_SUM, dim=2)
+        parts = self.matrix.split(LONGEST_SUM, dim=2)
         if is_all:
             return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
         found = [(part[:, :, None] @ part[:, :, :, None])[:, :, 0, 0].double() for part in parts]
@@ -128,7 +115,7 @@ def _multiply_out(
     step = n if is_plain and covectors == 1 else max(1, most)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        size = count(part)
+        size = part.stop - start
         if is_plain:
             a = inputs[part].reshape(size, positions, groups, n_in)
         else:

@@ -107,14 +107,15 @@ class Pulled:
 class Representation(ABC):
     """Jacobians of n samples by the parameters of a term: one way to hold them.
 
-    A subclass is a frozen dataclass of the tensors that are held. Its class methods say what it would cost to hold a
-    term like this, before anything is computed.
+    A subclass is a frozen dataclass whose first fields are the tensors that are held. Its class methods say what it
+    would cost to hold a term like this, before anything is computed.
     """
 
     word: ClassVar[str]  # in manifests and reports; stores record it
     meaning: ClassVar[str]  # explanation for the parameter report
     # Additions of a contraction to the covector-major sum: many are made in float64. None where rows are multiplied.
     num_additions: ClassVar[float] = 0
+    sample_axes: ClassVar[tuple[int, ...]]  # of each tensor; an axis of length one is the same for all samples
     takes_bias: ClassVar[bool] = False  # whether it can hold the bias of the same calls, too
     can_be_constant: ClassVar[bool] = False  # whether it can hold the same cotangents for all samples once
     needs_graph: ClassVar[bool] = False  # whether it is filled by another backward pass
@@ -123,11 +124,6 @@ class Representation(ABC):
     @abstractmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
         """Whether it is the cheapest way for the Jacobians of some uses, if none that is listed before it is."""
-
-    @classmethod
-    def num_numbers(cls, term: Term, num_covectors: int) -> int:
-        """Numbers held for a sample."""
-        return num_covectors * term.width
 
     @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:
@@ -145,50 +141,51 @@ class Representation(ABC):
         return cls.pair_flops(term, setup)
 
     @classmethod
+    def num_numbers(cls, term: Term, num_covectors: int) -> int:
+        """Numbers held for a sample."""
+        covectors = torch.empty((num_covectors, 1), device="meta")
+        one, two = (sum(t.numel() for t in cls.empty(term, n, covectors).tensors()) for n in (1, 2))
+        return two - one
+
+    @classmethod
     @abstractmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> Self:
         """Room for the Jacobians of a term, in the dtype of the covectors (S, O)."""
 
     @abstractmethod
-    def fill_inputs(self, term: Term, calls: list[Call], samples: slice) -> None:
-        """Take what does not depend on the covectors from a batch, which has these samples of the piece."""
-
-    @abstractmethod
-    def fill_cotangents(self, term: Term, pulled: Pulled) -> None:
-        """Take what depends on the covectors from a batch, a few covectors at a time."""
+    def fill(self, term: Term, pulled: Pulled) -> None:
+        """Take the Jacobians of a batch for a few covectors; the inputs of uses with the first covector alone."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that are held; the last is in the dtype of the Jacobians."""
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Tensor))
 
-    @abstractmethod
     def by_sample(self) -> tuple[Tensor, ...]:
-        """What has to be finite, by sample on the first axis; of length one where it is the same for all."""
+        """What has to be finite, with the samples on the first axis; of length one where it is the same for all."""
+        values = zip(self.tensors(), self.sample_axes, strict=True)
+        return tuple(tensor.movedim(axis, 0) for tensor, axis in values if tensor.dtype != torch.int64)
 
-    @abstractmethod
-    def part(self, samples: slice) -> "Representation":
+    def part(self, samples: slice) -> Self:
         """Jacobians of some samples, as views."""
+        return self._with(
+            [
+                tensor if tensor.shape[axis] == 1 else tensor.movedim(axis, 0)[samples].movedim(0, axis)
+                for tensor, axis in zip(self.tensors(), self.sample_axes, strict=True)
+            ]
+        )
 
-    def first(self) -> "Representation":
+    def first(self) -> Self:
         """Jacobians of the first sample."""
-        part = self.part(slice(0, 1))
-        values = {field.name: getattr(part, field.name) for field in fields(part)}
-        return replace(part, **{name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)})
+        return self._with([tensor.contiguous() for tensor in self.part(slice(0, 1)).tensors()])
+
+    def _with(self, tensors: Sequence[Tensor]) -> Self:
+        return replace(self, **dict(zip((field.name for field in fields(self)), tensors, strict=False)))
 
     @abstractmethod
     def add_gram(self, other: Self, sums: GramSums) -> None:
         """Add the Gram entries of these Jacobians with others by the same parameters."""
 
     @abstractmethod
-    def samples_at_once(self) -> int:
-        """How many samples' scratch of :meth:`diagonal` is small."""
-
-    @abstractmethod
-    def diagonal(self, samples: slice, *, is_all: bool) -> Tensor:
+    def diagonal(self, *, is_all: bool) -> Tensor:
         """Entries of each sample with itself in float64: of all pairs of covectors (n, S, S), or equal ones (n, S)."""
-
-
-def count(samples: slice) -> int:
-    """Number of samples."""
-    return int(samples.stop - samples.start)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term, count
+from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
 from ntkpipe.jacobian.tracing.uses import Use, pull_back
 
 
@@ -28,7 +28,7 @@ class Joined(Dense):
         """Never a choice: uses that are joined can be held in no other way."""
         return False
 
-    def fill_cotangents(self, term: Term, pulled: Pulled) -> None:
+    def fill(self, term: Term, pulled: Pulled) -> None:
         """Add up the Jacobians of all uses, pulled back to the parameters."""
         parameters = {name: pulled.parameters[name] for name in term.parameters}
         widths = [value.numel() for value in parameters.values()]
@@ -37,6 +37,6 @@ class Joined(Dense):
         for use in term.uses:
             call = pulled.calls[use.call]
             for number, grad in enumerate(pulled.grads.get(use.call, ()), pulled.covectors.start):
-                rows = use.jacobian(call, grad, count(pulled.samples))
+                rows = use.jacobian(call, grad, pulled.samples.stop - pulled.samples.start)
                 for name, found in pull_back(call.arguments[use.role], parameters, rows):
                     parts[name][pulled.samples, number] += found

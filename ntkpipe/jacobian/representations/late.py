@@ -32,6 +32,7 @@ class Late(Factored):
 
     word: ClassVar[str] = "late"
     meaning: ClassVar[str] = "a and d as well, multiplied out a part at a time, whenever they are contracted"
+    sample_axes: ClassVar[tuple[int, ...]] = (0, 0)
 
     @classmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
@@ -47,12 +48,6 @@ class Late(Factored):
         rows = setup.num_samples * (covectors if setup.pairs == "all" else 1)
         share = 2.0 * positions / setup.piece_rows if rows > setup.piece_rows else 0.0
         return share <= _SHARE or width * covectors * 4.0 * setup.num_samples > setup.memory_bytes
-
-    @classmethod
-    def num_numbers(cls, term: Term, num_covectors: int) -> int:
-        """Of inputs and cotangents."""
-        first, rows = term.uses[0], term.num_positions * term.uses[0].groups
-        return rows * first.n_in + num_covectors * rows * first.n_out
 
     @classmethod
     def sample_flops(cls, term: Term, num_covectors: int) -> float:
@@ -73,19 +68,8 @@ class Late(Factored):
         shape = (num_samples, len(covectors), first.groups, positions, first.n_out)
         return cls(inputs, covectors.new_empty(shape))
 
-    def _inputs_at(self, samples: slice, positions: slice) -> Tensor:
-        return self.inputs[samples, :, positions].transpose(1, 2)
-
-    def _cotangents_at(self, covector: int, samples: slice, positions: slice) -> Tensor:
-        return self.cotangents[samples, covector, :, positions].transpose(1, 2)
-
-    def by_sample(self) -> tuple[Tensor, ...]:
-        """Both factors."""
-        return self.inputs, self.cotangents
-
-    def part(self, samples: slice) -> "Late":
-        """Factors of some samples, as views."""
-        return Late(self.inputs[samples], self.cotangents[samples])
+    def _by_position(self) -> tuple[Tensor, Tensor]:
+        return self.inputs.transpose(1, 2), self.cotangents.permute(1, 0, 3, 2, 4)
 
     def add_gram(self, other: "Late", sums: GramSums) -> None:
         """Multiply out the Jacobians of a few outputs at a time, then multiply rows."""
@@ -106,9 +90,6 @@ class Late(Factored):
         target = workspace.take(name, (num_samples, covectors * n_out, a.shape[2]), a)
         torch.bmm(rows.transpose(1, 2), a, out=target)
         return target.view(num_samples, covectors, -1)
-
-    def _groups_and_positions(self) -> tuple[int, int]:
-        return self.inputs.shape[1], self.inputs.shape[2]
 
     def _grouped_cotangents(self, samples: slice) -> Tensor:
         return self.cotangents[samples].double()

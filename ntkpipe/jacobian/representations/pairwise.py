@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.representations.factored import Factored
-from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
+from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums
 from ntkpipe.jacobian.tracing.uses import OUTER, Use
 
@@ -47,12 +47,6 @@ class Pairwise(Factored):
         return per_pair <= 2.0 * squared * width / rates.product + 2.0 * once / max(1, setup.num_samples)
 
     @classmethod
-    def num_numbers(cls, term: Term, num_covectors: int) -> int:
-        """Of inputs, and of cotangents that are not the same for all samples."""
-        first, rows = term.uses[0], term.num_positions * term.uses[0].groups
-        return rows * first.n_in + (0 if term.is_constant else num_covectors * rows * first.n_out)
-
-    @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:
         """By pairs of positions."""
         first = term.uses[0]
@@ -70,24 +64,10 @@ class Pairwise(Factored):
             cotangents = covectors.new_empty((len(covectors), num_samples, positions, first.n_out))
         return cls(inputs, cotangents, term.has_bias, term.is_constant)
 
-    def fill_cotangents(self, term: Term, pulled: Pulled) -> None:
-        """Copy the cotangents of every use, unless they are constant."""
-        if not self.is_constant:
-            super().fill_cotangents(term, pulled)
-
     @cached_property
     def covectors(self) -> Tensor:
         """Constant cotangents (S, O) on the host, fetched once."""
         return self.cotangents[:, 0, 0].cpu()
-
-    def by_sample(self) -> tuple[Tensor, ...]:
-        """Both factors."""
-        return self.inputs, self.cotangents.transpose(0, 1)
-
-    def part(self, samples: slice) -> "Pairwise":
-        """Factors of some samples, as views."""
-        cotangents = self.cotangents if self.is_constant else self.cotangents[:, samples]
-        return Pairwise(self.inputs[samples], cotangents, self.has_bias, self.is_constant)
 
     def add_gram(self, other: "Pairwise", sums: GramSums) -> None:
         """Multiply Gram matrices of inputs and of cotangents."""

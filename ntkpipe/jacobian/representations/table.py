@@ -36,12 +36,6 @@ class LookupTable(Factored):
         return first.kind == LOOKUP and first.shape[0] > _GAIN * sum(use.num_positions for use in uses)
 
     @classmethod
-    def num_numbers(cls, term: Term, num_covectors: int) -> int:
-        """Of indices and cotangents."""
-        first, positions = term.uses[0], term.num_positions
-        return positions + num_covectors * positions * first.groups * first.n_out
-
-    @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:
         """Only positions with the same index meet; few do."""
         return 2.0 * setup.num_pairs * term.num_positions * term.uses[0].n_out
@@ -52,14 +46,6 @@ class LookupTable(Factored):
         positions, width = term.num_positions, term.uses[0].n_out
         indices = torch.empty((num_samples, positions), dtype=torch.int64, device=covectors.device)
         return cls(indices, covectors.new_empty((len(covectors), num_samples, positions, width)))
-
-    def by_sample(self) -> tuple[Tensor, ...]:
-        """The cotangents."""
-        return (self.cotangents.transpose(0, 1),)
-
-    def part(self, samples: slice) -> "LookupTable":
-        """Indices and cotangents of some samples, as views."""
-        return LookupTable(self.indices[samples], self.cotangents[:, samples])
 
     def add_gram(self, other: "LookupTable", sums: GramSums) -> None:
         """Index by index: the samples on either side that look it up, and the products of their summed cotangents."""

@@ -1,4 +1,4 @@
-"""From a tracing to terms: which parameters' Jacobians are found and held together."""
+"""Terms: which parameters' Jacobians are found and held together, and in which representation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,27 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Representation, Term
+from ntkpipe.jacobian.representations.interface import Representation, Setup, Term
 from ntkpipe.jacobian.representations.joined import Joined
+from ntkpipe.jacobian.representations.late import Late
+from ntkpipe.jacobian.representations.pairwise import Pairwise
+from ntkpipe.jacobian.representations.table import LookupTable
 from ntkpipe.jacobian.tracing.trace import Tracing
 from ntkpipe.jacobian.tracing.uses import SCALE, Use
+
+# The first that suits is chosen; the last suits everything.
+CHOICES: tuple[type[Representation], ...] = (Pairwise, Late, LookupTable, Dense)
+REPRESENTATIONS: tuple[type[Representation], ...] = (*CHOICES, Joined)
+
+
+def choose_representation(uses: Sequence[Use], setup: Setup) -> type[Representation]:
+    """The cheapest exact way to hold the Jacobians of a term's uses."""
+    return next(each for each in CHOICES if each.suits(uses, setup))
+
+
+def recorded_representation(word: str) -> type[Representation]:
+    """The choice that a manifest records by its word; ``dense`` for any other word."""
+    return next((each for each in CHOICES if each.word == word), Dense)
 
 
 def make_terms(

@@ -81,7 +81,6 @@ def fill(engine, term, held, inputs, step):
     parameters = engine.model.parameters()
     for samples in BATCHES:
         outputs, calls = engine.forward(inputs[samples])
-        held.fill_inputs(term, calls, samples)
         for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
             with torch.no_grad():
                 for start in range(covectors.start, covectors.stop, step):
@@ -89,7 +88,7 @@ def fill(engine, term, held, inputs, step):
                     some = {
                         call: each[part.start - covectors.start :][: part.stop - start] for call, each in grads.items()
                     }
-                    held.fill_cotangents(term, Pulled(calls, some, part, samples, parameters, engine.workspace))
+                    held.fill(term, Pulled(calls, some, part, samples, parameters, engine.workspace))
     return held
 
 

@@ -12,7 +12,7 @@ from reference import Custom, redraw
 from torch import nn
 
 from ntkpipe.jacobian.representations.interface import Rates, Setup
-from ntkpipe.jacobian.representations.registry import choose_representation
+from ntkpipe.jacobian.representations.terms import choose_representation
 
 L = nn.Linear
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
