@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ntkpipe
-from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.jacobian.representations.interface import Rates
 
 # Some of these models warn, the fallback about its loop, torch about old-style hooks; none of it is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -26,7 +26,7 @@ from engines import check_model
 from reference import Custom, draw_statistics, redraw
 from torch import nn
 
-from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.jacobian.representations.interface import Rates
 
 # Some of these models warn, the fallback about its loop, torch about old-style hooks; none of it is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,16 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
-from ntkpipe.jacobian.representations.contract import Pairs, contract_planes
-from ntkpipe.jacobian.representations.factors import Piece
+from ntkpipe.jacobian.representations.contract import contract_planes
+from ntkpipe.jacobian.representations.pieces import Piece
+from ntkpipe.jacobian.representations.sums import Pairs
 from ntkpipe.jacobian.representations.workspace import Workspace
 
 
 def fill_tile(
-    left: Block,
-    right: Block,
+    left: JacobianBlock,
+    right: JacobianBlock,
     tiles: Sequence[Tensor],
     *,
     row: int,
@@ -25,52 +26,39 @@ def fill_tile(
     pause: Callable[[], None],
     most: int | None = None,
 ) -> int | None:
-    """Write the Gram entries of two strips into the tile of every plane, sample-major."""
-    while not _filled(left, right, tiles, (row, column), num_covectors, pairs, is_mirrored, workspace, pause, most):
+    """Write the Gram entries of two strips into the tile of every plane, sample-major.
+
+    Where memory runs out, pieces are halved; return the most samples of a piece, if there is a limit.
+    """
+    while True:
+        # The parts of a piece that meets itself must be the same objects on both sides.
+        lefts = list(_placed(left, row, most))
+        rights = lefts if right is left and row == column else list(_placed(right, column, most))
+        try:
+            for left_start, one in lefts:
+                for right_start, other in rights:
+                    if is_mirrored and right_start < left_start:
+                        continue
+                    pause()
+                    rows = slice(left_start * num_covectors, (left_start + one.num_samples) * num_covectors)
+                    columns = slice(right_start * num_covectors, (right_start + other.num_samples) * num_covectors)
+                    contract_planes(one, other, workspace, pairs, [tile[rows, columns] for tile in tiles])
+                    if is_mirrored and left_start != right_start:
+                        for tile in tiles:
+                            tile[columns, rows] = tile[rows, columns].T
+        except Exception as error:
+            if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
+                raise
+        else:
+            return most
+        # Not in the handler: the error keeps the frames of the failed attempt alive, and so their tensors.
         largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
         most = max(1, min(largest, most or largest) // 2)
         workspace.clear()
         release_memory()
-    return most
 
 
-def _filled(
-    left: Block,
-    right: Block,
-    tiles: Sequence[Tensor],
-    corner: tuple[int, int],
-    num_covectors: int,
-    pairs: Pairs,
-    is_mirrored: bool,
-    workspace: Workspace,
-    pause: Callable[[], None],
-    most: int | None,
-) -> bool:
-    """Fill the tiles; false if memory ran out for pieces that can be halved."""
-    # The parts of a piece that meets itself must be the same objects on both sides.
-    lefts = list(_placed(left, corner[0], most))
-    rights = lefts if right is left and corner[0] == corner[1] else list(_placed(right, corner[1], most))
-    try:
-        for left_start, one in lefts:
-            for right_start, other in rights:
-                if is_mirrored and right_start < left_start:
-                    continue
-                pause()
-                top, side = left_start * num_covectors, right_start * num_covectors
-                height, width = one.num_samples * num_covectors, other.num_samples * num_covectors
-                places = [tile[top : top + height, side : side + width] for tile in tiles]
-                contract_planes(one, other, workspace, pairs, places)
-                if is_mirrored and left_start != right_start:
-                    for tile, place in zip(tiles, places, strict=True):
-                        tile[side : side + width, top : top + height] = place.T
-    except Exception as error:
-        if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
-            raise
-        return False
-    return True
-
-
-def _placed(block: Block, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
+def _placed(block: JacobianBlock, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
     """Pieces of a block, or parts of at most ``most`` samples, with the position of their first sample."""
     for piece in block.pieces:
         size = piece.num_samples

@@ -19,13 +19,13 @@ from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, pla
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Crew, Machine, Plan, Workload, make_plan
 from ntkpipe.jacobian.cost import Cost
-from ntkpipe.jacobian.engine import Engine, Setup
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
-from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.store.manifest import Choices
 from ntkpipe.store.media.medium import Medium
 

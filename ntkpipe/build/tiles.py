@@ -23,12 +23,13 @@ from ntkpipe.build.plan import Plan, Task
 from ntkpipe.build.records import BlockRecord, Record, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import Stopped
-from ntkpipe.jacobian.engine import Block, Engine
+from ntkpipe.jacobian.engine import Engine, JacobianBlock
 from ntkpipe.jacobian.model.arithmetic import exact_process
 from ntkpipe.jacobian.model.device import describe_arithmetic, is_out_of_memory, peak_memory
 from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
-from ntkpipe.jacobian.representations.contract import Pairs, contract_diagonal_planes
+from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
+from ntkpipe.jacobian.representations.sums import Pairs
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.store.layout import Index
 
@@ -59,14 +60,14 @@ class StripCache:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._used = 0
-        self._strips: OrderedDict[StripKey, Block] = OrderedDict()
+        self._strips: OrderedDict[StripKey, JacobianBlock] = OrderedDict()
         self._lock = threading.Lock()
         self._making: dict[StripKey, threading.Lock] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StripCache, (self._capacity,)  # strips stay in the process that computed them
 
-    def get(self, key: StripKey, make: Callable[[], Block]) -> Block:
+    def get(self, key: StripKey, make: Callable[[], JacobianBlock]) -> JacobianBlock:
         """The strip, computed by ``make`` if it is not kept. Two workers do not compute the same one at once."""
         if self._capacity == 0:
             return make()
@@ -150,7 +151,7 @@ class _Builder:
         self._workspace = Workspace()
         rows = job.plan.workload.tile * job.plan.workload.num_covectors
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
-        self._held: dict[StripKey, Block] = {}
+        self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
         self._most: int | None = None
         self._last = perf_counter()
@@ -355,14 +356,14 @@ class _Builder:
                 "store_dtype='float64', or scale the model. None of it was written"
             )
 
-    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Block:
+    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
         """Jacobians of a strip: held, shared with another worker, or computed; then only it and ``keep`` are held."""
         if key not in self._held:
             self._held = {other: block for other, block in self._held.items() if other in keep}
             self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
         return self._held[key]
 
-    def _compute(self, key: StripKey) -> Block:
+    def _compute(self, key: StripKey) -> JacobianBlock:
         split, span = key
         source = self._job.sources[split]
         at = span
@@ -391,7 +392,7 @@ class _Builder:
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         return block
 
-    def _require_finite_block(self, block: Block, split: str, span: Span) -> None:
+    def _require_finite_block(self, block: JacobianBlock, split: str, span: Span) -> None:
         """Check a strip; where nothing is wrong, a GPU is waited for once."""
         outputs = torch.isfinite(block.outputs).all(dim=1)
         if bool((torch.cat([piece.has_finite_sums() for piece in block.pieces]) & outputs).all()):

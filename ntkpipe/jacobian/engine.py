@@ -13,26 +13,14 @@ from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.representations.contract import Pairs
-from ntkpipe.jacobian.representations.factors import Dense, Factor, Piece
-from ntkpipe.jacobian.representations.fill import Filler, Grads, dense_filler, make_filler
-from ntkpipe.jacobian.representations.terms import (
-    Rates,
-    Representation,
-    Term,
-    choose_representation,
-    contraction_flops,
-    covector_pairs,
-    kept_numbers,
-    make_terms,
-)
+from ntkpipe.jacobian.representations.interface import Grads, Pulled, Representation, Setup
+from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
+from ntkpipe.jacobian.representations.sums import Pairs
+from ntkpipe.jacobian.representations.terms import choose_representation, make_terms, recorded_representation
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.trace import Tracing
 from ntkpipe.jacobian.tracing.uses import Use
-
-# Dense Jacobians of fewer entries share one matrix.
-_SMALL_WIDTH = 4096
 
 _RECORDED = "it is there in the store that is resumed"
 _DEPENDS = (
@@ -42,7 +30,7 @@ _DEPENDS = (
 
 
 @dataclass(frozen=True)
-class Block:
+class JacobianBlock:
     """Jacobians of a strip of samples."""
 
     pieces: tuple[Piece, ...]  # the strip cut into pieces of equal size; the last may be smaller
@@ -51,20 +39,6 @@ class Block:
     def num_bytes(self) -> int:
         """Bytes that the block holds."""
         return sum(piece.num_bytes() for piece in self.pieces) + self.outputs.nbytes
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is asked of an engine beside the model."""
-
-    covectors: Tensor  # shape (S, O)
-    pairs: Pairs  # which pairs of covectors are contracted
-    accumulate_dtype: torch.dtype  # dtype of the blocks, and so of their contraction
-    rates: Rates  # of the device, for choosing how Jacobians are held
-    num_samples: int  # samples along a tile's edge: how often a Jacobian is used once it is there
-    memory_bytes: float  # what the Jacobians of that many samples may take
-    piece_rows: int  # rows of the pieces that are contracted at a time
-    groups: tuple[tuple[str, ...], ...] = ()  # parameters that are summed over by themselves, too
 
 
 class Engine:
@@ -84,30 +58,15 @@ class Engine:
         self.setup = setup
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
-        self.group_of = {name: number for number, names in enumerate(setup.groups) for name in names}
-        self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), self.group_of))
+        self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), setup.group_of))
         self.workspace = Workspace()
 
-    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], Representation]:
-        setup = self.setup
+    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], type[Representation]]:
+        if recorded is None:
+            return lambda _, uses: choose_representation(uses, self.setup)
         # A weight that is held with its bias keeps its way where the bias goes to the fallback.
-        labels = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
-
-        def choose(name: str, uses: tuple[Use, ...]) -> Representation:
-            if recorded is None:
-                return choose_representation(
-                    uses,
-                    len(setup.covectors),
-                    setup.pairs,
-                    setup.rates,
-                    setup.num_samples,
-                    setup.memory_bytes,
-                    setup.piece_rows,
-                )
-            label = labels.get(name, "")
-            return label if label in {"pairwise", "late", "table"} else "dense"  # type: ignore[return-value]
-
-        return choose
+        words = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in recorded.items()}
+        return lambda name, _: recorded_representation(words.get(name, ""))
 
     @property
     def representations(self) -> dict[str, str]:
@@ -125,15 +84,19 @@ class Engine:
 
     def copy(self) -> "Engine":
         """The same engine on its own copy of the module, for another thread."""
-        return Engine(self.model.copy(), self.tracing, self.method, self.setup, self.representations)
+        return self.changed(model=self.model.copy())
 
     def changed(
-        self, *, model: FunctionalModel | None = None, tracing: Tracing | None = None, method: str | None = None
+        self,
+        *,
+        model: FunctionalModel | None = None,
+        tracing: Tracing | None = None,
+        method: str | None = None,
+        setup: Setup | None = None,
     ) -> "Engine":
-        """The same engine with another model, tracing or method; terms that remain keep their representations."""
-        return Engine(
-            model or self.model, tracing or self.tracing, method or self.method, self.setup, self.representations
-        )
+        """The same engine but for what is given; terms that remain keep their representations."""
+        model, tracing, method = model or self.model, tracing or self.tracing, method or self.method
+        return Engine(model, tracing, method, setup or self.setup, self.representations)
 
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
@@ -145,17 +108,15 @@ class Engine:
 
     def with_covectors(self, covectors: Tensor, pairs: Pairs) -> "Engine":
         """The same engine for other covectors."""
-        setup = replace(self.setup, covectors=covectors, pairs=pairs)
-        return Engine(self.model, self.tracing, self.method, setup, self.representations)
+        return self.changed(setup=replace(self.setup, covectors=covectors, pairs=pairs))
 
     def with_groups(self, groups: tuple[tuple[str, ...], ...]) -> "Engine":
         """The same engine with other groups of parameters."""
-        setup = replace(self.setup, groups=groups)
-        return Engine(self.model, self.tracing, self.method, setup, self.representations)
+        return self.changed(setup=replace(self.setup, groups=groups))
 
     def block(
         self, load: Callable[[int, int], Batch], start: int, stop: int, *, subtile: int, batch: int
-    ) -> tuple[Block, int]:
+    ) -> tuple[JacobianBlock, int]:
         """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
 
         Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
@@ -163,37 +124,28 @@ class Engine:
         pieces, outputs = [], []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
-            found = None
-            while found is None:
-                found = self._piece_if_it_fits(load, first, last, batch)
-                if found is None:
-                    batch = max(2, min(batch, last - first) // 2)
-                    self.workspace.clear()
-                    release_memory()
+            while True:
+                try:
+                    found = self._piece(load, first, last, batch)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error) or min(batch, last - first) <= 2:
+                        raise
+                # Not in the handler: the error keeps the frames of the failed attempt alive, and so their tensors.
+                batch = max(2, min(batch, last - first) // 2)
+                self.workspace.clear()
+                release_memory()
             pieces.append(found[0])
             outputs.append(found[1])
-        return Block(tuple(pieces), torch.cat(outputs)), batch
-
-    def _piece_if_it_fits(
-        self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int
-    ) -> tuple[Piece, Tensor] | None:
-        """A piece; none if memory ran out for a batch that can be halved.
-
-        A function of its own: once it has returned, nothing keeps the frames of the failed attempt and their tensors.
-        """
-        try:
-            return self._piece(load, start, stop, batch)
-        except Exception as error:
-            if not is_out_of_memory(error) or min(batch, stop - start) <= 2:
-                raise
-            return None
+        return JacobianBlock(tuple(pieces), torch.cat(outputs)), batch
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
             return self.piece(load(start, stop))
-        filling = _Filling(self, stop - start)
+        filling = self._filling(stop - start)
         outputs = [
-            filling.add(load(s.start, s.stop), s.start - start) for s in Span(start, stop).batches(max(2, batch))
+            self._fill(filling, load(s.start, s.stop), s.start - start)
+            for s in Span(start, stop).batches(max(2, batch))
         ]
         return filling.piece(), torch.cat(outputs)
 
@@ -204,9 +156,23 @@ class Engine:
             # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
             piece, outputs = self.piece(take(batch, (0, 0)))
             return piece.first(), outputs[:1]
-        filling = _Filling(self, size)
-        outputs = filling.add(batch, 0)
+        filling = self._filling(size)
+        outputs = self._fill(filling, batch, 0)
         return filling.piece(), outputs
+
+    def _filling(self, num_samples: int) -> PieceFilling:
+        covectors = self.covectors.to(self.setup.accumulate_dtype)
+        return PieceFilling(self.terms, self.fallback, self.model.parameters(), self.setup, covectors, num_samples)
+
+    def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
+        """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
+        samples, parameters = slice(first, first + batch_size(batch)), self.model.parameters()
+        outputs, calls = self.forward(batch)
+        for covectors, grads in self.pull_back(outputs, calls):
+            filling.fill(Pulled(calls, grads, covectors, samples, parameters, self.workspace))
+        if self.fallback:
+            filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
+        return outputs.detach()
 
     def fallback_jacobian(self, batch: Batch) -> Tensor:
         """Jacobians of the fallback's parameters, shape (S, B, P), in the compute dtype."""
@@ -229,7 +195,7 @@ class Engine:
     ) -> Iterator[tuple[slice, Grads]]:
         """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
         numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
-        keeps_graph = every_use or any(term.representation == "joined" for term in self.terms)
+        keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
         edges = {number: edge for number in numbers if (edge := calls[number].edge) is not None}
         parameters = self.model.parameters()
         sources: list[Any] = [*edges.values(), *(parameters[name] for name in self.tracing.unused)]
@@ -247,7 +213,7 @@ class Engine:
                         outputs,
                         sources,
                         grad_outputs=self.covectors[number].to(outputs.dtype).expand_as(outputs),
-                        # Joined terms go on from here, through what was made of parameters.
+                        # Some terms go on from here, through what was made of parameters.
                         retain_graph=number + 1 < count or keeps_graph,
                         allow_unused=True,
                     )
@@ -256,17 +222,12 @@ class Engine:
                         f"a parameter that the probe batch did not use is used by another batch: {_DEPENDS}"
                     )
                 found.append(grads)
-            by_call = {number: [grads[place] for grads in found] for place, number in enumerate(edges)}
-            yield (
-                covectors,
-                {
-                    number: [
-                        calls[number].blank() if grad is None else grad.reshape(calls[number].shape) for grad in each
-                    ]
-                    for number, each in by_call.items()
-                    if any(grad is not None for grad in each)
-                },
-            )
+            by_call = {}
+            for number, grads_of_call in zip(edges, zip(*found, strict=True), strict=False):
+                if any(grad is not None for grad in grads_of_call):
+                    call = calls[number]
+                    by_call[number] = [call.blank() if g is None else g.reshape(call.shape) for g in grads_of_call]
+            yield covectors, by_call
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""
@@ -289,107 +250,14 @@ class Engine:
 
     def pair_flops(self) -> float:
         """Operations of a contraction that fall on one pair of samples."""
-        count, setup = len(self.covectors), self.setup
         width = sum(self.model.parameters()[name].numel() for name in self.fallback)
-        return 2.0 * covector_pairs(count, setup.pairs) * width + sum(
-            contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows) for term in self.terms
-        )
+        by_term = sum(term.held_as.contraction_flops(term, self.setup) for term in self.terms)
+        return 2.0 * self.setup.num_pairs * width + by_term
 
     def block_bytes(self) -> int:
         """Bytes that a block holds for a sample."""
-        count = len(self.covectors)
-        width = self.model.dtype.itemsize * self.covectors.shape[1]
-        numbers = sum(kept_numbers(term, count) for term in self.terms)
-        own = self.model.parameters()
-        numbers += count * sum(own[name].numel() for name in self.fallback)
-        return max(1, numbers * self.setup.accumulate_dtype.itemsize + width)
-
-
-class _Filling:
-    """A piece that is being filled, batch by batch."""
-
-    def __init__(self, engine: Engine, num_samples: int) -> None:
-        self._engine = engine
-        self._num_samples = num_samples
-        self._covectors = engine.covectors.to(engine.setup.accumulate_dtype)
-        self._fillers: list[Filler] = []
-        self._fallback: dict[str, Tensor] = {}
-        # The last number is that of parameters in no group: of all, where there are no groups.
-        groups = range(len(engine.setup.groups) + 1)
-        self._factors: list[tuple[int, Factor]] = []
-        for number in groups:
-            self._factors += [(number, Dense(matrix)) for matrix in self._shared(number)]
-        self._factors += [found for term in engine.terms for found in self._own(term)]
-
-    def _owners(self, names: tuple[str, ...]) -> list[int]:
-        """Numbers of the groups that parameters are in."""
-        setup = self._engine.setup
-        return [self._engine.group_of.get(name, len(setup.groups)) for name in names]
-
-    def _is_shared(self, term: Term) -> bool:
-        return _is_small(term) and len(set(self._owners(term.parameters))) == 1
-
-    def _empty(self, width: int) -> Tensor:
-        return self._covectors.new_empty((self._num_samples, len(self._covectors), width))
-
-    def _shared(self, group: int) -> Iterator[Tensor]:
-        """Jacobians of several terms of a group side by side, and those of the fallback."""
-        engine = self._engine
-        parameters = engine.model.parameters()
-        small = [t for t in engine.terms if self._is_shared(t) and self._owners(t.parameters)[0] == group]
-        widths = [term.width for term in small]
-        if small:
-            joined = self._empty(sum(widths))
-            for term, part in zip(small, joined.split(widths, dim=2), strict=True):
-                self._fillers.append(dense_filler(term, part, parameters, engine.workspace))
-            yield joined
-        names = [name for name in engine.fallback if self._owners((name,)) == [group]]
-        if names:
-            sizes = [parameters[name].numel() for name in names]
-            matrix = self._empty(sum(sizes))
-            self._fallback |= zip(names, matrix.split(sizes, dim=2), strict=True)
-            yield matrix
-
-    def _own(self, term: Term) -> Iterator[tuple[int, Factor]]:
-        """What a term holds by itself; Jacobians that span groups parameter by parameter."""
-        engine = self._engine
-        parameters, owners = engine.model.parameters(), self._owners(term.parameters)
-        if self._is_shared(term):
-            return
-        filler = make_filler(term, self._num_samples, self._covectors, parameters, engine.workspace)
-        self._fillers.append(filler)
-        factor = filler.factor()
-        if len(set(owners)) == 1:
-            yield owners[0], factor
-            return
-        assert isinstance(factor, Dense), "only what is joined spans groups"
-        parts = factor.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
-        for number, part in zip(owners, parts, strict=True):
-            yield number, Dense(part)
-
-    def add(self, batch: Batch, first: int) -> Tensor:
-        """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
-        engine, samples = self._engine, slice(first, first + batch_size(batch))
-        outputs, calls = engine.forward(batch)
-        for filler in self._fillers:
-            filler.add_inputs(calls, samples)
-        for covectors, grads in engine.pull_back(outputs, calls):
-            with torch.no_grad():
-                for filler in self._fillers:
-                    filler.add_cotangents(calls, grads, covectors, samples)
-        if engine.fallback:
-            targets = [self._fallback[name] for name in engine.fallback]
-            found = engine.fallback_jacobian(batch).transpose(0, 1)
-            for target, part in zip(targets, found.split([each.shape[2] for each in targets], dim=2), strict=True):
-                target[samples] = part
-        return outputs.detach()
-
-    def piece(self) -> Piece:
-        """The piece, once every batch is in."""
-        numbers, factors = zip(*self._factors, strict=True)
-        groups = numbers if self._engine.setup.groups else ()
-        return Piece(self._num_samples, len(self._covectors), factors, groups)
-
-
-def _is_small(term: Term) -> bool:
-    return term.is_dense and term.width < _SMALL_WIDTH
+        parameters, covectors = self.model.parameters(), self.setup.num_covectors
+        numbers = sum(term.held_as.num_numbers(term, covectors) for term in self.terms)
+        numbers += covectors * sum(parameters[name].numel() for name in self.fallback)
+        outputs = self.model.dtype.itemsize * self.covectors.shape[1]
+        return max(1, numbers * self.setup.accumulate_dtype.itemsize + outputs)

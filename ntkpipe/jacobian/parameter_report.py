@@ -5,18 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.representations.terms import Term, contraction_flops, covector_pairs, kept_numbers, sample_flops
+from ntkpipe.jacobian.representations.interface import Term
+from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
 from ntkpipe.jacobian.tracing.uses import LOOKUP
 
 FALLBACK, UNUSED = "torch.func", "unused"
 
 # Words for representations; n_in and n_out are the width of inputs and cotangents, T is the number of positions.
 LEGEND = {
-    "pairwise": "inputs a and cotangents d of every position; Gram entries are sums of (a·a′)(d·d′)",
-    "late": "a and d as well, multiplied out a part at a time, whenever they are contracted",
-    "table": "indices and cotangents; only samples that look up the same index meet",
-    "dense": "the Jacobian itself, summed over positions: n_in × n_out numbers",
-    "joined": "the Jacobian itself, pulled back through what the model makes of parameters before it uses them",
+    **{each.word: each.meaning for each in REPRESENTATIONS},
     "vmap": "the Jacobian itself, without a rule: plain torch.func, the samples of a batch at once",
     "loop": "the Jacobian itself, without a rule: plain autograd, one sample after the other",
     "unused": "nothing: the outputs do not depend on it, its Jacobian is zero",
@@ -112,7 +109,7 @@ def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     reports = [_term_report(term, engine, total) for term in engine.terms]
     for name in engine.fallback:
         width = parameters[name].numel()
-        flops = 2.0 * covector_pairs(count, engine.setup.pairs) * width
+        flops = 2.0 * engine.setup.num_pairs * width
         fallback = ParameterReport(
             name=name,
             parameters=(name,),
@@ -131,7 +128,7 @@ def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
 
 def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
     count, setup, first = len(engine.covectors), engine.setup, term.uses[0]
-    flops = contraction_flops(term, count, setup.pairs, setup.num_samples, setup.piece_rows)
+    flops = term.held_as.contraction_flops(term, setup)
     widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
     groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
     return ParameterReport(
@@ -144,8 +141,8 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
         groups=groups,
         n_in=first.shape[0] if n_out and first.kind == LOOKUP else n_in,
         n_out=n_out,
-        sample_bytes=kept_numbers(term, count) * setup.accumulate_dtype.itemsize,
-        sample_flops=sample_flops(term, count),
+        sample_bytes=term.held_as.num_numbers(term, count) * setup.accumulate_dtype.itemsize,
+        sample_flops=term.held_as.sample_flops(term, count),
         pair_flops=flops,
         share=flops / total,
     )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.jacobian.engine import Engine, Setup
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.layouts import leaves
 from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
 

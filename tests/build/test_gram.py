@@ -5,7 +5,7 @@ import torch
 from pieces import Draw, jacobians
 
 from ntkpipe.build.gram import fill_tile
-from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.representations.workspace import Workspace
 
 
@@ -14,7 +14,7 @@ def draw_block(sizes, covectors, seed):
     for number, size in enumerate(sizes):
         draw = Draw(size, covectors, seed=100 * seed + number)
         pieces.append(draw.piece(draw.dense(5), draw.pairwise(2, 3, 2)))
-    return Block(tuple(pieces), torch.zeros((sum(sizes), covectors), dtype=torch.float64))
+    return JacobianBlock(tuple(pieces), torch.zeros((sum(sizes), covectors), dtype=torch.float64))
 
 
 def jacobian(block):

@@ -20,9 +20,10 @@ from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.payload import Leaving
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.cost import Cost
-from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.samples import ArraySource
-from ntkpipe.jacobian.representations.factors import Dense, Piece
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.store.store import prepare_path
 
 CPU = Machine(workers=1, memory_limit=10**9, base_memory=0, free_disk=None, flops_per_second=1e9)
@@ -203,8 +204,8 @@ def test_samples_of_any_strides_are_taken(strides):
     assert_equal(sink, expected(plan, np.ascontiguousarray(train)))
 
 
-def block(num_bytes: int) -> Block:
-    return Block((Piece(1, 1, (Dense(torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),)),), torch.zeros(1, 0))
+def block(num_bytes: int) -> JacobianBlock:
+    return JacobianBlock((Piece(1, 1, (Dense(torch.zeros(1, 1, num_bytes, dtype=torch.uint8)),)),), torch.zeros(1, 0))
 
 
 def test_a_cache_keeps_the_latest_strips_within_its_capacity():
@@ -229,7 +230,7 @@ def test_a_cache_that_is_too_small_keeps_nothing(capacity):
 def test_two_workers_compute_a_strip_once():
     cache, made, barrier = StripCache(100), [], threading.Barrier(2)
 
-    def make() -> Block:
+    def make() -> JacobianBlock:
         made.append(0)
         threading.Event().wait(0.05)
         return block(40)

@@ -9,12 +9,11 @@ import torch
 
 import ntkpipe
 from ntkpipe.jacobian import self_check as check
-from ntkpipe.jacobian.engine import Setup
 from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.probe import make_engine
 from ntkpipe.jacobian.representations.contract import contract
-from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.trace import trace
 

@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import FunctionalModel
-from ntkpipe.jacobian.representations import fill
+from ntkpipe.jacobian.representations import dense
 from ntkpipe.jacobian.representations.contract import contract, contract_diagonal
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.uses import looked_up
@@ -86,7 +86,7 @@ def run(engine, inputs):
             assert contract_diagonal(left).device == GPU
             for right in block.pieces:
                 for number, (one, other) in enumerate(zip(left.factors, right.factors, strict=True)):
-                    if getattr(one, "is_constant", False) or type(one).__name__ == "Table":
+                    if getattr(one, "is_constant", False) or type(one).__name__ == "LookupTable":
                         skipped.add(number)
                         continue
                     # A piece of this factor alone, the same one on both sides where it is.
@@ -101,7 +101,7 @@ def main():
     with FakeTensorMode():
         indices, rows = torch.zeros(7, 5, dtype=torch.int64, device=GPU), torch.zeros(7, 5, 3, device=GPU)
         assert looked_up(indices, rows, (4, 3)).shape == (7, 4, 3)
-    fill._is_viewable = is_viewable
+    dense._is_viewable = is_viewable
     looked_into = 0
     for model, inputs in models().values():
         redraw(model)

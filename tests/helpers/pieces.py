@@ -2,7 +2,11 @@
 
 import torch
 
-from ntkpipe.jacobian.representations.factors import Dense, Late, Pairwise, Piece, Table
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.late import Late
+from ntkpipe.jacobian.representations.pairwise import Pairwise
+from ntkpipe.jacobian.representations.pieces import Piece
+from ntkpipe.jacobian.representations.table import LookupTable
 
 # Rows of every table.
 NUM_INDICES = 500
@@ -35,7 +39,7 @@ class Draw:
 
     def table(self, positions, n_out, *, num_indices):
         indices = torch.randint(0, num_indices, (self.n, positions), generator=self.generator)
-        return Table(indices, self.normal(self.s, self.n, positions, n_out))
+        return LookupTable(indices, self.normal(self.s, self.n, positions, n_out))
 
     def piece(self, *factors):
         return Piece(self.n, self.s, factors)
@@ -49,7 +53,7 @@ def jacobian(factor, num_samples):
     if isinstance(factor, Late):
         return torch.einsum("nsgto,ngti->nsgoi", d, factor.inputs.double()).flatten(2)
     d = d.expand(-1, num_samples, -1, -1)
-    if isinstance(factor, Table):
+    if isinstance(factor, LookupTable):
         hot = torch.nn.functional.one_hot(factor.indices, NUM_INDICES).double()
         return torch.einsum("snto,nti->nsoi", d, hot).flatten(2)
     weight = torch.einsum("snto,nti->nsoi", d, factor.inputs.double()).flatten(2)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ntkpipe import compute_kernel
 from ntkpipe.build.run import StoreSink
-from ntkpipe.jacobian.engine import Block
+from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import SIZES
-from ntkpipe.jacobian.representations.factors import Dense, Piece
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.store.kernel_store import KernelStore
 
 
@@ -105,13 +106,13 @@ class LinearEngine:
     def moved(self, device: torch.device) -> "LinearEngine":
         return self
 
-    def block(self, load: Any, start: int, stop: int, *, subtile: int, batch: int) -> tuple[Block, int]:
+    def block(self, load: Any, start: int, stop: int, *, subtile: int, batch: int) -> tuple[JacobianBlock, int]:
         x = load(start, stop)
         for name in x[:, 0].tolist():
             self.counts[name] = self.counts.get(name, 0) + 1
         parts = x.reshape(len(x), self.num_covectors, -1).split(subtile)
         pieces = tuple(Piece(len(part), self.num_covectors, (Dense(part),)) for part in parts)
-        return Block(pieces, x[:, :2].clone()), batch
+        return JacobianBlock(pieces, x[:, :2].clone()), batch
 
 
 class DictSink:

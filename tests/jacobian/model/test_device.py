@@ -31,7 +31,7 @@ from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.device import SIZES, add_rows, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import prepare_model, without_cudnn_rnns
 from ntkpipe.jacobian.representations.contract import contract, contract_planes
-from ntkpipe.jacobian.representations.terms import Rates
+from ntkpipe.jacobian.representations.interface import Rates
 from ntkpipe.jacobian.representations.workspace import Workspace
 
 CPU_ALLOCATION = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"

@@ -9,7 +9,7 @@ from small import with_sizes
 
 from ntkpipe.jacobian.representations import contract as module
 from ntkpipe.jacobian.representations.contract import contract, contract_diagonal
-from ntkpipe.jacobian.representations.factors import Piece
+from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.workspace import Workspace
 
 PAIRS = ("all", "same", "sum")

@@ -11,7 +11,8 @@ from engines import engine_kernel, engine_of
 from reference import Custom, redraw
 from torch import nn
 
-from ntkpipe.jacobian.representations.terms import Rates, choose_representation, pair_flops
+from ntkpipe.jacobian.representations.interface import Rates, Setup
+from ntkpipe.jacobian.representations.terms import choose_representation
 
 L = nn.Linear
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -168,7 +169,8 @@ def use_of(layer, inputs):
 
 
 def choose(uses, covectors=1, pairs="all", *, rates=RATES, num_samples=2000, memory=2.0**40):
-    return choose_representation(uses, covectors, pairs, rates, num_samples, memory, piece_rows=2560)
+    setup = Setup(torch.empty(covectors, 1), pairs, torch.float32, rates, num_samples, memory, piece_rows=2560)
+    return choose_representation(uses, setup).word
 
 
 # A layer, its inputs, and how its Jacobians are held for tiles of 2000 samples.
@@ -228,10 +230,11 @@ def test_operations_of_a_pair_of_samples(pairs, squared):
         ("dense", 2 * squared * 6 * 40),
     ):
         term = engine.reusing({"a.weight": f"linear:{way}", "a.bias": "linear:dense"}).terms[0]
-        assert (term.representation, pair_flops(term, 3, pairs)) == (way, flops)
+        found = term.held_as.pair_flops(term, replace(engine.setup, pairs=pairs))
+        assert (term.representation, found) == (way, flops)
 
 
 def test_cotangents_that_are_the_covectors_cost_nothing():
     model = redraw(nn.Sequential(L(6, 40), nn.Tanh(), L(40, 3)))
     engine = engine_of(model, X, EYE).reusing({"0.weight": "linear:pairwise", "2.weight": "linear:pairwise"})
-    assert [pair_flops(term, 3, "all") for term in engine.terms] == [2 * (6 + 9 * 41), 2 * 40]
+    assert [term.held_as.pair_flops(term, engine.setup) for term in engine.terms] == [2 * (6 + 9 * 41), 2 * 40]

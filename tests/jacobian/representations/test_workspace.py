@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
 
 
 def test_memory_is_taken_again_if_it_is_large_enough():
@@ -35,3 +35,24 @@ def test_tensors_are_contiguous_and_of_the_shape_asked_for(shape):
     found = workspace.take("a", shape, torch.zeros(1))
     assert found.shape == shape
     assert found.is_contiguous()
+
+
+SHAPES = {
+    "the same": ((3, 4, 5), (3, 4, 5)),
+    "positions merged": ((3, 12, 5), (3, 4, 3, 5)),
+    "everything merged": ((3, 24, 30), (3, 4, 3, 2, 5, 6)),
+    "axes of one": ((3, 1, 12, 1), (3, 4, 1, 3)),
+    "one value": ((1, 1), (1, 1, 1)),
+    "one sample": ((1, 6), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("is_strided", [True, False])
+def test_values_are_copied_with_axes_merged(name, is_strided):
+    merged, apart = SHAPES[name]
+    values = torch.randn(apart[::-1], dtype=torch.float64)
+    values = values.permute(*reversed(range(len(apart)))) if is_strided else values.reshape(apart)
+    target = torch.full(merged, torch.nan, dtype=torch.float32)
+    copy_merged(target, values)
+    assert torch.equal(target, values.reshape(merged).float())

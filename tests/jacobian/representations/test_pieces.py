@@ -4,7 +4,11 @@ import pytest
 import torch
 from pieces import Draw, jacobian, jacobians
 
-from ntkpipe.jacobian.representations.factors import Dense, Late, Pairwise, Piece, Table
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.late import Late
+from ntkpipe.jacobian.representations.pairwise import Pairwise
+from ntkpipe.jacobian.representations.pieces import Piece
+from ntkpipe.jacobian.representations.table import LookupTable
 
 FACTORS = {
     "dense": lambda draw: draw.dense(5),
@@ -75,7 +79,7 @@ def test_bytes_are_those_of_all_tensors():
             Pairwise(torch.zeros(2, 4, 5), torch.zeros(3, 2, 4, 6), True, False),
             Pairwise(torch.zeros(2, 1, 5), torch.zeros(3, 1, 1, 8), False, True),
             Late(torch.zeros(2, 2, 4, 5), torch.zeros(2, 3, 2, 4, 6)),
-            Table(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 2, 4, 6)),
+            LookupTable(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 2, 4, 6)),
         ),
     )
     floats = 42 + (40 + 144) + (10 + 24) + (80 + 288) + 144

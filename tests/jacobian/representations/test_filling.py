@@ -11,15 +11,19 @@ from small import with_sizes
 from torch import nn
 
 from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.representations import fill as module
-from ntkpipe.jacobian.representations.factors import Dense, Late, Pairwise, Piece, Table
-from ntkpipe.jacobian.representations.fill import dense_filler, make_filler
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.interface import Pulled
+from ntkpipe.jacobian.representations.joined import Joined
+from ntkpipe.jacobian.representations.late import Late
+from ntkpipe.jacobian.representations.pairwise import Pairwise
+from ntkpipe.jacobian.representations.pieces import Piece
+from ntkpipe.jacobian.representations.table import LookupTable
 
 L = nn.Linear
 T = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IMAGE = IMAGES.double()
 COVECTORS = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-HELD = {"pairwise": Pairwise, "late": Late, "table": Table, "dense": Dense, "joined": Dense}
+HELD = {"pairwise": Pairwise, "late": Late, "table": LookupTable, "dense": Dense, "joined": Joined}
 # Samples of each batch.
 BATCHES = (slice(0, 3), slice(3, 5), slice(5, 7))
 
@@ -72,11 +76,11 @@ MODELS = {
 }
 
 
-def fill(engine, filler, inputs, step):
+def fill(engine, term, held, inputs, step):
     """Fill in every batch, ``step`` covectors at a time."""
+    parameters = engine.model.parameters()
     for samples in BATCHES:
         outputs, calls = engine.forward(inputs[samples])
-        filler.add_inputs(calls, samples)
         for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
             with torch.no_grad():
                 for start in range(covectors.start, covectors.stop, step):
@@ -84,8 +88,8 @@ def fill(engine, filler, inputs, step):
                     some = {
                         call: each[part.start - covectors.start :][: part.stop - start] for call, each in grads.items()
                     }
-                    filler.add_cotangents(calls, some, part, samples)
-    return filler.factor()
+                    held.fill(term, Pulled(calls, some, part, samples, parameters, engine.workspace))
+    return held
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -96,11 +100,9 @@ def test_every_term_is_the_gram_of_its_parameters(name, step, monkeypatch):
     exact = reference.jacobians(model, inputs)
     with_sizes(monkeypatch, unfolded_bytes=2000)  # two or three samples at once
     for engine in forced(engine_of(model, inputs, COVECTORS)).values():
-        parameters = engine.model.parameters()
         for term in engine.terms:
             with exact_math():
-                filler = make_filler(term, 7, engine.covectors, parameters, engine.workspace)
-                factor = fill(engine, filler, inputs, step)
+                factor = fill(engine, term, term.held_as.empty(term, 7, engine.covectors), inputs, step)
             assert isinstance(factor, HELD[term.representation])
             by_output = [torch.from_numpy(exact[each]).view(7, 5, -1) for each in term.parameters]
             rows = (COVECTORS @ torch.cat(by_output, dim=2)).flatten(0, 1)
@@ -114,31 +116,10 @@ def test_small_terms_share_a_matrix(name):
     function, inputs, members = MODELS[name]
     engine = engine_of(redraw(Custom(function, **{n: make() for n, make in members.items()})), inputs, COVECTORS)
     engine = forced(engine).get("dense", engine)
-    parameters, width = engine.model.parameters(), sum(term.width for term in engine.terms)
+    width = sum(term.width for term in engine.terms)
     joined = torch.full((7, 3, width), torch.nan, dtype=torch.float64)
     for term, part in zip(engine.terms, joined.split([term.width for term in engine.terms], dim=2), strict=True):
-        alone = fill(engine, make_filler(term, 7, engine.covectors, parameters, engine.workspace), inputs, 3)
-        fill(engine, dense_filler(term, part, parameters, engine.workspace), inputs, 2)
+        alone = fill(engine, term, term.held_as.empty(term, 7, engine.covectors), inputs, 3)
+        fill(engine, term, term.held_as(part), inputs, 2)
         assert torch.allclose(part, alone.matrix, rtol=1e-12, atol=1e-14)
     assert bool(joined.isfinite().all())
-
-
-SHAPES = {
-    "the same": ((3, 4, 5), (3, 4, 5)),
-    "positions merged": ((3, 12, 5), (3, 4, 3, 5)),
-    "everything merged": ((3, 24, 30), (3, 4, 3, 2, 5, 6)),
-    "axes of one": ((3, 1, 12, 1), (3, 4, 1, 3)),
-    "one value": ((1, 1), (1, 1, 1)),
-    "one sample": ((1, 6), (1, 2, 3)),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("is_strided", [True, False])
-def test_values_are_copied_with_axes_merged(name, is_strided):
-    merged, apart = SHAPES[name]
-    values = torch.randn(apart[::-1], dtype=torch.float64)
-    values = values.permute(*reversed(range(len(apart)))) if is_strided else values.reshape(apart)
-    target = torch.full(merged, torch.nan, dtype=torch.float32)
-    module._copy(target, values)
-    assert torch.equal(target, values.reshape(merged).float())

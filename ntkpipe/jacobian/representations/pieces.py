@@ -1,0 +1,140 @@
+"""Pieces: the Jacobians of a few samples by all parameters, and how they are filled."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+
+# Dense Jacobians of fewer entries share one matrix.
+_SMALL_WIDTH = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Jacobians of a few samples; sums over its factors are sums over parameters."""
+
+    num_samples: int  # n
+    num_covectors: int  # S
+    factors: tuple[Representation, ...]  # each by some parameters, in the same order in every piece of an engine
+    # For each factor, the number of the group that its parameters are in, with one more number for those in none;
+    # empty if there are no groups
+    groups: tuple[int, ...] = ()
+
+    @property
+    def like(self) -> Tensor:
+        """Some tensor, whose dtype and device are those of the piece."""
+        return self.factors[0].tensors()[-1]
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for factor in self.factors for tensor in factor.tensors())
+
+    def is_finite(self) -> Tensor:
+        """Per sample, whether every entry is finite; shape (n,)."""
+        return self._all(lambda values: torch.isfinite(values).flatten(1).all(dim=1))
+
+    def has_finite_sums(self) -> Tensor:
+        """As :meth:`is_finite` in one pass, by sums; it may say no where a sum of finite entries overflows."""
+        return self._all(lambda values: torch.isfinite(values.sum(dim=tuple(range(1, values.ndim)))))
+
+    def _all(self, check: Callable[[Tensor], Tensor]) -> Tensor:
+        found = [check(values) for factor in self.factors for values in factor.by_sample()]
+        return torch.stack([each.expand(self.num_samples) for each in found]).all(dim=0)
+
+    def part(self, start: int, stop: int) -> "Piece":
+        """Jacobians of samples ``start:stop`` of the piece, as views."""
+        factors = tuple(factor.part(slice(start, stop)) for factor in self.factors)
+        return Piece(stop - start, self.num_covectors, factors, self.groups)
+
+    def first(self) -> "Piece":
+        """Jacobians of the first sample."""
+        return Piece(1, self.num_covectors, tuple(factor.first() for factor in self.factors), self.groups)
+
+    def of_group(self, number: int) -> "Piece":
+        """Jacobians by the parameters of one group alone, as views; no factors if the outputs depend on none."""
+        factors = tuple(f for f, group in zip(self.factors, self.groups, strict=True) if group == number)
+        return Piece(self.num_samples, self.num_covectors, factors)
+
+
+class PieceFilling:
+    """A piece while it is filled, batch by batch; the covectors (S, O) say in which dtype and on which device."""
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        fallback: Sequence[str],
+        parameters: Mapping[str, Tensor],
+        setup: Setup,
+        covectors: Tensor,
+        num_samples: int,
+    ) -> None:
+        self._num_samples, self._covectors, self._setup = num_samples, covectors, setup
+        self._parameters = parameters
+        self._filled: list[tuple[Term, Representation]] = []
+        self._fallback = tuple(fallback)
+        self._fallback_matrices: dict[str, Tensor] = {}
+        self._factors: list[tuple[int, Representation]] = []
+        # The last number is that of parameters in no group: of all, where there are no groups.
+        for group in range(len(setup.groups) + 1):
+            small = [term for term in terms if self._is_small(term) and self._groups_of(term)[0] == group]
+            self._factors += [(group, Dense(matrix)) for matrix in self._shared(small, group)]
+        self._factors += chain.from_iterable(self._own(term) for term in terms if not self._is_small(term))
+
+    def _groups_of(self, term: Term) -> list[int]:
+        return [self._setup.group_of(name) for name in term.parameters]
+
+    def _is_small(self, term: Term) -> bool:
+        is_dense = issubclass(term.held_as, Dense)
+        return is_dense and term.width < _SMALL_WIDTH and len(set(self._groups_of(term))) == 1
+
+    def _side_by_side(self, widths: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A matrix (n, S, sum of widths), and its parts."""
+        matrix = self._covectors.new_empty((self._num_samples, len(self._covectors), sum(widths)))
+        return matrix, matrix.split(widths, dim=2)
+
+    def _shared(self, small: Sequence[Term], group: int) -> Iterator[Tensor]:
+        """Matrices that several parameters of a group share: those of small terms, and those of the fallback."""
+        if small:
+            matrix, parts = self._side_by_side([term.width for term in small])
+            for term, part in zip(small, parts, strict=True):
+                assert issubclass(term.held_as, Dense)
+                self._filled.append((term, term.held_as(part)))
+            yield matrix
+        names = [name for name in self._fallback if self._setup.group_of(name) == group]
+        if names:
+            matrix, parts = self._side_by_side([self._parameters[name].numel() for name in names])
+            self._fallback_matrices |= zip(names, parts, strict=True)
+            yield matrix
+
+    def _own(self, term: Term) -> Iterator[tuple[int, Representation]]:
+        """What a term holds by itself; Jacobians that span groups parameter by parameter."""
+        groups, held = self._groups_of(term), term.held_as.empty(term, self._num_samples, self._covectors)
+        self._filled.append((term, held))
+        if len(set(groups)) == 1:
+            yield groups[0], held
+            return
+        assert isinstance(held, Dense), "only what is joined spans groups"
+        parts = held.matrix.split([self._parameters[name].numel() for name in term.parameters], dim=2)
+        yield from ((group, Dense(part)) for group, part in zip(groups, parts, strict=True))
+
+    def fill(self, pulled: Pulled) -> None:
+        """Fill in a few covectors that were pulled back through a batch."""
+        with torch.no_grad():
+            for term, held in self._filled:
+                held.fill(term, pulled)
+
+    def fill_fallback(self, jacobians: Tensor, samples: slice) -> None:
+        """Fill in Jacobians (n, S, P) by the parameters of the fallback, side by side."""
+        targets = [self._fallback_matrices[name] for name in self._fallback]
+        for target, part in zip(targets, jacobians.split([each.shape[2] for each in targets], dim=2), strict=True):
+            target[samples] = part
+
+    def piece(self) -> Piece:
+        """The piece, once every batch is in."""
+        numbers, factors = zip(*self._factors, strict=True)
+        return Piece(self._num_samples, len(self._covectors), factors, numbers if self._setup.groups else ())
