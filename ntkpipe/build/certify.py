@@ -55,7 +55,7 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Witness:
+class Reference:
     """What a store is certified against: the model and the samples that it was made with."""
 
     # Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
@@ -70,9 +70,9 @@ class Witness:
         return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
 
 
-def find_witness(
+def find_reference(
     store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
-) -> Witness:
+) -> Reference:
     """Check that model and samples are those of the store, and make the products."""
     manifest = store.manifest
     records = {"train": manifest.train, "test": manifest.test}
@@ -116,8 +116,8 @@ def find_witness(
     left = frozenset(manifest.model.parameters).difference(*manifest.groups.values())
     groups = (*map(frozenset, manifest.groups.values()), *([left] if left else []))
     if kind.pairs == "all":
-        return Witness((whole,), sources, groups)
-    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources, groups)
+        return Reference((whole,), sources, groups)
+    return Reference(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources, groups)
 
 
 def _require_same_model(store: KernelStore, model: nn.Module) -> None:
@@ -156,7 +156,7 @@ def _matching_samples(store: KernelStore, given: object, record: DataRecord | No
 
 
 def certify(
-    store: KernelStore, witness: Witness, *, seed: int = 0, step: Callable[[], None] = lambda: None
+    store: KernelStore, reference: Reference, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store.
 
@@ -165,7 +165,7 @@ def certify(
     manifest = store.manifest
     rows = next(iter(store.store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
-    exact = _products(witness, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
+    exact = _products(reference, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
     found: list[Certificate] = []
     wholes: dict[int | None, dict[str, NDArray[np.float64]]] = {}
     for plane in planes(manifest):
@@ -188,15 +188,15 @@ def certify(
 
 
 def _products(
-    witness: Witness, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
+    reference: Reference, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
 ) -> dict[tuple[int | None, int | None, str], NDArray[np.float64]]:
     """``J J'v`` by number of the group (none for all parameters), number of the output where apart, and split."""
     found: dict[tuple[int | None, int | None, str], NDArray[np.float64]] = {}
-    for output, each in enumerate(witness.products):
-        direction = each.transposed(witness.sources["train"], signs, step)
-        for group, names in enumerate(witness.groups):
+    for output, each in enumerate(reference.products):
+        direction = each.transposed(reference.sources["train"], signs, step)
+        for group, names in enumerate(reference.groups):
             part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
-            for split, source in witness.sources.items():
+            for split, source in reference.sources.items():
                 product = each.product(source, part, step)
                 for number in (None, group):
                     key = number, output if is_apart else None, split

@@ -14,9 +14,9 @@ from ntkpipe.base.grid import default_tile
 from ntkpipe.base.resources import available_memory
 from ntkpipe.build.in_memory import compute_matrix, prepare_matrix
 from ntkpipe.build.jacobian_operator import JacobianOperator
-from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.prepare import plan_run, prepare, reuse_choices, time_jacobians
-from ntkpipe.build.records import Record
+from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.run import (
     build,
     exact_single_thread,
@@ -173,7 +173,7 @@ def compute_kernel(
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     crew = None if client is None else inspect_crew(client, spec, run.device, progress)
 
-    def executor(store: Store) -> Executor[Task, Record] | None:
+    def executor(store: Store) -> Executor[BlockTask, BuildRecord] | None:
         return None if client is None else cluster_executor(client, store, code)
 
     with exact_single_thread(spec.compute_dtype):

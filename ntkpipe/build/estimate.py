@@ -11,9 +11,10 @@ from typing import Any, Literal
 from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds, make_plan
+from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds
+from ntkpipe.build.planner import make_plan
 
-Bound = Literal["compute", "disk", "memory"]
+Bottleneck = Literal["compute", "disk", "memory"]
 
 # From the call to the first block: workers import torch, receive the model and open it, while the driver checks it.
 # benchmarks/speedup.py measures it.
@@ -24,7 +25,7 @@ _ANY_MEMORY = 2**60
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ClusterEstimate:
     """A plan for a described cluster. Prints as the second table of ``ntkpipe plan``.
 
     Attributes
@@ -50,7 +51,7 @@ class Estimate:
     compute_seconds: float
     block_seconds: float
     write_seconds: float
-    binds: Bound
+    binds: Bottleneck
 
     @property
     def even_seconds(self) -> float:
@@ -134,7 +135,7 @@ class Estimate:
         return [*rows, *(("does not fit", problem) for problem in plan.problems)]
 
 
-def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Estimate:
+def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> ClusterEstimate:
     """Say what a described cluster would take for the work of a plan.
 
     Parameters
@@ -166,12 +167,12 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Es
     rate = cluster.write_bytes_per_second
     write_seconds = 0.0 if rate is None else plan.bytes_to_write / rate
     if found.problems:
-        binds: Bound = "memory"
+        binds: Bottleneck = "memory"
     elif write_seconds > compute_seconds / cluster.workers:
         binds = "disk"
     else:
         binds = "memory" if _worker_seconds(roomy) < _RELIEF * _worker_seconds(found) else "compute"
-    return Estimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
+    return ClusterEstimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
 
 
 def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:

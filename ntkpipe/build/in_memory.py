@@ -16,9 +16,9 @@ from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.planes import array_of
 from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
-from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.prepare import Prepared, plan_run, prepare
-from ntkpipe.build.records import Halvings, Record, TileRecord
+from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
 from ntkpipe.build.run import checked
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
@@ -101,7 +101,7 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
         settled.engine.setup.pairs,
         prefixes,
     )
-    executor: ThreadExecutor[Task, Record] = ThreadExecutor(plan.machine.workers)
+    executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records = Halvings(plan).watch(running)
         tiles = (record for record in records if isinstance(record, TileRecord))

@@ -17,7 +17,7 @@ from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.resources import available_memory, process_memory
-from ntkpipe.build.plan import SHARE_OF_LIMIT, Crew
+from ntkpipe.build.plan import SHARE_OF_LIMIT, ClusterWorkers
 from ntkpipe.build.prepare import measure_rates
 from ntkpipe.executors.connect import address_of, require_package, require_workers
 from ntkpipe.jacobian.model.device import describe_arithmetic
@@ -67,7 +67,7 @@ def _is_lost(error: BaseException) -> bool:
     return isinstance(error, CommClosedError | OSError)
 
 
-def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = None) -> Crew:
+def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = None) -> ClusterWorkers:
     """Ask every worker what it is; sum them up for the plan."""
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
@@ -97,7 +97,7 @@ def inspect_workers(client: Client, dtype: torch.dtype, device: str | None = Non
         raise ClusterError(
             "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
         )
-    return Crew(
+    return ClusterWorkers(
         processes=len(every),
         threads=max(r.num_threads for r in every),
         memory_limit=int(SHARE_OF_LIMIT * min(r.memory_limit for r in every)),

@@ -17,7 +17,8 @@ from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
-from ntkpipe.build.plan import Crew, Machine, Plan, Workload, make_plan
+from ntkpipe.build.plan import ClusterWorkers, Machine, Plan, Workload
+from ntkpipe.build.planner import make_plan
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine, Setup
 from ntkpipe.jacobian.fallback import batch_size, take
@@ -143,7 +144,7 @@ def _memory_of_a_worker(device: torch.device) -> float:
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew | None = None) -> Engine:
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: ClusterWorkers | None = None) -> Engine:
     """The engine with the recorded choices of the store that is resumed."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
@@ -162,7 +163,7 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew
     return engine
 
 
-def where_computed(engine: Engine, crew: Crew | None) -> tuple[str, str]:
+def where_computed(engine: Engine, crew: ClusterWorkers | None) -> tuple[str, str]:
     """Type of the device that computes, here or on the workers, and what decides the last bits there."""
     if crew is not None:
         return torch.device(crew.device).type, crew.arithmetic
@@ -180,7 +181,7 @@ def plan_run(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
     result_bytes: int = 0,
-    crew: Crew | None = None,
+    crew: ClusterWorkers | None = None,
 ) -> Plan:
     """Measure what Jacobians cost and this machine can do, and plan."""
     spec = prepared.spec
@@ -216,7 +217,7 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
     )
 
 
-def _crew_machine(crew: Crew, run: RunSpec, disk: int | None) -> Machine:
+def _crew_machine(crew: ClusterWorkers, run: RunSpec, disk: int | None) -> Machine:
     """A limit of the run is that of each worker, where that is lower than the worker's own."""
     return Machine(
         workers=crew.threads,

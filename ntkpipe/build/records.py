@@ -52,7 +52,7 @@ class BlockRecord:
         return asdict(self)
 
 
-Record = TileRecord | BlockRecord
+BuildRecord = TileRecord | BlockRecord
 
 
 class RunLog:
@@ -75,7 +75,7 @@ class RunLog:
         self._hosts: set[str] = set()
         self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
-    def tiles(self, records: Iterator[Record]) -> Iterator[TileRecord]:
+    def tiles(self, records: Iterator[BuildRecord]) -> Iterator[TileRecord]:
         """The tiles among the records; blocks are logged."""
         for record in self._halvings.watch(records):
             if isinstance(record, BlockRecord):
@@ -139,7 +139,7 @@ class Halvings:
         self._planned = {"batch": plan.batch, "subtile": plan.subtile}
         self.used = dict(self._planned)
 
-    def watch(self, records: Iterator[Record]) -> Iterator[Record]:
+    def watch(self, records: Iterator[BuildRecord]) -> Iterator[BuildRecord]:
         """Pass records on, and look at their sizes."""
         for record in records:
             was_as_planned = self.used == self._planned

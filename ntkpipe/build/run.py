@@ -26,9 +26,9 @@ from ntkpipe.base.errors import (
     TileError,
 )
 from ntkpipe.base.progress import show_progress
-from ntkpipe.build.plan import Crew, Plan, Task
+from ntkpipe.build.plan import BlockTask, ClusterWorkers, Plan
 from ntkpipe.build.prepare import Prepared, plan_run, reuse_choices, where_computed
-from ntkpipe.build.records import Record, RunLog
+from ntkpipe.build.records import BuildRecord, RunLog
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
@@ -221,7 +221,7 @@ def settle(
     medium: Medium,
     run: RunSpec,
     mode: Mode,
-    crew: Crew | None = None,
+    crew: ClusterWorkers | None = None,
     left: Mapping[str, int] | None = None,
 ) -> Settled:
     """Plan, self-check, and create the store where there is none."""
@@ -265,7 +265,7 @@ def _plan(
     existing: Store | None,
     medium: Medium,
     run: RunSpec,
-    crew: Crew | None,
+    crew: ClusterWorkers | None,
     left: Mapping[str, int] | None,
 ) -> Plan:
     return plan_run(
@@ -345,7 +345,7 @@ def build(
     train: Samples,
     test: Samples | None,
     *,
-    executor: Executor[Task, Record] | None = None,
+    executor: Executor[BlockTask, BuildRecord] | None = None,
     wanted: frozenset[Chunk] | None = None,
     stage: Manifest | None = None,
     progress: bool,

@@ -19,10 +19,10 @@ from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.planes import array_of
 from ntkpipe.build.gram import fill_tile
-from ntkpipe.build.plan import Plan, Task
-from ntkpipe.build.records import BlockRecord, Record, TileRecord
+from ntkpipe.build.plan import BlockTask, Plan
+from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
-from ntkpipe.executors.threads import Stopped
+from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Block, Engine
 from ntkpipe.jacobian.model.arithmetic import exact_process
 from ntkpipe.jacobian.model.device import describe_arithmetic, is_out_of_memory, peak_memory
@@ -119,7 +119,7 @@ class BuildJob:
         smaller = replace(plan, strip=strip, subtile=subtile, batch=batch, hold=1, cache_bytes=0)
         return replace(self, plan=smaller, cache=StripCache(0))
 
-    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[Record]]:
+    def open(self, pause: Callable[[], None]) -> Callable[[BlockTask], Iterator[BuildRecord]]:
         """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
         torch.set_num_threads(1)
         device = torch.device(self.plan.machine.device)
@@ -157,7 +157,7 @@ class _Builder:
         self._flops = 0.0
         self._num_bytes = 0
 
-    def run(self, task: Task) -> Iterator[Record]:
+    def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task, and say at its end what it took."""
         started, began = time(), perf_counter()
         self._last, self._flops, self._num_bytes = began, 0.0, 0
@@ -187,7 +187,7 @@ class _Builder:
             arithmetic=describe_arithmetic(self._device),
         )
 
-    def _chunks(self, task: Task) -> Iterator[TileRecord]:
+    def _chunks(self, task: BlockTask) -> Iterator[TileRecord]:
         """Do one task. Tiles are written by a thread of their own while the next ones are computed."""
         if task.array == "kernel/test_diagonal":
             yield from self._diagonal(task.block.row_start)
@@ -234,7 +234,7 @@ class _Builder:
         self._last = now
         return record
 
-    def _tiles(self, task: Task) -> Iterator[_Computed]:
+    def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: row strips are held, column strips stream past them."""
         grid = self._plan.workload.grids[task.array]
         split = _SPLITS[task.array][0]
@@ -378,7 +378,7 @@ class _Builder:
             block, self._batch = self._engine.block(
                 load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
             )
-        except (NtkpipeError, Stopped):
+        except (NtkpipeError, RunStopped):
             raise
         except Exception as error:
             if is_out_of_memory(error):

@@ -15,18 +15,15 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker
 from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
-from ntkpipe.executors.payload import JobPlugin, Parcel, ParcelMissingError, pickle_job, plugins_of_the_dead, run_key
-from ntkpipe.executors.threads import Job
-
-Key = TypeVar("Key")
-Record = TypeVar("Record")
+from ntkpipe.executors.payload import JobPlugin, Payload, PayloadMissingError, pickle_job, plugins_of_the_dead, run_key
+from ntkpipe.executors.threads import Job, Key, Record
 
 # Of events on the scheduler: a kernel is about to be built.
 TOPIC = "ntkpipe"
@@ -90,7 +87,7 @@ class _Run(Generic[Key, Record]):
         self._token = uuid4().hex[:16]
         self._prefix = f"{name}-{self._token}"
         self._max_failures = max_failures
-        self._plugin = JobPlugin(Parcel(self._token, pickle_job(job), code), owner=client.id)
+        self._plugin = JobPlugin(Payload(self._token, pickle_job(job), code), owner=client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
@@ -204,7 +201,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
             self._reconnect((key, shrinking), error)
-        except ParcelMissingError:
+        except PayloadMissingError:
             self._deliver()
             self._again.append((key, shrinking))
         except StoreError as error:

@@ -19,16 +19,16 @@ from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
-from ntkpipe.executors.threads import Job, Stopped
+from ntkpipe.executors.threads import Job, RunStopped
 
 _PLUGIN_PREFIX = "ntkpipe-"
 
 
-class ParcelMissingError(Exception):
+class PayloadMissingError(Exception):
     """A worker does not have the job: it came while a new scheduler did not have it yet."""
 
 
-class Leaving(Stopped, Reschedule):
+class Leaving(RunStopped, Reschedule):
     """Raised inside a worker that is about to leave: a request to stop, and Dask does the key elsewhere."""
 
 
@@ -88,7 +88,7 @@ def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Payload:
     """What a worker needs of a run."""
 
     token: str  # of the run
@@ -98,19 +98,19 @@ class Parcel:
 
 
 class JobPlugin(WorkerPlugin):
-    """Brings a parcel to every worker, and removes what it has become there; its name says whose it is."""
+    """Brings a payload to every worker, and removes what it has become there; its name says whose it is."""
 
-    def __init__(self, parcel: Parcel, owner: str) -> None:
-        self.name = f"{_PLUGIN_PREFIX}{parcel.token}@{owner}"
-        self.parcel = parcel
+    def __init__(self, payload: Payload, owner: str) -> None:
+        self.name = f"{_PLUGIN_PREFIX}{payload.token}@{owner}"
+        self.payload = payload
 
     def setup(self, worker: Any) -> None:
         """Called in each worker, also in those that join later."""
-        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
+        _OPENED[worker.id, self.payload.token] = _Opened(self.payload, Path(worker.local_directory), self.name)
 
     def teardown(self, worker: Any) -> None:
         """Called in each worker when the run has ended."""
-        if _OPENED.pop((worker.id, self.parcel.token), None) is not None:
+        if _OPENED.pop((worker.id, self.payload.token), None) is not None:
             gc.collect()  # what threads have opened refers to itself: a next run would find its memory taken
 
 
@@ -120,17 +120,17 @@ def plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
     return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
-# In a worker's process: the parcels that have arrived, by worker (threads of one process may hold several) and run.
+# In a worker's process: the payloads that have arrived, by worker (threads of one process may hold several) and run.
 _OPENED: dict[tuple[str, str], "_Opened"] = {}
 
 
 class _Opened:
-    """A parcel in a worker."""
+    """A payload in a worker."""
 
-    def __init__(self, parcel: Parcel, folder: Path, topic: str) -> None:
-        self._parcel = parcel
+    def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
+        self._payload = payload
         self._topic = topic
-        self._folder = folder / f"ntkpipe-{parcel.token}"
+        self._folder = folder / f"ntkpipe-{payload.token}"
         self._lock = threading.Lock()
         self._jobs: dict[int, Job[Any, Any]] = {}
         self._mine = threading.local()
@@ -163,14 +163,14 @@ class _Opened:
             return self._jobs[shrinking]
 
     def _unpickle(self) -> Job[Any, Any]:
-        parcel = self._parcel
+        payload = self._payload
         try:
-            if parcel.code is None:
-                found = cloudpickle.loads(parcel.job)
+            if payload.code is None:
+                found = cloudpickle.loads(payload.job)
             else:
-                unpack_code(parcel.code, self._folder)
+                unpack_code(payload.code, self._folder)
                 with folder_first(self._folder):
-                    found = cloudpickle.loads(parcel.job)
+                    found = cloudpickle.loads(payload.job)
                 forget_folder(self._folder)  # another run may have modules of the same names
         except Exception as error:
             raise ClusterError(
@@ -200,7 +200,7 @@ class _Opened:
         worker = self._mine.worker
         state = worker.state.tasks.get(self._mine.task)
         if state is None or state.state == "cancelled":
-            raise Stopped
+            raise RunStopped
         if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
             raise Leaving
 
@@ -220,5 +220,5 @@ def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
     worker = get_worker()
     opened = _OPENED.get((worker.id, token))
     if opened is None:
-        raise ParcelMissingError(token)
+        raise PayloadMissingError(token)
     return opened.run(worker, pickle.loads(key), shrinking)

@@ -20,7 +20,7 @@ KeyIn = TypeVar("KeyIn", contravariant=True)
 RecordOut = TypeVar("RecordOut", covariant=True)
 
 
-class Stopped(Exception):  # noqa: N818 - a request, not an error
+class RunStopped(Exception):  # noqa: N818 - a request, not an error
     """Raised inside a worker to leave its work when the run is stopped."""
 
 
@@ -75,7 +75,7 @@ class ThreadExecutor(Generic[Key, Record]):
 
         def pause() -> None:
             if stop.is_set():
-                raise Stopped
+                raise RunStopped
 
         def work() -> None:
             try:
@@ -86,7 +86,7 @@ class ThreadExecutor(Generic[Key, Record]):
                         key = next(pending)
                     for record in do(key):
                         records.put(record)
-            except (StopIteration, Stopped):
+            except (StopIteration, RunStopped):
                 records.put(_Done())
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
                 records.put(_Failure(error))

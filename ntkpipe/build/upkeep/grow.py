@@ -8,9 +8,9 @@ import numpy as np
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import StoreMismatchError, TileError
-from ntkpipe.build.plan import Crew, Task
+from ntkpipe.build.plan import BlockTask, ClusterWorkers
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.records import Record
+from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.run import Settled, build, first_of, require_same, require_same_function, settle
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource
@@ -25,8 +25,8 @@ def grow_store(
     existing: Store,
     run: RunSpec,
     *,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
+    crew: ClusterWorkers | None,
+    executor: Callable[[Store], Executor[BlockTask, BuildRecord] | None],
     progress: bool,
 ) -> Settled:
     """Give a store the samples that are asked for, so that a run can compute the tiles that are missing then."""
@@ -109,8 +109,8 @@ def _complete_edge(
     edge: frozenset[Chunk],
     run: RunSpec,
     *,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
+    crew: ClusterWorkers | None,
+    executor: Callable[[Store], Executor[BlockTask, BuildRecord] | None],
     progress: bool,
 ) -> None:
     """Compute what is missing of the chunks that get larger, and of those that an earlier growth made larger.

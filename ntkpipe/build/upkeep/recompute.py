@@ -8,9 +8,9 @@ import numpy as np
 
 from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, TileError
-from ntkpipe.build.plan import Crew, Task
+from ntkpipe.build.plan import BlockTask, ClusterWorkers
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.records import Record
+from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.run import build, first_of, require_same_function, settle, write_samples
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
@@ -65,8 +65,8 @@ def recompute(
     prepared: Prepared,
     run: RunSpec,
     *,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
+    crew: ClusterWorkers | None,
+    executor: Callable[[Store], Executor[BlockTask, BuildRecord] | None],
     progress: bool,
 ) -> None:
     """Compute chunks of a store again, each with the bits that it had; what is there is replaced, one by one.
@@ -103,8 +103,8 @@ def _compute(
     prepared: Prepared,
     stage: Manifest | None,
     run: RunSpec,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
+    crew: ClusterWorkers | None,
+    executor: Callable[[Store], Executor[BlockTask, BuildRecord] | None],
     progress: bool,
 ) -> None:
     manifest = stage or store.manifest

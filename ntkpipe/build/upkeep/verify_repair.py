@@ -9,7 +9,7 @@ from torch import nn
 from ntkpipe.base.config import RunSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.progress import Ticks
-from ntkpipe.build.certify import certify, find_witness, with_certificates
+from ntkpipe.build.certify import certify, find_reference, with_certificates
 from ntkpipe.build.prepare import prepare
 from ntkpipe.build.run import exact_single_thread, manifest_of, require_same
 from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
@@ -178,13 +178,13 @@ def _verify(
     """Verify and certify."""
     with exact_single_thread(opened.manifest.compute_dtype):
         # Whatever does not match is said before a single tile is read.
-        witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
+        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
             return replace(report, findings=(*report.findings, missing))
-        with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
-            certificates = certify(opened, witness, step=ticks.tick)
+        with Ticks(reference.num_steps, what="certify", unit="step", enabled=progress) as ticks:
+            certificates = certify(opened, reference, step=ticks.tick)
     report = with_certificates(report, certificates)
     record_report(opened.store, report)
     return report
