@@ -1,6 +1,7 @@
 """A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,17 +18,73 @@ from ntkpipe.base.planes import array_of
 from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
 from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.prepare import Prepared, plan_run, prepare
+from ntkpipe.build.prepare import Prepared, kernel_spec, plan_run, prepare, run_spec
 from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
-from ntkpipe.build.run import checked
+from ntkpipe.build.run import checked, exact_single_thread
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
-from ntkpipe.jacobian.model.samples import Samples, Source
+from ntkpipe.jacobian.model.samples import Samples, Source, as_samples, require_same_arrays
 from ntkpipe.store.layout import Index
 
 _SHARE_OF_MEMORY = 0.8
+
+
+def kernel_matrix(
+    model: nn.Module,
+    inputs: object,
+    other: object = None,
+    *,
+    kind: str = "pntk",
+    forward: Forward = None,
+    parameters: Sequence[str] | None = None,
+    compute_dtype: str = "float32",
+    accumulate_dtype: str | None = None,
+    store_dtype: str | None = None,
+    tile: int | None = None,
+    memory_limit: int | str | None = None,
+    device: str | None = None,
+    self_check: bool = True,
+    workers: int | None = None,
+    jacobian: str = "structured",
+    progress: bool = False,
+) -> NDArray[Any]:
+    """Compute a kernel in memory, without a store.
+
+    Parameters
+    ----------
+    model, inputs, kind, forward, parameters, compute_dtype, accumulate_dtype, store_dtype, tile
+        As for :func:`ntkpipe.compute_kernel`; ``store_dtype`` is the dtype of the result.
+    other
+        Other samples for the columns; default the inputs themselves.
+    memory_limit, device, self_check, workers, jacobian, progress
+        As for :func:`ntkpipe.compute_kernel`.
+
+    Returns
+    -------
+    K(inputs, other), shape (N*S, M*S), or the symmetric K(inputs, inputs), shape (N*S, N*S); row = sample * S +
+    covector. For ``kind="diagonal"`` one for each output, shape (O, N, M).
+
+    Raises
+    ------
+    ResourceError
+        If the matrix does not fit in memory.
+    """
+    types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
+    spec = kernel_spec(kind=kind, parameters=parameters, tile=tile, jacobian=jacobian, **types)
+    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
+    # Columns are the train samples: a symmetric kernel is train x train, another one test x train.
+    train, test = as_samples(inputs, with_targets=False), None
+    if other is not None:
+        train, test = as_samples(other, label="other", with_targets=False), train
+        require_same_arrays(train, test, "inputs")
+    for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
+        if samples is not None:
+            samples.inspect(label)
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
+        return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -49,11 +106,6 @@ def prepare_matrix(
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     choose_tile = partial(matrix_tile, num_workers=num_workers)
     return prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=choose_tile)
-
-
-def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute train x train, or test x train where there are test samples."""
-    return build_matrix(settle_matrix(prepared, run), what=what, progress=progress)
 
 
 def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import KernelSpec, RunSpec, parse
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
@@ -27,7 +27,7 @@ from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, Functional
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.terms import Rates
-from ntkpipe.store.manifest import Choices
+from ntkpipe.store.manifest import Choices, DataRecord
 from ntkpipe.store.media.folder import Medium
 
 # What a run may take of the memory that is free when it starts, where no limit is given.
@@ -70,10 +70,24 @@ class Prepared:
         """A batch of any train samples on the device."""
         return loader(self.model, self.train)(samples)
 
+    def inspect(self) -> tuple[DataRecord, DataRecord | None]:
+        """Read all samples once, for the manifest: their shapes and digests."""
+        return self.train.inspect("inputs"), None if self.test is None else self.test.inspect("test_inputs")
+
     def grids(self) -> dict[str, Grid]:
         """The kernels of a store of these samples."""
         num_test = None if self.test is None else self.test.num_samples
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
+
+
+def kernel_spec(**arguments: object) -> KernelSpec:
+    """Validate the arguments of a public function that say what is computed."""
+    return parse(KernelSpec, arguments, source="kernel arguments")
+
+
+def run_spec(**arguments: object) -> RunSpec:
+    """Validate the arguments of a public function that say what a run may use."""
+    return parse(RunSpec, arguments, source="run arguments")
 
 
 def loader(model: FunctionalModel, samples: Samples) -> Load:
@@ -144,7 +158,7 @@ def _memory_of_a_worker(device: torch.device) -> float:
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: ClusterWorkers | None = None) -> Engine:
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: ClusterWorkers | None = None) -> Engine:
     """The engine with the recorded choices of the store that is resumed."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
@@ -153,7 +167,7 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Clus
             f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
             (("choices.representations", choices.representations, engine.representations),),
         )
-    device, arithmetic = where_computed(engine, crew)
+    device, arithmetic = where_computed(engine, workers)
     if (device, arithmetic) != (choices.device, choices.arithmetic):
         warnings.warn(
             f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
@@ -163,10 +177,10 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Clus
     return engine
 
 
-def where_computed(engine: Engine, crew: ClusterWorkers | None) -> tuple[str, str]:
+def where_computed(engine: Engine, workers: ClusterWorkers | None) -> tuple[str, str]:
     """Type of the device that computes, here or on the workers, and what decides the last bits there."""
-    if crew is not None:
-        return torch.device(crew.device).type, crew.arithmetic
+    if workers is not None:
+        return torch.device(workers.device).type, workers.arithmetic
     return engine.model.device.type, describe_arithmetic(engine.model.device)
 
 
@@ -181,7 +195,7 @@ def plan_run(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
     result_bytes: int = 0,
-    crew: ClusterWorkers | None = None,
+    workers: ClusterWorkers | None = None,
 ) -> Plan:
     """Measure what Jacobians cost and this machine can do, and plan."""
     spec = prepared.spec
@@ -197,7 +211,9 @@ def plan_run(
         num_groups=len(prepared.groups),
     )
     disk = None if medium is None else medium.free_bytes()
-    machine = _this_machine(engine, run, result_bytes, disk) if crew is None else _crew_machine(crew, run, disk)
+    machine = (
+        _this_machine(engine, run, result_bytes, disk) if workers is None else _cluster_machine(workers, run, disk)
+    )
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
 
@@ -217,16 +233,16 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
     )
 
 
-def _crew_machine(crew: ClusterWorkers, run: RunSpec, disk: int | None) -> Machine:
-    """A limit of the run is that of each worker, where that is lower than the worker's own."""
+def _cluster_machine(workers: ClusterWorkers, run: RunSpec, disk: int | None) -> Machine:
+    """A memory limit of the run applies to each worker that has a higher one."""
     return Machine(
-        workers=crew.threads,
-        memory_limit=min(crew.memory_limit, run.memory_limit or crew.memory_limit),
-        base_memory=crew.base_memory,
+        workers=workers.threads,
+        memory_limit=min(workers.memory_limit, run.memory_limit or workers.memory_limit),
+        base_memory=workers.base_memory,
         free_disk=disk,
-        flops_per_second=crew.flops_per_second,
-        device=crew.device,
-        processes=crew.processes,
+        flops_per_second=workers.flops_per_second,
+        device=workers.device,
+        processes=workers.processes,
         is_remote=True,
     )
 

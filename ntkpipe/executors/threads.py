@@ -29,15 +29,12 @@ class Job(Protocol[KeyIn, RecordOut]):
 
     def session(self) -> AbstractContextManager[None]:
         """What must hold in a whole process while it does keys; entered there by whoever owns the process."""
-        ...
 
     def shrunk(self) -> "Job[KeyIn, RecordOut]":
         """The same work in less memory, for workers that were killed for using too much; agrees to rounding."""
-        ...
 
     def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
         """Prepare one worker; called in the worker."""
-        ...
 
 
 class Executor(Protocol[Key, Record]):
@@ -45,7 +42,6 @@ class Executor(Protocol[Key, Record]):
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
         """Do every key once and yield records as they come, in no particular order."""
-        ...
 
 
 @dataclass(frozen=True)

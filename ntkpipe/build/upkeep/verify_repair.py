@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ntkpipe.base.config import RunSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.build.certify import certify, find_reference, with_certificates
-from ntkpipe.build.prepare import prepare
-from ntkpipe.build.run import exact_single_thread, manifest_of, require_same
+from ntkpipe.build.matching import require_same
+from ntkpipe.build.prepare import prepare, run_spec
+from ntkpipe.build.run import exact_single_thread, manifest_of
 from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
-from ntkpipe.build.workers import cluster_executor, device_here, inspect_crew
+from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.store.chunks import Store
 from ntkpipe.store.kernel import KernelStore
@@ -132,29 +132,20 @@ def repair(
             f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
-    limits = {"memory_limit": memory_limit, "device": device, "workers": workers, "self_check": self_check}
-    spec, run = spec_of(manifest), parse(RunSpec, limits, source="run arguments")
+    spec = spec_of(manifest)
+    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
     done = undo(kept)
     train = given_or_stored(kept, "train", inputs, targets)
     test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
-    crew = None if client is None else inspect_crew(client, spec, run.device, progress)
-    here = device_here(run.device, crew)
+    resources = find_resources(run, spec, client, code, progress)
+    here = resources.device
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, train, test, spec, forward=forward, device=here)
-        test_record = None if test is None else test.inspect("test_inputs")
-        require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
+        require_same(kept, manifest_of(model, prepared, *prepared.inspect()))
         return mend(
             kept,
-            lambda chunks: recompute(
-                kept,
-                chunks,
-                prepared,
-                run,
-                crew=crew,
-                executor=lambda store: None if client is None else cluster_executor(client, store, code),
-                progress=progress,
-            ),
+            lambda chunks: recompute(kept, chunks, prepared, resources),
             lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=here, progress=progress),
             done=done,
             progress=progress,
