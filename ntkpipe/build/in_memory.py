@@ -1,4 +1,4 @@
-"""A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
+"""``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
 import contextlib
 from collections.abc import Sequence
@@ -91,17 +91,17 @@ def kernel_matrix(
 class SettledMatrix:
     """A kernel in memory that is ready to compute."""
 
-    prepared: Prepared  # model and samples
-    engine: Engine  # self-checked, unless the run asks for no self-check
+    prepared: Prepared
+    engine: Engine  # self-checked, if the run asks for that
     plan: Plan  # fits in memory
-    name: str  # name, grid: the one kernel that is computed, or one of each output
-    grid: Grid
+    name: str  # of the kernel
+    grid: Grid  # of the kernel
 
 
 def prepare_matrix(
     model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
 ) -> Prepared:
-    """As :func:`ntkpipe.build.prepare.prepare`, in tiles as large as leave work for every worker."""
+    """As :func:`ntkpipe.build.prepare.prepare`, in tiles just small enough to occupy every worker."""
     # A GPU has one worker.
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     choose_tile = partial(matrix_tile, num_workers=num_workers)
@@ -109,7 +109,7 @@ def prepare_matrix(
 
 
 def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
-    """Do everything that comes before the first tile: measure costs, plan and self-check."""
+    """Do all work before the first tile: measure costs, plan and self-check."""
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
@@ -121,18 +121,22 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
     engine = prepared.engine
-    plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-    plan.require_fit()
+
+    def planned() -> Plan:
+        plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
+        plan.require_fit()
+        return plan
+
+    plan = planned()
     if run.self_check:
         engine, _ = checked(prepared, engine, plan)
         if engine.representations != prepared.engine.representations:
-            plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-            plan.require_fit()
+            plan = planned()
     return SettledMatrix(prepared, engine, plan, name, grid)
 
 
 def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute what is settled, from the first tile to the last; any number of times."""
+    """Compute a settled kernel; may be called repeatedly."""
     prepared, plan = settled.prepared, settled.plan
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
     matrix = np.empty(_shape(prepared, settled.grid), dtype)
@@ -142,17 +146,9 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     sources: dict[str, Source] = {"train": prepared.train.source}
     if prepared.test is not None:
         sources["test"] = prepared.test.source
-    job = BuildJob(
-        settled.engine,
-        plan,
-        sources,
-        prepared.train.is_mapping,
-        sink,
-        StripCache(plan.cache_bytes),
-        dtype,
-        settled.engine.setup.pairs,
-        prefixes,
-    )
+    cache, pairs = StripCache(plan.cache_bytes), settled.engine.setup.pairs
+    is_mapping = prepared.train.is_mapping
+    job = BuildJob(settled.engine, plan, sources, is_mapping, sink, cache, dtype, pairs, prefixes)
     executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records = Halvings(plan).watch(running)
@@ -165,19 +161,18 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
 
 
 def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
-    """Of the result."""
     return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
 
 
 class _MatrixSink:
-    """Tiles go to matrices in memory, mirrored where these are symmetric; outputs are dropped."""
+    """Puts tiles into matrices in memory, mirrored if symmetric, and drops outputs."""
 
     def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
         self._matrices = matrices
         self._grid = grid
 
     def exists(self, array: str, index: Index) -> bool:
-        """Outputs count as there; no tile does."""
+        """Whether it need not be computed: true for outputs, false for tiles."""
         return array not in self._matrices
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
@@ -189,7 +184,7 @@ class _MatrixSink:
         return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Copy a tile, which lies in its place, to its mirror image."""
+        """Mirror a tile, which was computed in place."""
         if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
             self._matrices[array][columns, rows] = values.T

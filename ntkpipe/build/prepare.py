@@ -1,4 +1,4 @@
-"""Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
+"""Prepare a run without writing anything: check and trace the model, measure costs, and plan."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,44 +30,44 @@ from ntkpipe.jacobian.representations.terms import Rates
 from ntkpipe.store.manifest import Choices, DataRecord
 from ntkpipe.store.media.folder import Medium
 
-# What a run may take of the memory that is free when it starts, where no limit is given.
+# Share of the free memory that a run without a memory limit may use.
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
-# A batch of Jacobians that takes this long is long enough to be timed.
+# Long enough for the time of a batch of Jacobians to be reliable.
 _TIMED_SECONDS = 0.2
-# Strips of Jacobians that a worker has at once.
+# Jacobian strips that a worker holds at once.
 _STRIPS = 4
-# What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
-# and oneDNN, and freed memory that the allocator keeps.
+# Memory of a worker outside of tensors (scratch of BLAS and oneDNN, freed memory that the allocator keeps), measured
+# up to 24 MiB.
 _LIBRARY_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model and samples that can be computed."""
+    """A checked model with its samples."""
 
-    spec: KernelSpec  # spec, kind: what is asked for
+    spec: KernelSpec
     kind: Kind
     model: FunctionalModel  # in the compute dtype, on the device
     engine: Engine  # traced, not yet self-checked
-    train: Samples  # train, test: the samples
+    train: Samples
     test: Samples | None
-    num_outputs: int  # outputs O
+    num_outputs: int  # O
     tile: int  # samples along a tile's edge
     groups: Mapping[str, tuple[str, ...]]  # parameters of each group by name
 
     @property
     def planes(self) -> tuple[Plane, ...]:
-        """The matrices that are filled together."""
+        """Matrices that are filled together."""
         return planes_of(self.spec.kind, self.num_outputs, self.groups)
 
     @property
     def num_covectors(self) -> int:
-        """Rows a sample, S."""
+        """Rows per sample, S."""
         return self.kind.num_covectors(self.num_outputs)
 
     def load(self, samples: Sequence[int]) -> Batch:
-        """A batch of any train samples on the device."""
+        """Load any train samples as a batch on the device."""
         return loader(self.model, self.train)(samples)
 
     def inspect(self) -> tuple[DataRecord, DataRecord | None]:
@@ -116,7 +116,7 @@ def prepare(
     device: str | None,
     choose_tile: Callable[[int, int, int], int] = default_tile,
 ) -> Prepared:
-    """Check the model on a few samples and find out how its Jacobians are computed."""
+    """Check the model on a few samples, and decide how its Jacobians are computed."""
     kind = get_kind(spec.kind)
     functional = prepare_model(
         model,
@@ -154,12 +154,12 @@ def prepare(
 
 
 def _memory_of_a_worker(device: torch.device) -> float:
-    """Bytes for each core, or those of the GPU, which has one worker."""
+    """Free bytes per core, or those of the GPU, which has one worker."""
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: ClusterWorkers | None = None) -> Engine:
-    """The engine with the recorded choices of the store that is resumed."""
+    """The engine with the choices that an existing store recorded."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
         raise StoreMismatchError(
@@ -178,7 +178,7 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: C
 
 
 def where_computed(engine: Engine, workers: ClusterWorkers | None) -> tuple[str, str]:
-    """Type of the device that computes, here or on the workers, and what decides the last bits there."""
+    """Type of the computing device, here or on the workers, and what decides the last bits there."""
     if workers is not None:
         return torch.device(workers.device).type, workers.arithmetic
     return engine.model.device.type, describe_arithmetic(engine.model.device)
@@ -197,7 +197,7 @@ def plan_run(
     result_bytes: int = 0,
     workers: ClusterWorkers | None = None,
 ) -> Plan:
-    """Measure what Jacobians cost and this machine can do, and plan."""
+    """Measure the cost of Jacobians and the rate of this machine, and plan."""
     spec = prepared.spec
     workload = Workload(
         grids=grids,
@@ -221,7 +221,7 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
     used = process_memory()
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
-        # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
+        # Strips live on the device: plan for the smaller memory, so that they need not be halved during the run.
         limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
     return Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
@@ -248,7 +248,7 @@ def _cluster_machine(workers: ClusterWorkers, run: RunSpec, disk: int | None) ->
 
 
 def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
-    """Cost of the Jacobians, from two small batches; each worker's copy of the model is part of it."""
+    """Cost of the Jacobians, from two small batches, including each worker's copy of the model."""
     samples = probe_samples(prepared.train.num_samples)
     numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
     cost = engine.cost(prepared.load(numbers))
@@ -258,10 +258,9 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
-    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
+    """Add the measured time of a sample's Jacobians, which are slower than matrix products of as many operations.
 
-    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit the memory stays as it
-    is.
+    Runs a batch of the plan, or a smaller one that takes long enough. A plan that does not fit is returned unchanged.
     """
     if plan.memory_bytes > plan.machine.memory_limit:
         return plan
@@ -275,10 +274,10 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What one thread of the device does in a second: products measured, the best of a few tries.
+    """Rates of one thread of the device; that of matrix products is measured, as the best of a few tries.
 
-    Representations, and so bits, depend on the ratio of the two rates. It is what is usual for such a device and not
-    measured: two runs of the same model would differ with what else runs on the machine.
+    The other follows from a fixed ratio: it decides representations, and so bits, which must not depend on what else
+    runs on the machine.
     """
     sizes = sizes_of(device)
     left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)

@@ -6,7 +6,7 @@ import socket
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -129,22 +129,20 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")
     here = _versions()
+    every = list(reports.values())
     for name in ("python", *VERSIONS):
-        by_host = {(r.host, address): r.versions[name] for address, r in reports.items()}
-        found = _differing({**by_host, (f"{socket.gethostname()} (this process)", ""): here[name]})
+        ours = f"{socket.gethostname()} (this process)", here[name]
+        found = _differing([ours, *((r.host, r.versions[name]) for r in every)])
         if found and name == "ntkpipe":
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         if found:
             warnings.warn(f"versions of {name} differ: {found}; results may agree to rounding only", stacklevel=3)
-    devices = _differing({(r.host, address): r.device for address, r in reports.items()})
-    if devices:
+    if devices := _differing((r.host, r.device) for r in every):
         raise ClusterError(f"workers have different devices: {devices}; use workers of one type")
-    arithmetic = _differing({(r.host, address): r.arithmetic for address, r in reports.items()})
-    if arithmetic:
+    if arithmetic := _differing((r.host, r.arithmetic) for r in every):
         warnings.warn(
             f"workers compute differently: {arithmetic}; tiles agree to rounding, not to the last bit", stacklevel=3
         )
-    every = list(reports.values())
     if every[0].device != "cpu" and any(r.num_threads > 1 for r in every):
         raise ClusterError(
             "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
@@ -186,10 +184,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
 
 
-def _differing(values: Mapping[tuple[str, str], str]) -> str:
-    """``2.13 on a, b; 2.12 on c`` if values differ, else an empty text."""
+def _differing(values: Iterable[tuple[str, str]]) -> str:
+    """``2.13 on a, b; 2.12 on c`` if the values of (host, value) differ, else an empty text."""
     hosts: defaultdict[str, set[str]] = defaultdict(set)
-    for (host, _), value in values.items():
+    for host, value in values:
         hosts[value].add(host)
     if len(hosts) == 1:
         return ""

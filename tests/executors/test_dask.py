@@ -40,8 +40,8 @@ from ntkpipe.base.errors import (
     StoreFullError,
 )
 from ntkpipe.executors import connect as cluster
-from ntkpipe.executors.dask import ClusterExecutor
-from ntkpipe.executors.payload import JobPlugin, Payload, _Opened, pack_code
+from ntkpipe.executors.dask import ClusterExecutor, JobPlugin
+from ntkpipe.executors.payload import Payload, _Opened, pack_code
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""The public functions that look after a store: verify it, and put right what is bad."""
+"""The public functions ``verify`` and ``repair``: check a store, and put right what is bad."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +69,7 @@ def verify(
     opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    return _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress)
+    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
 
 
 def repair(
@@ -139,14 +139,13 @@ def repair(
     test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
     resources = find_resources(run, spec, client, code, progress)
-    here = resources.device
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=here)
+        prepared = prepare(model, train, test, spec, forward=forward, device=resources.device)
         require_same(kept, manifest_of(model, prepared, *prepared.inspect()))
         return mend(
             kept,
             lambda chunks: recompute(kept, chunks, prepared, resources),
-            lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=here, progress=progress),
+            lambda: _certified(opened, model, inputs, test_inputs, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
@@ -156,19 +155,17 @@ def _open(store: str | Path | KernelStore) -> KernelStore:
     return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
 
 
-def _verify(
+def _certified(
     opened: KernelStore,
     model: nn.Module,
     inputs: object,
     test_inputs: object,
-    *,
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
-    """Verify and certify."""
     with exact_single_thread(opened.manifest.compute_dtype):
-        # Whatever does not match is said before a single tile is read.
+        # Mismatches raise before a single tile is read.
         reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
