@@ -110,8 +110,7 @@ def compute_kernel(
         A ``distributed.Client`` whose workers compute the blocks and write to the store, which must be on a disk that
         they share or at a URL. Default threads of this process.
     code
-        Folder whose Python files are sent to the workers, if it defines the model; neither ``__main__`` nor installed
-        packages need that.
+        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
     workers
         Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
     jacobian
@@ -131,17 +130,12 @@ def compute_kernel(
         If the store was made with something else; lists the fields that differ.
     ResourceError
         If memory or disk cannot hold it, before anything is computed.
-    SelfCheckError
-        If the engine and the reference disagree.
-    ClusterError
-        If the workers of the client cannot do it, or are lost.
+    SelfCheckError, ClusterError
+        If the engine and the reference disagree, or the workers of the client cannot compute or are lost.
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    if mode not in {"a", "w", "w-"}:
-        raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
-    if grow and mode != "a":
-        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
+    _require_mode(mode, grow)
     types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
     spec = kernel_spec(kind=kind, parameters=parameters, groups=groups or {}, tile=tile, jacobian=jacobian, **types)
     run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
@@ -153,12 +147,19 @@ def compute_kernel(
     train, test = _as_both(inputs, targets, test_inputs, test_targets)
     resources = find_resources(run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
-        tile_of = _tile_of(existing)
-        prepared = prepare(model, train, test, spec, forward=forward, device=resources.device, choose_tile=tile_of)
-        return _compute(model, prepared, existing, medium, resources, mode, grow)
+        device, tile_of = resources.device, _tile_of(existing)
+        prepared = prepare(model, train, test, spec, forward=forward, device=device, choose_tile=tile_of)
+        return _into_store(model, prepared, existing, medium, resources, mode, grow)
 
 
-def _compute(
+def _require_mode(mode: str, grow: bool) -> None:
+    if mode not in {"a", "w", "w-"}:
+        raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
+    if grow and mode != "a":
+        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
+
+
+def _into_store(
     model: nn.Module,
     prepared: Prepared,
     existing: Store | None,
