@@ -144,11 +144,10 @@ def compute_kernel(
     if existing is not None:
         undo_cut_growth(existing)
         spec = _with_tile_of(existing, spec)
-    train, test = _as_both(inputs, targets, test_inputs, test_targets)
+    both = _as_both(inputs, targets, test_inputs, test_targets)
     resources = find_resources(run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
-        device, tile_of = resources.device, _tile_of(existing)
-        prepared = prepare(model, train, test, spec, forward=forward, device=device, choose_tile=tile_of)
+        prepared = prepare(model, *both, spec, forward=forward, device=resources.device, choose_tile=_tile_of(existing))
         return _into_store(model, prepared, existing, medium, resources, mode, grow)
 
 
