@@ -35,8 +35,8 @@ from samples.generated import Generated
 
 import ntkpipe
 from ntkpipe.base.resources import peak_process_memory
-from ntkpipe.build.estimate import Estimate, estimate_cluster
-from ntkpipe.build.plan import Plan, Task
+from ntkpipe.build.estimate import ClusterEstimate, estimate_cluster
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, TileRecord
 from ntkpipe.executors.dask import ClusterExecutor
 
@@ -67,7 +67,7 @@ class SleepJob:
     def open(self, pause: Any) -> Any:
         return lambda task: self.run(task, pause)
 
-    def run(self, task: Task, pause: Any) -> Iterator[TileRecord | BlockRecord]:
+    def run(self, task: BlockTask, pause: Any) -> Iterator[TileRecord | BlockRecord]:
         started, began, planned, tiles = time(), perf_counter(), 0.0, 0
         grid, block = self.plan.workload.grids[task.array], task.block
         for row, column in itertools.product(block.rows(), block.columns()):
@@ -96,7 +96,7 @@ class SleepJob:
         )
 
 
-def planned(num_samples: int, tile: int, workers: int, block_seconds: float) -> Estimate:
+def planned(num_samples: int, tile: int, workers: int, block_seconds: float) -> ClusterEstimate:
     """The plan for so many workers, of a rate at which a whole block takes ``block_seconds``."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(784, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10)]

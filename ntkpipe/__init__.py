@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ntkpipe.analysis.spectrum import spectrum
     from ntkpipe.base.config import ClusterSpec
     from ntkpipe.base.errors import NtkpipeError
-    from ntkpipe.build.compute import compute_kernel, jacobian_operator, kernel_matrix, plan_kernel
+    from ntkpipe.build.compute import compute_kernel, plan_kernel
     from ntkpipe.build.estimate import estimate_cluster
+    from ntkpipe.build.in_memory import kernel_matrix
+    from ntkpipe.build.jacobian_operator import jacobian_operator
     from ntkpipe.build.upkeep.verify_repair import repair, verify
     from ntkpipe.learning.dynamics import dynamics
     from ntkpipe.learning.gaussian.calibration import calibration
@@ -68,8 +70,8 @@ _HOMES = {
     "calibration": "learning.gaussian.calibration",
     "gaussian_process": "learning.gaussian.process",
     "influence": "learning.gaussian.influence",
-    "jacobian_operator": "build.compute",
-    "kernel_matrix": "build.compute",
+    "jacobian_operator": "build.jacobian_operator",
+    "kernel_matrix": "build.in_memory",
     "learning_curve": "analysis.learning_curve",
     "logdet": "solvers.spectral.logdet",
     "open_kernel": "store.kernel_store",

@@ -17,7 +17,7 @@ DOORS = {
     "dask": {"store.views.to_dask", "executors.connect"},
     "xarray": {"store.views.to_xarray"},
     "sklearn": {"learning.regression.sklearn_gp", "learning.regression.estimator"},
-    "distributed": {"executors", "operators.on_dask", "build.preflight", "app.submission"},
+    "distributed": {"executors", "operators.on_dask", "app.submission"},
     "dask_cuda": {"executors.connect"},
     "cloudpickle": {"executors.payload", "executors.pickling"},
     "obstore": {"store.media.objects"},

@@ -1,4 +1,4 @@
-"""The certificate: the whole stored kernel against the model with one number, K v against J(J'v).
+"""Certify a whole stored kernel against its model, by comparing K v with J(J'v).
 
 A random sign vector v is multiplied by the stored matrix, tile by tile, and by J J' without any Gram matrix: one
 vector-Jacobian and one Jacobian-vector product over the data, by plain ``torch.func``. Every entry of K takes part, so
@@ -27,9 +27,9 @@ from ntkpipe.store.layout import planes
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.verification import Finding, VerificationReport
 
-# Largest row error of a good store by the coarsest dtype on its way, on the scale sqrt(K_ii * trace K).
+# Largest row error of a good store, by the coarsest dtype used, on the scale sqrt(K_ii * trace K).
 _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
-# A row is suspect if its error is this many times the median one; rounding alone stays below 8 for a million rows.
+# A row is suspect if its error exceeds the median by this factor; rounding stays below 8 for a million rows.
 _OUTLIER = 16.0
 _SHOWN = 50
 
@@ -40,10 +40,10 @@ class Certificate:
 
     array: str  # the kernel
     error: float  # largest row error `|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)`
-    median_error: float  # median of the row errors
-    tolerance: float  # what a good kernel of this dtype stays below
+    median_error: float
+    tolerance: float  # bound on the error of a good kernel of this dtype
     suspect_rows: tuple[int, ...]  # rows whose error stands out, the largest first; at most 50
-    num_suspects: int  # how many there are
+    num_suspects: int  # number of all such rows
 
     @property
     def is_good(self) -> bool:
@@ -56,41 +56,37 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Witness:
-    """What a store is certified against: the model and the samples that it was made with."""
+class Reference:
+    """The model and samples of a store, which it is certified against."""
 
-    # Of the model. One; or one for each output, whose sum is the kernel's, or each of which is one of the kernels.
+    # One product; or one for each output, which sum to the kernel or belong to a kernel each.
     products: tuple[JacobianProducts, ...]
     sources: Mapping[str, Source]  # samples by split
-    groups: tuple[frozenset[str], ...]  # parameters of each group by name; what is in none comes last
+    groups: tuple[frozenset[str], ...]  # names of the parameters of each group, and last of those in none
 
     @property
     def num_steps(self) -> int:
-        """How often :func:`certify` calls ``step``: in a pass over the train samples, and one a group over all."""
+        """Number of ``step`` calls of :func:`certify`: a pass over the train samples, and one per group over all."""
         passes = [self.sources["train"], *len(self.groups) * list(self.sources.values())]
         return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
 
 
-def find_witness(
+def find_reference(
     store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
-) -> Witness:
-    """Check that model and samples are those of the store, and make the products."""
+) -> Reference:
+    """Check that model and samples are those of the store, and prepare their products."""
     manifest = store.manifest
-    records = {"train": manifest.train, "test": manifest.test}
-    sources: dict[str, Source] = {
-        split: StoredSource(store.store, split, record.num_samples)
-        for split, record in records.items()
-        if record is not None
-    }
-    if manifest.derived is not None and not manifest.derived.has_samples:
-        absent = [split for split, given in (("train", inputs), ("test", test_inputs)) if given is None]
-        if sources.keys() & set(absent):
-            raise ConfigError(
-                f"{store.path} was derived without the samples; needed inputs and, if it has a test set, test_inputs"
-            )
+    sources: dict[str, Source] = {}
     for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
         if given is not None:
             sources[split] = _matching_samples(store, given, record, split).source
+        elif record is not None:
+            if manifest.derived is not None and not manifest.derived.has_samples:
+                raise ConfigError(
+                    f"{store.path} was derived without the samples; needed inputs and, if it has a test set, "
+                    "test_inputs"
+                )
+            sources[split] = StoredSource(store.store, split, record.num_samples)
     _require_same_model(store, model)
     functional = prepare_model(
         model,
@@ -103,22 +99,13 @@ def find_witness(
     samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
     functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
     kind = get_kind(manifest.kind)
-    covectors = torch.from_numpy(kind.covectors(manifest.num_outputs))
-    choices = manifest.choices
-    whole = JacobianProducts(
-        model=functional,
-        covectors=covectors.to(device=functional.device, dtype=functional.dtype),
-        tile=manifest.tile,
-        strip=choices.strip,
-        subtile=choices.subtile,
-        batch=choices.batch,
-        is_mapping=manifest.train.is_mapping,
-    )
+    covectors = torch.from_numpy(kind.covectors(manifest.num_outputs)).to(functional.device, functional.dtype)
+    sizes = (manifest.tile, manifest.choices.strip, manifest.choices.subtile, manifest.choices.batch)
+    whole = JacobianProducts(functional, covectors, *sizes, manifest.train.is_mapping)
     left = frozenset(manifest.model.parameters).difference(*manifest.groups.values())
     groups = (*map(frozenset, manifest.groups.values()), *([left] if left else []))
-    if kind.pairs == "all":
-        return Witness((whole,), sources, groups)
-    return Witness(tuple(replace(whole, covectors=one[None]) for one in whole.covectors), sources, groups)
+    apart = tuple(replace(whole, covectors=one[None]) for one in covectors)
+    return Reference((whole,) if kind.pairs == "all" else apart, sources, groups)
 
 
 def _require_same_model(store: KernelStore, model: nn.Module) -> None:
@@ -157,16 +144,16 @@ def _matching_samples(store: KernelStore, given: object, record: DataRecord | No
 
 
 def certify(
-    store: KernelStore, witness: Witness, *, seed: int = 0, step: Callable[[], None] = lambda: None
+    store: KernelStore, reference: Reference, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store.
 
-    J'v is computed once; its part of each group of parameters gives the kernels of the group, their sum the whole ones.
+    J'v is computed once: its part in each group of parameters gives the kernels of the group, their sum the whole ones.
     """
     manifest = store.manifest
     rows = next(iter(store.store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
-    exact = _products(witness, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
+    exact = _products(reference, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
     found: list[Certificate] = []
     wholes: dict[int | None, dict[str, NDArray[np.float64]]] = {}
     for plane in planes(manifest):
@@ -189,15 +176,15 @@ def certify(
 
 
 def _products(
-    witness: Witness, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
+    reference: Reference, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
 ) -> dict[tuple[int | None, int | None, str], NDArray[np.float64]]:
-    """``J J'v`` by number of the group (none for all parameters), number of the output where apart, and split."""
+    """``J J'v`` by group (None for all parameters), output (None unless they are apart), and split."""
     found: dict[tuple[int | None, int | None, str], NDArray[np.float64]] = {}
-    for output, each in enumerate(witness.products):
-        direction = each.transposed(witness.sources["train"], signs, step)
-        for group, names in enumerate(witness.groups):
+    for output, each in enumerate(reference.products):
+        direction = each.transposed(reference.sources["train"], signs, step)
+        for group, names in enumerate(reference.groups):
             part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
-            for split, source in witness.sources.items():
+            for split, source in reference.sources.items():
                 product = each.product(source, part, step)
                 for number in (None, group):
                     key = number, output if is_apart else None, split
@@ -206,7 +193,7 @@ def _products(
 
 
 def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:
-    """A report with certificates, and a finding for each that is not good."""
+    """The report with certificates, and a finding for each bad one."""
     findings = tuple(
         Finding(
             certificate.array,
@@ -232,9 +219,9 @@ def _judge(
     whole: NDArray[np.float64] | None,
     manifest: Manifest,
 ) -> Certificate:
-    """Judge rows by their scale; those of a group, whose Jacobian may be zero but for rounding, also by the whole's."""
-    on_the_way = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
-    dtype = max(on_the_way, key=lambda dtype: _TOLERANCE[dtype])
+    """Judge rows by their scale; in a group, whose Jacobian may vanish up to rounding, also by that of the whole."""
+    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
     precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     if whole is not None:
         scale = scale + precision**0.5 * whole
@@ -254,7 +241,7 @@ def _judge(
 
 
 def _multiply(kernel: Kernel, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``K v`` in float64, each stored tile read once."""
+    """``K v`` in float64, reading each stored tile once."""
     grid = kernel.grid
     result = np.zeros(kernel.shape[0])
     for row, column in grid.tiles():

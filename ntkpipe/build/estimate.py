@@ -1,6 +1,6 @@
-"""What a cluster that is only described would take: hours, bytes and cost, and what binds it.
+"""Estimate time, bytes and cost of a build on a cluster that is only described.
 
-It is planned as a run on it would be, from what was measured here: operations, bytes and the time of Jacobians.
+The build is planned as it would be there, from operations, bytes and the time of Jacobians as measured here.
 """
 
 import math
@@ -11,38 +11,38 @@ from typing import Any, Literal
 from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds, make_plan
+from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds
+from ntkpipe.build.planner import make_plan
 
-Bound = Literal["compute", "disk", "memory"]
+Bottleneck = Literal["compute", "disk", "memory"]
 
-# From the call to the first block: workers import torch, receive the model and open it, while the driver checks it.
-# benchmarks/speedup.py measures it.
+# From the call to the first block: workers import torch and receive the model, while the driver checks it. Measured by
+# benchmarks/speedup.py.
 START_SECONDS = 5.0
-# Memory binds where with any amount of it computing would take less than this share of the time.
+# Memory is the bottleneck if unlimited memory would cut the computing time to less than this share.
 _RELIEF = 0.8
 _ANY_MEMORY = 2**60
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ClusterEstimate:
     """A plan for a described cluster. Prints as the second table of ``ntkpipe plan``.
 
     Attributes
     ----------
     cluster
-        The description, with what was left to this machine filled in.
+        The description, with missing fields taken from this machine.
     plan
         As it would be made there; its ``problems`` say where memory is too small.
     compute_seconds
-        Of all workers together: contractions at their rate, and Jacobians, which were timed here and are taken to
-        scale with that rate.
+        Sum over all workers: contractions at their rate, and Jacobians, timed here and assumed to scale with that rate.
     block_seconds
-        Of a whole block, the longest there is.
+        Time of the longest block.
     write_seconds
-        What is missing at the rate of the store; zero if that is not given.
+        Time to write what is missing at the rate of the store; zero if that is not given.
     binds
-        What to have more of: ``compute`` or ``disk``, whichever takes longer; ``memory`` where the plan does not fit,
-        or where Jacobians that cannot be kept are what computing spends its time on.
+        The bottleneck: ``compute`` or ``disk``, whichever takes longer; ``memory`` if the plan does not fit, or if most
+        of the time goes into Jacobians that cannot be kept.
     """
 
     cluster: ClusterSpec
@@ -50,16 +50,16 @@ class Estimate:
     compute_seconds: float
     block_seconds: float
     write_seconds: float
-    binds: Bound
+    binds: Bottleneck
 
     @property
     def even_seconds(self) -> float:
-        """Computing, if it were spread evenly over the workers."""
+        """Computing time if the work were spread evenly over the workers."""
         return self.compute_seconds / self.cluster.workers
 
     @property
     def balance_seconds(self) -> float:
-        """What workers wait at the end for the last block, at most: ``(1 - 1 / workers) * block_seconds`` [1]_.
+        """Longest wait for the last block: ``(1 - 1 / workers) * block_seconds`` [1]_.
 
         .. [1] Graham (1966). Bounds for certain multiprocessing anomalies. Bell System Technical Journal 45(9).
         """
@@ -67,14 +67,14 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """From the call to the last tile: tiles are written while others are computed, so the longer of both counts."""
+        """Time from the call to the last tile; computing and writing overlap, so the longer of the two counts."""
         if self.plan.tiles_done == self.plan.workload.num_tiles:
             return 0.0
         return START_SECONDS + max(self.even_seconds + self.balance_seconds, self.write_seconds)
 
     @property
     def cost(self) -> float | None:
-        """Of all workers from start to end; that of the scheduler, the driver and the disk is not in it."""
+        """Cost of all workers from start to end, without scheduler, driver and disk."""
         if self.cluster.price is None:
             return None
         return self.cluster.price * self.cluster.workers * self.seconds / 3600
@@ -101,32 +101,21 @@ class Estimate:
     def rows(self) -> list[tuple[str, str]]:
         """The estimate as (quantity, value) in words."""
         cluster, plan = self.cluster, self.plan
-        rate = cluster.write_bytes_per_second
-        disk = (
-            "no rate of the disk is given" if rate is None else f"{format_seconds(self.write_seconds)} at {rate:,} B/s"
-        )
+        rate, disk = cluster.write_bytes_per_second, "no rate of the disk is given"
+        if rate is not None:
+            disk = f"{format_seconds(self.write_seconds)} at {rate:,} B/s"
+        gflops = (cluster.flops_per_second or 0) / 1e9
+        block = f"up to {plan.edge} × {plan.edge} tiles, {format_seconds(self.block_seconds)}"
+        memory = f"{format_bytes(plan.memory_bytes)}; limit {format_bytes(plan.machine.memory_limit)}"
         parts = f"{format_seconds(START_SECONDS)} of start-up, {format_seconds(self.even_seconds)} of computing"
+        wait = f"up to {format_seconds(self.balance_seconds)} of waiting for the last block"
         rows = [
-            (
-                "workers",
-                f"{cluster.workers:,} on {cluster.device}, {(cluster.flops_per_second or 0) / 1e9:,.0f} GFLOP/s each",
-            ),
-            (
-                "blocks",
-                f"{plan.num_tasks:,}, of up to {plan.edge} × {plan.edge} tiles, {format_seconds(self.block_seconds)}; "
-                f"{plan.num_tasks / cluster.workers:,.1f} a worker",
-            ),
+            ("workers", f"{cluster.workers:,} on {cluster.device}, {gflops:,.0f} GFLOP/s each"),
+            ("blocks", f"{plan.num_tasks:,}, of {block}; {plan.num_tasks / cluster.workers:,.1f} a worker"),
             ("to write", f"{format_bytes(plan.bytes_to_write)}; {disk}"),
             ("recompute factor", f"{plan.recompute_factor:.2f} (Jacobians computed per sample)"),
-            (
-                "memory of a worker",
-                f"{format_bytes(plan.memory_bytes)}; limit {format_bytes(plan.machine.memory_limit)}",
-            ),
-            (
-                "time",
-                f"about {format_seconds(self.seconds)}: {parts}, up to {format_seconds(self.balance_seconds)} of "
-                "waiting for the last block",
-            ),
+            ("memory of a worker", memory),
+            ("time", f"about {format_seconds(self.seconds)}: {parts}, {wait}"),
             ("bound by", self.binds),
         ]
         if self.cost is not None:
@@ -134,26 +123,26 @@ class Estimate:
         return [*rows, *(("does not fit", problem) for problem in plan.problems)]
 
 
-def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Estimate:
-    """Say what a described cluster would take for the work of a plan.
+def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> ClusterEstimate:
+    """Estimate what the work of a plan would take on a described cluster.
 
     Parameters
     ----------
     plan
-        Made here, by :func:`ntkpipe.plan_kernel`; it need not fit this machine.
+        Made by :func:`ntkpipe.plan_kernel`; it need not fit this machine.
     cluster
-        The cluster, or the fields of one.
+        The cluster, or its fields.
 
     Returns
     -------
-    The estimate. Operations are exact, so is what is written; time is as good as the rates. Jacobians of a plan
-    without ``sample_seconds`` count as matrix products of as many operations. For a GPU, what was timed and
-    represented on a CPU is only an indication.
+    The estimate. Operations and written bytes are exact; times are as good as the rates. Jacobians of a plan without
+    ``sample_seconds`` count as matrix products of as many operations. For a GPU, timings and representations from a CPU
+    are only an indication.
 
     Raises
     ------
     ConfigError
-        If a field is wrong, or was left to this machine, which computes on another type of device.
+        If a field is wrong, or missing although this machine computes on another type of device.
     """
     if not isinstance(cluster, ClusterSpec):
         cluster = parse(ClusterSpec, cluster, source="cluster")
@@ -166,22 +155,19 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Es
     rate = cluster.write_bytes_per_second
     write_seconds = 0.0 if rate is None else plan.bytes_to_write / rate
     if found.problems:
-        binds: Bound = "memory"
+        binds: Bottleneck = "memory"
     elif write_seconds > compute_seconds / cluster.workers:
         binds = "disk"
     else:
         binds = "memory" if _worker_seconds(roomy) < _RELIEF * _worker_seconds(found) else "compute"
-    return Estimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
+    return ClusterEstimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
 
 
 def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
-    """The cluster with what is left to this machine filled in."""
+    """The cluster, with missing fields taken from this machine."""
     machine = plan.machine
     share = machine.base_memory + (machine.memory_limit - machine.base_memory) // machine.workers
-    here = {
-        "flops_per_second": machine.flops_per_second,
-        "memory_limit": math.ceil(share / SHARE_OF_LIMIT),
-    }
+    here = {"flops_per_second": machine.flops_per_second, "memory_limit": math.ceil(share / SHARE_OF_LIMIT)}
     missing = [name for name in here if getattr(cluster, name) is None]
     found = machine.device.partition(":")[0]
     if missing and found != cluster.device:
@@ -193,7 +179,7 @@ def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
 
 
 def _machine_of(cluster: ClusterSpec, plan: Plan) -> Machine:
-    """One process a worker, planned as :mod:`ntkpipe.build.preflight` does; on a CPU it holds what this one holds."""
+    """The described workers, each a process that on a CPU starts with the memory of this one."""
     return Machine(
         workers=1,
         processes=cluster.workers,
@@ -207,20 +193,15 @@ def _machine_of(cluster: ClusterSpec, plan: Plan) -> Machine:
 
 
 def _planned(plan: Plan, machine: Machine) -> Plan:
-    """The work of a plan on another machine, with the time of its Jacobians at that machine's rate."""
+    """The work of a plan on another machine, with the time of Jacobians scaled to its rate."""
     kept = plan.choices({}, plan.machine.device, "") if plan.is_resumed else None
-    found = make_plan(
-        plan.workload,
-        machine,
-        choices=kept,
-        tiles_done=plan.tiles_done,
-        bytes_to_write=plan.bytes_to_write,
-    )
+    done = {"tiles_done": plan.tiles_done, "bytes_to_write": plan.bytes_to_write}
+    found = make_plan(plan.workload, machine, choices=kept, **done)
     if plan.sample_seconds is None:
         return found
     return replace(found, sample_seconds=plan.sample_seconds * plan.machine.flops_per_second / machine.flops_per_second)
 
 
 def _worker_seconds(plan: Plan) -> float:
-    """Computing time of all workers together, for all tiles."""
+    """Computing time for all tiles, summed over the workers."""
     return plan.seconds * plan.machine.num_workers

@@ -1,6 +1,7 @@
-"""A kernel in memory, without a store: the same engine and plan, tiles go to a numpy array."""
+"""``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,48 +17,99 @@ from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.planes import array_of
 from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
-from ntkpipe.build.plan import Plan, Task
-from ntkpipe.build.prepare import Prepared, plan_run, prepare
-from ntkpipe.build.records import Halvings, Record, TileRecord
-from ntkpipe.build.run import checked
+from ntkpipe.build.plan import BlockTask, Plan
+from ntkpipe.build.prepare import Prepared, kernel_spec, plan_run, prepare, run_spec
+from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
+from ntkpipe.build.run import checked, exact_single_thread
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
-from ntkpipe.jacobian.model.samples import Samples, Source
+from ntkpipe.jacobian.model.samples import Samples, Source, as_samples, require_same_arrays
 from ntkpipe.store.layout import Index
 
 _SHARE_OF_MEMORY = 0.8
+
+
+def kernel_matrix(
+    model: nn.Module,
+    inputs: object,
+    other: object = None,
+    *,
+    kind: str = "pntk",
+    forward: Forward = None,
+    parameters: Sequence[str] | None = None,
+    compute_dtype: str = "float32",
+    accumulate_dtype: str | None = None,
+    store_dtype: str | None = None,
+    tile: int | None = None,
+    memory_limit: int | str | None = None,
+    device: str | None = None,
+    self_check: bool = True,
+    workers: int | None = None,
+    jacobian: str = "structured",
+    progress: bool = False,
+) -> NDArray[Any]:
+    """Compute a kernel in memory, without a store.
+
+    Parameters
+    ----------
+    model, inputs, kind, forward, parameters, compute_dtype, accumulate_dtype, store_dtype, tile
+        As for :func:`ntkpipe.compute_kernel`; ``store_dtype`` is the dtype of the result.
+    other
+        Other samples for the columns; default the inputs themselves.
+    memory_limit, device, self_check, workers, jacobian, progress
+        As for :func:`ntkpipe.compute_kernel`.
+
+    Returns
+    -------
+    K(inputs, other), shape (N*S, M*S), or the symmetric K(inputs, inputs), shape (N*S, N*S); row = sample * S +
+    covector. For ``kind="diagonal"`` one for each output, shape (O, N, M).
+
+    Raises
+    ------
+    ResourceError
+        If the matrix does not fit in memory.
+    """
+    types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
+    spec = kernel_spec(kind=kind, parameters=parameters, tile=tile, jacobian=jacobian, **types)
+    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
+    # Columns are the train samples: a symmetric kernel is train x train, another one test x train.
+    train, test = as_samples(inputs, with_targets=False), None
+    if other is not None:
+        train, test = as_samples(other, label="other", with_targets=False), train
+        require_same_arrays(train, test, "inputs")
+    for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
+        if samples is not None:
+            samples.inspect(label)
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
+        return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
 
 
 @dataclass(frozen=True)
 class SettledMatrix:
     """A kernel in memory that is ready to compute."""
 
-    prepared: Prepared  # model and samples
-    engine: Engine  # self-checked, unless the run asks for no self-check
+    prepared: Prepared
+    engine: Engine  # self-checked, if the run asks for that
     plan: Plan  # fits in memory
-    name: str  # name, grid: the one kernel that is computed, or one of each output
-    grid: Grid
+    name: str  # of the kernel
+    grid: Grid  # of the kernel
 
 
 def prepare_matrix(
     model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
 ) -> Prepared:
-    """As :func:`ntkpipe.build.prepare.prepare`, in tiles as large as leave work for every worker."""
+    """As :func:`ntkpipe.build.prepare.prepare`, in tiles just small enough to occupy every worker."""
     # A GPU has one worker.
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     choose_tile = partial(matrix_tile, num_workers=num_workers)
     return prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=choose_tile)
 
 
-def compute_matrix(prepared: Prepared, run: RunSpec, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute train x train, or test x train where there are test samples."""
-    return build_matrix(settle_matrix(prepared, run), what=what, progress=progress)
-
-
 def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
-    """Do everything that comes before the first tile: measure costs, plan and self-check."""
+    """Do all work before the first tile: measure costs, plan and self-check."""
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
@@ -69,18 +121,22 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
     engine = prepared.engine
-    plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-    plan.require_fit()
+
+    def planned() -> Plan:
+        plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
+        plan.require_fit()
+        return plan
+
+    plan = planned()
     if run.self_check:
         engine, _ = checked(prepared, engine, plan)
         if engine.representations != prepared.engine.representations:
-            plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-            plan.require_fit()
+            plan = planned()
     return SettledMatrix(prepared, engine, plan, name, grid)
 
 
 def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
-    """Compute what is settled, from the first tile to the last; any number of times."""
+    """Compute a settled kernel; may be called repeatedly."""
     prepared, plan = settled.prepared, settled.plan
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
     matrix = np.empty(_shape(prepared, settled.grid), dtype)
@@ -90,18 +146,10 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     sources: dict[str, Source] = {"train": prepared.train.source}
     if prepared.test is not None:
         sources["test"] = prepared.test.source
-    job = BuildJob(
-        settled.engine,
-        plan,
-        sources,
-        prepared.train.is_mapping,
-        sink,
-        StripCache(plan.cache_bytes),
-        dtype,
-        settled.engine.setup.pairs,
-        prefixes,
-    )
-    executor: ThreadExecutor[Task, Record] = ThreadExecutor(plan.machine.workers)
+    cache, pairs = StripCache(plan.cache_bytes), settled.engine.setup.pairs
+    is_mapping = prepared.train.is_mapping
+    job = BuildJob(settled.engine, plan, sources, is_mapping, sink, cache, dtype, pairs, prefixes)
+    executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records = Halvings(plan).watch(running)
         tiles = (record for record in records if isinstance(record, TileRecord))
@@ -113,19 +161,18 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
 
 
 def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
-    """Of the result."""
     return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
 
 
 class _MatrixSink:
-    """Tiles go to matrices in memory, mirrored where these are symmetric; outputs are dropped."""
+    """Puts tiles into matrices in memory, mirrored if symmetric, and drops outputs."""
 
     def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
         self._matrices = matrices
         self._grid = grid
 
     def exists(self, array: str, index: Index) -> bool:
-        """Outputs count as there; no tile does."""
+        """Whether it need not be computed: true for outputs, false for tiles."""
         return array not in self._matrices
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
@@ -137,7 +184,7 @@ class _MatrixSink:
         return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Copy a tile, which lies in its place, to its mirror image."""
+        """Mirror a tile, which was computed in place."""
         if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
             self._matrices[array][columns, rows] = values.T

@@ -1,21 +1,29 @@
-"""J J' as an operator without a stored matrix: every product goes through the data twice."""
+"""``jacobian_operator``: J J' as an operator without a stored matrix; every product goes through the data twice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
-from ntkpipe.build.prepare import Prepared
+from ntkpipe.base.resources import available_memory
+from ntkpipe.build.prepare import Prepared, kernel_spec, prepare
 from ntkpipe.build.run import exact_single_thread
+from ntkpipe.jacobian.model.functional import Forward, fingerprint
+from ntkpipe.jacobian.model.samples import as_samples
 from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
+from ntkpipe.jacobian.self_check import self_check
 
-# Of random signs, for the Frobenius norm.
+# Share of the free memory for the self-check, which has no plan.
+_SHARE_OF_MEMORY = 0.5
+# Random sign vectors for the Frobenius norm.
 _NUM_PROBES = 32
 
 
@@ -99,3 +107,52 @@ class JacobianOperator(Operator):
                 self._step()
         self._work += Work(1.0, 0, perf_counter() - start)
         return torch.cat(parts).numpy()
+
+
+def jacobian_operator(
+    model: nn.Module,
+    inputs: object,
+    *,
+    kind: str = "pntk",
+    forward: Forward = None,
+    parameters: Sequence[str] | None = None,
+    compute_dtype: str = "float64",
+    batch: int = 64,
+    device: str | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> JacobianOperator:
+    """The kernel as an operator for solvers, without a matrix anywhere.
+
+    Parameters
+    ----------
+    model, inputs, kind, forward, parameters, device
+        As for :func:`ntkpipe.compute_kernel`.
+    compute_dtype
+        dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
+    batch
+        Samples of one forward pass, at least 2.
+    step
+        Called after each batch of each product.
+
+    Raises
+    ------
+    ConfigError
+        If an option is wrong, or the kind has a matrix for each output.
+    DataError
+        If the samples cannot be used as they are.
+    ModelError
+        If the model cannot.
+    SelfCheckError
+        If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
+    """
+    check_number("batch", batch, low=2)
+    spec = kernel_spec(kind=kind, parameters=parameters, compute_dtype=compute_dtype)
+    samples = as_samples(inputs, with_targets=False)
+    digest = samples.inspect("inputs").inputs_digest
+    with exact_single_thread(spec.compute_dtype):
+        prepared = prepare(model, samples, None, spec, forward=forward, device=device)
+        memory = int(_SHARE_OF_MEMORY * available_memory())
+        engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
+    made_from = fingerprint(model, prepared.model.names)
+    identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
+    return JacobianOperator(replace(prepared, engine=engine), batch=batch, identity=identity, step=step)

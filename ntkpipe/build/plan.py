@@ -1,10 +1,8 @@
-"""The plan: tiles, strips, blocks, bytes, operations and memory, decided before anything is computed or written."""
+"""The plan of a run: its work, the machine, the sizes chosen for them, and how all of this prints."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
@@ -13,23 +11,12 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
 
-_MAX_EDGE = 16
-_BLOCKS_PER_WORKER = 4
-# More blocks than that balance workers no better.
-_MOST_BLOCKS_PER_WORKER = 64
-# What handing out a block and its last tile take a worker, about.
-_BLOCK_OVERHEAD_SECONDS = 0.05
-# A block may take this long, so that a stop or a kill loses little.
-_BLOCK_SECONDS = 60.0
-# Computing Jacobians again is left alone while it costs less than this share of the contraction.
-_RECOMPUTE_SHARE = 0.03
-_BUFFERS = 3
-# What is planned of a Dask worker's memory: its nanny ends it at 95 %.
+# Share of a Dask worker's memory limit that a plan may use: its nanny kills it at 95 %.
 SHARE_OF_LIMIT = 0.85
 
 
 @dataclass(frozen=True)
-class Task:
+class BlockTask:
     """One key of a build: a block of a kernel's tiles, or the diagonal blocks of one tile of test samples."""
 
     array: str
@@ -47,17 +34,17 @@ class Workload:
 
     grids: Mapping[str, Grid]  # the kernels by array name
     num_test: int  # test samples whose diagonal blocks are computed; zero without a test set
-    tile: int  # tile, num_covectors: samples along a tile's edge, and rows a sample
-    num_covectors: int
-    store_itemsize: int  # store_itemsize, accumulate_itemsize: bytes of one entry as stored, and as summed
-    accumulate_itemsize: int
+    tile: int  # samples along a tile's edge
+    num_covectors: int  # rows per sample
+    store_itemsize: int  # bytes of a stored entry
+    accumulate_itemsize: int  # bytes of an entry while it is summed
     cost: Cost  # of the Jacobians
     num_matrices: int = 1  # matrices of each kernel: one, or one for each output
-    num_groups: int = 0  # groups of parameters that have kernels of their own beside those of all
+    num_groups: int = 0  # parameter groups with kernels of their own
 
     @property
     def num_planes(self) -> int:
-        """Matrices that are filled together, each with tiles of its own."""
+        """Matrices that are filled together, each with its own tiles."""
         return self.num_matrices * (1 + self.num_groups)
 
     @property
@@ -78,30 +65,30 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Crew:
-    """The workers of a cluster, as they were found."""
+class ClusterWorkers:
+    """The workers of a cluster, as they describe themselves before a run."""
 
-    processes: int  # processes, threads: worker processes, and threads of each
-    threads: int
-    memory_limit: int  # memory_limit, base_memory: bytes that one process may use, and holds before the first block
-    base_memory: int
+    processes: int
+    threads: int  # of each process
+    memory_limit: int  # bytes that one process may use
+    base_memory: int  # bytes that one process holds before the first block
     flops_per_second: float  # rate of one thread's matrix products
-    device: str  # device, arithmetic: where they compute, and what decides the last bits there
-    arithmetic: str
+    device: str  # as torch names it
+    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run may use."""
+    """The hardware that a run may use."""
 
-    workers: int  # single-threaded workers of one process, at most
-    memory_limit: int  # bytes of a whole process
-    base_memory: int  # bytes that it holds before the first block
+    workers: int  # most single-threaded workers of one process
+    memory_limit: int  # bytes that one process may use
+    base_memory: int  # bytes that one process holds before the first block
     free_disk: int | None  # bytes that can be written; none for a kernel that stays in memory
     flops_per_second: float  # rate of one worker's matrix products
-    device: str = "cpu"  # where it computes, as torch names it
-    processes: int = 1  # processes that compute: this one, or the workers of a cluster
-    is_remote: bool = False  # whether they are workers of a cluster, whose threads are not ours to lower
+    device: str = "cpu"  # as torch names it
+    processes: int = 1  # this one, or the workers of a cluster
+    is_remote: bool = False  # whether they are workers of a cluster, whose number of threads is fixed
 
     @property
     def num_workers(self) -> int:
@@ -121,7 +108,7 @@ class Plan:
     Attributes
     ----------
     workload, machine
-        What it was made for; ``machine.workers`` may be lowered to fit the memory.
+        What the plan is for; ``machine.workers`` may be lowered to fit the memory.
     strip, subtile, batch
         As in :class:`ntkpipe.store.manifest.Choices`.
     hold
@@ -129,24 +116,25 @@ class Plan:
         some or all strips of one tile.
     edge
         Tiles along a block's edge.
+    pair_flops, jacobian_flops
+        Operations of all contractions, and of all Jacobians including recomputation.
+    recompute_factor
+        How often the average Jacobian is computed, at most.
     cache_bytes
         Memory for Jacobian strips that workers share.
+    memory_bytes
+        Upper bound of the resident memory of a process.
     tiles_done
         Tiles that exist already.
     bytes_to_write
-        Of the tiles and outputs that are missing, and the samples.
-    pair_flops, jacobian_flops
-        Operations of all contractions, and of all Jacobians with recomputation.
-    recompute_factor
-        How often the average Jacobian is computed, at most.
-    memory_bytes
-        Upper bound of the process's resident memory.
+        Bytes of the missing tiles and outputs, and of the samples.
     problems
-        Why it cannot run on this machine, with both numbers each; empty where it can.
+        Why it cannot run on this machine, each with both numbers; empty where it can.
     sample_seconds
-        What the Jacobians of one sample take a worker, as timed; none takes their operations for matrix products.
+        Time that one worker takes for the Jacobians of one sample, as measured; if None, their operations count as
+        matrix products.
     is_resumed
-        Whether strip, subtile and batch are those of a store that exists.
+        Whether strip, subtile and batch come from an existing store.
     """
 
     workload: Workload
@@ -156,19 +144,19 @@ class Plan:
     batch: int
     hold: int
     edge: int
-    cache_bytes: int
-    tiles_done: int
-    bytes_to_write: int
     pair_flops: float
-    jacobian_flops: float
-    recompute_factor: float
-    memory_bytes: int
+    jacobian_flops: float = 0.0
+    recompute_factor: float = 0.0
+    cache_bytes: int = 0
+    memory_bytes: int = 0
+    tiles_done: int = 0
+    bytes_to_write: int = 0
     problems: tuple[str, ...] = ()
     sample_seconds: float | None = None
     is_resumed: bool = False
 
     def require_fit(self) -> None:
-        """Refuse a plan that does not fit."""
+        """Raise if the plan does not fit the machine."""
         if self.problems:
             raise ResourceError("; ".join(self.problems))
 
@@ -184,7 +172,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the computing time: contraction at the matrix-product rate, Jacobians as they were timed."""
+        """Estimated computing time: contractions at the matrix-product rate, Jacobians as measured."""
         rate = self.machine.flops_per_second
         jacobians = self.jacobian_flops / rate
         if self.sample_seconds is not None:
@@ -204,24 +192,18 @@ class Plan:
         blocks = sum(grid.num_blocks(self.edge) for grid in self.workload.grids.values())
         return blocks + -(-self.workload.num_test // self.workload.tile)
 
-    def tasks(self) -> Iterator[Task]:
-        """Every task, lazily; what is done already is skipped by the task itself."""
+    def tasks(self) -> Iterator[BlockTask]:
+        """Every task, lazily; a task itself skips what is already done."""
         for name, grid in self.workload.grids.items():
             for block in grid.blocks(self.edge):
-                yield Task(name, block)
+                yield BlockTask(name, block)
         for tile in range(-(-self.workload.num_test // self.workload.tile)):
-            yield Task("kernel/test_diagonal", Block(tile, tile + 1, 0, 1))
+            yield BlockTask("kernel/test_diagonal", Block(tile, tile + 1, 0, 1))
 
     def choices(self, representations: Mapping[str, str], device: str, arithmetic: str) -> Choices:
-        """What the manifest records."""
-        return Choices(
-            strip=self.strip,
-            subtile=self.subtile,
-            batch=self.batch,
-            representations=dict(representations),
-            device=device,
-            arithmetic=arithmetic,
-        )
+        """Choices that the manifest records."""
+        sizes = {"strip": self.strip, "subtile": self.subtile, "batch": self.batch}
+        return Choices(**sizes, representations=dict(representations), device=device, arithmetic=arithmetic)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, in bytes, seconds and operations."""
@@ -248,21 +230,19 @@ class Plan:
             "problems": list(self.problems),
         }
 
-    def _planes_in_words(self) -> str:
-        load = self.workload
-        words = [f"of each of {load.num_matrices} outputs"] if load.num_matrices > 1 else []
-        words += [f"of all parameters and {load.num_groups} groups of them"] if load.num_groups else []
-        return f"{load.num_planes} of each, {', '.join(words)}"
-
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
-        shapes = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
+        kernels = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
+        if load.num_planes > 1:
+            planes = [f"of each of {load.num_matrices} outputs"] if load.num_matrices > 1 else []
+            planes += [f"of all parameters and {load.num_groups} groups of them"] if load.num_groups else []
+            kernels += f"; {load.num_planes} of each, {', '.join(planes)}"
         timed = " at the matrix-product rate" if self.sample_seconds is None else ""
         each = "" if machine.processes == 1 else f" in each of {machine.processes} processes"
         disk = "free space unknown" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
-            ("kernels", shapes if load.num_planes == 1 else f"{shapes}; {self._planes_in_words()}"),
+            ("kernels", kernels),
             ("tile", f"{load.tile} samples, {load.tile * load.num_covectors} rows, {format_bytes(load.tile_bytes)}"),
             ("tiles", f"{load.num_tiles:,}, of which {self.tiles_done:,} exist"),
             ("blocks", f"{self.num_tasks:,}, of up to {self.edge} × {self.edge} tiles"),
@@ -272,201 +252,16 @@ class Plan:
             ("Jacobian strips", f"{self.strip} samples, {format_bytes(self.strip * load.cost.block_bytes)} each"),
             ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
             ("workers", f"{machine.num_workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
-            (
-                "memory bound",
-                f"{format_bytes(self.memory_bytes)}{each}; limit {format_bytes(machine.memory_limit)}",
-            ),
+            ("memory bound", f"{format_bytes(self.memory_bytes)}{each}; limit {format_bytes(machine.memory_limit)}"),
             ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
 
 
 def format_seconds(seconds: float) -> str:
-    """``seconds`` in a unit that reads well."""
+    """Text of a duration in a readable unit."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     if seconds < 6000:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def make_plan(
-    workload: Workload,
-    machine: Machine,
-    *,
-    choices: Choices | None = None,
-    tiles_done: int = 0,
-    bytes_to_write: int | None = None,
-) -> Plan:
-    """Decide strips, batches, blocks and memory."""
-    if bytes_to_write is None:
-        bytes_to_write = workload.num_tiles * workload.tile_bytes
-    workers = machine.workers
-    plan = _fit(workload, machine, choices)
-    while plan.memory_bytes > machine.memory_limit and workers > 1 and not machine.is_remote:
-        workers //= 2
-        plan = _fit(workload, replace(machine, workers=workers), choices)
-    problems = []
-    if plan.memory_bytes > machine.memory_limit:
-        who, remedy, threads = "the run needs", "Raise memory_limit", "one worker"
-        if machine.is_remote:
-            who, threads = "a worker process needs", f"{machine.workers} thread(s)"
-            remedy = "Start workers with more memory (ntkpipe uses 85 % of their limit) or fewer threads"
-        problems.append(
-            f"{who} {format_bytes(plan.memory_bytes)} of memory with {threads}, of which "
-            f"{format_bytes(machine.base_memory)} are in use already; the limit is "
-            f"{format_bytes(machine.memory_limit)}. {remedy}, or use a smaller tile (now {workload.tile} samples, "
-            f"{format_bytes(workload.tile_bytes)})"
-            + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
-        )
-    if machine.free_disk is not None and bytes_to_write > machine.free_disk:
-        problems.append(
-            f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "
-            "free some, choose another path, a smaller store_dtype or fewer samples"
-        )
-    return replace(
-        plan,
-        tiles_done=tiles_done,
-        bytes_to_write=bytes_to_write,
-        problems=tuple(problems),
-        is_resumed=choices is not None,
-    )
-
-
-def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
-    """The best plan for a number of workers; its memory may still exceed the limit where nothing smaller works."""
-    cost, tile = workload.cost, workload.tile
-    share = (machine.memory_limit - machine.base_memory) / machine.workers
-    sizes = machine.sizes
-    subtile = min(max(1, int(sizes.piece_rows / workload.num_matrices**0.5) // workload.num_covectors), tile)
-    room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
-    most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
-    batch = _power_of_two(max(2, int(min(most))), subtile)
-    affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
-    # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
-    # else strips of a quarter of what fits: two held, one streaming, one being put together.
-    strip = tile if affordable >= 2 * tile + subtile else max(1, affordable // 4)
-    if choices is not None:
-        strip, subtile, batch = choices.strip, choices.subtile, choices.batch
-        room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
-        affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
-    subtile, batch = min(subtile, strip), min(batch, strip)
-    strips = -(-tile // strip)
-    affordable_strips = max(2, (affordable - subtile) // strip)
-    num_samples = workload.num_samples
-    everything = num_samples * cost.block_bytes
-
-    def with_edge(edge: int) -> Plan:
-        plan = Plan(
-            workload=workload,
-            machine=machine,
-            strip=strip,
-            subtile=subtile,
-            batch=batch,
-            hold=max(1, min(affordable_strips - 1, edge if strips == 1 else strips)),
-            edge=edge,
-            cache_bytes=0,
-            tiles_done=0,
-            bytes_to_write=0,
-            pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
-            jacobian_flops=0.0,
-            recompute_factor=0.0,
-            memory_bytes=0,
-        )
-        factor = _strip_visits(plan) / num_samples
-        excess = (factor - 1) * num_samples * cost.jacobian_flops
-        spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
-        if excess > _RECOMPUTE_SHARE * plan.pair_flops and spare > 0:
-            plan = replace(plan, cache_bytes=int(min(everything, spare)))
-            if plan.cache_bytes >= everything:
-                factor = min(factor, float(machine.processes))
-        return replace(plan, recompute_factor=factor, jacobian_flops=factor * num_samples * cost.jacobian_flops)
-
-    plan = min(map(with_edge, _edges(workload, machine)), key=_seconds_to_the_end)
-    if plan.cache_bytes >= everything and not machine.is_remote:
-        # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
-        plan = replace(plan, edge=1, hold=min(plan.hold, strips))
-    memory_bytes = int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan))
-    return replace(plan, memory_bytes=memory_bytes)
-
-
-def _power_of_two(value: int, limit: int) -> int:
-    """The largest power of two up to ``value``, but at most ``limit``."""
-    return min(1 << (max(1, value).bit_length() - 1), limit)
-
-
-def _edges(workload: Workload, machine: Machine) -> list[int]:
-    """Edges of blocks to choose from: the largest that leaves several for each worker and does not take too long.
-
-    Processes that share no strips may do better with smaller ones, which keep them all at work until the end.
-    """
-    tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
-    blocks = {edge: sum(grid.num_blocks(edge) for grid in workload.grids.values()) for edge in range(1, _MAX_EDGE + 1)}
-    largest = 1
-    for edge in range(2, _MAX_EDGE + 1):
-        if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
-            largest = edge
-    if not machine.is_remote:
-        return [largest]
-    most = _MOST_BLOCKS_PER_WORKER * machine.num_workers
-    return [largest, *(edge for edge in range(largest - 1, 0, -1) if blocks[edge] <= most)]
-
-
-def _seconds_to_the_end(plan: Plan) -> float:
-    """Computing, handing out blocks, and waiting for the last one: see :class:`ntkpipe.build.estimate.Estimate`."""
-    workers = plan.machine.num_workers
-    overhead = _BLOCK_OVERHEAD_SECONDS * plan.num_tasks / workers
-    return plan.seconds + overhead + (1 - 1 / workers) * plan.block_seconds
-
-
-def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:
-    """What a worker needs whatever its strips are: tile buffers and their encoded copies, scratch for contraction."""
-    entries = workload.num_matrices * (subtile * workload.num_covectors) ** 2
-    # With groups, the sum over all of them in float64 is kept beside that of one.
-    piece = entries * (sizes.piece_entry_bytes + (8 if workload.num_groups else 0)) + sizes.scratch_bytes
-    # Tiles of all planes are computed at once, and written one after the other.
-    tiles = (2 * _BUFFERS + 2 * (workload.num_planes - 1)) * workload.tile_bytes
-    return tiles + piece + workload.cost.fixed_workspace_bytes
-
-
-def _worker_bytes(plan: Plan) -> float:
-    load = plan.workload
-    strips = (plan.hold + 1) * plan.strip * load.cost.block_bytes
-    # The strip that is being computed exists in parts before it is whole.
-    assembling = plan.subtile * load.cost.block_bytes
-    return (
-        _fixed_bytes(load, plan.subtile, plan.machine.sizes)
-        + strips
-        + assembling
-        + plan.batch * load.cost.workspace_bytes
-    )
-
-
-def _strip_visits(plan: Plan) -> float:
-    """Samples whose Jacobians are computed, counted with repetition, if nothing but the held strips is reused."""
-    load = plan.workload
-    strips = -(-load.tile // plan.strip)
-    parts = -(-strips // plan.hold)
-    visits = float(load.num_test)
-    for grid in load.grids.values():
-        if parts == 1 or plan.rows_held > 1:
-            # Each column tile is streamed once for each group of rows; rows are computed once a block.
-            visits += sum(height + width for height, width in _groups(grid, plan.edge, plan.rows_held)) * load.tile
-        else:
-            # Parts of one row tile are held in turn: columns pass once for each part, rows again for each column.
-            visits += grid.num_tiles * load.tile * (1 + parts)
-    return max(visits, float(load.num_samples))
-
-
-def _groups(grid: Grid, edge: int, height: int) -> Iterator[tuple[int, float]]:
-    """``(row tiles, column tiles)`` of every group of rows that is held in some block."""
-    for row in range(0, grid.rows.num_tiles, edge):
-        stop = min(row + edge, grid.rows.num_tiles)
-        starts = np.arange(row if grid.symmetric else 0, grid.columns.num_tiles, edge)
-        widths = np.minimum(starts + edge, grid.columns.num_tiles) - starts
-        for first in range(row, stop, height):
-            last = min(first + height, stop)
-            for start, width in zip(starts, widths, strict=True):
-                # In a block on the diagonal the columns are the rows that are held.
-                inside = grid.symmetric and start == row
-                yield last - first, float(max(0, start + width - last) if inside else width)

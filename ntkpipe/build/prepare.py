@@ -1,4 +1,4 @@
-"""Preparation of a run: model and samples are checked, traced, costed and planned; nothing is written."""
+"""Prepare a run without writing anything: check and trace the model, measure costs, and plan."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import KernelSpec, RunSpec, parse
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
-from ntkpipe.build.plan import Crew, Machine, Plan, Workload, make_plan
+from ntkpipe.build.plan import ClusterWorkers, Machine, Plan, Workload
+from ntkpipe.build.planner import make_plan
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
@@ -26,53 +27,67 @@ from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, Functional
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.interface import Rates, Setup
-from ntkpipe.store.manifest import Choices
+from ntkpipe.store.manifest import Choices, DataRecord
 from ntkpipe.store.media.medium import Medium
 
-# What a run may take of the memory that is free when it starts, where no limit is given.
+# Share of the free memory that a run without a memory limit may use.
 _SHARE_OF_MEMORY = 0.7
 _COST_BATCH = 8
-# A batch of Jacobians that takes this long is long enough to be timed.
+# Long enough for the time of a batch of Jacobians to be reliable.
 _TIMED_SECONDS = 0.2
-# Strips of Jacobians that a worker has at once.
+# Jacobian strips that a worker holds at once.
 _STRIPS = 4
-# What the resident memory grows by for a worker, measured up to 24 MiB, that no tensor accounts for: scratch of BLAS
-# and oneDNN, and freed memory that the allocator keeps.
+# Memory of a worker outside of tensors (scratch of BLAS and oneDNN, freed memory that the allocator keeps), measured
+# up to 24 MiB.
 _LIBRARY_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model and samples that can be computed."""
+    """A checked model with its samples."""
 
-    spec: KernelSpec  # spec, kind: what is asked for
+    spec: KernelSpec
     kind: Kind
     model: FunctionalModel  # in the compute dtype, on the device
     engine: Engine  # traced, not yet self-checked
-    train: Samples  # train, test: the samples
+    train: Samples
     test: Samples | None
-    num_outputs: int  # outputs O
+    num_outputs: int  # O
     tile: int  # samples along a tile's edge
     groups: Mapping[str, tuple[str, ...]]  # parameters of each group by name
 
     @property
     def planes(self) -> tuple[Plane, ...]:
-        """The matrices that are filled together."""
+        """Matrices that are filled together."""
         return planes_of(self.spec.kind, self.num_outputs, self.groups)
 
     @property
     def num_covectors(self) -> int:
-        """Rows a sample, S."""
+        """Rows per sample, S."""
         return self.kind.num_covectors(self.num_outputs)
 
     def load(self, samples: Sequence[int]) -> Batch:
-        """A batch of any train samples on the device."""
+        """Load any train samples as a batch on the device."""
         return loader(self.model, self.train)(samples)
+
+    def inspect(self) -> tuple[DataRecord, DataRecord | None]:
+        """Read all samples once, for the manifest: their shapes and digests."""
+        return self.train.inspect("inputs"), None if self.test is None else self.test.inspect("test_inputs")
 
     def grids(self) -> dict[str, Grid]:
         """The kernels of a store of these samples."""
         num_test = None if self.test is None else self.test.num_samples
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
+
+
+def kernel_spec(**arguments: object) -> KernelSpec:
+    """Validate the arguments of a public function that say what is computed."""
+    return parse(KernelSpec, arguments, source="kernel arguments")
+
+
+def run_spec(**arguments: object) -> RunSpec:
+    """Validate the arguments of a public function that say what a run may use."""
+    return parse(RunSpec, arguments, source="run arguments")
 
 
 def loader(model: FunctionalModel, samples: Samples) -> Load:
@@ -101,7 +116,7 @@ def prepare(
     device: str | None,
     choose_tile: Callable[[int, int, int], int] = default_tile,
 ) -> Prepared:
-    """Check the model on a few samples and find out how its Jacobians are computed."""
+    """Check the model on a few samples, and decide how its Jacobians are computed."""
     kind = get_kind(spec.kind)
     functional = prepare_model(
         model,
@@ -139,12 +154,12 @@ def prepare(
 
 
 def _memory_of_a_worker(device: torch.device) -> float:
-    """Bytes for each core, or those of the GPU, which has one worker."""
+    """Free bytes per core, or those of the GPU, which has one worker."""
     return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew | None = None) -> Engine:
-    """The engine with the recorded choices of the store that is resumed."""
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: ClusterWorkers | None = None) -> Engine:
+    """The engine with the choices that an existing store recorded."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
         raise StoreMismatchError(
@@ -152,7 +167,7 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew
             f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
             (("choices.representations", choices.representations, engine.representations),),
         )
-    device, arithmetic = where_computed(engine, crew)
+    device, arithmetic = where_computed(engine, workers)
     if (device, arithmetic) != (choices.device, choices.arithmetic):
         warnings.warn(
             f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
@@ -162,10 +177,10 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, crew: Crew
     return engine
 
 
-def where_computed(engine: Engine, crew: Crew | None) -> tuple[str, str]:
-    """Type of the device that computes, here or on the workers, and what decides the last bits there."""
-    if crew is not None:
-        return torch.device(crew.device).type, crew.arithmetic
+def where_computed(engine: Engine, workers: ClusterWorkers | None) -> tuple[str, str]:
+    """Type of the computing device, here or on the workers, and what decides the last bits there."""
+    if workers is not None:
+        return torch.device(workers.device).type, workers.arithmetic
     return engine.model.device.type, describe_arithmetic(engine.model.device)
 
 
@@ -180,9 +195,9 @@ def plan_run(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
     result_bytes: int = 0,
-    crew: Crew | None = None,
+    workers: ClusterWorkers | None = None,
 ) -> Plan:
-    """Measure what Jacobians cost and this machine can do, and plan."""
+    """Measure the cost of Jacobians and the rate of this machine, and plan."""
     spec = prepared.spec
     workload = Workload(
         grids=grids,
@@ -196,7 +211,9 @@ def plan_run(
         num_groups=len(prepared.groups),
     )
     disk = None if medium is None else medium.free_bytes()
-    machine = _this_machine(engine, run, result_bytes, disk) if crew is None else _crew_machine(crew, run, disk)
+    machine = (
+        _this_machine(engine, run, result_bytes, disk) if workers is None else _cluster_machine(workers, run, disk)
+    )
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
 
@@ -204,7 +221,7 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
     used = process_memory()
     limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
-        # Strips live on the device: plan for whichever memory is shorter, so that they need not be halved on the way.
+        # Strips live on the device: plan for the smaller memory, so that they need not be halved during the run.
         limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
     return Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
@@ -216,22 +233,22 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
     )
 
 
-def _crew_machine(crew: Crew, run: RunSpec, disk: int | None) -> Machine:
-    """A limit of the run is that of each worker, where that is lower than the worker's own."""
+def _cluster_machine(workers: ClusterWorkers, run: RunSpec, disk: int | None) -> Machine:
+    """A memory limit of the run applies to each worker that has a higher one."""
     return Machine(
-        workers=crew.threads,
-        memory_limit=min(crew.memory_limit, run.memory_limit or crew.memory_limit),
-        base_memory=crew.base_memory,
+        workers=workers.threads,
+        memory_limit=min(workers.memory_limit, run.memory_limit or workers.memory_limit),
+        base_memory=workers.base_memory,
         free_disk=disk,
-        flops_per_second=crew.flops_per_second,
-        device=crew.device,
-        processes=crew.processes,
+        flops_per_second=workers.flops_per_second,
+        device=workers.device,
+        processes=workers.processes,
         is_remote=True,
     )
 
 
 def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
-    """Cost of the Jacobians, from two small batches; each worker's copy of the model is part of it."""
+    """Cost of the Jacobians, from two small batches, including each worker's copy of the model."""
     samples = probe_samples(prepared.train.num_samples)
     numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
     cost = engine.cost(prepared.load(numbers))
@@ -241,10 +258,9 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
-    """The plan with the time of a sample's Jacobians, which are slower than matrix products of as many operations.
+    """Add the measured time of a sample's Jacobians, which are slower than matrix products of as many operations.
 
-    Runs a batch of the plan, or one that takes long enough to be timed. A plan that does not fit the memory stays as it
-    is.
+    Runs a batch of the plan, or a smaller one that takes long enough. A plan that does not fit is returned unchanged.
     """
     if plan.memory_bytes > plan.machine.memory_limit:
         return plan
@@ -258,10 +274,10 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What one thread of the device does in a second: products measured, the best of a few tries.
+    """Rates of one thread of the device; that of matrix products is measured, as the best of a few tries.
 
-    Representations, and so bits, depend on the ratio of the two rates. It is what is usual for such a device and not
-    measured: two runs of the same model would differ with what else runs on the machine.
+    The other follows from a fixed ratio: it decides representations, and so bits, which must not depend on what else
+    runs on the machine.
     """
     sizes = sizes_of(device)
     left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)

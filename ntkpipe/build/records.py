@@ -1,4 +1,4 @@
-"""What a run says of itself: a record for each tile and each block, and what they add up to."""
+"""Records of a run: one for each tile and each block, and a summary."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ from ntkpipe.store.store import Store
 class TileRecord:
     """One chunk that is safely stored."""
 
-    array: str  # array, index: which one
+    array: str
     index: Index
-    seconds: float  # time since the one before, of the same worker
-    batch: int  # batch, subtile: what the worker has come down to, in samples: those of the plan unless memory ran out
-    subtile: int
+    seconds: float  # since the worker's previous chunk
+    batch: int  # samples; less than planned if memory ran out
+    subtile: int  # likewise
 
 
 @dataclass(frozen=True)
@@ -32,33 +32,33 @@ class BlockRecord:
     """One block that is done: a line of ``results/runs/<run>/blocks.jsonl``."""
 
     array: str  # the kernel
-    rows: tuple[int, int]  # rows, columns: first and last-but-one tile along each side
-    columns: tuple[int, int]
-    tiles: int  # tiles that were computed; those that existed are not among them
-    started: float  # unix time
+    rows: tuple[int, int]  # start and stop of its tile rows
+    columns: tuple[int, int]  # start and stop of its tile columns
+    tiles: int  # tiles that were computed, without those that existed
+    started: float  # Unix time
     seconds: float  # from the first sample to the last tile in the store
-    flops: float  # operations that were done, Jacobians that had to be computed again included
+    flops: float  # operations, including recomputed Jacobians
     num_bytes: int  # written to the store
-    peak_memory_bytes: int  # the largest resident memory of the process so far, or of the GPU's tensors in this block
-    batch: int  # batch, subtile: as in :class:`TileRecord`
+    peak_memory_bytes: int  # largest resident memory of the process so far, or of the GPU's tensors in this block
+    batch: int  # as in :class:`TileRecord`
     subtile: int
-    host: str  # host, process, device: where it was computed
+    host: str  # where it was computed
     process: int
     device: str
-    arithmetic: str  # what decides the last bits there: see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
+    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
 
-Record = TileRecord | BlockRecord
+BuildRecord = TileRecord | BlockRecord
 
 
 class RunLog:
-    """What one run of a store says of itself: a line for each block as it is done, and a summary at the end.
+    """Log of one run in its store: a line for each finished block, and a summary at the end.
 
-    ``results/runs/<run>/blocks.jsonl`` has the lines, the attributes of ``results/runs/<run>`` the summary.
+    ``results/runs/<run>/blocks.jsonl`` has the lines, and the attributes of ``results/runs/<run>`` are the summary.
     """
 
     def __init__(self, store: Store, plan: Plan, check_seconds: float) -> None:
@@ -75,8 +75,8 @@ class RunLog:
         self._hosts: set[str] = set()
         self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
-    def tiles(self, records: Iterator[Record]) -> Iterator[TileRecord]:
-        """The tiles among the records; blocks are logged."""
+    def tiles(self, records: Iterator[BuildRecord]) -> Iterator[TileRecord]:
+        """Pass tiles on, and log blocks."""
         for record in self._halvings.watch(records):
             if isinstance(record, BlockRecord):
                 self._add(record)
@@ -100,7 +100,7 @@ class RunLog:
         self._store.append_result(f"{self._name}/blocks.jsonl", block.to_json())
 
     def close(self) -> None:
-        """Write the summary; a disk too full for it is no reason to hide what happened."""
+        """Write the summary; a full disk must not hide the error that ended the run."""
         if not self._tiles:
             return
         plan, seconds = self._plan, perf_counter() - self._started
@@ -113,7 +113,7 @@ class RunLog:
             "processes": machine.processes,
             "tiles": self._tiles,
             "seconds": seconds,
-            # Where memory ran out, "used" is less, and results agree to rounding with those of an undisturbed run.
+            # If memory ran out, less than planned was used, and results agree with an undisturbed run to rounding only.
             "batch": plan.batch,
             "batch_used": self._halvings.used["batch"],
             "subtile": plan.subtile,
@@ -121,7 +121,7 @@ class RunLog:
             "self_check_seconds": self._check_seconds,
             "flops": self._flops,
             "num_bytes": self._num_bytes,
-            # Of the products that one worker was measured at before the run.
+            # Rate of matrix products of one worker, measured before the run.
             "flops_per_second": machine.flops_per_second,
             "share_of_rate": self._flops / (seconds * machine.num_workers * machine.flops_per_second),
             "recompute_factor": plan.recompute_factor,
@@ -133,14 +133,14 @@ class RunLog:
 
 
 class Halvings:
-    """What memory that ran out made of the plan's sizes, over all workers."""
+    """Smallest sizes that any worker used; less than planned if memory ran out."""
 
     def __init__(self, plan: Plan) -> None:
         self._planned = {"batch": plan.batch, "subtile": plan.subtile}
         self.used = dict(self._planned)
 
-    def watch(self, records: Iterator[Record]) -> Iterator[Record]:
-        """Pass records on, and look at their sizes."""
+    def watch(self, records: Iterator[BuildRecord]) -> Iterator[BuildRecord]:
+        """Pass records on; warn once when their sizes fall below the plan."""
         for record in records:
             was_as_planned = self.used == self._planned
             self.used["batch"] = min(self.used["batch"], record.batch)

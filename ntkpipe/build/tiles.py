@@ -1,4 +1,4 @@
-"""Build: one block at a time, from samples through Jacobian strips to tiles that are stored."""
+"""The job of a worker: compute a block at a time, from samples through Jacobian strips to stored tiles."""
 
 import os
 import socket
@@ -19,10 +19,10 @@ from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.planes import array_of
 from ntkpipe.build.gram import fill_tile
-from ntkpipe.build.plan import Plan, Task
-from ntkpipe.build.records import BlockRecord, Record, TileRecord
+from ntkpipe.build.plan import BlockTask, Plan
+from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
-from ntkpipe.executors.threads import Stopped
+from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Engine, JacobianBlock
 from ntkpipe.jacobian.model.arithmetic import exact_process
 from ntkpipe.jacobian.model.device import describe_arithmetic, is_out_of_memory, peak_memory
@@ -43,19 +43,16 @@ class Sink(Protocol):
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether the chunk is there already."""
-        ...
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Keep one chunk; the values may change after the call."""
-        ...
+        """Store one chunk; the values may change after the call."""
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
-        """Where a tile may be computed in place, so that writing it copies nothing; none if it cannot."""
-        ...
+        """Memory where a tile may be computed in place, so that writing it copies nothing; none if there is none."""
 
 
 class StripCache:
-    """Jacobian strips that the workers of one process share, the least recently used dropped first."""
+    """Jacobian strips shared by the workers of one process; the least recently used is dropped first."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -68,7 +65,7 @@ class StripCache:
         return StripCache, (self._capacity,)  # strips stay in the process that computed them
 
     def get(self, key: StripKey, make: Callable[[], JacobianBlock]) -> JacobianBlock:
-        """The strip, computed by ``make`` if it is not kept. Two workers do not compute the same one at once."""
+        """The strip, computed by ``make`` if it is not cached; two workers never compute the same one at once."""
         if self._capacity == 0:
             return make()
         with self._lock:
@@ -90,37 +87,34 @@ class StripCache:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """Everything that a worker needs to do any task; idempotent, whatever ran before or runs beside it."""
+    """Everything that a worker needs for any task; idempotent, whatever ran before or runs beside it."""
 
     engine: Engine  # copied for each worker
-    plan: Plan  # the plan
+    plan: Plan
     sources: Mapping[str, Source]  # samples by split, `train` and `test`
     is_mapping: bool  # whether a sample is a dict
-    sink: Sink  # where tiles go
+    sink: Sink
     cache: StripCache  # shared by the workers of this process
     store_dtype: np.dtype[Any]  # of tiles and outputs
-    pairs: Pairs = "all"  # which pairs of covectors are contracted
-    prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order in which they are contracted
-    # Keeps others from replacing what is written to, by a worker that may outlive its driver
+    pairs: Pairs = "all"  # of covectors that are contracted
+    prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order of contraction
+    # Marks the store as in use, since a worker may outlive its driver.
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext
-    # That of torch where the job was made; another process may have another one
+    # Default of torch in the process that made the job; another process may have another one.
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Arithmetic as every tile is computed, and what is written to held in use, in a process of its own."""
+        """Set up the arithmetic of a worker process, and mark the store as in use."""
         with exact_process(tf32=self.engine.model.tf32, default_dtype=self.default_dtype), self.in_use():
             yield
 
     def shrunk(self) -> "BuildJob":
-        """The same work in half the memory: strips, pieces and batches of half the size, one held, none shared."""
-        plan = self.plan
-        strip, subtile = max(1, plan.strip // 2), max(1, plan.subtile // 2)
-        batch = max(1, plan.batch // 2)
-        smaller = replace(plan, strip=strip, subtile=subtile, batch=batch, hold=1, cache_bytes=0)
-        return replace(self, plan=smaller, cache=StripCache(0))
+        """The same work in half the memory: all sizes halved, one strip held, none shared."""
+        halves = {name: max(1, getattr(self.plan, name) // 2) for name in ("strip", "subtile", "batch")}
+        return replace(self, plan=replace(self.plan, **halves, hold=1, cache_bytes=0), cache=StripCache(0))
 
-    def open(self, pause: Callable[[], None]) -> Callable[[Task], Iterator[Record]]:
+    def open(self, pause: Callable[[], None]) -> Callable[[BlockTask], Iterator[BuildRecord]]:
         """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
         torch.set_num_threads(1)
         device = torch.device(self.plan.machine.device)
@@ -133,15 +127,13 @@ class BuildJob:
 class _Computed:
     """A tile of every plane on its way to the sink."""
 
-    index: Index  # which one
-    span: Span  # its row samples
-    values: dict[str, Arrival]  # its entries by array, of those that do not have them
-    outputs: Arrival | None  # f of its row samples, where they are written with it
+    index: Index
+    span: Span  # row samples
+    values: dict[str, Arrival]  # entries, by arrays that lack them
+    outputs: Arrival | None  # of the row samples, on the diagonal
 
 
 class _Builder:
-    """One worker."""
-
     def __init__(self, job: BuildJob, pause: Callable[[], None]) -> None:
         self._job = job
         self._plan = job.plan
@@ -158,8 +150,8 @@ class _Builder:
         self._flops = 0.0
         self._num_bytes = 0
 
-    def run(self, task: Task) -> Iterator[Record]:
-        """Do one task, and say at its end what it took."""
+    def run(self, task: BlockTask) -> Iterator[BuildRecord]:
+        """Do one task; the last record sums it up."""
         started, began = time(), perf_counter()
         self._last, self._flops, self._num_bytes = began, 0.0, 0
         tiles = 0
@@ -188,32 +180,31 @@ class _Builder:
             arithmetic=describe_arithmetic(self._device),
         )
 
-    def _chunks(self, task: Task) -> Iterator[TileRecord]:
-        """Do one task. Tiles are written by a thread of their own while the next ones are computed."""
+    def _chunks(self, task: BlockTask) -> Iterator[TileRecord]:
+        """Do one task; a separate thread writes tiles while the next ones are computed."""
         if task.array == "kernel/test_diagonal":
             yield from self._diagonal(task.block.row_start)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
             pending: list[tuple[_Computed, Future[None]]] = []
             for tile in self._tiles(task):
-                pending.append((tile, writer.submit(self._keep, tile)))
-                # The next tile goes to the buffers of the one before this: these must be free again.
+                pending.append((tile, writer.submit(self._store, tile)))
+                # The next tile reuses the buffers of the previous one, which must be free again.
                 while len(pending) >= NUM_BUFFERS:
-                    yield from self._kept(*pending.pop(0))
+                    yield from self._stored(*pending.pop(0))
             while pending:
-                yield from self._kept(*pending.pop(0))
+                yield from self._stored(*pending.pop(0))
 
-    def _kept(self, tile: _Computed, writing: "Future[None]") -> Iterator[TileRecord]:
+    def _stored(self, tile: _Computed, writing: "Future[None]") -> Iterator[TileRecord]:
         writing.result()
         for array in tile.values:
             yield self._finished(array, tile.index)
 
     def _arrays(self, name: str) -> list[str]:
-        """That array of every plane."""
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
-    def _keep(self, tile: _Computed) -> None:
-        """Write a tile of each plane once it has arrived, and before them the outputs of its samples."""
+    def _store(self, tile: _Computed) -> None:
+        """Write the outputs of a tile's samples, then the tile of each plane, once they have arrived."""
         values = {array: arrive() for array, arrive in tile.values.items()}
         for array, entries in values.items():
             self._require_finite(array, entries, tile.span)
@@ -223,7 +214,7 @@ class _Builder:
             self._write(array, tile.index, entries)
 
     def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Keep a chunk that is not there: what is stored stays as it is, also if it was computed for its outputs."""
+        """Write a chunk unless it exists: stored entries stay, even if they were recomputed for their outputs."""
         if not self._job.sink.exists(array, index):
             self._job.sink.write(array, index, values)
             self._num_bytes += values.nbytes
@@ -235,8 +226,8 @@ class _Builder:
         self._last = now
         return record
 
-    def _tiles(self, task: Task) -> Iterator[_Computed]:
-        """Compute the missing tiles of a block: row strips are held, column strips stream past them."""
+    def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
+        """Compute the missing tiles of a block: hold row strips, and stream column strips past them."""
         grid = self._plan.workload.grids[task.array]
         split = _SPLITS[task.array][0]
         rows = task.block.rows()
@@ -256,14 +247,7 @@ class _Builder:
             return True
         return not all(self._job.sink.exists(each, (row, column)) for each in self._arrays(array))
 
-    def _tile(
-        self,
-        array: str,
-        grid: Grid,
-        row: int,
-        column: int,
-        pinned: frozenset[StripKey],
-    ) -> _Computed:
+    def _tile(self, array: str, grid: Grid, row: int, column: int, pinned: frozenset[StripKey]) -> _Computed:
         plan, width = self._plan, self._plan.workload.num_covectors
         row_split, column_split = _SPLITS[array]
         row_span, column_span = grid.rows.samples(row), grid.columns.samples(column)
@@ -300,20 +284,19 @@ class _Builder:
                         most=self._most,
                     )
         sent = {each: buffers.send() for each, buffers in zip(arrays, self._buffers, strict=True)}
-        # Where outputs alone are missing, all that is done is told by the first plane.
+        # If only outputs are missing, the record names the first plane.
         missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]
-        values = {each: sent[each] for each in missing}
         rows, columns = len(row_span), len(column_span)
         self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
         found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
-        return _Computed((row, column), row_span, values, found)
+        return _Computed((row, column), row_span, {each: sent[each] for each in missing}, found)
 
     def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
-        """Send what is small to the host; in float64, since numpy has no bfloat16."""
+        """Send small values to the host, in float64 since numpy has no bfloat16."""
         return self._buffers[0].fetch(torch.cat(parts).double())
 
     def _diagonal(self, number: int) -> Iterator[TileRecord]:
-        """Outputs and diagonal blocks of one tile of test samples."""
+        """Compute outputs and diagonal blocks of one tile of test samples."""
         plan, sink = self._plan, self._job.sink
         index, arrays = (number, 0, 0), self._arrays("kernel/test_diagonal")
         if sink.exists("outputs/test", (number, 0)) and all(sink.exists(array, index) for array in arrays):
@@ -343,11 +326,11 @@ class _Builder:
         self._write(f"outputs/{split}", (span.start // self._plan.workload.tile, 0), values)
 
     def _to_store_dtype(self, values: NDArray[np.float64]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # an overflow is an error, raised with its samples
+        with np.errstate(over="ignore"):  # reported by _require_finite, with its samples
             return values.astype(self._job.store_dtype)
 
     def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
-        """Check what is about to be written for the samples of ``span``, which run along the first axis."""
+        """Check values before they are written; their first axis is the samples of ``span``."""
         finite = np.isfinite(values).reshape(len(span), -1).all(axis=1)
         if not finite.all():
             raise NonFiniteError(
@@ -357,7 +340,7 @@ class _Builder:
             )
 
     def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
-        """Jacobians of a strip: held, shared with another worker, or computed; then only it and ``keep`` are held."""
+        """Jacobians of a strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
         if key not in self._held:
             self._held = {other: block for other, block in self._held.items() if other in keep}
             self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
@@ -376,10 +359,9 @@ class _Builder:
             return self._engine.model.to_batch(arrays, self._job.is_mapping)
 
         try:
-            block, self._batch = self._engine.block(
-                load, span.start, span.stop, subtile=self._plan.subtile, batch=self._batch
-            )
-        except (NtkpipeError, Stopped):
+            sizes = {"subtile": self._plan.subtile, "batch": self._batch}
+            block, self._batch = self._engine.block(load, span.start, span.stop, **sizes)
+        except (NtkpipeError, RunStopped):
             raise
         except Exception as error:
             if is_out_of_memory(error):
@@ -393,7 +375,7 @@ class _Builder:
         return block
 
     def _require_finite_block(self, block: JacobianBlock, split: str, span: Span) -> None:
-        """Check a strip; where nothing is wrong, a GPU is waited for once."""
+        """Check a strip; if nothing is wrong, this waits for a GPU just once."""
         outputs = torch.isfinite(block.outputs).all(dim=1)
         if bool((torch.cat([piece.has_finite_sums() for piece in block.pieces]) & outputs).all()):
             return

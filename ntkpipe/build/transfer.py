@@ -1,7 +1,7 @@
-"""Between host and device: samples in through pinned memory, finished tiles out on a stream of their own.
+"""Transfer between host and device: samples in through pinned memory, finished tiles out on a stream of their own.
 
-On a CPU nothing is moved: a tile is computed where it is written from. On a GPU it is put together in device memory in
-the dtype of the store, and copied to pinned memory by a side stream while the next one is computed.
+On a CPU nothing moves: a tile is computed where it is written from. On a GPU it is assembled in device memory in the
+dtype of the store, and a side stream copies it to pinned memory while the next tile is computed.
 """
 
 from collections.abc import Callable
@@ -13,41 +13,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Waits until values are on the host, and returns them; from any thread.
+# Waits in any thread until values are on the host, and returns them.
 Arrival = Callable[[], NDArray[Any]]
 
-# One tile is computed while the one before it is copied and written.
+# One tile is computed while the previous one is copied and written.
 NUM_BUFFERS = 2
 
 
 class TileBuffers(Protocol):
-    """Memory of the tiles of one worker.
+    """Tile memory of one worker.
 
-    Of the tiles that were sent, at most ``NUM_BUFFERS - 1`` may still be waited for or read when the next is taken.
+    When a tile is taken, at most ``NUM_BUFFERS - 1`` of those sent before may still be in transfer or in use.
     """
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
-        """Memory for the next tile, on the device, in the dtype of the store; its content is undefined."""
-        ...
+        """Uninitialised device memory for the next tile, in the dtype of the store."""
 
     def send(self) -> Arrival:
-        """Send the tile that was taken last to the host, once everything that was asked for so far is computed."""
-        ...
+        """Send the tile that was taken last to the host, after all work queued so far."""
 
     def fetch(self, values: Tensor) -> Arrival:
-        """Send any other values."""
-        ...
+        """Send any other values to the host."""
 
 
 def tile_buffers(device: torch.device, rows: int, dtype: np.dtype[Any]) -> TileBuffers:
-    """The buffers of a worker for tiles of at most (rows, rows)."""
-    if device.type == "cpu":
-        return HostTiles(rows, dtype)
-    return DeviceTiles(SideStream(device), rows, dtype)
+    """Buffers of a worker for tiles of at most (rows, rows)."""
+    return HostTiles(rows, dtype) if device.type == "cpu" else DeviceTiles(SideStream(device), rows, dtype)
 
 
 class HostTiles:
-    """Tiles that are computed on a CPU, in place."""
+    """Tiles computed in place on a CPU."""
 
     def __init__(self, rows: int, dtype: np.dtype[Any]) -> None:
         self._shape = rows, rows
@@ -58,16 +53,12 @@ class HostTiles:
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
         """See :meth:`TileBuffers.take`."""
         if place is None:
-            place = self._next()[: shape[0], : shape[1]]
+            number, self._turn = self._turn % NUM_BUFFERS, self._turn + 1
+            if self._buffers[number].shape != self._shape:  # allocated when first needed
+                self._buffers[number] = np.empty(self._shape, self._buffers[number].dtype)
+            place = self._buffers[number][: shape[0], : shape[1]]
         self._tile = place
         return torch.from_numpy(place)
-
-    def _next(self) -> NDArray[Any]:
-        """The buffer that is free, allocated when it is first needed."""
-        number, self._turn = self._turn % NUM_BUFFERS, self._turn + 1
-        if self._buffers[number].shape != self._shape:
-            self._buffers[number] = np.empty(self._shape, self._buffers[number].dtype)
-        return self._buffers[number]
 
     def send(self) -> Arrival:
         """See :meth:`TileBuffers.send`."""
@@ -80,35 +71,30 @@ class HostTiles:
 
 
 class Event(Protocol):
-    """The end of a copy, as ``torch.cuda.Event``."""
+    """End of a copy, like ``torch.cuda.Event``."""
 
     def synchronize(self) -> None:
         """Block the calling thread until the copy is done."""
-        ...
 
 
 class Stream(Protocol):
-    """What :class:`DeviceTiles` needs of a GPU; :class:`SideStream`, or a double of it."""
+    """The GPU operations that :class:`DeviceTiles` uses; :class:`SideStream`, or a test double."""
 
     def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor on the device."""
-        ...
 
     def allocate_pinned(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor on the host that the device can copy to without a stop."""
-        ...
+        """A flat tensor in pinned host memory."""
 
     def copy(self, source: Tensor, target: Tensor) -> Event:
-        """Copy to pinned memory once everything that was asked for so far is computed; returns at once."""
-        ...
+        """Copy to pinned memory after all work queued so far; returns at once."""
 
     def hold(self, event: Event) -> None:
-        """Let what is asked for from now on be computed after the event."""
-        ...
+        """Make work queued from now on wait for the event."""
 
 
 class SideStream:
-    """A stream for copies beside the one that computes, the calling thread's current stream of the device."""
+    """A stream for copies, beside the current stream of the calling thread, which computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -127,10 +113,10 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            # Blocking: the thread that waits sleeps, instead of spinning on a core.
+            # Blocking: the waiting thread sleeps instead of spinning on a core.
             copied = torch.cuda.Event(blocking=True)
             copied.record(self._stream)
-        # Else the allocator could give the source's memory to the computing stream before it has been read.
+        # Otherwise the allocator might hand out the source's memory again before it has been read.
         source.record_stream(self._stream)
         return copied
 
@@ -142,18 +128,17 @@ class SideStream:
 
 @dataclass
 class _Slot:
-    """One of the tiles that are under way: where it is computed, where it arrives, and when."""
+    """Memory of one tile in transfer."""
 
-    device: Tensor
-    pinned: Tensor
-    copied: Event | None = None
+    device: Tensor  # where it is computed
+    pinned: Tensor  # where it arrives
+    copied: Event | None = None  # end of the copy
 
 
 class DeviceTiles:
-    """Tiles that are computed on a GPU; each has its own device memory and pinned memory.
+    """Tiles computed on a GPU, each with its own device memory and pinned memory.
 
-    They are flat and viewed in the shape of the tile, since a copy of what is not contiguous goes through pageable
-    memory.
+    Both are flat and viewed in the shape of the tile: copies of non-contiguous tensors go through pageable memory.
     """
 
     def __init__(self, stream: Stream, rows: int, dtype: np.dtype[Any]) -> None:
@@ -213,7 +198,7 @@ def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def to_host_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of an array, on its way to a device: contiguous, and for a GPU in pinned memory.
+    """A contiguous copy of an array, for a GPU in pinned memory.
 
     Always a copy: strides, which may be negative, would reach the model and change its last bits.
     """

@@ -1,48 +1,230 @@
-"""The workers of a cluster, as a run on them needs them; distributed is loaded where there is a client, not before."""
+"""What a run computes with: threads of this process, or the workers of a cluster, which are inspected first."""
 
+import os
+import platform
+import socket
 import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
-from ntkpipe.base.config import KernelSpec
-from ntkpipe.build.plan import Crew, Task
-from ntkpipe.build.records import Record
+import torch
+
+from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.errors import ClusterError
+from ntkpipe.base.resources import available_memory, process_memory
+from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, ClusterWorkers
+from ntkpipe.build.prepare import measure_rates
+from ntkpipe.build.records import BuildRecord
 from ntkpipe.executors.threads import Executor
-from ntkpipe.jacobian.model.functional import DTYPES
+from ntkpipe.jacobian.model.device import describe_arithmetic
+from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
 from ntkpipe.store.store import Store
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Worker
+
+Reply = TypeVar("Reply")
+
+VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
 
 
-def inspect_crew(client: "Client", spec: KernelSpec, device: str | None, progress: bool) -> Crew:
-    """What the workers of a cluster are; says where its dashboard is."""
-    from ntkpipe.build import preflight  # keeps distributed out of runs on one machine
-    from ntkpipe.executors import connect as cluster
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use."""
 
-    cluster.require_workers(client)
-    crew = preflight.inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], device)
+    run: RunSpec  # its limits
+    progress: bool  # whether progress bars are shown
+    client: "Client | None" = None  # of the cluster that computes; none for threads of this process
+    workers: ClusterWorkers | None = None  # of that cluster
+    code: str | Path | None = None  # folder that is sent to them
+
+    @property
+    def device(self) -> str | None:
+        """Where this process probes the model: like the workers if it can, since only they may have a GPU."""
+        if self.workers is None:
+            return self.run.device
+        return "cpu" if self.workers.device == "cpu" else None
+
+    def without_self_check(self) -> "Resources":
+        """The same, for work on a store whose model was checked before."""
+        return replace(self, run=self.run.model_copy(update={"self_check": False}))
+
+    def executor(self, store: Store) -> Executor[BlockTask, BuildRecord] | None:
+        """Distributes blocks to the workers, once they have shown that they reach the store; none without a cluster."""
+        if self.client is None:
+            return None
+        from ntkpipe.executors.dask import TOPIC, ClusterExecutor  # keeps distributed out of runs on one machine
+        from ntkpipe.executors.payload import pack_code
+
+        require_shared_store(self.client, store)
+        self.client.log_event(TOPIC, {"store": str(store.root), "state": "building"})
+        packed = None if self.code is None else pack_code(Path(self.code))
+        return ClusterExecutor(self.client, name=store.manifest.kind, code=packed)
+
+
+def find_resources(
+    run: RunSpec, spec: KernelSpec, client: "Client | None", code: str | Path | None, progress: bool
+) -> Resources:
+    """Threads of this process, or the workers of a client's cluster; prints where its dashboard is."""
+    if client is None:
+        return Resources(run, progress)
+    from ntkpipe.executors.connect import require_workers
+
+    require_workers(client)
+    found = inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], run.device)
     if progress:
-        each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
-        where = f"{crew.processes} workers of {each} on {crew.device} ({crew.arithmetic})"
+        each = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+        where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
         print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
-    return crew
+    return Resources(run, progress, client, found, code)
 
 
-def device_here(device: str | None, crew: Crew | None) -> str | None:
-    """Where this process looks at the model: as the workers do if it can, for it may have no GPU and they some."""
-    if crew is None:
-        return device
-    return "cpu" if crew.device == "cpu" else None
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker says about itself."""
+
+    host: str
+    device: str  # type of device
+    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
+    versions: dict[str, str]  # of Python and of the packages that matter
+    num_threads: int  # keys that it computes at a time
+    memory_limit: int  # bytes at which its nanny kills it
+    base_memory: int  # bytes that it holds now
+    flops_per_second: float  # rate of one thread's matrix products
 
 
-def cluster_executor(client: "Client", store: Store, code: str | Path | None) -> Executor[Task, Record]:
-    """What hands blocks out to workers that have shown that they reach the store; ``code`` is sent to them."""
-    from ntkpipe.build import preflight
-    from ntkpipe.executors import dask as remote
-    from ntkpipe.executors import payload as parcel
+def _ask(client: "Client", request: Callable[..., Reply], *arguments: Any) -> dict[str, Reply]:
+    """Call a function in every worker; workers that die meanwhile are left out."""
+    replies: Mapping[str, Any] = client.run(request, *arguments, on_error="return")
+    failed = {address: reply for address, reply in replies.items() if isinstance(reply, BaseException)}
+    # Dask reports a worker that no longer answers by an OSError (CommClosedError is one).
+    if any(isinstance(error, OSError) for error in failed.values()):
+        there = client.nthreads()
+        failed = {address: e for address, e in failed.items() if address in there or not isinstance(e, OSError)}
+    if failed:
+        address, error = next(iter(failed.items()))
+        missing = isinstance(error, ModuleNotFoundError)
+        raise ClusterError(
+            f"{len(failed)} of {len(replies)} workers fail, the first at {address}: {error!r}."
+            + (" Install ntkpipe[compute,cluster] there, in the version that is used here" if missing else "")
+        ) from error
+    return {address: reply for address, reply in replies.items() if not isinstance(reply, BaseException)}
 
-    preflight.require_shared_store(client, store)
-    client.log_event(remote.TOPIC, {"store": str(store.root), "state": "building"})
-    packed = None if code is None else parcel.pack_code(Path(code))
-    return remote.ClusterExecutor(client, name=store.manifest.kind, code=packed)
+
+def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> ClusterWorkers:
+    """Ask every worker what it is, and sum up the reports for the plan."""
+    from ntkpipe.executors.connect import address_of, require_package, require_workers
+
+    require_package(client)
+    reports = _ask(client, report_worker, dtype, device)
+    if not reports:  # all have died, as after a run that took too much memory
+        require_workers(client)
+        reports = _ask(client, report_worker, dtype, device)
+    if not reports:
+        raise ClusterError(f"{address_of(client)} has no workers")
+    here = _versions()
+    every = list(reports.values())
+    for name in ("python", *VERSIONS):
+        ours = f"{socket.gethostname()} (this process)", here[name]
+        found = _differing([ours, *((r.host, r.versions[name]) for r in every)])
+        if found and name == "ntkpipe":
+            raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
+        if found:
+            warnings.warn(f"versions of {name} differ: {found}; results may agree to rounding only", stacklevel=3)
+    if devices := _differing((r.host, r.device) for r in every):
+        raise ClusterError(f"workers have different devices: {devices}; use workers of one type")
+    if arithmetic := _differing((r.host, r.arithmetic) for r in every):
+        warnings.warn(
+            f"workers compute differently: {arithmetic}; tiles agree to rounding, not to the last bit", stacklevel=3
+        )
+    if every[0].device != "cpu" and any(r.num_threads > 1 for r in every):
+        raise ClusterError(
+            "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
+        )
+    return ClusterWorkers(
+        processes=len(every),
+        threads=max(r.num_threads for r in every),
+        memory_limit=int(SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
+        base_memory=max(r.base_memory for r in every),
+        flops_per_second=sum(r.flops_per_second for r in every) / len(every),
+        device=every[0].device,
+        arithmetic=every[0].arithmetic,
+    )
+
+
+def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker | None" = None) -> WorkerReport:
+    """Report of this worker; Dask calls it there, and fills in the last argument by its name."""
+    assert dask_worker is not None
+    found = resolve_device(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rate = measure_rates(found, dtype).product
+    finally:
+        torch.set_num_threads(threads)
+    return WorkerReport(
+        host=socket.gethostname(),
+        device=str(found),
+        arithmetic=describe_arithmetic(found),
+        versions=_versions(),
+        num_threads=dask_worker.state.nthreads,
+        memory_limit=dask_worker.memory_manager.memory_limit or available_memory(),
+        base_memory=process_memory(),
+        flops_per_second=rate,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def _differing(values: Iterable[tuple[str, str]]) -> str:
+    """``2.13 on a, b; 2.12 on c`` if the values of (host, value) differ, else an empty text."""
+    hosts: defaultdict[str, set[str]] = defaultdict(set)
+    for host, value in values:
+        hosts[value].add(host)
+    if len(hosts) == 1:
+        return ""
+    return "; ".join(f"{value} on {', '.join(sorted(names))}" for value, names in sorted(hosts.items()))
+
+
+def require_shared_store(client: "Client", store: Store) -> None:
+    """Check that every worker can write, read and delete in the store as this process sees it."""
+    ours = f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
+    store.medium.put(ours, ours.encode())
+    try:
+        problems = {address: problem for address, problem in _ask(client, _try_store, store, ours).items() if problem}
+    finally:
+        store.medium.delete(ours)
+    if problems:
+        listed = "; ".join(f"{address}: {problem}" for address, problem in list(problems.items())[:5])
+        raise ClusterError(
+            f"{len(problems)} workers do not reach the store {store.root}: {listed}. It must be at the same path on "
+            "a disk that all of them share, or a URL of an object store with credentials in every worker's environment"
+        )
+
+
+def _try_store(store: Store, token: str) -> str:
+    """Why this worker cannot use the store; empty if it can."""
+    mine = f"{uuid4().hex}.partial"
+    where = f"host {socket.gethostname()}, process {os.getpid()}"
+    try:
+        step = "write there"
+        store.medium.put(mine, mine.encode())
+        step = "read what it wrote there"
+        if store.medium.get(mine) != mine.encode():
+            return f"{where} reads something else than it wrote"
+        step = "delete there"
+        store.medium.delete(mine)
+        step = "see what this run's driver wrote there (another disk?)"
+        if store.medium.get(token) != token.encode():
+            return f"{where} reads something else than the driver wrote"
+    except OSError as error:
+        return f"{where} cannot {step}: {error}"
+    return ""

@@ -21,13 +21,12 @@ _LOOPBACK = "127.0.0.1"
 _DASHBOARD_PORT = 8787
 _SHARE_OF_MEMORY = 0.7
 _CONNECT_SECONDS = 30
-# Of a local cluster.
+# Dask's settings for a local cluster.
 _SETTINGS = {
-    # Its nannies restart what dies. Left alone, Dask would close one whose worker is just dying again when the time
-    # after an earlier death is over, and the cluster would be without that worker for good.
+    # Nannies restart workers that die. With a shorter timeout Dask would close a nanny whose worker happens to die
+    # again when the timeout of an earlier death ends, and the cluster would lose that worker for good.
     "distributed.deploy.lost-worker-timeout": "100 days",
-    # Profiles of a hundred stacks a second, and clocks that tick fifty times, take a tenth of a busy core. Blocks are
-    # few and long.
+    # By default, profiling and ticking take a tenth of a busy core; blocks are few and long.
     "distributed.worker.profile.interval": "500 ms",
     "distributed.admin.tick.interval": "500 ms",
 }
@@ -39,7 +38,7 @@ _WAIT_SECONDS = 600
 def connect(
     scheduler: str, *, workers: int | None = None, memory_limit: int | None = None, num_gpus: int = 0
 ) -> Iterator[Client]:
-    """A client of a cluster, until the context is left; a local cluster is closed then."""
+    """Connect a client to a cluster until the context is left; a local cluster is closed then."""
     with contextlib.ExitStack() as stack:
         if scheduler == LOCAL:
             stack.enter_context(dask.config.set(_SETTINGS))
@@ -58,7 +57,7 @@ def _join(scheduler: str) -> Client:
         )
     certificate = Security().get_tls_config_for_role("client")
     if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):
-        # A client of Dask would find out, but then hang for a minute when the process ends.
+        # Dask's client would notice, but then hang for a minute when the process ends.
         raise ClusterError(
             f"{scheduler} takes clients with a certificate, and Dask's settings name none: set distributed.comm.tls "
             "or DASK_CONFIG to a folder made by cluster/tls/make_certificates.sh"
@@ -66,7 +65,7 @@ def _join(scheduler: str) -> Client:
     try:
         return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        # What Dask raises for no answer, an unknown protocol, and certificates of another authority.
+        # Dask's errors for no answer, an unknown protocol, and certificates of another authority.
         raise ClusterError(
             f"cannot join the scheduler at {scheduler}: {error}. Is it running (`dask scheduler`), reachable from "
             "here, and, for tls://, do Dask's settings distributed.comm.tls name this client's certificate?"
@@ -74,7 +73,7 @@ def _join(scheduler: str) -> Client:
 
 
 def require_workers(client: object) -> None:
-    """Wait until a cluster has a worker, and say so where there is none yet."""
+    """Wait until a cluster has a worker; print a note if it has none yet."""
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
     try:
@@ -93,7 +92,7 @@ def require_workers(client: object) -> None:
 
 
 def require_package(client: Client) -> None:
-    """Check that the scheduler, which looks into tasks, has this package; it does not need torch."""
+    """Check that the scheduler, which unpickles tasks, has this package; it does not need torch."""
     try:
         found = client.run_on_scheduler(version, "ntkpipe")
     except Exception as error:  # whatever happens there comes back as it is
@@ -113,43 +112,32 @@ def address_of(client: Client) -> str:
 
 
 def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
-    """A cluster of processes: one thread each, so that results do not depend on how many there are."""
+    """Start processes of one thread each, so that results do not depend on how many there are."""
     count = min(num_gpus, workers or num_gpus) if num_gpus else workers or num_cores()
     share = (memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
     dashboard = f"{_LOOPBACK}:{_DASHBOARD_PORT if _is_free(_DASHBOARD_PORT) else 0}"
+    options: dict[str, Any] = {
+        "threads_per_worker": 1,
+        "host": _LOOPBACK,
+        "memory_limit": share,
+        "dashboard_address": dashboard,
+    }
     if not num_gpus:
-        return LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            processes=True,
-            host=_LOOPBACK,
-            memory_limit=share,
-            dashboard_address=dashboard,
-        )
+        return LocalCluster(n_workers=count, processes=True, **options)
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")[:count]
     if importlib.util.find_spec("dask_cuda") is not None:
         # It also binds each worker to the cores and the network card next to its GPU.
         from dask_cuda import LocalCUDACluster
 
-        return LocalCUDACluster(
-            CUDA_VISIBLE_DEVICES=devices,
-            threads_per_worker=1,
-            host=_LOOPBACK,
-            memory_limit=share,
-            dashboard_address=dashboard,
-        )
-    return SpecCluster(
-        workers={device: gpu_worker(device, share) for device in devices},
-        scheduler={
-            "cls": Scheduler,
-            "options": {"host": _LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard},
-        },
-    )
+        return LocalCUDACluster(CUDA_VISIBLE_DEVICES=devices, **options)
+    settings = {"host": _LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard}
+    workers_of = {device: gpu_worker(device, share) for device in devices}
+    return SpecCluster(workers=workers_of, scheduler={"cls": Scheduler, "options": settings})
 
 
 def gpu_worker(device: str, memory_limit: int) -> dict[str, Any]:
-    """Specification of a process that sees one GPU alone."""
-    # The environment must be there when the process starts: CUDA reads it once.
+    """Specification of a worker process that sees a single GPU."""
+    # The environment must be set before the process starts: CUDA reads it once.
     environment = {**dask.config.get("distributed.nanny.pre-spawn-environ"), "CUDA_VISIBLE_DEVICES": device}
     options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": memory_limit, "env": environment}
     return {"cls": Nanny, "options": options}

@@ -1,7 +1,8 @@
-"""A job on the workers of a Dask cluster: how keys are handed out, and what happens when workers or the scheduler die.
+"""Run a job on the workers of a Dask cluster, and recover when workers or the scheduler die.
 
-Tasks are idempotent and return small records, so whatever is lost is simply asked for again: by Dask where a worker
-dies, and here where a task has met too many deaths, the scheduler is gone, or workers were killed for their memory.
+:class:`JobPlugin` is the Dask worker plugin that brings the job to every worker; :class:`ClusterExecutor` hands out
+keys. Tasks are idempotent and return small records, so lost ones are submitted again: by Dask if a worker dies, and
+here if a task has met too many deaths, the scheduler is gone, or workers were killed for their memory.
 """
 
 import contextlib
@@ -15,45 +16,66 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 from uuid import uuid4
 
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, Scheduler, WorkerPlugin
 from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
-from ntkpipe.executors.payload import JobPlugin, Parcel, ParcelMissingError, pickle_job, plugins_of_the_dead, run_key
-from ntkpipe.executors.threads import Job
+from ntkpipe.executors.payload import Payload, PayloadMissingError, discard, pickle_job, receive, run_key
+from ntkpipe.executors.threads import Job, Key, Record
 
-Key = TypeVar("Key")
-Record = TypeVar("Record")
-
-# Of events on the scheduler: a kernel is about to be built.
+# Topic of scheduler events that announce a kernel about to be built.
 TOPIC = "ntkpipe"
+
+_PLUGIN_PREFIX = "ntkpipe-"
 
 _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 
-# Keys that are handed out beforehand, for each thread of a worker: one runs, one waits there.
+# Keys submitted in advance for each thread of a worker: one runs, one waits there.
 _KEYS_PER_THREAD = 2
 _SPARE_KEYS = 8
-# Results that are brought at a time: one after the other they would keep some hundred workers waiting.
+# Results fetched at a time: one after the other they would keep hundreds of workers waiting.
 _FETCHERS = 32
 _POLL_SECONDS = 1.0
-# Workers that are killed for memory within this time are taken for one: they were doing the same.
+# Workers killed for memory within this time count once: they were doing the same.
 _GRACE_SECONDS = 10.0
 _ALONE_SECONDS = 30.0
 _MEMORY_TOPIC = "worker-restart-memory"
-# A store that does not answer is tried again after twice as long each time.
+# Delay before an unreachable store is tried again; doubled each time.
 _BACKOFF_SECONDS = 1.0
-# Sizes are halved at most so often; smaller ones gain nothing.
+# Most halvings of sizes; smaller ones gain nothing.
 _MOST_SHRINKING = 8
+
+
+class JobPlugin(WorkerPlugin):
+    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
+
+    def __init__(self, payload: Payload, owner: str) -> None:
+        self.name = f"{_PLUGIN_PREFIX}{payload.token}@{owner}"
+        self.payload = payload
+
+    def setup(self, worker: Any) -> None:
+        """Dask calls this in each worker."""
+        receive(worker, self.payload, self.name)
+
+    def teardown(self, worker: Any) -> None:
+        """Dask calls this in each worker when the run has ended."""
+        discard(worker, self.payload)
+
+
+def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
+    """Plugins of killed drivers, whose models the scheduler would keep and give to every new worker."""
+    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
+    return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
 class ClusterExecutor(Generic[Key, Record]):
     """Workers of a Dask cluster; see :class:`ntkpipe.executors.threads.Executor`.
 
-    The job reaches each worker once, as a worker plugin, also those that join later. Keys are handed out in a window
-    of a few for each thread, so neither driver nor scheduler holds many tasks.
+    The job reaches each worker once, as a worker plugin, including those that join later. Only a few keys per thread
+    are submitted at a time, so neither driver nor scheduler holds many tasks.
     """
 
     def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
@@ -63,7 +85,7 @@ class ClusterExecutor(Generic[Key, Record]):
         self._max_failures = max_failures
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """See :class:`ntkpipe.executors.threads.Executor`. Records of a key come when it is done."""
+        """See :class:`ntkpipe.executors.threads.Executor`; all records of a key come when it is done."""
         running = _Run(self._client, self._name, job, self._code, self._max_failures)
         try:
             yield from running.records(iter(keys))
@@ -90,7 +112,7 @@ class _Run(Generic[Key, Record]):
         self._token = uuid4().hex[:16]
         self._prefix = f"{name}-{self._token}"
         self._max_failures = max_failures
-        self._plugin = JobPlugin(Parcel(self._token, pickle_job(job), code), owner=client.id)
+        self._plugin = JobPlugin(Payload(self._token, pickle_job(job), code), owner=client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
@@ -107,8 +129,8 @@ class _Run(Generic[Key, Record]):
         self._counted_at = -_POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
-        for name in self._client.run_on_scheduler(plugins_of_the_dead):
-            # A worker may die this moment, and another driver do the same.
+        for name in self._client.run_on_scheduler(_plugins_of_the_dead):
+            # A worker may die at this moment, or another driver remove the same plugin.
             with contextlib.suppress(CommClosedError, OSError, ValueError):
                 self._client.unregister_worker_plugin(name)
         self._deliver()
@@ -133,24 +155,24 @@ class _Run(Generic[Key, Record]):
                     yield from self._finish(event)
 
     def _deliver(self) -> None:
-        """Give the job to every worker that is there, and to those that will come."""
-        busy, events = self._busy, self._events  # a client keeps what it calls, which shall not be the job
+        """Send the job to all present and future workers."""
+        busy, events = self._busy, self._events  # the client keeps its handlers: they must not refer to the job
 
         def note_memory(event: tuple[float, dict[str, Any]]) -> None:
-            """A nanny has killed a worker; others' work may be on the same cluster."""
+            """Note that a nanny killed a worker; the cluster may also run work of others."""
             if event[1]["worker"] in busy:
                 events.put(monotonic())
 
         self._client.subscribe_topic(self._plugin.name, lambda event: busy.add(event[1]["worker"]))
         self._client.subscribe_topic(_MEMORY_TOPIC, note_memory)
         self._is_delivered = True
-        # Where a worker dies this moment; others, or a scheduler that is gone, say that they do not have it.
+        # A worker may die at this moment. Others that lack the job, and a lost scheduler, are noticed later.
         with contextlib.suppress(CommClosedError, OSError):
             self._client.register_plugin(self._plugin, name=self._plugin.name)
 
     def _window(self) -> int:
         if monotonic() - self._counted_at > _POLL_SECONDS:
-            # Where the scheduler is gone, its futures are cancelled and say so.
+            # If the scheduler is gone, its futures are cancelled, which _finish sees.
             with contextlib.suppress(CommClosedError, OSError):
                 self._num_threads = sum(self._client.nthreads().values())
             self._counted_at = monotonic()
@@ -158,7 +180,7 @@ class _Run(Generic[Key, Record]):
         return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
 
     def _warn_if_alone(self) -> None:
-        """Say that nothing goes on, once each time that the last worker has been gone for a while."""
+        """Warn once each time that the cluster has had no worker for a while."""
         if self._num_threads:
             self._alone_since = None
         elif self._alone_since is None:
@@ -172,7 +194,7 @@ class _Run(Generic[Key, Record]):
         future: Future[list[Record]] = self._client.submit(
             run_key,
             self._token,
-            pickle.dumps(key),  # the scheduler looks into arguments, and shall not need what keys are made of
+            pickle.dumps(key),  # the scheduler unpickles arguments, and may lack the classes of keys
             shrinking,
             key=(self._prefix, str(key), self._attempts),
             priority=-self._attempts,
@@ -182,18 +204,16 @@ class _Run(Generic[Key, Record]):
         future.add_done_callback(self._fetch_soon)
 
     def _fetch_soon(self, future: "Future[list[Record]]") -> None:
-        with contextlib.suppress(RuntimeError):  # the run is over, and nobody asks
+        with contextlib.suppress(RuntimeError):  # the run is over
             self._fetchers.submit(self._fetch, future)
 
     def _fetch(self, future: "Future[list[Record]]") -> None:
-        """Bring the records of a key that is done; some at a time, since each takes a way to its worker and back."""
-        records: list[Record] = []
-        error: BaseException | None = None
+        """Fetch the records of a finished key."""
         try:
-            records = future.result()
-        except BaseException as raised:  # noqa: BLE001 - carried to the caller's thread and raised there
-            error = raised
-        self._events.put(_Outcome(future, records, error))
+            outcome = _Outcome(future, future.result(), None)
+        except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
+            outcome = _Outcome(future, [], error)
+        self._events.put(outcome)
 
     def _finish(self, outcome: "_Outcome[Record]") -> Iterator[Record]:
         key, shrinking = self._pending.pop(outcome.future)
@@ -204,7 +224,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
             self._reconnect((key, shrinking), error)
-        except ParcelMissingError:
+        except PayloadMissingError:
             self._deliver()
             self._again.append((key, shrinking))
         except StoreError as error:
@@ -231,7 +251,7 @@ class _Run(Generic[Key, Record]):
             self._again.append(attempt)
 
     def _reconnect(self, attempt: _Attempt, error: Exception) -> None:
-        """The scheduler is gone, and every task with it: wait for it, or for another one at its address."""
+        """Wait for a lost scheduler, or another one at its address, and submit all its tasks again."""
         self._again += [attempt, *self._pending.values()]
         self._pending.clear()
         while not self._is_delivered_again():
@@ -243,7 +263,7 @@ class _Run(Generic[Key, Record]):
                 ) from error
 
     def _is_delivered_again(self) -> bool:
-        """Give the job to the workers of a scheduler that is there again, if it has any and stays."""
+        """Send the job to the workers of a scheduler that is back, if it has any and stays."""
         if self._client.status != "running":
             return False
         try:
@@ -255,7 +275,7 @@ class _Run(Generic[Key, Record]):
         return True
 
     def _shrink(self, seen: float) -> None:
-        """A nanny killed a worker for its memory: everything that is not done is tried in half the memory."""
+        """After a worker was killed for its memory, retry all unfinished keys in half the memory."""
         if seen - self._shrunk_at < _GRACE_SECONDS:
             return
         self._shrunk_at, self._shrinking = seen, self._shrinking + 1
@@ -275,11 +295,11 @@ class _Run(Generic[Key, Record]):
         self._again, self._later = deque((key, self._shrinking) for key in [*attempts, *waiting]), []
 
     def close(self) -> None:
-        """Tell workers to leave what they are doing, and to forget the job."""
+        """Make workers stop, and forget the job."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         if self._client.status != "running" or not self._is_delivered:
             return
-        with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go this moment
+        with contextlib.suppress(CommClosedError, OSError):  # the scheduler may go at this moment
             self._client.unsubscribe_topic(_MEMORY_TOPIC)
             self._client.unsubscribe_topic(self._plugin.name)
             if self._pending:

@@ -1,4 +1,4 @@
-"""What reaches the workers of a cluster: the job once, with the modules it needs, and what becomes of it there."""
+"""The payload of a run on a cluster: the job and the code that it needs, how workers unpack it and run keys of it."""
 
 import contextlib
 import gc
@@ -14,26 +14,24 @@ from typing import Any
 from uuid import uuid4
 
 import cloudpickle
-from distributed import Reschedule, Scheduler, WorkerPlugin, get_worker
+from distributed import Reschedule, get_worker
 from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
-from ntkpipe.executors.threads import Job, Stopped
-
-_PLUGIN_PREFIX = "ntkpipe-"
+from ntkpipe.executors.threads import Job, RunStopped
 
 
-class ParcelMissingError(Exception):
-    """A worker does not have the job: it came while a new scheduler did not have it yet."""
+class PayloadMissingError(Exception):
+    """A worker lacks the job, since it joined a new scheduler that did not have it yet."""
 
 
-class Leaving(Stopped, Reschedule):
-    """Raised inside a worker that is about to leave: a request to stop, and Dask does the key elsewhere."""
+class Leaving(RunStopped, Reschedule):
+    """Raised inside a worker that is about to leave: stop, and let Dask run the key elsewhere."""
 
 
 def pickle_job(job: object) -> bytes:
-    """A job as bytes."""
+    """Pickle a job."""
     from ntkpipe.executors import pickling  # keeps torch out of the scheduler, which imports this module
 
     try:
@@ -46,35 +44,32 @@ def pickle_job(job: object) -> bytes:
 
 
 def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 2**20) -> bytes:
-    """A zip archive of a folder's Python files, or of all its files but stores and hidden ones."""
+    """Zip a folder's Python files, or all its files except stores and hidden files."""
     if not folder.is_dir():
         raise ConfigError(f"code={str(folder)!r} is not a folder; needed the one whose modules are sent to workers")
+    buffer = io.BytesIO()
     try:
-        return _pack(folder, everything, most_bytes)
+        sizes = {path: path.stat().st_size for path in _files_of(folder, everything)}
+        if sum(sizes.values()) > most_bytes:
+            largest = max(sizes, key=lambda path: sizes[path])
+            raise ClusterError(
+                f"{folder} has {sum(sizes.values()) >> 20} MiB of files to send to workers, at most "
+                f"{most_bytes >> 20} MiB are sent; the largest is {largest} ({sizes[largest] >> 20} MiB): keep data "
+                "outside of the folder"
+            )
+        # Reproducibly built files may be dated 1970, before zip's first year.
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for path in sizes:
+                archive.write(path, path.relative_to(folder))
     except OSError as error:
         raise ClusterError(
             f"cannot send the files of {folder} to workers: {error}; keep other files elsewhere"
         ) from error
-
-
-def _pack(folder: Path, everything: bool, most_bytes: int) -> bytes:
-    sizes = {path: path.stat().st_size for path in _files_of(folder, everything)}
-    if sum(sizes.values()) > most_bytes:
-        largest = max(sizes, key=lambda path: sizes[path])
-        raise ClusterError(
-            f"{folder} has {sum(sizes.values()) >> 20} MiB of files to send to workers, at most {most_bytes >> 20} MiB "
-            f"are sent; the largest is {largest} ({sizes[largest] >> 20} MiB): keep data outside of the folder"
-        )
-    buffer = io.BytesIO()
-    # Files that were made reproducible may be of 1970.
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        for path in sizes:
-            archive.write(path, path.relative_to(folder))
     return buffer.getvalue()
 
 
 def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Files of a folder; neither stores, nor virtual environments, nor links to a folder that is above."""
+    """Files below a folder, without stores, virtual environments and links to a parent folder."""
     above |= {folder.resolve()}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
@@ -88,49 +83,25 @@ def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What a worker needs of a run."""
+class Payload:
+    """What a worker needs for a run."""
 
     token: str  # of the run
-    # Pickled: opened by the first task, so that what goes wrong is an error of the task and not of the worker
-    job: bytes
-    code: bytes | None  # zip archive with its modules
+    job: bytes  # pickled; the first task loads it, so that a failure is one of the task and not of the worker
+    code: bytes | None  # zip archive of its modules
 
 
-class JobPlugin(WorkerPlugin):
-    """Brings a parcel to every worker, and removes what it has become there; its name says whose it is."""
-
-    def __init__(self, parcel: Parcel, owner: str) -> None:
-        self.name = f"{_PLUGIN_PREFIX}{parcel.token}@{owner}"
-        self.parcel = parcel
-
-    def setup(self, worker: Any) -> None:
-        """Called in each worker, also in those that join later."""
-        _OPENED[worker.id, self.parcel.token] = _Opened(self.parcel, Path(worker.local_directory), self.name)
-
-    def teardown(self, worker: Any) -> None:
-        """Called in each worker when the run has ended."""
-        if _OPENED.pop((worker.id, self.parcel.token), None) is not None:
-            gc.collect()  # what threads have opened refers to itself: a next run would find its memory taken
-
-
-def plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
-    """Plugins of drivers that were killed: a scheduler would keep their models, and give them to every new worker."""
-    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
-    return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
-
-
-# In a worker's process: the parcels that have arrived, by worker (threads of one process may hold several) and run.
+# In a worker process: received payloads by worker (one process may hold several) and run.
 _OPENED: dict[tuple[str, str], "_Opened"] = {}
 
 
 class _Opened:
-    """A parcel in a worker."""
+    """A payload in a worker, with the jobs that its threads have opened."""
 
-    def __init__(self, parcel: Parcel, folder: Path, topic: str) -> None:
-        self._parcel = parcel
+    def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
+        self._payload = payload
         self._topic = topic
-        self._folder = folder / f"ntkpipe-{parcel.token}"
+        self._folder = folder / f"ntkpipe-{payload.token}"
         self._lock = threading.Lock()
         self._jobs: dict[int, Job[Any, Any]] = {}
         self._mine = threading.local()
@@ -143,14 +114,14 @@ class _Opened:
         with self._in_session(job):
             opened = vars(self._mine).setdefault("opened", {})
             if shrinking not in opened:
-                opened.clear()  # larger ones are not wanted any more
+                opened.clear()  # larger ones are no longer needed
                 worker.log_event(self._topic, {"worker": worker.address})
                 opened[shrinking] = job.open(self._pause)
             try:
                 return list(opened[shrinking](key))
             except BaseException as error:
-                # Dask keeps the error, and so would keep the memory of every frame that it went through: a worker that
-                # is paused for its memory would stay so.
+                # Dask keeps the error, and with it the memory of every frame that it passed: a worker paused for its
+                # memory would stay paused.
                 traceback.clear_frames(error.__traceback__)
                 raise
 
@@ -163,26 +134,25 @@ class _Opened:
             return self._jobs[shrinking]
 
     def _unpickle(self) -> Job[Any, Any]:
-        parcel = self._parcel
+        payload = self._payload
         try:
-            if parcel.code is None:
-                found = cloudpickle.loads(parcel.job)
+            if payload.code is None:
+                job: Job[Any, Any] = cloudpickle.loads(payload.job)
             else:
-                unpack_code(parcel.code, self._folder)
+                unpack_code(payload.code, self._folder)
                 with folder_first(self._folder):
-                    found = cloudpickle.loads(parcel.job)
+                    job = cloudpickle.loads(payload.job)
                 forget_folder(self._folder)  # another run may have modules of the same names
         except Exception as error:
             raise ClusterError(
                 f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
                 "the workflow's folder, which is sent along"
             ) from error
-        job: Job[Any, Any] = found
         return job
 
     @contextlib.contextmanager
     def _in_session(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Settings of the process, entered by the first thread and left by the last one."""
+        """Hold the job's process-wide settings while any thread runs a key."""
         with self._lock:
             if self._num_running == 0:
                 self._session.enter_context(job.session())
@@ -196,17 +166,17 @@ class _Opened:
                     self._session.close()
 
     def _pause(self) -> None:
-        """Leave work that nobody waits for any more, or that this worker will not finish since it is about to leave."""
+        """Stop work that was cancelled, or that this worker cannot finish since it is about to leave."""
         worker = self._mine.worker
         state = worker.state.tasks.get(self._mine.task)
         if state is None or state.state == "cancelled":
-            raise Stopped
+            raise RunStopped
         if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
             raise Leaving
 
 
 def unpack_code(code: bytes, folder: Path) -> None:
-    """Unpack what :func:`pack_code` packed; a folder that is there is complete."""
+    """Unpack an archive of :func:`pack_code`; an existing folder is complete."""
     if folder.exists():
         return
     temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
@@ -215,10 +185,21 @@ def unpack_code(code: bytes, folder: Path) -> None:
     temporary.rename(folder)
 
 
+def receive(worker: Any, payload: Payload, topic: str) -> None:
+    """Take a payload into a worker; what its threads begin is announced under ``topic``."""
+    _OPENED[worker.id, payload.token] = _Opened(payload, Path(worker.local_directory), topic)
+
+
+def discard(worker: Any, payload: Payload) -> None:
+    """Forget a payload when its run has ended."""
+    if _OPENED.pop((worker.id, payload.token), None) is not None:
+        gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
+
+
 def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
-    """What Dask runs for one key."""
+    """Run one key; the task that Dask sees."""
     worker = get_worker()
     opened = _OPENED.get((worker.id, token))
     if opened is None:
-        raise ParcelMissingError(token)
+        raise PayloadMissingError(token)
     return opened.run(worker, pickle.loads(key), shrinking)

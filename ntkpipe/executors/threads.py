@@ -1,8 +1,8 @@
-"""Where work runs: map an idempotent function over keys, on workers that keep their own state.
+"""Jobs and executors: map an idempotent function over keys, on workers that keep their own state.
 
 A job is opened once for each worker (its model copy, its scratch memory) and then called for each key; it yields small
-records as it goes. Nothing large travels. In this process workers are threads, each single-threaded in its arithmetic,
-so results do not depend on how many there are; no port is opened.
+records as it goes. :class:`ThreadExecutor` runs it on threads of this process, each single-threaded in its arithmetic,
+so results do not depend on how many there are.
 """
 
 import queue
@@ -20,32 +20,28 @@ KeyIn = TypeVar("KeyIn", contravariant=True)
 RecordOut = TypeVar("RecordOut", covariant=True)
 
 
-class Stopped(Exception):  # noqa: N818 - a request, not an error
-    """Raised inside a worker to leave its work when the run is stopped."""
+class RunStopped(Exception):  # noqa: N818 - a request, not an error
+    """Raised inside a worker to leave its work when the run stops."""
 
 
 class Job(Protocol[KeyIn, RecordOut]):
-    """What an executor runs. One that sends it to other processes pickles it."""
+    """What an executor runs; pickled if it is sent to other processes."""
 
     def session(self) -> AbstractContextManager[None]:
-        """What must hold in a whole process while it does keys; entered there by whoever owns the process."""
-        ...
+        """Process-wide settings while keys run; entered by the owner of the process."""
 
     def shrunk(self) -> "Job[KeyIn, RecordOut]":
-        """The same work in less memory, for workers that were killed for using too much; agrees to rounding."""
-        ...
+        """The same work in less memory, after workers were killed for theirs; agrees to rounding."""
 
     def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
-        """Prepare one worker; called in the worker."""
-        ...
+        """Prepare one worker, in its thread; the result yields the records of a key."""
 
 
 class Executor(Protocol[Key, Record]):
     """Runs a job: threads of this process here, workers of a cluster in :mod:`ntkpipe.executors.dask`."""
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """Do every key once and yield records as they come, in no particular order."""
-        ...
+        """Run every key once, and yield records as they come, in no particular order."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,9 @@ class ThreadExecutor(Generic[Key, Record]):
     num_workers: int  # threads
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """See :class:`Executor`. The first error of a worker stops the others and is raised here.
+        """See :class:`Executor`. The first error of a worker stops the others, and is raised here.
 
-        Close the generator where it may be left early: that, too, stops the workers and waits for them.
+        Close the generator if you leave it early: that also stops the workers and waits for them.
         """
         stop = threading.Event()
         records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()
@@ -75,7 +71,7 @@ class ThreadExecutor(Generic[Key, Record]):
 
         def pause() -> None:
             if stop.is_set():
-                raise Stopped
+                raise RunStopped
 
         def work() -> None:
             try:
@@ -86,7 +82,7 @@ class ThreadExecutor(Generic[Key, Record]):
                         key = next(pending)
                     for record in do(key):
                         records.put(record)
-            except (StopIteration, Stopped):
+            except (StopIteration, RunStopped):
                 records.put(_Done())
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
                 records.put(_Failure(error))
@@ -114,7 +110,7 @@ class ThreadExecutor(Generic[Key, Record]):
         finally:
             stop.set()
             for thread in threads:
-                if thread.ident is not None:  # an interrupt may strike before all are started
+                if thread.ident is not None:  # an interrupt may come before all are started
                     thread.join()
         if failure is not None:
             raise failure

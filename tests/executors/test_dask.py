@@ -40,8 +40,8 @@ from ntkpipe.base.errors import (
     StoreFullError,
 )
 from ntkpipe.executors import connect as cluster
-from ntkpipe.executors.dask import ClusterExecutor
-from ntkpipe.executors.payload import JobPlugin, Parcel, _Opened, pack_code
+from ntkpipe.executors.dask import ClusterExecutor, JobPlugin
+from ntkpipe.executors.payload import Payload, _Opened, pack_code
 
 MIB = 2**20
 
@@ -223,7 +223,7 @@ def test_an_error_keeps_no_memory_of_the_work_that_failed(tmp_path):
     """A worker that is paused for its memory, and whose key is given up, would stay paused."""
     taken: weakref.WeakSet[Large] = weakref.WeakSet()
     worker = SimpleNamespace(address="here", get_current_task=lambda: "key", log_event=lambda *_: None)
-    opened = _Opened(Parcel("token", b"", None), tmp_path, "topic")
+    opened = _Opened(Payload("token", b"", None), tmp_path, "topic")
     opened._jobs[0] = Numbers(partial(fail_with, taken))
     with pytest.raises(StoreError, match="it fails") as failure:
         opened.run(worker, 1, 0)

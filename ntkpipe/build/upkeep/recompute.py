@@ -1,18 +1,16 @@
-"""Chunks of a store computed again with its own choices, so that they get the bits that they had."""
+"""Recompute chunks of a store with the choices that it recorded, so that they get the bits that they had."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import KernelSpec
 from ntkpipe.base.errors import ConfigError, TileError
-from ntkpipe.build.plan import Crew, Task
+from ntkpipe.build.matching import require_same_function
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.records import Record
-from ntkpipe.build.run import build, first_of, require_same_function, settle, write_samples
-from ntkpipe.executors.threads import Executor
+from ntkpipe.build.run import build, first_of, settle, write_samples
+from ntkpipe.build.workers import Resources
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.mending.growth import ChunkKey, aside, ragged
@@ -20,7 +18,7 @@ from ntkpipe.store.store import Store
 
 
 def spec_of(manifest: Manifest) -> KernelSpec:
-    """What was asked for when a store was made, with every default filled in."""
+    """The arguments that a store was made with, with every default filled in."""
     return KernelSpec(
         kind=manifest.kind,
         parameters=manifest.model.parameters,
@@ -33,7 +31,7 @@ def spec_of(manifest: Manifest) -> KernelSpec:
 
 
 def given_or_stored(store: Store, split: str, inputs: object, targets: object) -> Samples | None:
-    """The samples of one set: those that are given, else those in the store, whose bytes pass their checksums."""
+    """Samples of one set: the given ones, else those in the store, once their checksums hold."""
     record = store.manifest.train if split == "train" else store.manifest.test
     if record is None:
         if inputs is not None:
@@ -59,20 +57,11 @@ def given_or_stored(store: Store, split: str, inputs: object, targets: object) -
     return samples
 
 
-def recompute(
-    store: Store,
-    chunks: frozenset[ChunkKey],
-    prepared: Prepared,
-    run: RunSpec,
-    *,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
-    progress: bool,
-) -> None:
-    """Compute chunks of a store again, each with the bits that it had; what is there is replaced, one by one.
+def recompute(store: Store, chunks: frozenset[ChunkKey], prepared: Prepared, resources: Resources) -> None:
+    """Compute chunks of a store again, each with the bits that it had, and replace them one by one.
 
-    A tile at the edge of a store that grew was put together of what was computed before the growth and after it, so it
-    is computed in the same steps again: the earlier part goes aside first.
+    A tile at the former edge of a store that grew holds entries from before and after the growth, so it is computed in
+    the same steps again: the earlier part first, aside.
     """
     require_same_function(store, prepared, chunks)
     store.complete_layout()
@@ -81,8 +70,7 @@ def recompute(
         write_samples(store, "train", prepared.train, data)
         if prepared.test is not None:
             write_samples(store, "test", prepared.test, data)
-    quick = run.model_copy(update={"self_check": False})
-    earlier = store.manifest.earlier()
+    quick, earlier = resources.without_self_check(), store.manifest.earlier()
     for before, after in zip(earlier, (*earlier, store.manifest)[1:], strict=True):
         arrays = aside(store, before)
         wanted = frozenset(
@@ -91,31 +79,15 @@ def recompute(
         if wanted:
             for name in sorted({name for name, _ in wanted}):
                 arrays[name].create()
-            _compute(store, wanted, first_of(prepared, before), before, quick, crew, executor, progress)
-    wanted = chunks - data
-    if wanted:
-        _compute(store, wanted, prepared, None, run, crew, executor, progress)
+            _compute(store, wanted, first_of(prepared, before), before, quick)
+    if chunks - data:
+        _compute(store, chunks - data, prepared, None, resources)
 
 
 def _compute(
-    store: Store,
-    wanted: frozenset[ChunkKey],
-    prepared: Prepared,
-    stage: Manifest | None,
-    run: RunSpec,
-    crew: Crew | None,
-    executor: Callable[[Store], Executor[Task, Record] | None],
-    progress: bool,
+    store: Store, wanted: frozenset[ChunkKey], prepared: Prepared, stage: Manifest | None, resources: Resources
 ) -> None:
     manifest = stage or store.manifest
     left = Counter(name for name, _ in wanted)
-    settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, run, "a", crew, left)
-    build(
-        replace(settled, store=store),
-        prepared.train,
-        prepared.test,
-        executor=executor(store),
-        wanted=wanted,
-        stage=stage,
-        progress=progress,
-    )
+    settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
+    build(replace(settled, store=store), prepared, resources, wanted=wanted, stage=stage)

@@ -1,4 +1,4 @@
-"""The public functions that look after a store: verify it, and put right what is bad."""
+"""The public functions ``verify`` and ``repair``: check a store, and put right what is bad."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ntkpipe.base.config import RunSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.progress import Ticks
-from ntkpipe.build.certify import certify, find_witness, with_certificates
-from ntkpipe.build.prepare import prepare
-from ntkpipe.build.run import exact_single_thread, manifest_of, require_same
+from ntkpipe.build.certify import certify, find_reference, with_certificates
+from ntkpipe.build.matching import require_same
+from ntkpipe.build.prepare import prepare, run_spec
+from ntkpipe.build.run import exact_single_thread, manifest_of
 from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
-from ntkpipe.build.workers import cluster_executor, device_here, inspect_crew
+from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.mending.repair import RepairReport, mend, undo
@@ -69,7 +69,7 @@ def verify(
     opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    return _verify(opened, model, inputs, test_inputs, forward=forward, device=device, progress=progress)
+    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
 
 
 def repair(
@@ -132,30 +132,20 @@ def repair(
             f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
-    limits = {"memory_limit": memory_limit, "device": device, "workers": workers, "self_check": self_check}
-    spec, run = spec_of(manifest), parse(RunSpec, limits, source="run arguments")
+    spec = spec_of(manifest)
+    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
     done = undo(kept)
     train = given_or_stored(kept, "train", inputs, targets)
     test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
-    crew = None if client is None else inspect_crew(client, spec, run.device, progress)
-    here = device_here(run.device, crew)
+    resources = find_resources(run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=here)
-        test_record = None if test is None else test.inspect("test_inputs")
-        require_same(kept, manifest_of(model, prepared, train.inspect("inputs"), test_record))
+        prepared = prepare(model, train, test, spec, forward=forward, device=resources.device)
+        require_same(kept, manifest_of(model, prepared, *prepared.inspect()))
         return mend(
             kept,
-            lambda chunks: recompute(
-                kept,
-                chunks,
-                prepared,
-                run,
-                crew=crew,
-                executor=lambda store: None if client is None else cluster_executor(client, store, code),
-                progress=progress,
-            ),
-            lambda: _verify(opened, model, inputs, test_inputs, forward=forward, device=here, progress=progress),
+            lambda chunks: recompute(kept, chunks, prepared, resources),
+            lambda: _certified(opened, model, inputs, test_inputs, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
@@ -165,26 +155,24 @@ def _open(store: str | Path | KernelStore) -> KernelStore:
     return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
 
 
-def _verify(
+def _certified(
     opened: KernelStore,
     model: nn.Module,
     inputs: object,
     test_inputs: object,
-    *,
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
-    """Verify and certify."""
     with exact_single_thread(opened.manifest.compute_dtype):
-        # Whatever does not match is said before a single tile is read.
-        witness = find_witness(opened, model, inputs, test_inputs, forward=forward, device=device)
+        # Mismatches raise before a single tile is read.
+        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
             return replace(report, findings=(*report.findings, missing))
-        with Ticks(witness.num_steps, what="certify", unit="step", enabled=progress) as ticks:
-            certificates = certify(opened, witness, step=ticks.tick)
+        with Ticks(reference.num_steps, what="certify", unit="step", enabled=progress) as ticks:
+            certificates = certify(opened, reference, step=ticks.tick)
     report = with_certificates(report, certificates)
     record_report(opened.store, report)
     return report

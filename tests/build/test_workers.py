@@ -13,8 +13,8 @@ from distributed import Client, Worker
 from small import compute
 
 from ntkpipe.base.errors import ClusterError
-from ntkpipe.build import preflight
-from ntkpipe.build.preflight import WorkerReport, inspect_workers, require_shared_store
+from ntkpipe.build import workers
+from ntkpipe.build.workers import WorkerReport, inspect_workers, require_shared_store
 from ntkpipe.executors.connect import connect
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
@@ -24,7 +24,7 @@ USUAL = WorkerReport(
     host="one",
     device="cpu",
     arithmetic="AVX2, torch 2.13",
-    versions=preflight._versions(),
+    versions=workers._versions(),
     num_threads=1,
     memory_limit=4 * GIB,
     base_memory=GIB // 2,
@@ -67,7 +67,7 @@ def test_a_worker_that_dies_while_it_is_asked_is_left_out():
     settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
     with dask.config.set(settings), connect("local", workers=2, memory_limit=2 * GIB) as client:
         doomed, other = sorted(client.nthreads())
-        assert list(preflight._ask(client, die_in, doomed)) == [other]
+        assert list(workers._ask(client, die_in, doomed)) == [other]
 
 
 def test_a_plan_is_made_for_the_weakest_of_them():
@@ -102,7 +102,7 @@ def test_what_differs_is_said_with_the_names_of_hosts():
     ],
 )
 def test_workers_that_cannot_work_together_are_refused(reports, words, monkeypatch):
-    monkeypatch.setattr(preflight, "require_workers", lambda client: None)
+    monkeypatch.setattr("ntkpipe.executors.connect.require_workers", lambda client: None)
     with pytest.raises(ClusterError, match=words):
         inspect(*reports)
 
