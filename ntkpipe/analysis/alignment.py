@@ -22,41 +22,26 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Result):
-    """How well a kernel fits its targets.
+    """How well a kernel fits its targets."""
 
-    Attributes
-    ----------
-    method, why
-        ``exact`` with all eigenpairs, or ``streamed`` with the leading ones, and why. Alignments are exact in both.
-    num_rows, num_outputs
-        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
-    eigenvalues
-        Eigenvalues of the directions, descending, shape (k,).
-    powers
-        (u_iᵀ y)² of each direction and output, shape (k, c).
-    cumulative_power
-        C(i), the share of the targets' power in the first i directions, shape (k,).
-    cumulative_power_error
-        What C(i) may be off by, since leading directions are known to their residuals only; zero if exact.
-    num_directions
-        How many directions hold 50, 90 and 99 % of the power; none where the leading ones do not.
-    alignment
-        Kernel-target alignment.
-    centred_alignment
-        The same of centred kernel and targets.
-    """
-
+    # method, why: `exact` with all eigenpairs, or `streamed` with the leading ones, and why. Alignments are exact in
+    # both.
     method: str
     why: str
+    # num_rows, num_outputs: n, and outputs that share the kernel; a full NTK has one, and a row for each output of a
+    # sample
     num_rows: int
     num_outputs: int
-    eigenvalues: FloatArray = field(repr=False)
-    powers: FloatArray = field(repr=False)
+    eigenvalues: FloatArray = field(repr=False)  # eigenvalues of the directions, descending, shape (k,)
+    powers: FloatArray = field(repr=False)  # (u_iᵀ y)² of each direction and output, shape (k, c)
+    # C(i), the share of the targets' power in the first i directions, shape (k,)
     cumulative_power: FloatArray = field(repr=False)
+    # What C(i) may be off by, since leading directions are known to their residuals only; zero if exact
     cumulative_power_error: FloatArray = field(repr=False)
+    # How many directions hold 50, 90 and 99 % of the power; none where the leading ones do not
     num_directions: tuple[int | None, int | None, int | None]
-    alignment: float
-    centred_alignment: float
+    alignment: float  # kernel-target alignment
+    centred_alignment: float  # the same of centred kernel and targets
 
     def _rows(self) -> TableRows:
         known = len(self.cumulative_power)

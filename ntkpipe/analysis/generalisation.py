@@ -31,82 +31,52 @@ class Generalisation(Result):
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
     estimated, zero where a number is exact; that of ``test_loss`` is of the choice of test samples.
-
-    Attributes
-    ----------
-    method, why
-        ``exact`` or ``streamed``, and why.
-    num_rows, num_outputs
-        n, and outputs that share the kernel; a full NTK has one, and a row for each output of a sample.
-    ridges
-        λ, absolute, shape (r,).
-    test_loss, test_loss_error
-        Measured; NaN without test data.
-    train_loss
-        Loss of the same predictor on its own samples.
-    kare, kare_error
-        The kernel alignment risk estimator.
-    generalised_cross_validation
-        The same number, from train loss and effective dimension.
-    leave_one_out_loss, leave_one_out_loss_error
-        What trust is judged by: each sample predicted from all others. NaN where it is not known.
-    eigenlearning, canatar
-        Predicted from the train kernel's own eigensystem; NaN if streamed.
-    eigenlearning_kappa
-        κ of that, in population eigenvalues; NaN if streamed.
-    learnabilities
-        L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed.
-    target_learnability
-        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``; NaN if streamed.
-    kappa, kappa_error
-        The signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of eigenlearning
-        without its bias.
-    overfitting_coefficient, overfitting_coefficient_error
-        E_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)².
-    effective_dimension, effective_dimension_error
-        tr K (K + λI)^-1.
-    kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio
-        Each over ``test_loss``.
-    kare_is_trusted, eigenlearning_is_trusted
-        Whether the estimate can be trusted; of GCV as of KARE, of Canatar as of eigenlearning.
-    reasons
-        Why or why not, in words.
-    floor
-        What rounding to the storage dtype did to K in the spectral norm.
     """
 
-    method: str
+    method: str  # method, why: `exact` or `streamed`, and why
     why: str
+    # num_rows, num_outputs: n, and outputs that share the kernel; a full NTK has one, and a row for each output of a
+    # sample
     num_rows: int
     num_outputs: int
-    ridges: FloatArray
-    test_loss: FloatArray
+    ridges: FloatArray  # λ, absolute, shape (r,)
+    test_loss: FloatArray  # test_loss, test_loss_error: measured; NaN without test data
     test_loss_error: FloatArray
-    train_loss: FloatArray
-    kare: FloatArray
+    train_loss: FloatArray  # loss of the same predictor on its own samples
+    kare: FloatArray  # kare, kare_error: the kernel alignment risk estimator
     kare_error: FloatArray
-    generalised_cross_validation: FloatArray
+    generalised_cross_validation: FloatArray  # the same number, from train loss and effective dimension
+    # leave_one_out_loss, leave_one_out_loss_error: what trust is judged by: each sample predicted from all others.
+    # NaN where it is not known.
     leave_one_out_loss: FloatArray
     leave_one_out_loss_error: FloatArray
+    # eigenlearning, canatar: predicted from the train kernel's own eigensystem; NaN if streamed
     eigenlearning: FloatArray
     canatar: FloatArray
-    eigenlearning_kappa: FloatArray
+    eigenlearning_kappa: FloatArray  # κ of that, in population eigenvalues; NaN if streamed
+    # L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed
     learnabilities: FloatArray = field(repr=False)
+    # Share of the targets' power that is learnt, `Σ L_i v_i² / Σ v_i²`; NaN if streamed
     target_learnability: FloatArray
+    # kappa, kappa_error: the signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of
+    # eigenlearning without its bias
     kappa: FloatArray
     kappa_error: FloatArray
+    # overfitting_coefficient, overfitting_coefficient_error: e_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)²
     overfitting_coefficient: FloatArray
     overfitting_coefficient_error: FloatArray
-    effective_dimension: FloatArray
+    effective_dimension: FloatArray  # effective_dimension, effective_dimension_error: tr K (K + λI)^-1
     effective_dimension_error: FloatArray
-    kare_ratio: FloatArray
+    kare_ratio: FloatArray  # kare_ratio, eigenlearning_ratio, canatar_ratio, leave_one_out_ratio: each over `test_loss`
     eigenlearning_ratio: FloatArray
     canatar_ratio: FloatArray
     leave_one_out_ratio: FloatArray
+    # kare_is_trusted, eigenlearning_is_trusted: whether the estimate can be trusted; of GCV as of KARE, of Canatar as
+    # of eigenlearning
     kare_is_trusted: tuple[bool, ...]
     eigenlearning_is_trusted: tuple[bool, ...]
-    reasons: tuple[str, ...]
-    floor: float
+    reasons: tuple[str, ...]  # why or why not, in words
+    floor: float  # what rounding to the storage dtype did to K in the spectral norm
 
     def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())

@@ -30,53 +30,30 @@ class LearningCurve(Result):
 
     Losses are mean squared errors over samples and outputs, means over the subsets that were drawn; an ``_error`` is
     the standard error of that mean.
-
-    Attributes
-    ----------
-    num_samples
-        Size of the population, N.
-    num_subsets
-        How many were drawn of each size.
-    sizes
-        Samples in a train set, shape (s,).
-    ridges
-        λ, absolute, shape (r,).
-    population_loss, population_loss_error
-        Measured on all samples, those of the train set included: what eigenlearning and Canatar predict, whose new
-        sample is drawn from the population.
-    left_out_loss, left_out_loss_error
-        Measured on the samples that are not in the train set: what KARE estimates.
-    kare, kare_error
-        Of each train set alone.
-    eigenlearning, canatar
-        Predicted from the eigensystem of all N samples; the same number by two papers.
-    kappa
-        κ of eigenlearning.
-    target_learnability
-        Share of the targets' power that is learnt, ``Σ L_i v_i² / Σ v_i²``.
-    eigenlearning_ratio, canatar_ratio
-        Over ``population_loss``.
-    kare_ratio
-        Over ``left_out_loss``.
     """
 
-    num_samples: int
-    num_subsets: int
-    sizes: NDArray[np.int64]
-    ridges: FloatArray
+    num_samples: int  # size of the population, N
+    num_subsets: int  # how many were drawn of each size
+    sizes: NDArray[np.int64]  # samples in a train set, shape (s,)
+    ridges: FloatArray  # λ, absolute, shape (r,)
+    # population_loss, population_loss_error: measured on all samples, those of the train set included: what
+    # eigenlearning and Canatar predict, whose new sample is drawn from the population
     population_loss: FloatArray
     population_loss_error: FloatArray = field(repr=False)
+    # left_out_loss, left_out_loss_error: measured on the samples that are not in the train set: what KARE estimates
     left_out_loss: FloatArray
     left_out_loss_error: FloatArray = field(repr=False)
-    kare: FloatArray
+    kare: FloatArray  # kare, kare_error: of each train set alone
     kare_error: FloatArray = field(repr=False)
+    # eigenlearning, canatar: predicted from the eigensystem of all N samples; the same number by two papers
     eigenlearning: FloatArray
     canatar: FloatArray = field(repr=False)
-    kappa: FloatArray = field(repr=False)
+    kappa: FloatArray = field(repr=False)  # κ of eigenlearning
+    # Share of the targets' power that is learnt, `Σ L_i v_i² / Σ v_i²`
     target_learnability: FloatArray = field(repr=False)
-    eigenlearning_ratio: FloatArray
+    eigenlearning_ratio: FloatArray  # eigenlearning_ratio, canatar_ratio: over `population_loss`
     canatar_ratio: FloatArray = field(repr=False)
-    kare_ratio: FloatArray
+    kare_ratio: FloatArray  # over `left_out_loss`
 
     def _rows(self) -> TableRows:
         rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]

@@ -44,83 +44,53 @@ _EPS = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpectrum(Result):
-    """The spectrum of a symmetric matrix K in numbers. Errors are zero where numbers are exact.
+    """The spectrum of a symmetric matrix K in numbers. Errors are zero where numbers are exact."""
 
-    Attributes
-    ----------
-    method, why
-        ``exact`` from all eigenvalues, or ``streamed``, and why.
-    num_rows
-        n.
-    eigenvalues
-        Descending: all of them, or the leading ones.
-    largest
-        λ_max.
-    smallest
-        λ_min; streamed, the upper bound of it.
-    smallest_low, smallest_high
-        Bounds of λ_min; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`. None if there is no lower one.
-    condition_low, condition_high
-        Bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage floor and is not known.
-    trace, frobenius
-        tr K and |K|_F, exact in any case.
-    floor
-        What rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known.
-    num_below_floor, num_below_floor_error
-        Number of eigenvalues below it.
-    effective_rank
-        tr K / λ_max (Koltchinskii, Lounici 2017, Bernoulli 23: "effective rank").
-    entropy_rank, entropy_rank_error
-        exp(-Σ p_i log p_i) with p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO, who call it effective rank, too).
-    participation_ratio
-        (tr K)² / |K|_F², exact in any case.
-    ridges
-        λ, absolute, shape (r,).
-    effective_dimension, effective_dimension_error
-        d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural Computation 17).
-    density_grid, density
-        Eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades.
-    tail_exponent, tail_exponent_error
-        α of λ_i ~ i^-α, and one standard deviation by jackknife; see :func:`ntkpipe.analysis.power_law.fit_power_law`.
-        None where fewer than 20 eigenvalues above the floor are in the range.
-    tail_first_rank, tail_last_rank
-        The range of ranks that was fitted.
-    tail_exponent_of_first_half, tail_exponent_of_second_half
-        α of both halves of the range. Unlike ones say that this is no power law.
-    tail_prefactor, tail_scatter
-        λ at rank 1 of the line; root mean square distance from it in decades.
-    """
-
-    method: str
+    method: str  # method, why: `exact` from all eigenvalues, or `streamed`, and why
     why: str
-    num_rows: int
-    eigenvalues: FloatArray = field(repr=False)
-    largest: float
-    smallest: float
+    num_rows: int  # n
+    eigenvalues: FloatArray = field(repr=False)  # descending: all of them, or the leading ones
+    largest: float  # λ_max
+    smallest: float  # λ_min; streamed, the upper bound of it
+    # smallest_low, smallest_high: bounds of λ_min; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`. None if
+    # there is no lower one.
     smallest_low: float | None
     smallest_high: float
+    # condition_low, condition_high: bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage
+    # floor and is not known.
     condition_low: float | None
     condition_high: float | None
-    trace: float
+    trace: float  # trace, frobenius: tr K and |K|_F, exact in any case
     frobenius: float
-    floor: float
-    num_below_floor: float
+    floor: float  # what rounding to the storage dtype did to K in the spectral norm: eigenvalues below it are not known
+    num_below_floor: float  # num_below_floor, num_below_floor_error: number of eigenvalues below it
     num_below_floor_error: float
-    effective_rank: float
+    effective_rank: float  # tr K / λ_max (Koltchinskii, Lounici 2017, Bernoulli 23: "effective rank")
+    # entropy_rank, entropy_rank_error: exp(-Σ p_i log p_i) with p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO, who
+    # call it effective rank, too)
     entropy_rank: float
     entropy_rank_error: float
-    participation_ratio: float
-    ridges: FloatArray
+    participation_ratio: float  # (tr K)² / |K|_F², exact in any case
+    ridges: FloatArray  # λ, absolute, shape (r,)
+    # effective_dimension, effective_dimension_error: d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural
+    # Computation 17)
     effective_dimension: FloatArray
     effective_dimension_error: FloatArray
+    # density_grid, density: eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades
     density_grid: FloatArray = field(repr=False)
     density: FloatArray = field(repr=False)
+    # tail_exponent, tail_exponent_error: α of λ_i ~ i^-α, and one standard deviation by jackknife; see
+    # :func:`ntkpipe.analysis.power_law.fit_power_law`. None where fewer than 20 eigenvalues above the floor are in
+    # the range.
     tail_exponent: float | None
     tail_exponent_error: float | None
-    tail_first_rank: int | None
+    tail_first_rank: int | None  # tail_first_rank, tail_last_rank: the range of ranks that was fitted
     tail_last_rank: int | None
+    # tail_exponent_of_first_half, tail_exponent_of_second_half: α of both halves of the range. Unlike ones say that
+    # this is no power law.
     tail_exponent_of_first_half: float | None
     tail_exponent_of_second_half: float | None
+    # tail_prefactor, tail_scatter: λ at rank 1 of the line; root mean square distance from it in decades
     tail_prefactor: float | None
     tail_scatter: float | None
 

@@ -26,30 +26,16 @@ _ANY_MEMORY = 2**60
 
 @dataclass(frozen=True)
 class ClusterEstimate:
-    """A plan for a described cluster. Prints as the second table of ``ntkpipe plan``.
+    """A plan for a described cluster. Prints as the second table of ``ntkpipe plan``."""
 
-    Attributes
-    ----------
-    cluster
-        The description, with missing fields taken from this machine.
-    plan
-        As it would be made there; its ``problems`` say where memory is too small.
-    compute_seconds
-        Sum over all workers: contractions at their rate, and Jacobians, timed here and assumed to scale with that rate.
-    block_seconds
-        Time of the longest block.
-    write_seconds
-        Time to write what is missing at the rate of the store; zero if that is not given.
-    binds
-        The bottleneck: ``compute`` or ``disk``, whichever takes longer; ``memory`` if the plan does not fit, or if most
-        of the time goes into Jacobians that cannot be kept.
-    """
-
-    cluster: ClusterSpec
-    plan: Plan
+    cluster: ClusterSpec  # the description, with missing fields taken from this machine
+    plan: Plan  # as it would be made there; its `problems` say where memory is too small
+    # Sum over all workers: contractions at their rate, and Jacobians, timed here and assumed to scale with that rate
     compute_seconds: float
-    block_seconds: float
-    write_seconds: float
+    block_seconds: float  # time of the longest block
+    write_seconds: float  # time to write what is missing at the rate of the store; zero if that is not given
+    # The bottleneck: `compute` or `disk`, whichever takes longer; `memory` if the plan does not fit, or if most of
+    # the time goes into Jacobians that cannot be kept
     binds: Bottleneck
 
     @property

@@ -103,57 +103,30 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel is computed. Prints as the table of ``ntkpipe plan``.
+    """How a kernel is computed. Prints as the table of ``ntkpipe plan``."""
 
-    Attributes
-    ----------
-    workload, machine
-        What the plan is for; ``machine.workers`` may be lowered to fit the memory.
-    strip, subtile, batch
-        As in :class:`ntkpipe.store.manifest.Choices`.
-    hold
-        Row strips that a worker holds while it streams column strips past them: several tiles of one strip each, or
-        some or all strips of one tile.
-    edge
-        Tiles along a block's edge.
-    pair_flops, jacobian_flops
-        Operations of all contractions, and of all Jacobians including recomputation.
-    recompute_factor
-        How often the average Jacobian is computed, at most.
-    cache_bytes
-        Memory for Jacobian strips that workers share.
-    memory_bytes
-        Upper bound of the resident memory of a process.
-    tiles_done
-        Tiles that exist already.
-    bytes_to_write
-        Bytes of the missing tiles and outputs, and of the samples.
-    problems
-        Why it cannot run on this machine, each with both numbers; empty where it can.
-    sample_seconds
-        Time that one worker takes for the Jacobians of one sample, as measured; if None, their operations count as
-        matrix products.
-    is_resumed
-        Whether strip, subtile and batch come from an existing store.
-    """
-
-    workload: Workload
+    workload: Workload  # workload, machine: what the plan is for; `machine.workers` may be lowered to fit the memory
     machine: Machine
-    strip: int
+    strip: int  # strip, subtile, batch: as in :class:`ntkpipe.store.manifest.Choices`
     subtile: int
     batch: int
+    # Row strips that a worker holds while it streams column strips past them: several tiles of one strip each, or
+    # some or all strips of one tile
     hold: int
-    edge: int
+    edge: int  # tiles along a block's edge
+    # pair_flops, jacobian_flops: operations of all contractions, and of all Jacobians including recomputation
     pair_flops: float
     jacobian_flops: float = 0.0
-    recompute_factor: float = 0.0
-    cache_bytes: int = 0
-    memory_bytes: int = 0
-    tiles_done: int = 0
-    bytes_to_write: int = 0
-    problems: tuple[str, ...] = ()
+    recompute_factor: float = 0.0  # how often the average Jacobian is computed, at most
+    cache_bytes: int = 0  # memory for Jacobian strips that workers share
+    memory_bytes: int = 0  # upper bound of the resident memory of a process
+    tiles_done: int = 0  # tiles that exist already
+    bytes_to_write: int = 0  # bytes of the missing tiles and outputs, and of the samples
+    problems: tuple[str, ...] = ()  # why it cannot run on this machine, each with both numbers; empty where it can
+    # Time that one worker takes for the Jacobians of one sample, as measured; if None, their operations count as
+    # matrix products
     sample_seconds: float | None = None
-    is_resumed: bool = False
+    is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 
     def require_fit(self) -> None:
         """Raise if the plan does not fit the machine."""

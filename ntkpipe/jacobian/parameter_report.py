@@ -22,51 +22,26 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """Parameters whose Jacobians are computed together: a weight and its bias, part of one, or several joined.
+    """Parameters whose Jacobians are computed together: a weight and its bias, part of one, or several joined."""
 
-    Attributes
-    ----------
-    name
-        As in the manifest's ``choices.representations``; a part of a parameter has its number.
-    parameters
-        Their names.
-    rule
-        Torch functions that use them, as ``linear``; ``torch.func`` in the fallback, empty where nothing does.
-    representation
-        How their Jacobians are held: a word of :data:`LEGEND`.
-    num_parameters
-        Number of entries in them.
-    num_positions
-        Positions of a sample at which they are used, T, over all uses; 0 where nothing was traced.
-    groups, n_in, n_out
-        Width of inputs and cotangents in each group; ``n_in`` is 0 where parameters are only added or scale something,
-        and the number of rows for a table that is looked up. All are 0 where uses differ or nothing was traced.
-    sample_bytes
-        Bytes held for one sample.
-    sample_flops
-        Operations to multiply out one sample's Jacobians; those of forward and backward pass belong to no parameter.
-    pair_flops
-        Operations to contract one pair of samples.
-    share
-        Fraction of ``pair_flops`` in those of all parameters.
-    reason
-        Why they are in the fallback, else empty.
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    rule: str
-    representation: str
-    num_parameters: int
-    num_positions: int = 0
+    name: str  # as in the manifest's `choices.representations`; a part of a parameter has its number
+    parameters: tuple[str, ...]  # their names
+    rule: str  # torch functions that use them, as `linear`; `torch.func` in the fallback, empty where nothing does
+    representation: str  # how their Jacobians are held: a word of :data:`LEGEND`
+    num_parameters: int  # number of entries in them
+    num_positions: int = 0  # positions of a sample at which they are used, T, over all uses; 0 where nothing was traced
+    # groups, n_in, n_out: width of inputs and cotangents in each group; `n_in` is 0 where parameters are only added
+    # or scale something, and the number of rows for a table that is looked up. All are 0 where uses differ or nothing
+    # was traced.
     groups: int = 0
     n_in: int = 0
     n_out: int = 0
-    sample_bytes: int = 0
+    sample_bytes: int = 0  # bytes held for one sample
+    # Operations to multiply out one sample's Jacobians; those of forward and backward pass belong to no parameter
     sample_flops: float = 0.0
-    pair_flops: float = 0.0
-    share: float = 0.0
-    reason: str = ""
+    pair_flops: float = 0.0  # operations to contract one pair of samples
+    share: float = 0.0  # fraction of `pair_flops` in those of all parameters
+    reason: str = ""  # why they are in the fallback, else empty
 
     @property
     def label(self) -> str:

@@ -30,49 +30,26 @@ class Dynamics(Result):
     """Gradient flow of the linearised model on ``½ |f - Y|²``, with coefficients for predictions.
 
     With targets of shape (n,), the last axis of arrays is absent.
-
-    Attributes
-    ----------
-    times
-        Shape (T,); infinity may be among them.
-    learning_rate
-        η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
-    residuals
-        ``f_t - Y`` on the train samples, shape (T, n, c).
-    coefficients
-        ``K^-1 (I - exp(-η t K)) (Y - f_0)``, shape (T, n, c): see :meth:`predict`.
-    losses
-        ``½ |f_t - Y|²`` of each output, shape (T, c).
-    errors
-        Bounds of ``|residuals - exact| / |Y - f_0|``, the largest over outputs, shape (T,). ``K @ coefficients`` is
-        right to twice that.
-    storage_errors
-        Effect of rounding to the storage dtype, to first order, on the same scale; not in ``errors``; shape (T,).
-    defect
-        ``|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|`` by products with K at the last finite time and at
-        infinity, the larger of both: zero for exact functions.
-    statuses
-        Status at each time.
-    largest_eigenvalue
-        The largest Ritz value.
-    num_steps
-        Block Lanczos steps.
-    dimension
-        Dimension of the Krylov space.
     """
 
-    times: NDArray[np.float64]
-    learning_rate: float
-    residuals: NDArray[np.float64] = field(repr=False)
+    times: NDArray[np.float64]  # shape (T,); infinity may be among them
+    learning_rate: float  # η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
+    residuals: NDArray[np.float64] = field(repr=False)  # `f_t - Y` on the train samples, shape (T, n, c)
+    # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c): see :meth:`predict`
     coefficients: NDArray[np.float64] = field(repr=False)
-    losses: NDArray[np.float64] = field(repr=False)
+    losses: NDArray[np.float64] = field(repr=False)  # `½ |f_t - Y|²` of each output, shape (T, c)
+    # Bounds of `|residuals - exact| / |Y - f_0|`, the largest over outputs, shape (T,). `K @ coefficients` is right
+    # to twice that.
     errors: NDArray[np.float64]
+    # Effect of rounding to the storage dtype, to first order, on the same scale; not in `errors`; shape (T,)
     storage_errors: NDArray[np.float64]
+    # `|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|` by products with K at the last finite time and at
+    # infinity, the larger of both: zero for exact functions
     defect: float
-    statuses: tuple[Status, ...]
-    largest_eigenvalue: float
-    num_steps: int
-    dimension: int
+    statuses: tuple[Status, ...]  # status at each time
+    largest_eigenvalue: float  # the largest Ritz value
+    num_steps: int  # block Lanczos steps
+    dimension: int  # dimension of the Krylov space
 
     def predict(self, cross: ArrayLike, initial: ArrayLike | None = None) -> NDArray[np.float64]:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""

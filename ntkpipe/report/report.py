@@ -28,24 +28,12 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Result):
-    """A report that was written.
+    """A report that was written."""
 
-    Attributes
-    ----------
-    path
-        Of the page.
-    num_bytes
-        Of it.
-    verdict
-        The line in its header.
-    missing
-        Sections that lack something, with the sentence that says what.
-    """
-
-    path: str
-    num_bytes: int
-    verdict: str
-    missing: tuple[tuple[str, str], ...]
+    path: str  # of the page
+    num_bytes: int  # of it
+    verdict: str  # the line in its header
+    missing: tuple[tuple[str, str], ...]  # sections that lack something, with the sentence that says what
 
     def _rows(self) -> TableRows:
         return [

@@ -111,19 +111,7 @@ _LATER = frozenset({"groups", "derived", "growth"})
 
 
 class Manifest(_Record):
-    """Content of a store. Frozen; its digest is stored beside it, so that alterations are noticed.
-
-    Attributes
-    ----------
-    environment
-        Versions, host and time of the run that created the store; informative, never compared.
-    groups
-        Name → parameters of each group with kernels of its own; groups are disjoint.
-    derived
-        The source of a derived store.
-    growth
-        Samples before each growth, the oldest first; never compared.
-    """
+    """Content of a store. Frozen; its digest is stored beside it, so that alterations are noticed."""
 
     format: Literal[1]
     kind: str
@@ -138,10 +126,12 @@ class Manifest(_Record):
     train: DataRecord
     test: DataRecord | None
     choices: Choices
+    # Versions, host and time of the run that created the store; informative, never compared
     environment: dict[str, str]
+    # Name → parameters of each group with kernels of its own; groups are disjoint
     groups: Annotated[dict[GroupName, tuple[str, ...]], AfterValidator(require_folders)] = {}
-    derived: DerivedRecord | None = None
-    growth: tuple[GrowthRecord, ...] = ()
+    derived: DerivedRecord | None = None  # the source of a derived store
+    growth: tuple[GrowthRecord, ...] = ()  # samples before each growth, the oldest first; never compared
 
     @model_serializer(mode="wrap")
     def _without_empty_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

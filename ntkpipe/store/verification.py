@@ -39,23 +39,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """Result of :func:`verify_store`.
+    """Result of :func:`verify_store`."""
 
-    Attributes
-    ----------
-    chunks_checked
-        Number of chunks read.
-    bytes_checked
-        Their bytes.
-    findings
-        The problems; empty for a good store.
-    certificates
-        One certificate per kernel, of its agreement with the model, if a model was given.
-    """
-
-    chunks_checked: int
-    bytes_checked: int
-    findings: tuple[Finding, ...]
+    chunks_checked: int  # number of chunks read
+    bytes_checked: int  # their bytes
+    findings: tuple[Finding, ...]  # the problems; empty for a good store
+    # One certificate per kernel, of its agreement with the model, if a model was given
     certificates: tuple[dict[str, Any], ...] = ()
 
     @property

@@ -17,131 +17,78 @@ class Comparison(Result):
     """Kernel A beside kernel B, which is the reference: relative numbers are parts of what B has, ratios are A over B.
 
     Where one has a row for each output and the other one row a sample, K, the latter stands for ``K ⊗ I_O``.
-
-    Attributes
-    ----------
-    a, b
-        What was compared: paths, or what they were called.
-    reference
-        Identity of B; ``matrix`` is that of A.
-    kinds
-        Kinds of stored kernels; none of others.
-    differs
-        Fields in which the manifests differ; none where one has no manifest.
-    num_samples, num_rows, num_outputs
-        Samples, and rows that were compared; ``num_outputs`` of them for each sample.
-    outer
-        ``"a"`` or ``"b"`` where that is taken as ``K ⊗ I_O``.
-    frobenius_a, frobenius_b
-        Frobenius norms.
-    relative_difference
-        ``|A - B|_F / |B|_F``.
-    scale, scaled_difference
-        c that makes ``|c A - B|_F`` smallest, and that over ``|B|_F``; no scale if A is zero.
-    alignment
-        ``<A, B>_F / (|A|_F |B|_F)``; none if A is zero.
-    centred_alignment
-        The same of ``(H ⊗ I) A (H ⊗ I)`` and ``(H ⊗ I) B (H ⊗ I)``, H = I - 11'/N: centred kernel alignment (Cortes,
-        Mohri, Rostamizadeh 2012, JMLR 13, Eq. 4), each output centred over samples; none where nothing is left.
-    largest_entry_difference, largest_entry
-        Largest ``|A_ij - B_ij| / sqrt(B_ii B_jj)`` and its row and column.
-    num_zero_rows
-        TableRows of B with a diagonal that is not positive, whose entries are left out of it.
-    method
-        How spectra and predictions were found, and why.
-    eigenvalues_a, eigenvalues_b
-        The leading ones, descending, shape (k,): of ``K ⊗ I_O`` each O times.
-    largest_eigenvalue_ratio
-        λ_max of A over that of B.
-    smallest_eigenvalue_a, smallest_eigenvalue_b
-        λ_min of what is stored; none where it was not asked for.
-    smallest_eigenvalue_bounds_a, smallest_eigenvalue_bounds_b
-        Its bounds by the errors of solvers; a lower end that is not known is none.
-    smallest_eigenvalue_ratio, smallest_eigenvalue_ratio_bounds
-        λ_min of A over that of B; its bounds hold for the kernels before they were rounded to be stored. None where one
-        λ_min is not known from zero, by its error and its storage floor.
-    smallest_eigenvalue_note
-        What is known of the ratio, or why nothing is, in words.
-    condition_number_a, condition_number_b, condition_number_ratio, condition_number_ratio_bounds
-        λ_max / λ_min of each, and of A over B, in the same sense.
-    floor_a, floor_b
-        What rounding of entries did to eigenvalues: below it they are not known.
-    principal_angles
-        Between the spaces of as many leading eigenvectors of both as there are eigenvalues, ascending, in radians.
-    angle_error
-        How far the largest one can be off, in radians, for the residuals and gaps of the eigenvalues.
-    overlap
-        Mean squared cosine of them, 1 for equal spaces.
-    log_determinant_a, log_determinant_b
-        Of A and B with their ridges added; none where the whole spectrum was not computed or that is indefinite.
-    ridge_a, ridge_b
-        λ of the regressions, absolute; none without targets.
-    predictions_a, predictions_b
-        Of test samples, shape (M, c), if there are targets and test kernels.
-    prediction_difference
-        ``|F_a - F_b|_F / |F_b|_F``; as all below none without predictions.
-    disagreement
-        Share of test samples for which the largest prediction is of another column.
-    test_loss_a, test_loss_b
-        Mean squared error of the predictions.
-    test_accuracy_a, test_accuracy_b
-        Share of test samples whose class they predict.
-    prediction_note
-        Why there are no predictions.
     """
 
-    a: str
+    a: str  # a, b: what was compared: paths, or what they were called
     b: str
-    reference: str
-    kinds: tuple[str | None, str | None]
-    differs: tuple[str, ...] | None
+    reference: str  # identity of B; `matrix` is that of A
+    kinds: tuple[str | None, str | None]  # kinds of stored kernels; none of others
+    differs: tuple[str, ...] | None  # fields in which the manifests differ; none where one has no manifest
+    # num_samples, num_rows, num_outputs: samples, and rows that were compared; `num_outputs` of them for each sample
     num_samples: int
     num_rows: int
     num_outputs: int
-    outer: str | None
-    frobenius_a: float
+    outer: str | None  # `"a"` or `"b"` where that is taken as `K ⊗ I_O`
+    frobenius_a: float  # frobenius_a, frobenius_b: frobenius norms
     frobenius_b: float
-    relative_difference: float
+    relative_difference: float  # `|A - B|_F / |B|_F`
+    # scale, scaled_difference: c that makes `|c A - B|_F` smallest, and that over `|B|_F`; no scale if A is zero
     scale: float | None
     scaled_difference: float
-    alignment: float | None
+    alignment: float | None  # `<A, B>_F / (|A|_F |B|_F)`; none if A is zero
+    # The same of `(H ⊗ I) A (H ⊗ I)` and `(H ⊗ I) B (H ⊗ I)`, H = I - 11'/N: centred kernel alignment (Cortes, Mohri,
+    # Rostamizadeh 2012, JMLR 13, Eq. 4), each output centred over samples; none where nothing is left.
     centred_alignment: float | None
+    # largest_entry_difference, largest_entry: largest `|A_ij - B_ij| / sqrt(B_ii B_jj)` and its row and column
     largest_entry_difference: float
     largest_entry: tuple[int, int] | None
-    num_zero_rows: int
-    method: str
+    num_zero_rows: int  # tableRows of B with a diagonal that is not positive, whose entries are left out of it
+    method: str  # how spectra and predictions were found, and why
+    # eigenvalues_a, eigenvalues_b: the leading ones, descending, shape (k,): of `K ⊗ I_O` each O times
     eigenvalues_a: FloatArray = field(repr=False)
     eigenvalues_b: FloatArray = field(repr=False)
-    largest_eigenvalue_ratio: float
+    largest_eigenvalue_ratio: float  # λ_max of A over that of B
+    # smallest_eigenvalue_a, smallest_eigenvalue_b: λ_min of what is stored; none where it was not asked for
     smallest_eigenvalue_a: float | None
     smallest_eigenvalue_b: float | None
+    # smallest_eigenvalue_bounds_a, smallest_eigenvalue_bounds_b: its bounds by the errors of solvers; a lower end
+    # that is not known is none
     smallest_eigenvalue_bounds_a: tuple[float | None, float | None] | None
     smallest_eigenvalue_bounds_b: tuple[float | None, float | None] | None
+    # smallest_eigenvalue_ratio, smallest_eigenvalue_ratio_bounds: λ_min of A over that of B; its bounds hold for the
+    # kernels before they were rounded to be stored. None where one λ_min is not known from zero, by its error and its
+    # storage floor.
     smallest_eigenvalue_ratio: float | None
     smallest_eigenvalue_ratio_bounds: tuple[float, float] | None
-    smallest_eigenvalue_note: str
+    smallest_eigenvalue_note: str  # what is known of the ratio, or why nothing is, in words
+    # condition_number_a, condition_number_b, condition_number_ratio, condition_number_ratio_bounds: λ_max / λ_min of
+    # each, and of A over B, in the same sense
     condition_number_a: float | None
     condition_number_b: float | None
     condition_number_ratio: float | None
     condition_number_ratio_bounds: tuple[float, float] | None
-    floor_a: float
+    floor_a: float  # floor_a, floor_b: what rounding of entries did to eigenvalues: below it they are not known
     floor_b: float
+    # Between the spaces of as many leading eigenvectors of both as there are eigenvalues, ascending, in radians
     principal_angles: FloatArray = field(repr=False)
-    angle_error: float
-    overlap: float
+    angle_error: float  # how far the largest one can be off, in radians, for the residuals and gaps of the eigenvalues
+    overlap: float  # mean squared cosine of them, 1 for equal spaces
+    # log_determinant_a, log_determinant_b: of A and B with their ridges added; none where the whole spectrum was not
+    # computed or that is indefinite
     log_determinant_a: float | None
     log_determinant_b: float | None
-    ridge_a: float | None
+    ridge_a: float | None  # ridge_a, ridge_b: λ of the regressions, absolute; none without targets
     ridge_b: float | None
+    # predictions_a, predictions_b: of test samples, shape (M, c), if there are targets and test kernels
     predictions_a: FloatArray | None = field(repr=False)
     predictions_b: FloatArray | None = field(repr=False)
-    prediction_difference: float | None
-    disagreement: float | None
-    test_loss_a: float | None
+    prediction_difference: float | None  # `|F_a - F_b|_F / |F_b|_F`; as all below none without predictions
+    disagreement: float | None  # share of test samples for which the largest prediction is of another column
+    test_loss_a: float | None  # test_loss_a, test_loss_b: mean squared error of the predictions
     test_loss_b: float | None
-    test_accuracy_a: float | None
+    test_accuracy_a: float | None  # test_accuracy_a, test_accuracy_b: share of test samples whose class they predict
     test_accuracy_b: float | None
-    prediction_note: str
+    prediction_note: str  # why there are no predictions
 
     @property
     def is_of_dtypes(self) -> bool:

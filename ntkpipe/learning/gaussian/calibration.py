@@ -27,45 +27,28 @@ _SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Result):
-    """How often test targets are where a Gaussian process says. L levels, B bins.
+    """How often test targets are where a Gaussian process says. L levels, B bins."""
 
-    Attributes
-    ----------
-    levels, coverage
-        Probabilities, and the share of targets inside of the central interval of that probability, shape (L,). Equal
-        if the variances are right on the average.
-    mean_standardized_squared_residual
-        ``mean((y - f)² / v)``: 1 if variances are of the right size, larger if they are too small.
-    negative_log_predictive_density
-        ``mean(½ log 2πv + ½ (y - f)² / v)`` (Rasmussen and Williams 2006, Eq. 2.34).
-    scale
-        The factor that variances were multiplied with.
-    includes_noise
-        Whether the noise is part of v.
-    confidence, accuracy, counts
-        Of classes, in bins of the probability of the predicted class: its mean, the share that is right, and test
-        samples, shape (B,); empty for real targets. NaN where a bin is empty.
-    edges
-        Edges of the bins, shape (B + 1,).
-    expected_calibration_error
-        ``Σ counts |accuracy - confidence| / M`` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
-        targets.
-    mean_confidence, mean_accuracy
-        Over all test samples; NaN for real targets.
-    """
-
+    # levels, coverage: probabilities, and the share of targets inside of the central interval of that probability,
+    # shape (L,). Equal if the variances are right on the average.
     levels: FloatArray
     coverage: FloatArray
+    # `mean((y - f)² / v)`: 1 if variances are of the right size, larger if they are too small
     mean_standardized_squared_residual: float
+    # `mean(½ log 2πv + ½ (y - f)² / v)` (Rasmussen and Williams 2006, Eq. 2.34).
     negative_log_predictive_density: float
-    scale: float
-    includes_noise: bool
+    scale: float  # the factor that variances were multiplied with
+    includes_noise: bool  # whether the noise is part of v
+    # confidence, accuracy, counts: of classes, in bins of the probability of the predicted class: its mean, the share
+    # that is right, and test samples, shape (B,); empty for real targets. NaN where a bin is empty.
     confidence: FloatArray = field(repr=False)
     accuracy: FloatArray = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
-    edges: FloatArray = field(repr=False)
+    edges: FloatArray = field(repr=False)  # edges of the bins, shape (B + 1,)
+    # `Σ counts |accuracy - confidence| / M` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
+    # targets
     expected_calibration_error: float
-    mean_confidence: float
+    mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
     mean_accuracy: float
 
     def _rows(self) -> TableRows:

@@ -27,29 +27,17 @@ class Influence(Result):
 
     A term is ``K(x, x_i) α_i`` in the output that is looked at: of classes the predicted one, of a single output that.
     Of several real outputs it is the Euclidean norm over all of them, which has no sign.
-
-    Attributes
-    ----------
-    predicted
-        Column of the output whose terms are taken, shape (M,); -1 where all outputs are.
-    top_samples
-        Train samples of the largest terms by size, descending, shape (M, k).
-    top_terms
-        These terms, shape (M, k).
-    top_share
-        Share that the k have of the sizes of all terms, the mean over test samples.
-    mean_size
-        Mean size of the terms of each train sample over all test samples, shape (N,).
-    most_influential
-        Train samples of the largest of these, descending, shape (k,).
     """
 
+    # Column of the output whose terms are taken, shape (M,); -1 where all outputs are
     predicted: NDArray[np.int64] = field(repr=False)
+    # Train samples of the largest terms by size, descending, shape (M, k)
     top_samples: NDArray[np.int64] = field(repr=False)
-    top_terms: FloatArray = field(repr=False)
-    top_share: float
+    top_terms: FloatArray = field(repr=False)  # these terms, shape (M, k)
+    top_share: float  # share that the k have of the sizes of all terms, the mean over test samples
+    # Mean size of the terms of each train sample over all test samples, shape (N,)
     mean_size: FloatArray = field(repr=False)
-    most_influential: NDArray[np.int64]
+    most_influential: NDArray[np.int64]  # train samples of the largest of these, descending, shape (k,)
 
     def _rows(self) -> TableRows:
         shown = self.most_influential[:_SHOWN]

@@ -29,59 +29,35 @@ ProcessMethod = Literal["auto", "cholesky", "streamed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Posterior(Result):
-    """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample.
+    """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample."""
 
-    Attributes
-    ----------
-    mean
-        Shape (M, O).
-    covariance
-        Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample,
-        S = 1, it is that of every output, and outputs are independent: the prior is ``K ⊗ I_O``. Of a full NTK S = O.
-    variance
-        Diagonals of the covariance, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean.
-    noise
-        The variance of the noise of targets: the ridge λ, absolute.
-    log_marginal_likelihood, log_marginal_likelihood_error
-        ``log p(Y | X)``, summed over outputs; the error is zero by a factor, and that of the log determinant else.
-    data_fit, complexity
-        Its parts ``-½ tr Y'(K + λI)^-1 Y`` and ``-½ log det(K + λI)`` times the number of columns; the rest is
-        ``-½ n c log 2π``.
-    scale
-        The factor s² of kernel and noise together that makes the targets most likely,
-        ``tr Y'(K + λI)^-1 Y / (n c)``: with the prior s² K and noise s² λ the mean stays, and variances are s² times
-        as large. NTKs are not scaled for targets, so compare it with 1 before variances are read as such.
-    mean_diagonal
-        Mean of the diagonal of K.
-    num_rows, num_columns
-        n and c, of the targets as right-hand sides.
-    method, why
-        ``cholesky`` or ``streamed``, and why.
-    residual
-        Largest relative true residual of the systems.
-    num_clipped
-        Variances that rounding made negative; they are zero now.
-    floor
-        Size of what rounding to the storage dtype did to K.
-    """
-
-    mean: FloatArray = field(repr=False)
+    mean: FloatArray = field(repr=False)  # shape (M, O)
+    # Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample, S =
+    # 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. Of a full NTK S = O.
     covariance: FloatArray = field(repr=False)
+    # Diagonals of the covariance, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean
     variance: FloatArray = field(repr=False)
-    noise: float
+    noise: float  # the variance of the noise of targets: the ridge λ, absolute
+    # log_marginal_likelihood, log_marginal_likelihood_error: `log p(Y | X)`, summed over outputs; the error is zero
+    # by a factor, and that of the log determinant else
     log_marginal_likelihood: float
     log_marginal_likelihood_error: float
+    # data_fit, complexity: its parts `-½ tr Y'(K + λI)^-1 Y` and `-½ log det(K + λI)` times the number of columns;
+    # the rest is `-½ n c log 2π`
     data_fit: float
     complexity: float
+    # The factor s² of kernel and noise together that makes the targets most likely, `tr Y'(K + λI)^-1 Y / (n c)`:
+    # with the prior s² K and noise s² λ the mean stays, and variances are s² times as large. NTKs are not scaled for
+    # targets, so compare it with 1 before variances are read as such.
     scale: float
-    mean_diagonal: float
-    num_rows: int
+    mean_diagonal: float  # mean of the diagonal of K
+    num_rows: int  # num_rows, num_columns: n and c, of the targets as right-hand sides
     num_columns: int
-    method: str
+    method: str  # method, why: `cholesky` or `streamed`, and why
     why: str
-    residual: float
-    num_clipped: int
-    floor: float
+    residual: float  # largest relative true residual of the systems
+    num_clipped: int  # variances that rounding made negative; they are zero now
+    floor: float  # size of what rounding to the storage dtype did to K
 
     @property
     def predictive_variance(self) -> FloatArray:

@@ -50,60 +50,35 @@ class RidgePath(Result):
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard error of a number that was
     estimated from some of the samples, zero where it is exact.
-
-    Attributes
-    ----------
-    ridges
-        λ, absolute.
-    mean_diagonal
-        Mean of the diagonal of K; ridges are also printed as multiples of it.
-    method, why
-        ``eigh``, ``cholesky`` or ``streamed``, and why.
-    train_loss, train_accuracy
-        On the training set; accuracies are NaN if targets are no classes.
-    effective_dimension, effective_dimension_error
-        ``tr K (K + λI)^-1``, the degrees of freedom of the fit.
-    generalised_cross_validation, generalised_cross_validation_error
-        V(λ) of Golub, Heath and Wahba.
-    leave_one_out_loss, leave_one_out_loss_error, leave_one_out_accuracy, leave_one_out_accuracy_error
-        Each sample, with all of its rows, predicted from all others.
-    num_left_out
-        Samples that this was done for; all N where it is exact.
-    test_loss, test_accuracy
-        On the test set; NaN without one.
-    norm
-        ``tr A'K A``, the squared norm of the fit in the space of the kernel.
-    residuals
-        Largest relative true residual of the systems; zero for ``eigh``.
-    statuses
-        Status of each ridge.
-    is_classification
-        Whether targets are labels of classes.
-    floor
-        Size of what rounding to the storage dtype did to K. Nothing is known of ridges below it.
     """
 
-    ridges: FloatArray
-    mean_diagonal: float
-    method: str
+    ridges: FloatArray  # λ, absolute
+    mean_diagonal: float  # mean of the diagonal of K; ridges are also printed as multiples of it
+    method: str  # method, why: `eigh`, `cholesky` or `streamed`, and why
     why: str
+    # train_loss, train_accuracy: on the training set; accuracies are NaN if targets are no classes
     train_loss: FloatArray
     train_accuracy: FloatArray
+    # effective_dimension, effective_dimension_error: `tr K (K + λI)^-1`, the degrees of freedom of the fit
     effective_dimension: FloatArray
     effective_dimension_error: FloatArray
+    # generalised_cross_validation, generalised_cross_validation_error: V(λ) of Golub, Heath and Wahba
     generalised_cross_validation: FloatArray
     generalised_cross_validation_error: FloatArray
+    # leave_one_out_loss, leave_one_out_loss_error, leave_one_out_accuracy, leave_one_out_accuracy_error: each sample,
+    # with all of its rows, predicted from all others
     leave_one_out_loss: FloatArray
     leave_one_out_loss_error: FloatArray
     leave_one_out_accuracy: FloatArray
     leave_one_out_accuracy_error: FloatArray
-    num_left_out: int
-    test_loss: FloatArray
+    num_left_out: int  # samples that this was done for; all N where it is exact
+    test_loss: FloatArray  # test_loss, test_accuracy: on the test set; NaN without one
     test_accuracy: FloatArray
-    norm: FloatArray
-    residuals: FloatArray
-    statuses: tuple[str, ...]
-    is_classification: bool
+    norm: FloatArray  # `tr A'K A`, the squared norm of the fit in the space of the kernel
+    residuals: FloatArray  # largest relative true residual of the systems; zero for `eigh`
+    statuses: tuple[str, ...]  # status of each ridge
+    is_classification: bool  # whether targets are labels of classes
+    # Size of what rounding to the storage dtype did to K. Nothing is known of ridges below it.
     floor: float = field(repr=False)
 
     @property

@@ -27,31 +27,19 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum(Result):
-    """All eigenvalues of a symmetric matrix, and eigenvectors if requested.
+    """All eigenvalues of a symmetric matrix, and eigenvectors if requested."""
 
-    Attributes
-    ----------
-    eigenvalues
-        Descending, float64, shape (n,). Errors are at most about ``n eps λ_1``, usually a few ``eps λ_1``, also those
-        of small eigenvalues.
-    eigenvectors
-        Orthonormal columns in the order of the eigenvalues, shape (n, n); none from :func:`eigvalsh`.
-    trace_error, frobenius_error
-        ``|Σλ - tr K| / |K|_F`` and ``|Σλ² - |K|_F²| / |K|_F²``.
-    residual
-        ``|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))`` for random X, with the stored K; none without eigenvectors.
-    orthogonality
-        ``|VᵀV X - X|_F / |X|_F`` for random X; none without eigenvectors.
-    floor
-        Error of K in the spectral norm from rounding to the storage dtype: eigenvalues below it are not known.
-    """
-
+    # Descending, float64, shape (n,). Errors are at most about `n eps λ_1`, usually a few `eps λ_1`, also those of
+    # small eigenvalues.
     eigenvalues: Values = field(repr=False)
+    # Orthonormal columns in the order of the eigenvalues, shape (n, n); none from :func:`eigvalsh`
     eigenvectors: Values | None = field(repr=False)
-    trace_error: float
+    trace_error: float  # trace_error, frobenius_error: `|Σλ - tr K| / |K|_F` and `|Σλ² - |K|_F²| / |K|_F²`
     frobenius_error: float
+    # `|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))` for random X, with the stored K; none without eigenvectors
     residual: float | None
-    orthogonality: float | None
+    orthogonality: float | None  # `|VᵀV X - X|_F / |X|_F` for random X; none without eigenvectors
+    # Error of K in the spectral norm from rounding to the storage dtype: eigenvalues below it are not known
     floor: float
 
     def _rows(self) -> TableRows:

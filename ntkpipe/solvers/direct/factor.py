@@ -46,37 +46,22 @@ class CholeskyFactor(Result):
     """``K + shift I = L L'``, as :func:`ntkpipe.cholesky` returns it.
 
     Every method reads L once or more, as it says. L may be in files, which must stay as they are.
-
-    Attributes
-    ----------
-    num_rows
-        n.
-    ridge, jitter
-        Added to the diagonal: ``ridge`` as requested, ``jitter`` because it was needed and allowed.
-    logdet
-        log det(K + shift I) = 2 Σ log L_ii.
-    smallest_pivot, largest_pivot
-        Extremes of the L_ii². Their ratio is at most the condition number.
-    num_panels, panel_width
-        Number of panels of L, and their columns.
-    resumed
-        Number of panels that already existed.
-    path
-        Where L is; none if it is in memory.
-    factor_passes, factor_bytes_read, factor_bytes_written
-        Reads of the whole factor while it was made, and bytes from and to files.
     """
 
-    num_rows: int
+    num_rows: int  # n
+    # ridge, jitter: added to the diagonal: `ridge` as requested, `jitter` because it was needed and allowed
     ridge: float
     jitter: float
-    logdet: float
+    logdet: float  # log det(K + shift I) = 2 Σ log L_ii
+    # smallest_pivot, largest_pivot: extremes of the L_ii². Their ratio is at most the condition number.
     smallest_pivot: float
     largest_pivot: float
-    num_panels: int
+    num_panels: int  # num_panels, panel_width: number of panels of L, and their columns
     panel_width: int
-    resumed: int
-    path: str | None
+    resumed: int  # number of panels that already existed
+    path: str | None  # where L is; none if it is in memory
+    # factor_passes, factor_bytes_read, factor_bytes_written: reads of the whole factor while it was made, and bytes
+    # from and to files
     factor_passes: float
     factor_bytes_read: int
     factor_bytes_written: int

@@ -13,46 +13,26 @@ from ntkpipe.solvers.result import Result
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(Result):
-    """Coefficients A with ``(K + ridge I) A = Y``.
+    """Coefficients A with ``(K + ridge I) A = Y``."""
 
-    Attributes
-    ----------
-    coefficients
-        A, float64, of the shape of Y.
-    residuals
-        |Y - (K + ridge I) A| / |Y| of each column, shape (c,), computed in float64 with the matrix for these
-        coefficients. Zero for a column of zeros, whose coefficients are zero.
-    ridge
-        λ.
-    method, why
-        The method that found them, and why it was chosen.
-    iterations
-        Steps of conjugate gradients, one pass each; each check of true residuals is one pass more.
-    history
-        Relative residuals of the recurrence after each step, shape (iterations, c); true residuals may be larger.
-    checks, check_residuals
-        After how many iterations true residuals were computed, shape (m,), and their relative size, shape (m, c).
-    replacements
-        How often residuals were replaced by the true ones and directions began anew.
-    rank, mu
-        Rank and μ of the preconditioner F F' + μ I; 0 and 1 without one.
-    preconditioner_work
-        The part of ``work`` that made the preconditioner; zero if it was given.
-    """
-
-    coefficients: NDArray[np.float64]
+    coefficients: NDArray[np.float64]  # A, float64, of the shape of Y
+    # |Y - (K + ridge I) A| / |Y| of each column, shape (c,), computed in float64 with the matrix for these
+    # coefficients. Zero for a column of zeros, whose coefficients are zero.
     residuals: NDArray[np.float64]
-    ridge: float
-    method: str
+    ridge: float  # λ
+    method: str  # method, why: the method that found them, and why it was chosen
     why: str
-    iterations: int
+    iterations: int  # steps of conjugate gradients, one pass each; each check of true residuals is one pass more
+    # Relative residuals of the recurrence after each step, shape (iterations, c); true residuals may be larger
     history: NDArray[np.float64]
+    # checks, check_residuals: after how many iterations true residuals were computed, shape (m,), and their relative
+    # size, shape (m, c)
     checks: NDArray[np.int64]
     check_residuals: NDArray[np.float64]
-    replacements: int
-    rank: int
+    replacements: int  # how often residuals were replaced by the true ones and directions began anew
+    rank: int  # rank, mu: rank and μ of the preconditioner F F' + μ I; 0 and 1 without one
     mu: float
-    preconditioner_work: Work
+    preconditioner_work: Work  # the part of `work` that made the preconditioner; zero if it was given
 
     def to_json(self) -> dict[str, Any]:
         """See :meth:`Result.to_json`."""

@@ -50,34 +50,19 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Density(Result):
-    """The distribution of eigenvalues.
+    """The distribution of eigenvalues."""
 
-    Attributes
-    ----------
-    eigenvalues
-        Exact eigenvalues that were spliced in, shape (k,), descending.
-    nodes, weights
-        Gauss rules of the probes for the rest, each of shape (p, m): a node stands for ``weight`` eigenvalues.
-    node_residuals
-        Distance of each node within which an eigenvalue lies, shape (p, m).
-    num_rows
-        n.
-    num_steps
-        m.
-    floor
-        Smaller eigenvalues cannot be told from zero: the storage floor, or rounding of products.
-    resolved_above
-        Counts above this λ are as accurate as ``tol`` asks for; the floor if all are.
-    """
-
-    eigenvalues: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]  # exact eigenvalues that were spliced in, shape (k,), descending
+    # nodes, weights: gauss rules of the probes for the rest, each of shape (p, m): a node stands for `weight`
+    # eigenvalues
     nodes: NDArray[np.float64] = field(repr=False)
     weights: NDArray[np.float64] = field(repr=False)
+    # Distance of each node within which an eigenvalue lies, shape (p, m)
     node_residuals: NDArray[np.float64] = field(repr=False)
-    num_rows: int
-    num_steps: int
-    floor: float
-    resolved_above: float
+    num_rows: int  # n
+    num_steps: int  # m
+    floor: float  # smaller eigenvalues cannot be told from zero: the storage floor, or rounding of products
+    resolved_above: float  # counts above this λ are as accurate as `tol` asks for; the floor if all are
 
     def count_above(self, thresholds: ArrayLike) -> Counts:
         """Numbers of eigenvalues above thresholds, with their errors."""

@@ -33,33 +33,21 @@ _MOST_FAILURES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Eigenpairs(Result):
-    """Leading eigenpairs of a symmetric matrix.
+    """Leading eigenpairs of a symmetric matrix."""
 
-    Attributes
-    ----------
-    eigenvalues
-        The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors.
-    eigenvectors
-        Orthonormal columns, float64, shape (n, k), C-contiguous.
-    residuals
-        ``|K v - λ v| / max(|λ|, floor)`` of each pair, from a product with K, shape (k,). For a residual norm ``r``
-        some eigenvalue of K lies within ``r`` of λ; the error of λ itself is about ``r² / gap``.
-    orthogonality
-        ``max |VᵀV - I|``.
-    floor
-        Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
-        the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known.
-    history
-        Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and
-        each relative to its own as in ``residuals``; NaN while the space has fewer than k dimensions. These come from
-        the recurrence and cost nothing.
-    """
-
+    # The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors
     eigenvalues: NDArray[np.float64] = field(repr=False)
-    eigenvectors: NDArray[np.float64] = field(repr=False)
+    eigenvectors: NDArray[np.float64] = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
+    # `|K v - λ v| / max(|λ|, floor)` of each pair, from a product with K, shape (k,). For a residual norm `r` some
+    # eigenvalue of K lies within `r` of λ; the error of λ itself is about `r² / gap`.
     residuals: NDArray[np.float64] = field(repr=False)
-    orthogonality: float
+    orthogonality: float  # `max |VᵀV - I|`
+    # Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
+    # the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known
     floor: float
+    # Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and each
+    # relative to its own as in `residuals`; NaN while the space has fewer than k dimensions. These come from the
+    # recurrence and cost nothing.
     history: NDArray[np.float64] = field(repr=False)
 
     def _rows(self) -> TableRows:

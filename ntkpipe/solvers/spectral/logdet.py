@@ -19,32 +19,17 @@ _MOST_ERROR = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class LogDeterminant(Result):
-    """``log det(K + ridge I)`` by a Cholesky factor: exact for the stored entries but for rounding in float64.
+    """``log det(K + ridge I)`` by a Cholesky factor: exact for the stored entries but for rounding in float64."""
 
-    Attributes
-    ----------
-    value
-        log det(K + (ridge + jitter) I).
-    ridge, jitter
-        What was added to the diagonal; a jitter only where it was allowed and needed.
-    num_rows
-        n.
-    smallest_pivot, largest_pivot
-        Of the factor, squared.
-    floor
-        Eigenvalues below it are not known, because entries were rounded when they were stored.
-    storage_error
-        About what that did to the value, see `CholeskyFactor.logdet_error`. Above n / 100
-        the status is ``indefinite at storage precision``.
-    """
-
-    value: float
-    ridge: float
+    value: float  # log det(K + (ridge + jitter) I)
+    ridge: float  # ridge, jitter: what was added to the diagonal; a jitter only where it was allowed and needed
     jitter: float
-    num_rows: int
-    smallest_pivot: float
+    num_rows: int  # n
+    smallest_pivot: float  # smallest_pivot, largest_pivot: of the factor, squared
     largest_pivot: float
-    floor: float
+    floor: float  # eigenvalues below it are not known, because entries were rounded when they were stored
+    # About what that did to the value, see `CholeskyFactor.logdet_error`. Above n / 100 the status is `indefinite at
+    # storage precision`.
     storage_error: float
 
     def _rows(self) -> TableRows:

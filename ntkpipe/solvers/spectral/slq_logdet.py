@@ -29,46 +29,25 @@ _FEWEST_STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LogDeterminantEstimate(Result):
-    """``log det(K + ridge I)``, estimated.
+    """``log det(K + ridge I)``, estimated."""
 
-    Attributes
-    ----------
-    value
-        The estimate; NaN if the matrix is not positive definite.
-    standard_error
-        Monte-Carlo error: one standard deviation of the mean over probes.
-    truncation_error
-        Estimated effect of more steps, which can only make the value smaller: twice the change from half as many, which
-        is no bound, or the width of the bracket if that is smaller.
-    lower, upper
-        Bracket of the value that these probes would give after infinitely many steps: of truncation alone. Without a
-        ridge above the storage floor, ``lower`` is -infinity.
-    samples
-        Value of each probe, shape (p,); their mean is the value.
-    half_samples
-        The same after half as many steps.
-    ridge
-        λ.
-    num_rows, num_steps
-        n and m.
-    rank
-        Rank of the preconditioner; 0 without one.
-    smallest_ritz
-        The smallest Ritz value of the matrix that was sampled, preconditioned and with the ridge: an upper bound of its
-        smallest eigenvalue.
-    """
-
-    value: float
-    standard_error: float
+    value: float  # the estimate; NaN if the matrix is not positive definite
+    standard_error: float  # monte-Carlo error: one standard deviation of the mean over probes
+    # Estimated effect of more steps, which can only make the value smaller: twice the change from half as many, which
+    # is no bound, or the width of the bracket if that is smaller
     truncation_error: float
+    # lower, upper: bracket of the value that these probes would give after infinitely many steps: of truncation
+    # alone. Without a ridge above the storage floor, `lower` is -infinity.
     lower: float
     upper: float
-    samples: NDArray[np.float64] = field(repr=False)
-    half_samples: NDArray[np.float64] = field(repr=False)
-    ridge: float
-    num_rows: int
+    samples: NDArray[np.float64] = field(repr=False)  # value of each probe, shape (p,); their mean is the value
+    half_samples: NDArray[np.float64] = field(repr=False)  # the same after half as many steps
+    ridge: float  # λ
+    num_rows: int  # num_rows, num_steps: n and m
     num_steps: int
-    rank: int
+    rank: int  # rank of the preconditioner; 0 without one
+    # The smallest Ritz value of the matrix that was sampled, preconditioned and with the ridge: an upper bound of its
+    # smallest eigenvalue
     smallest_ritz: float
 
     def _rows(self) -> TableRows:

@@ -38,41 +38,27 @@ DefiniteBound = Literal["cholesky", "residual"]
 
 @dataclass(frozen=True, kw_only=True)
 class Smallest(Result):
-    """The smallest eigenvalues of a symmetric matrix.
+    """The smallest eigenvalues of a symmetric matrix."""
 
-    Attributes
-    ----------
-    eigenvalues
-        The smallest, ascending, shape (k,): Rayleigh quotients, so each is an upper bound of the one of its place.
-    eigenvectors
-        Orthonormal columns, shape (n, k).
-    residuals
-        Norms ``|K v - λ v|`` by a product with the vectors, shape (k,): an eigenvalue of K lies so near to λ.
-    low, high
-        ``low <= λ_min <= high`` for the stored K, rounding of float64 included. ``high`` always holds, ``low`` as
-        ``certificate`` says; None if a proof failed.
-    certificate
-        ``cholesky``: K - low I was proved positive definite. ``residual``: some eigenvalue lies between the bounds;
-        that it is the smallest relies on the random start not having missed a smaller one.
-    largest
-        λ_max.
-    condition_low, condition_high
-        Bounds of λ_max / λ_min from ``low`` and ``high``; no upper one where λ_min is not known from zero, by its
-        bound or by storage.
-    floor
-        What rounding to the storage dtype did to K in the spectral norm. The matrix before that has its smallest
-        eigenvalue within ``floor`` of these bounds; below it λ_min is not known at all.
-    """
-
+    # The smallest, ascending, shape (k,): Rayleigh quotients, so each is an upper bound of the one of its place
     eigenvalues: NDArray[np.float64] = field(repr=False)
-    eigenvectors: NDArray[np.float64] = field(repr=False)
+    eigenvectors: NDArray[np.float64] = field(repr=False)  # orthonormal columns, shape (n, k)
+    # Norms `|K v - λ v|` by a product with the vectors, shape (k,): an eigenvalue of K lies so near to λ
     residuals: NDArray[np.float64] = field(repr=False)
+    # low, high: `low <= λ_min <= high` for the stored K, rounding of float64 included. `high` always holds, `low` as
+    # `certificate` says; None if a proof failed.
     low: float | None
     high: float
+    # `cholesky`: K - low I was proved positive definite. `residual`: some eigenvalue lies between the bounds; that it
+    # is the smallest relies on the random start not having missed a smaller one.
     certificate: DefiniteBound | None
-    largest: float
+    largest: float  # λ_max
+    # condition_low, condition_high: bounds of λ_max / λ_min from `low` and `high`; no upper one where λ_min is not
+    # known from zero, by its bound or by storage
     condition_low: float | None
     condition_high: float | None
+    # What rounding to the storage dtype did to K in the spectral norm. The matrix before that has its smallest
+    # eigenvalue within `floor` of these bounds; below it λ_min is not known at all.
     floor: float
 
     def _rows(self) -> TableRows:

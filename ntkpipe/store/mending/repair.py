@@ -43,21 +43,11 @@ class Action:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Result of a repair.
+    """Result of a repair."""
 
-    Attributes
-    ----------
-    found
-        The verification before.
-    actions
-        The steps of the repair.
-    left
-        The verification after.
-    """
-
-    found: VerificationReport
-    actions: tuple[Action, ...]
-    left: VerificationReport
+    found: VerificationReport  # the verification before
+    actions: tuple[Action, ...]  # the steps of the repair
+    left: VerificationReport  # the verification after
 
     @property
     def is_good(self) -> bool:
