@@ -1,9 +1,13 @@
 """What is public says what it takes: every parameter has its words, in numpy's sections."""
 
+import ast
+import doctest
 import inspect
 import re
+import textwrap
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ntkpipe
@@ -77,3 +81,22 @@ def test_every_parameter_of_a_function_has_words(name: str) -> None:
     if len(wanted) == 1 and not described:
         return  # its summary says it
     assert set(wanted) == described
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_error_that_a_function_raises_itself_is_listed(name: str) -> None:
+    function = inspect.unwrap(CALLABLES[name])
+    raised = {
+        ast.unparse(node.exc.func)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    }
+    assert raised <= named(sections(inspect.getdoc(function) or "").get("Raises", ""))
+
+
+def test_examples_run() -> None:
+    names = {"np": np, "ntkpipe": ntkpipe, **{name: getattr(ntkpipe, name) for name in ntkpipe.__all__}}
+    tests = [test for name in ntkpipe.__all__ for test in doctest.DocTestFinder().find(names[name], name, globs=names)]
+    assert sum(len(test.examples) for test in tests) > 0
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert [test.name for test in tests if runner.run(test).failed] == []

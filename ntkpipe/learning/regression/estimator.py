@@ -85,8 +85,10 @@ class KernelRegression:
 
     Examples
     --------
-    >>> model = KernelRegression(ridge=1e-3, ridge_scale="mean_diagonal").fit(store)
-    >>> model.score(store)
+    >>> kernel = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 0.0], [0.5, 0.0, 1.5]])
+    >>> model = KernelRegression(ridge=0.1, task="regression").fit(kernel, [1.0, 2.0, 0.5])
+    >>> model.predict(kernel[:1]).round(3)
+    array([0.988])
     """
 
     def __init__(
