@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 
+import gc
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +12,26 @@ import s3
 from hypothesis import settings
 from manifests import small_manifest
 
+from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.store.manifest import Manifest
 
 # A busy machine is no failure.
 settings.register_profile("ntkpipe", deadline=None)
 settings.load_profile("ntkpipe")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what imports made: where memory runs out, the package collects, and so do many tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_benchmark() -> Iterator[None]:
+    """The planner measures this machine's speed for every kernel, with products that take longer than small kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "cpu", replace(SIZES["cpu"], rate_size=64))
+        yield
 
 
 @pytest.fixture(scope="session")

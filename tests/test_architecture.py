@@ -36,6 +36,7 @@ DOORS = {
 }
 FLOOR = {folder: floor for floor, layer in enumerate(LAYERS) for folder in layer.split()}
 SOURCES = modules()
+ARROWS = file_arrows(SOURCES)
 
 
 def inside(module: str, place: str) -> bool:
@@ -74,16 +75,16 @@ def test_the_layers_are_the_folders():
 
 
 def test_files_import_each_other_in_no_circle():
-    assert circle(file_arrows(SOURCES)) == []
+    assert circle(ARROWS) == []
 
 
 @pytest.mark.parametrize("folder", sorted(folders(SOURCES)))
 def test_the_entries_of_a_folder_import_each_other_in_no_circle(folder):
-    assert circle(folder_arrows(file_arrows(SOURCES), folder)) == []
+    assert circle(folder_arrows(ARROWS, folder)) == []
 
 
 def test_the_house_is_small():
-    arrows = folder_arrows(file_arrows(SOURCES))
+    arrows = folder_arrows(ARROWS)
     assert len(FLOOR) <= 13
     assert max(floors(arrows).values()) < 10
     assert len(arrows) <= 59

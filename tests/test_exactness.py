@@ -31,8 +31,16 @@ from torch.utils.checkpoint import checkpoint
 import ntkpipe
 from ntkpipe.jacobian.representations.interface import Rates
 
-# Some of these models warn, the fallback about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
+# The fallback warns of its loop, torch of what it deprecates and of a tensor that a model asks about.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}")
+    for words in (
+        "torch.func.vmap cannot run this model:UserWarning",
+        "There is a performance drop:UserWarning",
+        "`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
+        "Converting a tensor with requires_grad=True to a scalar:UserWarning",
+    )
+]
 
 L = nn.Linear
 # Seven samples: more than the probes have.

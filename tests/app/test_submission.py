@@ -1,5 +1,6 @@
 """A submitted workflow runs on the cluster as it would run here, and says in its store what becomes of it."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,34 +48,59 @@ steps: [{step: verify}]
 
 
 @pytest.fixture(scope="module")
-def scheduler() -> Iterator[str]:
-    with cluster.connect("local", workers=2, memory_limit=3 * 2**30) as client:
-        yield cluster.address_of(client)
+def client() -> Iterator[Client]:
+    with cluster.connect("local", workers=2, memory_limit=3 * 2**30) as joined:
+        yield joined
 
 
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "study"
+@pytest.fixture(scope="module")
+def scheduler(client: Client) -> str:
+    return cluster.address_of(client)
+
+
+def write_study(folder: Path) -> Path:
     folder.mkdir()
     (folder / "factories.py").write_text(FACTORIES)
     (folder / "parts.py").write_text("WIDTH = 5\n")
     (folder / "study.yaml").write_text(YAML)
-    monkeypatch.chdir(tmp_path)
     return folder / "study.yaml"
 
 
-def test_a_submitted_workflow_ends_as_one_that_runs_here(scheduler, file, tmp_path, capsys):
-    submission = submit(file, scheduler=scheduler)
-    assert submission.store == str(tmp_path / "runs" / "small.zarr")
-    store = watch(submission.store)
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_study(tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def submitted(scheduler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study that was submitted there, and its store, which is finished."""
+    root = tmp_path_factory.mktemp("submitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        submission = submit(write_study(root / "study"), scheduler=scheduler)
+    assert submission.store == str(root / "runs" / "small.zarr")
+    watch(submission.store)
+    return root
+
+
+@pytest.fixture
+def copied(submitted: Path, tmp_path: Path) -> Path:
+    """A copy of that store."""
+    return shutil.copytree(submitted / "runs" / "small.zarr", tmp_path / "copied.zarr")
+
+
+def test_a_submitted_workflow_ends_as_one_that_runs_here(submitted, file, tmp_path, capsys):
+    path = submitted / "runs" / "small.zarr"
+    store = watch(path)
     driver = store.store.read_result("driver")
     assert driver["state"] == "finished"
     assert store.progress.is_complete
     assert store.store.read_result("certificate")["kernels"][0]["is_good"]
     list(workflow.run(workflow.load(file, [f"store={tmp_path / 'here.zarr'}"]), progress=False))
-    assert chunks(tmp_path / "here.zarr") == chunks(tmp_path / "runs" / "small.zarr")
+    assert chunks(tmp_path / "here.zarr") == chunks(path)
     capsys.readouterr()
-    main(["info", submission.store, "--watch"])
+    main(["info", str(path), "--watch"])
     assert "finished on" in capsys.readouterr().out
 
 
@@ -91,33 +117,27 @@ def test_what_is_wrong_is_said_before_the_command_returns(scheduler, file):
     assert not Path("runs").exists()
 
 
-def test_a_driver_that_fails_later_is_reported(scheduler, file):
-    submission = submit(file, scheduler=scheduler)
-    watch(submission.store)
-    store = open_kernel(submission.store).store
+def test_a_driver_that_fails_later_is_reported(copied):
+    store = open_kernel(copied).store
     store.write_result("driver", {"state": "failed", "host": "far", "message": "the disk is full"})
     with pytest.raises(ClusterError, match="the driver on far failed: the disk is full"):
-        watch(submission.store)
+        watch(copied)
 
 
-def test_a_driver_that_is_lost_is_reported(scheduler, file, monkeypatch):
-    submission = submit(file, scheduler=scheduler)
-    watch(submission.store)
-    store = open_kernel(submission.store).store
+def test_a_driver_that_is_lost_is_reported(copied, monkeypatch):
+    store = open_kernel(copied).store
     store.write_result("driver", {"state": "running", "host": "far", "time": "then"})
     monkeypatch.setattr(watching, "_SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(watching, "_POLL_SECONDS", 0.05)
     with pytest.raises(ClusterError, match="the driver on far has said nothing since then"):
-        watch(submission.store)
+        watch(copied)
 
 
-def test_a_driver_that_is_refused_says_nothing_of_a_store_of_others(scheduler, file, tmp_path):
-    submission = submit(file, scheduler=scheduler)
-    watch(submission.store)
-    before = open_kernel(submission.store).store.read_result("driver")
+def test_a_driver_that_is_refused_says_nothing_of_a_store_of_others(scheduler, file, copied):
+    before = open_kernel(copied).store.read_result("driver")
     with pytest.raises(StoreMismatchError):
-        submit(file, ["kernel.kind=pntk"], scheduler=scheduler)
-    assert open_kernel(submission.store).store.read_result("driver") == before
+        submit(file, [f"store={copied}", "kernel.kind=pntk"], scheduler=scheduler)
+    assert open_kernel(copied).store.read_result("driver") == before
 
 
 def test_a_driver_says_now_and_then_that_it_is_there(tmp_path, monkeypatch):
@@ -146,13 +166,6 @@ def test_addresses_that_are_of_no_use(file, address, words, monkeypatch):
         submit(file, scheduler=address)
 
 
-def test_two_drivers_on_one_worker_do_not_meet(file):
-    with cluster.connect("local", workers=1, memory_limit=2 * 2**30) as client:
-        stores = [submit(file, [f"store={name}.zarr"], scheduler=cluster.address_of(client)).store for name in "ab"]
-        for store in stores:
-            assert watch(store).store.read_result("driver")["state"] == "finished"
-
-
 def test_a_driver_that_dask_repeats_does_not_start_over_again(scheduler, file, tmp_path):
     def drive(mode: str, key: str) -> dict[str, int]:
         code = pack_code(file.parent, everything=True)
@@ -167,3 +180,15 @@ def test_a_driver_that_dask_repeats_does_not_start_over_again(scheduler, file, t
             drive("w-", "two")
         assert open_kernel(store).store.read_result("driver")["key"] == "one"
         assert drive("w", "two") != first
+
+
+def test_two_drivers_on_one_worker_do_not_meet(client, scheduler, file):
+    client.cluster.scale(1)
+    try:
+        while len(client.scheduler_info()["workers"]) > 1:
+            time.sleep(0.05)
+        stores = [submit(file, [f"store={name}.zarr"], scheduler=scheduler).store for name in "ab"]
+        for store in stores:
+            assert watch(store).store.read_result("driver")["state"] == "finished"
+    finally:
+        client.cluster.scale(2)

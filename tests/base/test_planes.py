@@ -108,7 +108,6 @@ def pick(store: KernelStore, group, output) -> KernelSet:
     return kernels if output is None else kernels.output(output)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_plane_of_a_store_is_the_brute_force(name, kind, tmp_path):
@@ -147,7 +146,6 @@ def test_every_plane_of_a_store_is_the_brute_force(name, kind, tmp_path):
 
 @pytest.mark.parametrize("pairs", ["all", "same", "sum"])
 @pytest.mark.parametrize("name", ["joined", "language", "convolution"])
-@pytest.mark.filterwarnings("ignore")
 def test_groups_are_exact_however_their_jacobians_are_held(name, pairs):
     make, samples, groups = CASES[name]
     model = redraw(make())

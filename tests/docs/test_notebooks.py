@@ -31,14 +31,17 @@ def test_every_notebook_is_run() -> None:
     assert {path.stem for path in ROOT.glob("notebooks/*.ipynb")} == {*OF_A_STORE, *OF_A_FOLDER}
 
 
-@pytest.mark.parametrize(("kind", "num_train"), [("pntk", 300), ("ntk", 60)])
-@pytest.mark.parametrize("name", OF_A_STORE)
-def test_a_notebook_of_a_store_runs(
-    name: str, kind: str, num_train: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = [f"store={tmp_path / 'k.zarr'}", f"kernel.kind={kind}", f"data.arguments.num_train={num_train}"]
+@pytest.fixture(scope="module", params=[("pntk", 150), ("ntk", 40)], ids=lambda param: param[0])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (kind, num_train), path = request.param, tmp_path_factory.mktemp("store") / "k.zarr"
+    settings = [f"store={path}", f"kernel.kind={kind}", f"data.arguments.num_train={num_train}"]
     compute("pntk.yaml", *settings, "model.arguments.width=16")
-    monkeypatch.setenv("NTKPIPE_STORE", str(tmp_path / "k.zarr"))
+    return path
+
+
+@pytest.mark.parametrize("name", OF_A_STORE)
+def test_a_notebook_of_a_store_runs(name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NTKPIPE_STORE", str(store))
     assert "torch was loaded to read this: False" in printed_by(name, tmp_path)
 
 

@@ -238,15 +238,15 @@ def test_memory_that_never_suffices_ends_the_run(client, monkeypatch):
 
 
 class Greedy(nn.Module):
-    """Takes 48 MiB a sample, which no plan can see, since torch does not allocate it."""
+    """Takes 28 MiB a sample, which no plan can see, since torch does not allocate it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = mlp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        taken = np.ones(48 * MIB * len(x), np.uint8)
-        time.sleep(0.4 * (len(x) > 8))  # a nanny looks every 0.1 s
+        taken = np.ones(28 * MIB * len(x), np.uint8)
+        time.sleep(0.4 * (len(x) > 10))  # a nanny looks every 0.1 s
         return self.inner(x) * float(taken[0])
 
 

@@ -24,6 +24,8 @@ ORDER = 1e-9
 NUM_RANDOM = 3
 # What the public function may be off by, on the scale sqrt(K_ii K_jj).
 WHOLE = 1e-12
+# In which terms can be held beside the one that the cost model chooses.
+WAYS = ("pairwise", "late", "dense")
 
 
 def take(inputs, samples):
@@ -36,10 +38,10 @@ def take(inputs, samples):
     return {name: pick(v) for name, v in inputs.items()} if isinstance(inputs, dict) else pick(inputs)
 
 
-def check_model(model, inputs, *, forward=None, kinds=("ntk", "pntk")):
+def check_model(model, inputs, *, forward=None, kinds=("ntk", "pntk"), ways=WAYS):
     """Assert that a model's kernels are exact, whole through the public function and parameter by parameter."""
     exact = reference.jacobians(model, inputs, forward=forward or reference.call)
-    check_every_parameter(model, inputs, forward=forward, exact=exact)
+    check_every_parameter(model, inputs, forward=forward, exact=exact, ways=ways)
     for kind in kinds:
         found = ntkpipe.kernel_matrix(model, inputs, kind=kind, forward=forward, compute_dtype="float64", workers=1)
         one = exact if kind == "ntk" else reference.pseudo(exact, reference.size_of(inputs))
@@ -82,10 +84,10 @@ def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):
     return Setup(covectors, pairs, dtype, rates, num_samples=num_samples, memory_bytes=2**30, piece_rows=2560)
 
 
-def forced(engine):
+def forced(engine, ways=WAYS):
     """The engine with every term held in each way that is possible for it: name of the way → engine."""
     found = {"chosen": engine}
-    for way in ("pairwise", "late", "dense"):
+    for way in ways:
         labels = {}
         for term in engine.terms:
             function, _, chosen = term.label.partition(":")
@@ -167,7 +169,7 @@ def settled(engine, inputs):
         )[0]
 
 
-def check_every_parameter(model, inputs, *, forward=None, exact=None, structured=True, self_checked=False):
+def check_every_parameter(model, inputs, *, forward=None, exact=None, structured=True, self_checked=False, ways=WAYS):
     """Assert that every parameter's kernel is exact, for unit and for random covectors, and their sum as contracted.
 
     Return the engine.
@@ -184,6 +186,8 @@ def check_every_parameter(model, inputs, *, forward=None, exact=None, structured
         As of :func:`ntkpipe.jacobian.probe.make_engine`.
     self_checked
         Whether the self-check comes first: where torch itself is wrong under vmap, it has to find out.
+    ways
+        In which terms are held beside the chosen one.
     """
     size = reference.size_of(inputs)
     if exact is None:
@@ -199,7 +203,7 @@ def check_every_parameter(model, inputs, *, forward=None, exact=None, structured
     if self_checked:
         engine = settled(engine, inputs)
     kernel = sum(reference.grams(exact).values())
-    for way, held in forced(engine).items():
+    for way, held in forced(engine, ways).items():
         whole = reference.error(engine_kernel(held, inputs), kernel)
         assert whole <= WHOLE, f"the kernel is off by {whole:.1e}, Jacobians held {way}"
     for covectors in (torch.eye(outputs, dtype=torch.float64), drawn):

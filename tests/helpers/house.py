@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -32,8 +33,13 @@ def modules() -> dict[str, str]:
     return found
 
 
-def imports(module: str, source: str) -> Iterator[Import]:
+@functools.cache
+def imports(module: str, source: str) -> tuple[Import, ...]:
     """Every import of a module, wherever it stands; under ``if TYPE_CHECKING`` it is for types alone."""
+    return tuple(_imports(module, source))
+
+
+def _imports(module: str, source: str) -> Iterator[Import]:
     tree = ast.parse(source)
     for_types = {
         id(node)

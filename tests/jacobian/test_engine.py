@@ -179,7 +179,7 @@ HELD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # vmap warns of an operation that it runs in a loop
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run this model:UserWarning")
 @pytest.mark.parametrize("kind", ["ntk", "pntk"])
 @pytest.mark.parametrize("name", HELD)
 def test_blocks_take_the_memory_that_is_planned_for(name, kind):
@@ -211,7 +211,6 @@ def test_the_fallback_costs_its_width():
     assert cost.block_bytes == 8 * (3 * width + 3)
 
 
-@pytest.mark.filterwarnings("ignore")  # vmap warns of an operation that it runs in a loop
 def test_cost_of_parametrised_modules_can_be_measured():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
     assert engine_of(redraw(model), X, EYE).cost(X).jacobian_flops > 0

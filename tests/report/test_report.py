@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,14 @@ def Drawn(*arguments: Any) -> Any:  # noqa: N802 - the class, loaded where it is
     return Drawn(*arguments)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("made") / "small.zarr").path
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> ntkpipe.KernelStore:
-    return make_store(tmp_path / "small.zarr")
+def store(made: Path, tmp_path: Path) -> ntkpipe.KernelStore:
+    return ntkpipe.open_kernel(shutil.copytree(made, tmp_path / "small.zarr"))
 
 
 def text_of(path: str | Path) -> str:

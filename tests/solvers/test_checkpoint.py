@@ -15,8 +15,8 @@ from ntkpipe.solvers.spectral.krylov import is_due
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 from ntkpipe.store.results import Checkpoint
 
-MATRIX = matrix_with_spectrum(power_law(120, condition=1e4))
-TARGETS = np.random.default_rng(1).standard_normal((120, 3))
+MATRIX = matrix_with_spectrum(power_law(64, condition=1e4))
+TARGETS = np.random.default_rng(1).standard_normal((64, 3))
 
 
 def plain_logdet(operator, **options):

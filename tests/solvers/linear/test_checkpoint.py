@@ -64,7 +64,8 @@ def test_after_an_interrupt_it_goes_on_to_the_same_tolerance(method, passes, tmp
         found.preconditioner_work.passes + found.iterations + len(found.checks) + 1
     )
     assert found.history.shape == (found.iterations, 3)
-    assert list(found.checks[:-1]) == list(range(25, found.iterations, 25))
+    # Near the end there may be more: where the recurrence has the tolerance and the true residual does not yet.
+    assert set(range(25, found.iterations, 25)) <= set(found.checks)
     assert found.mu == whole.mu
 
 
