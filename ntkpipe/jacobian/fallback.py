@@ -1,13 +1,11 @@
 """Exact per-sample Jacobians of any parameters by plain ``torch.func``, and by a plain loop where that fails."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-
-JacobianFunction = Callable[[FunctionalModel, tuple[str, ...], Batch, Tensor], Tensor]
 
 
 def batch_size(batch: Batch) -> int:
@@ -67,4 +65,4 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     return torch.stack(samples, dim=1)
 
 
-METHODS: dict[str, JacobianFunction] = {"vmap": by_vmap, "loop": by_loop}
+METHODS = {"vmap": by_vmap, "loop": by_loop}

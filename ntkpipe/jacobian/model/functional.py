@@ -159,8 +159,7 @@ class FunctionalModel:
 
     def copy(self) -> "FunctionalModel":
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
-        shared = {id(parameter): parameter for parameter in self.module.parameters()}
-        return self._with_module(_deepcopy(self.module, shared))
+        return self._with_module(_deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
 
     def moved(self, device: torch.device) -> "FunctionalModel":
         """A copy on another device."""
@@ -233,8 +232,7 @@ def prepare_model(
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # first, since parameters of a lazy module have no size
     names = select_parameters(model, parameters)
-    _check_real(model, names)
-    _check_finite(model)
+    _check_values(model, names)
     hooked = _converted(_deepcopy(_Hooked(model, forward)), dtype, device)
     if device.type == "cuda":
         without_cudnn_rnns(hooked)
@@ -307,16 +305,13 @@ def _check_modes(model: nn.Module) -> None:
             raise ModelError(f"{kind} {name!r} is not initialised; run the model once on a batch first")
 
 
-def _check_real(model: nn.Module, names: tuple[str, ...]) -> None:
+def _check_values(model: nn.Module, names: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name in names and not parameter.is_floating_point():
             raise ModelError(
                 f"parameter {name!r} has dtype {parameter.dtype}; needed real parameters: keep its real and imaginary "
                 "part as one real parameter and use torch.view_as_complex, or freeze it"
             )
-
-
-def _check_finite(model: nn.Module) -> None:
     for name, value in _state(model).items():
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())

@@ -10,8 +10,7 @@ from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import GramSums, Pairs, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace
 
-# Products of Gram matrices that are added up in their own dtype; more of them in float64.
-_FEW = 8
+_FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
 def contract(

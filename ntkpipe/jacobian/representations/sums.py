@@ -15,12 +15,8 @@ from torch import Tensor
 from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.workspace import Workspace
 
-# Which pairs of covectors are wanted: all S*S, the S equal ones, or the sum of these.
-Pairs = Literal["all", "same", "sum"]
-
-# Terms of a float32 sum that are left to the matrix product.
-LONGEST_SUM = 8192
-
+Pairs = Literal["all", "same", "sum"]  # which pairs of covectors are wanted: all S*S, the S equal ones, or their sum
+LONGEST_SUM = 8192  # terms of a float32 sum that are left to the matrix product
 Cell = tuple[slice, slice]
 
 
@@ -98,8 +94,7 @@ class GramSums:
     def write(self, out: Tensor | None) -> Tensor:
         """Finish, and write all entries to ``out``; a new tensor if there is none."""
         self._finish()
-        if out is None:
-            out = self.like.new_empty(self.entries)
+        out = self.like.new_empty(self.entries) if out is None else out
         assert out.shape == self.entries, f"{tuple(out.shape)} is not the shape {self.entries} of the entries"
         if self._total is not None:
             return out.copy_(self.total())

@@ -2,14 +2,13 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rule
+from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rules
 
 
 def embedding(
@@ -50,7 +49,7 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:
 
 
 _METHODS: Any = torch.Tensor
-RULES: dict[Callable[..., Any], Rule] = {
+RULES: Rules = {
     F.embedding: embedding,
     _METHODS.__getitem__: getitem,
     **dict.fromkeys((torch.index_select, _METHODS.index_select), index_select),
