@@ -52,10 +52,7 @@ class Engine:
         setup: Setup,
         representations: Mapping[str, str] | None = None,
     ) -> None:
-        self.model = model
-        self.tracing = tracing
-        self.method = method
-        self.setup = setup
+        self.model, self.tracing, self.method, self.setup = model, tracing, method, setup
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
         self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), setup.group_of))
@@ -71,8 +68,7 @@ class Engine:
     @property
     def representations(self) -> dict[str, str]:
         """How each term's Jacobian is found and kept, for the manifest."""
-        found = {term.name: term.label for term in self.terms}
-        return {**found, **dict.fromkeys(self.fallback, f"torch.func:{self.method}")}
+        return {t.name: t.label for t in self.terms} | dict.fromkeys(self.fallback, f"torch.func:{self.method}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without scratch: what another process needs is what it was made of.
@@ -113,16 +109,14 @@ class Engine:
     def block(
         self, load: Callable[[int, int], Batch], start: int, stop: int, *, subtile: int, batch: int
     ) -> tuple[JacobianBlock, int]:
-        """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
-
-        Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
-        """
-        pieces, outputs = [], []
+        """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``."""
+        # Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
+        done: list[tuple[Piece, Tensor]] = []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
             while True:
                 try:
-                    found = self._piece(load, first, last, batch)
+                    done.append(self._piece(load, first, last, batch))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error) or min(batch, last - first) <= 2:
@@ -131,18 +125,15 @@ class Engine:
                 batch = max(2, min(batch, last - first) // 2)
                 self.workspace.clear()
                 release_memory()
-            pieces.append(found[0])
-            outputs.append(found[1])
-        return JacobianBlock(tuple(pieces), torch.cat(outputs)), batch
+        pieces, outputs = zip(*done, strict=True)
+        return JacobianBlock(pieces, torch.cat(outputs)), batch
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
             return self.piece(load(start, stop))
         filling = self._filling(stop - start)
-        outputs = [
-            self._fill(filling, load(s.start, s.stop), s.start - start)
-            for s in Span(start, stop).batches(max(2, batch))
-        ]
+        spans = Span(start, stop).batches(max(2, batch))
+        outputs = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
         return filling.piece(), torch.cat(outputs)
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:

@@ -101,7 +101,7 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
         name=term.name,
         parameters=term.parameters,
         rule=term.label.rpartition(":")[0],
-        representation=term.representation,
+        representation=term.held_as.word,
         num_parameters=term.width + (first.n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,

@@ -210,10 +210,8 @@ def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
-    """Jacobians, one sample at a time, and what computed them.
-
-    By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
-    """
+    """Jacobians, one sample at a time, and what computed them."""
+    # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
     batch = _cast(model, load, samples)
     reason = "parameters out of reach of functional_call"
     if model.is_replaceable(batch):

@@ -86,9 +86,8 @@ def count_gpus() -> int:
 
 def describe_arithmetic(device: torch.device) -> str:
     """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
-    is_gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
-    return f"{hardware}, torch {torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{name}, torch {torch.__version__}"
 
 
 def free_memory(device: torch.device) -> int:

@@ -113,11 +113,9 @@ class FunctionalModel:
         return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
 
     def is_replaceable(self, batch: Batch) -> bool:
-        """Whether :meth:`call_with` reaches every use of the selected parameters.
-
-        It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original, and
-        derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
-        """
+        """Whether :meth:`call_with` reaches every use of the selected parameters."""
+        # It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original,
+        # and derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
         live = self.parameters()
         stand_ins = {name: value.detach().requires_grad_() for name, value in live.items()}
         try:
@@ -241,11 +239,9 @@ def prepare_model(
 
 
 def without_cudnn_rnns(module: nn.Module) -> None:
-    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap.
-
-    cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
-    which the backward pass follows.
-    """
+    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap."""
+    # cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
+    # which the backward pass follows.
     for child in module.modules():
         if isinstance(child, nn.RNNBase):
             child.register_forward_pre_hook(_switch_cudnn_off)

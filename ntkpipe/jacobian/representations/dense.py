@@ -70,10 +70,9 @@ class Dense(Representation):
 
 @dataclass(frozen=True)
 class Joined(Dense):
-    """The same by parameters side by side, by way of what the model makes of them before it uses them.
+    """The same by all parameters of a term side by side, pulled back to them from the arguments of calls, and added up.
 
-    A weight norm, views of a parameter that overlap, unlike uses of one parameter: Jacobians by each argument are
-    pulled back to the parameters and added up there.
+    For what the model computes from parameters (a weight norm), views that overlap, unlike uses of one parameter.
     """
 
     word: ClassVar[str] = "joined"
@@ -129,11 +128,9 @@ def _add_rows(target: Tensor, left: Tensor, right: Tensor, sums: GramSums) -> No
 def _multiply_out(
     use: Use, call: Call, grads: Sequence[Tensor], target: Tensor, workspace: Workspace, *, adds: bool
 ) -> None:
-    """``target[b, s] = sum_t d_t (x) a_t``, shape (n, s, groups * n_out * n_in); elements in the order of the factors.
-
-    Inputs that are windows are unfolded a few samples at a time, so that they stay in the cache; the covectors of a
-    sample are multiplied with them at once.
-    """
+    """``target[b, s] = sum_t d_t (x) a_t``, shape (n, s, groups * n_out * n_in), elements in the factors' order."""
+    # Inputs that are windows are unfolded a few samples at a time, so that they stay in the cache; the covectors of a
+    # sample are multiplied with them at once.
     n, covectors = target.shape[:2]
     positions, groups, n_in, n_out = use.num_positions, use.groups, use.n_in, use.n_out
     inputs = use.inputs(call, n)

@@ -79,15 +79,10 @@ class Term:
         return self.held_as.can_be_constant and len(self.uses) == 1 and self.uses[0].is_output
 
     @property
-    def representation(self) -> str:
-        """The word for how its Jacobians are held."""
-        return self.held_as.word
-
-    @property
     def label(self) -> str:
         """Functions and representation, for manifests and reports."""
         functions = "+".join(dict.fromkeys(use.function for use in self.uses))
-        return f"{functions}:{self.representation}"
+        return f"{functions}:{self.held_as.word}"
 
 
 @dataclass(frozen=True)

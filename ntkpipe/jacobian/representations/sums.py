@@ -140,10 +140,8 @@ class GramSums:
             entries[right, rows] = entries[rows, right].T
 
     def _turn_blocks(self, target: Tensor, *, adds: bool) -> None:
-        """Copy the covector-major sum to the sample-major ``target``, or add it.
-
-        Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
-        """
+        """Copy the covector-major sum to the sample-major ``target``, or add it."""
+        # Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
         blocks, count = self.blocks(), self.covectors
         if self.pairs != "all" or count == 1:
             values = blocks.view(target.shape)

@@ -63,8 +63,7 @@ class _Owners:
     def __init__(self, call: Call) -> None:
         self._forms = {role: argument.form for role, argument in call.arguments.items()}
         self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
-        # Roles with rows of the same shape share them.
-        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}
+        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}  # by shape, shared by roles
         self._shared = dict.fromkeys(self._owners, False)
 
     def _touched(self, role: str, grad: Tensor) -> Tensor:

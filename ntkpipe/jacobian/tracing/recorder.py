@@ -42,9 +42,7 @@ class Call:
     name: str  # name of the torch function
     arguments: dict[str, Argument]  # by role
     saved: tuple[tuple[Tensor, int], ...]  # tensors that the forms read later, with their version counters at the call
-    edge: (
-        GradientEdge | None
-    )  # of the output, still right where that changes in place later; None if nothing flows back
+    edge: GradientEdge | None  # of the output, right even if that changes in place later; None if nothing flows back
     zero: Tensor  # a zero of the output's dtype and device
     shape: tuple[int, ...]  # of the output
 
@@ -150,10 +148,8 @@ class Recorder(TorchFunctionMode):
 
 
 def _whole(output: Tensor) -> Tensor:
-    """What the output is a view of, if it has the same elements in the same order.
-
-    A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
-    """
+    """What the output is a view of, if it has the same elements in the same order."""
+    # A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
     base = output._base
     same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     return base if base is not None and same and base.requires_grad else output
@@ -185,10 +181,8 @@ def _replace(value: Any, cut: set[int]) -> Any:
 
 @cache
 def _body(func: Any) -> Callable[..., Any] | None:
-    """A copy of a torch function that is written in Python, whose own calls can be watched; None for other functions.
-
-    Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
-    """
+    """A copy of a torch function written in Python, whose own calls can be watched; None for other functions."""
+    # Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
     if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
         return None
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")

@@ -130,8 +130,7 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
         differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
         if not differing:
             return found
-        # Calls after the first are numbered anew once that is a use.
-        found |= {differing[0]}
+        found |= {differing[0]}  # calls after it are numbered anew once it is a use
 
 
 def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
@@ -219,10 +218,8 @@ def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
 
 
 def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
-    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself.
-
-    Rounding is far below the tolerance, a missing use far above it.
-    """
+    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself."""
+    # Rounding is far below the tolerance, a missing use far above it.
     if not tracing.covered:
         return []
     outputs, calls = tracing.record(model, batch)

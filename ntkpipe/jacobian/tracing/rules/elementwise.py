@@ -126,17 +126,17 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     return Bound({"input": Operand(input, scaled(input, [size * times for size, times in axes]))})
 
 
-_METHODS: Any = torch.Tensor
+_T: Any = torch.Tensor  # its methods
 RULES: Rules = {
     # Also in place: the form of a sum does not read the values that are overwritten.
-    **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
-    **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
-    **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),
-    **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul), mul),
-    **dict.fromkeys((torch.addcmul, _METHODS.addcmul), addcmul),
+    **dict.fromkeys((torch.add, _T.add, _T.add_), add),
+    **dict.fromkeys((torch.sub, torch.subtract, _T.sub, _T.sub_), sub),
+    **dict.fromkeys((torch.rsub, _T.__rsub__), rsub),
+    **dict.fromkeys((torch.mul, torch.multiply, _T.mul), mul),
+    **dict.fromkeys((torch.addcmul, _T.addcmul), addcmul),
     torch.where: where,
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
-    **dict.fromkeys((_METHODS.expand, torch.broadcast_to, _METHODS.broadcast_to), expand),
-    _METHODS.expand_as: expand_as,
-    **dict.fromkeys((_METHODS.repeat, torch.tile, _METHODS.tile), repeat),
+    **dict.fromkeys((_T.expand, torch.broadcast_to, _T.broadcast_to), expand),
+    _T.expand_as: expand_as,
+    **dict.fromkeys((_T.repeat, torch.tile, _T.tile), repeat),
 }

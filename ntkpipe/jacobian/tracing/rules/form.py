@@ -23,8 +23,9 @@ class Outer:
     inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
     arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
-    # Order of elements in (groups, n_out, n_in): uses of one function with the same may be added before `arrange`
-    order: tuple[int, ...] = ()
+    order: tuple[
+        int, ...
+    ] = ()  # of elements in (groups, n_out, n_in); the same in uses that are added before `arrange`
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,11 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return _with_bias(bound, bias, (*input1.shape[:-1], weight.shape[0]))
 
 
-_OF: Any = torch.Tensor  # its methods
+_T: Any = torch.Tensor  # its methods
 RULES: Rules = {
     F.linear: linear,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, _OF.matmul, _OF.mm, _OF.bmm, _OF.mv), matmul),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv, _OF.addmm, _OF.baddbmm, _OF.addmv), addmm),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, _T.matmul, _T.mm, _T.bmm, _T.mv), matmul),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv, _T.addmm, _T.baddbmm, _T.addmv), addmm),
     torch.einsum: einsum,
     F.bilinear: bilinear,
 }

@@ -48,9 +48,9 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:
     return _lookup(input, index) if dim in {0, -input.ndim} else None
 
 
-_METHODS: Any = torch.Tensor
+_T: Any = torch.Tensor  # its methods
 RULES: Rules = {
     F.embedding: embedding,
-    _METHODS.__getitem__: getitem,
-    **dict.fromkeys((torch.index_select, _METHODS.index_select), index_select),
+    _T.__getitem__: getitem,
+    **dict.fromkeys((torch.index_select, _T.index_select), index_select),
 }
