@@ -23,7 +23,7 @@ from ntkpipe.jacobian.tracing.trace import Tracing
 from ntkpipe.jacobian.tracing.uses import Use
 
 _RECORDED = "it is there in the store that is resumed"
-_DEPENDS = (
+_WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
 )
@@ -52,10 +52,7 @@ class Engine:
         setup: Setup,
         representations: Mapping[str, str] | None = None,
     ) -> None:
-        self.model = model
-        self.tracing = tracing
-        self.method = method
-        self.setup = setup
+        self.model, self.tracing, self.method, self.setup = model, tracing, method, setup
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
         self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), setup.group_of))
@@ -71,8 +68,7 @@ class Engine:
     @property
     def representations(self) -> dict[str, str]:
         """How each term's Jacobian is found and kept, for the manifest."""
-        found = {term.name: term.label for term in self.terms}
-        return {**found, **dict.fromkeys(self.fallback, f"torch.func:{self.method}")}
+        return {t.name: t.label for t in self.terms} | dict.fromkeys(self.fallback, f"torch.func:{self.method}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without scratch: what another process needs is what it was made of.
@@ -110,23 +106,17 @@ class Engine:
         """The same engine for other covectors."""
         return self.changed(setup=replace(self.setup, covectors=covectors, pairs=pairs))
 
-    def with_groups(self, groups: tuple[tuple[str, ...], ...]) -> "Engine":
-        """The same engine with other groups of parameters."""
-        return self.changed(setup=replace(self.setup, groups=groups))
-
     def block(
         self, load: Callable[[int, int], Batch], start: int, stop: int, *, subtile: int, batch: int
     ) -> tuple[JacobianBlock, int]:
-        """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``.
-
-        Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
-        """
-        pieces, outputs = [], []
+        """Jacobians of samples ``start:stop``, in pieces of ``subtile`` samples and forward passes of ``batch``."""
+        # Memory: the block, and one batch's activations. Where that runs out, the batch is halved.
+        done: list[tuple[Piece, Tensor]] = []
         for first in range(start, stop, subtile):
             last = min(first + subtile, stop)
             while True:
                 try:
-                    found = self._piece(load, first, last, batch)
+                    done.append(self._piece(load, first, last, batch))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error) or min(batch, last - first) <= 2:
@@ -135,18 +125,15 @@ class Engine:
                 batch = max(2, min(batch, last - first) // 2)
                 self.workspace.clear()
                 release_memory()
-            pieces.append(found[0])
-            outputs.append(found[1])
-        return JacobianBlock(tuple(pieces), torch.cat(outputs)), batch
+        pieces, outputs = zip(*done, strict=True)
+        return JacobianBlock(pieces, torch.cat(outputs)), batch
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
             return self.piece(load(start, stop))
         filling = self._filling(stop - start)
-        outputs = [
-            self._fill(filling, load(s.start, s.stop), s.start - start)
-            for s in Span(start, stop).batches(max(2, batch))
-        ]
+        spans = Span(start, stop).batches(max(2, batch))
+        outputs = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
         return filling.piece(), torch.cat(outputs)
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
@@ -180,12 +167,10 @@ class Engine:
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Outputs of a batch, with their graph, and the recorded calls."""
-        needs_graph = bool(self.terms or self.tracing.unused)
-        with torch.set_grad_enabled(needs_graph):
+        with torch.set_grad_enabled(bool(self.terms or self.tracing.unused)):
             outputs, calls = self.tracing.record(self.model, batch)
-        size = batch_size(batch)
-        if self.terms and not self.tracing.matches(calls, outputs, self.model.parameters(), size):
-            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_DEPENDS}")
+        if self.terms and not self.tracing.matches(calls, outputs, self.model.parameters(), batch_size(batch)):
+            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
         if any(calls[use.call].input_was_changed() for use in self.tracing.uses):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
         return outputs, calls
@@ -197,12 +182,10 @@ class Engine:
         numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
         keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
         edges = {number: edge for number in numbers if (edge := calls[number].edge) is not None}
-        parameters = self.model.parameters()
+        parameters, count = self.model.parameters(), len(self.covectors)
         sources: list[Any] = [*edges.values(), *(parameters[name] for name in self.tracing.unused)]
-        count = len(self.covectors)
         num_bytes = sum(calls[number].blank().numel() for number in edges) * outputs.itemsize
-        most = sizes_of(self.model.device).gradient_bytes
-        step = max(1, min(count, most // max(1, num_bytes)))
+        step = max(1, min(count, sizes_of(self.model.device).gradient_bytes // max(1, num_bytes)))
         for start in range(0, count, step):
             covectors = slice(start, min(start + step, count))
             found: list[Sequence[Tensor | None]] = []
@@ -217,11 +200,9 @@ class Engine:
                         retain_graph=number + 1 < count or keeps_graph,
                         allow_unused=True,
                     )
-                if any(grad is not None for grad in grads[len(edges) :]):
-                    raise ModelError(
-                        f"a parameter that the probe batch did not use is used by another batch: {_DEPENDS}"
-                    )
                 found.append(grads)
+                if any(grad is not None for grad in grads[len(edges) :]):
+                    raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
             by_call = {}
             for number, grads_of_call in zip(edges, zip(*found, strict=True), strict=False):
                 if any(grad is not None for grad in grads_of_call):

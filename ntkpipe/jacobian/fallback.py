@@ -1,13 +1,11 @@
 """Exact per-sample Jacobians of any parameters by plain ``torch.func``, and by a plain loop where that fails."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-
-JacobianFunction = Callable[[FunctionalModel, tuple[str, ...], Batch, Tensor], Tensor]
 
 
 def batch_size(batch: Batch) -> int:
@@ -45,11 +43,9 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 
 
 def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
-    """As :func:`by_vmap`, one sample at a time by plain autograd: slower, for models that vmap cannot run.
-
-    Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
-    is wrong for a batch of one where input and gradient differ in memory layout.
-    """
+    """As :func:`by_vmap`, one sample at a time by plain autograd: slower, for models that vmap cannot run."""
+    # Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
+    # is wrong for a batch of one where input and gradient differ in memory layout.
     parameters = [model.parameters()[name] for name in names]
     samples = []
     for sample in range(batch_size(batch)):
@@ -67,4 +63,4 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     return torch.stack(samples, dim=1)
 
 
-METHODS: dict[str, JacobianFunction] = {"vmap": by_vmap, "loop": by_loop}
+METHODS = {"vmap": by_vmap, "loop": by_loop}

@@ -30,15 +30,11 @@ class ParameterReport:
     representation: str  # how their Jacobians are held: a word of :data:`LEGEND`
     num_parameters: int  # number of entries in them
     num_positions: int = 0  # positions of a sample at which they are used, T, over all uses; 0 where nothing was traced
-    # groups, n_in, n_out: width of inputs and cotangents in each group; `n_in` is 0 where parameters are only added
-    # or scale something, and the number of rows for a table that is looked up. All are 0 where uses differ or nothing
-    # was traced.
-    groups: int = 0
-    n_in: int = 0
-    n_out: int = 0
+    groups: int = 0  # this and the next two are 0 where uses differ or nothing was traced
+    n_in: int = 0  # width of inputs in each group, rows of a table that is looked up; 0 for what only adds or scales
+    n_out: int = 0  # width of cotangents in each group
     sample_bytes: int = 0  # bytes held for one sample
-    # Operations to multiply out one sample's Jacobians; those of forward and backward pass belong to no parameter
-    sample_flops: float = 0.0
+    sample_flops: float = 0.0  # operations to multiply out one sample's Jacobians, beside forward and backward pass
     pair_flops: float = 0.0  # operations to contract one pair of samples
     share: float = 0.0  # fraction of `pair_flops` in those of all parameters
     reason: str = ""  # why they are in the fallback, else empty
@@ -47,11 +43,6 @@ class ParameterReport:
     def label(self) -> str:
         """Rule and representation, as in the manifest's ``choices.representations``, which lacks unused parameters."""
         return f"{self.rule}:{self.representation}"
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether their Jacobians come from plain ``torch.func``."""
-        return self.rule == FALLBACK
 
     @property
     def shape(self) -> str:
@@ -110,7 +101,7 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
         name=term.name,
         parameters=term.parameters,
         rule=term.label.rpartition(":")[0],
-        representation=term.representation,
+        representation=term.held_as.word,
         num_parameters=term.width + (first.n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,
@@ -176,6 +167,6 @@ def fallback_reasons(reports: Sequence[ParameterReport]) -> list[tuple[str, str]
     """Reasons why parameters are in the fallback, each with their names."""
     names: dict[str, list[str]] = {}
     for report in reports:
-        if report.is_fallback:
+        if report.rule == FALLBACK:
             names.setdefault(report.reason, []).append(report.name)
     return [(reason, ", ".join(found)) for reason, found in names.items()]

@@ -17,8 +17,7 @@ from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 
-# Batches of different sizes and orders, so that a layout of rows that fits one of them by accident does not fit both.
-_PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
+_PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))  # sizes and orders differ, so that no layout of rows fits both by accident
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 # Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
 _MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
@@ -125,8 +124,7 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
         engine.fallback_jacobian(batch)
         found = engine.fallback_jacobian(few)
     except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
-        first_line = str(error).strip().partition("\n")[0]
-        return f"{type(error).__name__}: {first_line:.120}"
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
     exact = engine.changed(method="loop").fallback_jacobian(few)
     gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
     return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
@@ -168,5 +166,4 @@ def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
         raise
     except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
         # Models that differentiate inside themselves may refuse to be traced.
-        reason = f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
-        return nothing_traced(model.names, reason)
+        return nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")

@@ -63,13 +63,12 @@ class JacobianProducts:
         if not self.model.is_replaceable(batch):
             return self._derivatives_by_reverse(tangents, batch)
         try:
-            found = torch.func.jvp(lambda values: self.model.call_with(values, batch), (parameters,), (tangents,))
+            found: Tensor = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[1]
         except NtkpipeError:
             raise
         except RuntimeError:  # operations without forward-mode derivatives
             return self._derivatives_by_reverse(tangents, batch)
-        derivatives: Tensor = found[1]
-        return derivatives
+        return found
 
     def _derivatives_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
         """The same by reverse mode twice: J u is the derivative of (J'w)u by w."""

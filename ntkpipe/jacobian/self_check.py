@@ -26,8 +26,7 @@ _SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
 # |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
 # dtype is (rotary embeddings, RMS norms) are right to about 1e-6 in float64; a wrong rule is off by far more.
 _TOLERANCE, _EPSILON = 1e-5, 1e-10
-# What rounding in the compute dtype may cost the whole kernel before the run is refused.
-_COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
+_COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}  # of the whole kernel
 _TINY = torch.finfo(torch.float64).tiny
 
 Jacobians = dict[str, Tensor]  # (covectors, samples, P) per parameter
@@ -67,7 +66,7 @@ def self_check(
             f"in {engine.model.arithmetic} the kernel of samples {check.chosen} is off by {compute_error:.1e} of "
             f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
         )
-    report = CheckReport(
+    return engine, CheckReport(
         samples=tuple(check.chosen),
         num_covectors=len(check.covectors),
         dtype=str(check.model.dtype).removeprefix("torch."),
@@ -78,7 +77,6 @@ def self_check(
         moved=moved,
         reference_wrong=tuple(sorted(check.reference_wrong)),
     )
-    return engine, report
 
 
 class _Check:
@@ -205,19 +203,15 @@ def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> Funct
 
 def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
     """Samples in the model's dtype."""
-
-    def cast(values: Tensor) -> Tensor:
-        return values.to(model.dtype) if values.is_floating_point() else values
-
     batch = load(samples)
-    return {name: cast(values) for name, values in batch.items()} if isinstance(batch, dict) else cast(batch)
+    arrays = batch if isinstance(batch, dict) else {"input": batch}
+    cast = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in arrays.items()}
+    return cast if isinstance(batch, dict) else cast["input"]
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
-    """Jacobians, one sample at a time, and what computed them.
-
-    By ``torch.func.vjp``; by plain autograd for what it cannot run (checkpoints, scripted modules) or would get wrong.
-    """
+    """Jacobians, one sample at a time, and what computed them."""
+    # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
     batch = _cast(model, load, samples)
     reason = "parameters out of reach of functional_call"
     if model.is_replaceable(batch):
@@ -252,8 +246,7 @@ def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iter
     shape = (len(engine.covectors), len(places))
     names = (*engine.tracing.covered, *engine.tracing.unused)
     found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
-    outputs, calls = engine.forward(batch)
-    size = batch_size(batch)
+    (outputs, calls), size = engine.forward(batch), batch_size(batch)
     for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
         for use in engine.tracing.uses:
             for number, grad in enumerate(grads.get(use.call, ()), covectors.start):

@@ -1,6 +1,7 @@
 """Planes: kernels of single outputs and of groups, filled by one pass, each an ordinary kernel of the store."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_groups_are_exact_however_their_jacobians_are_held(name, pairs):
     factor = 3 if pairs == "sum" else 1  # covectors are not scaled here
     exact = [kernel * factor for kernel in every_plane(grams, groups, 11, kind).values()]
     for engine in forced(plain).values():
-        grouped = engine.with_groups(tuple(members.values())).with_covectors(torch.eye(3, dtype=torch.float64), pairs)
+        grouped = engine.changed(setup=replace(engine.setup, groups=tuple(members.values()), pairs=pairs))
         with exact_math():
             pieces = [grouped.piece(take(samples, range(*part)))[0] for part in ((0, 6), (6, 11))]
             rows = [np.cumsum([0, *(piece.num_samples for piece in pieces)]) * (3 if pairs == "all" else 1)][0]
@@ -377,7 +378,7 @@ def test_groups_multiply_nothing_twice():
     names = plain.model.names
     counted = set()
     for groups in ((), (names[:2],), (names[:2], names[2:5], names[5:])):
-        engine = plain.with_groups(groups)
+        engine = plain.changed(setup=replace(plain.setup, groups=groups))
         with exact_math():
             with Meter() as jacobians:
                 left, right = (engine.piece(samples[start : start + 5])[0] for start in (0, 5))

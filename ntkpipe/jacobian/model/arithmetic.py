@@ -70,14 +70,11 @@ def _gpu_precisions() -> list[Any]:
 @contextlib.contextmanager
 def changed_settings(*settings: tuple[Any, str, Any]) -> Iterator[None]:
     """Set attributes of objects, given as (object, attribute, value), and restore them afterwards."""
-    before = [getattr(owner, name) for owner, name, _ in settings]
-    try:
+    with contextlib.ExitStack() as undo:
         for owner, name, value in settings:
+            undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
-    finally:
-        for (owner, name, _), value in zip(settings, before, strict=True):
-            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -86,11 +83,8 @@ def _exact_settings() -> Iterator[None]:
     precisions = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn, *_gpu_precisions()]
     settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
     settings += [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
-    fastpath, default_dtype = backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
-    try:
+    with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        undo.callback(backends.mha.set_fastpath_enabled, backends.mha.get_fastpath_enabled())
         backends.mha.set_fastpath_enabled(False)
-        with changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        backends.mha.set_fastpath_enabled(fastpath)
-        torch.set_default_dtype(default_dtype)
+        yield

@@ -26,12 +26,9 @@ class Sizes:
     piece_entry_bytes: int = 16  # scratch for each pair of rows of a piece: sums, on a GPU products of the same size
     scratch_bytes: int = 112 * _MIB  # other scratch: Jacobians that are multiplied out late, waiting gradients
     batch_bytes: int = 512 * _MIB  # all tensors of one forward and backward pass; larger batches gain nothing
-    # The largest of them: glibc returns tensors above 32 MiB to the system each time, which costs more than their use
-    tensor_bytes: int = 24 * _MIB
-    # smallest_block, largest_block: edges of the blocks of products. Where a piece meets itself, small ones multiply
-    # slowly, large ones waste half.
-    smallest_block: int = 64
-    largest_block: int = 512
+    tensor_bytes: int = 24 * _MIB  # the largest of them: glibc returns those above 32 MiB to the system, which is slow
+    smallest_block: int = 64  # edge of a block of products where a piece meets itself: small ones multiply slowly
+    largest_block: int = 512  # the same at most: where a piece meets itself, large ones waste half
     position_rows: int = 128  # rows (samples * positions) of products over several positions
     position_bytes: int = 2**62  # bytes of such a product; on a CPU rows alone decide
     late_bytes: int = 24 * _MIB  # Jacobians that are multiplied out late, at a time
@@ -89,9 +86,8 @@ def count_gpus() -> int:
 
 def describe_arithmetic(device: torch.device) -> str:
     """What decides the last bits beside the manifest: the instruction set or the GPU, and the version of torch."""
-    is_gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
-    return f"{hardware}, torch {torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{name}, torch {torch.__version__}"
 
 
 def free_memory(device: torch.device) -> int:

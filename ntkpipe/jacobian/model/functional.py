@@ -113,11 +113,9 @@ class FunctionalModel:
         return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
 
     def is_replaceable(self, batch: Batch) -> bool:
-        """Whether :meth:`call_with` reaches every use of the selected parameters.
-
-        It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original, and
-        derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
-        """
+        """Whether :meth:`call_with` reaches every use of the selected parameters."""
+        # It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original,
+        # and derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
         live = self.parameters()
         stand_ins = {name: value.detach().requires_grad_() for name, value in live.items()}
         try:
@@ -159,8 +157,7 @@ class FunctionalModel:
 
     def copy(self) -> "FunctionalModel":
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
-        shared = {id(parameter): parameter for parameter in self.module.parameters()}
-        return self._with_module(_deepcopy(self.module, shared))
+        return self._with_module(_deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
 
     def moved(self, device: torch.device) -> "FunctionalModel":
         """A copy on another device."""
@@ -233,8 +230,7 @@ def prepare_model(
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # first, since parameters of a lazy module have no size
     names = select_parameters(model, parameters)
-    _check_real(model, names)
-    _check_finite(model)
+    _check_values(model, names)
     hooked = _converted(_deepcopy(_Hooked(model, forward)), dtype, device)
     if device.type == "cuda":
         without_cudnn_rnns(hooked)
@@ -243,11 +239,9 @@ def prepare_model(
 
 
 def without_cudnn_rnns(module: nn.Module) -> None:
-    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap.
-
-    cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
-    which the backward pass follows.
-    """
+    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap."""
+    # cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
+    # which the backward pass follows.
     for child in module.modules():
         if isinstance(child, nn.RNNBase):
             child.register_forward_pre_hook(_switch_cudnn_off)
@@ -307,16 +301,13 @@ def _check_modes(model: nn.Module) -> None:
             raise ModelError(f"{kind} {name!r} is not initialised; run the model once on a batch first")
 
 
-def _check_real(model: nn.Module, names: tuple[str, ...]) -> None:
+def _check_values(model: nn.Module, names: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name in names and not parameter.is_floating_point():
             raise ModelError(
                 f"parameter {name!r} has dtype {parameter.dtype}; needed real parameters: keep its real and imaginary "
                 "part as one real parameter and use torch.view_as_complex, or freeze it"
             )
-
-
-def _check_finite(model: nn.Module) -> None:
     for name, value in _state(model).items():
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())

@@ -39,7 +39,7 @@ class ArraySource:
 class DatasetSource:
     """Samples of a map-style torch data set, loaded when they are read."""
 
-    dataset: Any  # `len(dataset)` and `dataset[i]`: a sample, or a pair of a sample and its target
+    dataset: Any  # `dataset[i]` is a sample, or a pair of a sample and its target
     num_samples: int  # may be fewer than there are
     has_targets: bool  # whether an item is such a pair
 
@@ -255,18 +255,17 @@ def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
     if len(dataset) == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
     first = dataset[0]
-    has_targets = isinstance(first, tuple) and len(first) == 2
-    if isinstance(first, tuple) and len(first) not in {1, 2}:
+    parts = len(first) if isinstance(first, tuple) else None
+    if parts not in {None, 1, 2}:
         raise DataError(
-            f"items of {label} have {len(first)} parts; needed a sample, or a pair (sample, target). Several inputs: a "
+            f"items of {label} have {parts} parts; needed a sample, or a pair (sample, target). Several inputs: a "
             "dict of arrays"
         )
-    if isinstance(first, tuple) and len(first) == 1:
-        dataset, first = _First(dataset), first[0]
-    sample = first[0] if has_targets else first
+    sample = first if parts is None else first[0]
     if isinstance(sample, Mapping):
         _require_keys(sample, label)
-    return DatasetSource(dataset, len(dataset), has_targets), isinstance(sample, Mapping)
+    source = DatasetSource(_First(dataset) if parts == 1 else dataset, len(dataset), has_targets=parts == 2)
+    return source, isinstance(sample, Mapping)
 
 
 def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
@@ -280,9 +279,6 @@ class _First:
     """A data set of one-tuples, such as ``TensorDataset(x)``, as one of samples."""
 
     dataset: Any
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, i: int) -> Any:
         return self.dataset[i][0]

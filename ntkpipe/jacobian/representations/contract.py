@@ -10,8 +10,7 @@ from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import GramSums, Pairs, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace
 
-# Products of Gram matrices that are added up in their own dtype; more of them in float64.
-_FEW = 8
+_FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
 def contract(
@@ -23,10 +22,8 @@ def contract(
 
 
 def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, outs: Sequence[Tensor]) -> None:
-    """As :func:`contract`, for every plane at once: by all parameters, and by each group of them.
-
-    Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
-    """
+    """As :func:`contract`, for every plane at once: by all parameters, and by each group of them."""
+    # Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
     apart = left.num_covectors if pairs == "same" else 1
     if len(outs) == 1 and pairs != "same":
         contract(left, right, workspace, pairs, outs[0])
@@ -54,15 +51,8 @@ def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pair
 
 
 def _added_up(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> GramSums:
-    sums = GramSums(
-        (left.num_samples, right.num_samples),
-        left.num_covectors,
-        pairs,
-        left.like,
-        workspace,
-        is_mirrored=left is right,
-        is_long=sum(factor.num_additions for factor in left.factors) > _FEW,
-    )
+    size, is_long = (left.num_samples, right.num_samples), sum(factor.num_additions for factor in left.factors) > _FEW
+    sums = GramSums(size, left.num_covectors, pairs, left.like, workspace, is_mirrored=left is right, is_long=is_long)
     for one, other in zip(left.factors, right.factors, strict=True):
         one.add_gram(other, sums)
     return sums

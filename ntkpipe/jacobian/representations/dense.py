@@ -1,4 +1,4 @@
-"""``dense``: the Jacobians themselves, multiplied out or summed as soon as their factors are there."""
+"""``dense`` and ``joined``: the Jacobians themselves, multiplied out or summed as soon as their factors are there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ntkpipe.jacobian.representations.interface import Pulled, Representation, S
 from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
 from ntkpipe.jacobian.tracing.recorder import Call
-from ntkpipe.jacobian.tracing.uses import OUTER, Use
+from ntkpipe.jacobian.tracing.uses import OUTER, Use, pull_back
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class Dense(Representation):
                 continue
             for covector, grad in enumerate(grads):
                 rows = use.jacobian(call, grad, size).reshape(size, -1)
-                if number:
-                    target[:, covector] += rows
-                else:
-                    target[:, covector] = rows
+                target[:, covector].add_(rows) if number else target[:, covector].copy_(rows)
 
     def add_gram(self, other: "Dense", sums: GramSums) -> None:
         """Multiply rows."""
@@ -68,8 +65,39 @@ class Dense(Representation):
         parts = self.matrix.split(LONGEST_SUM, dim=2)
         if is_all:
             return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
-        found = [(part[:, :, None] @ part[:, :, :, None])[:, :, 0, 0].double() for part in parts]
-        return torch.stack(found).sum(dim=0)
+        return torch.stack([(p[:, :, None] @ p[:, :, :, None])[:, :, 0, 0].double() for p in parts]).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Joined(Dense):
+    """The same by all parameters of a term side by side, pulled back to them from the arguments of calls, and added up.
+
+    For what the model computes from parameters (a weight norm), views that overlap, unlike uses of one parameter.
+    """
+
+    word: ClassVar[str] = "joined"
+    meaning: ClassVar[str] = (
+        "the Jacobian itself, pulled back through what the model makes of parameters before it uses them"
+    )
+    needs_graph: ClassVar[bool] = True
+
+    @classmethod
+    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
+        """Never a choice: uses that are joined can be held in no other way."""
+        return False
+
+    def fill(self, term: Term, pulled: Pulled) -> None:
+        """Add up the Jacobians of all uses, pulled back to the parameters."""
+        parameters = {name: pulled.parameters[name] for name in term.parameters}
+        widths = [value.numel() for value in parameters.values()]
+        parts = dict(zip(parameters, self.matrix.split(widths, dim=2), strict=True))
+        self.matrix[pulled.samples, pulled.covectors] = 0.0
+        for use in term.uses:
+            call = pulled.calls[use.call]
+            for number, grad in enumerate(pulled.grads.get(use.call, ()), pulled.covectors.start):
+                rows = use.jacobian(call, grad, pulled.samples.stop - pulled.samples.start)
+                for name, found in pull_back(call.arguments[use.role], parameters, rows):
+                    parts[name][pulled.samples, number] += found
 
 
 def flops_to_multiply_out(term: Term, num_covectors: int) -> float:
@@ -90,8 +118,7 @@ def add_products(left: Tensor, right: Tensor, sums: GramSums) -> None:
 
 
 def _add_rows(target: Tensor, left: Tensor, right: Tensor, sums: GramSums) -> None:
-    cells = sums.cells(left.shape[0], right.shape[0])
-    length = left.shape[1]
+    cells, length = sums.cells(left.shape[0], right.shape[0]), left.shape[1]
     for part in cuts(0, length, LONGEST_SUM if left.dtype != torch.float64 else max(1, length)):
         one, other = left[:, part], right[:, part]
         for rows, columns in cells:
@@ -101,11 +128,9 @@ def _add_rows(target: Tensor, left: Tensor, right: Tensor, sums: GramSums) -> No
 def _multiply_out(
     use: Use, call: Call, grads: Sequence[Tensor], target: Tensor, workspace: Workspace, *, adds: bool
 ) -> None:
-    """``target[b, s] = sum_t d_t (x) a_t``, shape (n, s, groups * n_out * n_in); elements in the order of the factors.
-
-    Inputs that are windows are unfolded a few samples at a time, so that they stay in the cache; the covectors of a
-    sample are multiplied with them at once.
-    """
+    """``target[b, s] = sum_t d_t (x) a_t``, shape (n, s, groups * n_out * n_in), elements in the factors' order."""
+    # Inputs that are windows are unfolded a few samples at a time, so that they stay in the cache; the covectors of a
+    # sample are multiplied with them at once.
     n, covectors = target.shape[:2]
     positions, groups, n_in, n_out = use.num_positions, use.groups, use.n_in, use.n_out
     inputs = use.inputs(call, n)
@@ -114,8 +139,8 @@ def _multiply_out(
     most = sizes_of(target.device).unfolded_bytes // (target.itemsize * positions * groups * n_in)
     step = n if is_plain and covectors == 1 else max(1, most)
     for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        size = part.stop - start
+        size = min(step, n - start)
+        part = slice(start, start + size)
         if is_plain:
             a = inputs[part].reshape(size, positions, groups, n_in)
         else:
@@ -140,10 +165,7 @@ def _multiply(d: Tensor, a: Tensor, target: Tensor, adds: bool) -> None:
         torch.baddbmm(out, rows, a[:, :, 0], beta=1.0 if adds else 0.0, out=out)
         return
     found = (d.permute(0, 2, 3, 4, 1) @ a.permute(0, 2, 1, 3)[:, None]).flatten(2)
-    if adds:
-        target += found
-    else:
-        target.copy_(found)
+    target.add_(found) if adds else target.copy_(found)
 
 
 def _is_viewable(values: Tensor, *shape: int) -> bool:

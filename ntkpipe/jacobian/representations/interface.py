@@ -14,8 +14,7 @@ from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.uses import Use
 
-# Gradients at the outputs of calls, by number of the call: one for each of a run of covectors.
-Grads = Mapping[int, Sequence[Tensor]]
+Grads = Mapping[int, Sequence[Tensor]]  # by number of the call: gradients at its output for a run of covectors
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,10 @@ class Term:
         return self.held_as.can_be_constant and len(self.uses) == 1 and self.uses[0].is_output
 
     @property
-    def representation(self) -> str:
-        """The word for how its Jacobians are held."""
-        return self.held_as.word
-
-    @property
     def label(self) -> str:
         """Functions and representation, for manifests and reports."""
         functions = "+".join(dict.fromkeys(use.function for use in self.uses))
-        return f"{functions}:{self.representation}"
+        return f"{functions}:{self.held_as.word}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +107,7 @@ class Representation(ABC):
 
     word: ClassVar[str]  # in manifests and reports; stores record it
     meaning: ClassVar[str]  # explanation for the parameter report
-    # Additions of a contraction to the covector-major sum: many are made in float64. None where rows are multiplied.
-    num_additions: ClassVar[float] = 0
+    num_additions: ClassVar[float] = 0  # of a contraction to the covector-major sum; many are made in float64
     sample_axes: ClassVar[tuple[int, ...]]  # of each tensor; an axis of length one is the same for all samples
     takes_bias: ClassVar[bool] = False  # whether it can hold the bias of the same calls, too
     can_be_constant: ClassVar[bool] = False  # whether it can hold the same cotangents for all samples once

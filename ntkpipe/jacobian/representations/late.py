@@ -14,13 +14,9 @@ from ntkpipe.jacobian.representations.sums import GramSums, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.uses import OUTER, Use
 
-# Multiplying out is done for each pair of pieces, which does not matter while it costs less than this share of the
-# contraction.
-_SHARE = 0.25
-# How many times smaller than the Jacobians the factors must be.
-_GAIN = 2
-# Outputs whose Jacobians are multiplied out at a time, at least, with up to twice the scratch for that.
-_OUTPUTS = 16
+_SHARE = 0.25  # of the contraction: what multiplying out, which is done for each pair of pieces, may cost at most
+_GAIN = 2  # how many times smaller than the Jacobians the factors must be
+_OUTPUTS = 16  # whose Jacobians are multiplied out at a time, at least, with up to twice the scratch for that
 
 
 @dataclass(frozen=True)

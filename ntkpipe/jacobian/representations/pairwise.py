@@ -19,8 +19,7 @@ class Pairwise(Factored):
     """Jacobians sum_t d_t (x) [a_t, 1]; the 1 is the Jacobian of a bias."""
 
     inputs: Tensor  # a, shape (n, T, n_in)
-    # d, shape (S, n, T, n_out); shape (S, 1, 1, O) where they are the covectors, the same for every sample
-    cotangents: Tensor
+    cotangents: Tensor  # d, shape (S, n, T, n_out), or (S, 1, 1, O): the covectors, the same for every sample
     has_bias: bool  # whether the 1 is there: for a bias that is used in exactly the same calls as the weight
     is_constant: bool  # whether all samples have the same cotangents, which are then held once
 
@@ -32,11 +31,9 @@ class Pairwise(Factored):
 
     @classmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Where it takes less time than the Jacobians themselves.
-
-        Each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
-        Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample.
-        """
+        """Where it takes less time than the Jacobians themselves."""
+        # Each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
+        # Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample.
         first, rates = uses[0], setup.rates
         if first.kind != OUTER or first.groups != 1:
             return False
@@ -118,8 +115,7 @@ class Pairwise(Factored):
             return
         for some, others in sums.cells(sums.covectors, sums.covectors, least=sums.rows):
             if sums.is_mirrored and some == slice(others.start, others.start + 1):
-                # A covector with itself: half of it is enough.
-                c = some.start
+                c = some.start  # a covector with itself: half of it is enough
                 _add_equal_covectors(target[c, :, c], left[c], right[c], entries, sums)
                 others = slice(some.stop, others.stop)
                 if others.start == others.stop:

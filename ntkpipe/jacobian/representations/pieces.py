@@ -10,8 +10,7 @@ from torch import Tensor
 from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
 
-# Dense Jacobians of fewer entries share one matrix.
-_SMALL_WIDTH = 4096
+_SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,7 @@ class Piece:
     num_samples: int  # n
     num_covectors: int  # S
     factors: tuple[Representation, ...]  # each by some parameters, in the same order in every piece of an engine
-    # For each factor, the number of the group that its parameters are in, with one more number for those in none;
-    # empty if there are no groups
-    groups: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()  # number of each factor's group, one more for those in none; empty without groups
 
     @property
     def like(self) -> Tensor:
@@ -73,8 +70,7 @@ class PieceFilling:
         covectors: Tensor,
         num_samples: int,
     ) -> None:
-        self._num_samples, self._covectors, self._setup = num_samples, covectors, setup
-        self._parameters = parameters
+        self._num_samples, self._covectors, self._setup, self._parameters = num_samples, covectors, setup, parameters
         self._filled: list[tuple[Term, Representation]] = []
         self._fallback = tuple(fallback)
         self._fallback_matrices: dict[str, Tensor] = {}

@@ -15,12 +15,8 @@ from torch import Tensor
 from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.workspace import Workspace
 
-# Which pairs of covectors are wanted: all S*S, the S equal ones, or the sum of these.
-Pairs = Literal["all", "same", "sum"]
-
-# Terms of a float32 sum that are left to the matrix product.
-LONGEST_SUM = 8192
-
+Pairs = Literal["all", "same", "sum"]  # which pairs of covectors are wanted: all S*S, the S equal ones, or their sum
+LONGEST_SUM = 8192  # terms of a float32 sum that are left to the matrix product
 Cell = tuple[slice, slice]
 
 
@@ -98,8 +94,7 @@ class GramSums:
     def write(self, out: Tensor | None) -> Tensor:
         """Finish, and write all entries to ``out``; a new tensor if there is none."""
         self._finish()
-        if out is None:
-            out = self.like.new_empty(self.entries)
+        out = self.like.new_empty(self.entries) if out is None else out
         assert out.shape == self.entries, f"{tuple(out.shape)} is not the shape {self.entries} of the entries"
         if self._total is not None:
             return out.copy_(self.total())
@@ -145,10 +140,8 @@ class GramSums:
             entries[right, rows] = entries[rows, right].T
 
     def _turn_blocks(self, target: Tensor, *, adds: bool) -> None:
-        """Copy the covector-major sum to the sample-major ``target``, or add it.
-
-        Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
-        """
+        """Copy the covector-major sum to the sample-major ``target``, or add it."""
+        # Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
         blocks, count = self.blocks(), self.covectors
         if self.pairs != "all" or count == 1:
             values = blocks.view(target.shape)

@@ -63,8 +63,7 @@ class _Owners:
     def __init__(self, call: Call) -> None:
         self._forms = {role: argument.form for role, argument in call.arguments.items()}
         self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
-        # Roles with rows of the same shape share them.
-        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}
+        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}  # by shape, shared by roles
         self._shared = dict.fromkeys(self._owners, False)
 
     def _touched(self, role: str, grad: Tensor) -> Tensor:
@@ -83,9 +82,8 @@ class _Owners:
     def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
         """Per role, every layout that agrees with the owners found, and with the rows that changed."""
         evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
-        for role, rows in self._rows.items():
-            if role in changed:
-                evidence[rows] |= changed[role]
+        for role, rows_that_changed in changed.items():
+            evidence[self._rows[role]] |= rows_that_changed
         return {
             role: set() if self._shared[rows] else _layouts(self._owners[rows], evidence[rows], num_samples)
             for role, rows in self._rows.items()
@@ -112,9 +110,8 @@ def _changed_inputs(
     model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
 ) -> list[dict[str, Tensor]]:
     """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    samples = [*range(batch_size(batch) - 1), 0]
     with Recorder(model, expansions=expansions) as recorder:
-        model(take(batch, samples))
+        model(take(batch, [*range(batch_size(batch) - 1), 0]))
     others = recorder.calls
     found: list[dict[str, Tensor]] = []
     for number, call in enumerate(calls):

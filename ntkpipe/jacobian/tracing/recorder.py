@@ -42,9 +42,7 @@ class Call:
     name: str  # name of the torch function
     arguments: dict[str, Argument]  # by role
     saved: tuple[tuple[Tensor, int], ...]  # tensors that the forms read later, with their version counters at the call
-    # Place of the output's elements in the autograd graph; None if nothing flows back to it. An edge stays right
-    # where the output is changed in place afterwards; the tensor would not.
-    edge: GradientEdge | None
+    edge: GradientEdge | None  # of the output, right even if that changes in place later; None if nothing flows back
     zero: Tensor  # a zero of the output's dtype and device
     shape: tuple[int, ...]  # of the output
 
@@ -71,9 +69,7 @@ class Recorder(TorchFunctionMode):
         parameters = model.parameters()
         self._parameters = {id(parameter): name for name, parameter in parameters.items()}
         # By id, with the tensors themselves, which stay alive so that no id is used again.
-        self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {
-            id(parameter): (parameter, (name,)) for name, parameter in parameters.items()
-        }
+        self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {id(p): (p, (name,)) for name, p in parameters.items()}
         every = (*model.module.parameters(), *model.module.buffers())
         self._constants: dict[int, Tensor] = {id(value): value for value in every if id(value) not in self._made}
         self._expansions, self._detach = expansions, detach
@@ -106,13 +102,9 @@ class Recorder(TorchFunctionMode):
         found = list(_tensors(output))
         names = {name for tensor in mine for name in self._made[id(tensor)][1]}
         sources = tuple(name for name in self._parameters.values() if name in names)
-        for value in found:
-            if id(value) in self._made:
-                continue
-            if value.requires_grad:
-                self._made[id(value)] = (value, sources)
-            else:
-                self._constants[id(value)] = value
+        new = {id(value): value for value in found if id(value) not in self._made}
+        self._made |= {key: (value, sources) for key, value in new.items() if value.requires_grad}
+        self._constants |= {key: value for key, value in new.items() if not value.requires_grad}
         self.made[number] = tuple(value.shape for value in found)
         return output
 
@@ -156,10 +148,8 @@ class Recorder(TorchFunctionMode):
 
 
 def _whole(output: Tensor) -> Tensor:
-    """What the output is a view of, if it has the same elements in the same order.
-
-    A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
-    """
+    """What the output is a view of, if it has the same elements in the same order."""
+    # A linear layer over tokens returns such a view; where that is changed in place, gradients arrive at what it views.
     base = output._base
     same = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     return base if base is not None and same and base.requires_grad else output
@@ -191,10 +181,8 @@ def _replace(value: Any, cut: set[int]) -> Any:
 
 @cache
 def _body(func: Any) -> Callable[..., Any] | None:
-    """A copy of a torch function that is written in Python, whose own calls can be watched; None for other functions.
-
-    Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
-    """
+    """A copy of a torch function written in Python, whose own calls can be watched; None for other functions."""
+    # Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
     if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
         return None
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")

@@ -47,8 +47,7 @@ class Tracing:
     covered: tuple[str, ...]  # parameters whose every use has a rule
     fallback: dict[str, str]  # parameters that are left to plain `torch.func`, with the reason
     unused: tuple[str, ...]  # parameters that the outputs do not depend on
-    # How many edges of the autograd graph lead to each parameter: more in another batch are uses that were not traced
-    edges: Mapping[str, int] = field(default_factory=dict)
+    edges: Mapping[str, int] = field(default_factory=dict)  # of the graph to each parameter; more are untraced uses
     expansions: frozenset[int] = frozenset()  # as in :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
 
     def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
@@ -96,10 +95,8 @@ def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Trac
     if patterns is None:
         return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
     edges = probed[0].edges
-    reasons = {name: NO_RULE for name in parameters if name in elsewhere}
-    for name in parameters:
-        if any(found.edges[name] != edges[name] for found in probed[1:]):
-            reasons.setdefault(name, "how often it is used depends on the data")
+    varying = [name for name in parameters if any(found.edges[name] != edges[name] for found in probed[1:])]
+    reasons = dict.fromkeys(varying, "how often it is used depends on the data") | dict.fromkeys(elsewhere, NO_RULE)
     uses = []
     for number, call in enumerate(probed[0].calls):
         for role, argument in call.arguments.items():
@@ -133,8 +130,7 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
         differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
         if not differing:
             return found
-        # Calls after the first are numbered anew once that is a use.
-        found |= {differing[0]}
+        found |= {differing[0]}  # calls after it are numbered anew once it is a use
 
 
 def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
@@ -222,10 +218,8 @@ def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
 
 
 def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
-    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself.
-
-    Rounding is far below the tolerance, a missing use far above it.
-    """
+    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself."""
+    # Rounding is far below the tolerance, a missing use far above it.
     if not tracing.covered:
         return []
     outputs, calls = tracing.record(model, batch)
@@ -242,8 +236,7 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
     grads: dict[int, Tensor | None] = dict(zip(live, found[len(covered) :], strict=True))
     left = {name: grad.clone() for name, grad in exact.items()}
     for use in tracing.uses:
-        grad = grads.get(use.call)
-        if grad is None:
+        if (grad := grads.get(use.call)) is None:
             continue
         argument = calls[use.call].arguments[use.role]
         with torch.no_grad():

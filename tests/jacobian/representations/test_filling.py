@@ -11,9 +11,8 @@ from small import with_sizes
 from torch import nn
 
 from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.dense import Dense, Joined
 from ntkpipe.jacobian.representations.interface import Pulled
-from ntkpipe.jacobian.representations.joined import Joined
 from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
 from ntkpipe.jacobian.representations.pieces import Piece
@@ -103,7 +102,7 @@ def test_every_term_is_the_gram_of_its_parameters(name, step, monkeypatch):
         for term in engine.terms:
             with exact_math():
                 factor = fill(engine, term, term.held_as.empty(term, 7, engine.covectors), inputs, step)
-            assert isinstance(factor, HELD[term.representation])
+            assert isinstance(factor, HELD[term.held_as.word])
             by_output = [torch.from_numpy(exact[each]).view(7, 5, -1) for each in term.parameters]
             rows = (COVECTORS @ torch.cat(by_output, dim=2)).flatten(0, 1)
             piece = Piece(7, 3, (factor,))

@@ -106,8 +106,8 @@ def test_uses_that_add_up_are_one_term(name):
         (parameters, uses, width) for parameters, uses, _, width in wanted
     ]
     for term, (_, _, representation, _) in zip(terms, wanted, strict=True):
-        assert representation in {None, term.representation}
-        assert (term.representation == "joined") == (representation == "joined")
+        assert representation in {None, term.held_as.word}
+        assert (term.held_as.word == "joined") == (representation == "joined")
     assert len({term.name for term in terms}) == len(terms)
 
 
@@ -152,7 +152,7 @@ def test_a_bias_of_exactly_the_same_calls_is_part_of_its_weights_term(name):
 
 def test_biases_of_weights_that_are_not_pairwise_are_dense():
     engine = engine_of(redraw(Custom(plain, a=L(6, 40))), X, EYE).reusing({"a.weight": "linear:late"})
-    assert {term.name: term.representation for term in engine.terms} == {"a.weight": "late", "a.bias": "dense"}
+    assert {term.name: term.held_as.word for term in engine.terms} == {"a.weight": "late", "a.bias": "dense"}
 
 
 def test_cotangents_that_are_the_covectors_are_constant():
@@ -231,7 +231,7 @@ def test_operations_of_a_pair_of_samples(pairs, squared):
     ):
         term = engine.reusing({"a.weight": f"linear:{way}", "a.bias": "linear:dense"}).terms[0]
         found = term.held_as.pair_flops(term, replace(engine.setup, pairs=pairs))
-        assert (term.representation, found) == (way, flops)
+        assert (term.held_as.word, found) == (way, flops)
 
 
 def test_cotangents_that_are_the_covectors_cost_nothing():

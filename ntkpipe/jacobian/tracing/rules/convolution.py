@@ -2,15 +2,14 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Map, Operand, Outer, Rule
+from ntkpipe.jacobian.tracing.rules.form import Bound, Map, Operand, Outer, Rules
 
 PerAxis = int | Sequence[int]  # one value for all spatial axes, or one for each
 
@@ -118,7 +117,7 @@ def conv_transpose(
     return _bound(input, weight, form, bias, (x.shape[0], groups * weight.shape[1], *out))
 
 
-RULES: dict[Callable[..., Any], Rule] = {
+RULES: Rules = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), conv),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv_transpose),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), conv_transpose),

@@ -2,14 +2,14 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Scale, Thunk
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rules, Scale, Thunk
 
 
 def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor | Thunk | None = None) -> Scale:
@@ -45,8 +45,7 @@ def _shape(*tensors: object) -> torch.Size:
 
 
 def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:
-    pairs = (("left", left, left_scale), ("right", right, right_scale))
-    shape = _shape(left, right)
+    pairs, shape = (("left", left, left_scale), ("right", right, right_scale)), _shape(left, right)
     return Bound({role: Operand(t, scaled(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
 
 
@@ -97,8 +96,7 @@ def where(condition: Tensor, input: object, other: object) -> Bound:
 
 def prelu(input: Tensor, weight: Tensor) -> Bound:
     """``max(input, 0) + weight * min(input, 0)``, with a weight for each channel, or one for all."""
-    negative = input.detach().clamp_max(0)
-    form = scaled(per_channel(weight, input.ndim), input.shape, x=negative)
+    form = scaled(per_channel(weight, input.ndim), input.shape, x=input.detach().clamp_max(0))
     return Bound({"weight": Operand(weight, form)}, (input,))
 
 
@@ -128,17 +126,17 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     return Bound({"input": Operand(input, scaled(input, [size * times for size, times in axes]))})
 
 
-_METHODS: Any = torch.Tensor
-RULES: dict[Callable[..., Any], Rule] = {
+_T: Any = torch.Tensor  # its methods
+RULES: Rules = {
     # Also in place: the form of a sum does not read the values that are overwritten.
-    **dict.fromkeys((torch.add, _METHODS.add, _METHODS.add_), add),
-    **dict.fromkeys((torch.sub, torch.subtract, _METHODS.sub, _METHODS.sub_), sub),
-    **dict.fromkeys((torch.rsub, _METHODS.__rsub__), rsub),
-    **dict.fromkeys((torch.mul, torch.multiply, _METHODS.mul), mul),
-    **dict.fromkeys((torch.addcmul, _METHODS.addcmul), addcmul),
+    **dict.fromkeys((torch.add, _T.add, _T.add_), add),
+    **dict.fromkeys((torch.sub, torch.subtract, _T.sub, _T.sub_), sub),
+    **dict.fromkeys((torch.rsub, _T.__rsub__), rsub),
+    **dict.fromkeys((torch.mul, torch.multiply, _T.mul), mul),
+    **dict.fromkeys((torch.addcmul, _T.addcmul), addcmul),
     torch.where: where,
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
-    **dict.fromkeys((_METHODS.expand, torch.broadcast_to, _METHODS.broadcast_to), expand),
-    _METHODS.expand_as: expand_as,
-    **dict.fromkeys((_METHODS.repeat, torch.tile, _METHODS.tile), repeat),
+    **dict.fromkeys((_T.expand, torch.broadcast_to, _T.broadcast_to), expand),
+    _T.expand_as: expand_as,
+    **dict.fromkeys((_T.repeat, torch.tile, _T.tile), repeat),
 }

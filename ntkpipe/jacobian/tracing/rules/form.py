@@ -7,6 +7,7 @@ row belongs to is found by tracing, not by rules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +23,9 @@ class Outer:
     inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
     arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
-    # Identifies the order of elements in (groups, n_out, n_in): uses of one function in the same order may be added up
-    # before they are arranged
-    order: tuple[int, ...] = ()
+    order: tuple[
+        int, ...
+    ] = ()  # of elements in (groups, n_out, n_in); the same in uses that are added before `arrange`
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Scale:
     """Rows z_r = w o x_r, or w + x_r: the Jacobian is ``sum_r d_r o x_r``, or ``sum_r d_r``."""
 
     row_dims: int  # as in :class:`Outer`
-    # Makes x, shape (*rows, n), with the operand's elements in order along the last axis; None stands for ones
-    inputs: Thunk | None
+    inputs: Thunk | None  # makes x, shape (*rows, n), in the order of the operand's elements; None stands for ones
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
 
 
@@ -65,4 +65,4 @@ class Bound:
     saved: tuple[Tensor, ...] = ()  # tensors that the forms read later: they must not change in place after the call
 
 
-Rule = Callable[..., Bound | None]
+Rules = dict[Callable[..., Any], Callable[..., Bound | None]]  # by torch function

@@ -2,7 +2,7 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rule
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rules
 
 AxisLabels = Sequence[str]  # axes by name, as in einsum
 
@@ -167,13 +167,11 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return _with_bias(bound, bias, (*input1.shape[:-1], weight.shape[0]))
 
 
-_METHODS: Any = torch.Tensor
-RULES: dict[Callable[..., Any], Rule] = {
+_T: Any = torch.Tensor  # its methods
+RULES: Rules = {
     F.linear: linear,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
-    **dict.fromkeys((_METHODS.matmul, _METHODS.mm, _METHODS.bmm, _METHODS.mv), matmul),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv), addmm),
-    **dict.fromkeys((_METHODS.addmm, _METHODS.baddbmm, _METHODS.addmv), addmm),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, _T.matmul, _T.mm, _T.bmm, _T.mv), matmul),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv, _T.addmm, _T.baddbmm, _T.addmv), addmm),
     torch.einsum: einsum,
     F.bilinear: bilinear,
 }

@@ -2,14 +2,13 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rule
+from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rules
 
 
 def embedding(
@@ -49,9 +48,9 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:
     return _lookup(input, index) if dim in {0, -input.ndim} else None
 
 
-_METHODS: Any = torch.Tensor
-RULES: dict[Callable[..., Any], Rule] = {
+_T: Any = torch.Tensor  # its methods
+RULES: Rules = {
     F.embedding: embedding,
-    _METHODS.__getitem__: getitem,
-    **dict.fromkeys((torch.index_select, _METHODS.index_select), index_select),
+    _T.__getitem__: getitem,
+    **dict.fromkeys((torch.index_select, _T.index_select), index_select),
 }

@@ -2,16 +2,15 @@
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rule, Thunk
+from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rules, Thunk
 
 Weight = Tensor | None
 
@@ -74,12 +73,11 @@ def instance_norm(
     """Normalised over each channel of a sample, or by running statistics."""
     if use_input_stats and running_mean is not None:
         return None  # computing it again would update the statistics
-    x = input.detach()
-    normalized = partial(F.instance_norm, x, running_mean, running_var, use_input_stats=use_input_stats, eps=eps)
-    return _affine(input, weight, bias, normalized)
+    normalize = partial(F.instance_norm, use_input_stats=use_input_stats, eps=eps)
+    return _affine(input, weight, bias, partial(normalize, input.detach(), running_mean, running_var))
 
 
-RULES: dict[Callable[..., Any], Rule] = {
+RULES: Rules = {
     F.layer_norm: layer_norm,
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     F.group_norm: group_norm,
