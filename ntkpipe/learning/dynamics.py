@@ -35,14 +35,12 @@ class Dynamics(Result):
     times: NDArray[np.float64]  # shape (T,); infinity may be among them
     learning_rate: float  # η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
     residuals: NDArray[np.float64] = field(repr=False)  # `f_t - Y` on the train samples, shape (T, n, c)
-    # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c): see :meth:`predict`
-    coefficients: NDArray[np.float64] = field(repr=False)
+    coefficients: NDArray[np.float64] = field(repr=False)  # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c)
     losses: NDArray[np.float64] = field(repr=False)  # `½ |f_t - Y|²` of each output, shape (T, c)
     # Bounds of `|residuals - exact| / |Y - f_0|`, the largest over outputs, shape (T,). `K @ coefficients` is right
     # to twice that.
     errors: NDArray[np.float64]
-    # Effect of rounding to the storage dtype, to first order, on the same scale; not in `errors`; shape (T,)
-    storage_errors: NDArray[np.float64]
+    storage_errors: NDArray[np.float64]  # effect of rounding to the storage dtype, to first order; not in `errors`
     # `|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|` by products with K at the last finite time and at
     # infinity, the larger of both: zero for exact functions
     defect: float

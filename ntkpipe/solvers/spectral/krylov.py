@@ -17,10 +17,8 @@ from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
-# A direction this small, relative to the norm of the matrix, is rounding.
-_NOTHING = 10 * _EPS
-# The largest eigenvalue is settled at this relative residual (its error is the square), or after so many passes.
-_RATE_TOLERANCE = 1e-5
+_NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
+_RATE_TOLERANCE = 1e-5  # relative residual at which the largest eigenvalue is settled; its error is the square
 _MOST_RATE_STEPS = 30
 
 

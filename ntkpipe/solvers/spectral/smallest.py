@@ -22,16 +22,12 @@ from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _EPS = float(np.finfo(np.float64).eps)
-# Rounding of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels.
-_ROUNDING = 50 * _EPS
-# Replaces limits of zero, as of a zero matrix.
-_TINY = 1e-300
+_ROUNDING = 50 * _EPS  # of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels
+_TINY = 1e-300  # replaces limits of zero, as for a zero matrix
 _SMALLEST_BLOCK = 16
-# Up to so many rows a proof by Cholesky takes minutes, and is made by default.
-_MOST_PROVED_UNASKED = 16384
+_MOST_PROVED_UNASKED = 16384  # up to so many rows a proof by Cholesky takes minutes, and is made by default
 _TOL_OF_LARGEST = 1e-6
-# Rounding of entries can turn a small positive eigenvalue into a negative one of up to so many floors.
-_FLOORS = 10.0
+_FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
 
 DefiniteBound = Literal["cholesky", "residual"]
 
