@@ -16,9 +16,8 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
-from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
 _NUM_THRESHOLDS = 64  # from the floor to the largest eigenvalue: there counts must have settled

@@ -17,9 +17,8 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
-from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
