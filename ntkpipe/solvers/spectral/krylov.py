@@ -21,7 +21,7 @@ from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 _EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
 _RATE_TOLERANCE = 1e-5  # relative residual at which the largest eigenvalue is settled; its error is the square
-_MOST_RATE_STEPS = 30
+_MOST_RATE_STEPS = 30  # after so many it counts as settled
 
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: int | None) -> int:
