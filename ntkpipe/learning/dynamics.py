@@ -35,14 +35,12 @@ class Dynamics(Result):
     times: NDArray[np.float64]  # shape (T,); infinity may be among them
     learning_rate: float  # η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
     residuals: NDArray[np.float64] = field(repr=False)  # `f_t - Y` on the train samples, shape (T, n, c)
-    # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c): see :meth:`predict`
-    coefficients: NDArray[np.float64] = field(repr=False)
+    coefficients: NDArray[np.float64] = field(repr=False)  # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c)
     losses: NDArray[np.float64] = field(repr=False)  # `½ |f_t - Y|²` of each output, shape (T, c)
     # Bounds of `|residuals - exact| / |Y - f_0|`, the largest over outputs, shape (T,). `K @ coefficients` is right
     # to twice that.
     errors: NDArray[np.float64]
-    # Effect of rounding to the storage dtype, to first order, on the same scale; not in `errors`; shape (T,)
-    storage_errors: NDArray[np.float64]
+    storage_errors: NDArray[np.float64]  # the same, from rounding to the storage dtype, to first order; not in `errors`
     # `|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|` by products with K at the last finite time and at
     # infinity, the larger of both: zero for exact functions
     defect: float
@@ -223,7 +221,27 @@ class _Training:
         missed: Status = "step limit" if is_cut else "stagnated"
         reached: list[Status] = ["converged" if error <= self._tol else missed for error in errors]
         statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
-        return statuses, *_judge(flow, self._times, statuses, errors, self._tol, limit)
+        return statuses, *self._judge(flow, statuses, errors, limit)
+
+    def _judge(
+        self, flow: Flow, statuses: tuple[Status, ...], errors: NDArray[np.float64], limit: str
+    ) -> tuple[Status, str]:
+        """Status over all times, and message."""
+        if "indefinite at storage precision" in statuses:
+            index = statuses.index("indefinite at storage precision")
+            why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
+            if flow.growth(index) > self._tol:
+                why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
+            return statuses[index], f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
+        if "stagnated" in statuses:
+            worst = int(np.argmax(errors))
+            why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
+            return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+        if "step limit" in statuses:
+            worst = int(np.argmax(errors))
+            reached = f"{limit} is reached with an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
+            return "step limit", f"{reached}; raise it"
+        return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
 
     def flow(self) -> Flow:
         return Flow(self.space, self._times, self.rate, self._floor)
@@ -259,60 +277,31 @@ class _Training:
         with np.errstate(over="ignore", invalid="ignore"):
             for index, (decayed, grown) in enumerate(flow.functions()):
                 functions[index], coefficients[index] = self.space.combine(decayed), self.space.combine(grown)
-        errors, defect = _verify(self._operator, self._units, self._times, functions, coefficients, flow.errors)
+        errors, defect = self._verify(functions, coefficients, flow.errors)
         functions *= -self._sizes
         coefficients *= self._sizes
         return functions, coefficients, errors, defect
 
-
-def _verify(
-    operator: Operator,
-    units: NDArray[np.float64],
-    times: NDArray[np.float64],
-    functions: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-    errors: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], float]:
-    """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
-    finite = np.flatnonzero(np.isfinite(times))
-    checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
-    checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
-    if not checked or not units.any():
-        return errors, math.inf if units.any() else 0.0
-    products = operator.matmat(np.concatenate([coefficients[index] for index in checked], axis=1))
-    found, defect = errors.copy(), 0.0
-    for index, product in zip(checked, np.split(products, len(checked), axis=1), strict=True):
-        size = float(np.linalg.norm(product + functions[index] - units, axis=0).max())
-        defect = max(defect, size)
-        same = times == times[index]
-        found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
-    return found, defect
-
-
-def _judge(
-    flow: Flow,
-    times: NDArray[np.float64],
-    statuses: tuple[Status, ...],
-    errors: NDArray[np.float64],
-    tol: float,
-    limit: str,
-) -> tuple[Status, str]:
-    """Status over all times, and message."""
-    if "indefinite at storage precision" in statuses:
-        index = statuses.index("indefinite at storage precision")
-        why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
-        if flow.growth(index) > tol:
-            why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
-        return statuses[index], f"at t = {times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
-    if "stagnated" in statuses:
-        worst = int(np.argmax(errors))
-        why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {times[worst]:.4g}"
-        return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
-    if "step limit" in statuses:
-        worst = int(np.argmax(errors))
-        reached = f"{limit} is reached with an error of {errors[worst]:.1e} at t = {times[worst]:.4g}"
-        return "step limit", f"{reached}; raise it"
-    return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
+    def _verify(
+        self, functions: NDArray[np.float64], coefficients: NDArray[np.float64], errors: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], float]:
+        """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
+        units, times = self._units, self._times
+        finite = np.flatnonzero(np.isfinite(times))
+        checked = (
+            [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
+        )
+        checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
+        if not checked or not units.any():
+            return errors, math.inf if units.any() else 0.0
+        products = self._operator.matmat(np.concatenate([coefficients[index] for index in checked], axis=1))
+        found, defect = errors.copy(), 0.0
+        for index, product in zip(checked, np.split(products, len(checked), axis=1), strict=True):
+            size = float(np.linalg.norm(product + functions[index] - units, axis=0).max())
+            defect = max(defect, size)
+            same = times == times[index]
+            found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
+        return found, defect
 
 
 def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:

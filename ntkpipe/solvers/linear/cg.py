@@ -42,23 +42,15 @@ def block_cg(
     We depart from it in three points: the preconditioner is split, P^-1/2 on both sides, for which its
     eigenvectors are known; the basis of the first residuals is as large as their rank, so equal right-hand sides, or
     more of them than rows, are no trouble; and directions without curvature, to float64 rounding, are left out.
-
     See :func:`iterate` for options, true residuals and stopping.
     """
     return iterate(operator, rhs, partial(_Block, operator, preconditioner), **options)
 
 
 class _Preconditioned(Recurrence):
-    def __init__(
-        self,
-        operator: Operator,
-        preconditioner: Preconditioner | None,
-        solution: NDArray[np.float64],
-        residual: NDArray[np.float64],
-    ) -> None:
-        super().__init__(solution, residual)
-        self._operator = operator
-        self._preconditioner = preconditioner
+    def __init__(self, operator: Operator, preconditioner: Preconditioner | None, *start: NDArray[np.float64]) -> None:
+        super().__init__(*start)
+        self._operator, self._preconditioner = operator, preconditioner
 
 
 class _Independent(_Preconditioned):
@@ -111,7 +103,8 @@ class _Block(_Preconditioned):
         directions = self._whiten(self._directions)
         image = self._operator.matmat(directions)
         whitened = self._whiten(image)
-        curvature, axes = np.linalg.eigh(_symmetric(self._directions.T @ whitened))
+        projected = self._directions.T @ whitened
+        curvature, axes = np.linalg.eigh((projected + projected.T) / 2)
         rounding = 4 * len(curvature) * _EPS * float(np.abs(curvature).max(initial=0.0))
         if not curvature.size or curvature[0] < -rounding or curvature[-1] <= 0.0:
             return columns.copy()
@@ -124,7 +117,3 @@ class _Block(_Preconditioned):
         self._directions = self._basis + self._directions @ upper.T
         self._mixing = upper @ self._mixing
         return np.zeros_like(columns)
-
-
-def _symmetric(block: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (block + block.T) / 2

@@ -39,11 +39,8 @@ class SystemCheckpoint:
             return
         if (found := state.get("decides")) != self._decides:
             known = found if isinstance(found, dict) else {}
-            differ = [
-                f"{name}={str(known.get(name))[:40]!r} (now {str(value)[:40]!r})"
-                for name, value in self._decides.items()
-                if known.get(name) != value
-            ]
+            names = [name for name, value in self._decides.items() if known.get(name) != value]
+            differ = [f"{at}={str(known.get(at))[:40]!r} (now {str(self._decides[at])[:40]!r})" for at in names]
             raise ConfigError(
                 f"{checkpoint!r} is of another calculation: {', '.join(differ)}; give another one, or clear it"
             )
@@ -68,14 +65,9 @@ class SystemCheckpoint:
         if self._checkpoint is None:
             return
         _put(self._checkpoint, _arrays_of_preconditioner(made))
-        self._preconditioner_state = {
-            "rank": made.rank,
-            "tail": made.tail,
-            "shift": made.shift,
-            "method": made.method,
-            "work": list(vars(made.work).values()),
-            "seconds": made.seconds,
-        }
+        numbers = {"rank": made.rank, "tail": made.tail, "shift": made.shift, "method": made.method}
+        cost = {"work": list(vars(made.work).values()), "seconds": made.seconds}
+        self._preconditioner_state = {**numbers, **cost}
 
     def save_progress(self, progress: IterationState) -> None:
         """Write the state of the iteration; :meth:`save` must follow."""
@@ -85,13 +77,8 @@ class SystemCheckpoint:
         # Each has a new name, since arrays of the committed state must stay until the next state is committed.
         self._number += 1
         _put(self._checkpoint, _arrays_of_progress(progress, self._number))
-        self._progress_state = {
-            "number": self._number,
-            "iterations": progress.iterations,
-            "num_checks": len(progress.checks),
-            "replacements": progress.replacements,
-            "passes": progress.passes,
-        }
+        sizes = {"number": self._number, "iterations": progress.iterations, "num_checks": len(progress.checks)}
+        self._progress_state = {**sizes, "replacements": progress.replacements, "passes": progress.passes}
 
     def save(self, stage: Stage, why: str, work: Work, seconds: float) -> None:
         """Commit the state."""
@@ -103,17 +90,9 @@ class SystemCheckpoint:
             keep |= _arrays_of_preconditioner(self.preconditioner).keys()
         if self._progress_state is not None and self.progress is not None:
             keep |= _arrays_of_progress(self.progress, self._number).keys()
-        state = {
-            "decides": self._decides,
-            "stage": stage,
-            "why": why,
-            "work": list(vars(work).values()),
-            "seconds": seconds,
-            "made": list(vars(self.made).values()),
-            "preconditioner": self._preconditioner_state,
-            "progress": self._progress_state,
-        }
-        self._checkpoint.commit(state, keep)
+        cost = {"work": list(vars(work).values()), "seconds": seconds, "made": list(vars(self.made).values())}
+        parts = {"preconditioner": self._preconditioner_state, "progress": self._progress_state}
+        self._checkpoint.commit({"decides": self._decides, "stage": stage, "why": why, **cost, **parts}, keep)
 
 
 def _arrays_of_preconditioner(made: Preconditioner) -> dict[str, NDArray[Any]]:

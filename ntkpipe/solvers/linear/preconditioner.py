@@ -16,10 +16,8 @@ from ntkpipe.operators.opening import as_operator
 
 _MOST_RANK = 1000
 _LEAST_COLUMNS_PER_RANK = 10
-# Candidates for each pivot of a round; they cost memory, not passes.
-_CANDIDATES = 2
-# A residual diagonal below this multiple of the rounding of an entry is noise.
-_NOISE = 4.0
+_CANDIDATES = 2  # for each pivot of a round; they cost memory, not passes
+_NOISE = 4.0  # a residual diagonal below this multiple of the rounding of an entry is noise
 _ROWS_AT_ONCE = 16384
 _MOST_SHIFTS = 20
 

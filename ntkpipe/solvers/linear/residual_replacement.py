@@ -12,8 +12,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _CHECK_EVERY = 25
-# A true residual larger than the recursive one by this factor replaces it.
-_DRIFT = 10.0
+_DRIFT = 10.0  # a true residual larger than the recursive one by this factor replaces it
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
 

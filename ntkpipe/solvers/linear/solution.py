@@ -1,6 +1,6 @@
 """Result of :func:`ntkpipe.solve`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,7 @@ class Solution(Result):
     method: str  # method, why: the method that found them, and why it was chosen
     why: str
     iterations: int  # steps of conjugate gradients, one pass each; each check of true residuals is one pass more
-    # Relative residuals of the recurrence after each step, shape (iterations, c); true residuals may be larger
-    history: NDArray[np.float64]
+    history: NDArray[np.float64]  # relative residuals of the recurrence, shape (iterations, c); true ones may be larger
     # checks, check_residuals: after how many iterations true residuals were computed, shape (m,), and their relative
     # size, shape (m, c)
     checks: NDArray[np.int64]
@@ -36,9 +35,7 @@ class Solution(Result):
 
     def to_json(self) -> dict[str, Any]:
         """See :meth:`Result.to_json`."""
-        made = self.preconditioner_work
-        work = {"passes": made.passes, "bytes_read": made.bytes_read, "seconds": made.seconds}
-        return {**super().to_json(), "preconditioner_work": work}
+        return {**super().to_json(), "preconditioner_work": asdict(self.preconditioner_work)}
 
     def _rows(self) -> TableRows:
         count = len(self.residuals)

@@ -149,16 +149,8 @@ def solve_path(
 
     Raises
     ------
-    ConfigError
-        If the matrix, the right-hand sides or an option is wrong.
-    IndefiniteError
-        If ``cholesky`` was asked for and a pivot is not positive.
-    NonFiniteError
-        If the matrix or the right-hand sides hold NaN or infinity.
-    ResourceError
-        If the preconditioner and the blocks do not fit memory.
-    TileError
-        If a tile is missing or damaged; the message names it.
+    ConfigError, IndefiniteError, NonFiniteError, ResourceError, TileError
+        As :func:`solve`.
     """
     passes = _MOST_PASSES if max_passes is None else max_passes
     options = SolveOptions(method, tol, rank, preconditioner, passes, seed, memory_limit, monitor)

@@ -23,22 +23,16 @@ from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.result import Monitor, Status, Step
 
-# Blocks of the shape of the right-hand sides, and of that of the preconditioner, in memory at a time.
-_BLOCKS = 11
-_FACTORS = 3
-
-# Kernels need 30 to 60 iterations to a residual of 1e-6, as measured at ranks of n/10 to n/4.
-_ITERATIONS = 50
-# Rates of thin matrix products, and of a factorisation in panels, relative to large products.
-_THIN = 0.3
-_PANELS = 0.4
+_BLOCKS = 11  # blocks of the shape of the right-hand sides in memory at a time
+_FACTORS = 3  # blocks of the shape of the preconditioner in memory at a time
+_ITERATIONS = 50  # kernels need 30 to 60 to a residual of 1e-6, as measured at ranks of n/10 to n/4
+_THIN = 0.3  # rate of thin matrix products, relative to large ones
+_PANELS = 0.4  # rate of a factorisation in panels, relative to large products
 _SAMPLE = 1024
-# Rate for a matrix in memory, where no read has been timed.
-_BYTES_PER_SECOND = 5e9
+_BYTES_PER_SECOND = 5e9  # for a matrix in memory, where no read has been timed
 _DISK_BYTES_PER_SECOND = 1e9
 _PANEL_COLUMNS = 3 * 1024
-# Up to so many rows nothing is worth a measurement.
-_SMALL = 1000
+_SMALL = 1000  # up to so many rows nothing is worth a measurement
 _LEAST_HISTORY = 10
 
 
@@ -58,17 +52,10 @@ class SolveOptions:
 
     def to_json(self, operator: Operator) -> dict[str, Any]:
         """Return the options as JSON, with defaults filled in."""
-        given = self.preconditioner
-        return {
-            "method": self.method,
-            "tol": self.tol,
-            "rank": self.rank_of(operator),
-            "preconditioner": given if isinstance(given, str) else given.method,
-            "max_passes": self.max_passes,
-            "seed": self.seed,
-            "memory_limit": self.memory_limit,
-            "path": None if self.path is None else str(self.path),
-        }
+        kind = self.preconditioner if isinstance(self.preconditioner, str) else self.preconditioner.method
+        asked = {"method": self.method, "tol": self.tol, "rank": self.rank_of(operator), "preconditioner": kind}
+        limits = {"max_passes": self.max_passes, "seed": self.seed, "memory_limit": self.memory_limit}
+        return {**asked, **limits, "path": None if self.path is None else str(self.path)}
 
     def rank_of(self, operator: Operator) -> int:
         """Rank of the preconditioner."""

@@ -9,11 +9,9 @@ from ntkpipe.base.operator import Operator
 
 ApproximateInverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
-# Most blocks, and those kept by a restart: the wanted one and its neighbours.
 _MOST_BLOCKS = 12
-_KEPT_BLOCKS = 3
-# A direction is dropped if orthogonalisation leaves less of it.
-_NOTHING = 1e-10
+_KEPT_BLOCKS = 3  # by a restart: the wanted one and its neighbours
+_NOTHING = 1e-10  # a direction is dropped if orthogonalisation leaves less of it
 
 
 class Davidson:

@@ -16,13 +16,11 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
-from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
-# Number of thresholds, from the floor to the largest eigenvalue, at which counts must have settled.
-_NUM_THRESHOLDS = 64
+_NUM_THRESHOLDS = 64  # from the floor to the largest eigenvalue: there counts must have settled
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -53,12 +51,10 @@ class Density(Result):
     """The distribution of eigenvalues."""
 
     eigenvalues: NDArray[np.float64]  # exact eigenvalues that were spliced in, shape (k,), descending
-    # nodes, weights: gauss rules of the probes for the rest, each of shape (p, m): a node stands for `weight`
-    # eigenvalues
+    # nodes, weights: Gauss rules of the probes for the rest, shape (p, m): a node stands for `weight` eigenvalues
     nodes: NDArray[np.float64] = field(repr=False)
     weights: NDArray[np.float64] = field(repr=False)
-    # Distance of each node within which an eigenvalue lies, shape (p, m)
-    node_residuals: NDArray[np.float64] = field(repr=False)
+    node_residuals: NDArray[np.float64] = field(repr=False)  # an eigenvalue lies so near to each node, shape (p, m)
     num_rows: int  # n
     num_steps: int  # m
     floor: float  # smaller eigenvalues cannot be told from zero: the storage floor, or rounding of products
@@ -66,10 +62,8 @@ class Density(Result):
 
     def count_above(self, thresholds: ArrayLike) -> Counts:
         """Numbers of eigenvalues above thresholds, with their errors."""
-        wanted = np.asarray(thresholds, np.float64).reshape(-1)
-        return _count(
-            QuadratureRule(self.nodes, self.weights, self.node_residuals), self.eigenvalues, self.num_rows, wanted
-        )
+        rule = QuadratureRule(self.nodes, self.weights, self.node_residuals)
+        return _count(rule, self.eigenvalues, self.num_rows, np.asarray(thresholds, np.float64).reshape(-1))
 
     def smooth(self, *, num_points: int = 200, width: float = 0.1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Eigenvalues per decade on a logarithmic grid, for plots: ``(λ, density)``, each of shape (num_points,).
@@ -144,14 +138,12 @@ def density(
         K: what :func:`ntkpipe.as_operator` takes.
     num_probes
         Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
-    num_steps
-        Lanczos steps; default as many as ``tol`` needs.
+    num_steps, max_passes
+        Lanczos steps; default as many as ``tol`` needs, ``max_passes`` at most.
     top
         Exact eigenpairs, preferably the largest: they are counted as such, and probes are orthogonal to them.
     tol
         Largest error of a count that is called converged, Monte-Carlo plus truncation error, as a fraction of n.
-    max_passes
-        Most steps, if ``num_steps`` is None.
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free.
@@ -235,17 +227,13 @@ class _Counting:
             return self._worst, False
         if steps:
             self.rule = gauss_rule(*self._lanczos.coefficients(steps), self._masses)
-        self.counts = _count(self.rule, self._values, n, _thresholds(self.floor, self._largest, self.rule))
+        end = max(self._largest, float(self.rule.nodes.max(initial=0.0)), self.floor)
+        thresholds = np.geomspace(self.floor, end, _NUM_THRESHOLDS) if self.floor > 0 else np.zeros(1)
+        self.counts = _count(self.rule, self._values, n, thresholds)
         monte_carlo, truncation = self.counts.standard_errors, self.counts.truncation_errors
         self._worst = worst = float((monte_carlo + truncation).max()) / n
         is_enough = worst <= self._options.tol or bool((truncation <= monte_carlo / 4).all())
         return worst, is_finished or (self._options.num_steps is None and steps > 0 and is_enough)
-
-
-def _thresholds(floor: float, largest: float, rule: QuadratureRule) -> NDArray[np.float64]:
-    """Logarithmic grid from the floor to the largest eigenvalue."""
-    end = max(largest, float(rule.nodes.max(initial=0.0)), floor)
-    return np.geomspace(floor, end, _NUM_THRESHOLDS) if floor > 0 else np.zeros(1)
 
 
 def _count(rule: QuadratureRule, exact: NDArray[np.float64], num_rows: int, thresholds: NDArray[np.float64]) -> Counts:

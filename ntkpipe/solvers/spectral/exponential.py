@@ -9,8 +9,7 @@ from ntkpipe.solvers.result import Status
 from ntkpipe.solvers.spectral.krylov import BlockLanczos
 
 _EPS = float(np.finfo(np.float64).eps)
-# Points of a decade of time at which the defect is looked at.
-_PER_DECADE = 24
+_PER_DECADE = 24  # points of a decade of time at which the defect is computed
 
 
 class Flow:
@@ -18,7 +17,7 @@ class Flow:
 
     def __init__(self, space: BlockLanczos, times: NDArray[np.float64], learning_rate: float, floor: float) -> None:
         values, self._vectors = np.linalg.eigh(space.matrix())
-        self._lowest = float(values.min(initial=0.0))
+        self.lowest = float(values.min(initial=0.0))
         self.largest = float(values.max(initial=0.0))
         self._floor = floor
         # Between -floor and zero there is rounding only, and nothing must grow from it.
@@ -32,21 +31,17 @@ class Flow:
         self.errors = self._bounds()
 
     def functions(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Of each time: coefficients in the space of ``exp(-η t K)`` and ``K^-1 (I - exp(-η t K))`` of the targets."""
+        """For each time: coefficients in the space of ``exp(-η t K)`` and ``K^-1 (I - exp(-η t K))`` of the targets."""
         found = []
         # Where negative eigenvalues let functions grow beyond all numbers, they are no numbers; the status says why.
         with np.errstate(over="ignore", invalid="ignore"):
             for scaled in self._scaled:
-                decay, phi = self._decay(scaled), self._phi(scaled)
-                found.append(
-                    (self._vectors @ (decay[:, None] * self._start), self._vectors @ (phi[:, None] * self._start))
-                )
+                decay, phi = self._decay(scaled)[:, None], self._phi(scaled)[:, None]
+                found.append((self._vectors @ (decay * self._start), self._vectors @ (phi * self._start)))
         return found
 
     def _decay(self, scaled: float) -> NDArray[np.float64]:
-        if math.isinf(scaled):
-            return np.asarray(self._is_null, np.float64)
-        return np.asarray(np.exp(-scaled * self._values))
+        return np.asarray(self._is_null if math.isinf(scaled) else np.exp(-scaled * self._values), np.float64)
 
     def _phi(self, scaled: float) -> NDArray[np.float64]:
         """``(1 - exp(-s λ)) / λ``, which is s where λ is zero, and the pseudo-inverse where s is infinite."""
@@ -84,7 +79,7 @@ class Flow:
             sums += np.maximum(self._defect(0.0), defects[0]) * first
             worst = np.nan_to_num(sums.max(axis=1), nan=math.inf)
             found = np.where(scaled <= first, worst[0] * scaled / first, worst[np.searchsorted(points, scaled)])
-            found = found * np.exp(scaled * max(0.0, -self._lowest - self._floor))
+            found = found * np.exp(scaled * max(0.0, -self.lowest - self._floor))
         return np.asarray(np.nan_to_num(found, nan=math.inf, posinf=math.inf))
 
     def _defect(self, scaled: float) -> NDArray[np.float64]:
@@ -94,7 +89,7 @@ class Flow:
 
     def sensitivities(self, perturbation: float) -> NDArray[np.float64]:
         """What a change of K of this spectral norm does to ``exp(-η t K)``, to first order; shape (T,)."""
-        lowest = max(self._lowest, 0.0)
+        lowest = max(self.lowest, 0.0)
         finite = np.where(np.isinf(self._scaled), 0.0, self._scaled)
         limit = perturbation / lowest if lowest > 0 else math.inf
         return np.where(np.isinf(self._scaled), limit, finite * perturbation * np.exp(-finite * lowest))
@@ -112,13 +107,7 @@ class Flow:
         """Share of a column where eigenvalues are not known from zero."""
         return float(np.linalg.norm(self._start[self._is_null], axis=0).max(initial=0.0))
 
-    @property
-    def lowest(self) -> float:
-        """The smallest Ritz value."""
-        return self._lowest
-
     def status(self, index: int, tol: float) -> Status | None:
-        """Of one time, where more steps would change nothing."""
-        if self.growth(index) > tol or (math.isinf(self._scaled[index]) and self.null_share > tol):
-            return "indefinite at storage precision"
-        return None
+        """Status at one time, where more steps would change nothing."""
+        is_open = math.isinf(self._scaled[index]) and self.null_share > tol
+        return "indefinite at storage precision" if is_open or self.growth(index) > tol else None

@@ -21,14 +21,11 @@ from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
-# Rounding of products in float64, relative to the largest eigenvalue: no residual need be smaller.
-_ROUNDING = 50 * _EPS
+_ROUNDING = 50 * _EPS  # of products in float64, relative to the largest eigenvalue: no residual need be smaller
 _SMALLEST_BLOCK = 8
 _MOST_PASSES = 200
-# Predicted residuals must be below this fraction of the limit, since a check that fails costs a pass.
-_CONFIDENCE = 0.95
-# After so many checks in a row that failed and did not halve the residual, more passes are no use.
-_MOST_FAILURES = 3
+_CONFIDENCE = 0.95  # predicted residuals must be below this part of the limit: a check that fails costs a pass
+_MOST_FAILURES = 3  # after so many failed checks in a row that did not halve the residual, more passes are no use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +144,7 @@ def eigsh(
 
 
 def _options(
-    num_rows: int,
-    k: int,
-    tol: float,
-    block: int | None,
-    max_basis: int | None,
-    max_passes: int | None,
-    seed: int,
+    num_rows: int, k: int, tol: float, block: int | None, max_basis: int | None, max_passes: int | None, seed: int
 ) -> dict[str, Any]:
     """Check options and fill in defaults."""
     check_number("k", k, low=1, high=num_rows)
@@ -328,8 +319,7 @@ class _Search:
         if checkpoint is None:
             return
         state: dict[str, Any] = {"key": self._key(), "floor": self._floor, "history": self._history}
-        state["space"] = self._space.save(checkpoint)
-        state["failures"] = self._failures
+        state |= {"space": self._space.save(checkpoint), "failures": self._failures}
         keep = self._space.names()
         if result is not None:
             for name, values in result.arrays().items():
@@ -337,8 +327,7 @@ class _Search:
                 keep.add(f"result-{name}")
             fields = {"status": result.status, "message": result.message, "orthogonality": result.orthogonality}
             state["result"] = {**fields, "max_passes": self._options["max_passes"]}
-        work = self._work()
-        state["work"], state["seconds"] = [work.passes, work.bytes_read, work.seconds], self._seconds()
+        state |= {"work": list(vars(self._work()).values()), "seconds": self._seconds()}
         checkpoint.commit(state, keep)
 
     def _load(self) -> Eigenpairs | None:

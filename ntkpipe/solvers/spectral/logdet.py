@@ -13,8 +13,7 @@ from ntkpipe.solvers.result import Monitor, Result, ignore
 from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate, slq_logdet
 from ntkpipe.store.results import Checkpoint
 
-# Of n: one per cent of the geometric mean of the eigenvalues.
-_MOST_ERROR = 0.01
+_MOST_ERROR = 0.01  # as a fraction of n: one per cent of the geometric mean of the eigenvalues
 
 
 @dataclass(frozen=True, kw_only=True)

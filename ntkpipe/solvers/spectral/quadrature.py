@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EPS = float(np.finfo(np.float64).eps)
-# A node counts as an eigenvalue where the residual of its Ritz pair is this small against the distance that matters.
-_SETTLED = 1e-2
+_SETTLED = 1e-2  # a node is an eigenvalue if its Ritz residual is this small against the distance that matters
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: 
     """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969)."""
     nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
     rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
-    return QuadratureRule(
-        nodes, masses[:, None] * vectors[:, 0] ** 2, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding
-    )
+    weights = masses[:, None] * vectors[:, 0] ** 2
+    return QuadratureRule(nodes, weights, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
 
 
 def radau_rule(

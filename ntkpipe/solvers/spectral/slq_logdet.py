@@ -17,14 +17,12 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
-from ntkpipe.solvers.spectral.sampling import SampledLanczos, Sampling
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
-# With fewer steps a comparison with half of them is meaningless.
-_FEWEST_STEPS = 8
+_FEWEST_STEPS = 8  # with fewer, a comparison with half of them is meaningless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +94,11 @@ def slq_logdet(
         Rank of a preconditioner that is made; default ``min(1000, n/10)``.
     num_probes
         Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
-    num_steps
-        Lanczos steps; default as many as make the truncation error small against the Monte-Carlo error.
+    num_steps, max_passes
+        Lanczos steps; default as many as make truncation small against the Monte-Carlo error, ``max_passes`` at most.
     tol
         Largest sum of both errors that is called converged, as a fraction of n: 0.01 is one per cent of the geometric
         mean of the eigenvalues.
-    max_passes
-        Most steps, if ``num_steps`` is None.
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.

@@ -22,16 +22,12 @@ from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 _EPS = float(np.finfo(np.float64).eps)
-# Rounding of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels.
-_ROUNDING = 50 * _EPS
-# Replaces limits of zero, as of a zero matrix.
-_TINY = 1e-300
+_ROUNDING = 50 * _EPS  # of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels
+_TINY = 1e-300  # replaces limits of zero, as for a zero matrix
 _SMALLEST_BLOCK = 16
-# Up to so many rows a proof by Cholesky takes minutes, and is made by default.
-_MOST_PROVED_UNASKED = 16384
+_MOST_PROVED_UNASKED = 16384  # up to so many rows a proof by Cholesky takes minutes, and is made by default
 _TOL_OF_LARGEST = 1e-6
-# Rounding of entries can turn a small positive eigenvalue into a negative one of up to so many floors.
-_FLOORS = 10.0
+_FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
 
 DefiniteBound = Literal["cholesky", "residual"]
 
@@ -145,14 +141,22 @@ def smallest(
     """
     started = perf_counter()
     operator, room = open_for_solver(matrix, memory_limit)
-    before = operator.work
-    options = _options(operator.num_rows, k, tol, inverse, certify, path, block, max_passes, memory_limit, seed, room)
+    before, n = operator.work, operator.num_rows
+    check_number("k", k, low=1, high=n)
+    check_number("tol", tol, low=0.0, high=1.0)
+    check_number("max_passes", max_passes, low=1)
+    width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
+    if certify is None:
+        certify = path is not None or (n <= _MOST_PROVED_UNASKED and 8 * n * (n // 2 + 4096) <= memory_room(room))
+    options: dict[str, Any] = {"k": int(k), "tol": float(tol), "inverse": "rpcholesky" if inverse is None else "given"}
+    options |= {"certify": bool(certify), "path": None if path is None else str(path), "block": min(width, n)}
+    options |= {"max_passes": int(max_passes), "memory_limit": memory_limit, "seed": int(seed)}
     top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor)
     largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
     floor = operator.storage_floor()
     given = randomly_pivoted_cholesky(operator, seed=seed).solve if inverse is None else _checked(inverse)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(operator.num_rows, options["block"], given, seed)
+    space = Davidson(n, options["block"], given, seed)
     for _ in range(max_passes):
         space.advance(operator)
         relative = space.norms / np.maximum(np.abs(space.values), max(floor, _TINY))
@@ -161,7 +165,7 @@ def smallest(
             break
     values, vectors, norms = _by_product(operator, space.pairs(k))
     is_converged = _are_small(values, norms, tol, floor, rounding)
-    low, high, certificate = _bounds(operator, values, norms, rounding, path, room, certify=options["certify"])
+    low, high, certificate = _bounds(operator, values, norms, rounding, path, room, certify=certify)
     status, message = _judge(values, norms, low, floor, rounding, tol, is_converged=is_converged)
     condition_low, condition_high = _condition(low, high, largest, slack, floor)
     return Smallest(
@@ -182,40 +186,6 @@ def smallest(
         condition_high=condition_high,
         floor=floor,
     )
-
-
-def _options(
-    num_rows: int,
-    k: int,
-    tol: float,
-    inverse: ApproximateInverse | None,
-    certify: bool | None,
-    path: str | Path | None,
-    block: int | None,
-    max_passes: int,
-    memory_limit: int | None,
-    seed: int,
-    room: int | None,
-) -> dict[str, Any]:
-    """Check options and fill in defaults."""
-    check_number("k", k, low=1, high=num_rows)
-    check_number("tol", tol, low=0.0, high=1.0)
-    check_number("max_passes", max_passes, low=1)
-    width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
-    if certify is None:
-        fits = num_rows <= _MOST_PROVED_UNASKED and 8 * num_rows * (num_rows // 2 + 4096) <= memory_room(room)
-        certify = path is not None or fits
-    return {
-        "k": int(k),
-        "tol": float(tol),
-        "inverse": "rpcholesky" if inverse is None else "given",
-        "certify": bool(certify),
-        "path": None if path is None else str(path),
-        "block": min(width, num_rows),
-        "max_passes": int(max_passes),
-        "memory_limit": memory_limit,
-        "seed": int(seed),
-    }
 
 
 def _are_small(

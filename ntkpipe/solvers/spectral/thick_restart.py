@@ -11,16 +11,11 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 _EPS = float(np.finfo(np.float64).eps)
-# A direction this small, relative to the norm of the matrix, is rounding.
-_NOTHING = 10 * _EPS
-# One this small may be rounding of larger matrices: it is used, but trusted no more than a random one.
-_DOUBTFUL = 1e-12
-# Passes without change, after random columns joined, until the space is believed to lack nothing.
-_PROBATION = 2
-# A refinement assumes that the next block is well below the pairs it corrects.
-_MOST_REFINABLE = 0.5
-# Bound of the row sums of |I - Gram matrix|, below which Cholesky of it is accurate.
-_NEARLY_ORTHONORMAL = 0.5
+_NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
+_DOUBTFUL = 1e-12  # one this small may be rounding of large matrices: used, but trusted no more than a random one
+_PROBATION = 2  # passes without change, after random columns joined, until the space is believed to lack nothing
+_MOST_REFINABLE = 0.5  # a refinement assumes that the next block is well below the pairs it corrects
+_NEARLY_ORTHONORMAL = 0.5  # row sums of |I - Gram matrix| below which Cholesky of it is accurate
 _ROWS_AT_ONCE = 4096
 
 # Residuals that are small enough, for eigenvalues in descending order.
@@ -56,9 +51,8 @@ class ThickRestart:
         self._coupling = np.zeros((block, 0))
         self._decomposed: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._extended: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
-        self._passes = 0
-        # Mean eigenvalue of K on the last block, used as an estimate for the next.
-        self._level = 0.0
+        self.passes = 0  # blocks that were multiplied
+        self._level = 0.0  # mean eigenvalue of K on the last block, used as an estimate for the next
         self._shrinkage: float | None = None
         # Passes since random columns joined in which no leading value changed; None if none joined.
         self._quiet: int | None = None
@@ -69,11 +63,6 @@ class ThickRestart:
     def size(self) -> int:
         """m, columns of V."""
         return len(self._projected)
-
-    @property
-    def passes(self) -> int:
-        """Blocks that were multiplied."""
-        return self._passes
 
     @property
     def is_whole(self) -> bool:
@@ -150,8 +139,8 @@ class ThickRestart:
         product = operator.matmat(self._next)
         before, width = self.size, self._next.shape[1]
         size = before + width
-        self._pieces.append((f"block-{self._passes}", size))
-        self._passes += 1
+        self._pieces.append((f"block-{self.passes}", size))
+        self.passes += 1
         self._vectors[:, before:size] = self._next
         basis = self._vectors[:, :size]
         columns = _remove(basis, product)
@@ -177,7 +166,7 @@ class ThickRestart:
         num_old = min(count, int((sizes > _NOTHING * norm).sum()))
         self._next[:, :num_old] = directions @ left[:, :num_old]
         if num_old < count:
-            rng = np.random.default_rng([self._seed, self._passes])
+            rng = np.random.default_rng([self._seed, self.passes])
             self._next[:, num_old:] = rng.standard_normal((num_rows, count - num_old))
         if sizes[count - 1] <= _DOUBTFUL * norm:
             self._quiet = self._quiet or 0
@@ -194,7 +183,8 @@ class ThickRestart:
         """Residual norms of any vectors of V."""
         inside = self._projected @ coordinates
         inside -= coordinates * np.einsum("ij,ij->j", coordinates, inside)
-        return np.asarray(np.hypot(np.linalg.norm(inside, axis=0), _norms(self._coupling @ coordinates)))
+        outside = self._coupling @ coordinates
+        return np.asarray(np.hypot(np.linalg.norm(inside, axis=0), np.linalg.norm(outside, axis=0)))
 
     def _restart(self) -> None:
         """Cut V to its leading Ritz vectors in place."""
@@ -205,7 +195,7 @@ class ThickRestart:
             rows[:, : self._keep] = rows[:, : self.size] @ kept
         self._coupling = self._coupling @ kept
         self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
-        self._pieces = [(f"basis-{self._passes}", self._keep)]
+        self._pieces = [(f"basis-{self.passes}", self._keep)]
 
     def combine(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
         """The vectors of coordinates in V or [V, Q], shape (n, k), C-contiguous."""
@@ -225,18 +215,13 @@ class ThickRestart:
         for name, values in self._small().items():
             checkpoint.put(name, values)
         self._saved = self.names()
-        return {
-            "passes": self._passes,
-            "pieces": self._pieces,
-            "level": self._level,
-            "shrinkage": self._shrinkage,
-            "quiet": self._quiet,
-        }
+        state = {"passes": self.passes, "pieces": self._pieces, "level": self._level}
+        return {**state, "shrinkage": self._shrinkage, "quiet": self._quiet}
 
     def _small(self) -> dict[str, NDArray[np.float64]]:
         """Arrays that are written after each pass, by name; empty ones are left out."""
         kinds = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
-        return {f"{kind}-{self._passes}": values for kind, values in kinds.items() if values.size}
+        return {f"{kind}-{self.passes}": values for kind, values in kinds.items() if values.size}
 
     def names(self) -> set[str]:
         """Names of the arrays that :meth:`load` needs."""
@@ -244,7 +229,7 @@ class ThickRestart:
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`."""
-        self._passes, self._level = as_integer(state["passes"]), as_number(state["level"])
+        self.passes, self._level = as_integer(state["passes"]), as_number(state["level"])
         self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
         self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
         self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
@@ -259,11 +244,11 @@ class ThickRestart:
         self._decomposed = self._extended = None
         self._next, self._coupling = np.zeros((num_rows, count)), np.zeros((count, start))
         if start:
-            self._projected = checkpoint.get(f"projected-{self._passes}", (start, start))
+            self._projected = checkpoint.get(f"projected-{self.passes}", (start, start))
         if count:
-            self._next = checkpoint.get(f"block-{self._passes}", (num_rows, count))
+            self._next = checkpoint.get(f"block-{self.passes}", (num_rows, count))
         if start and count:
-            self._coupling = checkpoint.get(f"coupling-{self._passes}", (count, start))
+            self._coupling = checkpoint.get(f"coupling-{self.passes}", (count, start))
         self._saved = self.names()
 
 
@@ -274,13 +259,9 @@ def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[n
     return np.asarray(coefficients)
 
 
-def _norms(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.linalg.norm(columns, axis=0))
-
-
 def _orthonormal(block: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Q and R of a block; by Cholesky of its Gram matrix, in matrix products, if it is nearly orthonormal already."""
-    sizes = _norms(block)
+    sizes = np.linalg.norm(block, axis=0)
     if sizes.all():
         scaled = block / sizes
         gram = scaled.T @ scaled
