@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.resources import num_cores
 
 WorkItem = TypeVar("WorkItem")
@@ -93,10 +93,10 @@ class Pool:
 
     def subtract_product(
         self,
-        target: NDArray[np.float64],
-        left: NDArray[np.float64],
-        right: NDArray[np.float64],
-        scratch: NDArray[np.float64],
+        target: FloatArray,
+        left: FloatArray,
+        right: FloatArray,
+        scratch: FloatArray,
     ) -> None:
         """``target -= left @ right.T``; ``scratch`` has room for the product."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.operators.blas import Pool
@@ -48,7 +49,7 @@ class DenseOperator(Operator):
             self._identity = digest_of(self._matrix)
         return self._identity
 
-    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _multiply(self, block: FloatArray) -> FloatArray:
         start = perf_counter()
         product = np.empty_like(block)
 
@@ -63,13 +64,13 @@ class DenseOperator(Operator):
         self._work += Work(1.0, 0, perf_counter() - start)
         return product
 
-    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
         start = perf_counter()
         found = self._matrix[:, indices].astype(np.float64)
         self._work += Work(len(indices) / self.num_rows, 0, perf_counter() - start)
         return found
 
-    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+    def _block(self, rows: slice, columns: slice) -> FloatArray:
         start = perf_counter()
         found = np.array(self._matrix[rows, columns], np.float64, order="C")
         self._work += Work(found.size / self.num_rows**2, 0, perf_counter() - start)

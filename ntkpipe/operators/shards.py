@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.grid import Grid
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import PartialProduct, Shard, TileIndex, Tiles, multiply
@@ -79,7 +79,7 @@ class PairwiseSum:
         return done
 
     @property
-    def total(self) -> NDArray[np.float64]:
+    def total(self) -> FloatArray:
         """The sum of all shards."""
         (part,) = self.parts.values()
         return part.values
@@ -87,7 +87,7 @@ class PairwiseSum:
 
 def multiply_shards(
     grid: Grid,
-    block: NDArray[np.float64],
+    block: FloatArray,
     shards: tuple[Shard, ...],
     read: Callable[[tuple[TileIndex, ...]], Tiles],
     num_threads: int,
@@ -95,7 +95,7 @@ def multiply_shards(
 ) -> PairwiseSum:
     """Sum what shards contribute to ``K @ block``; memory is :func:`num_blocks_in_use` blocks."""
     total = PairwiseSum()
-    free: deque[NDArray[np.float64]] = deque()
+    free: deque[FloatArray] = deque()
 
     def work(tiles: Tiles) -> PartialProduct:
         try:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.operator import Statistics, digest_of
@@ -132,15 +133,13 @@ class PartialProduct:
     """What some shards contribute to a product: rows from ``start`` on, shape (rows, r), float64."""
 
     start: int
-    values: NDArray[np.float64]
+    values: FloatArray
 
 
-def multiply(
-    tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None
-) -> PartialProduct:
+def multiply(tiles: Tiles, grid: Grid, block: FloatArray, memory: FloatArray | None = None) -> PartialProduct:
     """Multiply a block by some tiles, each used for itself and for its mirror."""
     edge, num_rows, start = grid.rows.tile_rows, len(block), 0
-    product: NDArray[np.float64] | None = None
+    product: FloatArray | None = None
     upcast = _Upcast(edge, block.shape[1])
     for (row, column), whole in tiles:
         if product is None:
@@ -178,9 +177,9 @@ class _Upcast:
     def __init__(self, edge: int, num_columns: int) -> None:
         self._step = _rows_at_once(edge, num_columns)
         self._edge = edge
-        self._scratch: NDArray[np.float64] | None = None
+        self._scratch: FloatArray | None = None
 
-    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, FloatArray]]:
         """Yield the rows of a tile, each run valid until the next."""
         is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
         if not is_ready and self._scratch is None:
@@ -199,7 +198,7 @@ class _Upcast:
 class PartialStatistics:
     """What some tiles contribute to the diagonal (start and entries of each run) and to the squared Frobenius norm."""
 
-    diagonals: tuple[tuple[int, NDArray[np.float64]], ...]
+    diagonals: tuple[tuple[int, FloatArray], ...]
     squared: float
 
 

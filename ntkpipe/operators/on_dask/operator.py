@@ -10,8 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ClusterError, ResourceError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import format_bytes
@@ -87,7 +87,7 @@ class WorkersOperator(TiledOperator):
         found._group = self._group
         return found
 
-    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _multiply(self, block: FloatArray) -> FloatArray:
         total = PairwiseSum()
         for node, part in self._pass(block=block):
             total.add(node, PartialProduct(part.start, np.require(part.values, requirements="W")))
@@ -96,16 +96,14 @@ class WorkersOperator(TiledOperator):
     def _measure(self) -> Statistics:
         return join_statistics((part for _, part in sorted(self._pass())), self.num_rows)
 
-    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
         if values.size:
             for _, placed in self._pass(request):
                 for where, entries in placed:
                     values[where] = entries
         return values
 
-    def _pass(
-        self, entries: EntryRequest | None = None, block: NDArray[np.float64] | None = None
-    ) -> Iterator[tuple[Any, Any]]:
+    def _pass(self, entries: EntryRequest | None = None, block: FloatArray | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield :attr:`PassReply.results` of all workers, in any order."""
         start = perf_counter()
         this = _Pass(self._group, self._shards, self.num_rows, entries, block)
@@ -128,8 +126,8 @@ class _Pass:
     shards: tuple[Shard, ...]
     num_rows: int
     entries: EntryRequest | None
-    block: NDArray[np.float64] | None
-    sent: "NDArray[np.float64] | Future[Any] | None" = None  # the block as it reaches workers
+    block: FloatArray | None
+    sent: "FloatArray | Future[Any] | None" = None  # the block as it reaches workers
     pending: "dict[Future[Any], WorkerTask]" = field(default_factory=dict)
     losses: int = 0
 

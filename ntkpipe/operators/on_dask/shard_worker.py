@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from distributed import get_worker
 from distributed.core import Status
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import StoreError
 from ntkpipe.base.operator import digest_of
 from ntkpipe.base.resources import available_memory, process_memory
@@ -103,7 +103,7 @@ class ShardWorker:
         )
 
     def run(
-        self, request: PassRequest, block: NDArray[np.float64] | None, is_unwanted: Callable[[], bool] = lambda: False
+        self, request: PassRequest, block: FloatArray | None, is_unwanted: Callable[[], bool] = lambda: False
     ) -> PassReply:
         """Do what is requested, until ``is_unwanted``."""
         reader, all_shards = self._open(request)
@@ -165,7 +165,7 @@ class ShardWorker:
                 reader.close()
 
 
-def run_pass(shard_worker: ShardWorker, request: PassRequest, block: NDArray[np.float64] | None) -> PassReply:
+def run_pass(shard_worker: ShardWorker, request: PassRequest, block: FloatArray | None) -> PassReply:
     """Task of one worker in each pass; it ends early where Dask has cancelled it."""
     worker = get_worker()
     task = worker.get_current_task()

@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
@@ -228,9 +228,7 @@ def _factor(task: _Task) -> None:
             task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
 
 
-def _factor_panel(
-    task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool
-) -> Pivots:
+def _factor_panel(task: _Task, number: int, top: FloatArray, scratch: FloatArray, pool: Pool) -> Pivots:
     """Read, factor and write one panel."""
     shape, columns = task.state.shape, task.state.shape.columns(number)
     width = columns.stop - columns.start
@@ -262,9 +260,9 @@ def _factor_panel(
 def _subtract_earlier(
     panels: Panels,
     number: int,
-    values: NDArray[np.float64],
-    top: NDArray[np.float64],
-    scratch: NDArray[np.float64],
+    values: FloatArray,
+    top: FloatArray,
+    scratch: FloatArray,
     pool: Pool,
 ) -> None:
     """Subtract the contributions of earlier panels from one; ``top`` and ``scratch`` are buffers."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.triangular import solve_bytes
@@ -36,7 +37,7 @@ _NUM_CHECKPOINTS = 8
 _WIDTHS = (2048, 256, 32, 1)
 
 # A panel, a range of its rows, and their entries.
-PanelChunk = tuple[int, slice, NDArray[np.float64]]
+PanelChunk = tuple[int, slice, FloatArray]
 _Coming = tuple[int, slice, "Future[NDArray[Any]]", NDArray[np.uint8]]
 
 
@@ -122,7 +123,7 @@ class Panels(ABC):
         self._num_entries = shape.factor_bytes // _ITEM
 
     @abstractmethod
-    def writing(self, panel: int, values: NDArray[np.float64]) -> AbstractContextManager[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> AbstractContextManager[Callable[[slice], None]]:
         """Store a panel, shape (n - first column, width), chunk by chunk as they are ready.
 
         The context gives a function to call with the rows of each chunk, which must not change afterwards. At the end
@@ -139,10 +140,10 @@ class PanelsInMemory(Panels):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self._values: dict[int, NDArray[np.float64]] = {}
+        self._values: dict[int, FloatArray] = {}
 
     @contextlib.contextmanager
-    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
         """See :meth:`Panels.writing`; nothing is copied."""
         yield lambda rows: None
         self._values[panel] = values
@@ -180,7 +181,7 @@ class StoredPanels(Panels):
         return most
 
     @contextlib.contextmanager
-    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
         """See :meth:`Panels.writing`; a thread writes while the next chunks are computed."""
         start, height = self.shape.columns(panel).start, self.shape.height
         written: list[Future[None]] = []
