@@ -11,10 +11,8 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.operators.blas import Pool
 
-# Rows of a float32 matrix upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache.
-_ROWS_AT_ONCE = 256
-# Number of multiplications, some milliseconds, from which on threads are worth their start.
-_WORTH_THREADS = 10**8
+_ROWS_AT_ONCE = 256  # rows of float32 upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache
+_WORTH_THREADS = 10**8  # multiplications, some milliseconds, from which on threads are worth their start
 
 
 class DenseOperator(Operator):
@@ -57,10 +55,9 @@ class DenseOperator(Operator):
             rows = slice(first, first + _ROWS_AT_ONCE)
             np.matmul(self._matrix[rows].astype(np.float64, copy=False), block, out=product[rows])
 
-        runs = range(0, self.num_rows, _ROWS_AT_ONCE)
         is_worth_threads = self.num_rows**2 * block.shape[1] >= _WORTH_THREADS
         with Pool.open(None if is_worth_threads else 1) as pool:
-            pool.each(multiply, runs)
+            pool.each(multiply, range(0, self.num_rows, _ROWS_AT_ONCE))
         self._work += Work(1.0, 0, perf_counter() - start)
         return product
 

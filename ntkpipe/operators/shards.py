@@ -15,8 +15,7 @@ from ntkpipe.operators.tiles import PartialProduct, Shard, TileIndex, Tiles, mul
 
 ShardResult = TypeVar("ShardResult")
 
-# Level and index: the sum of shards 2^level * index to 2^level * (index + 1).
-SumNode = tuple[int, int]
+SumNode = tuple[int, int]  # level and index: the sum of shards 2^level * index to 2^level * (index + 1)
 
 
 class PassStopped(Exception):  # noqa: N818 - a request, not an error
@@ -118,10 +117,7 @@ def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
 
 
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
-    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread.
-
-    A shard stays with the owner in ``known`` where that is still there and not overloaded.
-    """
+    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread."""
     if not set(known.values()) & set(workers):
         threads, position = sum(workers.values()), 0
         fresh = {}
@@ -130,6 +126,7 @@ def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int
             for number in numbers[len(numbers) * first // threads : len(numbers) * position // threads]:
                 fresh[number] = address
         return fresh
+    # A shard stays with its known owner where that is still there and not overloaded.
     owners = {number: known[number] for number in numbers if known.get(number) in workers}
     held = Counter({address: 0 for address in workers})
     held.update(owners.values())

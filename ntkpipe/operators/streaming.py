@@ -91,11 +91,12 @@ class StreamingOperator(TiledOperator):
         if self._room is not None:
             products = num_blocks_in_use(self._num_threads, len(self._shards)) * block.nbytes
             scratch = self._num_threads * scratch_bytes(grid.rows.tile_rows, block.shape[1])
-            self._reader.keep_at_most(self._room - products - scratch)
+            if self._room - products - scratch < self._reader.cache_bytes:
+                self._reader.keep(self._room - products - scratch)
         try:
             return multiply_shards(grid, block, self._shards, self._reader.tiles, self._num_threads).total
         finally:
-            self._reader.add_seconds(perf_counter() - start)
+            self._reader.seconds += perf_counter() - start
 
     def _measure(self) -> Statistics:
         parts = self._map(lambda tiles: measure(tiles, self._source.grid, self.num_rows), self._shards)
@@ -116,7 +117,7 @@ class StreamingOperator(TiledOperator):
         try:
             yield from map_shards(work, shards, self._reader.tiles, self._num_threads)
         finally:
-            self._reader.add_seconds(perf_counter() - start)
+            self._reader.seconds += perf_counter() - start
 
     def close(self) -> None:
         """See :meth:`Operator.close`."""

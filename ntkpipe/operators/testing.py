@@ -216,7 +216,7 @@ class _Contract:
         operator, dense, n = self._operator, self._dense, len(self._dense)
         eye, part = np.eye(n), (n + 1) // 2
         centring, of_part = eye - 1.0 / n, np.eye(part) - 1.0 / part
-        centred, shifted = centring @ dense @ centring, dense + 0.3 * eye
+        centred, shifted, double = centring @ dense @ centring, dense + 0.3 * eye, np.kron(dense, np.eye(2))
         views: dict[str, tuple[Operator, NDArray[Any]]] = {
             "shifted": (operator.shifted(0.3), shifted),
             "shifted to a negative side": (operator.shifted(-2.5), dense - 2.5 * eye),
@@ -231,10 +231,7 @@ class _Contract:
             "centred and leading": (operator.centred().leading(part), centred[:part, :part]),
             "shifted and leading": (operator.shifted(0.3).leading(part), shifted[:part, :part]),
             "shifted and of several outputs": (operator.shifted(0.3).kronecker(2), np.kron(shifted, np.eye(2))),
-            "of several outputs and leading": (
-                operator.kronecker(2).leading(part + 1),
-                np.kron(dense, np.eye(2))[: part + 1, : part + 1],
-            ),
+            "of several outputs and leading": (operator.kronecker(2).leading(part + 1), double[: part + 1, : part + 1]),
         }
         size = 2 * float(np.abs(dense).max()) + 3.0
         for name, (view, wanted) in views.items():

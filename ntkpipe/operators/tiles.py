@@ -110,10 +110,7 @@ def _open_mapped(
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of stored tiles, in order: what one thread multiplies at a time.
-
-    The shards and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
-    """
+    """A run of stored tiles, in order: what one thread multiplies at a time."""
 
     number: int  # its place in the sum
     tiles: tuple[TileIndex, ...]  # at least one
@@ -121,6 +118,7 @@ class Shard:
 
 def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
     """Cut the tiles of the leading ``num_rows`` rows into runs of equal length: a power of two, at most 128."""
+    # They and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
     edge = grid.rows.tile_rows
     tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
     count = next((count for count, least in _TILES_OF_SHARDS.items() if len(tiles) >= least * count), 1)
@@ -182,12 +180,11 @@ class _Upcast:
     def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, FloatArray]]:
         """Yield the rows of a tile, each run valid until the next."""
         is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
-        if not is_ready and self._scratch is None:
-            self._scratch = np.empty((self._step, self._edge))
         for first in range(0, len(tile), self._step):
             part = tile[first : first + self._step]
             if not is_ready:
-                assert self._scratch is not None
+                if self._scratch is None:
+                    self._scratch = np.empty((self._step, self._edge))
                 upcasted = self._scratch[: len(part), : tile.shape[1]]
                 np.copyto(upcasted, part)
                 part = upcasted
@@ -225,8 +222,7 @@ def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statis
     return Statistics(diagonal, squared**0.5)
 
 
-# Index of entries in the result of a request, and the entries.
-PlacedEntries = tuple[Any, NDArray[Any]]
+PlacedEntries = tuple[Any, NDArray[Any]]  # index of entries in the result of a request, and the entries
 
 
 @dataclass(frozen=True)

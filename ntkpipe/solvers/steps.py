@@ -158,8 +158,7 @@ def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None
         return StoredPairs(found["eigenvalues"], found["eigenvectors"])
 
 
-# By name of the command, the step and the result.
-SOLVERS: Mapping[str, Callable[..., Result]] = {
+SOLVERS: Mapping[str, Callable[..., Result]] = {  # by name of the command, the step and the result
     "eigsh": eigsh_of_store,
     "solve": solve_store,
     "logdet": logdet_of_store,

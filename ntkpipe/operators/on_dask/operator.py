@@ -25,12 +25,9 @@ from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, TileSou
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-# Share of what Dask gives a worker; a block that needs more is refused.
-_MOST_OF_LIMIT = 0.9
-# A block of up to so many bytes goes with each task; a larger one is sent to the workers once.
-_SMALL_BLOCK = 2**18
-# Number of losses in a pass while no other part arrives.
-_MOST_LOSSES = 5
+_MOST_OF_LIMIT = 0.9  # share of what Dask gives a worker; a block that needs more is refused
+_SMALL_BLOCK = 2**18  # a block of up to so many bytes goes with each task; a larger one is sent to the workers once
+_MOST_LOSSES = 5  # in a pass while no other part arrives
 
 
 class WorkersOperator(TiledOperator):
@@ -75,10 +72,7 @@ class WorkersOperator(TiledOperator):
 
     @property
     def work(self) -> Work:
-        """See :attr:`Operator.work`; a pass is all tiles of the whole matrix.
-
-        Parts that were lost with their worker count as if they had been done.
-        """
+        """See :attr:`Operator.work`; a pass is all tiles of the whole matrix. Lost parts count as done."""
         return self._group.work
 
     def _leading(self, num_rows: int) -> Operator:
@@ -169,8 +163,7 @@ class _Pass:
                 f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
                 f"which has {format_bytes(free)}; give fewer columns at a time, more memory or more workers"
             )
-        cache_bytes = min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed))
-        handle.cache_bytes = max(cache_bytes, 0)
+        handle.cache_bytes = max(0, min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed)))
 
     def _send_block(self) -> None:
         """Gather the members, and send them a large block before its tasks."""

@@ -32,8 +32,7 @@ class PassRequest:
     owned: tuple[int, ...]  # numbers of the shards whose tiles this worker may cache
     cache_bytes: int  # for these tiles
     threads: int
-    # Entries to return; if none, a product where a block comes with the request, and statistics otherwise
-    entries: EntryRequest | None
+    entries: EntryRequest | None  # to return; if none, a product where a block comes along, statistics otherwise
 
 
 @dataclass(frozen=True)

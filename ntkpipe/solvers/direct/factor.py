@@ -23,12 +23,10 @@ from ntkpipe.solvers.result import Result, Status
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolution(Result):
-    """Solution X of (K + shift I) X = B by a Cholesky factor."""
+    """Solution X of (K + shift I) X = B by a Cholesky factor; its residuals are computed with K after the last step."""
 
     coefficients: FloatArray  # X, of the shape of B
-    # |B - (K + shift I) X| / |B| of each column, shape (r,), computed with the matrix after the last step; zero for a
-    # column of zeros
-    residuals: FloatArray
+    residuals: FloatArray  # |B - (K + shift I) X| / |B| of each column, shape (r,); zero for a column of zeros
     refinements: int  # steps of refinement
     factor_passes: float  # reads of the whole factor
     factor_bytes_read: int  # from files
@@ -50,22 +48,18 @@ class CholeskyFactor(Result):
     """
 
     num_rows: int  # n
-    # ridge, jitter: added to the diagonal: `ridge` as requested, `jitter` because it was needed and allowed
-    ridge: float
-    jitter: float
+    ridge: float  # added to the diagonal as requested
+    jitter: float  # added to the diagonal because it was needed and allowed
     logdet: float  # log det(K + shift I) = 2 Σ log L_ii
-    # smallest_pivot, largest_pivot: extremes of the L_ii². Their ratio is at most the condition number.
-    smallest_pivot: float
-    largest_pivot: float
-    num_panels: int  # num_panels, panel_width: number of panels of L, and their columns
-    panel_width: int
+    smallest_pivot: float  # of the L_ii²
+    largest_pivot: float  # of the L_ii²; their ratio is at most the condition number
+    num_panels: int  # of L
+    panel_width: int  # columns of a panel
     resumed: int  # number of panels that already existed
     path: str | None  # where L is; none if it is in memory
-    # factor_passes, factor_bytes_read, factor_bytes_written: reads of the whole factor while it was made, and bytes
-    # from and to files
-    factor_passes: float
-    factor_bytes_read: int
-    factor_bytes_written: int
+    factor_passes: float  # reads of the whole factor while it was made
+    factor_bytes_read: int  # from files while it was made
+    factor_bytes_written: int  # to files
     _panels: Panels = field(repr=False, compare=False)
     _operator: Operator = field(repr=False, compare=False)
 

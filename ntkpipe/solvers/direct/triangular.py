@@ -8,14 +8,10 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.operators.blas import Pool
 
-# Size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products.
-_BASE = 128
-# Up to this size inverses are computed row by row.
-_SMALLEST = 32
-# Rows of a symmetric update at a time: entries of them above the diagonal are computed in vain.
-_ROWS = 512
-# Rows that a thread solves at a time.
-ROWS_OF_THREAD = 256
+_BASE = 128  # size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products
+_SMALLEST = 32  # up to this size inverses are computed row by row
+_ROWS = 512  # rows of a symmetric update at a time: entries of them above the diagonal are computed in vain
+ROWS_OF_THREAD = 256  # rows that a thread solves at a time
 
 
 class NotPositiveError(Exception):
@@ -79,17 +75,13 @@ class Triangle:
 
 
 def factor_in_place(block: FloatArray, scratch: FloatArray, pool: Pool) -> Triangle:
-    """Overwrite a symmetric block with its Cholesky factor, recursively in halves.
-
-    Only the lower triangle is read; above the diagonal zeros are written.
-    """
+    """Overwrite a symmetric block, read from its lower triangle, with its Cholesky factor and zeros, by halves."""
     size = len(block)
     if size <= _BASE:
         try:
-            factor = np.linalg.cholesky(block)
+            block[:] = np.linalg.cholesky(block)
         except np.linalg.LinAlgError:
             raise NotPositiveError(*_first_bad_pivot(block)) from None
-        block[:] = factor
         return Triangle(block)
     half = _half(size)
     upper_left = factor_in_place(block[:half, :half], scratch, pool)
