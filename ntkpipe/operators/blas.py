@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.resources import num_cores
 
 WorkItem = TypeVar("WorkItem")
@@ -29,10 +29,8 @@ class _Setting:
 
 @contextlib.contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Limit BLAS to one thread, as a context manager or during the calls of a decorated function.
-
-    On a shared machine BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
-    """
+    """Limit BLAS to one thread, as a context manager or during the calls of a decorated function."""
+    # On a shared machine BLAS's own threads made iterations on 4,000 rows 2 to 6 times slower.
     with _Setting.lock:
         if _Setting.num_users == 0:
             _Setting.limits = _controller().limit(limits=1, user_api="blas")
@@ -46,17 +44,14 @@ def single_threaded_blas() -> Iterator[None]:
                 _Setting.limits.restore_original_limits()
 
 
-@cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()
+_controller = cache(ThreadpoolController)
 
 
 class Pool:
-    """Threads that work on parts of blocks, each with single-threaded BLAS.
+    """Threads that work on parts of blocks, each with single-threaded BLAS."""
 
-    BLAS's own threads would wait busily for each other at every call, which is slow for blocks that are not large, and
-    very slow where others use the same cores.
-    """
+    # BLAS's own threads would wait busily for each other at every call, which is slow for blocks that are not large,
+    # and very slow where others use the same cores.
 
     def __init__(self, num_threads: int, threads: ThreadPoolExecutor) -> None:
         self.num_threads = num_threads
@@ -86,18 +81,7 @@ class Pool:
         for future in started:
             future.result()
 
-    @staticmethod
-    def finish(started: Iterable[Future[None]]) -> None:
-        """Cancel what has not begun, and wait for the rest."""
-        wait([future for future in started if not future.cancel()])
-
-    def subtract_product(
-        self,
-        target: NDArray[np.float64],
-        left: NDArray[np.float64],
-        right: NDArray[np.float64],
-        scratch: NDArray[np.float64],
-    ) -> None:
+    def subtract_product(self, target: FloatArray, left: FloatArray, right: FloatArray, scratch: FloatArray) -> None:
         """``target -= left @ right.T``; ``scratch`` has room for the product."""
 
         def work(part: tuple[slice, slice, int]) -> None:

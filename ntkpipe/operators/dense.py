@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.operators.blas import Pool
 
-# Rows of a float32 matrix upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache.
-_ROWS_AT_ONCE = 256
-# Number of multiplications, some milliseconds, from which on threads are worth their start.
-_WORTH_THREADS = 10**8
+_ROWS_AT_ONCE = 256  # rows of float32 upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache
+_WORTH_THREADS = 10**8  # multiplications, some milliseconds, from which on threads are worth their start
 
 
 class DenseOperator(Operator):
@@ -48,7 +47,7 @@ class DenseOperator(Operator):
             self._identity = digest_of(self._matrix)
         return self._identity
 
-    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _multiply(self, block: FloatArray) -> FloatArray:
         start = perf_counter()
         product = np.empty_like(block)
 
@@ -56,20 +55,19 @@ class DenseOperator(Operator):
             rows = slice(first, first + _ROWS_AT_ONCE)
             np.matmul(self._matrix[rows].astype(np.float64, copy=False), block, out=product[rows])
 
-        runs = range(0, self.num_rows, _ROWS_AT_ONCE)
         is_worth_threads = self.num_rows**2 * block.shape[1] >= _WORTH_THREADS
         with Pool.open(None if is_worth_threads else 1) as pool:
-            pool.each(multiply, runs)
+            pool.each(multiply, range(0, self.num_rows, _ROWS_AT_ONCE))
         self._work += Work(1.0, 0, perf_counter() - start)
         return product
 
-    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
         start = perf_counter()
         found = self._matrix[:, indices].astype(np.float64)
         self._work += Work(len(indices) / self.num_rows, 0, perf_counter() - start)
         return found
 
-    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+    def _block(self, rows: slice, columns: slice) -> FloatArray:
         start = perf_counter()
         found = np.array(self._matrix[rows, columns], np.float64, order="C")
         self._work += Work(found.size / self.num_rows**2, 0, perf_counter() - start)

@@ -32,18 +32,17 @@ def as_operator(
     ----------
     matrix
         A symmetric stored kernel, such as ``store.train``; a NumPy array; a memory map or an array of another store,
-        such as a ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is.
+        such as a ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is. For an
+        array in memory and for an operator all options are ignored.
     memory_limit
         Bytes that this process may have during a pass: tiles in use, products, and as many cached tiles as there is
-        room for beside them; other tiles are read again in each pass. Default for tiles: what the process has and half
-        of what is free; the rest is for products. With a client: of each worker; default 60 % of what Dask gives it.
-        Ignored for a matrix in memory and for an operator.
+        room for beside them; others are read again in each pass. Default for tiles: what the process has and half of
+        what is free; the rest is for products. With a client: of each worker; default 60 % of what Dask gives it.
     threads
         Number of threads that multiply; default one per core. No number depends on it. With a client: of each worker;
         default the number that Dask gave it.
     client
         Client of a Dask cluster whose workers read and cache the tiles of a stored matrix; results have the same bits.
-        Ignored for a matrix in memory and for an operator.
     keep_tiles
         Whether to cache tiles that fit for further passes; a caller that reads each tile once has better uses of
         memory. Ignored with a client.
@@ -96,6 +95,5 @@ def _open(
             f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
-    cache_bytes = max(0, room) if keep_tiles else 0
-    reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
+    reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
     return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room)

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.operator import Work
 from ntkpipe.operators.tiles import TileIndex, TileSource
 
-# Tiles read ahead of the one in use: a few keep a disk busy, a server needs more requests at a time.
-_LOCAL_DEPTH = 2
-_REMOTE_DEPTH = 8
+_LOCAL_DEPTH, _REMOTE_DEPTH = 2, 8  # tiles read ahead of the one in use: a server needs more requests than a disk
 
 # A requested tile: cached already or on its way, then into this buffer unless it is to be cached.
 _Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uint8] | None]
@@ -39,9 +37,9 @@ class TileReader:
         self._free: deque[NDArray[np.uint8]] = deque()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
-        self._tiles_given = self._bytes_read = 0
-        self._seconds = 0.0
-        self._cache_bytes = 0
+        self.num_given = self._bytes_read = 0  # tiles passed on so far, and bytes of those that were read
+        self.seconds = 0.0  # that were spent with the tiles, as callers add them
+        self.cache_bytes = 0
         self.keep(cache_bytes)
 
     def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
@@ -53,20 +51,10 @@ class TileReader:
         numbered = enumerate(self._all_tiles)
         pinned = {tile for number, tile in numbered if number * count // total != (number + 1) * count // total}
         with self._lock:
-            self._cache_bytes = cache_bytes
+            self.cache_bytes = cache_bytes
             self._pinned = pinned
             self._cached = {index: tile for index, tile in self._cached.items() if index in pinned}
         self.share_kept = count / total if total else 0.0
-
-    def keep_at_most(self, cache_bytes: int) -> None:
-        """Drop what exceeds so many bytes, for good."""
-        if cache_bytes < self._cache_bytes:
-            self.keep(cache_bytes)
-
-    @property
-    def num_given(self) -> int:
-        """Number of tiles passed on so far."""
-        return self._tiles_given
 
     @property
     def num_kept(self) -> int:
@@ -76,11 +64,7 @@ class TileReader:
     @property
     def work(self) -> Work:
         """What reading has cost; a pass is all tiles, cached ones included."""
-        return Work(self._tiles_given / max(1, len(self._all_tiles)), self._bytes_read, self._seconds)
-
-    def add_seconds(self, seconds: float) -> None:
-        """Count time that was spent with the tiles."""
-        self._seconds += seconds
+        return Work(self.num_given / max(1, len(self._all_tiles)), self._bytes_read, self.seconds)
 
     def tiles(self, indices: Iterable[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
         """Yield tiles in order, each valid until the next is requested; the first one is read at once."""
@@ -109,7 +93,9 @@ class TileReader:
                 return index, cached, None
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="tiles")
-            buffer = None if index in self._pinned else self._take_buffer()
+            buffer = None
+            if index not in self._pinned:
+                buffer = self._free.pop() if self._free else np.empty(self.source.tile_bytes, np.uint8)
             return index, self._threads.submit(self.source.read, index, buffer), buffer
 
     def _finish(self, coming: deque[_Coming]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
@@ -117,7 +103,7 @@ class TileReader:
         tile = found.result() if isinstance(found, Future) else found
         coming.popleft()
         with self._lock:
-            self._tiles_given += 1
+            self.num_given += 1
             if isinstance(found, Future):
                 self._bytes_read += self.source.tile_bytes
                 if buffer is None and index in self._pinned:
@@ -126,12 +112,6 @@ class TileReader:
             yield index, tile
         finally:
             self._give_back(buffer)
-
-    def _take_buffer(self) -> NDArray[np.uint8]:
-        try:
-            return self._free.pop()
-        except IndexError:
-            return np.empty(self.source.tile_bytes, np.uint8)
 
     def _give_back(self, buffer: NDArray[np.uint8] | None) -> None:
         if buffer is not None:

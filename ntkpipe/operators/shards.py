@@ -7,16 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.grid import Grid
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import PartialProduct, Shard, TileIndex, Tiles, multiply
 
 ShardResult = TypeVar("ShardResult")
 
-# Level and index: the sum of shards 2^level * index to 2^level * (index + 1).
-SumNode = tuple[int, int]
+SumNode = tuple[int, int]  # level and index: the sum of shards 2^level * index to 2^level * (index + 1)
 
 
 class PassStopped(Exception):  # noqa: N818 - a request, not an error
@@ -79,7 +78,7 @@ class PairwiseSum:
         return done
 
     @property
-    def total(self) -> NDArray[np.float64]:
+    def total(self) -> FloatArray:
         """The sum of all shards."""
         (part,) = self.parts.values()
         return part.values
@@ -87,7 +86,7 @@ class PairwiseSum:
 
 def multiply_shards(
     grid: Grid,
-    block: NDArray[np.float64],
+    block: FloatArray,
     shards: tuple[Shard, ...],
     read: Callable[[tuple[TileIndex, ...]], Tiles],
     num_threads: int,
@@ -95,7 +94,7 @@ def multiply_shards(
 ) -> PairwiseSum:
     """Sum what shards contribute to ``K @ block``; memory is :func:`num_blocks_in_use` blocks."""
     total = PairwiseSum()
-    free: deque[NDArray[np.float64]] = deque()
+    free: deque[FloatArray] = deque()
 
     def work(tiles: Tiles) -> PartialProduct:
         try:
@@ -118,10 +117,7 @@ def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
 
 
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
-    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread.
-
-    A shard stays with the owner in ``known`` where that is still there and not overloaded.
-    """
+    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread."""
     if not set(known.values()) & set(workers):
         threads, position = sum(workers.values()), 0
         fresh = {}
@@ -130,6 +126,7 @@ def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int
             for number in numbers[len(numbers) * first // threads : len(numbers) * position // threads]:
                 fresh[number] = address
         return fresh
+    # A shard stays with its known owner where that is still there and not overloaded.
     owners = {number: known[number] for number in numbers if known.get(number) in workers}
     held = Counter({address: 0 for address in workers})
     held.update(owners.values())

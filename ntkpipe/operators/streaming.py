@@ -7,6 +7,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import ShardResult, map_shards, multiply_shards, num_blocks_in_use
@@ -38,15 +39,15 @@ class TiledOperator(Operator):
         whole = self._source.identity()
         return whole if self.num_rows == self._source.grid.shape[0] else f"leading({whole}, {self.num_rows})"
 
-    def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
         return self._gather(ColumnsRequest(indices), np.empty((self.num_rows, len(indices))))
 
-    def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+    def _block(self, rows: slice, columns: slice) -> FloatArray:
         values = np.empty((rows.stop - rows.start, columns.stop - columns.start))
         return self._gather(BlockRequest(rows, columns), values)
 
     @abstractmethod
-    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
         """Fill ``values`` with the requested entries."""
 
 
@@ -85,22 +86,23 @@ class StreamingOperator(TiledOperator):
     def _leading(self, num_rows: int) -> Operator:
         return StreamingOperator(self._reader, threads=self._num_threads, num_rows=num_rows, room=self._room)
 
-    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _multiply(self, block: FloatArray) -> FloatArray:
         start, grid = perf_counter(), self._source.grid
         if self._room is not None:
             products = num_blocks_in_use(self._num_threads, len(self._shards)) * block.nbytes
             scratch = self._num_threads * scratch_bytes(grid.rows.tile_rows, block.shape[1])
-            self._reader.keep_at_most(self._room - products - scratch)
+            if self._room - products - scratch < self._reader.cache_bytes:
+                self._reader.keep(self._room - products - scratch)
         try:
             return multiply_shards(grid, block, self._shards, self._reader.tiles, self._num_threads).total
         finally:
-            self._reader.add_seconds(perf_counter() - start)
+            self._reader.seconds += perf_counter() - start
 
     def _measure(self) -> Statistics:
         parts = self._map(lambda tiles: measure(tiles, self._source.grid, self.num_rows), self._shards)
         return join_statistics(parts, self.num_rows)
 
-    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
         def place(tiles: Tiles) -> None:
             for where, entries in request.entries(tiles, self._source.grid, self.num_rows):
                 values[where] = entries
@@ -115,7 +117,7 @@ class StreamingOperator(TiledOperator):
         try:
             yield from map_shards(work, shards, self._reader.tiles, self._num_threads)
         finally:
-            self._reader.add_seconds(perf_counter() - start)
+            self._reader.seconds += perf_counter() - start
 
     def close(self) -> None:
         """See :meth:`Operator.close`."""

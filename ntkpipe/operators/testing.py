@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 
@@ -14,7 +15,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _TINY = float(np.finfo(np.float64).tiny)
 
 
-def matrix_with_spectrum(eigenvalues: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:
+def matrix_with_spectrum(eigenvalues: ArrayLike, *, seed: int = 0) -> FloatArray:
     """An exactly symmetric matrix with these eigenvalues and random eigenvectors."""
     values = np.asarray(eigenvalues, np.float64)
     rng = np.random.default_rng(seed)
@@ -24,13 +25,13 @@ def matrix_with_spectrum(eigenvalues: ArrayLike, *, seed: int = 0) -> NDArray[np
     return np.asarray((matrix + matrix.T) / 2, np.float64)
 
 
-def power_law(num_rows: int, *, condition: float, largest: float = 1e4) -> NDArray[np.float64]:
+def power_law(num_rows: int, *, condition: float, largest: float = 1e4) -> FloatArray:
     """Eigenvalues ``largest * i^-p`` with p such that the last is ``largest / condition``, descending."""
     exponent = np.log(condition) / np.log(num_rows)
     return np.asarray(largest * np.arange(1, num_rows + 1) ** -exponent, np.float64)
 
 
-def spectra(num_rows: int) -> Mapping[str, NDArray[np.float64]]:
+def spectra(num_rows: int) -> Mapping[str, FloatArray]:
     """Spectra that solvers must cope with, by name, each in descending order.
 
     Power laws, which neural tangent kernels have, at condition numbers of 1e4 to 1e10; clusters of equal eigenvalues; a
@@ -111,10 +112,10 @@ class _Contract:
         error = np.abs(found - wanted)
         self._require(bool((error - bound <= 0).all()), what, f"off by {error.max(initial=0):.3g}")
 
-    def _product(self, found: NDArray[Any], block: NDArray[np.float64], what: str) -> None:
+    def _product(self, found: NDArray[Any], block: FloatArray, what: str) -> None:
         self._near(found, self._dense @ block, self._product_bound(block), what)
 
-    def _product_bound(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _product_bound(self, block: FloatArray) -> FloatArray:
         sizes = np.abs(block)
         of_sums = len(self._dense) * _EPS * (np.abs(self._dense) @ sizes)
         return np.asarray(of_sums + self._rounding * sizes.sum(axis=0) + _TINY, np.float64)
@@ -166,7 +167,7 @@ class _Contract:
         bound = 2 * (2 * self._product_bound(x) + 3 * self._product_bound(y))
         self._near(self._operator.matmat(2 * x - 3 * y), 2 * of_x - 3 * of_y, bound, "products are linear")
 
-    def _entries(self, operator: Operator, dense: NDArray[np.float64], size: float, of: str) -> None:
+    def _entries(self, operator: Operator, dense: FloatArray, size: float, of: str) -> None:
         """Check columns, blocks and statistics; they are exact unless the operator is a view ``of`` another."""
         n = len(dense)
         off = self._rounding * size / max(float(np.abs(self._dense).max()), _TINY) if of else self._rounding
@@ -215,7 +216,7 @@ class _Contract:
         operator, dense, n = self._operator, self._dense, len(self._dense)
         eye, part = np.eye(n), (n + 1) // 2
         centring, of_part = eye - 1.0 / n, np.eye(part) - 1.0 / part
-        centred, shifted = centring @ dense @ centring, dense + 0.3 * eye
+        centred, shifted, double = centring @ dense @ centring, dense + 0.3 * eye, np.kron(dense, np.eye(2))
         views: dict[str, tuple[Operator, NDArray[Any]]] = {
             "shifted": (operator.shifted(0.3), shifted),
             "shifted to a negative side": (operator.shifted(-2.5), dense - 2.5 * eye),
@@ -230,10 +231,7 @@ class _Contract:
             "centred and leading": (operator.centred().leading(part), centred[:part, :part]),
             "shifted and leading": (operator.shifted(0.3).leading(part), shifted[:part, :part]),
             "shifted and of several outputs": (operator.shifted(0.3).kronecker(2), np.kron(shifted, np.eye(2))),
-            "of several outputs and leading": (
-                operator.kronecker(2).leading(part + 1),
-                np.kron(dense, np.eye(2))[: part + 1, : part + 1],
-            ),
+            "of several outputs and leading": (operator.kronecker(2).leading(part + 1), double[: part + 1, : part + 1]),
         }
         size = 2 * float(np.abs(dense).max()) + 3.0
         for name, (view, wanted) in views.items():

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.operator import Statistics, digest_of
@@ -109,10 +110,7 @@ def _open_mapped(
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of stored tiles, in order: what one thread multiplies at a time.
-
-    The shards and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
-    """
+    """A run of stored tiles, in order: what one thread multiplies at a time."""
 
     number: int  # its place in the sum
     tiles: tuple[TileIndex, ...]  # at least one
@@ -120,6 +118,7 @@ class Shard:
 
 def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
     """Cut the tiles of the leading ``num_rows`` rows into runs of equal length: a power of two, at most 128."""
+    # They and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
     edge = grid.rows.tile_rows
     tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
     count = next((count for count, least in _TILES_OF_SHARDS.items() if len(tiles) >= least * count), 1)
@@ -132,15 +131,13 @@ class PartialProduct:
     """What some shards contribute to a product: rows from ``start`` on, shape (rows, r), float64."""
 
     start: int
-    values: NDArray[np.float64]
+    values: FloatArray
 
 
-def multiply(
-    tiles: Tiles, grid: Grid, block: NDArray[np.float64], memory: NDArray[np.float64] | None = None
-) -> PartialProduct:
+def multiply(tiles: Tiles, grid: Grid, block: FloatArray, memory: FloatArray | None = None) -> PartialProduct:
     """Multiply a block by some tiles, each used for itself and for its mirror."""
     edge, num_rows, start = grid.rows.tile_rows, len(block), 0
-    product: NDArray[np.float64] | None = None
+    product: FloatArray | None = None
     upcast = _Upcast(edge, block.shape[1])
     for (row, column), whole in tiles:
         if product is None:
@@ -178,17 +175,16 @@ class _Upcast:
     def __init__(self, edge: int, num_columns: int) -> None:
         self._step = _rows_at_once(edge, num_columns)
         self._edge = edge
-        self._scratch: NDArray[np.float64] | None = None
+        self._scratch: FloatArray | None = None
 
-    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, FloatArray]]:
         """Yield the rows of a tile, each run valid until the next."""
         is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
-        if not is_ready and self._scratch is None:
-            self._scratch = np.empty((self._step, self._edge))
         for first in range(0, len(tile), self._step):
             part = tile[first : first + self._step]
             if not is_ready:
-                assert self._scratch is not None
+                if self._scratch is None:
+                    self._scratch = np.empty((self._step, self._edge))
                 upcasted = self._scratch[: len(part), : tile.shape[1]]
                 np.copyto(upcasted, part)
                 part = upcasted
@@ -199,7 +195,7 @@ class _Upcast:
 class PartialStatistics:
     """What some tiles contribute to the diagonal (start and entries of each run) and to the squared Frobenius norm."""
 
-    diagonals: tuple[tuple[int, NDArray[np.float64]], ...]
+    diagonals: tuple[tuple[int, FloatArray], ...]
     squared: float
 
 
@@ -226,8 +222,7 @@ def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statis
     return Statistics(diagonal, squared**0.5)
 
 
-# Index of entries in the result of a request, and the entries.
-PlacedEntries = tuple[Any, NDArray[Any]]
+PlacedEntries = tuple[Any, NDArray[Any]]  # index of entries in the result of a request, and the entries
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import SolveMethod, solve
@@ -147,8 +145,8 @@ def read_result(store: KernelStore | str | Path, name: str) -> dict[str, Any] | 
 class StoredPairs:
     """Eigenpairs that were read from a store."""
 
-    eigenvalues: NDArray[np.float64]
-    eigenvectors: NDArray[np.float64]
+    eigenvalues: FloatArray
+    eigenvectors: FloatArray
 
 
 def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None:
@@ -160,8 +158,7 @@ def stored_pairs(store: KernelStore, array: str = "train") -> StoredPairs | None
         return StoredPairs(found["eigenvalues"], found["eigenvectors"])
 
 
-# By name of the command, the step and the result.
-SOLVERS: Mapping[str, Callable[..., Result]] = {
+SOLVERS: Mapping[str, Callable[..., Result]] = {  # by name of the command, the step and the result
     "eigsh": eigsh_of_store,
     "solve": solve_store,
     "logdet": logdet_of_store,

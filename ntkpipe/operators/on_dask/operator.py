@@ -10,8 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ClusterError, ResourceError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import format_bytes
@@ -25,12 +25,9 @@ from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, TileSou
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-# Share of what Dask gives a worker; a block that needs more is refused.
-_MOST_OF_LIMIT = 0.9
-# A block of up to so many bytes goes with each task; a larger one is sent to the workers once.
-_SMALL_BLOCK = 2**18
-# Number of losses in a pass while no other part arrives.
-_MOST_LOSSES = 5
+_MOST_OF_LIMIT = 0.9  # share of what Dask gives a worker; a block that needs more is refused
+_SMALL_BLOCK = 2**18  # a block of up to so many bytes goes with each task; a larger one is sent to the workers once
+_MOST_LOSSES = 5  # in a pass while no other part arrives
 
 
 class WorkersOperator(TiledOperator):
@@ -75,10 +72,7 @@ class WorkersOperator(TiledOperator):
 
     @property
     def work(self) -> Work:
-        """See :attr:`Operator.work`; a pass is all tiles of the whole matrix.
-
-        Parts that were lost with their worker count as if they had been done.
-        """
+        """See :attr:`Operator.work`; a pass is all tiles of the whole matrix. Lost parts count as done."""
         return self._group.work
 
     def _leading(self, num_rows: int) -> Operator:
@@ -87,7 +81,7 @@ class WorkersOperator(TiledOperator):
         found._group = self._group
         return found
 
-    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _multiply(self, block: FloatArray) -> FloatArray:
         total = PairwiseSum()
         for node, part in self._pass(block=block):
             total.add(node, PartialProduct(part.start, np.require(part.values, requirements="W")))
@@ -96,16 +90,14 @@ class WorkersOperator(TiledOperator):
     def _measure(self) -> Statistics:
         return join_statistics((part for _, part in sorted(self._pass())), self.num_rows)
 
-    def _gather(self, request: EntryRequest, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
         if values.size:
             for _, placed in self._pass(request):
                 for where, entries in placed:
                     values[where] = entries
         return values
 
-    def _pass(
-        self, entries: EntryRequest | None = None, block: NDArray[np.float64] | None = None
-    ) -> Iterator[tuple[Any, Any]]:
+    def _pass(self, entries: EntryRequest | None = None, block: FloatArray | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield :attr:`PassReply.results` of all workers, in any order."""
         start = perf_counter()
         this = _Pass(self._group, self._shards, self.num_rows, entries, block)
@@ -128,8 +120,8 @@ class _Pass:
     shards: tuple[Shard, ...]
     num_rows: int
     entries: EntryRequest | None
-    block: NDArray[np.float64] | None
-    sent: "NDArray[np.float64] | Future[Any] | None" = None  # the block as it reaches workers
+    block: FloatArray | None
+    sent: "FloatArray | Future[Any] | None" = None  # the block as it reaches workers
     pending: "dict[Future[Any], WorkerTask]" = field(default_factory=dict)
     losses: int = 0
 
@@ -171,8 +163,7 @@ class _Pass:
                 f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
                 f"which has {format_bytes(free)}; give fewer columns at a time, more memory or more workers"
             )
-        cache_bytes = min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed))
-        handle.cache_bytes = max(cache_bytes, 0)
+        handle.cache_bytes = max(0, min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed)))
 
     def _send_block(self) -> None:
         """Gather the members, and send them a large block before its tasks."""

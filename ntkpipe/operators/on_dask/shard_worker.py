@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from distributed import get_worker
 from distributed.core import Status
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import StoreError
 from ntkpipe.base.operator import digest_of
 from ntkpipe.base.resources import available_memory, process_memory
@@ -32,8 +32,7 @@ class PassRequest:
     owned: tuple[int, ...]  # numbers of the shards whose tiles this worker may cache
     cache_bytes: int  # for these tiles
     threads: int
-    # Entries to return; if none, a product where a block comes with the request, and statistics otherwise
-    entries: EntryRequest | None
+    entries: EntryRequest | None  # to return; if none, a product where a block comes along, statistics otherwise
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class ShardWorker:
         )
 
     def run(
-        self, request: PassRequest, block: NDArray[np.float64] | None, is_unwanted: Callable[[], bool] = lambda: False
+        self, request: PassRequest, block: FloatArray | None, is_unwanted: Callable[[], bool] = lambda: False
     ) -> PassReply:
         """Do what is requested, until ``is_unwanted``."""
         reader, all_shards = self._open(request)
@@ -165,7 +164,7 @@ class ShardWorker:
                 reader.close()
 
 
-def run_pass(shard_worker: ShardWorker, request: PassRequest, block: NDArray[np.float64] | None) -> PassReply:
+def run_pass(shard_worker: ShardWorker, request: PassRequest, block: FloatArray | None) -> PassReply:
     """Task of one worker in each pass; it ends early where Dask has cancelled it."""
     worker = get_worker()
     task = worker.get_current_task()

@@ -4,11 +4,12 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -29,13 +30,10 @@ from ntkpipe.operators.tiles import TileSource, cut_shards
 # Share of a worker's limit; from 70 % on Dask writes its data to disk, at 80 % it pauses it, at 95 % it ends it.
 SHARE_OF_LIMIT = 0.6
 _SHARE_OF_FREE = 0.5
-# Share for cached tiles of what is left beside tiles in use; the rest is for blocks and products.
-_SHARE_OF_TILES = 0.75
+_SHARE_OF_TILES = 0.75  # cached tiles' share of what is left beside tiles in use; the rest is for blocks and products
 _POLL_SECONDS = 1.0
-# How long to wait for a worker that Dask has paused for lack of memory.
-_PAUSED_SECONDS = 30.0
-# How long to wait for a scheduler, or for any worker that runs tasks.
-_WAIT_SECONDS = 600.0
+_PAUSED_SECONDS = 30.0  # how long to wait for a worker that Dask has paused for lack of memory
+_WAIT_SECONDS = 600.0  # how long to wait for a scheduler, or for any worker that runs tasks
 _FETCHERS = 64
 
 # Errors that say that a worker or the scheduler is gone, or that what a task needs was lost with one.
@@ -50,8 +48,7 @@ class WorkerHandle:
     shard_worker: "Future[ShardWorker]"  # in the memory of the worker
     threads: int  # that multiply
     cache_bytes: int  # for tiles that it owns
-    # Tiles in its memory when it last replied, by the rows of the leading block whose shards hold them
-    num_kept: Mapping[int, int] = field(default_factory=dict)
+    num_kept: Mapping[int, int] = field(default_factory=dict)  # of its last :class:`PassReply`
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,10 @@ class WorkerGroup:
         cache_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
-        for name, value, low in (("memory_limit", memory_limit, 1), ("cache_bytes", cache_bytes, 0)):
+        given = (("memory_limit", memory_limit, 1), ("cache_bytes", cache_bytes, 0), ("threads", threads, 1))
+        for name, value, low in given:
             if value is not None:
                 check_number(name, value, low=low)
-        if threads is not None:
-            check_number("threads", threads, low=1)
         require_workers(client)
         require_package(client)
         self.client = client
@@ -96,10 +92,8 @@ class WorkerGroup:
         self.gather(len(cut_shards(source.grid, source.grid.shape[0])))
 
     def gather(self, most: int, *, anew: bool = False) -> None:
-        """Admit workers that have joined, up to ``most``, and forget those that are gone; wait until there is one.
-
-        The scheduler is asked at most once a second, except ``anew``.
-        """
+        """Admit workers that have joined, up to ``most``, and forget those that are gone; wait until there is one."""
+        # The scheduler is asked at most once a second, except ``anew``.
         if self.members and not anew and monotonic() - self._looked_at < _POLL_SECONDS:
             return
         deadline = monotonic() + _WAIT_SECONDS
@@ -130,12 +124,8 @@ class WorkerGroup:
         self._paused = {a: self._paused.get(a, now) for a, state in status.items() if state == "paused"}
         waited_for = {address for address, since in self._paused.items() if now - since < _PAUSED_SECONDS}
         alive = [a for a, state in status.items() if state == "running" or (a in waited_for and a in self.members)]
-        seen: Counter[str] = Counter()
-        ranks = {}
-        for address in alive:
-            host = info[address]["host"]
-            ranks[address] = seen[host]
-            seen[host] += 1
+        places: defaultdict[str, Iterator[int]] = defaultdict(count)
+        ranks = {address: next(places[info[address]["host"]]) for address in alive}
         return sorted(alive, key=lambda address: ranks[address])
 
     def _open(self, addresses: list[str]) -> None:
@@ -193,14 +183,9 @@ class WorkerGroup:
 
     def submit(self, address: str, name: str, function: Any, *arguments: Any) -> "Future[Any]":
         """Submit a task to one worker and to no other."""
+        key = f"ntkpipe-{name}-{uuid4().hex}"
         return self.client.submit(
-            function,
-            *arguments,
-            key=f"ntkpipe-{name}-{uuid4().hex}",
-            workers=[address],
-            allow_other_workers=False,
-            retries=0,
-            pure=False,
+            function, *arguments, key=key, workers=[address], allow_other_workers=False, retries=0, pure=False
         )
 
     def outcomes(self, pending: dict["Future[Any]", WorkerTask]) -> Iterator[tuple[WorkerTask, Any]]:

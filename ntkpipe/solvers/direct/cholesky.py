@@ -3,14 +3,15 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
@@ -19,15 +20,7 @@ from ntkpipe.operators.blas import Pool
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.factor_folder import FactorFolder, FactorState, Pivots, require_same
-from ntkpipe.solvers.direct.panels import (
-    Panels,
-    PanelsInMemory,
-    Shape,
-    bytes_of_panel,
-    require_room,
-    shape_in_memory,
-    widest_shape,
-)
+from ntkpipe.solvers.direct.panels import Panels, PanelsInMemory, Shape, bytes_of_panel, shape_in_memory, widest_shape
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
 from ntkpipe.solvers.result import Monitor, Step, ignore
 
@@ -105,10 +98,7 @@ def cholesky(
     options |= {"memory_limit": memory_limit, "panel_width": panel_width, "threads": num_threads}
     room, work = memory_room(memory_limit) - operator.buffer_bytes, operator.work
     with _opened(operator, path, options, room, monitor) as task:
-        if jitter == "auto":
-            _factor_with_jitter(task)
-        else:
-            _factor(task)
+        (_factor_with_jitter if jitter == "auto" else _factor)(task)
     return _result(task, {**options, "panel_width": task.state.shape.width}, operator.work - work, start)
 
 
@@ -140,12 +130,6 @@ class _Task:
     path: str | None = None
     save: Callable[[FactorState], None] = lambda state: None
 
-    def begin(self, jitter: float) -> None:
-        """Start over with another jitter; existing panels do not count any more."""
-        self.state = replace(self.state, jitter=jitter, panels=())
-        self.resumed = 0
-        self.save(self.state)
-
 
 @contextlib.contextmanager
 def _opened(
@@ -164,7 +148,7 @@ def _opened(
         panels = folder.panels(state.shape)
         resumed = panels.num_complete(len(state.panels))
         state = replace(state, panels=state.panels[:resumed])
-        require_room(state.shape, folder.medium, resumed)
+        panels.require_room(resumed)
         yield _Task(operator, panels, state, monitor, threads, resumed, folder.root, folder.commit)
 
 
@@ -199,7 +183,7 @@ def _result(task: _Task, options: dict[str, Any], work: Work, start: float) -> C
 
 
 def _factor_with_jitter(task: _Task) -> None:
-    """Try larger and larger jitters until all pivots are positive."""
+    """Try larger and larger jitters until all pivots are positive; panels of a smaller one do not count any more."""
     floor = task.operator.storage_floor()
     allowed = [floor * _JITTER_FACTOR**power for power in range(_MOST_JITTERS)]
     while True:
@@ -209,7 +193,8 @@ def _factor_with_jitter(task: _Task) -> None:
             larger = [value for value in allowed if value > task.state.jitter]
             if not larger:
                 raise
-            task.begin(larger[0])
+            task.state, task.resumed = replace(task.state, jitter=larger[0], panels=()), 0
+            task.save(task.state)
         else:
             return
 
@@ -228,9 +213,7 @@ def _factor(task: _Task) -> None:
             task.monitor(Step(task.operator.work - before, _share_left(shape, number), 0.0))
 
 
-def _factor_panel(
-    task: _Task, number: int, top: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool
-) -> Pivots:
+def _factor_panel(task: _Task, number: int, top: FloatArray, scratch: FloatArray, pool: Pool) -> Pivots:
     """Read, factor and write one panel."""
     shape, columns = task.state.shape, task.state.shape.columns(number)
     width = columns.stop - columns.start
@@ -255,17 +238,12 @@ def _factor_panel(
                     future.result()
                 put(rows)
         finally:
-            pool.finish(solved)
+            wait([future for future in solved if not future.cancel()])
     return Pivots(2.0 * math.fsum(np.log(pivots)), float(pivots.min()) ** 2, float(pivots.max()) ** 2)
 
 
 def _subtract_earlier(
-    panels: Panels,
-    number: int,
-    values: NDArray[np.float64],
-    top: NDArray[np.float64],
-    scratch: NDArray[np.float64],
-    pool: Pool,
+    panels: Panels, number: int, values: FloatArray, top: FloatArray, scratch: FloatArray, pool: Pool
 ) -> None:
     """Subtract the contributions of earlier panels from one; ``top`` and ``scratch`` are buffers."""
     shape = panels.shape
@@ -313,12 +291,8 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
 
 def _stored_state(folder: FactorFolder, operator: Operator, options: dict[str, Any], room: int) -> FactorState:
     """The state in the folder if it fits the options, or the one to begin with; it is committed."""
-    n, identity, threads, panel_width = (
-        operator.num_rows,
-        operator.identity(),
-        options["threads"],
-        options["panel_width"],
-    )
+    n, identity = operator.num_rows, operator.identity()
+    threads, panel_width = options["threads"], options["panel_width"]
     state = folder.load()
     if state is None:
         shape = Shape.of_width(n, panel_width) if panel_width else widest_shape(n, room, threads)

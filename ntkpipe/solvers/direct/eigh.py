@@ -6,8 +6,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.base.operator import Operator
@@ -16,31 +16,25 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 
-# For more rows the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers.
-MOST_ROWS_OF_32_BITS = 32766
+MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)
 _ROWS_AT_ONCE = 1024
 _NUM_PROBES = 4
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum(Result):
     """All eigenvalues of a symmetric matrix, and eigenvectors if requested."""
 
-    # Descending, float64, shape (n,). Errors are at most about `n eps λ_1`, usually a few `eps λ_1`, also those of
-    # small eigenvalues.
-    eigenvalues: Values = field(repr=False)
-    # Orthonormal columns in the order of the eigenvalues, shape (n, n); none from :func:`eigvalsh`
-    eigenvectors: Values | None = field(repr=False)
+    # Descending, float64, shape (n,). Errors, also of small ones, are at most about `n eps λ_1`, mostly a few `eps λ_1`
+    eigenvalues: FloatArray = field(repr=False)
+    eigenvectors: FloatArray | None = field(repr=False)  # orthonormal columns in this order, (n, n); none by `eigvalsh`
     trace_error: float  # trace_error, frobenius_error: `|Σλ - tr K| / |K|_F` and `|Σλ² - |K|_F²| / |K|_F²`
     frobenius_error: float
     # `|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))` for random X, with the stored K; none without eigenvectors
     residual: float | None
     orthogonality: float | None  # `|VᵀV X - X|_F / |X|_F` for random X; none without eigenvectors
-    # Error of K in the spectral norm from rounding to the storage dtype: eigenvalues below it are not known
-    floor: float
+    floor: float  # error of K, spectral norm, from rounding to the storage dtype: eigenvalues below it are not known
 
     def _rows(self) -> TableRows:
         values = self.eigenvalues
@@ -59,9 +53,8 @@ def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor =
     """All eigenvalues of a symmetric matrix that fits into memory.
 
     Reads one triangle of K into one float64 array, in one pass, and takes about 4/3 n³ flops. NumPy's LAPACK driver
-    ``syevd`` copies the array; where a copy does not fit, SciPy's ``syevr`` works in place.
-
-    Memory is ``16 n²`` bytes, or ``8 n²`` in place, and two panels of 1,024 rows.
+    ``syevd`` copies the array; where a copy does not fit, SciPy's ``syevr`` works in place. Memory is ``16 n²`` bytes,
+    or ``8 n²`` in place, and two panels of 1,024 rows.
 
     Parameters
     ----------
@@ -96,10 +89,8 @@ def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ign
 
     Parameters
     ----------
-    matrix
-        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
+    matrix, memory_limit
+        As for :func:`eigvalsh`.
     monitor
         Called after K has been read, and after the check.
 
@@ -177,7 +168,7 @@ def has_64_bit_integers() -> bool:
     return "use64bitint" in about or "ilp64" in about
 
 
-def _read(operator: Operator) -> tuple[Values, float, float]:
+def _read(operator: Operator) -> tuple[FloatArray, float, float]:
     """Upper triangle, in an array whose rest stays zero and so takes no memory; trace and Frobenius norm."""
     num_rows = operator.num_rows
     upper = np.zeros((num_rows, num_rows))
@@ -194,13 +185,13 @@ def _read(operator: Operator) -> tuple[Values, float, float]:
     return upper, trace, squared**0.5
 
 
-def _by_syevd(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
+def _by_syevd(upper: FloatArray, with_vectors: bool) -> tuple[FloatArray, FloatArray | None]:
     if with_vectors:
         return np.linalg.eigh(upper, UPLO="U")
     return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
 
 
-def _by_syevr(upper: Values, with_vectors: bool) -> tuple[Values, Values | None]:
+def _by_syevr(upper: FloatArray, with_vectors: bool) -> tuple[FloatArray, FloatArray | None]:
     """In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as those of the transpose are."""
     from scipy.linalg import eigh as decompose
 
@@ -214,7 +205,7 @@ def _bound(num_rows: int) -> float:
     return 10 * num_rows * _EPS
 
 
-def _check_identities(values: Values, trace: float, frobenius: float, driver: str) -> tuple[float, float]:
+def _check_identities(values: FloatArray, trace: float, frobenius: float, driver: str) -> tuple[float, float]:
     """Relative errors of Σλ = tr K and Σλ² = |K|_F².
 
     The computed eigenvalues are the exact ones of K + E with |E|_F ≤ c n eps |K|_F and a modest c. So the trace is
@@ -237,7 +228,9 @@ def _check_identities(values: Values, trace: float, frobenius: float, driver: st
     return trace_error, frobenius_error
 
 
-def _check_vectors(operator: Operator, values: Values, vectors: Values, frobenius: float) -> tuple[float, float]:
+def _check_vectors(
+    operator: Operator, values: FloatArray, vectors: FloatArray, frobenius: float
+) -> tuple[float, float]:
     """Residual and orthogonality on random vectors, one pass."""
     num_rows = len(values)
     probes = np.random.default_rng(0).standard_normal((num_rows, _NUM_PROBES))

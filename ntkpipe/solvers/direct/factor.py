@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
@@ -22,12 +23,10 @@ from ntkpipe.solvers.result import Result, Status
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolution(Result):
-    """Solution X of (K + shift I) X = B by a Cholesky factor."""
+    """Solution X of (K + shift I) X = B by a Cholesky factor; its residuals are computed with K after the last step."""
 
-    coefficients: NDArray[np.float64]  # X, of the shape of B
-    # |B - (K + shift I) X| / |B| of each column, shape (r,), computed with the matrix after the last step; zero for a
-    # column of zeros
-    residuals: NDArray[np.float64]
+    coefficients: FloatArray  # X, of the shape of B
+    residuals: FloatArray  # |B - (K + shift I) X| / |B| of each column, shape (r,); zero for a column of zeros
     refinements: int  # steps of refinement
     factor_passes: float  # reads of the whole factor
     factor_bytes_read: int  # from files
@@ -49,22 +48,18 @@ class CholeskyFactor(Result):
     """
 
     num_rows: int  # n
-    # ridge, jitter: added to the diagonal: `ridge` as requested, `jitter` because it was needed and allowed
-    ridge: float
-    jitter: float
+    ridge: float  # added to the diagonal as requested
+    jitter: float  # added to the diagonal because it was needed and allowed
     logdet: float  # log det(K + shift I) = 2 Σ log L_ii
-    # smallest_pivot, largest_pivot: extremes of the L_ii². Their ratio is at most the condition number.
-    smallest_pivot: float
-    largest_pivot: float
-    num_panels: int  # num_panels, panel_width: number of panels of L, and their columns
-    panel_width: int
+    smallest_pivot: float  # of the L_ii²
+    largest_pivot: float  # of the L_ii²; their ratio is at most the condition number
+    num_panels: int  # of L
+    panel_width: int  # columns of a panel
     resumed: int  # number of panels that already existed
     path: str | None  # where L is; none if it is in memory
-    # factor_passes, factor_bytes_read, factor_bytes_written: reads of the whole factor while it was made, and bytes
-    # from and to files
-    factor_passes: float
-    factor_bytes_read: int
-    factor_bytes_written: int
+    factor_passes: float  # reads of the whole factor while it was made
+    factor_bytes_read: int  # from files while it was made
+    factor_bytes_written: int  # to files
     _panels: Panels = field(repr=False, compare=False)
     _operator: Operator = field(repr=False, compare=False)
 
@@ -164,7 +159,7 @@ class CholeskyFactor(Result):
             factor_bytes_read=used.bytes_read,
         )
 
-    def half_solve(self, rhs: ArrayLike, *, transposed: bool = False) -> NDArray[np.float64]:
+    def half_solve(self, rhs: ArrayLike, *, transposed: bool = False) -> FloatArray:
         """``inv(L) @ B``, or ``inv(L).T @ B``, of the shape of B; reads L once.
 
         The squared norm of a column of the first is ``b' (K + shift I)^-1 b``; one after the other they apply the
@@ -220,17 +215,17 @@ class CholeskyFactor(Result):
         squared = float(np.vdot(inverse, inverse)) / num_probes
         return float((2.0 * squared) ** 0.5 * deviation + (trace**2 + squared) * deviation**2 / 2.0)
 
-    def _residual(self, block: NDArray[np.float64], solution: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _residual(self, block: FloatArray, solution: FloatArray) -> FloatArray:
         """``B - (K + shift I) X``; one pass."""
         residual = self._operator.matmat(solution)
         residual += self.shift * solution
         return np.subtract(block, residual, out=residual)
 
-    def _inverse_times(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _inverse_times(self, block: FloatArray) -> FloatArray:
         """Overwrite a block with the solution; reads L twice."""
         return self._backward(self._forward(block, 0))
 
-    def _forward(self, block: NDArray[np.float64], first_panel: int) -> NDArray[np.float64]:
+    def _forward(self, block: FloatArray, first_panel: int) -> FloatArray:
         """Overwrite ``block`` by ``inv(L) @ block``; both begin at the first row of ``first_panel``."""
         shape = self._panels.shape
         origin = first_panel * shape.width
@@ -247,7 +242,7 @@ class CholeskyFactor(Result):
                     Triangle(chunk[:, inner : inner + len(chunk)]).solve_left(target, transposed=False)
         return block
 
-    def _backward(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _backward(self, block: FloatArray) -> FloatArray:
         """Overwrite ``block`` by ``inv(L).T @ block``."""
         shape = self._panels.shape
         scratch = np.empty(shape.width * block.shape[1])

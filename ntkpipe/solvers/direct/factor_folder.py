@@ -103,10 +103,7 @@ class FactorFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the folder where the medium has locks, and remove what a killed writer left.
-
-        Without locks two writers of one factor are harmless: they write the same.
-        """
+        """Lock the folder where the medium has locks, and remove what a killed writer left."""
         with writing(self.medium):
             self.medium.put_new(_DOCUMENT, group_document({}))
         if group_attributes(self.medium.get(_DOCUMENT), str(self.medium.address(_DOCUMENT))):
@@ -117,7 +114,7 @@ class FactorFolder:
             except BlockingIOError:
                 raise StoreExistsError(f"another process writes the factor in {self.root}; wait for it") from None
             except StoreError:
-                pass
+                pass  # no locks: two writers of one factor are harmless, since they write the same
             else:
                 for name in self.medium.leftovers():
                     self.medium.delete(name)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from itertools import chain
 from typing import Any
@@ -14,29 +13,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout
+from ntkpipe.store.layout import ArrayLayout
 from ntkpipe.store.media.medium import Medium
 
 _ITEM = 8
 _CHUNK_BYTES = 32 * 2**20
-# Rows of a chunk: fewer make products slow, more make buffers large.
-_FEWEST_ROWS, _MOST_ROWS = 256, 2048
+_FEWEST_ROWS, _MOST_ROWS = 256, 2048  # of a chunk: fewer make products slow, more make buffers large
 _CHUNKS_OF_PANEL = 16
-# Chunks on their way while one is in use.
-_DEPTH = 2
-# Beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained.
-_WIDEST = 32768
+_DEPTH = 2  # chunks on their way while one is in use
+_WIDEST = 32768  # beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained
 _WIDTH_IN_MEMORY, _WIDER_IN_MEMORY = 1024, 2048
-# So many panels, if they are not narrow, are checkpoints close enough to each other.
-_NUM_CHECKPOINTS = 8
+_NUM_CHECKPOINTS = 8  # so many panels, if they are not narrow, are checkpoints close enough to each other
 _WIDTHS = (2048, 256, 32, 1)
 
-# A panel, a range of its rows, and their entries.
-PanelChunk = tuple[int, slice, NDArray[np.float64]]
+PanelChunk = tuple[int, slice, FloatArray]  # a panel, a range of its rows, and their entries
 _Coming = tuple[int, slice, "Future[NDArray[Any]]", NDArray[np.uint8]]
 
 
@@ -50,14 +45,11 @@ class Shape:
 
     @classmethod
     def of_width(cls, num_rows: int, width: int) -> "Shape":
-        """Panels of about this width, cut into chunks that are large, but much smaller than a panel.
-
-        A width above 256 is rounded up to a multiple of 256, so that some size of chunks divides it.
-        """
+        """Panels of about this width, cut into chunks that are large, but much smaller than a panel."""
         width = min(width, num_rows)
         if width <= _FEWEST_ROWS:
             return cls(num_rows, width, width)
-        width = -(-width // _FEWEST_ROWS) * _FEWEST_ROWS
+        width = -(-width // _FEWEST_ROWS) * _FEWEST_ROWS  # so that some size of chunks divides it
         height, most = _FEWEST_ROWS, min(_MOST_ROWS, _CHUNK_BYTES // (width * _ITEM), num_rows // _CHUNKS_OF_PANEL)
         while 2 * height <= most and width % (2 * height) == 0:
             height *= 2
@@ -90,10 +82,8 @@ class Shape:
         return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts) * _ITEM
 
     def working_bytes(self) -> int:
-        """Bytes beside the panels while a factor is made or used: one diagonal block, chunks on their way, a product.
-
-        One more chunk is for the padding of a ragged one when it is written.
-        """
+        """Bytes beside the panels while a factor is made or used: a diagonal block, chunks on their way, a product."""
+        # One more chunk is for the padding of a ragged one when it is written.
         block = self.width**2 * _ITEM if self.num_panels > 1 else 0
         return block + (_DEPTH + 3) * self.chunk_bytes
 
@@ -122,7 +112,7 @@ class Panels(ABC):
         self._num_entries = shape.factor_bytes // _ITEM
 
     @abstractmethod
-    def writing(self, panel: int, values: NDArray[np.float64]) -> AbstractContextManager[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> contextlib.AbstractContextManager[Callable[[slice], None]]:
         """Store a panel, shape (n - first column, width), chunk by chunk as they are ready.
 
         The context gives a function to call with the rows of each chunk, which must not change afterwards. At the end
@@ -139,10 +129,10 @@ class PanelsInMemory(Panels):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self._values: dict[int, NDArray[np.float64]] = {}
+        self._values: dict[int, FloatArray] = {}
 
     @contextlib.contextmanager
-    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
         """See :meth:`Panels.writing`; nothing is copied."""
         yield lambda rows: None
         self._values[panel] = values
@@ -166,7 +156,7 @@ class StoredPanels(Panels):
         super().__init__(shape)
         n = shape.num_rows
         layout = ArrayLayout(name, (n, n), (shape.height, shape.width), np.dtype(np.float64), ("row", "column"))
-        self._array = StoredArray(medium, layout)
+        self._medium, self._array = medium, StoredArray(medium, layout)
         self._stored_bytes = layout.chunk_bytes
         self._buffers: deque[NDArray[np.uint8]] = deque()
         self._array.create()  # or check the one that is there
@@ -180,7 +170,7 @@ class StoredPanels(Panels):
         return most
 
     @contextlib.contextmanager
-    def writing(self, panel: int, values: NDArray[np.float64]) -> Iterator[Callable[[slice], None]]:
+    def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
         """See :meth:`Panels.writing`; a thread writes while the next chunks are computed."""
         start, height = self.shape.columns(panel).start, self.shape.height
         written: list[Future[None]] = []
@@ -201,7 +191,7 @@ class StoredPanels(Panels):
         with ThreadPoolExecutor(_DEPTH, thread_name_prefix="factor") as threads:
             try:
                 for panel, rows in requests:
-                    buffer = self._take_buffer()
+                    buffer = self._buffers.pop() if self._buffers else np.empty(self._stored_bytes, np.uint8)
                     index = (rows.start // self.shape.height, panel)
                     coming.append((panel, rows, threads.submit(self._array.read, index, buffer), buffer))
                     if len(coming) > _DEPTH:
@@ -226,19 +216,13 @@ class StoredPanels(Panels):
         finally:
             self._buffers.append(buffer)
 
-    def _take_buffer(self) -> NDArray[np.uint8]:
-        return self._buffers.pop() if self._buffers else np.empty(self._stored_bytes, np.uint8)
-
-
-def require_room(shape: Shape, medium: Medium, done: int) -> None:
-    """Check that the panels from number ``done`` on fit the disk."""
-    free = medium.free_bytes()
-    count = sum(1 for panel in range(done, shape.num_panels) for _ in shape.chunks(panel))
-    needed = count * (shape.chunk_bytes + CHECKSUM_BYTES)
-    if free is not None and free < needed:
-        raise ResourceError(
-            f"panels of the factor need {format_bytes(needed)} at {medium.root}, where {format_bytes(free)} are free"
-        )
+    def require_room(self, done: int) -> None:
+        """Check that the panels from number ``done`` on fit the disk."""
+        shape, free = self.shape, self._medium.free_bytes()
+        needed = self._stored_bytes * sum(1 for panel in range(done, shape.num_panels) for _ in shape.chunks(panel))
+        if free is not None and free < needed:
+            where = f"at {self._medium.root}, where {format_bytes(free)} are free"
+            raise ResourceError(f"panels of the factor need {format_bytes(needed)} {where}")
 
 
 def shape_in_memory(num_rows: int, panel_width: int | None, room: int, num_threads: int) -> Shape:

@@ -4,18 +4,14 @@ All of it uses NumPy's BLAS: SciPy brings another one, with threads of its own.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.operators.blas import Pool
 
-# Size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products.
-_BASE = 128
-# Up to this size inverses are computed row by row.
-_SMALLEST = 32
-# Rows of a symmetric update at a time: entries of them above the diagonal are computed in vain.
-_ROWS = 512
-# Rows that a thread solves at a time.
-ROWS_OF_THREAD = 256
+_BASE = 128  # size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products
+_SMALLEST = 32  # up to this size inverses are computed row by row
+_ROWS = 512  # rows of a symmetric update at a time: entries of them above the diagonal are computed in vain
+ROWS_OF_THREAD = 256  # rows that a thread solves at a time
 
 
 class NotPositiveError(Exception):
@@ -34,17 +30,17 @@ class Triangle:
     (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 14.1 and chapter 12).
     """
 
-    def __init__(self, lower: NDArray[np.float64], inverses: list[NDArray[np.float64]] | None = None) -> None:
+    def __init__(self, lower: FloatArray, inverses: list[FloatArray] | None = None) -> None:
         self.lower = lower
         starts = range(0, len(lower), _BASE)
         self.inverses = inverses or [_inverse(lower[s : s + _BASE, s : s + _BASE]) for s in starts]
 
-    def solve_right(self, rows: NDArray[np.float64]) -> None:
+    def solve_right(self, rows: FloatArray) -> None:
         """Overwrite ``rows``, shape (r, s), with ``rows @ inv(lower).T``; memory is 4 r (s + 128) bytes."""
         scratch = np.empty(len(rows) * (len(self.lower) + _BASE) // 2)
         self._solve_right(rows, 0, len(self.lower), scratch)
 
-    def _solve_right(self, rows: NDArray[np.float64], start: int, stop: int, scratch: NDArray[np.float64]) -> None:
+    def _solve_right(self, rows: FloatArray, start: int, stop: int, scratch: FloatArray) -> None:
         """Solve with columns ``start`` to ``stop`` of the block; ``rows`` has these columns only."""
         size = stop - start
         if size <= _BASE:
@@ -62,7 +58,7 @@ class Triangle:
         right -= product
         self._solve_right(right, start + half, stop, scratch)
 
-    def solve_left(self, rhs: NDArray[np.float64], *, transposed: bool) -> None:
+    def solve_left(self, rhs: FloatArray, *, transposed: bool) -> None:
         """Overwrite ``rhs``, shape (s, r), with ``inv(lower) @ rhs`` or ``inv(lower).T @ rhs``."""
         starts = range(0, len(self.lower), _BASE)
         for start in reversed(starts) if transposed else starts:
@@ -78,18 +74,14 @@ class Triangle:
             rhs[here] = solved
 
 
-def factor_in_place(block: NDArray[np.float64], scratch: NDArray[np.float64], pool: Pool) -> Triangle:
-    """Overwrite a symmetric block with its Cholesky factor, recursively in halves.
-
-    Only the lower triangle is read; above the diagonal zeros are written.
-    """
+def factor_in_place(block: FloatArray, scratch: FloatArray, pool: Pool) -> Triangle:
+    """Overwrite a symmetric block, read from its lower triangle, with its Cholesky factor and zeros, by halves."""
     size = len(block)
     if size <= _BASE:
         try:
-            factor = np.linalg.cholesky(block)
+            block[:] = np.linalg.cholesky(block)
         except np.linalg.LinAlgError:
             raise NotPositiveError(*_first_bad_pivot(block)) from None
-        block[:] = factor
         return Triangle(block)
     half = _half(size)
     upper_left = factor_in_place(block[:half, :half], scratch, pool)
@@ -117,7 +109,7 @@ def _half(size: int) -> int:
     return -(-size // (2 * _BASE)) * _BASE
 
 
-def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+def _inverse(lower: FloatArray) -> FloatArray:
     size = len(lower)
     inverse = np.zeros((size, size))
     if size <= _SMALLEST:
@@ -132,7 +124,7 @@ def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
     return inverse
 
 
-def _first_bad_pivot(block: NDArray[np.float64]) -> tuple[int, float]:
+def _first_bad_pivot(block: FloatArray) -> tuple[int, float]:
     """Row where the factorisation of a block breaks down, and the pivot there; slow, for failures only."""
     factor = np.zeros_like(block)
     pivots = np.empty(len(block))
