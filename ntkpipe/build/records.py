@@ -51,7 +51,7 @@ BuildRecord = TileRecord | BlockRecord
 
 
 class RunLog:
-    """Log in ``results/runs/<run>``: a line of ``blocks.jsonl`` for each finished block, attributes that sum up."""
+    """Log in ``results/runs/<run>``: ``blocks.jsonl`` has a line for each finished block, the attributes a summary."""
 
     def __init__(self, store: Store, plan: Plan, check_seconds: float) -> None:
         self._store = store
