@@ -7,7 +7,6 @@ a single wrong one shows in its row.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,8 @@ from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.verification import Finding, VerificationReport
+
+Vector = NDArray[np.float64]
 
 # Largest row error of a good store, by the coarsest dtype used, on the scale sqrt(K_ii * trace K).
 _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
@@ -50,17 +51,12 @@ class Certificate:
         """Whether the error is small and no row stands out."""
         return self.num_suspects == 0 and self.error <= self.tolerance
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**asdict(self), "is_good": self.is_good}
-
 
 @dataclass(frozen=True)
 class Reference:
     """The model and samples of a store, which it is certified against."""
 
-    # One product; or one for each output, which sum to the kernel or belong to a kernel each.
-    products: tuple[JacobianProducts, ...]
+    products: tuple[JacobianProducts, ...]  # one; or one for each output, which sum to the kernel or have one each
     sources: Mapping[str, Source]  # samples by split
     groups: tuple[frozenset[str], ...]  # names of the parameters of each group, and last of those in none
 
@@ -146,16 +142,13 @@ def _matching_samples(store: KernelStore, given: object, record: DataRecord | No
 def certify(
     store: KernelStore, reference: Reference, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
-    """Certify every kernel of a complete store.
-
-    J'v is computed once: its part in each group of parameters gives the kernels of the group, their sum the whole ones.
-    """
+    """Certify every kernel of a complete store."""
     manifest = store.manifest
     rows = next(iter(store.store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
     exact = _products(reference, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
     found: list[Certificate] = []
-    wholes: dict[int | None, dict[str, NDArray[np.float64]]] = {}
+    wholes: dict[int | None, dict[str, Vector]] = {}
     for plane in planes(manifest):
         kernels: KernelSet = store if plane.group is None else store.group(list(manifest.groups)[plane.group])
         if plane.output is not None:
@@ -176,11 +169,12 @@ def certify(
 
 
 def _products(
-    reference: Reference, signs: NDArray[np.float64], *, is_apart: bool, step: Callable[[], None]
-) -> dict[tuple[int | None, int | None, str], NDArray[np.float64]]:
+    reference: Reference, signs: Vector, *, is_apart: bool, step: Callable[[], None]
+) -> dict[tuple[int | None, int | None, str], Vector]:
     """``J J'v`` by group (None for all parameters), output (None unless they are apart), and split."""
-    found: dict[tuple[int | None, int | None, str], NDArray[np.float64]] = {}
+    found: dict[tuple[int | None, int | None, str], Vector] = {}
     for output, each in enumerate(reference.products):
+        # J'v is computed once: its parts in the groups of parameters give their kernels, and these sum to the whole.
         direction = each.transposed(reference.sources["train"], signs, step)
         for group, names in enumerate(reference.groups):
             part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
@@ -207,17 +201,12 @@ def with_certificates(report: VerificationReport, certificates: tuple[Certificat
     return replace(
         report,
         findings=report.findings + findings,
-        certificates=tuple(certificate.to_json() for certificate in certificates),
+        certificates=tuple({**asdict(each), "is_good": each.is_good} for each in certificates),
     )
 
 
 def _judge(
-    kernel: Kernel,
-    signs: NDArray[np.float64],
-    exact: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    whole: NDArray[np.float64] | None,
-    manifest: Manifest,
+    kernel: Kernel, signs: Vector, exact: Vector, scale: Vector, whole: Vector | None, manifest: Manifest
 ) -> Certificate:
     """Judge rows by their scale; in a group, whose Jacobian may vanish up to rounding, also by that of the whole."""
     dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
@@ -240,7 +229,7 @@ def _judge(
     )
 
 
-def _multiply(kernel: Kernel, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+def _multiply(kernel: Kernel, vector: Vector) -> Vector:
     """``K v`` in float64, reading each stored tile once."""
     grid = kernel.grid
     result = np.zeros(kernel.shape[0])

@@ -16,15 +16,14 @@ from ntkpipe.build.matching import (
     require_same_function,
 )
 from ntkpipe.build.plan import Plan
-from ntkpipe.build.prepare import Prepared, kernel_spec, prepare, reuse_choices, run_spec, time_jacobians
+from ntkpipe.build.prepare import kernel_spec, prepare, reuse_choices, run_spec, time_jacobians
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
-from ntkpipe.build.workers import Resources, find_resources
+from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of
 from ntkpipe.store.kernel_store import KernelStore
-from ntkpipe.store.media.medium import Medium
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.mending.growth import end_growth, is_larger, undo_cut_growth
 from ntkpipe.store.store import Mode, Store, prepare_path
@@ -87,13 +86,10 @@ def compute_kernel(
     groups
         Name → patterns among those parameters, disjoint: adds a kernel of each group from the same pass, as
         ``store.group(name).train``. If the groups cover all parameters, their kernels sum to the whole.
-    compute_dtype
-        dtype of the forward pass and the Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"``, which
-        is float32 whose products on a GPU may be TF32.
-    accumulate_dtype
-        dtype of products and sums over parameters, never TF32; default ``compute_dtype``, at least float32.
-    store_dtype
-        dtype of the stored matrix; default ``accumulate_dtype``.
+    compute_dtype, accumulate_dtype, store_dtype
+        dtype of forward pass and Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"`` (float32 whose
+        products on a GPU may be TF32); of products and sums over parameters, never TF32, default ``compute_dtype`` but
+        at least float32; of the stored matrix, default ``accumulate_dtype``.
     tile
         Samples along the edge of a tile (one file); default about 2048 rows.
     memory_limit
@@ -105,8 +101,7 @@ def compute_kernel(
     mode
         As in Zarr: ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates.
     grow
-        Whether to add samples to a smaller store: more after the stored ones, or a first test set. Only new tiles are
-        computed; stored entries keep their bits.
+        Add samples to a smaller store, at the end or as a first test set: computes only new tiles, keeps stored bits.
     client
         A ``distributed.Client`` whose workers compute the blocks and write to the store, which must be on a disk that
         they share or at a URL. Default threads of this process.
@@ -127,16 +122,17 @@ def compute_kernel(
     ------
     ConfigError, ModelError, DataError, NonFiniteError
         If an argument is wrong, or model or samples cannot be used as they are.
-    StoreMismatchError
-        If the store was made with something else; lists the fields that differ.
-    ResourceError
-        If memory or disk cannot hold it, before anything is computed.
+    StoreMismatchError, ResourceError
+        If the store was made with something else (lists the fields that differ), or memory or disk cannot hold it.
     SelfCheckError, ClusterError
         If the engine and the reference disagree, or the workers of the client cannot compute or are lost.
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    _require_mode(mode, grow)
+    if mode not in {"a", "w", "w-"}:
+        raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
+    if grow and mode != "a":
+        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
     types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
     spec = kernel_spec(kind=kind, parameters=parameters, groups=groups or {}, tile=tile, jacobian=jacobian, **types)
     run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
@@ -149,42 +145,23 @@ def compute_kernel(
     resources = find_resources(run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare(model, *both, spec, forward=forward, device=resources.device, choose_tile=_tile_of(existing))
-        return _into_store(model, prepared, existing, medium, resources, mode, grow)
-
-
-def _require_mode(mode: str, grow: bool) -> None:
-    if mode not in {"a", "w", "w-"}:
-        raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
-    if grow and mode != "a":
-        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
-
-
-def _into_store(
-    model: nn.Module,
-    prepared: Prepared,
-    existing: Store | None,
-    medium: Medium,
-    resources: Resources,
-    mode: Mode,
-    grow: bool,
-) -> KernelStore:
-    asked = manifest_of(model, prepared, *prepared.inspect())
-    if existing is not None and grow and is_larger(existing.manifest, asked):
-        require_made_from_model(existing, grows=True)
-        settled = grow_store(prepared, asked, existing, resources)
-        settled.store.complete_layout()
-    else:
-        if existing is not None:
-            require_same(existing, asked)
-            require_same_function(existing, prepared)
-            require_made_from_model(existing)
-            existing.complete_layout()
-            if not existing.missing():
-                end_growth(existing)
-                return KernelStore(existing)
-        settled = settle(prepared, asked, existing, medium, resources, mode=mode)
-    build(settled, prepared, resources)
-    return KernelStore(settled.store)
+        asked = manifest_of(model, prepared, *prepared.inspect())
+        if existing is not None and grow and is_larger(existing.manifest, asked):
+            require_made_from_model(existing, grows=True)
+            settled = grow_store(prepared, asked, existing, resources)
+            settled.store.complete_layout()
+        else:
+            if existing is not None:
+                require_same(existing, asked)
+                require_same_function(existing, prepared)
+                require_made_from_model(existing)
+                existing.complete_layout()
+                if not existing.missing():
+                    end_growth(existing)
+                    return KernelStore(existing)
+            settled = settle(prepared, asked, existing, medium, resources, mode=mode)
+        build(settled, prepared, resources)
+        return KernelStore(settled.store)
 
 
 def plan_kernel(
@@ -216,12 +193,8 @@ def plan_kernel(
     The plan, and how the Jacobian of every selected parameter is found and held and what that costs; for those of the
     fallback why. A parameter and its bias, or all that is computed together, share one report
     (:class:`ntkpipe.jacobian.parameter_report.ParameterReport`). The self-check of a run may move further parameters to
-    the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers.
-
-    Raises
-    ------
-    ConfigError, ModelError, DataError, NonFiniteError, StoreMismatchError
-        As :func:`compute_kernel`.
+    the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
+    is raised; other errors are those of :func:`compute_kernel`.
     """
     types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
     spec = kernel_spec(kind=kind, parameters=parameters, groups=groups or {}, tile=tile, jacobian=jacobian, **types)

@@ -30,12 +30,10 @@ class ClusterEstimate:
 
     cluster: ClusterSpec  # the description, with missing fields taken from this machine
     plan: Plan  # as it would be made there; its `problems` say where memory is too small
-    # Sum over all workers: contractions at their rate, and Jacobians, timed here and assumed to scale with that rate
-    compute_seconds: float
+    compute_seconds: float  # sum over workers: contractions at their rate, Jacobians as timed here, scaled with it
     block_seconds: float  # time of the longest block
     write_seconds: float  # time to write what is missing at the rate of the store; zero if that is not given
-    # The bottleneck: `compute` or `disk`, whichever takes longer; `memory` if the plan does not fit, or if most of
-    # the time goes into Jacobians that cannot be kept
+    # The longer of `compute` and `disk`; `memory` if the plan does not fit, or recomputing Jacobians takes most time
     binds: Bottleneck
 
     @property
@@ -45,10 +43,8 @@ class ClusterEstimate:
 
     @property
     def balance_seconds(self) -> float:
-        """Longest wait for the last block: ``(1 - 1 / workers) * block_seconds`` [1]_.
-
-        .. [1] Graham (1966). Bounds for certain multiprocessing anomalies. Bell System Technical Journal 45(9).
-        """
+        """Longest wait for the last block: ``(1 - 1 / workers) * block_seconds``."""
+        # Graham (1966). Bounds for certain multiprocessing anomalies. Bell System Technical Journal 45(9).
         return (1 - 1 / self.cluster.workers) * self.block_seconds
 
     @property
@@ -61,9 +57,8 @@ class ClusterEstimate:
     @property
     def cost(self) -> float | None:
         """Cost of all workers from start to end, without scheduler, driver and disk."""
-        if self.cluster.price is None:
-            return None
-        return self.cluster.price * self.cluster.workers * self.seconds / 3600
+        price = self.cluster.price
+        return None if price is None else price * self.cluster.workers * self.seconds / 3600
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, in bytes, seconds and operations."""

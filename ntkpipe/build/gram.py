@@ -26,10 +26,8 @@ def fill_tile(
     pause: Callable[[], None],
     most: int | None = None,
 ) -> int | None:
-    """Write the Gram entries of two strips into the tile of every plane, sample-major.
-
-    Where memory runs out, pieces are halved; return the most samples of a piece, if there is a limit.
-    """
+    """Write the Gram entries of two strips into the tile of every plane, sample-major."""
+    # Where memory runs out, pieces are halved; the result is the most samples of a piece, if there is a limit.
     while True:
         # The parts of a piece that meets itself must be the same objects on both sides.
         lefts = list(_placed(left, row, most))

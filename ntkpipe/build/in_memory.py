@@ -25,7 +25,7 @@ from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
-from ntkpipe.jacobian.model.samples import Samples, Source, as_samples, require_same_arrays
+from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.store.layout import Index
 
 _SHARE_OF_MEMORY = 0.8
@@ -79,9 +79,8 @@ def kernel_matrix(
     if other is not None:
         train, test = as_samples(other, label="other", with_targets=False), train
         require_same_arrays(train, test, "inputs")
-    for samples, label in ((train, "other" if other is not None else "inputs"), (test, "inputs")):
-        if samples is not None:
-            samples.inspect(label)
+        train.inspect("other")
+    (train if test is None else test).inspect("inputs")
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
         return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
@@ -143,12 +142,9 @@ def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArra
     prefixes = tuple(plane.prefix for plane in prepared.planes)
     names = [array_of(prefix, settled.name) for prefix in prefixes]
     sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *settled.grid.shape), strict=True)), settled.grid)
-    sources: dict[str, Source] = {"train": prepared.train.source}
-    if prepared.test is not None:
-        sources["test"] = prepared.test.source
-    cache, pairs = StripCache(plan.cache_bytes), settled.engine.setup.pairs
-    is_mapping = prepared.train.is_mapping
-    job = BuildJob(settled.engine, plan, sources, is_mapping, sink, cache, dtype, pairs, prefixes)
+    train, cache, pairs = prepared.train, StripCache(plan.cache_bytes), settled.engine.setup.pairs
+    sources = {"train": train.source} | ({} if prepared.test is None else {"test": prepared.test.source})
+    job = BuildJob(settled.engine, plan, sources, train.is_mapping, sink, cache, dtype, pairs, prefixes)
     executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
     with contextlib.closing(executor.run(job, plan.tasks())) as running:
         records = Halvings(plan).watch(running)

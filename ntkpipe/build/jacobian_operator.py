@@ -21,10 +21,8 @@ from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
 from ntkpipe.jacobian.self_check import self_check
 
-# Share of the free memory for the self-check, which has no plan.
-_SHARE_OF_MEMORY = 0.5
-# Random sign vectors for the Frobenius norm.
-_NUM_PROBES = 32
+_SHARE_OF_MEMORY = 0.5  # of the free memory, for the self-check, which has no plan
+_NUM_PROBES = 32  # random sign vectors for the Frobenius norm
 
 
 class JacobianOperator(Operator):
@@ -36,22 +34,6 @@ class JacobianOperator(Operator):
 
     The diagonal is exact, by one pass of per-sample Jacobians. The Frobenius norm, which :meth:`storage_floor` needs,
     is estimated from 32 products with random signs: its standard error is at most an eighth.
-
-    Parameters
-    ----------
-    prepared
-        Model and train samples, checked.
-    batch
-        Samples of one forward pass.
-    identity
-        Digests of parameters and samples, and what is computed of them.
-    step
-        Called after each batch of each product.
-
-    Raises
-    ------
-    ConfigError
-        If the kind has a matrix for each output.
     """
 
     def __init__(self, prepared: Prepared, *, batch: int, identity: str, step: Callable[[], None]) -> None:
@@ -68,6 +50,7 @@ class JacobianOperator(Operator):
         # For a sum over outputs, one at a time: pairs of unlike ones are not wanted.
         apart = [replace(whole, covectors=one[None]) for one in covectors]
         self._products = [whole] if kind.pairs == "all" else apart
+        # The identity holds digests of parameters and samples, and what is computed from them.
         self._prepared, self._identity, self._step = prepared, identity, step
         self._work = Work()
 
@@ -136,12 +119,8 @@ def jacobian_operator(
 
     Raises
     ------
-    ConfigError
-        If an option is wrong, or the kind has a matrix for each output.
-    DataError
-        If the samples cannot be used as they are.
-    ModelError
-        If the model cannot.
+    ConfigError, DataError, ModelError
+        If an option is wrong, the kind has a matrix for each output, or samples or model cannot be used as they are.
     SelfCheckError
         If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
     """

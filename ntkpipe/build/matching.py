@@ -71,16 +71,13 @@ def require_made_from_model(store: Store, *, grows: bool = False) -> None:
 def require_beginning(store: Store, before: Prepared, asked: Manifest) -> None:
     """Check that the store's samples and targets come first among those that are asked for."""
     found: dict[str, DataRecord | None] = {"train": None, "test": None}
-    for split, samples, stored in (
-        ("train", before.train, store.manifest.train),
-        ("test", before.test, store.manifest.test),
-    ):
+    kept = store.manifest
+    for split, samples, stored in (("train", before.train, kept.train), ("test", before.test, kept.test)):
         if samples is None or stored is None:
             continue
         record = found[split] = samples.inspect(f"{split} inputs")
-        differing = [
-            name for name in ("inputs_digest", "targets_digest") if getattr(record, name) != getattr(stored, name)
-        ]
+        digests = ("inputs_digest", "targets_digest")
+        differing = [name for name in digests if getattr(record, name) != getattr(stored, name)]
         if differing and record.inputs == stored.inputs and record.targets == stored.targets:
             where = _first_difference(store, split, samples)
             raise StoreMismatchError(
@@ -111,10 +108,8 @@ def _first_difference(store: Store, split: str, samples: Samples) -> str:
 
 
 def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[ChunkKey] = frozenset()) -> None:
-    """Check that outputs and kernel entries of a few samples are those in the first stored tile.
-
-    Fingerprints cover parameters, buffers and the module tree, but neither a constant in ``forward`` nor the hook.
-    """
+    """Check that outputs and kernel entries of a few samples are those in the first stored tile."""
+    # Fingerprints cover parameters, buffers and the module tree, but neither a constant in `forward` nor the hook.
     array = store.arrays["outputs/train"]
     # A truncated chunk counts as missing, too: it is written again.
     good = sorted(index for index in array.present() if (array.layout.name, index) not in doubted)

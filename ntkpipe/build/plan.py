@@ -11,8 +11,7 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
 
-# Share of a Dask worker's memory limit that a plan may use: its nanny kills it at 95 %.
-SHARE_OF_LIMIT = 0.85
+SHARE_OF_LIMIT = 0.85  # of a Dask worker's memory limit, for a plan: its nanny kills it at 95 %
 
 
 @dataclass(frozen=True)
@@ -110,21 +109,17 @@ class Plan:
     strip: int  # strip, subtile, batch: as in :class:`ntkpipe.store.manifest.Choices`
     subtile: int
     batch: int
-    # Row strips that a worker holds while it streams column strips past them: several tiles of one strip each, or
-    # some or all strips of one tile
-    hold: int
+    hold: int  # row strips that a worker holds while it streams column strips past: of several tiles, or of one
     edge: int  # tiles along a block's edge
-    # pair_flops, jacobian_flops: operations of all contractions, and of all Jacobians including recomputation
-    pair_flops: float
-    jacobian_flops: float = 0.0
+    pair_flops: float  # operations of all contractions
+    jacobian_flops: float = 0.0  # operations of all Jacobians, including recomputation
     recompute_factor: float = 0.0  # how often the average Jacobian is computed, at most
     cache_bytes: int = 0  # memory for Jacobian strips that workers share
     memory_bytes: int = 0  # upper bound of the resident memory of a process
     tiles_done: int = 0  # tiles that exist already
     bytes_to_write: int = 0  # bytes of the missing tiles and outputs, and of the samples
     problems: tuple[str, ...] = ()  # why it cannot run on this machine, each with both numbers; empty where it can
-    # Time that one worker takes for the Jacobians of one sample, as measured; if None, their operations count as
-    # matrix products
+    # Time of one worker for a sample's Jacobians, as measured; if None, their operations count as matrix products
     sample_seconds: float | None = None
     is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 

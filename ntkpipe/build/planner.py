@@ -13,14 +13,10 @@ from ntkpipe.store.manifest import Choices
 
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
-# More blocks than this do not balance the workers better.
-_MOST_BLOCKS_PER_WORKER = 64
-# Rough overhead of a worker for receiving a block and writing its last tile.
-_BLOCK_OVERHEAD_SECONDS = 0.05
-# Longest time of a block, so that a stop or a kill loses little.
-_BLOCK_SECONDS = 60.0
-# Recomputing Jacobians is tolerated while it costs less than this share of the contraction.
-_RECOMPUTE_SHARE = 0.03
+_MOST_BLOCKS_PER_WORKER = 64  # more do not balance the workers better
+_BLOCK_OVERHEAD_SECONDS = 0.05  # rough time of a worker for receiving a block and writing its last tile
+_BLOCK_SECONDS = 60.0  # longest time of a block, so that a stop or a kill loses little
+_RECOMPUTE_SHARE = 0.03  # recomputing Jacobians is tolerated while it costs less than this share of the contraction
 _BUFFERS = 3
 
 
@@ -124,18 +120,14 @@ def _power_of_two(value: int, limit: int) -> int:
 
 
 def _edges(workload: Workload, machine: Machine) -> list[int]:
-    """Block edges to choose from: the largest that leaves each worker several blocks, none of them too long.
-
-    Processes that share no strips may do better with smaller blocks, which keep all of them busy until the end.
-    """
+    """Block edges to choose from: the largest that leaves each worker several blocks, none of them too long."""
     tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
     blocks = {edge: sum(grid.num_blocks(edge) for grid in workload.grids.values()) for edge in range(1, _MAX_EDGE + 1)}
-    largest = 1
-    for edge in range(2, _MAX_EDGE + 1):
-        if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers and edge**2 * tile_seconds <= _BLOCK_SECONDS:
-            largest = edge
+    short = [edge for edge in blocks if edge**2 * tile_seconds <= _BLOCK_SECONDS]
+    largest = max((edge for edge in short if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers), default=1)
     if not machine.is_remote:
         return [largest]
+    # Processes that share no strips may do better with smaller blocks, which keep all of them busy until the end.
     most = _MOST_BLOCKS_PER_WORKER * machine.num_workers
     return [largest, *(edge for edge in range(largest - 1, 0, -1) if blocks[edge] <= most)]
 

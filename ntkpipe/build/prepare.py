@@ -30,13 +30,10 @@ from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.store.manifest import Choices, DataRecord
 from ntkpipe.store.media.medium import Medium
 
-# Share of the free memory that a run without a memory limit may use.
-_SHARE_OF_MEMORY = 0.7
+_SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
 _COST_BATCH = 8
-# Long enough for the time of a batch of Jacobians to be reliable.
-_TIMED_SECONDS = 0.2
-# Jacobian strips that a worker holds at once.
-_STRIPS = 4
+_TIMED_SECONDS = 0.2  # long enough for the time of a batch of Jacobians to be reliable
+_STRIPS = 4  # Jacobian strips that a worker holds at once
 # Memory of a worker outside of tensors (scratch of BLAS and oneDNN, freed memory that the allocator keeps), measured
 # up to 24 MiB.
 _LIBRARY_BYTES = 32 * 2**20
@@ -138,24 +135,22 @@ def prepare(
         )
     chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
     chosen = min(chosen, train.num_samples)
-    dtype = DTYPES[spec.resolved_accumulate_dtype()]
+    dtype, where = DTYPES[spec.resolved_accumulate_dtype()], functional.device
+    rates = measure_rates(where, dtype)
+    # A GPU has one worker, a CPU one per core.
+    free = free_memory(where) if where.type == "cuda" else available_memory() / num_cores()
     setup = Setup(
         covectors=torch.from_numpy(kind.covectors(num_outputs)),
         pairs=kind.pairs,
         accumulate_dtype=dtype,
-        rates=measure_rates(functional.device, dtype),
+        rates=rates,
         num_samples=chosen,
-        memory_bytes=_SHARE_OF_MEMORY * _memory_of_a_worker(functional.device) / _STRIPS,
-        piece_rows=sizes_of(functional.device).piece_rows,
+        memory_bytes=_SHARE_OF_MEMORY * free / _STRIPS,
+        piece_rows=sizes_of(where).piece_rows,
         groups=tuple(groups.values()),
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen, groups)
-
-
-def _memory_of_a_worker(device: torch.device) -> float:
-    """Free bytes per core, or those of the GPU, which has one worker."""
-    return free_memory(device) if device.type == "cuda" else available_memory() / num_cores()
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: ClusterWorkers | None = None) -> Engine:
@@ -211,9 +206,7 @@ def plan_run(
         num_groups=len(prepared.groups),
     )
     disk = None if medium is None else medium.free_bytes()
-    machine = (
-        _this_machine(engine, run, result_bytes, disk) if workers is None else _cluster_machine(workers, run, disk)
-    )
+    machine = _cluster_machine(workers, run, disk) if workers else _this_machine(engine, run, result_bytes, disk)
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
 
@@ -258,10 +251,8 @@ def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
-    """Add the measured time of a sample's Jacobians, which are slower than matrix products of as many operations.
-
-    Runs a batch of the plan, or a smaller one that takes long enough. A plan that does not fit is returned unchanged.
-    """
+    """Add the measured time of a sample's Jacobians, unless the plan does not fit."""
+    # They are slower than matrix products of as many operations. Run a batch, or a smaller one that takes long enough.
     if plan.memory_bytes > plan.machine.memory_limit:
         return plan
     batch, size = prepared.load(probe_samples(prepared.train.num_samples)), min(4, plan.batch)
@@ -274,11 +265,8 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Rates of one thread of the device; that of matrix products is measured, as the best of a few tries.
-
-    The other follows from a fixed ratio: it decides representations, and so bits, which must not depend on what else
-    runs on the machine.
-    """
+    """Rates of one thread of the device; that of matrix products is measured, as the best of a few tries."""
+    # The other is a fixed ratio of it: it decides representations, and so bits, whatever else runs on the machine.
     sizes = sizes_of(device)
     left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)
     result = torch.empty_like(left)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Any
 
 from ntkpipe.base.errors import StoreFullError
 from ntkpipe.build.plan import Plan
@@ -47,19 +46,12 @@ class BlockRecord:
     device: str
     arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 BuildRecord = TileRecord | BlockRecord
 
 
 class RunLog:
-    """Log of one run in its store: a line for each finished block, and a summary at the end.
-
-    ``results/runs/<run>/blocks.jsonl`` has the lines, and the attributes of ``results/runs/<run>`` are the summary.
-    """
+    """Log in ``results/runs/<run>``: ``blocks.jsonl`` has a line for each finished block, the attributes a summary."""
 
     def __init__(self, store: Store, plan: Plan, check_seconds: float) -> None:
         self._store = store
@@ -97,7 +89,7 @@ class RunLog:
         self._num_bytes += block.num_bytes
         self._peak_memory_bytes = max(self._peak_memory_bytes, block.peak_memory_bytes)
         self._hosts.add(block.host)
-        self._store.append_result(f"{self._name}/blocks.jsonl", block.to_json())
+        self._store.append_result(f"{self._name}/blocks.jsonl", asdict(block))
 
     def close(self) -> None:
         """Write the summary; a full disk must not hide the error that ended the run."""

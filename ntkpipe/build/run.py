@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.config import ComputeDtype, RunSpec
-from ntkpipe.base.errors import (
-    Interrupted,
-    ModelError,
-    NtkpipeError,
-    SelfCheckError,
-    StoreFullError,
-    TileError,
-)
+from ntkpipe.base.errors import Interrupted, ModelError, NtkpipeError, SelfCheckError, StoreFullError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.matching import require_same
 from ntkpipe.build.plan import ClusterWorkers, Plan
@@ -132,17 +125,8 @@ def plan_store(
         to_write += chunks * layout.chunk_bytes
         done += layout.num_chunks - chunks if layout.grid is not None else 0
     choices = None if existing is None else existing.manifest.choices
-    return plan_run(
-        prepared,
-        engine,
-        run,
-        prepared.grids(),
-        medium=medium,
-        choices=choices,
-        tiles_done=done,
-        bytes_to_write=to_write,
-        workers=workers,
-    )
+    sizes = {"tiles_done": done, "bytes_to_write": to_write}
+    return plan_run(prepared, engine, run, prepared.grids(), medium=medium, choices=choices, workers=workers, **sizes)
 
 
 @dataclass(frozen=True)
@@ -177,8 +161,7 @@ def settle(
     if existing is not None:
         engine = reuse_choices(engine, existing.manifest.choices, existing.root, workers)
     plan = planned()
-    started = perf_counter()
-    check = None
+    started, check = perf_counter(), None
     if run.self_check:
         engine, check = checked(prepared, engine, plan)
         if existing is not None and engine.representations != existing.manifest.choices.representations:
@@ -208,8 +191,7 @@ class StoreSink:
     """Chunks go to a store."""
 
     arrays: Mapping[str, StoredArray]
-    # Chunks to compute even if they exist, as a repair needs; None stands for all that are missing.
-    wanted: frozenset[ChunkKey] | None = None
+    wanted: frozenset[ChunkKey] | None = None  # chunks to compute even if they exist; None: all that are missing
     kept: OldEntries = NO_OLD_ENTRIES  # old entries that a growth must not change
 
     def exists(self, array: str, index: Index) -> bool:

@@ -98,10 +98,8 @@ class BuildJob:
     store_dtype: np.dtype[Any]  # of tiles and outputs
     pairs: Pairs = "all"  # of covectors that are contracted
     prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order of contraction
-    # Marks the store as in use, since a worker may outlive its driver.
-    in_use: Callable[[], AbstractContextManager[None]] = nullcontext
-    # Default of torch in the process that made the job; another process may have another one.
-    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    in_use: Callable[[], AbstractContextManager[None]] = nullcontext  # marks the store: a worker may outlive its driver
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of the process that makes the job
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -152,9 +150,8 @@ class _Builder:
 
     def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task; the last record sums it up."""
-        started, began = time(), perf_counter()
+        started, began, tiles = time(), perf_counter(), 0
         self._last, self._flops, self._num_bytes = began, 0.0, 0
-        tiles = 0
         with peak_memory(self._device) as peak:
             for tile in self._chunks(task):
                 tiles += 1
@@ -173,7 +170,7 @@ class _Builder:
             num_bytes=self._num_bytes,
             peak_memory_bytes=peak(),
             batch=self._batch,
-            subtile=min(self._plan.subtile, self._most or self._plan.subtile),
+            subtile=self._subtile(),
             host=socket.gethostname(),
             process=os.getpid(),
             device=str(self._device),
@@ -220,11 +217,11 @@ class _Builder:
             self._num_bytes += values.nbytes
 
     def _finished(self, array: str, index: Index) -> TileRecord:
-        now = perf_counter()
-        subtile = self._job.plan.subtile
-        record = TileRecord(array, index, now - self._last, self._batch, min(subtile, self._most or subtile))
-        self._last = now
-        return record
+        before, self._last = self._last, perf_counter()
+        return TileRecord(array, index, self._last - before, self._batch, self._subtile())
+
+    def _subtile(self) -> int:
+        return min(self._plan.subtile, self._most or self._plan.subtile)
 
     def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: hold row strips, and stream column strips past them."""
@@ -348,8 +345,7 @@ class _Builder:
 
     def _compute(self, key: StripKey) -> JacobianBlock:
         split, span = key
-        source = self._job.sources[split]
-        at = span
+        source, at = self._job.sources[split], span
 
         def load(start: int, stop: int) -> Batch:
             nonlocal at

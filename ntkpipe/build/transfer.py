@@ -6,6 +6,7 @@ dtype of the store, and a side stream copies it to pinned memory while the next 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,18 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Waits in any thread until values are on the host, and returns them.
-Arrival = Callable[[], NDArray[Any]]
-
-# One tile is computed while the previous one is copied and written.
-NUM_BUFFERS = 2
+Arrival = Callable[[], NDArray[Any]]  # waits in any thread until values are on the host, and returns them
+NUM_BUFFERS = 2  # one tile is computed while the previous one is copied and written
 
 
 class TileBuffers(Protocol):
-    """Tile memory of one worker.
-
-    When a tile is taken, at most ``NUM_BUFFERS - 1`` of those sent before may still be in transfer or in use.
-    """
+    """Tile memory of one worker; when a tile is taken, at most ``NUM_BUFFERS - 1`` sent before may still be in use."""
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
         """Uninitialised device memory for the next tile, in the dtype of the store."""
@@ -136,10 +131,9 @@ class _Slot:
 
 
 class DeviceTiles:
-    """Tiles computed on a GPU, each with its own device memory and pinned memory.
+    """Tiles computed on a GPU, each with its own device memory and pinned memory."""
 
-    Both are flat and viewed in the shape of the tile: copies of non-contiguous tensors go through pageable memory.
-    """
+    # Both are flat and viewed in the shape of the tile: copies of non-contiguous tensors go through pageable memory.
 
     def __init__(self, stream: Stream, rows: int, dtype: np.dtype[Any]) -> None:
         self._stream = stream
@@ -166,31 +160,24 @@ class DeviceTiles:
 
     def send(self) -> Arrival:
         """See :meth:`TileBuffers.send`."""
-        slot, place = self._slots[self._turn], self._place
+        slot = self._slots[self._turn]
         pinned = _view(slot.pinned, self._shape)
-        copied = slot.copied = self._stream.copy(_view(slot.device, self._shape), pinned)
-
-        def arrive() -> NDArray[Any]:
-            copied.synchronize()
-            values: NDArray[Any] = pinned.numpy()
-            if place is None:
-                return values
-            place[...] = values
-            return place
-
-        return arrive
+        slot.copied = self._stream.copy(_view(slot.device, self._shape), pinned)
+        return partial(_arrived, slot.copied, pinned, self._place)
 
     def fetch(self, values: Tensor) -> Arrival:
         """See :meth:`TileBuffers.fetch`."""
         pinned = _view(self._stream.allocate_pinned(values.numel(), values.dtype), values.shape)
-        copied = self._stream.copy(values.contiguous(), pinned)
+        return partial(_arrived, self._stream.copy(values.contiguous(), pinned), pinned, None)
 
-        def arrive() -> NDArray[Any]:
-            copied.synchronize()
-            found: NDArray[Any] = pinned.numpy()
-            return found
 
-        return arrive
+def _arrived(copied: Event, pinned: Tensor, place: NDArray[Any] | None) -> NDArray[Any]:
+    copied.synchronize()
+    values: NDArray[Any] = pinned.numpy()
+    if place is None:
+        return values
+    place[...] = values
+    return place
 
 
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -198,10 +185,8 @@ def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def to_host_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A contiguous copy of an array, for a GPU in pinned memory.
-
-    Always a copy: strides, which may be negative, would reach the model and change its last bits.
-    """
+    """A contiguous copy of an array, for a GPU in pinned memory."""
+    # Always a copy: strides, which may be negative, would reach the model and change its last bits.
     if device.type == "cpu":
         return torch.from_numpy(np.array(values, order="C"))
     dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype

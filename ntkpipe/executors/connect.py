@@ -30,8 +30,7 @@ _SETTINGS = {
     "distributed.worker.profile.interval": "500 ms",
     "distributed.admin.tick.interval": "500 ms",
 }
-# Workers of a batch system may wait in its queue.
-_WAIT_SECONDS = 600
+_WAIT_SECONDS = 600  # workers of a batch system may wait in its queue
 
 
 @contextlib.contextmanager
@@ -116,12 +115,8 @@ def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
     count = min(num_gpus, workers or num_gpus) if num_gpus else workers or num_cores()
     share = (memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
     dashboard = f"{_LOOPBACK}:{_DASHBOARD_PORT if _is_free(_DASHBOARD_PORT) else 0}"
-    options: dict[str, Any] = {
-        "threads_per_worker": 1,
-        "host": _LOOPBACK,
-        "memory_limit": share,
-        "dashboard_address": dashboard,
-    }
+    place = {"host": _LOOPBACK, "dashboard_address": dashboard}
+    options: dict[str, Any] = {**place, "threads_per_worker": 1, "memory_limit": share}
     if not num_gpus:
         return LocalCluster(n_workers=count, processes=True, **options)
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")[:count]
@@ -130,9 +125,9 @@ def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
         from dask_cuda import LocalCUDACluster
 
         return LocalCUDACluster(CUDA_VISIBLE_DEVICES=devices, **options)
-    settings = {"host": _LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard}
     workers_of = {device: gpu_worker(device, share) for device in devices}
-    return SpecCluster(workers=workers_of, scheduler={"cls": Scheduler, "options": settings})
+    scheduler = {"cls": Scheduler, "options": {**place, "port": 0, "dashboard": True}}
+    return SpecCluster(workers=workers_of, scheduler=scheduler)
 
 
 def gpu_worker(device: str, memory_limit: int) -> dict[str, Any]:

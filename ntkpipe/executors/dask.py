@@ -26,27 +26,20 @@ from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreE
 from ntkpipe.executors.payload import Payload, PayloadMissingError, discard, pickle_job, receive, run_key
 from ntkpipe.executors.threads import Job, Key, Record
 
-# Topic of scheduler events that announce a kernel about to be built.
-TOPIC = "ntkpipe"
-
-_PLUGIN_PREFIX = "ntkpipe-"
+TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be built
 
 _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 
-# Keys submitted in advance for each thread of a worker: one runs, one waits there.
-_KEYS_PER_THREAD = 2
+_PLUGIN_PREFIX = "ntkpipe-"
+_KEYS_PER_THREAD = 2  # submitted in advance for each thread of a worker: one runs, one waits there
 _SPARE_KEYS = 8
-# Results fetched at a time: one after the other they would keep hundreds of workers waiting.
-_FETCHERS = 32
+_FETCHERS = 32  # results fetched at a time: one after the other they would keep hundreds of workers waiting
 _POLL_SECONDS = 1.0
-# Workers killed for memory within this time count once: they were doing the same.
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 10.0  # workers killed for memory within this time count once: they were doing the same
 _ALONE_SECONDS = 30.0
 _MEMORY_TOPIC = "worker-restart-memory"
-# Delay before an unreachable store is tried again; doubled each time.
-_BACKOFF_SECONDS = 1.0
-# Most halvings of sizes; smaller ones gain nothing.
-_MOST_SHRINKING = 8
+_BACKOFF_SECONDS = 1.0  # delay before an unreachable store is tried again; doubled each time
+_MOST_SHRINKING = 8  # halvings of sizes; smaller ones gain nothing
 
 
 class JobPlugin(WorkerPlugin):
@@ -72,11 +65,7 @@ def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
 
 
 class ClusterExecutor(Generic[Key, Record]):
-    """Workers of a Dask cluster; see :class:`ntkpipe.executors.threads.Executor`.
-
-    The job reaches each worker once, as a worker plugin, including those that join later. Only a few keys per thread
-    are submitted at a time, so neither driver nor scheduler holds many tasks.
-    """
+    """Workers of a Dask cluster; see :class:`ntkpipe.executors.threads.Executor`."""
 
     def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
         self._client = client
@@ -171,6 +160,7 @@ class _Run(Generic[Key, Record]):
             self._client.register_plugin(self._plugin, name=self._plugin.name)
 
     def _window(self) -> int:
+        # Only a few keys per thread are submitted at a time, so neither driver nor scheduler holds many tasks.
         if monotonic() - self._counted_at > _POLL_SECONDS:
             # If the scheduler is gone, its futures are cancelled, which _finish sees.
             with contextlib.suppress(CommClosedError, OSError):

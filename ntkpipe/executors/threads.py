@@ -45,12 +45,8 @@ class Executor(Protocol[Key, Record]):
 
 
 @dataclass(frozen=True)
-class _Failure:
-    error: BaseException
-
-
-class _Done:
-    """A worker has no more keys."""
+class _End:
+    error: BaseException | None = None  # of the worker, if that is why it ends
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class ThreadExecutor(Generic[Key, Record]):
         Close the generator if you leave it early: that also stops the workers and waits for them.
         """
         stop = threading.Event()
-        records: queue.SimpleQueue[Record | _Failure | _Done] = queue.SimpleQueue()
+        records: queue.SimpleQueue[Record | _End] = queue.SimpleQueue()
         pending = iter(keys)
         lock = threading.Lock()
 
@@ -83,9 +79,9 @@ class ThreadExecutor(Generic[Key, Record]):
                     for record in do(key):
                         records.put(record)
             except (StopIteration, RunStopped):
-                records.put(_Done())
+                records.put(_End())
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-                records.put(_Failure(error))
+                records.put(_End(error))
 
         threads = [
             threading.Thread(target=work, name=f"ntkpipe-{number}", daemon=True) for number in range(self.num_workers)
@@ -97,14 +93,13 @@ class ThreadExecutor(Generic[Key, Record]):
             active = len(threads)
             while active:
                 record = records.get()
-                if isinstance(record, _Failure):
+                if not isinstance(record, _End):
+                    yield record
+                    continue
+                active -= 1
+                if record.error is not None:
                     failure = failure or record.error
                     stop.set()
-                    active -= 1
-                elif isinstance(record, _Done):
-                    active -= 1
-                else:
-                    yield record
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; every worker has left its work") from error
         finally:

@@ -37,10 +37,8 @@ def chunks_left(store: Store, after: Manifest) -> Mapping[str, int]:
 
 
 def _complete_edge(before: Prepared, store: Store, edge: frozenset[ChunkKey], resources: Resources) -> None:
-    """Compute missing chunks among those that get larger now, or did so in an earlier growth.
-
-    What is stored then depends only on the manifest and its history, not on when runs were interrupted.
-    """
+    """Compute missing chunks among those that get larger now, or did so in an earlier growth."""
+    # What is stored then depends only on the manifest and its history, not on when runs were interrupted.
     needed = edge | OldEntries.of(store, store.manifest.earlier()).chunks()
     wanted = {chunk for chunk in needed if not store.arrays[chunk[0]].has(chunk[1])}
     if wanted:

@@ -58,11 +58,7 @@ def given_or_stored(store: Store, split: str, inputs: object, targets: object) -
 
 
 def recompute(store: Store, chunks: frozenset[ChunkKey], prepared: Prepared, resources: Resources) -> None:
-    """Compute chunks of a store again, each with the bits that it had, and replace them one by one.
-
-    A tile at the former edge of a store that grew holds entries from before and after the growth, so it is computed in
-    the same steps again: the earlier part first, aside.
-    """
+    """Compute chunks of a store again, each with the bits that it had, and replace them one by one."""
     require_same_function(store, prepared, chunks)
     store.complete_layout()
     data = frozenset(chunk for chunk in chunks if chunk[0].startswith(("samples/", "targets/")))
@@ -71,6 +67,7 @@ def recompute(store: Store, chunks: frozenset[ChunkKey], prepared: Prepared, res
         if prepared.test is not None:
             write_samples(store, "test", prepared.test, data)
     quick, earlier = resources.without_self_check(), store.manifest.earlier()
+    # A tile at the former edge of a store that grew has entries from before and after: the earlier come first, aside.
     for before, after in zip(earlier, (*earlier, store.manifest)[1:], strict=True):
         arrays = aside(store, before)
         wanted = frozenset(

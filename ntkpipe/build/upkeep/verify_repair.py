@@ -44,14 +44,10 @@ def verify(
     ----------
     store
         Path, or an open store.
-    model
-        What the store was made with.
-    inputs, test_inputs
-        The samples it was made with; default those in the store.
-    forward, device
+    model, inputs, test_inputs
+        What the store was made with; samples default to those in the store.
+    forward, device, progress
         As for :func:`ntkpipe.compute_kernel`.
-    progress
-        Show progress bars on standard error.
 
     Returns
     -------
@@ -59,10 +55,8 @@ def verify(
 
     Raises
     ------
-    ConfigError
-        If inputs are given without a model.
-    StoreMismatchError
-        If model or samples are not those of the store.
+    ConfigError, StoreMismatchError
+        If inputs are given without a model, or model or samples are not those of the store.
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
@@ -100,10 +94,8 @@ def repair(
     ----------
     store
         Path, or an open store.
-    model, forward
-        What the store was made with.
-    inputs, targets, test_inputs, test_targets
-        The samples it was made with; default those in the store.
+    model, forward, inputs, targets, test_inputs, test_targets
+        What the store was made with; samples and targets default to those in the store.
     memory_limit, device, self_check, client, code, workers, progress
         As for :func:`ntkpipe.compute_kernel`.
 
@@ -116,10 +108,8 @@ def repair(
     ConfigError
         If inputs are given without a model, or none are given and those in the store are damaged; or the store was
         derived from another one.
-    StoreMismatchError
-        If model or samples are not those of the store. Nothing was changed then.
-    StoreError
-        If the store cannot be written.
+    StoreMismatchError, StoreError
+        If model or samples are not those of the store (nothing was changed then), or the store cannot be written.
     """
     opened = _open(store)
     if model is None:
