@@ -28,12 +28,7 @@ _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 
 def derive_kernel(
-    store: str | Path | KernelStore,
-    *,
-    kind: str,
-    to: str | Path,
-    samples: bool = False,
-    progress: bool = True,
+    store: str | Path | KernelStore, *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
 ) -> KernelStore:
     """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
 

@@ -18,12 +18,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.store.layout import Index
 from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.store import Store
-from ntkpipe.store.verification import (
-    VerificationReport,
-    describe_chunk,
-    verification_rows,
-    verify_and_record,
-)
+from ntkpipe.store.verification import VerificationReport, describe_chunk, verification_rows, verify_and_record
 
 # Most actions in a recorded report, and in a printed one.
 _MOST_RECORDED = 1000
