@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from ntkpipe.base.errors import ConfigError
 
@@ -43,8 +34,7 @@ def _as_patterns(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-# The name of a folder in the store.
-GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]  # becomes a folder of the store
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_patterns), Field(min_length=1)]
 
 
@@ -63,7 +53,7 @@ _BYTES = TypeAdapter(Annotated[ByteSize, Field(gt=0)])
 class Spec(BaseModel):
     """Base of all specs: frozen, without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = {"extra": "forbid", "frozen": True}
 
 
 class FactorySpec(Spec):
@@ -134,10 +124,8 @@ class ClusterSpec(Spec):
 
     Attributes
     ----------
-    workers
-        Number of workers, each single-threaded on a CPU, or with a GPU of its own.
-    device
-        Device of a worker.
+    workers, device
+        Number of workers, each single-threaded on a CPU or with a GPU of its own, and their device.
     flops_per_second
         Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it has such a
         device.
@@ -147,10 +135,8 @@ class ClusterSpec(Spec):
     write_bytes_per_second
         Write rate of the store for all workers together; a number or text such as ``500MB``. By default writing is
         assumed to be faster than computing.
-    price
-        Price of one worker per hour.
-    currency
-        Currency of ``price``, printed as it is.
+    price, currency
+        Price of one worker per hour, and its currency, printed as it is.
     """
 
     workers: Positive
@@ -191,10 +177,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key.start_mark)
-            if key.value in seen:
-                problem = f"the key {key.value!r} is repeated"
+            is_plain = isinstance(key, yaml.ScalarNode)
+            if not is_plain or key.value in seen:
+                problem = f"the key {key.value!r} is repeated" if is_plain else "a key is not plain text"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -258,8 +243,7 @@ def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, t
     problems = []
     for item in error.errors():
         location = item["loc"]
-        name = ".".join(map(str, location))
-        line = _line_of(tree, location)
+        name, line = ".".join(map(str, location)), _line_of(tree, location)
         where = f"{source}, line {line}" if line else source
         if item["type"] == "extra_forbidden":
             known = _known_keys(spec, location[:-1])
@@ -277,11 +261,10 @@ def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, t
 def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the spec at ``location`` below ``spec``."""
     current = spec
-    for key in location:
-        if isinstance(key, str):
-            annotation = current.model_fields[key].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            current = next(c for c in candidates if isinstance(c, type) and issubclass(c, Spec))
+    for key in (part for part in location if isinstance(part, str)):
+        annotation = current.model_fields[key].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next(c for c in candidates if isinstance(c, type) and issubclass(c, Spec))
     return list(current.model_fields)
 
 
@@ -295,8 +278,7 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
                 return line
             line, node = found[0].start_mark.line + 1, found[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-            line = node.start_mark.line + 1
+            node, line = node.value[key], node.value[key].start_mark.line + 1
         else:
             return line
     return line

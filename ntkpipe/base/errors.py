@@ -1,8 +1,4 @@
-"""The exception family of the package.
-
-Every error that ntkpipe raises on purpose derives from :class:`NtkpipeError`. Each also derives from the builtin
-that a caller would expect, so ``except ValueError`` and ``except OSError`` work.
-"""
+"""Exceptions of the package; each also derives from the builtin that callers would expect, such as ``ValueError``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,9 +35,7 @@ class IndefiniteError(NtkpipeError, LinAlgError):
 
     def __init__(self, message: str, *, row: int, pivot: float, floor: float) -> None:
         super().__init__(message)
-        self.row = row
-        self.pivot = pivot
-        self.floor = floor
+        self.row, self.pivot, self.floor = row, pivot, floor
 
 
 class ResourceError(MemoryError, NtkpipeError):  # in this order, since Dask creates it by the first base's ``__new__``

@@ -1,7 +1,4 @@
-"""Integer arithmetic of the kernel matrix: samples, rows, tiles, strips and blocks.
-
-Only this module knows that of a symmetric kernel the upper tiles are stored. It touches no data.
-"""
+"""Integer arithmetic of the kernel matrix: samples, rows, tiles and blocks, and which tiles of it are stored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +22,8 @@ class Span:
         return [Span(start, min(start + size, self.stop)) for start in range(self.start, self.stop, size)]
 
     def batches(self, size: int) -> list["Span"]:
-        """Cut as :meth:`cut`, but join a last span of a single sample to the one before it.
-
-        Some backward passes of torch 2.13 on the CPU are wrong for a batch of one.
-        """
-        spans = self.cut(size)
+        """Cut as :meth:`cut`, but join a last span of a single sample to the one before it."""
+        spans = self.cut(size)  # some backward passes of torch 2.13 on the CPU are wrong for a batch of one
         if len(spans) > 1 and len(spans[-1]) == 1:
             spans[-2:] = [Span(spans[-2].start, spans[-1].stop)]
         return spans
@@ -148,11 +142,8 @@ def kernel_grids(num_train: int, num_test: int | None, num_covectors: int, tile:
 
 
 def default_tile(num_samples: int, num_covectors: int, num_planes: int = 1) -> int:
-    """Default number of samples along a tile's edge.
-
-    About 2048 rows (16 MiB in float32), 4096 from 500,000 rows on; fewer for small kernels, to give several workers
-    something to do, and for many planes. Independent of the number of workers, since the tile determines bits.
-    """
+    """Default number of samples along a tile's edge; independent of the number of workers, since it determines bits."""
+    # About 2048 rows (16 MiB in float32); fewer for small kernels, to give several workers something to do.
     rows = num_samples * num_covectors
     edge = 4096 if rows >= 500_000 else min(2048, max(256, -(-rows // 8) // 64 * 64))
     if num_planes > _FULL_PLANES:

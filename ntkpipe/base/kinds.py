@@ -34,11 +34,10 @@ class Kind:
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
         """Vectors in output space that are pulled back to the parameters, one per row, shape (S, O)."""
         unit: NDArray[np.float64] = np.eye(num_outputs)
-        if self.name in {"ntk", "diagonal"}:
-            return unit
         if self.name == "trace":
-            scaled: NDArray[np.float64] = unit * num_outputs**-0.5
-            return scaled
+            unit *= num_outputs**-0.5
+        if self.name in {"ntk", "diagonal", "trace"}:
+            return unit
         if self.name.startswith(_OUTPUT):
             output = int(self.name.removeprefix(_OUTPUT))
             if output >= num_outputs:

@@ -7,10 +7,8 @@ from fnmatch import fnmatchcase
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.kinds import KINDS
 
-# Each plane has arrays and buffers of its own.
-MAX_PLANES = 65_536
-# Stands for the folder of any plane in names of arrays that every plane has.
-_ANY = "kernel"
+MAX_PLANES = 65_536  # each has arrays and buffers of its own
+_ANY = "kernel"  # stands for the folder of any plane in names of arrays that every plane has
 _SHOWN = 8
 
 
@@ -56,11 +54,9 @@ def match_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> d
     """Parameters of each group, from shell-style patterns; groups must be disjoint."""
     found: dict[str, tuple[str, ...]] = {}
     for group, patterns in sorted(groups.items()):  # their order determines the last bits of the total
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"groups.{group}: {pattern!r} matches no selected parameter; these are {_shown(names)}"
-                )
+        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        if idle:
+            raise ConfigError(f"groups.{group}: {idle[0]!r} matches no selected parameter; these are {_shown(names)}")
         found[group] = tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
     owners: dict[str, str] = {}
     for group, members in found.items():

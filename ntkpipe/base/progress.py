@@ -6,18 +6,8 @@ from math import isfinite, log
 from time import monotonic
 from typing import TextIO, TypeVar
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.status import Status
 from rich.text import Text
 
 Item = TypeVar("Item")
@@ -26,10 +16,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 _FEWEST_FOR_FORECAST = 4
 
 
-class _RateColumn(ProgressColumn):
+class _RateColumn(bars.ProgressColumn):
     """Items per second, or seconds per item."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
 
 
@@ -44,25 +34,23 @@ def show_progress(
 ) -> Generator[Item, None, None]:
     """Yield ``items`` and show their count."""
     stream = stream or sys.stderr
-    if stream.isatty():
-        yield from _bar(items, total, done, what, unit, Console(file=stream))
-    else:
-        yield from _lines(items, total, done, what, unit, stream)
+    show = _bar if stream.isatty() else _lines
+    yield from show(items, total, done, what, unit, stream)
 
 
-def _bar(items: Iterator[Item], total: int, done: int, what: str, unit: str, console: Console) -> Iterator[Item]:
+def _bar(items: Iterator[Item], total: int, done: int, what: str, unit: str, stream: TextIO) -> Iterator[Item]:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}s"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn(f"{unit}s"),
         _RateColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("elapsed,"),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("left"),
     )
-    with Progress(*columns, console=console) as progress:
+    with bars.Progress(*columns, console=Console(file=stream)) as progress:
         task = progress.add_task(what, total=total, completed=done, unit=unit)
         for item in items:
             progress.advance(task)
@@ -107,10 +95,9 @@ class Passes:
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
         self._what = what
         self._stream = stream or sys.stderr
-        self._status: Status | None = None
-        if enabled and self._stream.isatty():
-            self._status = Console(file=self._stream).status(f"{what}: first pass")
-        self._prints_lines = enabled and self._status is None
+        is_live = enabled and self._stream.isatty()
+        self._status = Console(file=self._stream).status(f"{what}: first pass") if is_live else None
+        self._prints_lines = enabled and not is_live
         self._start = self._last = monotonic()
         self._seen: list[tuple[float, float]] = []
 
@@ -126,13 +113,11 @@ class Passes:
     def show(self, passes: float, residual: float | None, target: float) -> None:
         """Show the state after another pass."""
         now = monotonic()
-        if residual is not None and isfinite(residual):
-            self._seen.append((now - self._start, residual))
-        left = _seconds_left(self._seen, target)
         words = f"{self._what}: {passes:,.4g} passes, {now - self._start:.0f} s"
         if residual is not None and isfinite(residual):
+            self._seen.append((now - self._start, residual))
             words += f", residual {residual:.1e} of {target:.0e}" if target else f", {1 - residual:.0%} done"
-        if left is not None:
+        if (left := _seconds_left(self._seen, target)) is not None:
             words += f", about {left:.0f} s left"
         if self._status is not None:
             self._status.update(words)

@@ -34,8 +34,7 @@ def available_memory() -> int:
 
 def process_memory() -> int:
     """Resident memory of this process in bytes."""
-    rss: int = psutil.Process().memory_info().rss
-    return rss
+    return int(psutil.Process().memory_info().rss)
 
 
 def memory_room(memory_limit: int | None, share: float = 0.5) -> int:

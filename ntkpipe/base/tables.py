@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Row names are shorter; longer texts there are reasons, which are folded.
-_NAME_WIDTH = 36
+_NAME_WIDTH = 36  # names of rows are shorter; longer texts there are reasons, which are folded
 
 TableRows = list[tuple[str, str]]  # (quantity, value) pairs
 

@@ -1,7 +1,6 @@
 """Chunks of one array: written, read and listed, each with a crc32c checksum.
 
-Chunks are uncompressed, unsharded and put whole or not at all, so a chunk of the expected size is complete, and one
-listing tells the progress.
+Chunks are uncompressed and put whole or not at all: one of the expected size is complete, and a listing tells progress.
 """
 
 from collections.abc import Iterator
@@ -107,9 +106,7 @@ class StoredArray:
 
     def _whole_chunk(self, index: Index, values: NDArray[Any]) -> NDArray[Any]:
         """Pad ``values`` to a whole chunk with the fill value; a read-only view of them if they are one already."""
-        # Not through Zarr, which would copy a chunk three times.
-        layout = self.layout
-        dtype = layout.dtype.newbyteorder("<")
+        layout, dtype = self.layout, self.layout.dtype.newbyteorder("<")  # not by Zarr, which would copy three times
         if values.shape == layout.chunks and values.dtype == dtype and values.flags.c_contiguous:
             chunk = values.view()
         else:
@@ -158,12 +155,9 @@ class StoredArray:
 
     def read_samples(self, start: int, stop: int) -> NDArray[Any]:
         """Read entries ``start:stop`` of the first axis of an array that is chunked along that axis only."""
-        size = self.layout.chunks[0]
-        rest = (0,) * (len(self.layout.chunks) - 1)
-        parts = []
-        for number in range(start // size, -(-stop // size)):
-            part = self.read((number, *rest))
-            parts.append(part[max(start - number * size, 0) : stop - number * size])
+        size, rest = self.layout.chunks[0], (0,) * (len(self.layout.chunks) - 1)
+        numbers = range(start // size, -(-stop // size))
+        parts = [self.read((i, *rest))[max(start - i * size, 0) : stop - i * size] for i in numbers]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

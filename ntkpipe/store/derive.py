@@ -28,12 +28,7 @@ _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 
 def derive_kernel(
-    store: str | Path | KernelStore,
-    *,
-    kind: str,
-    to: str | Path,
-    samples: bool = False,
-    progress: bool = True,
+    store: str | Path | KernelStore, *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
 ) -> KernelStore:
     """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
 
@@ -50,15 +45,11 @@ def derive_kernel(
     Parameters
     ----------
     store
-        The source: path, URL, or an open store. It must be complete.
-    kind
-        The kind to derive.
-    to
-        Path or URL of the new store.
-    samples
-        Whether to copy the samples, too.
-    progress
-        Show a progress bar on standard error.
+        The complete source: path, URL, or an open store.
+    kind, to
+        The kind to derive, and the path or URL of the new store.
+    samples, progress
+        Whether to copy the samples, too, and to show a progress bar on standard error.
 
     Returns
     -------
@@ -68,12 +59,10 @@ def derive_kernel(
     ------
     ConfigError
         If the kind cannot be derived from the source without loss.
-    TileError
-        If the source is incomplete or damaged; the message names a tile.
+    TileError, NonFiniteError
+        If the source is incomplete or damaged, or sums over outputs overflow its dtype; the message names a tile.
     StoreExistsError, StoreMismatchError
         If something else is at ``to``.
-    NonFiniteError
-        If sums over outputs overflow the dtype of the store; the message names the tile.
     ResourceError, StoreFullError
         If there is too little disk space; finished chunks are kept.
     StoreError
@@ -91,10 +80,8 @@ def derive_kernel(
     target.complete_layout()
     missing = {name: set(indices) for name, indices in target.missing().items()}
     _require_room(target, missing)
-    with (
-        target.in_use(),
-        Ticks(sum(map(len, missing.values())), what="derive", unit="chunk", enabled=progress) as ticks,
-    ):
+    count = sum(map(len, missing.values()))
+    with target.in_use(), Ticks(count, what="derive", unit="chunk", enabled=progress) as ticks:
         for array, index, values in _chunks(source.store, target, missing):
             target.arrays[array].write(index, values)
             ticks.tick()
@@ -131,8 +118,7 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
 
 
 def _require_complete(source: Store) -> None:
-    missing = source.missing()
-    if missing:
+    if missing := source.missing():
         name, indices = next(iter(missing.items()))
         raise TileError(
             f"{source.arrays[name].describe(indices[0])} is missing, and {sum(map(len, missing.values())) - 1} other "
@@ -141,11 +127,8 @@ def _require_complete(source: Store) -> None:
 
 
 def _require_same(target: Store, wanted: Manifest) -> None:
-    found = differences(target.manifest, wanted)
-    for field in ("derived", "choices"):
-        stored, asked = getattr(target.manifest, field), getattr(wanted, field)
-        if stored != asked:
-            found += ((field, stored, asked),)
+    pairs = ((field, getattr(target.manifest, field), getattr(wanted, field)) for field in ("derived", "choices"))
+    found = differences(target.manifest, wanted) + tuple(pair for pair in pairs if pair[1] != pair[2])
     if found:
         raise StoreMismatchError(
             f"{target.root} holds another kernel, or one that was made in another way; what differs is "

@@ -8,17 +8,8 @@ from ntkpipe.store.layout import ArrayLayout
 
 DOCUMENT = "zarr.json"
 # Fields that decide how a reader decodes; attributes and names of dimensions are for people.
-_DECISIVE = (
-    "zarr_format",
-    "node_type",
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "codecs",
-    "fill_value",
-    "storage_transformers",
-)
+_ARRAY = ("zarr_format", "node_type", "shape", "data_type")
+_DECISIVE = (*_ARRAY, "chunk_grid", "chunk_key_encoding", "codecs", "fill_value", "storage_transformers")
 
 
 def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
@@ -81,10 +72,8 @@ def array_document(layout: ArrayLayout) -> bytes:
 
 
 def array_difference(found: bytes, needed: bytes, where: str) -> str | None:
-    """Describe the first difference between two array documents, or return None.
-
-    The found one is compared rather than opened with Zarr, since it may name arbitrary codecs and dtypes.
-    """
+    """Describe the first difference between two array documents, or return None."""
+    # Not opened with Zarr, since the one that was found may name arbitrary codecs and dtypes.
     left, right = parse(found, where), parse(needed, where)
     if not isinstance(left, dict):
         raise StoreError(f"{where} is damaged: it is no JSON object")

@@ -38,14 +38,14 @@ def export_kernel(
     Parameters
     ----------
     store
-        Path, or an open store.
+        Path or URL, or an open store.
     path
         ``….npy`` for one file that ``numpy.load(path, mmap_mode="r")`` maps, or ``….zarr`` for a Zarr v3 array (no
         compression, crc32c, one chunk per tile) that any Zarr library reads. The path must not exist.
     array
         Name of the array in the store; ``kernel/`` may be omitted, as in ``"train"`` and ``"test_train"``.
     progress
-        Show a progress bar on standard error.
+        Whether to show a progress bar on standard error.
 
     Returns
     -------
@@ -59,10 +59,8 @@ def export_kernel(
         If something is at the path.
     TileError
         If the store is incomplete or damaged; the message names the tile, and nothing is left at the path.
-    ResourceError
-        If the disk has too little space; nothing was written.
-    StoreFullError, StoreError
-        If the file cannot be written.
+    ResourceError, StoreFullError, StoreError
+        If the disk has too little space (ResourceError: nothing was written), or the file cannot be written.
     """
     opened = store if isinstance(store, KernelStore) else open_kernel(store)
     source = find_array(opened.store, array)
@@ -73,25 +71,21 @@ def export_kernel(
         raise StoreExistsError(f"{target} exists; choose another path, or remove it first")
     _require_complete(source)
     _require_room(source.layout, target)
-    folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    partial = folder / "array"
-    with (
-        writing(Folder(target.parent)),
-        Ticks(source.layout.num_chunks, what="export", unit="chunk", enabled=progress) as ticks,
-    ):
-        folder.mkdir(parents=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial") / "array"
+    count, grid = source.layout.num_chunks, source.layout.grid
+    with writing(Folder(target.parent)), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
+        partial.parent.mkdir(parents=True)
         try:
             with _WRITERS[target.suffix](partial, source.layout) as write:
                 for index in source.layout.indices():
                     values = source.read(index)
                     write(index, values)
-                    grid = source.layout.grid
                     if grid is not None and grid.symmetric and index[0] != index[1]:
                         write((index[1], index[0]), values.T)
                     ticks.tick()
             partial.rename(target)
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(partial.parent)
     return target
 
 
@@ -107,8 +101,7 @@ def find_array(store: Store, name: str) -> StoredArray:
 
 
 def _require_complete(source: StoredArray) -> None:
-    missing = source.missing()
-    if missing:
+    if missing := source.missing():
         raise TileError(
             f"{source.describe(missing[0])} is missing, and {len(missing) - 1} others of {source.layout.num_chunks}: "
             "finish the run before the export"

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import dask.array
     import xarray
 
-# Share of the available memory that one read may take; the rest is for the work on what was read.
-_SHARE_OF_MEMORY = 0.8
+_SHARE_OF_MEMORY = 0.8  # that one read may take; the rest is for the work on what was read
 
 
 def require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
@@ -38,10 +37,9 @@ class Kernel:
 
     Raises
     ------
-    TileError
-        On reading, if a tile is missing or damaged; the message names it.
-    ResourceError
-        If the result does not fit in memory, with both numbers.
+    TileError, ResourceError
+        On reading, if a tile is missing or damaged (the message names it), or the result does not fit in memory (the
+        message has both numbers).
     """
 
     ndim = 2
@@ -84,7 +82,7 @@ class Kernel:
 
     @property
     def num_covectors(self) -> int:
-        """Rows per sample, S."""
+        """Rows per sample, S: the number of outputs for ``kind="ntk"``, else one."""
         return self._grid.rows.num_covectors
 
     @property
@@ -100,10 +98,8 @@ class Kernel:
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows of each tile along both axes, in the form of dask."""
-        rows, columns = (
-            tuple(len(axis.rows(tile)) for tile in range(axis.num_tiles))
-            for axis in (self._grid.rows, self._grid.columns)
-        )
+        axes = (self._grid.rows, self._grid.columns)
+        rows, columns = (tuple(len(axis.rows(tile)) for tile in range(axis.num_tiles)) for axis in axes)
         return rows, columns
 
     def __len__(self) -> int:
@@ -217,12 +213,8 @@ class Kernel:
 
         Dimensions are ``(sample, sample_)``, or ``(test_sample, sample_)`` for a test kernel; if a sample has several
         rows, as in a full NTK, ``(sample, output, sample_, output_)``. Values are not cached: ``.load()`` keeps them,
-        ``.chunk()`` makes a dask array. :meth:`KernelStore.to_xarray` adds targets and outputs.
-
-        Raises
-        ------
-        ConfigError
-            If xarray is not installed.
+        ``.chunk()`` makes a dask array. :meth:`KernelStore.to_xarray` adds targets and outputs. Without xarray, raises
+        ConfigError.
         """
         with needed_for("to_xarray", "xarray"):
             from ntkpipe.store.views import to_xarray as labelled
@@ -235,10 +227,7 @@ class Kernel:
 
 
 class KernelBlocks:
-    """A kernel as (N, M, S, S): ``blocks[i, j]`` is the S x S block of samples i and j, read on access.
-
-    For ``kind="ntk"`` S is the number of outputs.
-    """
+    """A kernel as (N, M, S, S): ``blocks[i, j]`` is the S x S block of samples i and j, read on access."""
 
     ndim = 4
 

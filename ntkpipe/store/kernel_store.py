@@ -20,19 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How much of a store is complete.
+    """How much of a store is complete."""
 
-    Attributes
-    ----------
-    tiles_done, tiles_total
-        Tiles of all kernels.
-    bytes_done
-        Bytes of the tiles that exist.
-    """
-
-    tiles_done: int
-    tiles_total: int
-    bytes_done: int
+    tiles_done: int  # tiles that exist, of all kernels
+    tiles_total: int  # tiles of all kernels
+    bytes_done: int  # bytes of the tiles that exist
 
     @property
     def is_complete(self) -> bool:
@@ -43,16 +35,11 @@ class BuildProgress:
 class KernelSet:
     """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output.
 
-    Attributes
-    ----------
-    store
-        The arrays underneath.
+    ``store`` holds the arrays underneath.
     """
 
     def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
-        self.store = store
-        self._group = group
-        self._output = output
+        self.store, self._group, self._output = store, group, output
 
     def __repr__(self) -> str:
         return f"<KernelSet {prefix_of(self._group, self._output)} of {self.store.root}>"
@@ -137,13 +124,7 @@ class KernelSet:
 
 
 class KernelStore(KernelSet):
-    """A kernel store, opened for reading.
-
-    Attributes
-    ----------
-    store
-        The arrays underneath.
-    """
+    """A kernel store, opened for reading; ``store`` holds the arrays underneath."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -182,13 +163,7 @@ class KernelStore(KernelSet):
         return dict(self.manifest.groups)
 
     def group(self, name: str) -> KernelSet:
-        """Select the kernels of one group of parameters.
-
-        Raises
-        ------
-        ConfigError
-            If the store has no such group; the message lists those that it has.
-        """
+        """Select the kernels of one group of parameters; raises ConfigError, which lists the groups, if it has none."""
         if name not in self.manifest.groups:
             known = ", ".join(map(repr, self.manifest.groups)) or "none"
             raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")

@@ -14,8 +14,7 @@ from ntkpipe.store.manifest import DataRecord, Manifest
 
 Index = tuple[int, ...]
 
-# Each chunk is followed by the crc32c of its bytes.
-CHECKSUM_BYTES = 4
+CHECKSUM_BYTES = 4  # each chunk is followed by the crc32c of its bytes
 _BLOCK_DIMENSIONS = ("sample", "row", "column")
 # Limits: lists of chunks, and single chunks, are held in memory.
 MOST_CHUNKS = 2**22
@@ -56,9 +55,7 @@ class ArrayLayout:
 
     def indices(self) -> Iterator[Index]:
         """Chunks of a complete array."""
-        if self.grid is not None:
-            return self.grid.tiles()
-        return np.ndindex(*self.chunk_counts)
+        return np.ndindex(*self.chunk_counts) if self.grid is None else self.grid.tiles()
 
     @property
     def num_chunks(self) -> int:
@@ -72,10 +69,8 @@ class ArrayLayout:
 
     def region(self, index: Index) -> tuple[slice, ...]:
         """Part of the array in chunk ``index``, cut at the array's end."""
-        return tuple(
-            slice(i * chunk, min((i + 1) * chunk, size))
-            for i, chunk, size in zip(index, self.chunks, self.shape, strict=True)
-        )
+        parts = zip(index, self.chunks, self.shape, strict=True)
+        return tuple(slice(i * chunk, min((i + 1) * chunk, size)) for i, chunk, size in parts)
 
 
 def planes(manifest: Manifest) -> tuple[Plane, ...]:
@@ -95,8 +90,7 @@ def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     for plane in planes(manifest):
         for name, grid in grids.items():
             chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
-            dimensions = ("row", "column")
-            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, store_dtype, dimensions, grid))
+            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, store_dtype, ("row", "column"), grid))
     for split, data in (("train", manifest.train), ("test", manifest.test)):
         if data is not None:
             found += _data_layouts(split, data, manifest)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -21,14 +20,12 @@ from ntkpipe.base.errors import StoreError
 FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
-# numpy supports 64 axes, and one is the sample axis.
-_MOST_AXES = 63
-# Other JSON readers parse numbers as float64.
-_LARGEST = 2**53
+_MOST_AXES = 63  # numpy supports 64, and one is the sample axis
+_LARGEST = 2**53  # other JSON readers parse numbers as float64
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = {"extra": "forbid", "frozen": True, "strict": True}
 
 
 # Plain numbers; no objects, dates or structures.
@@ -194,19 +191,8 @@ def _implausible(value: object) -> str | None:
 
 
 # Runs of the same kernel may differ in choices, environment and history, but in nothing else.
-_IDENTITY = (
-    "kind",
-    "convention",
-    "num_outputs",
-    "tile",
-    "compute_dtype",
-    "accumulate_dtype",
-    "store_dtype",
-    "model",
-    "groups",
-    "train",
-    "test",
-)
+_SETTINGS = ("kind", "convention", "num_outputs", "tile", "compute_dtype", "accumulate_dtype", "store_dtype")
+_IDENTITY = (*_SETTINGS, "model", "groups", "train", "test")
 
 
 def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:

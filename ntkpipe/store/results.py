@@ -32,8 +32,7 @@ class ArrayFolder:
     """
 
     def __init__(self, medium: Medium, name: str) -> None:
-        self._medium = medium
-        self._name = name
+        self._medium, self._name = medium, name
 
     def __repr__(self) -> str:
         return f"<ArrayFolder {self.address}>"
@@ -148,13 +147,7 @@ class Checkpoint:
         return f"<Checkpoint in {self._folder.address}>"
 
     def load(self) -> dict[str, Any] | None:
-        """Read the state of the last :meth:`commit`, or None if there is none.
-
-        Raises
-        ------
-        StoreError
-            If it is damaged.
-        """
+        """Read the state of the last :meth:`commit`, or None if there is none; raises StoreError if it is damaged."""
         with self.reading():
             attributes = self._folder.read_attributes()
             return None if attributes is None else as_mapping(attributes["state"])
@@ -163,15 +156,8 @@ class Checkpoint:
     def reading(self) -> Iterator[None]:
         """Context in which to read a state, whose content is untrusted: missing or wrong values raise StoreError.
 
-        Read values with :func:`as_integer` and its like, and arrays with :meth:`get` and the needed shape, since numpy
-        would broadcast a smaller array to a larger one.
-
-        Raises
-        ------
-        StoreError
-            If a value is missing or wrong, or an array is missing or damaged; the message names the checkpoint.
-        NtkpipeError
-            Other errors of this package pass through.
+        The message names the checkpoint; other errors of this package pass through. Read values with :func:`as_integer`
+        and its like, and arrays with :meth:`get` and the needed shape: numpy would broadcast a smaller array.
         """
         try:
             yield
@@ -190,21 +176,9 @@ class Checkpoint:
     def get(
         self, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
     ) -> NDArray[Any]:
-        """Read an array that the state names.
+        """Read the array that :meth:`put` wrote under ``name``.
 
-        Parameters
-        ----------
-        name
-            The name given to :meth:`put`.
-        shape, dtype
-            The shape and dtype that it must have.
-        allow_nan
-            Whether it may hold NaN and infinity.
-
-        Raises
-        ------
-        StoreError
-            If it is missing, damaged, or another array.
+        Raises StoreError if it is missing, damaged, of another shape or dtype, or, unless ``allow_nan``, not finite.
         """
         values = self._folder.read_array(name, shape)
         if values.dtype != dtype or not (allow_nan or np.isfinite(values).all()):
@@ -257,15 +231,12 @@ def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -
 
 
 def save_result(store: Store, name: str, result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Save a result below ``results/name`` with the digest of the store's manifest, replacing an older one.
-
-    It is valid once its attributes exist, which are written last.
-    """
+    """Save a result below ``results/name`` with the digest of the store's manifest, replacing an older one."""
     folder = ArrayFolder(store.medium, f"results/{name}")
     folder.delete()
     for key, values in arrays.items():
         folder.write_array(key, values)
-    store.write_result(name, result)
+    store.write_result(name, result)  # last: the result is valid once its attributes exist
 
 
 def load_result(store: Store, name: str) -> dict[str, Any] | None:

@@ -53,13 +53,9 @@ class Store:
 
     @classmethod
     def create(cls, where: str | Path | Medium, manifest: Manifest) -> "Store":
-        """Create a store, or open the one that another process has just created.
-
-        The group and its manifest appear in one atomic step, and the first process wins, so callers must compare the
-        manifest of the result with their own.
-        """
+        """Create a store, or open the one that another process has just created; compare its manifest with your own."""
         medium = medium_at(where)
-        with writing(medium):
+        with writing(medium):  # the group and its manifest in one atomic step, which the first process wins
             medium.put_new(DOCUMENT, _readable_group({ATTRIBUTE: manifest.to_attribute()}, DOCUMENT))
         store = cls.open(medium)
         store.complete_layout()
@@ -86,9 +82,9 @@ class Store:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protect the store from replacement (``mode="w"``) while writing; any number of writers may hold this.
+        """Protect the store from replacement (``mode="w"``) while writing, for any number of writers.
 
-        The last writer removes leftovers of killed ones at the end.
+        The last one removes leftovers of killed ones at the end.
         """
         with contextlib.ExitStack() as held:
             with writing(self.medium):

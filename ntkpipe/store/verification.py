@@ -20,10 +20,8 @@ from ntkpipe.store.store import Store
 # Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), which holds for Gram matrices; the coarser dtype of sum and store
 # decides.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
-# Anybody may have put millions of stray files into a store.
-_MOST_STRAYS = 1000
-# A report on every tile of a large store would be too large to be read back.
-_MOST_RECORDED = 1000
+_MOST_STRAYS = 1000  # anybody may have put millions of stray files into a store
+_MOST_RECORDED = 1000  # a report on every tile of a large store would be too large to be read back
 _MOST_SHOWN = 20
 
 
@@ -113,11 +111,9 @@ def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
     found = {}
     for name, array in store.arrays.items():
         grid = array.layout.grid
-        if grid is not None and grid.symmetric:
-            tiles = range(grid.rows.num_tiles)
-            found[name] = np.concatenate([_diagonal_of(array, (tile, tile)) for tile in tiles])
-        elif array.layout.holds_blocks:
-            found[name] = np.concatenate([_diagonal_of(array, index) for index in array.layout.indices()])
+        if array.layout.holds_blocks or (grid is not None and grid.symmetric):
+            chunks = (index for index in array.layout.indices() if grid is None or index[0] == index[1])
+            found[name] = np.concatenate([_diagonal_of(array, index) for index in chunks])
     return found
 
 
@@ -147,8 +143,8 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     is_mirrored = grid.symmetric and index[0] == index[1]
     if is_mirrored and not np.array_equal(values, values.T):
         return "the diagonal tile is not symmetric"
-    if is_mirrored and bool((values.diagonal() < 0).any()):
-        return f"{int((values.diagonal() < 0).sum())} diagonal entries are negative"
+    if is_mirrored and (negative := int((values.diagonal() < 0).sum())):
+        return f"{negative} diagonal entries are negative"
     plane = name.rpartition("/")[0]
     right = diagonals[f"{plane}/train"]
     left = right if grid.symmetric else diagonals[f"{plane}/test_diagonal"]
@@ -174,8 +170,8 @@ def verification_rows(report: VerificationReport) -> TableRows:
         agreement = f"K v and J(Jᵀv) agree to {found['error']:.1e} in every row (tolerance {found['tolerance']:.0e})"
         name = f"certificate {found['array'].removeprefix('kernel/')}"
         rows.append((name, agreement if found["is_good"] else "FAILED"))
-    for finding in report.findings[:_MOST_SHOWN]:
-        rows.append(("finding", f"{describe_chunk(finding.array, finding.index)}: {finding.problem}"))
+    shown = report.findings[:_MOST_SHOWN]
+    rows += [("finding", f"{describe_chunk(found.array, found.index)}: {found.problem}") for found in shown]
     if len(report.findings) > _MOST_SHOWN:
         rows.append(("finding", f"and {len(report.findings) - _MOST_SHOWN} more"))
     return [*rows, ("verdict", "good" if report.is_good else f"{len(report.findings)} findings")]

@@ -11,8 +11,7 @@ from ntkpipe.base.progress import show_progress
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 
 _POLL_SECONDS = 2.0
-# A live driver writes to the store every half minute.
-_SILENCE_SECONDS = 300.0
+_SILENCE_SECONDS = 300.0  # a live driver writes to the store every half minute
 
 
 def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> KernelStore:
@@ -28,10 +27,8 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
             is_announced = True
             pause(_POLL_SECONDS)
     first, driver = store.progress, _Driver(store)
-    tiles = _new_tiles(store, first.tiles_done, driver, pause)
-    for _ in show_progress(
-        tiles, total=first.tiles_total, done=first.tiles_done, what=store.manifest.kind, unit="tile"
-    ):
+    total, done, kind = first.tiles_total, first.tiles_done, store.manifest.kind
+    for _ in show_progress(_new_tiles(store, done, driver, pause), total=total, done=done, what=kind, unit="tile"):
         pass
     while driver.is_running():  # with the steps of its workflow
         pause(_POLL_SECONDS)

@@ -19,11 +19,9 @@ from ntkpipe.base.errors import StoreError, StoreExistsError
 from ntkpipe.base.resources import free_disk
 from ntkpipe.store.media.medium import DOCUMENT_BYTES, PIECE_BYTES, Data, Medium, OversizeError, check_name
 
-# Every store has this file, so writers lock it.
-_LOCKED = "zarr.json"
+_LOCKED = "zarr.json"  # every store has it, so writers lock it
 _PARTIAL = ".partial"
-# Depth limit of listings; the chunks of an array of 64 axes, numpy's maximum, need fewer parts.
-_DEEPEST = 70
+_DEEPEST = 70  # listed levels; the chunks of an array of 64 axes, numpy's maximum, need fewer parts
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 

@@ -12,10 +12,8 @@ from ntkpipe.base.resources import format_bytes
 
 Data = bytes | memoryview
 
-# Limit for documents such as manifests and results: larger ones are refused, whoever wrote them.
-DOCUMENT_BYTES = 16 * 2**20
-# Data are checked piece by piece while they are in a core's cache; this makes a verified read a third cheaper.
-PIECE_BYTES = 2**18
+DOCUMENT_BYTES = 16 * 2**20  # larger documents, such as manifests and results, are refused, whoever wrote them
+PIECE_BYTES = 2**18  # checked while it is in a core's cache, which makes a verified read a third cheaper
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

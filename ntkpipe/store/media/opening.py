@@ -8,8 +8,7 @@ from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import Medium
 
-# What pathlib makes of s3://bucket.
-_SHORTENED_URL = re.compile(r"(s3|gs|az):/[^/]")
+_SHORTENED_URL = re.compile(r"(s3|gs|az):/[^/]")  # what pathlib makes of s3://bucket
 
 
 def medium_at(where: str | Path | Medium) -> Medium:

@@ -86,11 +86,8 @@ def _ragged(old: ArrayLayout, new: ArrayLayout) -> Iterator[Index]:
 
 def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
     """Arrays that hold copies of chunks as under an earlier manifest, by the name of the original array."""
-    folder = f"{_FOLDER}/{len(before.growth)}"
-    return {
-        name: StoredArray(store.medium, replace(layout, name=f"{folder}/{name}"))
-        for name, layout in layouts(before).items()
-    }
+    folder, found = f"{_FOLDER}/{len(before.growth)}", layouts(before).items()
+    return {name: StoredArray(store.medium, replace(layout, name=f"{folder}/{name}")) for name, layout in found}
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,7 @@ class OldEntries:
 
     def paste(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Overwrite the leading entries of a new chunk with its old entries, if any."""
-        old = self.read(array, index)
-        if old is not None:
+        if (old := self.read(array, index)) is not None:
             values[tuple(map(slice, old.shape))] = old
 
 

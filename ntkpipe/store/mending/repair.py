@@ -1,13 +1,12 @@
 """Repair of a store: verify it, mend it or recompute bad chunks, and verify it again.
 
-Everything but recomputing is here and needs no model: leftovers and stray chunks are removed, ``zarr.json`` of arrays
-rewritten, an interrupted growth undone. A bad chunk stays until the new one replaces it.
+All but recomputing is here and needs no model. A bad chunk stays until the new one replaces it.
 """
 
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,17 +17,10 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.store.layout import Index
 from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.store import Store
-from ntkpipe.store.verification import (
-    VerificationReport,
-    describe_chunk,
-    verification_rows,
-    verify_and_record,
-)
+from ntkpipe.store.verification import VerificationReport, describe_chunk, verification_rows, verify_and_record
 
-# Most actions in a recorded report, and in a printed one.
-_MOST_RECORDED = 1000
-_MOST_SHOWN = 20
-
+_MOST_RECORDED = 1000  # actions in a report that is stored
+_MOST_SHOWN = 20  # actions in one that is printed
 _COMPUTED = "computed again"
 
 
@@ -131,8 +123,7 @@ def _tidy(store: Store) -> list[Action]:
         except StoreError:
             array.replace_metadata()
             actions.append(Action(name, (), "zarr.json written anew"))
-        strays = [index for index, _ in array.sizes() if not array.layout.holds(index)]
-        for index in sorted(strays):
+        for index in sorted(index for index, _ in array.sizes() if not array.layout.holds(index)):
             store.medium.delete(array.name(index))
             actions.append(Action(name, index, "removed: it did not belong to the array"))
     return actions
@@ -151,10 +142,7 @@ def _diagonals_of(store: Store, chunks: frozenset[ChunkKey]) -> frozenset[ChunkK
 
 
 def _suspects(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
-    """Tiles that may hold the wrong entries behind the suspect rows of certificates.
-
-    A wrong entry of a symmetric kernel makes two rows suspect, its own and that of its column.
-    """
+    """Tiles that may hold the wrong entries behind the suspect rows of certificates."""
     found: set[ChunkKey] = set()
     for certificate in report.certificates:
         name = certificate["array"]
@@ -162,6 +150,7 @@ def _suspects(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
         if certificate["is_good"] or grid is None:
             continue
         rows = sorted({row // grid.rows.tile_rows for row in certificate["suspect_rows"]})
+        # A wrong entry of a symmetric kernel makes two rows suspect, its own and that of its column.
         columns = rows if grid.symmetric else range(grid.columns.num_tiles)
         found |= {(name, (row, column)) for row in rows for column in columns if grid.is_stored(row, column)}
     return frozenset(found)
@@ -177,14 +166,13 @@ def _digest(store: Store, chunk: ChunkKey) -> bytes:
 
 
 def _record(store: Store, report: RepairReport) -> None:
-    shown = replace(report, actions=report.actions[:_MOST_RECORDED])
     finished = datetime.now(UTC)
     record = {
         "finished": finished.isoformat(timespec="seconds"),
         "num_actions": len(report.actions),
         "num_computed": report.num_computed,
         "num_findings": len(report.found.findings),
-        "actions": shown.to_json()["actions"],
+        "actions": [asdict(action) for action in report.actions[:_MOST_RECORDED]],
         "is_good": report.is_good,
     }
     with store.in_use():
@@ -194,8 +182,8 @@ def _record(store: Store, report: RepairReport) -> None:
 def repair_rows(report: RepairReport) -> TableRows:
     """Describe a repair report."""
     rows = [("found", f"{len(report.found.findings)} findings in {report.found.chunks_checked} chunks")]
-    for action in report.actions[:_MOST_SHOWN]:
-        rows.append(("repaired", f"{describe_chunk(action.array, action.index)}: {action.done}"))
+    shown = report.actions[:_MOST_SHOWN]
+    rows += [("repaired", f"{describe_chunk(action.array, action.index)}: {action.done}") for action in shown]
     if len(report.actions) > _MOST_SHOWN:
         rows.append(("repaired", f"and {len(report.actions) - _MOST_SHOWN} more"))
     if not report.actions:
