@@ -31,8 +31,7 @@ class Alignment(Result):
     eigenvalues: FloatArray = field(repr=False)  # eigenvalues of the directions, descending, shape (k,)
     powers: FloatArray = field(repr=False)  # (u_iᵀ y)² of each direction and output, shape (k, c)
     cumulative_power: FloatArray = field(repr=False)  # C(i), the share of it in the first i directions, shape (k,)
-    # What C(i) may be off by, since leading directions are known to their residuals only; zero if exact
-    cumulative_power_error: FloatArray = field(repr=False)
+    cumulative_power_error: FloatArray = field(repr=False)  # what C(i) is off by at most, by residuals; zero if exact
     # How many directions hold 50, 90 and 99 % of the power; none where the leading ones do not
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float  # kernel-target alignment
