@@ -88,22 +88,19 @@ def alignment(
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and its eigenpairs that are known. All n of them make it exact; fewer
+        are used as they are where it is streamed.
     targets
         Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK.
-    eigenpairs
-        Eigenpairs that are known; all n of them make it exact. Fewer are used as they are where it is streamed.
-    method
-        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit.
-    k, tol
-        Where it is streamed: number of directions, and their relative residual.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
-    seed, monitor
-        Seed of the first block where it is streamed; function that is called after each pass.
+    method, memory_limit
+        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit the bytes that
+        this process may have; default what it has and all that is free. What streaming takes at least is said above.
+    k, tol, seed
+        Where it is streamed: number of directions, their relative residual, and seed of the first block.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -116,9 +113,8 @@ def alignment(
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
     check_number("k", k, low=1)
-    plain, centred = alignments(operator, rows, width)
+    plain, centred = alignments(operator, train.rhs, train.width)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
     status: Status = "converged"
     message = "all directions"
@@ -128,9 +124,7 @@ def alignment(
         found = eigsh(operator, min(k + 1, n), tol=tol, memory_limit=limit, seed=seed, monitor=monitor)
         system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
         status, message = found.status, found.message
-    powers, cumulative, errors = _powers(operator, system, rows)
-    if not system.is_whole and eigenpairs is None and len(cumulative) > k:
-        powers, cumulative, errors = powers[:k], cumulative[:k], errors[:k]
+    powers, cumulative, errors = _powers(operator, system, train.rhs, k if eigenpairs is None else None)
     return Alignment(
         status=status,
         message=message,
@@ -141,7 +135,7 @@ def alignment(
         method="exact" if system.is_whole else "streamed",
         why=why,
         num_rows=n,
-        num_outputs=rows.shape[1],
+        num_outputs=train.rhs.shape[1],
         eigenvalues=np.array(system.eigenvalues[: len(cumulative)]),
         powers=powers,
         cumulative_power=cumulative,
@@ -182,11 +176,15 @@ def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
     return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
 
 
-def _powers(operator: Operator, system: Eigensystem, rows: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Powers of the targets, cumulative power, and what this may be off by."""
+def _powers(
+    operator: Operator, system: Eigensystem, rows: FloatArray, most: int | None
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Powers of the targets, cumulative power, and what this may be off by: of ``most`` directions, or of all."""
     powers = (system.eigenvectors.T @ rows) ** 2
     cumulative = np.cumsum(powers.sum(axis=1)) / max(float((rows**2).sum()), np.finfo(np.float64).tiny)
-    return powers, cumulative, np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
+    if system.is_whole:
+        return powers, cumulative, np.zeros(len(cumulative))
+    return powers[:most], cumulative[:most], _errors(operator, system)[:most]
 
 
 def _cosine(inner: float, norm: float, rows: FloatArray) -> float:

@@ -18,6 +18,9 @@ operator, see :mod:`ntkpipe.analysis.eigenlearning`. It is not known; it is esti
 biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is zero. Noise of targets
 is in v_i² already.
 
+Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, passes of
+c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
+
 Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
 NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
 cross-validation predicts the risk of kernels of networks while plug-in spectra do not is also found by Wei, Hu,
@@ -42,8 +45,8 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import open_for_analysis, ridges_for, train_targets
-from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.learning.regression.sources import TrainTargets, open_for_analysis, ridges_for, train_targets
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -131,25 +134,19 @@ def generalisation(
     """Estimate the test loss of kernel ridge regression across ridges by theory, and compare it with what is measured.
 
     Losses are means over columns of Y. Estimates are KARE, which is generalised cross-validation, exact leave-one-out,
-    where all rows of a sample are left out together, and eigenlearning, which is the theory of Canatar et al.; formulas
-    and sources are in :mod:`ntkpipe.analysis.generalisation`. Eigenlearning with the spectrum of n train samples can be
-    trusted only where few of them are learnt; :func:`ntkpipe.learning_curve` has a population that is larger.
+    where all rows of a sample are left out together, and eigenlearning, which is the theory of Canatar et al.; sources,
+    formulas and cost are in :mod:`ntkpipe.analysis.generalisation`. Eigenlearning with the spectrum of n train samples
+    can be trusted only where few of them are learnt; :func:`ntkpipe.learning_curve` has a larger population.
 
-    An estimate is trusted where it is within ``tolerance`` of leave-one-out and K + λI is known, i.e. its smallest
-    eigenvalue is above ten storage floors. That takes no test data, but samples that the kernel does not know: for a
-    network that was trained on them all estimates, leave-one-out too, are below the test loss. Only test data show
-    that: where leave-one-out differs from the test loss by more than ``tolerance`` and three standard errors, nothing
-    is trusted. Where it is not known (a full NTK, streamed), KARE is trusted up to an effective dimension of n/10.
-
-    Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed,
-    passes of c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
-    Memory: exact ``40 n²`` bytes, or ``16 n²``; streamed ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000,
-    and ``8 n c`` a ridge.
+    An estimate is trusted where it is within ``tolerance`` of leave-one-out and the smallest eigenvalue of K + λI is
+    above ten storage floors. That holds for samples that the kernel does not know: after training on them leave-one-out
+    is below the test loss, too; where both differ by more than ``tolerance`` and three standard errors, nothing is
+    trusted. Without leave-one-out (a full NTK, streamed) KARE is trusted up to an effective dimension of n/10.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, descending, if they are known.
     targets
         Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK. Nothing is centred.
@@ -157,19 +154,14 @@ def generalisation(
         λ ≥ 0, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 10^-4 to 10^2 of these.
     test_kernel, test_targets
         Test × train, shape (M, n), and targets of these samples; both or none.
-    eigenpairs
-        All eigenpairs of K, if they are known: ``.eigenvalues``, descending, and ``.eigenvectors``.
-    method
-        ``exact`` by all eigenpairs, ``streamed`` by passes, ``auto``: exact where they fit.
-    tolerance
-        Largest relative difference from leave-one-out that is trusted.
-    num_probes, tol
-        Where it is streamed: number of random probes p, and relative residual of the systems.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
-    seed, monitor
-        Seed of the streamed estimates; function that is called after each pass.
+    method, memory_limit
+        ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes, ``8 n c`` bytes a ridge and
+        ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where it fits the bytes that this
+        process may have, default what it has and all that is free.
+    tolerance, monitor
+        Largest relative difference from leave-one-out that is trusted; function that is called after each pass.
+    num_probes, tol, seed
+        Where it is streamed: number of random probes p, relative residual of the systems, and seed.
 
     Raises
     ------
@@ -182,25 +174,22 @@ def generalisation(
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
     options |= {"method": method, "tolerance": tolerance, "num_probes": num_probes, "tol": tol}
     options |= {"memory_limit": memory_limit, "seed": seed}
-    system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
-    if system is not None and not system.is_whole:
-        system = None
+    found, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    system = found if found is not None and found.is_whole else None
     how = {"num_probes": num_probes, "tol": tol, "memory_limit": room, "seed": seed, "monitor": monitor}
-    resolvents = _find_resolvents(operator, system, rows, shifts, width, how)
-    losses = _of_resolvents(resolvents, n) | _of_population(system, rows, shifts) | _measured(resolvents, test)
+    resolvents = _find_resolvents(operator, system, train, shifts, how)
+    losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
     floor = operator.storage_floor()
-    worst = max(one.residual for one in resolvents)
-    is_solved = system is not None or worst <= tol
+    status, message = _judge_residuals(max(one.residual for one in resolvents), tol, system is not None)
     return Generalisation(
-        status="converged" if is_solved else "not converged",
-        message=_message(is_solved, worst, tol, system is not None),
+        status=status,
+        message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
         options=options,
@@ -208,7 +197,7 @@ def generalisation(
         method="streamed" if system is None else "exact",
         why=why,
         num_rows=n,
-        num_outputs=rows.shape[1],
+        num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
         **losses,
@@ -217,20 +206,15 @@ def generalisation(
 
 
 def _find_resolvents(
-    operator: Operator,
-    system: Eigensystem | None,
-    rows: FloatArray,
-    ridges: FloatArray,
-    width: int,
-    how: Mapping[str, Any],
+    operator: Operator, system: Eigensystem | None, train: TrainTargets, ridges: FloatArray, how: Mapping[str, Any]
 ) -> list[Resolvent]:
     """Resolvents in the order of ridges, found from the largest ridge to the smallest, which is cheapest by passes."""
     order = np.argsort(-ridges, kind="stable")
     descending = ridges[order].tolist()
     if system is None:
-        found = resolvents_of_operator(operator, rows, descending, width, **how)
+        found = resolvents_of_operator(operator, train.rhs, descending, train.width, **how)
     else:
-        found = resolvents_of_pairs(system, rows, descending, width)
+        found = resolvents_of_pairs(system, train.rhs, descending, train.width)
     by_place = dict(zip(order.tolist(), found, strict=True))
     return [by_place[place] for place in range(len(ridges))]
 
@@ -298,9 +282,10 @@ def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
 
 
-def _message(is_solved: bool, worst: float, tol: float, is_exact: bool) -> str:
+def _judge_residuals(worst: float, tol: float, is_exact: bool) -> tuple[Status, str]:
     if is_exact:
-        return "exact, from all eigenpairs in float64"
-    if is_solved:
-        return f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
-    return f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
+        return "converged", "exact, from all eigenpairs in float64"
+    if worst <= tol:
+        return "converged", f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
+    only = f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
+    return "not converged", only

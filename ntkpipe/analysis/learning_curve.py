@@ -97,10 +97,8 @@ def learning_curve(
         n, samples of a train set, less than N, default N/32 to N/4; and train sets of each size, at least 2.
     ridges, ridge_scale
         λ, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 0 and 0.01 to 10 of these.
-    eigenpairs
-        All eigenpairs of K, if they are known.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
+    eigenpairs, memory_limit
+        All eigenpairs of K, if known; bytes that this process may have, default what it has and all that is free.
     seed, monitor
         Seed of the subsets; function that is called after the eigenpairs, and after each subset.
 
@@ -115,8 +113,7 @@ def learning_curve(
     operator, room = open_for_analysis(kernel, memory_limit)
     before = operator.work
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
-    count = operator.num_rows // width
+    rows, width, count = train.rhs, train.width, operator.num_rows // train.width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
     shifts, of_ridges = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())

@@ -145,13 +145,11 @@ def spectrum(
         default 10^-4 to 10^2 of these.
     tail_ranks
         First and last rank of the power law; see :func:`ntkpipe.analysis.power_law.default_ranks`.
-    method
-        ``exact``, ``streamed``, or ``auto``: exact where it fits.
+    method, memory_limit
+        ``exact``, ``streamed``, or ``auto``: exact where it fits the bytes that this process may have; default what it
+        has and all that is free. What streaming takes at least is said above.
     k, num_probes, max_passes
         Where it is streamed: number of leading eigenvalues; probes of the density, and most passes for it.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
     seed, monitor
         Seed of everything that is random; function that is called after each pass.
 
@@ -177,7 +175,7 @@ def spectrum(
     if every is not None:
         found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
-        how = {"memory_limit": room, "seed": seed, "monitor": monitor}
+        how: dict[str, Any] = {"memory_limit": room, "seed": seed, "monitor": monitor}
         found, status, message = _streamed(operator, given, shifts, floor, min(k, n), num_probes, max_passes, **how)
     trace, frobenius = statistics.trace, statistics.frobenius
     return KernelSpectrum(

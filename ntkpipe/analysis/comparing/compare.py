@@ -12,7 +12,7 @@ of a preconditioner, min(1000, n/10). Cost: every tile of both once, diagonal on
 smaller ones up to four times; spectra of kernels that do not fit: 15 passes for leading pairs, 100 for λ_min.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +100,9 @@ def compare_kernels(
 
     Parameters
     ----------
-    a, b
-        Each a store or its path, a stored kernel, a symmetric array, or an operator.
-    array
-        Which kernel of a store, as ``train``, or ``groups/head/kernel/train``.
+    a, b, array
+        Each a store or its path, a stored kernel, a symmetric array, or an operator; and which kernel of a store, as
+        ``train``, or ``groups/head/kernel/train``.
     num_outputs
         O of arrays and operators that are full NTKs, row = sample * O + output: of the one that has more rows, or of
         both where they have as many; default that of a stored full NTK beside it, or one.
@@ -113,10 +112,9 @@ def compare_kernels(
     k, eigenpairs
         Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``. Known ones
         of A and of B, ``eigenvalues`` descending and ``eigenvectors``, or none: used where at least one more than k.
-    ridge, ridge_scale
+    ridge, ridge_scale, smallest_eigenvalue
         λ of both regressions and log-determinants, absolute; with ``"mean_diagonal"`` times the mean diagonal of each.
-    smallest_eigenvalue
-        Whether it is looked for: that is most of the cost where kernels do not fit in memory.
+        Whether λ_min is looked for, which is most of the cost where kernels do not fit in memory.
     memory_limit, client
         Bytes that this process may have; default what it has and half of what is free; a tile of each and vectors in
         any case. A Dask cluster that multiplies, as for :func:`ntkpipe.as_operator`: the limit is of each worker then.
@@ -132,9 +130,7 @@ def compare_kernels(
         If the limit leaves no room for the tiles in use; if a tile is missing or damaged.
     """
     started = perf_counter()
-    inputs = inputs_of(a, b, array=array, num_outputs=num_outputs)
-    if test_kernels is not None:
-        inputs = replace(inputs[0], test_kernel=test_kernels[0]), replace(inputs[1], test_kernel=test_kernels[1])
+    inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
     if memory_limit is not None:

@@ -1,4 +1,13 @@
-"""Gaussian processes with a stored kernel as covariance: posterior, marginal likelihood, exact or streamed."""
+"""Gaussian processes with a stored kernel as covariance: posterior, marginal likelihood, exact or streamed.
+
+With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
+mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
+log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in Algorithm
+2.1.
+
+Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows that
+fits memory, 256 at most.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -98,24 +107,15 @@ def gaussian_process(
 ) -> Posterior:
     """Condition a Gaussian process of covariance K on targets with Gaussian noise of variance λ.
 
-    With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
-    mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
-    log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in
-    their Algorithm 2.1. Columns of Y are independent processes with the same covariance, and likelihoods multiply. A
-    full NTK is one process over all pairs of a sample and an output. The mean is that of
-    :class:`ntkpipe.KernelRegression` with the same ridge.
-
-    For labels of classes the targets are one-hot, as in regression: a Gaussian likelihood, not a classifier's.
-
-    Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows
-    that fits memory, 256 at most.
+    Columns of Y are independent processes with the same covariance, and likelihoods multiply. A full NTK is one process
+    over all pairs of a sample and an output. The mean is that of :class:`ntkpipe.KernelRegression` with the same ridge.
+    Formulas and cost are in :mod:`ntkpipe.learning.gaussian.process`.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
-    targets, task
-        Labels of classes (N,), or real targets (N,) or (N, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
+    kernel, targets, task
+        K: what :func:`ntkpipe.as_operator` takes. Y: real targets (N,) or (N, O), or labels of classes (N,), one-hot as
+        in regression: a Gaussian likelihood, not a classifier's; ``task`` as of :class:`ntkpipe.KernelRegression`.
     ridge, ridge_scale
         λ, the variance of the noise, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
     test_kernel, test_diagonal
@@ -123,26 +123,22 @@ def gaussian_process(
         with one row a sample; both or none.
     initial_outputs, test_initial_outputs
         The prior mean at train and test samples, (N, O) and (M, O), as a network's outputs f₀; default zero.
-    method, path
+    method, path, memory_limit
         ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in the folder or URL ``path``, see
         :func:`ntkpipe.cholesky`. ``streamed``: every test row is a column of a system, solved by passes, and the log
-        determinant is estimated with its error. ``auto``: the factor if it fits or there is a path.
-    tol
-        Largest relative true residual of a converged system; errors of variances are of second order in it.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
-        streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed, monitor
-        Seed of preconditioners and probes; function that is called after each pass.
+        determinant is estimated with its error; takes a tenth of a float32 kernel, or 6 kB a row if that is less.
+        ``auto``: the factor if there is a path or it fits; the limit is what this process has and half of what is free.
+    tol, seed, monitor
+        Largest relative true residual of a converged system (errors of variances are of second order in it); seed of
+        preconditioners and probes; function that is called after each pass.
 
     Raises
     ------
     ConfigError, NonFiniteError
         If shapes do not fit or an option is out of range; if the kernel or targets hold NaN or infinity.
-    IndefiniteError
-        If K + λI is not positive definite, by ``cholesky``; the message says which ridge helps.
-    ResourceError, TileError
-        If a factor was asked for and does not fit; if a tile is missing or damaged.
+    IndefiniteError, ResourceError, TileError
+        By ``cholesky``, if K + λI is not positive definite (the message says which ridge helps), or the factor does not
+        fit; if a tile is missing or damaged.
     """
     begin = perf_counter()
     _check(method, path, test_kernel, test_diagonal, tol)
@@ -161,13 +157,9 @@ def gaussian_process(
         mean = as_samples(cross.times(by.coefficients), width) + offset
         covariance = covariance - by.explained(cross, width)
     likelihood = _likelihood(by, *train.rhs.shape)
-    options = {
-        "ridge": ridge,
-        "ridge_scale": ridge_scale,
-        "method": method,
-        "path": None if path is None else str(path),
-    }
-    options |= {"task": task, "tol": tol, "memory_limit": memory_limit, "seed": seed, "centred": is_centred}
+    options: dict[str, Any] = {"ridge": ridge, "ridge_scale": ridge_scale, "method": method}
+    options |= {"path": None if path is None else str(path), "task": task, "tol": tol, "memory_limit": memory_limit}
+    options |= {"seed": seed, "centred": is_centred}
     return Posterior(
         status=by.convergence.status,
         message=by.convergence.messages[0] if by.convergence.messages else by.message,
@@ -178,9 +170,7 @@ def gaussian_process(
         mean=mean,
         noise=noise,
         mean_diagonal=float(operator.diagonal().mean()),
-        method=by.name,
         why=by.why if method == "auto" else f"asked for; {by.why}",
-        residual=by.convergence.worst,
         floor=operator.storage_floor(),
         **_without_negative(covariance),
         **likelihood,
@@ -208,7 +198,7 @@ def _without_negative(covariance: FloatArray) -> dict[str, Any]:
 
 
 def _likelihood(by: "_Conditioned", num_rows: int, num_columns: int) -> dict[str, Any]:
-    """The marginal likelihood with its parts and its scale, by the names of the result."""
+    """The marginal likelihood with its parts and its scale, and how it was found, by the names of the result."""
     logdet, logdet_error = by.logdet()
     data_fit, complexity = -0.5 * by.form, -0.5 * num_columns * logdet
     return {
@@ -217,6 +207,8 @@ def _likelihood(by: "_Conditioned", num_rows: int, num_columns: int) -> dict[str
         "data_fit": data_fit,
         "complexity": complexity,
         "scale": by.form / (num_rows * num_columns),
+        "method": by.name,
+        "residual": by.convergence.worst,
         "num_rows": num_rows,
         "num_columns": num_columns,
     }

@@ -1,4 +1,13 @@
-"""Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best."""
+"""Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best.
+
+With G = (K + λI)^-1, A = G Y and H = K G, so I - H = λG, generalised cross-validation is ``V = (1/n) |(I - H) Y|² /
+((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns;
+at λ = 0 its limit.
+
+Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a ridge
+for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the memory holds
+coefficients of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,25 +170,17 @@ def ridge_path(
 ) -> RidgePath:
     """Kernel ridge regression at many ridges, with leave-one-out, generalised cross-validation, and test losses.
 
-    With G = (K + λI)^-1 and A = G Y, leave-one-out is exact from one fit; for a full NTK all O rows of a sample go
-    together. Generalised cross-validation is ``V = (1/n) |(I - H) Y|² / ((1/n) tr(I - H))²`` with H = K G, so I - H =
-    λG (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns; at λ = 0 its
-    limit.
-
-    Exact by all eigenpairs, or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and
-    test losses are those of solved systems, and leave-one-out, GCV and effective dimension are estimated from
-    ``num_left_out`` random samples, whose blocks of G are found by systems with unit vectors: the error bar is
-    one standard error of the choice of samples, beside which that of the systems is small. At λ = 0 ``eigh`` gives the
-    minimum-norm solution of a singular kernel, the others say that they cannot.
-
-    Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a
-    ridge for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the
-    memory holds coefficients of.
+    Leave-one-out is exact from one fit; for a full NTK all O rows of a sample go together. The formula of generalised
+    cross-validation (GCV), and costs, are in :mod:`ntkpipe.learning.regression.ridge_path`. All is exact by eigenpairs,
+    or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and test losses are those of
+    solved systems, and leave-one-out, GCV and effective dimension are estimated from ``num_left_out`` random samples,
+    by systems with unit vectors: the error bar is one standard error of the choice of samples, beside which that of the
+    systems is small. At λ = 0 only ``eigh`` solves with a singular kernel, for the minimum norm; the others say so.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, as of :func:`ntkpipe.eigh`, if known.
     targets, task
         Labels of classes (N,), or real targets (N,) or (N, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
     ridges, ridge_scale
@@ -188,17 +189,13 @@ def ridge_path(
         Test × train (M·S, N·S), array or stored, and targets of the test samples; both or none.
     initial_outputs, test_initial_outputs
         f₀ (N, O) and (M, O): Y - f₀ is fitted, and f₀ added to predictions.
-    eigenpairs
-        All eigenpairs of K, as of :func:`ntkpipe.eigh`, if they are known.
-    method
-        ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``.
-    tol
-        Largest relative true residual of a system that is called converged.
-    num_left_out
-        Samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a solve.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
-        streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
+    method, memory_limit
+        ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``, which takes a
+        tenth of a float32 kernel, or 6 kB a row if that is less. The limit is of this process; default what it has and
+        half of what is free.
+    tol, num_left_out
+        Largest relative true residual of a converged system; samples that are left out where not all are, at least two,
+        each of which is one column (O of a full NTK) of a solve.
     seed, monitor
         Seed of preconditioners and of the choice of samples; function that is called after each pass.
 
@@ -223,9 +220,8 @@ def ridge_path(
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=initial_outputs is not None)
     name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, share, seed, monitor)
-    found, statuses, num_left = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, share))
+    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, share))
     status, message = _judge(statuses, values, name)
-    empty = np.full(len(values), np.nan)
     return RidgePath(
         status=status,
         message=message,
@@ -237,29 +233,25 @@ def ridge_path(
         mean_diagonal=float(operator.diagonal().mean()),
         method=name,
         why=finder.why,
-        num_left_out=num_left,
         statuses=tuple(one for one, _ in statuses),
         is_classification=train.labels.classes is not None,
         floor=operator.storage_floor(),
-        **(
-            {"test_loss": empty, "test_accuracy": empty}
-            | {key: np.array([one[key] for one in found]) for key in found[0]}
-        ),
+        **found,
     )
 
 
 def _follow(
     finder: Points, ridges: FloatArray, train: TrainTargets, test: HeldOut | None, offset: FloatArray, most: int
-) -> tuple[list[dict[str, float]], list[tuple[Status, str]], int]:
-    """Numbers and status of each ridge, and how many samples are left out; ``most`` fits wait for the test kernel."""
-    found: list[dict[str, float]] = [{} for _ in ridges]
+) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
+    """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
+    found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in ridges]
     statuses: list[tuple[Status, str]] = [("converged", "")] * len(ridges)
     waiting: dict[int, FloatArray] = {}
     num_left = 0
     order = np.argsort(-ridges, kind="stable").tolist()
     for index in order:
         point = finder.at(float(ridges[index]))
-        found[index] = _measures(point, train)
+        found[index] |= _measures(point, train)
         statuses[index] = point.status, point.message
         num_left = len(point.left_out_samples)
         if test is None:
@@ -269,7 +261,8 @@ def _follow(
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
                 found[place] |= _test_measures(test.labels, outputs + offset)
             waiting.clear()
-    return found, statuses, num_left
+    arrays = {name: np.array([one[name] for one in found]) for name in found[0]}
+    return {"num_left_out": num_left, **arrays}, statuses
 
 
 def _points(

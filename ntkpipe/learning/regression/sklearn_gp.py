@@ -169,7 +169,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         return blocks
 
     def diag(self, X: ArrayLike) -> FloatArray:  # noqa: N803
-        """Each of rows ``X``, row numbers (a, 1), with itself, (a,), by the diagonal tiles; raises as the class says."""
+        """Each of rows ``X``, numbers (a, 1), with itself, (a,), by the diagonal tiles; raises as the class says."""
         rows, size = self._numbers(X), self.train.shape[0]
         values, trains = np.empty(rows.size), rows < size
         values[trains] = self.train[rows[trains], rows[trains]]
