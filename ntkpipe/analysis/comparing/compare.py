@@ -110,14 +110,14 @@ def compare_kernels(
         Shape (N,) for classes, or (N, c); and (M,) or (M, c). Test × train of A and of B: arrays or stored kernels,
         shapes (M·S, N·S). Default those of the stores, if they have any.
     k, eigenpairs
-        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``. Known ones
-        of A and of B, ``eigenvalues`` descending and ``eigenvectors``, or none: used where at least one more than k.
+        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``. Known pairs
+        of A and B, ``eigenvalues`` descending and ``eigenvectors``: used if one more than k; all n save LAPACK, too.
     ridge, ridge_scale, smallest_eigenvalue
         λ of both regressions and log-determinants, absolute; with ``"mean_diagonal"`` times the mean diagonal of each.
         Whether λ_min is looked for, which is most of the cost where kernels do not fit in memory.
     memory_limit, client
         Bytes that this process may have; default what it has and half of what is free; a tile of each and vectors in
-        any case. A Dask cluster that multiplies, as for :func:`ntkpipe.as_operator`: the limit is of each worker then.
+        any case. A Dask cluster that multiplies (entries are compared here); the limit is of each worker then.
     seed, monitor
         Seed of the first blocks; function that is called after each pass.
 

@@ -191,8 +191,8 @@ def ridge_path(
         f₀ (N, O) and (M, O): Y - f₀ is fitted, and f₀ added to predictions.
     method, memory_limit
         ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``, which takes a
-        tenth of a float32 kernel, or 6 kB a row if that is less. The limit is of this process; default what it has and
-        half of what is free.
+        tenth of a float32 kernel, or 6 kB a row if that is less. The limit is in bytes of this process; default what
+        it has and half of what is free.
     tol, num_left_out
         Largest relative true residual of a converged system; samples that are left out where not all are, at least two,
         each of which is one column (O of a full NTK) of a solve.
