@@ -127,8 +127,8 @@ def gaussian_process(
         ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in the folder or URL ``path``, see
         :func:`ntkpipe.cholesky`. ``streamed``: every test row is a column of a system, solved by passes, and the log
         determinant is estimated with its error; takes a tenth of a float32 kernel, or 6 kB a row if that is less.
-        ``auto``: the factor if there is a path or it fits ``memory_limit``, bytes that this process may have; default what
-        it has and half of what is free.
+        ``auto``: the factor if there is a path or it fits ``memory_limit``, bytes that this process may have; default
+        what it has and half of what is free.
     tol, seed, monitor
         Largest relative true residual of a converged system (errors of variances are of second order in it); seed of
         preconditioners and probes; function that is called after each pass.
