@@ -24,20 +24,14 @@ _EPS = float(np.finfo(np.float64).eps)
 class Alignment(Result):
     """How well a kernel fits its targets."""
 
-    # method, why: `exact` with all eigenpairs, or `streamed` with the leading ones, and why. Alignments are exact in
-    # both.
-    method: str
+    method: str  # `exact` with all eigenpairs, or `streamed` with the leading ones; alignments are exact in both
     why: str
-    # num_rows, num_outputs: n, and outputs that share the kernel; a full NTK has one, and a row for each output of a
-    # sample
-    num_rows: int
-    num_outputs: int
+    num_rows: int  # n
+    num_outputs: int  # outputs that share the kernel; a full NTK has one, and a row for each output of a sample
     eigenvalues: FloatArray = field(repr=False)  # eigenvalues of the directions, descending, shape (k,)
     powers: FloatArray = field(repr=False)  # (u_iᵀ y)² of each direction and output, shape (k, c)
-    # C(i), the share of the targets' power in the first i directions, shape (k,)
-    cumulative_power: FloatArray = field(repr=False)
-    # What C(i) may be off by, since leading directions are known to their residuals only; zero if exact
-    cumulative_power_error: FloatArray = field(repr=False)
+    cumulative_power: FloatArray = field(repr=False)  # C(i), the share of it in the first i directions, shape (k,)
+    cumulative_power_error: FloatArray = field(repr=False)  # what C(i) is off by at most, by residuals; zero if exact
     # How many directions hold 50, 90 and 99 % of the power; none where the leading ones do not
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float  # kernel-target alignment
@@ -76,62 +70,51 @@ def alignment(
     """Task-model alignment, kernel-target alignment and centred kernel alignment of a kernel with its targets.
 
     Cumulative power (Canatar, Bordelon, Pehlevan 2021, there C(ρ)): with eigenpairs (λ_i, u_i) of K, descending,
-    ``C(k) = Σ_{i≤k} |u_iᵀ Y|² / |Y|²``: how much of the targets lies in the first k directions. They define it by
-    eigenfunctions of the population; here it is that of the sample. Where C rises fast, few samples suffice. For
-    several outputs it is of all columns together, each with its own power. Nothing is centred.
+    ``C(k) = Σ_{i≤k} |u_iᵀ Y|² / |Y|²``: how much of the targets, all columns together, lies in the first k directions.
+    They define it by eigenfunctions of the population; here it is that of the sample, and nothing is centred. Where C
+    rises fast, few samples suffice.
 
     Kernel-target alignment (Cristianini, Shawe-Taylor, Elisseeff, Kandola 2001, Definition 1), with YYᵀ as the ideal
-    kernel: ``A = <K, YYᵀ> / (|K|_F |YYᵀ|_F) = tr(Yᵀ K Y) / (|K|_F |YᵀY|_F)``.
-
-    Centred alignment (Cortes, Mohri, Rostamizadeh 2012, JMLR 13): the same of H K H and H Y, with H = I - 11ᵀ/n.
+    kernel: ``A = <K, YYᵀ> / (|K|_F |YYᵀ|_F) = tr(Yᵀ K Y) / (|K|_F |YᵀY|_F)``. Centred alignment (Cortes, Mohri,
+    Rostamizadeh 2012, JMLR 13): the same of H K H and H Y, with H = I - 11ᵀ/n.
 
     For a full NTK, rows are pairs of sample and output, and y is one column of N·O rows: the ideal kernel is y yᵀ, and
     H takes the mean over samples off each output by itself, ``H = (I - 11ᵀ/N) ⊗ I``. That is another number than the
     alignment of the mean over outputs (kind ``trace``) with YYᵀ.
 
     Cost: one pass with ``c + 1`` columns (c + O for a full NTK) and one for the Frobenius norm, which is both
-    alignments exactly; then all eigenpairs, or 13 to 20 passes for the leading k. Memory as of
-    :func:`ntkpipe.eigh`, or ``11 k n`` float64.
+    alignments exactly; then all eigenpairs, or 13 to 20 passes for the leading k. Memory: that of :func:`ntkpipe.eigh`,
+    or ``11 k n`` float64.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and its eigenpairs that are known. All n of them make it exact; fewer
+        are used as they are where it is streamed.
     targets
         Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK.
-    eigenpairs
-        Eigenpairs that are known; all n of them make it exact. Fewer are used as they are where it is streamed.
-    method
-        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit.
-    k
-        Number of directions where it is streamed.
-    tol
-        Relative residual of these directions.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
-    seed, monitor
-        Seed of the first block where it is streamed; function that is called after each pass.
+    method, memory_limit
+        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit the bytes that
+        this process may have; default what it has and all that is free. What streaming takes at least is said above.
+    k, tol, seed
+        Where it is streamed: number of directions, their relative residual, and seed of the first block.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix.
-    NonFiniteError
-        If something holds NaN or infinity.
-    ResourceError
-        If ``exact`` was asked for and does not fit.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
+    ConfigError, NonFiniteError
+        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
+    ResourceError, TileError
+        If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
     check_number("k", k, low=1)
-    plain, centred = alignments(operator, rows, width)
+    plain, centred = alignments(operator, train.rhs, train.width)
     system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
     status: Status = "converged"
     message = "all directions"
@@ -141,12 +124,7 @@ def alignment(
         found = eigsh(operator, min(k + 1, n), tol=tol, memory_limit=limit, seed=seed, monitor=monitor)
         system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
         status, message = found.status, found.message
-    powers = (system.eigenvectors.T @ rows) ** 2
-    total = max(float((rows**2).sum()), np.finfo(np.float64).tiny)
-    cumulative = np.cumsum(powers.sum(axis=1)) / total
-    errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
-    if not system.is_whole and eigenpairs is None and len(cumulative) > k:
-        powers, cumulative, errors = powers[:k], cumulative[:k], errors[:k]
+    powers, cumulative, errors = _powers(operator, system, train.rhs, k if eigenpairs is None else None)
     return Alignment(
         status=status,
         message=message,
@@ -157,7 +135,7 @@ def alignment(
         method="exact" if system.is_whole else "streamed",
         why=why,
         num_rows=n,
-        num_outputs=rows.shape[1],
+        num_outputs=train.rhs.shape[1],
         eigenvalues=np.array(system.eigenvalues[: len(cumulative)]),
         powers=powers,
         cumulative_power=cumulative,
@@ -196,6 +174,17 @@ def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
     Of a centred kernel and centred targets it is the centred alignment.
     """
     return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
+
+
+def _powers(
+    operator: Operator, system: Eigensystem, rows: FloatArray, most: int | None
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Powers of the targets, cumulative power, and what this may be off by: of ``most`` directions, or of all."""
+    powers = (system.eigenvectors.T @ rows) ** 2
+    cumulative = np.cumsum(powers.sum(axis=1)) / max(float((rows**2).sum()), np.finfo(np.float64).tiny)
+    if system.is_whole:
+        return powers, cumulative, np.zeros(len(cumulative))
+    return powers[:most], cumulative[:most], _errors(operator, system)[:most]
 
 
 def _cosine(inner: float, norm: float, rows: FloatArray) -> float:

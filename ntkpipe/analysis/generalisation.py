@@ -1,4 +1,31 @@
-"""What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it."""
+"""What theory says of the test error of kernel ridge regression, against what is measured, and where to trust it.
+
+Each estimate is of the loss of ``A = G y`` with G = (K + λI)^-1, λ absolute, and n rows.
+
+KARE (Jacot et al. 2020), from the train kernel alone, is ``ρ = (1/n yᵀ (K/n + λ'I)^-2 y) / (1/n tr (K/n + λ'I)^-1)²``.
+Their ridge λ' is added to K/n, so λ' = λ/n, and the factors n cancel: ``ρ = n |G y|² / (tr G)²``.
+
+Generalised cross-validation (Golub, Heath, Wahba 1979) is ``(1/n) |(I - H) y|² / ((1/n) tr(I - H))²`` with the hat
+matrix ``H = K G``: as I - H = λG, it is the same number as KARE for every λ > 0.
+
+Leave-one-out, ``(1/n) Σ ((G y)_i / G_ii)²`` (PRESS, Allen 1974), is n exact refits. KARE is that with each G_ii
+replaced by their mean, as it would be if features were Gaussian. So both differ where samples are unlike each other,
+and that decides where KARE is trusted.
+
+Eigenlearning (Simon et al. 2023) and Canatar et al. (2021) predict the loss from the eigensystem of the kernel
+operator, see :mod:`ntkpipe.analysis.eigenlearning`. It is not known; it is estimated from the train kernel as
+``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``, with k_i, u_i the eigenpairs of K, for the same n samples. That is
+biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is zero. Noise of targets
+is in v_i² already.
+
+Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, passes of
+c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
+
+Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
+NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
+cross-validation predicts the risk of kernels of networks while plug-in spectra do not is also found by Wei, Hu,
+Steinhardt 2022, arXiv 2203.06176.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +40,13 @@ from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
-from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.learning.regression.sources import TrainTargets, open_for_analysis, ridges_for, train_targets
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -35,10 +62,8 @@ class Generalisation(Result):
 
     method: str  # method, why: `exact` or `streamed`, and why
     why: str
-    # num_rows, num_outputs: n, and outputs that share the kernel; a full NTK has one, and a row for each output of a
-    # sample
-    num_rows: int
-    num_outputs: int
+    num_rows: int  # n
+    num_outputs: int  # outputs that share the kernel; a full NTK has one, and a row for each output of a sample
     ridges: FloatArray  # λ, absolute, shape (r,)
     test_loss: FloatArray  # test_loss, test_loss_error: measured; NaN without test data
     test_loss_error: FloatArray
@@ -46,24 +71,17 @@ class Generalisation(Result):
     kare: FloatArray  # kare, kare_error: the kernel alignment risk estimator
     kare_error: FloatArray
     generalised_cross_validation: FloatArray  # the same number, from train loss and effective dimension
-    # leave_one_out_loss, leave_one_out_loss_error: what trust is judged by: each sample predicted from all others.
-    # NaN where it is not known.
-    leave_one_out_loss: FloatArray
+    leave_one_out_loss: FloatArray  # what trust is judged by: each sample predicted from all others; NaN if not known
     leave_one_out_loss_error: FloatArray
-    # eigenlearning, canatar: predicted from the train kernel's own eigensystem; NaN if streamed
-    eigenlearning: FloatArray
+    eigenlearning: FloatArray  # eigenlearning, canatar: from the train kernel's own eigensystem; NaN if streamed
     canatar: FloatArray
     eigenlearning_kappa: FloatArray  # κ of that, in population eigenvalues; NaN if streamed
-    # L_i = λ_i / (λ_i + κ) of that, shape (r, n); of shape (r, 0) if streamed
-    learnabilities: FloatArray = field(repr=False)
-    # Share of the targets' power that is learnt, `Σ L_i v_i² / Σ v_i²`; NaN if streamed
-    target_learnability: FloatArray
-    # kappa, kappa_error: the signal capture threshold as the train kernel alone tells it, 1 / tr (K + λI)^-1; κ of
-    # eigenlearning without its bias
+    learnabilities: FloatArray = field(repr=False)  # L_i = λ_i / (λ_i + κ), shape (r, n); (r, 0) if streamed
+    target_learnability: FloatArray  # share of their power that is learnt, `Σ L_i v_i² / Σ v_i²`; NaN if streamed
+    # The signal capture threshold by the train kernel alone, 1 / tr (K + λI)^-1: κ of eigenlearning without its bias
     kappa: FloatArray
     kappa_error: FloatArray
-    # overfitting_coefficient, overfitting_coefficient_error: e_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)²
-    overfitting_coefficient: FloatArray
+    overfitting_coefficient: FloatArray  # e_0 = n ∂κ/∂λ of that κ: n tr G² / (tr G)²
     overfitting_coefficient_error: FloatArray
     effective_dimension: FloatArray  # effective_dimension, effective_dimension_error: tr K (K + λI)^-1
     effective_dimension_error: FloatArray
@@ -71,10 +89,8 @@ class Generalisation(Result):
     eigenlearning_ratio: FloatArray
     canatar_ratio: FloatArray
     leave_one_out_ratio: FloatArray
-    # kare_is_trusted, eigenlearning_is_trusted: whether the estimate can be trusted; of GCV as of KARE, of Canatar as
-    # of eigenlearning
-    kare_is_trusted: tuple[bool, ...]
-    eigenlearning_is_trusted: tuple[bool, ...]
+    kare_is_trusted: tuple[bool, ...]  # whether KARE and GCV can be trusted
+    eigenlearning_is_trusted: tuple[bool, ...]  # whether eigenlearning and Canatar can be trusted
     reasons: tuple[str, ...]  # why or why not, in words
     floor: float  # what rounding to the storage dtype did to K in the spectral norm
 
@@ -117,150 +133,88 @@ def generalisation(
 ) -> Generalisation:
     """Estimate the test loss of kernel ridge regression across ridges by theory, and compare it with what is measured.
 
-    With G = (K + λI)^-1, λ absolute, n rows and targets y (columns of Y by themselves; losses are their means):
+    Losses are means over columns of Y. Estimates are KARE, which is generalised cross-validation, exact leave-one-out,
+    where all rows of a sample are left out together, and eigenlearning, which is the theory of Canatar et al.; sources,
+    formulas and cost are in :mod:`ntkpipe.analysis.generalisation`. Eigenlearning with the spectrum of n train samples
+    can be trusted only where few of them are learnt; :func:`ntkpipe.learning_curve` has a larger population.
 
-    KARE, the kernel alignment risk estimator of Jacot et al. (2020), from the train kernel alone:
-    ``ρ = (1/n yᵀ (K/n + λ'I)^-2 y) / (1/n tr (K/n + λ'I)^-1)²``. Their ridge λ' is added to K/n, so λ' = λ/n, and the
-    factors n cancel: ``ρ = n |G y|² / (tr G)²``.
-
-    Generalised cross-validation of Golub, Heath and Wahba (1979), ``(1/n) |(I - A) y|² / ((1/n) tr(I - A))²`` with the
-    hat matrix ``A = K G``: as I - A = λG, it is the same number as KARE for every λ > 0.
-
-    Leave-one-out, ``(1/n) Σ ((G y)_i / G_ii)²`` (PRESS, Allen 1974), is n exact refits. KARE is that with each G_ii
-    replaced by their mean, as it would be if features were Gaussian. So both differ where samples are unlike each
-    other, and that decides where KARE is trusted. For a full NTK all rows of a sample are left out together.
-
-    Eigenlearning of Simon et al. (2023) and the theory of Canatar et al. (2021) predict the loss from the eigensystem
-    of the kernel operator, see :mod:`ntkpipe.analysis.eigenlearning`. It is not known; it is estimated from the train
-    kernel as ``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``, with k_i, u_i the eigenpairs of K, for the same n
-    samples. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is
-    zero. It can be trusted only where few of them are learnt. A population that is larger than the train set cures
-    that: see :func:`ntkpipe.learning_curve`. Noise of targets is in v_i² already.
-
-    An estimate is trusted where it is within ``tolerance`` of leave-one-out and K + λI is known, i.e. its smallest
-    eigenvalue is above ten storage floors. That takes no test data, but samples that the kernel does not know: of a
-    network that was trained on them everything here says less than the test loss, leave-one-out too. Only test data
-    show that; where leave-one-out differs from the test loss by more than ``tolerance`` and three standard errors,
-    nothing is trusted. Where leave-one-out is not known (a full NTK, streamed), KARE is trusted up to an effective
-    dimension of n/10.
-
-    Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel. Streamed,
-    passes of c + p columns: some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
-    Memory: exact ``40 n²`` bytes, or ``16 n²``; streamed ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000,
-    and ``8 n c`` a ridge.
+    An estimate is trusted where it is within ``tolerance`` of leave-one-out and the smallest eigenvalue of K + λI is
+    above ten storage floors. That holds for samples that the kernel does not know: after training on them leave-one-out
+    is below the test loss, too; where both differ by more than ``tolerance`` and three standard errors, nothing is
+    trusted. Without leave-one-out (a full NTK, streamed) KARE is trusted up to an effective dimension of n/10.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, descending, if they are known.
     targets
         Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK. Nothing is centred.
-    ridges
-        λ; by default 10^-4 to 10^2 mean diagonals. Zero is allowed.
-    ridge_scale
-        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
+    ridges, ridge_scale
+        λ ≥ 0, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 10^-4 to 10^2 of these.
     test_kernel, test_targets
         Test × train, shape (M, n), and targets of these samples; both or none.
-    eigenpairs
-        All eigenpairs of K, if they are known: ``.eigenvalues``, descending, and ``.eigenvectors``.
-    method
-        ``exact`` by all eigenpairs, ``streamed`` by passes, ``auto``: exact where they fit.
-    tolerance
-        Largest relative difference from leave-one-out that is trusted.
-    num_probes
-        Random probes of the streamed estimates.
-    tol
-        Relative residual of the streamed systems.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
-    seed, monitor
-        Seed of the streamed estimates; function that is called after each pass.
+    method, memory_limit
+        ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes, ``8 n c`` bytes a ridge and
+        ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where it fits the bytes that this
+        process may have, default what it has and all that is free.
+    tolerance, monitor
+        Largest relative difference from leave-one-out that is trusted; function that is called after each pass.
+    num_probes, tol, seed
+        Where it is streamed: number of random probes p, relative residual of the systems, and seed.
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix.
-    NonFiniteError
-        If something holds NaN or infinity.
-    ResourceError
-        If ``exact`` was asked for and does not fit.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
-
-    References
-    ----------
-    Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
-    NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
-    cross-validation predicts the risk of kernels of networks while plug-in spectra do not is also found by Wei, Hu,
-    Steinhardt 2022, arXiv 2203.06176.
+    ConfigError, NonFiniteError
+        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
+    ResourceError, TileError
+        If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before, n = operator.work, operator.num_rows
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
-    diagonal = operator.statistics().diagonal
-    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
-    shifts = absolute_ridges(asked, scale, diagonal)
-    system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
-    if system is not None and not system.is_whole:
-        system = None
+    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
+    options |= {"method": method, "tolerance": tolerance, "num_probes": num_probes, "tol": tol}
+    options |= {"memory_limit": memory_limit, "seed": seed}
+    found, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    system = found if found is not None and found.is_whole else None
     how = {"num_probes": num_probes, "tol": tol, "memory_limit": room, "seed": seed, "monitor": monitor}
-    resolvents = _find_resolvents(operator, system, rows, shifts, width, how)
-    losses = _of_resolvents(resolvents, n)
-    losses |= _of_population(system, rows, shifts)
-    losses |= _measured(resolvents, test)
+    resolvents = _find_resolvents(operator, system, train, shifts, how)
+    losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
     floor = operator.storage_floor()
-    judged = judge(losses, resolvents, system, floor, tolerance, n)
-    worst = max(one.residual for one in resolvents)
-    is_solved = system is not None or worst <= tol
+    status, message = _judge_residuals(max(one.residual for one in resolvents), tol, system is not None)
     return Generalisation(
-        status="converged" if is_solved else "not converged",
-        message=_message(is_solved, worst, tol, system is not None),
+        status=status,
+        message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "ridges": [float(ridge) for ridge in asked],
-            "ridge_scale": scale,
-            "method": method,
-            "tolerance": tolerance,
-            "num_probes": num_probes,
-            "tol": tol,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options=options,
         matrix=operator.identity(),
         method="streamed" if system is None else "exact",
         why=why,
         num_rows=n,
-        num_outputs=rows.shape[1],
+        num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
         **losses,
-        **judged,
+        **judge(losses, resolvents, system, floor, tolerance, n),
     )
 
 
 def _find_resolvents(
-    operator: Operator,
-    system: Eigensystem | None,
-    rows: FloatArray,
-    ridges: FloatArray,
-    width: int,
-    how: Mapping[str, Any],
+    operator: Operator, system: Eigensystem | None, train: TrainTargets, ridges: FloatArray, how: Mapping[str, Any]
 ) -> list[Resolvent]:
     """Resolvents in the order of ridges, found from the largest ridge to the smallest, which is cheapest by passes."""
     order = np.argsort(-ridges, kind="stable")
     descending = ridges[order].tolist()
     if system is None:
-        found = resolvents_of_operator(operator, rows, descending, width, **how)
+        found = resolvents_of_operator(operator, train.rhs, descending, train.width, **how)
     else:
-        found = resolvents_of_pairs(system, rows, descending, width)
+        found = resolvents_of_pairs(system, train.rhs, descending, train.width)
     by_place = dict(zip(order.tolist(), found, strict=True))
     return [by_place[place] for place in range(len(ridges))]
 
@@ -278,8 +232,7 @@ def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
     part, kare = error / np.abs(trace), squares * (n / trace) ** 2
     dimension, train = n - ridges * trace, ridges**2 * squares
     # At λ = 0 both parts of the quotient vanish, and its limit is KARE.
-    rest = np.where(ridges > 0, ridges * trace / n, 1.0)
-    crossed = np.where(ridges > 0, train / rest**2, kare)
+    crossed = np.where(ridges > 0, train / np.where(ridges > 0, ridges * trace / n, 1.0) ** 2, kare)
     coefficient = n * squared / trace**2
     return {
         "train_loss": train,
@@ -308,20 +261,20 @@ def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatAr
     powers = (system.eigenvectors.T @ rows) ** 2 / n
     total = max(float(powers.sum()), np.finfo(np.float64).tiny)
     predictions = [eigenlearning(values, powers, n, ridge) for ridge in ridges]
+    learnt = np.array([float(one.learnabilities @ powers.sum(axis=1)) for one in predictions])
     return {
         "eigenlearning": np.array([one.test_loss.mean() for one in predictions]),
         "canatar": np.array([canatar(values, powers, n, ridge).mean() for ridge in ridges]),
         "eigenlearning_kappa": np.array([one.kappa for one in predictions]),
         "learnabilities": np.stack([one.learnabilities for one in predictions]),
-        "target_learnability": np.array([float(one.learnabilities @ powers.sum(axis=1)) for one in predictions])
-        / total,
+        "target_learnability": learnt / total,
     }
 
 
 def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
-        return {"test_loss": np.full(len(resolvents), np.nan), "test_loss_error": np.full(len(resolvents), np.nan)}
+        return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
     predicted = test.predict([one.coefficients for one in resolvents])
     losses = np.stack([((outputs - test.labels.matrix) ** 2).mean(axis=1) for outputs in predicted])
     count = losses.shape[1]
@@ -329,9 +282,10 @@ def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
 
 
-def _message(is_solved: bool, worst: float, tol: float, is_exact: bool) -> str:
+def _judge_residuals(worst: float, tol: float, is_exact: bool) -> tuple[Status, str]:
     if is_exact:
-        return "exact, from all eigenpairs in float64"
-    if is_solved:
-        return f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
-    return f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
+        return "converged", "exact, from all eigenpairs in float64"
+    if worst <= tol:
+        return "converged", f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
+    only = f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
+    return "not converged", only

@@ -1,6 +1,6 @@
 """Predicted against measured losses for train sets of several sizes, drawn from the samples of one kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -13,10 +13,10 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import open_for_analysis, train_targets
+from ntkpipe.learning.regression.sources import open_for_analysis, ridges_for, train_targets
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -36,21 +36,17 @@ class LearningCurve(Result):
     num_subsets: int  # how many were drawn of each size
     sizes: NDArray[np.int64]  # samples in a train set, shape (s,)
     ridges: FloatArray  # λ, absolute, shape (r,)
-    # population_loss, population_loss_error: measured on all samples, those of the train set included: what
-    # eigenlearning and Canatar predict, whose new sample is drawn from the population
+    # Measured on all samples, those of the train set too: what eigenlearning and Canatar predict for a new sample
     population_loss: FloatArray
     population_loss_error: FloatArray = field(repr=False)
-    # left_out_loss, left_out_loss_error: measured on the samples that are not in the train set: what KARE estimates
-    left_out_loss: FloatArray
+    left_out_loss: FloatArray  # measured on the samples that are not in the train set: what KARE estimates
     left_out_loss_error: FloatArray = field(repr=False)
-    kare: FloatArray  # kare, kare_error: of each train set alone
+    kare: FloatArray  # by each train set alone
     kare_error: FloatArray = field(repr=False)
-    # eigenlearning, canatar: predicted from the eigensystem of all N samples; the same number by two papers
-    eigenlearning: FloatArray
-    canatar: FloatArray = field(repr=False)
+    eigenlearning: FloatArray  # predicted from the eigensystem of all N samples
+    canatar: FloatArray = field(repr=False)  # the same number by the equations of another paper
     kappa: FloatArray = field(repr=False)  # κ of eigenlearning
-    # Share of the targets' power that is learnt, `Σ L_i v_i² / Σ v_i²`
-    target_learnability: FloatArray = field(repr=False)
+    target_learnability: FloatArray = field(repr=False)  # share of their power that is learnt, `Σ L_i v_i² / Σ v_i²`
     eigenlearning_ratio: FloatArray  # eigenlearning_ratio, canatar_ratio: over `population_loss`
     canatar_ratio: FloatArray = field(repr=False)
     kare_ratio: FloatArray  # over `left_out_loss`
@@ -93,49 +89,36 @@ def learning_curve(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.as_operator` takes. If all of it does not fit in memory, give the
-        leading part of it, ``as_operator(kernel).leading(n)``.
+        K: what :func:`ntkpipe.as_operator` takes; where it does not fit memory, ``as_operator(kernel).leading(n)``.
     targets
         Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
         of N·c rows is a full NTK, whose train sets are of whole samples. Nothing is centred.
-    sizes
-        n, samples of a train set, less than N; by default N/32 to N/4.
-    ridges
-        λ; by default 0 and 0.01 to 10 mean diagonals.
-    ridge_scale
-        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
-    num_subsets
-        Train sets of each size, at least 2.
-    eigenpairs
-        All eigenpairs of K, if they are known.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
-    seed
-        Seed of the subsets.
-    monitor
-        Called after the eigenpairs, and after each subset.
+    sizes, num_subsets
+        n, samples of a train set, less than N, default N/32 to N/4; and train sets of each size, at least 2.
+    ridges, ridge_scale
+        λ, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 0 and 0.01 to 10 of these.
+    eigenpairs, memory_limit
+        All eigenpairs of K, if known; bytes that this process may have, default what it has and all that is free.
+    seed, monitor
+        Seed of the subsets; function that is called after the eigenpairs, and after each subset.
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, a number is out of range, or eigenpairs are of another matrix or not all.
-    NonFiniteError
-        If something holds NaN or infinity.
-    ResourceError
-        If all eigenpairs do not fit in memory.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
+    ConfigError, NonFiniteError
+        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
+    ResourceError, TileError
+        If all eigenpairs do not fit in memory; if a tile of a stored kernel is missing or damaged.
     """
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
     before = operator.work
     train = train_targets(kernel, operator, targets)
-    rows, width = train.rhs, train.width
-    count = operator.num_rows // width
+    rows, width, count = train.rhs, train.width, operator.num_rows // train.width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
-    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
-    shifts = absolute_ridges(asked, scale, operator.diagonal())
+    shifts, of_ridges = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
+    options = {"sizes": None if sizes is None else [int(size) for size in sizes], **of_ridges}
+    options |= {"num_subsets": num_subsets, "memory_limit": memory_limit, "seed": seed}
     system, _ = find_eigensystem(operator, eigenpairs, room, "exact", monitor)
     assert system is not None
     values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
@@ -148,22 +131,12 @@ def learning_curve(
             draws[:, place, :, draw] = _measure(operator, rows, chosen, shifts, width)
             monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
-    predictions = [[eigenlearning(values, powers, n * width, ridge) for ridge in shifts] for n in numbers]
-    theirs = [[canatar(values, powers, n * width, ridge).mean() for ridge in shifts] for n in numbers]
-    predicted, total = _each(predictions, lambda one: one.test_loss.mean()), float(powers.sum())
     return LearningCurve(
         status="converged",
         message="all eigenpairs in float64",
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "sizes": None if sizes is None else [int(size) for size in sizes],
-            "ridges": [float(ridge) for ridge in asked],
-            "ridge_scale": scale,
-            "num_subsets": num_subsets,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options=options,
         matrix=operator.identity(),
         num_samples=count,
         num_subsets=num_subsets,
@@ -175,13 +148,8 @@ def learning_curve(
         left_out_loss_error=errors[1],
         kare=means[2],
         kare_error=errors[2],
-        eigenlearning=predicted,
-        canatar=np.array(theirs),
-        kappa=_each(predictions, lambda one: one.kappa),
-        target_learnability=_each(predictions, lambda one: one.learnabilities @ powers.sum(axis=1) / (total or 1.0)),
-        eigenlearning_ratio=predicted / means[0],
-        canatar_ratio=np.array(theirs) / means[0],
         kare_ratio=means[2] / means[1],
+        **_predicted(values, powers, [size * width for size in numbers], shifts, means[0]),
     )
 
 
@@ -195,8 +163,26 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _each(predictions: Sequence[Sequence[Prediction]], function: Any) -> FloatArray:
-    return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
+def _predicted(
+    values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray, measured: FloatArray
+) -> dict[str, FloatArray]:
+    """Predictions for each number of rows and ridge, also over measured losses, by the names of the result."""
+    predictions = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
+
+    def each(function: Callable[[Prediction], float]) -> FloatArray:
+        return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
+
+    by_mode, total = powers.sum(axis=1), float(powers.sum())
+    predicted = each(lambda one: one.test_loss.mean())
+    theirs = np.array([[canatar(values, powers, size, ridge).mean() for ridge in ridges] for size in sizes])
+    return {
+        "eigenlearning": predicted,
+        "canatar": theirs,
+        "kappa": each(lambda one: one.kappa),
+        "target_learnability": each(lambda one: one.learnabilities @ by_mode / (total or 1.0)),
+        "eigenlearning_ratio": predicted / measured,
+        "canatar_ratio": theirs / measured,
+    }
 
 
 def _measure(

@@ -14,7 +14,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.eigensystem import (
     AnalysisMethod,
@@ -24,7 +24,7 @@ from ntkpipe.learning.regression.eigensystem import (
     check_method,
     does_not_fit,
 )
-from ntkpipe.learning.regression.sources import at_least, open_for_analysis
+from ntkpipe.learning.regression.sources import at_least, open_for_analysis, ridges_for
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.density import density, smoothed
@@ -52,12 +52,9 @@ class KernelSpectrum(Result):
     eigenvalues: FloatArray = field(repr=False)  # descending: all of them, or the leading ones
     largest: float  # λ_max
     smallest: float  # λ_min; streamed, the upper bound of it
-    # smallest_low, smallest_high: bounds of λ_min; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`. None if
-    # there is no lower one.
-    smallest_low: float | None
-    smallest_high: float
-    # condition_low, condition_high: bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage
-    # floor and is not known.
+    smallest_low: float | None  # lower bound of λ_min, if any; see :class:`ntkpipe.solvers.spectral.smallest.Smallest`
+    smallest_high: float  # upper bound of λ_min
+    # Bounds of λ_max / λ_min. None where λ_min may be zero, or lies below the storage floor and is not known.
     condition_low: float | None
     condition_high: float | None
     trace: float  # trace, frobenius: tr K and |K|_F, exact in any case
@@ -66,33 +63,23 @@ class KernelSpectrum(Result):
     num_below_floor: float  # num_below_floor, num_below_floor_error: number of eigenvalues below it
     num_below_floor_error: float
     effective_rank: float  # tr K / λ_max (Koltchinskii, Lounici 2017, Bernoulli 23: "effective rank")
-    # entropy_rank, entropy_rank_error: exp(-Σ p_i log p_i) with p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO, who
-    # call it effective rank, too)
-    entropy_rank: float
+    entropy_rank: float  # exp(-Σ p_i log p_i), p_i = λ_i / tr K (Roy, Vetterli 2007, EUSIPCO: "effective rank", too)
     entropy_rank_error: float
     participation_ratio: float  # (tr K)² / |K|_F², exact in any case
     ridges: FloatArray  # λ, absolute, shape (r,)
-    # effective_dimension, effective_dimension_error: d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural
-    # Computation 17)
-    effective_dimension: FloatArray
+    effective_dimension: FloatArray  # d(λ) = Σ λ_i / (λ_i + λ), shape (r,) (Zhang 2005, Neural Computation 17)
     effective_dimension_error: FloatArray
-    # density_grid, density: eigenvalues per decade on a logarithmic grid, for plots; bells of 0.1 decades
-    density_grid: FloatArray = field(repr=False)
-    density: FloatArray = field(repr=False)
-    # tail_exponent, tail_exponent_error: α of λ_i ~ i^-α, and one standard deviation by jackknife; see
-    # :func:`ntkpipe.analysis.power_law.fit_power_law`. None where fewer than 20 eigenvalues above the floor are in
-    # the range.
+    density_grid: FloatArray = field(repr=False)  # a logarithmic grid, for plots
+    density: FloatArray = field(repr=False)  # eigenvalues per decade on this grid; bells of 0.1 decades
+    # α of λ_i ~ i^-α; None where fewer than 20 eigenvalues above the floor are in the range
     tail_exponent: float | None
-    tail_exponent_error: float | None
+    tail_exponent_error: float | None  # one standard deviation, see :func:`ntkpipe.analysis.power_law.fit_power_law`
     tail_first_rank: int | None  # tail_first_rank, tail_last_rank: the range of ranks that was fitted
     tail_last_rank: int | None
-    # tail_exponent_of_first_half, tail_exponent_of_second_half: α of both halves of the range. Unlike ones say that
-    # this is no power law.
-    tail_exponent_of_first_half: float | None
+    tail_exponent_of_first_half: float | None  # α of each half of the range; where they differ, this is no power law
     tail_exponent_of_second_half: float | None
-    # tail_prefactor, tail_scatter: λ at rank 1 of the line; root mean square distance from it in decades
-    tail_prefactor: float | None
-    tail_scatter: float | None
+    tail_prefactor: float | None  # λ at rank 1 of the line
+    tail_scatter: float | None  # root mean square distance from the line, in decades
 
     def _rows(self) -> TableRows:
         low = "?" if self.smallest_low is None else f"{self.smallest_low:.6g}"
@@ -111,10 +98,8 @@ class KernelSpectrum(Result):
             ("entropy rank", f"{_with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
             ("participation ratio", f"{self.participation_ratio:.4g}"),
         ]
-        for ridge, value, error in zip(
-            self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True
-        ):
-            rows.append((f"effective dimension at {ridge:.3g}", _with_error(value, error)))
+        dimensions = zip(self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True)
+        rows += [(f"effective dimension at {ridge:.3g}", _with_error(*dimension)) for ridge, *dimension in dimensions]
         if self.tail_exponent is not None:
             exponent = f"{self.tail_exponent:.3f} ± {self.tail_exponent_error:.2g}"
             ranks = f"ranks {self.tail_first_rank} to {self.tail_last_rank}"
@@ -143,7 +128,7 @@ def spectrum(
     Exact from all eigenvalues by LAPACK where these fit. Streamed: λ_max and the leading k eigenvalues by
     :func:`ntkpipe.eigsh`; bounds of λ_min by :func:`ntkpipe.smallest`; all sums over eigenvalues from
     :func:`ntkpipe.density` with the leading pairs spliced in, and trace and Frobenius norm, which are known, as control
-    variates; an error holds the scatter of probes and what more Lanczos steps could change. Trace, Frobenius norm,
+    variates; errors hold the scatter of probes and what more Lanczos steps could change. Trace, Frobenius norm,
     effective rank and participation ratio are as exact as λ_max then, too.
 
     Cost: exact 4/3 n³ flops and one pass; streamed some 13 passes, up to ``max_passes``, and 50 to 100. Memory: exact
@@ -155,34 +140,25 @@ def spectrum(
         K: what :func:`ntkpipe.as_operator` takes.
     eigenpairs
         Eigenpairs that are known. All n of them make it exact at no cost; fewer are spliced in in place of ``k``.
-    ridges
-        λ at which the effective dimension is wanted; by default 10^-4 to 10^2 mean diagonals.
-    ridge_scale
-        None: absolute. ``"mean_diagonal"``: in multiples of the mean diagonal of K.
+    ridges, ridge_scale
+        λ of the effective dimension, absolute, or multiples of the mean diagonal of K with ``"mean_diagonal"``;
+        default 10^-4 to 10^2 of these.
     tail_ranks
         First and last rank of the power law; see :func:`ntkpipe.analysis.power_law.default_ranks`.
-    method
-        ``exact``, ``streamed``, or ``auto``: exact where it fits.
-    k
-        Number of leading eigenvalues where it is streamed.
-    num_probes, max_passes
-        Probes of the density, and most passes for it.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. It decides between exact and
-        streamed; what streaming takes at least is said above.
+    method, memory_limit
+        ``exact``, ``streamed``, or ``auto``: exact where it fits the bytes that this process may have; default what it
+        has and all that is free. What streaming takes at least is said above.
+    k, num_probes, max_passes
+        Where it is streamed: number of leading eigenvalues; probes of the density, and most passes for it.
     seed, monitor
         Seed of everything that is random; function that is called after each pass.
 
     Raises
     ------
-    ConfigError
-        If a number is out of range, or eigenpairs are of another matrix.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
-    ResourceError
-        If ``exact`` was asked for and does not fit.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
+    ConfigError, NonFiniteError
+        If a number is out of range or eigenpairs are of another matrix; if the matrix holds NaN or infinity.
+    ResourceError, TileError
+        If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
     begin = perf_counter()
     operator, room = open_for_analysis(kernel, memory_limit)
@@ -190,49 +166,24 @@ def spectrum(
     check_method(method)
     check_number("k", k, low=1)
     given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
-    statistics = operator.statistics()
-    asked, scale = ridges_or(_DEFAULT_RIDGES, ridges, ridge_scale)
-    shifts = absolute_ridges(asked, scale, statistics.diagonal)
-    floor = operator.storage_floor()
-    if given is not None and given.is_whole:
-        every: FloatArray | None = np.array(given.eigenvalues)
-        why = given.why
-    else:
-        every, why = _all_values(operator, room, method, monitor)
+    statistics, floor = operator.statistics(), operator.storage_floor()
+    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
+    options |= {"tail_ranks": None if tail_ranks is None else list(tail_ranks), "method": method, "k": k}
+    options |= {"num_probes": num_probes, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
+    every, why = _all_values(operator, given, room, method, monitor)
     status: Status = "converged"
     if every is not None:
         found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
-        found, status, message = _streamed(
-            operator,
-            given,
-            shifts,
-            floor,
-            k=min(k, n),
-            num_probes=num_probes,
-            max_passes=max_passes,
-            memory_limit=room,
-            seed=seed,
-            monitor=monitor,
-        )
+        how: dict[str, Any] = {"memory_limit": room, "seed": seed, "monitor": monitor}
+        found, status, message = _streamed(operator, given, shifts, floor, min(k, n), num_probes, max_passes, **how)
     trace, frobenius = statistics.trace, statistics.frobenius
-    tail = _tail(found["eigenvalues"], n, floor, tail_ranks)
     return KernelSpectrum(
         status=status,
         message=message,
         work=operator.work - before,
         seconds=perf_counter() - begin,
-        options={
-            "ridges": [float(ridge) for ridge in asked],
-            "ridge_scale": scale,
-            "tail_ranks": None if tail_ranks is None else list(tail_ranks),
-            "method": method,
-            "k": k,
-            "num_probes": num_probes,
-            "max_passes": max_passes,
-            "memory_limit": memory_limit,
-            "seed": seed,
-        },
+        options=options,
         matrix=operator.identity(),
         why=why,
         num_rows=n,
@@ -242,14 +193,16 @@ def spectrum(
         effective_rank=trace / found["largest"] if found["largest"] else 0.0,
         participation_ratio=trace**2 / frobenius**2 if frobenius else 0.0,
         ridges=shifts,
-        **tail,
+        **_tail(found["eigenvalues"], n, floor, tail_ranks),
         **found,
     )
 
 
 def _all_values(
-    operator: Operator, memory_limit: int | None, method: AnalysisMethod, monitor: Monitor
+    operator: Operator, given: Eigensystem | None, memory_limit: int | None, method: AnalysisMethod, monitor: Monitor
 ) -> tuple[FloatArray | None, str]:
+    if given is not None and given.is_whole:
+        return np.array(given.eigenvalues), given.why
     if method == "streamed":
         return None, "streamed was asked for"
     try:
@@ -286,13 +239,13 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
 
 def _streamed(
     operator: Operator,
-    given: Any,
+    given: Eigensystem | None,
     ridges: FloatArray,
     floor: float,
-    *,
     k: int,
     num_probes: int,
     max_passes: int,
+    *,
     memory_limit: int | None,
     seed: int,
     monitor: Monitor,
@@ -315,9 +268,8 @@ def _streamed(
         seed=seed,
         monitor=monitor,
     )
-    low = smallest(
-        operator, memory_limit=at_least(memory_limit, 8 * n * _VECTORS_OF_SMALLEST), seed=seed, monitor=monitor
-    )
+    limit = at_least(memory_limit, 8 * n * _VECTORS_OF_SMALLEST)
+    low = smallest(operator, memory_limit=limit, seed=seed, monitor=monitor)
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2
@@ -333,7 +285,7 @@ def _streamed(
         "condition_high": low.condition_high,
         "density_grid": grid,
         "density": smooth,
-        "num_below_floor": operator.num_rows - float(below.values[0]),
+        "num_below_floor": n - float(below.values[0]),
         "num_below_floor_error": float(below.standard_errors[0] + below.truncation_errors[0]),
         **sums,
     }

@@ -1,6 +1,18 @@
-"""Comparing two kernels of the same samples: entries, spectra, eigenspaces, predictions."""
+"""Comparing two kernels of the same samples: entries, spectra, eigenspaces, predictions.
 
-from dataclasses import dataclass, replace
+For a kernel that fits in memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration
+with a Cholesky factor, its lower bound proved by another; predictions by a factor, those of a singular kernel without a
+ridge by the eigenpairs that are not zero. Where it does not fit, everything comes from passes over the tiles: λ_min by
+block Davidson, whose lower bound rests on none having been missed, predictions by conjugate gradients to a true
+residual of 1e-10, and there is no log-determinant.
+
+Memory: the kernels and copies (24 n² bytes, one at a time) where they fit; else a tile of each, or as many as the limit
+allows; vectors come on top, ``8 n (11 k + 60)`` bytes, and for a kernel that does not fit ``24 n rank`` with the rank
+of a preconditioner, min(1000, n/10). Cost: every tile of both once, diagonal ones twice; of different tiles some of the
+smaller ones up to four times; spectra of kernels that do not fit: 15 passes for leading pairs, 100 for λ_min.
+"""
+
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -80,134 +92,89 @@ def compare_kernels(
 ) -> Comparison:
     """Compare kernel A with kernel B, the reference, on the same samples.
 
-    Entries are compared in one pass over the tiles of both in step, in float64, exactly, whatever their tiles are: a
-    relative Frobenius difference, also after the best scale, alignment and centred alignment, the largest entry
-    difference. Where one is a full NTK of N·O rows and the other K has one row a sample, as a pNTK, the latter is
-    ``K ⊗ I_O`` (Mohamadi, Bae, Sutherland 2023, arXiv 2206.12543), of which only strips of a tile ever exist; its
-    eigenpairs, determinant and predictions are those of K.
-
-    Leading eigenpairs are found to a true residual of 1e-10 by block Lanczos. The rest is exact for a kernel that fits
-    in memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration with a Cholesky
-    factor, its lower bound proved by another; predictions by a factor, those of a singular kernel without a ridge by
-    the eigenpairs that are not zero. Where it does not fit, everything comes from passes over the tiles: λ_min
-    by block Davidson, whose lower bound rests on none having been missed, predictions by conjugate gradients to a true
-    residual of 1e-10, and there is no log-determinant. ``method`` of the result says which. Nothing below the storage
-    floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
-
-    Memory: the kernels and copies (24 n² bytes, one at a time) where they fit; else a tile of each, or as many as the
-    limit allows; vectors come on top, ``8 n (11 k + 60)`` bytes, and for a kernel that does not fit ``24 n rank`` with
-    the rank of a preconditioner, min(1000, n/10). Cost of the pass: every tile of both once, diagonal ones twice; of
-    different tiles some of the smaller ones up to four times. Spectra of kernels that do not fit: 15 passes for
-    leading pairs, 100 for λ_min.
+    Entries are compared exactly, in float64, by one pass over the tiles of both in step. Where one is a full NTK of
+    N·O rows and the other K has one row a sample, as a pNTK, the latter is ``K ⊗ I_O`` (Mohamadi, Bae, Sutherland 2023,
+    arXiv 2206.12543), of which only strips of a tile ever exist. Leading eigenpairs are found to a true residual of
+    1e-10; how the rest is found is in :mod:`ntkpipe.analysis.comparing.compare`, and ``method`` of the result says
+    which. Nothing below the storage floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
 
     Parameters
     ----------
-    a, b
-        Each a store or its path, a stored kernel, a symmetric array, or an operator.
-    array
-        Which kernel of a store, as ``train``, or ``groups/head/kernel/train``.
+    a, b, array
+        Each a store or its path, a stored kernel, a symmetric array, or an operator; and which kernel of a store, as
+        ``train``, or ``groups/head/kernel/train``.
     num_outputs
         O of arrays and operators that are full NTKs, row = sample * O + output: of the one that has more rows, or of
         both where they have as many; default that of a stored full NTK beside it, or one.
-    targets, test_targets
-        Shape (N,) for classes, or (N, c); and (M,) or (M, c). Default those of the stores, if they have any.
-    test_kernels
-        Test × train of A and of B: arrays or stored kernels, shapes (M·S, N·S). Default those of the stores.
-    k
-        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``.
-    ridge, ridge_scale
+    targets, test_targets, test_kernels
+        Shape (N,) for classes, or (N, c); and (M,) or (M, c). Test × train of A and of B: arrays or stored kernels,
+        shapes (M·S, N·S). Default those of the stores, if they have any.
+    k, eigenpairs
+        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``. Known pairs
+        of A and B, ``eigenvalues`` descending and ``eigenvectors``: used if one more than k; all n save LAPACK, too.
+    ridge, ridge_scale, smallest_eigenvalue
         λ of both regressions and log-determinants, absolute; with ``"mean_diagonal"`` times the mean diagonal of each.
-    smallest_eigenvalue
-        Whether it is looked for: that is most of the cost where kernels do not fit in memory.
-    eigenpairs
-        Known ones of A and of B, each with ``eigenvalues`` descending and ``eigenvectors``, or none: used where they
-        are at least one more than are compared; all n save LAPACK, too.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. Where that is less than passes
-        need, they have one tile of each kernel and their vectors. On a cluster: of each worker.
-    client
-        Of a Dask cluster that multiplies, as for :func:`ntkpipe.as_operator`; the pass over entries
-        is made here.
+        Whether λ_min is looked for, which is most of the cost where kernels do not fit in memory.
+    memory_limit, client
+        Bytes that this process may have; default what it has and half of what is free; a tile of each and vectors in
+        any case. A Dask cluster that multiplies (entries are compared here); the limit is of each worker then.
     seed, monitor
         Seed of the first blocks; function that is called after each pass.
 
     Raises
     ------
-    ConfigError
+    ConfigError, NonFiniteError
         If the kernels are not of the same samples (the message has the fields of the manifests that differ), B is
-        zero, or an option is wrong.
-    NonFiniteError
-        If one of them holds NaN or infinity.
-    ResourceError
-        If the limit leaves no room for the tiles in use.
-    TileError
-        If a tile is missing or damaged; the message names it.
+        zero, or an option is wrong; if one of them holds NaN or infinity.
+    ResourceError, TileError
+        If the limit leaves no room for the tiles in use; if a tile is missing or damaged.
     """
     started = perf_counter()
-    inputs = inputs_of(a, b, array=array, num_outputs=num_outputs)
-    if test_kernels is not None:
-        inputs = replace(inputs[0], test_kernel=test_kernels[0]), replace(inputs[1], test_kernel=test_kernels[1])
+    inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, low=1)
     goal, note = goal_of(inputs, targets, test_targets, are_kernels_given=test_kernels is not None)
-    entries = inputs[0].entries(width), inputs[1].entries(width)
-    measured = measure_differences(*entries)
+    measured = measure_differences(inputs[0].entries(width), inputs[1].entries(width))
     if measured.frobenius_b == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
-    wanted = _Wanted(
-        k=min(int(k), inputs[0].num_samples),
-        ridge=float(ridge),
-        ridge_scale=ridge_scale,
-        with_smallest=smallest_eigenvalue,
-        seed=int(seed),
-        memory_limit=memory_limit,
-        client=client,
-        monitor=monitor,
-    )
-    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
-    is_outer = inputs[0].width != inputs[1].width
-    first, second = (
-        _find(kernel, width, wanted.k * kernel.width if is_outer else wanted.k, diagonal, goal, wanted, given)
-        for kernel, diagonal, given in zip(
-            inputs, (measured.diagonal_a, measured.diagonal_b), eigenpairs or (None, None), strict=True
-        )
-    )
-    work = Work(1.0, measured.bytes_read, 0.0) + first.work + second.work
-    options = {
-        "array": array,
-        "k": wanted.k,
-        "ridge": wanted.ridge,
-        "ridge_scale": ridge_scale,
-        "smallest_eigenvalue": bool(smallest_eigenvalue),
-        "memory_limit": memory_limit,
-        "seed": wanted.seed,
-    }
-    fields = _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
-    fields |= _prediction_fields(goal, first.predictions, second.predictions, note)
+    k, ridge, seed = min(int(k), inputs[0].num_samples), float(ridge), int(seed)
+    wanted = _Wanted(k, ridge, ridge_scale, smallest_eigenvalue, seed, memory_limit, client, monitor)
+    first, second = _find_both(inputs, width, measured, goal, wanted, eigenpairs or (None, None))
+    options = {"array": array, "k": k, "ridge": ridge, "ridge_scale": ridge_scale}
+    options |= {"smallest_eigenvalue": bool(smallest_eigenvalue), "memory_limit": memory_limit, "seed": seed}
     status, message = _judge(first, second)
+    fields = _input_fields(inputs, width) | _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
     return Comparison(
         status=status,
         message=message,
-        work=work,
+        work=Work(1.0, measured.bytes_read, 0.0) + first.work + second.work,
         seconds=perf_counter() - started,
         options=options,
         matrix=first.identity,
         reference=second.identity,
-        a=inputs[0].name,
-        b=inputs[1].name,
-        kinds=(inputs[0].kind, inputs[1].kind),
-        differs=differing_fields(*inputs),
-        num_samples=inputs[0].num_samples,
-        num_rows=inputs[0].num_samples * width,
-        num_outputs=width,
-        outer=next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
         method=_method(first, second),
         ridge_a=first.ridge,
         ridge_b=second.ridge,
         **fields,
+        **_prediction_fields(goal, first.predictions, second.predictions, note),
     )
+
+
+def _find_both(
+    inputs: tuple[KernelInput, KernelInput],
+    width: int,
+    measured: Differences,
+    goal: Goal | None,
+    wanted: _Wanted,
+    eigenpairs: tuple[Any, Any],
+) -> tuple[_Found, _Found]:
+    a, b = inputs
+    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
+    counts = [wanted.k if a.width == b.width else wanted.k * kernel.width for kernel in inputs]
+    first = _find(a, width, counts[0], measured.diagonal_a, goal, wanted, eigenpairs[0])
+    return first, _find(b, width, counts[1], measured.diagonal_b, goal, wanted, eigenpairs[1])
 
 
 def _find(
@@ -238,6 +205,20 @@ def _find(
             )
         done = stored.work - before + (Work() if operator is stored else operator.work)
         return _Found(outer_ends(ends, num_outputs), predictions, ridge, identity, way, done)
+
+
+def _input_fields(inputs: tuple[KernelInput, KernelInput], width: int) -> dict[str, Any]:
+    a, b = inputs
+    return {
+        "a": a.name,
+        "b": b.name,
+        "kinds": (a.kind, b.kind),
+        "differs": differing_fields(a, b),
+        "num_samples": a.num_samples,
+        "num_rows": a.num_samples * width,
+        "num_outputs": width,
+        "outer": next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
+    }
 
 
 def _entry_fields(measured: Differences) -> dict[str, Any]:

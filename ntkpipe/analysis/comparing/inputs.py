@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,12 @@ def _has_tiles(matrix: Any) -> bool:
 
 
 def inputs_of(
-    a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None
+    a: Any,
+    b: Any,
+    *,
+    array: str = _TRAIN,
+    num_outputs: int | None = None,
+    test_kernels: tuple[Any, Any] | None = None,
 ) -> tuple[KernelInput, KernelInput]:
     """The two kernels of a comparison, from stores, paths, stored kernels, arrays or operators."""
     stored = [_stored_input(kernel, array) for kernel in (a, b)]
@@ -89,7 +94,9 @@ def inputs_of(
         known or _input_of_matrix(kernel, name, own, full if own == max(rows) else 1)
         for kernel, name, own, known in zip((a, b), "ab", rows, stored, strict=True)
     )
-    return first, second
+    if test_kernels is None:
+        return first, second
+    return replace(first, test_kernel=test_kernels[0]), replace(second, test_kernel=test_kernels[1])
 
 
 def _num_rows(kernel: Any, name: str) -> int:

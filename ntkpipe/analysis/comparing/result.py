@@ -24,48 +24,40 @@ class Comparison(Result):
     reference: str  # identity of B; `matrix` is that of A
     kinds: tuple[str | None, str | None]  # kinds of stored kernels; none of others
     differs: tuple[str, ...] | None  # fields in which the manifests differ; none where one has no manifest
-    # num_samples, num_rows, num_outputs: samples, and rows that were compared; `num_outputs` of them for each sample
     num_samples: int
-    num_rows: int
-    num_outputs: int
+    num_rows: int  # rows that were compared
+    num_outputs: int  # rows for each sample
     outer: str | None  # `"a"` or `"b"` where that is taken as `K ⊗ I_O`
-    frobenius_a: float  # frobenius_a, frobenius_b: frobenius norms
+    frobenius_a: float  # frobenius_a, frobenius_b: Frobenius norms
     frobenius_b: float
     relative_difference: float  # `|A - B|_F / |B|_F`
-    # scale, scaled_difference: c that makes `|c A - B|_F` smallest, and that over `|B|_F`; no scale if A is zero
-    scale: float | None
-    scaled_difference: float
+    scale: float | None  # c that makes `|c A - B|_F` smallest; none if A is zero
+    scaled_difference: float  # `|c A - B|_F / |B|_F`
     alignment: float | None  # `<A, B>_F / (|A|_F |B|_F)`; none if A is zero
     # The same of `(H ⊗ I) A (H ⊗ I)` and `(H ⊗ I) B (H ⊗ I)`, H = I - 11'/N: centred kernel alignment (Cortes, Mohri,
     # Rostamizadeh 2012, JMLR 13, Eq. 4), each output centred over samples; none where nothing is left.
     centred_alignment: float | None
-    # largest_entry_difference, largest_entry: largest `|A_ij - B_ij| / sqrt(B_ii B_jj)` and its row and column
-    largest_entry_difference: float
-    largest_entry: tuple[int, int] | None
-    num_zero_rows: int  # tableRows of B with a diagonal that is not positive, whose entries are left out of it
+    largest_entry_difference: float  # largest `|A_ij - B_ij| / sqrt(B_ii B_jj)`
+    largest_entry: tuple[int, int] | None  # its row and column
+    num_zero_rows: int  # rows of B with a diagonal that is not positive, whose entries are left out of it
     method: str  # how spectra and predictions were found, and why
-    # eigenvalues_a, eigenvalues_b: the leading ones, descending, shape (k,): of `K ⊗ I_O` each O times
-    eigenvalues_a: FloatArray = field(repr=False)
+    eigenvalues_a: FloatArray = field(repr=False)  # the leading ones, descending, shape (k,): of `K ⊗ I_O` each O times
     eigenvalues_b: FloatArray = field(repr=False)
     largest_eigenvalue_ratio: float  # λ_max of A over that of B
-    # smallest_eigenvalue_a, smallest_eigenvalue_b: λ_min of what is stored; none where it was not asked for
-    smallest_eigenvalue_a: float | None
+    smallest_eigenvalue_a: float | None  # λ_min of what is stored; none where it was not asked for
     smallest_eigenvalue_b: float | None
-    # smallest_eigenvalue_bounds_a, smallest_eigenvalue_bounds_b: its bounds by the errors of solvers; a lower end
-    # that is not known is none
+    # Bounds of these by the errors of solvers; a lower end that is not known is none
     smallest_eigenvalue_bounds_a: tuple[float | None, float | None] | None
     smallest_eigenvalue_bounds_b: tuple[float | None, float | None] | None
-    # smallest_eigenvalue_ratio, smallest_eigenvalue_ratio_bounds: λ_min of A over that of B; its bounds hold for the
-    # kernels before they were rounded to be stored. None where one λ_min is not known from zero, by its error and its
-    # storage floor.
+    # λ_min of A over that of B; none where one is not known from zero, by its error and its storage floor
     smallest_eigenvalue_ratio: float | None
-    smallest_eigenvalue_ratio_bounds: tuple[float, float] | None
+    smallest_eigenvalue_ratio_bounds: (
+        tuple[float, float] | None
+    )  # for the kernels before they were rounded to be stored
     smallest_eigenvalue_note: str  # what is known of the ratio, or why nothing is, in words
-    # condition_number_a, condition_number_b, condition_number_ratio, condition_number_ratio_bounds: λ_max / λ_min of
-    # each, and of A over B, in the same sense
-    condition_number_a: float | None
+    condition_number_a: float | None  # λ_max / λ_min, in the same sense
     condition_number_b: float | None
-    condition_number_ratio: float | None
+    condition_number_ratio: float | None  # of A over B
     condition_number_ratio_bounds: tuple[float, float] | None
     floor_a: float  # floor_a, floor_b: what rounding of entries did to eigenvalues: below it they are not known
     floor_b: float
@@ -73,14 +65,11 @@ class Comparison(Result):
     principal_angles: FloatArray = field(repr=False)
     angle_error: float  # how far the largest one can be off, in radians, for the residuals and gaps of the eigenvalues
     overlap: float  # mean squared cosine of them, 1 for equal spaces
-    # log_determinant_a, log_determinant_b: of A and B with their ridges added; none where the whole spectrum was not
-    # computed or that is indefinite
-    log_determinant_a: float | None
+    log_determinant_a: float | None  # with the ridge added; none if that is indefinite or the spectrum is not whole
     log_determinant_b: float | None
     ridge_a: float | None  # ridge_a, ridge_b: λ of the regressions, absolute; none without targets
     ridge_b: float | None
-    # predictions_a, predictions_b: of test samples, shape (M, c), if there are targets and test kernels
-    predictions_a: FloatArray | None = field(repr=False)
+    predictions_a: FloatArray | None = field(repr=False)  # of test samples, (M, c), given targets and test kernels
     predictions_b: FloatArray | None = field(repr=False)
     prediction_difference: float | None  # `|F_a - F_b|_F / |F_b|_F`; as all below none without predictions
     disagreement: float | None  # share of test samples for which the largest prediction is of another column
@@ -133,12 +122,10 @@ class Comparison(Result):
         if self.condition_number_ratio is not None and self.condition_number_ratio_bounds is not None:
             low, high = self.condition_number_ratio_bounds
             both = f"{self.condition_number_a:.5g} / {self.condition_number_b:.5g}"
-            rows.append(
-                ("condition number, A / B", f"{both} = {self.condition_number_ratio:.6g}, in [{low:.6g}, {high:.6g}]")
-            )
+            words = f"{both} = {self.condition_number_ratio:.6g}, in [{low:.6g}, {high:.6g}]"
+            rows.append(("condition number, A / B", words))
         rows.append(("storage floors", f"{self.floor_a:.2g} and {self.floor_b:.2g}"))
-        rows.append(("leading eigenspaces", self._angle_words()))
-        rows += self._prediction_rows()
+        rows += [("leading eigenspaces", self._angle_words()), *self._prediction_rows()]
         if self.is_of_dtypes:
             rows += [(f"dtype, for {purpose}", words) for purpose, words in self.purposes().items()]
         return rows

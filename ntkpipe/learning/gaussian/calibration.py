@@ -29,24 +29,20 @@ _SHOWN_LEVELS = (0.5, 0.9, 0.99)
 class Calibration(Result):
     """How often test targets are where a Gaussian process says. L levels, B bins."""
 
-    # levels, coverage: probabilities, and the share of targets inside of the central interval of that probability,
-    # shape (L,). Equal if the variances are right on the average.
-    levels: FloatArray
+    levels: FloatArray  # probabilities, shape (L,)
+    # Share of targets inside of the central interval of each: equal to it if the variances are right on the average
     coverage: FloatArray
-    # `mean((y - f)² / v)`: 1 if variances are of the right size, larger if they are too small
-    mean_standardized_squared_residual: float
-    # `mean(½ log 2πv + ½ (y - f)² / v)` (Rasmussen and Williams 2006, Eq. 2.34).
+    mean_standardized_squared_residual: float  # `mean((y - f)² / v)`: 1 is right, more if variances are too small
+    # `mean(½ log 2πv + ½ (y - f)² / v)` (Rasmussen and Williams 2006, Eq. 2.34)
     negative_log_predictive_density: float
     scale: float  # the factor that variances were multiplied with
     includes_noise: bool  # whether the noise is part of v
-    # confidence, accuracy, counts: of classes, in bins of the probability of the predicted class: its mean, the share
-    # that is right, and test samples, shape (B,); empty for real targets. NaN where a bin is empty.
-    confidence: FloatArray = field(repr=False)
-    accuracy: FloatArray = field(repr=False)
-    counts: NDArray[np.int64] = field(repr=False)
+    # Of classes, in bins of the probability of the predicted class, shape (B,); empty for real targets
+    confidence: FloatArray = field(repr=False)  # mean probability, NaN where a bin is empty
+    accuracy: FloatArray = field(repr=False)  # share that is right, NaN where a bin is empty
+    counts: NDArray[np.int64] = field(repr=False)  # test samples
     edges: FloatArray = field(repr=False)  # edges of the bins, shape (B + 1,)
-    # `Σ counts |accuracy - confidence| / M` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real
-    # targets
+    # `Σ counts |accuracy - confidence| / M` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real targets
     expected_calibration_error: float
     mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
     mean_accuracy: float
@@ -85,13 +81,14 @@ def calibration(
     Every output of every test sample counts as one number with a normal distribution of mean f and variance v. For
     classes the targets are one-hot there, and besides, the probability of a class is that of its output being the
     largest: with independent outputs by Gauss-Hermite quadrature, with the correlated ones of a full NTK by draws.
+    Memory is some temporaries of 16 MiB, and M · O numbers.
 
     Parameters
     ----------
     posterior
         A posterior with test samples.
-    test_targets
-        Labels of classes (M,), or real targets (M,) or (M, O).
+    test_targets, task
+        Labels of classes (M,), or real targets (M,) or (M, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
     classes
         Labels in the order of the outputs, as ``KernelRegression.classes_``; default integers from 0.
     scale
@@ -99,12 +96,8 @@ def calibration(
         NTKs are not scaled for targets.
     include_noise
         Whether v is that of targets, or of the function alone.
-    levels
-        Probabilities of central intervals, between 0 and 1.
-    bins
-        Number of bins of equal width for the probability of the predicted class.
-    task
-        As of :class:`ntkpipe.KernelRegression`.
+    levels, bins
+        Probabilities of central intervals, between 0 and 1; number of equal bins for that of the predicted class.
     num_draws, seed
         Draws, and their seed, for probabilities with a full NTK.
 
@@ -112,10 +105,6 @@ def calibration(
     ------
     ConfigError
         If shapes do not fit, a variance is zero, or an option is out of range.
-
-    Notes
-    -----
-    Memory is some temporaries of 16 MiB, and M · O numbers.
     """
     start = perf_counter()
     factor, labels = _checked(posterior, test_targets, classes, scale, levels, bins, task)
@@ -228,7 +217,6 @@ def largest_of_independent(mean: FloatArray, variance: FloatArray) -> FloatArray
         some = slice(start, start + step)
         gaps = (mean[some, :, None] - mean[some, None, :]) / np.sqrt(variance[some])[:, None, None]
         logs = log_ndtr(nodes + gaps[..., None])
-        places = np.arange(outputs)
-        logs[:, places, places] = 0.0
+        logs[:, range(outputs), range(outputs)] = 0.0
         found[some] = np.exp(logs.sum(axis=2)) @ weights
     return found

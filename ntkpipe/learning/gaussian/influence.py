@@ -29,14 +29,11 @@ class Influence(Result):
     Of several real outputs it is the Euclidean norm over all of them, which has no sign.
     """
 
-    # Column of the output whose terms are taken, shape (M,); -1 where all outputs are
-    predicted: NDArray[np.int64] = field(repr=False)
-    # Train samples of the largest terms by size, descending, shape (M, k)
-    top_samples: NDArray[np.int64] = field(repr=False)
+    predicted: NDArray[np.int64] = field(repr=False)  # column whose terms are taken, shape (M,); -1 if all outputs are
+    top_samples: NDArray[np.int64] = field(repr=False)  # train samples of the largest terms, descending, shape (M, k)
     top_terms: FloatArray = field(repr=False)  # these terms, shape (M, k)
     top_share: float  # share that the k have of the sizes of all terms, the mean over test samples
-    # Mean size of the terms of each train sample over all test samples, shape (N,)
-    mean_size: FloatArray = field(repr=False)
+    mean_size: FloatArray = field(repr=False)  # mean size of each train sample's terms over test samples, shape (N,)
     most_influential: NDArray[np.int64]  # train samples of the largest of these, descending, shape (k,)
 
     def _rows(self) -> TableRows:
@@ -63,13 +60,12 @@ def influence(
 
     They are the representer values of Yeh, Kim, Yen, Ravikumar 2018, arXiv 1811.09720, for kernel ridge regression. A
     term says what a prediction is made of, not what it would be without the sample: that is leave-one-out, see
-    :func:`ntkpipe.ridge_path`.
+    :func:`ntkpipe.ridge_path`. Memory is a few copies of 16 MiB of the kernel, ``16 M k`` and ``8 N`` bytes.
 
     Parameters
     ----------
     model
-        A fitted :class:`ntkpipe.KernelRegression`; or coefficients A, shape (n,) or (n, O), with
-        the two options below.
+        A fitted :class:`ntkpipe.KernelRegression`; or coefficients A, (n,) or (n, O), with the two options below.
     test_kernel
         Test × train, (M·S, N·S), array or stored; or a store. Read once, a few rows at a time.
     top
@@ -82,16 +78,10 @@ def influence(
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, or an option is out of range.
-    NonFiniteError
-        If the kernel holds NaN or infinity.
+    ConfigError, NonFiniteError
+        If shapes do not fit or an option is out of range; if the kernel holds NaN or infinity.
     TileError
         If a tile is missing or damaged; the message names it.
-
-    Notes
-    -----
-    Memory is a few copies of 16 MiB of the kernel, ``16 M k`` and ``8 N`` bytes.
     """
     start = perf_counter()
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
@@ -106,9 +96,8 @@ def influence(
     top_terms = np.empty((cross.num_samples, most))
     sums, shares = np.zeros(num_train), 0.0
     for samples, block in cross.sample_blocks():
-        terms, predicted[samples] = _terms(
-            block, coefficients, rows_a_sample, by_class, None if offset is None else offset[samples]
-        )
+        initial = None if offset is None else offset[samples]
+        terms, predicted[samples] = _terms(block, coefficients, rows_a_sample, by_class, initial)
         sizes = np.abs(terms)
         order = np.argsort(-sizes, axis=1, kind="stable")[:, :most]
         top_samples[samples] = order
@@ -148,11 +137,8 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
         rows = 1 if width is None else int(check_number("width", width, low=1))
         several = rows > 1 or (coefficients.ndim == 2 and coefficients.shape[1] > 1)
         by_class = several if is_classification is None else is_classification
-    if (
-        coefficients.ndim not in {1, 2}
-        or len(coefficients) % rows
-        or (rows > 1 and coefficients.size != len(coefficients))
-    ):
+    has_columns = rows > 1 and coefficients.size != len(coefficients)
+    if coefficients.ndim not in {1, 2} or len(coefficients) % rows or has_columns:
         raise ConfigError(f"coefficients of shape {coefficients.shape} for {rows} rows a sample")
     return coefficients.reshape(len(coefficients), -1), rows, by_class
 

@@ -1,4 +1,13 @@
-"""Gaussian processes with a stored kernel as covariance: posterior, marginal likelihood, exact or streamed."""
+"""Gaussian processes with a stored kernel as covariance: posterior, marginal likelihood, exact or streamed.
+
+With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
+mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
+log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in Algorithm
+2.1.
+
+Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows that
+fits memory, 256 at most.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -35,24 +44,19 @@ class Posterior(Result):
     # Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample, S =
     # 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. Of a full NTK S = O.
     covariance: FloatArray = field(repr=False)
-    # Diagonals of the covariance, shape (M, S), which is (M, 1) or (M, O): it broadcasts with the mean
-    variance: FloatArray = field(repr=False)
+    variance: FloatArray = field(repr=False)  # diagonals of it, (M, S), so (M, 1) or (M, O): broadcasts with the mean
     noise: float  # the variance of the noise of targets: the ridge λ, absolute
-    # log_marginal_likelihood, log_marginal_likelihood_error: `log p(Y | X)`, summed over outputs; the error is zero
-    # by a factor, and that of the log determinant else
-    log_marginal_likelihood: float
-    log_marginal_likelihood_error: float
-    # data_fit, complexity: its parts `-½ tr Y'(K + λI)^-1 Y` and `-½ log det(K + λI)` times the number of columns;
-    # the rest is `-½ n c log 2π`
-    data_fit: float
-    complexity: float
+    log_marginal_likelihood: float  # `log p(Y | X)`, summed over outputs: both parts below and `-½ n c log 2π`
+    log_marginal_likelihood_error: float  # zero by a factor, else that of the log determinant
+    data_fit: float  # `-½ tr Y'(K + λI)^-1 Y`
+    complexity: float  # `-½ log det(K + λI)` times the number of columns
     # The factor s² of kernel and noise together that makes the targets most likely, `tr Y'(K + λI)^-1 Y / (n c)`:
     # with the prior s² K and noise s² λ the mean stays, and variances are s² times as large. NTKs are not scaled for
     # targets, so compare it with 1 before variances are read as such.
     scale: float
     mean_diagonal: float  # mean of the diagonal of K
-    num_rows: int  # num_rows, num_columns: n and c, of the targets as right-hand sides
-    num_columns: int
+    num_rows: int  # n
+    num_columns: int  # c, of the targets as right-hand sides
     method: str  # method, why: `cholesky` or `streamed`, and why
     why: str
     residual: float  # largest relative true residual of the systems
@@ -103,21 +107,15 @@ def gaussian_process(
 ) -> Posterior:
     """Condition a Gaussian process of covariance K on targets with Gaussian noise of variance λ.
 
-    With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
-    mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
-    log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in
-    their Algorithm 2.1. Columns of Y are independent processes with the same covariance, and likelihoods multiply. A
-    full NTK is one process over all pairs of a sample and an output. The mean is that of
-    :class:`ntkpipe.KernelRegression` with the same ridge.
-
-    For labels of classes the targets are one-hot, as in regression: a Gaussian likelihood, not a classifier's.
+    Columns of Y are independent processes with the same covariance, and likelihoods multiply. A full NTK is one process
+    over all pairs of a sample and an output. The mean is that of :class:`ntkpipe.KernelRegression` with the same ridge.
+    Formulas and cost are in :mod:`ntkpipe.learning.gaussian.process`.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
-    targets
-        Labels of classes (N,), or real targets (N,) or (N, O).
+    kernel, targets, task
+        K: what :func:`ntkpipe.as_operator` takes. Y: real targets (N,) or (N, O), or labels of classes (N,), one-hot as
+        in regression: a Gaussian likelihood, not a classifier's; ``task`` as of :class:`ntkpipe.KernelRegression`.
     ridge, ridge_scale
         λ, the variance of the noise, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
     test_kernel, test_diagonal
@@ -125,111 +123,96 @@ def gaussian_process(
         with one row a sample; both or none.
     initial_outputs, test_initial_outputs
         The prior mean at train and test samples, (N, O) and (M, O), as a network's outputs f₀; default zero.
-    method
-        ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in ``path``. ``streamed``: every test row is a
-        column of a system, solved by passes, and the log determinant is estimated with its error. ``auto``: the factor
-        if it fits or there is a path.
-    path
-        A folder or URL for a factor that does not fit in memory; see :func:`ntkpipe.cholesky`.
-    task
-        As of :class:`ntkpipe.KernelRegression`.
-    tol
-        Largest relative true residual of a system that is called converged; errors of variances are of second order
-        in it.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
-        streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
-    seed, monitor
-        Seed of preconditioners and probes; function that is called after each pass.
+    method, path, memory_limit
+        ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in the folder or URL ``path``, see
+        :func:`ntkpipe.cholesky`. ``streamed``: every test row is a column of a system, solved by passes, and the log
+        determinant is estimated with its error; takes a tenth of a float32 kernel, or 6 kB a row if that is less.
+        ``auto``: the factor if there is a path or it fits ``memory_limit``, bytes that this process may have; default
+        what it has and half of what is free.
+    tol, seed, monitor
+        Largest relative true residual of a converged system (errors of variances are of second order in it); seed of
+        preconditioners and probes; function that is called after each pass.
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, or an option is out of range.
-    IndefiniteError
-        If K + λI is not positive definite, by ``cholesky``; the message says which ridge helps.
-    NonFiniteError
-        If the kernel or targets hold NaN or infinity.
-    ResourceError
-        If a factor was asked for and does not fit.
-    TileError
-        If a tile is missing or damaged; the message names it.
-
-    Notes
-    -----
-    Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows
-    that fits memory, 256 at most.
+    ConfigError, NonFiniteError
+        If shapes do not fit or an option is out of range; if the kernel or targets hold NaN or infinity.
+    IndefiniteError, ResourceError, TileError
+        By ``cholesky``, if K + λI is not positive definite (the message says which ridge helps), or the factor does not
+        fit; if a tile is missing or damaged.
     """
     begin = perf_counter()
+    _check(method, path, test_kernel, test_diagonal, tol)
+    operator, share = open_for_analysis(kernel, memory_limit)
+    before = operator.work
+    train = train_targets(kernel, operator, targets, initial_outputs, task)
+    width, shape, is_centred = train.width, train.labels.matrix.shape, initial_outputs is not None
+    noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
+    cross, mean, covariance = None, np.zeros((0, shape[1])), np.zeros((0, width, width))
+    if test_kernel is not None:
+        cross = CrossKernel(test_kernel, operator.num_rows, width)
+        covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
+        offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
+    by = _condition(operator, train.rhs, noise, method, path, tol, share, seed, monitor)
+    if cross is not None:
+        mean = as_samples(cross.times(by.coefficients), width) + offset
+        covariance = covariance - by.explained(cross, width)
+    likelihood = _likelihood(by, *train.rhs.shape)
+    options: dict[str, Any] = {"ridge": ridge, "ridge_scale": ridge_scale, "method": method}
+    options |= {"path": None if path is None else str(path), "task": task, "tol": tol, "memory_limit": memory_limit}
+    options |= {"seed": seed, "centred": is_centred}
+    return Posterior(
+        status=by.convergence.status,
+        message=by.convergence.messages[0] if by.convergence.messages else by.message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options=options,
+        matrix=operator.identity(),
+        mean=mean,
+        noise=noise,
+        mean_diagonal=float(operator.diagonal().mean()),
+        why=by.why if method == "auto" else f"asked for; {by.why}",
+        floor=operator.storage_floor(),
+        **_without_negative(covariance),
+        **likelihood,
+    )
+
+
+def _check(method: str, path: str | Path | None, test_kernel: Any, test_diagonal: Any, tol: float) -> None:
     check_method(method, ProcessMethod)
     if method == "streamed" and path is not None:
         raise ConfigError("path is an option of method='cholesky'")
     if (test_kernel is None) != (test_diagonal is None):
         raise ConfigError("a test kernel without the diagonal of test samples, or this without it; needed both or none")
     check_number("tol", tol, low=0.0)
-    operator, share = open_for_analysis(kernel, memory_limit)
-    before = operator.work
-    train = train_targets(kernel, operator, targets, initial_outputs, task)
-    rhs, width, num_outputs = train.rhs, train.width, train.labels.matrix.shape[1]
-    noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
-    cross, mean, covariance = None, np.zeros((0, num_outputs)), np.zeros((0, width, width))
-    if test_kernel is not None:
-        cross = CrossKernel(test_kernel, operator.num_rows, width)
-        covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
-        shape = cross.num_samples, num_outputs
-        offset = offset_of_test(test_initial_outputs, shape, is_centred=initial_outputs is not None)
-    by: _Conditioned
-    if method == "cholesky" or (method == "auto" and (path is not None or factor_fits(operator.num_rows, share))):
-        by = _ByFactor(operator, rhs, noise, path=path, tol=tol, memory_limit=share, monitor=monitor)
-    else:
-        by = _ByPasses(operator, rhs, noise, tol=tol, seed=seed, memory_limit=share, monitor=monitor)
-    if cross is not None:
-        mean = as_samples(cross.times(by.coefficients), width) + offset
-        covariance = covariance - by.explained(cross, width)
+
+
+def _without_negative(covariance: FloatArray) -> dict[str, Any]:
+    """Covariance and variance with zero for variances that rounding made negative, by the names of the result."""
     variance = np.diagonal(covariance, axis1=1, axis2=2)
     clipped = variance < 0.0
     if clipped.any():
         covariance = covariance.copy()
-        places = np.arange(width)
+        places = np.arange(covariance.shape[1])
         covariance[:, places, places] = np.maximum(variance, 0.0)
+    return {"covariance": covariance, "variance": np.maximum(variance, 0.0), "num_clipped": int(clipped.sum())}
+
+
+def _likelihood(by: "_Conditioned", num_rows: int, num_columns: int) -> dict[str, Any]:
+    """The marginal likelihood with its parts and its scale, and how it was found, by the names of the result."""
     logdet, logdet_error = by.logdet()
-    convergence, (n, columns) = by.convergence, rhs.shape
-    data_fit, complexity = -0.5 * by.form, -0.5 * columns * logdet
-    return Posterior(
-        status=convergence.status,
-        message=convergence.messages[0] if convergence.messages else by.message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options={
-            "ridge": ridge,
-            "ridge_scale": ridge_scale,
-            "method": method,
-            "path": None if path is None else str(path),
-            "task": task,
-            "tol": tol,
-            "memory_limit": memory_limit,
-            "seed": seed,
-            "centred": initial_outputs is not None,
-        },
-        matrix=operator.identity(),
-        mean=mean,
-        covariance=covariance,
-        variance=np.maximum(variance, 0.0),
-        noise=noise,
-        log_marginal_likelihood=data_fit + complexity - 0.5 * n * columns * math.log(2 * math.pi),
-        log_marginal_likelihood_error=0.5 * columns * logdet_error,
-        data_fit=data_fit,
-        complexity=complexity,
-        scale=by.form / (n * columns),
-        mean_diagonal=float(operator.diagonal().mean()),
-        num_rows=n,
-        num_columns=columns,
-        method=by.name,
-        why=by.why if method == "auto" else f"asked for; {by.why}",
-        residual=convergence.worst,
-        num_clipped=int(clipped.sum()),
-        floor=operator.storage_floor(),
-    )
+    data_fit, complexity = -0.5 * by.form, -0.5 * num_columns * logdet
+    return {
+        "log_marginal_likelihood": data_fit + complexity - 0.5 * num_rows * num_columns * math.log(2 * math.pi),
+        "log_marginal_likelihood_error": 0.5 * num_columns * logdet_error,
+        "data_fit": data_fit,
+        "complexity": complexity,
+        "scale": by.form / (num_rows * num_columns),
+        "method": by.name,
+        "residual": by.convergence.worst,
+        "num_rows": num_rows,
+        "num_columns": num_columns,
+    }
 
 
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
@@ -259,31 +242,40 @@ class _Conditioned(Protocol):
         """``log det(K + λI)``, and its error."""
 
 
+def _condition(
+    operator: Operator,
+    rhs: FloatArray,
+    noise: float,
+    method: ProcessMethod,
+    path: str | Path | None,
+    tol: float,
+    memory_limit: int | None,
+    seed: int,
+    monitor: Monitor,
+) -> _Conditioned:
+    """Condition by the method that was asked for, or that memory has room for."""
+    if method == "cholesky" or (
+        method == "auto" and (path is not None or factor_fits(operator.num_rows, memory_limit))
+    ):
+        factor = cholesky(operator, ridge=noise, path=path, memory_limit=memory_limit, monitor=monitor)
+        return _ByFactor(factor, rhs, "in memory" if path is None else f"in {factor.path}", tol)
+    inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
+    return _ByPasses(inverse, operator, rhs, noise)
+
+
 class _ByFactor:
     """Exact conditioning, by a Cholesky factor."""
 
     name = "cholesky"
 
-    def __init__(
-        self,
-        operator: Operator,
-        rhs: FloatArray,
-        noise: float,
-        *,
-        path: str | Path | None,
-        tol: float,
-        memory_limit: int | None,
-        monitor: Monitor,
-    ) -> None:
-        self._factor: CholeskyFactor = cholesky(
-            operator, ridge=noise, path=path, memory_limit=memory_limit, monitor=monitor
-        )
-        found = self._factor.solve(rhs, tol=tol)
+    def __init__(self, factor: CholeskyFactor, rhs: FloatArray, place: str, tol: float) -> None:
+        self._factor = factor
+        found = factor.solve(rhs, tol=tol)
         self.coefficients = np.asarray(found.coefficients)
         self.convergence = Convergence()
         self.convergence.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
         self.form = float(np.sum(rhs * self.coefficients))
-        self.why = "a factor in memory" if path is None else f"a factor in {self._factor.path}"
+        self.why = f"a factor {place}"
         self.message = "exact, by a Cholesky factor in float64"
 
     def explained(self, cross: CrossKernel, width: int) -> FloatArray:
@@ -304,19 +296,8 @@ class _ByPasses:
 
     name = "streamed"
 
-    def __init__(
-        self,
-        operator: Operator,
-        rhs: FloatArray,
-        noise: float,
-        *,
-        tol: float,
-        seed: int,
-        memory_limit: int | None,
-        monitor: Monitor,
-    ) -> None:
-        self._noise = noise
-        self._inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
+    def __init__(self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float) -> None:
+        self._inverse, self._noise = inverse, noise
         self.convergence = Convergence()
         self.coefficients = self._inverse.times(rhs, noise, self.convergence)
         # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.

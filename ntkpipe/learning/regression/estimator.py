@@ -42,12 +42,10 @@ class KernelRegression:
 
     Parameters
     ----------
-    ridge
-        λ ≥ 0, absolute: what is added to the diagonal. Zero is interpolation, and where K is singular the Moore–Penrose
-        (minimum-norm least-squares) solution, of eigenvalues above a cut-off that the result names, see
-        :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
-    ridge_scale
-        With ``"mean_diagonal"`` the ridge is a multiple of the mean of the diagonal of the train kernel.
+    ridge, ridge_scale
+        λ ≥ 0, which is added to the diagonal, absolute, or multiples of its mean with ``"mean_diagonal"``. Zero is
+        interpolation, and where K is singular the Moore–Penrose (minimum-norm least-squares) solution, of eigenvalues
+        above a cut-off that the result names, see :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
     method
         ``auto``: for λ > 0 what :func:`ntkpipe.solve` expects to be fastest; for λ = 0 Cholesky, if it
         fits memory and the smallest eigenvalue is well above the cut-off, else ``eigh``, if that fits, else conjugate
@@ -78,10 +76,8 @@ class KernelRegression:
         Labels in the order of output columns; missing for real targets.
     result_
         The :class:`ntkpipe.solvers.linear.solution.Solution`, with status, residuals, cost; prints as a table.
-    num_outputs_
-        O.
-    rows_per_sample_
-        S: 1, or O of a full NTK.
+    num_outputs_, rows_per_sample_
+        O; and S: 1, or O of a full NTK.
 
     Examples
     --------
@@ -127,14 +123,10 @@ class KernelRegression:
 
         Raises
         ------
-        ConfigError
-            If shapes do not fit, an option is out of range, or a store has no targets.
-        IndefiniteError
-            If ``method="cholesky"`` meets a pivot that is not positive.
-        NonFiniteError
-            If the kernel or targets hold NaN or infinity.
-        ResourceError
-            If the method that was asked for does not fit memory.
+        ConfigError, NonFiniteError
+            If shapes do not fit, an option is out of range, or there are no targets; if something is NaN or infinite.
+        IndefiniteError, ResourceError
+            If ``method="cholesky"`` meets a pivot that is not positive; if the method does not fit memory.
         TileError
             If a tile is missing or damaged; the message names it.
 
@@ -250,10 +242,8 @@ class KernelRegression:
 
         Raises
         ------
-        ConfigError
-            If shapes do not fit, or nothing is fitted yet.
-        NonFiniteError
-            If the kernel holds NaN or infinity.
+        ConfigError, NonFiniteError
+            If shapes do not fit or nothing is fitted yet; if the kernel holds NaN or infinity.
         TileError
             If a tile is missing or damaged; the message names it.
         """

@@ -37,8 +37,7 @@ class Point:
     generalised_cross_validation: WithError
     left_out_samples: NDArray[np.int64]  # samples with leave-one-out residuals: all or some
     left_out_residuals: FloatArray  # residuals of these samples, rows as in the kernel
-    # Approximate residuals of all samples, by the mean block of the inverse, where only some samples are left out
-    proxy_residuals: FloatArray | None
+    proxy_residuals: FloatArray | None  # of all samples, by the mean block of the inverse, where only some are left out
     residual: float = 0.0  # largest relative true residual
     status: Status = "converged"  # whether it can be trusted
     message: str = ""  # why it cannot be trusted
@@ -130,10 +129,9 @@ class ByFactors:
         try:
             factor = cholesky(self._operator, ridge=ridge, memory_limit=self._memory_limit)
         except IndefiniteError as error:
-            count = len(self._rhs) // self._width
-            nothing = np.full((count, self._width, self._width), np.nan)
+            blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
             unknown = np.full_like(self._rhs, np.nan)
-            return _exact_point(ridge, unknown, nothing, status=_INDEFINITE, message=str(error))
+            return _exact_point(ridge, unknown, blocks, status=_INDEFINITE, message=str(error))
         found = factor.solve(self._rhs, tol=self._tol)
         return _exact_point(
             ridge,
@@ -159,8 +157,7 @@ class ByPasses:
         seed: int,
         why: str,
     ) -> None:
-        self._inverse, self._rhs, self._width, self.why = inverse, rhs, width, why
-        self._tol = tol
+        self._inverse, self._rhs, self._width, self._tol, self.why = inverse, rhs, width, tol, why
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
         self._previous: FloatArray | None = None

@@ -32,10 +32,8 @@ class Resolvent:
     trace_error: float
     squared_trace: float  # squared_trace, squared_trace_error: tr G²
     squared_trace_error: float
-    # left_out_loss, left_out_loss_error: mean squared error of predicting the rows of a sample from all others, over
-    # rows and columns; what the estimate of it is off by. NaN where there is no estimate.
-    left_out_loss: float
-    left_out_loss_error: float
+    left_out_loss: float  # mean squared error of rows of a sample predicted from all others; NaN without an estimate
+    left_out_loss_error: float  # what the estimate of it is off by
     left_out_spread: float  # standard error of that mean as one over samples
     residual: float  # the largest relative residual of a system; zero where eigenpairs were used
     is_definite: bool  # whether K + λI is positive definite, as far as was seen

@@ -1,4 +1,13 @@
-"""Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best."""
+"""Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best.
+
+With G = (K + λI)^-1, A = G Y and H = K G, so I - H = λG, generalised cross-validation is ``V = (1/n) |(I - H) Y|² /
+((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns;
+at λ = 0 its limit.
+
+Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a ridge
+for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the memory holds
+coefficients of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +22,19 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, memory_room
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Labels, Task, as_samples
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, check_method
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, open_for_analysis, train_targets
+from ntkpipe.learning.regression.sources import (
+    TrainTargets,
+    offset_of_test,
+    open_for_analysis,
+    ridges_for,
+    train_targets,
+)
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
@@ -56,18 +71,13 @@ class RidgePath(Result):
     mean_diagonal: float  # mean of the diagonal of K; ridges are also printed as multiples of it
     method: str  # method, why: `eigh`, `cholesky` or `streamed`, and why
     why: str
-    # train_loss, train_accuracy: on the training set; accuracies are NaN if targets are no classes
-    train_loss: FloatArray
-    train_accuracy: FloatArray
-    # effective_dimension, effective_dimension_error: `tr K (K + λI)^-1`, the degrees of freedom of the fit
-    effective_dimension: FloatArray
+    train_loss: FloatArray  # on the training set
+    train_accuracy: FloatArray  # accuracies are NaN if targets are no classes
+    effective_dimension: FloatArray  # `tr K (K + λI)^-1`, the degrees of freedom of the fit
     effective_dimension_error: FloatArray
-    # generalised_cross_validation, generalised_cross_validation_error: V(λ) of Golub, Heath and Wahba
-    generalised_cross_validation: FloatArray
+    generalised_cross_validation: FloatArray  # V(λ) of Golub, Heath and Wahba
     generalised_cross_validation_error: FloatArray
-    # leave_one_out_loss, leave_one_out_loss_error, leave_one_out_accuracy, leave_one_out_accuracy_error: each sample,
-    # with all of its rows, predicted from all others
-    leave_one_out_loss: FloatArray
+    leave_one_out_loss: FloatArray  # each sample, with all of its rows, predicted from all others
     leave_one_out_loss_error: FloatArray
     leave_one_out_accuracy: FloatArray
     leave_one_out_accuracy_error: FloatArray
@@ -78,8 +88,7 @@ class RidgePath(Result):
     residuals: FloatArray  # largest relative true residual of the systems; zero for `eigh`
     statuses: tuple[str, ...]  # status of each ridge
     is_classification: bool  # whether targets are labels of classes
-    # Size of what rounding to the storage dtype did to K. Nothing is known of ridges below it.
-    floor: float = field(repr=False)
+    floor: float = field(repr=False)  # what rounding to the storage dtype did to K; ridges below it say nothing
 
     @property
     def best(self) -> Best:
@@ -113,8 +122,7 @@ class RidgePath(Result):
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
         ]
-        for index, ridge in enumerate(self.ridges):
-            rows.append((f"  {ridge:.4g}", self._row(index)))
+        rows += [(f"  {ridge:.4g}", self._row(index)) for index, ridge in enumerate(self.ridges)]
         if np.isfinite(self.leave_one_out_loss).any():
             best = self.best
             rows.append(("best", f"λ = {best.ridge:.4g}, by leave-one-out loss" + self._at(best.index)))
@@ -162,64 +170,41 @@ def ridge_path(
 ) -> RidgePath:
     """Kernel ridge regression at many ridges, with leave-one-out, generalised cross-validation, and test losses.
 
-    With G = (K + λI)^-1 and A = G Y:
-
-    - generalised cross-validation ``V = (1/n) |(I - H) Y|² / ((1/n) tr(I - H))²`` with H = K G, so I - H = λG (Golub,
-      Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns. For λ = 0 its limit.
-    - leave-one-out, exact from one fit. Of a full NTK all O rows of a sample go together.
-
-    Exact by all eigenpairs, or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and
-    test losses are those of solved systems, and leave-one-out, GCV and effective dimension are estimated from
-    ``num_left_out`` random samples, whose blocks of G are found by systems with unit vectors: the error bar is
-    one standard error of the choice of samples, beside which that of the systems is small.
+    Leave-one-out is exact from one fit; for a full NTK all O rows of a sample go together. The formula of generalised
+    cross-validation (GCV), and costs, are in :mod:`ntkpipe.learning.regression.ridge_path`. All is exact by eigenpairs,
+    or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and test losses are those of
+    solved systems, and leave-one-out, GCV and effective dimension are estimated from ``num_left_out`` random samples,
+    by systems with unit vectors: the error bar is one standard error of the choice of samples, beside which that of the
+    systems is small. At λ = 0 only ``eigh`` solves with a singular kernel, for the minimum norm; the others say so.
 
     Parameters
     ----------
-    kernel
-        K: what :func:`ntkpipe.as_operator` takes.
-    targets
-        Labels of classes (N,), or real targets (N,) or (N, O); see ``task``.
-    ridges
-        λ ≥ 0, at least one; default ``DEFAULT_RIDGES``, which are counted in the mean diagonal.
-    ridge_scale
-        None: ridges are absolute. ``"mean_diagonal"``: multiples of the mean of the diagonal.
+    kernel, eigenpairs
+        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, as of :func:`ntkpipe.eigh`, if known.
+    targets, task
+        Labels of classes (N,), or real targets (N,) or (N, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
+    ridges, ridge_scale
+        λ ≥ 0, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 0 and 10^-6 to 10 of these.
     test_kernel, test_targets
         Test × train (M·S, N·S), array or stored, and targets of the test samples; both or none.
     initial_outputs, test_initial_outputs
         f₀ (N, O) and (M, O): Y - f₀ is fitted, and f₀ added to predictions.
-    eigenpairs
-        All eigenpairs of K, as of :func:`ntkpipe.eigh`, if they are known.
-    method
-        ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``.
-    task
-        As of :class:`ntkpipe.KernelRegression`.
-    tol
-        Largest relative true residual of a system that is called converged.
-    num_left_out
-        Samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a solve.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
-        streaming takes a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
+    method, memory_limit
+        ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``, which takes a
+        tenth of a float32 kernel, or 6 kB a row if that is less. The limit is in bytes of this process; default what
+        it has and half of what is free.
+    tol, num_left_out
+        Largest relative true residual of a converged system; samples that are left out where not all are, at least two,
+        each of which is one column (O of a full NTK) of a solve.
     seed, monitor
         Seed of preconditioners and of the choice of samples; function that is called after each pass.
 
     Raises
     ------
-    ConfigError
-        If shapes do not fit, or an option is out of range.
-    NonFiniteError
-        If the kernel or targets hold NaN or infinity.
-    ResourceError
-        If the method that was asked for does not fit memory.
-    TileError
-        If a tile is missing or damaged; the message names it.
-
-    Notes
-    -----
-    Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a
-    ridge for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the
-    memory holds coefficients of. At λ = 0 ``eigh`` gives the minimum-norm solution of a singular kernel, the others
-    say that they cannot.
+    ConfigError, NonFiniteError
+        If shapes do not fit or an option is out of range; if the kernel or targets hold NaN or infinity.
+    ResourceError, TileError
+        If the method that was asked for does not fit memory; if a tile is missing or damaged.
     """
     begin = perf_counter()
     operator, share = open_for_analysis(kernel, memory_limit)
@@ -228,21 +213,45 @@ def ridge_path(
     check_number("tol", tol, low=0.0)
     check_number("num_left_out", num_left_out, low=2)
     train = train_targets(kernel, operator, targets, initial_outputs, task)
-    asked, scale = ridges_or(DEFAULT_RIDGES, ridges, ridge_scale)
-    values = absolute_ridges(asked, scale, operator.diagonal())
+    values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
+    options |= {"method": method, "task": task, "tol": tol, "num_left_out": num_left_out}
+    options |= {"memory_limit": memory_limit, "seed": seed, "centred": initial_outputs is not None}
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=initial_outputs is not None)
     name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, share, seed, monitor)
-    found: list[dict[str, float]] = [{} for _ in values]
-    statuses: list[tuple[Status, str]] = [("converged", "")] * len(values)
+    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, share))
+    status, message = _judge(statuses, values, name)
+    return RidgePath(
+        status=status,
+        message=message,
+        work=operator.work - before,
+        seconds=perf_counter() - begin,
+        options=options,
+        matrix=operator.identity(),
+        ridges=values,
+        mean_diagonal=float(operator.diagonal().mean()),
+        method=name,
+        why=finder.why,
+        statuses=tuple(one for one, _ in statuses),
+        is_classification=train.labels.classes is not None,
+        floor=operator.storage_floor(),
+        **found,
+    )
+
+
+def _follow(
+    finder: Points, ridges: FloatArray, train: TrainTargets, test: HeldOut | None, offset: FloatArray, most: int
+) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
+    """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
+    found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in ridges]
+    statuses: list[tuple[Status, str]] = [("converged", "")] * len(ridges)
     waiting: dict[int, FloatArray] = {}
-    most = _most_waiting(train.rhs, share)
     num_left = 0
-    order = np.argsort(-values, kind="stable").tolist()
+    order = np.argsort(-ridges, kind="stable").tolist()
     for index in order:
-        point = finder.at(float(values[index]))
-        found[index] = _measures(point, train)
+        point = finder.at(float(ridges[index]))
+        found[index] |= _measures(point, train)
         statuses[index] = point.status, point.message
         num_left = len(point.left_out_samples)
         if test is None:
@@ -252,36 +261,8 @@ def ridge_path(
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
                 found[place] |= _test_measures(test.labels, outputs + offset)
             waiting.clear()
-    status, message = _judge(statuses, values, name)
-    arrays = {key: np.array([one[key] for one in found]) for key in found[0]}
-    empty = np.full(len(values), np.nan)
-    return RidgePath(
-        status=status,
-        message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options={
-            "ridges": [float(ridge) for ridge in asked],
-            "ridge_scale": scale,
-            "method": method,
-            "task": task,
-            "tol": tol,
-            "num_left_out": num_left_out,
-            "memory_limit": memory_limit,
-            "seed": seed,
-            "centred": initial_outputs is not None,
-        },
-        matrix=operator.identity(),
-        ridges=values,
-        mean_diagonal=float(operator.diagonal().mean()),
-        method=name,
-        why=finder.why,
-        num_left_out=num_left,
-        statuses=tuple(one for one, _ in statuses),
-        is_classification=train.labels.classes is not None,
-        floor=operator.storage_floor(),
-        **{"test_loss": empty, "test_accuracy": empty, **arrays},
-    )
+    arrays = {name: np.array([one[name] for one in found]) for name in found[0]}
+    return {"num_left_out": num_left, **arrays}, statuses
 
 
 def _points(

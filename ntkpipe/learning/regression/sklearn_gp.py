@@ -110,26 +110,14 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         return self.train, self.test_train, self.test_diagonal
 
     def __call__(self, X: ArrayLike, Y: ArrayLike | None = None, eval_gradient: bool = False) -> Any:  # noqa: N803
-        """Entries of rows ``X`` with rows ``Y``.
+        """Entries of rows ``X`` with rows ``Y``, by default ``X``: float64, shape (a, b). Raises as the class says.
 
         Parameters
         ----------
-        X : (a, 1) array of row numbers
-            Rows.
-        Y : (b, 1) array of row numbers, optional
-            Columns. Default ``X``.
+        X, Y : (a, 1) and (b, 1) arrays of row numbers
+            Rows and columns.
         eval_gradient
             Whether to return the gradient by hyperparameters, too: there are none, so that it has shape (a, b, 0).
-
-        Returns
-        -------
-        ndarray of float64, (a, b)
-            Or a pair of it and the gradient.
-
-        Raises
-        ------
-        ConfigError
-            As the class says.
         """
         rows = self._numbers(X)
         columns = rows if Y is None else self._numbers(Y)
@@ -181,18 +169,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         return blocks
 
     def diag(self, X: ArrayLike) -> FloatArray:  # noqa: N803
-        """Each of rows ``X`` with itself, (a,); reads the diagonal tiles.
-
-        Parameters
-        ----------
-        X : (a, 1) array of row numbers
-            Rows.
-
-        Raises
-        ------
-        ConfigError
-            As the class says.
-        """
+        """Each of rows ``X``, numbers (a, 1), with itself, (a,), by the diagonal tiles; raises as the class says."""
         rows, size = self._numbers(X), self.train.shape[0]
         values, trains = np.empty(rows.size), rows < size
         values[trains] = self.train[rows[trains], rows[trains]]

@@ -1,5 +1,6 @@
 """What a regression starts from: the operator, targets as right-hand sides, and what a store holds of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import process_memory
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.base.targets import Labels, Task, as_rows, encode
 from ntkpipe.operators.opening import as_operator, open_for_solver
 from ntkpipe.solvers.on_store import StoreRequest
@@ -36,6 +38,15 @@ def at_least(memory_limit: int | None, num_bytes: int) -> int | None:
     return None if memory_limit is None else max(memory_limit, process_memory() + num_bytes + _NOISE_BYTES)
 
 
+def ridges_for(
+    defaults: Sequence[float], ridges: Sequence[float] | None, ridge_scale: RidgeScale, diagonal: FloatArray
+) -> tuple[FloatArray, dict[str, Any]]:
+    """Absolute ridges, those given or defaults in mean diagonals; and what options of a result say of them."""
+    asked, scale = ridges_or(defaults, ridges, ridge_scale)
+    options = {"ridges": [float(ridge) for ridge in asked], "ridge_scale": scale}
+    return absolute_ridges(asked, scale, diagonal), options
+
+
 @dataclass(frozen=True)
 class TrainTargets:
     """Targets of the train samples."""
@@ -51,11 +62,8 @@ def train_targets(
     """Encode targets for a kernel, centred at initial outputs if there are any."""
     values = np.asarray(targets)
     width = _width_of(kernel, operator.num_rows, len(values) if values.ndim else 0)
-    columns = None
-    if width > 1:
-        columns = width
-    elif initial is not None and np.ndim(initial) == 2:
-        columns = np.shape(initial)[1]
+    columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
+    columns = width if width > 1 else columns
     labels = encode(values, num_outputs=columns, task=task)
     rhs = labels.rows(width)
     if initial is not None:
@@ -98,12 +106,10 @@ def offset_of_test(initial: Any | None, shape: tuple[int, ...], *, is_centred: b
 def targets_of(source: KernelSet, split: str) -> NDArray[Any]:
     """Train or test targets of a store."""
     store = KernelStore(source.store)
-    found = store.targets if split == "train" else store.test_targets
+    name, found = ("targets", store.targets) if split == "train" else ("test_targets", store.test_targets)
     if found is None:
-        name = "targets" if split == "train" else "test_targets"
-        raise ConfigError(
-            f"{store.path} has no {name.replace('_', ' ')}; give {name}= to compute_kernel, or arrays here"
-        )
+        what = name.replace("_", " ")
+        raise ConfigError(f"{store.path} has no {what}; give {name}= to compute_kernel, or arrays here")
     return found
 
 
