@@ -14,8 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.gaussian.influence import Influence, influence
 from ntkpipe.learning.regression.estimator import KernelRegression
 from ntkpipe.learning.regression.ridge_path import RidgePath, ridge_path
-from ntkpipe.report.choosing import choose
-from ntkpipe.report.findings import Missing
+from ntkpipe.report.findings import Missing, choose
 from ntkpipe.report.gather import Analysis, Inputs
 from ntkpipe.report.posterior import JudgedPosterior, judge_posterior
 from ntkpipe.solvers.on_store import StoreRequest

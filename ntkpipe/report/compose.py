@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.report.choosing import choose
-from ntkpipe.report.findings import Findings
+from ntkpipe.report.findings import Findings, choose
 from ntkpipe.report.gather import Gathered
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section

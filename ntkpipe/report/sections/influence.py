@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.images import Split, StoredImages
-from ntkpipe.report.parts import Gallery, Note, Part, Section, Thumbnail
+from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
 from ntkpipe.report.sections.words import number, share, warnings
 from ntkpipe.report.theme import data_uri
 
@@ -49,7 +49,7 @@ def influence_section(
     )
     parts: list[Part] = [Gallery("Test samples, and the largest terms of their predictions", _reading(found), rows)]
     parts.append(_overall(found, overall, trains, targets))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     return Section("influence", _TITLE, _INTRO, tuple(parts), images.why_not())
 
 
