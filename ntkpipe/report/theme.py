@@ -72,7 +72,7 @@ class Look:
 
     def settings(self) -> dict[str, Any]:
         """Of matplotlib. Text becomes outlines, since readers' fonts differ in width."""
-        inked = ("axes.edgecolor", "axes.labelcolor", "text.color")
+        inked: tuple[str, ...] = ("axes.edgecolor", "axes.labelcolor", "text.color")
         inked += ("xtick.color", "xtick.labelcolor", "ytick.color", "ytick.labelcolor")
         return {
             **dict.fromkeys(inked, self.ink),

@@ -39,7 +39,9 @@ def generalisation_section(found: Findings | Missing, mean_diagonal: float) -> S
         curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
     parts: list[Part] = [_losses(found, ridges, curves, mean_diagonal)]
     if is_measured:
-        compared = {name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"}
+        compared: Curves = {
+            name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"
+        }
         parts.append(_ratios(ridges, compared, mean_diagonal))
     parts += warnings(found)
     parts.append(_table(found, ridges))
