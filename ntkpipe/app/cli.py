@@ -393,5 +393,8 @@ def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _show_warning(message: Any, _category: Any, _name: Any, _number: Any, file: TextIO | None = None, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: Any, filename: Any, lineno: Any, file: TextIO | None = None, line: Any = None
+) -> None:
+    del category, filename, lineno, line
     print(f"warning: {printable(str(message))}", file=file or sys.stderr)
