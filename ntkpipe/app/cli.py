@@ -15,8 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from ntkpipe.app.commands import COMMANDS
-from ntkpipe.base.config import parse_bytes
+from ntkpipe.app.commands import COMMANDS, bytes_of, show_result
 from ntkpipe.base.errors import (
     ConfigError,
     Interrupted,
@@ -33,7 +32,7 @@ from ntkpipe.base.version import VERSION
 from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.manifest import GrowthRecord, Manifest
 from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, repair_rows, undo
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.verification import VerificationReport, verification_rows, verify_and_record
@@ -85,12 +84,11 @@ def cli(context: click.Context, traceback: bool) -> None:
 @_scheduler
 def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
-    from ntkpipe.app import workflow as workflows
+    from ntkpipe.app.workflow import load
+    from ntkpipe.app.workflow import run as run_workflow
 
-    if scheduler is not None:
-        overrides = (*overrides, f"run.scheduler={scheduler}")
     is_good = True
-    for result in workflows.run(workflows.load(workflow, overrides), mode=mode, grow=grow):
+    for result in run_workflow(load(workflow, _with_scheduler(overrides, scheduler)), mode=mode, grow=grow):
         print_rows(result.step, result.rows)
         is_good &= result.is_good
     if not is_good:
@@ -128,12 +126,13 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
 
     With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
     """
-    from ntkpipe.app import workflow as workflows
+    from ntkpipe.app.workflow import load
+    from ntkpipe.app.workflow import plan as plan_workflow
     from ntkpipe.build.estimate import estimate_cluster
     from ntkpipe.jacobian import parameter_report as reports
 
-    loaded = workflows.load(workflow, overrides)
-    planned, found = workflows.plan(loaded, grow=grow)
+    loaded = load(workflow, overrides)
+    planned, found = plan_workflow(loaded, grow=grow)
     described = loaded.workflow.cluster
     estimate = None if described is None else estimate_cluster(planned, described)
     if as_json:
@@ -146,8 +145,7 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
         table = reports.list_reports(found) if by_parameter else reports.summarize_reports(found)
         print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
         print_rows("kept as", reports.explain_reports(found))
-        reasons = reports.fallback_reasons(found)
-        if reasons:
+        if reasons := reports.fallback_reasons(found):
             print_rows("in the fallback", reasons)
     # Whoever describes a cluster asks about that one.
     if planned.problems if estimate is None else estimate.plan.problems:
@@ -166,22 +164,13 @@ def info(store: str, as_json: bool, is_watched: bool) -> None:
         print(json.dumps(described, indent=1))
         return
     manifest, progress = opened.manifest, opened.progress
-    train, test = manifest.train, manifest.test
+    model, choices = manifest.model, manifest.choices
     rows = [
         ("kind", f"{manifest.kind}: {manifest.convention}"),
         ("kernel", f"{_shape_in_words(opened)} {manifest.store_dtype}"),
-        (
-            "samples",
-            f"{train.num_samples:,} train, {test.num_samples if test else 0:,} test; {manifest.num_outputs} outputs",
-        ),
-        (
-            "model",
-            f"{manifest.model.name}, {manifest.model.num_parameters:,} parameters in {len(manifest.model.parameters)}",
-        ),
-        (
-            "computed in",
-            f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {manifest.choices.device}",
-        ),
+        ("samples", f"{_samples_in_words(manifest)}; {manifest.num_outputs} outputs"),
+        ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)}"),
+        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
         ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
         ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
     ]
@@ -190,8 +179,8 @@ def info(store: str, as_json: bool, is_watched: bool) -> None:
     if manifest.derived is not None:
         rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
     for before in manifest.growth:
-        held = f"{before.train.num_samples:,} train, {before.test.num_samples if before.test else 0:,} test"
-        rows.append(("grown from", f"{held} samples, {before.environment.get('created', 'at an unknown time')}"))
+        when = before.environment.get("created", "at an unknown time")
+        rows.append(("grown from", f"{_samples_in_words(before)} samples, {when}"))
     with reading_results(opened.path):
         rows += _result_rows(described)
     print_rows(store, rows)
@@ -223,12 +212,10 @@ def verify(
     opened = open_kernel(store)
     report: VerificationReport | RepairReport
     if workflow is not None:
-        from ntkpipe.app import workflow as workflows
+        from ntkpipe.app.workflow import load, repair_store, verify_store
 
-        if scheduler is not None:
-            overrides = (*overrides, f"run.scheduler={scheduler}")
-        loaded = workflows.load(workflow, overrides)
-        report = workflows.repair(loaded, opened) if repair else workflows.verify(loaded, opened)
+        loaded = load(workflow, _with_scheduler(overrides, scheduler))
+        report = (repair_store if repair else verify_store)(loaded, opened)
     elif overrides:
         raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
     elif repair:
@@ -308,17 +295,18 @@ def report(
         array=array,
         ridges=ridges or None,
         ridge_scale=ridge_scale,
-        memory_limit=None if memory_limit is None else parse_bytes("memory_limit", memory_limit),
+        memory_limit=bytes_of(memory_limit),
         saved_only=saved_only,
     )
-    if as_json:
-        print(json.dumps(written.to_json(), indent=1))
-    else:
-        print_rows(f"report {store}", written.rows())
+    show_result(f"report {store}", written, as_json=as_json)
 
 
 for _command in COMMANDS:
     cli.add_command(_command)
+
+
+def _with_scheduler(overrides: tuple[str, ...], scheduler: str | None) -> tuple[str, ...]:
+    return overrides if scheduler is None else (*overrides, f"run.scheduler={scheduler}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -372,6 +360,10 @@ def _shape_in_words(store: KernelStore) -> str:
     return f"{rows:,} × {columns:,}" if len(arrays) == 1 else f"{len(arrays)} of {rows:,} × {columns:,}"
 
 
+def _samples_in_words(held: Manifest | GrowthRecord) -> str:
+    return f"{held.train.num_samples:,} train, {held.test.num_samples if held.test else 0:,} test"
+
+
 def _groups_in_words(manifest: Manifest) -> str:
     """Each group with its number of parameters, and how many are in none."""
     sizes = [f"{name} ({len(parameters)})" for name, parameters in manifest.groups.items()]
@@ -402,12 +394,7 @@ def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: Any, filename: Any, lineno: Any, file: TextIO | None = None, line: Any = None
 ) -> None:
     del category, filename, lineno, line
     print(f"warning: {printable(str(message))}", file=file or sys.stderr)

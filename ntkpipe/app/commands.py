@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from ntkpipe.solvers.result import Result
 
-_NOT_FOUND = 1
-
-
 _array = click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train.")
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random choices.")
 _memory_limit = click.option(
@@ -135,14 +132,15 @@ def compare(store: str, other: str, as_json: bool, memory_limit: str | None, **o
     """
     from ntkpipe.analysis.steps import compare_of_store  # keeps scipy out of other commands
 
-    found = compare_of_store(open_kernel(store), other=other, memory_limit=_bytes(memory_limit), **options)
-    _show(f"compare {store}", found, as_json=as_json)
+    found = compare_of_store(open_kernel(store), other=other, memory_limit=bytes_of(memory_limit), **options)
+    show_result(f"compare {store}", found, as_json=as_json)
 
 
 COMMANDS = (eigsh, solve, logdet, density, compare)
 
 
-def _bytes(memory_limit: str | None) -> int | None:
+def bytes_of(memory_limit: str | None) -> int | None:
+    """Bytes of an option such as ``8GiB``."""
     return None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
 
 
@@ -150,21 +148,21 @@ def _solve(store: str, solver: str, options: dict[str, Any]) -> None:
     """Call a solver and print what it found."""
     from ntkpipe.solvers.steps import SOLVERS  # keeps scipy out of other commands
 
-    scheduler, as_json, limit = options.pop("scheduler"), options.pop("as_json"), _bytes(options.pop("memory_limit"))
+    scheduler, as_json, limit = options.pop("scheduler"), options.pop("as_json"), bytes_of(options.pop("memory_limit"))
     opened = open_kernel(store)
     with _client(scheduler) as client:
         found = SOLVERS[solver](opened, memory_limit=limit, client=client, **options)
-    _show(f"{solver} {store}", found, as_json=as_json)
+    show_result(f"{solver} {store}", found, as_json=as_json)
 
 
-def _show(title: str, found: "Result", *, as_json: bool) -> None:
+def show_result(title: str, found: "Result", *, as_json: bool) -> None:
     """Print a result; exit with 1 if it did not converge."""
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
         print_rows(title, found.rows())
     if not found.is_converged:
-        sys.exit(_NOT_FOUND)
+        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.parameter_report import ParameterReport
-from ntkpipe.report.report import report_of_store, require_libraries
+from ntkpipe.report.report import require_libraries, write_report
 from ntkpipe.solvers.result import Result
 from ntkpipe.solvers.steps import SOLVERS
 from ntkpipe.store.kernel_store import KernelStore
@@ -39,8 +39,7 @@ from ntkpipe.store.verification import VerificationReport, verification_rows
 if TYPE_CHECKING:
     from distributed import Client
 
-# What solvers take and a file does not say again.
-_OF_THE_RUN = ("client", "progress")
+_OF_THE_RUN = ("loaded", "store", "client", "progress")  # what steps take and a file does not say again
 
 _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
@@ -102,8 +101,6 @@ def run(
             client = stack.enter_context(_connect(limits.scheduler, limits))
         store = compute.compute_kernel(
             loaded.model,
-            store=workflow.store,
-            forward=loaded.forward,
             mode=mode,
             grow=grow,
             progress=progress,
@@ -111,10 +108,7 @@ def run(
             code=loaded.folder,
             self_check=limits.self_check,
             memory_limit=None if limits.scheduler == "local" else limits.memory_limit,
-            device=limits.device,
-            workers=limits.workers,
-            **_kernel_arguments(workflow),
-            **loaded.data,
+            **_arguments(loaded),
         )
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
@@ -139,22 +133,18 @@ def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"
 
 def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
+    limit = loaded.workflow.run.memory_limit
+    return compute.plan_kernel(loaded.model, memory_limit=limit, grow=grow, **_arguments(loaded))
+
+
+def _arguments(loaded: Loaded) -> dict[str, Any]:
+    """What computing a kernel and planning it take."""
     workflow = loaded.workflow
-    limits = workflow.run
-    return compute.plan_kernel(
-        loaded.model,
-        store=workflow.store,
-        forward=loaded.forward,
-        memory_limit=limits.memory_limit,
-        device=limits.device,
-        workers=limits.workers,
-        grow=grow,
-        **_kernel_arguments(workflow),
-        **loaded.data,
-    )
+    given = {"forward": loaded.forward, "device": workflow.run.device, "workers": workflow.run.workers}
+    return {"store": workflow.store, **given, **workflow.kernel.model_dump(), **loaded.data}
 
 
-def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
+def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
     return verify_repair.verify(
         store,
@@ -167,7 +157,7 @@ def verify(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) 
     )
 
 
-def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
+def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
     limits = loaded.workflow.run
     with contextlib.ExitStack() as stack:
@@ -185,10 +175,6 @@ def repair(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) 
             progress=progress,
             **loaded.data,
         )
-
-
-def _kernel_arguments(workflow: Workflow) -> dict[str, Any]:
-    return workflow.kernel.model_dump()
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -231,7 +217,9 @@ def _result_rows(store: KernelStore) -> TableRows:
 
 
 def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
-    report = verify(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
+    report = (
+        verify_store(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
+    )
     return verification_rows(report), report.is_good
 
 
@@ -270,15 +258,14 @@ def summary_rows(found: Summary) -> TableRows:
 
 
 # Steps that need the store alone.
-_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": report_of_store}
+_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": write_report}
 _STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
 def _solver_options(step: StepSpec) -> dict[str, Any]:
     limit = step.options.get("memory_limit")
-    if isinstance(limit, str):
-        return {**step.options, "memory_limit": parse_bytes("memory_limit", limit)}
-    return step.options
+    read = {"memory_limit": parse_bytes("memory_limit", limit)} if isinstance(limit, str) else {}
+    return {**step.options, **read}
 
 
 def _check_step(step: StepSpec, source: str) -> None:
@@ -288,9 +275,7 @@ def _check_step(step: StepSpec, source: str) -> None:
         raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
     if step.step == "report":
         require_libraries()
-    parameters = signature(steps[step.step]).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    known = [name for name in known if name not in _OF_THE_RUN]
+    known = [name for name in signature(steps[step.step]).parameters if name not in _OF_THE_RUN]
     for option in step.options:
         if option not in known:
             close = get_close_matches(option, known, n=1, cutoff=0.0)[0]

@@ -14,8 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.gaussian.influence import Influence, influence
 from ntkpipe.learning.regression.estimator import KernelRegression
 from ntkpipe.learning.regression.ridge_path import RidgePath, ridge_path
-from ntkpipe.report.choosing import choose
-from ntkpipe.report.findings import Missing
+from ntkpipe.report.findings import Missing, choose
 from ntkpipe.report.gather import Analysis, Inputs
 from ntkpipe.report.posterior import JudgedPosterior, judge_posterior
 from ntkpipe.solvers.on_store import StoreRequest
@@ -49,12 +48,12 @@ def _alignment(inputs: Inputs, request: StoreRequest) -> Alignment:
 def _across_ridges(inputs: Inputs, request: StoreRequest) -> dict[str, Any]:
     """What analyses across ridges take."""
     options = inputs.options
-    is_measured = inputs.test_kernel is not None and inputs.test_targets is not None
+    is_measured = inputs.test_kernel is not None and inputs.store.test_targets is not None
     return {
         "ridges": options.ridges,
         "ridge_scale": options.ridge_scale,
         "test_kernel": inputs.test_kernel if is_measured else None,
-        "test_targets": inputs.test_targets if is_measured else None,
+        "test_targets": inputs.store.test_targets if is_measured else None,
         "eigenpairs": inputs.eigenpairs,
         "memory_limit": request.memory_limit,
         "monitor": request.monitor,
@@ -99,7 +98,7 @@ def _is_of_the_chosen_ridge(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
 
 
 def _calibration(inputs: Inputs, request: StoreRequest) -> JudgedPosterior:
-    test_diagonal, test_targets = inputs.test_diagonal, inputs.test_targets
+    test_diagonal, test_targets = inputs.test_diagonal, inputs.store.test_targets
     assert test_diagonal is not None
     assert test_targets is not None
     ridge = _chosen_ridge(inputs)

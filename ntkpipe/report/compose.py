@@ -1,13 +1,16 @@
-"""What was gathered becomes a page: the line at its top, and sections in order."""
+"""What was gathered becomes a page, and that HTML. What stores say is escaped text, control characters spelled out."""
 
 import math
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.report.choosing import choose
-from ntkpipe.report.findings import Findings
+from ntkpipe.report.findings import Findings, choose
 from ntkpipe.report.gather import Gathered
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
@@ -22,6 +25,7 @@ from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
 from ntkpipe.store.results import reading_results
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _SYMBOLS = (
     ("N, M, O", "training samples, test samples, outputs of the model"),
     ("n", "rows of the kernel: N, or N·O of a full NTK"),
@@ -37,28 +41,21 @@ def compose(gathered: Gathered) -> Page:
     """The page of what was gathered; draws every figure."""
     store, found = gathered.store, gathered.found
     name = store.path.name if isinstance(store.path, Path) else store.path
-    manifest = store.manifest
+    manifest, records = store.manifest, gathered.records
+    num_train = gathered.kernel.grid.rows.num_samples
     with reading_results(store.path):
         sections = (
             _reading_section(),
             computed_section(store, gathered.kernel.name),
-            verification_section(store, gathered.records),
+            verification_section(store, records),
             kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
             spectrum_section(found["spectrum"]),
             alignment_section(found["alignment"], found["spectrum"]),
             regression_section(found["regression"]),
             generalisation_section(found["generalisation"], gathered.mean_diagonal),
             gaussian_section(found["calibration"]),
-            influence_section(
-                found["influence"],
-                gathered.images,
-                store.targets,
-                store.test_targets,
-                gathered.kernel.grid.rows.num_samples,
-            ),
-            timings_section(
-                runs_table(store, gathered.records), (*_kernel_seconds(gathered.records), *gathered.seconds)
-            ),
+            influence_section(found["influence"], gathered.images, store.targets, store.test_targets, num_train),
+            timings_section(runs_table(store, records), (*_kernel_seconds(records), *gathered.seconds)),
         )
         return Page(
             title=f"Kernel report: {name}",
@@ -75,6 +72,23 @@ def compose(gathered: Gathered) -> Page:
                 "no script."
             ),
         )
+
+
+def render_page(page: Page) -> str:
+    """The page as one HTML document that needs nothing else."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_as_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(page=page).lstrip()
+
+
+def _as_text(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _reading_section() -> Section:

@@ -1,8 +1,8 @@
-"""What an analysis found, whether just now or in an earlier step: values by name, each checked when it is taken."""
+"""What an analysis found, now or in an earlier step: values by name, checked when taken; and the ridge they choose."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import StoreError
 from ntkpipe.solvers.result import Result
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,15 @@ class Findings:
 
     def flags(self, name: str) -> tuple[bool, ...]:
         """A list of truth values."""
-        found = self.values.get(name)
-        if not isinstance(found, list | tuple) or any(not isinstance(one, bool) for one in found):
-            raise self._wrong(name)
-        return tuple(found)
+        return self._list_of(name, bool)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts."""
+        return self._list_of(name, str)
+
+    def _list_of(self, name: str, kind: type[T]) -> tuple[T, ...]:
         found = self.values.get(name)
-        if not isinstance(found, list | tuple) or any(not isinstance(one, str) for one in found):
+        if not isinstance(found, list | tuple) or not all(isinstance(one, kind) for one in found):
             raise self._wrong(name)
         return tuple(found)
 
@@ -87,7 +89,7 @@ class Findings:
         """A number; NaN where it is none."""
         found = self.values.get(name)
         if found is None and name in self.values:
-            return float("nan")
+            return np.nan
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise self._wrong(name)
         return float(found)
@@ -115,3 +117,28 @@ class Findings:
     def is_converged(self) -> bool:
         """Whether it is what was asked for."""
         return self.words("status") == "converged"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The ridge that training data alone would choose, and how it does on the test set."""
+
+    index: int  # among the ridges
+    ridge: float  # λ
+    criterion: str  # what it was chosen by, in words
+    test_loss: float  # test_loss, test_accuracy: NaN where not known
+    test_accuracy: float
+
+
+def choose(found: Findings) -> Chosen:
+    """By leave-one-out loss, or where that is not known by cross-validation; of equal ones the largest ridge."""
+    ridges, left_out, crossed = found.arrays("ridges", "leave_one_out_loss", "generalised_cross_validation")
+    is_left_out = bool(np.isfinite(left_out).any())
+    losses = np.where(np.isfinite(losses := left_out if is_left_out else crossed), losses, np.inf)
+    solved = np.array([status == "converged" for status in found.texts("statuses")])
+    if len(solved) == len(losses) and (solved & np.isfinite(losses)).any():
+        losses = np.where(solved, losses, np.inf)
+    index = min(range(len(ridges)), key=lambda place: (losses[place], -ridges[place]))
+    loss, accuracy = (float(found.array(name)[index]) for name in ("test_loss", "test_accuracy"))
+    criterion = "leave-one-out loss" if is_left_out else "generalised cross-validation"
+    return Chosen(index, float(ridges[index]), criterion, loss, accuracy)

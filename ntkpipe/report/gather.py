@@ -23,8 +23,9 @@ from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.direct.eigh import Spectrum, eigh
 from ntkpipe.solvers.on_store import StoreRequest, find_kernel, of_store, result_name
-from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solvers.result import Result, ignore
 from ntkpipe.solvers.steps import StoredPairs, stored_pairs
+from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import Checkpoint, load_result, reading_results
@@ -79,7 +80,11 @@ class Inputs:
         begin = perf_counter()
         try:
             with Passes("all eigenpairs", enabled=self.options.progress) as shown:
-                found = eigh(self.kernel, memory_limit=self.options.memory_limit, monitor=_shown(shown))
+                found = eigh(
+                    self.kernel,
+                    memory_limit=self.options.memory_limit,
+                    monitor=lambda step: shown.show(step.work.passes, step.residual, step.target),
+                )
         except ResourceError:
             return None
         self.seconds.append(("all eigenpairs", perf_counter() - begin))
@@ -91,47 +96,29 @@ class Inputs:
 
         Without targets nobody needs eigenvectors, and eigenvalues alone cost a fraction.
         """
-        whole = None if self.targets is None else self.eigenpairs
+        whole = None if self.store.targets is None else self.eigenpairs
         return whole or stored_pairs(self.store, self.options.array)
 
     @property
-    def targets(self) -> NDArray[Any] | None:
-        """Of the train samples."""
-        return self.store.targets
-
-    @property
     def known_targets(self) -> NDArray[Any]:
-        """Of the train samples, for analyses that are only asked where there are some."""
-        assert self.targets is not None
-        return self.targets
+        """Targets of the train samples, for analyses that are only asked where there are some."""
+        assert self.store.targets is not None
+        return self.store.targets
 
     @cached_property
     def test_kernel(self) -> Kernel | None:
         """Test × train, of the same outputs and parameters, or none."""
-        name = f"{self.kernel.name.removesuffix('train')}test_train"
-        arrays = self.store.store.arrays
-        return Kernel(arrays[name], self.store.manifest.digest()) if name in arrays else None
+        array = self._array("test_train")
+        return None if array is None else Kernel(array, self.store.manifest.digest())
 
     @cached_property
     def test_diagonal(self) -> NDArray[Any] | None:
         """The block of each test sample with itself, (M, S, S), or none."""
-        name = f"{self.kernel.name.removesuffix('train')}test_diagonal"
-        if name not in self.store.store.arrays:
-            return None
-        array = self.store.store.arrays[name]
-        return array.read_samples(0, array.layout.shape[0])
+        array = self._array("test_diagonal")
+        return None if array is None else array.read_samples(0, array.layout.shape[0])
 
-    @property
-    def test_targets(self) -> NDArray[Any] | None:
-        """Of the test samples."""
-        return self.store.test_targets
-
-
-def _shown(shown: Passes) -> Monitor:
-    def monitor(step: Step) -> None:
-        shown.show(step.work.passes, step.residual, step.target)
-
-    return monitor
+    def _array(self, name: str) -> StoredArray | None:
+        return self.store.store.arrays.get(self.kernel.name.removesuffix("train") + name)
 
 
 def _has_the_ridges(inputs: Inputs, saved: Mapping[str, Any]) -> bool:
@@ -147,26 +134,20 @@ class Analysis:
     """One request to a kernel."""
 
     ask: Callable[[Inputs, StoreRequest], Result]  # of the inputs and the kernel as an operator
-    # needs_targets, needs_test: whether it needs targets of the train samples, or a test set (with targets, if it
-    # needs targets)
-    needs_targets: bool = False
-    needs_test: bool = False
+    needs_targets: bool = False  # whether it needs targets of the train samples
+    needs_test: bool = False  # whether it needs a test set (with targets, if it needs targets)
     # Whether a saved result of the same kernel answers the same request
     is_current: Callable[[Inputs, Mapping[str, Any]], bool] = _has_the_ridges
 
     def lacks(self, inputs: Inputs) -> str | None:
         """One sentence on what is not there, and how to get it; none if all is."""
-        if self.needs_targets and inputs.targets is None:
-            return (
-                "The store has no targets; give targets to compute_kernel, or return them from the workflow's "
-                "data.factory."
-            )
+        if self.needs_targets and inputs.store.targets is None:
+            how = "give targets to compute_kernel, or return them from the workflow's data.factory."
+            return f"The store has no targets; {how}"
         if self.needs_test and inputs.test_kernel is None:
-            return (
-                "The store has no test set; compute the kernel with test_inputs and test_targets "
-                "(`ntkpipe run FILE --grow` adds them)."
-            )
-        if self.needs_test and self.needs_targets and inputs.test_targets is None:
+            how = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
+            return f"The store has no test set; {how}"
+        if self.needs_test and self.needs_targets and inputs.store.test_targets is None:
             return "The test set of this store has no targets; give test_targets to compute_kernel."
         return None
 
@@ -176,7 +157,7 @@ def gather(store: KernelStore, options: PageOptions, analyses: Mapping[str, Anal
     inputs = Inputs(store, options)
     records = read_records(store)
     num_samples = inputs.kernel.grid.rows.num_samples
-    targets = inputs.targets
+    targets = store.targets
     is_class = targets is not None and num_classes_of(targets) is not None
     arrangement = arrange(targets, num_samples, is_class=is_class)
     begin = perf_counter()
@@ -211,8 +192,7 @@ def gather(store: KernelStore, options: PageOptions, analyses: Mapping[str, Anal
 
 def find(inputs: Inputs, name: str, analysis: Analysis) -> Findings | Missing:
     """The saved result of an analysis if it is of this kernel and these options; or a new one, saved if that can be."""
-    lacking = analysis.lacks(inputs)
-    if lacking is not None:
+    if (lacking := analysis.lacks(inputs)) is not None:
         return Missing(lacking)
     store = inputs.store
     saved = load_result(store.store, result_name(name, inputs.kernel.name))
@@ -236,14 +216,8 @@ def _compute(inputs: Inputs, name: str, analysis: Analysis) -> Result:
         return analysis.ask(inputs, request)
 
     if store.store.is_writable():
-        asked = of_store(name)(answer)
-        return asked(
-            store,
-            array=options.array,
-            memory_limit=options.memory_limit,
-            client=options.client,
-            progress=options.progress,
-        )
+        given = {"memory_limit": options.memory_limit, "client": options.client, "progress": options.progress}
+        return of_store(name)(answer)(store, array=options.array, **given)
     share = half_of_room(options.memory_limit)
     operator = as_operator(inputs.kernel, memory_limit=share, client=options.client)
     try:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import ArrayRecord
 
@@ -60,11 +59,9 @@ class StoredImages:
     def __init__(self, store: KernelStore) -> None:
         self._store = store
         inputs = store.manifest.train.inputs
-        name = next(iter(inputs), "")
-        self._name = name
-        holds = f"samples/train/{name}" in store.store.arrays
-        self.holds_samples = holds
-        self.shape = image_shape(inputs[name]) if holds and len(inputs) == 1 else None
+        self._name = next(iter(inputs), "")
+        self.holds_samples = f"samples/train/{self._name}" in store.store.arrays
+        self.shape = image_shape(inputs[self._name]) if self.holds_samples and len(inputs) == 1 else None
 
     def why_not(self) -> str | None:
         """One sentence if there are no images, or none if there are."""
@@ -82,13 +79,10 @@ class StoredImages:
         if self.shape is None:
             return {}
         array = self._store.store.arrays[f"samples/{split}/{self._name}"]
-        pixels = {number: _pixels(_read_one(array, number), self.shape) for number in sorted(set(numbers))}
+        samples = {number: array.read_samples(number, number + 1)[0] for number in sorted(set(numbers))}
+        pixels = {number: _pixels(sample, self.shape) for number, sample in samples.items()}
         low, high = _contrast(list(pixels.values()))
         return {number: _png((image - low) / (high - low)) for number, image in pixels.items()}
-
-
-def _read_one(array: StoredArray, number: int) -> NDArray[Any]:
-    return np.asarray(array.read_samples(number, number + 1)[0])
 
 
 def _pixels(sample: NDArray[Any], shape: ImageShape) -> NDArray[np.float64]:

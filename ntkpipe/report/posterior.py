@@ -13,6 +13,12 @@ from ntkpipe.learning.gaussian.process import gaussian_process
 from ntkpipe.solvers.on_store import StoreRequest
 from ntkpipe.solvers.result import Result
 
+# What is taken over as it is.
+_OF_POSTERIOR: tuple[str, ...] = ("status", "message", "work", "matrix", "method", "why", "data_fit", "complexity")
+_OF_POSTERIOR += ("scale", "log_marginal_likelihood", "log_marginal_likelihood_error")
+_OF_CALIBRATION: tuple[str, ...] = ("levels", "coverage", "confidence", "accuracy", "counts")
+_OF_CALIBRATION += ("expected_calibration_error", "mean_confidence", "mean_accuracy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPosterior(Result):
@@ -73,29 +79,12 @@ def judge_posterior(
     plain = calibration(posterior, test_targets, classes=classes)
     scaled = calibration(posterior, test_targets, classes=classes, scale="likelihood")
     return JudgedPosterior(
-        status=posterior.status,
-        message=posterior.message,
-        work=posterior.work,
+        **{name: getattr(posterior, name) for name in _OF_POSTERIOR},
         seconds=perf_counter() - begin,
         options={"ridge": ridge},
-        matrix=posterior.matrix,
-        method=posterior.method,
-        why=posterior.why,
-        log_marginal_likelihood=posterior.log_marginal_likelihood,
-        log_marginal_likelihood_error=posterior.log_marginal_likelihood_error,
-        data_fit=posterior.data_fit,
-        complexity=posterior.complexity,
-        scale=posterior.scale,
         mean_deviation=float(np.sqrt(posterior.scale * posterior.variance).mean()),
-        levels=scaled.levels,
-        coverage=scaled.coverage,
+        **{name: getattr(scaled, name) for name in _OF_CALIBRATION},
         unscaled_coverage=plain.coverage,
-        confidence=scaled.confidence,
-        accuracy=scaled.accuracy,
-        counts=scaled.counts,
-        expected_calibration_error=scaled.expected_calibration_error,
-        mean_confidence=scaled.mean_confidence,
-        mean_accuracy=scaled.mean_accuracy,
         squared_residual=scaled.mean_standardized_squared_residual,
         unscaled_squared_residual=plain.mean_standardized_squared_residual,
         log_density=-scaled.negative_log_predictive_density,

@@ -11,6 +11,7 @@ from ntkpipe.store.manifest import DataRecord
 from ntkpipe.store.results import reading_results
 
 _MOST_NAMES = 200
+_HELD = "Parameters, and how their Jacobians were held"
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,8 @@ class Records:
 
 def read_records(store: KernelStore) -> Records:
     """Read them."""
-    results = store.store
-    return Records(
-        results.read_result("verification"),
-        results.read_result("certificate"),
-        results.read_result("self_check"),
-        tuple(results.read_results("runs")),
-    )
+    verification, certificate, self_check = map(store.store.read_result, ("verification", "certificate", "self_check"))
+    return Records(verification, certificate, self_check, tuple(store.store.read_results("runs")))
 
 
 def computed_section(store: KernelStore, array: str) -> Section:
@@ -91,12 +87,7 @@ def computed_section(store: KernelStore, array: str) -> Section:
         ),
         (
             PageTable("Model, data and numerics", (), tuple(rows)),
-            PageTable(
-                "Parameters, and how their Jacobians were held",
-                ("parameter", "held as"),
-                (*held, *more),
-                is_folded=True,
-            ),
+            PageTable(_HELD, ("parameter", "held as"), (*held, *more), is_folded=True),
         ),
     )
 
@@ -179,29 +170,20 @@ def _certificate_row(kernel: Mapping[str, Any]) -> tuple[str, ...]:
 def runs_table(store: KernelStore, records: Records) -> PageTable | None:
     """Every run that computed tiles."""
     with reading_results(store.path):
-        rows = tuple(
-            (
-                str(run["finished"]),
-                str(run["host"]),
-                f"{run['workers']}",
-                f"{run['tiles']:,}",
-                f"{run['seconds']:.3g}",
-                f"{run['self_check_seconds']:.3g}",
-                f"{run['flops'] / max(run['seconds'], 1e-9) / 1e9:,.1f}",
-                f"{100 * run['share_of_rate']:.0f}",
-                format_bytes(run["peak_memory_bytes"]),
-            )
+        rows = [
+            {
+                "finished": str(run["finished"]),
+                "host": str(run["host"]),
+                "workers": f"{run['workers']}",
+                "tiles": f"{run['tiles']:,}",
+                "time [s]": f"{run['seconds']:.3g}",
+                "self-check [s]": f"{run['self_check_seconds']:.3g}",
+                "rate [GFLOP/s]": f"{run['flops'] / max(run['seconds'], 1e-9) / 1e9:,.1f}",
+                "of attainable [%]": f"{100 * run['share_of_rate']:.0f}",
+                "peak memory": format_bytes(run["peak_memory_bytes"]),
+            }
             for run in records.runs
-        )
-    columns = (
-        "finished",
-        "host",
-        "workers",
-        "tiles",
-        "time [s]",
-        "self-check [s]",
-        "rate [GFLOP/s]",
-        "of attainable [%]",
-        "peak memory",
-    )
-    return PageTable("Runs that computed the kernel", columns, rows) if rows else None
+        ]
+    if not rows:
+        return None
+    return PageTable("Runs that computed the kernel", tuple(rows[0]), tuple(tuple(row.values()) for row in rows))

@@ -82,10 +82,8 @@ def write_report(
     ridges, ridge_scale
         λ of the regressions, absolute, or with ``"mean_diagonal"`` times the mean of the diagonal; default those of
         saved results, or of the analyses.
-    memory_limit
-        Bytes that analyses may have; what is available if none.
-    client
-        As for :func:`ntkpipe.as_operator`.
+    memory_limit, client
+        Bytes that analyses may have, what is available if none; and as for :func:`ntkpipe.as_operator`.
     progress
         Show on standard error what is computed.
     saved_only
@@ -95,10 +93,8 @@ def write_report(
     ------
     ConfigError
         If matplotlib or jinja2 are not installed, there is no such array, or a file is there that is no report.
-    TileError
-        If a tile is missing or damaged.
-    StoreError
-        If a result in the store is damaged, or the page cannot be written.
+    TileError, StoreError
+        If a tile is missing or damaged; if a result in the store is damaged, or the page cannot be written.
     Interrupted
         On Ctrl-C; what was computed before is saved, and the same call goes on from there.
     """
@@ -119,8 +115,7 @@ def write_report(
         saved_only=saved_only,
     )
     gathered = gather(opened, options, ANALYSES)
-    from ntkpipe.report.compose import compose  # these load matplotlib and jinja2
-    from ntkpipe.report.page import render_page
+    from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
     page = compose(gathered)
     data = render_page(page).encode()
@@ -144,32 +139,6 @@ def write_report(
         num_bytes=len(data),
         verdict=page.verdict.lead + page.verdict.rest,
         missing=tuple((section.title, section.missing) for section in page.sections if section.missing),
-    )
-
-
-def report_of_store(
-    store: KernelStore,
-    *,
-    path: str | None = None,
-    array: str = "train",
-    ridges: "Sequence[float] | None" = None,
-    ridge_scale: RidgeScale = None,
-    memory_limit: int | None = None,
-    client: "Client | None" = None,
-    progress: bool = True,
-    saved_only: bool = False,
-) -> Report:
-    """:func:`write_report` as a step of a workflow."""
-    return write_report(
-        store,
-        path,
-        array=array,
-        ridges=ridges,
-        ridge_scale=ridge_scale,
-        memory_limit=memory_limit,
-        client=client,
-        progress=progress,
-        saved_only=saved_only,
     )
 
 

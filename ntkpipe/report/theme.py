@@ -2,8 +2,8 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -72,12 +72,13 @@ class Look:
 
     def settings(self) -> dict[str, Any]:
         """Of matplotlib. Text becomes outlines, since readers' fonts differ in width."""
+        inked: tuple[str, ...] = ("axes.edgecolor", "axes.labelcolor", "text.color")
+        inked += ("xtick.color", "xtick.labelcolor", "ytick.color", "ytick.labelcolor")
         return {
+            **dict.fromkeys(inked, self.ink),
             "axes.axisbelow": True,
-            "axes.edgecolor": self.ink,
             "axes.facecolor": self.background,
             "axes.grid": True,
-            "axes.labelcolor": self.ink,
             "axes.labelsize": 9,
             "axes.spines.right": False,
             "axes.spines.top": False,
@@ -93,18 +94,11 @@ class Look:
             "path.simplify_threshold": 0.4,
             "svg.fonttype": "path",
             "svg.hashsalt": "ntkpipe",
-            "text.color": self.ink,
-            "xtick.color": self.ink,
-            "xtick.labelcolor": self.ink,
-            "ytick.color": self.ink,
-            "ytick.labelcolor": self.ink,
         }
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Draw by these settings, and leave those of the session alone."""
-        with mpl.rc_context(cast("Any", self.settings())):
-            yield
+        return mpl.rc_context(cast("Any", self.settings()))
 
     def size(self, height: float) -> tuple[float, float]:
         """Inches of a figure; ``height`` is that of the wide one as a part of its width."""

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ntkpipe.report.figures import kernel, regression, spectrum, timings
+from ntkpipe.report.figures import kernel, regression, spectrum
+from ntkpipe.report.sections import timings
 from ntkpipe.report.theme import Draw, Look, draw_figure
 
 RIDGES = np.concatenate([[0.0], np.geomspace(1e-9, 1e5, 15)])

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ntkpipe.report.page import render_page
+from ntkpipe.report.compose import render_page
 from ntkpipe.report.parts import Gallery, Headline, Note, Page, PageTable, Plot, Section, Thumbnail
 from ntkpipe.report.theme import LOOKS, Drawn
 

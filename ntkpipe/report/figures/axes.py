@@ -16,15 +16,13 @@ _FEW_DECADES = 2.0
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def power_of_ten(value: float, place: float = 0.0) -> str:
+def power_of_ten(value: float, _: float = 0.0) -> str:
     """A label: 10⁻³. Formulas of matplotlib would take most of the time of a figure."""
-    del place
     return "10" + str(round(math.log10(value))).translate(_RAISED)
 
 
-def plain(value: float, place: float = 0.0) -> str:
+def plain(value: float, _: float = 0.0) -> str:
     """A label: 1,500."""
-    del place
     return f"{value:,.4g}"
 
 
@@ -63,14 +61,14 @@ def percent(axes: Axes, which: str) -> None:
         getattr(axes, f"set_{name}lim")(-2, 102)
 
 
-def legend(figure: Figure, axes: Axes, look: Look) -> None:
-    """What lines are, below the axes, where they hide nothing."""
+def label(axes: Axes, look: Look, x: str, y: str) -> None:
+    """Labels of both axes, and below these what lines are, where they hide nothing."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     handles, labels = axes.get_legend_handles_labels()
-    if not handles:
-        return
     longest = max(map(len, labels))
     columns = 1 if look.is_narrow and longest > 22 else 2 if look.is_narrow or longest > 34 else 3
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -> None:

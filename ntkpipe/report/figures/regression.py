@@ -7,10 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent
+from ntkpipe.report.figures.axes import label, linear, logarithmic, percent
 from ntkpipe.report.theme import Draw, Look, Quantity
-
-_RIDGE = "ridge λ [kernel units]"
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ def over_ridges(
         logarithmic(axes, look, "x" if is_share else "xy")
         if is_share:
             linear(axes, look, "y")
-        axes.set_xlabel(_RIDGE + ("; leftmost: λ = 0" if (ridges == 0).any() else ""))
-        axes.set_ylabel(unit)
-        legend(figure, axes, look)
+        label(axes, look, _ridge_label(ridges), unit)
 
     return draw
 
@@ -66,6 +62,10 @@ def drawn_ridges(ridges: FloatArray) -> FloatArray:
     """Where ridges are drawn on a logarithmic axis: zero one decade below the others."""
     positive = ridges[ridges > 0]
     return np.where(ridges > 0, ridges, positive.min() / 10 if len(positive) else 1.0)
+
+
+def _ridge_label(ridges: FloatArray) -> str:
+    return "ridge λ [kernel units]" + ("; leftmost: λ = 0" if (ridges == 0).any() else "")
 
 
 def ratios(ridges: FloatArray, curves: Curves, *, marked: Mapping[str, float] | None = None) -> Draw:
@@ -82,9 +82,7 @@ def ratios(ridges: FloatArray, curves: Curves, *, marked: Mapping[str, float] | 
             axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
         logarithmic(axes, look, "x")
         linear(axes, look, "y")
-        axes.set_xlabel(_RIDGE + ("; leftmost: λ = 0" if (ridges == 0).any() else ""))
-        axes.set_ylabel("estimate / measured [ratio]")
-        legend(figure, axes, look)
+        label(axes, look, _ridge_label(ridges), "estimate / measured [ratio]")
 
     return draw
 
@@ -98,9 +96,7 @@ def coverage(nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> Draw
         axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **look.line("test", len(nominal)))
         axes.plot(100 * nominal, 100 * plain, label="as they are", **look.line("unscaled", len(nominal)))
         percent(axes, "xy")
-        axes.set_xlabel("probability of the interval [%]")
-        axes.set_ylabel("test targets inside [%]")
-        legend(figure, axes, look)
+        label(axes, look, "probability of the interval [%]", "test targets inside [%]")
 
     return draw
 
@@ -125,8 +121,6 @@ def reliability(confidence: FloatArray, accuracy: FloatArray, counts: FloatArray
             **look.line("test"),
         )
         percent(axes, "xy")
-        axes.set_xlabel("confidence in the predicted class [%]")
-        axes.set_ylabel("test samples right [%]")
-        legend(figure, axes, look)
+        label(axes, look, "confidence in the predicted class [%]", "test samples right [%]")
 
     return draw

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.figures.axes import legend, linear, logarithmic, percent, thinned
+from ntkpipe.report.figures.axes import label, linear, logarithmic, percent, thinned
 from ntkpipe.report.theme import Draw, Look
 
 
@@ -39,9 +39,7 @@ def eigenvalues(values: FloatArray, *, num_rows: int, floor: float, fit: TailLin
             axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
         axes.set_xlim(0.9, num_rows * 1.1)
         logarithmic(axes, look, "xy")
-        axes.set_xlabel("rank k of the eigenvalue [number]")
-        axes.set_ylabel("eigenvalue λₖ [kernel units]")
-        legend(figure, axes, look)
+        label(axes, look, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
 
     return draw
 
@@ -60,9 +58,7 @@ def density(places: FloatArray, heights: FloatArray, *, floor: float, is_estimat
             axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
         linear(axes, look, "y")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("eigenvalue λ [kernel units]")
-        axes.set_ylabel("density [eigenvalues per decade]")
-        legend(figure, axes, look)
+        label(axes, look, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
 
     return draw
 
@@ -81,8 +77,6 @@ def cumulative(power: FloatArray, share: FloatArray | None, *, levels: Sequence[
             axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
         logarithmic(axes, look, "x")
         percent(axes, "y")
-        axes.set_xlabel("leading eigenvectors k [number]")
-        axes.set_ylabel("cumulative share [%]")
-        legend(figure, axes, look)
+        label(axes, look, "leading eigenvectors k [number]", "cumulative share [%]")
 
     return draw

@@ -7,7 +7,7 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
 from ntkpipe.report.findings import Findings, Missing
-from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
+from ntkpipe.report.parts import PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, share, warnings
 from ntkpipe.report.theme import render
 
@@ -29,7 +29,7 @@ def alignment_section(found: Findings | Missing, spectrum: Findings | Missing) -
     held = eigenvalues.cumsum() / trace if trace > 0 else None
     parts: list[Part] = [_plot(found, power, held, float(error.max(initial=0.0)))]
     parts.append(_numbers(found, power))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     return Section("alignment", _TITLE, _INTRO, tuple(parts))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ntkpipe.report.figures.regression import coverage, reliability
 from ntkpipe.report.findings import Findings, Missing
-from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
+from ntkpipe.report.parts import PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, share, warnings, with_error
 from ntkpipe.report.theme import render
 
@@ -28,7 +28,7 @@ def gaussian_section(found: Findings | Missing) -> Section:
     if len(found.array("counts")):
         parts.append(_reliability(found))
     parts.append(_numbers(found))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     return Section("gaussian-process", _TITLE, _INTRO, tuple(parts))
 
 

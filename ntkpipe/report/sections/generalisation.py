@@ -5,8 +5,8 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
 from ntkpipe.report.findings import Findings, Missing
-from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_error
+from ntkpipe.report.parts import PageTable, Part, Plot, Section
+from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_errors
 from ntkpipe.report.theme import Quantity, render
 
 _INTRO = (
@@ -39,19 +39,17 @@ def generalisation_section(found: Findings | Missing, mean_diagonal: float) -> S
         curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
     parts: list[Part] = [_losses(found, ridges, curves, mean_diagonal)]
     if is_measured:
-        compared: dict[Quantity, Curve] = {
+        compared: Curves = {
             name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"
         }
         parts.append(_ratios(ridges, compared, mean_diagonal))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     parts.append(_table(found, ridges))
-    missing = None
-    if not is_measured:
-        missing = (
-            "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs "
-            "and test_targets (`ntkpipe run FILE --grow` adds them)."
-        )
-    return Section("generalisation", title, _INTRO, tuple(parts), missing)
+    missing = (
+        "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs and "
+        "test_targets (`ntkpipe run FILE --grow` adds them)."
+    )
+    return Section("generalisation", title, _INTRO, tuple(parts), None if is_measured else missing)
 
 
 def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
@@ -61,9 +59,7 @@ def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: 
         "estimates",
         "Loss across ridges, predicted and measured",
         render(over_ridges(ridges, curves, unit="mean squared error [target units²]", marked={_MARK: mean_diagonal})),
-        "Lines of the loss over the ridge: "
-        + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
-        + ".",
+        f"Lines of the loss over the ridge: {_in_words(curves)}.",
         (
             "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (circles) "
             "can replace a test set; one that falls below it for small λ promises too much there.",
@@ -83,9 +79,7 @@ def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
         "ratios",
         "Estimate over measured test loss",
         render(ratios(ridges, curves, marked={_MARK: mean_diagonal})),
-        "Lines of the ratio of each estimate to the measured test loss over the ridge: "
-        + "; ".join(f"{curve.label} from {_ends(curve.values)}" for curve in curves.values())
-        + ".",
+        f"Lines of the ratio of each estimate to the measured test loss over the ridge: {_in_words(curves)}.",
         (
             "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor "
             "of 1.25.",
@@ -97,9 +91,11 @@ def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
     )
 
 
-def _ends(values: FloatArray) -> str:
-    known = values[np.isfinite(values)]
-    return f"{number(known[0], 3)} to {number(known[-1], 3)}" if len(known) else "nothing"
+def _in_words(curves: Curves) -> str:
+    """Each curve with its first and its last value."""
+    known = {curve.label: curve.values[np.isfinite(curve.values)] for curve in curves.values()}
+    ends = {name: f"{number(v[0], 3)} to {number(v[-1], 3)}" if len(v) else "nothing" for name, v in known.items()}
+    return "; ".join(f"{name} from {said}" for name, said in ends.items())
 
 
 def _table(found: Findings, ridges: FloatArray) -> PageTable:
@@ -112,11 +108,6 @@ def _table(found: Findings, ridges: FloatArray) -> PageTable:
         "Canatar et al.": ("canatar", None),
         "effective dimension": ("effective_dimension", "effective_dimension_error"),
     }
-    cells = []
-    for name, error in columns.values():
-        values = found.array(name)
-        errors = np.zeros_like(values) if error is None else found.array(error)
-        cells.append([with_error(value, wrong) for value, wrong in zip(values, errors, strict=True)])
-    reasons = found.texts("reasons")
-    rows = tuple(zip(ridges_in_words(ridges), *cells, reasons, strict=True))
+    cells = [with_errors(found, *names) for names in columns.values()]
+    rows = tuple(zip(ridges_in_words(ridges), *cells, found.texts("reasons"), strict=True))
     return PageTable("Numbers behind these figures", ("λ", *columns, "trust"), rows, is_folded=True)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.report.findings import Findings, Missing
 from ntkpipe.report.images import Split, StoredImages
-from ntkpipe.report.parts import Gallery, Note, Part, Section, Thumbnail
+from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
 from ntkpipe.report.sections.words import number, share, warnings
 from ntkpipe.report.theme import data_uri
 
@@ -49,7 +49,7 @@ def influence_section(
     )
     parts: list[Part] = [Gallery("Test samples, and the largest terms of their predictions", _reading(found), rows)]
     parts.append(_overall(found, overall, trains, targets))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     return Section("influence", _TITLE, _INTRO, tuple(parts), images.why_not())
 
 
@@ -78,13 +78,12 @@ def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int)
         return list(range(min(num_test, _NUM_WRONG + _NUM_RIGHT)))
     is_wrong = predicted != test_targets
     wrong = np.flatnonzero(is_wrong)[:_NUM_WRONG]
-    firsts = [
-        int(np.flatnonzero(~is_wrong & (test_targets == label))[0]) for label in np.unique(test_targets[~is_wrong])
-    ]
-    return [*map(int, wrong), *sorted(firsts)[:_NUM_RIGHT]]
+    right = np.flatnonzero(~is_wrong)
+    firsts = right[np.unique(test_targets[right], return_index=True)[1]]
+    return [*map(int, wrong), *map(int, np.sort(firsts)[:_NUM_RIGHT])]
 
 
-def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None) -> tuple[str, ...]:
+def _lines(sample: int | np.int64, targets: Targets, predicted: NDArray[Any] | None) -> tuple[str, ...]:
     """What is said of a sample: number, target, prediction."""
     said = [f"no. {sample:,}"]
     if targets is not None and targets.ndim == 1:
@@ -107,12 +106,8 @@ def _thumbnail(split: str, sample: int, pictures: dict[int, str], lines: tuple[s
 def _overall(found: Findings, overall: NDArray[np.int64], pictures: dict[int, str], targets: Targets) -> Gallery:
     sizes = found.array("mean_size")
     mean = float(sizes.mean())
-    row = tuple(
-        _thumbnail(
-            "training", int(one), pictures, (*_lines(int(one), targets, None), f"{sizes[one] / mean:.3g} × mean")
-        )
-        for one in overall
-    )
+    said = [(*_lines(one, targets, None), f"{sizes[one] / mean:.3g} × mean") for one in overall]
+    row = tuple(_thumbnail("training", int(one), pictures, lines) for one, lines in zip(overall, said, strict=True))
     return Gallery(
         "Training samples with the largest terms over the whole test set",
         (

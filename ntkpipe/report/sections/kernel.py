@@ -26,24 +26,14 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
             "altogether; such a common factor helps no classification."
         )
     name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {arrangement.order}"
-    drawn = render(
-        picture(
-            means[0],
-            num_samples=num_samples,
-            bounds=arrangement.bounds,
-            names=arrangement.names,
-            order=arrangement.order,
-        ),
-        height=0.78,
+    draw = picture(
+        means[0], num_samples=num_samples, bounds=arrangement.bounds, names=arrangement.names, order=arrangement.order
     )
-    parts: list[Plot | Note] = [
-        Plot("picture", name, drawn, f"Heat map of the kernel of {num_samples:,} samples.", tuple(reading))
-    ]
-    if is_by_class:
-        parts.append(_class_plot(means[1], arrangement))
-    else:
-        parts.append(Note("The targets are no class numbers, so there is no picture by class."))
-    return Section("kernel", "The kernel", (), tuple(parts))
+    alt = f"Heat map of the kernel of {num_samples:,} samples."
+    whole = Plot("picture", name, render(draw, height=0.78), alt, tuple(reading))
+    no_classes = Note("The targets are no class numbers, so there is no picture by class.")
+    by_class = _class_plot(means[1], arrangement) if is_by_class else no_classes
+    return Section("kernel", "The kernel", (), (whole, by_class))
 
 
 def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:

@@ -3,11 +3,10 @@
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.choosing import Chosen, choose
 from ntkpipe.report.figures.regression import Curve, over_ridges
-from ntkpipe.report.findings import Findings, Missing
-from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import number, ridges_in_words, share, warnings, with_error
+from ntkpipe.report.findings import Chosen, Findings, Missing, choose
+from ntkpipe.report.parts import PageTable, Part, Plot, Section
+from ntkpipe.report.sections.words import number, ridges_in_words, share, warnings, with_errors
 from ntkpipe.report.theme import Quantity, render
 
 _TITLE = "Ridge regression"
@@ -27,15 +26,14 @@ def regression_section(found: Findings | Missing) -> Section:
     parts: list[Part] = [_losses(found, ridges, chosen)]
     if np.isfinite(found.array("leave_one_out_accuracy")).any():
         parts.append(_accuracies(found, ridges, chosen))
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     parts.append(_table(found, ridges))
-    missing = None
-    if not np.isfinite(found.array("test_loss")).any():
-        missing = (
-            "The store has no test set with targets, so there is no test loss; compute the kernel with test_inputs and "
-            "test_targets (`ntkpipe run FILE --grow` adds them)."
-        )
-    return Section("regression", _TITLE, _INTRO, tuple(parts), missing)
+    missing = (
+        "The store has no test set with targets, so there is no test loss; compute the kernel with test_inputs and "
+        "test_targets (`ntkpipe run FILE --grow` adds them)."
+    )
+    is_measured = np.isfinite(found.array("test_loss")).any()
+    return Section("regression", _TITLE, _INTRO, tuple(parts), None if is_measured else missing)
 
 
 def _curves(found: Findings, names: dict[Quantity, tuple[str, str, str | None]]) -> dict[Quantity, Curve]:
@@ -113,10 +111,7 @@ def _table(found: Findings, ridges: FloatArray) -> PageTable:
         "effective dimension": ("effective_dimension", "effective_dimension_error"),
     }
     cells = [[f"{ridge / mean:.2g}" for ridge in ridges]]
-    for name, error in losses.values():
-        values = found.array(name)
-        errors = np.zeros_like(values) if error is None else found.array(error)
-        cells.append([with_error(value, wrong) for value, wrong in zip(values, errors, strict=True)])
+    cells += [with_errors(found, *names) for names in losses.values()]
     columns = ["λ", "λ / mean diagonal", *losses]
     for title, name in (("leave-one-out accuracy", "leave_one_out_accuracy"), ("test accuracy", "test_accuracy")):
         values = found.array(name)

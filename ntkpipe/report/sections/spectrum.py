@@ -6,7 +6,7 @@ import numpy as np
 
 from ntkpipe.report.figures.spectrum import TailLine, density, eigenvalues
 from ntkpipe.report.findings import Findings, Missing
-from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
+from ntkpipe.report.parts import PageTable, Part, Plot, Section
 from ntkpipe.report.sections.words import method_in_words, number, ridges_in_words, warnings, with_error
 from ntkpipe.report.theme import render
 
@@ -23,7 +23,7 @@ def spectrum_section(found: Findings | Missing) -> Section:
     if isinstance(found, Missing):
         return Section("spectrum", _TITLE, _INTRO, (), found.why)
     parts: list[Part] = [_by_rank(found), _by_size(found), _numbers(found)]
-    parts += [Note(said) for said in warnings(found)]
+    parts += warnings(found)
     ridges, dimension, error = found.arrays("ridges", "effective_dimension", "effective_dimension_error")
     rows = tuple(
         (ridge, with_error(value, wrong))
