@@ -86,7 +86,7 @@ def find_resources(
 
 
 @dataclass(frozen=True)
-class WorkerReport:
+class WorkerFacts:
     """What one worker says about itself."""
 
     host: str
@@ -158,7 +158,7 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
     )
 
 
-def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker | None" = None) -> WorkerReport:
+def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker | None" = None) -> WorkerFacts:
     """Report of this worker; Dask calls it there, and fills in the last argument by its name."""
     assert dask_worker is not None
     found = resolve_device(device)
@@ -168,7 +168,7 @@ def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker |
         rate = measure_rates(found, dtype).product
     finally:
         torch.set_num_threads(threads)
-    return WorkerReport(
+    return WorkerFacts(
         host=socket.gethostname(),
         device=str(found),
         arithmetic=describe_arithmetic(found),

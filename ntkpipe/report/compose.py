@@ -154,7 +154,7 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
 
 
 def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
-    """Of computing the kernel, and of checking how."""
+    """Seconds spent on computing the kernel and on the self-checks before it."""
     if not records.runs:
         return ()
     tiles = sum(float(run["seconds"]) for run in records.runs)

@@ -71,7 +71,7 @@ class Look:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Of matplotlib. Text becomes outlines, since readers' fonts differ in width."""
+        """Settings of matplotlib; text becomes outlines, since readers' fonts differ in width."""
         inked: tuple[str, ...] = ("axes.edgecolor", "axes.labelcolor", "text.color")
         inked += ("xtick.color", "xtick.labelcolor", "ytick.color", "ytick.labelcolor")
         return {

@@ -14,13 +14,13 @@ from small import compute
 
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
-from ntkpipe.build.workers import WorkerReport, inspect_workers, require_shared_store
+from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
 from ntkpipe.executors.connect import connect
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
 
 GIB = 2**30
-USUAL = WorkerReport(
+USUAL = WorkerFacts(
     host="one",
     device="cpu",
     arithmetic="AVX2, torch 2.13",
@@ -52,7 +52,7 @@ def inspect(*reports: object):
     return inspect_workers(Answers(*reports), torch.float32)
 
 
-def other(host: str, **changes: object) -> WorkerReport:
+def other(host: str, **changes: object) -> WorkerFacts:
     return replace(USUAL, host=host, **changes)
 
 
@@ -73,11 +73,11 @@ def test_a_worker_that_dies_while_it_is_asked_is_left_out():
 def test_a_plan_is_made_for_the_weakest_of_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        crew = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
-    assert (crew.processes, crew.threads, crew.device) == (2, 1, "cpu")
-    assert GIB < crew.memory_limit < 2 * GIB
-    assert crew.base_memory == GIB
-    assert crew.flops_per_second == 50e9
+        found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
+    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert GIB < found.memory_limit < 2 * GIB
+    assert found.base_memory == GIB
+    assert found.flops_per_second == 50e9
 
 
 def test_what_differs_is_said_with_the_names_of_hosts():
@@ -114,9 +114,9 @@ def client():
 
 
 def test_workers_are_asked_for_real(client):
-    crew = inspect_workers(client, torch.float32, "cpu")
-    assert (crew.processes, crew.threads, crew.device) == (2, 1, "cpu")
-    assert crew.flops_per_second > 1e8
+    found = inspect_workers(client, torch.float32, "cpu")
+    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert found.flops_per_second > 1e8
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
         inspect_workers(client, torch.float32, "cuda:7")
 

@@ -65,7 +65,7 @@ class Posterior(Result):
 
     @property
     def predictive_variance(self) -> FloatArray:
-        """Of targets: ``variance + noise``, shape (M, S)."""
+        """Predictive variance of targets, ``variance + noise``, shape (M, S)."""
         return self.variance + self.noise
 
     def _rows(self) -> TableRows:
