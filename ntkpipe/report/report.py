@@ -82,8 +82,10 @@ def write_report(
     ridges, ridge_scale
         λ of the regressions, absolute, or with ``"mean_diagonal"`` times the mean of the diagonal; default those of
         saved results, or of the analyses.
-    memory_limit, client
-        Bytes that analyses may have, what is available if none; and as for :func:`ntkpipe.as_operator`.
+    memory_limit
+        Bytes that analyses may have; what is available if none.
+    client
+        As for :func:`ntkpipe.as_operator`.
     progress
         Show on standard error what is computed.
     saved_only
@@ -93,8 +95,10 @@ def write_report(
     ------
     ConfigError
         If matplotlib or jinja2 are not installed, there is no such array, or a file is there that is no report.
-    TileError, StoreError
-        If a tile is missing or damaged; if a result in the store is damaged, or the page cannot be written.
+    TileError
+        If a tile is missing or damaged.
+    StoreError
+        If a result in the store is damaged, or the page cannot be written.
     Interrupted
         On Ctrl-C; what was computed before is saved, and the same call goes on from there.
     """

@@ -27,7 +27,7 @@ def _four(low: float, high: float) -> dict[str, regression.Curve]:
 
 def _spectrum(count: int, low: float) -> Draw:
     values = np.geomspace(2e4, low, count)
-    fit = spectrum.PowerLaw(1.234, 0.0123, 1e4, 10, max(11, count // 4))
+    fit = spectrum.TailLine(1.234, 0.0123, 1e4, 10, max(11, count // 4))
     return spectrum.eigenvalues(values, num_rows=count, floor=low, fit=fit)
 
 
