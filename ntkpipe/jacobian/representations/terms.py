@@ -7,8 +7,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.representations.dense import Dense, Joined
+from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Representation, Setup, Term
+from ntkpipe.jacobian.representations.joined import Joined
 from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
 from ntkpipe.jacobian.representations.table import LookupTable

@@ -11,8 +11,9 @@ from small import with_sizes
 from torch import nn
 
 from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.representations.dense import Dense, Joined
+from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled
+from ntkpipe.jacobian.representations.joined import Joined
 from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
 from ntkpipe.jacobian.representations.pieces import Piece
