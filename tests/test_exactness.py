@@ -24,6 +24,7 @@ from architectures import (
     mean_state,
 )
 from engines import check_every_parameter, check_model
+from quiet import QUIET
 from reference import Custom, draw_statistics, error, redraw
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -32,15 +33,7 @@ import ntkpipe
 from ntkpipe.jacobian.representations.interface import Rates
 
 # The fallback warns of its loop, torch of what it deprecates and of a tensor that a model asks about.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{words}")
-    for words in (
-        "torch.func.vmap cannot run this model:UserWarning",
-        "There is a performance drop:UserWarning",
-        "`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
-        "Converting a tensor with requires_grad=True to a scalar:UserWarning",
-    )
-]
+pytestmark = QUIET
 
 L = nn.Linear
 # Seven samples: more than the probes have.

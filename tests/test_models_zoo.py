@@ -23,19 +23,14 @@ from architectures import (
     mean_state,
 )
 from engines import WAYS, check_model
+from quiet import QUIET
 from reference import Custom, draw_statistics, redraw
 from torch import nn
 
 from ntkpipe.jacobian.representations.interface import Rates
 
 # The fallback warns of its loop.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{words}")
-    for words in (
-        "torch.func.vmap cannot run this model:UserWarning",
-        "There is a performance drop:UserWarning",
-    )
-]
+pytestmark = QUIET
 
 L = nn.Linear
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import QUIET
 from rule_cases import IDS, IMAGE, SIGNAL, L, T, X, case, frozen, outcome, param, plain, read, without_rule
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 

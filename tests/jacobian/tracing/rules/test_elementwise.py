@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engines import check_every_parameter
+from quiet import QUIET
 from reference import redraw
 from rule_cases import (
     IMAGE,
@@ -27,8 +28,9 @@ from torch import nn
 
 from ntkpipe.jacobian.tracing.rules import elementwise
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import QUIET
 from reference import Custom
 from rule_cases import (
     IMAGE,
@@ -32,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ntkpipe.jacobian.tracing.rules import linear
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 

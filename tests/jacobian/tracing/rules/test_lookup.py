@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import QUIET
 from rule_cases import (
     IDS,
     B,
@@ -27,8 +28,9 @@ from torch import nn
 
 from ntkpipe.jacobian.tracing.rules import lookup
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 

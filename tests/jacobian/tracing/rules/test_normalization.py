@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import QUIET
 from reference import draw_statistics
 from rule_cases import (
     IMAGE,
@@ -30,8 +31,9 @@ from torch import nn
 
 from ntkpipe.jacobian.tracing.rules import normalization
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 

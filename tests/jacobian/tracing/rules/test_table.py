@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import QUIET
 from reference import Custom
 from rule_cases import (
     SIGNAL,
@@ -27,8 +28,9 @@ from torch import nn
 from ntkpipe.jacobian.tracing.rules import convolution, elementwise, linear, lookup, normalization
 from ntkpipe.jacobian.tracing.rules.table import RULES
 
+pytestmark = QUIET
+
 # The fallback warns about its loop, torch about old-style hooks; none of it is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {}
 
