@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage")
     parser.add_argument("--only", type=int, nargs="*")
     options = parser.parse_args()
+    if not options.coverage.exists():
+        parser.error(f"{options.coverage} is not there; run the suite with --cov-context=test first, as above")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "copy"
