@@ -163,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.coverage.exists():
         parser.error(f"{options.coverage} is not there; run the suite with --cov-context=test first, as above")
-    survivors = []
+    tried, survivors = 0, []
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "copy"
         ignore = shutil.ignore_patterns(".venv", ".git", "__pycache__", "runs", "tests", ".*_cache")
@@ -175,8 +175,9 @@ def main() -> None:
                 killed = is_killed(mutant, copied, tests)
                 words = f"{number:3} {mutant.path}:{mutant.line}  {mutant.before}  →  {mutant.after}"
                 print(f"{'killed  ' if killed else 'SURVIVES'} {words}  ({len(tests)} tests)", flush=True)
+                tried += 1
                 survivors += [] if killed else [words]
-    print(f"{len(survivors)} of {options.number} survive")
+    print("\n".join([f"{len(survivors)} of {tried} survive", *survivors]))
 
 
 if __name__ == "__main__":
