@@ -14,6 +14,10 @@ class ConfigError(NtkpipeError, ValueError):
     """An argument, a workflow file or an import string is wrong."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument has a name that the function does not know."""
+
+
 class ModelError(NtkpipeError, ValueError):
     """The model cannot be used as it is: its outputs, mode, parameters or checkpoint."""
 

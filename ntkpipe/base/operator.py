@@ -68,6 +68,11 @@ class Operator(ABC):
         return np.dtype(np.float64)
 
     @property
+    def rows_per_sample(self) -> int | None:
+        """S, rows of each sample, where K is a stored kernel; None where nobody knows."""
+        return None
+
+    @property
     @abstractmethod
     def work(self) -> Work:
         """Work since the operator was created."""

@@ -1,5 +1,10 @@
-"""Targets of a regression: class labels become one-hot columns, and a full NTK has a row for each output."""
+"""Targets of samples, encoded in one way everywhere: labels of classes become columns, numbers stay what they are.
 
+Integers, booleans and strings of shape (N,) are labels; every different one is a class, whatever the numbers are, and
+becomes a one-hot column, in sorted order. Floats, and everything with columns, are real targets.
+"""
+
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,26 +13,47 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 
-Task = Literal["auto", "classification", "regression"]
-_TASKS = ("auto", "classification", "regression")
+# `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
+Task = Literal["auto", "classification", "regression", "binary"]
+# Floats that are all integers are taken for numbers, with a warning if there are as few different ones as this.
+_MOST_CLASSES_OF_FLOATS = 100
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Targets of samples."""
+class Targets:
+    """Targets of samples, encoded."""
 
-    matrix: NDArray[np.float64]  # shape (N, O), float64: one-hot for classes
-    classes: NDArray[Any] | None  # labels in the order of columns, shape (O,); None for real targets
-    codes: NDArray[np.int64] | None  # column of each sample's label, shape (N,); None for real targets
-    is_flat: bool  # whether the targets were real and of shape (N,)
+    matrix: NDArray[np.float64]  # shape (N, c), float64
+    classes: NDArray[Any] | None  # labels of classes, sorted: in the order of one-hot columns; None for real targets
+    codes: NDArray[np.int64] | None  # number of each sample's class, shape (N,), -1 if training has none; or None
+    is_flat: bool  # whether targets were real and of shape (N,)
+    is_binary: bool = False  # whether the two classes share a column, of -1 and +1
+
+    @property
+    def words(self) -> str:
+        """What the targets were taken for."""
+        count = self.matrix.shape[1]
+        if self.classes is None:
+            return f"{count} real target{'s'[: count != 1]}"
+        encoded = "as ±1" if self.is_binary else "one-hot"
+        return f"{len(self.classes)} class{'es'[: 2 * (len(self.classes) != 1)]}, {encoded}"
+
+    @property
+    def num_unknown(self) -> int:
+        """Number of samples whose class training does not have."""
+        return 0 if self.codes is None else int((self.codes < 0).sum())
 
     def rows(self, width: int) -> NDArray[np.float64]:
         """Targets as right-hand sides of a kernel with ``width`` rows per sample; see :func:`as_rows`."""
         return as_rows(self.matrix, width)
 
+    def predicted(self, outputs: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Number of the class that outputs of shape (M, c) predict: of the largest, or by the sign of a shared one."""
+        return (outputs[:, 0] > 0).astype(np.int64) if self.is_binary else outputs.argmax(axis=1)
+
     def accuracy(self, outputs: NDArray[np.float64]) -> float | None:
-        """Fraction of samples whose largest output, of shape (N, O), is their class; None for real targets."""
-        return None if self.codes is None else float(np.mean(outputs.argmax(axis=1) == self.codes))
+        """Share of samples whose class is the predicted one; None for real targets. An unknown class counts as wrong."""
+        return None if self.codes is None else float(np.mean(self.predicted(outputs) == self.codes))
 
     def loss(self, outputs: NDArray[np.float64]) -> float:
         """Mean squared error over samples and outputs."""
@@ -36,20 +62,14 @@ class Labels:
 
 def as_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Reshape (N, O) to the rows of a kernel: (N·O, 1) if that has O rows per sample, unchanged if it has one."""
-    rows = target_rows(matrix, width)
-    if rows is None:
+    if width == 1:
+        return matrix
+    if matrix.shape[1] != width:
         raise ConfigError(
             f"targets of {matrix.shape[1]} columns for a kernel of {width} rows a sample; needed a column for each row "
             "of a sample, as a full NTK has an output for each"
         )
-    return rows
-
-
-def target_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64] | None:
-    """Reshape as :func:`as_rows`, but return None if a full NTK has another number of outputs than targets."""
-    if width == 1:
-        return matrix
-    return matrix.reshape(-1, 1) if matrix.shape[1] == width else None
+    return matrix.reshape(-1, 1)
 
 
 def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -57,40 +77,112 @@ def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return rows if width == 1 else rows.reshape(-1, width)
 
 
-def encode(
-    targets: ArrayLike, *, num_outputs: int | None = None, classes: NDArray[Any] | None = None, task: Task = "auto"
-) -> Labels:
-    """Convert labels, of the given classes or of those found, or real targets to a matrix."""
-    if task not in _TASKS:
-        raise ConfigError(f"task={task!r}; needed one of {', '.join(map(repr, _TASKS))}")
+def encode(targets: ArrayLike, *, task: Task = "auto", num_outputs: int | None = None) -> Targets:
+    """Encode the targets of train samples.
+
+    Parameters
+    ----------
+    targets
+        Shape (N,) or (N, c).
+    task
+        ``auto`` as above; ``classification``: labels, also as floats or in a single column; ``binary``: the same, of
+        two classes; ``regression``: numbers, also integers.
+    num_outputs
+        Number of columns that are needed. Integers from 0 may lack some of the classes then.
+
+    Raises
+    ------
+    ConfigError
+        If targets are neither, integers are all different, or there are too few classes.
+    NonFiniteError
+        If numbers are NaN or infinite.
+    """
+    values = _values(targets)
+    if task != "regression" and _are_labels(values, task):
+        labels = values.reshape(-1)
+        if labels.dtype.kind == "f":
+            labels = labels.astype(np.int64)
+        return _encoded(labels, _classes_of(labels, num_outputs, task), is_binary=task == "binary")
+    return _real(values, warns=task == "auto")
+
+
+def encode_test(targets: ArrayLike, train: Targets) -> Targets:
+    """Encode the targets of test samples as those of the train samples were."""
+    values = _values(targets)
+    if train.classes is None:
+        found = _real(values, warns=False)
+        if found.matrix.shape[1] != train.matrix.shape[1]:
+            shown, needed = found.matrix.shape[1], train.matrix.shape[1]
+            raise ConfigError(f"test targets have {shown} columns, and train targets {needed}; they must match")
+        return found
+    if values.size != len(values):
+        raise ConfigError(f"test targets of shape {values.shape} where labels of classes are needed, shape (M,)")
+    return _encoded(values.reshape(-1), train.classes, is_binary=train.is_binary)
+
+
+def note_on_unknown(test: Targets) -> str:
+    """What a message adds where the test set has classes that training does not have; else nothing."""
+    if not test.num_unknown:
+        return ""
+    return f"; {test.num_unknown} test samples of classes that training does not have count as wrong"
+
+
+def _values(targets: ArrayLike) -> NDArray[Any]:
     values = np.asarray(targets)
     if values.ndim not in {1, 2} or not values.size:
         raise ConfigError(f"targets of shape {values.shape}; needed (N,) or (N, O)")
-    if classes is not None or (task != "regression" and _are_labels(values, task)):
-        return _one_hot(values, _classes_of(values, num_outputs) if classes is None else classes)
-    if values.dtype.kind not in "fiub":
-        raise ConfigError(f"real targets of dtype {values.dtype}; needed real numbers, or labels of classes, (N,)")
-    matrix = target_matrix(values, None)
-    if not np.isfinite(matrix).all():
-        raise NonFiniteError("targets hold NaN or infinity")
-    return Labels(matrix, None, None, values.ndim == 1)
+    return values
 
 
 def _are_labels(values: NDArray[Any], task: Task) -> bool:
-    if task == "classification":
-        if values.ndim == 2:
-            raise ConfigError(f"task='classification' and targets of shape {values.shape}; needed labels, shape (N,)")
+    is_column = values.size == len(values)
+    if task in {"classification", "binary"}:
+        if not is_column or (values.dtype.kind == "f" and not _are_integers(values)):
+            raise ConfigError(f"task={task!r} and targets of shape {values.shape}; needed labels, shape (N,)")
         return True
-    return values.ndim == 1 and values.dtype.kind in "iubUSO" and len(np.unique(values)) < max(2, len(values))
+    if values.ndim != 1 or values.dtype.kind not in "iubUSO":
+        return False
+    if values.dtype.kind in "iu" and len(values) > 2 and len(np.unique(values)) == len(values):
+        raise ConfigError(
+            f"{len(values)} integers as targets, all of them different: classes, or numbers? Give "
+            "task='classification' or task='regression'"
+        )
+    return True
 
 
-def _classes_of(values: NDArray[Any], num_outputs: int | None) -> NDArray[Any]:
+def _are_integers(values: NDArray[Any]) -> bool:
+    return bool(np.isfinite(values).all() and (values == np.round(values)).all())
+
+
+def _real(values: NDArray[Any], *, warns: bool) -> Targets:
+    if values.dtype.kind not in "fiub":
+        raise ConfigError(f"real targets of dtype {values.dtype}; needed real numbers, or labels of classes, (N,)")
+    matrix = values.reshape(len(values), -1).astype(np.float64)
+    if not np.isfinite(matrix).all():
+        raise NonFiniteError("targets hold NaN or infinity")
+    found = Targets(matrix, None, None, values.ndim == 1)
+    if warns and matrix.shape[1] == 1 and len(matrix) > 2 and _are_integers(matrix):
+        count = len(np.unique(matrix))
+        if 1 < count <= min(_MOST_CLASSES_OF_FLOATS, len(matrix) // 2):
+            warnings.warn(
+                f"targets of dtype {values.dtype} and shape {values.shape} are {count} different integers, and are "
+                "taken as one real target; for classes give integers of shape (N,), or task='classification'",
+                stacklevel=2,
+            )
+    return found
+
+
+def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> NDArray[Any]:
     """Labels in the order of columns; integers from 0 may lack some of ``num_outputs`` classes."""
-    classes = np.unique(values)
+    classes = np.unique(labels)
+    if task == "binary":
+        if len(classes) != 2:
+            raise ConfigError(f"task='binary' and {len(classes)} classes; needed labels of two")
+        return classes
     if num_outputs is None or num_outputs == len(classes):
         return classes
-    if values.dtype.kind in "iu" and classes[0] >= 0 and classes[-1] < num_outputs:
-        return np.arange(num_outputs, dtype=values.dtype)
+    if labels.dtype.kind in "iu" and classes[0] >= 0 and classes[-1] < num_outputs:
+        return np.arange(num_outputs, dtype=labels.dtype)
     shown = ", ".join(map(repr, classes[:5].tolist())) + (", …" if len(classes) > 5 else "")
     raise ConfigError(
         f"targets are labels of {len(classes)} classes ({shown}) for {num_outputs} outputs; needed a class for each, "
@@ -98,25 +190,12 @@ def _classes_of(values: NDArray[Any], num_outputs: int | None) -> NDArray[Any]:
     )
 
 
-def _one_hot(values: NDArray[Any], classes: NDArray[Any]) -> Labels:
-    if values.ndim == 2:
-        raise ConfigError(f"targets of shape {values.shape} where labels of classes are needed, shape (N,)")
-    column = {label: number for number, label in enumerate(classes.tolist())}
-    codes = np.array([column.get(label, -1) for label in values.tolist()], np.int64)
-    if (codes < 0).any():
-        unknown = np.unique(values[codes < 0])[:5].tolist()
-        raise ConfigError(f"labels {', '.join(map(repr, unknown))} are none of the {len(classes)} classes of training")
-    return Labels(target_matrix(codes, len(classes)), classes, codes, False)
-
-
-def num_classes_of(targets: NDArray[Any]) -> int | None:
-    """Number of classes if targets are class numbers: integers from 0, fewer classes than samples."""
-    is_class = targets.ndim == 1 and targets.dtype.kind in "iu" and 0 <= targets.min() <= targets.max() < len(targets)
-    return int(targets.max()) + 1 if is_class else None
-
-
-def target_matrix(targets: NDArray[Any], num_classes: int | None) -> NDArray[np.float64]:
-    """Targets as (N, O): one-hot for class numbers, columns as they are for real targets."""
-    if num_classes is not None:
-        return np.asarray(np.eye(num_classes)[targets], np.float64)
-    return targets.reshape(len(targets), -1).astype(np.float64)
+def _encoded(labels: NDArray[Any], classes: NDArray[Any], *, is_binary: bool) -> Targets:
+    number = {label: place for place, label in enumerate(classes.tolist())}
+    codes = np.array([number.get(label, -1) for label in labels.tolist()], np.int64)
+    if is_binary:
+        matrix = np.where(codes < 0, 0.0, 2.0 * codes - 1.0)[:, None]
+    else:
+        # A class that is unknown has no column.
+        matrix = np.eye(len(classes) + 1)[codes][:, :-1]
+    return Targets(np.ascontiguousarray(matrix), classes, codes, False, is_binary)

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, half_of_room, memory_room, num_cores, process_memory
+from ntkpipe.base.resources import format_bytes, num_cores, process_memory
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+@checked
 def as_operator(
     matrix: Any,
     *,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     threads: int | None = None,
     client: "Client | None" = None,
     keep_tiles: bool = True,
@@ -61,39 +64,44 @@ def as_operator(
     if isinstance(matrix, Operator):
         return matrix
     if isinstance(matrix, Kernel):
-        return _open(KernelTiles(matrix), memory_limit, threads, client, keep_tiles)
+        return _open(KernelTiles(matrix), Budget.of(memory_limit), threads, client, keep_tiles)
     if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
-        return _open(ArrayTiles(matrix), memory_limit, threads, client, keep_tiles)
+        return _open(ArrayTiles(matrix), Budget.of(memory_limit), threads, client, keep_tiles)
     return DenseOperator(matrix)
 
 
-def open_for_solver(matrix: Any, memory_limit: int | None) -> tuple[Operator, int | None]:
-    """Open a matrix for a solver, and say its memory limit: half of the room is for tiles that this call opens."""
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
+def open_for_solver(
+    matrix: Any, budget: Budget, *, keep_tiles: bool = True, threads: int | None = None
+) -> tuple[Operator, Budget]:
+    """Open a matrix for a solver, and say what is left of its budget: half of the room is for tiles that are kept.
+
+    Where the limit has no room for tiles, they are read one at a time, beside what the solver takes.
+    """
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
-        return as_operator(matrix), memory_limit
-    share = half_of_room(memory_limit)
-    return as_operator(matrix, memory_limit=share), share
+        return as_operator(matrix), budget
+    share = budget.half() if keep_tiles else budget
+    try:
+        return as_operator(matrix, memory_limit=share, keep_tiles=keep_tiles, threads=threads), share
+    except ResourceError:
+        return as_operator(matrix, keep_tiles=False, threads=1), budget
 
 
 def _open(
-    source: TileSource, memory_limit: int | None, threads: int | None, client: "Client | None", keep_tiles: bool
+    source: TileSource, budget: Budget, threads: int | None, client: "Client | None", keep_tiles: bool
 ) -> Operator:
     if client is not None:
         from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
 
-        return WorkersOperator(source, client, memory_limit=memory_limit, threads=threads)
-    for name, value in (("threads", threads), ("memory_limit", memory_limit)):
-        if value is not None:
-            check_number(name, value, low=1)
+        return WorkersOperator(source, client, worker_bytes=budget.limit, threads=threads)
+    if threads is not None:
+        check_number("threads", threads, low=1)
     threads = threads or num_cores()
     in_use = buffer_bytes(source, threads)
-    room = memory_room(memory_limit) - in_use
-    if memory_limit is not None and room < 0:
+    room = budget.room() - in_use
+    if budget.limit is not None and room < 0:
         raise ResourceError(
-            f"memory_limit={format_bytes(memory_limit)}, and this process has {format_bytes(process_memory())}; "
+            f"memory_limit={format_bytes(budget.limit)}, and this process has {format_bytes(process_memory())}; "
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
     reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if memory_limit is None else room)
+    return StreamingOperator(reader, threads=threads, room=None if budget.limit is None else room)

@@ -39,6 +39,11 @@ class TiledOperator(Operator):
         whole = self._source.identity()
         return whole if self.num_rows == self._source.grid.shape[0] else f"leading({whole}, {self.num_rows})"
 
+    @property
+    def rows_per_sample(self) -> int | None:
+        """See :attr:`Operator.rows_per_sample`."""
+        return self._source.rows_per_sample
+
     def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
         return self._gather(ColumnsRequest(indices), np.empty((self.num_rows, len(indices))))
 

@@ -33,6 +33,7 @@ class TileSource(Protocol):
     """Where tiles come from. It pickles, so that the workers of a cluster can read for themselves."""
 
     grid: Grid  # the tiles of a symmetric matrix
+    rows_per_sample: int | None  # S of a kernel; None of an array, whose samples nobody knows
     dtype: np.dtype[Any]  # of the entries
     tile_bytes: int  # of one tile as it is read
     is_local: bool  # whether one reader at a time keeps the medium busy
@@ -51,6 +52,7 @@ class KernelTiles:
         if not kernel.is_symmetric:
             raise ConfigError(f"{kernel!r} is not symmetric; needed the kernel of samples with themselves")
         self.kernel, self.grid, self.dtype = kernel, kernel.grid, kernel.dtype
+        self.rows_per_sample: int | None = kernel.num_covectors
         self.tile_bytes, self.is_local = kernel.tile_bytes, kernel.is_local
 
     def identity(self) -> str:
@@ -77,6 +79,7 @@ class ArrayTiles:
         axis = Axis(shape[0], 1, min(edge, shape[0]))
         self.array, self.edge, self.dtype = array, edge, dtype
         self.grid = Grid(axis, axis, symmetric=True)
+        self.rows_per_sample: int | None = None
         self.tile_bytes = int(axis.tile) ** 2 * dtype.itemsize
         self.is_local = True
 

@@ -1,15 +1,17 @@
 """Results of solvers: frozen values that say how far to trust them, print as a short table, and are saved as data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, Self, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.tables import TableRows
+from ntkpipe.base.tables import TableRows, as_table
 
 Status = Literal["converged", "stagnated", "indefinite at storage precision", "step limit", "not converged"]
 
@@ -37,10 +39,11 @@ class Result:
 
     status: Status  # whether the result is as good as requested; there are numbers in any case
     message: str  # one sentence: why the solver stopped, and what to do if that was too early
-    work: Work  # passes, bytes and seconds in products with the matrix
-    seconds: float  # of the whole call
-    options: Mapping[str, Any]  # options of the call, defaults filled in
-    matrix: str  # identity of the operator: for a stored kernel the digest of its manifest and the array
+    # The rest is written by :func:`ntkpipe.solvers.recording.recorded`.
+    work: Work = Work()  # passes, bytes and seconds in products with the matrix
+    seconds: float = 0.0  # of the whole call
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the call, defaults filled in
+    matrix: str = ""  # identity of the operator: for a stored kernel the digest of its manifest and the array
 
     def __post_init__(self) -> None:
         for values in self.arrays().values():
@@ -59,7 +62,17 @@ class Result:
         """All other attributes, as JSON."""
         public = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
         plain = {name: value for name, value in public.items() if not isinstance(value, np.ndarray)}
-        return {**plain, "work": asdict(self.work), "options": dict(self.options)}
+        return {name: asdict(value) if isinstance(value, Work) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> Self:
+        """Restore a result from what :meth:`to_json` and :meth:`arrays` gave. Values may be anybody's, and are checked.
+
+        Raises ValueError or KeyError, also where a value has another type than its field.
+        """
+        public = [f for f in fields(cls) if not f.name.startswith("_")]
+        needed = [f for f in public if f.name in values or (f.default is MISSING and f.default_factory is MISSING)]
+        return cls(**{f.name: _restored(f.type, values[f.name]) for f in needed})
 
     def rows(self) -> TableRows:
         """Rows of the printed table: quantity and value."""
@@ -72,6 +85,22 @@ class Result:
         return []
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return as_table(self.rows())
+
+
+def _restored(annotation: Any, value: Any) -> Any:
+    """A value of a field as its annotation says."""
+    arrays = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is np.ndarray]
+    if not arrays:
+        return _adapter(annotation).validate_python(value)
+    dtype = get_args(get_args(arrays[0])[1])[0]
+    if value is None and type(None) in get_args(annotation):
+        return None
+    if not isinstance(value, np.ndarray) or (dtype is not Any and value.dtype != dtype):
+        raise ValueError(f"{str(value)[:40]!r} is no array of {dtype}")
+    return value
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)

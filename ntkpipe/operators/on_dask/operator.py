@@ -52,12 +52,12 @@ class WorkersOperator(TiledOperator):
         source: TileSource,
         client: "Client",
         *,
-        memory_limit: int | None = None,
+        worker_bytes: int | None = None,
         cache_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__(source, source.grid.shape[0])
-        self._group = WorkerGroup(client, source, memory_limit=memory_limit, cache_bytes=cache_bytes, threads=threads)
+        self._group = WorkerGroup(client, source, worker_bytes=worker_bytes, cache_bytes=cache_bytes, threads=threads)
 
     @property
     def num_workers(self) -> int:

@@ -68,11 +68,11 @@ class WorkerGroup:
         client: Client,
         source: TileSource,
         *,
-        memory_limit: int | None = None,
+        worker_bytes: int | None = None,
         cache_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
-        given = (("memory_limit", memory_limit, 1), ("cache_bytes", cache_bytes, 0), ("threads", threads, 1))
+        given = (("memory_limit", worker_bytes, 1), ("cache_bytes", cache_bytes, 0), ("threads", threads, 1))
         for name, value, low in given:
             if value is not None:
                 check_number(name, value, low=low)
@@ -82,7 +82,7 @@ class WorkerGroup:
         self.source = source
         self.members: dict[str, WorkerHandle] = {}  # by address
         self.work = Work()
-        self._options = memory_limit, cache_bytes, threads
+        self._options = worker_bytes, cache_bytes, threads
         self._digest = digest_of(source.read((0, 0), None))
         self._owners: dict[int, dict[int, str]] = {}  # address by shard, by rows of the leading block
         self._paused: dict[str, float] = {}  # since when, by address
@@ -164,16 +164,16 @@ class WorkerGroup:
             raise ClusterError(f"{where} reads another first tile than this process: another disk at the same path?")
 
     def _admit(self, report: WorkerReport, shard_worker: "Future[ShardWorker]", num_on_host: int) -> WorkerHandle:
-        memory_limit, cache_bytes, threads = self._options
+        worker_bytes, cache_bytes, threads = self._options
         threads = threads or report.threads
-        if memory_limit is None and report.memory_limit:
-            memory_limit = int(SHARE_OF_LIMIT * report.memory_limit)
-        elif memory_limit is None:
-            memory_limit = report.base_memory + int(_SHARE_OF_FREE * report.available_memory / num_on_host)
-        room = memory_limit - report.base_memory - buffer_bytes(self.source, threads)
+        if worker_bytes is None and report.memory_limit:
+            worker_bytes = int(SHARE_OF_LIMIT * report.memory_limit)
+        elif worker_bytes is None:
+            worker_bytes = report.base_memory + int(_SHARE_OF_FREE * report.available_memory / num_on_host)
+        room = worker_bytes - report.base_memory - buffer_bytes(self.source, threads)
         if room < 0 and cache_bytes is None:
             raise ResourceError(
-                f"a worker on {report.host} may have {format_bytes(memory_limit)} and has "
+                f"a worker on {report.host} may have {format_bytes(worker_bytes)} and has "
                 f"{format_bytes(report.base_memory)}; tiles in use by its {threads} threads need "
                 f"{format_bytes(buffer_bytes(self.source, threads))}. Give workers more memory, or threads=1"
             )

@@ -1,0 +1,56 @@
+"""The memory that a call may use, passed down whole and divided where two parts of the work need it at once."""
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Union
+
+from ntkpipe.base.config import check_number, parse_bytes
+from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.resources import available_memory, format_bytes, process_memory
+
+# Of callers: bytes, text such as "8GiB", or what is left of another call's; None for a share of what is free.
+MemoryLimit = Union[int, str, "Budget", None]
+
+_NOISE_BYTES = 2**24  # of a process beside the arrays that are counted
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that this process may have, everything included; without a limit a share of what is free."""
+
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, memory_limit: MemoryLimit) -> "Budget":
+        """The budget of an argument ``memory_limit``; raises ConfigError for what is no number of bytes."""
+        if isinstance(memory_limit, Budget):
+            return memory_limit
+        if memory_limit is None:
+            return cls()
+        if isinstance(memory_limit, str):
+            return cls(parse_bytes("memory_limit", memory_limit))
+        if isinstance(memory_limit, bool) or not isinstance(memory_limit, Real):
+            raise ConfigError(f"memory_limit={memory_limit!r}; needed a number of bytes, or text such as 8GiB")
+        return cls(int(check_number("memory_limit", memory_limit, low=1)))
+
+    def room(self, share: float = 0.5) -> int:
+        """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""
+        return int(share * available_memory()) if self.limit is None else self.limit - process_memory()
+
+    def fits(self, num_bytes: float, share: float = 0.5) -> bool:
+        """Whether so many bytes are left."""
+        return num_bytes <= self.room(share)
+
+    def half(self) -> "Budget":
+        """What each of two users may have of the room that is left."""
+        return self if self.limit is None else Budget(self.limit - self.room() // 2)
+
+    def at_least(self, num_bytes: int) -> "Budget":
+        """This budget, or a larger one where that leaves less room than so many bytes, which are needed in any case."""
+        return self if self.limit is None else Budget(max(self.limit, process_memory() + num_bytes + _NOISE_BYTES))
+
+    def require(self, num_bytes: float, what: str, advice: str, share: float = 1.0) -> None:
+        """Raise ResourceError with both numbers unless so many bytes are left."""
+        if num_bytes > (room := self.room(share)):
+            found = f"{what} takes {format_bytes(num_bytes)}, and {format_bytes(max(0, room))} may be used"
+            raise ResourceError(f"{found}; {advice}")
