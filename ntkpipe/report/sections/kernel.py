@@ -31,7 +31,7 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     )
     alt = f"Heat map of the kernel of {num_samples:,} samples."
     whole = Plot("picture", name, render(draw, height=0.78), alt, tuple(reading))
-    no_classes = Note("The targets are no class numbers, so there is no picture by class.")
+    no_classes = Note("The targets are no labels of classes, so there is no picture by class.")
     by_class = _class_plot(means[1], arrangement) if is_by_class else no_classes
     return Section("kernel", "The kernel", (), (whole, by_class))
 
