@@ -47,7 +47,7 @@ def compose(gathered: Gathered) -> Page:
         sections = (
             _reading_section(),
             computed_section(store, gathered.kernel.name),
-            verification_section(store, records),
+            verification_section(records),
             kernel_section(gathered.means, arrangement, manifest.train.num_samples),
             spectrum_section(gathered.spectrum),
             alignment_section(gathered.alignment, gathered.spectrum),
@@ -58,7 +58,7 @@ def compose(gathered: Gathered) -> Page:
                 gathered.influence, gathered.images, store.targets, store.test_targets, is_class=is_class
             ),
             *(saved_section(name, found) for name, found in gathered.others.items()),
-            timings_section(runs_table(store, records), (*_kernel_seconds(records), *gathered.seconds)),
+            timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
         )
         return Page(
             title=f"Kernel report: {name}",

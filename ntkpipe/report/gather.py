@@ -1,10 +1,10 @@
 """Everything on a page, before anything is drawn: what the store keeps, and what analyses found, now or before."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,10 +12,9 @@ from ntkpipe.analysis.alignment import Alignment
 from ntkpipe.analysis.generalisation import Generalisation
 from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.ridge import absolute_ridge
 from ntkpipe.base.targets import Targets, encode
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.influence import Influence
@@ -27,15 +26,14 @@ from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.registry import REGISTRY
-from ntkpipe.steps.run import find_kernel, run_step, saved_result
+from ntkpipe.steps.run import find_kernel, saved_result
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import reading_results
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 R = TypeVar("R", bound=Result)
+# Runs a step by its name and options.
+Run = Callable[..., Result]
 
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."
@@ -45,19 +43,6 @@ _NO_TEST_SET = (
     "them)."
 )
 _NO_TEST_TARGETS = "The test set of this store has no targets; give test_targets to compute_kernel."
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageOptions:
-    """What was asked for; see :func:`ntkpipe.write_report`."""
-
-    array: str  # array, ridges, ridge_scale, memory_limit, client, progress, saved_only: as there
-    ridges: list[float] | None
-    ridge_scale: RidgeScale
-    memory_limit: MemoryLimit
-    client: "Client | None" = field(repr=False)
-    progress: bool
-    saved_only: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +70,12 @@ class Gathered:
 class _Results:
     """Results of steps on one kernel: saved ones, or else new ones, which are saved if the store can be written."""
 
-    def __init__(self, store: KernelStore, kernel: Kernel, options: PageOptions) -> None:
-        self.store, self.kernel, self.options = store, kernel, options
-        self.work = Work()
+    def __init__(self, store: KernelStore, kernel: Kernel, run: Run | None) -> None:
+        self.store, self.kernel, self.run, self.work = store, kernel, run, Work()
 
     def saved(self, name: str) -> Result | None:
         """The saved result of a step if it is of this kernel, or of the test kernel beside it."""
-        found, identity = saved_result(self.store, name, self.options.array), self.kernel.identity
+        found, identity = saved_result(self.store, name, self.kernel.name), self.kernel.identity
         is_known = found is not None and found.matrix in (identity, identity.removesuffix("train") + "test_train")
         return found if is_known else None
 
@@ -99,44 +83,40 @@ class _Results:
         """The saved result if it has the options that are asked for; else a new one, if the store lacks nothing."""
         if lacking is not None:
             return Missing(lacking)
-        options, saved = self.options, self.saved(name)
-        if isinstance(saved, kind) and self._has(saved, asked):
+        saved = self.saved(name)
+        if isinstance(saved, kind) and self._has(saved.options, asked):
             return saved
-        if options.saved_only:
+        if self.run is None:
             return Missing(
                 f"No step has saved this; write the report without saved_only (--saved-only), or compute {name} first."
             )
-        common = {"memory_limit": options.memory_limit, "client": options.client, "progress": options.progress}
         try:
-            found = run_step(self.store, name, array=options.array, **common, **asked)
+            found = self.run(name, **asked)
         except (ConfigError, IndefiniteError, ResourceError) as error:
             return Missing(str(error))
         assert isinstance(found, kind)
         self.work += found.work
         return found
 
-    def _has(self, saved: Result, asked: Mapping[str, Any]) -> bool:
-        """Whether a result has these options; a ridge may be in other units."""
-        given = saved.options
-        if "ridge" not in asked:
-            return asked.items() <= given.items()
-        return "ridge" in given and asked["ridge"] == absolute_ridge(
-            given["ridge"], given.get("ridge_scale"), self.kernel.diagonal
-        )
+    def _has(self, given: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+        """Whether these are the options; a ridge may be in other units."""
+        if "ridge" in asked and "ridge" in given:
+            ridge = absolute_ridge(given["ridge"], given.get("ridge_scale"), self.kernel.diagonal)
+            return ridge == asked["ridge"]
+        return asked.items() <= given.items()
 
     def at_ridge(self, kind: type[R], name: str, lacking: str | None, path: RidgePath | Missing) -> R | Missing:
         """An analysis at the ridge that a path chooses; any saved one where there is no path."""
-        if lacking is None and isinstance(path, Missing):
-            saved = self.saved(name)
-            return saved if isinstance(saved, kind) else path
-        ridge = None if isinstance(path, Missing) else choose(path).ridge
-        return self.find(kind, name, lacking, ridge=ridge, ridge_scale=None)
+        if not isinstance(path, Missing):
+            return self.find(kind, name, lacking, ridge=choose(path).ridge, ridge_scale=None)
+        saved = None if lacking is not None else self.saved(name)
+        return saved if isinstance(saved, kind) else Missing(lacking or path.why)
 
 
-def gather(store: KernelStore, options: PageOptions) -> Gathered:
-    """Read what is there and compute what is not."""
-    kernel = find_kernel(store, options.array)
-    records, results = read_records(store), _Results(store, kernel, options)
+def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run | None) -> Gathered:
+    """Read what is there and compute what is not, ``across`` the ridges that were asked for."""
+    kernel = find_kernel(store, array)
+    records, results = read_records(store), _Results(store, kernel, run)
     begin = perf_counter()
     arrangement = arrange(_encoded(store), kernel.grid.rows.num_samples)
     groupings = [(arrangement.bins, arrangement.num_bins)]
@@ -146,7 +126,6 @@ def gather(store: KernelStore, options: PageOptions) -> Gathered:
     picture = perf_counter() - begin
     no_targets = _NO_TARGETS if store.manifest.train.targets is None else None
     no_test = no_targets or _lacks_test(store)
-    across = {} if options.ridges is None else {"ridges": options.ridges, "ridge_scale": options.ridge_scale}
     with reading_results(store.path):
         # The first one computes all eigenpairs where they fit, and the others, also the spectrum, find them.
         alignment = results.find(Alignment, "alignment", no_targets)

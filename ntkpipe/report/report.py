@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.report.gather import PageOptions, gather
+from ntkpipe.report.gather import gather
+from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import writing
@@ -129,16 +131,9 @@ def write_report(
     _check_target(target)
     for ridge in ridges or ():
         check_number("ridge", ridge, low=0.0)
-    options = PageOptions(
-        array=array,
-        ridges=None if ridges is None else list(ridges),
-        ridge_scale=ridge_scale,
-        memory_limit=memory_limit,
-        client=client,
-        progress=progress,
-        saved_only=saved_only,
-    )
-    gathered = gather(opened, options)
+    across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
+    run = partial(run_step, opened, array=array, memory_limit=memory_limit, client=client, progress=progress)
+    gathered = gather(opened, array, across, None if saved_only else run)
     from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
     page = compose(gathered)
