@@ -26,7 +26,8 @@ from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.registry import REGISTRY
-from ntkpipe.steps.run import find_kernel, saved_result
+from ntkpipe.steps.saved import saved_result
+from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import reading_results
