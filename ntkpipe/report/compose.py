@@ -123,12 +123,11 @@ def verdict(gathered: Gathered) -> Headline:
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
-    found, test = gathered.regression, gathered.store.manifest.test
-    if isinstance(found, Missing) or test is None:
+    test, noun = gathered.store.manifest.test, "samples" if gathered.images.shape is None else "images"
+    if isinstance(gathered.regression, Missing) or test is None:
         return []
-    chosen = choose(found)
+    chosen = choose(gathered.regression)
     if math.isfinite(chosen.test_accuracy):
-        noun = "images" if gathered.images.shape is not None else "samples"
         right = f"ridge regression {share(chosen.test_accuracy)} of {test.num_samples:,} test {noun} right"
         return [f"{right} (λ = {chosen.ridge:.3g}, chosen by {chosen.criterion})"]
     return [f"ridge regression has test loss {number(chosen.test_loss)}"] if math.isfinite(chosen.test_loss) else []
@@ -158,8 +157,5 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
 
 def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
     """Seconds spent on computing the kernel and on the self-checks before it."""
-    if not records.runs:
-        return ()
-    tiles = sum(float(run["seconds"]) for run in records.runs)
-    checks = sum(float(run["self_check_seconds"]) for run in records.runs)
-    return (("kernel, all runs", tiles), ("self-checks before", checks))
+    names = {"kernel, all runs": "seconds", "self-checks before": "self_check_seconds"}
+    return tuple((name, sum(float(run[key]) for run in records.runs)) for name, key in names.items() if records.runs)

@@ -8,6 +8,8 @@ from ntkpipe.learning.gaussian.calibration import Calibration
 from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.learning.regression.ridge_path import RidgePath
 
+HOW_TO_TEST = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
+
 
 @dataclass(frozen=True)
 class Missing:

@@ -21,7 +21,7 @@ from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.learning.regression.ridge_path import RidgePath
 from ntkpipe.report.blocks import Arrangement, arrange, block_means
-from ntkpipe.report.findings import Judged, Missing, choose
+from ntkpipe.report.findings import HOW_TO_TEST, Judged, Missing, choose
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.provenance import Records, read_records
 from ntkpipe.solvers.result import Result
@@ -39,10 +39,7 @@ Run = Callable[..., Result]
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."
 )
-_NO_TEST_SET = (
-    "The store has no test set; compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds "
-    "them)."
-)
+_NO_TEST_SET = f"The store has no test set; {HOW_TO_TEST}"
 _NO_TEST_TARGETS = "The test set of this store has no targets; give test_targets to compute_kernel."
 
 
@@ -72,7 +69,9 @@ class _Results:
     """Results of steps on one kernel: saved ones, or else new ones, which are saved if the store can be written."""
 
     def __init__(self, store: KernelStore, kernel: Kernel, run: Run | None) -> None:
-        self.store, self.kernel, self.run, self.work = store, kernel, run, Work()
+        self.store, self.kernel, self.run = store, kernel, run
+        self.shown: dict[str, Result] = {}
+        self.work = Work()
 
     def saved(self, name: str) -> Result | None:
         """The saved result of a step if it is of this kernel, or of the test kernel beside it."""
@@ -84,19 +83,18 @@ class _Results:
         """The saved result if it has the options that are asked for; else a new one, if the store lacks nothing."""
         if lacking is not None:
             return Missing(lacking)
-        saved = self.saved(name)
-        if isinstance(saved, kind) and self._has(saved.options, asked):
-            return saved
-        if self.run is None:
-            return Missing(
-                f"No step has saved this; write the report without saved_only (--saved-only), or compute {name} first."
-            )
-        try:
-            found = self.run(name, **asked)
-        except (ConfigError, IndefiniteError, ResourceError) as error:
-            return Missing(str(error))
-        assert isinstance(found, kind)
-        self.work += found.work
+        found = self.saved(name)
+        if not isinstance(found, kind) or not self._has(found.options, asked):
+            if self.run is None:
+                how = "write the report without saved_only (--saved-only), or compute"
+                return Missing(f"No step has saved this; {how} {name} first.")
+            try:
+                found = self.run(name, **asked)
+            except (ConfigError, IndefiniteError, ResourceError) as error:
+                return Missing(str(error))
+            assert isinstance(found, kind)
+            self.work += found.work
+        self.shown[name] = found
         return found
 
     def _has(self, given: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -108,10 +106,9 @@ class _Results:
 
     def at_ridge(self, kind: type[R], name: str, lacking: str | None, path: RidgePath | Missing) -> R | Missing:
         """An analysis at the ridge that a path chooses; any saved one where there is no path."""
-        if not isinstance(path, Missing):
-            return self.find(kind, name, lacking, ridge=choose(path).ridge, ridge_scale=None)
-        saved = None if lacking is not None else self.saved(name)
-        return saved if isinstance(saved, kind) else Missing(lacking or path.why)
+        if isinstance(path, Missing):
+            return self.find(kind, name, lacking or (None if self.saved(name) else path.why))
+        return self.find(kind, name, lacking, ridge=choose(path).ridge, ridge_scale=None)
 
 
 def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run | None) -> Gathered:
@@ -135,19 +132,12 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
         generalisation = results.find(Generalisation, "generalisation", no_targets, **across)
         posterior = results.at_ridge(Posterior, "gaussian_process", no_test, regression)
         influence = results.at_ridge(Influence, "influence", no_test, regression)
-        shown = {
-            "spectrum": spectrum,
-            "alignment": alignment,
-            "regression": regression,
-            "generalisation": generalisation,
-            "gaussian_process": posterior,
-            "influence": influence,
-        }
-        done = {name: found for name, found in shown.items() if isinstance(found, Result)}
         # A calibration is part of what is said of the posterior.
-        names = (name for name in REGISTRY if name not in done and name != "calibration")
+        names = [name for name in REGISTRY if name not in results.shown and name != "calibration"]
         others = {name: found for name in names if (found := results.saved(name)) is not None}
         process = posterior if isinstance(posterior, Missing) else _judged(posterior, store)
+    timed = results.shown | others
+    seconds = [(name.replace("_", " "), timed[name].seconds) for name in REGISTRY if name in timed]
     return Gathered(
         store=store,
         kernel=kernel,
@@ -163,10 +153,7 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
         arrangement=arrangement,
         images=StoredImages(store),
         mean_diagonal=float(kernel.diagonal().astype(np.float64).mean()),
-        seconds=(
-            *((name.replace("_", " "), found.seconds) for name, found in {**done, **others}.items()),
-            ("picture of the kernel", picture),
-        ),
+        seconds=(*seconds, ("picture of the kernel", picture)),
         work=Work(1.0, seconds=picture) + results.work,
     )
 

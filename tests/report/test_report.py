@@ -237,7 +237,7 @@ def test_any_labels_are_classes(tmp_path: Path, labels: list[Any], names: tuple[
     store = make_store(tmp_path / "small.zarr", labels=labels)
     written, text = write(store)
     assert written.missing == ()
-    assert f"Targets were taken for {len(labels)} classes, one-hot." in text
+    assert f"Targets were taken as {len(labels)} classes, one-hot." in text
     assert "Mean kernel entry of each pair of classes" in text
     for name in names:
         assert f"class {name} predicted {name}" in text

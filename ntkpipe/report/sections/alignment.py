@@ -6,7 +6,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, share, taken_for, warnings
+from ntkpipe.report.sections.words import method_in_words, number, share, taken_as, warnings
 from ntkpipe.report.theme import render
 
 _TITLE = "Alignment of kernel and targets"
@@ -25,7 +25,7 @@ def alignment_section(found: Alignment | Missing, spectrum: KernelSpectrum | Mis
     trace = 0.0 if isinstance(spectrum, Missing) else spectrum.trace
     held = found.eigenvalues.cumsum() / trace if trace > 0 else None
     parts: tuple[Part, ...] = (_plot(found, held), _numbers(found), *warnings(found))
-    return Section("alignment", _TITLE, _INTRO + taken_for(found.targets), parts)
+    return Section("alignment", _TITLE, _INTRO + taken_as(found.targets), parts)
 
 
 def _plot(found: Alignment, held: FloatArray | None) -> Plot:

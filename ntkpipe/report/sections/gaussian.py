@@ -8,7 +8,7 @@ from ntkpipe.learning.gaussian.calibration import Calibration
 from ntkpipe.report.figures.regression import coverage, reliability
 from ntkpipe.report.findings import Judged, Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, share, taken_for, warnings, with_error
+from ntkpipe.report.sections.words import method_in_words, number, share, taken_as, warnings, with_error
 from ntkpipe.report.theme import render
 
 _TITLE = "Gaussian process and its calibration"
@@ -16,7 +16,7 @@ _INTRO = (
     "With the kernel as covariance and the ridge λ as variance of the noise, regression is the mean of a Gaussian "
     "process, which also says how sure it is (Rasmussen and Williams 2006, Eqs. 2.25 to 2.30). An NTK has no scale "
     "that fits the targets, so variances are shown as they are and multiplied with s², the factor that makes the "
-    "training targets most likely; means do not change. Columns of classes have a Gaussian likelihood here.",
+    "training targets most likely; means do not change. For classes the likelihood is Gaussian, too.",
 )
 
 
@@ -29,7 +29,7 @@ def gaussian_section(found: Judged | Missing) -> Section:
         parts.append(_reliability(found.scaled))
     parts.append(_numbers(found))
     parts += warnings(found.posterior)
-    return Section("gaussian-process", _TITLE, _INTRO + taken_for(found.posterior.targets), tuple(parts))
+    return Section("gaussian-process", _TITLE, _INTRO + taken_as(found.posterior.targets), tuple(parts))
 
 
 def _coverage(found: Judged) -> Plot:

@@ -4,7 +4,7 @@ import numpy as np
 
 from ntkpipe.analysis.generalisation import Generalisation
 from ntkpipe.report.figures.regression import Curve, Curves, known, over_ridges, ratios
-from ntkpipe.report.findings import Missing
+from ntkpipe.report.findings import HOW_TO_TEST, Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
 from ntkpipe.report.sections import words
 from ntkpipe.report.sections.words import number, with_errors
@@ -44,11 +44,8 @@ def generalisation_section(found: Generalisation | Missing, mean_diagonal: float
         parts.append(_ratios(found, compared, mean_diagonal))
     parts += words.warnings(found)
     parts.append(_table(found))
-    missing = (
-        "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs and "
-        "test_targets (`ntkpipe run FILE --grow` adds them)."
-    )
-    intro = _INTRO + words.taken_for(found.targets)
+    missing = f"The store has no test set with targets, so nothing is measured here; {HOW_TO_TEST}"
+    intro = _INTRO + words.taken_as(found.targets)
     return Section("generalisation", title, intro, tuple(parts), None if is_measured else missing)
 
 

@@ -10,7 +10,7 @@ from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.report.findings import Missing
 from ntkpipe.report.images import Split, StoredImages
 from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
-from ntkpipe.report.sections.words import number, share, taken_for, warnings
+from ntkpipe.report.sections.words import number, share, taken_as, warnings
 from ntkpipe.report.theme import data_uri
 
 _TITLE = "Most influential training points"
@@ -64,7 +64,7 @@ def influence_section(
         ),
         *warnings(found),
     )
-    return Section("influence", _TITLE, _INTRO + taken_for(found.targets), parts, images.why_not())
+    return Section("influence", _TITLE, _INTRO + taken_as(found.targets), parts, images.why_not())
 
 
 def _reading(found: Influence) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ import numpy as np
 
 from ntkpipe.learning.regression.ridge_path import RidgePath
 from ntkpipe.report.figures.regression import Curve, known, over_ridges
-from ntkpipe.report.findings import Chosen, Missing, choose
+from ntkpipe.report.findings import HOW_TO_TEST, Chosen, Missing, choose
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import number, ridges_in_words, share, taken_for, warnings, with_errors
+from ntkpipe.report.sections.words import number, ridges_in_words, share, taken_as, warnings, with_errors
 from ntkpipe.report.theme import render
 
 _TITLE = "Ridge regression"
@@ -30,11 +30,8 @@ def regression_section(found: RidgePath | Missing) -> Section:
         parts.append(_accuracies(found, chosen))
     parts += warnings(found)
     parts.append(_table(found))
-    missing = (
-        "The store has no test set with targets, so there is no test loss; compute the kernel with test_inputs and "
-        "test_targets (`ntkpipe run FILE --grow` adds them)."
-    )
-    is_measured, intro = np.isfinite(found.test_loss).any(), _INTRO + taken_for(found.targets)
+    missing = f"The store has no test set with targets, so there is no test loss; {HOW_TO_TEST}"
+    is_measured, intro = np.isfinite(found.test_loss).any(), _INTRO + taken_as(found.targets)
     return Section("regression", _TITLE, intro, tuple(parts), None if is_measured else missing)
 
 

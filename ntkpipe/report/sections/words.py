@@ -47,9 +47,9 @@ def method_in_words(method: str, why: str) -> str:
     return f"streamed, since {why}" if method == "streamed" else "exactly, in memory"
 
 
-def taken_for(targets: str) -> tuple[str, ...]:
-    """A paragraph on what targets were taken for, which results of older versions do not say."""
-    return (f"Targets were taken for {targets}.",) if targets else ()
+def taken_as(targets: str) -> tuple[str, ...]:
+    """A paragraph on what targets were taken as, which results of older versions do not say."""
+    return (f"Targets were taken as {targets}.",) if targets else ()
 
 
 def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
