@@ -86,8 +86,9 @@ class _Results:
         found = self.saved(name)
         if not isinstance(found, kind) or not self._has(found.options, asked):
             if self.run is None:
-                how = "write the report without saved_only (--saved-only), or compute"
-                return Missing(f"No step has saved this; {how} {name} first.")
+                what = "this" if found is None else "this at these ridges"
+                how = f"write the report without saved_only (--saved-only), or compute {name} first"
+                return Missing(f"No step has saved {what}; {how}.")
             try:
                 found = self.run(name, **asked)
             except (ConfigError, IndefiniteError, ResourceError) as error:

@@ -217,6 +217,9 @@ def test_influence_and_posterior_are_taken_at_the_ridge_that_training_chooses(st
         run_step(store, name, ridge=0.1, ridge_scale="mean_diagonal", progress=False)
     assert saved_result(store, "gaussian_process").noise == 0.1 * mean
     assert write(store, ridges=(0.1,), ridge_scale="mean_diagonal", saved_only=True)[0].missing == ()
+    written, text = write(store, ridges=(0.2,), ridge_scale="mean_diagonal", saved_only=True)
+    assert "No step has saved this at these ridges" in dict(written.missing)["Ridge regression"]
+    assert "Result of regression" in text
 
 
 def test_a_store_with_a_wrong_chunk_is_not_good(store) -> None:
