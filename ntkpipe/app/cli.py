@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from ntkpipe.app.commands import COMMANDS, bytes_of, show_result
+from ntkpipe.app.commands import COMMANDS, show_result
 from ntkpipe.base.errors import (
     ConfigError,
     Interrupted,
@@ -295,7 +295,7 @@ def report(
         array=array,
         ridges=ridges or None,
         ridge_scale=ridge_scale,
-        memory_limit=bytes_of(memory_limit),
+        memory_limit=memory_limit,
         saved_only=saved_only,
     )
     show_result(f"report {store}", written, as_json=as_json)

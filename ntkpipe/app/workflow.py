@@ -4,16 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ntkpipe.analysis.steps import ANALYSES
 from ntkpipe.analysis.summary import Summary, summarize
-from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow, parse_bytes
+from ntkpipe.base.arguments import check_options, options_of, require_known
+from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
@@ -27,8 +26,9 @@ from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.parameter_report import ParameterReport
 from ntkpipe.report.report import require_libraries, write_report
-from ntkpipe.solvers.result import Result
-from ntkpipe.solvers.steps import SOLVERS
+from ntkpipe.steps.options import check_step
+from ntkpipe.steps.registry import REGISTRY
+from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
@@ -39,7 +39,7 @@ from ntkpipe.store.verification import VerificationReport, verification_rows
 if TYPE_CHECKING:
     from distributed import Client
 
-_OF_THE_RUN = ("loaded", "store", "client", "progress")  # what steps take and a file does not say again
+_OF_EVERY_STEP = ("array", "memory_limit")  # beside the options of its function
 
 _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
@@ -112,9 +112,12 @@ def run(
         )
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
-            if step.step in _OF_STORES:
-                found = _OF_STORES[step.step](store, progress=progress, client=client, **_solver_options(step))
+            if step.step in REGISTRY:
+                found = run_step(store, step.step, progress=progress, client=client, **step.options)
                 yield StepResult(step.step, found.rows(), found.is_converged)
+            elif step.step == "report":
+                page = write_report(store, progress=progress, client=client, **step.options)
+                yield StepResult(step.step, page.rows(), page.is_good)
             else:
                 rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
                 yield StepResult(step.step, rows, is_good)
@@ -257,26 +260,20 @@ def summary_rows(found: Summary) -> TableRows:
     return rows
 
 
-# Steps that need the store alone.
-_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": write_report}
+# Steps that need more than a kernel.
 _STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
-def _solver_options(step: StepSpec) -> dict[str, Any]:
-    limit = step.options.get("memory_limit")
-    read = {"memory_limit": parse_bytes("memory_limit", limit)} if isinstance(limit, str) else {}
-    return {**step.options, **read}
-
-
 def _check_step(step: StepSpec, source: str) -> None:
-    steps = {**_OF_STORES, **_STEPS}
-    if step.step not in steps:
-        close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
+    """Check a step before anything is computed."""
+    where = f"{source}: step {step.step!r}"
+    require_known([step.step], [*REGISTRY, "report", *_STEPS], source, "step")
+    if step.step in REGISTRY:
+        Budget.of(step.options.get("memory_limit"))
+        check_step(step.step, {k: v for k, v in step.options.items() if k not in _OF_EVERY_STEP}, where)
+        return
     if step.step == "report":
         require_libraries()
-    known = [name for name in signature(steps[step.step]).parameters if name not in _OF_THE_RUN]
-    for option in step.options:
-        if option not in known:
-            close = get_close_matches(option, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{source}: step {step.step!r} has no option {option!r}; the nearest is {close!r}")
+    options = options_of(write_report if step.step == "report" else _STEPS[step.step])
+    require_known(step.options, options.keys() - {"progress", "store"}, where, "option")
+    check_options(options, step.options, where)

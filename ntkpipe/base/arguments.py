@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "text", Path: "a path", NoneType: "None"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
+_VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType)
 _STRICT = ConfigDict(strict=True)
 
 
@@ -108,7 +109,14 @@ def bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     require_known(kwargs, parameters, where, "argument")
     call = signature(function).bind(*args, **kwargs)
     call.apply_defaults()
-    return check_options(options_of(function), call.arguments, where)
+    options = options_of(function)
+    # Where an annotation has other parts, too, these are the function's to check.
+    plain = {
+        name: value
+        for name, value in call.arguments.items()
+        if name in options and (isinstance(value, _VALUES) or parameters[name].annotation == options[name].annotation)
+    }
+    return {**call.arguments, **check_options(options, plain, where)}
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:

@@ -16,6 +16,7 @@ from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, Ti
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes, free_disk
 from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
 from ntkpipe.store.media.folder import Folder
@@ -98,6 +99,15 @@ def find_array(store: Store, name: str) -> StoredArray:
     close = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"{store.root} has no array {name!r}; it has {', '.join(map(repr, names))}{hint}")
+
+
+def find_kernel(store: KernelStore, array: str) -> Kernel:
+    """Open a symmetric kernel of a store by name."""
+    found = find_array(store.store, array)
+    grid = found.layout.grid
+    if grid is None or not grid.symmetric:
+        raise ConfigError(f"{found.layout.name} is no kernel of samples with themselves; needed one such as 'train'")
+    return Kernel(found, store.manifest.digest())
 
 
 def _require_complete(source: StoredArray) -> None:

@@ -16,7 +16,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.sources import open_for_analysis
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
-from ntkpipe.solvers.on_store import find_kernel
+from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
