@@ -48,19 +48,17 @@ class StepCommand(click.Command):
             ]
         return super().get_params(ctx)
 
-    def _run(
-        self, store: str, array: str, memory_limit: str | None, scheduler: str | None, as_json: bool, **options: Any
-    ) -> None:
+    def _run(self, store: str, array: str, scheduler: str | None, as_json: bool, **options: Any) -> None:
         from ntkpipe.steps.run import run_step  # keeps scipy out of other commands
 
         given = {name: value for name, value in options.items() if value is not None}
         opened = open_kernel(store)
         with _client(scheduler) as client:
-            found = run_step(opened, self._entry.name, array=array, memory_limit=memory_limit, client=client, **given)
+            found = run_step(opened, self._entry.name, array=array, client=client, **given)
         show_result(f"{self.name} {store}", found, as_json=as_json)
 
 
-class _Value(click.ParamType):
+class _Value(click.ParamType[Any]):
     """A value of an annotation; a list as its parts with commas between."""
 
     def __init__(self, annotation: Any) -> None:
@@ -97,7 +95,7 @@ def _parameter(option: Parameter, text: str) -> click.Parameter:
         names = [option.name, *(f"{one}/--no-{one[2:]}" for one in names[1:])]
         return click.Option(names, default=None, help=text + default)
     whole = option.annotation
-    kind: click.ParamType
+    kind: click.ParamType[Any]
     if len(members) == 1 and get_origin(members[0]) is Literal:
         kind = click.Choice([str(one) for one in get_args(members[0])])
     else:

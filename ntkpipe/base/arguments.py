@@ -23,7 +23,7 @@ _STRICT = ConfigDict(strict=True)
 
 
 def plain_part(annotation: Any) -> Any:
-    """The part of an annotation that JSON has: numbers, text, truth values, paths, lists of these; None if there is none.
+    """The part of an annotation that JSON has: numbers, text, truth values, paths, lists of these; or None.
 
     Of ``Literal["a"] | SomeClass`` it is the former. Anything that arrays may be given for has no plain part.
     """
@@ -127,6 +127,6 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return function(**bound(function, args, kwargs))
+        return function(**bound(function, args, kwargs))  # type: ignore[call-arg]
 
     return call

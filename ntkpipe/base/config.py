@@ -293,9 +293,9 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
     return number
 
 
-def parse_bytes(name: str, text: str) -> int:
-    """Parse a number of bytes such as ``8GiB``, else raise ConfigError."""
+def parse_bytes(name: str, value: Any) -> int:
+    """Parse a number of bytes, or text such as ``8GiB``; raise ConfigError for anything else."""
     try:
-        return int(_BYTES.validate_python(text))
+        return int(_BYTES.validate_python(str(value) if isinstance(value, bool) else value))
     except ValidationError:
-        raise ConfigError(f"{name}={text!r}; needed a number of bytes, or text such as 8GiB") from None
+        raise ConfigError(f"{name}={value!r}; needed a number of bytes, or text such as 8GiB") from None

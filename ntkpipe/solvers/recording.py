@@ -40,7 +40,7 @@ def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[
             begin, given = perf_counter(), bound(function, args, kwargs)
             options = {name: _as_json(given[name]) for name in options_of(function)}
             if "memory_limit" in given:
-                budget = Budget.of(given["memory_limit"])  # type: ignore[arg-type]
+                budget = Budget.of(given["memory_limit"])
                 options["memory_limit"] = budget.limit
                 given["memory_limit"] = budget
             operator = None
@@ -50,7 +50,7 @@ def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[
                     given[first], budget, keep_tiles=keep_tiles, threads=threads
                 )
                 given[first], before = operator, operator.work
-            result = function(**given)
+            result = function(**given)  # type: ignore[call-arg]
             found: dict[str, Any] = {"options": {**options, **result.options}}
             if operator is not None:
                 found["work"] = result.work + (operator.work - before)

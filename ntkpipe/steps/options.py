@@ -64,7 +64,7 @@ def _parameters_of(function: Callable[..., Any]) -> dict[str, str]:
     below = cleandoc(function.__doc__ or "").partition("\nParameters\n----------\n")[2]
     body = re.split(r"\n\n\w+\n-+\n", below)[0]
     entries = re.findall(r"^(\w[\w, *]*)\n((?:[ ]{4}.*\n?|\n)+)", body, flags=re.M)
-    found = {}
+    found: dict[str, str] = {}
     for names, text in entries:
         words = re.sub(r":\w+:`~?\.?([^`]+)`", r"\1", " ".join(text.split())).replace("``", "")
         first = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0]

@@ -84,9 +84,7 @@ _ENTRIES = (
         "learning.regression.ridge_path:ridge_path",
         "ridge regression at many ridges: training, left-out and test losses",
     ),
-    Entry(
-        "generalisation", "analysis.generalisation:generalisation", "theory of the test loss beside what is measured"
-    ),
+    Entry("generalisation", "analysis.generalisation:generalisation", "theory of the test loss, and what is measured"),
     Entry(
         "learning_curve",
         "analysis.learning_curve:learning_curve",

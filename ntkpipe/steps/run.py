@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,9 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
             value = require(context, name, value)
         arguments[name] = value
     # A test kernel without targets, or these without it, is nothing to be judged by.
-    if {"test_kernel", "test_targets"} <= arguments.keys():
-        if arguments["test_kernel"] is None or arguments["test_targets"] is None:
-            arguments |= dict.fromkeys(arguments.keys() & {"test_kernel", "test_targets", "test_initial_outputs"})
+    pair = [arguments[name] for name in ("test_kernel", "test_targets") if name in arguments]
+    if len(pair) == 2 and any(value is None for value in pair):
+        arguments |= dict.fromkeys(arguments.keys() & {"test_kernel", "test_targets", "test_initial_outputs"})
     return entry.function(**{**own, **arguments})
 
 
