@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ntkpipe.solvers.result import Result
 
+_NONE = "none"  # for an option whose default is another
 # Second names of options.
 _SHORT = {"num_probes": "--probes", "num_steps": "--steps", "smallest_eigenvalue": "--smallest", "k": "-k"}
 
@@ -51,7 +52,7 @@ class StepCommand(click.Command):
     def _run(self, store: str, array: str, scheduler: str | None, as_json: bool, **options: Any) -> None:
         from ntkpipe.steps.run import run_step  # keeps scipy out of other commands
 
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: None if value == _NONE else value for name, value in options.items() if value is not None}
         opened = open_kernel(store)
         with _client(scheduler) as client:
             found = run_step(opened, self._entry.name, array=array, client=client, **given)
@@ -94,12 +95,12 @@ def _parameter(option: Parameter, text: str) -> click.Parameter:
     if members == [bool]:
         names = [option.name, *(f"{one}/--no-{one[2:]}" for one in names[1:])]
         return click.Option(names, default=None, help=text + default)
-    whole = option.annotation
     kind: click.ParamType[Any]
     if len(members) == 1 and get_origin(members[0]) is Literal:
-        kind = click.Choice([str(one) for one in get_args(members[0])])
+        choices = [str(one) for one in get_args(members[0])]
+        kind = click.Choice([*choices, _NONE] if NoneType in _members(option.annotation) and default else choices)
     else:
-        kind = _Value(whole)
+        kind = _Value(option.annotation)
     metavar = None if isinstance(kind, click.Choice) else _metavar(members)
     return click.Option(names, type=kind, required=is_required, metavar=metavar, help=text + default)
 
