@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
@@ -119,15 +120,15 @@ class ByFactors:
     """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
     def __init__(
-        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, memory_limit: int | None, why: str
+        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget, why: str
     ) -> None:
         self._operator, self._rhs, self._width = operator, rhs, width
-        self._tol, self._memory_limit, self.why = tol, memory_limit, why
+        self._tol, self._budget, self.why = tol, budget, why
 
     def at(self, ridge: float) -> Point:
         """See :class:`Points`; numbers are NaN where K + λI is not positive definite."""
         try:
-            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._memory_limit)
+            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
         except IndefiniteError as error:
             blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
             unknown = np.full_like(self._rhs, np.nan)

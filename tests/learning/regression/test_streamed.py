@@ -66,7 +66,7 @@ def test_what_is_not_solved_is_said(rng: np.random.Generator) -> None:
 
 
 def test_the_least_memory_is_a_tenth_of_a_float32_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkpipe.base.resources.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
     assert vectors_that_fit(4000, 1) == 200
     assert vectors_that_fit(400, 1) == 64
     assert vectors_that_fit(10**6, 1) == 768
