@@ -8,9 +8,9 @@ import numpy as np
 from scipy.linalg import subspace_angles
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import memory_room
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.eigh import eigvalsh
@@ -56,15 +56,14 @@ class Ends:
         return math.inf if self.next_eigenvalue is None else float(self.eigenvalues[-1]) - self.next_eigenvalue
 
 
-def way_for(num_rows: int, memory_limit: int | None) -> Way:
+def way_for(num_rows: int, budget: Budget) -> Way:
     """How spectra and predictions of a kernel of so many rows are found.
 
     In memory where the kernel and its copies or factors, 24 n² bytes, fit what this process may still allocate, by
     default half of what is free: by LAPACK up to 2,048 rows, by Cholesky factors up to 16,384. Otherwise by passes over
     the tiles.
     """
-    room = memory_room(memory_limit)
-    if num_rows > _MOST_ROWS_IN_MEMORY or _BYTES_PER_ENTRY * num_rows**2 > room:
+    if num_rows > _MOST_ROWS_IN_MEMORY or not budget.fits(_BYTES_PER_ENTRY * num_rows**2):
         return "passes"
     return "lapack" if num_rows <= _MOST_ROWS_OF_LAPACK else "factor"
 

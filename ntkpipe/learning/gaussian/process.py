@@ -10,6 +10,7 @@ fits memory, 256 at most.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,17 +22,19 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.sources import offset_of_test, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
 
@@ -108,6 +111,7 @@ def gaussian_process(
     tol: float = 1e-8,
     memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> Posterior:
     """Condition a Gaussian process of covariance K on targets with Gaussian noise of variance λ.
@@ -179,7 +183,17 @@ def gaussian_process(
         cross = CrossKernel(test_kernel, operator.num_rows, width)
         covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
         offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
-    by = _condition(operator, train.rhs, noise, method, path, tol, budget, seed, monitor)
+    decides = {"function": "gaussian_process", "noise": noise, "tol": tol, "seed": seed}
+    is_exact = method == "cholesky"
+    if method == "auto":
+        is_exact = path is not None or factor_fits(operator.num_rows, budget)
+    stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
+    if is_exact:
+        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
+        by: _Conditioned = _ByFactor(factor, train.rhs, "in memory" if path is None else f"in {factor.path}", tol)
+    else:
+        inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
+        by = _ByPasses(inverse, operator, train.rhs, noise, stages)
     if cross is not None:
         mean = as_samples(cross.times(by.coefficients), width) + offset
         covariance = covariance - by.explained(cross, width)
@@ -188,6 +202,8 @@ def gaussian_process(
     return Posterior(
         status=by.convergence.status,
         message=by.convergence.messages[0] if by.convergence.messages else by.message,
+        work=stages.work,
+        seconds=stages.seconds,
         options={"centred": is_centred},
         mean=mean,
         noise=noise,
@@ -257,25 +273,6 @@ class _Conditioned(Protocol):
         """``log det(K + λI)``, and its error."""
 
 
-def _condition(
-    operator: Operator,
-    rhs: FloatArray,
-    noise: float,
-    method: ProcessMethod,
-    path: str | Path | None,
-    tol: float,
-    budget: Budget,
-    seed: int,
-    monitor: Monitor,
-) -> _Conditioned:
-    """Condition by the method that was asked for, or that memory has room for."""
-    if method == "cholesky" or (method == "auto" and (path is not None or factor_fits(operator.num_rows, budget))):
-        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
-        return _ByFactor(factor, rhs, "in memory" if path is None else f"in {factor.path}", tol)
-    inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-    return _ByPasses(inverse, operator, rhs, noise)
-
-
 class _ByFactor:
     """Exact conditioning, by a Cholesky factor."""
 
@@ -309,23 +306,53 @@ class _ByPasses:
 
     name = "streamed"
 
-    def __init__(self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float) -> None:
-        self._inverse, self._noise = inverse, noise
-        self.convergence = Convergence()
-        self.coefficients = self._inverse.times(rhs, noise, self.convergence)
-        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
-        residual = rhs - operator.shifted(noise).matmat(self.coefficients)
-        self.form = float(np.sum(rhs * self.coefficients) + np.sum(self.coefficients * residual))
+    def __init__(
+        self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float, stages: CountedStages
+    ) -> None:
+        self._inverse, self._operator, self._rhs, self._noise = inverse, operator, rhs, noise
+        self._stages, self.convergence = stages, Convergence()
+        found = self._once("coefficients", self._solved)
+        self.coefficients, self.form = found["coefficients"], found["form"]
         self.why = f"a factor does not fit; {self._inverse.words}"
         self.message = "systems are solved; the log determinant is an estimate with its error"
+
+    def _once(self, name: str, compute: Callable[[Convergence], dict[str, Any]]) -> Mapping[str, Any]:
+        """A stage, and how well its systems are solved."""
+
+        def computed() -> dict[str, Any]:
+            verdict = Convergence()
+            return {**compute(verdict), **vars(verdict)}
+
+        found = self._stages.once(name, computed)
+        for message in found["messages"] or [""]:
+            self.convergence.add(found["status"], found["worst"], message)
+        return found
+
+    def _solved(self, verdict: Convergence) -> dict[str, Any]:
+        coefficients = self._inverse.times(self._rhs, self._noise, verdict)
+        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
+        residual = self._rhs - self._operator.shifted(self._noise).matmat(coefficients)
+        form = float(np.sum(self._rhs * coefficients) + np.sum(coefficients * residual))
+        return {"coefficients": coefficients, "form": form}
 
     def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):
-            found[samples] = self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, self.convergence)
+
+            def forms(verdict: Convergence, block: FloatArray = rows) -> dict[str, Any]:
+                columns = np.ascontiguousarray(block.T)
+                return {"forms": self._inverse.quadratic(columns, self._noise, width, verdict)}
+
+            found[samples] = self._once(f"test-{samples.start}-{samples.stop}", forms)["forms"]
         return found
 
     def logdet(self) -> tuple[float, float]:
         """See :class:`_Conditioned`."""
-        return self._inverse.logdet(self._noise, self.convergence)
+
+        def estimated(verdict: Convergence) -> dict[str, Any]:
+            value, error = self._inverse.logdet(self._noise, verdict)
+            return {"value": value, "error": error}
+
+        found = self._once("logdet", estimated)
+        return found["value"], found["error"]

@@ -65,8 +65,8 @@ class Point:
 class Points(Protocol):
     """Finds the fit at any ridge; from large to small it is cheapest."""
 
-    def at(self, ridge: float) -> Point:
-        """The fit at λ."""
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
+        """The fit at λ, from the coefficients of another ridge where that helps."""
 
     @property
     def why(self) -> str:
@@ -87,7 +87,7 @@ class ByEigenpairs:
         self._rhs, self._width, self.why = rhs, width, why
         self._inside = self._vectors.T @ rhs
 
-    def at(self, ridge: float) -> Point:
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """See :class:`Points`."""
         kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
         shifted = self._values + ridge
@@ -125,7 +125,7 @@ class ByFactors:
         self._operator, self._rhs, self._width = operator, rhs, width
         self._tol, self._budget, self.why = tol, budget, why
 
-    def at(self, ridge: float) -> Point:
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """See :class:`Points`; numbers are NaN where K + λI is not positive definite."""
         try:
             factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
@@ -161,13 +161,11 @@ class ByPasses:
         self._inverse, self._rhs, self._width, self._tol, self.why = inverse, rhs, width, tol, why
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-        self._previous: FloatArray | None = None
 
-    def at(self, ridge: float) -> Point:
-        """See :class:`Points`; starts from the coefficients of the ridge before."""
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
+        """See :class:`Points`."""
         convergence = Convergence()
-        coefficients = self._inverse.times(self._rhs, ridge, convergence, self._previous)
-        self._previous = coefficients
+        coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
         blocks = self._blocks(ridge, convergence)
         n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
         traces = np.trace(blocks, axis1=1, axis2=2)

@@ -5,6 +5,8 @@ Exact from all eigenpairs; from systems with random right-hand sides, with error
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.eigensystem import Eigensystem
 from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
+from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.result import Monitor
@@ -79,6 +82,7 @@ def resolvents_of_operator(
     tol: float,
     budget: Budget,
     seed: int,
+    stages: Stages,
     monitor: Monitor,
 ) -> Iterator[Resolvent]:
     """Estimated, by block conjugate gradients for the targets and random signs, from the first ridge to the last.
@@ -94,8 +98,8 @@ def resolvents_of_operator(
     rank = _rank(n, block.shape[1], budget)
     preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
     budget = budget.at_least(8 * n * (3 * rank + _BLOCKS * block.shape[1]))
-    guess = None
-    for ridge in ridges:
+
+    def solved_at(ridge: float, guess: FloatArray | None) -> dict[str, Any]:
         found = solve(
             operator,
             block,
@@ -108,7 +112,12 @@ def resolvents_of_operator(
             seed=seed,
             monitor=monitor,
         )
-        guess = np.asarray(found.coefficients)
+        return {"solution": found.coefficients, "residual": float(found.residuals.max()), "status": found.status}
+
+    guess = None
+    for number, ridge in enumerate(ridges):
+        found = stages.once(f"ridge-{number}", partial(solved_at, ridge, guess))
+        guess = np.asarray(found["solution"])
         solved, probed = guess[:, :columns], guess[:, columns:]
         samples = signs * probed
         traces, squares = samples.sum(axis=0), (probed**2).sum(axis=0)
@@ -123,8 +132,8 @@ def resolvents_of_operator(
             left_out_loss=loss,
             left_out_loss_error=error,
             left_out_spread=spread,
-            residual=float(found.residuals.max()),
-            is_definite=found.status != "indefinite at storage precision" and bool(traces.min() > 0),
+            residual=found["residual"],
+            is_definite=found["status"] != "indefinite at storage precision" and bool(traces.min() > 0),
         )
 
 

@@ -11,6 +11,7 @@ coefficients of.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -29,10 +30,12 @@ from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
 from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.store.results import Checkpoint
 
 PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
 Criterion = Literal[
@@ -164,6 +167,7 @@ def ridge_path(
     num_left_out: int = 64,
     memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> RidgePath:
     """Kernel ridge regression at many ridges, with leave-one-out, generalised cross-validation, and test losses.
@@ -232,11 +236,15 @@ def ridge_path(
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
     name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, budget, seed, monitor)
-    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, budget))
+    how = {"method": name, "ridges": values.tolist(), "tol": tol, "num_left_out": num_left_out, "seed": seed}
+    stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
+    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, budget), stages)
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
         message=message if test is None else message + note_on_unknown(test.targets),
+        work=stages.work,
+        seconds=stages.seconds,
         options={**options, "centred": is_centred},
         ridges=values,
         mean_diagonal=float(operator.diagonal().mean()),
@@ -251,28 +259,46 @@ def ridge_path(
 
 
 def _follow(
-    finder: Points, ridges: FloatArray, train: TrainTargets, test: HeldOut | None, offset: FloatArray, most: int
+    finder: Points,
+    ridges: FloatArray,
+    train: TrainTargets,
+    test: HeldOut | None,
+    offset: FloatArray,
+    most: int,
+    stages: CountedStages,
 ) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
     """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
     found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in ridges]
     statuses: list[tuple[Status, str]] = [("converged", "")] * len(ridges)
     waiting: dict[int, FloatArray] = {}
-    num_left = 0
+    coefficients, num_left = None, 0
     order = np.argsort(-ridges, kind="stable").tolist()
     for index in order:
-        point = finder.at(float(ridges[index]))
-        found[index] |= _measures(point, train)
-        statuses[index] = point.status, point.message
-        num_left = len(point.left_out_samples)
+        point = stages.once(f"ridge-{index}", partial(_fit, finder, float(ridges[index]), coefficients, train))
+        found[index] |= point["measures"]
+        statuses[index] = point["status"], point["message"]
+        coefficients, num_left = point["coefficients"], point["num_left_out"]
         if test is None:
             continue
-        waiting[index] = point.coefficients
+        waiting[index] = coefficients
         if len(waiting) == most or index == order[-1]:
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
                 found[place] |= _test_measures(test.targets, outputs + offset)
             waiting.clear()
     arrays = {name: np.array([one[name] for one in found]) for name in found[0]}
     return {"num_left_out": num_left, **arrays}, statuses
+
+
+def _fit(finder: Points, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
+    """What is saved of one ridge."""
+    point = finder.at(ridge, guess)
+    return {
+        "coefficients": point.coefficients,
+        "measures": _measures(point, train),
+        "num_left_out": len(point.left_out_samples),
+        "status": point.status,
+        "message": point.message,
+    }
 
 
 def _points(

@@ -48,7 +48,9 @@ def _width_of(operator: Operator, num_samples: int) -> int:
     num_rows, known = operator.num_rows, operator.rows_per_sample
     width = known or num_rows // max(1, num_samples)
     if not num_samples or width * num_samples != num_rows:
-        needed = f"{known} for each sample" if known else "a sample for each row, or, of a full NTK, for each run of O rows"
+        needed = "a sample for each row, or for each run of O rows of a full NTK"
+        if known is not None:
+            needed = f"{num_rows // known} samples, since the kernel has {known} rows for each"
         raise ConfigError(f"targets of {num_samples} samples for a kernel of {num_rows} rows; needed {needed}")
     return width
 

@@ -79,9 +79,7 @@ class StreamedInverse:
     a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
     """
 
-    def __init__(
-        self, operator: Operator, *, tol: float, seed: int, budget: Budget, monitor: Monitor
-    ) -> None:
+    def __init__(self, operator: Operator, *, tol: float, seed: int, budget: Budget, monitor: Monitor) -> None:
         self._operator = operator
         self._tol, self._seed, self._monitor = tol, seed, monitor
         self._budget = budget
