@@ -91,6 +91,7 @@ def predict(
             rows,
             ridge=ridge,
             method="pcg" if rows.shape[1] == 1 else "block_cg",
+            task="regression",
             tol=_TOL,
             seed=seed,
             memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),

@@ -217,6 +217,7 @@ class KernelRegression:
                 rhs,
                 ridge=self.ridge_,
                 method=self.method,
+                task="regression",
                 tol=self.tol,
                 rank=rank_beside(rhs.shape[1], operator.num_rows, budget),
                 seed=self.seed,
@@ -229,7 +230,8 @@ class KernelRegression:
         """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
-        found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
+        how = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
+        found = solve(operator, rhs, ridge=self.ridge_, method=method, **how)
         return replace(found, why=why)
 
     def _interpolate(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:

@@ -105,6 +105,7 @@ def resolvents_of_operator(
             block,
             ridge=ridge,
             method="block_cg",
+            task="regression",
             tol=tol,
             preconditioner=preconditioner,
             initial=guess,

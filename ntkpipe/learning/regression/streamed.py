@@ -164,6 +164,7 @@ class StreamedInverse:
             block,
             ridge=ridge,
             method="pcg" if block.shape[1] == 1 else "block_cg",
+            task="regression",
             tol=tol,
             preconditioner=self._preconditioner,
             initial=initial,
