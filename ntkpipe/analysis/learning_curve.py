@@ -149,9 +149,11 @@ def learning_curve(
     for place, size in enumerate(numbers):
         for draw in range(num_subsets):
             chosen = np.sort(rng.permutation(count)[:size])
-            measure = partial(_measure, operator, rows, chosen, shifts, width)
-            draws[:, place, :, draw] = stages.once(f"size-{size}-{draw}", measure)["losses"]
-            monitor(Step(operator.work - before, None, 0.0))
+            part, measure = f"size-{size}-{draw}", partial(_measure, operator, rows, chosen, shifts, width)
+            is_new = part not in stages
+            draws[:, place, :, draw] = stages.once(part, measure)["losses"]
+            if is_new:
+                monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
     return LearningCurve(
         status="converged",

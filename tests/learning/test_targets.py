@@ -172,7 +172,9 @@ def test_learning_curve_and_comparison(case: Case, kernels: Any) -> None:
     written = ntkpipe.learning_curve(kernel, case.matrix, sizes=[10], ridges=[RIDGE], task="regression")
     assert curve.population_loss[0, 0] == pytest.approx(written.population_loss[0, 0], rel=1e-12)
     targets = {"targets": case.train, "test_targets": case.test, "task": case.task}
-    found = ntkpipe.compare_kernels(kernel, kernel, k=2, ridge=RIDGE, test_kernels=(test_kernel, test_kernel), **targets)
+    found = ntkpipe.compare_kernels(
+        kernel, kernel, k=2, ridge=RIDGE, test_kernels=(test_kernel, test_kernel), **targets
+    )
     _, _, loss, accuracy = expected(case, kernels)
     assert found.test_loss_a == pytest.approx(loss, rel=1e-7)
     assert found.test_accuracy_b == accuracy

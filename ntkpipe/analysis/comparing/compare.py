@@ -234,7 +234,7 @@ def _find(
     with kernel.operator(wanted.budget, wanted.client) as stored:
         operators = [stored]
 
-        def stage(function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
+        def computed(function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
             before = stored.work
             if way != "passes" and len(operators) == 1:
                 operators.append(in_memory(stored))
@@ -243,14 +243,17 @@ def _find(
             done = stored.work - before
             return {**vars(found), "work": done if way == "passes" else done + (operators[-1].work - of_memory)}
 
-        ends = partial(stage, find_ends, count, with_smallest=wanted.with_smallest, given=given)
-        spectrum = dict(wanted.stages.once(f"spectrum-{name}", ends))
+        def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
+            checkpoint = wanted.stages.part(part)
+            compute = partial(computed, function, *args, checkpoint=checkpoint, **options)
+            return dict(wanted.stages.once(part, compute))
+
+        spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=wanted.with_smallest, given=given)
         predicted = None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
             largest = float(spectrum["eigenvalues"][0])
-            predictions = partial(stage, predict, *of_test, largest=largest, budget=wanted.budget)
-            predicted = dict(wanted.stages.once(f"predictions-{name}", predictions))
+            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=wanted.budget)
         done = spectrum.pop("work") + (Work() if predicted is None else predicted.pop("work"))
         found = None if predicted is None else Predictions(**predicted)
         return _Found(outer_ends(Ends(**spectrum), num_outputs), found, ridge, stored.identity(), way, done)

@@ -20,6 +20,7 @@ from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Status
+from ntkpipe.store.results import Checkpoint
 
 _TOL = 1e-10
 
@@ -80,6 +81,7 @@ def predict(
     way: Way,
     budget: Budget,
     seed: int,
+    checkpoint: Checkpoint | None,
     monitor: Monitor,
 ) -> Predictions:
     """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression."""
@@ -95,6 +97,7 @@ def predict(
             tol=_TOL,
             seed=seed,
             memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
+            checkpoint=checkpoint,
             monitor=monitor,
         )
     else:
