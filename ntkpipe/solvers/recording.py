@@ -1,11 +1,11 @@
 """How results come to say how they were found: options, work, seconds, matrix; written in one place for all solvers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from ntkpipe.base.arguments import bound, options_of, parameters_of
 from ntkpipe.base.budget import Budget
@@ -13,23 +13,26 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 
 P = ParamSpec("P")
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=Result | tuple[Result, ...])
 
 # First parameters that are opened as operators.
 MATRICES = ("matrix", "kernel")
 
 
-def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def recorded(
+    *, keep_tiles: bool | Callable[[Mapping[str, Any]], bool] = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a solver or an analysis: its arguments are checked, its matrix opened, its result says how it was found.
 
     A first parameter ``matrix`` or ``kernel`` arrives as an :class:`Operator`, and ``memory_limit`` as the
-    :class:`Budget` that is left beside its tiles; ``keep_tiles`` says whether these are worth keeping for another pass.
+    :class:`Budget` that is left beside its tiles; ``keep_tiles``, which may depend on the arguments, says whether these
+    are worth keeping for another pass.
 
     The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``, and returns its
     result without ``options``, ``work``, ``seconds`` and ``matrix``. They become the plain
     arguments with defaults filled in, updated by ``options`` that the function does return, such as resolved ones;
     products with the matrix and time, added to what it returns, such as those of an earlier process; and the identity
-    of the matrix.
+    of the matrix. Several results, which share the work, say themselves what each took.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -37,7 +40,7 @@ def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            begin, given = perf_counter(), bound(function, args, kwargs)
+            begin, given = perf_counter(), _bound(function, args, kwargs)
             options = {name: _as_json(given[name]) for name in options_of(function)}
             if "memory_limit" in given:
                 budget = Budget.of(given["memory_limit"])
@@ -46,20 +49,33 @@ def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[
             operator = None
             if first in MATRICES:
                 threads: Any = given.get("threads")
-                operator, given["memory_limit"] = open_for_solver(
-                    given[first], budget, keep_tiles=keep_tiles, threads=threads
-                )
-                given[first], before = operator, operator.work
-            result = function(**given)  # type: ignore[call-arg]
-            found: dict[str, Any] = {"options": {**options, **result.options}}
+                keep = keep_tiles if isinstance(keep_tiles, bool) else keep_tiles(given)
+                operator, budget = open_for_solver(given[first], budget, keep_tiles=keep, threads=threads)
+                given |= {first: operator, "memory_limit": budget}
+                before = operator.work
+            result: Any = function(**given)  # type: ignore[call-arg]
+            of_matrix = {} if operator is None else {"matrix": operator.identity()}
+            if isinstance(result, tuple):
+                return tuple(replace(one, options={**options, **one.options}, **of_matrix) for one in result)  # type: ignore[return-value]
             if operator is not None:
-                found["work"] = result.work + (operator.work - before)
-                found["matrix"] = operator.identity()
-            return replace(result, seconds=result.seconds + perf_counter() - begin, **found)
+                of_matrix["work"] = result.work + (operator.work - before)
+            seconds = result.seconds + perf_counter() - begin
+            return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)  # type: ignore[no-any-return]
 
         return call
 
     return decorate
+
+
+def _bound(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Bind and check arguments; budgets, and objects whose classes annotations name, are taken as they are."""
+    known = {name: get_args(one.annotation) for name, one in parameters_of(function).items()}
+    objects = {
+        name: value
+        for name, value in kwargs.items()
+        if name in known and (isinstance(value, Budget) or type(value) in known[name])
+    }
+    return {**bound(function, args, {name: kwargs[name] for name in kwargs if name not in objects}), **objects}
 
 
 def _as_json(value: Any) -> Any:
