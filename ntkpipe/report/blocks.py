@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.targets import Targets
 from ntkpipe.store.kernel import Kernel
 
 BinLabels = NDArray[np.int64]
@@ -24,26 +25,27 @@ class Arrangement:
     num_bins: int  # rows of the picture
     # Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes
     classes: BinLabels | None
-    names: tuple[str, ...]  # class numbers that occur
+    names: tuple[str, ...]  # labels of classes
     bounds: tuple[int, ...]  # where one class ends and the next begins, in samples
     order: str  # what decides the order, in words
 
 
-def arrange(targets: NDArray[Any] | None, num_samples: int, *, is_class: bool) -> Arrangement:
+def arrange(targets: Targets | None, num_samples: int) -> Arrangement:
     """By class, or by the one target, or as stored; where samples are many, neighbours share a row."""
-    classes, names, order = None, np.zeros(0), "as stored"
+    names: tuple[str, ...] = ()
     bounds: tuple[int, ...] = ()
+    classes, order = None, "as stored"
     key: NDArray[Any] = np.arange(num_samples)
-    if targets is not None and is_class:
-        names, classes = np.unique(targets, return_inverse=True)
-        key, order = classes, "sorted by class"
+    if targets is not None and targets.classes is not None and targets.codes is not None:
+        names, order = tuple(map(str, targets.classes.tolist())), "sorted by class"
+        key = classes = targets.codes
         bounds = tuple(int(end) for end in np.bincount(classes).cumsum()[:-1])
-    elif targets is not None and targets.size == num_samples:
-        key, order = targets.reshape(-1), "sorted by target"
+    elif targets is not None and targets.matrix.shape[1] == 1:
+        key, order = targets.matrix[:, 0], "sorted by target"
     num_bins = min(num_samples, _MOST_BINS)
     bins = np.empty(num_samples, np.int64)
     bins[np.argsort(key, kind="stable")] = np.arange(num_samples) * num_bins // num_samples
-    return Arrangement(bins, num_bins, classes, tuple(str(int(name)) for name in names), bounds, order)
+    return Arrangement(bins, num_bins, classes, names, bounds, order)
 
 
 def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> list[FloatArray]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.report.findings import Findings, choose
+from ntkpipe.report.findings import Missing, choose
 from ntkpipe.report.gather import Gathered
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
@@ -20,6 +20,7 @@ from ntkpipe.report.sections.generalisation import generalisation_section
 from ntkpipe.report.sections.influence import influence_section
 from ntkpipe.report.sections.kernel import kernel_section
 from ntkpipe.report.sections.regression import regression_section
+from ntkpipe.report.sections.saved import saved_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
@@ -39,23 +40,25 @@ _SYMBOLS = (
 
 def compose(gathered: Gathered) -> Page:
     """The page of what was gathered; draws every figure."""
-    store, found = gathered.store, gathered.found
+    store, arrangement = gathered.store, gathered.arrangement
     name = store.path.name if isinstance(store.path, Path) else store.path
-    manifest, records = store.manifest, gathered.records
-    num_train = gathered.kernel.grid.rows.num_samples
+    manifest, records, is_class = store.manifest, gathered.records, arrangement.classes is not None
     with reading_results(store.path):
         sections = (
             _reading_section(),
             computed_section(store, gathered.kernel.name),
-            verification_section(store, records),
-            kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
-            spectrum_section(found["spectrum"]),
-            alignment_section(found["alignment"], found["spectrum"]),
-            regression_section(found["regression"]),
-            generalisation_section(found["generalisation"], gathered.mean_diagonal),
-            gaussian_section(found["calibration"]),
-            influence_section(found["influence"], gathered.images, store.targets, store.test_targets, num_train),
-            timings_section(runs_table(store, records), (*_kernel_seconds(records), *gathered.seconds)),
+            verification_section(records),
+            kernel_section(gathered.means, arrangement, manifest.train.num_samples),
+            spectrum_section(gathered.spectrum),
+            alignment_section(gathered.alignment, gathered.spectrum),
+            regression_section(gathered.regression),
+            generalisation_section(gathered.generalisation, gathered.mean_diagonal),
+            gaussian_section(gathered.process),
+            influence_section(
+                gathered.influence, gathered.images, store.targets, store.test_targets, is_class=is_class
+            ),
+            *(saved_section(name, found) for name, found in gathered.others.items()),
+            timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
         )
         return Page(
             title=f"Kernel report: {name}",
@@ -120,12 +123,11 @@ def verdict(gathered: Gathered) -> Headline:
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
-    found, test = gathered.found["regression"], gathered.store.manifest.test
-    if not isinstance(found, Findings) or test is None:
+    test, noun = gathered.store.manifest.test, "samples" if gathered.images.shape is None else "images"
+    if isinstance(gathered.regression, Missing) or test is None:
         return []
-    chosen = choose(found)
+    chosen = choose(gathered.regression)
     if math.isfinite(chosen.test_accuracy):
-        noun = "images" if gathered.images.shape is not None else "samples"
         right = f"ridge regression {share(chosen.test_accuracy)} of {test.num_samples:,} test {noun} right"
         return [f"{right} (λ = {chosen.ridge:.3g}, chosen by {chosen.criterion})"]
     return [f"ridge regression has test loss {number(chosen.test_loss)}"] if math.isfinite(chosen.test_loss) else []
@@ -134,8 +136,8 @@ def _regression_in_words(gathered: Gathered) -> list[str]:
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     """What readers look for first."""
     numbers: list[tuple[str, str]] = []
-    regression, spectrum = gathered.found["regression"], gathered.found["spectrum"]
-    if isinstance(regression, Findings):
+    regression, spectrum = gathered.regression, gathered.spectrum
+    if not isinstance(regression, Missing):
         chosen = choose(regression)
         if math.isfinite(chosen.test_accuracy):
             numbers.append(("test accuracy", share(chosen.test_accuracy)))
@@ -144,19 +146,16 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
         numbers.append(("best ridge λ", number(chosen.ridge, 3)))
     rows, columns = gathered.kernel.shape
     numbers.append(("kernel", f"{rows:,} × {columns:,}"))
-    if isinstance(spectrum, Findings):
+    if not isinstance(spectrum, Missing):
         numbers += [
-            ("largest eigenvalue", number(spectrum.number("largest"))),
-            ("condition number", number(spectrum.number("condition_low"), 3)),
-            ("effective rank", number(spectrum.number("effective_rank"), 3)),
+            ("largest eigenvalue", number(spectrum.largest)),
+            ("condition number", number(spectrum.condition_low, 3)),
+            ("effective rank", number(spectrum.effective_rank, 3)),
         ]
     return tuple(numbers)
 
 
 def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
     """Seconds spent on computing the kernel and on the self-checks before it."""
-    if not records.runs:
-        return ()
-    tiles = sum(float(run["seconds"]) for run in records.runs)
-    checks = sum(float(run["self_check_seconds"]) for run in records.runs)
-    return (("kernel, all runs", tiles), ("self-checks before", checks))
+    names = {"kernel, all runs": "seconds", "self-checks before": "self_check_seconds"}
+    return tuple((name, sum(float(run[key]) for run in records.runs)) for name, key in names.items() if records.runs)

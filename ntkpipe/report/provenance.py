@@ -8,7 +8,6 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.report.parts import Note, PageTable, Section
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord
-from ntkpipe.store.results import reading_results
 
 _MOST_NAMES = 200
 _HELD = "Parameters, and how their Jacobians were held"
@@ -109,11 +108,10 @@ def _representation(parameter: str, representations: Mapping[str, str]) -> str:
     return next((held for names, held in representations.items() if parameter in names.split(" + ")), "not recorded")
 
 
-def verification_section(store: KernelStore, records: Records) -> Section:
+def verification_section(records: Records) -> Section:
     """How the store was checked."""
-    with reading_results(store.path):
-        missing, rows = _verification_rows(records)
-        kernels = () if records.certificate is None else tuple(map(_certificate_row, records.certificate["kernels"]))
+    missing, rows = _verification_rows(records)
+    kernels = () if records.certificate is None else tuple(map(_certificate_row, records.certificate["kernels"]))
     parts: list[PageTable | Note] = [PageTable("Checks that the store keeps", (), tuple(rows))] if rows else []
     if kernels:
         columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
@@ -167,23 +165,22 @@ def _certificate_row(kernel: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(kernel["array"]), *numbers, outcome)
 
 
-def runs_table(store: KernelStore, records: Records) -> PageTable | None:
+def runs_table(records: Records) -> PageTable | None:
     """Every run that computed tiles."""
-    with reading_results(store.path):
-        rows = [
-            {
-                "finished": str(run["finished"]),
-                "host": str(run["host"]),
-                "workers": f"{run['workers']}",
-                "tiles": f"{run['tiles']:,}",
-                "time [s]": f"{run['seconds']:.3g}",
-                "self-check [s]": f"{run['self_check_seconds']:.3g}",
-                "rate [GFLOP/s]": f"{run['flops'] / max(run['seconds'], 1e-9) / 1e9:,.1f}",
-                "of attainable [%]": f"{100 * run['share_of_rate']:.0f}",
-                "peak memory": format_bytes(run["peak_memory_bytes"]),
-            }
-            for run in records.runs
-        ]
+    rows = [
+        {
+            "finished": str(run["finished"]),
+            "host": str(run["host"]),
+            "workers": f"{run['workers']}",
+            "tiles": f"{run['tiles']:,}",
+            "time [s]": f"{run['seconds']:.3g}",
+            "self-check [s]": f"{run['self_check_seconds']:.3g}",
+            "rate [GFLOP/s]": f"{run['flops'] / max(run['seconds'], 1e-9) / 1e9:,.1f}",
+            "of attainable [%]": f"{100 * run['share_of_rate']:.0f}",
+            "peak memory": format_bytes(run["peak_memory_bytes"]),
+        }
+        for run in records.runs
+    ]
     if not rows:
         return None
     return PageTable("Runs that computed the kernel", tuple(rows[0]), tuple(tuple(row.values()) for row in rows))

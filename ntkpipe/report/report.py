@@ -1,25 +1,27 @@
 """The report of a store: gathered, put on a page, written whole or not at all."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.base.tables import TableRows
-from ntkpipe.report.analyses import ANALYSES
-from ntkpipe.report.gather import PageOptions, gather
-from ntkpipe.solvers.result import Result
+from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.report.gather import gather
+from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import writing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from distributed import Client
 
 _GENERATOR = b'<meta name="generator" content="ntkpipe">'
@@ -27,20 +29,34 @@ _HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Result):
-    """A report that was written."""
+class Report:
+    """A page that was written."""
 
     path: str  # of the page
     num_bytes: int  # of it
     verdict: str  # the line in its header
+    is_good: bool  # whether nothing is known to be wrong with the store: it was verified so, or not verified yet
     missing: tuple[tuple[str, str], ...]  # sections that lack something, with the sentence that says what
+    seconds: float  # of the whole call
+    work: Work  # passes, bytes and seconds in products with the kernel for what was not saved before
 
-    def _rows(self) -> TableRows:
+    def rows(self) -> TableRows:
+        """Rows of the printed table: quantity and value."""
+        read = f", {format_bytes(self.work.bytes_read)} read" if self.work.bytes_read else ""
+        cost = f"{self.work.passes:,.4g} passes{read}, {self.seconds:,.3g} s"
         return [
             ("page", f"{self.path}, {format_bytes(self.num_bytes)}"),
             ("verdict", self.verdict),
             *((f"not in it: {name}", why) for name, why in self.missing),
+            ("cost", cost),
         ]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
 
 def require_libraries() -> None:
@@ -52,14 +68,15 @@ def require_libraries() -> None:
         raise ConfigError(f"a report needs matplotlib and jinja2 ({error}); install ntkpipe[report]") from error
 
 
+@checked
 def write_report(
     store: KernelStore | str | Path,
     path: str | Path | None = None,
     *,
     array: str = "train",
-    ridges: "Sequence[float] | None" = None,
+    ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     client: "Client | None" = None,
     progress: bool = True,
     saved_only: bool = False,
@@ -75,26 +92,31 @@ def write_report(
     store
         Path, or an open store.
     path
-        Of the page; default beside the store, as ``run.html`` for ``run.zarr``. A page that is there is replaced, any
+        Path of the page. Default beside the store, ``run.html`` for ``run.zarr``. A page that is there is replaced, any
         other file is not.
     array
-        Which kernel, as ``train``, or ``groups/head/kernel/train``.
-    ridges, ridge_scale
-        λ of the regressions, absolute, or with ``"mean_diagonal"`` times the mean of the diagonal; default those of
-        saved results, or of the analyses.
+        Which kernel, such as ``train`` or ``groups/head/train``.
+    ridges
+        Ridges λ of the regressions. Default those of saved results, or of the analyses.
+    ridge_scale
+        Unit of the ridges: None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     memory_limit
-        Bytes that analyses may have; what is available if none.
+        Bytes that this process may have, or text such as ``8GiB``. Default what is available; with a client: of each
+        worker.
     client
-        As for :func:`ntkpipe.as_operator`.
+        A ``distributed.Client`` whose workers multiply, as for :func:`ntkpipe.as_operator`.
     progress
-        Show on standard error what is computed.
+        Whether to show on standard error what is computed.
     saved_only
-        Show what steps have saved, and compute nothing but the picture: one pass.
+        Whether to show only what steps have saved, and compute nothing but the picture, one pass.
 
     Raises
     ------
+    ArgumentError
+        If there is no such argument.
     ConfigError
-        If matplotlib or jinja2 are not installed, there is no such array, or a file is there that is no report.
+        If matplotlib or jinja2 are not installed, an argument is out of range or of another type, there is no such
+        array, or a file is there that is no report.
     TileError
         If a tile is missing or damaged.
     StoreError
@@ -109,16 +131,9 @@ def write_report(
     _check_target(target)
     for ridge in ridges or ():
         check_number("ridge", ridge, low=0.0)
-    options = PageOptions(
-        array=array,
-        ridges=None if ridges is None else tuple(float(ridge) for ridge in ridges),
-        ridge_scale=ridge_scale,
-        memory_limit=memory_limit,
-        client=client,
-        progress=progress,
-        saved_only=saved_only,
-    )
-    gathered = gather(opened, options, ANALYSES)
+    across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
+    run = partial(run_step, opened, array=array, memory_limit=memory_limit, client=client, progress=progress)
+    gathered = gather(opened, array, across, None if saved_only else run)
     from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
     page = compose(gathered)
@@ -127,22 +142,13 @@ def write_report(
     with writing(folder):
         folder.put(target.name, data)
     return Report(
-        status="converged",
-        message="one page, which needs no network",
-        work=gathered.work,
-        seconds=perf_counter() - begin,
-        options={
-            "array": array,
-            "ridges": options.ridges,
-            "ridge_scale": ridge_scale,
-            "memory_limit": memory_limit,
-            "saved_only": saved_only,
-        },
-        matrix=gathered.matrix,
         path=str(target),
         num_bytes=len(data),
         verdict=page.verdict.lead + page.verdict.rest,
+        is_good=page.verdict.is_good is not False,
         missing=tuple((section.title, section.missing) for section in page.sections if section.missing),
+        seconds=perf_counter() - begin,
+        work=gathered.work,
     )
 
 
@@ -159,7 +165,7 @@ def _check_target(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or choose another path")
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; needed the path of a file, as report.html")
+        raise ConfigError(f"{path} is a folder; needed the path of a file, such as report.html")
     if path.exists():
         with path.open("rb") as file:
             if _GENERATOR not in file.read(_HEAD_BYTES):

@@ -1,6 +1,7 @@
 """Means of blocks of a kernel against slow sums over pairs of samples."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from manifests import small_manifest
 
 from ntkpipe import open_kernel
 from ntkpipe.base.errors import TileError
+from ntkpipe.base.targets import encode
 from ntkpipe.report.blocks import arrange, block_means
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.store import Store
@@ -53,19 +55,34 @@ def test_a_missing_tile_is_named(tmp_path: Path, rng: np.random.Generator) -> No
 
 
 def test_samples_are_sorted_by_class_and_neighbours_share_a_row() -> None:
-    targets = np.array([7, 3, 3, 7, 0, 3])
-    found = arrange(targets, 6, is_class=True)
+    found = arrange(encode([7, 3, 3, 7, 0, 3]), 6)
     assert found.names == ("0", "3", "7")
     assert found.bounds == (1, 4)
     assert found.bins.tolist() == [4, 1, 2, 5, 0, 3]
     assert found.classes is not None
     assert found.classes.tolist() == [2, 1, 1, 2, 0, 1]
-    many = arrange(np.arange(1000) % 2, 1000, is_class=True)
+    many = arrange(encode(np.arange(1000) % 2), 1000)
     assert (np.bincount(many.bins) >= 3).all()
     assert many.bins[1] > many.bins[998]
 
 
 def test_other_targets_sort_by_size_or_not_at_all() -> None:
-    assert arrange(np.array([0.3, 0.1, 0.2]), 3, is_class=False).bins.tolist() == [2, 0, 1]
-    assert arrange(np.ones((3, 2)), 3, is_class=False).order == "as stored"
-    assert arrange(None, 3, is_class=False).bins.tolist() == [0, 1, 2]
+    assert arrange(encode([0.3, 0.1, 0.2]), 3).bins.tolist() == [2, 0, 1]
+    assert arrange(encode(np.ones((3, 2))), 3).order == "as stored"
+    assert arrange(None, 3).bins.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ([2, 1, 2, 3], ("1", "2", "3")),
+        ([1, -1, 1, 1], ("-1", "1")),
+        ([True, False, True, True], ("False", "True")),
+        (["cat", "dog", "cat", "ant"], ("ant", "cat", "dog")),
+    ],
+)
+def test_any_labels_are_classes(targets: list[Any], names: tuple[str, ...]) -> None:
+    found = arrange(encode(targets), 4)
+    assert found.names == names
+    assert found.classes is not None
+    assert [names[code] for code in found.classes] == list(map(str, targets))

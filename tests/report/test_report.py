@@ -1,12 +1,12 @@
 """Reports of small stores: what is on the page, where it is from, what is said where something is missing."""
 
-import dataclasses
 import html
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from sklearn.kernel_ridge import KernelRidge
 import ntkpipe
 from ntkpipe.app import workflow
 from ntkpipe.app.cli import main
-from ntkpipe.base.errors import ConfigError, ResourceError, StoreError
-from ntkpipe.report import gather, report
+from ntkpipe.base.errors import ArgumentError, ConfigError, ResourceError, StoreError
+from ntkpipe.report import report
+from ntkpipe.report.findings import choose
 from ntkpipe.report.report import write_report
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import saved_result
+from ntkpipe.store.results import save_result
 
 SECTIONS = [
     "Notation",
@@ -120,8 +124,7 @@ def test_saved_results_are_taken_and_new_ones_are_saved(store, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(gather, "_compute", refuse)
-    monkeypatch.setattr(gather, "eigh", refuse)
+    monkeypatch.setattr(report, "run_step", refuse)
     _, second = write(store)
     assert numbers_of(first) == numbers_of(second)
     with pytest.raises(AssertionError, match="computed again"):
@@ -138,11 +141,11 @@ def test_saved_only_computes_nothing(store, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("computed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gather, "_compute", refuse)
+        patch.setattr(report, "run_step", refuse)
         written, _ = write(store, saved_only=True)
     assert "--saved-only" in dict(written.missing)["Ridge regression"]
     assert write(store)[0].missing == ()
-    monkeypatch.setattr(gather, "_compute", refuse)
+    monkeypatch.setattr(report, "run_step", refuse)
     assert write(store, saved_only=True)[0].missing == ()
 
 
@@ -159,12 +162,85 @@ def test_results_of_another_kernel_are_not_taken(store) -> None:
 def test_a_damaged_result_is_named(store) -> None:
     write(store)
     found = store.store.read_result("spectrum")
-    for damage in ({"largest": "much"}, {"ridges": [[0.1]]}, {"seconds": True}):
+    for damage in ({"largest": "much"}, {"ridges": [[0.1]]}, {"seconds": "long"}):
         store.store.write_result("spectrum", {**found, **damage})
         if "ridges" in damage:
             (Path(store.path) / "results/spectrum/ridges/zarr.json").unlink()
-        with pytest.raises(StoreError, match=r"results/spectrum is damaged|a result in .* is damaged"):
+        with pytest.raises(StoreError, match=r"a result in .* is damaged"):
             write(store)
+
+
+def test_samples_that_do_not_exist_are_damage(store) -> None:
+    write(store)
+    found = saved_result(store, "influence")
+    wrong = replace(found, top_samples=np.full_like(found.top_samples, 60))
+    save_result(store.store, "influence", wrong.to_json(), wrong.arrays())
+    with pytest.raises(StoreError, match="damaged"):
+        write(store)
+
+
+def test_results_of_all_steps_have_sections(store) -> None:
+    results = {"eigsh": {"k": 3}, "logdet": {"ridge": 1.0}, "learning_curve": {"sizes": [20], "ridges": [1.0]}}
+    found = {name: run_step(store, name, progress=False, **options) for name, options in results.items()}
+    written, text = write(store)
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", Path(written.path).read_text())
+    assert titles == [*SECTIONS[:-1], *(f"Result of {name}" for name in results), SECTIONS[-1]]
+    for result in found.values():
+        for name, value in result.rows():
+            assert f"{name} {value}" in text
+    store.store.write_result("eigsh", {**store.store.read_result("eigsh"), "matrix": "another"})
+    assert "Result of eigsh" not in write(store)[1]
+
+
+def test_a_posterior_without_a_test_set_is_shown(tmp_path: Path, rng: np.random.Generator) -> None:
+    inputs = rng.random((12, 5))
+    store = ntkpipe.compute_kernel(
+        torch.nn.Linear(5, 1).eval(), inputs, targets=inputs[:, 0], store=tmp_path / "k.zarr", progress=False
+    )
+    found = run_step(store, "gaussian_process", progress=False)
+    written, text = write(store)
+    assert "no test set" in dict(written.missing)["Gaussian process and its calibration"]
+    assert f"log marginal likelihood {dict(found.rows())['log marginal likelihood']}" in text
+
+
+def test_influence_and_posterior_are_taken_at_the_ridge_that_training_chooses(store, monkeypatch) -> None:
+    for name in ("gaussian_process", "influence"):
+        run_step(store, name, ridge=10.0, ridge_scale="mean_diagonal", progress=False)
+    write(store)
+    chosen = choose(saved_result(store, "regression")).ridge
+    assert saved_result(store, "gaussian_process").noise == chosen
+    assert saved_result(store, "influence").options["ridge"] == chosen
+    # Also in other units.
+    mean = float(store.train.diagonal().astype(np.float64).mean())
+    write(store, ridges=(0.1,), ridge_scale="mean_diagonal")
+    for name in ("gaussian_process", "influence"):
+        run_step(store, name, ridge=0.1, ridge_scale="mean_diagonal", progress=False)
+    assert saved_result(store, "gaussian_process").noise == 0.1 * mean
+    assert write(store, ridges=(0.1,), ridge_scale="mean_diagonal", saved_only=True)[0].missing == ()
+
+
+def test_a_store_with_a_wrong_chunk_is_not_good(store) -> None:
+    assert write(store)[0].is_good
+    found = store.store.read_result("verification")
+    store.store.write_result("verification", {**found, "is_good": False, "num_findings": 1})
+    written, text = write(store)
+    assert not written.is_good
+    assert "something is wrong" in text
+    assert written.to_json()["is_good"] is False
+    assert "something is wrong" in str(written)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"), [([1, 2, 3], ("1", "2", "3")), ([-1, 1], ("-1", "1")), ([False, True], ("False", "True"))]
+)
+def test_any_labels_are_classes(tmp_path: Path, labels: list[Any], names: tuple[str, ...]) -> None:
+    store = make_store(tmp_path / "small.zarr", labels=labels)
+    written, text = write(store)
+    assert written.missing == ()
+    assert f"Targets were taken as {len(labels)} classes, one-hot." in text
+    assert "Mean kernel entry of each pair of classes" in text
+    for name in names:
+        assert f"class {name} predicted {name}" in text
 
 
 def test_words_of_a_result_stay_words(store) -> None:
@@ -206,7 +282,7 @@ def test_without_a_test_set_there_is_leave_one_out(tmp_path: Path, rng: np.rando
     )
     written, text = write(store)
     assert "compute the kernel with test_inputs" in dict(written.missing)["Ridge regression"]
-    assert "no class numbers" in text
+    assert "no labels of classes" in text
     assert "leave-one-out" in text
     assert "24 × 24" in text
 
@@ -216,12 +292,12 @@ def test_what_does_not_fit_is_streamed_and_says_so(store, monkeypatch: pytest.Mo
         raise ResourceError("too large")
 
     exact = make_text(store)
-    for module in ("report.gather", "learning.regression.eigensystem"):
-        monkeypatch.setattr(f"ntkpipe.{module}.eigh", too_large)
+    monkeypatch.setattr("ntkpipe.learning.regression.eigensystem.eigh", too_large)
     monkeypatch.setattr("ntkpipe.analysis.spectrum.eigvalsh", too_large)
     for name in ("spectrum", "alignment", "generalisation"):
         (Path(store.path) / "results" / name / "zarr.json").unlink()
-    streamed = make_text(store)
+    # Eigenpairs that are known stay with the open store.
+    streamed = make_text(ntkpipe.open_kernel(store.path))
     assert "Computed: exactly, in memory" in exact
     assert "Computed: streamed, since" in streamed
 
@@ -264,14 +340,23 @@ def test_wrong_options_are_refused_before_anything_is_computed(store, monkeypatc
         write(store)
 
 
+def test_wrong_arguments_are_named(store) -> None:
+    with pytest.raises(ConfigError, match=r"ridges=\['0.1'\]; needed a list of numbers"):
+        write(store, ridges=["0.1"])
+    with pytest.raises(ConfigError, match=r"ridge_scale='mean'; needed 'mean_diagonal' or None"):
+        write(store, ridge_scale="mean")
+    with pytest.raises(ArgumentError, match="the nearest is 'saved_only'"):
+        write(store, save_only=True)
+
+
 def test_the_command_and_the_step_write_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "small.zarr")
     page = tmp_path / "page.html"
     main(["report", str(tmp_path / "small.zarr"), "--output", str(page), "--ridge", "0.1", "--ridge", "1", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["path"] == str(page)
-    assert printed["options"]["ridges"] == [0.1, 1.0]
-    assert page.exists()
+    assert printed["is_good"] is True
+    assert re.search(r"\(λ = (0\.1|1), chosen by", printed["verdict"])
     main(["report", str(tmp_path / "small.zarr"), "--ridge-scale", "mean_diagonal", "--memory-limit", "8GiB"])
     assert "small.html" in capsys.readouterr().out
     digits = Path(__file__).parents[2] / "workflows/digits/pntk.yaml"
@@ -297,8 +382,8 @@ def test_nothing_heavy_is_loaded_before_a_page_is_drawn() -> None:
 
 def test_a_kernel_of_a_group_has_a_report_of_its_own(tmp_path: Path) -> None:
     store = make_store(tmp_path / "small.zarr", groups={"head": "2.*"})
-    written, text = write(store, array="groups/head/train")
+    _, text = write(store, array="groups/head/train")
     assert "groups/head/train, 60 × 60" in text
     assert ntkpipe.read_result(store, "spectrum-groups-head-train") is not None
     assert ntkpipe.read_result(store, "spectrum") is None
-    assert dataclasses.asdict(written)["matrix"].endswith("groups/head/train")
+    assert saved_result(store, "spectrum", "groups/head/train").matrix.endswith("groups/head/train")

@@ -23,6 +23,11 @@ class Curve:
 Curves = Mapping[Quantity, Curve]
 
 
+def known(curves: Curves) -> dict[Quantity, Curve]:
+    """Curves that have values."""
+    return {quantity: curve for quantity, curve in curves.items() if np.isfinite(curve.values).any()}
+
+
 def over_ridges(
     ridges: FloatArray,
     curves: Curves,

@@ -1,14 +1,12 @@
 """The section on how well the kernel fits the targets."""
 
-import math
-
-import numpy as np
-
+from ntkpipe.analysis.alignment import Alignment
+from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
-from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.findings import Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, share, warnings
+from ntkpipe.report.sections.words import method_in_words, number, share, taken_as, warnings
 from ntkpipe.report.theme import render
 
 _TITLE = "Alignment of kernel and targets"
@@ -20,21 +18,19 @@ _INTRO = (
 _SHARES = ("50%", "90%", "99%")
 
 
-def alignment_section(found: Findings | Missing, spectrum: Findings | Missing) -> Section:
+def alignment_section(found: Alignment | Missing, spectrum: KernelSpectrum | Missing) -> Section:
     """Cumulative power and alignments."""
     if isinstance(found, Missing):
         return Section("alignment", _TITLE, _INTRO, (), found.why)
-    power, eigenvalues, error = found.arrays("cumulative_power", "eigenvalues", "cumulative_power_error")
-    trace = spectrum.number("trace") if isinstance(spectrum, Findings) else math.nan
-    held = eigenvalues.cumsum() / trace if trace > 0 else None
-    parts: list[Part] = [_plot(found, power, held, float(error.max(initial=0.0)))]
-    parts.append(_numbers(found, power))
-    parts += warnings(found)
-    return Section("alignment", _TITLE, _INTRO, tuple(parts))
+    trace = 0.0 if isinstance(spectrum, Missing) else spectrum.trace
+    held = found.eigenvalues.cumsum() / trace if trace > 0 else None
+    parts: tuple[Part, ...] = (_plot(found, held), _numbers(found), *warnings(found))
+    return Section("alignment", _TITLE, _INTRO + taken_as(found.targets), parts)
 
 
-def _plot(found: Findings, power: FloatArray, held: FloatArray | None, error: float) -> Plot:
-    counts = _directions(found)
+def _plot(found: Alignment, held: FloatArray | None) -> Plot:
+    power, counts = found.cumulative_power, _directions(found)
+    error = float(found.cumulative_power_error.max(initial=0.0))
     said = "; ".join(f"{part} of it in {count}" for part, count in zip(_SHARES, counts, strict=True))
     reading = [
         "Circles are the power of the targets in the first k eigenvectors; the sooner they rise, the fewer samples "
@@ -44,8 +40,8 @@ def _plot(found: Findings, power: FloatArray, held: FloatArray | None, error: fl
     ]
     if error > 0:
         reading.append(f"The leading eigenvectors are known to their residuals only: C(k) may be off by {error:.1g}.")
-    if len(power) < found.number("num_rows"):
-        reading.append(f"Only the {len(power):,} leading of {int(found.number('num_rows')):,} eigenvectors are known.")
+    if len(power) < found.num_rows:
+        reading.append(f"Only the {len(power):,} leading of {found.num_rows:,} eigenvectors are known.")
     return Plot(
         "power",
         "Cumulative power of the targets",
@@ -57,21 +53,20 @@ def _plot(found: Findings, power: FloatArray, held: FloatArray | None, error: fl
     )
 
 
-def _directions(found: Findings) -> list[str]:
+def _directions(found: Alignment) -> list[str]:
     """Numbers of eigenvectors that hold 50, 90 and 99% of the power."""
-    counts = found.optional_numbers("num_directions")
-    return ["more than are known" if np.isnan(count) else f"{int(count):,}" for count in counts[: len(_SHARES)]]
+    return ["more than are known" if count is None else f"{count:,}" for count in found.num_directions]
 
 
-def _numbers(found: Findings, power: FloatArray) -> PageTable:
+def _numbers(found: Alignment) -> PageTable:
     rows = [
-        ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.number("alignment"))),
-        ("the same, kernel and targets centred", number(found.number("centred_alignment"))),
-        ("power in the first eigenvector", share(float(power[0]))),
+        ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.alignment)),
+        ("the same, kernel and targets centred", number(found.centred_alignment)),
+        ("power in the first eigenvector", share(float(found.cumulative_power[0]))),
         *(
             (f"eigenvectors that hold {part} of the power", count)
             for part, count in zip(_SHARES, _directions(found), strict=True)
         ),
-        ("computed", method_in_words(found)),
+        ("computed", method_in_words(found.method, found.why)),
     ]
     return PageTable("Alignment in numbers", (), tuple(rows))

@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.figures.regression import Curve, Curves, over_ridges, ratios
-from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.analysis.generalisation import Generalisation
+from ntkpipe.report.figures.regression import Curve, Curves, known, over_ridges, ratios
+from ntkpipe.report.findings import HOW_TO_TEST, Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, ranges, ridges_in_words, warnings, with_errors
-from ntkpipe.report.theme import Quantity, render
+from ntkpipe.report.sections import words
+from ntkpipe.report.sections.words import number, with_errors
+from ntkpipe.report.theme import render
 
 _INTRO = (
     "Can the test loss be known from the training samples alone? KARE (Jacot et al. 2020, arXiv 2006.09796) and "
@@ -21,40 +22,37 @@ _INTRO = (
 _MARK = "mean diagonal of K"
 
 
-def generalisation_section(found: Findings | Missing, mean_diagonal: float) -> Section:
+def generalisation_section(found: Generalisation | Missing, mean_diagonal: float) -> Section:
     """Estimates across ridges, and what they are worth."""
     title = "Predicted against measured risk"
     if isinstance(found, Missing):
         return Section("generalisation", title, _INTRO, (), found.why)
-    names = ("ridges", "test_loss", "test_loss_error", "kare", "kare_error", "eigenlearning", "leave_one_out_loss")
-    ridges, test, test_error, kare, kare_error, eigen, left_out = found.arrays(*names)
-    is_measured = bool(np.isfinite(test).any())
-    curves: dict[Quantity, Curve] = {}
-    if is_measured:
-        curves["test"] = Curve("test loss, measured", test, test_error)
-    if np.isfinite(left_out).any():
-        curves["leave-one-out"] = Curve("leave-one-out", left_out, found.array("leave_one_out_loss_error"))
-    curves["gcv"] = Curve("KARE = cross-validation (GCV)", kare, kare_error)
-    if np.isfinite(eigen).any():
-        curves["eigenlearning"] = Curve("eigenlearning, Canatar et al.", eigen)
-    parts: list[Part] = [_losses(found, ridges, curves, mean_diagonal)]
+    curves = known(
+        {
+            "test": Curve("test loss, measured", found.test_loss, found.test_loss_error),
+            "leave-one-out": Curve("leave-one-out", found.leave_one_out_loss, found.leave_one_out_loss_error),
+            "gcv": Curve("KARE = cross-validation (GCV)", found.kare, found.kare_error),
+            "eigenlearning": Curve("eigenlearning, Canatar et al.", found.eigenlearning),
+        }
+    )
+    is_measured = "test" in curves
+    parts: list[Part] = [_losses(found, curves, mean_diagonal)]
     if is_measured:
         compared: Curves = {
-            name: Curve(curve.label, curve.values / test) for name, curve in curves.items() if name != "test"
+            name: Curve(curve.label, curve.values / found.test_loss) for name, curve in curves.items() if name != "test"
         }
-        parts.append(_ratios(ridges, compared, mean_diagonal))
-    parts += warnings(found)
-    parts.append(_table(found, ridges))
-    missing = (
-        "The store has no test set with targets, so nothing is measured here; compute the kernel with test_inputs and "
-        "test_targets (`ntkpipe run FILE --grow` adds them)."
-    )
-    return Section("generalisation", title, _INTRO, tuple(parts), None if is_measured else missing)
+        parts.append(_ratios(found, compared, mean_diagonal))
+    parts += words.warnings(found)
+    parts.append(_table(found))
+    missing = f"The store has no test set with targets, so nothing is measured here; {HOW_TO_TEST}"
+    intro = _INTRO + words.taken_as(found.targets)
+    return Section("generalisation", title, intro, tuple(parts), None if is_measured else missing)
 
 
-def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
-    trusted = ranges(ridges.tolist(), found.flags("kare_is_trusted"))
-    also = ranges(ridges.tolist(), found.flags("eigenlearning_is_trusted"))
+def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot:
+    ridges = found.ridges
+    trusted = words.ranges(ridges.tolist(), found.kare_is_trusted)
+    also = words.ranges(ridges.tolist(), found.eigenlearning_is_trusted)
     return Plot(
         "estimates",
         "Loss across ridges, predicted and measured",
@@ -65,16 +63,16 @@ def _losses(found: Findings, ridges: FloatArray, curves: Curves, mean_diagonal: 
             "can replace a test set; one that falls below it for small λ promises too much there.",
             "Judged by leave-one-out, the measured loss where there is one, and the storage floor, KARE can be trusted "
             f"for {trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
-            f"Shaded: one standard error. Computed: {method_in_words(found)}.",
+            f"Shaded: one standard error. Computed: {words.method_in_words(found.method, found.why)}.",
         ),
     )
 
 
-def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
+def _ratios(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot:
+    ridges, kare = found.ridges, found.kare / found.test_loss
     # In logarithms; zero is far from everything.
     distances = np.abs(np.log(np.maximum(ridges, 1e-300) / max(mean_diagonal, 1e-300)))
     smallest, nearest = int(np.argmin(ridges)), int(np.argmin(distances))
-    kare = curves["gcv"].values
     return Plot(
         "ratios",
         "Estimate over measured test loss",
@@ -93,21 +91,20 @@ def _ratios(ridges: FloatArray, curves: Curves, mean_diagonal: float) -> Plot:
 
 def _in_words(curves: Curves) -> str:
     """Each curve with its first and its last value."""
-    known = {curve.label: curve.values[np.isfinite(curve.values)] for curve in curves.values()}
-    ends = {name: f"{number(v[0], 3)} to {number(v[-1], 3)}" if len(v) else "nothing" for name, v in known.items()}
+    finite = {curve.label: curve.values[np.isfinite(curve.values)] for curve in curves.values()}
+    ends = {name: f"{number(v[0], 3)} to {number(v[-1], 3)}" if len(v) else "nothing" for name, v in finite.items()}
     return "; ".join(f"{name} from {said}" for name, said in ends.items())
 
 
-def _table(found: Findings, ridges: FloatArray) -> PageTable:
+def _table(found: Generalisation) -> PageTable:
     columns = {
-        "test loss": ("test_loss", "test_loss_error"),
-        "KARE": ("kare", "kare_error"),
-        "GCV": ("generalised_cross_validation", None),
-        "leave-one-out": ("leave_one_out_loss", "leave_one_out_loss_error"),
-        "eigenlearning": ("eigenlearning", None),
-        "Canatar et al.": ("canatar", None),
-        "effective dimension": ("effective_dimension", "effective_dimension_error"),
+        "test loss": with_errors(found.test_loss, found.test_loss_error),
+        "KARE": with_errors(found.kare, found.kare_error),
+        "GCV": map(number, found.generalised_cross_validation),
+        "leave-one-out": with_errors(found.leave_one_out_loss, found.leave_one_out_loss_error),
+        "eigenlearning": map(number, found.eigenlearning),
+        "Canatar et al.": map(number, found.canatar),
+        "effective dimension": with_errors(found.effective_dimension, found.effective_dimension_error),
     }
-    cells = [with_errors(found, *names) for names in columns.values()]
-    rows = tuple(zip(ridges_in_words(ridges), *cells, found.texts("reasons"), strict=True))
+    rows = tuple(zip(words.ridges_in_words(found.ridges), *columns.values(), found.reasons, strict=True))
     return PageTable("Numbers behind these figures", ("λ", *columns, "trust"), rows, is_folded=True)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.learning.gaussian.influence import Influence
+from ntkpipe.report.findings import Missing
 from ntkpipe.report.images import Split, StoredImages
 from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
-from ntkpipe.report.sections.words import number, share, warnings
+from ntkpipe.report.sections.words import number, share, taken_as, warnings
 from ntkpipe.report.theme import data_uri
 
 _TITLE = "Most influential training points"
@@ -25,70 +26,82 @@ Targets = NDArray[Any] | None
 
 
 def influence_section(
-    found: Findings | Missing, images: StoredImages, targets: Targets, test_targets: Targets, num_train: int
+    found: Influence | Missing, images: StoredImages, targets: Targets, test_targets: Targets, *, is_class: bool
 ) -> Section:
     """Test samples with the training samples of their largest terms, and those that matter most overall."""
     if isinstance(found, Missing):
         return Section("influence", _TITLE, _INTRO, (), found.why)
-    top = found.indices("top_samples", below=num_train, axes=2)[:, :_NUM_OTHERS]
-    terms = found.array("top_terms", axes=2)[:, :_NUM_OTHERS]
+    top, overall = found.top_samples[:, :_NUM_OTHERS], found.most_influential[:_NUM_OVERALL]
+    for samples in (top, overall):
+        if samples.size and not 0 <= samples.min() <= samples.max() < len(found.mean_size):
+            raise ValueError("a sample that does not exist")
     predicted = _predicted(found)
     shown = _shown(predicted, test_targets, len(top))
-    overall = found.indices("most_influential", below=num_train)[:_NUM_OVERALL]
     tests = _pictures(images, "test", shown)
     trains = _pictures(images, "train", [*top[shown].reshape(-1), *overall])
+
+    def train(sample: int, said: str) -> Thumbnail:
+        return _thumbnail("training", sample, trains, (*_lines(sample, targets, None, is_class), said))
+
     rows = tuple(
         (
-            _thumbnail("test", sample, tests, _lines(sample, test_targets, predicted)),
-            tuple(
-                _thumbnail("training", int(one), trains, (*_lines(int(one), targets, None), f"{term:+.3g}"))
-                for one, term in zip(top[sample], terms[sample], strict=True)
-            ),
+            _thumbnail("test", sample, tests, _lines(sample, test_targets, predicted, is_class)),
+            tuple(train(one, f"{term:+.3g}") for one, term in zip(top[sample].tolist(), terms, strict=True)),
         )
-        for sample in shown
+        for sample, terms in zip(shown, found.top_terms[shown, :_NUM_OTHERS], strict=True)
     )
-    parts: list[Part] = [Gallery("Test samples, and the largest terms of their predictions", _reading(found), rows)]
-    parts.append(_overall(found, overall, trains, targets))
-    parts += warnings(found)
-    return Section("influence", _TITLE, _INTRO, tuple(parts), images.why_not())
+    mean = float(found.mean_size.mean())
+    most = tuple(train(one, f"{found.mean_size[one] / mean:.3g} × mean") for one in overall.tolist())
+    parts: tuple[Part, ...] = (
+        Gallery("Test samples, and the largest terms of their predictions", _reading(found), rows),
+        Gallery(
+            "Training samples with the largest terms over the whole test set",
+            (
+                f"Ordered by the mean size of their terms; a training sample has {number(mean, 3)} on average. Samples "
+                "far above that are worth a look: unusual ones, and ones with a wrong label, are often among them.",
+            ),
+            ((Thumbnail(None, "", ("over all test samples",)), most),),
+        ),
+        *warnings(found),
+    )
+    return Section("influence", _TITLE, _INTRO + taken_as(found.targets), parts, images.why_not())
 
 
-def _reading(found: Findings) -> tuple[str, ...]:
-    ridge = float(found.mapping("options")["ridge"])
+def _reading(found: Influence) -> tuple[str, ...]:
+    ridge, unit = found.options.get("ridge"), " mean diagonals" if found.options.get("ridge_scale") else ""
+    at = "" if ridge is None else f", at λ = {ridge:.3g}{unit}"
     return (
-        f"First a test sample, then the training samples of its largest terms with their values, at λ = "
-        f"{ridge:.3g}; the first rows are samples that are predicted wrongly, if there are any. A wrong prediction "
-        "whose largest terms are of the wrong class and look alike tells why it is wrong, or that a label is.",
-        f"The {found.array('top_terms', axes=2).shape[1]} largest terms are {share(found.number('top_share'))} of the "
-        "sizes of all terms, on average: the smaller this is, the less a single training sample decides.",
+        f"First a test sample, then the training samples of its largest terms with their values{at}; the first rows "
+        "are samples that are predicted wrongly, if there are any. A wrong prediction whose largest terms are of the "
+        "wrong class and look alike tells why it is wrong, or that a label is.",
+        f"The {found.top_terms.shape[1]} largest terms are {share(found.top_share)} of the sizes of all terms, on "
+        "average: the smaller this is, the less a single training sample decides.",
     )
 
 
-def _predicted(found: Findings) -> NDArray[Any] | None:
+def _predicted(found: Influence) -> NDArray[Any] | None:
     """The label that each test sample was given; none if targets are no classes."""
-    classes = found.mapping("options").get("classes")
-    if not isinstance(classes, list | tuple) or not classes:
-        return None
-    return np.asarray(classes)[found.indices("predicted", below=len(classes))]
+    # Reports of older versions saved classes among the options.
+    classes = found.classes or found.options.get("classes")
+    return np.asarray(classes)[found.predicted] if classes else None
 
 
 def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int) -> list[int]:
     """Some that are wrong and some that are right, the first of each class."""
     if predicted is None or test_targets is None:
         return list(range(min(num_test, _NUM_WRONG + _NUM_RIGHT)))
-    is_wrong = predicted != test_targets
-    wrong = np.flatnonzero(is_wrong)[:_NUM_WRONG]
-    right = np.flatnonzero(~is_wrong)
+    is_wrong = predicted != test_targets.reshape(-1)
+    wrong, right = np.flatnonzero(is_wrong)[:_NUM_WRONG], np.flatnonzero(~is_wrong)
     firsts = right[np.unique(test_targets[right], return_index=True)[1]]
     return [*map(int, wrong), *map(int, np.sort(firsts)[:_NUM_RIGHT])]
 
 
-def _lines(sample: int | np.int64, targets: Targets, predicted: NDArray[Any] | None) -> tuple[str, ...]:
+def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None, is_class: bool) -> tuple[str, ...]:
     """What is said of a sample: number, target, prediction."""
     said = [f"no. {sample:,}"]
-    if targets is not None and targets.ndim == 1:
-        is_class = targets.dtype.kind in "iu"
-        said.append(f"class {targets[sample]}" if is_class else f"target {number(float(targets[sample]), 3)}")
+    if targets is not None and targets.size == len(targets):
+        target = targets.reshape(-1)[sample]
+        said.append(f"class {target}" if is_class else f"target {number(float(target), 3)}")
     if predicted is not None:
         said.append(f"predicted {predicted[sample]}")
     return tuple(said)
@@ -101,18 +114,3 @@ def _pictures(images: StoredImages, split: Split, samples: Sequence[Any]) -> dic
 
 def _thumbnail(split: str, sample: int, pictures: dict[int, str], lines: tuple[str, ...]) -> Thumbnail:
     return Thumbnail(pictures.get(sample), f"{split} sample {', '.join(lines)}", lines)
-
-
-def _overall(found: Findings, overall: NDArray[np.int64], pictures: dict[int, str], targets: Targets) -> Gallery:
-    sizes = found.array("mean_size")
-    mean = float(sizes.mean())
-    said = [(*_lines(one, targets, None), f"{sizes[one] / mean:.3g} × mean") for one in overall]
-    row = tuple(_thumbnail("training", int(one), pictures, lines) for one, lines in zip(overall, said, strict=True))
-    return Gallery(
-        "Training samples with the largest terms over the whole test set",
-        (
-            f"Ordered by the mean size of their terms; a training sample has {number(mean, 3)} on average. Samples far "
-            "above that are worth a look: unusual ones, and ones with a wrong label, are often among them.",
-        ),
-        ((Thumbnail(None, "", ("over all test samples",)), row),),
-    )

@@ -31,7 +31,7 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     )
     alt = f"Heat map of the kernel of {num_samples:,} samples."
     whole = Plot("picture", name, render(draw, height=0.78), alt, tuple(reading))
-    no_classes = Note("The targets are no class numbers, so there is no picture by class.")
+    no_classes = Note("The targets are no labels of classes, so there is no picture by class.")
     by_class = _class_plot(means[1], arrangement) if is_by_class else no_classes
     return Section("kernel", "The kernel", (), (whole, by_class))
 
@@ -40,17 +40,15 @@ def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
     same = float(np.mean(means.diagonal()))
     off = means[~np.eye(len(means), dtype=bool)]
     other = float(off.mean()) if off.size else float("nan")
-    said = f"On average it is {same:.4g} within a class and {other:.4g} between classes"
-    ratio = f", a ratio of {same / other:.3g}." if off.size and other > 0 else "."
+    ratio = f", a ratio of {same / other:.3g}" if off.size and other > 0 else ""
+    said = f"On average it is {same:.4g} within a class and {other:.4g} between classes{ratio}."
     return Plot(
         "class-means",
         "Mean kernel entry of each pair of classes",
         render(class_means(means, arrangement.names), height=0.72),
-        f"Heat map of {len(means)} × {len(means)} class means. {said}{ratio}",
+        f"Heat map of {len(means)} × {len(means)} class means. {said}",
         (
-            "The mean of K(x, x′) over samples x of one class and x′ of another, a sample with itself left out. "
-            + said
-            + ratio,
+            f"The mean of K(x, x′) over samples x of one class and x′ of another, a sample with itself left out. {said}",
             "A square off the diagonal that is as bright as those of its two classes on the diagonal is a pair that "
             "the kernel hardly tells apart.",
         ),

@@ -1,69 +1,58 @@
 """The section on ridge regression: which ridge, how good, and whether the test set was needed to know."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.figures.regression import Curve, over_ridges
-from ntkpipe.report.findings import Chosen, Findings, Missing, choose
+from ntkpipe.learning.regression.ridge_path import RidgePath
+from ntkpipe.report.figures.regression import Curve, known, over_ridges
+from ntkpipe.report.findings import HOW_TO_TEST, Chosen, Missing, choose
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import number, ridges_in_words, share, warnings, with_errors
-from ntkpipe.report.theme import Quantity, render
+from ntkpipe.report.sections.words import number, ridges_in_words, share, taken_as, warnings, with_errors
+from ntkpipe.report.theme import render
 
 _TITLE = "Ridge regression"
 _INTRO = (
-    "Kernel ridge regression of the stored targets, classes as one-hot columns: f(x) = K(x, X) (K + λI)⁻¹ Y. For "
-    "λ → 0 that is where gradient flow of a network in its linear regime ends if its outputs begin at zero; a ridge "
-    "does about what stopping early does. Leave-one-out predicts each training sample from all others; generalised "
-    "cross-validation (GCV) is its cheap approximation.",
+    "Kernel ridge regression of the stored targets: f(x) = K(x, X) (K + λI)⁻¹ Y. For λ → 0 that is where gradient flow "
+    "of a network in its linear regime ends if its outputs begin at zero; a ridge does about what stopping early does. "
+    "Leave-one-out predicts each training sample from all others; generalised cross-validation (GCV) is its cheap "
+    "approximation.",
 )
 
 
-def regression_section(found: Findings | Missing) -> Section:
+def regression_section(found: RidgePath | Missing) -> Section:
     """Losses and accuracies across ridges."""
     if isinstance(found, Missing):
         return Section("regression", _TITLE, _INTRO, (), found.why)
-    chosen, ridges = choose(found), found.array("ridges")
-    parts: list[Part] = [_losses(found, ridges, chosen)]
-    if np.isfinite(found.array("leave_one_out_accuracy")).any():
-        parts.append(_accuracies(found, ridges, chosen))
+    chosen = choose(found)
+    parts: list[Part] = [_losses(found, chosen)]
+    if np.isfinite(found.leave_one_out_accuracy).any():
+        parts.append(_accuracies(found, chosen))
     parts += warnings(found)
-    parts.append(_table(found, ridges))
-    missing = (
-        "The store has no test set with targets, so there is no test loss; compute the kernel with test_inputs and "
-        "test_targets (`ntkpipe run FILE --grow` adds them)."
-    )
-    is_measured = np.isfinite(found.array("test_loss")).any()
-    return Section("regression", _TITLE, _INTRO, tuple(parts), None if is_measured else missing)
+    parts.append(_table(found))
+    missing = f"The store has no test set with targets, so there is no test loss; {HOW_TO_TEST}"
+    is_measured, intro = np.isfinite(found.test_loss).any(), _INTRO + taken_as(found.targets)
+    return Section("regression", _TITLE, intro, tuple(parts), None if is_measured else missing)
 
 
-def _curves(found: Findings, names: dict[Quantity, tuple[str, str, str | None]]) -> dict[Quantity, Curve]:
-    """Those that are known."""
-    curves = {}
-    for quantity, (label, name, error) in names.items():
-        values = found.array(name)
-        if np.isfinite(values).any():
-            curves[quantity] = Curve(label, values, None if error is None else found.array(error))
-    return curves
-
-
-def _losses(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
-    curves = _curves(
-        found,
-        {
-            "test": ("test", "test_loss", None),
-            "train": ("training", "train_loss", None),
-            "leave-one-out": ("leave-one-out", "leave_one_out_loss", "leave_one_out_loss_error"),
-            "gcv": ("GCV", "generalised_cross_validation", "generalised_cross_validation_error"),
-        },
-    )
+def _losses(found: RidgePath, chosen: Chosen) -> Plot:
+    train = found.train_loss
     # At λ = 0 it is rounding, which would stretch the axis over decades of nothing.
-    if "train" in curves:
-        values = curves["train"].values
-        curves["train"] = Curve("training", np.where(values > 1e-3 * np.nanmax(values), values, np.nan))
+    if np.isfinite(train).any():
+        train = np.where(train > 1e-3 * np.nanmax(train), train, np.nan)
+    cross = found.generalised_cross_validation
+    curves = known(
+        {
+            "test": Curve("test", found.test_loss),
+            "train": Curve("training", train),
+            "leave-one-out": Curve("leave-one-out", found.leave_one_out_loss, found.leave_one_out_loss_error),
+            "gcv": Curve("GCV", cross, found.generalised_cross_validation_error),
+        }
+    )
     return Plot(
         "losses",
         "Loss across ridges",
-        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", best=chosen.ridge)),
+        render(over_ridges(found.ridges, curves, unit="mean squared error [target units²]", best=chosen.ridge)),
         "Lines of training, leave-one-out, cross-validation and test loss over the ridge; the best ridge by "
         f"{chosen.criterion} is {chosen.ridge:.3g}.",
         (
@@ -71,52 +60,43 @@ def _losses(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
             "fitted, to the right too much is given up; where the left part is flat, interpolation does no harm. "
             "Training losses below a thousandth of the largest are not drawn.",
             f"The vertical line is the best ridge by {chosen.criterion}, λ = {chosen.ridge:.3g} "
-            f"({chosen.ridge / found.number('mean_diagonal'):.2g} of the mean diagonal), chosen without test data. "
+            f"({chosen.ridge / found.mean_diagonal:.2g} of the mean diagonal), chosen without test data. "
             + (f"The test loss there is {number(chosen.test_loss)}." if np.isfinite(chosen.test_loss) else ""),
         ),
     )
 
 
-def _accuracies(found: Findings, ridges: FloatArray, chosen: Chosen) -> Plot:
-    curves = _curves(
-        found,
-        {
-            "test": ("test", "test_accuracy", None),
-            "leave-one-out": ("leave-one-out", "leave_one_out_accuracy", "leave_one_out_accuracy_error"),
-        },
-    )
-    left = float(found.array("leave_one_out_accuracy")[chosen.index])
+def _accuracies(found: RidgePath, chosen: Chosen) -> Plot:
+    left_out = Curve("leave-one-out", found.leave_one_out_accuracy, found.leave_one_out_accuracy_error)
+    curves = known({"test": Curve("test", found.test_accuracy), "leave-one-out": left_out})
+    left = float(found.leave_one_out_accuracy[chosen.index])
+    draw = over_ridges(found.ridges, curves, unit="samples right [%]", best=chosen.ridge, is_share=True)
     said = f"At the best ridge {share(left)} of the training samples are right when left out"
     said += f", and {share(chosen.test_accuracy)} of the test samples." if np.isfinite(chosen.test_accuracy) else "."
     return Plot(
         "accuracies",
         "Accuracy across ridges",
-        render(over_ridges(ridges, curves, unit="samples right [%]", best=chosen.ridge, is_share=True), height=0.46),
+        render(draw, height=0.46),
         f"Lines of accuracy over the ridge. {said}",
         (
-            "A sample is right if the largest of its predicted outputs is its class.",
+            "A sample is right if the class that its outputs predict is its own.",
             said,
             "Accuracy depends on the ridge less than the loss does: shrinking all outputs alike changes no decision.",
         ),
     )
 
 
-def _table(found: Findings, ridges: FloatArray) -> PageTable:
-    mean = found.number("mean_diagonal")
-    losses = {
-        "training loss": ("train_loss", None),
-        "leave-one-out loss": ("leave_one_out_loss", "leave_one_out_loss_error"),
-        "GCV": ("generalised_cross_validation", "generalised_cross_validation_error"),
-        "test loss": ("test_loss", None),
-        "effective dimension": ("effective_dimension", "effective_dimension_error"),
+def _table(found: RidgePath) -> PageTable:
+    cross, error = found.generalised_cross_validation, found.generalised_cross_validation_error
+    columns: dict[str, Iterable[str]] = {
+        "λ": ridges_in_words(found.ridges),
+        "λ / mean diagonal": (f"{ridge / found.mean_diagonal:.2g}" for ridge in found.ridges),
+        "training loss": map(number, found.train_loss),
+        "leave-one-out loss": with_errors(found.leave_one_out_loss, found.leave_one_out_loss_error),
+        "GCV": with_errors(cross, error),
+        "test loss": map(number, found.test_loss),
+        "effective dimension": with_errors(found.effective_dimension, found.effective_dimension_error),
     }
-    cells = [[f"{ridge / mean:.2g}" for ridge in ridges]]
-    cells += [with_errors(found, *names) for names in losses.values()]
-    columns = ["λ", "λ / mean diagonal", *losses]
-    for title, name in (("leave-one-out accuracy", "leave_one_out_accuracy"), ("test accuracy", "test_accuracy")):
-        values = found.array(name)
-        if np.isfinite(values).any():
-            columns.append(title)
-            cells.append([share(value) for value in values])
-    rows = tuple(zip(ridges_in_words(ridges), *cells, strict=True))
-    return PageTable("Regression in numbers", tuple(columns), rows)
+    accuracies = {"leave-one-out accuracy": found.leave_one_out_accuracy, "test accuracy": found.test_accuracy}
+    columns |= {title: map(share, values) for title, values in accuracies.items() if np.isfinite(values).any()}
+    return PageTable("Regression in numbers", tuple(columns), tuple(zip(*columns.values(), strict=True)))

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 
+from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.report.figures.spectrum import TailLine, density, eigenvalues
-from ntkpipe.report.findings import Findings, Missing
+from ntkpipe.report.findings import Missing
 from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, ridges_in_words, warnings, with_error
+from ntkpipe.report.sections import words
+from ntkpipe.report.sections.words import number, with_error
 from ntkpipe.report.theme import render
 
 _TITLE = "Spectrum and density"
@@ -18,43 +20,39 @@ _INTRO = (
 )
 
 
-def spectrum_section(found: Findings | Missing) -> Section:
+def spectrum_section(found: KernelSpectrum | Missing) -> Section:
     """Eigenvalues by rank and by size, and what is said of them in numbers."""
     if isinstance(found, Missing):
         return Section("spectrum", _TITLE, _INTRO, (), found.why)
-    parts: list[Part] = [_by_rank(found), _by_size(found), _numbers(found)]
-    parts += warnings(found)
-    ridges, dimension, error = found.arrays("ridges", "effective_dimension", "effective_dimension_error")
-    rows = tuple(
-        (ridge, with_error(value, wrong))
-        for ridge, value, wrong in zip(ridges_in_words(ridges), dimension, error, strict=True)
-    )
-    parts.append(PageTable("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows))
-    return Section("spectrum", _TITLE, _INTRO, tuple(parts))
+    dimensions = words.with_errors(found.effective_dimension, found.effective_dimension_error)
+    rows = tuple(zip(words.ridges_in_words(found.ridges), dimensions, strict=True))
+    table = PageTable("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows)
+    parts: tuple[Part, ...] = (_by_rank(found), _by_size(found), _numbers(found), *words.warnings(found), table)
+    return Section("spectrum", _TITLE, _INTRO, parts)
 
 
-def _fit(found: Findings) -> TailLine | None:
-    exponent = found.number("tail_exponent")
-    if math.isnan(exponent):
+def _fit(found: KernelSpectrum) -> TailLine | None:
+    exponent, error, amplitude = found.tail_exponent, found.tail_exponent_error, found.tail_prefactor
+    first, last = found.tail_first_rank, found.tail_last_rank
+    if exponent is None or error is None or amplitude is None or first is None or last is None:
         return None
-    first, last = (int(found.number(f"tail_{name}_rank")) for name in ("first", "last"))
-    return TailLine(exponent, found.number("tail_exponent_error"), found.number("tail_prefactor"), first, last)
+    return TailLine(exponent, error, amplitude, first, last)
 
 
-def _by_rank(found: Findings) -> Plot:
-    values, num_rows, floor = found.array("eigenvalues"), int(found.number("num_rows")), found.number("floor")
-    fit, largest = _fit(found), found.number("largest")
-    first = largest / found.number("trace")
+def _by_rank(found: KernelSpectrum) -> Plot:
+    values, num_rows, floor, fit = found.eigenvalues, found.num_rows, found.floor, _fit(found)
+    first = 100 * found.largest / found.trace
     reading = [
         "Both axes are logarithmic, so a power law is a straight line. An isolated first eigenvalue is mostly the mean "
-        f"of the kernel's entries, along the constant function; here it holds {100 * first:.0f}% of the trace.",
+        f"of the kernel's entries, along the constant function; here it holds {first:.0f}% of the trace.",
     ]
     if fit is not None:
-        halves = [found.number(f"tail_exponent_of_{half}_half") for half in ("first", "second")]
+        of_halves = (found.tail_exponent_of_first_half, found.tail_exponent_of_second_half)
+        halves = " and ".join("–" if one is None else f"{one:.2f}" for one in of_halves)
         reading.append(
             f"Ranks {fit.first} to {fit.last} fall like k^−{fit.exponent:.2f} (± {fit.error:.2f} by jackknife). Its "
-            f"two halves alone have exponents {halves[0]:.2f} and {halves[1]:.2f}; where these differ by much more "
-            "than the error, the line bends, and no single exponent describes it."
+            f"two halves alone have exponents {halves}; where these differ by much more than the error, "
+            "the line bends, and no single exponent describes it."
         )
     reading.append(
         f"The storage floor ({floor:.2g}) is what rounding to the stored dtype moves eigenvalues by; below it nothing "
@@ -64,21 +62,21 @@ def _by_rank(found: Findings) -> Plot:
         "eigenvalues",
         "Eigenvalues by rank",
         render(eigenvalues(values, num_rows=num_rows, floor=floor, fit=fit)),
-        f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from {number(largest)} "
-        f"down to {number(float(values[-1]))}.",
+        f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from "
+        f"{number(found.largest)} down to {number(float(values[-1]))}.",
         tuple(reading),
     )
 
 
-def _by_size(found: Findings) -> Plot:
-    places, heights = found.arrays("density_grid", "density")
-    peak = float(places[int(np.argmax(heights))]) if len(places) else float("nan")
-    is_estimate = found.words("method") != "exact"
+def _by_size(found: KernelSpectrum) -> Plot:
+    places, heights = found.density_grid, found.density
+    peak = float(places[int(np.argmax(heights))]) if len(places) else math.nan
+    is_estimate = found.method != "exact"
     how = "It was estimated by stochastic Lanczos quadrature" if is_estimate else "It is from all eigenvalues"
     return Plot(
         "density",
         "Density of eigenvalues",
-        render(density(places, heights, floor=found.number("floor"), is_estimate=is_estimate)),
+        render(density(places, heights, floor=found.floor, is_estimate=is_estimate)),
         f"Curve of the number of eigenvalues per decade over their size; the most are near {number(peak, 2)}.",
         (
             "The area below the curve between two sizes is the number of eigenvalues between them; a decade is a "
@@ -90,28 +88,24 @@ def _by_size(found: Findings) -> Plot:
     )
 
 
-def _numbers(found: Findings) -> PageTable:
-    low, high = found.number("smallest_low"), found.number("smallest_high")
-    least, most = found.number("condition_low"), found.number("condition_high")
+def _numbers(found: KernelSpectrum) -> PageTable:
+    low, high, least, most = found.smallest_low, found.smallest_high, found.condition_low, found.condition_high
     smallest = number(low) if low == high else f"{number(low)} to {number(high)}"
     condition = number(least) if least == most else f"at least {number(least)}"
-    if least != most and math.isfinite(most):
+    if least != most and most is not None and math.isfinite(most):
         condition = f"{number(least)} to {number(most)}"
-    below = with_error(found.number("num_below_floor"), found.number("num_below_floor_error"))
+    below = with_error(found.num_below_floor, found.num_below_floor_error)
     rows = [
-        ("rows n", f"{int(found.number('num_rows')):,}"),
-        ("largest eigenvalue", number(found.number("largest"))),
+        ("rows n", f"{found.num_rows:,}"),
+        ("largest eigenvalue", number(found.largest)),
         ("smallest eigenvalue", smallest),
         ("condition number, largest / smallest", condition),
-        ("storage floor", f"{found.number('floor'):.2g}; {below} eigenvalues are below it"),
-        ("trace", number(found.number("trace"))),
-        ("Frobenius norm", number(found.number("frobenius"))),
-        ("effective rank, trace / largest", number(found.number("effective_rank"))),
-        ("participation ratio, (Σ λ)² / Σ λ²", number(found.number("participation_ratio"))),
-        (
-            "exponential of the spectral entropy",
-            with_error(found.number("entropy_rank"), found.number("entropy_rank_error")),
-        ),
-        ("computed", method_in_words(found)),
+        ("storage floor", f"{found.floor:.2g}; {below} eigenvalues are below it"),
+        ("trace", number(found.trace)),
+        ("Frobenius norm", number(found.frobenius)),
+        ("effective rank, trace / largest", number(found.effective_rank)),
+        ("participation ratio, (Σ λ)² / Σ λ²", number(found.participation_ratio)),
+        ("exponential of the spectral entropy", with_error(found.entropy_rank, found.entropy_rank_error)),
+        ("computed", words.method_in_words(found.method, found.why)),
     ]
     return PageTable("The spectrum in numbers", (), tuple(rows))

@@ -1,18 +1,18 @@
 """Numbers in words, the same everywhere on a page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ntkpipe.report.findings import Findings
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.parts import Note
+from ntkpipe.solvers.result import Result
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     """A number of any size; a dash where it is not known."""
-    return f"{value:,.{digits}g}" if math.isfinite(value) else "–"
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}g}"
 
 
 def with_error(value: float, error: float) -> str:
@@ -20,32 +20,36 @@ def with_error(value: float, error: float) -> str:
     return f"{number(value)} ± {number(error, 2)}" if math.isfinite(error) and error > 0 else number(value)
 
 
+def with_errors(values: Iterable[float], errors: Iterable[float]) -> list[str]:
+    """Numbers with their standard errors, if there are any."""
+    return [with_error(value, error) for value, error in zip(values, errors, strict=True)]
+
+
 def share(value: float, digits: int = 1) -> str:
     """A part of one in percent."""
     return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "–"
 
 
-def ridges_in_words(ridges: NDArray[np.float64]) -> tuple[str, ...]:
+def ridges_in_words(ridges: FloatArray) -> tuple[str, ...]:
     """λ, short enough for a table."""
     return tuple(f"{ridge:.3g}" for ridge in ridges)
 
 
-def warnings(found: Findings) -> tuple[Note, ...]:
+def warnings(found: Result) -> tuple[Note, ...]:
     """A note on a result that did not converge."""
     if found.is_converged:
         return ()
-    return (Note(f"This is not as exact as was asked for ({found.words('status')}): {found.words('message')}."),)
+    return (Note(f"This is not as exact as was asked for ({found.status}): {found.message}."),)
 
 
-def with_errors(found: Findings, name: str, error: str | None) -> list[str]:
-    """Numbers of a result, with their standard errors if there are any."""
-    errors = np.zeros(len(found.array(name))) if error is None else found.array(error)
-    return [with_error(value, wrong) for value, wrong in zip(found.array(name), errors, strict=True)]
-
-
-def method_in_words(found: Findings) -> str:
+def method_in_words(method: str, why: str) -> str:
     """How an analysis was done, and why."""
-    return f"streamed, since {found.words('why')}" if found.words("method") == "streamed" else "exactly, in memory"
+    return f"streamed, since {why}" if method == "streamed" else "exactly, in memory"
+
+
+def taken_as(targets: str) -> tuple[str, ...]:
+    """A paragraph on what targets were taken as, which results of older versions do not say."""
+    return (f"Targets were taken as {targets}.",) if targets else ()
 
 
 def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
