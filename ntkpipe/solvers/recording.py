@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, TypeVar
 
 from ntkpipe.base.arguments import bound, options_of, parameters_of
 from ntkpipe.base.budget import Budget
@@ -40,7 +40,7 @@ def recorded(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            begin, given = perf_counter(), _bound(function, args, kwargs)
+            begin, given = perf_counter(), bound(function, args, kwargs)
             options = {name: _as_json(given[name]) for name in options_of(function)}
             if "memory_limit" in given:
                 budget = Budget.of(given["memory_limit"])
@@ -65,17 +65,6 @@ def recorded(
         return call
 
     return decorate
-
-
-def _bound(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Bind and check arguments; budgets, and objects whose classes annotations name, are taken as they are."""
-    known = {name: get_args(one.annotation) for name, one in parameters_of(function).items()}
-    objects = {
-        name: value
-        for name, value in kwargs.items()
-        if name in known and (isinstance(value, Budget) or type(value) in known[name])
-    }
-    return {**bound(function, args, {name: kwargs[name] for name in kwargs if name not in objects}), **objects}
 
 
 def _as_json(value: Any) -> Any:
