@@ -239,6 +239,12 @@ def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: 
         _raise_config_error(error, spec, source, tree)
 
 
+def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
+    """The spec that is made of the arguments of a public function that have the names of its fields."""
+    given = {name: value for name, value in arguments.items() if name in spec.model_fields and value is not None}
+    return parse(spec, given, source="arguments")
+
+
 def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, tree: yaml.Node | None) -> NoReturn:
     problems = []
     for item in error.errors():

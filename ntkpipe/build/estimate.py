@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds
 from ntkpipe.build.planner import make_plan
 
@@ -79,7 +81,7 @@ class ClusterEstimate:
             "problems": list(self.plan.problems),
         }
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> TableRows:
         """The estimate as (quantity, value) in words."""
         cluster, plan = self.cluster, self.plan
         rate, disk = cluster.write_bytes_per_second, "no rate of the disk is given"
@@ -103,7 +105,11 @@ class ClusterEstimate:
             rows.append(("cost", f"{self.cost:,.2f} {cluster.currency}".rstrip()))
         return [*rows, *(("does not fit", problem) for problem in plan.problems)]
 
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
+
+@checked
 def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> ClusterEstimate:
     """Estimate what the work of a plan would take on a described cluster.
 

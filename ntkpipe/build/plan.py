@@ -7,6 +7,7 @@ from typing import Any
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
@@ -198,7 +199,7 @@ class Plan:
             "problems": list(self.problems),
         }
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> TableRows:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
         kernels = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
@@ -224,6 +225,9 @@ class Plan:
             ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
 
 def format_seconds(seconds: float) -> str:

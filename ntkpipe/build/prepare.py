@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec, parse
+from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
@@ -75,16 +75,6 @@ class Prepared:
         """The kernels of a store of these samples."""
         num_test = None if self.test is None else self.test.num_samples
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
-
-
-def kernel_spec(**arguments: object) -> KernelSpec:
-    """Validate the arguments of a public function that say what is computed."""
-    return parse(KernelSpec, arguments, source="kernel arguments")
-
-
-def run_spec(**arguments: object) -> RunSpec:
-    """Validate the arguments of a public function that say what a run may use."""
-    return parse(RunSpec, arguments, source="run arguments")
 
 
 def loader(model: FunctionalModel, samples: Samples) -> Load:

@@ -91,7 +91,7 @@ def first_of(prepared: Prepared, stored: Manifest) -> Prepared:
     return replace(prepared, train=train, test=test)
 
 
-def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
+def self_checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
     """Run the self-check within the memory of a plan; its samples are new to the model, which may raise there."""
     try:
         memory = plan.machine.memory_limit - plan.machine.base_memory
@@ -163,7 +163,7 @@ def settle(
     plan = planned()
     started, check = perf_counter(), None
     if run.self_check:
-        engine, check = checked(prepared, engine, plan)
+        engine, check = self_checked(prepared, engine, plan)
         if existing is not None and engine.representations != existing.manifest.choices.representations:
             raise SelfCheckError(
                 f"{existing.root} was begun with Jacobians found as {existing.manifest.choices.representations}, which "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ntkpipe.base.tables import TableRows
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.representations.interface import Term
 from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
@@ -136,6 +137,14 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
     columns = ("rule", "kept as", "parameters", "numbers", "KiB", "share")
     return ReportTable(columns, tuple(rows), num_texts=2)
+
+
+def report_rows(reports: Sequence[ParameterReport]) -> TableRows:
+    """The rows of :func:`summarize_reports` as (quantity, value) in words."""
+    return [
+        (f"{rule}, {word}", f"{names} parameters, {numbers} numbers; {size} KiB a sample, {share} of the contraction")
+        for rule, word, names, numbers, size, share in summarize_reports(reports).rows
+    ]
 
 
 def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:

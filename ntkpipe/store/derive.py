@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, StoreError, StoreMismatchError, TileError
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import array_of, prefix_of
@@ -27,8 +28,9 @@ _SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trac
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 
+@checked
 def derive_kernel(
-    store: str | Path | KernelStore, *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
+    store: "str | Path | KernelStore", *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
 ) -> KernelStore:
     """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
 
@@ -46,10 +48,14 @@ def derive_kernel(
     ----------
     store
         The complete source: path, URL, or an open store.
-    kind, to
-        The kind to derive, and the path or URL of the new store.
-    samples, progress
-        Whether to copy the samples, too, and to show a progress bar on standard error.
+    kind
+        Kind to derive: ``"pntk"``, ``"trace"``, ``"diagonal"`` or ``"output:k"``.
+    to
+        Path or URL of the new store.
+    samples
+        Copy the samples, too: a certificate needs them, or a workflow file.
+    progress
+        Show a progress bar on standard error.
 
     Returns
     -------

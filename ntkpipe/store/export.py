@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes, free_disk
@@ -27,8 +28,9 @@ _KERNELS = "kernel/"
 Write = Callable[[Index, NDArray[Any]], None]
 
 
+@checked
 def export_kernel(
-    store: str | Path | KernelStore, path: str | Path, *, array: str = "train", progress: bool = True
+    store: "str | Path | KernelStore", path: str | Path, *, array: str = "train", progress: bool = True
 ) -> Path:
     """Write one array of a store for programs that do not know this package.
 
@@ -45,7 +47,7 @@ def export_kernel(
     array
         Name of the array in the store; ``kernel/`` may be omitted, as in ``"train"`` and ``"test_train"``.
     progress
-        Whether to show a progress bar on standard error.
+        Show a progress bar on standard error.
 
     Returns
     -------

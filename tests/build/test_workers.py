@@ -12,6 +12,7 @@ import torch
 from distributed import Client, Worker
 from small import compute
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
@@ -65,7 +66,7 @@ def die_in(address: str, dask_worker: Worker) -> int:
 
 def test_a_worker_that_dies_while_it_is_asked_is_left_out():
     settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
-    with dask.config.set(settings), connect("local", workers=2, memory_limit=2 * GIB) as client:
+    with dask.config.set(settings), connect("local", RunSpec(workers=2, memory_limit=2 * GIB)) as client:
         doomed, other = sorted(client.nthreads())
         assert list(workers._ask(client, die_in, doomed)) == [other]
 

@@ -17,7 +17,7 @@ from ntkpipe.store.mending.growth import ChunkKey, aside, ragged
 from ntkpipe.store.store import Store
 
 
-def spec_of(manifest: Manifest) -> KernelSpec:
+def stored_spec(manifest: Manifest) -> KernelSpec:
     """The arguments that a store was made with, with every default filled in."""
     return KernelSpec(
         kind=manifest.kind,
