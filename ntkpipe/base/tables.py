@@ -50,7 +50,7 @@ def _text(text: str) -> Text:
 
 
 def printable(text: str) -> str:
-    """Spell out control characters, as in untrusted names of a store."""
+    """Spell out control characters, such as those in untrusted names of a store."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -67,17 +67,12 @@ class ClusterEstimate:
         return {
             **self.cluster.model_dump(mode="json"),
             "blocks": self.plan.num_tasks,
-            "block_seconds": self.block_seconds,
-            "bytes_to_write": self.plan.bytes_to_write,
-            "recompute_factor": self.plan.recompute_factor,
-            "memory_bytes": self.plan.memory_bytes,
-            "compute_seconds": self.compute_seconds,
-            "balance_seconds": self.balance_seconds,
-            "write_seconds": self.write_seconds,
+            **{name: getattr(self.plan, name) for name in ("bytes_to_write", "recompute_factor", "memory_bytes")},
+            **{
+                f"{part}_seconds": getattr(self, f"{part}_seconds") for part in ("block", "compute", "balance", "write")
+            },
             "start_seconds": START_SECONDS,
-            "seconds": self.seconds,
-            "cost": self.cost,
-            "binds": self.binds,
+            **{name: getattr(self, name) for name in ("seconds", "cost", "binds")},
             "problems": list(self.plan.problems),
         }
 

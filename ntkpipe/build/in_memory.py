@@ -128,7 +128,7 @@ class SettledMatrix:
 def prepare_matrix(
     model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
 ) -> Prepared:
-    """As :func:`ntkpipe.build.prepare.prepare`, in tiles just small enough to occupy every worker."""
+    """Prepare a kernel in tiles that are just small enough to occupy every worker."""
     # A GPU has one worker.
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     choose_tile = partial(matrix_tile, num_workers=num_workers)

@@ -27,15 +27,11 @@ _NUM_PROBES = 32  # random sign vectors for the Frobenius norm
 
 
 class JacobianOperator(Operator):
-    """The kernel of a model and samples, never formed: ``K v = J (J' v)``.
+    """The kernel of a model and samples, never formed: ``K v = J (J' v)``."""
 
-    A product is, for each column, one vector-Jacobian and one Jacobian-vector product a batch, each with its forward
-    pass, in the compute dtype; sums over batches are float64. That pays where few products are needed, or where no disk
-    holds the matrix. Memory is one batch and two vectors of all parameters in float64.
-
-    The diagonal is exact, by one pass of per-sample Jacobians. The Frobenius norm, which :meth:`storage_floor` needs,
-    is estimated from 32 products with random signs: its standard error is at most an eighth.
-    """
+    # A product is, for each column, one vector-Jacobian and one Jacobian-vector product a batch, each with its forward
+    # pass, in the compute dtype; sums over batches are float64. The diagonal is exact, by one pass of per-sample
+    # Jacobians. The Frobenius norm, which :meth:`storage_floor` needs, is estimated from 32 products with random signs.
 
     def __init__(self, prepared: Prepared, *, batch: int, identity: str, step: Callable[[], None]) -> None:
         kind, model = prepared.kind, prepared.model
@@ -107,6 +103,9 @@ def jacobian_operator(
     step: Callable[[], None] = lambda: None,
 ) -> JacobianOperator:
     """The kernel as an operator for solvers, without a matrix anywhere.
+
+    This pays where few products are needed, or where no disk holds the matrix. Memory is one batch and two vectors of
+    all parameters in float64. The Frobenius norm is an estimate with a standard error of at most an eighth.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ def _short(value: object) -> str:
 
 
 def require_same_but_samples(store: Store, asked: Manifest, *, grow: bool) -> None:
-    """As :func:`require_same`, but ignore fingerprints of samples, which a plan does not read, and sizes that grow."""
+    """Do as :func:`require_same` without fingerprints of samples, which a plan does not read, and sizes that grow."""
     stored = store.manifest
     if grow and is_larger(stored, asked):
         sized = {"num_samples": stored.train.num_samples}

@@ -12,6 +12,9 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
 
+# Fields of a plan that are part of its JSON.
+_NUMBERS = ("strip", "subtile", "batch", "tiles_done", "bytes_to_write", "flops", "jacobian_flops", "recompute_factor")
+_NUMBERS += ("memory_bytes", "seconds", "sample_seconds")
 SHARE_OF_LIMIT = 0.85  # of a Dask worker's memory limit, for a plan: its nanny kills it at 95 %
 
 
@@ -179,23 +182,13 @@ class Plan:
         return {
             "tile": self.workload.tile,
             "tiles": self.workload.num_tiles,
-            "tiles_done": self.tiles_done,
             "planes": self.workload.num_planes,
             "blocks": self.num_tasks,
-            "strip": self.strip,
-            "subtile": self.subtile,
-            "batch": self.batch,
             "workers": self.machine.num_workers,
             "processes": self.machine.processes,
-            "bytes_to_write": self.bytes_to_write,
-            "free_disk_bytes": self.machine.free_disk,
-            "flops": self.flops,
-            "jacobian_flops": self.jacobian_flops,
-            "recompute_factor": self.recompute_factor,
-            "memory_bytes": self.memory_bytes,
             "memory_limit": self.machine.memory_limit,
-            "seconds": self.seconds,
-            "sample_seconds": self.sample_seconds,
+            "free_disk_bytes": self.machine.free_disk,
+            **{name: getattr(self, name) for name in _NUMBERS},
             "problems": list(self.problems),
         }
 

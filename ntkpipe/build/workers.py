@@ -123,7 +123,7 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
 
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
-    if not reports:  # all have died, as after a run that took too much memory
+    if not reports:  # all have died, for example in a run that took too much memory
         require_workers(client)
         reports = _ask(client, report_worker, dtype, device)
     if not reports:

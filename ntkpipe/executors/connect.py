@@ -50,8 +50,8 @@ def connect(scheduler: str, run: RunSpec = RunSpec(), *, num_gpus: int = 0) -> I
 def _join(scheduler: str) -> Client:
     if "://" not in scheduler:
         raise ConfigError(
-            f"scheduler={scheduler!r}; needed an address as 'tcp://host:8786' or 'tls://host:8786', or 'local' for "
-            "processes of this machine"
+            f"scheduler={scheduler!r}; needed an address such as 'tcp://host:8786' or 'tls://host:8786', or 'local' "
+            "for processes of this machine"
         )
     certificate = Security().get_tls_config_for_role("client")
     if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):

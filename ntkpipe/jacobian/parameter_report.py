@@ -27,7 +27,7 @@ class ParameterReport:
 
     name: str  # as in the manifest's `choices.representations`; a part of a parameter has its number
     parameters: tuple[str, ...]  # their names
-    rule: str  # torch functions that use them, as `linear`; `torch.func` in the fallback, empty where nothing does
+    rule: str  # torch functions that use them, such as `linear`; `torch.func` in the fallback, empty where nothing does
     representation: str  # how their Jacobians are held: a word of :data:`LEGEND`
     num_parameters: int  # number of entries in them
     num_positions: int = 0  # positions of a sample at which they are used, T, over all uses; 0 where nothing was traced

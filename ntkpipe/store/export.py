@@ -1,6 +1,7 @@
 """Export of one array of a store to a ``.npy`` file or Zarr array; a kernel becomes the full matrix."""
 
 import contextlib
+import math
 import os
 import shutil
 import uuid
@@ -13,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
+from ntkpipe.base.errors import ConfigError, StoreExistsError
 from ntkpipe.base.progress import Ticks
-from ntkpipe.base.resources import format_bytes, free_disk
-from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
 from ntkpipe.store.media.folder import Folder
@@ -71,11 +71,12 @@ def export_kernel(
         raise ConfigError(f"{target} ends in {target.suffix!r}; needed {' or '.join(map(repr, _WRITERS))}")
     if target.exists() or target.is_symlink():
         raise StoreExistsError(f"{target} exists; choose another path, or remove it first")
-    _require_complete(source)
-    _require_room(source.layout, target)
+    require_complete([source], "the export")
+    beside = Folder(target.parent)
+    beside.require_room(math.prod(source.layout.shape) * source.layout.dtype.itemsize, str(target))
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial") / "array"
     count, grid = source.layout.num_chunks, source.layout.grid
-    with writing(Folder(target.parent)), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
+    with writing(beside), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
         partial.parent.mkdir(parents=True)
         try:
             with _WRITERS[target.suffix](partial, source.layout) as write:
@@ -100,23 +101,6 @@ def find_array(store: Store, name: str) -> StoredArray:
     close = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"{store.root} has no array {name!r}; it has {', '.join(map(repr, names))}{hint}")
-
-
-def _require_complete(source: StoredArray) -> None:
-    if missing := source.missing():
-        raise TileError(
-            f"{source.describe(missing[0])} is missing, and {len(missing) - 1} others of {source.layout.num_chunks}: "
-            "finish the run before the export"
-        )
-
-
-def _require_room(layout: ArrayLayout, target: Path) -> None:
-    needed, free = int(np.prod(layout.shape, dtype=object)) * layout.dtype.itemsize, free_disk(target)
-    if needed > free:
-        raise ResourceError(
-            f"{target} needs {format_bytes(needed)} for {layout.name} of shape {layout.shape} and dtype "
-            f"{layout.dtype}, {format_bytes(free)} of disk are free; free some, or choose another path"
-        )
 
 
 @contextlib.contextmanager

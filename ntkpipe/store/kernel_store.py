@@ -37,10 +37,7 @@ class BuildProgress:
 
 
 class KernelSet:
-    """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output.
-
-    ``store`` holds the arrays underneath.
-    """
+    """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output."""
 
     def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
         self.store, self._group, self._output = store, group, output

@@ -26,10 +26,7 @@ _WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeErro
 
 
 class ArrayFolder:
-    """A Zarr group of arrays and attributes, in a store or by itself.
-
-    Attributes are replaced atomically; if arrays are written first, all that attributes refer to exists.
-    """
+    """A Zarr group of arrays and attributes, in a store or elsewhere; attributes are replaced atomically."""
 
     def __init__(self, medium: Medium, name: str) -> None:
         self._medium, self._name = medium, name

@@ -63,7 +63,7 @@ class Store:
         return store
 
     def complete_layout(self) -> None:
-        """Create missing groups and arrays, as after a kill during creation."""
+        """Create missing groups and arrays, which a kill during creation may leave."""
         self.complete_groups()
         for array in self.arrays.values():
             array.create()
@@ -72,10 +72,6 @@ class Store:
         """Create missing groups of the arrays."""
         create_groups(self.medium, self.arrays)
 
-    def partials(self) -> list[str]:
-        """Names of files that killed writers left; harmless, and never read."""
-        return self.medium.leftovers()
-
     def missing(self) -> dict[str, list[Index]]:
         """Missing chunks of each incomplete array."""
         found = {name: array.missing() for name, array in self.arrays.items()}
@@ -83,10 +79,7 @@ class Store:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protect the store from replacement (``mode="w"``) while writing, for any number of writers.
-
-        The last one removes leftovers of killed ones at the end.
-        """
+        """Protect the store from replacement while writing; the last of several writers removes leftovers."""
         with contextlib.ExitStack() as held:
             with writing(self.medium):
                 held.enter_context(self.medium.in_use())

@@ -70,14 +70,9 @@ class VerificationReport:
 
 
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
-    """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonals.
-
-    Checks each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
-    diagonal tiles are exactly symmetric; that the diagonal is not negative and
-    ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Partial files of killed writers are listed as harmless findings.
-    """
+    """Read and check every chunk of a store, and each ``zarr.json``; memory is two tiles and the diagonals."""
     leftover = "a partial file of a killed writer; never read"
-    findings = [Finding(name, (), leftover, is_harmless=True) for name in store.partials()]
+    findings = [Finding(name, (), leftover, is_harmless=True) for name in store.medium.leftovers()]
     diagonals = _diagonals(store)
     count = size = 0
     for name, array in store.arrays.items():
@@ -165,7 +160,7 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     rows, columns = grid.rows.rows(index[0]), grid.columns.rows(index[1])
     left, right = left[rows.start : rows.stop], right[columns.start : columns.stop]
     bound = np.sqrt(np.clip(left, 0, None))[:, None] * np.sqrt(np.clip(right, 0, None))
-    # The bound is NaN, and satisfied, where a diagonal entry is unreadable; that chunk is reported by itself.
+    # The bound is NaN, and satisfied, where a diagonal entry is unreadable; that chunk has its own finding.
     tolerance = max(_BOUND_TOLERANCE[dtype] for dtype in (store.manifest.accumulate_dtype, store.manifest.store_dtype))
     excess = np.abs(values) > bound * (1 + tolerance)
     if excess.any():

@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(store, tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
 def test_no_room_is_noticed_before_anything_is_written(store, tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(export, "free_disk", lambda _: 1000)
+    monkeypatch.setattr("ntkpipe.store.media.folder.free_disk", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"needs 11\.4 KiB .*1000 B of disk are free"):
         export_kernel(store, tmp_path / f"k{suffix}", progress=False)
     assert not list(tmp_path.iterdir())

@@ -48,14 +48,12 @@ class AccessError(StoreError):
 
 
 class ObjectMedium(Medium):
-    """A prefix of a bucket.
+    """A prefix of a bucket."""
 
-    Objects are put atomically, so there are no leftovers, and ``put_new`` is one conditional request
-    (``If-None-Match``), which one of several creators wins. There are no locks, so nothing tells whether another run is
-    writing: :meth:`exclusive` and :meth:`remove`, and with them ``mode="w"``, are refused. Concurrent runs of the same
-    manifest are harmless: they write equal bytes.
-    """
-
+    # Objects are put atomically, so there are no leftovers, and ``put_new`` is one conditional request
+    # (``If-None-Match``), which one of several creators wins. There are no locks, so nothing tells whether another run
+    # is writing: `exclusive` and `remove`, and with them ``mode="w"``, are refused. Concurrent runs of the same
+    # manifest are harmless: they write equal bytes.
     def __init__(self, url: str) -> None:
         self._scheme, self._bucket, self._prefix = _split(url)
         self.root: str = f"{self._scheme}://{self._bucket}/{self._prefix}"
@@ -232,7 +230,7 @@ class ObjectMedium(Medium):
         elif _has(reason, _UNREACHABLE):
             words = (
                 "the endpoint does not answer; check the network and the endpoint in the environment "
-                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is kept, run again"
+                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is safe, run again"
             )
         else:
             words = "the object store failed"

@@ -1,7 +1,7 @@
 """Stored kernels as lazy xarray objects with named dimensions; only what is indexed is read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,22 +21,7 @@ from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
 
 Indices = NDArray[np.int64]
-
-
-class Matrix(Protocol):
-    """A stored kernel, indexed as in numpy by rows and columns."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def identity(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
-    @property
-    def num_covectors(self) -> int: ...  # noqa: D102
-    def __getitem__(self, key: Any) -> NDArray[Any]: ...
+Matrix = Any  # a Kernel, whose module imports this one
 
 
 class _Lazy(BackendArray):

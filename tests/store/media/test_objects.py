@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_resumes_to_the_bits_of_a_local_store(bucket, local
     assert report.is_good
     assert [each["is_good"] for each in report.certificates] == [True, True]
     assert store.store.read_result("certificate") is not None
-    assert store.store.partials() == []
+    assert store.store.medium.leftovers() == []
     np.testing.assert_array_equal(open_kernel(bucket).train[:, :], open_kernel(local).train[:, :])
 
 
