@@ -99,7 +99,7 @@ def test_folders_on_the_way_are_made(store, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: path.unlink(), r"tile \(1, 2\) of kernel/train .* is missing, and 0 others of 15"),
+        (lambda path: path.unlink(), r"tile \(1, 2\) of kernel/train .* is missing, and 0 other chunks"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"tile \(1, 2\) of kernel/train .* is missing"),
         (
             lambda path: path.write_bytes(bytes(path.stat().st_size)),

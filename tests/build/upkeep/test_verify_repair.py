@@ -12,7 +12,7 @@ from damage import DAMAGE, flip, forge
 from small import Allowance, chunks, compute, inputs, mlp, times
 
 from ntkpipe import repair, verify
-from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError
+from ntkpipe.base.errors import ArgumentError, ConfigError, Interrupted, StoreError, StoreMismatchError
 from ntkpipe.build.run import StoreSink
 from ntkpipe.store.kernel_store import open_kernel
 from ntkpipe.store.mending.growth import state_of
@@ -355,3 +355,18 @@ def test_targets_of_a_data_set_are_compared_with_those_of_the_store(tmp_path):
     flip(store.arrays["targets/train"].path((2,)))
     assert mended(store, inputs=pairs, test_inputs=ALL["test_inputs"]).is_good
     assert chunks(store.root) == whole
+
+
+@pytest.mark.parametrize("call", [verify, repair])
+def test_arguments_of_another_name_or_type_are_refused(store, call):
+    with pytest.raises(ArgumentError, match="the nearest is 'device'"):
+        call(store.root, devise="cpu")
+    with pytest.raises(ConfigError, match="progress='no'; needed True or False"):
+        call(store.root, progress="no")
+
+
+def test_reports_print_as_tables(store):
+    flip(store.arrays["kernel/train"].path((0, 1)))
+    report = repair(store.root, progress=False)
+    assert str(verify(store.root, progress=False)).splitlines()[-1].split() == ["verdict", "1", "findings"]
+    assert str(report).splitlines()[1].split() == ["repaired", "nothing"]
