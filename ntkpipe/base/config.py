@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
+from typing import Annotated, Any, Literal, SupportsIndex, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
@@ -57,7 +57,7 @@ class Spec(BaseModel):
 
 
 class FactorySpec(Spec):
-    """A callable as import string ``package.module:name``, searched beside the workflow file first; its arguments."""
+    """A callable by its import string ``package.module:name``, which is searched beside the workflow file first."""
 
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
     arguments: dict[str, Any] = {}
@@ -124,19 +124,23 @@ class ClusterSpec(Spec):
 
     Attributes
     ----------
-    workers, device
-        Number of workers, each single-threaded on a CPU or with a GPU of its own, and their device.
+    workers
+        Number of workers, each single-threaded on a CPU or with its own GPU.
+    device
+        Device of the workers, ``"cpu"`` or ``"cuda"``.
     flops_per_second
         Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it has such a
         device.
     memory_limit
-        Bytes of one worker: of its process, Python and torch included, or free on its GPU; a number or text such as
-        ``8GiB``. Plans use 85 % of it. Default that of a worker on this machine, if it has such a device.
+        Bytes of one worker: those of its process, Python and torch included, or those free on its GPU. A number, or
+        text such as ``8GiB``; plans use 85 % of it. Default that of a worker on this machine, if it has such a device.
     write_bytes_per_second
         Write rate of the store for all workers together; a number or text such as ``500MB``. By default writing is
         assumed to be faster than computing.
-    price, currency
-        Price of one worker per hour, and its currency, printed as it is.
+    price
+        Price of one worker per hour.
+    currency
+        Currency of the price, printed as it is.
     """
 
     workers: Positive
@@ -236,7 +240,8 @@ def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: 
     try:
         return spec.model_validate(values)
     except ValidationError as error:
-        _raise_config_error(error, spec, source, tree)
+        problems = [_problem(item, spec, source, tree) for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
 
 
 def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
@@ -245,23 +250,18 @@ def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
     return parse(spec, given, source="arguments")
 
 
-def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, tree: yaml.Node | None) -> NoReturn:
-    problems = []
-    for item in error.errors():
-        location = item["loc"]
-        name, line = ".".join(map(str, location)), _line_of(tree, location)
-        where = f"{source}, line {line}" if line else source
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(spec, location[:-1])
-            close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-            problems.append(
-                f"{where}: unknown key {name!r}; the nearest known key is {close[0]!r} (known: {', '.join(known)})"
-            )
-        elif item["type"] == "missing":
-            problems.append(f"{where}: {name!r} is missing")
-        else:
-            problems.append(f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    raise ConfigError("\n".join(problems)) from error
+def _problem(item: Any, spec: type[Spec], source: str, tree: yaml.Node | None) -> str:
+    """One error of pydantic in words."""
+    location = item["loc"]
+    name, line = ".".join(map(str, location)), _line_of(tree, location)
+    where = f"{source}, line {line}" if line else source
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(spec, location[:-1])
+        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)[0]
+        return f"{where}: unknown key {name!r}; the nearest known key is {close!r} (known: {', '.join(known)})"
+    if item["type"] == "missing":
+        return f"{where}: {name!r} is missing"
+    return f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
 def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:

@@ -154,7 +154,7 @@ def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
     found = machine.device.partition(":")[0]
     if missing and found != cluster.device:
         raise ConfigError(
-            f"cluster.device={cluster.device!r}, but this plan was made on {found}, whose numbers say nothing of it; "
+            f"cluster.device={cluster.device!r}, but this plan was made on {found}, whose numbers do not apply to it; "
             f"give {' and '.join(f'cluster.{name}' for name in missing)} as well"
         )
     return cluster.model_copy(update={name: here[name] for name in missing})

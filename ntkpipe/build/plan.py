@@ -123,7 +123,7 @@ class Plan:
     tiles_done: int = 0  # tiles that exist already
     bytes_to_write: int = 0  # bytes of the missing tiles and outputs, and of the samples
     problems: tuple[str, ...] = ()  # why it cannot run on this machine, each with both numbers; empty where it can
-    # Time of one worker for a sample's Jacobians, as measured; if None, their operations count as matrix products
+    # Measured time of one worker for a sample's Jacobians; if None, their operations count as matrix products
     sample_seconds: float | None = None
     is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 

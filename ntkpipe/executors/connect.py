@@ -113,7 +113,9 @@ def _start(run: RunSpec, num_gpus: int) -> Any:
     """Start processes of one thread each, so that results do not depend on how many there are."""
     count = min(num_gpus, run.workers or num_gpus) if num_gpus else run.workers or num_cores()
     share = (run.memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
-    dashboard = f"{_LOOPBACK}:{_DASHBOARD_PORT if _is_free(_DASHBOARD_PORT) else 0}"
+    with socket.socket() as probe:
+        is_taken = probe.connect_ex((_LOOPBACK, _DASHBOARD_PORT)) == 0
+    dashboard = f"{_LOOPBACK}:{0 if is_taken else _DASHBOARD_PORT}"
     place = {"host": _LOOPBACK, "dashboard_address": dashboard}
     options: dict[str, Any] = {**place, "threads_per_worker": 1, "memory_limit": share}
     if not num_gpus:
@@ -135,8 +137,3 @@ def gpu_worker(device: str, worker_bytes: int) -> dict[str, Any]:
     environment = {**dask.config.get("distributed.nanny.pre-spawn-environ"), "CUDA_VISIBLE_DEVICES": device}
     options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": worker_bytes, "env": environment}
     return {"cls": Nanny, "options": options}
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((_LOOPBACK, port)) != 0

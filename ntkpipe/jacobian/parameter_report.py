@@ -135,7 +135,7 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         names = {name for report in group for name in report.parameters}
         size = sum(report.num_parameters for report in group)
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
-    columns = ("rule", "kept as", "parameters", "numbers", "KiB", "share")
+    columns = ("rule", "held as", "parameters", "numbers", "KiB", "share")
     return ReportTable(columns, tuple(rows), num_texts=2)
 
 
@@ -153,7 +153,7 @@ def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         (r.short_name, r.rule or "–", r.representation, r.shape, f"{r.num_positions or ''}", *_costs([r]))
         for r in reports
     )
-    columns = ("parameters", "rule", "kept as", "n_in × n_out", "positions", "KiB", "share")
+    columns = ("parameters", "rule", "held as", "n_in × n_out", "positions", "KiB", "share")
     return ReportTable(columns, rows, num_texts=3)
 
 

@@ -36,7 +36,7 @@ _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bi
 
 def _require_dtype(name: str) -> str:
     if name not in _DTYPES:
-        raise ValueError("no dtype of samples")
+        raise ValueError("not a dtype of samples")
     return name
 
 
@@ -50,7 +50,7 @@ class ArrayRecord(_Record):
 def _require_identifier(name: str) -> str:
     """Check a name that becomes a keyword argument of the model and a folder of the store."""
     if not name.isidentifier():
-        raise ValueError("no name of an array")
+        raise ValueError("not a name of an array")
     return name
 
 

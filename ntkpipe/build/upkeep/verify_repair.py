@@ -1,4 +1,4 @@
-"""The public functions ``verify`` and ``repair``: check a store, and put right what is bad."""
+"""The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,11 +38,11 @@ def verify(
     device: str | None = None,
     progress: bool = True,
 ) -> VerificationReport:
-    """Verify a store, and with a model certify its whole kernels; the report is kept in the store.
+    """Verify a store, and with a model certify its whole kernels; the store keeps the report.
 
     Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
     Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
-    J(J'v), which every entry takes part in.
+    J(J'v), in which every entry takes part.
 
     Parameters
     ----------
@@ -75,7 +75,8 @@ def verify(
     opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
+    data = {"inputs": inputs, "test_inputs": test_inputs}
+    return _certified(opened, model, data, forward, device, progress)
 
 
 @checked
@@ -96,7 +97,7 @@ def repair(
     workers: int | None = None,
     progress: bool = True,
 ) -> RepairReport:
-    """Verify a store and put right what is bad; what was done is kept in the store below ``results/repairs``.
+    """Verify a store and repair what is bad; the store keeps a record below ``results/repairs``.
 
     With the model, exactly the chunks that are missing or bad are computed again, with the choices that the store
     recorded, so they get the bits that they had; each is replaced when the new one is written. Then the kernels are
@@ -186,9 +187,7 @@ def repair_with(
         return mend(
             kept,
             lambda chunks: recompute(kept, chunks, prepared, resources),
-            lambda: _certified(
-                opened, model, data.get("inputs"), data.get("test_inputs"), forward, resources.device, progress
-            ),
+            lambda: _certified(opened, model, data, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
@@ -201,15 +200,15 @@ def _open(store: str | Path | KernelStore) -> KernelStore:
 def _certified(
     opened: KernelStore,
     model: nn.Module,
-    inputs: object,
-    test_inputs: object,
+    data: Mapping[str, object],
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
     with exact_single_thread(opened.manifest.compute_dtype):
         # Mismatches raise before a single tile is read.
-        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
+        samples = data.get("inputs"), data.get("test_inputs")
+        reference = find_reference(opened, model, *samples, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)

@@ -121,7 +121,7 @@ class OversizeError(StoreError):
 def check_name(name: str) -> None:
     """Check that a name stays below the root."""
     if "\0" in name or any(part in {"", ".", ".."} for part in name.split("/")):
-        raise StoreError(f"{name!r} is no name inside a store; nothing was read or written")
+        raise StoreError(f"{name!r} is not a name inside a store; nothing was read or written")
 
 
 @contextlib.contextmanager

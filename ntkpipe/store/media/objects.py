@@ -224,7 +224,7 @@ class ObjectMedium(Medium):
             words = f"access is denied; check the credentials in the environment ({keys}) and what they may do"
         elif "builder error" in reason:
             words = (
-                "the endpoint in the environment is no URL, or one without TLS; for http:// set "
+                "the endpoint in the environment is not a URL, or has no TLS; for http:// set "
                 f"{_VENDORS[self._scheme]}_ALLOW_HTTP=true"
             )
         elif _has(reason, _UNREACHABLE):
