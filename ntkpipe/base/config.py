@@ -25,6 +25,11 @@ def _as_int(value: object) -> object:
 Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
 
 
+def _as_limit(value: object) -> object:
+    """Take the limit of a ``Budget``."""
+    return getattr(value, "limit", value)
+
+
 def _as_location(value: object) -> object:
     """Convert text to a path, but not a URL, which would lose a slash."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
@@ -43,7 +48,7 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     seen = {"zarr.json": "zarr.json"}
     for name in groups:
         if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
-            raise ValueError(f"the name {name!r} would be the folder of {seen[name.casefold()]!r}")
+            raise ValueError(f"the name {name!r} would share the folder of {seen[name.casefold()]!r}")
     return groups
 
 
@@ -108,7 +113,7 @@ class RunSpec(Spec):
 
     # Bytes that the process may use, Python and torch included; a number or text such as `8GiB`. Default 70 % of what
     # is available. For `scheduler: local` the bytes of all processes together, for an address those of each.
-    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
+    memory_limit: Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(_as_limit)] = None
     device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU if any
     # Single-threaded workers in this process, or processes for `scheduler: local`; default one per core, on a GPU one.
     # Any other scheduler brings its own workers.

@@ -129,7 +129,7 @@ class Operator(ABC):
         """Return ``K[rows, columns]`` of two slices as a new C-contiguous float64 array; reads its tiles."""
         for run in (rows, columns):
             if run.step not in {None, 1} or not 0 <= (run.start or 0) <= (run.stop or 0) <= self.num_rows:
-                raise ConfigError(f"block of {run}; needed slice(start, stop) inside of {self.num_rows} rows")
+                raise ConfigError(f"block of {run}; needed slice(start, stop) within {self.num_rows} rows")
         return self._block(slice(rows.start or 0, rows.stop), slice(columns.start or 0, columns.stop))
 
     def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:

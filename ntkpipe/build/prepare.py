@@ -120,8 +120,8 @@ def prepare(
     count = num_planes(spec.kind, num_outputs, len(groups))
     if count > MAX_PLANES:
         raise ConfigError(
-            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels beside each "
-            f"other; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
+            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels side by "
+            f"side; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
         )
     chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
     chosen = min(chosen, train.num_samples)

@@ -105,7 +105,7 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
     general = "output:k" if wanted.name.startswith("output:") else wanted.name
     known = _SOURCES.get(source.kind, ())
     if general not in known:
-        kept = "it is that already" if general == source.kind else "its store does not keep what that needs"
+        kept = "it is that already" if general == source.kind else "its store does not hold what that needs"
         possible = f"; from it come {', '.join(known)}" if known else "; kinds are derived from 'ntk' or 'diagonal'"
         raise ConfigError(f"kind={kind!r} cannot be derived from kind {source.kind!r}: {kept}{possible}")
     wanted.covectors(source.num_outputs)  # raises if there is no such output

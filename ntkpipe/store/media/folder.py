@@ -126,7 +126,7 @@ class Folder(Medium):
         for part in name.split("/")[:-1]:
             folder = f"{folder}/{part}"
             if os.path.islink(folder):
-                raise StoreError(f"{folder} is a symbolic link; nothing is written through links inside of a store")
+                raise StoreError(f"{folder} is a symbolic link; nothing is written through links inside a store")
         return self.root / name
 
     def append(self, name: str, line: bytes) -> None:

@@ -53,7 +53,7 @@ def state_of(store: Store) -> State:
         return "resumable"
     if attributes.get("before") == digest:
         return "begun"
-    raise StoreError(f"{where} is damaged: it is of another manifest than the store's")
+    raise StoreError(f"{where} is damaged: it belongs to another manifest than the store's")
 
 
 def is_larger(stored: Manifest, asked: Manifest) -> bool:

@@ -199,7 +199,7 @@ def test_targets_must_begin_with_the_stored_ones_too(tmp_path):
     store = compute(tmp_path / "k.zarr", **data(10))
     more = data(14)
     more["targets"] = more["targets"][::-1].copy()
-    with pytest.raises(StoreMismatchError, match="sample 0 or its target is another one"):
+    with pytest.raises(StoreMismatchError, match="sample 0 or its target differs"):
         compute(store.path, grow=True, **more)
 
 
@@ -525,7 +525,7 @@ def test_a_record_of_another_store_is_an_error(tmp_path, make_manifest):
     store = filled(tmp_path / "k.zarr", make_manifest())
     (tmp_path / "k.zarr/growth").mkdir()
     (tmp_path / "k.zarr/growth/zarr.json").write_text(json.dumps({"attributes": {"before": "a", "after": "b"}}))
-    with pytest.raises(StoreError, match="is damaged: it is of another manifest"):
+    with pytest.raises(StoreError, match="is damaged: it belongs to another manifest"):
         state_of(store)
     (tmp_path / "k.zarr/growth/zarr.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
