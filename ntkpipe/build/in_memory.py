@@ -188,27 +188,27 @@ def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
     return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
 
 
+@dataclass(frozen=True)
 class _MatrixSink:
     """Puts tiles into matrices in memory, mirrored if symmetric, and drops outputs."""
 
-    def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
-        self._matrices = matrices
-        self._grid = grid
+    matrices: dict[str, NDArray[Any]]  # by array
+    grid: Grid
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether it need not be computed: true for outputs, false for tiles."""
-        return array not in self._matrices
+        return array not in self.matrices
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
         """The tile's part of the matrix."""
-        return self._matrices[array][self._region(index)] if array in self._matrices else None
+        return self.matrices[array][self._region(index)] if array in self.matrices else None
 
     def _region(self, index: Index) -> tuple[slice, slice]:
-        rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
+        rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
         return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Mirror a tile, which was computed in place."""
-        if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
+        if array in self.matrices and self.grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
-            self._matrices[array][columns, rows] = values.T
+            self.matrices[array][columns, rows] = values.T

@@ -12,9 +12,6 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
 
-# Fields of a plan that are part of its JSON.
-_NUMBERS = ("strip", "subtile", "batch", "tiles_done", "bytes_to_write", "flops", "jacobian_flops", "recompute_factor")
-_NUMBERS += ("memory_bytes", "seconds", "sample_seconds")
 SHARE_OF_LIMIT = 0.85  # of a Dask worker's memory limit, for a plan: its nanny kills it at 95 %
 
 
@@ -68,19 +65,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class ClusterWorkers:
-    """The workers of a cluster, as they describe themselves before a run."""
-
-    processes: int
-    threads: int  # of each process
-    memory_limit: int  # bytes that one process may use
-    base_memory: int  # bytes that one process holds before the first block
-    flops_per_second: float  # rate of one thread's matrix products
-    device: str  # as torch names it
-    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
-
-
-@dataclass(frozen=True)
 class Machine:
     """The hardware that a run may use."""
 
@@ -92,6 +76,7 @@ class Machine:
     device: str = "cpu"  # as torch names it
     processes: int = 1  # this one, or the workers of a cluster
     is_remote: bool = False  # whether they are workers of a cluster, whose number of threads is fixed
+    arithmetic: str = ""  # of workers of a cluster; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
     @property
     def num_workers(self) -> int:
@@ -188,7 +173,9 @@ class Plan:
             "processes": self.machine.processes,
             "memory_limit": self.machine.memory_limit,
             "free_disk_bytes": self.machine.free_disk,
-            **{name: getattr(self, name) for name in _NUMBERS},
+            **{name: getattr(self, name) for name in ("strip", "subtile", "batch", "tiles_done", "bytes_to_write")},
+            **{name: getattr(self, name) for name in ("flops", "jacobian_flops", "recompute_factor", "memory_bytes")},
+            **{name: getattr(self, name) for name in ("seconds", "sample_seconds")},
             "problems": list(self.problems),
         }
 

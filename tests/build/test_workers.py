@@ -75,7 +75,7 @@ def test_a_plan_is_made_for_the_weakest_of_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
-    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert GIB < found.memory_limit < 2 * GIB
     assert found.base_memory == GIB
     assert found.flops_per_second == 50e9
@@ -116,7 +116,7 @@ def client():
 
 def test_workers_are_asked_for_real(client):
     found = inspect_workers(client, torch.float32, "cpu")
-    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert found.flops_per_second > 1e8
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
         inspect_workers(client, torch.float32, "cuda:7")

@@ -79,12 +79,13 @@ class _LazyKernel(_Lazy):
         row_samples, row_covectors, column_samples, column_covectors = indices
         rows = (row_samples[:, None] * self._width + row_covectors).ravel()
         columns = (column_samples[:, None] * self._width + column_covectors).ravel()
-        return self._kernels[plane][np.ix_(rows, columns)].reshape([part.size for part in indices])
+        found = np.asarray(self._kernels[plane][np.ix_(rows, columns)])
+        return found.reshape([part.size for part in indices])
 
     def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
         row_samples, row_covectors, column_samples, column_covectors = indices
         rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
-        return self._kernels[plane][rows, columns]
+        return np.asarray(self._kernels[plane][rows, columns])
 
 
 class _LazySamples(_Lazy):
