@@ -113,21 +113,21 @@ def compute_kernel(
     store
         Path or URL of the store.
     kind
-        ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or ``"ntk"``
-        (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or
+        ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.
     targets
-        N targets along the first axis; stored for later use with the kernel.
+        Targets of the N samples, along the first axis; stored for later use with the kernel.
     test_inputs
-        M more samples: adds the test x train kernel and the diagonal blocks of the test samples.
+        M test samples, which add the test x train kernel and the diagonal blocks of the test samples.
     test_targets
-        M targets of the test samples.
+        Targets of the M test samples.
     forward
         Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
     parameters
         Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.
     groups
-        Name → patterns among those parameters, disjoint: adds a kernel of each group from the same pass. They are
-        ``store.group(name).train``. If the groups cover all parameters, their kernels sum to the whole.
+        Groups of those parameters (name → patterns, disjoint), each of which gets a kernel from the same pass. It is
+        ``store.group(name).train``; if the groups cover all parameters, their kernels sum to the whole.
     compute_dtype
         dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.
     accumulate_dtype
@@ -139,13 +139,13 @@ def compute_kernel(
     memory_limit
         Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     self_check
         Compare the engine with plain ``torch.func`` on three samples before the first tile.
     mode
-        As in Zarr: ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates.
+        ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates; these are the modes of Zarr.
     grow
-        Add samples to a smaller store, at the end or as a first test set. Computes only new tiles, keeps stored bits.
+        Add samples to a smaller store, at the end or as a first test set. Only new tiles are computed.
     client
         A ``distributed.Client`` whose workers compute the blocks and write to the store. The store must be on a disk
         that they share, or at a URL. Default threads of this process.
@@ -154,7 +154,7 @@ def compute_kernel(
     workers
         Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
     jacobian
-        ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
+        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
     progress
         Show a progress bar on standard error.
 

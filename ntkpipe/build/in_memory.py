@@ -64,7 +64,7 @@ def kernel_matrix(
     other
         M other samples for the columns; default the inputs themselves.
     kind
-        ``"pntk"``, ``"trace"``, ``"output:k"``, ``"diagonal"`` or ``"ntk"``.
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"``, ``"diagonal"`` or ``"ntk"``.
     forward
         Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
     parameters
@@ -80,13 +80,13 @@ def kernel_matrix(
     memory_limit
         Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     self_check
         Compare the engine with plain ``torch.func`` on three samples before the first tile.
     workers
         Threads, each with single-threaded arithmetic; default one per core.
     jacobian
-        ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
+        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
     progress
         Show a progress bar on standard error.
 

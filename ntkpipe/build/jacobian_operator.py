@@ -114,7 +114,7 @@ def jacobian_operator(
     inputs
         N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     kind
-        ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
     forward
         Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
     parameters
@@ -124,7 +124,7 @@ def jacobian_operator(
     batch
         Samples of one forward pass, at least 2.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     step
         Called after each batch of each product.
 

@@ -57,7 +57,7 @@ def verify(
     forward
         What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     progress
         Show a progress bar on standard error.
 
@@ -123,7 +123,7 @@ def repair(
     memory_limit
         Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     self_check
         Compare the engine with plain ``torch.func`` on three samples before the first tile.
     client

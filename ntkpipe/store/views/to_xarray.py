@@ -172,12 +172,9 @@ def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
     """Attributes, all numbers or texts, which every file format can store."""
     picked = {"group": group, "picked_output": output}
+    same = ("kind", "convention", "compute_dtype", "accumulate_dtype", "store_dtype")
     return {
-        "kind": manifest.kind,
-        "convention": manifest.convention,
-        "compute_dtype": manifest.compute_dtype,
-        "accumulate_dtype": manifest.accumulate_dtype,
-        "store_dtype": manifest.store_dtype,
+        **{name: getattr(manifest, name) for name in same},
         "model": manifest.model.name,
         "num_parameters": manifest.model.num_parameters,
         "manifest_digest": manifest.digest(),
