@@ -29,12 +29,12 @@ from ntkpipe.report.report import require_libraries, write_report
 from ntkpipe.steps.options import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
-from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Mode
-from ntkpipe.store.verification import VerificationReport, verification_rows
+from ntkpipe.store.verification import VerificationReport
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -95,21 +95,11 @@ def run(
 ) -> Iterator[StepResult]:
     """Compute or resume the kernel of a workflow, then do its steps one by one."""
     workflow = loaded.workflow
-    limits = workflow.run
     with contextlib.ExitStack() as stack:
-        if client is None and limits.scheduler is not None:
-            client = stack.enter_context(_connect(limits.scheduler, limits))
-        store = compute.compute_kernel(
-            loaded.model,
-            mode=mode,
-            grow=grow,
-            progress=progress,
-            client=client,
-            code=loaded.folder,
-            self_check=limits.self_check,
-            memory_limit=None if limits.scheduler == "local" else limits.memory_limit,
-            **_arguments(loaded),
-        )
+        if client is None:
+            client = stack.enter_context(_client_of(workflow.run))
+        options: Any = {"mode": mode, "grow": grow, "client": client, "code": loaded.folder, "progress": progress}
+        store = compute.compute(_request(loaded), **options)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
             if step.step in REGISTRY:
@@ -123,28 +113,31 @@ def run(
                 yield StepResult(step.step, rows, is_good)
 
 
-def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
+def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
+    """A client of the scheduler that a run asks for, if it does."""
+    if run.scheduler is None:
+        return contextlib.nullcontext()
     try:
         from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"run.scheduler={scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
+            f"run.scheduler={run.scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
         ) from error
-    num_gpus = 0 if limits.device == "cpu" else count_gpus()
-    return connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
+    return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
 
 
 def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
-    limit = loaded.workflow.run.memory_limit
-    return compute.plan_kernel(loaded.model, memory_limit=limit, grow=grow, **_arguments(loaded))
+    return compute.plan(_request(loaded, is_planned=True), grow=grow)
 
 
-def _arguments(loaded: Loaded) -> dict[str, Any]:
-    """What computing a kernel and planning it take."""
-    workflow = loaded.workflow
-    given = {"forward": loaded.forward, "device": workflow.run.device, "workers": workflow.run.workers}
-    return {"store": workflow.store, **given, **workflow.kernel.model_dump(), **loaded.data}
+def _request(loaded: Loaded, *, is_planned: bool = False) -> compute.Request:
+    """What a workflow asks for; the memory of a local cluster is that of its workers, which say how much they have."""
+    workflow, run = loaded.workflow, loaded.workflow.run
+    if run.scheduler == "local" and not is_planned:
+        run = run.model_copy(update={"memory_limit": None})
+    samples = compute.train_and_test(**loaded.data)
+    return compute.Request(loaded.model, *samples, workflow.kernel, run, workflow.store, loaded.forward)
 
 
 def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
@@ -162,22 +155,11 @@ def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = 
 
 def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
-    limits = loaded.workflow.run
-    with contextlib.ExitStack() as stack:
-        client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
-        return verify_repair.repair(
-            store,
-            loaded.model,
-            forward=loaded.forward,
-            memory_limit=limits.memory_limit,
-            device=limits.device,
-            self_check=limits.self_check,
-            client=client,
-            code=loaded.folder,
-            workers=limits.workers,
-            progress=progress,
-            **loaded.data,
-        )
+    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    run = loaded.workflow.run
+    with _client_of(run) as client:
+        options: Any = {"forward": loaded.forward, "client": client, "code": loaded.folder, "progress": progress}
+        return verify_repair.repair_with(opened, loaded.model, loaded.data, run, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -223,7 +205,7 @@ def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify:
     report = (
         verify_store(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
     )
-    return verification_rows(report), report.is_good
+    return report.rows(), report.is_good
 
 
 def _summary_step(
