@@ -101,6 +101,7 @@ def _regression(
     mean = rows.mean(axis=0)
     coefficients = ridge_regression(block, rows - mean, ridge)
     predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
+    assert store.test_targets is not None
     test = encode_test(store.test_targets, targets)
     return {
         "ridge": ridge,

@@ -4,14 +4,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from inspect import Parameter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from ntkpipe.base.arguments import describe
+from ntkpipe.base.arguments import Option, describe
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import print_rows
 from ntkpipe.steps.registry import REGISTRY, Entry
@@ -20,6 +19,7 @@ from ntkpipe.store.kernel_store import open_kernel
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ntkpipe.report.report import Report
     from ntkpipe.solvers.result import Result
 
 _NONE = "none"  # for an option whose default is another
@@ -52,7 +52,9 @@ class StepCommand(click.Command):
     def _run(self, store: str, array: str, scheduler: str | None, as_json: bool, **options: Any) -> None:
         from ntkpipe.steps.run import run_step  # keeps scipy out of other commands
 
-        given = {name: None if value == _NONE else value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {
+            name: None if value == _NONE else value for name, value in options.items() if value is not None
+        }
         opened = open_kernel(store)
         with _client(scheduler) as client:
             found = run_step(opened, self._entry.name, array=array, client=client, **given)
@@ -83,15 +85,14 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _parameter(option: Parameter, text: str) -> click.Parameter:
+def _parameter(option: Option, text: str) -> click.Parameter:
     """An option of the command line; text that must be given is an argument."""
     members = [one for one in _members(option.annotation) if one is not NoneType]
-    is_required = option.default is Parameter.empty
-    if is_required and members == [str]:
+    if option.is_required and members == [str]:
         return click.Argument([option.name], metavar=option.name.upper())
     flag = f"--{option.name.replace('_', '-')}"
     names = [option.name, *([_SHORT[option.name]] if option.name in _SHORT else []), flag]
-    default = "" if option.default in (None, Parameter.empty) else f"  [default: {_shown(option.default)}]"
+    default = "" if option.is_required or option.default is None else f"  [default: {_shown(option.default)}]"
     if members == [bool]:
         names = [option.name, *(f"{one}/--no-{one[2:]}" for one in names[1:])]
         return click.Option(names, default=None, help=text + default)
@@ -102,7 +103,7 @@ def _parameter(option: Parameter, text: str) -> click.Parameter:
     else:
         kind = _Value(option.annotation)
     metavar = None if isinstance(kind, click.Choice) else _metavar(members)
-    return click.Option(names, type=kind, required=is_required, metavar=metavar, help=text + default)
+    return click.Option(names, type=kind, required=option.is_required, metavar=metavar, help=text + default)
 
 
 def _shown(default: Any) -> str:
@@ -137,13 +138,13 @@ def _common() -> Sequence[click.Option]:
 COMMANDS = tuple(StepCommand(entry) for entry in REGISTRY.values())
 
 
-def show_result(title: str, found: "Result", *, as_json: bool) -> None:
-    """Print a result; exit with 1 if it did not converge."""
+def show_result(title: str, found: "Result | Report", *, as_json: bool) -> None:
+    """Print a result; exit with 1 if it is not what was asked for."""
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
         print_rows(title, found.rows())
-    if not found.is_converged:
+    if not found.is_good:
         sys.exit(1)
 
 

@@ -101,7 +101,7 @@ class _Results:
         """Whether these are the options; a ridge may be in other units."""
         if "ridge" in asked and "ridge" in given:
             ridge = absolute_ridge(given["ridge"], given.get("ridge_scale"), self.kernel.diagonal)
-            return ridge == asked["ridge"]
+            return bool(ridge == asked["ridge"])
         return asked.items() <= given.items()
 
     def at_ridge(self, kind: type[R], name: str, lacking: str | None, path: RidgePath | Missing) -> R | Missing:

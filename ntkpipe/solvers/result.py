@@ -54,6 +54,11 @@ class Result:
         """Whether the status is ``converged``."""
         return self.status == "converged"
 
+    @property
+    def is_good(self) -> bool:
+        """The same, as everything that a step returns has it."""
+        return self.is_converged
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Attributes that are arrays, by name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}

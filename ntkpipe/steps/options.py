@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping
-from inspect import Parameter, cleandoc
+from dataclasses import replace
+from inspect import cleandoc
 from typing import Any
 
-from ntkpipe.base.arguments import check_options, options_of, parameters_of, require_known
+from ntkpipe.base.arguments import Option, check_options, options_of, parameters_of, require_known
 from ntkpipe.base.errors import ArgumentError
 from ntkpipe.steps.inputs import INPUTS, RESULTS
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
@@ -19,12 +20,12 @@ def inputs_of(entry: Entry) -> dict[str, str]:
     }
 
 
-def options_of_step(entry: Entry) -> dict[str, Parameter]:
+def options_of_step(entry: Entry) -> dict[str, Option]:
     """The options of a step: plain parameters that the store does not give, and those of its inputs."""
-    found: dict[str, Parameter] = {}
-    for name, parameter in options_of(entry.function).items():
+    found: dict[str, Option] = {}
+    for name, option in options_of(entry.function).items():
         if entry.inputs.get(name, name) is not None and name not in INPUTS and name not in entry.inputs:
-            found[name] = parameter
+            found[name] = option
     for name in inputs_of(entry).values():
         options = options_of_step(REGISTRY[RESULTS[name]]) if name in RESULTS else options_of(INPUTS[name])
         found = {**options, **found}
@@ -32,7 +33,7 @@ def options_of_step(entry: Entry) -> dict[str, Parameter]:
         found |= {k: v for k, v in options_of(REGISTRY[entry.then].function).items() if k not in found}
     defaults = {**(REGISTRY[entry.then].defaults if entry.then else {}), **entry.defaults}
     for name, value in defaults.items():
-        found[name] = found[name].replace(default=value, kind=Parameter.KEYWORD_ONLY)
+        found[name] = replace(found[name], default=value)
     return found
 
 
@@ -42,7 +43,7 @@ def check_step(name: str, options: Mapping[str, Any], where: str) -> dict[str, A
     require_known(options, known, where, "option")
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     given = check_options(known, given, where)
-    missing = [key for key, option in known.items() if option.default is Parameter.empty and key not in given]
+    missing = [key for key, option in known.items() if option.is_required and key not in given]
     if missing:
         raise ArgumentError(f"{where} needs {missing[0]}")
     return {key: given.get(key, option.default) for key, option in known.items()}
@@ -77,7 +78,7 @@ def reference_table() -> str:
     rows = ["| step, command, result | finds | function | options |", "|---|---|---|---|"]
     for entry in REGISTRY.values():
         options = ", ".join(
-            f"`{name}`" if option.default is Parameter.empty else f"`{name}={option.default!r}`"
+            f"`{name}`" if option.is_required else f"`{name}={option.default!r}`"
             for name, option in options_of_step(entry).items()
         )
         rows.append(f"| `{entry.name}` | {entry.summary} | `ntkpipe.{entry.function.__name__}` | {options} |")

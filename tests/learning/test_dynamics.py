@@ -251,7 +251,7 @@ def test_bad_options_are_refused(options, words):
 
 @pytest.mark.parametrize("goals", [np.ones(4), np.ones((3, 0)), np.ones((3, 1, 1)), np.ones(3, complex)])
 def test_bad_targets_are_refused(goals):
-    with pytest.raises(ConfigError, match="targets of (shape|dtype)"):
+    with pytest.raises(ConfigError, match=r"targets of (shape|dtype)"):
         dynamics(np.eye(3), goals, times=[1.0])
     with pytest.raises(NonFiniteError, match="targets hold"):
         dynamics(np.eye(3), np.array([1.0, math.nan, 0.0]), times=[1.0])

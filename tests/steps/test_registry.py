@@ -1,4 +1,4 @@
-"""Every name of the registry is a function, a command, a step, a saved result and a row of the guide: the same numbers."""
+"""Every name of the registry is a function, a command, a step, a saved result and a row of the guide."""
 
 import json
 from pathlib import Path

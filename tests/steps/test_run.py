@@ -160,7 +160,7 @@ def test_a_full_kernel_has_a_row_for_each_output(tmp_path):
     exact = np.linalg.solve(store.train.to_numpy() + 0.1 * np.eye(54), np.eye(3)[np.arange(18) % 3].ravel())
     np.testing.assert_allclose(found.coefficients, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     other = small.compute(tmp_path / "b.zarr", kind="ntk", targets=np.arange(18) % 5)
-    with pytest.raises(ConfigError, match="labels of 5 classes .* for 3 outputs"):
+    with pytest.raises(ConfigError, match=r"labels of 5 classes .* for 3 outputs"):
         run_step(other, "solve", ridge=0.1, progress=False)
 
 

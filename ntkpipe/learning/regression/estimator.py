@@ -2,16 +2,14 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from time import perf_counter
-from typing import Any, Concatenate, Literal, ParamSpec, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arguments import check_options, options_of, parameters_of, require_known
+from ntkpipe.base.arguments import check_options, known_names, options_of, require_known
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
@@ -31,22 +29,8 @@ from ntkpipe.store.kernel_store import KernelSet
 
 FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
 Centre = Literal["initial_outputs"] | None
-P = ParamSpec("P")
 # How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.
 _MARGIN = 10.0
-
-
-def _with_known_names(
-    init: "Callable[Concatenate[KernelRegression, P], None]",
-) -> "Callable[Concatenate[KernelRegression, P], None]":
-    """Check names of arguments; values are checked by fit, since scikit-learn's clone needs them as they are."""
-
-    @wraps(init)
-    def call(self: "KernelRegression", *args: P.args, **kwargs: P.kwargs) -> None:
-        require_known(kwargs, parameters_of(type(self)), f"{type(self).__name__}()", "argument")
-        init(self, *args, **kwargs)
-
-    return call
 
 
 class KernelRegression:
@@ -114,7 +98,7 @@ class KernelRegression:
     array([0.988])
     """
 
-    @_with_known_names
+    @known_names
     def __init__(
         self,
         ridge: float = 0.0,
@@ -171,7 +155,7 @@ class KernelRegression:
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
         begin = perf_counter()
-        options = check_options(options_of(type(self)), self.get_params(), f"{type(self).__name__}()")
+        options = check_options(options_of(type(self).__init__), self.get_params(), f"{type(self).__name__}()")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
         limit = Budget.of(options["memory_limit"])
         operator, budget = open_for_solver(kernel, limit)
@@ -230,7 +214,7 @@ class KernelRegression:
         """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
-        how = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
+        how: dict[str, Any] = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
         found = solve(operator, rhs, ridge=self.ridge_, method=method, **how)
         return replace(found, why=why)
 
