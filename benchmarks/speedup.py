@@ -21,6 +21,7 @@ from distributed import Client
 from torch import nn
 
 import ntkpipe
+from ntkpipe.base.config import RunSpec
 from ntkpipe.build.estimate import estimate_cluster
 from ntkpipe.executors.connect import connect
 
@@ -71,7 +72,7 @@ def main() -> None:
         runs: dict[int, list[dict[str, float]]] = {workers: [] for workers in _WORKERS}
         for repeat in range(options.repeats):
             for workers in _WORKERS:
-                with connect("local", workers=workers) as client:
+                with connect("local", RunSpec(workers=workers)) as client:
                     timed(client, model, inputs[: 2 * TILE], path)
                     products = sum(client.run(multiply).values())
                     runs[workers].append({**timed(client, model, inputs, path), "products": products})

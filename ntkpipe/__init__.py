@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from ntkpipe.solvers.spectral.logdet import logdet as logdet
     from ntkpipe.solvers.spectral.slq_logdet import slq_logdet as slq_logdet
     from ntkpipe.solvers.spectral.smallest import smallest as smallest
-    from ntkpipe.solvers.steps import read_result as read_result
+    from ntkpipe.steps.run import run_step as run_step
+    from ntkpipe.steps.saved import read_result as read_result
     from ntkpipe.store.derive import derive_kernel as derive_kernel
     from ntkpipe.store.export import export_kernel as export_kernel
     from ntkpipe.store.kernel import Kernel as Kernel
@@ -80,7 +81,8 @@ _HOMES = {
     "solvers.spectral.logdet": "logdet",
     "solvers.spectral.slq_logdet": "slq_logdet",
     "solvers.spectral.smallest": "smallest",
-    "solvers.steps": "read_result",
+    "steps.run": "run_step",
+    "steps.saved": "read_result",
     "store.derive": "derive_kernel",
     "store.export": "export_kernel",
     "store.kernel": "Kernel",

@@ -6,9 +6,19 @@ from house import circle, file_arrows, floors, folder_arrows, folders, imports, 
 import ntkpipe
 
 # Folders from the ground up. A folder imports itself and the layers below it.
-LAYERS = ("base", "store executors", "jacobian operators", "build solvers", "learning", "analysis", "report", "app")
+LAYERS = (
+    "base",
+    "store executors",
+    "jacobian operators",
+    "build solvers",
+    "learning",
+    "analysis",
+    "steps",
+    "report",
+    "app",
+)
 # These work on stored kernels alone, those make kernels, and only `app` knows both.
-NUMPY_WING = {"operators", "solvers", "learning", "analysis", "report"}
+NUMPY_WING = {"operators", "solvers", "learning", "analysis", "steps", "report"}
 TORCH_WING = {"jacobian", "build"}
 # Library → the only folders or modules that may import it.
 DOORS = {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ntkpipe import as_operator
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.executors.connect import connect
@@ -163,7 +164,7 @@ def _compare_workers(kernel: Kernel, repeats: int) -> None:
     with ExitStack() as stack:
         clients: dict[int, Client] = {}
         for count in _WORKERS:
-            clients[count] = stack.enter_context(connect("local", workers=count, memory_limit=count * 2**31))
+            clients[count] = stack.enter_context(connect("local", RunSpec(workers=count, memory_limit=count * 2**31)))
             clients[count].wait_for_workers(count)
         plain = in_turns({str(count): _split_products(clients[count], count) for count in _WORKERS}, repeats)
         limits = ratio(plain["1"], plain["2"])

@@ -1,20 +1,23 @@
 """How well a kernel fits its targets: power of the targets along eigendirections, and alignments."""
 
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
+from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import at_least, open_for_analysis, train_targets
+from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.lanczos import eigsh
+from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
+from ntkpipe.store.results import Checkpoint
 
 _SHARES = (0.5, 0.9, 0.99)
 _EPS = float(np.finfo(np.float64).eps)
@@ -36,6 +39,7 @@ class Alignment(Result):
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float  # kernel-target alignment
     centred_alignment: float  # the same of centred kernel and targets
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         known = len(self.cumulative_power)
@@ -45,6 +49,7 @@ class Alignment(Result):
             for share, count in zip(_SHARES, self.num_directions, strict=True)
         ]
         rows = [
+            ("targets", self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
             ("power of targets", ", ".join(f"{self.cumulative_power[i - 1]:.1%} in the first {i:,}" for i in shown)),
@@ -55,16 +60,19 @@ class Alignment(Result):
         return rows
 
 
+@recorded()
 def alignment(
     kernel: Any,
     targets: ArrayLike,
     *,
     eigenpairs: KnownEigenpairs | None = None,
     method: AnalysisMethod = "auto",
+    task: Task = "auto",
     k: int = 100,
     tol: float = 1e-8,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> Alignment:
     """Task-model alignment, kernel-target alignment and centred kernel alignment of a kernel with its targets.
@@ -88,17 +96,28 @@ def alignment(
 
     Parameters
     ----------
-    kernel, eigenpairs
-        K: what :func:`ntkpipe.as_operator` takes; and its eigenpairs that are known. All n of them make it exact; fewer
-        are used as they are where it is streamed.
+    kernel
+        The train kernel K: what :func:`ntkpipe.as_operator` takes. One of N·c rows is a full NTK.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
-        of N·c rows is a full NTK.
-    method, memory_limit
-        ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where they fit the bytes that
-        this process may have; default what it has and all that is free. What streaming takes at least is said above.
-    k, tol, seed
-        Where it is streamed: number of directions, their relative residual, and seed of the first block.
+        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c).
+    eigenpairs
+        Eigenpairs of K that are known. All n of them make it exact; fewer are used as they are where it is streamed.
+    method
+        How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where
+        it fits the memory.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`. With ``"binary"`` the ideal kernel is y yᵀ of ±1.
+    k
+        Number of directions where it is streamed.
+    tol
+        Relative residual of these directions.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free. What streaming takes at least is
+        said above.
+    seed
+        Seed of the first block where it is streamed.
+    checkpoint
+        Where passes for the directions are saved; another call for the same kernel goes on from there.
     monitor
         Function that is called after each pass.
 
@@ -109,29 +128,37 @@ def alignment(
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
-    begin = perf_counter()
-    operator, room = open_for_analysis(kernel, memory_limit)
-    before, n = operator.work, operator.num_rows
-    train = train_targets(kernel, operator, targets)
+    operator: Operator = kernel
+    budget = Budget.of(memory_limit)
+    n = operator.num_rows
+    train = train_targets(operator, targets, None, task)
     check_number("k", k, low=1)
     plain, centred = alignments(operator, train.rhs, train.width)
-    system, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    system, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
     status: Status = "converged"
     message = "all directions"
+    work = Work()
     if system is None:
         # One more than asked for: its eigenvalue is the gap behind the last.
-        limit = at_least(room, 8 * n * 12 * max(k + 1, 16))
-        found = eigsh(operator, min(k + 1, n), tol=tol, memory_limit=limit, seed=seed, monitor=monitor)
+        count = min(k + 1, n)
+        before = operator.work
+        found = eigsh(
+            operator,
+            count,
+            tol=tol,
+            memory_limit=budget.at_least(bytes_of_eigsh(n, count)),
+            seed=seed,
+            checkpoint=checkpoint,
+            monitor=monitor,
+        )
+        work = found.work - (operator.work - before)  # of an earlier process
         system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
         status, message = found.status, found.message
     powers, cumulative, errors = _powers(operator, system, train.rhs, k if eigenpairs is None else None)
     return Alignment(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options={"method": method, "k": k, "tol": tol, "memory_limit": memory_limit, "seed": seed},
-        matrix=operator.identity(),
+        work=work,
         method="exact" if system.is_whole else "streamed",
         why=why,
         num_rows=n,
@@ -143,6 +170,7 @@ def alignment(
         num_directions=_num_directions(cumulative),
         alignment=plain,
         centred_alignment=centred,
+        targets=train.targets.words,
     )
 
 

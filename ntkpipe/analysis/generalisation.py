@@ -29,7 +29,6 @@ Steinhardt 2022, arXiv 2203.06176.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -38,15 +37,20 @@ from numpy.typing import ArrayLike
 from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
 from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
+from ntkpipe.base.targets import Task, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import TrainTargets, open_for_analysis, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import TrainTargets, ridges_for, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.store.results import Checkpoint
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -93,10 +97,11 @@ class Generalisation(Result):
     eigenlearning_is_trusted: tuple[bool, ...]  # whether eigenlearning and Canatar can be trusted
     reasons: tuple[str, ...]  # why or why not, in words
     floor: float  # what rounding to the storage dtype did to K in the spectral norm
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())
-        rows = [("method", f"{self.method}: {self.why}")]
+        rows = [("targets", self.targets), ("method", f"{self.method}: {self.why}")]
         for index, ridge in enumerate(self.ridges):
             if is_measured:
                 numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
@@ -114,6 +119,7 @@ class Generalisation(Result):
         return f"trust {' and '.join(name for name, of in trusted.items() if of[index]) or 'none'}"
 
 
+@recorded()
 def generalisation(
     kernel: Any,
     targets: ArrayLike,
@@ -124,11 +130,13 @@ def generalisation(
     test_targets: ArrayLike | None = None,
     eigenpairs: KnownEigenpairs | None = None,
     method: AnalysisMethod = "auto",
+    task: Task = "auto",
     tolerance: float = 0.1,
     num_probes: int = 32,
     tol: float = 1e-8,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> Generalisation:
     """Estimate the test loss of kernel ridge regression across ridges by theory, and compare it with what is measured.
@@ -145,23 +153,40 @@ def generalisation(
 
     Parameters
     ----------
-    kernel, eigenpairs
-        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, descending, if they are known.
+    kernel
+        The train kernel K: what :func:`ntkpipe.as_operator` takes. One of N·c rows is a full NTK.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
-        of N·c rows is a full NTK. Nothing is centred.
-    ridges, ridge_scale
-        λ ≥ 0, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 10^-4 to 10^2 of these.
-    test_kernel, test_targets
-        Test × train, shape (M, n), and targets of these samples; both or none.
-    method, memory_limit
-        ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes, ``8 n c`` bytes a ridge and
-        ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where it fits the bytes that this
-        process may have, default what it has and all that is free.
-    tolerance, monitor
-        Largest relative difference from leave-one-out that is trusted; function that is called after each pass.
-    num_probes, tol, seed
-        Where it is streamed: number of random probes p, relative residual of the systems, and seed.
+        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c). Nothing is centred.
+    ridges
+        Ridges λ ≥ 0. Default 10^-4 to 10^2 mean diagonals.
+    ridge_scale
+        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
+    test_kernel
+        Test × train kernel, shape (M, n), array or stored, with ``test_targets``.
+    test_targets
+        Targets of the test samples.
+    eigenpairs
+        All eigenpairs of K, descending, if they are known.
+    method
+        How it is computed: ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes,
+        ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where
+        it fits the memory.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`.
+    tolerance
+        Largest relative difference from leave-one-out that is trusted.
+    num_probes
+        Number of random probes p where it is streamed.
+    tol
+        Relative residual of the systems where it is streamed.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    seed
+        Seed of the probes and of the preconditioner.
+    checkpoint
+        Where finished ridges are saved if it is streamed; another call for the same ridges goes on behind them.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -170,36 +195,37 @@ def generalisation(
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
-    begin = perf_counter()
-    operator, room = open_for_analysis(kernel, memory_limit)
-    before, n = operator.work, operator.num_rows
-    train = train_targets(kernel, operator, targets)
+    operator: Operator = kernel
+    budget = Budget.of(memory_limit)
+    n = operator.num_rows
+    train = train_targets(operator, targets, None, task)
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
-    options |= {"method": method, "tolerance": tolerance, "num_probes": num_probes, "tol": tol}
-    options |= {"memory_limit": memory_limit, "seed": seed}
-    found, why = find_eigensystem(operator, eigenpairs, room, method, monitor)
+    found, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
     system = found if found is not None and found.is_whole else None
-    how = {"num_probes": num_probes, "tol": tol, "memory_limit": room, "seed": seed, "monitor": monitor}
+    decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed}
+    kept = None if system is not None else checkpoint
+    stages = CountedStages(kept, operator, train, function="generalisation", **decides)
+    how = {"num_probes": num_probes, "tol": tol, "budget": budget, "seed": seed, "stages": stages, "monitor": monitor}
     resolvents = _find_resolvents(operator, system, train, shifts, how)
     losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
     floor = operator.storage_floor()
     status, message = _judge_residuals(max(one.residual for one in resolvents), tol, system is not None)
     return Generalisation(
         status=status,
-        message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
+        message=message if test is None else message + note_on_unknown(test.targets),
+        work=stages.work,
+        seconds=stages.seconds,
         options=options,
-        matrix=operator.identity(),
         method="streamed" if system is None else "exact",
         why=why,
         num_rows=n,
         num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
+        targets=train.targets.words,
         **losses,
         **judge(losses, resolvents, system, floor, tolerance, n),
     )
@@ -276,7 +302,7 @@ def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str
     if test is None:
         return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
     predicted = test.predict([one.coefficients for one in resolvents])
-    losses = np.stack([((outputs - test.labels.matrix) ** 2).mean(axis=1) for outputs in predicted])
+    losses = np.stack([((outputs - test.targets.matrix) ** 2).mean(axis=1) for outputs in predicted])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
+from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import open_for_analysis, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.store.results import Checkpoint
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
 _DEFAULT_PARTS = (32, 16, 8, 4)
@@ -50,9 +55,11 @@ class LearningCurve(Result):
     eigenlearning_ratio: FloatArray  # eigenlearning_ratio, canatar_ratio: over `population_loss`
     canatar_ratio: FloatArray = field(repr=False)
     kare_ratio: FloatArray  # over `left_out_loss`
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
-        rows = [("population", f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size")]
+        population = f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"
+        rows = [("targets", self.targets), ("population", population)]
         for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):
                 loss, error = self.left_out_loss[line, place], self.left_out_loss_error[line, place]
@@ -62,6 +69,7 @@ class LearningCurve(Result):
         return rows
 
 
+@recorded()
 def learning_curve(
     kernel: Any,
     targets: ArrayLike,
@@ -71,8 +79,10 @@ def learning_curve(
     ridge_scale: RidgeScale = None,
     num_subsets: int = 4,
     eigenpairs: KnownEigenpairs | None = None,
-    memory_limit: int | None = None,
+    task: Task = "auto",
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> LearningCurve:
     """Test the theory of generalisation where the eigensystem is known: train sets drawn from the samples of a kernel.
@@ -89,18 +99,30 @@ def learning_curve(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.as_operator` takes; where it does not fit memory, ``as_operator(kernel).leading(n)``.
+        The kernel K of the population: what :func:`ntkpipe.as_operator` takes. Where it does not fit memory, give
+        ``as_operator(kernel).leading(n)``. One of N·c rows is a full NTK, whose train sets are of whole samples.
     targets
-        Labels (N,), which become one-hot, or numbers (N,), (N, c), see :func:`ntkpipe.base.targets.encode`. A kernel
-        of N·c rows is a full NTK, whose train sets are of whole samples. Nothing is centred.
-    sizes, num_subsets
-        n, samples of a train set, less than N, default N/32 to N/4; and train sets of each size, at least 2.
-    ridges, ridge_scale
-        λ, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 0 and 0.01 to 10 of these.
-    eigenpairs, memory_limit
-        All eigenpairs of K, if known; bytes that this process may have, default what it has and all that is free.
-    seed, monitor
-        Seed of the subsets; function that is called after the eigenpairs, and after each subset.
+        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c). Nothing is centred.
+    sizes
+        Samples n in a train set, each less than N. Default N/32 to N/4.
+    ridges
+        Ridges λ ≥ 0. Default 0 and 0.01 to 10 mean diagonals.
+    ridge_scale
+        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
+    num_subsets
+        Number of train sets of each size, at least 2.
+    eigenpairs
+        All eigenpairs of K, if known.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
+    seed
+        Seed of the subsets.
+    checkpoint
+        Where losses of finished subsets are saved; another call for the same curve goes on behind them.
+    monitor
+        Function that is called after the eigenpairs, and after each subset.
 
     Raises
     ------
@@ -109,35 +131,36 @@ def learning_curve(
     ResourceError, TileError
         If all eigenpairs do not fit in memory; if a tile of a stored kernel is missing or damaged.
     """
-    begin = perf_counter()
-    operator, room = open_for_analysis(kernel, memory_limit)
+    operator: Operator = kernel
     before = operator.work
-    train = train_targets(kernel, operator, targets)
+    train = train_targets(operator, targets, None, task)
     rows, width, count = train.rhs, train.width, operator.num_rows // train.width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
-    shifts, of_ridges = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
-    options = {"sizes": None if sizes is None else [int(size) for size in sizes], **of_ridges}
-    options |= {"num_subsets": num_subsets, "memory_limit": memory_limit, "seed": seed}
-    system, _ = find_eigensystem(operator, eigenpairs, room, "exact", monitor)
+    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
+    system, _ = find_eigensystem(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None
     values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
     powers = (system.eigenvectors.T @ rows) ** 2 / operator.num_rows
+    decides = {"sizes": numbers, "ridges": shifts.tolist(), "num_subsets": num_subsets, "seed": seed}
+    stages = CountedStages(checkpoint, operator, train, function="learning_curve", **decides)
     draws = np.empty((3, len(numbers), len(shifts), num_subsets))
     rng = np.random.default_rng(seed)
     for place, size in enumerate(numbers):
         for draw in range(num_subsets):
             chosen = np.sort(rng.permutation(count)[:size])
-            draws[:, place, :, draw] = _measure(operator, rows, chosen, shifts, width)
-            monitor(Step(operator.work - before, None, 0.0))
+            part, measure = f"size-{size}-{draw}", partial(_measure, operator, rows, chosen, shifts, width)
+            is_new = part not in stages
+            draws[:, place, :, draw] = stages.once(part, measure)["losses"]
+            if is_new:
+                monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
     return LearningCurve(
         status="converged",
         message="all eigenpairs in float64",
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
+        work=stages.work,
+        seconds=stages.seconds,
         options=options,
-        matrix=operator.identity(),
         num_samples=count,
         num_subsets=num_subsets,
         sizes=np.array(numbers, np.int64),
@@ -149,6 +172,7 @@ def learning_curve(
         kare=means[2],
         kare_error=errors[2],
         kare_ratio=means[2] / means[1],
+        targets=train.targets.words,
         **_predicted(values, powers, [size * width for size in numbers], shifts, means[0]),
     )
 
@@ -165,7 +189,7 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
 
 def _predicted(
     values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray, measured: FloatArray
-) -> dict[str, FloatArray]:
+) -> dict[str, Any]:
     """Predictions for each number of rows and ridge, also over measured losses, by the names of the result."""
     predictions = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
 
@@ -187,7 +211,7 @@ def _predicted(
 
 def _measure(
     operator: Operator, rows: FloatArray, chosen: NDArray[np.int64], ridges: FloatArray, width: int
-) -> FloatArray:
+) -> dict[str, FloatArray]:
     """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
     inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
     columns = operator.columns(inside)
@@ -205,4 +229,4 @@ def _measure(
         squares = (columns @ coefficients - rows) ** 2
         kare = (coefficients**2).mean() * (len(inside) / inverse.sum()) ** 2
         found[:, place] = squares.mean(), squares[is_outside].mean(), kare
-    return found
+    return {"losses": found}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import numpy as np
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
 from ntkpipe.analysis.spectral_sums import Function, Sum, sum_of_density, sum_of_values
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
@@ -21,24 +21,21 @@ from ntkpipe.learning.regression.eigensystem import (
     Eigensystem,
     KnownEigenpairs,
     check_eigenpairs,
-    check_method,
     does_not_fit,
 )
-from ntkpipe.learning.regression.sources import at_least, open_for_analysis, ridges_for
+from ntkpipe.learning.regression.sources import ridges_for
+from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.density import density, smoothed
-from ntkpipe.solvers.spectral.lanczos import eigsh
-from ntkpipe.solvers.spectral.smallest import smallest
+from ntkpipe.solvers.spectral.density import Density, bytes_of_density, density, smoothed
+from ntkpipe.solvers.spectral.lanczos import Eigenpairs, bytes_of_eigsh, eigsh
+from ntkpipe.solvers.spectral.smallest import Smallest, bytes_of_smallest, smallest
+from ntkpipe.store.results import Checkpoint
 
 # Ridges of the effective dimension unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
 _NUM_POINTS, _WIDTH = 200, 0.1
-# What streaming takes at least, in vectors: for each leading pair, of which so few take as many; steps of a probe; and
-# a preconditioner with a block for λ_min.
-_VECTORS_A_PAIR, _FEWEST_PAIRS = 11, 16
-_LEAST_STEPS = 64
-_VECTORS_OF_SMALLEST = 3500
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -108,19 +105,21 @@ class KernelSpectrum(Result):
         return rows
 
 
+@recorded()
 def spectrum(
     kernel: Any,
     *,
     eigenpairs: KnownEigenpairs | None = None,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
-    tail_ranks: tuple[int, int] | None = None,
+    tail_ranks: Sequence[int] | None = None,
     method: AnalysisMethod = "auto",
     k: int = 100,
     num_probes: int = 16,
     max_passes: int = 100,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> KernelSpectrum:
     """Extremes, condition number, effective ranks and dimensions, density and tail of the spectrum of a kernel.
@@ -137,21 +136,32 @@ def spectrum(
     Parameters
     ----------
     kernel
-        K: what :func:`ntkpipe.as_operator` takes.
+        The symmetric matrix K: what :func:`ntkpipe.as_operator` takes.
     eigenpairs
         Eigenpairs that are known. All n of them make it exact at no cost; fewer are spliced in in place of ``k``.
-    ridges, ridge_scale
-        λ of the effective dimension, absolute, or multiples of the mean diagonal of K with ``"mean_diagonal"``;
-        default 10^-4 to 10^2 of these.
+    ridges
+        Ridges λ of the effective dimension. Default 10^-4 to 10^2 mean diagonals.
+    ridge_scale
+        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     tail_ranks
-        First and last rank of the power law; see :func:`ntkpipe.analysis.power_law.default_ranks`.
-    method, memory_limit
-        ``exact``, ``streamed``, or ``auto``: exact where it fits the bytes that this process may have; default what it
-        has and all that is free. What streaming takes at least is said above.
-    k, num_probes, max_passes
-        Where it is streamed: number of leading eigenvalues; probes of the density, and most passes for it.
-    seed, monitor
-        Seed of everything that is random; function that is called after each pass.
+        First and last rank of the power law. Default those of :func:`ntkpipe.analysis.power_law.default_ranks`.
+    method
+        How it is computed: ``exact``, ``streamed``, or ``auto``: exact where it fits the memory.
+    k
+        Number of leading eigenvalues where it is streamed.
+    num_probes
+        Number of probes of the density where it is streamed.
+    max_passes
+        Most passes for the density.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free. What streaming takes at least is
+        said above.
+    seed
+        Seed of everything that is random.
+    checkpoint
+        Where passes are saved if it is streamed; another call for the same kernel goes on from there.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -160,31 +170,33 @@ def spectrum(
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """
-    begin = perf_counter()
-    operator, room = open_for_analysis(kernel, memory_limit)
-    before, n = operator.work, operator.num_rows
-    check_method(method)
+    operator: Operator = kernel
+    budget = Budget.of(memory_limit)
+    n = operator.num_rows
     check_number("k", k, low=1)
+    if tail_ranks is not None and len(tail_ranks) != 2:
+        raise ConfigError(f"tail_ranks={tail_ranks!r}; needed two numbers, the first and the last rank")
     given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics, floor = operator.statistics(), operator.storage_floor()
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
-    options |= {"tail_ranks": None if tail_ranks is None else list(tail_ranks), "method": method, "k": k}
-    options |= {"num_probes": num_probes, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
-    every, why = _all_values(operator, given, room, method, monitor)
+    every, why = _all_values(operator, given, budget, method, monitor)
     status: Status = "converged"
+    stages = CountedStages(
+        None if every is not None else checkpoint, operator, None, function="spectrum", seed=seed, k=k
+    )
     if every is not None:
         found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
-        how: dict[str, Any] = {"memory_limit": room, "seed": seed, "monitor": monitor}
-        found, status, message = _streamed(operator, given, shifts, floor, min(k, n), num_probes, max_passes, **how)
+        counts = min(k, n), num_probes, max_passes
+        how: dict[str, Any] = {"seed": seed, "monitor": monitor}
+        found, status, message = _streamed(operator, given, shifts, floor, *counts, budget, stages, **how)
     trace, frobenius = statistics.trace, statistics.frobenius
     return KernelSpectrum(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
+        work=stages.work,
+        seconds=stages.seconds,
         options=options,
-        matrix=operator.identity(),
         why=why,
         num_rows=n,
         trace=trace,
@@ -199,18 +211,18 @@ def spectrum(
 
 
 def _all_values(
-    operator: Operator, given: Eigensystem | None, memory_limit: int | None, method: AnalysisMethod, monitor: Monitor
+    operator: Operator, given: Eigensystem | None, budget: Budget, method: AnalysisMethod, monitor: Monitor
 ) -> tuple[FloatArray | None, str]:
     if given is not None and given.is_whole:
         return np.array(given.eigenvalues), given.why
     if method == "streamed":
         return None, "streamed was asked for"
     try:
-        return np.array(eigvalsh(operator, memory_limit=memory_limit, monitor=monitor).eigenvalues), "it fits in memory"
+        return np.array(eigvalsh(operator, memory_limit=budget, monitor=monitor).eigenvalues), "it fits in memory"
     except ResourceError:
         if method == "exact":
             raise
-        return None, does_not_fit(operator.num_rows, memory_limit)
+        return None, does_not_fit(operator.num_rows, budget)
 
 
 def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
@@ -245,31 +257,30 @@ def _streamed(
     k: int,
     num_probes: int,
     max_passes: int,
+    budget: Budget,
+    stages: CountedStages,
     *,
-    memory_limit: int | None,
     seed: int,
     monitor: Monitor,
 ) -> tuple[dict[str, Any], Status, str]:
     """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
+    how: dict[str, Any] = {"seed": seed, "monitor": monitor}
+    statuses: list[Status] = []
     if given is None:
-        limit = at_least(memory_limit, 8 * n * _VECTORS_A_PAIR * max(k, _FEWEST_PAIRS))
-        top = eigsh(operator, k, memory_limit=limit, seed=seed, monitor=monitor)
-        values, vectors, statuses = top.eigenvalues, top.eigenvectors, [top.status]
-    else:
-        values, vectors, statuses = given.eigenvalues, given.eigenvectors, []
-    spread = density(
-        operator,
-        num_probes=num_probes,
-        top=Eigensystem(values, vectors, "known"),
-        tol=0.01,
-        max_passes=max_passes,
-        memory_limit=at_least(memory_limit, 8 * n * num_probes * _LEAST_STEPS),
-        seed=seed,
-        monitor=monitor,
-    )
-    limit = at_least(memory_limit, 8 * n * _VECTORS_OF_SMALLEST)
-    low = smallest(operator, memory_limit=limit, seed=seed, monitor=monitor)
+        limit = budget.at_least(bytes_of_eigsh(n, k))
+        part = stages.part("leading")
+        leading = partial(eigsh, operator, k, memory_limit=limit, checkpoint=part, **how)
+        top = stages.result("leading", Eigenpairs, leading)
+        given = Eigensystem(top.eigenvalues, top.eigenvectors, "known")
+        statuses.append(top.status)
+    values = given.eigenvalues
+    limit = budget.at_least(bytes_of_density(n, num_probes))
+    sampled = partial(density, operator, num_probes=num_probes, top=given, tol=0.01, max_passes=max_passes, **how)
+    spread = stages.result("density", Density, partial(sampled, memory_limit=limit, checkpoint=stages.part("density")))
+    limit = budget.at_least(bytes_of_smallest(n))
+    least = partial(smallest, operator, memory_limit=limit, checkpoint=stages.part("smallest"), **how)
+    low = stages.result("smallest", Smallest, least)
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2
@@ -293,8 +304,10 @@ def _streamed(
     statuses += [low.status]
     bad = next((status for status in statuses if status != "converged"), None)
     if bad is not None:
-        return found, bad, f"of a solver: {low.message if low.status == bad else 'leading eigenpairs did not converge'}"
-    return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
+        message = f"of a solver: {low.message if low.status == bad else 'leading eigenpairs did not converge'}"
+    else:
+        message = f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
+    return found, bad or "converged", message
 
 
 def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -> dict[str, Any]:
@@ -321,7 +334,7 @@ def _learnt(values: FloatArray, ridge: float) -> FloatArray:
     return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
 
 
-def _tail(values: FloatArray, num_rows: int, floor: float, ranks: tuple[int, int] | None) -> dict[str, Any]:
+def _tail(values: FloatArray, num_rows: int, floor: float, ranks: Sequence[int] | None) -> dict[str, Any]:
     """The power law of the range that was asked for, or of the default one; fields are None where there is none."""
     if ranks is None:
         known = int((values > max(floor, 64 * _EPS * float(np.abs(values).max(initial=0.0)))).sum())

@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.analysis.alignment import kernel_target_alignment
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import num_classes_of, target_matrix, target_rows
+from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, encode, encode_test
 from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
@@ -36,6 +35,7 @@ class Summary:
     accuracy: float | None
     mean_squared_error: float | None  # of the predictions on the test samples
     num_test: int  # test samples
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without targets
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -43,7 +43,12 @@ class Summary:
 
 
 def summarize(
-    store: KernelStore, *, samples: int | None = None, ridge: float = 1e-4, ridge_scale: RidgeScale = "mean_diagonal"
+    store: KernelStore,
+    *,
+    samples: int | None = None,
+    ridge: float = 1e-4,
+    ridge_scale: RidgeScale = "mean_diagonal",
+    task: Task = "auto",
 ) -> Summary:
     """Look at the leading block of a store's kernel."""
     total, width = store.manifest.train.num_samples, store.manifest.num_covectors
@@ -52,14 +57,14 @@ def summarize(
     count = samples or max(1, min(total, _MOST_ROWS // width))
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
-    targets = store.targets
-    matrix = None if targets is None else target_matrix(targets[:count], num_classes_of(targets))
-    rows = None if matrix is None else target_rows(matrix, width)
+    targets = None if store.targets is None else encode(store.targets, task=task)
+    matrix = None if targets is None else targets.matrix[:count]
     scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
-    if targets is not None and rows is not None and store.manifest.test is not None and store.test_targets is not None:
+    is_tested = store.manifest.test is not None and store.test_targets is not None
+    if targets is not None and is_tested and width in {1, targets.matrix.shape[1]}:
         shift = absolute_ridge(ridge, ridge_scale, block.diagonal)
-        found = _regression(store, block, rows, targets, shift, count)
+        found = _regression(store, block, targets, shift, count, width)
     return Summary(
         num_train=total,
         num_samples=count,
@@ -71,6 +76,7 @@ def summarize(
         centred_alignment=None
         if matrix is None
         else kernel_target_alignment(_centred(scalar), matrix - matrix.mean(axis=0)),
+        targets="" if targets is None else targets.words,
         **found,
     )
 
@@ -87,21 +93,19 @@ def _centred(kernel: FloatArray) -> FloatArray:
 
 
 def _regression(
-    store: KernelStore, block: FloatArray, rows: FloatArray, targets: NDArray[Any], ridge: float, count: int
+    store: KernelStore, block: FloatArray, targets: Targets, ridge: float, count: int, width: int
 ) -> dict[str, Any]:
     """Ridge regression on the leading samples, judged on all test samples."""
-    num_classes, test_targets = num_classes_of(targets), store.test_targets
-    assert test_targets is not None
+    rows = as_rows(targets.matrix[:count], width)
     # The constant function is fitted by the mean, not by the kernel.
     mean = rows.mean(axis=0)
     coefficients = ridge_regression(block, rows - mean, ridge)
-    predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
-    predicted = predicted.reshape(len(test_targets), -1)
-    accuracy = None if num_classes is None else float(np.mean(predicted.argmax(axis=1) == test_targets))
-    wanted = target_matrix(test_targets, num_classes)
+    predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
+    assert store.test_targets is not None
+    test = encode_test(store.test_targets, targets)
     return {
         "ridge": ridge,
-        "accuracy": accuracy,
-        "mean_squared_error": float(np.mean((predicted - wanted) ** 2)),
-        "num_test": len(test_targets),
+        "accuracy": test.accuracy(predicted),
+        "mean_squared_error": test.loss(predicted),
+        "num_test": len(test.matrix),
     }

@@ -7,7 +7,7 @@ need torch are imported by the commands that compute, so that ``info`` and a pla
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from ntkpipe.app.commands import COMMANDS, bytes_of, show_result
+from ntkpipe.app.commands import COMMANDS, show_result
 from ntkpipe.base.errors import (
     ConfigError,
     Interrupted,
@@ -32,10 +32,8 @@ from ntkpipe.base.version import VERSION
 from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.manifest import GrowthRecord, Manifest
-from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, repair_rows, undo
-from ntkpipe.store.results import reading_results
-from ntkpipe.store.verification import VerificationReport, verification_rows, verify_and_record
+from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo
+from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
@@ -144,7 +142,7 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
             print_rows("estimate for the described cluster", estimate.rows())
         table = reports.list_reports(found) if by_parameter else reports.summarize_reports(found)
         print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
-        print_rows("kept as", reports.explain_reports(found))
+        print_rows("held as", reports.explain_reports(found))
         if reasons := reports.fallback_reasons(found):
             print_rows("in the fallback", reasons)
     # Whoever describes a cluster asks about that one.
@@ -159,31 +157,10 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
 def info(store: str, as_json: bool, is_watched: bool) -> None:
     """Show what STORE holds, how far it is and what was found; reads no tile."""
     opened = watch(store) if is_watched else open_kernel(store)
-    described = _describe(opened)
     if as_json:
-        print(json.dumps(described, indent=1))
-        return
-    manifest, progress = opened.manifest, opened.progress
-    model, choices = manifest.model, manifest.choices
-    rows = [
-        ("kind", f"{manifest.kind}: {manifest.convention}"),
-        ("kernel", f"{_shape_in_words(opened)} {manifest.store_dtype}"),
-        ("samples", f"{_samples_in_words(manifest)}; {manifest.num_outputs} outputs"),
-        ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)}"),
-        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
-        ("tiles", f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"),
-        ("made", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
-    ]
-    if manifest.groups:
-        rows.append(("groups", _groups_in_words(manifest)))
-    if manifest.derived is not None:
-        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest[:12]}"))
-    for before in manifest.growth:
-        when = before.environment.get("created", "at an unknown time")
-        rows.append(("grown from", f"{_samples_in_words(before)} samples, {when}"))
-    with reading_results(opened.path):
-        rows += _result_rows(described)
-    print_rows(store, rows)
+        print(json.dumps(_describe(opened), indent=1))
+    else:
+        print_rows(store, opened.rows())
 
 
 @cli.command()
@@ -225,12 +202,12 @@ def verify(
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     elif isinstance(report, RepairReport):
-        rows = repair_rows(report)
+        rows = report.rows()
         if workflow is None and bad_chunks(opened.store, report.left):
             rows.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
         print_rows(f"repair {store}", rows)
     else:
-        print_rows(f"verify {store}", verification_rows(report))
+        print_rows(f"verify {store}", report.rows())
     if not report.is_good:
         sys.exit(_FOUND)
 
@@ -244,7 +221,7 @@ def derive(store: str, kind: str, to: str, samples: bool) -> None:
     """Write a store of another KIND from the complete STORE of kind ntk or diagonal, without its model."""
     written = derive_kernel(store, kind=kind, to=to, samples=samples)
     progress = written.progress
-    size = f"{_shape_in_words(written)}, {progress.tiles_total:,} tiles, {format_bytes(progress.bytes_done)}"
+    size = f"{written.manifest.shape}, {progress.tiles_total:,} tiles, {format_bytes(progress.bytes_done)}"
     print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
 
 
@@ -295,7 +272,7 @@ def report(
         array=array,
         ridges=ridges or None,
         ridge_scale=ridge_scale,
-        memory_limit=bytes_of(memory_limit),
+        memory_limit=memory_limit,
         saved_only=saved_only,
     )
     show_result(f"report {store}", written, as_json=as_json)
@@ -351,46 +328,6 @@ def _describe(store: KernelStore) -> dict[str, Any]:
             for name in ("verification", "certificate", "self_check", "summary", "driver", *_COMMANDS)
         },
     }
-
-
-def _shape_in_words(store: KernelStore) -> str:
-    """Shape of the train kernels, and how many there are."""
-    arrays = [a for a in store.store.arrays.values() if a.layout.grid is not None and a.layout.grid.symmetric]
-    rows, columns = arrays[0].layout.shape
-    return f"{rows:,} × {columns:,}" if len(arrays) == 1 else f"{len(arrays)} of {rows:,} × {columns:,}"
-
-
-def _samples_in_words(held: Manifest | GrowthRecord) -> str:
-    return f"{held.train.num_samples:,} train, {held.test.num_samples if held.test else 0:,} test"
-
-
-def _groups_in_words(manifest: Manifest) -> str:
-    """Each group with its number of parameters, and how many are in none."""
-    sizes = [f"{name} ({len(parameters)})" for name, parameters in manifest.groups.items()]
-    left = len(manifest.model.parameters) - sum(map(len, manifest.groups.values()))
-    return ", ".join(sizes) + (f"; {left} parameters in none" if left else "")
-
-
-def _result_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was found of a store, and what its runs say, in words."""
-    rows = [("verified", "never")]
-    report, certificate, driver = (described[name] for name in ("verification", "certificate", "driver"))
-    if report is not None:
-        verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
-        rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
-    if certificate is not None:
-        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
-        rows.append(("certified", f"{errors}, {certificate['checked']}"))
-    for run in described["runs"][-1:]:
-        halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
-        rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
-        rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
-    for name in _COMMANDS:
-        if (found := described[name]) is not None:
-            rows.append((name, f"{found['status']}, {found['work']['passes']:.4g} passes, {found['seconds']:.3g} s"))
-    if driver is not None:
-        rows.append(("driver", f"{driver['state']} on {driver['host']}, {driver['time']} {driver['message']}"))
-    return rows
 
 
 def _show_warning(

@@ -4,16 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ntkpipe.analysis.steps import ANALYSES
 from ntkpipe.analysis.summary import Summary, summarize
-from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow, parse_bytes
+from ntkpipe.base.arguments import check_options, options_of, require_known
+from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
@@ -27,19 +26,20 @@ from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.parameter_report import ParameterReport
 from ntkpipe.report.report import require_libraries, write_report
-from ntkpipe.solvers.result import Result
-from ntkpipe.solvers.steps import SOLVERS
-from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.steps.options import check_step
+from ntkpipe.steps.registry import REGISTRY
+from ntkpipe.steps.run import run_step
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Mode
-from ntkpipe.store.verification import VerificationReport, verification_rows
+from ntkpipe.store.verification import VerificationReport
 
 if TYPE_CHECKING:
     from distributed import Client
 
-_OF_THE_RUN = ("loaded", "store", "client", "progress")  # what steps take and a file does not say again
+_OF_EVERY_STEP = ("array", "memory_limit")  # beside the options of its function
 
 _DATA_KEYS = ("inputs", "targets", "test_inputs", "test_targets")
 
@@ -95,53 +95,49 @@ def run(
 ) -> Iterator[StepResult]:
     """Compute or resume the kernel of a workflow, then do its steps one by one."""
     workflow = loaded.workflow
-    limits = workflow.run
     with contextlib.ExitStack() as stack:
-        if client is None and limits.scheduler is not None:
-            client = stack.enter_context(_connect(limits.scheduler, limits))
-        store = compute.compute_kernel(
-            loaded.model,
-            mode=mode,
-            grow=grow,
-            progress=progress,
-            client=client,
-            code=loaded.folder,
-            self_check=limits.self_check,
-            memory_limit=None if limits.scheduler == "local" else limits.memory_limit,
-            **_arguments(loaded),
-        )
+        if client is None:
+            client = stack.enter_context(_client_of(workflow.run))
+        options: Any = {"mode": mode, "grow": grow, "client": client, "code": loaded.folder, "progress": progress}
+        store = compute.compute(_request(loaded), **options)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
-            if step.step in _OF_STORES:
-                found = _OF_STORES[step.step](store, progress=progress, client=client, **_solver_options(step))
+            if step.step in REGISTRY:
+                found = run_step(store, step.step, progress=progress, client=client, **step.options)
                 yield StepResult(step.step, found.rows(), found.is_converged)
+            elif step.step == "report":
+                page = write_report(store, progress=progress, client=client, **step.options)
+                yield StepResult(step.step, page.rows(), page.is_good)
             else:
                 rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
                 yield StepResult(step.step, rows, is_good)
 
 
-def _connect(scheduler: str, limits: RunSpec) -> AbstractContextManager["Client"]:
+def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
+    """A client of the scheduler that a run asks for, if it does."""
+    if run.scheduler is None:
+        return contextlib.nullcontext()
     try:
         from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"run.scheduler={scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
+            f"run.scheduler={run.scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
         ) from error
-    num_gpus = 0 if limits.device == "cpu" else count_gpus()
-    return connect(scheduler, workers=limits.workers, memory_limit=limits.memory_limit, num_gpus=num_gpus)
+    return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
 
 
 def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
-    limit = loaded.workflow.run.memory_limit
-    return compute.plan_kernel(loaded.model, memory_limit=limit, grow=grow, **_arguments(loaded))
+    return compute.plan(_request(loaded, is_planned=True), grow=grow)
 
 
-def _arguments(loaded: Loaded) -> dict[str, Any]:
-    """What computing a kernel and planning it take."""
-    workflow = loaded.workflow
-    given = {"forward": loaded.forward, "device": workflow.run.device, "workers": workflow.run.workers}
-    return {"store": workflow.store, **given, **workflow.kernel.model_dump(), **loaded.data}
+def _request(loaded: Loaded, *, is_planned: bool = False) -> compute.Request:
+    """What a workflow asks for; the memory of a local cluster is that of its workers, which say how much they have."""
+    workflow, run = loaded.workflow, loaded.workflow.run
+    if run.scheduler == "local" and not is_planned:
+        run = run.model_copy(update={"memory_limit": None})
+    samples = compute.train_and_test(**loaded.data)
+    return compute.Request(loaded.model, *samples, workflow.kernel, run, workflow.store, loaded.forward)
 
 
 def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
@@ -159,22 +155,11 @@ def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = 
 
 def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
-    limits = loaded.workflow.run
-    with contextlib.ExitStack() as stack:
-        client = None if limits.scheduler is None else stack.enter_context(_connect(limits.scheduler, limits))
-        return verify_repair.repair(
-            store,
-            loaded.model,
-            forward=loaded.forward,
-            memory_limit=limits.memory_limit,
-            device=limits.device,
-            self_check=limits.self_check,
-            client=client,
-            code=loaded.folder,
-            workers=limits.workers,
-            progress=progress,
-            **loaded.data,
-        )
+    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    run = loaded.workflow.run
+    with _client_of(run) as client:
+        options: Any = {"forward": loaded.forward, "client": client, "code": loaded.folder, "progress": progress}
+        return verify_repair.repair_with(opened, loaded.model, loaded.data, run, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -220,7 +205,7 @@ def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify:
     report = (
         verify_store(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
     )
-    return verification_rows(report), report.is_good
+    return report.rows(), report.is_good
 
 
 def _summary_step(
@@ -257,26 +242,20 @@ def summary_rows(found: Summary) -> TableRows:
     return rows
 
 
-# Steps that need the store alone.
-_OF_STORES: dict[str, Callable[..., Result]] = {**SOLVERS, **ANALYSES, "report": write_report}
+# Steps that need more than a kernel.
 _STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
 
 
-def _solver_options(step: StepSpec) -> dict[str, Any]:
-    limit = step.options.get("memory_limit")
-    read = {"memory_limit": parse_bytes("memory_limit", limit)} if isinstance(limit, str) else {}
-    return {**step.options, **read}
-
-
 def _check_step(step: StepSpec, source: str) -> None:
-    steps = {**_OF_STORES, **_STEPS}
-    if step.step not in steps:
-        close = get_close_matches(step.step, steps, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{source}: unknown step {step.step!r}; the nearest is {close!r} (known: {', '.join(steps)})")
+    """Check a step before anything is computed."""
+    where = f"{source}: step {step.step!r}"
+    require_known([step.step], [*REGISTRY, "report", *_STEPS], source, "step")
+    if step.step in REGISTRY:
+        Budget.of(step.options.get("memory_limit"))
+        check_step(step.step, {k: v for k, v in step.options.items() if k not in _OF_EVERY_STEP}, where)
+        return
     if step.step == "report":
         require_libraries()
-    known = [name for name in signature(steps[step.step]).parameters if name not in _OF_THE_RUN]
-    for option in step.options:
-        if option not in known:
-            close = get_close_matches(option, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{source}: step {step.step!r} has no option {option!r}; the nearest is {close!r}")
+    options = options_of(write_report if step.step == "report" else _STEPS[step.step])
+    require_known(step.options, options.keys() - {"progress", "store"}, where, "option")
+    check_options(options, step.options, where)

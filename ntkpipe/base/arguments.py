@@ -1,6 +1,7 @@
 """Arguments of public functions, checked by the annotations of their parameters: names, and types of plain values."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, wraps
 from inspect import Parameter, signature
@@ -18,11 +19,12 @@ T = TypeVar("T")
 
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "text", Path: "a path", NoneType: "None"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
+_VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType)
 _STRICT = ConfigDict(strict=True)
 
 
 def plain_part(annotation: Any) -> Any:
-    """The part of an annotation that JSON has: numbers, text, truth values, paths, lists of these; None if there is none.
+    """The part of an annotation that JSON has: numbers, text, truth values, paths, lists of these; or None.
 
     Of ``Literal["a"] | SomeClass`` it is the former. Anything that arrays may be given for has no plain part.
     """
@@ -42,33 +44,44 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, Parameter]:
     return signature(function).parameters
 
 
+@dataclass(frozen=True)
+class Option:
+    """A parameter that takes plain values."""
+
+    name: str
+    annotation: Any  # of these
+    default: Any  # `Parameter.empty` where one must be given
+    is_open: bool  # whether objects may be given, too, which the function itself checks
+
+    @property
+    def is_required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is Parameter.empty
+
+    def check(self, value: Any, where: str) -> Any:
+        """The value, numpy's converted to Python's; raises ConfigError for one of another type."""
+        if value is self.default or (self.is_open and not isinstance(value, _VALUES)):
+            return value
+        plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        plain = list(plain) if isinstance(plain, range) else plain
+        try:
+            return _adapter(self.annotation).validate_python(plain)
+        except ValidationError:
+            raise ConfigError(f"{where}: {self.name}={plain!r}; needed {describe(self.annotation)}") from None
+
+
 @cache
-def options_of(function: Callable[..., Any]) -> Mapping[str, Parameter]:
-    """The parameters that take plain values, annotated with just these."""
-    found = {name: plain_part(one.annotation) for name, one in parameters_of(function).items()}
+def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
+    """The parameters that take plain values."""
+    found = ((name, one, plain_part(one.annotation)) for name, one in parameters_of(function).items())
     return {
-        name: parameters_of(function)[name].replace(annotation=part) for name, part in found.items() if part is not None
+        name: Option(name, part, one.default, part != one.annotation) for name, one, part in found if part is not None
     }
 
 
-def check_options(options: Mapping[str, Parameter], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The given values, numpy's converted to Python's; raises ConfigError for one of another type."""
-    return {
-        name: _checked(f"{where}: {name}", value, options[name]) if name in options else value
-        for name, value in given.items()
-    }
-
-
-def _checked(name: str, value: Any, parameter: Parameter) -> Any:
-    annotation = parameter.annotation
-    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    plain = list(plain) if isinstance(plain, range) else plain
-    if plain is parameter.default:
-        return plain
-    try:
-        return _adapter(annotation).validate_python(plain)
-    except ValidationError:
-        raise ConfigError(f"{name}={plain!r}; needed {describe(annotation)}") from None
+def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The given values, those of options checked."""
+    return {name: options[name].check(value, where) if name in options else value for name, value in given.items()}
 
 
 @cache
@@ -111,6 +124,19 @@ def bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     return check_options(options_of(function), call.arguments, where)
 
 
+def known_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Check names of arguments alone before a function is called; see :func:`checked`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        require_known(
+            kwargs, parameters_of(function), f"{function.__qualname__.removesuffix('.__init__')}()", "argument"
+        )
+        return function(*args, **kwargs)
+
+    return call
+
+
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check names of arguments and types of plain ones before a function is called.
 
@@ -119,6 +145,6 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return function(**bound(function, args, kwargs))
+        return function(**bound(function, args, kwargs))  # type: ignore[call-arg]
 
     return call

@@ -1,11 +1,10 @@
 """The memory that a call may use, passed down whole and divided where two parts of the work need it at once."""
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Union
 
-from ntkpipe.base.config import check_number, parse_bytes
-from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.config import parse_bytes
+from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.resources import available_memory, format_bytes, process_memory
 
 # Of callers: bytes, text such as "8GiB", or what is left of another call's; None for a share of what is free.
@@ -25,13 +24,7 @@ class Budget:
         """The budget of an argument ``memory_limit``; raises ConfigError for what is no number of bytes."""
         if isinstance(memory_limit, Budget):
             return memory_limit
-        if memory_limit is None:
-            return cls()
-        if isinstance(memory_limit, str):
-            return cls(parse_bytes("memory_limit", memory_limit))
-        if isinstance(memory_limit, bool) or not isinstance(memory_limit, Real):
-            raise ConfigError(f"memory_limit={memory_limit!r}; needed a number of bytes, or text such as 8GiB")
-        return cls(int(check_number("memory_limit", memory_limit, low=1)))
+        return cls(None if memory_limit is None else parse_bytes("memory_limit", memory_limit))
 
     def room(self, share: float = 0.5) -> int:
         """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""
@@ -46,7 +39,7 @@ class Budget:
         return self if self.limit is None else Budget(self.limit - self.room() // 2)
 
     def at_least(self, num_bytes: int) -> "Budget":
-        """This budget, or a larger one where that leaves less room than so many bytes, which are needed in any case."""
+        """A budget with room for so many bytes, which are needed in any case: itself, or a larger one."""
         return self if self.limit is None else Budget(max(self.limit, process_memory() + num_bytes + _NOISE_BYTES))
 
     def require(self, num_bytes: float, what: str, advice: str, share: float = 1.0) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, SupportsIndex, TypeVar
+from typing import Annotated, Any, Literal, SupportsIndex, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
@@ -23,6 +23,11 @@ def _as_int(value: object) -> object:
 
 
 Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
+
+
+def _as_limit(value: object) -> object:
+    """Take the limit of a ``Budget``."""
+    return getattr(value, "limit", value)
 
 
 def _as_location(value: object) -> object:
@@ -43,7 +48,7 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     seen = {"zarr.json": "zarr.json"}
     for name in groups:
         if seen.setdefault(name.casefold(), name) != name or name == "zarr.json":
-            raise ValueError(f"the name {name!r} would be the folder of {seen[name.casefold()]!r}")
+            raise ValueError(f"the name {name!r} would share the folder of {seen[name.casefold()]!r}")
     return groups
 
 
@@ -57,7 +62,7 @@ class Spec(BaseModel):
 
 
 class FactorySpec(Spec):
-    """A callable as import string ``package.module:name``, searched beside the workflow file first; its arguments."""
+    """A callable by its import string ``package.module:name``, which is searched beside the workflow file first."""
 
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
     arguments: dict[str, Any] = {}
@@ -108,7 +113,7 @@ class RunSpec(Spec):
 
     # Bytes that the process may use, Python and torch included; a number or text such as `8GiB`. Default 70 % of what
     # is available. For `scheduler: local` the bytes of all processes together, for an address those of each.
-    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
+    memory_limit: Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(_as_limit)] = None
     device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU if any
     # Single-threaded workers in this process, or processes for `scheduler: local`; default one per core, on a GPU one.
     # Any other scheduler brings its own workers.
@@ -124,19 +129,23 @@ class ClusterSpec(Spec):
 
     Attributes
     ----------
-    workers, device
-        Number of workers, each single-threaded on a CPU or with a GPU of its own, and their device.
+    workers
+        Number of workers, each single-threaded on a CPU or with its own GPU.
+    device
+        Device of the workers, ``"cpu"`` or ``"cuda"``.
     flops_per_second
         Rate of one worker's matrix products in ``accumulate_dtype``; default that of this machine, if it has such a
         device.
     memory_limit
-        Bytes of one worker: of its process, Python and torch included, or free on its GPU; a number or text such as
-        ``8GiB``. Plans use 85 % of it. Default that of a worker on this machine, if it has such a device.
+        Bytes of one worker: those of its process, Python and torch included, or those free on its GPU. A number, or
+        text such as ``8GiB``; plans use 85 % of it. Default that of a worker on this machine, if it has such a device.
     write_bytes_per_second
         Write rate of the store for all workers together; a number or text such as ``500MB``. By default writing is
         assumed to be faster than computing.
-    price, currency
-        Price of one worker per hour, and its currency, printed as it is.
+    price
+        Price of one worker per hour.
+    currency
+        Currency of the price, printed as it is.
     """
 
     workers: Positive
@@ -236,26 +245,28 @@ def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: 
     try:
         return spec.model_validate(values)
     except ValidationError as error:
-        _raise_config_error(error, spec, source, tree)
+        problems = [_problem(item, spec, source, tree) for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
 
 
-def _raise_config_error(error: ValidationError, spec: type[Spec], source: str, tree: yaml.Node | None) -> NoReturn:
-    problems = []
-    for item in error.errors():
-        location = item["loc"]
-        name, line = ".".join(map(str, location)), _line_of(tree, location)
-        where = f"{source}, line {line}" if line else source
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(spec, location[:-1])
-            close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-            problems.append(
-                f"{where}: unknown key {name!r}; the nearest known key is {close[0]!r} (known: {', '.join(known)})"
-            )
-        elif item["type"] == "missing":
-            problems.append(f"{where}: {name!r} is missing")
-        else:
-            problems.append(f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    raise ConfigError("\n".join(problems)) from error
+def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
+    """The spec that is made of the arguments of a public function that have the names of its fields."""
+    given = {name: value for name, value in arguments.items() if name in spec.model_fields and value is not None}
+    return parse(spec, given, source="arguments")
+
+
+def _problem(item: Any, spec: type[Spec], source: str, tree: yaml.Node | None) -> str:
+    """One error of pydantic in words."""
+    location = item["loc"]
+    name, line = ".".join(map(str, location)), _line_of(tree, location)
+    where = f"{source}, line {line}" if line else source
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(spec, location[:-1])
+        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)[0]
+        return f"{where}: unknown key {name!r}; the nearest known key is {close!r} (known: {', '.join(known)})"
+    if item["type"] == "missing":
+        return f"{where}: {name!r} is missing"
+    return f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
 def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
@@ -293,9 +304,9 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
     return number
 
 
-def parse_bytes(name: str, text: str) -> int:
-    """Parse a number of bytes such as ``8GiB``, else raise ConfigError."""
+def parse_bytes(name: str, value: Any) -> int:
+    """Parse a number of bytes, or text such as ``8GiB``; raise ConfigError for anything else."""
     try:
-        return int(_BYTES.validate_python(text))
+        return int(_BYTES.validate_python(str(value) if isinstance(value, bool) else value))
     except ValidationError:
-        raise ConfigError(f"{name}={text!r}; needed a number of bytes, or text such as 8GiB") from None
+        raise ConfigError(f"{name}={value!r}; needed a number of bytes, or text such as 8GiB") from None

@@ -27,7 +27,7 @@ class DataError(NtkpipeError, ValueError):
 
 
 class NonFiniteError(NtkpipeError, ArithmeticError):
-    """NaN or infinity in inputs, parameters, outputs, Jacobians or tiles. Nothing of it was written."""
+    """NaN or infinity in inputs, parameters, outputs, Jacobians or tiles. What holds them was not written."""
 
 
 class SelfCheckError(NtkpipeError, ArithmeticError):

@@ -22,7 +22,7 @@ class Span:
         return [Span(start, min(start + size, self.stop)) for start in range(self.start, self.stop, size)]
 
     def batches(self, size: int) -> list["Span"]:
-        """Cut as :meth:`cut`, but join a last span of a single sample to the one before it."""
+        """The spans of :meth:`cut`, with a last one of a single sample joined to the one before it."""
         spans = self.cut(size)  # some backward passes of torch 2.13 on the CPU are wrong for a batch of one
         if len(spans) > 1 and len(spans[-1]) == 1:
             spans[-2:] = [Span(spans[-2].start, spans[-1].stop)]

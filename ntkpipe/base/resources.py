@@ -37,16 +37,6 @@ def process_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def memory_room(memory_limit: int | None, share: float = 0.5) -> int:
-    """Bytes left of ``memory_limit``, negative if exceeded; without a limit a share of the available memory."""
-    return int(share * available_memory()) if memory_limit is None else memory_limit - process_memory()
-
-
-def half_of_room(memory_limit: int | None) -> int | None:
-    """Memory limit for each of two users of the room that is left; None stays None."""
-    return None if memory_limit is None else memory_limit - memory_room(memory_limit) // 2
-
-
 def peak_process_memory() -> int:
     """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,7 +15,7 @@ TableRows = list[tuple[str, str]]  # (quantity, value) pairs
 def as_table(rows: Sequence[tuple[str, str]]) -> str:
     """(quantity, value) pairs as aligned text, for ``print``."""
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return printable("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -50,7 +50,7 @@ def _text(text: str) -> Text:
 
 
 def printable(text: str) -> str:
-    """Spell out control characters, as in untrusted names of a store."""
+    """Spell out control characters, such as those in untrusted names of a store."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

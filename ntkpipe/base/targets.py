@@ -52,7 +52,7 @@ class Targets:
         return (outputs[:, 0] > 0).astype(np.int64) if self.is_binary else outputs.argmax(axis=1)
 
     def accuracy(self, outputs: NDArray[np.float64]) -> float | None:
-        """Share of samples whose class is the predicted one; None for real targets. An unknown class counts as wrong."""
+        """Share of samples whose class is the predicted one; None for real targets. Unknown classes are wrong."""
         return None if self.codes is None else float(np.mean(self.predicted(outputs) == self.codes))
 
     def loss(self, outputs: NDArray[np.float64]) -> float:

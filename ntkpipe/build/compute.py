@@ -1,14 +1,18 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
-from ntkpipe.base.config import KernelSpec
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.grid import default_tile
+from ntkpipe.base.tables import as_table
 from ntkpipe.build.matching import (
     require_made_from_model,
     require_same,
@@ -16,13 +20,13 @@ from ntkpipe.build.matching import (
     require_same_function,
 )
 from ntkpipe.build.plan import Plan
-from ntkpipe.build.prepare import kernel_spec, prepare, reuse_choices, run_spec, time_jacobians
+from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
-from ntkpipe.jacobian.parameter_report import ParameterReport, report_of
+from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.mending.growth import end_growth, is_larger, undo_cut_growth
@@ -32,6 +36,42 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+@dataclass(frozen=True)
+class Request:
+    """A kernel that is asked for, by arguments of a public function or by a workflow file."""
+
+    model: nn.Module
+    train: Samples
+    test: Samples | None
+    kernel: KernelSpec
+    run: RunSpec
+    store: str | Path
+    forward: Forward = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Request":
+        """The request that the arguments of a public function make."""
+        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
+        samples = (arguments[name] for name in ("inputs", "targets", "test_inputs", "test_targets"))
+        model, store, forward = (arguments[name] for name in ("model", "store", "forward"))
+        return cls(model, *train_and_test(*samples), kernel, run, store, forward)
+
+
+def train_and_test(
+    inputs: object, targets: object = None, test_inputs: object = None, test_targets: object = None
+) -> tuple[Samples, Samples | None]:
+    """Train and test samples, as they are given."""
+    train = as_samples(inputs, targets)
+    if test_inputs is None:
+        if test_targets is not None:
+            raise DataError("test_targets were given without test_inputs")
+        return train, None
+    test = as_samples(test_inputs, test_targets, label="test_inputs")
+    require_same_arrays(train, test, "test_inputs")
+    return train, test
+
+
+@checked
 def compute_kernel(
     model: nn.Module,
     inputs: object,
@@ -41,14 +81,14 @@ def compute_kernel(
     targets: object = None,
     test_inputs: object = None,
     test_targets: object = None,
-    forward: Forward = None,
-    parameters: Sequence[str] | None = None,
-    groups: Mapping[str, Sequence[str] | None] | None = None,
-    compute_dtype: str = "float32",
-    accumulate_dtype: str | None = None,
-    store_dtype: str | None = None,
+    forward: "Forward" = None,
+    parameters: str | Sequence[str] | None = None,
+    groups: Mapping[str, str | Sequence[str]] | None = None,
+    compute_dtype: ComputeDtype = "float32",
+    accumulate_dtype: RealDtype | None = None,
+    store_dtype: RealDtype | None = None,
     tile: int | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: MemoryLimit = None,
     device: str | None = None,
     self_check: bool = True,
     mode: Mode = "a",
@@ -56,7 +96,7 @@ def compute_kernel(
     client: "Client | None" = None,
     code: str | Path | None = None,
     workers: int | None = None,
-    jacobian: str = "structured",
+    jacobian: Literal["structured", "fallback"] = "structured",
     progress: bool = True,
 ) -> KernelStore:
     """Compute an empirical neural tangent kernel into a store, or resume one.
@@ -73,44 +113,48 @@ def compute_kernel(
     store
         Path or URL of the store.
     kind
-        ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or ``"ntk"``
-        (N*O x N*O); conventions in :mod:`ntkpipe.base.kinds`.
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or
+        ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.
     targets
-        N targets along the first axis; stored for later use with the kernel.
-    test_inputs, test_targets
-        M more samples: adds the test x train kernel and the diagonal blocks of the test samples.
+        Targets of the N samples, along the first axis; stored for later use with the kernel.
+    test_inputs
+        M test samples, which add the test x train kernel and the diagonal blocks of the test samples.
+    test_targets
+        Targets of the M test samples.
     forward
         Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
     parameters
-        Shell-style patterns of parameter names, as ``"head.*"``; default all that require a gradient.
+        Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.
     groups
-        Name → patterns among those parameters, disjoint: adds a kernel of each group from the same pass, as
-        ``store.group(name).train``. If the groups cover all parameters, their kernels sum to the whole.
-    compute_dtype, accumulate_dtype, store_dtype
-        dtype of forward pass and Jacobians: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"tf32"`` (float32 whose
-        products on a GPU may be TF32); of products and sums over parameters, never TF32, default ``compute_dtype`` but
-        at least float32; of the stored matrix, default ``accumulate_dtype``.
+        Groups of those parameters (name → patterns, disjoint), each of which gets a kernel from the same pass. It is
+        ``store.group(name).train``; if the groups cover all parameters, their kernels sum to the whole.
+    compute_dtype
+        dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.
+    accumulate_dtype
+        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32. Never TF32.
+    store_dtype
+        dtype of the stored matrix; default ``accumulate_dtype``.
     tile
         Samples along the edge of a tile (one file); default about 2048 rows.
     memory_limit
-        Bytes, or text as ``"8GiB"``, that this process may use; default 70 % of what is free.
+        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     self_check
         Compare the engine with plain ``torch.func`` on three samples before the first tile.
     mode
-        As in Zarr: ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates.
+        ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates; these are the modes of Zarr.
     grow
-        Add samples to a smaller store, at the end or as a first test set: computes only new tiles, keeps stored bits.
+        Add samples to a smaller store, at the end or as a first test set. Only new tiles are computed.
     client
-        A ``distributed.Client`` whose workers compute the blocks and write to the store, which must be on a disk that
-        they share or at a URL. Default threads of this process.
+        A ``distributed.Client`` whose workers compute the blocks and write to the store. The store must be on a disk
+        that they share, or at a URL. Default threads of this process.
     code
         Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
     workers
         Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
     jacobian
-        ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
+        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
     progress
         Show a progress bar on standard error.
 
@@ -129,22 +173,30 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    if mode not in {"a", "w", "w-"}:
-        raise ConfigError(f"mode={mode!r}; needed 'a' (create or resume), 'w' (start over) or 'w-' (only create)")
+    return compute(Request.of(locals()), mode=mode, grow=grow, client=client, code=code, progress=progress)
+
+
+def compute(
+    request: Request,
+    *,
+    mode: Mode = "a",
+    grow: bool = False,
+    client: "Client | None" = None,
+    code: str | Path | None = None,
+    progress: bool = True,
+) -> KernelStore:
+    """Compute or resume what is asked for; see :func:`compute_kernel`."""
     if grow and mode != "a":
         raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
-    types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
-    spec = kernel_spec(kind=kind, parameters=parameters, groups=groups or {}, tile=tile, jacobian=jacobian, **types)
-    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
-    medium = medium_at(store)
+    medium = medium_at(request.store)
     existing = prepare_path(medium, mode) if mode != "w" else None
     if existing is not None:
         undo_cut_growth(existing)
-        spec = _with_tile_of(existing, spec)
-    both = _as_both(inputs, targets, test_inputs, test_targets)
-    resources = find_resources(run, spec, client, code, progress)
+    spec = _spec_for(request, existing)
+    resources = find_resources(request.run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, *both, spec, forward=forward, device=resources.device, choose_tile=_tile_of(existing))
+        model, samples, tiles = request.model, (request.train, request.test), _tile_of(existing)
+        prepared = prepare(model, *samples, spec, forward=request.forward, device=resources.device, choose_tile=tiles)
         asked = manifest_of(model, prepared, *prepared.inspect())
         if existing is not None and grow and is_larger(existing.manifest, asked):
             require_made_from_model(existing, grows=True)
@@ -164,6 +216,17 @@ def compute_kernel(
         return KernelStore(settled.store)
 
 
+class PlannedKernel(NamedTuple):
+    """A plan, and how the Jacobian of each parameter is found; prints as a table."""
+
+    plan: Plan
+    parameters: tuple[ParameterReport, ...]
+
+    def __str__(self) -> str:
+        return as_table([*self.plan.rows(), *report_rows(self.parameters)])
+
+
+@checked
 def plan_kernel(
     model: nn.Module,
     inputs: object,
@@ -173,19 +236,19 @@ def plan_kernel(
     targets: object = None,
     test_inputs: object = None,
     test_targets: object = None,
-    forward: Forward = None,
-    parameters: Sequence[str] | None = None,
-    groups: Mapping[str, Sequence[str] | None] | None = None,
-    compute_dtype: str = "float32",
-    accumulate_dtype: str | None = None,
-    store_dtype: str | None = None,
+    forward: "Forward" = None,
+    parameters: str | Sequence[str] | None = None,
+    groups: Mapping[str, str | Sequence[str]] | None = None,
+    compute_dtype: ComputeDtype = "float32",
+    accumulate_dtype: RealDtype | None = None,
+    store_dtype: RealDtype | None = None,
     tile: int | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: MemoryLimit = None,
     device: str | None = None,
     workers: int | None = None,
-    jacobian: str = "structured",
+    jacobian: Literal["structured", "fallback"] = "structured",
     grow: bool = False,
-) -> tuple[Plan, tuple[ParameterReport, ...]]:
+) -> PlannedKernel:
     """Plan what :func:`compute_kernel` would do with the same arguments; reads five samples and writes nothing.
 
     Returns
@@ -196,16 +259,17 @@ def plan_kernel(
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
-    spec = kernel_spec(kind=kind, parameters=parameters, groups=groups or {}, tile=tile, jacobian=jacobian, **types)
-    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=False)
-    medium = medium_at(store)
+    return plan(Request.of(locals()), grow=grow)
+
+
+def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
+    """Plan what is asked for; see :func:`plan_kernel`."""
+    medium = medium_at(request.store)
     existing = prepare_path(medium, "a")
-    if existing is not None:
-        spec = _with_tile_of(existing, spec)
-    train, test = _as_both(inputs, targets, test_inputs, test_targets)
+    model, train, test, run = request.model, request.train, request.test, request.run
+    spec, tiles = _spec_for(request, existing), _tile_of(existing)
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=_tile_of(existing))
+        prepared = prepare(model, train, test, spec, forward=request.forward, device=run.device, choose_tile=tiles)
         asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
         engine, left = prepared.engine, None
         if existing is not None:
@@ -213,30 +277,20 @@ def plan_kernel(
             if is_larger(existing.manifest, asked):
                 left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
             engine = reuse_choices(engine, existing.manifest.choices, medium.root)
-        plan = plan_store(prepared, engine, asked, existing, medium, run, left=left)
-        return time_jacobians(plan, prepared, engine), report_of(engine)
+        planned = plan_store(prepared, engine, asked, existing, medium, run, left=left)
+        return PlannedKernel(time_jacobians(planned, prepared, engine), report_of(engine))
 
 
-def _with_tile_of(existing: Store, spec: KernelSpec) -> KernelSpec:
-    """Ask for the store's tile where that was cut to the samples of a first, smaller run."""
+def _spec_for(request: Request, existing: Store | None) -> KernelSpec:
+    """The kernel's spec, with the store's tile where that was cut to the samples of a first, smaller run."""
+    spec = request.kernel
+    if existing is None or spec.tile is None:
+        return spec
     manifest = existing.manifest
     first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    is_same = spec.tile is not None and min(spec.tile, first) == manifest.tile
+    is_same = min(spec.tile, first) == manifest.tile
     return spec.model_copy(update={"tile": manifest.tile}) if is_same else spec
 
 
 def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:
     return default_tile if existing is None else lambda *_: existing.manifest.tile
-
-
-def _as_both(
-    inputs: object, targets: object, test_inputs: object, test_targets: object
-) -> tuple[Samples, Samples | None]:
-    train = as_samples(inputs, targets)
-    if test_inputs is None:
-        if test_targets is not None:
-            raise DataError("test_targets were given without test_inputs")
-        return train, None
-    test = as_samples(test_inputs, test_targets, label="test_inputs")
-    require_same_arrays(train, test, "test_inputs")
-    return train, test

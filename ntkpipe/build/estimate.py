@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds
 from ntkpipe.build.planner import make_plan
 
@@ -65,21 +67,16 @@ class ClusterEstimate:
         return {
             **self.cluster.model_dump(mode="json"),
             "blocks": self.plan.num_tasks,
-            "block_seconds": self.block_seconds,
-            "bytes_to_write": self.plan.bytes_to_write,
-            "recompute_factor": self.plan.recompute_factor,
-            "memory_bytes": self.plan.memory_bytes,
-            "compute_seconds": self.compute_seconds,
-            "balance_seconds": self.balance_seconds,
-            "write_seconds": self.write_seconds,
+            **{name: getattr(self.plan, name) for name in ("bytes_to_write", "recompute_factor", "memory_bytes")},
+            **{
+                f"{part}_seconds": getattr(self, f"{part}_seconds") for part in ("block", "compute", "balance", "write")
+            },
             "start_seconds": START_SECONDS,
-            "seconds": self.seconds,
-            "cost": self.cost,
-            "binds": self.binds,
+            **{name: getattr(self, name) for name in ("seconds", "cost", "binds")},
             "problems": list(self.plan.problems),
         }
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> TableRows:
         """The estimate as (quantity, value) in words."""
         cluster, plan = self.cluster, self.plan
         rate, disk = cluster.write_bytes_per_second, "no rate of the disk is given"
@@ -103,7 +100,11 @@ class ClusterEstimate:
             rows.append(("cost", f"{self.cost:,.2f} {cluster.currency}".rstrip()))
         return [*rows, *(("does not fit", problem) for problem in plan.problems)]
 
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
+
+@checked
 def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> ClusterEstimate:
     """Estimate what the work of a plan would take on a described cluster.
 
@@ -153,7 +154,7 @@ def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
     found = machine.device.partition(":")[0]
     if missing and found != cluster.device:
         raise ConfigError(
-            f"cluster.device={cluster.device!r}, but this plan was made on {found}, whose numbers say nothing of it; "
+            f"cluster.device={cluster.device!r}, but this plan was made on {found}, whose numbers do not apply to it; "
             f"give {' and '.join(f'cluster.{name}' for name in missing)} as well"
         )
     return cluster.model_copy(update={name: here[name] for name in missing})

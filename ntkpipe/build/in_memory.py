@@ -5,22 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.planes import array_of
 from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
 from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.prepare import Prepared, kernel_spec, plan_run, prepare, run_spec
+from ntkpipe.build.prepare import Prepared, plan_run, prepare
 from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
-from ntkpipe.build.run import checked, exact_single_thread
+from ntkpipe.build.run import exact_single_thread, self_checked
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
@@ -31,35 +33,62 @@ from ntkpipe.store.layout import Index
 _SHARE_OF_MEMORY = 0.8
 
 
+@checked
 def kernel_matrix(
     model: nn.Module,
     inputs: object,
     other: object = None,
     *,
     kind: str = "pntk",
-    forward: Forward = None,
-    parameters: Sequence[str] | None = None,
-    compute_dtype: str = "float32",
-    accumulate_dtype: str | None = None,
-    store_dtype: str | None = None,
+    forward: "Forward" = None,
+    parameters: str | Sequence[str] | None = None,
+    compute_dtype: ComputeDtype = "float32",
+    accumulate_dtype: RealDtype | None = None,
+    store_dtype: RealDtype | None = None,
     tile: int | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: MemoryLimit = None,
     device: str | None = None,
     self_check: bool = True,
     workers: int | None = None,
-    jacobian: str = "structured",
+    jacobian: Literal["structured", "fallback"] = "structured",
     progress: bool = False,
 ) -> NDArray[Any]:
     """Compute a kernel in memory, without a store.
 
     Parameters
     ----------
-    model, inputs, kind, forward, parameters, compute_dtype, accumulate_dtype, store_dtype, tile
-        As for :func:`ntkpipe.compute_kernel`; ``store_dtype`` is the dtype of the result.
+    model
+        A module in eval mode; it is copied.
+    inputs
+        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     other
-        Other samples for the columns; default the inputs themselves.
-    memory_limit, device, self_check, workers, jacobian, progress
-        As for :func:`ntkpipe.compute_kernel`.
+        M other samples for the columns; default the inputs themselves.
+    kind
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"``, ``"diagonal"`` or ``"ntk"``.
+    forward
+        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
+    parameters
+        Shell-style patterns of parameter names; default all that require a gradient.
+    compute_dtype
+        dtype of forward pass and Jacobians.
+    accumulate_dtype
+        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32.
+    store_dtype
+        dtype of the result; default ``accumulate_dtype``.
+    tile
+        Samples along the edge of what one worker computes at a time; default what gives every worker something to do.
+    memory_limit
+        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
+    device
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+    self_check
+        Compare the engine with plain ``torch.func`` on three samples before the first tile.
+    workers
+        Threads, each with single-threaded arithmetic; default one per core.
+    jacobian
+        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
+    progress
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -71,9 +100,8 @@ def kernel_matrix(
     ResourceError
         If the matrix does not fit in memory.
     """
-    types = {"compute_dtype": compute_dtype, "accumulate_dtype": accumulate_dtype, "store_dtype": store_dtype}
-    spec = kernel_spec(kind=kind, parameters=parameters, tile=tile, jacobian=jacobian, **types)
-    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
+    given = locals()
+    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     # Columns are the train samples: a symmetric kernel is train x train, another one test x train.
     train, test = as_samples(inputs, with_targets=False), None
     if other is not None:
@@ -100,7 +128,7 @@ class SettledMatrix:
 def prepare_matrix(
     model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
 ) -> Prepared:
-    """As :func:`ntkpipe.build.prepare.prepare`, in tiles just small enough to occupy every worker."""
+    """Prepare a kernel in tiles that are just small enough to occupy every worker."""
     # A GPU has one worker.
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
     choose_tile = partial(matrix_tile, num_workers=num_workers)
@@ -128,7 +156,7 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
 
     plan = planned()
     if run.self_check:
-        engine, _ = checked(prepared, engine, plan)
+        engine, _ = self_checked(prepared, engine, plan)
         if engine.representations != prepared.engine.representations:
             plan = planned()
     return SettledMatrix(prepared, engine, plan, name, grid)
@@ -160,27 +188,27 @@ def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
     return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
 
 
+@dataclass(frozen=True)
 class _MatrixSink:
     """Puts tiles into matrices in memory, mirrored if symmetric, and drops outputs."""
 
-    def __init__(self, matrices: dict[str, NDArray[Any]], grid: Grid) -> None:
-        self._matrices = matrices
-        self._grid = grid
+    matrices: dict[str, NDArray[Any]]  # by array
+    grid: Grid
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether it need not be computed: true for outputs, false for tiles."""
-        return array not in self._matrices
+        return array not in self.matrices
 
     def place(self, array: str, index: Index) -> NDArray[Any] | None:
         """The tile's part of the matrix."""
-        return self._matrices[array][self._region(index)] if array in self._matrices else None
+        return self.matrices[array][self._region(index)] if array in self.matrices else None
 
     def _region(self, index: Index) -> tuple[slice, slice]:
-        rows, columns = self._grid.rows.rows(index[0]), self._grid.columns.rows(index[1])
+        rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
         return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Mirror a tile, which was computed in place."""
-        if array in self._matrices and self._grid.symmetric and index[0] != index[1]:
+        if array in self.matrices and self.grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
-            self._matrices[array][columns, rows] = values.T
+            self.matrices[array][columns, rows] = values.T

@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.base.config import check_number
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.config import ComputeDtype, KernelSpec, check_number, spec_of
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
-from ntkpipe.build.prepare import Prepared, kernel_spec, prepare
+from ntkpipe.build.prepare import Prepared, prepare
 from ntkpipe.build.run import exact_single_thread
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import as_samples
@@ -26,15 +27,11 @@ _NUM_PROBES = 32  # random sign vectors for the Frobenius norm
 
 
 class JacobianOperator(Operator):
-    """The kernel of a model and samples, never formed: ``K v = J (J' v)``.
+    """The kernel of a model and samples, never formed: ``K v = J (J' v)``."""
 
-    A product is, for each column, one vector-Jacobian and one Jacobian-vector product a batch, each with its forward
-    pass, in the compute dtype; sums over batches are float64. That pays where few products are needed, or where no disk
-    holds the matrix. Memory is one batch and two vectors of all parameters in float64.
-
-    The diagonal is exact, by one pass of per-sample Jacobians. The Frobenius norm, which :meth:`storage_floor` needs,
-    is estimated from 32 products with random signs: its standard error is at most an eighth.
-    """
+    # A product is, for each column, one vector-Jacobian and one Jacobian-vector product a batch, each with its forward
+    # pass, in the compute dtype; sums over batches are float64. The diagonal is exact, by one pass of per-sample
+    # Jacobians. The Frobenius norm, which :meth:`storage_floor` needs, is estimated from 32 products with random signs.
 
     def __init__(self, prepared: Prepared, *, batch: int, identity: str, step: Callable[[], None]) -> None:
         kind, model = prepared.kind, prepared.model
@@ -92,28 +89,42 @@ class JacobianOperator(Operator):
         return torch.cat(parts).numpy()
 
 
+@checked
 def jacobian_operator(
     model: nn.Module,
     inputs: object,
     *,
     kind: str = "pntk",
-    forward: Forward = None,
-    parameters: Sequence[str] | None = None,
-    compute_dtype: str = "float64",
+    forward: "Forward" = None,
+    parameters: str | Sequence[str] | None = None,
+    compute_dtype: ComputeDtype = "float64",
     batch: int = 64,
     device: str | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> JacobianOperator:
     """The kernel as an operator for solvers, without a matrix anywhere.
 
+    This pays where few products are needed, or where no disk holds the matrix. Memory is one batch and two vectors of
+    all parameters in float64. The Frobenius norm is an estimate with a standard error of at most an eighth.
+
     Parameters
     ----------
-    model, inputs, kind, forward, parameters, device
-        As for :func:`ntkpipe.compute_kernel`.
+    model
+        A module in eval mode; it is copied.
+    inputs
+        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
+    kind
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
+    forward
+        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
+    parameters
+        Shell-style patterns of parameter names; default all that require a gradient.
     compute_dtype
         dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
     batch
         Samples of one forward pass, at least 2.
+    device
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     step
         Called after each batch of each product.
 
@@ -124,8 +135,8 @@ def jacobian_operator(
     SelfCheckError
         If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
     """
+    spec = spec_of(KernelSpec, locals())
     check_number("batch", batch, low=2)
-    spec = kernel_spec(kind=kind, parameters=parameters, compute_dtype=compute_dtype)
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
     with exact_single_thread(spec.compute_dtype):

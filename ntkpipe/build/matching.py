@@ -41,7 +41,7 @@ def _short(value: object) -> str:
 
 
 def require_same_but_samples(store: Store, asked: Manifest, *, grow: bool) -> None:
-    """As :func:`require_same`, but ignore fingerprints of samples, which a plan does not read, and sizes that grow."""
+    """Do as :func:`require_same` without fingerprints of samples, which a plan does not read, and sizes that grow."""
     stored = store.manifest
     if grow and is_larger(stored, asked):
         sized = {"num_samples": stored.train.num_samples}
@@ -101,7 +101,7 @@ def _first_difference(store: Store, split: str, samples: Samples) -> str:
                 pairs.append((targets[start:stop], store.arrays[f"targets/{split}"].read_samples(start, stop)))
             for number in range(stop - start):
                 if any(not np.array_equal(one[number], other[number]) for one, other in pairs):
-                    return f"sample {start + number} or its target is another one"
+                    return f"sample {start + number} or its target differs"
     except TileError as error:
         return f"they differ ({error})"
     return "the bits of their zeros differ"
@@ -126,7 +126,7 @@ def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[C
     if gap > _OUTPUT_TOLERANCE[store.manifest.compute_dtype] * scale:
         raise StoreMismatchError(
             f"{store.root}: parameters and samples are those of the store, but outputs differ by {gap:.2g} (of "
-            f"{scale:.2g}): the model's forward pass or the forward hook is another one",
+            f"{scale:.2g}): the model's forward pass or the forward hook differs",
             (("outputs", stored[picked].tolist(), outputs.tolist()),),
         )
     tile, index = store.arrays[prepared.planes[0].array("kernel/train")], (first[0], first[0])

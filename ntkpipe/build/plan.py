@@ -7,6 +7,7 @@ from typing import Any
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
 from ntkpipe.store.manifest import Choices
@@ -64,19 +65,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class ClusterWorkers:
-    """The workers of a cluster, as they describe themselves before a run."""
-
-    processes: int
-    threads: int  # of each process
-    memory_limit: int  # bytes that one process may use
-    base_memory: int  # bytes that one process holds before the first block
-    flops_per_second: float  # rate of one thread's matrix products
-    device: str  # as torch names it
-    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
-
-
-@dataclass(frozen=True)
 class Machine:
     """The hardware that a run may use."""
 
@@ -88,6 +76,7 @@ class Machine:
     device: str = "cpu"  # as torch names it
     processes: int = 1  # this one, or the workers of a cluster
     is_remote: bool = False  # whether they are workers of a cluster, whose number of threads is fixed
+    arithmetic: str = ""  # of workers of a cluster; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
     @property
     def num_workers(self) -> int:
@@ -119,7 +108,7 @@ class Plan:
     tiles_done: int = 0  # tiles that exist already
     bytes_to_write: int = 0  # bytes of the missing tiles and outputs, and of the samples
     problems: tuple[str, ...] = ()  # why it cannot run on this machine, each with both numbers; empty where it can
-    # Time of one worker for a sample's Jacobians, as measured; if None, their operations count as matrix products
+    # Measured time of one worker for a sample's Jacobians; if None, their operations count as matrix products
     sample_seconds: float | None = None
     is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 
@@ -178,27 +167,19 @@ class Plan:
         return {
             "tile": self.workload.tile,
             "tiles": self.workload.num_tiles,
-            "tiles_done": self.tiles_done,
             "planes": self.workload.num_planes,
             "blocks": self.num_tasks,
-            "strip": self.strip,
-            "subtile": self.subtile,
-            "batch": self.batch,
             "workers": self.machine.num_workers,
             "processes": self.machine.processes,
-            "bytes_to_write": self.bytes_to_write,
-            "free_disk_bytes": self.machine.free_disk,
-            "flops": self.flops,
-            "jacobian_flops": self.jacobian_flops,
-            "recompute_factor": self.recompute_factor,
-            "memory_bytes": self.memory_bytes,
             "memory_limit": self.machine.memory_limit,
-            "seconds": self.seconds,
-            "sample_seconds": self.sample_seconds,
+            "free_disk_bytes": self.machine.free_disk,
+            **{name: getattr(self, name) for name in ("strip", "subtile", "batch", "tiles_done", "bytes_to_write")},
+            **{name: getattr(self, name) for name in ("flops", "jacobian_flops", "recompute_factor", "memory_bytes")},
+            **{name: getattr(self, name) for name in ("seconds", "sample_seconds")},
             "problems": list(self.problems),
         }
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> TableRows:
         """The plan as (quantity, value) in words."""
         load, machine = self.workload, self.machine
         kernels = ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in load.grids.items())
@@ -224,6 +205,9 @@ class Plan:
             ("time", f"about {format_seconds(self.seconds)}{timed}"),
             *(("does not fit", problem) for problem in self.problems),
         ]
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
 
 def format_seconds(seconds: float) -> str:

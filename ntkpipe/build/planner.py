@@ -47,7 +47,7 @@ def make_plan(
             f"{format_bytes(machine.base_memory)} are in use already; the limit is "
             f"{format_bytes(machine.memory_limit)}. {remedy}, or use a smaller tile (now {workload.tile} samples, "
             f"{format_bytes(workload.tile_bytes)})"
-            + ("" if choices is None else "; this store was begun with more memory, and its strips are kept")
+            + ("" if choices is None else "; this store was begun with more memory and keeps its strips")
         )
     if machine.free_disk is not None and bytes_to_write > machine.free_disk:
         problems.append(

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec, parse
+from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
-from ntkpipe.build.plan import ClusterWorkers, Machine, Plan, Workload
+from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.build.planner import make_plan
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
@@ -77,16 +77,6 @@ class Prepared:
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
 
 
-def kernel_spec(**arguments: object) -> KernelSpec:
-    """Validate the arguments of a public function that say what is computed."""
-    return parse(KernelSpec, arguments, source="kernel arguments")
-
-
-def run_spec(**arguments: object) -> RunSpec:
-    """Validate the arguments of a public function that say what a run may use."""
-    return parse(RunSpec, arguments, source="run arguments")
-
-
 def loader(model: FunctionalModel, samples: Samples) -> Load:
     """A function that loads any samples as a batch on the model's device."""
 
@@ -130,8 +120,8 @@ def prepare(
     count = num_planes(spec.kind, num_outputs, len(groups))
     if count > MAX_PLANES:
         raise ConfigError(
-            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels beside each "
-            f"other; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
+            f"kind={spec.kind!r} of {num_outputs} outputs and {len(groups)} groups are {count} kernels side by "
+            f"side; at most {MAX_PLANES} are possible. Pick outputs by the forward hook"
         )
     chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
     chosen = min(chosen, train.num_samples)
@@ -153,7 +143,7 @@ def prepare(
     return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen, groups)
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: ClusterWorkers | None = None) -> Engine:
+def reuse_choices(engine: Engine, choices: Choices, path: Path | str, cluster: Machine | None = None) -> Engine:
     """The engine with the choices that an existing store recorded."""
     engine = engine.reusing(choices.representations)
     if engine.representations != choices.representations:
@@ -162,7 +152,7 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: C
             f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
             (("choices.representations", choices.representations, engine.representations),),
         )
-    device, arithmetic = where_computed(engine, workers)
+    device, arithmetic = where_computed(engine, cluster)
     if (device, arithmetic) != (choices.device, choices.arithmetic):
         warnings.warn(
             f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
@@ -172,10 +162,10 @@ def reuse_choices(engine: Engine, choices: Choices, path: Path | str, workers: C
     return engine
 
 
-def where_computed(engine: Engine, workers: ClusterWorkers | None) -> tuple[str, str]:
+def where_computed(engine: Engine, cluster: Machine | None) -> tuple[str, str]:
     """Type of the computing device, here or on the workers, and what decides the last bits there."""
-    if workers is not None:
-        return torch.device(workers.device).type, workers.arithmetic
+    if cluster is not None:
+        return torch.device(cluster.device).type, cluster.arithmetic
     return engine.model.device.type, describe_arithmetic(engine.model.device)
 
 
@@ -190,7 +180,7 @@ def plan_run(
     tiles_done: int = 0,
     bytes_to_write: int | None = None,
     result_bytes: int = 0,
-    workers: ClusterWorkers | None = None,
+    cluster: Machine | None = None,
 ) -> Plan:
     """Measure the cost of Jacobians and the rate of this machine, and plan."""
     spec = prepared.spec
@@ -206,7 +196,11 @@ def plan_run(
         num_groups=len(prepared.groups),
     )
     disk = None if medium is None else medium.free_bytes()
-    machine = _cluster_machine(workers, run, disk) if workers else _this_machine(engine, run, result_bytes, disk)
+    if cluster is None:
+        machine = _this_machine(engine, run, result_bytes, disk)
+    else:
+        limit = min(cluster.memory_limit, run.memory_limit or cluster.memory_limit)
+        machine = replace(cluster, memory_limit=limit, free_disk=disk)
     return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
 
@@ -223,20 +217,6 @@ def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | N
         free_disk=disk,
         flops_per_second=engine.setup.rates.product,
         device=str(engine.model.device),
-    )
-
-
-def _cluster_machine(workers: ClusterWorkers, run: RunSpec, disk: int | None) -> Machine:
-    """A memory limit of the run applies to each worker that has a higher one."""
-    return Machine(
-        workers=workers.threads,
-        memory_limit=min(workers.memory_limit, run.memory_limit or workers.memory_limit),
-        base_memory=workers.base_memory,
-        free_disk=disk,
-        flops_per_second=workers.flops_per_second,
-        device=workers.device,
-        processes=workers.processes,
-        is_remote=True,
     )
 
 

@@ -105,7 +105,7 @@ class RunLog:
             "processes": machine.processes,
             "tiles": self._tiles,
             "seconds": seconds,
-            # If memory ran out, less than planned was used, and results agree with an undisturbed run to rounding only.
+            # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
             "batch": plan.batch,
             "batch_used": self._halvings.used["batch"],
             "subtile": plan.subtile,

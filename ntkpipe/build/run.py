@@ -19,7 +19,7 @@ from ntkpipe.base.config import ComputeDtype, RunSpec
 from ntkpipe.base.errors import Interrupted, ModelError, NtkpipeError, SelfCheckError, StoreFullError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.matching import require_same
-from ntkpipe.build.plan import ClusterWorkers, Plan
+from ntkpipe.build.plan import Machine, Plan
 from ntkpipe.build.prepare import Prepared, plan_run, reuse_choices, where_computed
 from ntkpipe.build.records import RunLog
 from ntkpipe.build.tiles import BuildJob, StripCache
@@ -91,7 +91,7 @@ def first_of(prepared: Prepared, stored: Manifest) -> Prepared:
     return replace(prepared, train=train, test=test)
 
 
-def checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
+def self_checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
     """Run the self-check within the memory of a plan; its samples are new to the model, which may raise there."""
     try:
         memory = plan.machine.memory_limit - plan.machine.base_memory
@@ -113,7 +113,7 @@ def plan_store(
     medium: Medium,
     run: RunSpec,
     *,
-    workers: ClusterWorkers | None = None,
+    cluster: Machine | None = None,
     left: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan what a store lacks; ``left`` counts the chunks to write, by default all missing ones."""
@@ -126,7 +126,7 @@ def plan_store(
         done += layout.num_chunks - chunks if layout.grid is not None else 0
     choices = None if existing is None else existing.manifest.choices
     sizes = {"tiles_done": done, "bytes_to_write": to_write}
-    return plan_run(prepared, engine, run, prepared.grids(), medium=medium, choices=choices, workers=workers, **sizes)
+    return plan_run(prepared, engine, run, prepared.grids(), medium=medium, choices=choices, cluster=cluster, **sizes)
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,19 @@ def settle(
     left: Mapping[str, int] | None = None,
 ) -> Settled:
     """Plan, self-check, and create the store where there is none."""
-    run, workers, engine = resources.run, resources.workers, prepared.engine
+    run, cluster, engine = resources.run, resources.cluster, prepared.engine
 
     def planned() -> Plan:
-        plan = plan_store(prepared, engine, asked, existing, medium, run, workers=workers, left=left)
+        plan = plan_store(prepared, engine, asked, existing, medium, run, cluster=cluster, left=left)
         plan.require_fit()
         return plan
 
     if existing is not None:
-        engine = reuse_choices(engine, existing.manifest.choices, existing.root, workers)
+        engine = reuse_choices(engine, existing.manifest.choices, existing.root, cluster)
     plan = planned()
     started, check = perf_counter(), None
     if run.self_check:
-        engine, check = checked(prepared, engine, plan)
+        engine, check = self_checked(prepared, engine, plan)
         if existing is not None and engine.representations != existing.manifest.choices.representations:
             raise SelfCheckError(
                 f"{existing.root} was begun with Jacobians found as {existing.manifest.choices.representations}, which "
@@ -176,13 +176,13 @@ def settle(
     if existing is None:
         if mode == "w":
             prepare_path(medium, mode)
-        choices = plan.choices(engine.representations, *where_computed(engine, workers))
+        choices = plan.choices(engine.representations, *where_computed(engine, cluster))
         existing = Store.create(medium, asked.model_copy(update={"choices": choices}))
         require_same(existing, asked)
         if existing.manifest.choices != choices:
             # Another run created the store in the meantime; its choices count.
             plan = planned()
-    engine = reuse_choices(engine, existing.manifest.choices, existing.root, workers)
+    engine = reuse_choices(engine, existing.manifest.choices, existing.root, cluster)
     return Settled(existing, engine, plan, check, check_seconds)
 
 

@@ -333,7 +333,7 @@ class _Builder:
             raise NonFiniteError(
                 f"{array}: entries of {show_samples((span.start + np.flatnonzero(~finite)).tolist())} overflow "
                 f"{self._job.store_dtype} although their Jacobians are finite; use accumulate_dtype='float64' and "
-                "store_dtype='float64', or scale the model. None of it was written"
+                "store_dtype='float64', or scale the model. They were not written"
             )
 
     def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
@@ -363,8 +363,8 @@ class _Builder:
             if is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing of "
-                "them was written; correct those samples or the model"
+                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing "
+                "was written for them; correct those samples or the model"
             ) from error
         self._require_finite_block(block, split, span)
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
@@ -379,5 +379,5 @@ class _Builder:
         bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
         if bad:
             raise NonFiniteError(
-                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; nothing of them was written"
+                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; they were not written"
             )

@@ -7,7 +7,7 @@ dtype of the store, and a side stream copies it to pinned memory while the next 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +18,8 @@ Arrival = Callable[[], NDArray[Any]]  # waits in any thread until values are on 
 NUM_BUFFERS = 2  # one tile is computed while the previous one is copied and written
 
 
-class TileBuffers(Protocol):
-    """Tile memory of one worker; when a tile is taken, at most ``NUM_BUFFERS - 1`` sent before may still be in use."""
-
-    def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
-        """Uninitialised device memory for the next tile, in the dtype of the store."""
-
-    def send(self) -> Arrival:
-        """Send the tile that was taken last to the host, after all work queued so far."""
-
-    def fetch(self, values: Tensor) -> Arrival:
-        """Send any other values to the host."""
-
-
-def tile_buffers(device: torch.device, rows: int, dtype: np.dtype[Any]) -> TileBuffers:
-    """Buffers of a worker for tiles of at most (rows, rows)."""
+def tile_buffers(device: torch.device, rows: int, dtype: np.dtype[Any]) -> "HostTiles | DeviceTiles":
+    """Tile memory of one worker, of at most (rows, rows); at most ``NUM_BUFFERS - 1`` tiles sent are still in use."""
     return HostTiles(rows, dtype) if device.type == "cpu" else DeviceTiles(SideStream(device), rows, dtype)
 
 
@@ -46,7 +33,7 @@ class HostTiles:
         self._tile = self._buffers[0]
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
-        """See :meth:`TileBuffers.take`."""
+        """Uninitialised memory for the next tile, in the dtype of the store."""
         if place is None:
             number, self._turn = self._turn % NUM_BUFFERS, self._turn + 1
             if self._buffers[number].shape != self._shape:  # allocated when first needed
@@ -56,36 +43,13 @@ class HostTiles:
         return torch.from_numpy(place)
 
     def send(self) -> Arrival:
-        """See :meth:`TileBuffers.send`."""
+        """Send the tile that was taken last to the host, after all work queued so far."""
         tile = self._tile
         return lambda: tile
 
     def fetch(self, values: Tensor) -> Arrival:
-        """See :meth:`TileBuffers.fetch`."""
+        """Send any other values to the host."""
         return values.numpy
-
-
-class Event(Protocol):
-    """End of a copy, like ``torch.cuda.Event``."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the copy is done."""
-
-
-class Stream(Protocol):
-    """The GPU operations that :class:`DeviceTiles` uses; :class:`SideStream`, or a test double."""
-
-    def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor on the device."""
-
-    def allocate_pinned(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor in pinned host memory."""
-
-    def copy(self, source: Tensor, target: Tensor) -> Event:
-        """Copy to pinned memory after all work queued so far; returns at once."""
-
-    def hold(self, event: Event) -> None:
-        """Make work queued from now on wait for the event."""
 
 
 class SideStream:
@@ -96,15 +60,15 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        """See :meth:`Stream.allocate`."""
+        """A flat tensor on the device."""
         return torch.empty(count, dtype=dtype, device=self._device)
 
     def allocate_pinned(self, count: int, dtype: torch.dtype) -> Tensor:
-        """See :meth:`Stream.allocate_pinned`."""
+        """A flat tensor in pinned host memory."""
         return torch.empty(count, dtype=dtype, pin_memory=True)
 
-    def copy(self, source: Tensor, target: Tensor) -> Event:
-        """See :meth:`Stream.copy`."""
+    def copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
+        """Copy to pinned memory after all work queued so far; returns at once."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -115,8 +79,8 @@ class SideStream:
         source.record_stream(self._stream)
         return copied
 
-    def hold(self, event: Event) -> None:
-        """See :meth:`Stream.hold`."""
+    def hold(self, event: torch.cuda.Event) -> None:
+        """Make work queued from now on wait for the event."""
         computing: Any = torch.cuda.current_stream(self._device)
         computing.wait_event(event)
 
@@ -127,7 +91,7 @@ class _Slot:
 
     device: Tensor  # where it is computed
     pinned: Tensor  # where it arrives
-    copied: Event | None = None  # end of the copy
+    copied: torch.cuda.Event | None = None  # end of the copy
 
 
 class DeviceTiles:
@@ -135,7 +99,7 @@ class DeviceTiles:
 
     # Both are flat and viewed in the shape of the tile: copies of non-contiguous tensors go through pageable memory.
 
-    def __init__(self, stream: Stream, rows: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, stream: SideStream, rows: int, dtype: np.dtype[Any]) -> None:
         self._stream = stream
         self._count = rows * rows
         self._dtype = torch.from_numpy(np.empty(0, dtype)).dtype
@@ -145,7 +109,7 @@ class DeviceTiles:
         self._place: NDArray[Any] | None = None
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
-        """See :meth:`TileBuffers.take`."""
+        """Uninitialised memory for the next tile, in the dtype of the store."""
         if len(self._slots) < NUM_BUFFERS:
             memory = self._stream.allocate(self._count, self._dtype)
             self._slots.append(_Slot(memory, self._stream.allocate_pinned(self._count, self._dtype)))
@@ -159,19 +123,19 @@ class DeviceTiles:
         return _view(slot.device, shape)
 
     def send(self) -> Arrival:
-        """See :meth:`TileBuffers.send`."""
+        """Send the tile that was taken last to the host, after all work queued so far."""
         slot = self._slots[self._turn]
         pinned = _view(slot.pinned, self._shape)
         slot.copied = self._stream.copy(_view(slot.device, self._shape), pinned)
         return partial(_arrived, slot.copied, pinned, self._place)
 
     def fetch(self, values: Tensor) -> Arrival:
-        """See :meth:`TileBuffers.fetch`."""
+        """Send any other values to the host."""
         pinned = _view(self._stream.allocate_pinned(values.numel(), values.dtype), values.shape)
         return partial(_arrived, self._stream.copy(values.contiguous(), pinned), pinned, None)
 
 
-def _arrived(copied: Event, pinned: Tensor, place: NDArray[Any] | None) -> NDArray[Any]:
+def _arrived(copied: torch.cuda.Event, pinned: Tensor, place: NDArray[Any] | None) -> NDArray[Any]:
     copied.synchronize()
     values: NDArray[Any] = pinned.numpy()
     if place is None:

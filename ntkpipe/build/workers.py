@@ -18,7 +18,7 @@ import torch
 from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.resources import available_memory, process_memory
-from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, ClusterWorkers
+from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
 from ntkpipe.build.prepare import measure_rates
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.executors.threads import Executor
@@ -41,15 +41,15 @@ class Resources:
     run: RunSpec  # its limits
     progress: bool  # whether progress bars are shown
     client: "Client | None" = None  # of the cluster that computes; none for threads of this process
-    workers: ClusterWorkers | None = None  # of that cluster
+    cluster: Machine | None = None  # its workers
     code: str | Path | None = None  # folder that is sent to them
 
     @property
     def device(self) -> str | None:
         """Where this process probes the model: like the workers if it can, since only they may have a GPU."""
-        if self.workers is None:
+        if self.cluster is None:
             return self.run.device
-        return "cpu" if self.workers.device == "cpu" else None
+        return "cpu" if self.cluster.device == "cpu" else None
 
     def without_self_check(self) -> "Resources":
         """The same, for work on a store whose model was checked before."""
@@ -79,7 +79,7 @@ def find_resources(
     require_workers(client)
     found = inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], run.device)
     if progress:
-        each = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+        each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
         print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
     return Resources(run, progress, client, found, code)
@@ -117,13 +117,13 @@ def _ask(client: "Client", request: Callable[..., Reply], *arguments: Any) -> di
     return {address: reply for address, reply in replies.items() if not isinstance(reply, BaseException)}
 
 
-def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> ClusterWorkers:
+def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> Machine:
     """Ask every worker what it is, and sum up the reports for the plan."""
     from ntkpipe.executors.connect import address_of, require_package, require_workers
 
     require_package(client)
     reports = _ask(client, report_worker, dtype, device)
-    if not reports:  # all have died, as after a run that took too much memory
+    if not reports:  # all have died, for example in a run that took too much memory
         require_workers(client)
         reports = _ask(client, report_worker, dtype, device)
     if not reports:
@@ -147,12 +147,14 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
         raise ClusterError(
             "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
         )
-    return ClusterWorkers(
+    return Machine(
         processes=len(every),
-        threads=max(r.num_threads for r in every),
+        workers=max(r.num_threads for r in every),
         memory_limit=int(SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
         base_memory=max(r.base_memory for r in every),
+        free_disk=None,
         flops_per_second=sum(r.flops_per_second for r in every) / len(every),
+        is_remote=True,
         device=every[0].device,
         arithmetic=every[0].arithmetic,
     )

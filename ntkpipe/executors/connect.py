@@ -12,6 +12,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
 from ntkpipe.base.resources import available_memory, num_cores
 
@@ -34,14 +35,12 @@ _WAIT_SECONDS = 600  # workers of a batch system may wait in its queue
 
 
 @contextlib.contextmanager
-def connect(
-    scheduler: str, *, workers: int | None = None, memory_limit: int | None = None, num_gpus: int = 0
-) -> Iterator[Client]:
-    """Connect a client to a cluster until the context is left; a local cluster is closed then."""
+def connect(scheduler: str, run: RunSpec = RunSpec(), *, num_gpus: int = 0) -> Iterator[Client]:  # noqa: B008 - frozen
+    """Connect a client to a cluster until the context is left; a local one has the run's workers and is closed then."""
     with contextlib.ExitStack() as stack:
         if scheduler == LOCAL:
             stack.enter_context(dask.config.set(_SETTINGS))
-            cluster = stack.enter_context(_start(workers, memory_limit, num_gpus))
+            cluster = stack.enter_context(_start(run, num_gpus))
             client = stack.enter_context(Client(cluster, set_as_default=False))
         else:
             client = stack.enter_context(_join(scheduler))
@@ -51,8 +50,8 @@ def connect(
 def _join(scheduler: str) -> Client:
     if "://" not in scheduler:
         raise ConfigError(
-            f"scheduler={scheduler!r}; needed an address as 'tcp://host:8786' or 'tls://host:8786', or 'local' for "
-            "processes of this machine"
+            f"scheduler={scheduler!r}; needed an address such as 'tcp://host:8786' or 'tls://host:8786', or 'local' "
+            "for processes of this machine"
         )
     certificate = Security().get_tls_config_for_role("client")
     if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):
@@ -110,11 +109,13 @@ def address_of(client: Client) -> str:
     return str(client.scheduler_info(n_workers=0)["address"])
 
 
-def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
+def _start(run: RunSpec, num_gpus: int) -> Any:
     """Start processes of one thread each, so that results do not depend on how many there are."""
-    count = min(num_gpus, workers or num_gpus) if num_gpus else workers or num_cores()
-    share = (memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
-    dashboard = f"{_LOOPBACK}:{_DASHBOARD_PORT if _is_free(_DASHBOARD_PORT) else 0}"
+    count = min(num_gpus, run.workers or num_gpus) if num_gpus else run.workers or num_cores()
+    share = (run.memory_limit or int(_SHARE_OF_MEMORY * available_memory())) // count
+    with socket.socket() as probe:
+        is_taken = probe.connect_ex((_LOOPBACK, _DASHBOARD_PORT)) == 0
+    dashboard = f"{_LOOPBACK}:{0 if is_taken else _DASHBOARD_PORT}"
     place = {"host": _LOOPBACK, "dashboard_address": dashboard}
     options: dict[str, Any] = {**place, "threads_per_worker": 1, "memory_limit": share}
     if not num_gpus:
@@ -130,14 +131,9 @@ def _start(workers: int | None, memory_limit: int | None, num_gpus: int) -> Any:
     return SpecCluster(workers=workers_of, scheduler=scheduler)
 
 
-def gpu_worker(device: str, memory_limit: int) -> dict[str, Any]:
+def gpu_worker(device: str, worker_bytes: int) -> dict[str, Any]:
     """Specification of a worker process that sees a single GPU."""
     # The environment must be set before the process starts: CUDA reads it once.
     environment = {**dask.config.get("distributed.nanny.pre-spawn-environ"), "CUDA_VISIBLE_DEVICES": device}
-    options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": memory_limit, "env": environment}
+    options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": worker_bytes, "env": environment}
     return {"cls": Nanny, "options": options}
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((_LOOPBACK, port)) != 0

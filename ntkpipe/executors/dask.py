@@ -64,18 +64,18 @@ def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
     return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
+@dataclass(frozen=True)
 class ClusterExecutor(Generic[Key, Record]):
     """Workers of a Dask cluster; see :class:`ntkpipe.executors.threads.Executor`."""
 
-    def __init__(self, client: Client, *, name: str, code: bytes | None = None, max_failures: int = 5) -> None:
-        self._client = client
-        self._name = name
-        self._code = code
-        self._max_failures = max_failures
+    client: Client
+    name: str  # of the run, in Dask's dashboard
+    code: bytes | None = None  # zip archive of modules that the job needs
+    max_failures: int = 5  # of a key, without progress elsewhere, that end the run
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
         """See :class:`ntkpipe.executors.threads.Executor`; all records of a key come when it is done."""
-        running = _Run(self._client, self._name, job, self._code, self._max_failures)
+        running = _Run(self, job)
         try:
             yield from running.records(iter(keys))
         except KeyboardInterrupt as error:
@@ -96,12 +96,11 @@ class _Outcome(Generic[Record]):
 class _Run(Generic[Key, Record]):
     """One call of :meth:`ClusterExecutor.run`."""
 
-    def __init__(self, client: Client, name: str, job: Job[Key, Record], code: bytes | None, max_failures: int) -> None:
-        self._client = client
+    def __init__(self, executor: ClusterExecutor[Key, Record], job: Job[Key, Record]) -> None:
+        self._client, self._max_failures = executor.client, executor.max_failures
         self._token = uuid4().hex[:16]
-        self._prefix = f"{name}-{self._token}"
-        self._max_failures = max_failures
-        self._plugin = JobPlugin(Payload(self._token, pickle_job(job), code), owner=client.id)
+        self._prefix = f"{executor.name}-{self._token}"
+        self._plugin = JobPlugin(Payload(self._token, pickle_job(job), executor.code), owner=self._client.id)
         self._pending: dict[Future[list[Record]], _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []

@@ -56,10 +56,7 @@ class ThreadExecutor(Generic[Key, Record]):
     num_workers: int  # threads
 
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
-        """See :class:`Executor`. The first error of a worker stops the others, and is raised here.
-
-        Close the generator if you leave it early: that also stops the workers and waits for them.
-        """
+        """See :class:`Executor`. The first error of a worker, or closing the generator, stops the others."""
         stop = threading.Event()
         records: queue.SimpleQueue[Record | _End] = queue.SimpleQueue()
         pending = iter(keys)

@@ -23,11 +23,9 @@ class Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counter of operations and of the bytes of all new tensors, an upper bound on the peak.
+    """Counter of operations and of the bytes of all new tensors, an upper bound on the peak."""
 
-    Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
-    """
-
+    # Not torch's FlopCounterMode: its hooks on modules cannot be differentiated through with parametrizations.
     num_flops = 0.0
     num_bytes = 0
     largest_bytes = 0

@@ -43,7 +43,7 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 
 
 def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
-    """As :func:`by_vmap`, one sample at a time by plain autograd: slower, for models that vmap cannot run."""
+    """The same, one sample at a time by plain autograd: slower, for models that vmap cannot run."""
     # Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
     # is wrong for a batch of one where input and gradient differ in memory layout.
     parameters = [model.parameters()[name] for name in names]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ntkpipe.base.tables import TableRows
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.representations.interface import Term
 from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
@@ -26,7 +27,7 @@ class ParameterReport:
 
     name: str  # as in the manifest's `choices.representations`; a part of a parameter has its number
     parameters: tuple[str, ...]  # their names
-    rule: str  # torch functions that use them, as `linear`; `torch.func` in the fallback, empty where nothing does
+    rule: str  # torch functions that use them, such as `linear`; `torch.func` in the fallback, empty where nothing does
     representation: str  # how their Jacobians are held: a word of :data:`LEGEND`
     num_parameters: int  # number of entries in them
     num_positions: int = 0  # positions of a sample at which they are used, T, over all uses; 0 where nothing was traced
@@ -134,8 +135,16 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         names = {name for report in group for name in report.parameters}
         size = sum(report.num_parameters for report in group)
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
-    columns = ("rule", "kept as", "parameters", "numbers", "KiB", "share")
+    columns = ("rule", "held as", "parameters", "numbers", "KiB", "share")
     return ReportTable(columns, tuple(rows), num_texts=2)
+
+
+def report_rows(reports: Sequence[ParameterReport]) -> TableRows:
+    """The rows of :func:`summarize_reports` as (quantity, value) in words."""
+    return [
+        (f"{rule}, {word}", f"{names} parameters, {numbers} numbers; {size} KiB a sample, {share} of the contraction")
+        for rule, word, names, numbers, size, share in summarize_reports(reports).rows
+    ]
 
 
 def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
@@ -144,7 +153,7 @@ def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         (r.short_name, r.rule or "–", r.representation, r.shape, f"{r.num_positions or ''}", *_costs([r]))
         for r in reports
     )
-    columns = ("parameters", "rule", "kept as", "n_in × n_out", "positions", "KiB", "share")
+    columns = ("parameters", "rule", "held as", "n_in × n_out", "positions", "KiB", "share")
     return ReportTable(columns, rows, num_texts=3)
 
 

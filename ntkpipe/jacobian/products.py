@@ -16,12 +16,10 @@ from ntkpipe.jacobian.model.samples import Source
 
 @dataclass(frozen=True)
 class JacobianProducts:
-    """Products with J and J' over a set of samples, a batch at a time; memory is one batch and two parameter vectors.
+    """Products with J and J' over a set of samples; memory is one batch and two parameter vectors."""
 
-    They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink there
-    does so here, too; sums over batches are float64.
-    """
-
+    # They run in the compute dtype and in the batches of the run, so that an activation that rounds across a kink there
+    # does so here, too; sums over batches are float64.
     model: FunctionalModel
     covectors: Tensor  # shape (S, O)
     tile: int  # this and the next three: numbers of samples, as in the manifest of the run

@@ -47,7 +47,7 @@ class CheckReport:
     reference_wrong: tuple[str, ...]  # parameters where finite differences agree with the engine, not the reference
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to JSON."""
         return asdict(self)
 
 

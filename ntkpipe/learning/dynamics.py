@@ -3,23 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
+from ntkpipe.base.targets import Targets, Task
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.blocks import as_block
-from ntkpipe.solvers.checkpoint import Journal, Space
+from ntkpipe.solvers.blocks import as_block, as_targets
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
-from ntkpipe.solvers.spectral.krylov import BlockLanczos, TopEigenvalue, is_due, steps_that_fit, take_steps
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, Space, TopEigenvalue, is_due, steps_that_fit, take_steps
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -48,18 +48,19 @@ class Dynamics(Result):
     largest_eigenvalue: float  # the largest Ritz value
     num_steps: int  # block Lanczos steps
     dimension: int  # dimension of the Krylov space
+    targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
-    def predict(self, cross: ArrayLike, initial: ArrayLike | None = None) -> NDArray[np.float64]:
+    def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
         block = np.asarray(cross)
         if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
             raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
         found = np.stack([block @ at_time for at_time in self.coefficients]).astype(np.float64, copy=False)
-        if initial is None:
+        if initial_outputs is None:
             return found
-        start = np.asarray(initial, np.float64)
+        start = np.asarray(initial_outputs, np.float64)
         if start.shape != found.shape[1:]:
-            raise ConfigError(f"initial functions of shape {start.shape}; needed {found.shape[1:]}")
+            raise ConfigError(f"initial_outputs of shape {start.shape}; needed {found.shape[1:]}")
         return np.asarray(found + start)
 
     def _rows(self) -> TableRows:
@@ -69,6 +70,7 @@ class Dynamics(Result):
         ]
         rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
+            *([("targets", self.targets)] if self.targets else []),
             ("learning rate", rate),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),
@@ -76,6 +78,7 @@ class Dynamics(Result):
         ]
 
 
+@recorded()
 @single_threaded_blas()
 def dynamics(
     matrix: Any,
@@ -83,10 +86,11 @@ def dynamics(
     *,
     times: Sequence[float] | NDArray[Any],
     learning_rate: float | None = None,
-    initial: ArrayLike | None = None,
+    initial_outputs: ArrayLike | None = None,
+    task: Task = "auto",
     tol: float = 1e-6,
     max_passes: int = 500,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
@@ -102,13 +106,17 @@ def dynamics(
     matrix
         K, positive semi-definite: what :func:`ntkpipe.as_operator` takes.
     targets
-        Y, shape (n, c) or (n,).
+        Y, shape (n, c) or (n,). Integers, booleans and strings of shape (n,) are labels of classes, which become
+        one-hot columns. Where each sample has as many rows as outputs, as in a full NTK, Y may have the shape
+        (samples, outputs), or be labels of samples; functions have the shape (n,) then.
     times
         t ≥ 0, in steps of gradient descent; ``math.inf`` is the limit, a ridgeless regression.
     learning_rate
         η > 0; default one over the largest eigenvalue, for which a random vector joins the first passes.
-    initial
-        f_0, of the shape of ``targets``; default zero.
+    initial_outputs
+        f_0, of the shape of ``targets``, or of the columns that labels become; default zero.
+    task
+        What targets are: ``classification``, ``regression``, ``binary``, or ``auto``, by their type.
     tol
         Largest error at each time, relative to ``|Y - f_0|`` of each output.
     max_passes
@@ -143,36 +151,33 @@ def dynamics(
     the storage floor, count as zero there: the limit is that of the pseudo-inverse, and the status says so if targets
     have a part there.
     """
-    begin = perf_counter()
-    operator, room = open_for_solver(matrix, memory_limit)
+    operator: Operator = matrix
     before = operator.work
-    goals = as_block("targets", targets, operator.num_rows).reshape(np.shape(targets))
+    encoded, columns, shape = as_targets(targets, operator, task)
+    if initial_outputs is not None:
+        columns = columns - _initial(initial_outputs, np.shape(targets), encoded, operator.num_rows)
     wanted = _times(times)
-    tol = float(check_number("tol", tol, low=1e-14, high=1.0))
-    max_passes = int(check_number("max_passes", max_passes, low=1))
-    given = _checked_rate(learning_rate)
-    columns = _start(goals, initial)
-    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, room)
-    training = _Training(operator, columns, wanted, given, tol, most, seed)
-    decides = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
-    journal = Journal(checkpoint, {**decides, "seed": None if training.top is None else seed}, training.spaces)
-    take_steps(operator, before, tol, monitor, journal, look=training.look, advance=training.advance)
-    flow, space, shape = training.flow(), training.space, (len(wanted), *goals.shape)
+    check_number("tol", tol, low=1e-14, high=1.0)
+    check_number("max_passes", max_passes, low=1)
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
+    training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
+    decides: Any = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
+    decides |= {"seed": None if training.top is None else seed}
+    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
+    take_steps(training, training.spaces, operator, before, **how)
+    flow, space, shape = training.flow(), training.space, (len(wanted), *shape)
     functions, coefficients, errors, defect = training.functions(flow)
     statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
-    options = {"learning_rate": given, "tol": tol, "max_passes": max_passes, "memory_limit": memory_limit, "seed": seed}
     return Dynamics(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options=options,
-        matrix=operator.identity(),
         times=wanted,
         learning_rate=training.rate,
         residuals=functions.reshape(shape),
         coefficients=coefficients.reshape(shape),
-        losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *goals.shape[1:]),
+        losses=0.5 * np.einsum("tnc,tnc->tc", functions, functions).reshape(len(wanted), *shape[2:]),
         errors=errors,
         storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
         defect=defect,
@@ -180,6 +185,7 @@ def dynamics(
         largest_eigenvalue=max(flow.largest, 0.0 if training.top is None else training.top.value),
         num_steps=space.num_steps,
         dimension=space.dimension,
+        targets=encoded.words,
     )
 
 
@@ -311,17 +317,12 @@ def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
-def _checked_rate(learning_rate: float | None) -> float | None:
-    if learning_rate is not None and not (0 < learning_rate < math.inf):
-        raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
-    return None if learning_rate is None else float(learning_rate)
-
-
-def _start(goals: NDArray[np.float64], initial: ArrayLike | None) -> NDArray[np.float64]:
-    """Columns of ``Y - f_0``."""
-    columns = goals.reshape(len(goals), -1)
-    if initial is None:
-        return columns
-    if np.shape(initial) != goals.shape:
-        raise ConfigError(f"initial functions of shape {np.shape(initial)}; needed {goals.shape}, as targets have")
-    return columns - as_block("initial functions", initial, len(goals))
+def _initial(
+    initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int
+) -> NDArray[np.float64]:
+    """Columns of f_0, which has the shape of the targets, or of the columns that labels became."""
+    needed = (len(encoded.matrix),) if encoded.is_flat else encoded.matrix.shape
+    if np.shape(initial_outputs) not in {needed, shape if encoded.classes is None else needed}:
+        raise ConfigError(f"initial_outputs of shape {np.shape(initial_outputs)}; needed {needed}, as targets have")
+    block = as_block("initial_outputs", initial_outputs, len(encoded.matrix))
+    return block.reshape(num_rows, -1)

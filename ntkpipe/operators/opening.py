@@ -61,12 +61,18 @@ def as_operator(
     ClusterError
         If the cluster has no workers, or a worker that cannot be used.
     """
+    return _as_operator(matrix, Budget.of(memory_limit), threads, client, keep_tiles=keep_tiles)
+
+
+def _as_operator(
+    matrix: Any, budget: Budget, threads: int | None = None, client: "Client | None" = None, *, keep_tiles: bool
+) -> Operator:
     if isinstance(matrix, Operator):
         return matrix
     if isinstance(matrix, Kernel):
-        return _open(KernelTiles(matrix), Budget.of(memory_limit), threads, client, keep_tiles)
+        return _open(KernelTiles(matrix), budget, threads, client, keep_tiles)
     if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
-        return _open(ArrayTiles(matrix), Budget.of(memory_limit), threads, client, keep_tiles)
+        return _open(ArrayTiles(matrix), budget, threads, client, keep_tiles)
     return DenseOperator(matrix)
 
 
@@ -78,12 +84,12 @@ def open_for_solver(
     Where the limit has no room for tiles, they are read one at a time, beside what the solver takes.
     """
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
-        return as_operator(matrix), budget
+        return _as_operator(matrix, budget, keep_tiles=keep_tiles), budget
     share = budget.half() if keep_tiles else budget
     try:
-        return as_operator(matrix, memory_limit=share, keep_tiles=keep_tiles, threads=threads), share
+        return _as_operator(matrix, share, threads, keep_tiles=keep_tiles), share
     except ResourceError:
-        return as_operator(matrix, keep_tiles=False, threads=1), budget
+        return _as_operator(matrix, Budget(), 1, keep_tiles=False), budget
 
 
 def _open(

@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.targets import Targets, Task, encode
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> NDArray[np.float64]:
@@ -19,3 +21,21 @@ def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = 
     if not np.isfinite(block).all():
         raise NonFiniteError(f"{name} hold NaN or infinity")
     return block
+
+
+def as_targets(
+    targets: ArrayLike, operator: Operator, task: Task
+) -> tuple[Targets, NDArray[np.float64], tuple[int, ...]]:
+    """Encode targets of samples; return them, the right-hand sides that they are, (n, c), and what shape results have.
+
+    Where each sample has as many rows as outputs, as in a full NTK, there is one right-hand side.
+    """
+    values, n, width = np.asarray(targets), operator.num_rows, 1
+    if 0 < (count := len(values) if values.ndim else 0) < n:
+        is_whole = values.size == n if values.ndim == 2 else values.dtype.kind != "f" and n % count == 0
+        width = n // count if is_whole else 1
+    if count * width != n:
+        raise ConfigError(f"targets of shape {values.shape}; needed ({n},) or ({n}, c)")
+    found = encode(values, task=task, num_outputs=width if width > 1 else None)
+    rows = np.ascontiguousarray(found.rows(width))
+    return found, rows, (n,) if found.is_flat or width > 1 else rows.shape

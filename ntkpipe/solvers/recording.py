@@ -1,6 +1,6 @@
 """How results come to say how they were found: options, work, seconds, matrix; written in one place for all solvers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -13,23 +13,26 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 
 P = ParamSpec("P")
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=Result | tuple[Result, ...])
 
 # First parameters that are opened as operators.
 MATRICES = ("matrix", "kernel")
 
 
-def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def recorded(
+    *, keep_tiles: bool | Callable[[Mapping[str, Any]], bool] = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a solver or an analysis: its arguments are checked, its matrix opened, its result says how it was found.
 
     A first parameter ``matrix`` or ``kernel`` arrives as an :class:`Operator`, and ``memory_limit`` as the
-    :class:`Budget` that is left beside its tiles; ``keep_tiles`` says whether these are worth keeping for another pass.
+    :class:`Budget` that is left beside its tiles; ``keep_tiles``, which may depend on the arguments, says whether these
+    are worth keeping for another pass.
 
     The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``, and returns its
     result without ``options``, ``work``, ``seconds`` and ``matrix``. They become the plain
     arguments with defaults filled in, updated by ``options`` that the function does return, such as resolved ones;
     products with the matrix and time, added to what it returns, such as those of an earlier process; and the identity
-    of the matrix.
+    of the matrix. Several results, which share the work, say themselves what each took.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -40,22 +43,24 @@ def recorded(*, keep_tiles: bool = True) -> Callable[[Callable[P, R]], Callable[
             begin, given = perf_counter(), bound(function, args, kwargs)
             options = {name: _as_json(given[name]) for name in options_of(function)}
             if "memory_limit" in given:
-                budget = Budget.of(given["memory_limit"])  # type: ignore[arg-type]
+                budget = Budget.of(given["memory_limit"])
                 options["memory_limit"] = budget.limit
                 given["memory_limit"] = budget
             operator = None
             if first in MATRICES:
                 threads: Any = given.get("threads")
-                operator, given["memory_limit"] = open_for_solver(
-                    given[first], budget, keep_tiles=keep_tiles, threads=threads
-                )
-                given[first], before = operator, operator.work
-            result = function(**given)
-            found: dict[str, Any] = {"options": {**options, **result.options}}
+                keep = keep_tiles if isinstance(keep_tiles, bool) else keep_tiles(given)
+                operator, budget = open_for_solver(given[first], budget, keep_tiles=keep, threads=threads)
+                given |= {first: operator, "memory_limit": budget}
+                before = operator.work
+            result: Any = function(**given)  # type: ignore[call-arg]
+            of_matrix = {} if operator is None else {"matrix": operator.identity()}
+            if isinstance(result, tuple):
+                return tuple(replace(one, options={**options, **one.options}, **of_matrix) for one in result)  # type: ignore[return-value]
             if operator is not None:
-                found["work"] = result.work + (operator.work - before)
-                found["matrix"] = operator.identity()
-            return replace(result, seconds=result.seconds + perf_counter() - begin, **found)
+                of_matrix["work"] = result.work + (operator.work - before)
+            seconds = result.seconds + perf_counter() - begin
+            return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)  # type: ignore[no-any-return]
 
         return call
 

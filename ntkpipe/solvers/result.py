@@ -40,7 +40,7 @@ class Result:
     status: Status  # whether the result is as good as requested; there are numbers in any case
     message: str  # one sentence: why the solver stopped, and what to do if that was too early
     # The rest is written by :func:`ntkpipe.solvers.recording.recorded`.
-    work: Work = Work()  # passes, bytes and seconds in products with the matrix
+    work: Work = field(default_factory=Work)  # passes, bytes and seconds in products with the matrix
     seconds: float = 0.0  # of the whole call
     options: Mapping[str, Any] = field(default_factory=dict)  # of the call, defaults filled in
     matrix: str = ""  # identity of the operator: for a stored kernel the digest of its manifest and the array
@@ -53,6 +53,11 @@ class Result:
     def is_converged(self) -> bool:
         """Whether the status is ``converged``."""
         return self.status == "converged"
+
+    @property
+    def is_good(self) -> bool:
+        """The same, as everything that a step returns has it."""
+        return self.is_converged
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Attributes that are arrays, by name."""

@@ -3,7 +3,7 @@
 Chunks are uncompressed and put whole or not at all: one of the expected size is complete, and a listing tells progress.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,14 @@ class StoredArray:
         numbers = range(start // size, -(-stop // size))
         parts = [self.read((i, *rest))[max(start - i * size, 0) : stop - i * size] for i in numbers]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def require_complete(arrays: Iterable[StoredArray], then: str) -> None:
+    """Raise TileError, which names the first chunk, if chunks of some arrays are missing."""
+    if missing := [(array, index) for array in arrays for index in array.missing()]:
+        array, index = missing[0]
+        others = f"{len(missing) - 1} other chunks"
+        raise TileError(f"{array.describe(index)} is missing, and {others}: finish the run before {then}")
 
 
 class _RunningChecksum:

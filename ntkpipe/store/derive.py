@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, StoreError, StoreMismatchError, TileError
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.errors import ConfigError, NonFiniteError, StoreError, StoreMismatchError
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.base.progress import Ticks
-from ntkpipe.base.resources import format_bytes
-from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index
 from ntkpipe.store.manifest import DerivedRecord, Manifest, differences
@@ -27,8 +27,9 @@ _SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trac
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 
+@checked
 def derive_kernel(
-    store: str | Path | KernelStore, *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
+    store: "str | Path | KernelStore", *, kind: str, to: str | Path, samples: bool = False, progress: bool = True
 ) -> KernelStore:
     """Write the store of another kind, derived from a stored kernel; needs neither the model nor torch.
 
@@ -40,16 +41,20 @@ def derive_kernel(
     The new store is complete and verifiable by itself. Outputs and targets are copied. Samples are copied on request
     only; without them, :func:`ntkpipe.verify` with a model must be given ``inputs`` (and ``test_inputs``), as a
     workflow file does. Every chunk of the source is read and its checksum verified once; memory is one of its tiles and
-    what is derived from it. Existing chunks at ``to`` are kept, so the same call resumes.
+    what is derived from it. Existing chunks at ``to`` stay, so the same call resumes.
 
     Parameters
     ----------
     store
         The complete source: path, URL, or an open store.
-    kind, to
-        The kind to derive, and the path or URL of the new store.
-    samples, progress
-        Whether to copy the samples, too, and to show a progress bar on standard error.
+    kind
+        Kind to derive: ``"pntk"``, ``"trace"``, ``"diagonal"`` or ``"output:k"``.
+    to
+        Path or URL of the new store.
+    samples
+        Copy the samples, too: a certificate needs them, or a workflow file.
+    progress
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -70,7 +75,7 @@ def derive_kernel(
     """
     source = store if isinstance(store, KernelStore) else open_kernel(store)
     manifest = derived_manifest(source.manifest, kind, samples=samples)
-    _require_complete(source.store)
+    require_complete(source.store.arrays.values(), "other kinds are derived from it")
     medium = medium_at(to)
     if medium.identity() == source.store.medium.identity():
         raise ConfigError(f"{source.path} is the source; the derived store needs another path")
@@ -79,7 +84,8 @@ def derive_kernel(
     _require_same(target, manifest)
     target.complete_layout()
     missing = {name: set(indices) for name, indices in target.missing().items()}
-    _require_room(target, missing)
+    needed = sum(len(indices) * target.arrays[name].layout.chunk_bytes for name, indices in missing.items())
+    target.medium.require_room(needed, "the derived store")
     count = sum(map(len, missing.values()))
     with target.in_use(), Ticks(count, what="derive", unit="chunk", enabled=progress) as ticks:
         for array, index, values in _chunks(source.store, target, missing):
@@ -99,7 +105,7 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
     general = "output:k" if wanted.name.startswith("output:") else wanted.name
     known = _SOURCES.get(source.kind, ())
     if general not in known:
-        kept = "it is that already" if general == source.kind else "its store does not keep what that needs"
+        kept = "it is that already" if general == source.kind else "its store does not hold what that needs"
         possible = f"; from it come {', '.join(known)}" if known else "; kinds are derived from 'ntk' or 'diagonal'"
         raise ConfigError(f"kind={kind!r} cannot be derived from kind {source.kind!r}: {kept}{possible}")
     wanted.covectors(source.num_outputs)  # raises if there is no such output
@@ -117,15 +123,6 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
     )
 
 
-def _require_complete(source: Store) -> None:
-    if missing := source.missing():
-        name, indices = next(iter(missing.items()))
-        raise TileError(
-            f"{source.arrays[name].describe(indices[0])} is missing, and {sum(map(len, missing.values())) - 1} other "
-            "chunks: finish the run before other kinds are derived from it"
-        )
-
-
 def _require_same(target: Store, wanted: Manifest) -> None:
     pairs = ((field, getattr(target.manifest, field), getattr(wanted, field)) for field in ("derived", "choices"))
     found = differences(target.manifest, wanted) + tuple(pair for pair in pairs if pair[1] != pair[2])
@@ -134,16 +131,6 @@ def _require_same(target: Store, wanted: Manifest) -> None:
             f"{target.root} holds another kernel, or one that was made in another way; what differs is "
             f"{', '.join(field for field, _, _ in found)}. Use another path",
             found,
-        )
-
-
-def _require_room(target: Store, missing: dict[str, set[Index]]) -> None:
-    needed = sum(len(indices) * target.arrays[name].layout.chunk_bytes for name, indices in missing.items())
-    free = target.medium.free_bytes()
-    if free is not None and needed > free:
-        raise ResourceError(
-            f"the derived store needs {format_bytes(needed)} more, {format_bytes(free)} of disk are free; free some, "
-            "or choose another path"
         )
 
 

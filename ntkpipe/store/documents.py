@@ -16,7 +16,7 @@ def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
     """Parse strict JSON: UTF-8, no repeated key, and no NaN unless allowed."""
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"it holds {constant}, which is no number")
+        raise ValueError(f"it holds {constant}, which is not a number")
 
     try:
         text, constants = data.decode("utf-8"), None if allow_nan else refuse
@@ -24,7 +24,7 @@ def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
     except RecursionError:
         raise StoreError(f"{where} is damaged: nested too deeply") from None
     except ValueError as error:
-        raise StoreError(f"{where} is damaged or no JSON: {error}") from error
+        raise StoreError(f"{where} is damaged or not JSON: {error}") from error
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def group_attributes(data: bytes, where: str, *, allow_nan: bool = False) -> dic
     document = parse(data, where, allow_nan=allow_nan)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict):
-        raise StoreError(f"{where} is damaged or no Zarr v3 group: it has no attributes")
+        raise StoreError(f"{where} is damaged or not a Zarr v3 group: it has no attributes")
     return attributes
 
 
@@ -76,7 +76,7 @@ def array_difference(found: bytes, needed: bytes, where: str) -> str | None:
     # Not opened with Zarr, since the one that was found may name arbitrary codecs and dtypes.
     left, right = parse(found, where), parse(needed, where)
     if not isinstance(left, dict):
-        raise StoreError(f"{where} is damaged: it is no JSON object")
+        raise StoreError(f"{where} is damaged: it is not a JSON object")
     for field in _DECISIVE:
         if _plain(left.get(field)) != _plain(right.get(field)):
             return f"it has {field} {_short(left.get(field))}, needed {_short(right.get(field))}"

@@ -1,6 +1,7 @@
 """Export of one array of a store to a ``.npy`` file or Zarr array; a kernel becomes the full matrix."""
 
 import contextlib
+import math
 import os
 import shutil
 import uuid
@@ -12,10 +13,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.errors import ConfigError, ResourceError, StoreExistsError, TileError
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.errors import ConfigError, StoreExistsError
 from ntkpipe.base.progress import Ticks
-from ntkpipe.base.resources import format_bytes, free_disk
-from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.chunks import StoredArray, require_complete
+from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
 from ntkpipe.store.media.folder import Folder
@@ -27,8 +29,9 @@ _KERNELS = "kernel/"
 Write = Callable[[Index, NDArray[Any]], None]
 
 
+@checked
 def export_kernel(
-    store: str | Path | KernelStore, path: str | Path, *, array: str = "train", progress: bool = True
+    store: "str | Path | KernelStore", path: str | Path, *, array: str = "train", progress: bool = True
 ) -> Path:
     """Write one array of a store for programs that do not know this package.
 
@@ -45,7 +48,7 @@ def export_kernel(
     array
         Name of the array in the store; ``kernel/`` may be omitted, as in ``"train"`` and ``"test_train"``.
     progress
-        Whether to show a progress bar on standard error.
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -69,11 +72,12 @@ def export_kernel(
         raise ConfigError(f"{target} ends in {target.suffix!r}; needed {' or '.join(map(repr, _WRITERS))}")
     if target.exists() or target.is_symlink():
         raise StoreExistsError(f"{target} exists; choose another path, or remove it first")
-    _require_complete(source)
-    _require_room(source.layout, target)
+    require_complete([source], "the export")
+    beside = Folder(target.parent)
+    beside.require_room(math.prod(source.layout.shape) * source.layout.dtype.itemsize, str(target))
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial") / "array"
     count, grid = source.layout.num_chunks, source.layout.grid
-    with writing(Folder(target.parent)), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
+    with writing(beside), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
         partial.parent.mkdir(parents=True)
         try:
             with _WRITERS[target.suffix](partial, source.layout) as write:
@@ -100,21 +104,13 @@ def find_array(store: Store, name: str) -> StoredArray:
     raise ConfigError(f"{store.root} has no array {name!r}; it has {', '.join(map(repr, names))}{hint}")
 
 
-def _require_complete(source: StoredArray) -> None:
-    if missing := source.missing():
-        raise TileError(
-            f"{source.describe(missing[0])} is missing, and {len(missing) - 1} others of {source.layout.num_chunks}: "
-            "finish the run before the export"
-        )
-
-
-def _require_room(layout: ArrayLayout, target: Path) -> None:
-    needed, free = int(np.prod(layout.shape, dtype=object)) * layout.dtype.itemsize, free_disk(target)
-    if needed > free:
-        raise ResourceError(
-            f"{target} needs {format_bytes(needed)} for {layout.name} of shape {layout.shape} and dtype "
-            f"{layout.dtype}, {format_bytes(free)} of disk are free; free some, or choose another path"
-        )
+def find_kernel(store: KernelStore, array: str) -> Kernel:
+    """Open a symmetric kernel of a store by name."""
+    found = find_array(store.store, array)
+    grid = found.layout.grid
+    if grid is None or not grid.symmetric:
+        raise ConfigError(f"{found.layout.name} is no kernel of samples with themselves; needed one such as 'train'")
+    return Kernel(found, store.manifest.digest())
 
 
 @contextlib.contextmanager

@@ -197,10 +197,7 @@ class Kernel:
         return self[:, :]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        if copy is False:
-            raise ValueError("a stored kernel becomes an array by reading it, which copies; use copy=None")
-        values = self.to_numpy()
-        return values if dtype is None else values.astype(dtype, copy=False)
+        return _as_array(self, dtype, copy)
 
     def to_dask(self) -> "dask.array.Array":
         """Return a lazy dask array of the full matrix, one chunk per tile."""
@@ -263,10 +260,14 @@ class KernelBlocks:
         return split.transpose(0, 2, 1, 3).reshape(shape)[()]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        if copy is False:
-            raise ValueError("a stored kernel becomes an array by reading it, which copies; use copy=None")
-        values = self[...]
-        return values if dtype is None else values.astype(dtype, copy=False)
+        return _as_array(self, dtype, copy)
+
+
+def _as_array(kernel: Kernel | KernelBlocks, dtype: DTypeLike | None, copy: bool | None) -> NDArray[Any]:
+    if copy is False:
+        raise ValueError("a stored kernel becomes an array by reading it, which copies; use copy=None")
+    values = kernel[...]
+    return values if dtype is None else values.astype(dtype, copy=False)
 
 
 def _one_index_per_axis(key: Any, num_axes: int, what: str) -> tuple[Any, ...]:

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, StoreError, needed_for
 from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.kernel import Kernel, require_memory
 from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Store
 
 if TYPE_CHECKING:
@@ -33,10 +37,7 @@ class BuildProgress:
 
 
 class KernelSet:
-    """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output.
-
-    ``store`` holds the arrays underneath.
-    """
+    """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output."""
 
     def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
         self.store, self._group, self._output = store, group, output
@@ -136,6 +137,16 @@ class KernelStore(KernelSet):
             f"{manifest.num_outputs} outputs, {progress.tiles_done}/{progress.tiles_total} tiles>"
         )
 
+    def __str__(self) -> str:
+        return as_table(self.rows())
+
+    def rows(self) -> TableRows:
+        """What the store holds, how far it is and what was found, as (quantity, value) in words; reads no tile."""
+        progress = self.progress
+        done = f"{progress.tiles_done:,} of {progress.tiles_total:,}, {format_bytes(progress.bytes_done)}"
+        with reading_results(self.path):
+            return [*self.manifest.rows(), ("tiles", done), *_result_rows(self.store)]
+
     @property
     def path(self) -> Path | str:
         """Path or URL of the store."""
@@ -191,6 +202,27 @@ class KernelStore(KernelSet):
         return None if test is None or test.targets is None else self._read_all("targets/test")
 
 
+def _result_rows(store: Store) -> TableRows:
+    """What was found of a store, and what its runs say."""
+    rows = [("verified", "never")]
+    if (report := store.read_result("verification")) is not None:
+        verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
+        rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
+    if (certificate := store.read_result("certificate")) is not None:
+        errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])
+        rows.append(("certified", f"{errors}, {certificate['checked']}"))
+    for run in store.read_results("runs")[-1:]:
+        halved = "" if run["batch_used"] == run["batch"] else f"; memory ran out, batches of {run['batch_used']}"
+        rate = f"{run['flops'] / run['seconds'] / 1e9:.1f} GFLOP/s, {run['share_of_rate']:.0%} of matrix products"
+        rows.append(("last run", f"{run['tiles']} tiles on {', '.join(run['hosts'])}: {rate}{halved}"))
+    for name, found in store.solver_results().items():
+        rows.append((name, f"{found['status']}, {found['work']['passes']:.4g} passes, {found['seconds']:.3g} s"))
+    if (driver := store.read_result("driver")) is not None:
+        rows.append(("driver", f"{driver['state']} on {driver['host']}, {driver['time']} {driver['message']}"))
+    return rows
+
+
+@checked
 def open_kernel(path: str | Path) -> KernelStore:
     """Open a kernel store for reading, by path or URL; loads neither torch nor dask, and reads only the manifest.
 

@@ -77,7 +77,7 @@ def planes(manifest: Manifest) -> tuple[Plane, ...]:
     """The planes of a store with this manifest."""
     count = num_planes(manifest.kind, manifest.num_outputs, len(manifest.groups))
     if count > MAX_PLANES:
-        raise StoreError(f"the manifest asks for {count} kernels beside each other; at most {MAX_PLANES} are possible")
+        raise StoreError(f"the manifest asks for {count} kernels side by side; at most {MAX_PLANES} are possible")
     return planes_of(manifest.kind, manifest.num_outputs, manifest.groups)
 
 

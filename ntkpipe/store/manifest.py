@@ -16,6 +16,8 @@ from pydantic import (
 
 from ntkpipe.base.config import ComputeDtype, GroupName, RealDtype, require_folders
 from ntkpipe.base.errors import StoreError
+from ntkpipe.base.planes import num_planes
+from ntkpipe.base.tables import TableRows, as_table
 
 FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
@@ -34,7 +36,7 @@ _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bi
 
 def _require_dtype(name: str) -> str:
     if name not in _DTYPES:
-        raise ValueError("no dtype of samples")
+        raise ValueError("not a dtype of samples")
     return name
 
 
@@ -48,7 +50,7 @@ class ArrayRecord(_Record):
 def _require_identifier(name: str) -> str:
     """Check a name that becomes a keyword argument of the model and a folder of the store."""
     if not name.isidentifier():
-        raise ValueError("no name of an array")
+        raise ValueError("not a name of an array")
     return name
 
 
@@ -147,6 +149,38 @@ class Manifest(_Record):
         before = GrowthRecord(train=self.train, test=self.test, environment=environment)
         return self.model_copy(update={"train": train, "test": test, "growth": (*self.growth, before)})
 
+    @property
+    def shape(self) -> str:
+        """Shape of the train kernels, and how many there are, in words."""
+        rows = self.train.num_samples * self.num_covectors
+        count = num_planes(self.kind, self.num_outputs, len(self.groups))
+        return f"{rows:,} × {rows:,}" if count == 1 else f"{count} of {rows:,} × {rows:,}"
+
+    def rows(self) -> TableRows:
+        """The manifest as (quantity, value) in words."""
+        model = self.model
+        rows = [
+            ("kind", f"{self.kind}: {self.convention}"),
+            ("kernel", f"{self.shape} {self.store_dtype}"),
+            ("samples", f"{_num_samples(self)}; {self.num_outputs} outputs"),
+            ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)}"),
+            ("computed in", f"{self.compute_dtype}, summed in {self.accumulate_dtype}, on {self.choices.device}"),
+            ("made", ", ".join(f"{name} {value}" for name, value in self.environment.items())),
+        ]
+        if self.groups:
+            sizes = [f"{name} ({len(parameters)})" for name, parameters in self.groups.items()]
+            left = len(model.parameters) - sum(map(len, self.groups.values()))
+            rows.append(("groups", ", ".join(sizes) + (f"; {left} parameters in none" if left else "")))
+        if self.derived is not None:
+            rows.append(("derived", f"from kind {self.derived.kind}, manifest {self.derived.digest[:12]}"))
+        for before in self.growth:
+            when = before.environment.get("created", "at an unknown time")
+            rows.append(("grown from", f"{_num_samples(before)} samples, {when}"))
+        return rows
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
+
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
@@ -154,6 +188,10 @@ class Manifest(_Record):
     def to_attribute(self) -> dict[str, Any]:
         """JSON value of the group attribute."""
         return {"manifest": self.model_dump(mode="json"), "digest": self.digest()}
+
+
+def _num_samples(held: Manifest | GrowthRecord) -> str:
+    return f"{held.train.num_samples:,} train, {held.test.num_samples if held.test else 0:,} test"
 
 
 def from_attribute(value: object, where: str) -> Manifest:

@@ -26,10 +26,7 @@ _WRONG_VALUES = (ArithmeticError, AttributeError, IndexError, KeyError, TypeErro
 
 
 class ArrayFolder:
-    """A Zarr group of arrays and attributes, in a store or by itself.
-
-    Attributes are replaced atomically; if arrays are written first, all that attributes refer to exists.
-    """
+    """A Zarr group of arrays and attributes, in a store or elsewhere; attributes are replaced atomically."""
 
     def __init__(self, medium: Medium, name: str) -> None:
         self._medium, self._name = medium, name
@@ -117,11 +114,11 @@ def _shape_and_dtype(document: Any, where: str) -> tuple[tuple[int, ...], np.dty
     sizes = shape if isinstance(shape := fields.get("shape"), list) else []
     is_shape = 1 <= len(sizes) <= _MOST_AXES and all(type(size) is int and 0 <= size < 2**48 for size in sizes)
     if not is_shape or fields.get("data_type") not in _DTYPES:
-        raise StoreError(f"{where} is damaged, or describes no array that results have")
+        raise StoreError(f"{where} is damaged, or describes an array that results do not have")
     dtype = np.dtype(fields["data_type"])
     row_bytes = math.prod(sizes[1:]) * dtype.itemsize
     if row_bytes > MOST_CHUNK_BYTES or row_bytes * sizes[0] > MOST_CHUNKS * _CHUNK_BYTES:
-        raise StoreError(f"{where} describes an array of {row_bytes * sizes[0]} bytes; no result has as many")
+        raise StoreError(f"{where} describes an array of {row_bytes * sizes[0]} bytes; no result is as large")
     return tuple(sizes), dtype
 
 
@@ -183,7 +180,7 @@ class Checkpoint:
         values = self._folder.read_array(name, shape)
         if values.dtype != dtype or not (allow_nan or np.isfinite(values).all()):
             raise StoreError(
-                f"{name} has dtype {values.dtype}, or no finite numbers; needed those, as {np.dtype(dtype)}"
+                f"{name} has dtype {values.dtype}, or holds NaN or infinity; needed finite numbers of {np.dtype(dtype)}"
             )
         return values
 
@@ -202,21 +199,21 @@ class Checkpoint:
 def as_mapping(value: Any) -> dict[str, Any]:
     """Check that a JSON value is an object."""
     if not isinstance(value, dict):
-        raise TypeError(f"{str(value)[:40]!r} is no JSON object")
+        raise TypeError(f"{str(value)[:40]!r} is not a JSON object")
     return value
 
 
 def as_integer(value: Any, *, low: int = 0) -> int:
     """Check that a JSON value is an integer of at least ``low``."""
     if type(value) is not int or value < low:
-        raise ValueError(f"{str(value)[:40]!r} is no integer from {low} on")
+        raise ValueError(f"{str(value)[:40]!r} is not an integer of at least {low}")
     return value
 
 
 def as_number(value: Any) -> float:
     """Check that a JSON value is a finite number."""
     if type(value) not in {int, float} or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+        raise ValueError(f"{str(value)[:40]!r} is not a finite number")
     return float(value)
 
 
@@ -226,7 +223,7 @@ def as_numbers(value: Any, shape: tuple[int, ...], *, allow_nan: bool = False) -
     if found.size == 0 and math.prod(shape) == 0 and isinstance(value, list):
         return np.zeros(shape)
     if found.shape != shape or found.dtype.kind not in "fi" or not (allow_nan or np.isfinite(found).all()):
-        raise ValueError(f"{str(value)[:40]!r} are no numbers of shape {shape}")
+        raise ValueError(f"{str(value)[:40]!r} are not numbers of shape {shape}")
     return found.astype(np.float64)
 
 

@@ -19,6 +19,7 @@ from ntkpipe.store.media.opening import medium_at
 Mode = Literal["a", "w", "w-"]
 
 _MOST_RESULTS = 1000
+_GROUPS_OF_RESULTS = {"runs", "repairs", "checkpoints"}  # folders below ``results`` that are no result themselves
 
 
 class Store:
@@ -62,7 +63,7 @@ class Store:
         return store
 
     def complete_layout(self) -> None:
-        """Create missing groups and arrays, as after a kill during creation."""
+        """Create missing groups and arrays, which a kill during creation may leave."""
         self.complete_groups()
         for array in self.arrays.values():
             array.create()
@@ -71,10 +72,6 @@ class Store:
         """Create missing groups of the arrays."""
         create_groups(self.medium, self.arrays)
 
-    def partials(self) -> list[str]:
-        """Names of files that killed writers left; harmless, and never read."""
-        return self.medium.leftovers()
-
     def missing(self) -> dict[str, list[Index]]:
         """Missing chunks of each incomplete array."""
         found = {name: array.missing() for name, array in self.arrays.items()}
@@ -82,10 +79,7 @@ class Store:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protect the store from replacement (``mode="w"``) while writing, for any number of writers.
-
-        The last one removes leftovers of killed ones at the end.
-        """
+        """Protect the store from replacement while writing; the last of several writers removes leftovers."""
         with contextlib.ExitStack() as held:
             with writing(self.medium):
                 held.enter_context(self.medium.in_use())
@@ -136,13 +130,21 @@ class Store:
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
         """Read the last thousand results below ``results/folder`` by name, those from before a growth included."""
-        prefix = f"results/{folder}"
-        below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
-        every = (parts[0] for parts in below if len(parts) == 2 and parts[1] == DOCUMENT)
-        names = heapq.nlargest(_MOST_RESULTS, every)[::-1]
+        names = heapq.nlargest(_MOST_RESULTS, self._groups_below(f"results/{folder}"))[::-1]
         known = {manifest.digest() for manifest in (self.manifest, *self.manifest.earlier())}
         found = [self._read_result(f"{folder}/{name}", known) for name in names]
         return [result for result in found if result is not None]
+
+    def solver_results(self) -> dict[str, dict[str, Any]]:
+        """Results of solvers and analyses by name, those of this manifest."""
+        names = sorted(set(self._groups_below("results")) - _GROUPS_OF_RESULTS)
+        found = {name: self.read_result(name) for name in names}
+        return {name: result for name, result in found.items() if result is not None and "status" in result}
+
+    def _groups_below(self, prefix: str) -> Iterator[str]:
+        """Names of the groups directly below a prefix."""
+        below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
+        return (parts[0] for parts in below if len(parts) == 2 and parts[1] == DOCUMENT)
 
     def read_result(self, name: str) -> dict[str, Any] | None:
         """Read a result; None if there is none, or if it came from another manifest, as before a growth."""

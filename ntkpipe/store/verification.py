@@ -1,7 +1,7 @@
 """Verification of a store without a model: all chunks present, whole and finite, and bounds that kernels satisfy."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.tables import TableRows
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import Index
 from ntkpipe.store.store import Store
@@ -54,16 +54,25 @@ class VerificationReport:
         """Convert to JSON values."""
         return {**asdict(self), "is_good": self.is_good}
 
+    def rows(self) -> TableRows:
+        """The report as (quantity, value) in words."""
+        rows = [("chunks", f"{self.chunks_checked} read and checked, {format_bytes(self.bytes_checked)}")]
+        for found in self.certificates:
+            error, tolerance = f"{found['error']:.1e}", f"{found['tolerance']:.0e}"
+            agreement = f"K v and J(Jᵀv) agree to {error} in every row (tolerance {tolerance})"
+            name = f"certificate {found['array'].removeprefix('kernel/')}"
+            rows.append((name, agreement if found["is_good"] else "FAILED"))
+        rows += first_rows("finding", [f"{describe_chunk(f.array, f.index)}: {f.problem}" for f in self.findings])
+        return [*rows, ("verdict", "good" if self.is_good else f"{len(self.findings)} findings")]
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
+
 
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:
-    """Read and check every chunk of a store. Needs no model; memory is two tiles and the diagonals.
-
-    Checks each array's ``zarr.json``; presence, size and crc32c of every chunk; that real values are finite; that
-    diagonal tiles are exactly symmetric; that the diagonal is not negative and
-    ``|K_ij| <= sqrt(K_ii K_jj) (1 + tol)``. Partial files of killed writers are listed as harmless findings.
-    """
+    """Read and check every chunk of a store, and each ``zarr.json``; memory is two tiles and the diagonals."""
     leftover = "a partial file of a killed writer; never read"
-    findings = [Finding(name, (), leftover, is_harmless=True) for name in store.partials()]
+    findings = [Finding(name, (), leftover, is_harmless=True) for name in store.medium.leftovers()]
     diagonals = _diagonals(store)
     count = size = 0
     for name, array in store.arrays.items():
@@ -151,7 +160,7 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     rows, columns = grid.rows.rows(index[0]), grid.columns.rows(index[1])
     left, right = left[rows.start : rows.stop], right[columns.start : columns.stop]
     bound = np.sqrt(np.clip(left, 0, None))[:, None] * np.sqrt(np.clip(right, 0, None))
-    # The bound is NaN, and satisfied, where a diagonal entry is unreadable; that chunk is reported by itself.
+    # The bound is NaN, and satisfied, where a diagonal entry is unreadable; that chunk has its own finding.
     tolerance = max(_BOUND_TOLERANCE[dtype] for dtype in (store.manifest.accumulate_dtype, store.manifest.store_dtype))
     excess = np.abs(values) > bound * (1 + tolerance)
     if excess.any():
@@ -163,18 +172,10 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     return None
 
 
-def verification_rows(report: VerificationReport) -> TableRows:
-    """Describe a verification report."""
-    rows = [("chunks", f"{report.chunks_checked} read and checked, {format_bytes(report.bytes_checked)}")]
-    for found in report.certificates:
-        agreement = f"K v and J(Jᵀv) agree to {found['error']:.1e} in every row (tolerance {found['tolerance']:.0e})"
-        name = f"certificate {found['array'].removeprefix('kernel/')}"
-        rows.append((name, agreement if found["is_good"] else "FAILED"))
-    shown = report.findings[:_MOST_SHOWN]
-    rows += [("finding", f"{describe_chunk(found.array, found.index)}: {found.problem}") for found in shown]
-    if len(report.findings) > _MOST_SHOWN:
-        rows.append(("finding", f"and {len(report.findings) - _MOST_SHOWN} more"))
-    return [*rows, ("verdict", "good" if report.is_good else f"{len(report.findings)} findings")]
+def first_rows(name: str, words: Sequence[str]) -> TableRows:
+    """A row for each of the first words, and one that counts the rest."""
+    more = [f"and {len(words) - _MOST_SHOWN} more"] if len(words) > _MOST_SHOWN else []
+    return [(name, each) for each in [*words[:_MOST_SHOWN], *more]]
 
 
 def describe_chunk(array: str, index: Index) -> str:

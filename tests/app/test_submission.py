@@ -14,6 +14,7 @@ from ntkpipe.app import submission as submission_module
 from ntkpipe.app import workflow
 from ntkpipe.app.cli import main
 from ntkpipe.app.submission import _beating, _drive, _write_state, submit
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError, StoreExistsError, StoreMismatchError
 from ntkpipe.executors import connect as cluster
 from ntkpipe.executors.payload import pack_code
@@ -49,7 +50,7 @@ steps: [{step: verify}]
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with cluster.connect("local", workers=2, memory_limit=3 * 2**30) as joined:
+    with cluster.connect("local", RunSpec(workers=2, memory_limit=3 * 2**30)) as joined:
         yield joined
 
 

@@ -326,7 +326,7 @@ def test_a_group_is_a_folder(name):
 
 
 def test_groups_may_not_differ_by_case_alone():
-    with pytest.raises(ConfigError, match=r"'Head' would be the folder of 'head'"):
+    with pytest.raises(ConfigError, match=r"'Head' would share the folder of 'head'"):
         ntkpipe.plan_kernel(mlp(), inputs(), store="s", groups={"head": "2.*", "Head": "0.*"})
 
 
@@ -339,7 +339,7 @@ def test_planes_are_counted_without_listing_them(kind, num_outputs, groups):
 
 def test_no_run_is_planned_with_too_many_planes(tmp_path):
     model = nn.Sequential(L(4, 1, bias=False), L(1, MAX_PLANES // 2 + 1, bias=False))
-    with pytest.raises(ConfigError, match="kernels beside each other; at most 65536"):
+    with pytest.raises(ConfigError, match="kernels side by side; at most 65536"):
         ntkpipe.plan_kernel(model, inputs(), store=tmp_path / "s", kind="diagonal", groups={"a": "0.*"})
 
 
@@ -415,7 +415,7 @@ def test_a_group_that_is_zero_but_for_rounding_is_good(tmp_path):
 def test_a_hostile_manifest_has_no_endless_planes(tmp_path):
     store = run(tmp_path / "s", groups=None)
     manifest = store.manifest.model_copy(update={"num_outputs": 10**12})
-    with pytest.raises(StoreError, match="kernels beside each other"):
+    with pytest.raises(StoreError, match="kernels side by side"):
         layouts(manifest)
 
 

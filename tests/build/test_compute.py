@@ -11,8 +11,9 @@ from small import Allowance, chunks, compute, inputs, mlp, times
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ntkpipe import kernel_matrix, open_kernel, plan_kernel, verify
+from ntkpipe import compute_kernel, kernel_matrix, open_kernel, plan_kernel, verify
 from ntkpipe.base.errors import (
+    ArgumentError,
     ConfigError,
     DataError,
     Interrupted,
@@ -401,3 +402,30 @@ def test_a_killed_creation_is_completed_at_every_step(path, tmp_path):
             compute(target)
             assert chunks(target) == chunks(tmp_path / "whole")
     assert os.path.samefile(made[0].parent, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda path: compute_kernel(mlp(), inputs(), store=path, tilee=4), ArgumentError, "the nearest is 'tile'"),
+        (lambda path: compute_kernel(mlp(), inputs(), store=3), ConfigError, "store=3; needed text or a path"),
+        (lambda path: compute_kernel(mlp(), inputs(), store=path, tile=2.5), ConfigError, "needed an integer or None"),
+        (lambda path: plan_kernel(mlp(), inputs(), store=path, progress=False), ArgumentError, "plan_kernel"),
+        (lambda path: plan_kernel(mlp(), inputs(), store=path, workers="two"), ConfigError, "workers='two'"),
+        (lambda _: kernel_matrix(mlp(), inputs(), groups={"a": "0.*"}), ArgumentError, "has no argument 'groups'"),
+        (lambda _: kernel_matrix(mlp(), inputs(), jacobian="loop"), ConfigError, "needed 'structured' or 'fallback'"),
+    ],
+)
+def test_arguments_of_another_name_or_type_are_refused(path, call, error, words):
+    with pytest.raises(error, match=words):
+        call(path)
+    assert not path.exists()
+
+
+def test_a_plan_prints_as_a_table_of_its_rows_and_of_its_jacobians(path):
+    plan, found = asked = plan_kernel(mlp(), inputs(), store=path, tile=4)
+    lines = str(asked).splitlines()
+    assert [line.split()[0] for line in lines[: len(plan.rows())]] == [name.split()[0] for name, _ in plan.rows()]
+    assert len(lines) == len(plan.rows()) + len({(each.rule, each.representation) for each in found})
+    assert all(line.endswith("% of the contraction") for line in lines[len(plan.rows()) :])
+    assert str(plan).splitlines()[1].split(maxsplit=1)[0] == "tile"

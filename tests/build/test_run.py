@@ -279,7 +279,7 @@ def test_the_last_writer_removes_what_killed_ones_left(tmp_path):
     (path / "kernel/train/c/0/0").unlink()
     (path / "kernel/train/c/0/0.0123.partial").write_bytes(b"half")
     compute(path)
-    assert open_kernel(path).store.partials() == []
+    assert open_kernel(path).store.medium.leftovers() == []
     assert verify_store(open_kernel(path).store).findings == ()
 
 

@@ -12,6 +12,7 @@ import torch
 from distributed import Client, Worker
 from small import compute
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
@@ -65,7 +66,7 @@ def die_in(address: str, dask_worker: Worker) -> int:
 
 def test_a_worker_that_dies_while_it_is_asked_is_left_out():
     settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
-    with dask.config.set(settings), connect("local", workers=2, memory_limit=2 * GIB) as client:
+    with dask.config.set(settings), connect("local", RunSpec(workers=2, memory_limit=2 * GIB)) as client:
         doomed, other = sorted(client.nthreads())
         assert list(workers._ask(client, die_in, doomed)) == [other]
 
@@ -74,7 +75,7 @@ def test_a_plan_is_made_for_the_weakest_of_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
-    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert GIB < found.memory_limit < 2 * GIB
     assert found.base_memory == GIB
     assert found.flops_per_second == 50e9
@@ -115,7 +116,7 @@ def client():
 
 def test_workers_are_asked_for_real(client):
     found = inspect_workers(client, torch.float32, "cpu")
-    assert (found.processes, found.threads, found.device) == (2, 1, "cpu")
+    assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert found.flops_per_second > 1e8
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
         inspect_workers(client, torch.float32, "cuda:7")

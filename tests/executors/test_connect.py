@@ -11,6 +11,7 @@ import dask
 import pytest
 from distributed import Client
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
 from ntkpipe.executors import connect as cluster
 from ntkpipe.executors.connect import connect
@@ -25,7 +26,7 @@ def port_of(address: str) -> int:
 
 
 def test_a_local_cluster_has_single_threaded_processes_that_only_this_machine_reaches():
-    with connect("local", workers=2, memory_limit=2 * 2**30) as client:
+    with connect("local", RunSpec(workers=2, memory_limit=2 * 2**30)) as client:
         info = client.scheduler_info()
         assert client.nthreads() == dict.fromkeys(info["workers"], 1)
         assert {worker["memory_limit"] for worker in info["workers"].values()} == {2**30}
@@ -43,7 +44,7 @@ def test_a_local_cluster_has_single_threaded_processes_that_only_this_machine_re
 def test_a_worker_of_a_local_cluster_comes_back_however_often_it_dies():
     with (
         dask.config.set({"distributed.deploy.lost-worker-timeout": "50 ms"}),
-        connect("local", workers=1, memory_limit=2**30) as client,
+        connect("local", RunSpec(workers=1, memory_limit=2**30)) as client,
     ):
         seen: set[int] = set()
         for deaths in range(1, 4):
@@ -59,7 +60,7 @@ def test_a_worker_of_a_local_cluster_comes_back_however_often_it_dies():
 
 def test_every_gpu_gets_a_process_that_sees_it_alone(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
-    with connect("local", workers=2, num_gpus=3, memory_limit=2 * 2**30) as client:
+    with connect("local", RunSpec(workers=2, memory_limit=2 * 2**30), num_gpus=3) as client:
         client.wait_for_workers(2, timeout=60)
         seen = client.run(environment).values()
         assert Counter(device for _, device in seen) == {"4": 1, "7": 1}
@@ -70,7 +71,7 @@ def test_every_gpu_gets_a_process_that_sees_it_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("scheduler", "error", "words"),
     [
-        ("localhost:8786", ConfigError, "needed an address as 'tcp://host:8786'"),
+        ("localhost:8786", ConfigError, "needed an address such as 'tcp://host:8786'"),
         ("tcp://127.0.0.1:1", ClusterError, r"cannot join .*Is it running \(`dask scheduler`\)"),
         ("nonsense://127.0.0.1:1", ClusterError, "cannot join"),
         ("tls://127.0.0.1:1", ClusterError, "takes clients with a certificate"),

@@ -30,6 +30,7 @@ from small import chunks, compute, inputs, mlp
 from torch import nn
 
 from ntkpipe import verify
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import (
     ClusterError,
     ConfigError,
@@ -51,7 +52,7 @@ def client() -> Iterator[Client]:
     """Two workers of 768 MiB; a task that met two deaths is given back to us."""
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        cluster.connect("local", workers=2, memory_limit=1536 * MIB) as joined,
+        cluster.connect("local", RunSpec(workers=2, memory_limit=1536 * MIB)) as joined,
     ):
         yield joined
 

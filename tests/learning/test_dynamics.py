@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ntkpipe.base import resources
+from ntkpipe.base import budget
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.operators.dense import DenseOperator
@@ -120,7 +120,7 @@ def test_rounding_of_zero_eigenvalues_does_not_grow(rng):
 def test_losses_rates_and_starts_follow_the_convention(rng):
     """``df/dt = -η K (f - Y)``: no 1/n and no 2."""
     matrix, (goals, start) = matrix_with_spectrum([3.0, 2.0, 1.0]), rng.standard_normal((2, 3, 2))
-    found = dynamics(matrix, goals, times=[0.0, 1e-6], learning_rate=0.7, initial=start, tol=1e-13)
+    found = dynamics(matrix, goals, times=[0.0, 1e-6], learning_rate=0.7, initial_outputs=start, tol=1e-13)
     np.testing.assert_allclose(found.residuals[0], start - goals, atol=1e-14)
     slope = (found.residuals[1] - found.residuals[0]) / 1e-6
     np.testing.assert_allclose(slope, -0.7 * matrix @ (start - goals), rtol=1e-4)
@@ -138,7 +138,7 @@ def test_the_learning_rate_is_one_over_the_largest_eigenvalue_also_where_targets
 def test_predictions_of_train_samples_are_the_train_functions(targets, rng):
     matrix = matrix_with_spectrum(power_law(300, condition=1e4))
     start = 0.1 * rng.standard_normal(targets.shape)
-    found = dynamics(matrix, targets, times=[0.0, 5.0, 1e4, math.inf], initial=start)
+    found = dynamics(matrix, targets, times=[0.0, 5.0, 1e4, math.inf], initial_outputs=start)
     np.testing.assert_allclose(found.predict(matrix[:7], start[:7]), (targets + found.residuals)[:, :7], atol=1e-5)
     with pytest.raises(ConfigError, match=r"shape \(3, 4\); needed \(m, 300\)"):
         found.predict(np.ones((3, 4)))
@@ -215,7 +215,7 @@ def test_passes_are_steps_and_a_check_and_bits_repeat(targets):
 
 
 def test_memory_limits_the_steps_and_is_named(targets, monkeypatch):
-    monkeypatch.setattr(resources, "process_memory", lambda: 0)
+    monkeypatch.setattr(budget, "process_memory", lambda: 0)
     matrix = matrix_with_spectrum(power_law(300, condition=1e8))
     found = dynamics(matrix, targets, times=[1e7], memory_limit=8 * 300 * 5 * 15)
     assert found.num_steps == 12
@@ -241,7 +241,7 @@ def test_monitors_are_called_after_each_pass(targets):
         ({"times": [1.0], "learning_rate": 0.0}, "learning_rate="),
         ({"times": [1.0], "learning_rate": math.nan}, "learning_rate="),
         ({"times": [1.0], "max_passes": 0}, "max_passes="),
-        ({"times": [1.0], "initial": np.ones((3, 2))}, r"initial functions of shape \(3, 2\)"),
+        ({"times": [1.0], "initial_outputs": np.ones((3, 2))}, r"initial_outputs of shape \(3, 2\)"),
     ],
 )
 def test_bad_options_are_refused(options, words):
@@ -251,7 +251,7 @@ def test_bad_options_are_refused(options, words):
 
 @pytest.mark.parametrize("goals", [np.ones(4), np.ones((3, 0)), np.ones((3, 1, 1)), np.ones(3, complex)])
 def test_bad_targets_are_refused(goals):
-    with pytest.raises(ConfigError, match="targets of shape"):
+    with pytest.raises(ConfigError, match=r"targets of (shape|dtype)"):
         dynamics(np.eye(3), goals, times=[1.0])
     with pytest.raises(NonFiniteError, match="targets hold"):
         dynamics(np.eye(3), np.array([1.0, math.nan, 0.0]), times=[1.0])

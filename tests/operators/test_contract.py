@@ -12,6 +12,7 @@ from distributed import Client
 from numpy.typing import NDArray
 from stored import store_matrix
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
@@ -90,7 +91,7 @@ def test_memory_maps(tmp_path, offset):
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with connect.connect("local", workers=2, memory_limit=2**30) as joined:
+    with connect.connect("local", RunSpec(workers=2, memory_limit=2**30)) as joined:
         joined.wait_for_workers(2)
         yield joined
 

@@ -82,7 +82,7 @@ def test_a_preconditioner_is_made_again(tmp_path):
     with pytest.raises(CutShortError):
         slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run"), monitor=cut_after(5))
     arrays_equal(whole, slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run")))
-    with pytest.raises(ConfigError, match="give another name"):
+    with pytest.raises(ConfigError, match="another calculation"):
         slq_logdet(MATRIX, checkpoint=Checkpoint(tmp_path, "run"), rank=5)
 
 
@@ -99,7 +99,7 @@ def test_a_space_that_ends_is_read_again(tmp_path):
 def test_a_checkpoint_of_another_calculation_is_refused(function, tmp_path):
     function(MATRIX, checkpoint=Checkpoint(tmp_path, "run"))
     for matrix, seed in ((2 * MATRIX, 0), (MATRIX, 1)):
-        with pytest.raises(ConfigError, match="give another name"):
+        with pytest.raises(ConfigError, match="another calculation"):
             function(matrix, seed=seed, checkpoint=Checkpoint(tmp_path, "run"))
 
 

@@ -188,7 +188,7 @@ def test_files_of_killed_writers_are_ignored_and_listed(store, rng):
     whole = array.path((0, 0))
     partial = whole.parent / ".0123456789abcdef.partial"
     partial.write_bytes(whole.read_bytes())
-    assert store.partials() == ["kernel/train/c/0/.0123456789abcdef.partial"]
+    assert store.medium.leftovers() == ["kernel/train/c/0/.0123456789abcdef.partial"]
     assert array.present() == set(array.layout.indices())
     assert array.missing() == []
 

@@ -163,10 +163,10 @@ def test_each_tile_of_the_source_is_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "kind", "words"),
     [
-        ("pntk", "trace", "its store does not keep what that needs; kinds are derived from 'ntk' or 'diagonal'"),
+        ("pntk", "trace", "its store does not hold what that needs; kinds are derived from 'ntk' or 'diagonal'"),
         ("trace", "diagonal", "cannot be derived from kind 'trace'"),
         ("diagonal", "pntk", "from it come trace, output:k"),
-        ("diagonal", "ntk", "does not keep what that needs"),
+        ("diagonal", "ntk", "does not hold what that needs"),
         ("ntk", "ntk", "it is that already; from it come pntk, trace, diagonal, output:k"),
         ("ntk", "output:3", "the model has outputs 0 to 2"),
         ("ntk", "trase", "did you mean 'trace'"),

@@ -99,7 +99,7 @@ def test_folders_on_the_way_are_made(store, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: path.unlink(), r"tile \(1, 2\) of kernel/train .* is missing, and 0 others of 15"),
+        (lambda path: path.unlink(), r"tile \(1, 2\) of kernel/train .* is missing, and 0 other chunks"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"tile \(1, 2\) of kernel/train .* is missing"),
         (
             lambda path: path.write_bytes(bytes(path.stat().st_size)),
@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(store, tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
 def test_no_room_is_noticed_before_anything_is_written(store, tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(export, "free_disk", lambda _: 1000)
+    monkeypatch.setattr("ntkpipe.store.media.folder.free_disk", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"needs 11\.4 KiB .*1000 B of disk are free"):
         export_kernel(store, tmp_path / f"k{suffix}", progress=False)
     assert not list(tmp_path.iterdir())

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from ntkpipe.base.errors import ResourceError, StoreError, StoreNotFoundError, TileError
+from ntkpipe.base.errors import ArgumentError, ConfigError, ResourceError, StoreError, StoreNotFoundError, TileError
 from ntkpipe.store import kernel as kernel_module
+from ntkpipe.store.derive import derive_kernel
+from ntkpipe.store.export import export_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.store import Store
@@ -306,3 +308,37 @@ def test_progress_counts_only_tiles_that_belong(fresh):
     tiles = fresh.store.arrays["kernel/train"]
     tiles.path((0, 1)).rename(tiles.path((1, 1)).with_name("0"))
     assert not fresh.opened.progress.is_complete
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda store: open_kernel(where=store.path), ArgumentError, "the nearest is 'path'"),
+        (lambda _: open_kernel(3), ConfigError, r"open_kernel\(\): path=3; needed text or a path"),
+        (lambda store: export_kernel(store, "k.npy", aray="train"), ArgumentError, "the nearest is 'array'"),
+        (lambda store: export_kernel(store, 3), ConfigError, "path=3; needed text or a path"),
+        (lambda store: derive_kernel(store, kind="trace", too="k.zarr"), ArgumentError, "the nearest is 'to'"),
+        (lambda store: derive_kernel(store, kind="trace", to="k", samples=1), ConfigError, "needed True or False"),
+    ],
+)
+def test_arguments_of_another_name_or_type_are_refused(fresh, call, error, words):
+    with pytest.raises(error, match=words):
+        call(fresh.opened)
+
+
+def test_a_store_prints_what_it_holds_and_how_far_it_is(fresh):
+    rows = dict(fresh.opened.rows())
+    assert rows["tiles"].startswith(f"{fresh.opened.progress.tiles_done} of {fresh.opened.progress.tiles_total}, ")
+    assert rows["verified"] == "never"
+    assert (
+        str(fresh.opened).splitlines()[: len(fresh.opened.manifest.rows())] == str(fresh.opened.manifest).splitlines()
+    )
+
+
+def test_a_store_prints_results_of_solvers_but_nothing_that_moves_the_cursor(fresh):
+    result = {"status": "converged\x1b[2J", "work": {"passes": 3.0}, "seconds": 1.5}
+    fresh.opened.store.write_result("eigsh", result)
+    fresh.opened.store.write_result("summary", {"trace": 1.0})
+    assert dict(fresh.opened.rows())["eigsh"] == "converged\x1b[2J, 3 passes, 1.5 s"
+    assert "summary" not in dict(fresh.opened.rows())
+    assert "\x1b" not in str(fresh.opened)

@@ -53,7 +53,7 @@ def test_of_creators_at_once_the_first_wins(tmp_path, make_manifest, attempt):
     store = Store.open(tmp_path / "a.zarr")
     assert all(manifest == store.manifest for manifest in found)
     assert store.manifest in manifests
-    assert store.partials() == []
+    assert store.medium.leftovers() == []
     store.arrays["kernel/train"].write((0, 0), np.ones((6, 6)))
 
 

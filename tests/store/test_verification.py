@@ -13,7 +13,7 @@ from ntkpipe import verify
 from ntkpipe.base.errors import TileError
 from ntkpipe.store.kernel_store import open_kernel
 from ntkpipe.store.store import Store
-from ntkpipe.store.verification import Finding, VerificationReport, verification_rows, verify_store
+from ntkpipe.store.verification import Finding, VerificationReport, verify_store
 
 CHUNKS = {
     "kernel/train": (1, 2),
@@ -206,7 +206,7 @@ def test_a_store_that_cannot_be_written_is_verified_all_the_same(store, monkeypa
 
 def test_a_report_in_words_shows_the_first_findings_and_counts_the_rest():
     findings = tuple(Finding("kernel/train", (0, i), "bad") for i in range(25))
-    words = str(verification_rows(VerificationReport(25, 100, findings)))
+    words = str(VerificationReport(25, 100, findings))
     assert "kernel/train (0, 19): bad" in words
     assert "and 5 more" in words
     assert "(0, 20)" not in words

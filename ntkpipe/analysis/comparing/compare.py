@@ -12,8 +12,9 @@ of a preconditioner, min(1000, n/10). Cost: every tile of both once, diagonal on
 smaller ones up to four times; spectra of kernels that do not fit: 15 passes for leading pairs, 100 for λ_min.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,11 +36,16 @@ from ntkpipe.analysis.comparing.spectra import (
     way_for,
 )
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work
+from ntkpipe.base.operator import Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.targets import Task
+from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.store.results import Checkpoint
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -54,8 +60,9 @@ class _Wanted:
     ridge_scale: RidgeScale
     with_smallest: bool
     seed: int
-    memory_limit: int | None
+    budget: Budget
     client: "Client | None"
+    stages: Stages
     monitor: Monitor
 
 
@@ -71,6 +78,7 @@ class _Found:
     work: Work
 
 
+@recorded()
 def compare_kernels(
     a: Any,
     b: Any,
@@ -85,9 +93,11 @@ def compare_kernels(
     ridge_scale: RidgeScale = None,
     smallest_eigenvalue: bool = True,
     eigenpairs: tuple[Any, Any] | None = None,
-    memory_limit: int | None = None,
+    task: Task = "auto",
+    memory_limit: MemoryLimit = None,
     client: "Client | None" = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> Comparison:
     """Compare kernel A with kernel B, the reference, on the same samples.
@@ -100,26 +110,44 @@ def compare_kernels(
 
     Parameters
     ----------
-    a, b, array
-        Each a store or its path, a stored kernel, a symmetric array, or an operator; and which kernel of a store, as
-        ``train``, or ``groups/head/kernel/train``.
+    a
+        Kernel A: a store or its path, a stored kernel, a symmetric array, or an operator.
+    b
+        Kernel B, the reference, in the same forms.
+    array
+        Kernel of a store that is compared, such as ``train``, or ``groups/head/kernel/train``.
     num_outputs
-        O of arrays and operators that are full NTKs, row = sample * O + output: of the one that has more rows, or of
-        both where they have as many; default that of a stored full NTK beside it, or one.
-    targets, test_targets, test_kernels
-        Shape (N,) for classes, or (N, c); and (M,) or (M, c). Test × train of A and of B: arrays or stored kernels,
-        shapes (M·S, N·S). Default those of the stores, if they have any.
-    k, eigenpairs
-        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``. Known pairs
-        of A and B, ``eigenvalues`` descending and ``eigenvectors``: used if one more than k; all n save LAPACK, too.
-    ridge, ridge_scale, smallest_eigenvalue
-        λ of both regressions and log-determinants, absolute; with ``"mean_diagonal"`` times the mean diagonal of each.
+        Number of outputs O of arrays and operators that are full NTKs, row = sample * O + output. They are the one that
+        has more rows, or both where they have as many. Default that of a stored full NTK beside it, or one.
+    targets
+        Labels of classes (N,), or real targets (N,) or (N, c). Default those of the stores, if they have any.
+    test_targets
+        Targets of the test samples. Default those of the stores, if they have any.
+    test_kernels
+        Test × train kernels of A and of B, (M·S, N·S), arrays or stored. Default those of the stores.
+    k
+        Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``.
+    ridge
+        Ridge λ of both regressions and log-determinants.
+    ridge_scale
+        Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean diagonal of each kernel.
+    smallest_eigenvalue
         Whether λ_min is looked for, which is most of the cost where kernels do not fit in memory.
-    memory_limit, client
-        Bytes that this process may have; default what it has and half of what is free; a tile of each and vectors in
-        any case. A Dask cluster that multiplies (entries are compared here); the limit is of each worker then.
-    seed, monitor
-        Seed of the first blocks; function that is called after each pass.
+    eigenpairs
+        Known eigenpairs of A and of B, descending. They are used if there is one more than k; all n save LAPACK, too.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free. A tile of each and vectors are
+        taken in any case. With a client the limit is of each worker.
+    client
+        Client of a Dask cluster that multiplies; entries are compared here.
+    seed
+        Seed of the first blocks.
+    checkpoint
+        Where entries, spectra and predictions are saved; another call for the same kernels goes on behind them.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -129,37 +157,47 @@ def compare_kernels(
     ResourceError, TileError
         If the limit leaves no room for the tiles in use; if a tile is missing or damaged.
     """
-    started = perf_counter()
+    budget = Budget.of(memory_limit)
     inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
-    goal, note = goal_of(inputs, targets, test_targets, are_kernels_given=test_kernels is not None)
-    measured = measure_differences(inputs[0].entries(width), inputs[1].entries(width))
+    goal, note = goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
+    stages = _stages(
+        checkpoint, inputs, goal, k=k, ridge=ridge, scale=ridge_scale, least=smallest_eigenvalue, seed=seed
+    )
+    entries = stages.once("entries", lambda: vars(measure_differences(*(one.entries(width) for one in inputs))))
+    at = entries["largest_at"]
+    measured = Differences(**{**entries, "largest_at": None if at is None else tuple(at)})
     if measured.frobenius_b == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
-    k, ridge, seed = min(int(k), inputs[0].num_samples), float(ridge), int(seed)
-    wanted = _Wanted(k, ridge, ridge_scale, smallest_eigenvalue, seed, memory_limit, client, monitor)
+    count = min(k, inputs[0].num_samples)
+    wanted = _Wanted(count, ridge, ridge_scale, smallest_eigenvalue, seed, budget, client, stages, monitor)
     first, second = _find_both(inputs, width, measured, goal, wanted, eigenpairs or (None, None))
-    options = {"array": array, "k": k, "ridge": ridge, "ridge_scale": ridge_scale}
-    options |= {"smallest_eigenvalue": bool(smallest_eigenvalue), "memory_limit": memory_limit, "seed": seed}
     status, message = _judge(first, second)
     fields = _input_fields(inputs, width) | _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
     return Comparison(
         status=status,
         message=message,
         work=Work(1.0, measured.bytes_read, 0.0) + first.work + second.work,
-        seconds=perf_counter() - started,
-        options=options,
+        options={"k": count},
         matrix=first.identity,
         reference=second.identity,
         method=_method(first, second),
         ridge_a=first.ridge,
         ridge_b=second.ridge,
+        targets="" if goal is None else goal.targets.words,
         **fields,
         **_prediction_fields(goal, first.predictions, second.predictions, note),
     )
+
+
+def _stages(
+    checkpoint: Checkpoint | None, inputs: tuple[KernelInput, KernelInput], goal: Goal | None, **decides: Any
+) -> Stages:
+    if checkpoint is not None:
+        decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
+        decides |= {"function": "compare", "rhs": None if goal is None else digest_of(goal.targets.matrix)}
+    return Stages(checkpoint, decides)
 
 
 def _find_both(
@@ -173,38 +211,52 @@ def _find_both(
     a, b = inputs
     # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
     counts = [wanted.k if a.width == b.width else wanted.k * kernel.width for kernel in inputs]
-    first = _find(a, width, counts[0], measured.diagonal_a, goal, wanted, eigenpairs[0])
-    return first, _find(b, width, counts[1], measured.diagonal_b, goal, wanted, eigenpairs[1])
+    first = _find("a", a, width, counts[0], measured.diagonal_a, goal, wanted, eigenpairs[0])
+    return first, _find("b", b, width, counts[1], measured.diagonal_b, goal, wanted, eigenpairs[1])
 
 
 def _find(
-    kernel: KernelInput, width: int, count: int, diagonal: FloatArray, goal: Goal | None, wanted: _Wanted, given: Any
+    name: str,
+    kernel: KernelInput,
+    width: int,
+    count: int,
+    diagonal: FloatArray,
+    goal: Goal | None,
+    wanted: _Wanted,
+    given: Any,
 ) -> _Found:
     """The ends of one spectrum, expanded to ``width`` rows a sample, and predictions."""
     num_outputs = width // kernel.width
     diagonal = diagonal[::num_outputs]
     ridge = absolute_ridge(wanted.ridge, wanted.ridge_scale, lambda: diagonal)
-    limit = wanted.memory_limit
-    way = way_for(len(diagonal), None if wanted.client is not None else limit)
-    how: dict[str, Any] = {"way": way, "seed": wanted.seed, "monitor": wanted.monitor}
-    with kernel.operator(limit, wanted.client) as stored:
-        before, identity = stored.work, stored.identity()
-        operator = stored if way == "passes" else in_memory(stored)
-        ends = find_ends(operator, count, ridge=ridge, with_smallest=wanted.with_smallest, given=given, **how)
-        predictions = None
+    way = way_for(len(diagonal), wanted.budget if wanted.client is None else Budget())
+    how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": wanted.seed, "monitor": wanted.monitor}
+    with kernel.operator(wanted.budget, wanted.client) as stored:
+        operators = [stored]
+
+        def computed(function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
+            before = stored.work
+            if way != "passes" and len(operators) == 1:
+                operators.append(in_memory(stored))
+            of_memory = Work() if way == "passes" else operators[-1].work
+            found = function(operators[-1], *args, **options, **how)
+            done = stored.work - before
+            return {**vars(found), "work": done if way == "passes" else done + (operators[-1].work - of_memory)}
+
+        def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
+            checkpoint = wanted.stages.part(part)
+            compute = partial(computed, function, *args, checkpoint=checkpoint, **options)
+            return dict(wanted.stages.once(part, compute))
+
+        spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=wanted.with_smallest, given=given)
+        predicted = None
         if goal is not None:
-            predictions = predict(
-                operator,
-                kernel.test_kernel,
-                kernel.width,
-                goal,
-                ridge=ridge,
-                largest=float(ends.eigenvalues[0]),
-                memory_limit=limit,
-                **how,
-            )
-        done = stored.work - before + (Work() if operator is stored else operator.work)
-        return _Found(outer_ends(ends, num_outputs), predictions, ridge, identity, way, done)
+            of_test = kernel.test_kernel, kernel.width, goal
+            largest = float(spectrum["eigenvalues"][0])
+            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=wanted.budget)
+        done = spectrum.pop("work") + (Work() if predicted is None else predicted.pop("work"))
+        found = None if predicted is None else Predictions(**predicted)
+        return _Found(outer_ends(Ends(**spectrum), num_outputs), found, ridge, stored.identity(), way, done)
 
 
 def _input_fields(inputs: tuple[KernelInput, KernelInput], width: int) -> dict[str, Any]:

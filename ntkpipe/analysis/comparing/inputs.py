@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, OuterEntries, TileEntries
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.sources import open_for_analysis
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.operators.opening import as_operator, open_for_solver
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
-from ntkpipe.solvers.on_store import find_kernel
+from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
@@ -45,6 +45,11 @@ class KernelInput:
         """Kind of a stored kernel."""
         return None if self.manifest is None else self.manifest.kind
 
+    @property
+    def identity(self) -> str:
+        """Identity of the matrix, by its entries or what is stored."""
+        return self.matrix.identity if isinstance(self.matrix, Kernel) else as_operator(self.matrix).identity()
+
     def entries(self, num_outputs: int) -> Entries:
         """The entries, or those of ``K ⊗ I_O`` where the matrix has fewer rows a sample than ``num_outputs``."""
         if isinstance(self.matrix, Kernel):
@@ -57,12 +62,12 @@ class KernelInput:
         return found if self.width == num_outputs else OuterEntries(found, num_outputs)
 
     @contextmanager
-    def operator(self, memory_limit: int | None, client: "Client | None") -> Iterator[Operator]:
+    def operator(self, budget: Budget, client: "Client | None") -> Iterator[Operator]:
         """The kernel as an operator, closed afterwards unless it was one before."""
         if client is None:
-            operator, _ = open_for_analysis(self.matrix, memory_limit)
+            operator, _ = open_for_solver(self.matrix, budget)
         else:
-            operator = as_operator(self.matrix, memory_limit=memory_limit, client=client)
+            operator = as_operator(self.matrix, memory_limit=budget, client=client)
         try:
             yield operator
         finally:

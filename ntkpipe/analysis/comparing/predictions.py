@@ -9,29 +9,28 @@ from numpy.typing import ArrayLike
 from ntkpipe.analysis.comparing.inputs import KernelInput, has_same_test_samples, targets_of
 from ntkpipe.analysis.comparing.spectra import Way
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.targets import Labels, as_samples, encode
+from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.preconditioner import default_rank
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Status
+from ntkpipe.store.results import Checkpoint
 
 _TOL = 1e-10
-# Vectors of conjugate gradients: for each column, and for each of the preconditioner's rank.
-_A_COLUMN, _A_RANK = 11, 3
 
 
 @dataclass(frozen=True)
 class Goal:
     """What is predicted."""
 
-    labels: Labels  # train targets
-    test_labels: Labels | None  # test targets, if there are any
+    targets: Targets  # of train samples
+    test_targets: Targets | None  # of test samples, if there are any
 
 
 def goal_of(
@@ -39,9 +38,10 @@ def goal_of(
     targets: ArrayLike | None,
     test_targets: ArrayLike | None,
     *,
+    task: Task,
     are_kernels_given: bool,
 ) -> tuple[Goal | None, str]:
-    """What two kernels can both predict, or why there is no such thing."""
+    """What two kernels can both predict; and why there is no such thing, or what is to be known of it."""
     if any(one.test_kernel is None for one in inputs):
         return None, "no test kernels"
     targets = targets_of(*inputs, "train") if targets is None else targets
@@ -51,16 +51,14 @@ def goal_of(
         return None, "test samples of the stores are not the same"
     test_targets = targets_of(*inputs, "test") if test_targets is None else test_targets
     width, num_samples = max(one.width for one in inputs), inputs[0].num_samples
-    labels = encode(targets, num_outputs=width if width > 1 else None)
-    if len(labels.matrix) != num_samples:
-        raise ConfigError(f"{len(labels.matrix)} targets for {num_samples} train samples")
-    labels.rows(width)
+    train = encode(targets, task=task, num_outputs=width if width > 1 else None)
+    if len(train.matrix) != num_samples:
+        raise ConfigError(f"{len(train.matrix)} targets for {num_samples} train samples")
+    train.rows(width)
     if test_targets is None:
-        return Goal(labels, None), ""
-    test = encode(test_targets, classes=labels.classes, task="regression")
-    if test.matrix.shape[1] != labels.matrix.shape[1]:
-        raise ConfigError(f"test targets of {test.matrix.shape[1]} columns and targets of {labels.matrix.shape[1]}")
-    return Goal(labels, test), ""
+        return Goal(train, None), ""
+    test = encode_test(test_targets, train)
+    return Goal(train, test), note_on_unknown(test).removeprefix("; ")
 
 
 @dataclass(frozen=True)
@@ -81,23 +79,25 @@ def predict(
     ridge: float,
     largest: float,
     way: Way,
-    memory_limit: int | None,
+    budget: Budget,
     seed: int,
+    checkpoint: Checkpoint | None,
     monitor: Monitor,
 ) -> Predictions:
     """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression."""
     cross = CrossKernel(test_kernel, operator.num_rows, width)
-    rows = goal.labels.rows(width)
+    rows = goal.targets.rows(width)
     if way == "passes":
-        vectors = _A_COLUMN * rows.shape[1] + _A_RANK * default_rank(operator.num_rows)
         solution = solve(
             operator,
             rows,
             ridge=ridge,
             method="pcg" if rows.shape[1] == 1 else "block_cg",
+            task="regression",
             tol=_TOL,
             seed=seed,
-            memory_limit=at_least(memory_limit, 8 * operator.num_rows * vectors),
+            memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
+            checkpoint=checkpoint,
             monitor=monitor,
         )
     else:
@@ -111,24 +111,27 @@ def _solve_in_memory(operator: Operator, rows: FloatArray, ridge: float, largest
     try:
         factor = cholesky(operator, ridge=ridge)
         if ridge > 0 or smallest_by_factor(factor, seed) > cut_off(operator, largest):
-            return by_factor(operator, factor, rows, tol=_TOL, options={}, why="it fits in memory")
+            return by_factor(factor, rows, tol=_TOL, why="it fits in memory")
     except IndefiniteError:
         pass
-    return minimum_norm(operator, rows, ridge, tol=_TOL, options={}, why="singular", memory_limit=None)
+    return minimum_norm(operator, rows, ridge, tol=_TOL, why="singular", budget=Budget())
 
 
 def compare_predictions(a: FloatArray, b: FloatArray, goal: Goal) -> dict[str, Any]:
     """How far predictions of two kernels are apart, shape (M, c) each, by the fields of the comparison."""
-    wanted = goal.test_labels
+    wanted = goal.test_targets
     if len(a) != len(b) or (wanted is not None and len(wanted.matrix) != len(a)):
         targets = "" if wanted is None else f", and {len(wanted.matrix)} test targets"
         raise ConfigError(f"test kernels of {len(a)} and {len(b)} samples{targets}; needed the same test samples")
     norm = float(np.linalg.norm(b))
+    differs = None
+    if a.shape[1] > 1 or goal.targets.is_binary:
+        differs = float(np.mean(goal.targets.predicted(a) != goal.targets.predicted(b)))
     return {
         "predictions_a": a,
         "predictions_b": b,
         "prediction_difference": float(np.linalg.norm(a - b)) / norm if norm else None,
-        "disagreement": float(np.mean(a.argmax(axis=1) != b.argmax(axis=1))) if a.shape[1] > 1 else None,
+        "disagreement": differs,
         "test_loss_a": None if wanted is None else wanted.loss(a),
         "test_loss_b": None if wanted is None else wanted.loss(b),
         "test_accuracy_a": None if wanted is None else wanted.accuracy(a),

@@ -77,7 +77,8 @@ class Comparison(Result):
     test_loss_b: float | None
     test_accuracy_a: float | None  # test_accuracy_a, test_accuracy_b: share of test samples whose class they predict
     test_accuracy_b: float | None
-    prediction_note: str  # why there are no predictions
+    prediction_note: str  # why there are no predictions, or what is to be known of them
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without predictions
 
     @property
     def is_of_dtypes(self) -> bool:
@@ -161,7 +162,10 @@ class Comparison(Result):
             return [("regression", self.prediction_note)]
         ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"
         change = "" if self.disagreement is None else f", another column for {self.disagreement:.2%} of test samples"
-        rows = [("regression", f"{ridges}: ‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}{change}")]
+        note = f"; {self.prediction_note}" if self.prediction_note else ""
+        rows = [("targets", self.targets)] if self.targets else []
+        difference = f"‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}"
+        rows.append(("regression", f"{ridges}: {difference}{change}{note}"))
         if self.test_accuracy_a is not None:
             rows.append(("test accuracy", f"{self.test_accuracy_a:.2%} and {self.test_accuracy_b:.2%}"))
         if self.test_loss_a is not None:

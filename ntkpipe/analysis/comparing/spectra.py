@@ -2,21 +2,23 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from scipy.linalg import subspace_angles
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import memory_room
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.result import Monitor, Status
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, smallest
+from ntkpipe.store.results import Checkpoint
 
 Way = Literal["lapack", "factor", "passes"]
 Bounds = tuple[float, float]
@@ -56,15 +58,14 @@ class Ends:
         return math.inf if self.next_eigenvalue is None else float(self.eigenvalues[-1]) - self.next_eigenvalue
 
 
-def way_for(num_rows: int, memory_limit: int | None) -> Way:
+def way_for(num_rows: int, budget: Budget) -> Way:
     """How spectra and predictions of a kernel of so many rows are found.
 
     In memory where the kernel and its copies or factors, 24 n² bytes, fit what this process may still allocate, by
     default half of what is free: by LAPACK up to 2,048 rows, by Cholesky factors up to 16,384. Otherwise by passes over
     the tiles.
     """
-    room = memory_room(memory_limit)
-    if num_rows > _MOST_ROWS_IN_MEMORY or _BYTES_PER_ENTRY * num_rows**2 > room:
+    if num_rows > _MOST_ROWS_IN_MEMORY or not budget.fits(_BYTES_PER_ENTRY * num_rows**2):
         return "passes"
     return "lapack" if num_rows <= _MOST_ROWS_OF_LAPACK else "factor"
 
@@ -76,7 +77,16 @@ def in_memory(operator: Operator) -> DenseOperator:
 
 
 def find_ends(
-    operator: Operator, k: int, *, way: Way, ridge: float, with_smallest: bool, given: Any, seed: int, monitor: Monitor
+    operator: Operator,
+    k: int,
+    *,
+    way: Way,
+    ridge: float,
+    with_smallest: bool,
+    given: Any,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    monitor: Monitor,
 ) -> Ends:
     """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
     wanted = min(k + 1, operator.num_rows)
@@ -96,7 +106,7 @@ def find_ends(
         every = eigvalsh(operator).eigenvalues
     least, low, high = (None, None, None) if every is None else _of_all(every)
     if every is None and with_smallest:
-        found = _smallest(operator, way, seed, monitor)
+        found = _smallest(operator, way, seed, checkpoint, monitor)
         least, low, high = float(found.eigenvalues[0]), found.low, found.high
         # That it is not known at storage precision is a finding; bounds hold all the same.
         if status == "converged" and found.status in {"step limit", "not converged"}:
@@ -122,14 +132,15 @@ def _of_all(every: FloatArray) -> tuple[float, float, float]:
     return least, least - unsure, least + unsure
 
 
-def _smallest(operator: Operator, way: Way, seed: int, monitor: Monitor) -> Smallest:
+def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | None, monitor: Monitor) -> Smallest:
     """The smallest eigenvalue by block Davidson, with a proved bound where there is a factor."""
+    by_passes = partial(smallest, operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
     if way == "passes":
-        return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
+        return by_passes(checkpoint=checkpoint)
     try:
         factor = cholesky(operator, jitter="auto")
     except IndefiniteError:  # beyond what rounding explains
-        return smallest(operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
+        return by_passes()
 
     def inverse(block: FloatArray) -> FloatArray:
         return factor.solve(block, refine=0).coefficients

@@ -17,17 +17,10 @@ from ntkpipe.store.mending.growth import ChunkKey, aside, ragged
 from ntkpipe.store.store import Store
 
 
-def spec_of(manifest: Manifest) -> KernelSpec:
+def stored_spec(manifest: Manifest) -> KernelSpec:
     """The arguments that a store was made with, with every default filled in."""
-    return KernelSpec(
-        kind=manifest.kind,
-        parameters=manifest.model.parameters,
-        groups=manifest.groups,
-        compute_dtype=manifest.compute_dtype,
-        accumulate_dtype=manifest.accumulate_dtype,
-        store_dtype=manifest.store_dtype,
-        tile=manifest.tile,
-    )
+    same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
+    return KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
 
 
 def given_or_stored(store: Store, split: str, inputs: object, targets: object) -> Samples | None:

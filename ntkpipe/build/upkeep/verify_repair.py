@@ -1,53 +1,65 @@
-"""The public functions ``verify`` and ``repair``: check a store, and put right what is bad."""
+"""The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ntkpipe.base.arguments import checked
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.build.certify import certify, find_reference, with_certificates
 from ntkpipe.build.matching import require_same
-from ntkpipe.build.prepare import prepare, run_spec
+from ntkpipe.build.prepare import prepare
 from ntkpipe.build.run import exact_single_thread, manifest_of
-from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, spec_of
+from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, stored_spec
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.mending.repair import RepairReport, mend, undo
-from ntkpipe.store.store import Store
 from ntkpipe.store.verification import Finding, VerificationReport, record_report, verify_and_record
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
+@checked
 def verify(
-    store: str | Path | KernelStore,
+    store: "str | Path | KernelStore",
     model: nn.Module | None = None,
     inputs: object = None,
     *,
     test_inputs: object = None,
-    forward: Forward = None,
+    forward: "Forward" = None,
     device: str | None = None,
     progress: bool = True,
 ) -> VerificationReport:
-    """Verify a store, and with a model certify its whole kernels; the report is kept in the store.
+    """Verify a store, and with a model certify its whole kernels; the store keeps the report.
 
     Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
     Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
-    J(J'v), which every entry takes part in.
+    J(J'v), in which every entry takes part.
 
     Parameters
     ----------
     store
-        Path, or an open store.
-    model, inputs, test_inputs
-        What the store was made with; samples default to those in the store.
-    forward, device, progress
-        As for :func:`ntkpipe.compute_kernel`.
+        Path or URL, or an open store.
+    model
+        The model that the store was made with; default none, and no certificate.
+    inputs
+        The train samples that the store was made with; default those in the store.
+    test_inputs
+        The test samples that the store was made with; default those in the store.
+    forward
+        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
+    device
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+    progress
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -63,19 +75,21 @@ def verify(
     opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
+    data = {"inputs": inputs, "test_inputs": test_inputs}
+    return _certified(opened, model, data, forward, device, progress)
 
 
+@checked
 def repair(
-    store: str | Path | KernelStore,
+    store: "str | Path | KernelStore",
     model: nn.Module | None = None,
     inputs: object = None,
     *,
     targets: object = None,
     test_inputs: object = None,
     test_targets: object = None,
-    forward: Forward = None,
-    memory_limit: int | str | None = None,
+    forward: "Forward" = None,
+    memory_limit: MemoryLimit = None,
     device: str | None = None,
     self_check: bool = True,
     client: "Client | None" = None,
@@ -83,7 +97,7 @@ def repair(
     workers: int | None = None,
     progress: bool = True,
 ) -> RepairReport:
-    """Verify a store and put right what is bad; what was done is kept in the store below ``results/repairs``.
+    """Verify a store and repair what is bad; the store keeps a record below ``results/repairs``.
 
     With the model, exactly the chunks that are missing or bad are computed again, with the choices that the store
     recorded, so they get the bits that they had; each is replaced when the new one is written. Then the kernels are
@@ -93,11 +107,33 @@ def repair(
     Parameters
     ----------
     store
-        Path, or an open store.
-    model, forward, inputs, targets, test_inputs, test_targets
-        What the store was made with; samples and targets default to those in the store.
-    memory_limit, device, self_check, client, code, workers, progress
-        As for :func:`ntkpipe.compute_kernel`.
+        Path or URL, or an open store.
+    model
+        The model that the store was made with; default none, and nothing is computed again.
+    inputs
+        The train samples that the store was made with; default those in the store.
+    targets
+        The train targets that the store was made with; default those in the store.
+    test_inputs
+        The test samples that the store was made with; default those in the store.
+    test_targets
+        The test targets that the store was made with; default those in the store.
+    forward
+        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
+    memory_limit
+        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
+    device
+        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
+    self_check
+        Compare the engine with plain ``torch.func`` on three samples before the first tile.
+    client
+        A ``distributed.Client`` whose workers compute; default threads of this process.
+    code
+        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
+    workers
+        Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
+    progress
+        Show a progress bar on standard error.
 
     Returns
     -------
@@ -111,22 +147,38 @@ def repair(
     StoreMismatchError, StoreError
         If model or samples are not those of the store (nothing was changed then), or the store cannot be written.
     """
-    opened = _open(store)
+    if model is None and inputs is not None:
+        raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
+    opened, run = _open(store), spec_of(RunSpec, locals())
     if model is None:
-        if inputs is not None:
-            raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
         return mend(opened.store, done=undo(opened.store), progress=progress)
+    data = {"inputs": inputs, "targets": targets, "test_inputs": test_inputs, "test_targets": test_targets}
+    options: Any = {"forward": forward, "client": client, "code": code, "progress": progress}
+    return repair_with(opened, model, data, run, **options)
+
+
+def repair_with(
+    opened: KernelStore,
+    model: nn.Module,
+    data: Mapping[str, object],
+    run: RunSpec,
+    *,
+    forward: Forward,
+    client: "Client | None",
+    code: str | Path | None,
+    progress: bool,
+) -> RepairReport:
+    """Repair a store with its model, and with what is given of its data; see :func:`repair`."""
     kept, manifest = opened.store, opened.manifest
     if manifest.derived is not None:
         raise ConfigError(
             f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
-    spec = spec_of(manifest)
-    run = run_spec(memory_limit=memory_limit, device=device, workers=workers, self_check=self_check)
+    spec = stored_spec(manifest)
     done = undo(kept)
-    train = given_or_stored(kept, "train", inputs, targets)
-    test = given_or_stored(kept, "test", test_inputs, test_targets)
+    train = given_or_stored(kept, "train", data.get("inputs"), data.get("targets"))
+    test = given_or_stored(kept, "test", data.get("test_inputs"), data.get("test_targets"))
     assert train is not None
     resources = find_resources(run, spec, client, code, progress)
     with exact_single_thread(spec.compute_dtype):
@@ -135,28 +187,28 @@ def repair(
         return mend(
             kept,
             lambda chunks: recompute(kept, chunks, prepared, resources),
-            lambda: _certified(opened, model, inputs, test_inputs, forward, resources.device, progress),
+            lambda: _certified(opened, model, data, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
 
 
 def _open(store: str | Path | KernelStore) -> KernelStore:
-    return store if isinstance(store, KernelStore) else KernelStore(Store.open(store))
+    return store if isinstance(store, KernelStore) else open_kernel(store)
 
 
 def _certified(
     opened: KernelStore,
     model: nn.Module,
-    inputs: object,
-    test_inputs: object,
+    data: Mapping[str, object],
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
     with exact_single_thread(opened.manifest.compute_dtype):
         # Mismatches raise before a single tile is read.
-        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
+        samples = data.get("inputs"), data.get("test_inputs")
+        reference = find_reference(opened, model, *samples, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)

@@ -12,23 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def exact_math(*, tf32: bool = False) -> Iterator[None]:
-    """Compute under settings that do not depend on the user's, which are restored afterwards.
-
-    float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, autocast is off in this
-    thread, and attention takes its math path, which has the forward-mode derivatives and batching rules that fused
-    paths lack. All but autocast holds for the whole process; see :func:`exact_process`.
-    """
+    """Do as :func:`exact_process`, with autocast off in this thread."""
     with exact_process(tf32=tf32), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 @contextlib.contextmanager
 def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """The part of :func:`exact_math` that holds for the whole process; threads may enter and leave in any order.
-
-    The settings found by the first thread are restored when the last one leaves. The arguments of the thread that came
-    last, among those that have not left, apply.
-    """
+    """Compute under settings of the whole process that do not depend on the user's, and restore those afterwards."""
+    # float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, and attention takes its math
+    # path, which has the forward-mode derivatives and batching rules that fused paths lack. Threads may enter and leave
+    # in any order: the arguments of the one that came last apply, and the last to leave restores what the first found.
     mine = _Arguments(tf32, default_dtype or torch.get_default_dtype())
     with _LOCK:
         if not _INSIDE:

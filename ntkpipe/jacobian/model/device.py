@@ -113,7 +113,7 @@ def without_tf32(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 def add_rows(target: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
-    """As ``target.index_add_(dim, index, values)``, on a GPU in an order that does not change from run to run."""
+    """Compute ``target.index_add_(dim, index, values)``; on a GPU the order of sums is the same in every run."""
     if target.device.type == "cpu":
         return target.index_add_(dim, index, values)
     # index_add_ adds with atomics there, in any order; index_put_ sorts first.

@@ -82,10 +82,9 @@ def _num_required_arguments(function: Callable[..., Any]) -> int:
 
 @dataclass(frozen=True)
 class FunctionalModel:
-    """A private copy of a model in one dtype on one device, with a selection of its parameters.
+    """A private copy of a model in one dtype on one device, of which selected parameters alone require a gradient."""
 
-    Only selected parameters require a gradient. Not safe to share between threads: give each its own :meth:`copy`.
-    """
+    # Not safe to share between threads: each has its own :meth:`copy`.
 
     module: nn.Module  # maps a batch to outputs; its parameters are called `model.<name>`
     names: tuple[str, ...]  # the selected parameters, as the user's model names them

@@ -176,8 +176,7 @@ class Samples:
             again = self.source.read(i, i + 1)
             if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
                 raise DataError(
-                    f"{label}: sample {i} is another one each time it is read; switch random augmentation off, or pass "
-                    "arrays"
+                    f"{label}: sample {i} differs each time it is read; switch random augmentation off, or pass arrays"
                 )
         digest = hashlib.sha256()
         for name, record in sorted(described.inputs.items()):

@@ -22,7 +22,7 @@ def contract(
 
 
 def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, outs: Sequence[Tensor]) -> None:
-    """As :func:`contract`, for every plane at once: by all parameters, and by each group of them."""
+    """Do as :func:`contract` for every plane at once: by all parameters, and by each group of them."""
     # Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
     apart = left.num_covectors if pairs == "same" else 1
     if len(outs) == 1 and pairs != "same":
@@ -84,7 +84,7 @@ def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
 
 
 def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:
-    """As :func:`contract_diagonal`, for every plane, in the order of :func:`contract_planes`."""
+    """Do as :func:`contract_diagonal` for every plane, in the order of :func:`contract_planes`."""
     by_factor, groups = _diagonals(piece, pairs), torch.tensor(piece.groups)
     num_groups = num_planes // (piece.num_covectors if pairs == "same" else 1) - 1
     parts = [by_factor, *(by_factor[groups == number] for number in range(num_groups))]
@@ -100,6 +100,6 @@ def _summed(piece: Piece, by_factor: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _diagonals(piece: Piece, pairs: Pairs) -> Tensor:
-    """For each factor, first axis, the entries of each sample with itself."""
+    """Entries of each sample with itself; the first axis is the factors."""
     with without_tf32(piece.like.device):
         return torch.stack([factor.diagonal(is_all=pairs == "all") for factor in piece.factors])

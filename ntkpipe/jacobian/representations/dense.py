@@ -27,12 +27,12 @@ class Dense(Representation):
 
     @classmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Whatever nothing else suits."""
+        """Always; it is the last choice."""
         return True
 
     @classmethod
     def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """Without the way back through what was made of parameters."""
+        """Operations but for the way back through what was made of parameters."""
         return flops_to_multiply_out(term, num_covectors)
 
     @classmethod
@@ -61,7 +61,7 @@ class Dense(Representation):
         add_products(self.matrix, other.matrix, sums)
 
     def diagonal(self, *, is_all: bool) -> Tensor:
-        """By products of rows, cut as long sums are."""
+        """Products of rows, cut like other long sums."""
         parts = self.matrix.split(LONGEST_SUM, dim=2)
         if is_all:
             return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)

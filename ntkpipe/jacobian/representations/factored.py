@@ -46,7 +46,7 @@ class Factored(Representation):
         return self.tensors()[0], self.cotangents
 
     def diagonal(self, *, is_all: bool) -> Tensor:
-        """By Gram matrices of positions, for so few samples at a time that float64 copies stay small."""
+        """From Gram matrices of positions, for so few samples at a time that float64 copies stay small."""
         inputs = self.tensors()[0]
         per_sample = 2 * (sum(tensor.numel() for tensor in self.tensors()) // len(inputs))
         per_sample += self._input_gram(slice(0, 1)).numel()

@@ -11,10 +11,9 @@ from ntkpipe.jacobian.tracing.uses import Use, pull_back
 
 @dataclass(frozen=True)
 class Joined(Dense):
-    """The same by all parameters of a term side by side, pulled back to them from the arguments of calls, and added up.
+    """Jacobians by all parameters of a term side by side, pulled back to them from the arguments of calls."""
 
-    For what the model computes from parameters (a weight norm), views that overlap, unlike uses of one parameter.
-    """
+    # For what a model computes from parameters (a weight norm), views that overlap, and unlike uses of one parameter.
 
     word: ClassVar[str] = "joined"
     meaning: ClassVar[str] = (

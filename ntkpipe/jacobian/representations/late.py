@@ -47,12 +47,12 @@ class Late(Factored):
 
     @classmethod
     def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """As for the Jacobians themselves, whenever they are contracted."""
+        """The same as for the Jacobians themselves, at each contraction."""
         return flops_to_multiply_out(term, num_covectors)
 
     @classmethod
     def contraction_flops(cls, term: Term, setup: Setup) -> float:
-        """Multiplying out, too: two pieces of n samples for n^2 pairs, one with itself for half as many."""
+        """Operations that include multiplying out: two pieces of n samples for n^2 pairs."""
         at_a_time = max(1, min(setup.num_samples, setup.piece_rows // setup.num_covectors))
         return cls.pair_flops(term, setup) + 2.0 * cls.sample_flops(term, setup.num_covectors) / at_a_time
 

@@ -31,7 +31,7 @@ class Pairwise(Factored):
 
     @classmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Where it takes less time than the Jacobians themselves."""
+        """Whether it takes less time than the Jacobians themselves."""
         # Each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
         # Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample.
         first, rates = uses[0], setup.rates
@@ -45,7 +45,7 @@ class Pairwise(Factored):
 
     @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:
-        """By pairs of positions."""
+        """Operations for all pairs of positions."""
         first = term.uses[0]
         cotangents = 0 if term.is_constant else setup.num_pairs * (first.n_out + 1)
         return 2.0 * term.num_positions**2 * (first.n_in + cotangents)

@@ -36,7 +36,7 @@ class Piece:
         return self._all(lambda values: torch.isfinite(values).flatten(1).all(dim=1))
 
     def has_finite_sums(self) -> Tensor:
-        """As :meth:`is_finite` in one pass, by sums; it may say no where a sum of finite entries overflows."""
+        """The same in one pass, by sums; it may say no where a sum of finite entries overflows."""
         return self._all(lambda values: torch.isfinite(values.sum(dim=tuple(range(1, values.ndim)))))
 
     def _all(self, check: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,7 +108,7 @@ class PieceFilling:
             yield matrix
 
     def _own(self, term: Term) -> Iterator[tuple[int, Representation]]:
-        """What a term holds by itself; Jacobians that span groups parameter by parameter."""
+        """What a term alone holds; Jacobians that span groups are cut at the parameters."""
         groups, held = self._groups_of(term), term.held_as.empty(term, self._num_samples, self._covectors)
         self._filled.append((term, held))
         if len(set(groups)) == 1:

@@ -21,11 +21,10 @@ Cell = tuple[slice, slice]
 
 
 class GramSums:
-    """Gram entries of a piece of n samples with one of m, added up in two sums.
+    """Gram entries of a piece of n samples with one of m, added up in two sums, each allocated when first used."""
 
-    ``total`` is sample-major, (n, S, m, S), for products of rows. ``blocks`` is covector-major, (S, n, S, m), for
-    products of Gram matrices, whose elementwise passes then run along memory. Each is allocated when first used.
-    """
+    # ``total`` is sample-major, (n, S, m, S), for products of rows. ``blocks`` is covector-major, (S, n, S, m), for
+    # products of Gram matrices, whose elementwise passes then run along memory.
 
     def __init__(
         self,
@@ -60,11 +59,9 @@ class GramSums:
         return self._total.view(self.entries)
 
     def blocks(self) -> Tensor:
-        """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart.
-
-        Where a piece meets itself, only blocks (c, d) with c <= d are valid, and of those with c = d only what is not
-        below the diagonal.
-        """
+        """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart."""
+        # Where a piece meets itself, only blocks (c, d) with c <= d are valid, and with c = d what is not below the
+        # diagonal.
         if self._blocks is None:
             self._blocks = self.workspace.take("factored", self._shape, self.like, self._blocks_dtype).zero_()
         return self._blocks.view(self._high, self.rows, self._wide, self.columns)
@@ -102,11 +99,8 @@ class GramSums:
         return out
 
     def apart(self) -> Tensor:
-        """Finish; all entries in scratch that the next contraction overwrites, shape (k, n, S, m, S).
-
-        k is the number of covectors that are kept apart, or one; S is one unless all pairs are wanted. The result may
-        not be contiguous.
-        """
+        """Finish; all entries in scratch that the next contraction overwrites, shape (k, n, S, m, S)."""
+        # k is the number of covectors that are kept apart, or one; S is one unless all pairs are wanted.
         if self.is_mirrored and self.pairs == "all" and self.covectors > 1:
             self.total()  # half of the covector-major blocks stand for the others
         self._finish()

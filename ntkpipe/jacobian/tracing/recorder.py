@@ -56,12 +56,10 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls that have a rule and use a selected parameter of a model.
+    """Records the calls that have a rule and use a selected parameter of a model."""
 
-    ``expansions`` are numbers of calls that are uses although they see parameters alone; ``detach`` tells whether
-    parameters are detached in the calls that are recorded.
-    """
-
+    # `expansions` are numbers of calls that are uses although they see parameters alone; `detach` tells whether
+    # parameters are detached in the calls that are recorded.
     def __init__(
         self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False
     ) -> None:

@@ -218,7 +218,7 @@ def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
 
 
 def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
-    """Covered parameters whose uses do not add up to their gradient, as where a model differentiates itself."""
+    """Covered parameters whose uses do not add up to their gradient, for example if a model differentiates itself."""
     # Rounding is far below the tolerance, a missing use far above it.
     if not tracing.covered:
         return []

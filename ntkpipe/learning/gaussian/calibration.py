@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_ndtr, ndtri
+from scipy.special import log_ndtr, ndtr, ndtri
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Labels, Task, encode
+from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -46,12 +45,14 @@ class Calibration(Result):
     expected_calibration_error: float
     mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
     mean_accuracy: float
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"
         rows = [
+            ("targets", self.targets),
             ("coverage", covered),
             ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
             ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),
@@ -63,6 +64,7 @@ class Calibration(Result):
         return rows
 
 
+@recorded()
 def calibration(
     posterior: Posterior,
     test_targets: ArrayLike,
@@ -87,46 +89,54 @@ def calibration(
     ----------
     posterior
         A posterior with test samples.
-    test_targets, task
-        Labels of classes (M,), or real targets (M,) or (M, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
+    test_targets
+        Labels of classes (M,), or real targets (M,) or (M, O). A class that training does not have counts as wrong.
     classes
-        Labels in the order of the outputs, as ``KernelRegression.classes_``; default integers from 0.
+        Labels in the order of the outputs. Default those of the posterior.
     scale
-        What variances are multiplied with: 1 takes the kernel as it is; ``"likelihood"`` is ``posterior.scale``, since
-        NTKs are not scaled for targets.
+        Factor of all variances: 1 takes the kernel as it is; ``"likelihood"`` is ``posterior.scale``, since NTKs are
+        not scaled for targets.
     include_noise
-        Whether v is that of targets, or of the function alone.
-    levels, bins
-        Probabilities of central intervals, between 0 and 1; number of equal bins for that of the predicted class.
-    num_draws, seed
-        Draws, and their seed, for probabilities with a full NTK.
+        Whether v is the variance of targets, or of the function alone.
+    levels
+        Probabilities of central intervals, between 0 and 1.
+    bins
+        Number of equal bins for the probability of the predicted class.
+    task
+        What targets are where the posterior has no classes, as for :class:`ntkpipe.KernelRegression`.
+    num_draws
+        Number of draws for probabilities with a full NTK.
+    seed
+        Seed of the draws.
 
     Raises
     ------
     ConfigError
         If shapes do not fit, a variance is zero, or an option is out of range.
     """
-    start = perf_counter()
-    factor, labels = _checked(posterior, test_targets, classes, scale, levels, bins, task)
+    if not len(posterior.mean):
+        raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
+    factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
+    check_number("bins", bins, low=1)
+    for level in levels:
+        check_number("levels", level, low=0.0, high=1.0)
+    targets = _encoded(posterior, test_targets, classes, task)
     noise = posterior.noise if include_noise else 0.0
     variance = factor * (posterior.variance + noise)
     if not (variance > 0.0).all():
         raise ConfigError("a variance is zero, so nothing can be compared with it; give a ridge, or include_noise=True")
-    squares = (labels.matrix - posterior.mean) ** 2 / variance
+    squares = (targets.matrix - posterior.mean) ** 2 / variance
     halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
     coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])
     density = 0.5 * np.log(2 * np.pi * variance) + 0.5 * squares
-    table = (
-        _no_table()
-        if labels.codes is None
-        else _reliability(_probabilities(posterior, factor, noise, num_draws, seed), posterior.mean, labels, bins)
-    )
+    table = _no_table()
+    if targets.codes is not None:
+        probabilities = _probabilities(posterior, factor, noise, targets.is_binary, num_draws, seed)
+        table = _reliability(probabilities, targets, targets.predicted(posterior.mean), bins)
+    size = f"{targets.matrix.size:,} numbers of {len(targets.matrix):,} test samples"
     return Calibration(
         status="converged",
-        message=f"{labels.matrix.size:,} numbers of {len(labels.matrix):,} test samples",
-        work=Work(),
-        seconds=perf_counter() - start,
-        options={"scale": scale, "include_noise": include_noise, "bins": bins, "num_draws": num_draws, "seed": seed},
+        message=size + note_on_unknown(targets),
         matrix=posterior.matrix,
         levels=np.asarray(levels, np.float64),
         coverage=coverage,
@@ -135,32 +145,25 @@ def calibration(
         scale=factor,
         includes_noise=include_noise,
         edges=np.linspace(0.0, 1.0, bins + 1),
+        targets=targets.words,
         **table,
     )
 
 
-def _checked(
-    posterior: Posterior,
-    test_targets: ArrayLike,
-    classes: ArrayLike | None,
-    scale: float | Literal["likelihood"],
-    levels: Sequence[float],
-    bins: int,
-    task: Task,
-) -> tuple[float, Labels]:
-    """The factor of variances and the targets, checked."""
-    if not len(posterior.mean):
-        raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
-    factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
-    check_number("bins", bins, low=1)
-    for level in levels:
-        check_number("levels", level, low=0.0, high=1.0)
-    known = None if classes is None else np.asarray(classes)
+def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike | None, task: Task) -> Targets:
+    """Test targets, encoded as those of training were."""
     columns = posterior.mean.shape[1]
-    labels = encode(test_targets, num_outputs=columns if columns > 1 else None, classes=known, task=task)
-    if labels.matrix.shape != posterior.mean.shape:
+    known = posterior.classes if classes is None else np.asarray(classes)
+    if known is not None:
+        train = Targets(np.zeros((0, columns)), np.asarray(known), None, False, posterior.is_binary)
+        targets = encode_test(test_targets, train)
+    elif columns == 1:
+        targets = encode(test_targets, task="regression" if task == "auto" else task)
+    else:
+        targets = encode(test_targets, task=task, num_outputs=columns)
+    if targets.matrix.shape != posterior.mean.shape:
         raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
-    return factor, labels
+    return targets
 
 
 def _no_table() -> dict[str, Any]:
@@ -168,11 +171,12 @@ def _no_table() -> dict[str, Any]:
     return arrays | dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
 
 
-def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bins: int) -> dict[str, Any]:
+def _reliability(
+    probabilities: FloatArray, targets: Targets, predicted: NDArray[np.int64], bins: int
+) -> dict[str, Any]:
     """Confidence against accuracy, in bins."""
-    predicted = mean.argmax(axis=1)
-    confidence = probabilities[np.arange(len(mean)), predicted]
-    right = (predicted == labels.codes).astype(np.float64)
+    confidence = probabilities[np.arange(len(predicted)), predicted]
+    right = (predicted == targets.codes).astype(np.float64)
     places = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     counts = np.bincount(places, minlength=bins)
     sums = (np.bincount(places, values, minlength=bins) for values in (confidence, right))
@@ -182,15 +186,20 @@ def _reliability(probabilities: FloatArray, mean: FloatArray, labels: Labels, bi
         "confidence": confident,
         "accuracy": accurate,
         "counts": counts.astype(np.int64),
-        "expected_calibration_error": float(gaps @ counts[counts > 0]) / len(mean),
+        "expected_calibration_error": float(gaps @ counts[counts > 0]) / len(predicted),
         "mean_confidence": float(confidence.mean()),
         "mean_accuracy": float(right.mean()),
     }
 
 
-def _probabilities(posterior: Posterior, factor: float, noise: float, num_draws: int, seed: int) -> FloatArray:
-    """Probabilities that each output is the largest, shape (M, O)."""
+def _probabilities(
+    posterior: Posterior, factor: float, noise: float, is_binary: bool, num_draws: int, seed: int
+) -> FloatArray:
+    """Probabilities of classes, shape (M, C): that an output is the largest, or that a shared one has this sign."""
     width = posterior.covariance.shape[1]
+    if is_binary:
+        ratios = posterior.mean[:, 0] / np.sqrt(factor * (posterior.variance[:, 0] + noise))
+        return np.stack([ndtr(-ratios), ndtr(ratios)], axis=1)
     if width == 1:
         return largest_of_independent(posterior.mean, factor * (posterior.variance[:, 0] + noise))
     rng = np.random.default_rng(seed)

@@ -1,7 +1,6 @@
 """Which training points a prediction is made of: f(x) = Σ_i K(x, x_i) α_i, term by term."""
 
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.sources import initial_matrix
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
@@ -29,24 +28,29 @@ class Influence(Result):
     Of several real outputs it is the Euclidean norm over all of them, which has no sign.
     """
 
-    predicted: NDArray[np.int64] = field(repr=False)  # column whose terms are taken, shape (M,); -1 if all outputs are
+    # Number of the predicted class, or column of the output, whose terms are taken, shape (M,); -1 if all outputs are
+    predicted: NDArray[np.int64] = field(repr=False)
     top_samples: NDArray[np.int64] = field(repr=False)  # train samples of the largest terms, descending, shape (M, k)
     top_terms: FloatArray = field(repr=False)  # these terms, shape (M, k)
     top_share: float  # share that the k have of the sizes of all terms, the mean over test samples
     mean_size: FloatArray = field(repr=False)  # mean size of each train sample's terms over test samples, shape (N,)
     most_influential: NDArray[np.int64]  # train samples of the largest of these, descending, shape (k,)
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty for coefficients
+    classes: tuple[Any, ...] | None = None  # labels of classes by their numbers; none for real targets
 
     def _rows(self) -> TableRows:
         shown = self.most_influential[:_SHOWN]
         named = ", ".join(f"{sample} ({self.mean_size[sample]:.3g})" for sample in shown)
         count, most = self.top_samples.shape
         return [
+            *([("targets", self.targets)] if self.targets else []),
             ("most influential", f"train samples {named}, by mean size of their terms"),
             ("concentration", f"the {most} largest of {len(self.mean_size):,} terms are {self.top_share:.1%} of all"),
             ("test samples", f"{count:,}"),
         ]
 
 
+@recorded()
 def influence(
     model: Any,
     test_kernel: Any,
@@ -65,16 +69,17 @@ def influence(
     Parameters
     ----------
     model
-        A fitted :class:`ntkpipe.KernelRegression`; or coefficients A, (n,) or (n, O), with the two options below.
+        A fitted :class:`ntkpipe.KernelRegression`; or coefficients A, (n,) or (n, O).
     test_kernel
-        Test × train, (M·S, N·S), array or stored; or a store. Read once, a few rows at a time.
+        Test × train kernel, (M·S, N·S), array or stored; or a store. Read once, a few rows at a time.
     top
-        k.
-    is_classification, width
-        Of coefficients: whether the largest output is the one that is looked at (default yes, if there are several),
-        and rows a sample, S (default 1; O of a full NTK).
+        Number k of train samples for each test sample.
+    is_classification
+        For coefficients: whether the largest output is the one that is looked at. Default yes, if there are several.
+    width
+        For coefficients: rows a sample, S. Default 1; O of a full NTK.
     initial_outputs
-        f₀ of the test samples (M, O), where that decides which output is the largest.
+        Outputs f₀ of the test samples (M, O), where they decide which output is the largest.
 
     Raises
     ------
@@ -83,8 +88,9 @@ def influence(
     TileError
         If a tile is missing or damaged; the message names it.
     """
-    start = perf_counter()
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
+    classes = getattr(model, "classes_", None)
+    is_shared = classes is not None and coefficients.shape[1] * rows_a_sample == 1 < len(classes)
     kernel = test_kernel.test_train if isinstance(test_kernel, KernelSet) else test_kernel
     cross = CrossKernel(kernel, len(coefficients), rows_a_sample)
     num_train = len(coefficients) // rows_a_sample
@@ -98,6 +104,8 @@ def influence(
     for samples, block in cross.sample_blocks():
         initial = None if offset is None else offset[samples]
         terms, predicted[samples] = _terms(block, coefficients, rows_a_sample, by_class, initial)
+        if is_shared:
+            predicted[samples] = terms.sum(axis=1) + (0.0 if initial is None else initial[:, 0]) > 0
         sizes = np.abs(terms)
         order = np.argsort(-sizes, axis=1, kind="stable")[:, :most]
         top_samples[samples] = order
@@ -110,9 +118,7 @@ def influence(
     return Influence(
         status="converged",
         message=f"all {num_train:,} terms of {cross.num_samples:,} predictions",
-        work=Work(),
-        seconds=perf_counter() - start,
-        options={"top": top, "is_classification": by_class, "width": rows_a_sample},
+        options={"is_classification": by_class, "width": rows_a_sample},
         matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
         predicted=predicted,
         top_samples=top_samples,
@@ -120,6 +126,8 @@ def influence(
         top_share=shares / cross.num_samples,
         mean_size=mean_size,
         most_influential=np.argsort(-mean_size, kind="stable")[:most],
+        targets=getattr(model, "targets_", ""),
+        classes=None if classes is None else tuple(classes.tolist()),
     )
 
 

@@ -10,28 +10,31 @@ fits memory, 256 at most.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.eigensystem import check_method
-from ntkpipe.learning.regression.sources import offset_of_test, open_for_analysis, train_targets
+from ntkpipe.learning.regression.sources import offset_of_test, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.factor import CholeskyFactor
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
 
@@ -62,6 +65,9 @@ class Posterior(Result):
     residual: float  # largest relative true residual of the systems
     num_clipped: int  # variances that rounding made negative; they are zero now
     floor: float  # size of what rounding to the storage dtype did to K
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
+    classes: tuple[Any, ...] | None = None  # labels of classes in the order of outputs; none for real targets
+    is_binary: bool = False  # whether two classes share an output, of -1 and +1
 
     @property
     def predictive_variance(self) -> FloatArray:
@@ -73,6 +79,7 @@ class Posterior(Result):
         parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
         relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan
         rows = [
+            ("targets", self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("noise λ", f"{self.noise:.4g}, {relative:.2g} mean diagonals; storage floor {self.floor:.2g}"),
             ("log marginal likelihood", f"{self.log_marginal_likelihood:.8g}{error}; {parts}"),
@@ -87,6 +94,7 @@ class Posterior(Result):
         return rows
 
 
+@recorded()
 def gaussian_process(
     kernel: Any,
     targets: ArrayLike,
@@ -101,8 +109,9 @@ def gaussian_process(
     path: str | Path | None = None,
     task: Task = "auto",
     tol: float = 1e-8,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> Posterior:
     """Condition a Gaussian process of covariance K on targets with Gaussian noise of variance λ.
@@ -113,25 +122,43 @@ def gaussian_process(
 
     Parameters
     ----------
-    kernel, targets, task
-        K: what :func:`ntkpipe.as_operator` takes. Y: real targets (N,) or (N, O), or labels of classes (N,), one-hot as
-        in regression: a Gaussian likelihood, not a classifier's; ``task`` as of :class:`ntkpipe.KernelRegression`.
-    ridge, ridge_scale
-        λ, the variance of the noise, absolute; with ``"mean_diagonal"`` times the mean of the diagonal.
-    test_kernel, test_diagonal
-        Test × train (M·S, N·S), array or stored, and the blocks of test samples with themselves, (M, S, S), or (M,)
-        with one row a sample; both or none.
-    initial_outputs, test_initial_outputs
-        The prior mean at train and test samples, (N, O) and (M, O), as a network's outputs f₀; default zero.
-    method, path, memory_limit
-        ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in the folder or URL ``path``, see
-        :func:`ntkpipe.cholesky`. ``streamed``: every test row is a column of a system, solved by passes, and the log
-        determinant is estimated with its error; takes a tenth of a float32 kernel, or 6 kB a row if that is less.
-        ``auto``: the factor if there is a path or it fits ``memory_limit``, bytes that this process may have; default
-        what it has and half of what is free.
-    tol, seed, monitor
-        Largest relative true residual of a converged system (errors of variances are of second order in it); seed of
-        preconditioners and probes; function that is called after each pass.
+    kernel
+        The covariance K of the train samples: what :func:`ntkpipe.as_operator` takes.
+    targets
+        Real targets (N,) or (N, O), or labels of classes (N,), one-hot as in regression: a Gaussian likelihood, not a
+        classifier's.
+    ridge
+        Variance λ of the noise of targets.
+    ridge_scale
+        Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
+    test_kernel
+        Test × train kernel (M·S, N·S), array or stored, with ``test_diagonal``.
+    test_diagonal
+        Blocks of test samples with themselves, (M, S, S), or (M,) with one row a sample.
+    initial_outputs
+        Prior mean at the train samples, (N, O), such as a network's outputs f₀; default zero.
+    test_initial_outputs
+        Prior mean at the test samples, (M, O).
+    method
+        How it is conditioned. ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in ``path``.
+        ``streamed``: every test row is a column of a system, solved by passes, and the log determinant is estimated
+        with its error; takes a tenth of a float32 kernel, or 6 kB a row if that is less. ``auto``: the factor if there
+        is a path or it fits the memory.
+    path
+        Folder or URL for the factor, see :func:`ntkpipe.cholesky`. Default memory.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`.
+    tol
+        Largest relative true residual of a converged system. Errors of variances are of second order in it.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free.
+    seed
+        Seed of preconditioners and probes.
+    checkpoint
+        Where finished parts are saved; another call for the same process goes on behind them. Only used where it is
+        streamed.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -141,50 +168,54 @@ def gaussian_process(
         By ``cholesky``, if K + λI is not positive definite (the message says which ridge helps), or the factor does not
         fit; if a tile is missing or damaged.
     """
-    begin = perf_counter()
-    _check(method, path, test_kernel, test_diagonal, tol)
-    operator, share = open_for_analysis(kernel, memory_limit)
-    before = operator.work
-    train = train_targets(kernel, operator, targets, initial_outputs, task)
-    width, shape, is_centred = train.width, train.labels.matrix.shape, initial_outputs is not None
+    if method == "streamed" and path is not None:
+        raise ConfigError("path is an option of method='cholesky'")
+    if (test_kernel is None) != (test_diagonal is None):
+        raise ConfigError("a test kernel without the diagonal of test samples, or this without it; needed both or none")
+    check_number("tol", tol, low=0.0)
+    operator: Operator = kernel
+    budget = Budget.of(memory_limit)
+    train = train_targets(operator, targets, initial_outputs, task)
+    width, shape, is_centred = train.width, train.targets.matrix.shape, initial_outputs is not None
     noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     cross, mean, covariance = None, np.zeros((0, shape[1])), np.zeros((0, width, width))
     if test_kernel is not None:
         cross = CrossKernel(test_kernel, operator.num_rows, width)
         covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
         offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
-    by = _condition(operator, train.rhs, noise, method, path, tol, share, seed, monitor)
+    decides = {"function": "gaussian_process", "noise": noise, "tol": tol, "seed": seed}
+    is_exact = method == "cholesky"
+    if method == "auto":
+        is_exact = path is not None or factor_fits(operator.num_rows, budget)
+    stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
+    if is_exact:
+        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
+        by: _Conditioned = _ByFactor(factor, train.rhs, "in memory" if path is None else f"in {factor.path}", tol)
+    else:
+        inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
+        by = _ByPasses(inverse, operator, train.rhs, noise, stages)
     if cross is not None:
         mean = as_samples(cross.times(by.coefficients), width) + offset
         covariance = covariance - by.explained(cross, width)
     likelihood = _likelihood(by, *train.rhs.shape)
-    options: dict[str, Any] = {"ridge": ridge, "ridge_scale": ridge_scale, "method": method}
-    options |= {"path": None if path is None else str(path), "task": task, "tol": tol, "memory_limit": memory_limit}
-    options |= {"seed": seed, "centred": is_centred}
+    classes = train.targets.classes
     return Posterior(
         status=by.convergence.status,
         message=by.convergence.messages[0] if by.convergence.messages else by.message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options=options,
-        matrix=operator.identity(),
+        work=stages.work,
+        seconds=stages.seconds,
+        options={"centred": is_centred},
         mean=mean,
         noise=noise,
         mean_diagonal=float(operator.diagonal().mean()),
         why=by.why if method == "auto" else f"asked for; {by.why}",
         floor=operator.storage_floor(),
+        targets=train.targets.words,
+        classes=None if classes is None else tuple(classes.tolist()),
+        is_binary=train.targets.is_binary,
         **_without_negative(covariance),
         **likelihood,
     )
-
-
-def _check(method: str, path: str | Path | None, test_kernel: Any, test_diagonal: Any, tol: float) -> None:
-    check_method(method, ProcessMethod)
-    if method == "streamed" and path is not None:
-        raise ConfigError("path is an option of method='cholesky'")
-    if (test_kernel is None) != (test_diagonal is None):
-        raise ConfigError("a test kernel without the diagonal of test samples, or this without it; needed both or none")
-    check_number("tol", tol, low=0.0)
 
 
 def _without_negative(covariance: FloatArray) -> dict[str, Any]:
@@ -242,27 +273,6 @@ class _Conditioned(Protocol):
         """``log det(K + λI)``, and its error."""
 
 
-def _condition(
-    operator: Operator,
-    rhs: FloatArray,
-    noise: float,
-    method: ProcessMethod,
-    path: str | Path | None,
-    tol: float,
-    memory_limit: int | None,
-    seed: int,
-    monitor: Monitor,
-) -> _Conditioned:
-    """Condition by the method that was asked for, or that memory has room for."""
-    if method == "cholesky" or (
-        method == "auto" and (path is not None or factor_fits(operator.num_rows, memory_limit))
-    ):
-        factor = cholesky(operator, ridge=noise, path=path, memory_limit=memory_limit, monitor=monitor)
-        return _ByFactor(factor, rhs, "in memory" if path is None else f"in {factor.path}", tol)
-    inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
-    return _ByPasses(inverse, operator, rhs, noise)
-
-
 class _ByFactor:
     """Exact conditioning, by a Cholesky factor."""
 
@@ -296,23 +306,53 @@ class _ByPasses:
 
     name = "streamed"
 
-    def __init__(self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float) -> None:
-        self._inverse, self._noise = inverse, noise
-        self.convergence = Convergence()
-        self.coefficients = self._inverse.times(rhs, noise, self.convergence)
-        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
-        residual = rhs - operator.shifted(noise).matmat(self.coefficients)
-        self.form = float(np.sum(rhs * self.coefficients) + np.sum(self.coefficients * residual))
+    def __init__(
+        self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float, stages: CountedStages
+    ) -> None:
+        self._inverse, self._operator, self._rhs, self._noise = inverse, operator, rhs, noise
+        self._stages, self.convergence = stages, Convergence()
+        found = self._once("coefficients", self._solved)
+        self.coefficients, self.form = found["coefficients"], found["form"]
         self.why = f"a factor does not fit; {self._inverse.words}"
         self.message = "systems are solved; the log determinant is an estimate with its error"
+
+    def _once(self, name: str, compute: Callable[[Convergence], dict[str, Any]]) -> Mapping[str, Any]:
+        """A stage, and how well its systems are solved."""
+
+        def computed() -> dict[str, Any]:
+            verdict = Convergence()
+            return {**compute(verdict), **vars(verdict)}
+
+        found = self._stages.once(name, computed)
+        for message in found["messages"] or [""]:
+            self.convergence.add(found["status"], found["worst"], message)
+        return found
+
+    def _solved(self, verdict: Convergence) -> dict[str, Any]:
+        coefficients = self._inverse.times(self._rhs, self._noise, verdict)
+        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
+        residual = self._rhs - self._operator.shifted(self._noise).matmat(coefficients)
+        form = float(np.sum(self._rhs * coefficients) + np.sum(coefficients * residual))
+        return {"coefficients": coefficients, "form": form}
 
     def explained(self, cross: CrossKernel, width: int) -> FloatArray:
         """See :class:`_Conditioned`."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):
-            found[samples] = self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, self.convergence)
+
+            def forms(verdict: Convergence, block: FloatArray = rows) -> dict[str, Any]:
+                columns = np.ascontiguousarray(block.T)
+                return {"forms": self._inverse.quadratic(columns, self._noise, width, verdict)}
+
+            found[samples] = self._once(f"test-{samples.start}-{samples.stop}", forms)["forms"]
         return found
 
     def logdet(self) -> tuple[float, float]:
         """See :class:`_Conditioned`."""
-        return self._inverse.logdet(self._noise, self.convergence)
+
+        def estimated(verdict: Convergence) -> dict[str, Any]:
+            value, error = self._inverse.logdet(self._noise, verdict)
+            return {"value": value, "error": error}
+
+        found = self._once("logdet", estimated)
+        return found["value"], found["error"]

@@ -7,7 +7,7 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.targets import as_samples, encode
+from ntkpipe.base.targets import as_samples, encode_test
 from ntkpipe.learning.regression.sources import TrainTargets
 from ntkpipe.store.kernel import Kernel
 
@@ -78,11 +78,11 @@ class HeldOut:
     """Test samples with targets, for predictors whose coefficients are in the rows of the train kernel."""
 
     def __init__(self, kernel: Any, targets: Any, train: TrainTargets) -> None:
-        self.labels = encode(targets, classes=train.labels.classes, task="regression")
+        self.targets = encode_test(targets, train.targets)
         self._cross = CrossKernel(kernel, len(train.rhs), train.width)
         self._width = train.width
-        self.shape = self._cross.num_samples, train.labels.matrix.shape[1]
-        if self.labels.matrix.shape != self.shape:
+        self.shape = self._cross.num_samples, train.targets.matrix.shape[1]
+        if self.targets.matrix.shape != self.shape:
             raise ConfigError(
                 f"test targets of shape {np.shape(targets)}; needed {self.shape} by kernel and train targets"
             )

@@ -1,29 +1,23 @@
 """All eigenpairs of a kernel where they fit in memory, or those that a caller already has."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
-from weakref import WeakKeyDictionary
+from typing import Literal, Protocol
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.eigh import eigh
-from ntkpipe.solvers.on_store import StoreRequest
-from ntkpipe.solvers.result import Monitor, ignore
-from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.solvers.result import Monitor
 
 # With all eigenvalues in memory, by passes of the operator, or the former where it fits.
 AnalysisMethod = Literal["auto", "exact", "streamed"]
 # Products of given eigenpairs must agree with the matrix to this part of its norm.
 _TOLERANCE = 1e-5
 _SEED = 0
-# Eigenpairs are kept while the store is open if they take at most this share of the memory that is left.
-_SHARE = 0.125
-# Of one kernel for each open store, with its identity.
-_CACHE: WeakKeyDictionary[KernelStore, tuple[str, "Eigensystem"]] = WeakKeyDictionary()
 
 
 class KnownEigenpairs(Protocol):
@@ -52,27 +46,16 @@ class Eigensystem:
         return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
 
 
-def check_method(method: str, methods: Any = AnalysisMethod) -> None:
-    """Refuse a method that is none of a ``Literal``."""
-    if method not in get_args(methods):
-        raise ConfigError(f"method={method!r}; needed one of {', '.join(get_args(methods))}")
-
-
-def does_not_fit(num_rows: int, memory_limit: int | None) -> str:
+def does_not_fit(num_rows: int, budget: Budget) -> str:
     """Why an analysis is streamed, in words."""
-    room = max(0, memory_room(memory_limit, share=1.0))
+    room = max(0, budget.room(share=1.0))
     return f"all eigenvalues of {num_rows:,} rows do not fit the {format_bytes(room)} that are left"
 
 
 def find_eigensystem(
-    operator: Operator,
-    given: KnownEigenpairs | None,
-    memory_limit: int | None,
-    method: AnalysisMethod,
-    monitor: Monitor = ignore,
+    operator: Operator, given: KnownEigenpairs | None, budget: Budget, method: AnalysisMethod, monitor: Monitor
 ) -> tuple[Eigensystem | None, str]:
     """All eigenpairs, given or computed where they fit; else those that were given, if any. And why, in words."""
-    check_method(method)
     system = None
     if given is not None:
         system = check_eigenpairs(operator, given)
@@ -81,31 +64,13 @@ def find_eigensystem(
     if method == "streamed":
         return system, "streamed was asked for" if system is None else f"{system.why}, and streamed was asked for"
     try:
-        found = eigh(operator, memory_limit=memory_limit, monitor=monitor)
+        found = eigh(operator, memory_limit=budget, monitor=monitor)
     except ResourceError:
         if method == "exact":
             raise
-        return system, does_not_fit(operator.num_rows, memory_limit)
+        return system, does_not_fit(operator.num_rows, budget)
     assert found.eigenvectors is not None
     return Eigensystem(found.eigenvalues, found.eigenvectors, "all eigenvalues fit in memory"), "they fit in memory"
-
-
-def eigenpairs_of_store(request: StoreRequest, method: AnalysisMethod, *, compute: bool = True) -> Eigensystem | None:
-    """All eigenpairs of a stored kernel; None if they do not fit or streaming was asked for.
-
-    The next step on the same open store finds them again, where memory is plenty.
-    """
-    if method == "streamed":
-        return None
-    identity, (name, cached) = request.operator.identity(), _CACHE.get(request.store, ("", None))
-    if name == identity:
-        return cached
-    if not compute:
-        return None
-    found, _ = find_eigensystem(request.operator, None, request.memory_limit, method, request.monitor)
-    if found is not None and found.eigenvectors.nbytes <= _SHARE * memory_room(request.memory_limit, share=1.0):
-        _CACHE[request.store] = identity, found
-    return found
 
 
 def check_eigenpairs(operator: Operator, given: KnownEigenpairs) -> Eigensystem:

@@ -3,28 +3,32 @@
 import inspect
 import warnings
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arguments import check_options, known_names, options_of, require_known
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Labels, Task, as_samples, encode
+from ntkpipe.base.targets import Targets, Task, as_samples, encode_test
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.eigensystem import check_method
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.sources import initial_matrix, open_for_analysis, outputs_of, targets_of, train_targets
+from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
 from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, rank_beside
+from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.store.kernel_store import KernelSet
 
 FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
+Centre = Literal["initial_outputs"] | None
 # How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.
 _MARGIN = 10.0
 
@@ -42,24 +46,27 @@ class KernelRegression:
 
     Parameters
     ----------
-    ridge, ridge_scale
-        λ ≥ 0, which is added to the diagonal, absolute, or multiples of its mean with ``"mean_diagonal"``. Zero is
-        interpolation, and where K is singular the Moore–Penrose (minimum-norm least-squares) solution, of eigenvalues
-        above a cut-off that the result names, see :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
+    ridge
+        λ ≥ 0, which is added to the diagonal. Zero is interpolation, and where K is singular the Moore–Penrose
+        (minimum-norm least-squares) solution, of eigenvalues above a cut-off that the result names, see
+        :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
+    ridge_scale
+        Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     method
-        ``auto``: for λ > 0 what :func:`ntkpipe.solve` expects to be fastest; for λ = 0 Cholesky, if it
-        fits memory and the smallest eigenvalue is well above the cut-off, else ``eigh``, if that fits, else conjugate
-        gradients. These find a solution of a singular system, if there is one, but not that of smallest norm;
-        predictions are the same where test rows are in the range of K. ``eigh``: by all eigenpairs, ``40 n²`` bytes
-        (``16 n²`` more slowly). ``cholesky``, ``pcg``, ``block_cg``: as of ``solve``.
+        How the system is solved. ``auto``: for λ > 0 what :func:`ntkpipe.solve` expects to be fastest; for λ = 0
+        Cholesky, if it fits memory and the smallest eigenvalue is well above the cut-off, else ``eigh``, if that fits,
+        else conjugate gradients. These find a solution of a singular system, if there is one, but not that of smallest
+        norm; predictions are the same where test rows are in the range of K. ``eigh``: by all eigenpairs, ``40 n²``
+        bytes (``16 n²`` more slowly). ``cholesky``, ``pcg``, ``block_cg``: those of ``solve``.
     tol
         Largest relative true residual of a column that is called converged.
     centre
         With ``"initial_outputs"`` the model's outputs at initialisation f₀ are subtracted from targets and added to
         predictions, as for a network in its linear regime trained from there (Lee et al. 2019, arXiv 1902.06720).
     task
-        ``auto``: integers, booleans and strings are labels of classes if there are fewer different ones than samples,
-        and become one-hot targets; floating-point numbers are real targets. Or ``"classification"``, ``"regression"``.
+        What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot
+        columns; others are real targets. ``"classification"``: labels, also as floats. ``"binary"``: labels of two
+        classes that share a column of ±1. ``"regression"``: numbers, also integers.
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         conjugate gradients take a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
@@ -76,8 +83,12 @@ class KernelRegression:
         Labels in the order of output columns; missing for real targets.
     result_
         The :class:`ntkpipe.solvers.linear.solution.Solution`, with status, residuals, cost; prints as a table.
-    num_outputs_, rows_per_sample_
-        O; and S: 1, or O of a full NTK.
+    targets_
+        What the targets were taken for, in words.
+    num_outputs_
+        Number of columns of the targets.
+    rows_per_sample_
+        Rows of the kernel for each sample: 1, or the number of outputs of a full NTK.
 
     Examples
     --------
@@ -87,6 +98,7 @@ class KernelRegression:
     array([0.988])
     """
 
+    @known_names
     def __init__(
         self,
         ridge: float = 0.0,
@@ -94,9 +106,9 @@ class KernelRegression:
         ridge_scale: RidgeScale = None,
         method: FitMethod = "auto",
         tol: float = 1e-6,
-        centre: Literal["initial_outputs"] | None = None,
+        centre: Centre = None,
         task: Task = "auto",
-        memory_limit: int | None = None,
+        memory_limit: MemoryLimit = None,
         seed: int = 0,
     ) -> None:
         self.ridge = ridge
@@ -142,21 +154,28 @@ class KernelRegression:
             kernel = kernel.train
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
+        begin = perf_counter()
+        options = check_options(options_of(type(self).__init__), self.get_params(), f"{type(self).__name__}()")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
-        operator, share = open_for_analysis(kernel, self.memory_limit)
+        limit = Budget.of(options["memory_limit"])
+        operator, budget = open_for_solver(kernel, limit)
         try:
-            train = train_targets(kernel, operator, y, initial, self.task)
-            labels, self.rows_per_sample_ = train.labels, train.width
+            before = operator.work
+            train = train_targets(operator, y, initial, self.task)
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
-            self.result_ = self._solve(operator, train.rhs, share)
+            found = self._solve(operator, train.rhs, budget)
+            options |= {"memory_limit": limit.limit, "ridge": self.ridge_, **found.options}
+            work, matrix = operator.work - before, operator.identity()
         finally:
-            operator.close()
+            if operator is not kernel:
+                operator.close()
+        self.result_ = replace(found, seconds=perf_counter() - begin, work=work, matrix=matrix, options=options)
+        self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)
-        self.dual_coef_ = coefficients[:, 0] if labels.is_flat or self.rows_per_sample_ > 1 else coefficients
-        self.num_outputs_ = labels.matrix.shape[1]
-        self._is_flat = labels.is_flat
-        if labels.classes is not None:
-            self.classes_ = labels.classes
+        self.dual_coef_ = coefficients[:, 0] if self._targets.is_flat or train.width > 1 else coefficients
+        self.num_outputs_, self.targets_ = self._targets.matrix.shape[1], self._targets.words
+        if self._targets.classes is not None:
+            self.classes_ = self._targets.classes
         elif hasattr(self, "classes_"):
             del self.classes_
         if not self.result_.is_converged:
@@ -164,52 +183,51 @@ class KernelRegression:
         return self
 
     def _initial(self, given: Any | None, what: str) -> Any | None:
-        if self.centre not in {None, "initial_outputs"}:
-            raise ConfigError(f"centre={self.centre!r}; needed 'initial_outputs' or None")
         if (self.centre is None) != (given is None):
             found = "no" if given is None else "given"
             raise ConfigError(f"centre={self.centre!r} and {found} {what}; needed both or none")
         return given
 
-    def _solve(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
+    def _solve(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
         """Solve by the method that was asked for, or that suits the system."""
-        check_method(self.method, FitMethod)
         check_number("tol", self.tol, low=0.0)
         if self.method == "eigh":
-            return self._minimum_norm(operator, rhs, "asked for", memory_limit)
+            return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why="asked for", budget=budget)
         if self.method == "auto" and self.ridge_ == 0.0:
-            return self._interpolate(operator, rhs, memory_limit)
-        if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, memory_limit)):
+            return self._interpolate(operator, rhs, budget)
+        if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, budget)):
             return solve(
                 operator,
                 rhs,
                 ridge=self.ridge_,
                 method=self.method,
+                task="regression",
                 tol=self.tol,
-                rank=rank_beside(rhs.shape[1], operator.num_rows, memory_limit),
+                rank=rank_beside(rhs.shape[1], operator.num_rows, budget),
                 seed=self.seed,
-                memory_limit=memory_limit,
+                memory_limit=budget,
             )
         why = "a factor does not fit memory" if self.method == "auto" else "asked for"
-        return self._iterate(operator, rhs, why, memory_limit)
+        return self._iterate(operator, rhs, why, budget)
 
-    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
+    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, budget: Budget) -> Solution:
         """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
-        rank = rank_beside(rhs.shape[1], operator.num_rows, memory_limit)
-        found = solve(operator, rhs, ridge=self.ridge_, method=method, tol=self.tol, rank=rank, seed=self.seed)
+        rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
+        how: dict[str, Any] = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
+        found = solve(operator, rhs, ridge=self.ridge_, method=method, **how)
         return replace(found, why=why)
 
-    def _interpolate(self, operator: Operator, rhs: FloatArray, memory_limit: int | None) -> Solution:
+    def _interpolate(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
         """Solve for λ = 0: by a factor where the matrix is surely not singular, else by eigenpairs or iterations."""
         why = "λ = 0, and a factor does not fit memory"
         try:
-            factor = cholesky(operator, memory_limit=memory_limit)
+            factor = cholesky(operator, memory_limit=budget)
             smallest = smallest_by_factor(factor, self.seed)
             cut = cut_off(operator, operator.frobenius())
             if smallest > _MARGIN * cut:
                 why = f"λ = 0, and the smallest eigenvalue, about {smallest:.2g}, is above the cut-off {cut:.2g}"
-                found = by_factor(operator, factor, rhs, tol=self.tol, options=self._options(), why=why)
+                found = by_factor(factor, rhs, tol=self.tol, why=why)
                 if found.is_converged:
                     return found
             why = f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
@@ -217,17 +235,9 @@ class KernelRegression:
             why = f"λ = 0, and the leading {error.row:,} rows are not positive definite"
         except ResourceError:
             pass
-        if eigenpairs_fit(operator.num_rows, memory_limit):
-            return self._minimum_norm(operator, rhs, why, memory_limit)
-        return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", memory_limit)
-
-    def _minimum_norm(self, operator: Operator, rhs: FloatArray, why: str, memory_limit: int | None) -> Solution:
-        return minimum_norm(
-            operator, rhs, self.ridge_, tol=self.tol, options=self._options(), why=why, memory_limit=memory_limit
-        )
-
-    def _options(self) -> dict[str, Any]:
-        return {"ridge": self.ridge_, "method": self.method, "tol": self.tol, "memory_limit": self.memory_limit}
+        if eigenpairs_fit(operator.num_rows, budget):
+            return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why=why, budget=budget)
+        return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", budget)
 
     def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Real predictions ``f₀ + K_test A``, shape (M, O), whatever the targets were.
@@ -268,11 +278,11 @@ class KernelRegression:
         """
         outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
         if hasattr(self, "classes_"):
-            return np.asarray(self.classes_[outputs.argmax(axis=1)])
-        return outputs[:, 0] if self._is_flat else outputs
+            return np.asarray(self.classes_[self._targets.predicted(outputs)])
+        return outputs[:, 0] if self._targets.is_flat else outputs
 
     def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
-        """Outputs of classes, (M, O); of two classes that of the second less that of the first, (M,), as scikit-learn.
+        """Outputs of classes, (M, O); of two classes (M,), positive for the second, as scikit-learn.
 
         Parameters and errors as of :meth:`predict_outputs`.
 
@@ -284,6 +294,8 @@ class KernelRegression:
         if not hasattr(self, "classes_"):
             raise AttributeError("decision_function is of labels of classes; predict gives real predictions")
         outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
+        if self._targets.is_binary:
+            return outputs[:, 0]
         return outputs[:, 1] - outputs[:, 0] if len(self.classes_) == 2 else outputs
 
     def score(self, test_kernel: Any, y: ArrayLike | None = None, *, initial_outputs: ArrayLike | None = None) -> float:
@@ -299,14 +311,14 @@ class KernelRegression:
         Raises
         ------
         ConfigError
-            If shapes do not fit, a label was none of training, or there are no targets.
+            If shapes do not fit, or there are no targets. A class that training does not have counts as wrong.
         """
         if y is None:
             if not isinstance(test_kernel, KernelSet):
                 raise ConfigError("no targets; needed score(test_kernel, y), or score(store)")
             y = targets_of(test_kernel, "test")
-        wanted = encode(y, classes=getattr(self, "classes_", None), task="regression")
         outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
+        wanted = encode_test(y, self._targets)
         if wanted.matrix.shape != outputs.shape:
             raise ConfigError(f"targets of shape {np.shape(y)} for predictions of shape {outputs.shape}")
         accuracy = wanted.accuracy(outputs)
@@ -328,13 +340,11 @@ class KernelRegression:
 
         Raises
         ------
-        ConfigError
+        ArgumentError
             If there is none of that name.
         """
-        names = self.get_params()
+        require_known(params, self.get_params(), type(self).__name__, "option")
         for name, value in params.items():
-            if name not in names:
-                raise ConfigError(f"KernelRegression has no option {name!r}; it has {', '.join(names)}")
             setattr(self, name, value)
         return self
 
@@ -347,17 +357,17 @@ class KernelRegression:
         """What scikit-learn asks of estimators: rows and columns of the kernel are cut together."""
         from sklearn.utils import ClassifierTags, InputTags, RegressorTags, Tags, TargetTags  # only it asks
 
-        kinds = {"classification": "classifier", "regression": "regressor", "auto": None}
+        is_classifier, is_regressor = self.task in {"classification", "binary"}, self.task == "regression"
         return Tags(
-            estimator_type=kinds[self.task],
+            estimator_type="classifier" if is_classifier else "regressor" if is_regressor else None,
             target_tags=TargetTags(required=True, multi_output=True),
-            classifier_tags=ClassifierTags() if self.task == "classification" else None,
-            regressor_tags=RegressorTags() if self.task == "regression" else None,
+            classifier_tags=ClassifierTags() if is_classifier else None,
+            regressor_tags=RegressorTags() if is_regressor else None,
             input_tags=InputTags(pairwise=True),
         )
 
 
-def _r_squared(outputs: FloatArray, wanted: Labels) -> float:
+def _r_squared(outputs: FloatArray, wanted: Targets) -> float:
     """The mean over outputs of 1 - SS_res / SS_tot; where targets are constant 1 if they are met, and 0 if not."""
     residual = np.sum((wanted.matrix - outputs) ** 2, axis=0)
     total = np.sum((wanted.matrix - wanted.matrix.mean(axis=0)) ** 2, axis=0)

@@ -1,19 +1,18 @@
 """The Moore-Penrose solution of systems with a singular kernel, by all eigenpairs in memory."""
 
-from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Status
 
 _EPS = float(np.finfo(np.float64).eps)
 _NUM_VECTORS, _NUM_STEPS = 4, 8
@@ -54,20 +53,10 @@ def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
 
 
 def minimum_norm(
-    operator: Operator,
-    rhs: FloatArray,
-    ridge: float,
-    *,
-    tol: float,
-    options: dict[str, Any],
-    why: str,
-    memory_limit: int | None,
-    monitor: Monitor = ignore,
-    eigenpairs: KnownEigenpairs | None = None,
+    operator: Operator, rhs: FloatArray, ridge: float, *, tol: float, why: str, budget: Budget
 ) -> Solution:
     """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
-    start, before = perf_counter(), operator.work
-    pairs = eigh(operator, memory_limit=memory_limit, monitor=monitor) if eigenpairs is None else eigenpairs
+    pairs = eigh(operator, memory_limit=budget)
     vectors, values = require_all(pairs, operator.num_rows), pairs.eigenvalues
     cut = cut_off(operator, float(np.abs(values).max())) if ridge == 0.0 else 0.0
     kept = np.abs(values) > cut if ridge == 0.0 else np.ones(len(values), bool)
@@ -95,51 +84,24 @@ def minimum_norm(
         message = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a larger ridge"
     elif status == "stagnated":
         message += f"; the residual inside of the range is {beside:.2g}, more than tol={tol:.2g}"
-    return _solution(
-        operator,
-        start,
-        before,
-        status=status,
-        message=message,
-        coefficients=coefficients,
-        residuals=relative,
-        ridge=ridge,
-        method="eigh",
-        why=why,
-        options={**options, "cut_off": cut, "rank": rank},
-    )
+    options = {"cut_off": cut, "rank": rank}
+    found = {"status": status, "message": message, "method": "eigh", "why": why, "options": options}
+    return _solution(coefficients, relative, ridge=ridge, **found)
 
 
-def by_factor(
-    operator: Operator, factor: CholeskyFactor, rhs: FloatArray, *, tol: float, options: dict[str, Any], why: str
-) -> Solution:
+def by_factor(factor: CholeskyFactor, rhs: FloatArray, *, tol: float, why: str) -> Solution:
     """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement."""
-    start, before = perf_counter(), operator.work
     direct = factor.solve(rhs, tol=tol)
-    solution = _solution(
-        operator,
-        start,
-        before,
-        status=direct.status,
-        message=direct.message,
-        coefficients=np.array(direct.coefficients),
-        residuals=np.array(direct.residuals),
-        ridge=factor.shift,
-        method="cholesky",
-        why=why,
-        options=options,
-    )
-    return replace(solution, work=solution.work + factor.work, seconds=solution.seconds + factor.seconds)
+    found = {"status": direct.status, "message": direct.message, "method": "cholesky", "why": why}
+    return _solution(np.array(direct.coefficients), np.array(direct.residuals), ridge=factor.shift, **found)
 
 
-def _solution(operator: Operator, start: float, before: Work, *, coefficients: FloatArray, **found: Any) -> Solution:
+def _solution(coefficients: FloatArray, residuals: FloatArray, **found: Any) -> Solution:
     """The result of a method without iterations."""
     columns = coefficients.shape[1]
     return Solution(
-        work=operator.work - before,
-        seconds=perf_counter() - start,
-        matrix=operator.identity(),
         coefficients=coefficients,
+        residuals=residuals,
         iterations=0,
         history=np.zeros((0, columns)),
         checks=np.zeros(0, np.int64),

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
@@ -64,8 +65,8 @@ class Point:
 class Points(Protocol):
     """Finds the fit at any ridge; from large to small it is cheapest."""
 
-    def at(self, ridge: float) -> Point:
-        """The fit at λ."""
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
+        """The fit at λ, from the coefficients of another ridge where that helps."""
 
     @property
     def why(self) -> str:
@@ -86,7 +87,7 @@ class ByEigenpairs:
         self._rhs, self._width, self.why = rhs, width, why
         self._inside = self._vectors.T @ rhs
 
-    def at(self, ridge: float) -> Point:
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """See :class:`Points`."""
         kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
         shifted = self._values + ridge
@@ -119,15 +120,15 @@ class ByFactors:
     """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
     def __init__(
-        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, memory_limit: int | None, why: str
+        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget, why: str
     ) -> None:
         self._operator, self._rhs, self._width = operator, rhs, width
-        self._tol, self._memory_limit, self.why = tol, memory_limit, why
+        self._tol, self._budget, self.why = tol, budget, why
 
-    def at(self, ridge: float) -> Point:
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """See :class:`Points`; numbers are NaN where K + λI is not positive definite."""
         try:
-            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._memory_limit)
+            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
         except IndefiniteError as error:
             blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
             unknown = np.full_like(self._rhs, np.nan)
@@ -160,13 +161,11 @@ class ByPasses:
         self._inverse, self._rhs, self._width, self._tol, self.why = inverse, rhs, width, tol, why
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-        self._previous: FloatArray | None = None
 
-    def at(self, ridge: float) -> Point:
-        """See :class:`Points`; starts from the coefficients of the ridge before."""
+    def at(self, ridge: float, guess: FloatArray | None) -> Point:
+        """See :class:`Points`."""
         convergence = Convergence()
-        coefficients = self._inverse.times(self._rhs, ridge, convergence, self._previous)
-        self._previous = coefficients
+        coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
         blocks = self._blocks(ridge, convergence)
         n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
         traces = np.trace(blocks, axis1=1, axis2=2)

@@ -5,18 +5,20 @@ Exact from all eigenpairs; from systems with random right-hand sides, with error
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import memory_room
 from ntkpipe.learning.regression.eigensystem import Eigensystem
 from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
-from ntkpipe.learning.regression.sources import at_least
+from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor
 
 # Blocks of the shape of the right-hand sides that conjugate gradients hold in memory.
 _BLOCKS = 11
@@ -78,9 +80,10 @@ def resolvents_of_operator(
     *,
     num_probes: int,
     tol: float,
-    memory_limit: int | None,
+    budget: Budget,
     seed: int,
-    monitor: Monitor = ignore,
+    stages: Stages,
+    monitor: Monitor,
 ) -> Iterator[Resolvent]:
     """Estimated, by block conjugate gradients for the targets and random signs, from the first ridge to the last.
 
@@ -92,24 +95,30 @@ def resolvents_of_operator(
     n, columns = rows.shape
     signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
     block = np.concatenate([rows, signs], axis=1)
-    rank = _rank(n, block.shape[1], memory_limit)
+    rank = _rank(n, block.shape[1], budget)
     preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
-    limit = at_least(memory_limit, 8 * n * (3 * rank + _BLOCKS * block.shape[1]))
-    guess = None
-    for ridge in ridges:
+    budget = budget.at_least(8 * n * (3 * rank + _BLOCKS * block.shape[1]))
+
+    def solved_at(ridge: float, guess: FloatArray | None) -> dict[str, Any]:
         found = solve(
             operator,
             block,
             ridge=ridge,
             method="block_cg",
+            task="regression",
             tol=tol,
             preconditioner=preconditioner,
             initial=guess,
-            memory_limit=limit,
+            memory_limit=budget,
             seed=seed,
             monitor=monitor,
         )
-        guess = np.asarray(found.coefficients)
+        return {"solution": found.coefficients, "residual": float(found.residuals.max()), "status": found.status}
+
+    guess = None
+    for number, ridge in enumerate(ridges):
+        found = stages.once(f"ridge-{number}", partial(solved_at, ridge, guess))
+        guess = np.asarray(found["solution"])
         solved, probed = guess[:, :columns], guess[:, columns:]
         samples = signs * probed
         traces, squares = samples.sum(axis=0), (probed**2).sum(axis=0)
@@ -124,15 +133,15 @@ def resolvents_of_operator(
             left_out_loss=loss,
             left_out_loss_error=error,
             left_out_spread=spread,
-            residual=float(found.residuals.max()),
-            is_definite=found.status != "indefinite at storage precision" and bool(traces.min() > 0),
+            residual=found["residual"],
+            is_definite=found["status"] != "indefinite at storage precision" and bool(traces.min() > 0),
         )
 
 
-def _rank(num_rows: int, num_columns: int, memory_limit: int | None) -> int:
+def _rank(num_rows: int, num_columns: int, budget: Budget) -> int:
     """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
     most = default_rank(num_rows)
-    room = memory_room(memory_limit) // (8 * num_rows) - _BLOCKS * num_columns
+    room = budget.room() // (8 * num_rows) - _BLOCKS * num_columns
     return int(max(1, most // 10, min(most, room // 3)))
 
 

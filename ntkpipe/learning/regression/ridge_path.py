@@ -11,33 +11,31 @@ coefficients of.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Labels, Task, as_samples
+from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, check_method
+from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.sources import (
-    TrainTargets,
-    offset_of_test,
-    open_for_analysis,
-    ridges_for,
-    train_targets,
-)
+from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, train_targets
+from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.store.results import Checkpoint
 
 PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
 Criterion = Literal[
@@ -88,6 +86,7 @@ class RidgePath(Result):
     residuals: FloatArray  # largest relative true residual of the systems; zero for `eigh`
     statuses: tuple[str, ...]  # status of each ridge
     is_classification: bool  # whether targets are labels of classes
+    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
     floor: float = field(repr=False)  # what rounding to the storage dtype did to K; ridges below it say nothing
 
     @property
@@ -118,6 +117,7 @@ class RidgePath(Result):
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
         rows = [
+            ("targets", self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
@@ -149,6 +149,7 @@ class RidgePath(Result):
         return ""
 
 
+@recorded()
 def ridge_path(
     kernel: Any,
     targets: ArrayLike,
@@ -164,8 +165,9 @@ def ridge_path(
     task: Task = "auto",
     tol: float = 1e-8,
     num_left_out: int = 64,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
 ) -> RidgePath:
     """Kernel ridge regression at many ridges, with leave-one-out, generalised cross-validation, and test losses.
@@ -179,25 +181,42 @@ def ridge_path(
 
     Parameters
     ----------
-    kernel, eigenpairs
-        K: what :func:`ntkpipe.as_operator` takes; and all of its eigenpairs, as of :func:`ntkpipe.eigh`, if known.
-    targets, task
-        Labels of classes (N,), or real targets (N,) or (N, O); ``task`` as of :class:`ntkpipe.KernelRegression`.
-    ridges, ridge_scale
-        λ ≥ 0, absolute, or multiples of the mean diagonal with ``"mean_diagonal"``; default 0 and 10^-6 to 10 of these.
-    test_kernel, test_targets
-        Test × train (M·S, N·S), array or stored, and targets of the test samples; both or none.
-    initial_outputs, test_initial_outputs
-        f₀ (N, O) and (M, O): Y - f₀ is fitted, and f₀ added to predictions.
-    method, memory_limit
-        ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else ``streamed``, which takes a
-        tenth of a float32 kernel, or 6 kB a row if that is less. The limit is in bytes of this process; default what
-        it has and half of what is free.
-    tol, num_left_out
-        Largest relative true residual of a converged system; samples that are left out where not all are, at least two,
-        each of which is one column (O of a full NTK) of a solve.
-    seed, monitor
-        Seed of preconditioners and of the choice of samples; function that is called after each pass.
+    kernel
+        The train kernel K: what :func:`ntkpipe.as_operator` takes.
+    targets
+        Labels of classes (N,), or real targets (N,) or (N, O).
+    ridges
+        Ridges λ ≥ 0. Default 0 and 10^-6 to 10 mean diagonals.
+    ridge_scale
+        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
+    test_kernel
+        Test × train kernel (M·S, N·S), array or stored, with ``test_targets``.
+    test_targets
+        Targets of the test samples. A class that training does not have counts as wrong.
+    initial_outputs
+        Outputs f₀ (N, O) of the model at initialisation: Y - f₀ is fitted.
+    test_initial_outputs
+        Outputs f₀ (M, O) at the test samples, which are added to predictions.
+    eigenpairs
+        All eigenpairs of K, as of :func:`ntkpipe.eigh`, if known.
+    method
+        How it is computed. ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else
+        ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a row if that is less.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`.
+    tol
+        Largest relative true residual of a converged system.
+    num_left_out
+        Number of samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a
+        solve.
+    memory_limit
+        Bytes that this process may have; default what it has and half of what is free.
+    seed
+        Seed of preconditioners and of the choice of samples.
+    checkpoint
+        Where finished ridges are saved; another call for the same path goes on behind them. Not used by ``eigh``.
+    monitor
+        Function that is called after each pass.
 
     Raises
     ------
@@ -206,63 +225,80 @@ def ridge_path(
     ResourceError, TileError
         If the method that was asked for does not fit memory; if a tile is missing or damaged.
     """
-    begin = perf_counter()
-    operator, share = open_for_analysis(kernel, memory_limit)
-    before = operator.work
-    check_method(method, PathMethod)
+    operator: Operator = kernel
+    budget = Budget.of(memory_limit)
     check_number("tol", tol, low=0.0)
     check_number("num_left_out", num_left_out, low=2)
-    train = train_targets(kernel, operator, targets, initial_outputs, task)
+    train = train_targets(operator, targets, initial_outputs, task)
     values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
-    options |= {"method": method, "task": task, "tol": tol, "num_left_out": num_left_out}
-    options |= {"memory_limit": memory_limit, "seed": seed, "centred": initial_outputs is not None}
+    is_centred = initial_outputs is not None
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
-        offset = offset_of_test(test_initial_outputs, test.shape, is_centred=initial_outputs is not None)
-    name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, share, seed, monitor)
-    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, share))
+        offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
+    name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, budget, seed, monitor)
+    how = {"method": name, "ridges": values.tolist(), "tol": tol, "num_left_out": num_left_out, "seed": seed}
+    stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
+    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, budget), stages)
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
-        message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options=options,
-        matrix=operator.identity(),
+        message=message if test is None else message + note_on_unknown(test.targets),
+        work=stages.work,
+        seconds=stages.seconds,
+        options={**options, "centred": is_centred},
         ridges=values,
         mean_diagonal=float(operator.diagonal().mean()),
         method=name,
         why=finder.why,
         statuses=tuple(one for one, _ in statuses),
-        is_classification=train.labels.classes is not None,
+        is_classification=train.targets.classes is not None,
+        targets=train.targets.words,
         floor=operator.storage_floor(),
         **found,
     )
 
 
 def _follow(
-    finder: Points, ridges: FloatArray, train: TrainTargets, test: HeldOut | None, offset: FloatArray, most: int
+    finder: Points,
+    ridges: FloatArray,
+    train: TrainTargets,
+    test: HeldOut | None,
+    offset: FloatArray,
+    most: int,
+    stages: CountedStages,
 ) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
     """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
     found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in ridges]
     statuses: list[tuple[Status, str]] = [("converged", "")] * len(ridges)
     waiting: dict[int, FloatArray] = {}
-    num_left = 0
+    coefficients, num_left = None, 0
     order = np.argsort(-ridges, kind="stable").tolist()
     for index in order:
-        point = finder.at(float(ridges[index]))
-        found[index] |= _measures(point, train)
-        statuses[index] = point.status, point.message
-        num_left = len(point.left_out_samples)
+        point = stages.once(f"ridge-{index}", partial(_fit, finder, float(ridges[index]), coefficients, train))
+        found[index] |= point["measures"]
+        statuses[index] = point["status"], point["message"]
+        coefficients, num_left = point["coefficients"], point["num_left_out"]
         if test is None:
             continue
-        waiting[index] = point.coefficients
+        waiting[index] = coefficients
         if len(waiting) == most or index == order[-1]:
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
-                found[place] |= _test_measures(test.labels, outputs + offset)
+                found[place] |= _test_measures(test.targets, outputs + offset)
             waiting.clear()
     arrays = {name: np.array([one[name] for one in found]) for name in found[0]}
     return {"num_left_out": num_left, **arrays}, statuses
+
+
+def _fit(finder: Points, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
+    """What is saved of one ridge."""
+    point = finder.at(ridge, guess)
+    return {
+        "coefficients": point.coefficients,
+        "measures": _measures(point, train),
+        "num_left_out": len(point.left_out_samples),
+        "status": point.status,
+        "message": point.message,
+    }
 
 
 def _points(
@@ -272,54 +308,54 @@ def _points(
     method: PathMethod,
     tol: float,
     num_left_out: int,
-    memory_limit: int | None,
+    budget: Budget,
     seed: int,
     monitor: Monitor,
 ) -> tuple[str, Points]:
     """What finds the fits, by the method that was asked for or that memory has room for; and the method."""
-    n, room, rhs, width = operator.num_rows, memory_room(memory_limit), train.rhs, train.width
+    n, rhs, width = operator.num_rows, train.rhs, train.width
     if eigenpairs is not None and method in {"auto", "eigh"}:
         return "eigh", ByEigenpairs(operator, eigenpairs, rhs, width, "all eigenpairs were given")
-    needed = f"{n:,} rows, {format_bytes(max(0, room))} of memory"
-    if method == "eigh" or (method == "auto" and eigenpairs_fit(n, memory_limit)):
+    needed = f"{n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
+    if method == "eigh" or (method == "auto" and eigenpairs_fit(n, budget)):
         why = "asked for" if method == "eigh" else f"all eigenpairs fit: {needed}"
-        pairs = eigh(operator, memory_limit=memory_limit, monitor=monitor)
+        pairs = eigh(operator, memory_limit=budget, monitor=monitor)
         return "eigh", ByEigenpairs(operator, pairs, rhs, width, why)
-    if method == "cholesky" or (method == "auto" and factor_fits(n, memory_limit)):
+    if method == "cholesky" or (method == "auto" and factor_fits(n, budget)):
         why = "asked for" if method == "cholesky" else f"a factor fits, all eigenpairs do not: {needed}"
-        return "cholesky", ByFactors(operator, rhs, width, tol=tol, memory_limit=memory_limit, why=why)
+        return "cholesky", ByFactors(operator, rhs, width, tol=tol, budget=budget, why=why)
     why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"
-    inverse = StreamedInverse(operator, tol=tol, seed=seed, memory_limit=memory_limit, monitor=monitor)
+    inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
     why += f"; {inverse.words}"
     return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, tol=tol, seed=seed, why=why)
 
 
-def _most_waiting(rhs: FloatArray, memory_limit: int | None) -> int:
+def _most_waiting(rhs: FloatArray, budget: Budget) -> int:
     """Number of ridges whose coefficients may wait for the test kernel."""
-    return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, memory_room(memory_limit))) // max(1, 2 * rhs.nbytes))
+    return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, budget.room())) // max(1, 2 * rhs.nbytes))
 
 
-def _test_measures(labels: Labels, outputs: FloatArray) -> dict[str, float]:
-    accuracy = labels.accuracy(outputs)
-    return {"test_loss": labels.loss(outputs), "test_accuracy": np.nan if accuracy is None else accuracy}
+def _test_measures(targets: Targets, outputs: FloatArray) -> dict[str, float]:
+    accuracy = targets.accuracy(outputs)
+    return {"test_loss": targets.loss(outputs), "test_accuracy": np.nan if accuracy is None else accuracy}
 
 
 def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result."""
-    labels = train.labels
-    fitted = labels.matrix - as_samples(point.train_residuals, train.width)
-    accuracy = labels.accuracy(fitted)
+    targets = train.targets
+    fitted = targets.matrix - as_samples(point.train_residuals, train.width)
+    accuracy = targets.accuracy(fitted)
 
     def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
 
     def hits(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
-        assert labels.codes is not None
-        predicted = labels.matrix[samples] - residuals.reshape(len(samples), -1)
-        return np.asarray(predicted.argmax(axis=1) == labels.codes[samples], np.float64)
+        assert targets.codes is not None
+        predicted = targets.matrix[samples] - residuals.reshape(len(samples), -1)
+        return np.asarray(targets.predicted(predicted) == targets.codes[samples], np.float64)
 
     loss = point.mean_left_out(squares)
-    right = (np.nan, 0.0) if labels.codes is None else point.mean_left_out(hits)
+    right = (np.nan, 0.0) if targets.codes is None else point.mean_left_out(hits)
     dimension, crossed = point.effective_dimension, point.generalised_cross_validation
     return {
         "train_loss": float(np.mean(point.train_residuals**2)),

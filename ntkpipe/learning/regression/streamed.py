@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import memory_room
-from ntkpipe.learning.regression.sources import at_least
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.result import Monitor, Status, Step
@@ -28,26 +27,26 @@ _PROBES, _STEPS = 16, 24
 _BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
 
 
-def vectors_that_fit(num_rows: int, memory_limit: int | None) -> int:
+def vectors_that_fit(num_rows: int, budget: Budget) -> int:
     """How many vectors of float64 a solve may have; whatever the limit, n/20 of them, 64 at least and 768 at most."""
     least = min(max(num_rows // _ROWS_PER_VECTOR, _LEAST_VECTORS), _ENOUGH_VECTORS)
-    return max(least, int(_SHARE * memory_room(memory_limit)) // (8 * num_rows))
+    return max(least, int(_SHARE * budget.room()) // (8 * num_rows))
 
 
-def rank_beside(num_columns: int, num_rows: int, memory_limit: int | None) -> int:
+def rank_beside(num_columns: int, num_rows: int, budget: Budget) -> int:
     """Rank of a preconditioner beside so many columns, at least one."""
-    rank = (vectors_that_fit(num_rows, memory_limit) - _BLOCKS * num_columns) // _FACTORS
+    rank = (vectors_that_fit(num_rows, budget) - _BLOCKS * num_columns) // _FACTORS
     return max(1, min(rank, default_rank(num_rows)))
 
 
-def eigenpairs_fit(num_rows: int, memory_limit: int | None) -> bool:
+def eigenpairs_fit(num_rows: int, budget: Budget) -> bool:
     """Whether memory holds K and all of its eigenvectors, ``16 n²`` bytes."""
-    return 16 * num_rows**2 + _BYTES_A_ROW * num_rows <= memory_room(memory_limit)
+    return budget.fits(16 * num_rows**2 + _BYTES_A_ROW * num_rows)
 
 
-def factor_fits(num_rows: int, memory_limit: int | None) -> bool:
+def factor_fits(num_rows: int, budget: Budget) -> bool:
     """Whether memory holds a Cholesky factor, ``4 n²`` bytes, and a few panels."""
-    return 4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS) <= memory_room(memory_limit)
+    return budget.fits(4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS))
 
 
 @dataclass
@@ -80,13 +79,11 @@ class StreamedInverse:
     a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
     """
 
-    def __init__(
-        self, operator: Operator, *, tol: float, seed: int, memory_limit: int | None, monitor: Monitor
-    ) -> None:
+    def __init__(self, operator: Operator, *, tol: float, seed: int, budget: Budget, monitor: Monitor) -> None:
         self._operator = operator
         self._tol, self._seed, self._monitor = tol, seed, monitor
-        self._memory_limit = memory_limit
-        self._vectors = vectors = vectors_that_fit(operator.num_rows, memory_limit)
+        self._budget = budget
+        self._vectors = vectors = vectors_that_fit(operator.num_rows, budget)
         rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // _FACTORS))
         self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - _FACTORS * rank) // _BLOCKS))
         self._before = operator.work
@@ -140,7 +137,7 @@ class StreamedInverse:
                 ridge=ridge,
                 preconditioner=self._preconditioner.for_ridge(ridge),
                 num_probes=probes,
-                memory_limit=at_least(self._memory_limit, room),
+                memory_limit=self._budget.at_least(room),
                 seed=self._seed + number,
                 monitor=self._monitor,
             )
@@ -167,6 +164,7 @@ class StreamedInverse:
             block,
             ridge=ridge,
             method="pcg" if block.shape[1] == 1 else "block_cg",
+            task="regression",
             tol=tol,
             preconditioner=self._preconditioner,
             initial=initial,

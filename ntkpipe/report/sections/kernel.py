@@ -48,7 +48,7 @@ def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
         render(class_means(means, arrangement.names), height=0.72),
         f"Heat map of {len(means)} × {len(means)} class means. {said}",
         (
-            f"The mean of K(x, x′) for samples x of one class and x′ of another, a sample with itself left out. {said}",
+            f"The mean of K(x, x′) over x of one class and x′ of another, a sample with itself left out. {said}",
             "A square off the diagonal that is as bright as those of its two classes on the diagonal is a pair that "
             "the kernel hardly tells apart.",
         ),

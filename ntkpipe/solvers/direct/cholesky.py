@@ -6,35 +6,47 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
-from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes, memory_room, num_cores
+from ntkpipe.base.errors import IndefiniteError, NonFiniteError, ResourceError
+from ntkpipe.base.operator import Operator
+from ntkpipe.base.resources import format_bytes, num_cores
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
-from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.factor_folder import FactorFolder, FactorState, Pivots, require_same
-from ntkpipe.solvers.direct.panels import Panels, PanelsInMemory, Shape, bytes_of_panel, shape_in_memory, widest_shape
+from ntkpipe.solvers.direct.panels import (
+    Panels,
+    PanelsInMemory,
+    Shape,
+    bytes_in_memory,
+    bytes_of_panel,
+    usual_shape,
+    widest_shape,
+)
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Step, ignore
 
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0
+_LARGEST = float(np.finfo(np.float64).max)
 
 
+@recorded(keep_tiles=False)
 def cholesky(
     matrix: Any,
     *,
     ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
     jitter: Literal["auto"] | None = None,
     path: str | Path | None = None,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     panel_width: int | None = None,
     threads: int | None = None,
     monitor: Monitor = ignore,
@@ -54,6 +66,8 @@ def cholesky(
         An operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
     ridge
         λ, added to the diagonal.
+    ridge_scale
+        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     jitter
         ``auto``: if a pivot is not positive, try again with the storage floor added to the diagonal, then ten times as
         much, five times at most. The result says what was added. Default: raise an error.
@@ -90,31 +104,21 @@ def cholesky(
     TileError
         If a part of the matrix or of L is missing or damaged; the message names it.
     """
-    start = perf_counter()
-    ridge = _check_options(ridge, jitter, panel_width, threads, memory_limit)
-    num_threads = threads or num_cores()
-    operator = as_operator(matrix, memory_limit=memory_limit, threads=threads, keep_tiles=False)
-    options = {"ridge": ridge, "jitter": jitter, "path": None if path is None else str(path)}
-    options |= {"memory_limit": memory_limit, "panel_width": panel_width, "threads": num_threads}
-    room, work = memory_room(memory_limit) - operator.buffer_bytes, operator.work
-    with _opened(operator, path, options, room, monitor) as task:
-        (_factor_with_jitter if jitter == "auto" else _factor)(task)
-    return _result(task, {**options, "panel_width": task.state.shape.width}, operator.work - work, start)
-
-
-def _check_options(
-    ridge: float, jitter: str | None, panel_width: int | None, threads: int | None, memory_limit: int | None
-) -> float:
-    """Check the options, and return the ridge as a float."""
-    ridge = float(check_number("ridge", ridge, low=0.0))
-    if not math.isfinite(ridge):
-        raise ConfigError(f"ridge={ridge!r}; needed a finite number")
-    if jitter not in {None, "auto"}:
-        raise ConfigError(f"jitter={jitter!r}; needed 'auto' or None")
-    for name, value in (("panel_width", panel_width), ("threads", threads), ("memory_limit", memory_limit)):
+    operator: Operator = matrix
+    ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=_LARGEST)
+    for name, value in (("panel_width", panel_width), ("threads", threads)):
         if value is not None:
             check_number(name, value, low=1)
-    return ridge
+    room = Budget.of(memory_limit).room() - operator.buffer_bytes
+    num_threads = threads or num_cores()
+    with _opened(operator, path, ridge, jitter, panel_width, num_threads, room, monitor) as task:
+        (_factor_with_jitter if jitter == "auto" else _factor)(task)
+    return _result(task)
+
+
+def bytes_of_cholesky(num_rows: int) -> int:
+    """Memory of a factor that is not in files while it is made: ``4 n²`` bytes and some panels."""
+    return bytes_in_memory(usual_shape(num_rows, None), num_cores())
 
 
 @dataclass
@@ -133,18 +137,30 @@ class _Task:
 
 @contextlib.contextmanager
 def _opened(
-    operator: Operator, path: str | Path | None, options: dict[str, Any], room: int, monitor: Monitor
+    operator: Operator,
+    path: str | Path | None,
+    ridge: float,
+    jitter: str | None,
+    panel_width: int | None,
+    threads: int,
+    room: int,
+    monitor: Monitor,
 ) -> Iterator[_Task]:
     """A factorisation in memory, or a locked folder with what it holds already."""
-    threads = options["threads"]
     if path is None:
-        shape = shape_in_memory(operator.num_rows, options["panel_width"], room, threads)
-        state = FactorState(operator.identity(), options["ridge"], 0.0, shape)
+        shape = usual_shape(operator.num_rows, panel_width)
+        if (needed := bytes_in_memory(shape, threads)) > room:
+            raise ResourceError(
+                f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
+                f"{format_bytes(room)} may be used. Give path=, a folder: the factor is then written there in panels "
+                "that fit"
+            )
+        state = FactorState(operator.identity(), ridge, 0.0, shape)
         yield _Task(operator, PanelsInMemory(shape), state, monitor, threads)
         return
     folder = FactorFolder(path)
     with folder.held():
-        state = _stored_state(folder, operator, options, room)
+        state = _stored_state(folder, operator, ridge, jitter, panel_width, threads, room)
         panels = folder.panels(state.shape)
         resumed = panels.num_complete(len(state.panels))
         state = replace(state, panels=state.panels[:resumed])
@@ -152,7 +168,7 @@ def _opened(
         yield _Task(operator, panels, state, monitor, threads, resumed, folder.root, folder.commit)
 
 
-def _result(task: _Task, options: dict[str, Any], work: Work, start: float) -> CholeskyFactor:
+def _result(task: _Task) -> CholeskyFactor:
     state, traffic, num_rows = task.state, task.panels.traffic, task.operator.num_rows
     message = f"{num_rows:,} pivots are positive"
     if state.jitter:
@@ -160,10 +176,7 @@ def _result(task: _Task, options: dict[str, Any], work: Work, start: float) -> C
     return CholeskyFactor(
         status="converged",
         message=message,
-        work=work,
-        seconds=perf_counter() - start,
-        options=options,
-        matrix=state.matrix,
+        options={"panel_width": state.shape.width, "threads": task.num_threads},
         num_rows=num_rows,
         ridge=state.ridge,
         jitter=state.jitter,
@@ -289,17 +302,24 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor)
 
 
-def _stored_state(folder: FactorFolder, operator: Operator, options: dict[str, Any], room: int) -> FactorState:
+def _stored_state(
+    folder: FactorFolder,
+    operator: Operator,
+    ridge: float,
+    jitter: str | None,
+    panel_width: int | None,
+    threads: int,
+    room: int,
+) -> FactorState:
     """The state in the folder if it fits the options, or the one to begin with; it is committed."""
     n, identity = operator.num_rows, operator.identity()
-    threads, panel_width = options["threads"], options["panel_width"]
     state = folder.load()
     if state is None:
         shape = Shape.of_width(n, panel_width) if panel_width else widest_shape(n, room, threads)
-        state = FactorState(identity, options["ridge"], 0.0, shape)
+        state = FactorState(identity, ridge, 0.0, shape)
     else:
-        wanted: dict[str, object] = {"matrix": identity, "num_rows": n, "ridge": options["ridge"]}
-        if options["jitter"] is None:
+        wanted: dict[str, object] = {"matrix": identity, "num_rows": n, "ridge": ridge}
+        if jitter is None:
             wanted["jitter"] = 0.0
         if panel_width is not None:
             wanted["panel_width"] = Shape.of_width(n, panel_width).width

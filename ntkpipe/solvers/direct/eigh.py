@@ -2,19 +2,20 @@
 
 import json
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import NonFiniteError, ResourceError, SelfCheckError
+from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.opening import as_operator
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solvers.spectral.density import bytes_of_density
+from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh
 
 MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)
@@ -49,7 +50,8 @@ class Spectrum(Result):
         return rows
 
 
-def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+@recorded(keep_tiles=False)
+def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues of a symmetric matrix that fits into memory.
 
     Reads one triangle of K into one float64 array, in one pass, and takes about 4/3 n³ flops. NumPy's LAPACK driver
@@ -78,10 +80,11 @@ def eigvalsh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor =
     TileError
         If a tile of a stored kernel is missing or damaged.
     """
-    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=False)
+    return _decompose(matrix, Budget.of(memory_limit), monitor, with_vectors=False)
 
 
-def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ignore) -> Spectrum:
+@recorded(keep_tiles=False)
+def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Spectrum:
     """All eigenvalues and eigenvectors of a symmetric matrix that fits into memory.
 
     Like :func:`eigvalsh`, with one more pass to check the vectors on random combinations of them. Memory is ``40 n²``
@@ -89,24 +92,37 @@ def eigh(matrix: Any, *, memory_limit: int | None = None, monitor: Monitor = ign
 
     Parameters
     ----------
-    matrix, memory_limit
-        As for :func:`eigvalsh`.
+    matrix
+        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
+    memory_limit
+        Bytes that this process may have; default what it has and all that is free.
     monitor
         Called after K has been read, and after the check.
 
     Raises
     ------
-    ConfigError, ResourceError, NonFiniteError, TileError
-        As :func:`eigvalsh`.
+    ConfigError
+        If the matrix is not symmetric, or the limit is no number of bytes.
+    ResourceError
+        If the spectrum does not fit into memory; the message says what does.
+    NonFiniteError
+        If the matrix or the result holds NaN or infinity.
+    TileError
+        If a tile of a stored kernel is missing or damaged.
     SelfCheckError
         If LAPACK failed, or the result does not fit K.
     """
-    return _decompose(as_operator(matrix, keep_tiles=False), memory_limit, monitor, with_vectors=True)
+    return _decompose(matrix, Budget.of(memory_limit), monitor, with_vectors=True)
 
 
-def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *, with_vectors: bool) -> Spectrum:
-    start, before = perf_counter(), operator.work
-    driver = _driver(operator.num_rows, memory_limit, with_vectors=with_vectors)
+def bytes_of_eigh(num_rows: int, *, eigenvectors: bool = True) -> int:
+    """The least memory that :func:`eigh` takes, or :func:`eigvalsh`."""
+    return min(_bytes_of_drivers(num_rows, with_vectors=eigenvectors).values())
+
+
+def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vectors: bool) -> Spectrum:
+    before = operator.work
+    driver = _driver(operator.num_rows, budget, with_vectors=with_vectors)
     upper, trace, frobenius = _read(operator)
     monitor(Step(operator.work - before, None, 0.0))
     try:
@@ -124,10 +140,7 @@ def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *
     return Spectrum(
         status="converged",
         message=f"LAPACK ({driver}) in float64; trace and Frobenius norm are those of the matrix",
-        work=operator.work - before,
-        seconds=perf_counter() - start,
-        options={"driver": driver, "memory_limit": memory_limit, "eigenvectors": with_vectors},
-        matrix=operator.identity(),
+        options={"driver": driver, "eigenvectors": with_vectors},
         eigenvalues=values,
         eigenvectors=vectors,
         trace_error=trace_error,
@@ -138,27 +151,29 @@ def _decompose(operator: Operator, memory_limit: int | None, monitor: Monitor, *
     )
 
 
-def _driver(num_rows: int, memory_limit: int | None, *, with_vectors: bool) -> str:
-    """Name of the fastest driver whose memory and integers suffice."""
-    if memory_limit is not None:
-        check_number("memory_limit", memory_limit, low=1)
-    limit = max(0, memory_room(memory_limit, share=1.0))
+def _bytes_of_drivers(num_rows: int, *, with_vectors: bool) -> dict[str, int]:
+    """Memory of each driver that can be used, the fastest first."""
     # Number of n × n arrays: K, its copy or the vectors, and workspace.
     matrices = {"syevd": 5 if with_vectors else 2, "syevr in place": 2 if with_vectors else 1}
     if num_rows > MOST_ROWS_OF_32_BITS and not has_64_bit_integers():
         del matrices["syevd"]
     panels = 2 * 8 * min(_ROWS_AT_ONCE, num_rows) * num_rows
-    needs = {driver: 8 * count * num_rows**2 + panels + 8 * 64 * num_rows for driver, count in matrices.items()}
+    return {driver: 8 * count * num_rows**2 + panels + 8 * 64 * num_rows for driver, count in matrices.items()}
+
+
+def _driver(num_rows: int, budget: Budget, *, with_vectors: bool) -> str:
+    """Name of the fastest driver whose memory and integers suffice."""
+    needs = _bytes_of_drivers(num_rows, with_vectors=with_vectors)
     for driver, need in needs.items():
-        if need <= limit:
+        if budget.fits(need, share=1.0):
             return driver
-    block, least = 8 * num_rows, min(needs.values())
-    raise ResourceError(
-        f"the whole spectrum of {num_rows} rows takes {format_bytes(least)}, and {format_bytes(limit)} are there. "
-        f"What fits: eigsh(matrix, 100), leading eigenpairs, about 14 passes and {format_bytes(1100 * block)}; "
-        f"density(matrix), how many eigenvalues lie where, up to 100 passes and {format_bytes(1600 * block)}; "
-        "fewer eigenpairs, probes or steps take less"
+    pairs, probes = format_bytes(bytes_of_eigsh(num_rows)), format_bytes(bytes_of_density(num_rows))
+    advice = (
+        f"what fits: eigsh(matrix, 100), leading eigenpairs, about 14 passes and {pairs}; density(matrix), how many "
+        f"eigenvalues lie where, up to 100 passes and {probes}; fewer eigenpairs, probes or steps take less"
     )
+    budget.require(min(needs.values()), f"the whole spectrum of {num_rows} rows", advice)
+    raise AssertionError
 
 
 def has_64_bit_integers() -> bool:

@@ -225,17 +225,15 @@ class StoredPanels(Panels):
             raise ResourceError(f"panels of the factor need {format_bytes(needed)} {where}")
 
 
-def shape_in_memory(num_rows: int, panel_width: int | None, room: int, num_threads: int) -> Shape:
+def usual_shape(num_rows: int, panel_width: int | None) -> Shape:
     """How to cut a factor in memory."""
     default = _WIDTH_IN_MEMORY if num_rows < 8 * _WIDER_IN_MEMORY else _WIDER_IN_MEMORY
-    shape = Shape.of_width(num_rows, panel_width or default)
-    needed = shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)
-    if needed > room:
-        raise ResourceError(
-            f"the Cholesky factor of {num_rows:,} rows needs {format_bytes(needed)} of memory; {format_bytes(room)} "
-            "may be used. Give path=, a folder: the factor is then written there in panels that fit"
-        )
-    return shape
+    return Shape.of_width(num_rows, panel_width or default)
+
+
+def bytes_in_memory(shape: Shape, num_threads: int) -> int:
+    """Memory of a factorisation whose panels stay in memory."""
+    return shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)
 
 
 def bytes_of_panel(shape: Shape, num_threads: int) -> int:

@@ -1,7 +1,6 @@
 """Result of :func:`ntkpipe.solve`."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +31,13 @@ class Solution(Result):
     rank: int  # rank, mu: rank and μ of the preconditioner F F' + μ I; 0 and 1 without one
     mu: float
     preconditioner_work: Work  # the part of `work` that made the preconditioner; zero if it was given
-
-    def to_json(self) -> dict[str, Any]:
-        """See :meth:`Result.to_json`."""
-        return {**super().to_json(), "preconditioner_work": asdict(self.preconditioner_work)}
+    targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         count = len(self.residuals)
         rows = [
             ("method", f"{self.method}: {self.why}"),
+            *([("targets", self.targets)] if self.targets else []),
             ("ridge", f"{self.ridge:.4g}"),
             ("residual", f"{self.residuals.max(initial=0.0):.2g}, the largest of {count} column{'s'[: count != 1]}"),
         ]

@@ -3,36 +3,43 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.targets import Targets, Task
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.blocks import as_block
+from ntkpipe.solvers.blocks import as_block, as_targets
+from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.linear.systems import SolveOptions, Systems
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.store.results import Checkpoint
 
 SolveMethod = Literal["auto", "pcg", "block_cg", "cholesky"]
-_PRECONDITIONERS = ("rpcholesky", "nystrom")
 _MOST_PASSES = 1000
 _LARGEST = float(np.finfo(np.float64).max)
 
 
+@recorded()
 @single_threaded_blas()
 def solve(
     matrix: Any,
     rhs: ArrayLike,
     *,
     ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
+    task: Task = "auto",
     method: SolveMethod = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
@@ -40,7 +47,7 @@ def solve(
     initial: ArrayLike | None = None,
     max_passes: int | None = None,
     seed: int = 0,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     path: str | Path | None = None,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
@@ -52,10 +59,17 @@ def solve(
     matrix
         K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
     rhs
-        Y, shape (n, c) or (n,).
+        Right-hand sides Y, or targets: shape (n, c) or (n,). Integers, booleans and strings of shape (n,) are labels of
+        classes, which become one-hot columns. Where each sample has as many rows as outputs, as in a full NTK, Y may
+        have the shape (samples, outputs), or be labels of samples; coefficients have the shape (n,) then.
     ridge
-        λ ≥ 0, absolute. How small it may sensibly be depends on how K is stored, see
+        λ ≥ 0, added to the diagonal. How small it may sensibly be depends on how K is stored, see
         :meth:`ntkpipe.base.operator.Operator.storage_floor`.
+    ridge_scale
+        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
+    task
+        What targets are: ``classification``, ``regression``, ``binary``, or ``auto``, by their type. ``binary`` is one
+        column of ±1 for two classes; ``regression`` takes integers for numbers.
     method
         ``pcg``: conjugate gradients, each column on its own in shared passes. ``block_cg``: columns share directions,
         which takes fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in
@@ -113,25 +127,38 @@ def solve(
     -----
     Memory: ``8 n (3 rank + 11 c)`` bytes and the tiles that are kept; Cholesky 4 n² bytes and a few panels.
     """
-    passes = _MOST_PASSES if max_passes is None else max_passes
-    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, memory_limit, monitor, path)
-    return _solve_all(matrix, rhs, [ridge], initial, options, checkpoint)[0]
+    operator: Operator = matrix
+    encoded, block, shape = as_targets(rhs, operator, task)
+    (absolute,) = _absolute([ridge], ridge_scale, operator)
+    guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
+    if guess is not None and guess.shape != block.shape:
+        raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
+    budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
+    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor, path)
+    kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)
+    work, seconds = kept.work, kept.seconds
+    found = Systems(operator, block, options, 1, kept).solve(absolute, guess)
+    return _shaped(found, shape, encoded, work=work, seconds=seconds)
 
 
+@recorded()
 @single_threaded_blas()
 def solve_path(
     matrix: Any,
     rhs: ArrayLike,
     ridges: Sequence[float],
     *,
+    ridge_scale: RidgeScale = None,
+    task: Task = "auto",
     method: SolveMethod = "auto",
     tol: float = 1e-6,
     rank: int | None = None,
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner = "rpcholesky",
     max_passes: int | None = None,
     seed: int = 0,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Solution, ...]:
     """Solve for several ridges: the preconditioner is made once, and each solution starts at the one before.
 
@@ -140,65 +167,94 @@ def solve_path(
 
     Parameters
     ----------
-    matrix, rhs, method, tol, rank, preconditioner, seed, memory_limit, monitor
-        As in :func:`solve`. ``auto`` makes one decision for all ridges.
+    matrix
+        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
+    rhs
+        Right-hand sides Y, or targets, as in :func:`solve`.
     ridges
         λ of each solution, at least one.
+    ridge_scale
+        Unit of the ridges: ``mean_diagonal``, that of the matrix; default none, absolute ridges.
+    task
+        What targets are, as in :func:`solve`.
+    method
+        How to solve, as in :func:`solve`. ``auto`` makes one decision for all ridges.
+    tol
+        Largest relative residual of a column for the status ``converged``.
+    rank
+        Rank of the preconditioner; default ``min(1000, n/10)``.
+    preconditioner
+        How the preconditioner is made, or one that was made before, as in :func:`solve`.
     max_passes
-        Most products for each.
+        Most products for each ridge; default 1,000, at least 2.
+    seed
+        Seed of the preconditioner.
+    memory_limit
+        Bytes that this process may use; default all that is free.
+    monitor
+        Called after each pass.
+    checkpoint
+        Where the preconditioner, each solution, and the iterate of the one under way are saved. Another call solves no
+        ridge twice, and goes on with the one under way as :func:`solve` does. The caller clears it.
 
     Raises
     ------
-    ConfigError, IndefiniteError, NonFiniteError, ResourceError, TileError
-        As :func:`solve`.
+    ConfigError
+        If the matrix, the right-hand sides or an option is wrong, or the checkpoint is of another calculation.
+    IndefiniteError
+        If ``cholesky`` was asked for and a pivot is not positive.
+    NonFiniteError
+        If the matrix or the right-hand sides hold NaN or infinity.
+    ResourceError
+        If the preconditioner and the blocks do not fit memory.
+    StoreError
+        If the checkpoint is damaged or cannot be written.
+    TileError
+        If a tile is missing or damaged; the message names it.
     """
-    passes = _MOST_PASSES if max_passes is None else max_passes
-    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, memory_limit, monitor)
-    return _solve_all(matrix, rhs, ridges, None, options)
+    operator: Operator = matrix
+    encoded, block, shape = as_targets(rhs, operator, task)
+    values = _absolute(ridges, ridge_scale, operator)
+    budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
+    options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor)
+    decides = _decides(operator, block, values, options)
+    stages = Stages(checkpoint, decides)
+    systems = Systems(operator, block, options, len(values), SystemCheckpoint(None, {}, block.shape), stages)
+    found: dict[int, Solution] = {}
+    guess: NDArray[np.float64] | None = None
+    for number in sorted(range(len(values)), key=lambda i: -values[i]):
+        name, start = f"ridge-{number}", guess
+
+        def run(ridge: float = values[number], name: str = name, start: Any = start) -> Solution:
+            kept = SystemCheckpoint(stages.part(name), {**decides, "ridge": ridge}, block.shape)
+            return systems.solve(ridge, start, kept)
+
+        one = stages.result(name, Solution, run)
+        with stages.journal.reading():
+            guess = np.asarray(one.coefficients).reshape(block.shape)
+        found[number] = _shaped(one, shape, encoded)
+    return tuple(found[number] for number in range(len(values)))
 
 
-def _solve_all(
-    matrix: Any,
-    rhs: ArrayLike,
-    ridges: Sequence[float],
-    initial: ArrayLike | None,
-    options: SolveOptions,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[Solution, ...]:
-    """Check all arguments, and solve from the largest ridge to the smallest."""
-    operator, room = open_for_solver(matrix, options.memory_limit)
-    options = replace(options, memory_limit=room)
-    block = as_block("right-hand sides", rhs, operator.num_rows)
-    guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
-    if guess is not None and guess.shape != block.shape:
-        raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
-    if options.method not in get_args(SolveMethod):
-        raise ConfigError(f"method={options.method!r}; needed one of {', '.join(get_args(SolveMethod))}")
+def _absolute(ridges: Sequence[float], scale: RidgeScale, operator: Operator) -> list[float]:
+    """Ridges that are added to the diagonal."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    values = [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in ridges]
+    found = [absolute_ridge(ridge, scale, operator.diagonal) for ridge in ridges]
+    return [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in found]
+
+
+def _shaped(found: Solution, shape: tuple[int, ...], encoded: Targets, **cost: Any) -> Solution:
+    """A solution with coefficients of this shape."""
+    return replace(found, coefficients=found.coefficients.reshape(shape), targets=encoded.words, **cost)
+
+
+def _decides(operator: Operator, rhs: FloatArray, ridge: float | list[float], options: SolveOptions) -> dict[str, Any]:
+    """Everything that a checkpoint must have been made with; after a check of the options."""
     check_number("tol", options.tol, low=0.0)
     check_number("max_passes", options.max_passes, low=2)
     if options.rank is not None:
         check_number("rank", options.rank, low=1)
-    if not isinstance(options.preconditioner, Preconditioner) and options.preconditioner not in _PRECONDITIONERS:
-        raise ConfigError(
-            f"preconditioner={options.preconditioner!r}; needed one of {', '.join(_PRECONDITIONERS)}, or one that was "
-            "made before"
-        )
-    decides = {} if checkpoint is None else _decides(operator, block, values[0], options)
-    kept = SystemCheckpoint(checkpoint, decides, block.shape)
-    systems = Systems(operator, block, options, len(values), kept)
-    found: dict[int, Solution] = {}
-    for number in sorted(range(len(values)), key=lambda i: -values[i]):
-        one = systems.solve(values[number], guess)
-        guess = np.asarray(one.coefficients)
-        found[number] = replace(one, coefficients=guess.reshape(np.shape(rhs)))
-    return tuple(found[number] for number in range(len(values)))
-
-
-def _decides(operator: Operator, rhs: NDArray[np.float64], ridge: float, options: SolveOptions) -> dict[str, Any]:
-    """Everything that a checkpoint must have been made with."""
-    asked = options.to_json(operator)
     of_system = {"function": "solve", "matrix": operator.identity(), "rhs": digest_of(rhs), "ridge": ridge}
+    asked = {"method": options.method, "tol": options.tol, "seed": options.seed, **options.resolved(operator)}
     return of_system | {name: asked[name] for name in ("method", "tol", "rank", "preconditioner", "seed")}

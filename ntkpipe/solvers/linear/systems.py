@@ -11,13 +11,15 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes, memory_room, num_cores
+from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.linear.cg import block_cg, pcg
-from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint
+from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
 from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.solvers.linear.solution import Solution
@@ -31,7 +33,6 @@ _PANELS = 0.4  # rate of a factorisation in panels, relative to large products
 _SAMPLE = 1024
 _BYTES_PER_SECOND = 5e9  # for a matrix in memory, where no read has been timed
 _DISK_BYTES_PER_SECOND = 1e9
-_PANEL_COLUMNS = 3 * 1024
 _SMALL = 1000  # up to so many rows nothing is worth a measurement
 _LEAST_HISTORY = 10
 
@@ -46,16 +47,14 @@ class SolveOptions:
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner
     max_passes: int
     seed: int
-    memory_limit: int | None
+    budget: Budget
     monitor: Monitor
     path: str | Path | None = None
 
-    def to_json(self, operator: Operator) -> dict[str, Any]:
-        """Return the options as JSON, with defaults filled in."""
+    def resolved(self, operator: Operator) -> dict[str, Any]:
+        """Options whose defaults depend on others, and names in place of objects."""
         kind = self.preconditioner if isinstance(self.preconditioner, str) else self.preconditioner.method
-        asked = {"method": self.method, "tol": self.tol, "rank": self.rank_of(operator), "preconditioner": kind}
-        limits = {"max_passes": self.max_passes, "seed": self.seed, "memory_limit": self.memory_limit}
-        return {**asked, **limits, "path": None if self.path is None else str(self.path)}
+        return {"rank": self.rank_of(operator), "preconditioner": kind, "max_passes": self.max_passes}
 
     def rank_of(self, operator: Operator) -> int:
         """Rank of the preconditioner."""
@@ -65,7 +64,10 @@ class SolveOptions:
 
 
 class Systems:
-    """Systems with one matrix and one block of right-hand sides, solved in turn; or one system with a checkpoint."""
+    """Systems with one matrix and one block of right-hand sides, solved in turn.
+
+    With ``stages`` the preconditioner is one of them; otherwise it is saved in the checkpoint of the system, ``kept``.
+    """
 
     def __init__(
         self,
@@ -74,14 +76,17 @@ class Systems:
         options: SolveOptions,
         num_ridges: int,
         kept: SystemCheckpoint,
+        stages: Stages | None = None,
     ) -> None:
-        self._operator, self._rhs, self._options, self._kept = operator, rhs, options, kept
+        self._operator, self._rhs, self._options, self._kept, self._stages = operator, rhs, options, kept, stages
         self._given = options.preconditioner
         if isinstance(self._given, Preconditioner) and self._given.num_rows != operator.num_rows:
             raise ConfigError(
                 f"a preconditioner of {self._given.num_rows:,} rows for a matrix of {operator.num_rows:,} rows"
             )
         self._preconditioner = self._given if isinstance(self._given, Preconditioner) else kept.preconditioner
+        if self._preconditioner is None and stages is not None and "preconditioner" in stages:
+            self._preconditioner = self._make()
         self._start, self._before = perf_counter(), operator.work
         self._alternative: float | None = None
         self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
@@ -90,6 +95,10 @@ class Systems:
             self._choose(num_ridges)
         elif options.method in {"pcg", "block_cg"}:
             self._cg = cast(Literal["pcg", "block_cg"], options.method)
+        self._go_on(kept)
+
+    def _go_on(self, kept: SystemCheckpoint) -> None:
+        self._kept = kept
         if kept.stage is not None:
             # An earlier decision stays: another timing must not throw away what is there.
             self._direct, self._why = False, kept.why
@@ -101,7 +110,7 @@ class Systems:
             num_columns=self._rhs.shape[1],
             rank=0 if self._preconditioner else self._options.rank_of(self._operator),
             num_ridges=num_ridges,
-            memory_limit=self._options.memory_limit,
+            budget=self._options.budget,
             in_files=self._options.path is not None,
         )
         self._alternative = expected.factoring
@@ -114,21 +123,36 @@ class Systems:
         work = self._kept.work + (self._operator.work - self._before)
         return work, self._kept.seconds + perf_counter() - self._start
 
-    def _save(self) -> None:
+    def _save(self, progress: IterationState | None = None) -> None:
         stage: Stage = "iterating" if self._alternative is not None or self._options.method != "auto" else "no factor"
-        self._kept.save(stage, self._why, *self._spent())
+        self._kept.save(stage, self._why, *self._spent(), progress)
 
-    def _save_state(self, state: IterationState) -> None:
-        self._kept.save_progress(state)
-        self._save()
+    def _make(self) -> Preconditioner:
+        """Make the preconditioner, or read the one that was made."""
+        options, kept, before = self._options, self._kept, self._operator.work
+        kind = str(self._given)
+
+        def make() -> Preconditioner:
+            return preconditioner_of(self._operator, kind, options.rank, ridge=0.0, seed=options.seed)
+
+        if self._stages is not None:
+            made = preconditioner_once(self._stages, self._operator.num_rows, make)
+        else:
+            made = kept.preconditioner = make()
+        kept.made += self._operator.work - before
+        return made
 
     def _monitor(self) -> Monitor:
         """Return a monitor that adds the cost so far to that of a part."""
         spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
-    def solve(self, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
-        """Solve one system."""
+    def solve(
+        self, ridge: float, initial: NDArray[np.float64] | None, kept: SystemCheckpoint | None = None
+    ) -> Solution:
+        """Solve one system; ``kept`` is its own checkpoint, where there are several."""
+        if kept is not None:
+            self._go_on(kept)
         if self._direct:
             try:
                 factored = self._factor(ridge)
@@ -173,8 +197,8 @@ class Systems:
 
     def _factor(self, ridge: float, after: IterationState | None = None) -> Solution:
         """Solve by Cholesky; after conjugate gradients, if they were given up."""
-        options, limit = self._options, self._options.memory_limit
-        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=limit, monitor=self._monitor())
+        options, budget = self._options, self._options.budget
+        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=budget, monitor=self._monitor())
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
@@ -184,13 +208,12 @@ class Systems:
     ) -> Solution:
         """Solve by conjugate gradients, from where they were."""
         options, kept = self._options, self._kept
-        _require_room(self._rhs, options.rank_of(self._operator), options.memory_limit)
+        (n, columns), rank = self._rhs.shape, options.rank_of(self._operator)
+        what = f"rank {rank:,} and {columns:,} columns of {n:,} rows"
+        advice = "give a smaller rank, or fewer columns at a time"
+        options.budget.require(bytes_of_solve(n, columns, rank), what, advice)
         if self._preconditioner is None:
-            before = self._operator.work
-            assert isinstance(self._given, str)
-            made = preconditioner_of(self._operator, self._given, options.rank, ridge=0.0, seed=options.seed)
-            self._preconditioner, kept.made = made, self._operator.work - before
-            kept.save_preconditioner(made)
+            self._preconditioner = self._make()
             self._save()
         run = block_cg if self._cg == "block_cg" else pcg
         end = run(
@@ -203,7 +226,7 @@ class Systems:
             monitor=self._monitor(),
             give_up=None if self._alternative is None else hopeless_after(self._alternative, options.tol),
             earlier=earlier or kept.progress,
-            keep=self._save_state,
+            keep=self._save,
         )
         if end.gave_up and end.status != "converged":
             return self._factor_instead(ridge, end)
@@ -230,8 +253,7 @@ class Systems:
             message=message,
             work=work,
             seconds=seconds,
-            options={"ridge": ridge, **self._options.to_json(operator)},
-            matrix=operator.identity(),
+            options={"ridge": ridge, **self._options.resolved(operator)},
             coefficients=coefficients,
             residuals=residuals,
             ridge=ridge,
@@ -255,15 +277,10 @@ def _failure(error: Exception) -> str:
     return "met a pivot that is not positive" if isinstance(error, IndefiniteError) else "has no room"
 
 
-def _require_room(block: NDArray[np.float64], rank: int, memory_limit: int | None) -> None:
-    """Refuse a system that does not fit memory before anything is read."""
-    needed = 8 * block.shape[0] * (_FACTORS * min(rank, block.shape[0]) + _BLOCKS * block.shape[1])
-    room = memory_room(memory_limit, share=1.0)
-    if needed > room:
-        raise ResourceError(
-            f"rank {rank:,} and {block.shape[1]:,} columns of {block.shape[0]:,} rows need {format_bytes(needed)} of "
-            f"memory; {format_bytes(room)} may be used. Give a smaller rank, or fewer columns at a time"
-        )
+def bytes_of_solve(num_rows: int, num_columns: int, rank: int | None = None) -> int:
+    """Memory of conjugate gradients for so many right-hand sides, the making of their preconditioner included."""
+    rank = default_rank(num_rows) if rank is None else min(rank, num_rows)
+    return 8 * num_rows * (_FACTORS * rank + _BLOCKS * num_columns)
 
 
 @dataclass(frozen=True)
@@ -287,12 +304,12 @@ def forecast(
     num_columns: int,
     rank: int,
     num_ridges: int,
-    memory_limit: int | None,
+    budget: Budget,
     in_files: bool = False,
 ) -> Forecast:
     """Estimate both methods from n, the rate of a matrix product, and the time of a pass."""
-    n, room = operator.num_rows, memory_room(memory_limit)
-    fits = in_files or 4 * n * n + 8 * n * min(n, _PANEL_COLUMNS) <= room
+    n, room = operator.num_rows, budget.room()
+    fits = in_files or bytes_of_cholesky(n) <= room
     if n <= _SMALL:
         return Forecast(math.inf, 0.0 if fits else None)
     rate, read = _flops_per_second(), _seconds_to_read(operator)

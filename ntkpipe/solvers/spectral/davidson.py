@@ -1,11 +1,13 @@
 """Block Davidson: preconditioned residuals for the end of the spectrum where Krylov spaces are slow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Operator
+from ntkpipe.store.results import as_integer
 
 ApproximateInverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -28,7 +30,8 @@ class Davidson:
         most = min(num_rows, _MOST_BLOCKS * self._block)
         self._vectors = np.empty((num_rows, most), order="F")
         self._products = np.empty((num_rows, most), order="F")
-        self._size = 0
+        self._size, self.passes = 0, 0
+        self._pieces: list[tuple[str, int]] = []
         self._ahead = inverse(self._rng.standard_normal((num_rows, self._block)))
         self.values = np.zeros(0)
         self.norms = np.zeros(0)
@@ -47,8 +50,14 @@ class Davidson:
         stop = self._size + joining.shape[1]
         self._vectors[:, self._size : stop] = joining
         self._products[:, self._size : stop] = operator.matmat(joining)
-        self._size = stop
-        vectors, products = self._vectors[:, :stop], self._products[:, :stop]
+        self.passes += 1
+        self._pieces.append((f"block-{self.passes}", stop))
+        self._look(stop)
+
+    def _look(self, size: int) -> None:
+        """Find the pairs of the first vectors, and what joins them next."""
+        self._size = size
+        vectors, products = self._vectors[:, :size], self._products[:, :size]
         projected = vectors.T @ products
         values, coordinates = np.linalg.eigh((projected + projected.T) / 2)
         self._coordinates = coordinates
@@ -83,6 +92,36 @@ class Davidson:
         for basis in (self._vectors, self._products):
             basis[:, : kept.shape[1]] = basis[:, : self._size] @ kept
         self._size = kept.shape[1]
+        self._pieces = [(f"basis-{self.passes}", self._size)]
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :meth:`arrays`."""
+        return {"passes": self.passes, "pieces": self._pieces}
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Vectors and products, in the pieces in which they came."""
+        found: dict[str, NDArray[np.float64]] = {}
+        start = 0
+        for name, stop in self._pieces:
+            found |= {
+                f"{name}-vectors": self._vectors[:, start:stop],
+                f"{name}-products": self._products[:, start:stop],
+            }
+            start = stop
+        return found
+
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """Go on from what both were; later random columns are others. ``get`` reads an array of this name and shape."""
+        self.passes, start, (num_rows, most) = as_integer(state["passes"]), 0, self._vectors.shape
+        self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
+        for name, stop in self._pieces:
+            if not start < stop <= most:
+                raise ValueError(f"columns {start} to {stop} of a basis of {most}")
+            self._vectors[:, start:stop] = get(f"{name}-vectors", (num_rows, stop - start))
+            self._products[:, start:stop] = get(f"{name}-products", (num_rows, stop - start))
+            start = stop
+        if start:
+            self._look(start)
 
     def pairs(self, k: int) -> NDArray[np.float64]:
         """The first k Ritz vectors, shape (n, k)."""

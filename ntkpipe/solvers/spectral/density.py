@@ -2,21 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.checkpoint import Journal
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, bytes_of_steps, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -114,6 +113,7 @@ def smoothed(
     return 10.0**grid, found / (width * math.sqrt(2 * math.pi))
 
 
+@recorded()
 @single_threaded_blas()
 def density(
     matrix: Any,
@@ -123,7 +123,7 @@ def density(
     top: TopPairs | None = None,
     tol: float = 0.05,
     max_passes: int = 100,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
@@ -138,12 +138,14 @@ def density(
         K: what :func:`ntkpipe.as_operator` takes.
     num_probes
         Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
-    num_steps, max_passes
-        Lanczos steps; default as many as ``tol`` needs, ``max_passes`` at most.
+    num_steps
+        Lanczos steps; default as many as ``tol`` needs.
     top
         Exact eigenpairs, preferably the largest: they are counted as such, and probes are orthogonal to them.
     tol
         Largest error of a count that is called converged, Monte-Carlo plus truncation error, as a fraction of n.
+    max_passes
+        Most Lanczos steps where ``num_steps`` is not given.
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free.
@@ -172,25 +174,21 @@ def density(
     since the scatter of few probes says little where counts are small. Where pairs are spliced in, probes are scaled
     to the number of the others, which is known; the bias of that, of order ``1 / n``, is far below all errors.
     """
-    begin = perf_counter()
-    operator, room = open_for_solver(matrix, memory_limit)
+    operator: Operator = matrix
     before, n = operator.work, operator.num_rows
-    options = Sampling.checked(num_probes, num_steps, tol, max_passes, memory_limit, seed)
+    options = Sampling(num_probes, num_steps, tol, max_passes, seed)
     values, vectors = _exact_pairs(top, n)
-    lanczos = SampledLanczos(n, options, room, vectors)
+    lanczos = SampledLanczos(n, options, Budget.of(memory_limit), vectors)
     counting = _Counting(operator, lanczos, options, values)
-    decides = {"function": "density", "matrix": operator.identity(), "probes": options.num_probes, "seed": seed}
+    decides = {"function": "density", "matrix": operator.identity(), "probes": num_probes, "seed": seed}
     decides["top"] = None if vectors is None else digest_of(vectors)
-    journal = Journal(checkpoint, decides, {"probes": lanczos})
-    take_steps(operator, before, options.tol, monitor, journal, look=counting.look, advance=counting.advance)
-    status, message, resolved = _judge(counting.counts, n, options.tol, lanczos.limit)
+    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
+    take_steps(counting, {"probes": lanczos}, operator, before, **how)
+    status, message, resolved = _judge(counting.counts, n, tol, lanczos.limit)
     return Density(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options={"top": len(values), **vars(options)},
-        matrix=operator.identity(),
+        options={"top": len(values)},
         eigenvalues=values,
         nodes=counting.rule.nodes,
         weights=counting.rule.weights,
@@ -200,6 +198,11 @@ def density(
         floor=counting.floor,
         resolved_above=resolved,
     )
+
+
+def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) -> int:
+    """Memory that :func:`density` takes for so many steps; it takes fewer where that is all there is room for."""
+    return bytes_of_steps(num_rows, num_probes, num_steps)
 
 
 class _Counting:

@@ -5,30 +5,37 @@ Spaces do not multiply but are given products, so that one pass can serve severa
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.result import Monitor, Step
-from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
+from ntkpipe.store.results import Checkpoint, as_integer, as_mapping, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
 _RATE_TOLERANCE = 1e-5  # relative residual at which the largest eigenvalue is settled; its error is the square
+_BLOCKS_BESIDE = 3  # beside the vectors of all steps
 _MOST_RATE_STEPS = 30  # after so many it counts as settled
 
 
-def steps_that_fit(num_rows: int, num_columns: int, wanted: int, memory_limit: int | None) -> int:
+def bytes_of_steps(num_rows: int, num_columns: int, num_steps: int) -> int:
+    """Memory of so many Lanczos steps of a block."""
+    return 8 * num_rows * num_columns * (num_steps + _BLOCKS_BESIDE)
+
+
+def steps_that_fit(num_rows: int, num_columns: int, wanted: int, budget: Budget) -> int:
     """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
-    limit = max(0, memory_room(memory_limit))
-    block = 8 * num_rows * num_columns
-    fitting = limit // block - 3
+    limit, block = max(0, budget.room()), 8 * num_rows * num_columns
+    fitting = limit // block - _BLOCKS_BESIDE
     if fitting < min(2, wanted):
         raise ResourceError(
             f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "
@@ -45,23 +52,69 @@ def is_due(num_steps: int) -> bool:
     return step == num_steps
 
 
+class Space(Protocol):
+    """A Krylov space that can be saved after each step."""
+
+    max_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps taken."""
+
+    def state(self) -> dict[str, Any]:
+        """State of the steps taken, beside their arrays."""
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Arrays of the steps taken; those of earlier steps never change."""
+
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """Go on from what both were; ``get`` reads an array of this name and shape."""
+
+
+class Stepping(Protocol):
+    """A calculation in Krylov spaces."""
+
+    def advance(self) -> None:
+        """Take one pass."""
+
+    def look(self) -> tuple[float | None, bool]:
+        """Return the error, and whether no more steps are needed."""
+
+
 def take_steps(
+    task: Stepping,
+    spaces: Mapping[str, Space],
     operator: Operator,
     before: Work,
+    *,
     tol: float,
     monitor: Monitor,
-    journal: Journal,
-    *,
-    look: Callable[[], tuple[float | None, bool]],
-    advance: Callable[[], None],
+    checkpoint: Checkpoint | None,
+    decides: Mapping[str, Any],
 ) -> None:
-    """Advance and save steps until ``look``, which returns the error, says that it is enough."""
-    error, is_done = look()
+    """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
+    journal = Journal(checkpoint, decides)
+    with journal.reading():
+        for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
+            space, num_steps = spaces[name], as_integer(state["num_steps"])
+            if num_steps > space.max_steps:
+                raise ConfigError(
+                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
+                    "num_steps or memory_limit"
+                )
+            space.restore(partial(_get, journal, name), state)
+    error, is_done = task.look()
     while not is_done:
-        advance()
-        journal.save()
-        error, is_done = look()
+        task.advance()
+        taken = {name: space for name, space in spaces.items() if space.num_steps}
+        arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
+        journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
+        error, is_done = task.look()
         monitor(Step(operator.work - before, error, tol))
+
+
+def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    return journal.get(f"{space}_{name}", shape)
 
 
 class ProbeLanczos:
@@ -126,27 +179,20 @@ class ProbeLanczos:
         beyond = np.arange(num_steps) >= self._lengths[:, None]
         return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        step = self.num_steps
-        checkpoint.put(f"{prefix}{step}", self._basis[:, step])
-        return {
-            "num_steps": step,
-            "alphas": self._alphas[:, :step].tolist(),
-            "betas": self._betas[:, :step].tolist(),
-            "scales": self._scales.tolist(),
-            "lengths": self._lengths.tolist(),
-        }
+    def state(self) -> dict[str, Any]:
+        """See :class:`Space`."""
+        coefficients = {"alphas": self._alphas[:, : self.num_steps], "betas": self._betas[:, : self.num_steps]}
+        return {"num_steps": self.num_steps, **coefficients, "scales": self._scales, "lengths": self._lengths}
 
-    def names(self, prefix: str) -> set[str]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        return {f"{prefix}{index}" for index in range(1, self.num_steps + 1)}
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """See :class:`Space`."""
+        return {str(step): self._basis[:, step] for step in range(1, self.num_steps + 1)}
 
-    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """See :class:`Space`."""
         step, num_probes = as_integer(state["num_steps"]), len(self._basis)
         for index in range(1, step + 1):
-            self._basis[:, index] = checkpoint.get(f"{prefix}{index}", self._basis[:, index].shape)
+            self._basis[:, index] = get(str(index), self._basis[:, index].shape)
         self._alphas[:, :step] = as_numbers(state["alphas"], (num_probes, step))
         self._betas[:, :step] = as_numbers(state["betas"], (num_probes, step))
         self._scales = as_numbers(state["scales"], (num_probes,))
@@ -166,30 +212,24 @@ class Sampling:
     num_steps: int | None
     tol: float
     max_passes: int
-    memory_limit: int | None
     seed: int
 
-    @classmethod
-    def checked(
-        cls, num_probes: int, num_steps: int | None, tol: float, max_passes: int, memory_limit: int | None, seed: int
-    ) -> Self:
-        """Check numbers and make plain ones of those of numpy."""
-        num_probes = int(check_number("num_probes", num_probes, low=2))
-        tol = float(check_number("tol", tol, low=0.0, high=1.0))
-        max_passes = int(check_number("max_passes", max_passes, low=1))
-        if num_steps is not None:
-            num_steps = int(check_number("num_steps", num_steps, low=1))
-        return cls(num_probes, num_steps, tol, max_passes, memory_limit, seed)
+    def __post_init__(self) -> None:
+        check_number("num_probes", self.num_probes, low=2)
+        check_number("tol", self.tol, low=0.0, high=1.0)
+        check_number("max_passes", self.max_passes, low=1)
+        if self.num_steps is not None:
+            check_number("num_steps", self.num_steps, low=1)
 
 
 class SampledLanczos(ProbeLanczos):
     """Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
 
     def __init__(
-        self, num_rows: int, options: Sampling, memory_limit: int | None, deflate: NDArray[np.float64] | None = None
+        self, num_rows: int, options: Sampling, budget: Budget, deflate: NDArray[np.float64] | None = None
     ) -> None:
         wanted = min(options.num_steps or options.max_passes, num_rows)
-        most = steps_that_fit(num_rows, options.num_probes, wanted, memory_limit)
+        most = steps_that_fit(num_rows, options.num_probes, wanted, budget)
         probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), (num_rows, options.num_probes))
         super().__init__(probes, most, deflate)
         self.limit = "memory_limit" if most < wanted else "num_steps or max_passes"
@@ -214,9 +254,9 @@ class TopEigenvalue(ProbeLanczos):
         super().absorb(product)
         self._look()
 
-    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        super().read_steps(checkpoint, prefix, state)
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """See :class:`Space`."""
+        super().restore(get, state)
         self._look()
 
     def _look(self) -> None:
@@ -297,36 +337,28 @@ class BlockLanczos:
         self._couplings.append(coupling)
         self._bounds.append(last + len(rows))
 
-    def write_step(self, checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        first, last = self._bounds[-2:]
-        # Arrays without entries cannot be written.
-        if last > first:
-            checkpoint.put(f"{prefix}rows_{self.num_steps}", self._vectors[first:last])
-            checkpoint.put(f"{prefix}coupling_{self.num_steps}", self.coupling)
-        checkpoint.put(f"{prefix}diagonal_{self.num_steps}", self._diagonals[-1])
+    def state(self) -> dict[str, Any]:
+        """See :class:`Space`."""
         return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}
 
-    def names(self, prefix: str) -> set[str]:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
-        found = {f"{prefix}diagonal_{step}" for step in range(1, self.num_steps + 1)}
-        for kind in ("rows", "coupling"):
-            found |= {f"{prefix}{kind}_{step}" for step in range(1, self.num_steps + (not self.is_exhausted))}
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """See :class:`Space`."""
+        found = {}
+        for step in range(1, self.num_steps + 1):
+            found[f"rows_{step}"] = self._vectors[self._bounds[step] : self._bounds[step + 1]]
+            found[f"coupling_{step}"], found[f"diagonal_{step}"] = self._couplings[step - 1], self._diagonals[step - 1]
         return found
 
-    def read_steps(self, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> None:
-        """See :class:`ntkpipe.solvers.checkpoint.Space`."""
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """See :class:`Space`."""
         num_steps, self._scale = as_integer(state["num_steps"]), as_number(state["scale"])
         bounds = as_numbers(state["bounds"], (num_steps + 2,)).astype(np.int64)
         if list(bounds[:2]) != self._bounds or bounds[-1] > len(self._vectors):
             raise ValueError(f"its blocks begin at {bounds[:2]} and end at {bounds[-1]}")
         for step in range(1, num_steps + 1):
             width, here = (int(bounds[at + 1] - bounds[at]) for at in (step - 1, step))
-            rows, coupling = np.empty((0, self._num_rows)), np.empty((0, width))
-            if here:
-                rows = checkpoint.get(f"{prefix}rows_{step}", (here, self._num_rows))
-                coupling = checkpoint.get(f"{prefix}coupling_{step}", (here, width))
-            self._append(rows, checkpoint.get(f"{prefix}diagonal_{step}", (width, width)), coupling)
+            rows, coupling = get(f"rows_{step}", (here, self._num_rows)), get(f"coupling_{step}", (here, width))
+            self._append(rows, get(f"diagonal_{step}", (width, width)), coupling)
 
     def matrix(self) -> NDArray[np.float64]:
         """T, symmetric, shape (dimension, dimension)."""

@@ -1,21 +1,21 @@
 """Leading eigenpairs by block Lanczos with thick restarts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes, memory_room
+from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.checkpoint import as_work
+from ntkpipe.solvers.checkpoint import Journal, as_work
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
@@ -68,6 +68,7 @@ class _Checked:
     excess: float
 
 
+@recorded()
 @single_threaded_blas()
 def eigsh(
     matrix: Any,
@@ -77,7 +78,7 @@ def eigsh(
     block: int | None = None,
     max_basis: int | None = None,
     max_passes: int | None = None,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     monitor: Monitor = ignore,
@@ -137,46 +138,41 @@ def eigsh(
     StoreError
         If the checkpoint is damaged.
     """
-    operator, room = open_for_solver(matrix, memory_limit)
-    options = _options(operator.num_rows, k, tol, block, max_basis, max_passes, seed)
-    _require_memory(operator.num_rows, options, memory_room(room, share=1.0))
+    operator: Operator = matrix
+    n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
+    check_number("k", k, low=1, high=n)
+    check_number("tol", tol, low=0.0, high=1.0)
+    width = _width(n, k, block)
+    check_number("block", width, low=1)
+    most = _most_vectors(n, k, width, max_basis)
+    check_number("max_basis", most, low=min(n, k + 2 * width))
+    check_number("max_passes", passes, low=1)
+    need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
+    advice = f"give a smaller max_basis (with {k + 2 * width} it is {format_bytes(least)}), k or block"
+    Budget.of(memory_limit).require(need, f"{most} vectors of {n} rows, and room to work", advice)
+    options = {"tol": float(tol), "k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
     return _Search(operator, options, checkpoint).run(monitor)
 
 
-def _options(
-    num_rows: int, k: int, tol: float, block: int | None, max_basis: int | None, max_passes: int | None, seed: int
-) -> dict[str, Any]:
-    """Check options and fill in defaults."""
-    check_number("k", k, low=1, high=num_rows)
-    check_number("tol", tol, low=0.0, high=1.0)
-    width = min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
-    check_number("block", width, low=1)
-    default = max(5 * k + 2 * width, 8 * width)
-    most = min(num_rows, default if max_basis is None else max_basis)
-    check_number("max_basis", most, low=min(num_rows, k + 2 * width))
-    passes = _MOST_PASSES if max_passes is None else max_passes
-    check_number("max_passes", passes, low=1)
-    whole = {"k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
-    return {"tol": float(tol), **{name: int(value) for name, value in whole.items()}}
+def bytes_of_eigsh(num_rows: int, k: int = 100, *, block: int | None = None, max_basis: int | None = None) -> int:
+    """Memory that :func:`eigsh` takes for n rows: 11 k vectors at the defaults for large k."""
+    width = _width(num_rows, k, block)
+    return 8 * num_rows * (_most_vectors(num_rows, k, width, max_basis) + 4 * width + 3 * k)
 
 
-def _require_memory(num_rows: int, options: Mapping[str, Any], room: int) -> None:
-    """Refuse a basis that does not fit memory before any pass."""
-    k, block, max_basis = (int(options[name]) for name in ("k", "block", "max_basis"))
-    need, least = (8 * num_rows * (most + 4 * block + 3 * k) for most in (max_basis, k + 2 * block))
-    if need > room:
-        raise ResourceError(
-            f"{max_basis} vectors of {num_rows} rows, and room to work, take {format_bytes(need)}, and "
-            f"{format_bytes(max(0, room))} may be used; give a smaller max_basis (with {k + 2 * block} it is "
-            f"{format_bytes(least)}), k or block"
-        )
+def _width(num_rows: int, k: int, block: int | None) -> int:
+    return min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
+
+
+def _most_vectors(num_rows: int, k: int, width: int, max_basis: int | None) -> int:
+    return min(num_rows, max(5 * k + 2 * width, 8 * width) if max_basis is None else max_basis)
 
 
 class _Search:
     """One call of :func:`eigsh`."""
 
     def __init__(self, operator: Operator, options: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
-        self._operator, self._options, self._checkpoint = operator, options, checkpoint
+        self._operator, self._options = operator, options
         self._k, self._tol = int(options["k"]), float(options["tol"])
         width, most = int(options["block"]), int(options["max_basis"])
         # A restart keeps many pairs beside the wanted ones, since they filter for them, and makes room for new blocks.
@@ -187,10 +183,15 @@ class _Search:
         # The excess of each check that failed, and the pass that it followed.
         self._failures: list[tuple[int, float]] = []
         self._floor = 0.0
+        # Everything that decides the numbers.
+        decides = {name: value for name, value in options.items() if name != "max_passes"}
+        decides |= {"solver": "eigsh", "matrix": operator.identity()}
+        self._journal = Journal(checkpoint, decides, key="key")
 
     def run(self, monitor: Monitor) -> Eigenpairs:
         """Run from the beginning, or from the checkpoint."""
-        finished = self._load()
+        with self._journal.reading():
+            finished = None if self._journal.earlier is None else self._restore(self._journal.earlier)
         if finished is not None:
             return finished
         while True:
@@ -274,10 +275,9 @@ class _Search:
         return Eigenpairs(
             status=status,
             message=self._message(status, checked, residuals),
-            work=self._work(),
-            seconds=self._seconds(),
+            work=self._earlier[0],
+            seconds=self._earlier[1],
             options=self._options,
-            matrix=self._operator.identity(),
             eigenvalues=checked.values,
             eigenvectors=checked.vectors,
             residuals=residuals,
@@ -309,72 +309,31 @@ class _Search:
     def _seconds(self) -> float:
         return self._earlier[1] + perf_counter() - self._started
 
-    def _key(self) -> dict[str, Any]:
-        """Everything that decides the numbers."""
-        asked = {name: value for name, value in self._options.items() if name != "max_passes"}
-        return {"solver": "eigsh", "matrix": self._operator.identity(), **asked}
-
     def _save(self, result: Eigenpairs | None) -> None:
-        checkpoint = self._checkpoint
-        if checkpoint is None:
-            return
-        state: dict[str, Any] = {"key": self._key(), "floor": self._floor, "history": self._history}
-        state |= {"space": self._space.save(checkpoint), "failures": self._failures}
-        keep = self._space.names()
+        state: dict[str, Any] = {"floor": self._floor, "history": self._history, "space": self._space.state()}
+        state |= {"failures": self._failures, "work": self._work(), "seconds": self._seconds()}
+        arrays = self._space.arrays()
         if result is not None:
-            for name, values in result.arrays().items():
-                checkpoint.put(f"result-{name}", values)
-                keep.add(f"result-{name}")
-            fields = {"status": result.status, "message": result.message, "orthogonality": result.orthogonality}
+            arrays |= {f"result-{name}": values for name, values in result.arrays().items()}
+            fields = {name: getattr(result, name) for name in ("status", "message", "orthogonality")}
             state["result"] = {**fields, "max_passes": self._options["max_passes"]}
-        state |= {"work": list(vars(self._work()).values()), "seconds": self._seconds()}
-        checkpoint.commit(state, keep)
+        self._journal.save(state, arrays)
 
-    def _load(self) -> Eigenpairs | None:
-        """Read the checkpoint; return its result if it has one."""
-        state = None if self._checkpoint is None else self._checkpoint.load()
-        if state is None or self._checkpoint is None:
-            return None
-        key, found = self._key(), state.get("key")
-        if found != key:
-            known = found if isinstance(found, dict) else {}
-            differ = [f"{name}={known.get(name)!r} (now {key[name]!r})" for name in key if known.get(name) != key[name]]
-            raise ConfigError(
-                f"{self._checkpoint!r} is of another calculation: {', '.join(differ)}; give another one, or clear it"
-            )
-        with self._checkpoint.reading():
-            return self._read(self._checkpoint, state)
-
-    def _read(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Eigenpairs | None:
+    def _restore(self, state: Mapping[str, Any]) -> Eigenpairs | None:
         """Return the result in the state if it answers this call; else restore the space."""
         self._earlier = as_work(state["work"]), as_number(state["seconds"])
         self._floor, num_passes = as_number(state["floor"]), as_integer(state["space"]["passes"])
         self._history = as_numbers(state["history"], (num_passes, 2), allow_nan=True).tolist()
         self._failures = [(as_integer(passes), as_number(excess)) for passes, excess in state["failures"]]
         result = state.get("result")
-        if result is not None:
-            is_enough = self._options["max_passes"] <= as_integer(result["max_passes"])
-            if is_enough or result["status"] != "step limit":
-                return self._finished(checkpoint, result)
-        self._space.load(checkpoint, state["space"])
-        return None
-
-    def _finished(self, checkpoint: Checkpoint, result: Mapping[str, Any]) -> Eigenpairs:
-        """Read the result."""
-        n, k, num_passes = self._operator.num_rows, self._k, len(self._history)
-        if result["status"] not in get_args(Status) or not isinstance(result["message"], str):
-            raise ValueError(f"its status is {str(result['status'])[:40]!r}")
-        return Eigenpairs(
-            status=result["status"],
-            message=result["message"],
-            work=self._earlier[0],
-            seconds=self._earlier[1],
-            options=self._options,
-            matrix=self._operator.identity(),
-            eigenvalues=checkpoint.get("result-eigenvalues", (k,)),
-            eigenvectors=checkpoint.get("result-eigenvectors", (n, k)),
-            residuals=checkpoint.get("result-residuals", (k,)),
-            orthogonality=as_number(result["orthogonality"]),
-            floor=self._floor,
-            history=checkpoint.get("result-history", (num_passes, 2), allow_nan=True),
-        )
+        is_short = result is not None and as_integer(result["max_passes"]) < self._options["max_passes"]
+        if result is None or (is_short and result["status"] == "step limit"):
+            self._space.restore(self._journal.get, state["space"])
+            return None
+        k = self._k
+        shapes = {"eigenvalues": (k,), "eigenvectors": (self._operator.num_rows, k), "residuals": (k,)}
+        arrays = {name: self._journal.get(f"result-{name}", shape) for name, shape in shapes.items()}
+        history = self._journal.get("result-history", (num_passes, 2), allow_nan=True)
+        fields = {name: result[name] for name in ("status", "message", "orthogonality")}
+        found = Eigenpairs.from_saved({**fields, "floor": self._floor, "history": history, **arrays})
+        return replace(found, work=self._earlier[0], seconds=self._earlier[1], options=self._options)

@@ -1,14 +1,17 @@
 """Log determinants: exact by a factor, or estimated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
+from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.linear.preconditioner import Preconditioner
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, ignore
 from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate, slq_logdet
 from ntkpipe.store.results import Checkpoint
@@ -41,17 +44,25 @@ class LogDeterminant(Result):
         ]
 
 
+@recorded(keep_tiles=lambda given: given["method"] == "slq")
 def logdet(
     matrix: Any,
     *,
     ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
     method: Literal["cholesky", "slq"] = "cholesky",
     jitter: Literal["auto"] | None = None,
     path: str | Path | None = None,
-    memory_limit: int | None = None,
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner | None = None,
+    rank: int | None = None,
+    num_probes: int | None = None,
+    num_steps: int | None = None,
+    tol: float | None = None,
+    max_passes: int | None = None,
+    seed: int | None = None,
+    memory_limit: MemoryLimit = None,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
-    **sampling: Any,
 ) -> LogDeterminant | LogDeterminantEstimate:
     """``log det(K + ridge I)``.
 
@@ -60,20 +71,37 @@ def logdet(
     matrix
         K: what :func:`ntkpipe.as_operator` takes.
     ridge
-        λ ≥ 0, absolute, added to the diagonal.
+        λ ≥ 0, added to the diagonal.
+    ridge_scale
+        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     method
         ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor,
         and two reads of the factor for what storage did to the value; see :func:`ntkpipe.cholesky`.
         ``slq``: an estimate with its errors in some tens of passes; see :func:`ntkpipe.slq_logdet`.
-    jitter, path
-        Of ``cholesky``: whether the diagonal may be raised, and where the factor goes that does not fit in memory.
-    memory_limit, monitor
-        As of the two.
+    jitter
+        Whether ``cholesky`` may raise the diagonal: ``auto``, or none.
+    path
+        Folder for a factor of ``cholesky`` that does not fit in memory.
+    preconditioner
+        How the preconditioner of ``slq`` is made, or one that was made before; default ``rpcholesky``.
+    rank
+        Rank of the preconditioner of ``slq``; default ``min(1000, n/10)``.
+    num_probes
+        Number of random vectors of ``slq``; default 16.
+    num_steps
+        Lanczos steps of ``slq``; default as many as are needed.
+    tol
+        Largest error of ``slq`` that is called converged, as a fraction of n; default 0.01.
+    max_passes
+        Most Lanczos steps of ``slq``; default 200.
+    seed
+        Seed of ``slq``; default 0.
+    memory_limit
+        Bytes that this process may use; default what it uses already and half of what is free.
+    monitor
+        Called after each panel of ``cholesky``, or pass of ``slq``.
     checkpoint
-        Of ``slq``; the factor in ``path`` is its own.
-    **sampling
-        Further options of ``slq``: ``num_probes``, ``num_steps``, ``tol``, ``rank``, ``preconditioner``,
-        ``max_passes``, ``seed``.
+        Where steps of ``slq`` are saved; a factor in ``path`` is its own.
 
     Returns
     -------
@@ -88,19 +116,18 @@ def logdet(
     ResourceError
         If the factor does not fit in memory and no path is given.
     """
+    operator: Operator = matrix
+    sampling: dict[str, Any] = {"preconditioner": preconditioner, "rank": rank, "num_probes": num_probes}
+    sampling |= {"num_steps": num_steps, "tol": tol, "max_passes": max_passes, "seed": seed}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    others = [name for name, value in {"jitter": jitter, "path": path}.items() if value is not None]
+    if wrong := others if method == "slq" else list(given):
+        raise ConfigError(f"{', '.join(wrong)}: no option{'s'[: len(wrong) > 1]} of method={method!r}")
+    common: dict[str, Any] = {"ridge": ridge, "ridge_scale": ridge_scale, "memory_limit": memory_limit}
     if method == "slq":
-        if jitter is not None or path is not None:
-            raise ConfigError("jitter and path are options of method='cholesky'")
-        return slq_logdet(
-            matrix, ridge=ridge, memory_limit=memory_limit, monitor=monitor, checkpoint=checkpoint, **sampling
-        )
-    if method != "cholesky":
-        raise ConfigError(f"method={method!r}; needed 'cholesky' or 'slq'")
-    if sampling:
-        raise ConfigError(f"{', '.join(sampling)}: no options of method='cholesky', which is exact")
-    start, operator = perf_counter(), as_operator(matrix, memory_limit=memory_limit, keep_tiles=False)
-    work = operator.work
-    factor = cholesky(operator, ridge=ridge, jitter=jitter, path=path, memory_limit=memory_limit, monitor=monitor)
+        found = slq_logdet(operator, **common, **given, monitor=monitor, checkpoint=checkpoint)
+        return replace(found, work=Work(), seconds=0.0)  # which are counted around this call
+    factor = cholesky(operator, **common, jitter=jitter, path=path, monitor=monitor)
     error, status, message = factor.logdet_error(), factor.status, factor.message
     if error > _MOST_ERROR * operator.num_rows:
         status = "indefinite at storage precision"
@@ -108,10 +135,7 @@ def logdet(
     return LogDeterminant(
         status=status,
         message=message,
-        work=operator.work - work,
-        seconds=perf_counter() - start,
-        options={**factor.options, "method": method},
-        matrix=factor.matrix,
+        options={name: factor.options[name] for name in ("panel_width", "threads")},
         value=factor.logdet,
         ridge=factor.ridge,
         jitter=factor.jitter,

@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.checkpoint import Journal
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
@@ -60,18 +60,20 @@ class LogDeterminantEstimate(Result):
         ]
 
 
+@recorded()
 @single_threaded_blas()
 def slq_logdet(
     matrix: Any,
     *,
     ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner | None = "rpcholesky",
     rank: int | None = None,
     num_probes: int = 16,
     num_steps: int | None = None,
     tol: float = 0.01,
     max_passes: int = 200,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
@@ -87,6 +89,8 @@ def slq_logdet(
         K: what :func:`ntkpipe.as_operator` takes.
     ridge
         λ ≥ 0, added to the diagonal.
+    ridge_scale
+        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     preconditioner
         P = F F' + μ I, or how it is made. Only the trace in ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is
         estimated then. None samples K + λ I itself.
@@ -94,11 +98,13 @@ def slq_logdet(
         Rank of a preconditioner that is made; default ``min(1000, n/10)``.
     num_probes
         Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
-    num_steps, max_passes
-        Lanczos steps; default as many as make truncation small against the Monte-Carlo error, ``max_passes`` at most.
+    num_steps
+        Lanczos steps; default as many as make truncation small against the Monte-Carlo error.
     tol
         Largest sum of both errors that is called converged, as a fraction of n: 0.01 is one per cent of the geometric
         mean of the eigenvalues.
+    max_passes
+        Most Lanczos steps where ``num_steps`` is not given.
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.
@@ -125,32 +131,29 @@ def slq_logdet(
     if K has no eigenvalue under minus the storage floor: ``ridge - floor``, or with a preconditioner, for which
     F F' ≤ K, that over μ, and one at most.
     """
-    begin = perf_counter()
-    operator, room = open_for_solver(matrix, memory_limit)
+    operator: Operator = matrix
     before, n = operator.work, operator.num_rows
-    ridge = float(check_number("ridge", float(ridge), low=0.0, high=1e300))
-    options = Sampling.checked(num_probes, num_steps, tol, max_passes, memory_limit, seed)
+    ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=1e300)
+    options = Sampling(num_probes, num_steps, tol, max_passes, seed)
     named = preconditioner
     if isinstance(preconditioner, str):
         preconditioner = preconditioner_of(operator, preconditioner, rank, ridge=ridge, seed=seed)
     elif preconditioner is not None and preconditioner.num_rows != n:
         raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
-    lanczos = SampledLanczos(n, options, room)
+    lanczos = SampledLanczos(n, options, Budget.of(memory_limit))
     sampling = _Sampling(operator, lanczos, options, preconditioner, ridge)
-    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": options.num_probes}
+    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": num_probes}
     # Preconditioners of equal rank, shift and determinant are taken for the same.
     chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
-    journal = Journal(checkpoint, {**decides, "seed": seed, "preconditioner": chosen}, {"probes": lanczos})
-    take_steps(operator, before, options.tol, monitor, journal, look=sampling.look, advance=sampling.advance)
+    decides |= {"seed": seed, "preconditioner": chosen}
+    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
+    take_steps(sampling, {"probes": lanczos}, operator, before, **how)
     found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
-    status, message = _judge(found, n, options.tol, sampling.floor / sampling.scale, lanczos.limit)
+    status, message = _judge(found, n, tol, sampling.floor / sampling.scale, lanczos.limit)
     return LogDeterminantEstimate(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - begin,
-        options={"ridge": ridge, "preconditioner": getattr(named, "method", named), "rank": used, **vars(options)},
-        matrix=operator.identity(),
+        options={"preconditioner": getattr(named, "method", named), "rank": used},
         value=float(found.samples.mean()),
         standard_error=found.standard_error,
         truncation_error=found.truncation,

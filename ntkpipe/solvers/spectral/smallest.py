@@ -2,29 +2,33 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError
-from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import memory_room
+from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
+from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
+from ntkpipe.solvers.linear.checkpoint import preconditioner_once
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
+from ntkpipe.solvers.linear.systems import bytes_of_solve
+from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
-from ntkpipe.solvers.spectral.lanczos import eigsh
+from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUNDING = 50 * _EPS  # of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels
 _TINY = 1e-300  # replaces limits of zero, as for a zero matrix
 _SMALLEST_BLOCK = 16
+_VECTORS_A_COLUMN = 30  # of a block: two bases of 12 blocks, and blocks on their way
 _MOST_PROVED_UNASKED = 16384  # up to so many rows a proof by Cholesky takes minutes, and is made by default
 _TOL_OF_LARGEST = 1e-6
 _FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
@@ -73,6 +77,7 @@ class Smallest(Result):
         ]
 
 
+@recorded()
 @single_threaded_blas()
 def smallest(
     matrix: Any,
@@ -84,9 +89,10 @@ def smallest(
     path: str | Path | None = None,
     block: int | None = None,
     max_passes: int = 200,
-    memory_limit: int | None = None,
+    memory_limit: MemoryLimit = None,
     seed: int = 0,
     monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> Smallest:
     """The k smallest eigenvalues, with bounds of the smallest one and of the condition number.
 
@@ -127,54 +133,60 @@ def smallest(
         Seed of the first block, and of the default inverse.
     monitor
         Called after each pass: first of the iteration for λ_max, then of that for the smallest.
+    checkpoint
+        Where λ_max, the default inverse and the space are saved, 16 block n bytes after each pass. Another call goes on
+        from the last pass and meets the same ``tol``; it may have a higher ``max_passes``, which counts from the first
+        call. A given ``inverse`` must be the same. The caller clears it.
 
     Raises
     ------
     ConfigError
-        If a number is out of range, or the inverse returns something else than such a block.
+        If a number is out of range, the inverse returns something else than such a block, or the checkpoint is of
+        another calculation.
     NonFiniteError
         If the matrix holds NaN or infinity.
     ResourceError
         If a proof was asked for and its factor does not fit.
+    StoreError
+        If the checkpoint is damaged or cannot be written.
     TileError
         If a tile of a stored kernel is missing or damaged.
     """
-    started = perf_counter()
-    operator, room = open_for_solver(matrix, memory_limit)
-    before, n = operator.work, operator.num_rows
+    operator: Operator = matrix
+    budget, n, before = Budget.of(memory_limit), operator.num_rows, operator.work
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
     check_number("max_passes", max_passes, low=1)
     width = max(_SMALLEST_BLOCK, 2 * k) if block is None else int(check_number("block", block, low=k))
     if certify is None:
-        certify = path is not None or (n <= _MOST_PROVED_UNASKED and 8 * n * (n // 2 + 4096) <= memory_room(room))
-    options: dict[str, Any] = {"k": int(k), "tol": float(tol), "inverse": "rpcholesky" if inverse is None else "given"}
-    options |= {"certify": bool(certify), "path": None if path is None else str(path), "block": min(width, n)}
-    options |= {"max_passes": int(max_passes), "memory_limit": memory_limit, "seed": int(seed)}
-    top = eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor)
-    largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
+        certify = path is not None or (n <= _MOST_PROVED_UNASKED and budget.fits(bytes_of_cholesky(n)))
+    options = {"inverse": "rpcholesky" if inverse is None else "given", "certify": certify, "block": min(width, n)}
+    decides = {"function": "smallest", "matrix": operator.identity(), "k": k, "tol": tol, "seed": seed, **options}
+    stages = Stages(checkpoint, {name: value for name, value in decides.items() if name != "certify"})
+    # Work of earlier processes, here and below, is what was not done in this one.
+    top = stages.result("largest", Eigenpairs, lambda: _largest(operator, seed, monitor, stages.part("largest")))
+    earlier = top.work - (operator.work - before)
+    with stages.journal.reading():
+        largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
     floor = operator.storage_floor()
-    given = randomly_pivoted_cholesky(operator, seed=seed).solve if inverse is None else _checked(inverse)
+    if inverse is None:
+        start = operator.work
+        made = preconditioner_once(stages, n, lambda: randomly_pivoted_cholesky(operator, seed=seed))
+        inverse, earlier = made.solve, earlier + made.work - (operator.work - start)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(n, options["block"], given, seed)
-    for _ in range(max_passes):
-        space.advance(operator)
-        relative = space.norms / np.maximum(np.abs(space.values), max(floor, _TINY))
-        monitor(Step(operator.work - before, float(relative[:k].max()), tol))
-        if len(space.values) >= k and _are_small(space.values[:k], space.norms[:k], tol, floor, rounding):
-            break
+    space = Davidson(n, min(width, n), _checked(inverse), seed)
+    limits = _Limits(k, tol, floor, rounding)
+    earlier += _iterate(operator, space, limits, max_passes, monitor, stages.part("space"), earlier - before)
     values, vectors, norms = _by_product(operator, space.pairs(k))
-    is_converged = _are_small(values, norms, tol, floor, rounding)
-    low, high, certificate = _bounds(operator, values, norms, rounding, path, room, certify=certify)
-    status, message = _judge(values, norms, low, floor, rounding, tol, is_converged=is_converged)
+    is_converged = limits.are_met(values, norms)
+    low, high, certificate = _bounds(operator, values, norms, rounding, path, budget, certify=certify)
+    status, message = _judge(values, norms, low, limits, is_converged=is_converged)
     condition_low, condition_high = _condition(low, high, largest, slack, floor)
     return Smallest(
         status=status,
         message=message,
-        work=operator.work - before,
-        seconds=perf_counter() - started,
+        work=earlier,
         options=options,
-        matrix=operator.identity(),
         eigenvalues=values,
         eigenvectors=vectors,
         residuals=norms,
@@ -188,11 +200,55 @@ def smallest(
     )
 
 
-def _are_small(
-    values: NDArray[np.float64], norms: NDArray[np.float64], tol: float, floor: float, rounding: float
-) -> bool:
-    """Whether residuals are within ``tol`` of the eigenvalues, the storage floor, or rounding."""
-    return bool((norms <= np.maximum(tol * np.maximum(np.abs(values), floor), rounding)).all())
+def bytes_of_smallest(num_rows: int, k: int = 1, *, block: int | None = None) -> int:
+    """Memory that :func:`smallest` takes, without a proof: the vectors, and the default inverse while it is made."""
+    width = max(_SMALLEST_BLOCK, 2 * k) if block is None else block
+    return bytes_of_solve(num_rows, 0) + 8 * num_rows * _VECTORS_A_COLUMN * min(width, num_rows)
+
+
+def _largest(operator: Operator, seed: int, monitor: Monitor, checkpoint: Checkpoint | None) -> Eigenpairs:
+    return eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor, checkpoint=checkpoint)
+
+
+def _iterate(
+    operator: Operator,
+    space: Davidson,
+    limits: "_Limits",
+    max_passes: int,
+    monitor: Monitor,
+    checkpoint: Checkpoint | None,
+    spent: Work,
+) -> Work:
+    """Advance until pairs are good enough; return the work of earlier processes. ``spent`` is added to that told."""
+    journal, earlier, start = Journal(checkpoint, {}), Work(), operator.work
+    if journal.earlier is not None:
+        with journal.reading():
+            earlier = as_work(journal.earlier["work"])
+            space.restore(journal.get, journal.earlier["space"])
+    while not limits.are_met(space.values, space.norms) and space.passes < max_passes:
+        space.advance(operator)
+        journal.save({"space": space.state(), "work": earlier + (operator.work - start)}, space.arrays())
+        monitor(Step(spent + earlier + operator.work, limits.worst(space.values, space.norms), limits.tol))
+    return earlier
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How small the residuals of the first k pairs must be."""
+
+    k: int
+    tol: float
+    floor: float  # of storage
+    rounding: float  # of products
+
+    def are_met(self, values: NDArray[np.float64], norms: NDArray[np.float64]) -> bool:
+        """Whether residuals are within ``tol`` of the eigenvalues, the storage floor, or rounding."""
+        allowed = np.maximum(self.tol * np.maximum(np.abs(values[: self.k]), self.floor), self.rounding)
+        return len(values) >= self.k and bool((norms[: self.k] <= allowed).all())
+
+    def worst(self, values: NDArray[np.float64], norms: NDArray[np.float64]) -> float:
+        """The largest relative residual."""
+        return float((norms / np.maximum(np.abs(values), max(self.floor, _TINY)))[: self.k].max())
 
 
 def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
@@ -227,7 +283,7 @@ def _bounds(
     norms: NDArray[np.float64],
     rounding: float,
     path: str | Path | None,
-    memory_limit: int | None,
+    budget: Budget,
     *,
     certify: bool,
 ) -> tuple[float | None, float, DefiniteBound | None]:
@@ -240,7 +296,7 @@ def _bounds(
     # Rounding of Cholesky, of the shift on the diagonal, and of the diagonal itself.
     unsure = 2 * (n + 1) * _EPS * (operator.trace() + n * abs(low)) / (1 - 2 * (n + 1) * _EPS)
     try:
-        cholesky(operator.shifted(-low), path=path, memory_limit=memory_limit)
+        cholesky(operator.shifted(-low), path=path, memory_limit=budget)
     except IndefiniteError:
         # λ_min is below the Rayleigh quotient, and below the shift since Cholesky failed.
         return None, min(high, low + unsure), None
@@ -259,17 +315,9 @@ def _condition(
 
 
 def _judge(
-    values: NDArray[np.float64],
-    norms: NDArray[np.float64],
-    low: float | None,
-    floor: float,
-    rounding: float,
-    tol: float,
-    *,
-    is_converged: bool,
+    values: NDArray[np.float64], norms: NDArray[np.float64], low: float | None, limits: _Limits, *, is_converged: bool
 ) -> tuple[Status, str]:
-    least, k = float(values[0]), len(values)
-    worst = float((norms / np.maximum(np.abs(values), max(floor, _TINY))).max())
+    least, k, floor, worst = float(values[0]), limits.k, limits.floor, limits.worst(values, norms)
     if low is None:
         return "not converged", (
             f"Cholesky met an eigenvalue below {least - float(norms[0]):.6g}, which the iteration has missed or not "
@@ -277,7 +325,7 @@ def _judge(
         )
     if not is_converged:
         return "step limit", f"residuals are {worst:.2g} of the eigenvalues; raise max_passes or give a better inverse"
-    if -max(_FLOORS * floor, rounding) <= least < 0:
+    if -max(_FLOORS * floor, limits.rounding) <= least < 0:
         return "indefinite at storage precision", (
             f"λ_min is {least:.3g}, which the storage floor {floor:.2g} explains: not known at storage precision"
         )
@@ -286,4 +334,4 @@ def _judge(
         note = f"; λ_min lies below the storage floor {floor:.2g}: not known at storage precision"
     elif least < 0:
         note = f"; the matrix is indefinite beyond what the storage floor {floor:.2g} explains"
-    return "converged", f"{k} residual{'s' * (k > 1)} within {tol:g} of the eigenvalue{note}"
+    return "converged", f"{k} residual{'s' * (k > 1)} within {limits.tol:g} of the eigenvalue{note}"

@@ -1,6 +1,6 @@
 """Block Lanczos space with thick restarts, for leading eigenpairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Operator
-from ntkpipe.store.results import Checkpoint, as_integer, as_number
+from ntkpipe.store.results import as_integer, as_number
 
 _EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
@@ -57,7 +57,6 @@ class ThickRestart:
         # Passes since random columns joined in which no leading value changed; None if none joined.
         self._quiet: int | None = None
         self._pieces: list[tuple[str, int]] = []
-        self._saved: set[str] = set()
 
     @property
     def size(self) -> int:
@@ -205,30 +204,21 @@ class ThickRestart:
             found += self._next @ coordinates[self.size :]
         return found
 
-    def save(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Write what is new since the last time, one block or after a restart the basis; the state for :meth:`load`."""
-        start = 0
-        for name, stop in self._pieces:
-            if name not in self._saved:
-                checkpoint.put(name, self._vectors[:, start:stop])
-            start = stop
-        for name, values in self._small().items():
-            checkpoint.put(name, values)
-        self._saved = self.names()
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :meth:`arrays`."""
         state = {"passes": self.passes, "pieces": self._pieces, "level": self._level}
         return {**state, "shrinkage": self._shrinkage, "quiet": self._quiet}
 
-    def _small(self) -> dict[str, NDArray[np.float64]]:
-        """Arrays that are written after each pass, by name; empty ones are left out."""
-        kinds = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
-        return {f"{kind}-{self.passes}": values for kind, values in kinds.items() if values.size}
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Blocks of the basis since a restart, the basis after it, and small arrays of the last pass."""
+        starts = [0, *(stop for _, stop in self._pieces)]
+        pieces = zip(self._pieces, starts[:-1], strict=True)
+        found = {name: self._vectors[:, start:stop] for (name, stop), start in pieces}
+        small = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
+        return found | {f"{kind}-{self.passes}": values for kind, values in small.items()}
 
-    def names(self) -> set[str]:
-        """Names of the arrays that :meth:`load` needs."""
-        return {name for name, _ in self._pieces} | self._small().keys()
-
-    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Go on where :meth:`save` was called, to the last bit; see :meth:`Checkpoint.reading`."""
+    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+        """Go on, to the last bit, from what both were; ``get`` reads an array of this name and shape."""
         self.passes, self._level = as_integer(state["passes"]), as_number(state["level"])
         self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
         self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
@@ -237,19 +227,13 @@ class ThickRestart:
         for name, stop in self._pieces:
             if not start < stop <= most:
                 raise ValueError(f"columns {start} to {stop} of a basis of {most}")
-            self._vectors[:, start:stop] = checkpoint.get(name, (num_rows, stop - start))
+            self._vectors[:, start:stop] = get(name, (num_rows, stop - start))
             start = stop
         count = min(self._block, num_rows - start)
-        self._projected = np.zeros((0, 0))
         self._decomposed = self._extended = None
-        self._next, self._coupling = np.zeros((num_rows, count)), np.zeros((count, start))
-        if start:
-            self._projected = checkpoint.get(f"projected-{self.passes}", (start, start))
-        if count:
-            self._next = checkpoint.get(f"block-{self.passes}", (num_rows, count))
-        if start and count:
-            self._coupling = checkpoint.get(f"coupling-{self.passes}", (count, start))
-        self._saved = self.names()
+        self._projected = get(f"projected-{self.passes}", (start, start))
+        self._next = get(f"block-{self.passes}", (num_rows, count))
+        self._coupling = get(f"coupling-{self.passes}", (count, start))
 
 
 def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -38,13 +38,11 @@ def _size_of_file(look: Callable[[], os.stat_result]) -> int | None:
 
 @dataclass(frozen=True)
 class Folder(Medium):
-    """A folder of a file system.
+    """A folder of a file system."""
 
-    Files are written under a temporary name and renamed, so a killed writer leaves only ``.partial`` files. Writing
-    never follows symbolic links below the root. Users lock ``zarr.json`` (``flock``); a file system without locks, as
-    Lustre may be, is written without them, and then no store there is ever replaced.
-    """
-
+    # Files are written under a temporary name and renamed, so a killed writer leaves only ``.partial`` files. Writing
+    # never follows symbolic links below the root. Users lock ``zarr.json`` (``flock``); a file system without locks,
+    # which Lustre may be, is written without them, and then no store there is ever replaced.
     root: Path
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[Path]]:
@@ -128,7 +126,7 @@ class Folder(Medium):
         for part in name.split("/")[:-1]:
             folder = f"{folder}/{part}"
             if os.path.islink(folder):
-                raise StoreError(f"{folder} is a symbolic link; nothing is written through links inside of a store")
+                raise StoreError(f"{folder} is a symbolic link; nothing is written through links inside a store")
         return self.root / name
 
     def append(self, name: str, line: bytes) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ntkpipe.base.errors import StoreError, StoreFullError
+from ntkpipe.base.errors import ResourceError, StoreError, StoreFullError
 from ntkpipe.base.resources import format_bytes
 
 Data = bytes | memoryview
@@ -18,12 +18,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Medium(ABC):
-    """Storage of one store's bytes. Pickles, without credentials.
+    """Storage of one store's bytes, by relative names with parts joined by ``/``. Pickles, without credentials."""
 
-    Names are relative to the store, with parts joined by ``/``. Every failure is an ``OSError``: ``FileNotFoundError``
-    for a missing name, :class:`StoreError` where the medium knows a remedy, the system's own error otherwise.
-    """
-
+    # Every failure is an ``OSError``: ``FileNotFoundError`` for a missing name, :class:`StoreError` where the medium
+    # knows a remedy, the system's own error otherwise.
     root: Path | str  # path or URL of the store
 
     @abstractmethod
@@ -80,6 +78,13 @@ class Medium(ABC):
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, or None if unknown."""
 
+    def require_room(self, num_bytes: int, what: str) -> None:
+        """Raise ResourceError unless so many bytes can still be written for what needs them."""
+        free = self.free_bytes()
+        if free is not None and num_bytes > free:
+            found = f"{what} needs {format_bytes(num_bytes)} more, {format_bytes(free)} of disk are free"
+            raise ResourceError(f"{found}; free some, or choose another path")
+
     @abstractmethod
     def is_writable(self) -> bool:
         """Whether this process has write permission, as far as can be told without writing data."""
@@ -116,7 +121,7 @@ class OversizeError(StoreError):
 def check_name(name: str) -> None:
     """Check that a name stays below the root."""
     if "\0" in name or any(part in {"", ".", ".."} for part in name.split("/")):
-        raise StoreError(f"{name!r} is no name inside a store; nothing was read or written")
+        raise StoreError(f"{name!r} is not a name inside a store; nothing was read or written")
 
 
 @contextlib.contextmanager

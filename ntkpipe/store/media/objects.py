@@ -48,14 +48,12 @@ class AccessError(StoreError):
 
 
 class ObjectMedium(Medium):
-    """A prefix of a bucket.
+    """A prefix of a bucket."""
 
-    Objects are put atomically, so there are no leftovers, and ``put_new`` is one conditional request
-    (``If-None-Match``), which one of several creators wins. There are no locks, so nothing tells whether another run is
-    writing: :meth:`exclusive` and :meth:`remove`, and with them ``mode="w"``, are refused. Concurrent runs of the same
-    manifest are harmless: they write equal bytes.
-    """
-
+    # Objects are put atomically, so there are no leftovers, and ``put_new`` is one conditional request
+    # (``If-None-Match``), which one of several creators wins. There are no locks, so nothing tells whether another run
+    # is writing: `exclusive` and `remove`, and with them ``mode="w"``, are refused. Concurrent runs of the same
+    # manifest are harmless: they write equal bytes.
     def __init__(self, url: str) -> None:
         self._scheme, self._bucket, self._prefix = _split(url)
         self.root: str = f"{self._scheme}://{self._bucket}/{self._prefix}"
@@ -226,13 +224,13 @@ class ObjectMedium(Medium):
             words = f"access is denied; check the credentials in the environment ({keys}) and what they may do"
         elif "builder error" in reason:
             words = (
-                "the endpoint in the environment is no URL, or one without TLS; for http:// set "
+                "the endpoint in the environment is not a URL, or has no TLS; for http:// set "
                 f"{_VENDORS[self._scheme]}_ALLOW_HTTP=true"
             )
         elif _has(reason, _UNREACHABLE):
             words = (
                 "the endpoint does not answer; check the network and the endpoint in the environment "
-                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is kept, run again"
+                f"({self._variables('ENDPOINT_URL', 'REGION')}); what is stored is safe, run again"
             )
         else:
             words = "the object store failed"

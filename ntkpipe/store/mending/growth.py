@@ -13,9 +13,8 @@ are stored. The steps, after each of which the process may crash:
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +32,9 @@ _FOLDER = "growth"
 _RECORD = f"{_FOLDER}/zarr.json"
 
 
-class State(Enum):
-    """Progress of a growth."""
-
-    NONE = "no growth is under way"
-    BEGUN = "a growth was cut short before the manifest was replaced: what was dropped is put back from the copies"
-    RESUMABLE = "the store has its new size; tiles of it are missing"
+# A growth that is `begun` was cut short before the manifest was replaced: what was dropped is put back from the copies.
+# One that is `resumable` has given the store its new size; tiles are missing.
+State = Literal["none", "begun", "resumable"]
 
 
 def state_of(store: Store) -> State:
@@ -47,17 +43,17 @@ def state_of(store: Store) -> State:
     try:
         attributes = group_attributes(store.medium.get(_RECORD), where)
     except FileNotFoundError:
-        return State.NONE
+        return "none"
     except StoreError:
         raise
     except OSError as error:
         raise StoreError(f"cannot read {where}: {error}") from error
     digest = store.manifest.digest()
     if attributes.get("after") == digest:
-        return State.RESUMABLE
+        return "resumable"
     if attributes.get("before") == digest:
-        return State.BEGUN
-    raise StoreError(f"{where} is damaged: it is of another manifest than the store's")
+        return "begun"
+    raise StoreError(f"{where} is damaged: it belongs to another manifest than the store's")
 
 
 def is_larger(stored: Manifest, asked: Manifest) -> bool:
@@ -154,7 +150,7 @@ def begin(store: Store, after: Manifest) -> Store:
 
 def undo_cut_growth(store: Store) -> bool:
     """Restore a store if a growth was interrupted before its manifest was replaced; return whether it was."""
-    if state_of(store) is not State.BEGUN:
+    if state_of(store) != "begun":
         return False
     with store.exclusive("it cannot grow"):
         kept = OldEntries.of(store, (store.manifest,))
@@ -170,18 +166,18 @@ def undo_cut_growth(store: Store) -> bool:
 
 def end_growth(store: Store) -> bool:
     """Call :func:`finish` on a store that this process does not use; return whether that ended a growth."""
-    if state_of(store) is not State.RESUMABLE:
+    if state_of(store) != "resumable":
         return False
     with store.in_use():
         finish(store)
-    return state_of(store) is State.NONE
+    return state_of(store) == "none"
 
 
 def finish(store: Store) -> None:
     """Remove the copies of old entries once all their chunks exist and agree with them."""
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
-    is_grown = state_of(store) is State.RESUMABLE  # else leftovers of a repair
+    is_grown = state_of(store) == "resumable"  # else leftovers of a repair
     kept = OldEntries.of(store, store.manifest.earlier()) if is_grown else NO_OLD_ENTRIES
     for name, index in sorted(kept.chunks()):
         array, old = store.arrays[name], kept.read(name, index)

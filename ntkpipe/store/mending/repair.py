@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.errors import StoreError, TileError
-from ntkpipe.base.tables import TableRows
+from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.layout import Index
 from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.store import Store
-from ntkpipe.store.verification import VerificationReport, describe_chunk, verification_rows, verify_and_record
+from ntkpipe.store.verification import VerificationReport, describe_chunk, first_rows, verify_and_record
 
 _MOST_RECORDED = 1000  # actions in a report that is stored
-_MOST_SHOWN = 20  # actions in one that is printed
 _COMPUTED = "computed again"
 
 
@@ -55,6 +54,15 @@ class RepairReport:
         """Convert to JSON values."""
         actions = [asdict(action) for action in self.actions]
         return {"found": self.found.to_json(), "actions": actions, "left": self.left.to_json(), "is_good": self.is_good}
+
+    def rows(self) -> TableRows:
+        """The report as (quantity, value) in words."""
+        found = ("found", f"{len(self.found.findings)} findings in {self.found.chunks_checked} chunks")
+        done = [f"{describe_chunk(action.array, action.index)}: {action.done}" for action in self.actions]
+        return [found, *first_rows("repaired", done or ["nothing"]), *self.left.rows()]
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
 
 
 def undo(store: Store) -> tuple[Action, ...]:
@@ -177,15 +185,3 @@ def _record(store: Store, report: RepairReport) -> None:
     }
     with store.in_use():
         store.write_result(f"repairs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", record)
-
-
-def repair_rows(report: RepairReport) -> TableRows:
-    """Describe a repair report."""
-    rows = [("found", f"{len(report.found.findings)} findings in {report.found.chunks_checked} chunks")]
-    shown = report.actions[:_MOST_SHOWN]
-    rows += [("repaired", f"{describe_chunk(action.array, action.index)}: {action.done}") for action in shown]
-    if len(report.actions) > _MOST_SHOWN:
-        rows.append(("repaired", f"and {len(report.actions) - _MOST_SHOWN} more"))
-    if not report.actions:
-        rows.append(("repaired", "nothing"))
-    return [*rows, *verification_rows(report.left)]

@@ -1,7 +1,7 @@
 """Stored kernels as lazy xarray objects with named dimensions; only what is indexed is read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,22 +21,7 @@ from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
 
 Indices = NDArray[np.int64]
-
-
-class Matrix(Protocol):
-    """A stored kernel, indexed as in numpy by rows and columns."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def identity(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
-    @property
-    def num_covectors(self) -> int: ...  # noqa: D102
-    def __getitem__(self, key: Any) -> NDArray[Any]: ...
+Matrix = Any  # a Kernel, whose module imports this one
 
 
 class _Lazy(BackendArray):
@@ -94,12 +79,13 @@ class _LazyKernel(_Lazy):
         row_samples, row_covectors, column_samples, column_covectors = indices
         rows = (row_samples[:, None] * self._width + row_covectors).ravel()
         columns = (column_samples[:, None] * self._width + column_covectors).ravel()
-        return self._kernels[plane][np.ix_(rows, columns)].reshape([part.size for part in indices])
+        found = np.asarray(self._kernels[plane][np.ix_(rows, columns)])
+        return found.reshape([part.size for part in indices])
 
     def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
         row_samples, row_covectors, column_samples, column_covectors = indices
         rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
-        return self._kernels[plane][rows, columns]
+        return np.asarray(self._kernels[plane][rows, columns])
 
 
 class _LazySamples(_Lazy):
@@ -186,12 +172,9 @@ def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
     """Attributes, all numbers or texts, which every file format can store."""
     picked = {"group": group, "picked_output": output}
+    same = ("kind", "convention", "compute_dtype", "accumulate_dtype", "store_dtype")
     return {
-        "kind": manifest.kind,
-        "convention": manifest.convention,
-        "compute_dtype": manifest.compute_dtype,
-        "accumulate_dtype": manifest.accumulate_dtype,
-        "store_dtype": manifest.store_dtype,
+        **{name: getattr(manifest, name) for name in same},
         "model": manifest.model.name,
         "num_parameters": manifest.model.num_parameters,
         "manifest_digest": manifest.digest(),

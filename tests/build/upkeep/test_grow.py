@@ -23,7 +23,6 @@ from ntkpipe.store.layout import layouts
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.mending.growth import (
     OldEntries,
-    State,
     begin,
     end_growth,
     finish,
@@ -149,7 +148,7 @@ def test_a_second_growth_in_the_middle_of_the_first_completes_the_edge_before(tm
         Allowance(patch, 1, KeyboardInterrupt())
         with pytest.raises(Interrupted):
             compute(path, grow=True, **data(13, 7))
-    assert state_of(Store.open(path)) is State.RESUMABLE
+    assert state_of(Store.open(path)) == "resumable"
     compute(path, grow=True, **data(14, 9))
     assert chunks(path) == chunks(grown_twice)
 
@@ -200,7 +199,7 @@ def test_targets_must_begin_with_the_stored_ones_too(tmp_path):
     store = compute(tmp_path / "k.zarr", **data(10))
     more = data(14)
     more["targets"] = more["targets"][::-1].copy()
-    with pytest.raises(StoreMismatchError, match="sample 0 or its target is another one"):
+    with pytest.raises(StoreMismatchError, match="sample 0 or its target differs"):
         compute(store.path, grow=True, **more)
 
 
@@ -379,13 +378,13 @@ def test_a_crash_at_any_step_of_a_growth_is_undone_or_resumed_and_never_wrong(
         store = Store.open(path)
         assert store.manifest == manifest
         assert_no_wrong_entry(store, old)
-        if state_of(store) is State.BEGUN:
+        if state_of(store) == "begun":
             begun = path
             assert undo_cut_growth(store)
         assert files(path) == original
     assert steps > 5
     assert files(tmp_path / f"begin{steps}") == files(tmp_path / "grown")
-    assert state_of(Store.open(tmp_path / "grown")) is State.RESUMABLE
+    assert state_of(Store.open(tmp_path / "grown")) == "resumable"
     begin(Store.open(begun), wanted)  # what was undone can grow
     assert files(begun) == files(tmp_path / "grown")
 
@@ -432,7 +431,7 @@ def test_an_old_command_on_a_growth_that_was_cut_short_finds_the_old_store(tmp_p
             Crashing(patch, steps)
             with pytest.raises(Crash):
                 compute(path, grow=True, **data(14, 9))
-        if state_of(Store.open(path)) is not State.BEGUN:
+        if state_of(Store.open(path)) != "begun":
             break
         assert Store.open(path).missing() or all(chunks(path)[name] == values for name, values in before.items())
         compute(path, **data(10, 6))
@@ -526,7 +525,7 @@ def test_a_record_of_another_store_is_an_error(tmp_path, make_manifest):
     store = filled(tmp_path / "k.zarr", make_manifest())
     (tmp_path / "k.zarr/growth").mkdir()
     (tmp_path / "k.zarr/growth/zarr.json").write_text(json.dumps({"attributes": {"before": "a", "after": "b"}}))
-    with pytest.raises(StoreError, match="is damaged: it is of another manifest"):
+    with pytest.raises(StoreError, match="is damaged: it belongs to another manifest"):
         state_of(store)
     (tmp_path / "k.zarr/growth/zarr.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):

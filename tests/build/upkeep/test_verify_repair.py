@@ -12,11 +12,10 @@ from damage import DAMAGE, flip, forge
 from small import Allowance, chunks, compute, inputs, mlp, times
 
 from ntkpipe import repair, verify
-from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError
+from ntkpipe.base.errors import ArgumentError, ConfigError, Interrupted, StoreError, StoreMismatchError
 from ntkpipe.build.run import StoreSink
 from ntkpipe.store.kernel_store import open_kernel
-from ntkpipe.store.mending.growth import State, state_of
-from ntkpipe.store.mending.repair import repair_rows
+from ntkpipe.store.mending.growth import state_of
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
 
@@ -317,12 +316,12 @@ def test_what_was_done_is_kept_in_the_store(store):
     assert kept["num_computed"] == 1
     assert kept["is_good"]
     assert kept["actions"] == [{"array": "kernel/train", "index": [0, 1], "done": "computed again"}]
-    words = str(repair_rows(report))
+    words = str(report)
     assert "kernel/train (0, 1): computed again" in words
     assert "1 findings in" in words
     again = mended(store)
     assert again.actions == ()
-    assert "nothing" in str(repair_rows(again))
+    assert "nothing" in str(again)
     assert len(open_kernel(store.root).store.read_results("repairs")) == 1
 
 
@@ -333,7 +332,7 @@ def test_a_growth_that_was_cut_short_is_undone(tmp_path, monkeypatch):
         Crashing(patch, 24)
         with pytest.raises(Crash):
             compute(path, grow=True, **data(14, 9))
-    assert state_of(Store.open(path)) is State.BEGUN
+    assert state_of(Store.open(path)) == "begun"
     report = repair(path, progress=False)
     assert report.is_good
     assert [action.array for action in report.actions] == ["growth"]
@@ -356,3 +355,18 @@ def test_targets_of_a_data_set_are_compared_with_those_of_the_store(tmp_path):
     flip(store.arrays["targets/train"].path((2,)))
     assert mended(store, inputs=pairs, test_inputs=ALL["test_inputs"]).is_good
     assert chunks(store.root) == whole
+
+
+@pytest.mark.parametrize("call", [verify, repair])
+def test_arguments_of_another_name_or_type_are_refused(store, call):
+    with pytest.raises(ArgumentError, match="the nearest is 'device'"):
+        call(store.root, devise="cpu")
+    with pytest.raises(ConfigError, match="progress='no'; needed True or False"):
+        call(store.root, progress="no")
+
+
+def test_reports_print_as_tables(store):
+    flip(store.arrays["kernel/train"].path((0, 1)))
+    report = repair(store.root, progress=False)
+    assert str(verify(store.root, progress=False)).splitlines()[-1].split() == ["verdict", "1", "findings"]
+    assert str(report).splitlines()[1].split() == ["repaired", "nothing"]

@@ -137,7 +137,7 @@ def test_given_eigenpairs_are_used(rng: np.random.Generator) -> None:
 
 def test_streamed_in_a_tenth_of_the_kernel(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no estimate is equal; estimates have error bars that hold."""
-    monkeypatch.setattr("ntkpipe.base.resources.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
     kernel, test_kernel, _ = features(rng, num_train=500, num_test=50, size=600)
     labels, test_labels = (part[:, :7].argmax(axis=1) % 3 for part in (kernel, test_kernel))
     options: dict[str, Any] = {"ridges": [0.05, 0.5], "ridge_scale": "mean_diagonal"}

@@ -5,6 +5,7 @@ import pytest
 from regressions import features
 
 from ntkpipe import gaussian_process
+from ntkpipe.base.budget import Budget
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, vectors_that_fit
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.result import ignore
@@ -13,7 +14,7 @@ RIDGE = 0.1
 
 
 def inverse_of(kernel: np.ndarray, tol: float, memory_limit: int | None = None) -> StreamedInverse:
-    return StreamedInverse(DenseOperator(kernel), tol=tol, seed=0, memory_limit=memory_limit, monitor=ignore)
+    return StreamedInverse(DenseOperator(kernel), tol=tol, seed=0, budget=Budget(memory_limit), monitor=ignore)
 
 
 @pytest.fixture
@@ -66,8 +67,8 @@ def test_what_is_not_solved_is_said(rng: np.random.Generator) -> None:
 
 
 def test_the_least_memory_is_a_tenth_of_a_float32_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkpipe.base.resources.process_memory", lambda: 0)
-    assert vectors_that_fit(4000, 1) == 200
-    assert vectors_that_fit(400, 1) == 64
-    assert vectors_that_fit(10**6, 1) == 768
-    assert vectors_that_fit(1000, 8_000_000) == 900
+    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    assert vectors_that_fit(4000, Budget(1)) == 200
+    assert vectors_that_fit(400, Budget(1)) == 64
+    assert vectors_that_fit(10**6, Budget(1)) == 768
+    assert vectors_that_fit(1000, Budget(8_000_000)) == 900

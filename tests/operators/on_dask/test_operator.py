@@ -13,6 +13,7 @@ import pytest
 from distributed import Client
 from stored import HereOnly, WatchedTiles, store_matrix
 
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError, TileError
 from ntkpipe.base.operator import Operator
 from ntkpipe.executors import connect
@@ -33,7 +34,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with connect.connect("local", workers=2, memory_limit=1024 * MIB) as joined:
+    with connect.connect("local", RunSpec(workers=2, memory_limit=1024 * MIB)) as joined:
         joined.wait_for_workers(2)
         yield joined
 

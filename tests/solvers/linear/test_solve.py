@@ -150,12 +150,12 @@ def test_wrong_options_are_refused_before_anything_is_read(matrix, options, word
 def test_nan_is_an_error(matrix):
     rhs = np.ones(N)
     rhs[7] = np.nan
-    with pytest.raises(NonFiniteError, match="right-hand sides"):
+    with pytest.raises(NonFiniteError, match="targets hold NaN"):
         solve(matrix, rhs)
 
 
 def test_memory_is_refused_with_both_numbers(matrix):
-    with pytest.raises(ResourceError, match=r"need .* may be used"):
+    with pytest.raises(ResourceError, match=r"takes .* may be used"):
         solve(DenseOperator(matrix), np.ones(N), memory_limit=1000, method="pcg")
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.linear.systems import forecast, hopeless_after, iterations_left
@@ -32,18 +33,18 @@ class Sized(Operator):
 
 
 def expect(num_rows, **options):
-    defaults = {"num_columns": 10, "rank": 400, "num_ridges": 1, "memory_limit": 2**60}
+    defaults = {"num_columns": 10, "rank": 400, "num_ridges": 1, "budget": Budget(2**60)}
     return forecast(Sized(num_rows), **{**defaults, **options})
 
 
 def test_small_matrices_are_factored_without_a_measurement():
     operator = DenseOperator(np.eye(10))
-    found = forecast(operator, num_columns=1, rank=1, num_ridges=1, memory_limit=None)
+    found = forecast(operator, num_columns=1, rank=1, num_ridges=1, budget=Budget())
     assert (found.factoring, found.iterating, operator.work.passes) == (0.0, math.inf, 0.0)
 
 
 def test_what_does_not_fit_memory_may_go_to_files():
-    nothing, files = (expect(20_000, memory_limit=2**28, in_files=in_files) for in_files in (False, True))
+    nothing, files = (expect(20_000, budget=Budget(2**28), in_files=in_files) for in_files in (False, True))
     assert nothing.factoring is None
     assert "path=" in nothing.words
     assert files.factoring > expect(20_000).factoring
@@ -55,7 +56,7 @@ def test_large_matrices_are_iterated_with():
 
 
 def test_what_does_not_fit_is_not_factored():
-    found = expect(10**5, memory_limit=2**30)
+    found = expect(10**5, budget=Budget(2**30))
     assert found.factoring is None
     assert "does not fit" in found.words
 

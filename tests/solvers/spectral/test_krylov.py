@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ntkpipe.base import resources
+from ntkpipe.base import budget
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.operators.testing import matrix_with_spectrum, spectra
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, ProbeLanczos, steps_that_fit
@@ -107,8 +108,8 @@ def test_a_block_of_zeros_spans_nothing():
 
 
 def test_steps_are_what_memory_holds(monkeypatch):
-    monkeypatch.setattr(resources, "process_memory", lambda: 5 * 10**8)
-    assert steps_that_fit(1000, 10, 50, 10**9) == 50
-    assert steps_that_fit(1000, 10, 50, 5 * 10**8 + 80_000 * 23) == 20
+    monkeypatch.setattr(budget, "process_memory", lambda: 5 * 10**8)
+    assert steps_that_fit(1000, 10, 50, Budget(10**9)) == 50
+    assert steps_that_fit(1000, 10, 50, Budget(5 * 10**8 + 80_000 * 23)) == 20
     with pytest.raises(ResourceError, match="fewer columns or raise memory_limit"):
-        steps_that_fit(1000, 10, 50, 5 * 10**8 + 80_000 * 4)
+        steps_that_fit(1000, 10, 50, Budget(5 * 10**8 + 80_000 * 4))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ntkpipe.base import resources
+from ntkpipe.base import budget
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
@@ -144,7 +144,7 @@ def test_two_runs_give_the_same_bits():
 
 def test_a_proof_that_does_not_fit_is_left_out_or_refused(monkeypatch, tmp_path):
     matrix = matrix_with_spectrum(power_law(300, condition=1e4))
-    monkeypatch.setattr(resources, "available_memory", lambda: 10**7)
+    monkeypatch.setattr(budget, "available_memory", lambda: 10**7)
     assert smallest(matrix).certificate == "residual"
     assert smallest(matrix, path=tmp_path / "factor").certificate == "cholesky"
 

@@ -102,7 +102,7 @@ def test_names_never_leave_the_root(medium, name):
         lambda: medium.delete(name),
     ]
     for call in calls:
-        with pytest.raises(StoreError, match="is no name inside a store"):
+        with pytest.raises(StoreError, match="is not a name inside a store"):
             call()
     assert set(dict(medium.sizes(""))) == {"zarr.json"}
 

@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_resumes_to_the_bits_of_a_local_store(bucket, local
     assert report.is_good
     assert [each["is_good"] for each in report.certificates] == [True, True]
     assert store.store.read_result("certificate") is not None
-    assert store.store.partials() == []
+    assert store.store.medium.leftovers() == []
     np.testing.assert_array_equal(open_kernel(bucket).train[:, :], open_kernel(local).train[:, :])
 
 
@@ -242,7 +242,7 @@ def test_urls_with_credentials_or_options_are_refused_and_not_repeated(url):
         ("s3://bucket", "has no prefix"),
         ("s3://bucket/", "has no prefix"),
         ("s3:///a.zarr", "has no bucket"),
-        ("s3://bucket/a/../b.zarr", "is no name inside a store"),
+        ("s3://bucket/a/../b.zarr", "is not a name inside a store"),
         ("http://127.0.0.1:9000/bucket/a.zarr", "AWS_ENDPOINT_URL"),
         ("file:///tmp/a.zarr", "a path of this machine"),
         ("://a", "needed one of"),

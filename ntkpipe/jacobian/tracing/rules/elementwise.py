@@ -101,14 +101,14 @@ def prelu(input: Tensor, weight: Tensor) -> Bound:
 
 
 def _axes(input: Tensor, given: tuple[Any, ...]) -> list[tuple[int, int]]:
-    """Pairs of an axis' size, ones for new axes on the left, and the number given for it, by itself or in a tuple."""
+    """Pairs of an axis' size (one for new axes on the left) and the number given for it, alone or in a tuple."""
     numbers = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
     padded = [1] * (len(numbers) - input.ndim) + list(input.shape)
     return list(zip(padded, map(int, numbers), strict=True))
 
 
 def expand(input: Tensor, *sizes: Any) -> Bound:
-    """The same along new axes or axes of size one, as a class token for every sample."""
+    """The same along new axes or axes of size one, such as a class token for every sample."""
     shape = [old if new == -1 else new for old, new in _axes(input, sizes)]
     return Bound({"input": Operand(input, scaled(input, shape))})
 

@@ -61,7 +61,7 @@ class Operand:
 class Bound:
     """The operands of one call that a rule found."""
 
-    operands: dict[str, Operand]  # by role, as `weight` and `bias`
+    operands: dict[str, Operand]  # by role, such as `weight`
     saved: tuple[Tensor, ...] = ()  # tensors that the forms read later: they must not change in place after the call
 
 

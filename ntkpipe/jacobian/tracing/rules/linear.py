@@ -17,7 +17,7 @@ AxisLabels = Sequence[str]  # axes by name, as in einsum
 
 
 def contraction(x: Tensor, weight: Tensor, *labels: AxisLabels, scale: float = 1.0) -> Outer | None:
-    """The form of a product of x with a weight, or None if it is no matrix product.
+    """The form of a product of x with a weight, or None if it is not a matrix product.
 
     The axes of x, weight and output are labelled as in einsum. Axes that x and weight share and that are summed over
     belong to the inputs a, axes of the weight alone to the cotangents d; axes of x alone number the rows, and axes of

@@ -9,9 +9,10 @@ import pytest
 import stored
 
 import ntkpipe
-from ntkpipe.analysis.steps import ANALYSES
 from ntkpipe.app import cli
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import read_result
 
 Pair = tuple[str, str, Any, Any]
 
@@ -28,15 +29,15 @@ def pair(tmp_path: Path, rng: np.random.Generator) -> Pair:
 
 def test_the_step_keeps_what_it_found_in_the_first_store(pair: Pair) -> None:
     first, second, a, b = pair
-    found = ANALYSES["compare"](ntkpipe.open_kernel(first), other=second, k=3, progress=False)
-    kept = ntkpipe.read_result(first, "compare")
+    found = run_step(ntkpipe.open_kernel(first), "compare", other=second, k=3, progress=False)
+    kept = read_result(first, "compare")
     assert kept is not None
-    assert kept["relative_difference"] == found.relative_difference
-    assert kept["relative_difference"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-12)
-    np.testing.assert_array_equal(kept["principal_angles"], found.principal_angles)
-    assert ntkpipe.read_result(second, "compare") is None
+    assert kept.relative_difference == found.relative_difference
+    assert kept.relative_difference == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-12)
+    np.testing.assert_array_equal(kept.principal_angles, found.principal_angles)
+    assert read_result(second, "compare") is None
     with pytest.raises(ConfigError, match="needs other"):
-        ANALYSES["compare"](ntkpipe.open_kernel(first), progress=False)
+        run_step(ntkpipe.open_kernel(first), "compare", progress=False)
 
 
 def test_the_command_prints_a_table_or_json(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,16 +7,10 @@ import pytest
 import small
 
 import ntkpipe
-from ntkpipe.analysis.steps import (
-    ANALYSES,
-    alignment_of_store,
-    generalisation_of_store,
-    learning_curve_of_store,
-    spectrum_of_store,
-)
 from ntkpipe.base.errors import ConfigError, Interrupted
-from ntkpipe.solvers import on_store as kept
-from ntkpipe.solvers.steps import read_result
+from ntkpipe.steps import run
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import read_result
 from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(60) % 3
@@ -44,30 +38,30 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KernelStore:
 
 def test_results_are_those_of_the_functions_and_are_kept(store):
     matrix = store.train.to_numpy()
-    found = spectrum_of_store(store, ridges=[0.5], progress=False)
+    found = run_step(store, "spectrum", ridges=[0.5], progress=False)
     assert found.effective_dimension == pytest.approx(ntkpipe.spectrum(matrix, ridges=[0.5]).effective_dimension)
     kept = read_result(store, "spectrum")
-    assert kept["effective_rank"] == found.effective_rank
-    np.testing.assert_array_equal(kept["eigenvalues"], found.eigenvalues)
-    aligned = alignment_of_store(store, progress=False)
+    assert kept.effective_rank == found.effective_rank
+    np.testing.assert_array_equal(kept.eigenvalues, found.eigenvalues)
+    aligned = run_step(store, "alignment", progress=False)
     assert aligned.alignment == pytest.approx(ntkpipe.alignment(matrix, CLASSES).alignment)
-    assert read_result(store, "alignment")["centred_alignment"] == aligned.centred_alignment
-    general = generalisation_of_store(store, ridges=[1e-2, 1.0], ridge_scale="mean_diagonal", progress=False)
+    assert read_result(store, "alignment").centred_alignment == aligned.centred_alignment
+    general = run_step(store, "generalisation", ridges=[1e-2, 1.0], ridge_scale="mean_diagonal", progress=False)
     kept = read_result(store, "generalisation")
-    np.testing.assert_array_equal(kept["kare"], general.kare)
-    assert tuple(kept["kare_is_trusted"]) == general.kare_is_trusted
-    assert len(kept["reasons"]) == 2
+    np.testing.assert_array_equal(kept.kare, general.kare)
+    assert tuple(kept.kare_is_trusted) == general.kare_is_trusted
+    assert len(kept.reasons) == 2
 
 
 def test_learning_curves_are_kept(store):
-    found = learning_curve_of_store(store, sizes=[10], ridges=[0.5], progress=False)
-    assert read_result(store, "learning_curve")["eigenlearning"] == pytest.approx(found.eigenlearning)
+    found = run_step(store, "learning_curve", sizes=[10], ridges=[0.5], progress=False)
+    assert read_result(store, "learning_curve").eigenlearning == pytest.approx(found.eigenlearning)
     whole = ntkpipe.learning_curve(store.train.to_numpy(), CLASSES, sizes=[10], ridges=[0.5])
     assert found.population_loss == pytest.approx(whole.population_loss, rel=1e-9)
 
 
 def test_a_group_is_tested_with_its_own_test_kernel(store):
-    found = generalisation_of_store(store, array="groups/first/train", ridges=[0.3], progress=False)
+    found = run_step(store, "generalisation", array="groups/first/train", ridges=[0.3], progress=False)
     group = store.group("first")
     coefficients = np.linalg.solve(group.train.to_numpy() + 0.3 * np.eye(60), np.eye(3)[CLASSES])
     predicted = group.test_train.to_numpy() @ coefficients
@@ -84,46 +78,42 @@ def test_steps_on_one_open_store_share_their_eigenpairs(store, monkeypatch):
     opened = ntkpipe.open_kernel(store.path)
     expected = ntkpipe.alignment(store.train.to_numpy(), CLASSES)
     calls.clear()
-    assert alignment_of_store(opened, progress=False).alignment == pytest.approx(expected.alignment)
-    generalisation_of_store(opened, ridges=[0.5], progress=False)
-    learning_curve_of_store(opened, progress=False)
-    assert spectrum_of_store(opened, progress=False).why == "60 eigenpairs were given"
+    assert run_step(opened, "alignment", progress=False).alignment == pytest.approx(expected.alignment)
+    run_step(opened, "generalisation", ridges=[0.5], progress=False)
+    run_step(opened, "learning_curve", progress=False)
+    assert run_step(opened, "spectrum", progress=False).why == "60 eigenpairs were given"
     assert len(calls) == 1
     # Another kernel of the store has its own.
-    group = alignment_of_store(opened, array="groups/first/train", progress=False)
+    group = run_step(opened, "alignment", array="groups/first/train", progress=False)
     assert len(calls) == 2
     assert group.alignment == pytest.approx(ntkpipe.alignment(store.group("first").train.to_numpy(), CLASSES).alignment)
 
 
 def test_full_kernel_of_a_store(tmp_path):
     store = make(tmp_path / "full.zarr", kind="ntk")
-    found = generalisation_of_store(store, ridges=[0.3], progress=False)
+    found = run_step(store, "generalisation", ridges=[0.3], progress=False)
     target = np.eye(3)[CLASSES].reshape(-1, 1)
     coefficients = np.linalg.solve(store.train.to_numpy() + 0.3 * np.eye(180), target)
     predicted = (store.test_train.to_numpy() @ coefficients).reshape(21, 3)
     assert found.test_loss == pytest.approx([np.mean((predicted - np.eye(3)[store.test_targets]) ** 2)], rel=1e-8)
-    assert alignment_of_store(store, progress=False).num_outputs == 1
+    assert run_step(store, "alignment", progress=False).num_outputs == 1
 
 
 def test_without_targets_or_test_samples(tmp_path):
     bare = make(tmp_path / "bare.zarr", targets=None, test_inputs=None, test_targets=None)
-    assert spectrum_of_store(bare, progress=False).is_converged
+    assert run_step(bare, "spectrum", progress=False).is_converged
     with pytest.raises(ConfigError, match="has no targets"):
-        alignment_of_store(bare, progress=False)
+        run_step(bare, "alignment", progress=False)
     with pytest.raises(ConfigError, match="needed two numbers"):
-        spectrum_of_store(bare, tail_ranks=[3], progress=False)
+        run_step(bare, "spectrum", tail_ranks=[3], progress=False)
     alone = make(tmp_path / "alone.zarr", test_inputs=None, test_targets=None)
-    assert np.isnan(generalisation_of_store(alone, progress=False).test_loss).all()
-
-
-def test_steps_have_the_names_of_results():
-    assert {"spectrum", "alignment", "generalisation"} <= set(ANALYSES)
+    assert np.isnan(run_step(alone, "generalisation", progress=False).test_loss).all()
 
 
 def test_interrupted_it_says_that_it_begins_again(store, monkeypatch):
     def interrupt(self, done, residual, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept.Passes, "show", interrupt)
+    monkeypatch.setattr(run.Passes, "show", interrupt)
     with pytest.raises(Interrupted, match="spectrum was interrupted; the same command begins again"):
-        spectrum_of_store(ntkpipe.open_kernel(store.path), progress=False)
+        run_step(ntkpipe.open_kernel(store.path), "spectrum", progress=False)

@@ -9,9 +9,9 @@ import pytest
 from regressions import NUM_OUTPUTS, NUM_TEST, make_store
 
 import ntkpipe
-from ntkpipe.analysis.steps import ANALYSES
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.learning.steps import gaussian_process_of_store, influence_of_store, regression_of_store
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import read_result
 
 
 @pytest.fixture(scope="module")
@@ -26,60 +26,54 @@ def opened(stores: dict[str, Path], tmp_path: Path, request: pytest.FixtureReque
     return ntkpipe.open_kernel(tmp_path / "k.zarr")
 
 
-def test_steps_have_names() -> None:
-    assert ANALYSES["regression"] is regression_of_store
-    assert ANALYSES["gaussian_process"] is gaussian_process_of_store
-    assert ANALYSES["influence"] is influence_of_store
-
-
 @pytest.mark.parametrize("opened", ["pntk", "ntk"], indirect=True)
 @pytest.mark.parametrize("centre", [None, "initial_outputs"])
 def test_regression_is_the_path_of_what_is_stored(opened: ntkpipe.KernelStore, centre: Any) -> None:
-    found = regression_of_store(opened, centre=centre, progress=False)
+    found = run_step(opened, "regression", centre=centre, progress=False)
     initial = {"initial_outputs": opened.outputs, "test_initial_outputs": opened.test_outputs} if centre else {}
     test = {"test_kernel": opened.test_train, "test_targets": opened.test_targets}
     expected = ntkpipe.ridge_path(opened.train, opened.targets, **test, **initial)
-    kept = ntkpipe.read_result(opened, "regression")
+    kept = read_result(opened, "regression")
     assert kept is not None
     for name in ("ridges", "leave_one_out_loss", "test_loss", "test_accuracy", "generalised_cross_validation"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-9)
-        np.testing.assert_array_equal(kept[name], getattr(found, name))
+        np.testing.assert_array_equal(getattr(kept, name), getattr(found, name))
 
 
 @pytest.mark.parametrize("opened", ["pntk", "ntk"], indirect=True)
 def test_a_gaussian_process_leaves_its_calibration(opened: ntkpipe.KernelStore) -> None:
-    found = gaussian_process_of_store(opened, ridge=1e-2, progress=False)
+    found = run_step(opened, "gaussian_process", ridge=1e-2, progress=False)
     options = {"test_kernel": opened.test_train, "test_diagonal": opened.test_diagonal}
     ridge = 1e-2 * float(opened.train.diagonal().mean())
     expected = ntkpipe.gaussian_process(opened.train, opened.targets, ridge=ridge, **options)
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-10)
     np.testing.assert_allclose(found.variance, expected.variance, rtol=1e-9)
     judged = ntkpipe.calibration(expected, opened.test_targets, scale="likelihood")
-    kept = ntkpipe.read_result(opened, "calibration")
+    kept = read_result(opened, "calibration")
     assert kept is not None
-    np.testing.assert_allclose(kept["coverage"], judged.coverage)
-    assert kept["scale"] == pytest.approx(expected.scale)
-    assert ntkpipe.read_result(opened, "gaussian_process")["log_marginal_likelihood"] == found.log_marginal_likelihood
+    np.testing.assert_allclose(kept.coverage, judged.coverage)
+    assert kept.scale == pytest.approx(expected.scale)
+    assert read_result(opened, "gaussian_process").log_marginal_likelihood == found.log_marginal_likelihood
 
 
 @pytest.mark.parametrize("opened", ["pntk"], indirect=True)
 def test_influence_is_kept(opened: ntkpipe.KernelStore) -> None:
-    found = influence_of_store(opened, ridge=0.1, top=3, centre="initial_outputs", progress=False)
+    found = run_step(opened, "influence", ridge=0.1, top=3, centre="initial_outputs", progress=False)
     model = ntkpipe.KernelRegression(0.1, ridge_scale="mean_diagonal", centre="initial_outputs").fit(opened)
     np.testing.assert_array_equal(found.predicted, model.predict_outputs(opened).argmax(axis=1))
-    kept = ntkpipe.read_result(opened, "influence")
+    kept = read_result(opened, "influence")
     assert kept is not None
-    assert kept["top_samples"].shape == (NUM_TEST, 3)
+    assert kept.top_samples.shape == (NUM_TEST, 3)
 
 
 @pytest.mark.parametrize("opened", ["diagonal"], indirect=True)
 def test_another_kernel_of_the_store(opened: ntkpipe.KernelStore) -> None:
-    found = regression_of_store(opened, array="kernel/output_1/train", ridges=[0.5], progress=False)
+    found = run_step(opened, "regression", array="kernel/output_1/train", ridges=[0.5], progress=False)
     one = opened.output(1)
     test = {"test_kernel": one.test_train, "test_targets": opened.test_targets}
     expected = ntkpipe.ridge_path(one.train, opened.targets, ridges=[0.5], **test)
     np.testing.assert_allclose(found.test_loss, expected.test_loss)
-    posterior = gaussian_process_of_store(opened, array="kernel/output_1/train", progress=False)
+    posterior = run_step(opened, "gaussian_process", array="kernel/output_1/train", progress=False)
     assert posterior.mean.shape == (NUM_TEST, NUM_OUTPUTS)
     assert posterior.variance.shape == (NUM_TEST, 1)
 
@@ -87,4 +81,4 @@ def test_another_kernel_of_the_store(opened: ntkpipe.KernelStore) -> None:
 @pytest.mark.parametrize("opened", ["pntk"], indirect=True)
 def test_wrong_options_are_named(opened: ntkpipe.KernelStore) -> None:
     with pytest.raises(ConfigError, match="centre='mean'"):
-        regression_of_store(opened, centre="mean", progress=False)
+        run_step(opened, "regression", centre="mean", progress=False)

@@ -12,9 +12,9 @@ import zarr
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError
-from ntkpipe.solvers import on_store
-from ntkpipe.solvers.on_store import right_hand_sides
-from ntkpipe.solvers.steps import SOLVERS, density_of_store, eigsh_of_store, logdet_of_store, read_result, solve_store
+from ntkpipe.steps import run
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import read_result
 from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(90) % 3
@@ -50,7 +50,7 @@ def attributes(path: Path, name: str) -> dict:
 
 
 def test_eigenpairs_are_kept_and_read_by_plain_zarr(path, store):
-    found = eigsh_of_store(store, k=5, progress=False)
+    found = run_step(store, "eigsh", k=5, progress=False)
     exact = np.linalg.eigvalsh(matrix(store))[::-1][:5]
     np.testing.assert_allclose(found.eigenvalues, exact, rtol=1e-9)
     saved = zarr.open_group(path / "results" / "eigsh", mode="r")
@@ -64,41 +64,41 @@ def test_eigenpairs_are_kept_and_read_by_plain_zarr(path, store):
 
 
 def test_what_is_kept_is_read_back(store):
-    eigsh_of_store(store, k=3, progress=False)
+    run_step(store, "eigsh", k=3, progress=False)
     found = read_result(store, "eigsh")
     assert found is not None
-    assert found["eigenvectors"].shape == (90, 3)
-    assert found["status"] == "converged"
+    assert found.eigenvectors.shape == (90, 3)
+    assert found.is_converged
     assert read_result(store.path, "nothing") is None
 
 
 @pytest.mark.parametrize("method", ["pcg", "block_cg", "cholesky"])
 def test_regression_solves_for_the_stored_classes(path, store, method):
-    found = solve_store(store, ridge=1e-2, ridge_scale="mean_diagonal", method=method, tol=1e-8, progress=False)
+    found = run_step(store, "solve", ridge=1e-2, ridge_scale="mean_diagonal", method=method, tol=1e-8, progress=False)
     kernel = matrix(store)
     ridge = 1e-2 * kernel.diagonal().mean()
     exact = np.linalg.solve(kernel + ridge * np.eye(90), np.eye(3)[CLASSES])
     np.testing.assert_allclose(found.coefficients, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
-    assert attributes(path, "solve")["result"]["options"]["ridge"] == pytest.approx(ridge)
+    assert attributes(path, "solve")["result"]["ridge"] == pytest.approx(ridge)
 
 
 def test_log_determinants(store):
     exact = np.linalg.slogdet(matrix(store) + 0.5 * np.eye(90))[1]
-    assert logdet_of_store(store, ridge=0.5, progress=False).value == pytest.approx(exact, rel=1e-12)
-    found = logdet_of_store(store, ridge=0.5, method="slq", num_probes=32, progress=False)
+    assert run_step(store, "logdet", ridge=0.5, progress=False).value == pytest.approx(exact, rel=1e-12)
+    found = run_step(store, "logdet", ridge=0.5, method="slq", num_probes=32, progress=False)
     assert abs(found.value - exact) <= 4 * found.standard_error + found.truncation_error
 
 
 def test_density_counts_stored_pairs_exactly(store):
-    pairs = eigsh_of_store(store, k=6, progress=False)
-    found = density_of_store(store, num_probes=4, progress=False)
+    pairs = run_step(store, "eigsh", k=6, progress=False)
+    found = run_step(store, "density", num_probes=4, progress=False)
     between = float(pairs.eigenvalues[2:4].mean())
     counts = found.count_above([between])
     assert counts.values[0] == pytest.approx(3)
 
 
 def test_a_kernel_of_a_group_has_results_of_its_own(store):
-    found = eigsh_of_store(store, array="groups/first/train", k=2, progress=False)
+    found = run_step(store, "eigsh", array="groups/first/train", k=2, progress=False)
     exact = np.linalg.eigvalsh(store.group("first").train.to_numpy())[::-1][:2]
     np.testing.assert_allclose(found.eigenvalues, exact, rtol=1e-9)
     assert read_result(store, "eigsh-groups-first-train") is not None
@@ -107,7 +107,7 @@ def test_a_kernel_of_a_group_has_results_of_its_own(store):
 @pytest.mark.parametrize("solver", ["eigsh", "density"])
 def test_interrupted_it_goes_on_from_the_checkpoint_to_the_same_bits(store, monkeypatch, solver):
     options = {"eigsh": {"k": 20, "block": 8, "seed": 3}, "density": {"num_steps": 9, "seed": 3}}[solver]
-    straight = SOLVERS[solver](store, progress=False, **options)
+    straight = run_step(store, solver, progress=False, **options)
     passes = []
 
     def interrupt(self, done, residual, target):
@@ -115,11 +115,11 @@ def test_interrupted_it_goes_on_from_the_checkpoint_to_the_same_bits(store, monk
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(on_store.Passes, "show", interrupt)
+    monkeypatch.setattr(run.Passes, "show", interrupt)
     with pytest.raises(Interrupted, match="the same command goes on"):
-        SOLVERS[solver](store, progress=False, **options)
+        run_step(store, solver, progress=False, **options)
     before = len(passes)
-    resumed = SOLVERS[solver](store, progress=False, **options)
+    resumed = run_step(store, solver, progress=False, **options)
     assert resumed.arrays().keys() == straight.arrays().keys()
     for name, values in resumed.arrays().items():
         np.testing.assert_array_equal(values, straight.arrays()[name])
@@ -131,7 +131,7 @@ def test_results_of_a_store_that_is_not_complete_name_the_tile(tmp_path):
     store = small.compute(tmp_path / "a.zarr")
     next((tmp_path / "a.zarr" / "kernel" / "train" / "c").rglob("1/2")).unlink()
     with pytest.raises(StoreError, match=r"tile \(1, 2\) of kernel/train"):
-        eigsh_of_store(store, k=2, progress=False)
+        run_step(store, "eigsh", k=2, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -139,47 +139,49 @@ def test_results_of_a_store_that_is_not_complete_name_the_tile(tmp_path):
     [
         ({"array": "test"}, "no array 'test'"),
         ({"array": "targets/train"}, "no kernel of samples with themselves"),
-        ({"ridge": 1.0, "ridge_scale": "trace"}, "ridge_scale='trace'; needed 'mean_diagonal'"),
+        ({"ridge": 1.0, "ridge_scale": "trace"}, "ridge_scale='trace'; needed 'mean_diagonal' or None"),
         ({"ridge": -1.0, "ridge_scale": "mean_diagonal"}, "ridge=-1.0"),
     ],
 )
 def test_wrong_options_are_named(store, options, words):
     with pytest.raises(ConfigError, match=words):
-        solve_store(store, progress=False, **options)
+        run_step(store, "solve", progress=False, **options)
 
 
 def test_a_store_without_targets_says_what_to_do(tmp_path):
     store = small.compute(tmp_path / "a.zarr", targets=None)
-    with pytest.raises(ConfigError, match=r"has no targets; give them to compute_kernel, or call ntkpipe\.solve"):
-        solve_store(store, progress=False)
+    with pytest.raises(ConfigError, match="has no targets; give targets= to compute_kernel"):
+        run_step(store, "solve", progress=False)
 
 
 def test_a_full_kernel_has_a_row_for_each_output(tmp_path):
     store = small.compute(tmp_path / "a.zarr", kind="ntk", targets=np.arange(18) % 3)
-    np.testing.assert_array_equal(right_hand_sides(store)[:, 0], np.eye(3)[np.arange(18) % 3].ravel())
+    found = run_step(store, "solve", ridge=0.1, method="cholesky", progress=False)
+    exact = np.linalg.solve(store.train.to_numpy() + 0.1 * np.eye(54), np.eye(3)[np.arange(18) % 3].ravel())
+    np.testing.assert_allclose(found.coefficients, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     other = small.compute(tmp_path / "b.zarr", kind="ntk", targets=np.arange(18) % 5)
-    with pytest.raises(ConfigError, match=r"5 columns and the kernel 3 rows a sample"):
-        right_hand_sides(other)
+    with pytest.raises(ConfigError, match=r"labels of 5 classes .* for 3 outputs"):
+        run_step(other, "solve", ridge=0.1, progress=False)
 
 
 def test_killed_in_mid_search_the_same_call_goes_on_from_the_checkpoint(path, store):
     """``kill -9`` of a driver after its third pass, which it waits in."""
-    straight = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
+    straight = run_step(store, "eigsh", k=12, block=4, seed=5, progress=False)
     script = (
         "import sys, time, ntkpipe\n"
-        "from ntkpipe.solvers import on_store, steps\n"
+        "from ntkpipe.steps import run\n"
         "def show(self, passes, residual, target):\n"
         "    if passes >= 3:\n"
         "        print('third', flush=True)\n"
         "        time.sleep(60)\n"
-        "on_store.Passes.show = show\n"
-        "steps.eigsh_of_store(ntkpipe.open_kernel(sys.argv[1]), k=12, block=4, seed=5, progress=False)\n"
+        "run.Passes.show = show\n"
+        "run.run_step(sys.argv[1], 'eigsh', k=12, block=4, seed=5, progress=False)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "third\n"
         driver.kill()
-    resumed = eigsh_of_store(store, k=12, block=4, seed=5, progress=False)
+    resumed = run_step(store, "eigsh", k=12, block=4, seed=5, progress=False)
     for name, values in resumed.arrays().items():
         np.testing.assert_array_equal(values, straight.arrays()[name])
     assert resumed.history.shape == straight.history.shape

@@ -1,0 +1,40 @@
+"""Stages of an analysis whose work, also that of earlier calls, ends up in its result."""
+
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+from ntkpipe.base.operator import Operator, Work, digest_of
+from ntkpipe.learning.regression.sources import TrainTargets
+from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.store.results import Checkpoint
+
+
+class CountedStages(Stages):
+    """Stages by products with an operator; :attr:`work` and :attr:`seconds` are what earlier calls took."""
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, operator: Operator, train: TrainTargets | None, **decides: Any
+    ) -> None:
+        if checkpoint is not None:
+            decides["matrix"] = operator.identity()
+            if train is not None:
+                decides |= {"targets": train.targets.words, "rhs": digest_of(train.rhs)}
+        super().__init__(checkpoint, decides)
+        self._operator = operator
+        self.work, self.seconds = Work(), 0.0
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """See :meth:`Stages.once`."""
+        begin, before = perf_counter(), self._operator.work
+
+        def counted() -> Mapping[str, Any]:
+            found = compute()
+            # A solver that goes on from a checkpoint of its own says what it took in all.
+            work = Work(**found["work"]) if "work" in found else self._operator.work - before
+            return {"seconds": perf_counter() - begin, **found, "spent": work}
+
+        found = super().once(name, counted)
+        self.work += found["spent"] - (self._operator.work - before)
+        self.seconds += found["seconds"] - (perf_counter() - begin)
+        return found

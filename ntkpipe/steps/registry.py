@@ -1,0 +1,137 @@
+"""The table of solvers and analyses. A row makes a command, a workflow step, a saved result, a section, a line of docs.
+
+To add one, write a function of operators and arrays with a result (:class:`ntkpipe.solvers.result.Result`), decorated
+with :func:`ntkpipe.solvers.recording.recorded`, and give it a row here. Parameters that are named as in
+:mod:`ntkpipe.steps.inputs` get what the store holds, others with plain types become options.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import UnionType
+from typing import Any, get_args
+
+from ntkpipe.base.arguments import require_known
+from ntkpipe.solvers.result import Result
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solver or an analysis."""
+
+    name: str  # of the command, the step, the result below `results/`, and the section
+    home: str  # `module:function`, imported on first use, so that the command line starts at once
+    summary: str  # one line
+    # Parameter → input of :mod:`ntkpipe.steps.inputs`, where that is not the one of the same name; None leaves it out
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of options, where on a store they are others
+    # Options that older versions did not have: left out of a checkpoint's name at their defaults, so that it is found
+    later: frozenset[str] = frozenset()
+    then: str | None = None  # another entry, which is given this one's result as `posterior` and saved beside it
+
+    @property
+    def function(self) -> Callable[..., Result]:
+        """The function itself."""
+        module, name = self.home.split(":")
+        found: Callable[..., Result] = getattr(import_module(module), name)
+        return found
+
+    @property
+    def results(self) -> tuple[type[Result], ...]:
+        """Classes of its results."""
+        returned = self.function.__annotations__["return"]
+        return get_args(returned) if isinstance(returned, UnionType) else (returned,)
+
+
+_ENTRIES = (
+    Entry(
+        "eigsh",
+        "ntkpipe.solvers.spectral.lanczos:eigsh",
+        "leading eigenpairs by block Lanczos",
+        later=frozenset({"max_basis"}),
+    ),
+    Entry("eigh", "ntkpipe.solvers.direct.eigh:eigh", "all eigenpairs by LAPACK, if they fit in memory"),
+    Entry("eigvalsh", "ntkpipe.solvers.direct.eigh:eigvalsh", "all eigenvalues by LAPACK, if they fit in memory"),
+    Entry(
+        "smallest", "ntkpipe.solvers.spectral.smallest:smallest", "smallest eigenvalues, bounds of the condition number"
+    ),
+    Entry(
+        "density",
+        "ntkpipe.solvers.spectral.density:density",
+        "spectral density: how many eigenvalues lie where",
+        inputs={"top": "leading_eigenpairs"},
+    ),
+    Entry(
+        "logdet",
+        "ntkpipe.solvers.spectral.logdet:logdet",
+        "log determinant of K + λI, exact or estimated",
+        later=frozenset({"ridge_scale", "num_steps", "preconditioner"}),
+    ),
+    Entry(
+        "solve",
+        "ntkpipe.solvers.linear.solve:solve",
+        "kernel regression (K + λI) A = Y with the stored targets",
+        later=frozenset({"task"}),
+    ),
+    Entry(
+        "dynamics", "ntkpipe.learning.dynamics:dynamics", "training by gradient flow at many times, with a fixed kernel"
+    ),
+    Entry(
+        "spectrum",
+        "ntkpipe.analysis.spectrum:spectrum",
+        "extremes, condition, effective ranks, density and tail of the spectrum",
+        inputs={"eigenpairs": "known_eigenpairs"},
+    ),
+    Entry("alignment", "ntkpipe.analysis.alignment:alignment", "alignment of the kernel with the stored targets"),
+    Entry(
+        "regression",
+        "ntkpipe.learning.regression.ridge_path:ridge_path",
+        "ridge regression at many ridges: training, left-out and test losses",
+    ),
+    Entry(
+        "generalisation",
+        "ntkpipe.analysis.generalisation:generalisation",
+        "theory of the test loss, and what is measured",
+    ),
+    Entry(
+        "learning_curve",
+        "ntkpipe.analysis.learning_curve:learning_curve",
+        "predicted and measured losses for train sets of several sizes",
+    ),
+    Entry(
+        "gaussian_process",
+        "ntkpipe.learning.gaussian.process:gaussian_process",
+        "posterior and marginal likelihood of the Gaussian process",
+        defaults={"ridge": 1e-3, "ridge_scale": "mean_diagonal"},
+        then="calibration",
+    ),
+    Entry(
+        "calibration",
+        "ntkpipe.learning.gaussian.calibration:calibration",
+        "whether the variances of the Gaussian process can be believed",
+        defaults={"scale": "likelihood"},
+    ),
+    Entry(
+        "influence",
+        "ntkpipe.learning.gaussian.influence:influence",
+        "which train samples each prediction is made of",
+        inputs={"initial_outputs": "test_initial_outputs", "is_classification": None, "width": None},
+    ),
+    Entry(
+        "compare",
+        "ntkpipe.analysis.comparing.compare:compare_kernels",
+        "comparison with the kernel of another store, the reference",
+        inputs={
+            "a": "store",
+            "b": "other_store",
+            **dict.fromkeys(("targets", "test_targets", "test_kernels", "eigenpairs", "num_outputs")),
+        },
+    ),
+)
+REGISTRY: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of a name; raises ConfigError with the nearest one if there is none."""
+    require_known([name], REGISTRY, "ntkpipe", "step")
+    return REGISTRY[name]

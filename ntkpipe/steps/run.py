@@ -1,0 +1,149 @@
+"""A step on a stored kernel: inputs by the names of parameters, progress, a checkpoint, and a result that is saved."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkpipe.base.arguments import options_of, parameters_of
+from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.errors import Interrupted
+from ntkpipe.base.progress import Passes
+from ntkpipe.solvers.result import Monitor, Result, Step
+from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, require
+from ntkpipe.steps.options import check_step, inputs_of, options_of_step
+from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
+from ntkpipe.steps.saved import result_name, saved_result
+from ntkpipe.store.export import find_kernel
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.results import Checkpoint, save_result
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def run_step(
+    store: KernelStore | str | Path,
+    name: str,
+    *,
+    array: str = "train",
+    memory_limit: MemoryLimit = None,
+    client: "Client | None" = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Apply a solver or an analysis to a stored kernel, and save its result in the store.
+
+    The kernel, targets, test kernels and what else the function takes come from the store. Where the store cannot be
+    written the result is only returned.
+
+    Parameters
+    ----------
+    store
+        Path or URL, or an open store.
+    name
+        Which one: a row of the table in the guide, such as ``eigsh`` or ``regression``.
+    array
+        Which kernel, such as ``train`` or ``groups/head/train``.
+    memory_limit
+        Bytes that this process may have, half of them for tiles; with a client: of each worker.
+    client
+        A ``distributed.Client`` whose workers multiply.
+    progress
+        Show passes on standard error.
+    **options
+        Options of the function.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such step, option or kernel, or the store has no targets or test samples and they are needed.
+    Interrupted
+        On Ctrl-C. It says whether the same call goes on from a checkpoint.
+    """
+    entry = entry_of(name)
+    given = check_step(name, options, f"step {name!r}")
+    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    kernel = find_kernel(opened, array)
+    saved_as, is_writable = result_name(name, kernel.name), opened.store.is_writable()
+    checkpoint = (
+        Checkpoint(opened.store, f"{saved_as}-{_digest(entry, opened, kernel, given)}") if is_writable else None
+    )
+    with _shown(name, checkpoint, progress) as monitor:
+        context = Context(opened, kernel, Budget.of(memory_limit), client, monitor, checkpoint)
+        try:
+            if not is_writable:
+                return _call(entry, context, given, {})
+            with opened.store.in_use():
+                result = _call(entry, context, given, {})
+                _save(opened, saved_as, result)
+                if entry.then is not None and opened.test_targets is not None:
+                    judged = _call(REGISTRY[entry.then], context, given, {"posterior": result})
+                    _save(opened, result_name(entry.then, kernel.name), judged)
+                if checkpoint is not None:
+                    checkpoint.clear()
+        finally:
+            context.close()
+    return result
+
+
+def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Mapping[str, Any]) -> Result:
+    """Call the function of an entry with what the store gives and its options."""
+    parameters = parameters_of(entry.function)
+    own = {name: options[name] for name in options_of(entry.function) if name in options}
+    arguments: dict[str, Any] = {}
+    for name, source in inputs_of(entry).items():
+        if source in known:
+            value = known[source]
+        elif source in RESULTS:
+            value = _call(REGISTRY[RESULTS[source]], context, options, known)
+        else:
+            taken = {key: options[key] for key in options_of(INPUTS[source]) if key in options}
+            value = INPUTS[source](context, **taken)
+        if parameters[name].default is Parameter.empty:
+            value = require(context, name, value)
+        arguments[name] = value
+    # A test kernel without targets, or these without it, is nothing to be judged by.
+    pair = [arguments[name] for name in ("test_kernel", "test_targets") if name in arguments]
+    if len(pair) == 2 and any(value is None for value in pair):
+        arguments |= dict.fromkeys(arguments.keys() & {"test_kernel", "test_targets", "test_initial_outputs"})
+    return entry.function(**{**own, **arguments})
+
+
+def _digest(entry: Entry, store: KernelStore, kernel: Kernel, given: Mapping[str, Any]) -> str:
+    """What decides a result, for the name of its checkpoint."""
+    known = options_of_step(entry)
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if name not in entry.later or value != known[name].default
+    }
+    beside: dict[str, Any] = {}
+    if "leading_eigenpairs" in entry.inputs.values():
+        top = saved_result(store, "eigsh", kernel.name)
+        beside["top"] = len(top.arrays()["eigenvalues"]) if top is not None and top.is_converged else 0
+    return hashlib.sha256(json.dumps([kernel.identity, options, beside], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(store: KernelStore, name: str, result: Result) -> None:
+    save_result(store.store, name, result.to_json(), result.arrays())
+
+
+@contextmanager
+def _shown(name: str, checkpoint: Checkpoint | None, progress: bool) -> Iterator[Monitor]:
+    with Passes(name, enabled=progress) as shown:
+
+        def monitor(step: Step) -> None:
+            shown.show(step.work.passes, step.residual, step.target)
+
+        try:
+            yield monitor
+        except KeyboardInterrupt:
+            left = "begins again: it keeps nothing on the way"
+            if checkpoint is not None and checkpoint.load() is not None:
+                left = "goes on from the checkpoint that it left"
+            raise Interrupted(f"{name} was interrupted; the same command {left}") from None

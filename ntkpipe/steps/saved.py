@@ -1,0 +1,58 @@
+"""Results in a store, restored through their own dataclasses."""
+
+from pathlib import Path
+from typing import Any
+
+from ntkpipe.solvers.result import Result
+from ntkpipe.steps.registry import REGISTRY
+from ntkpipe.store.export import find_array
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.results import load_result, reading_results
+
+_TRAIN = "kernel/train"
+
+
+def result_name(step: str, array: str) -> str:
+    """Name below ``results/``: the step, and the kernel where it is not the main one."""
+    return step if array == _TRAIN else f"{step}-{array.replace('/', '-')}"
+
+
+def saved_result(store: KernelStore, step: str, array: str = "train") -> Result | None:
+    """The result that a step saved for a kernel; None if there is none. Raises StoreError if it is damaged."""
+    return _load(store, step, result_name(step, find_array(store.store, array).layout.name))
+
+
+def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str, Any] | None:
+    """Read the result below ``results/name`` of a store: as the solver or analysis returned it; None if there is none.
+
+    Parameters
+    ----------
+    store
+        Path, or an open store.
+    name
+        A step, such as ``eigsh`` or ``regression``; for another kernel than ``train`` its array follows, parts joined
+        by ``-``, such as ``eigsh-groups-head-train``. Or another record, such as ``verification``, ``certificate`` or
+        ``summary``, which is returned as a dict.
+
+    Raises
+    ------
+    StoreError
+        If the result is damaged.
+    """
+    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    step = name.partition("-")[0]
+    return _load(opened, step, name) if step in REGISTRY else load_result(opened.store, name)
+
+
+def _load(store: KernelStore, step: str, name: str) -> Result | None:
+    found = load_result(store.store, name)
+    if found is None:
+        return None
+    *others, last = REGISTRY[step].results
+    for one in others:
+        try:
+            return one.from_saved(found)
+        except (KeyError, ValueError):
+            continue
+    with reading_results(store.path):
+        return last.from_saved(found)

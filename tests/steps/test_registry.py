@@ -1,0 +1,168 @@
+"""Every name of the registry is a function, a command, a step, a saved result and a row of the guide."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stored
+from click.testing import CliRunner
+from regressions import make_store
+
+import ntkpipe
+from ntkpipe.app.commands import StepCommand
+from ntkpipe.app.workflow import _check_step
+from ntkpipe.base.config import StepSpec
+from ntkpipe.base.errors import ArgumentError, ConfigError
+from ntkpipe.solvers.result import Result
+from ntkpipe.steps.options import options_of_step, reference_table
+from ntkpipe.steps.registry import REGISTRY, Entry
+from ntkpipe.steps.run import run_step
+from ntkpipe.steps.saved import read_result
+
+GUIDE = Path(__file__).parents[2] / "notebooks" / "GUIDE.md"
+RIDGES = {"ridges": [0.5, 2.0]}
+# Options of steps, beside the defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eigsh": {"k": 4},
+    "density": {"num_probes": 4, "num_steps": 6},
+    "logdet": {"ridge": 0.5},
+    "solve": {"ridge": 0.5, "method": "pcg"},
+    "dynamics": {"times": [0.0, 3.0]},
+    "spectrum": RIDGES,
+    "regression": RIDGES,
+    "generalisation": RIDGES,
+    "learning_curve": {"sizes": [8], **RIDGES},
+    "gaussian_process": {"ridge": 0.5, "ridge_scale": None},
+    "calibration": {"ridge": 0.5, "ridge_scale": None},
+    "influence": {"ridge": 0.5, "ridge_scale": None, "top": 3},
+}
+
+
+def by_function(name: str, store: ntkpipe.KernelStore, other: Path) -> Result:
+    """The same by the public function, every argument written out."""
+    options = OPTIONS.get(name, {})
+    kernel, targets = store.train, store.targets
+    test = {"test_kernel": store.test_train, "test_targets": store.test_targets}
+    if name in {"eigsh", "eigh", "eigvalsh", "smallest", "density", "logdet", "spectrum"}:
+        return getattr(ntkpipe, name)(kernel, **options)
+    if name in {"solve", "dynamics", "alignment", "learning_curve"}:
+        return getattr(ntkpipe, name)(kernel, targets, **options)
+    if name in {"regression", "generalisation"}:
+        function = ntkpipe.ridge_path if name == "regression" else ntkpipe.generalisation
+        return function(kernel, targets, **test, **options)
+    if name in {"gaussian_process", "calibration"}:
+        diagonal = store.test_diagonal
+        found = ntkpipe.gaussian_process(
+            kernel, targets, ridge=0.5, test_kernel=store.test_train, test_diagonal=diagonal
+        )
+        return (
+            found if name == "gaussian_process" else ntkpipe.calibration(found, store.test_targets, scale="likelihood")
+        )
+    if name == "influence":
+        return ntkpipe.influence(ntkpipe.KernelRegression(0.5).fit(kernel, targets), store.test_train, top=3)
+    assert name == "compare"
+    return ntkpipe.compare_kernels(store, ntkpipe.open_kernel(other))
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Equal to rounding, but for what a result says of its cost; NaN equals NaN."""
+    if isinstance(found, np.ndarray):
+        return np.allclose(found, expected, rtol=1e-6, atol=1e-9, equal_nan=True)
+    if isinstance(found, float):
+        return bool(np.isclose(found, expected, rtol=1e-6, atol=1e-9, equal_nan=True))
+    if isinstance(found, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+def numbers(result: Result) -> dict[str, Any]:
+    left_out = {"work", "seconds", "options", "matrix", "message", "why", "history", "preconditioner_work"}
+    return {name: value for name, value in {**result.to_json(), **result.arrays()}.items() if name not in left_out}
+
+
+def signs_removed(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.abs(value) if name == "eigenvectors" else value for name, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("registry")
+    first = Path(make_store(folder / "a.zarr").path)
+    matrix = ntkpipe.open_kernel(first).train.to_numpy()
+    stored.store_matrix(matrix + np.eye(len(matrix)), folder / "b.zarr", tile=16)
+    return first, folder / "b.zarr"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_function_step_command_and_saved_result_have_the_same_numbers(stores: tuple[Path, Path], name: str) -> None:
+    path, other = stores
+    expected = numbers(by_function(name, ntkpipe.open_kernel(path), other))
+    options = {**OPTIONS.get(name, {}), **({"other": str(other)} if name == "compare" else {})}
+    step = run_step(path, name, progress=False, **options)
+    _check_step(StepSpec(step=name, options=options), "a file")
+    saved = read_result(path, name)
+    assert type(saved) is type(step)
+    assert signs_removed(numbers(step)).keys() == expected.keys()
+    wrong = [
+        key for key, value in signs_removed(numbers(step)).items() if not same(value, signs_removed(expected)[key])
+    ]
+    assert wrong == []
+    assert all(same(value, numbers(step)[key]) for key, value in numbers(saved).items())
+    flags = [f"--{key.replace('_', '-')}" for key in options if key != "other"]
+    texts = [",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in options.items() if k != "other"]
+    pairs = [part.lower() for pair in zip(flags, texts, strict=True) for part in pair]
+    done = CliRunner().invoke(
+        StepCommand(REGISTRY[name]), [str(path), *options.get("other", "").split(), *pairs, "--json"]
+    )
+    printed = json.loads(done.stdout)
+    assert all(same(value, numbers(step)[key]) for key, value in printed.items() if key in numbers(step))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_step_has_only_options_that_its_function_knows_and_explains(name: str) -> None:
+    from ntkpipe.steps.options import help_of_step
+
+    summary, texts = help_of_step(REGISTRY[name])
+    assert summary
+    assert [option for option in options_of_step(REGISTRY[name]) if not texts.get(option)] == []
+
+
+def test_the_guide_lists_them() -> None:
+    assert reference_table() in GUIDE.read_text(encoding="utf-8")
+
+
+def test_one_is_added_in_one_place(stores: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the registry, beside the function, makes step, command, result."""
+    monkeypatch.setitem(REGISTRY, "trace", Entry("trace", "trace_step:scaled_trace", "a multiple of the trace"))
+    expected = float(np.trace(ntkpipe.open_kernel(stores[0]).train.to_numpy()))
+    assert run_step(stores[0], "trace", factor=2.0, progress=False).value == pytest.approx(2 * expected)
+    assert read_result(stores[0], "trace").value == pytest.approx(2 * expected)
+    done = CliRunner().invoke(StepCommand(REGISTRY["trace"]), [str(stores[0]), "--factor", "3", "--json"])
+    assert json.loads(done.stdout)["value"] == pytest.approx(3 * expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kk": 3}, ArgumentError, "has no option 'kk'; the nearest is 'k'"),
+        ({"k": 2.5}, ConfigError, "k=2.5; needed an integer"),
+        ({"k": "3"}, ConfigError, "k='3'; needed an integer"),
+        ({"tol": True}, ConfigError, "tol=True; needed a number"),
+    ],
+)
+def test_options_are_checked(stores: tuple[Path, Path], options: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_step(stores[0], "eigsh", progress=False, **options)
+    with pytest.raises(error, match=words):
+        _check_step(StepSpec(step="eigsh", options=options), "a file")
+
+
+def test_names_are_checked(stores: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="no step 'eigs'; the nearest is 'eigsh'"):
+        run_step(stores[0], "eigs")
+    with pytest.raises(ConfigError, match="needs other"):
+        run_step(stores[0], "compare", progress=False)
+    with pytest.raises(ConfigError, match="needs times"):
+        run_step(stores[0], "dynamics", progress=False)
