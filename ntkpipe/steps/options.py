@@ -55,11 +55,12 @@ def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
         entry.function,
         *(EXPLAINED.get(name, INPUTS[name]) for name in inputs_of(entry).values() if name in INPUTS),
     ]
-    functions += [REGISTRY[RESULTS[name]].function for name in inputs_of(entry).values() if name in RESULTS]
     functions += [REGISTRY[entry.then].function] if entry.then is not None else []
     texts: dict[str, str] = {}
+    for name in set(inputs_of(entry).values()) & RESULTS.keys():
+        texts |= help_of_step(REGISTRY[RESULTS[name]])[1]
     for function in functions:
-        texts = {**_parameters_of(function), **texts}
+        texts |= {name: text for name, text in _parameters_of(function).items() if name not in texts}
     return cleandoc(entry.function.__doc__ or "").partition("\n\n")[0].replace("\n", " "), texts
 
 
