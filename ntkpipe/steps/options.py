@@ -57,10 +57,10 @@ def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
     ]
     functions += [REGISTRY[entry.then].function] if entry.then is not None else []
     texts: dict[str, str] = {}
-    for name in set(inputs_of(entry).values()) & RESULTS.keys():
-        texts |= help_of_step(REGISTRY[RESULTS[name]])[1]
     for function in functions:
-        texts |= {name: text for name, text in _parameters_of(function).items() if name not in texts}
+        texts = {**_parameters_of(function), **texts}
+    for name in set(inputs_of(entry).values()) & RESULTS.keys():
+        texts = {**help_of_step(REGISTRY[RESULTS[name]])[1], **texts}
     return cleandoc(entry.function.__doc__ or "").partition("\n\n")[0].replace("\n", " "), texts
 
 
