@@ -82,6 +82,13 @@ def _test_diagonal(context: Context) -> NDArray[np.float64] | None:
 
 
 def _initial_outputs(context: Context, *, centre: Centre = None) -> NDArray[Any] | None:
+    """Outputs of the train samples at initialisation.
+
+    Parameters
+    ----------
+    centre
+        Whether targets are centred at the stored outputs: initial_outputs, or none.
+    """
     return None if centre is None else context.store.outputs
 
 
@@ -131,6 +138,13 @@ def _leading_eigenpairs(context: Context) -> Result | None:
 
 
 def _other_store(context: Context, *, other: str) -> KernelStore:
+    """Another store.
+
+    Parameters
+    ----------
+    other
+        Path or URL of the store to compare with, which is the reference.
+    """
     return open_kernel(other)
 
 
@@ -154,11 +168,15 @@ INPUTS: dict[str, Callable[..., Any]] = {
     "test_initial_outputs": _test_initial_outputs,
     "eigenpairs": _eigenpairs,
     "leading_eigenpairs": _leading_eigenpairs,
+    "all_eigenpairs": lambda context: _eigenpairs(context),
     "known_eigenpairs": _known_eigenpairs,
     "model": _model,
 }
 # Inputs that are the result of another step: parameter → name of the step.
 RESULTS = {"posterior": "gaussian_process"}
+
+# Inputs whose options another docstring explains.
+EXPLAINED: dict[str, Any] = {"model": KernelRegression}
 
 _HOW = {
     "targets": "targets; give targets= to compute_kernel, or return them from the workflow's data.factory",

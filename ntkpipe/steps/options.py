@@ -8,7 +8,7 @@ from typing import Any
 
 from ntkpipe.base.arguments import Option, check_options, options_of, parameters_of, require_known
 from ntkpipe.base.errors import ArgumentError
-from ntkpipe.steps.inputs import INPUTS, RESULTS
+from ntkpipe.steps.inputs import EXPLAINED, INPUTS, RESULTS
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
 
 
@@ -51,12 +51,16 @@ def check_step(name: str, options: Mapping[str, Any], where: str) -> dict[str, A
 
 def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
     """The first paragraph of a function's docstring, and the first sentence on each option of its step."""
-    functions = [entry.function, *(INPUTS[name] for name in inputs_of(entry).values() if name in INPUTS)]
-    functions += [REGISTRY[RESULTS[name]].function for name in inputs_of(entry).values() if name in RESULTS]
+    functions = [
+        entry.function,
+        *(EXPLAINED.get(name, INPUTS[name]) for name in inputs_of(entry).values() if name in INPUTS),
+    ]
     functions += [REGISTRY[entry.then].function] if entry.then is not None else []
     texts: dict[str, str] = {}
     for function in functions:
         texts = {**_parameters_of(function), **texts}
+    for name in set(inputs_of(entry).values()) & RESULTS.keys():
+        texts = {**help_of_step(REGISTRY[RESULTS[name]])[1], **texts}
     return cleandoc(entry.function.__doc__ or "").partition("\n\n")[0].replace("\n", " "), texts
 
 

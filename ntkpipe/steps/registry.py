@@ -97,6 +97,7 @@ _ENTRIES = (
         "learning_curve",
         "ntkpipe.analysis.learning_curve:learning_curve",
         "predicted and measured losses for train sets of several sizes",
+        inputs={"eigenpairs": "all_eigenpairs"},
     ),
     Entry(
         "gaussian_process",

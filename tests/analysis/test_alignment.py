@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.analysis.alignment import alignment, kernel_target_alignment
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 
 CLASSES = np.arange(200) % 4
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 import ntkpipe
 from ntkpipe.analysis.spectral_sums import _radau, sum_of_density, sum_of_values
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.spectral.density import density
 
 NUM_ROWS, NUM_PROBES = 120, 5

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.analysis.spectrum import spectrum
 from ntkpipe.base.errors import ConfigError, ResourceError
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 
 RIDGES = [1e-2, 1.0, 50.0]
 

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base import budget
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 
 TIMES = [0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from matrices import check_operator
 from numpy.typing import NDArray
 from stored import store_matrix
 
@@ -19,7 +20,6 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.on_dask.operator import WorkersOperator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.testing import check_operator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
 
 Make = Callable[[NDArray[Any]], Operator]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 from numpy.typing import NDArray
 from stored import store_matrix
 
@@ -20,7 +21,6 @@ from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, PassStopped, map_shards
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, PartialProduct, TileIndex, cut_shards, scratch_bytes
 
 EDGE, NUM_TILES = 4, 6

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.spectral.density import density
 from ntkpipe.solvers.spectral.krylov import is_due
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet

@@ -7,10 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.base.errors import ConfigError, NtkpipeError, StoreError
 from ntkpipe.learning.dynamics import dynamics
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.spectral.density import density

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import Client
+from matrices import matrix_with_spectrum, power_law
 from stored import HereOnly, WatchedTiles, store_matrix
 
 from ntkpipe.base.config import RunSpec
@@ -24,7 +25,6 @@ from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import PassStopped, share_out
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
 from ntkpipe.store.kernel import Kernel
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import zarr
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import (
     ConfigError,
@@ -19,7 +20,6 @@ from ntkpipe.base.errors import (
 )
 from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.direct import panels as panels_module
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.panels import Shape, bytes_of_panel

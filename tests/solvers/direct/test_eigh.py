@@ -4,11 +4,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base import budget
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.direct import eigh as dense
 from ntkpipe.solvers.direct.eigh import eigh, eigvalsh, has_64_bit_integers
 

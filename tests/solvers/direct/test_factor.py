@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, spectra
 from scipy.linalg import solve_triangular
 from stored import store_matrix
 
@@ -12,7 +13,6 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.testing import matrix_with_spectrum, spectra
 from ntkpipe.solvers.direct.cholesky import cholesky
 
 N = 310

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 from scipy.linalg import solve_triangular
 
 from ntkpipe.operators.blas import Pool
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.direct.triangular import (
     NotPositiveError,
     Triangle,

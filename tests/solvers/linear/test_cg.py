@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.linear.cg import block_cg, pcg
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.linear.residual_replacement import Recurrence, iterate

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.linear import systems
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.linear.solve import solve

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.linear.preconditioner import default_rank, nystrom, preconditioner_of, randomly_pivoted_cholesky
 
 METHODS = ("rpcholesky", "nystrom")

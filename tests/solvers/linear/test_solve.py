@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear import systems
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.spectral.density import density
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, spectra
 
 from ntkpipe.base import budget
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ResourceError
-from ntkpipe.operators.testing import matrix_with_spectrum, spectra
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, ProbeLanczos, steps_that_fit
 
 

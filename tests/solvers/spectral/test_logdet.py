@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.spectral.logdet import logdet
 
 N = 300

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base import budget
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.spectral import smallest as module
 from ntkpipe.solvers.spectral.davidson import Davidson

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.testing import matrix_with_spectrum, power_law, spectra
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
 
 
