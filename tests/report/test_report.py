@@ -203,7 +203,7 @@ def test_a_posterior_without_a_test_set_is_shown(tmp_path: Path, rng: np.random.
     assert f"log marginal likelihood {dict(found.rows())['log marginal likelihood']}" in text
 
 
-def test_influence_and_posterior_are_taken_at_the_ridge_that_training_chooses(store, monkeypatch) -> None:
+def test_influence_and_posterior_are_taken_at_the_ridge_that_training_chooses(store) -> None:
     for name in ("gaussian_process", "influence"):
         run_step(store, name, ridge=10.0, ridge_scale="mean_diagonal", progress=False)
     write(store)
