@@ -70,14 +70,19 @@ class Result:
         return {name: asdict(value) if isinstance(value, Work) else value for name, value in plain.items()}
 
     @classmethod
+    def needed(cls) -> set[str]:
+        """Names of the public fields without a default: what a saved result must have."""
+        public = (f for f in fields(cls) if not f.name.startswith("_"))
+        return {f.name for f in public if f.default is MISSING and f.default_factory is MISSING}
+
+    @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
         """Restore a result from what :meth:`to_json` and :meth:`arrays` gave. Values may be anybody's, and are checked.
 
         Raises ValueError or KeyError, also where a value has another type than its field.
         """
-        public = [f for f in fields(cls) if not f.name.startswith("_")]
-        needed = [f for f in public if f.name in values or (f.default is MISSING and f.default_factory is MISSING)]
-        return cls(**{f.name: _restored(f.type, values[f.name]) for f in needed})
+        known = [f for f in fields(cls) if not f.name.startswith("_") and f.name in {*values, *cls.needed()}]
+        return cls(**{f.name: _restored(f.type, values[f.name]) for f in known})
 
     def rows(self) -> TableRows:
         """Rows of the printed table: quantity and value."""

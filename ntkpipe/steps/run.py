@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
     parameters = parameters_of(entry.function)
     own = {name: options[name] for name in options_of(entry.function) if name in options}
     arguments: dict[str, Any] = {}
+    used: dict[str, Any] = {}
     for name, source in inputs_of(entry).items():
         if source in known:
             value = known[source]
@@ -103,6 +105,7 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
             value = _call(REGISTRY[RESULTS[source]], context, options, known)
         else:
             taken = {key: options[key] for key in options_of(INPUTS[source]) if key in options}
+            used |= taken
             value = INPUTS[source](context, **taken)
         if parameters[name].default is Parameter.empty:
             value = require(context, name, value)
@@ -111,7 +114,8 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
     pair = [arguments[name] for name in ("test_kernel", "test_targets") if name in arguments]
     if len(pair) == 2 and any(value is None for value in pair):
         arguments |= dict.fromkeys(arguments.keys() & {"test_kernel", "test_targets", "test_initial_outputs"})
-    return entry.function(**{**own, **arguments})
+    result = entry.function(**{**own, **arguments})
+    return replace(result, options={**used, **result.options})
 
 
 def _digest(entry: Entry, store: KernelStore, kernel: Kernel, given: Mapping[str, Any]) -> str:

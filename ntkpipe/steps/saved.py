@@ -18,8 +18,12 @@ def result_name(step: str, array: str) -> str:
 
 
 def saved_result(store: KernelStore, step: str, array: str = "train") -> Result | None:
-    """The result that a step saved for a kernel; None if there is none. Raises StoreError if it is damaged."""
-    return _load(store, step, result_name(step, find_array(store.store, array).layout.name))
+    """The result that a step saved for a kernel; None if there is none, or one of a version that saved other fields.
+
+    Raises StoreError if it is damaged.
+    """
+    found = _load(store, step, result_name(step, find_array(store.store, array).layout.name))
+    return found if isinstance(found, Result) else None
 
 
 def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str, Any] | None:
@@ -32,7 +36,7 @@ def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str
     name
         A step, such as ``eigsh`` or ``regression``; for another kernel than ``train`` its array follows, parts joined
         by ``-``, such as ``eigsh-groups-head-train``. Or another record, such as ``verification``, ``certificate`` or
-        ``summary``, which is returned as a dict.
+        ``summary``, which is returned as a dict, as is a result of a version that saved other fields.
 
     Raises
     ------
@@ -44,15 +48,12 @@ def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str
     return _load(opened, step, name) if step in REGISTRY else load_result(opened.store, name)
 
 
-def _load(store: KernelStore, step: str, name: str) -> Result | None:
+def _load(store: KernelStore, step: str, name: str) -> Result | dict[str, Any] | None:
     found = load_result(store.store, name)
     if found is None:
         return None
-    *others, last = REGISTRY[step].results
-    for one in others:
-        try:
-            return one.from_saved(found)
-        except (KeyError, ValueError):
-            continue
-    with reading_results(store.path):
-        return last.from_saved(found)
+    for one in REGISTRY[step].results:
+        if one.needed() <= found.keys():
+            with reading_results(store.path):
+                return one.from_saved(found)
+    return found
