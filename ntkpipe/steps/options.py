@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from inspect import cleandoc
 from typing import Any
 
 from ntkpipe.base.arguments import Option, check_options, options_of, parameters_of, require_known
+from ntkpipe.base.docstrings import entries, sections
 from ntkpipe.base.errors import ArgumentError
 from ntkpipe.steps.inputs import EXPLAINED, INPUTS, RESULTS
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
@@ -61,19 +61,15 @@ def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
         texts = {**_parameters_of(function), **texts}
     for name in set(inputs_of(entry).values()) & RESULTS.keys():
         texts = {**help_of_step(REGISTRY[RESULTS[name]])[1], **texts}
-    return cleandoc(entry.function.__doc__ or "").partition("\n\n")[0].replace("\n", " "), texts
+    return " ".join(sections(entry.function.__doc__ or "")[""].partition("\n\n")[0].split()), texts
 
 
 def _parameters_of(function: Callable[..., Any]) -> dict[str, str]:
     """First sentence of each entry below ``Parameters``."""
-    below = cleandoc(function.__doc__ or "").partition("\nParameters\n----------\n")[2]
-    body = re.split(r"\n\n\w+\n-+\n", below)[0]
-    entries = re.findall(r"^(\w[\w, *]*)\n((?:[ ]{4}.*\n?|\n)+)", body, flags=re.M)
     found: dict[str, str] = {}
-    for names, text in entries:
-        words = re.sub(r":\w+:`~?\.?([^`]+)`", r"\1", " ".join(text.split())).replace("``", "")
-        first = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0]
-        found |= dict.fromkeys(names.split(", "), f"{first}.")
+    for name, text in entries(sections(function.__doc__ or "").get("Parameters", "")).items():
+        words = re.sub(r":\w+:`~?\.?([^`]+)`", r"\1", text).replace("``", "")
+        found[name] = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0] + "."
     return found
 
 

@@ -1,0 +1,65 @@
+"""Docstrings of functions that share parameters: what is the same for all of them is written once, here."""
+
+import re
+from collections.abc import Callable, Iterable
+from inspect import cleandoc, signature
+from typing import Any
+
+# Entries of `Parameters` for those that a docstring does not describe itself.
+PARAMETERS = {
+    "matrix": "The symmetric matrix K: what :func:`ntkpipe.as_operator` takes.",
+    "kernel": "The train kernel K: what :func:`ntkpipe.as_operator` takes. One of N·O rows is a full NTK.",
+    "targets": "Labels of classes (N,), which become one-hot, or real targets (N,) or (N, O).",
+    "test_kernel": "Test × train kernel (M·S, N·S), array or stored, where predictions are judged.",
+    "test_targets": "Targets of the test samples. A class that training does not have counts as wrong.",
+    "initial_outputs": "Outputs f₀ of the train samples (N, O), subtracted from targets; default zero.",
+    "test_initial_outputs": "Outputs f₀ of the test samples (M, O), added to predictions; default zero.",
+    "ridge": "λ ≥ 0, added to the diagonal.",
+    "ridge_scale": 'Unit of ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal of K.',
+    "task": "What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot "
+    "columns; others are real targets. ``classification``: labels, also as floats. ``binary``: labels of two classes "
+    "that share a column of -1 and +1. ``regression``: numbers, also integers.",
+    "memory_limit": 'Bytes that this process may have, or text such as ``"8GiB"``; default a share of what is free.',
+    "seed": "Seed of everything that is random. Equal seeds give equal bits.",
+    "monitor": "Called after each pass with a :class:`ntkpipe.solvers.result.Step`; what it raises ends the call.",
+    "checkpoint": "Where finished parts are saved; another call for the same calculation goes on behind them.",
+    "client": "A ``distributed.Client`` whose workers multiply.",
+    "progress": "Show progress on standard error.",
+}
+# Entries of `Raises` of all that work on a matrix.
+ERRORS = {
+    "ConfigError": "If shapes do not fit, an option is out of range, or something is of another calculation.",
+    "NonFiniteError": "If the matrix or another array holds NaN or infinity.",
+    "ResourceError": "If what is needed does not fit the memory; the message has both numbers.",
+    "TileError": "If a tile of a stored kernel is missing or damaged; the message names it.",
+}
+
+_HEADING = re.compile(r"^(\w[\w ]*)\n-{3,}\n", flags=re.M)
+_ENTRY = re.compile(r"^(\S.*)\n((?:[ ]{4}.*\n?|\n(?=[ ]{4}))+)", flags=re.M)
+
+
+def entries(body: str) -> dict[str, str]:
+    """Entries of a section such as ``Parameters``: text by name."""
+    return {name: " ".join(text.split()) for names, text in _ENTRY.findall(body) for name in names.split(", ")}
+
+
+def sections(text: str) -> dict[str, str]:
+    """Sections of a docstring by name; what precedes them by an empty one."""
+    first, *parts = _HEADING.split(cleandoc(text))
+    return {"": first, **dict(zip(parts[::2], parts[1::2], strict=True))}
+
+
+def completed(function: Callable[..., Any], errors: Iterable[str] = ERRORS) -> str:
+    """The docstring of a function with the entries that are the same everywhere, in the order of its signature."""
+    found = sections(function.__doc__ or "")
+    described = {name: body for name, body in _ENTRY.findall(found.pop("Parameters", ""))}
+    names = dict.fromkeys(signature(function).parameters)
+    blocks = [f"{name}\n{described.get(name) or f'    {PARAMETERS[name]}'}".rstrip() for name in names]
+    raised = {name: body for name, body in _ENTRY.findall(found.pop("Raises", ""))}
+    listed = {name for key in raised for name in key.split(", ")}
+    raised |= {name: f"    {ERRORS[name]}" for name in errors if name not in listed}
+    first, returned = found.pop(""), found.pop("Returns", None)
+    parts = {"Parameters": "\n".join(blocks)} | ({} if returned is None else {"Returns": returned})
+    parts["Raises"] = "\n".join(f"{name}\n{body.rstrip()}" for name, body in raised.items())
+    text = "\n\n".join(f"{name}\n{'-' * len(name)}\n{body.strip(chr(10))}" for name, body in (parts | found).items())
+    return f"{first.rstrip()}\n\n{text}\n"
