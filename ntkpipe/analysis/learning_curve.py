@@ -189,7 +189,7 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
 
 def _predicted(
     values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray, measured: FloatArray
-) -> dict[str, FloatArray]:
+) -> dict[str, Any]:
     """Predictions for each number of rows and ridge, also over measured losses, by the names of the result."""
     predictions = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
 

@@ -264,7 +264,8 @@ def _streamed(
     monitor: Monitor,
 ) -> tuple[dict[str, Any], Status, str]:
     """Numbers of the spectrum by passes, with status and message."""
-    n, how = operator.num_rows, {"seed": seed, "monitor": monitor}
+    n = operator.num_rows
+    how: dict[str, Any] = {"seed": seed, "monitor": monitor}
     statuses: list[Status] = []
     if given is None:
         limit = budget.at_least(bytes_of_eigsh(n, k))

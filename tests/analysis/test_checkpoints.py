@@ -1,4 +1,4 @@
-"""Long analyses go on from checkpoints: an interrupted call and another one find the same, and no pass is made twice."""
+"""Long analyses go on from checkpoints: an interrupted call and the next one find the same in fewer passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[..., Result]] = {
 NOT_COMPARED = {"work", "seconds", "why", "history"}
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """What a monitor raises."""
 
 
@@ -54,7 +54,7 @@ class Counter:
     def __call__(self, step: Step) -> None:
         self.count += 1
         if self.count >= self._stop:
-            raise Stopped
+            raise StoppedError
 
 
 def assert_same(one: Result, other: Result) -> None:
@@ -73,7 +73,7 @@ def test_an_interrupted_analysis_goes_on(name: str, share: float, tmp_path: Path
     call, whole = CALLS[name], Counter()
     expected = call(monitor=whole)
     checkpoint = ntkpipe.Checkpoint(tmp_path, name)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         call(monitor=Counter(max(2, round(share * whole.count))), checkpoint=checkpoint)
     rest = Counter()
     found = call(monitor=rest, checkpoint=checkpoint)
@@ -90,5 +90,5 @@ def test_an_interrupted_analysis_goes_on(name: str, share: float, tmp_path: Path
 def test_a_checkpoint_of_another_calculation_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = ntkpipe.Checkpoint(tmp_path, name)
     CALLS[name](checkpoint=checkpoint)
-    with pytest.raises(ConfigError, match="another calculation.*seed"):
+    with pytest.raises(ConfigError, match=r"another calculation.*seed"):
         CALLS[name](checkpoint=checkpoint, seed=5)

@@ -16,7 +16,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.opening import as_operator, open_for_solver
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
-from ntkpipe.solvers.on_store import find_kernel
+from ntkpipe.store.export import find_array
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
@@ -126,6 +126,15 @@ def _stored_input(kernel: Any, array: str) -> KernelInput | None:
     if isinstance(kernel, KernelStore):
         return _input_of_store(kernel, array)
     return _input_of_store(open_kernel(kernel.root), kernel.name) if isinstance(kernel, Kernel) else None
+
+
+def find_kernel(store: KernelStore, array: str) -> Kernel:
+    """Open a symmetric kernel of a store by name."""
+    found = find_array(store.store, array)
+    grid = found.layout.grid
+    if grid is None or not grid.symmetric:
+        raise ConfigError(f"{found.layout.name} is no kernel of samples with themselves; needed one such as 'train'")
+    return Kernel(found, store.manifest.digest())
 
 
 def _input_of_store(store: KernelStore, array: str) -> KernelInput:

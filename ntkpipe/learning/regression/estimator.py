@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from time import perf_counter
-from typing import Any, Concatenate, Literal, ParamSpec, Self
+from typing import Any, Literal, ParamSpec, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,15 +36,13 @@ P = ParamSpec("P")
 _MARGIN = 10.0
 
 
-def _with_known_names(
-    init: "Callable[Concatenate[KernelRegression, P], None]",
-) -> "Callable[Concatenate[KernelRegression, P], None]":
+def _with_known_names(init: Callable[P, None]) -> Callable[P, None]:
     """Check names of arguments; values are checked by fit, since scikit-learn's clone needs them as they are."""
 
     @wraps(init)
-    def call(self: "KernelRegression", *args: P.args, **kwargs: P.kwargs) -> None:
-        require_known(kwargs, parameters_of(type(self)), f"{type(self).__name__}()", "argument")
-        init(self, *args, **kwargs)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        require_known(kwargs, list(parameters_of(init))[1:], "KernelRegression()", "argument")
+        init(*args, **kwargs)
 
     return call
 
@@ -171,7 +169,7 @@ class KernelRegression:
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
         begin = perf_counter()
-        options = check_options(options_of(type(self)), self.get_params(), f"{type(self).__name__}()")
+        options = check_options(options_of(type(self).__init__), self.get_params(), "KernelRegression()")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
         limit = Budget.of(options["memory_limit"])
         operator, budget = open_for_solver(kernel, limit)
@@ -230,7 +228,7 @@ class KernelRegression:
         """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
-        how = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
+        how: dict[str, Any] = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
         found = solve(operator, rhs, ridge=self.ridge_, method=method, **how)
         return replace(found, why=why)
 
