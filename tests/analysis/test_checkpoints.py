@@ -1,5 +1,6 @@
 """Long analyses go on from checkpoints: an interrupted call and the next one find the same in fewer passes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,12 @@ def test_a_checkpoint_of_another_calculation_is_refused(name: str, tmp_path: Pat
     CALLS[name](checkpoint=checkpoint)
     with pytest.raises(ConfigError, match=r"another calculation.*seed"):
         CALLS[name](checkpoint=checkpoint, seed=5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_are_restored_from_what_is_saved(name: str) -> None:
+    found = CALLS[name]()
+    saved = {**json.loads(json.dumps(found.to_json())), **found.arrays()}
+    assert str(type(found).from_saved(saved)) == str(found)
+    older = {key: value for key, value in saved.items() if key not in {"targets", "classes", "is_binary"}}
+    assert type(found).from_saved(older).status == found.status

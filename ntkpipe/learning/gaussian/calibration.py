@@ -14,6 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
+from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 
@@ -52,7 +53,7 @@ class Calibration(Result):
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("coverage", covered),
             ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
             ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),

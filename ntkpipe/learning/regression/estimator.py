@@ -183,7 +183,8 @@ class KernelRegression:
         finally:
             if operator is not kernel:
                 operator.close()
-        self.result_ = replace(found, seconds=perf_counter() - begin, work=work, matrix=matrix, options=options)
+        cost = {"work": work, "seconds": perf_counter() - begin}
+        self.result_ = replace(found, matrix=matrix, options=options, targets=train.targets.words, **cost)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)
         self.dual_coef_ = coefficients[:, 0] if self._targets.is_flat or train.width > 1 else coefficients

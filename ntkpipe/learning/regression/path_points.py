@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,17 +62,6 @@ class Point:
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
-class Points(Protocol):
-    """Finds the fit at any ridge; from large to small it is cheapest."""
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ, from the coefficients of another ridge where that helps."""
-
-    @property
-    def why(self) -> str:
-        """The method in words."""
-
-
 class ByEigenpairs:
     """Exact, ``n² (2 c + S)`` multiplications a ridge once all eigenpairs are known.
 
@@ -88,7 +77,7 @@ class ByEigenpairs:
         self._inside = self._vectors.T @ rhs
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`."""
+        """The fit at λ."""
         kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
         shifted = self._values + ridge
         weights = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
@@ -126,7 +115,7 @@ class ByFactors:
         self._tol, self._budget, self.why = tol, budget, why
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`; numbers are NaN where K + λI is not positive definite."""
+        """The fit at λ; numbers are NaN where K + λI is not positive definite."""
         try:
             factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
         except IndefiniteError as error:
@@ -163,7 +152,7 @@ class ByPasses:
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`."""
+        """The fit at λ, from the coefficients of another ridge."""
         convergence = Convergence()
         coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
         blocks = self._blocks(ridge, convergence)
@@ -197,6 +186,9 @@ class ByPasses:
             unit[rows, np.arange(len(rows))] = 1.0
             found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
         return found
+
+
+Points = ByEigenpairs | ByFactors | ByPasses
 
 
 def _exact_point(

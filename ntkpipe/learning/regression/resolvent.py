@@ -18,10 +18,8 @@ from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.result import Monitor
-
-# Blocks of the shape of the right-hand sides that conjugate gradients hold in memory.
-_BLOCKS = 11
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def resolvents_of_operator(
     block = np.concatenate([rows, signs], axis=1)
     rank = _rank(n, block.shape[1], budget)
     preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
-    budget = budget.at_least(8 * n * (3 * rank + _BLOCKS * block.shape[1]))
+    budget = budget.at_least(bytes_of_solve(n, block.shape[1], rank))
 
     def solved_at(ridge: float, guess: FloatArray | None) -> dict[str, Any]:
         found = solve(
@@ -141,8 +139,8 @@ def resolvents_of_operator(
 def _rank(num_rows: int, num_columns: int, budget: Budget) -> int:
     """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
     most = default_rank(num_rows)
-    room = budget.room() // (8 * num_rows) - _BLOCKS * num_columns
-    return int(max(1, most // 10, min(most, room // 3)))
+    room = budget.room() - bytes_of_solve(num_rows, num_columns, 0)
+    return int(max(1, most // 10, min(most, room // bytes_of_solve(num_rows, 0, 1))))
 
 
 def _estimated_left_out_loss(samples: FloatArray, coefficients: FloatArray) -> tuple[float, float, float]:

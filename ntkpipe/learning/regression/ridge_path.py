@@ -29,7 +29,7 @@ from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
@@ -117,7 +117,7 @@ class RidgePath(Result):
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
