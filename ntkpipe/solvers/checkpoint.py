@@ -85,10 +85,11 @@ class Stages:
         arrays = {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
         work = {key: value for key, value in found.items() if isinstance(value, Work)}
         values = as_json({key: value for key, value in found.items() if key not in {*arrays, *work}})
-        shapes = {key: [str(array.dtype), *array.shape] for key, array in arrays.items()}
-        self._done[name] = {"values": values, "work": as_json(work), "arrays": shapes}
-        self._parts.pop(name, None)
-        self.save({f"{name}-{key}": array for key, array in arrays.items()})
+        if self.journal.checkpoint is not None:
+            shapes = {key: [str(array.dtype), *array.shape] for key, array in arrays.items()}
+            self._done[name] = {"values": values, "work": as_json(work), "arrays": shapes}
+            self._parts.pop(name, None)
+            self.save({f"{name}-{key}": array for key, array in arrays.items()})
         return {**values, **work, **arrays}
 
     def result(self, name: str, kind: type[R], compute: Callable[[], R]) -> R:
