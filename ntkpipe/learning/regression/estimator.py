@@ -183,8 +183,8 @@ class KernelRegression:
         finally:
             if operator is not kernel:
                 operator.close()
-        cost = {"work": work, "seconds": perf_counter() - begin}
-        self.result_ = replace(found, matrix=matrix, options=options, targets=train.targets.words, **cost)
+        said: dict[str, Any] = {"matrix": matrix, "options": options, "targets": train.targets.words}
+        self.result_ = replace(found, work=work, seconds=perf_counter() - begin, **said)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)
         self.dual_coef_ = coefficients[:, 0] if self._targets.is_flat or train.width > 1 else coefficients
