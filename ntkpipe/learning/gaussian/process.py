@@ -45,8 +45,9 @@ class Posterior(Result):
     """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample."""
 
     mean: FloatArray = field(repr=False)  # shape (M, O)
-    # Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample, S =
-    # 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. Of a full NTK S = O.
+    # Covariance of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a
+    # sample, S = 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. A full NTK has
+    # S = O.
     covariance: FloatArray = field(repr=False)
     variance: FloatArray = field(repr=False)  # diagonals of it, (M, S), so (M, 1) or (M, O): broadcasts with the mean
     noise: float  # the variance of the noise of targets: the ridge λ, absolute
@@ -253,7 +254,7 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
     """The kernel of each test sample with itself, (M, S, S)."""
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
-        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, as store.test_diagonal")
+        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")
     if not np.isfinite(blocks).all():
         raise NonFiniteError("test_diagonal holds NaN or infinity")
     return blocks.reshape(shape)

@@ -90,7 +90,7 @@ class KernelRegression:
     Attributes
     ----------
     dual_coef_
-        A, float64, shape (n,), (n, O), or (N·O,) of a full NTK, as ``y`` has axes.
+        Coefficients A, float64: (n,) or (n, O), with as many axes as ``y``; (N·O,) for a full NTK.
     ridge_
         λ, absolute.
     classes_
@@ -140,8 +140,8 @@ class KernelRegression:
         Parameters
         ----------
         kernel
-            Train × train: a symmetric array (N·S, N·S), a stored kernel as ``store.train``, or an operator. Or a store,
-            or a group or output of one, which brings its targets and outputs.
+            Train × train kernel: a symmetric array (N·S, N·S), a stored kernel such as ``store.train``, or an operator.
+            Or a store, or a group or output of one, which brings its targets and outputs.
         y
             Labels of classes (N,), or real targets (N,) or (N, O).
         initial_outputs
@@ -260,8 +260,8 @@ class KernelRegression:
         Parameters
         ----------
         test_kernel
-            Test × train, (M·S, N·S): an array, a stored kernel as ``store.test_train``, of which a tile is in memory at
-            a time; or the store.
+            Test × train kernel, (M·S, N·S): an array, a stored kernel such as ``store.test_train``, of which a tile is
+            in memory at a time; or the store.
         initial_outputs
             f₀ of the test samples, (M, O), for ``centre="initial_outputs"``.
 
@@ -289,7 +289,7 @@ class KernelRegression:
     def predict(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[Any]:
         """Labels of the largest outputs (M,), or real predictions, (M,) or (M, O) as ``y`` was.
 
-        Parameters and errors as of :meth:`predict_outputs`.
+        Parameters and errors are those of :meth:`predict_outputs`.
         """
         outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
         if hasattr(self, "classes_"):
@@ -299,7 +299,7 @@ class KernelRegression:
     def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Outputs of classes, (M, O); of two classes (M,), positive for the second, as scikit-learn.
 
-        Parameters and errors as of :meth:`predict_outputs`.
+        Parameters and errors are those of :meth:`predict_outputs`.
 
         Raises
         ------
@@ -314,14 +314,16 @@ class KernelRegression:
         return outputs[:, 1] - outputs[:, 0] if len(self.classes_) == 2 else outputs
 
     def score(self, test_kernel: Any, y: ArrayLike | None = None, *, initial_outputs: ArrayLike | None = None) -> float:
-        """Accuracy for classes; for real targets R², the mean over outputs, as ``sklearn.metrics.r2_score``.
+        """Accuracy for classes; for real targets R², the mean over outputs, like ``sklearn.metrics.r2_score``.
 
         Parameters
         ----------
-        test_kernel, initial_outputs
-            As of :meth:`predict_outputs`.
+        test_kernel
+            Test × train kernel, or a store, as for :meth:`predict_outputs`.
         y
-            Labels or targets of the test samples; those of a store by default.
+            Labels or targets of the test samples. Default those of a store.
+        initial_outputs
+            Outputs f₀ of the test samples, (M, O), for ``centre="initial_outputs"``.
 
         Raises
         ------

@@ -57,7 +57,7 @@ class Point:
         proxies = value(self.proxy_residuals, np.arange(total))
         gaps = exact - proxies[self.left_out_samples]
         finite = (1.0 - count / total) ** 0.5
-        # Gaps that are all the same, as of accuracies, do not say that there are no others.
+        # Gaps that are all the same, such as those of accuracies, do not say that there are no others.
         spread = max(float(gaps.std(ddof=1)), float(np.abs(gaps).max(initial=0.0)) / count)
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
@@ -134,7 +134,7 @@ class ByFactors:
 
 
 class ByPasses:
-    """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
+    """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
         self,

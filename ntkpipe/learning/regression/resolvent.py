@@ -28,15 +28,15 @@ class Resolvent:
 
     ridge: float  # λ
     coefficients: FloatArray  # A = G Y, shape (n, c)
-    trace: float  # trace, trace_error: tr G, and one standard deviation
-    trace_error: float
-    squared_trace: float  # squared_trace, squared_trace_error: tr G²
-    squared_trace_error: float
+    trace: float  # tr G
+    squared_trace: float  # tr G²
     left_out_loss: float  # mean squared error of rows of a sample predicted from all others; NaN without an estimate
-    left_out_loss_error: float  # what the estimate of it is off by
-    left_out_spread: float  # standard error of that mean as one over samples
-    residual: float  # the largest relative residual of a system; zero where eigenpairs were used
     is_definite: bool  # whether K + λI is positive definite, as far as was seen
+    left_out_spread: float = 0.0  # standard error of that loss as a mean over samples
+    trace_error: float = 0.0  # errors of estimates are one standard deviation
+    squared_trace_error: float = 0.0
+    left_out_loss_error: float = 0.0
+    residual: float = 0.0  # the largest relative residual of a system
 
 
 def resolvents_of_pairs(
@@ -49,7 +49,7 @@ def resolvents_of_pairs(
         shifted = values + ridge
         if (shifted == 0).any():
             unknown = np.full(rows.shape, np.nan)
-            yield Resolvent(ridge, unknown, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
+            yield Resolvent(ridge, unknown, np.nan, np.nan, np.nan, is_definite=False)
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
@@ -59,13 +59,9 @@ def resolvents_of_pairs(
             ridge=ridge,
             coefficients=coefficients,
             trace=float(inverse.sum()),
-            trace_error=0.0,
             squared_trace=float((inverse**2).sum()),
-            squared_trace_error=0.0,
             left_out_loss=float(losses.mean()),
-            left_out_loss_error=0.0,
             left_out_spread=_standard_error(losses),
-            residual=0.0,
             is_definite=bool(shifted.min() > 0),
         )
 

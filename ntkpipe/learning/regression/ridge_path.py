@@ -91,7 +91,7 @@ class RidgePath(Result):
 
     @property
     def best(self) -> Best:
-        """By ``leave_one_out_loss``, which uses no test data; see :meth:`best_by`."""
+        """The best ridge by ``leave_one_out_loss``, which uses no test data; see :meth:`best_by`."""
         return self.best_by("leave_one_out_loss")
 
     def best_by(self, criterion: Criterion) -> Best:
@@ -198,7 +198,7 @@ def ridge_path(
     test_initial_outputs
         Outputs f₀ (M, O) at the test samples, which are added to predictions.
     eigenpairs
-        All eigenpairs of K, as of :func:`ntkpipe.eigh`, if known.
+        All eigenpairs of K, such as :func:`ntkpipe.eigh` returns, if known.
     method
         How it is computed. ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else
         ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a row if that is less.
