@@ -6,8 +6,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
@@ -33,11 +33,11 @@ class Eigenpairs(Result):
     """Leading eigenpairs of a symmetric matrix."""
 
     # The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors
-    eigenvalues: NDArray[np.float64] = field(repr=False)
-    eigenvectors: NDArray[np.float64] = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
+    eigenvalues: FloatArray = field(repr=False)
+    eigenvectors: FloatArray = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
     # `|K v - λ v| / max(|λ|, floor)` of each pair, from a product with K, shape (k,). For a residual norm `r` some
     # eigenvalue of K lies within `r` of λ; the error of λ itself is about `r² / gap`.
-    residuals: NDArray[np.float64] = field(repr=False)
+    residuals: FloatArray = field(repr=False)
     orthogonality: float  # `max |VᵀV - I|`
     # Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
     # the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known
@@ -45,7 +45,7 @@ class Eigenpairs(Result):
     # Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and each
     # relative to its own as in `residuals`; NaN while the space has fewer than k dimensions. These come from the
     # recurrence and cost nothing.
-    history: NDArray[np.float64] = field(repr=False)
+    history: FloatArray = field(repr=False)
 
     def _rows(self) -> TableRows:
         values = self.eigenvalues
@@ -62,9 +62,9 @@ class Eigenpairs(Result):
 class _Checked:
     """Eigenpairs with residuals from one product, and whether they are small enough."""
 
-    values: NDArray[np.float64]
-    vectors: NDArray[np.float64]
-    norms: NDArray[np.float64]
+    values: FloatArray
+    vectors: FloatArray
+    norms: FloatArray
     excess: float
 
 
@@ -209,10 +209,10 @@ class _Search:
             self._save(None)
             monitor(Step(self._work(), residual, self._tol))
 
-    def _scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _scale(self, values: FloatArray) -> FloatArray:
         return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
 
-    def _limits(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _limits(self, values: FloatArray) -> FloatArray:
         """Largest acceptable residuals."""
         rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
         return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
@@ -286,7 +286,7 @@ class _Search:
             history=np.array(self._history).reshape(-1, 2),
         )
 
-    def _message(self, status: Status, checked: _Checked, residuals: NDArray[np.float64]) -> str:
+    def _message(self, status: Status, checked: _Checked, residuals: FloatArray) -> str:
         k, tol, worst = self._k, self._tol, float(residuals.max())
         met = int((residuals <= tol).sum())
         below = int((np.abs(checked.values) < self._floor).sum())
