@@ -169,16 +169,17 @@ class KernelRegression:
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
         begin = perf_counter()
-        options = check_options(options_of(type(self).__init__), self.get_params(), "KernelRegression()")
+        limit = Budget.of(self.memory_limit)
+        given = self.get_params() | {"memory_limit": limit.limit}
+        options = check_options(options_of(type(self).__init__), given, "KernelRegression()")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
-        limit = Budget.of(options["memory_limit"])
         operator, budget = open_for_solver(kernel, limit)
         try:
             before = operator.work
             train = train_targets(operator, y, initial, self.task)
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
             found = self._solve(operator, train.rhs, budget)
-            options |= {"memory_limit": limit.limit, "ridge": self.ridge_, **found.options}
+            options |= {"ridge": self.ridge_, **found.options}
             work, matrix = operator.work - before, operator.identity()
         finally:
             if operator is not kernel:
