@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[..., Result]] = {
         ridge=1.0,
         **how,
     ),
+    "compare_kernels by passes": lambda **how: CALLS["compare_kernels"](memory_limit=1, **how),
     "gaussian_process": lambda **how: ntkpipe.gaussian_process(
         KERNEL, LABELS, ridge=1.0, test_kernel=TEST_KERNEL, test_diagonal=DIAGONAL, **STREAMED, **how
     ),
@@ -80,7 +81,8 @@ def test_an_interrupted_analysis_goes_on(name: str, share: float, tmp_path: Path
     found = call(monitor=rest, checkpoint=checkpoint)
     assert_same(expected, found)
     assert rest.count < whole.count
-    if name != "spectrum":  # densities count the passes of their own call
+    # Densities, and solvers that go on in the middle of a stage of a comparison, count the passes of their own call.
+    if name not in {"spectrum", "compare_kernels by passes"}:
         assert found.work.passes >= 0.9 * expected.work.passes
     again = Counter()
     assert_same(found, call(monitor=again, checkpoint=checkpoint))
