@@ -14,9 +14,10 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, bytes_of_steps, is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -199,11 +200,6 @@ def density(
         floor=counting.floor,
         resolved_above=resolved,
     )
-
-
-def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) -> int:
-    """Memory that :func:`density` takes for so many steps; it takes fewer where that is all there is room for."""
-    return bytes_of_steps(num_rows, num_probes, num_steps)
 
 
 class _Counting:

@@ -18,25 +18,20 @@ from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.checkpoint import Get, Journal
+from ntkpipe.solvers.memory import BLOCKS_BESIDE
 from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_mapping, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
 _RATE_TOLERANCE = 1e-5  # relative residual at which the largest eigenvalue is settled; its error is the square
-_BLOCKS_BESIDE = 3  # beside the vectors of all steps
 _MOST_RATE_STEPS = 30  # after so many it counts as settled
-
-
-def bytes_of_steps(num_rows: int, num_columns: int, num_steps: int) -> int:
-    """Memory of so many Lanczos steps of a block."""
-    return 8 * num_rows * num_columns * (num_steps + _BLOCKS_BESIDE)
 
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, budget: Budget) -> int:
     """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
     limit, block = max(0, budget.room()), 8 * num_rows * num_columns
-    fitting = limit // block - _BLOCKS_BESIDE
+    fitting = limit // block - BLOCKS_BESIDE
     if fitting < min(2, wanted):
         raise ResourceError(
             f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "

@@ -15,6 +15,8 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
+from ntkpipe.solvers.memory import basis_of_eigsh, block_of_eigsh
+from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
@@ -22,7 +24,6 @@ from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUNDING = 50 * _EPS  # of products in float64, relative to the largest eigenvalue: no residual need be smaller
-_SMALLEST_BLOCK = 8
 _MOST_PASSES = 200
 _CONFIDENCE = 0.95  # predicted residuals must be below this part of the limit: a check that fails costs a pass
 _MOST_FAILURES = 3  # after so many failed checks in a row that did not halve the residual, more passes are no use
@@ -142,9 +143,9 @@ def eigsh(
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
-    width = _width(n, k, block)
+    width = block_of_eigsh(n, k, block)
     check_number("block", width, low=1)
-    most = _most_vectors(n, k, width, max_basis)
+    most = basis_of_eigsh(n, k, width, max_basis)
     check_number("max_basis", most, low=min(n, k + 2 * width))
     check_number("max_passes", passes, low=1)
     need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
@@ -152,20 +153,6 @@ def eigsh(
     Budget.of(memory_limit).require(need, f"{most} vectors of {n} rows, and room to work", advice)
     options = {"tol": float(tol), "k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
     return _Search(operator, options, checkpoint).run(monitor)
-
-
-def bytes_of_eigsh(num_rows: int, k: int = 100, *, block: int | None = None, max_basis: int | None = None) -> int:
-    """Memory that :func:`eigsh` takes for n rows: 11 k vectors at the defaults for large k."""
-    width = _width(num_rows, k, block)
-    return 8 * num_rows * (_most_vectors(num_rows, k, width, max_basis) + 4 * width + 3 * k)
-
-
-def _width(num_rows: int, k: int, block: int | None) -> int:
-    return min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
-
-
-def _most_vectors(num_rows: int, k: int, width: int, max_basis: int | None) -> int:
-    return min(num_rows, max(5 * k + 2 * width, 8 * width) if max_basis is None else max_basis)
 
 
 class _Search:
