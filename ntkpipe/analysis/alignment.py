@@ -13,7 +13,7 @@ from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import train_targets
+from ntkpipe.learning.regression.sources import said_of, train_targets
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
@@ -49,7 +49,7 @@ class Alignment(Result):
             for share, count in zip(_SHARES, self.num_directions, strict=True)
         ]
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
             ("power of targets", ", ".join(f"{self.cumulative_power[i - 1]:.1%} in the first {i:,}" for i in shown)),

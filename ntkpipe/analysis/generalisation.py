@@ -27,7 +27,7 @@ cross-validation predicts the risk of kernels of networks while plug-in spectra 
 Steinhardt 2022, arXiv 2203.06176.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ from ntkpipe.base.targets import Task, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import TrainTargets, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
@@ -101,7 +101,7 @@ class Generalisation(Result):
 
     def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())
-        rows = [("targets", self.targets), ("method", f"{self.method}: {self.why}")]
+        rows = [*said_of(self.targets), ("method", f"{self.method}: {self.why}")]
         for index, ridge in enumerate(self.ridges):
             if is_measured:
                 numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
@@ -208,8 +208,16 @@ def generalisation(
     decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed}
     kept = None if system is not None else checkpoint
     stages = CountedStages(kept, operator, train, function="generalisation", **decides)
-    how = {"num_probes": num_probes, "tol": tol, "budget": budget, "seed": seed, "stages": stages, "monitor": monitor}
-    resolvents = _find_resolvents(operator, system, train, shifts, how)
+    # From the largest ridge to the smallest, which is cheapest by passes.
+    order = np.argsort(-shifts, kind="stable")
+    problem = train.rhs, shifts[order].tolist(), train.width
+    if system is None:
+        how: dict[str, Any] = {"num_probes": num_probes, "tol": tol, "seed": seed}
+        each = resolvents_of_operator(operator, *problem, budget=budget, stages=stages, monitor=monitor, **how)
+    else:
+        each = resolvents_of_pairs(system, *problem)
+    by_place = dict(zip(order.tolist(), each, strict=True))
+    resolvents = [by_place[place] for place in range(len(shifts))]
     losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
     floor = operator.storage_floor()
     status, message = _judge_residuals(max(one.residual for one in resolvents), tol, system is not None)
@@ -229,20 +237,6 @@ def generalisation(
         **losses,
         **judge(losses, resolvents, system, floor, tolerance, n),
     )
-
-
-def _find_resolvents(
-    operator: Operator, system: Eigensystem | None, train: TrainTargets, ridges: FloatArray, how: Mapping[str, Any]
-) -> list[Resolvent]:
-    """Resolvents in the order of ridges, found from the largest ridge to the smallest, which is cheapest by passes."""
-    order = np.argsort(-ridges, kind="stable")
-    descending = ridges[order].tolist()
-    if system is None:
-        found = resolvents_of_operator(operator, train.rhs, descending, train.width, **how)
-    else:
-        found = resolvents_of_pairs(system, train.rhs, descending, train.width)
-    by_place = dict(zip(order.tolist(), found, strict=True))
-    return [by_place[place] for place in range(len(ridges))]
 
 
 def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:

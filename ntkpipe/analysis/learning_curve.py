@@ -18,7 +18,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import ridges_for, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
@@ -59,7 +59,7 @@ class LearningCurve(Result):
 
     def _rows(self) -> TableRows:
         population = f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"
-        rows = [("targets", self.targets), ("population", population)]
+        rows = [*said_of(self.targets), ("population", population)]
         for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):
                 loss, error = self.left_out_loss[line, place], self.left_out_loss_error[line, place]

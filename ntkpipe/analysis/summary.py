@@ -61,10 +61,10 @@ def summarize(
     matrix = None if targets is None else targets.matrix[:count]
     scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
-    is_tested = store.manifest.test is not None and store.test_targets is not None
-    if targets is not None and is_tested and width in {1, targets.matrix.shape[1]}:
-        shift = absolute_ridge(ridge, ridge_scale, block.diagonal)
-        found = _regression(store, block, targets, shift, count, width)
+    test_targets = None if store.manifest.test is None else store.test_targets
+    if targets is not None and test_targets is not None and width in {1, targets.matrix.shape[1]}:
+        shift, test = absolute_ridge(ridge, ridge_scale, block.diagonal), encode_test(test_targets, targets)
+        found = _regression(store, block, targets, test, shift, count, width)
     return Summary(
         num_train=total,
         num_samples=count,
@@ -93,7 +93,7 @@ def _centred(kernel: FloatArray) -> FloatArray:
 
 
 def _regression(
-    store: KernelStore, block: FloatArray, targets: Targets, ridge: float, count: int, width: int
+    store: KernelStore, block: FloatArray, targets: Targets, test: Targets, ridge: float, count: int, width: int
 ) -> dict[str, Any]:
     """Ridge regression on the leading samples, judged on all test samples."""
     rows = as_rows(targets.matrix[:count], width)
@@ -101,8 +101,6 @@ def _regression(
     mean = rows.mean(axis=0)
     coefficients = ridge_regression(block, rows - mean, ridge)
     predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
-    assert store.test_targets is not None
-    test = encode_test(store.test_targets, targets)
     return {
         "ridge": ridge,
         "accuracy": test.accuracy(predicted),

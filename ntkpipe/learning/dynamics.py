@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -32,15 +33,15 @@ class Dynamics(Result):
     With targets of shape (n,), the last axis of arrays is absent.
     """
 
-    times: NDArray[np.float64]  # shape (T,); infinity may be among them
+    times: FloatArray  # shape (T,); infinity may be among them
     learning_rate: float  # η. The flow at time t is gradient descent of rate η after t steps, up to terms of order η λ.
-    residuals: NDArray[np.float64] = field(repr=False)  # `f_t - Y` on the train samples, shape (T, n, c)
-    coefficients: NDArray[np.float64] = field(repr=False)  # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c)
-    losses: NDArray[np.float64] = field(repr=False)  # `½ |f_t - Y|²` of each output, shape (T, c)
+    residuals: FloatArray = field(repr=False)  # `f_t - Y` on the train samples, shape (T, n, c)
+    coefficients: FloatArray = field(repr=False)  # `K^-1 (I - exp(-η t K)) (Y - f_0)`, shape (T, n, c)
+    losses: FloatArray = field(repr=False)  # `½ |f_t - Y|²` of each output, shape (T, c)
     # Bounds of `|residuals - exact| / |Y - f_0|`, the largest over outputs, shape (T,). `K @ coefficients` is right
     # to twice that.
-    errors: NDArray[np.float64]
-    storage_errors: NDArray[np.float64]  # the same, from rounding to the storage dtype, to first order; not in `errors`
+    errors: FloatArray
+    storage_errors: FloatArray  # the same, from rounding to the storage dtype, to first order; not in `errors`
     # `|K coefficients + (f_0 - Y) - residuals| / |Y - f_0|` by products with K at the last finite time and at
     # infinity, the larger of both: zero for exact functions
     defect: float
@@ -50,7 +51,7 @@ class Dynamics(Result):
     dimension: int  # dimension of the Krylov space
     targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
-    def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> NDArray[np.float64]:
+    def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
         block = np.asarray(cross)
         if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
@@ -195,8 +196,8 @@ class _Training:
     def __init__(
         self,
         operator: Operator,
-        columns: NDArray[np.float64],
-        times: NDArray[np.float64],
+        columns: FloatArray,
+        times: FloatArray,
         learning_rate: float | None,
         tol: float,
         max_steps: int,
@@ -221,7 +222,7 @@ class _Training:
             raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
         return 1.0 / self.top.value
 
-    def judge(self, flow: Flow, errors: NDArray[np.float64], limit: str) -> tuple[tuple[Status, ...], Status, str]:
+    def judge(self, flow: Flow, errors: FloatArray, limit: str) -> tuple[tuple[Status, ...], Status, str]:
         """Status at each time, and status and message over all of them."""
         is_cut = self.space.num_steps == self.space.max_steps and not self.space.is_exhausted
         missed: Status = "step limit" if is_cut else "stagnated"
@@ -229,9 +230,7 @@ class _Training:
         statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
         return statuses, *self._judge(flow, statuses, errors, limit)
 
-    def _judge(
-        self, flow: Flow, statuses: tuple[Status, ...], errors: NDArray[np.float64], limit: str
-    ) -> tuple[Status, str]:
+    def _judge(self, flow: Flow, statuses: tuple[Status, ...], errors: FloatArray, limit: str) -> tuple[Status, str]:
         """Status over all times, and message."""
         if "indefinite at storage precision" in statuses:
             index = statuses.index("indefinite at storage precision")
@@ -276,7 +275,7 @@ class _Training:
         for space, part in zip(growing, np.split(product, ends[:-1], axis=1), strict=True):
             space.absorb(np.ascontiguousarray(part))
 
-    def functions(self, flow: Flow) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
+    def functions(self, flow: Flow) -> tuple[FloatArray, FloatArray, FloatArray, float]:
         """Residuals and coefficients at all times, their errors, and the defect; one pass."""
         shape = (len(self._times), *self._units.shape)
         functions, coefficients = np.empty(shape), np.empty(shape)
@@ -288,9 +287,7 @@ class _Training:
         coefficients *= self._sizes
         return functions, coefficients, errors, defect
 
-    def _verify(
-        self, functions: NDArray[np.float64], coefficients: NDArray[np.float64], errors: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], float]:
+    def _verify(self, functions: FloatArray, coefficients: FloatArray, errors: FloatArray) -> tuple[FloatArray, float]:
         """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
         units, times = self._units, self._times
         finite = np.flatnonzero(np.isfinite(times))
@@ -310,16 +307,14 @@ class _Training:
         return found, defect
 
 
-def _times(times: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+def _times(times: Sequence[float] | NDArray[Any]) -> FloatArray:
     found = np.array(times, np.float64)
     if found.ndim != 1 or not len(found) or not (found >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     return found
 
 
-def _initial(
-    initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int
-) -> NDArray[np.float64]:
+def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int) -> FloatArray:
     """Columns of f_0, which has the shape of the targets, or of the columns that labels became."""
     needed = (len(encoded.matrix),) if encoded.is_flat else encoded.matrix.shape
     if np.shape(initial_outputs) not in {needed, shape if encoded.classes is None else needed}:

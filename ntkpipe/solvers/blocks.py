@@ -1,14 +1,15 @@
 """Checks of blocks of columns from callers: targets, right-hand sides, starts."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Targets, Task, encode
 
 
-def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> NDArray[np.float64]:
+def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> FloatArray:
     """Check a block, and return it as C-contiguous float64 of two axes; without a copy where it is that already."""
     block = np.asarray(values)
     fits = block.ndim in {1, 2} and block.shape[0] == num_rows and (block.size > 0 or allow_none)
@@ -23,9 +24,7 @@ def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = 
     return block
 
 
-def as_targets(
-    targets: ArrayLike, operator: Operator, task: Task
-) -> tuple[Targets, NDArray[np.float64], tuple[int, ...]]:
+def as_targets(targets: ArrayLike, operator: Operator, task: Task) -> tuple[Targets, FloatArray, tuple[int, ...]]:
     """Encode targets of samples; return them, the right-hand sides that they are, (n, c), and what shape results have.
 
     Where each sample has as many rows as outputs, as in a full NTK, there is one right-hand side.
@@ -37,5 +36,7 @@ def as_targets(
     if count * width != n:
         raise ConfigError(f"targets of shape {values.shape}; needed ({n},) or ({n}, c)")
     found = encode(values, task=task, num_outputs=width if width > 1 else None)
+    if found.classes is not None and width == 1 and (operator.rows_per_sample or 1) > 1:
+        raise ConfigError(f"labels of {n} rows where each sample has several; needed a label of each sample")
     rows = np.ascontiguousarray(found.rows(width))
     return found, rows, (n,) if found.is_flat or width > 1 else rows.shape

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.solvers.result import Result
@@ -85,10 +86,11 @@ class Stages:
         arrays = {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
         work = {key: value for key, value in found.items() if isinstance(value, Work)}
         values = as_json({key: value for key, value in found.items() if key not in {*arrays, *work}})
-        shapes = {key: [str(array.dtype), *array.shape] for key, array in arrays.items()}
-        self._done[name] = {"values": values, "work": as_json(work), "arrays": shapes}
-        self._parts.pop(name, None)
-        self.save({f"{name}-{key}": array for key, array in arrays.items()})
+        if self.journal.checkpoint is not None:
+            shapes = {key: [str(array.dtype), *array.shape] for key, array in arrays.items()}
+            self._done[name] = {"values": values, "work": as_json(work), "arrays": shapes}
+            self._parts.pop(name, None)
+            self.save({f"{name}-{key}": array for key, array in arrays.items()})
         return {**values, **work, **arrays}
 
     def result(self, name: str, kind: type[R], compute: Callable[[], R]) -> R:
@@ -170,3 +172,41 @@ def as_work(value: Any) -> Work:
     """Restore what :func:`as_json` made of the work."""
     passes, bytes_read, seconds = value
     return Work(as_number(passes), as_integer(bytes_read), as_number(seconds))
+
+
+Get = Callable[[str, tuple[int, ...]], FloatArray]  # reads an array of a name and a shape
+
+
+class Pieces:
+    """Where the columns of a growing basis came from, so that each is saved once: names, and columns where they end."""
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[str, int]] = []
+
+    def add(self, name: str, end: int) -> None:
+        """Note that columns up to ``end`` joined the basis."""
+        self._ends.append((name, end))
+
+    def begin_anew(self, name: str, end: int) -> None:
+        """Note that the basis is new, as after a restart."""
+        self._ends = [(name, end)]
+
+    def state(self) -> list[tuple[str, int]]:
+        """What :meth:`restore` needs beside arrays."""
+        return self._ends
+
+    def arrays(self, basis: FloatArray, suffix: str = "") -> dict[str, FloatArray]:
+        """The pieces of a basis by name."""
+        starts = [0, *(end for _, end in self._ends)]
+        return {f"{name}{suffix}": basis[:, start:end] for (name, end), start in zip(self._ends, starts, strict=False)}
+
+    def restore(self, state: Any, get: Get, bases: Mapping[str, FloatArray]) -> int:
+        """Read the pieces of bases, given by the suffixes of their names; return the number of columns."""
+        self._ends, start = [(str(name), as_integer(end)) for name, end in state], 0
+        for name, end in self._ends:
+            for suffix, basis in bases.items():
+                if not start < end <= basis.shape[1]:
+                    raise ValueError(f"columns {start} to {end} of a basis of {basis.shape[1]}")
+                basis[:, start:end] = get(f"{name}{suffix}", (len(basis), end - start))
+            start = end
+        return start

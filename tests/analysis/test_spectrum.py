@@ -119,6 +119,14 @@ def test_it_prints_and_is_refused_with_what_to_do(matrix):
         spectrum(matrix, method="exact", memory_limit=1)
     with pytest.raises(ConfigError, match="method='fast'"):
         spectrum(matrix, method="fast")
+    for ranks in ([10], [10, 40, 80], []):
+        with pytest.raises(ConfigError, match="needed two numbers, the first and the last rank"):
+            spectrum(matrix, tail_ranks=ranks)
+    with pytest.raises(ConfigError, match=r"spectrum\(\): tail_ranks='10'; needed a list of integers or None"):
+        spectrum(matrix, tail_ranks="10")
+    assert spectrum(matrix, tail_ranks=[12, 60]).tail_last_rank == 60
+    with pytest.raises(TypeError, match=r"spectrum\(\) has no argument 'num_probe'; the nearest is 'num_probes'"):
+        spectrum(matrix, num_probe=3)
     with pytest.raises(ConfigError, match="no ridge is given"):
         spectrum(matrix, ridges=[])
     with pytest.raises(ConfigError, match="ridge=-1"):

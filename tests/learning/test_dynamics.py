@@ -255,3 +255,18 @@ def test_bad_targets_are_refused(goals):
         dynamics(np.eye(3), goals, times=[1.0])
     with pytest.raises(NonFiniteError, match="targets hold"):
         dynamics(np.eye(3), np.array([1.0, math.nan, 0.0]), times=[1.0])
+
+
+def test_labels_become_columns_and_samples_may_have_a_row_for_each_output(rng):
+    matrix, codes = matrix_with_spectrum(power_law(60, condition=1e2)), np.arange(60) % 3
+    found, expected = (dynamics(matrix, goals, times=[2.0, math.inf]) for goals in (codes + 1, np.eye(3)[codes]))
+    np.testing.assert_array_equal(found.residuals, expected.residuals)
+    assert (found.targets, expected.targets) == ("3 classes, one-hot", "3 real targets")
+    assert "3 classes, one-hot" in str(found)
+    few, start = codes[:20], rng.standard_normal((20, 3))
+    found = dynamics(matrix, few, times=[2.0], initial_outputs=start)
+    expected = dynamics(
+        matrix, np.eye(3)[few].reshape(-1), times=[2.0], initial_outputs=start.reshape(-1), task="regression"
+    )
+    assert found.residuals.shape == (1, 60)
+    np.testing.assert_array_equal(found.residuals, expected.residuals)

@@ -35,11 +35,10 @@ from ntkpipe.analysis.comparing.spectra import (
     ratios_of,
     way_for,
 )
-from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work, digest_of
+from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Task
 from ntkpipe.solvers.checkpoint import Stages
@@ -49,21 +48,6 @@ from ntkpipe.store.results import Checkpoint
 
 if TYPE_CHECKING:
     from distributed import Client
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What is to be found of each kernel."""
-
-    k: int
-    ridge: float
-    ridge_scale: RidgeScale
-    with_smallest: bool
-    seed: int
-    budget: Budget
-    client: "Client | None"
-    stages: Stages
-    monitor: Monitor
 
 
 @dataclass(frozen=True)
@@ -162,17 +146,41 @@ def compare_kernels(
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
     goal, note = goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
-    stages = _stages(
-        checkpoint, inputs, goal, k=k, ridge=ridge, scale=ridge_scale, least=smallest_eigenvalue, seed=seed
-    )
+    decides: dict[str, Any] = {
+        "k": k,
+        "ridge": ridge,
+        "ridge_scale": ridge_scale,
+        "smallest": smallest_eigenvalue,
+        "seed": seed,
+    }
+    if checkpoint is not None:
+        decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
+        decides |= {"function": "compare", **({} if goal is None else goal.digests())}
+    stages = Stages(checkpoint, decides)
     entries = stages.once("entries", lambda: vars(measure_differences(*(one.entries(width) for one in inputs))))
     at = entries["largest_at"]
     measured = Differences(**{**entries, "largest_at": None if at is None else tuple(at)})
     if measured.frobenius_b == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
     count = min(k, inputs[0].num_samples)
-    wanted = _Wanted(count, ridge, ridge_scale, smallest_eigenvalue, seed, budget, client, stages, monitor)
-    first, second = _find_both(inputs, width, measured, goal, wanted, eigenpairs or (None, None))
+    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
+    counts = [count if inputs[0].width == inputs[1].width else count * kernel.width for kernel in inputs]
+    ridges = [
+        absolute_ridge(ridge, ridge_scale, partial(np.asarray, diagonal[:: width // kernel.width]))
+        for kernel, diagonal in zip(inputs, (measured.diagonal_a, measured.diagonal_b), strict=True)
+    ]
+    how: dict[str, Any] = {
+        "goal": goal,
+        "budget": budget,
+        "client": client,
+        "stages": stages,
+        "seed": seed,
+        "monitor": monitor,
+    }
+    first, second = (
+        _find(*one, width, with_smallest=smallest_eigenvalue, **how)
+        for one in zip("ab", inputs, counts, ridges, eigenpairs or (None, None), strict=True)
+    )
     status, message = _judge(first, second)
     fields = _input_fields(inputs, width) | _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
     return Comparison(
@@ -191,47 +199,26 @@ def compare_kernels(
     )
 
 
-def _stages(
-    checkpoint: Checkpoint | None, inputs: tuple[KernelInput, KernelInput], goal: Goal | None, **decides: Any
-) -> Stages:
-    if checkpoint is not None:
-        decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
-        decides |= {"function": "compare", "rhs": None if goal is None else digest_of(goal.targets.matrix)}
-    return Stages(checkpoint, decides)
-
-
-def _find_both(
-    inputs: tuple[KernelInput, KernelInput],
-    width: int,
-    measured: Differences,
-    goal: Goal | None,
-    wanted: _Wanted,
-    eigenpairs: tuple[Any, Any],
-) -> tuple[_Found, _Found]:
-    a, b = inputs
-    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
-    counts = [wanted.k if a.width == b.width else wanted.k * kernel.width for kernel in inputs]
-    first = _find("a", a, width, counts[0], measured.diagonal_a, goal, wanted, eigenpairs[0])
-    return first, _find("b", b, width, counts[1], measured.diagonal_b, goal, wanted, eigenpairs[1])
-
-
 def _find(
     name: str,
     kernel: KernelInput,
-    width: int,
     count: int,
-    diagonal: FloatArray,
-    goal: Goal | None,
-    wanted: _Wanted,
+    ridge: float,
     given: Any,
+    width: int,
+    *,
+    with_smallest: bool,
+    goal: Goal | None,
+    budget: Budget,
+    client: "Client | None",
+    stages: Stages,
+    seed: int,
+    monitor: Monitor,
 ) -> _Found:
     """The ends of one spectrum, expanded to ``width`` rows a sample, and predictions."""
-    num_outputs = width // kernel.width
-    diagonal = diagonal[::num_outputs]
-    ridge = absolute_ridge(wanted.ridge, wanted.ridge_scale, lambda: diagonal)
-    way = way_for(len(diagonal), wanted.budget if wanted.client is None else Budget())
-    how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": wanted.seed, "monitor": wanted.monitor}
-    with kernel.operator(wanted.budget, wanted.client) as stored:
+    way = way_for(kernel.num_samples * kernel.width, budget if client is None else Budget())
+    how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": seed, "monitor": monitor}
+    with kernel.operator(budget, client) as stored:
         operators = [stored]
 
         def computed(function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
@@ -244,19 +231,19 @@ def _find(
             return {**vars(found), "work": done if way == "passes" else done + (operators[-1].work - of_memory)}
 
         def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
-            checkpoint = wanted.stages.part(part)
+            checkpoint = stages.part(part)
             compute = partial(computed, function, *args, checkpoint=checkpoint, **options)
-            return dict(wanted.stages.once(part, compute))
+            return dict(stages.once(part, compute))
 
-        spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=wanted.with_smallest, given=given)
+        spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=with_smallest, given=given)
         predicted = None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
             largest = float(spectrum["eigenvalues"][0])
-            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=wanted.budget)
+            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=budget)
         done = spectrum.pop("work") + (Work() if predicted is None else predicted.pop("work"))
         found = None if predicted is None else Predictions(**predicted)
-        return _Found(outer_ends(Ends(**spectrum), num_outputs), found, ridge, stored.identity(), way, done)
+        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)
 
 
 def _input_fields(inputs: tuple[KernelInput, KernelInput], width: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ntkpipe.analysis.comparing.spectra import Way
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
@@ -31,6 +31,11 @@ class Goal:
 
     targets: Targets  # of train samples
     test_targets: Targets | None  # of test samples, if there are any
+
+    def digests(self) -> dict[str, str]:
+        """Digests of targets, by name."""
+        known = {"targets": self.targets, "test_targets": self.test_targets}
+        return {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
 
 
 def goal_of(

@@ -14,6 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
+from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 
@@ -36,7 +37,7 @@ class Calibration(Result):
     negative_log_predictive_density: float
     scale: float  # the factor that variances were multiplied with
     includes_noise: bool  # whether the noise is part of v
-    # Of classes, in bins of the probability of the predicted class, shape (B,); empty for real targets
+    # For classes, in bins of the probability of the predicted one, shape (B,); empty for real targets
     confidence: FloatArray = field(repr=False)  # mean probability, NaN where a bin is empty
     accuracy: FloatArray = field(repr=False)  # share that is right, NaN where a bin is empty
     counts: NDArray[np.int64] = field(repr=False)  # test samples
@@ -52,7 +53,7 @@ class Calibration(Result):
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("coverage", covered),
             ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
             ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),
@@ -129,7 +130,8 @@ def calibration(
     halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
     coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])
     density = 0.5 * np.log(2 * np.pi * variance) + 0.5 * squares
-    table = _no_table()
+    table: dict[str, Any] = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
+    table |= dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
     if targets.codes is not None:
         probabilities = _probabilities(posterior, factor, noise, targets.is_binary, num_draws, seed)
         table = _reliability(probabilities, targets, targets.predicted(posterior.mean), bins)
@@ -164,11 +166,6 @@ def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike |
     if targets.matrix.shape != posterior.mean.shape:
         raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
     return targets
-
-
-def _no_table() -> dict[str, Any]:
-    arrays = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
-    return arrays | dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
 
 
 def _reliability(

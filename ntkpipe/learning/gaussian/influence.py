@@ -11,7 +11,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.sources import initial_matrix
+from ntkpipe.learning.regression.sources import initial_matrix, said_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 from ntkpipe.store.kernel import Kernel
@@ -43,7 +43,7 @@ class Influence(Result):
         named = ", ".join(f"{sample} ({self.mean_size[sample]:.3g})" for sample in shown)
         count, most = self.top_samples.shape
         return [
-            *([("targets", self.targets)] if self.targets else []),
+            *said_of(self.targets),
             ("most influential", f"train samples {named}, by mean size of their terms"),
             ("concentration", f"the {most} largest of {len(self.mean_size):,} terms are {self.top_share:.1%} of all"),
             ("test samples", f"{count:,}"),

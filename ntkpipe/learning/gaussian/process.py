@@ -12,8 +12,9 @@ fits memory, 256 at most.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,7 +28,7 @@ from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.sources import offset_of_test, train_targets
+from ntkpipe.learning.regression.sources import offset_of_test, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
 from ntkpipe.solvers.direct.cholesky import cholesky
@@ -44,8 +45,9 @@ class Posterior(Result):
     """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample."""
 
     mean: FloatArray = field(repr=False)  # shape (M, O)
-    # Of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a sample, S =
-    # 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. Of a full NTK S = O.
+    # Covariance of the function itself, without noise: a block for each test sample, shape (M, S, S). With one row a
+    # sample, S = 1, it is that of every output, and outputs are independent: the prior is `K ⊗ I_O`. A full NTK has
+    # S = O.
     covariance: FloatArray = field(repr=False)
     variance: FloatArray = field(repr=False)  # diagonals of it, (M, S), so (M, 1) or (M, O): broadcasts with the mean
     noise: float  # the variance of the noise of targets: the ridge λ, absolute
@@ -79,7 +81,7 @@ class Posterior(Result):
         parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
         relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("noise λ", f"{self.noise:.4g}, {relative:.2g} mean diagonals; storage floor {self.floor:.2g}"),
             ("log marginal likelihood", f"{self.log_marginal_likelihood:.8g}{error}; {parts}"),
@@ -190,7 +192,9 @@ def gaussian_process(
     stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
     if is_exact:
         factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
-        by: _Conditioned = _ByFactor(factor, train.rhs, "in memory" if path is None else f"in {factor.path}", tol)
+        by: _ByFactor | _ByPasses = _ByFactor(
+            factor, train.rhs, "in memory" if path is None else f"in {factor.path}", tol
+        )
     else:
         inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
         by = _ByPasses(inverse, operator, train.rhs, noise, stages)
@@ -229,7 +233,7 @@ def _without_negative(covariance: FloatArray) -> dict[str, Any]:
     return {"covariance": covariance, "variance": np.maximum(variance, 0.0), "num_clipped": int(clipped.sum())}
 
 
-def _likelihood(by: "_Conditioned", num_rows: int, num_columns: int) -> dict[str, Any]:
+def _likelihood(by: "_ByFactor | _ByPasses", num_rows: int, num_columns: int) -> dict[str, Any]:
     """The marginal likelihood with its parts and its scale, and how it was found, by the names of the result."""
     logdet, logdet_error = by.logdet()
     data_fit, complexity = -0.5 * by.form, -0.5 * num_columns * logdet
@@ -250,31 +254,14 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
     """The kernel of each test sample with itself, (M, S, S)."""
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
-        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, as store.test_diagonal")
+        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")
     if not np.isfinite(blocks).all():
         raise NonFiniteError("test_diagonal holds NaN or infinity")
     return blocks.reshape(shape)
 
 
-class _Conditioned(Protocol):
-    """What is needed of ``G = (K + λI)^-1``."""
-
-    name: str
-    why: str
-    message: str
-    coefficients: FloatArray
-    convergence: Convergence
-    form: float  # tr Y'G Y
-
-    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
-        """``K_* G K_*'`` of each test sample, shape (M, S, S)."""
-
-    def logdet(self) -> tuple[float, float]:
-        """``log det(K + λI)``, and its error."""
-
-
 class _ByFactor:
-    """Exact conditioning, by a Cholesky factor."""
+    """Exact conditioning, by a Cholesky factor of ``K + λI``, whose inverse is G."""
 
     name = "cholesky"
 
@@ -284,12 +271,12 @@ class _ByFactor:
         self.coefficients = np.asarray(found.coefficients)
         self.convergence = Convergence()
         self.convergence.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
-        self.form = float(np.sum(rhs * self.coefficients))
+        self.form = float(np.sum(rhs * self.coefficients))  # tr Y'G Y
         self.why = f"a factor {place}"
         self.message = "exact, by a Cholesky factor in float64"
 
     def explained(self, cross: CrossKernel, width: int) -> FloatArray:
-        """See :class:`_Conditioned`."""
+        """``K_* G K_*'`` of each test sample, shape (M, S, S)."""
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks():
             half = self._factor.half_solve(rows.T).T.reshape(-1, width, rows.shape[1])
@@ -297,7 +284,7 @@ class _ByFactor:
         return found
 
     def logdet(self) -> tuple[float, float]:
-        """See :class:`_Conditioned`."""
+        """``log det(K + λI)``, and its error."""
         return self._factor.logdet, 0.0
 
 
@@ -336,19 +323,19 @@ class _ByPasses:
         return {"coefficients": coefficients, "form": form}
 
     def explained(self, cross: CrossKernel, width: int) -> FloatArray:
-        """See :class:`_Conditioned`."""
+        """See :class:`_ByFactor`."""
+
+        def forms(rows: FloatArray, verdict: Convergence) -> dict[str, Any]:
+            columns = np.ascontiguousarray(rows.T)
+            return {"forms": self._inverse.quadratic(columns, self._noise, width, verdict)}
+
         found = np.empty((cross.num_samples, width, width))
         for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):
-
-            def forms(verdict: Convergence, block: FloatArray = rows) -> dict[str, Any]:
-                columns = np.ascontiguousarray(block.T)
-                return {"forms": self._inverse.quadratic(columns, self._noise, width, verdict)}
-
-            found[samples] = self._once(f"test-{samples.start}-{samples.stop}", forms)["forms"]
+            found[samples] = self._once(f"test-{samples.start}-{samples.stop}", partial(forms, rows))["forms"]
         return found
 
     def logdet(self) -> tuple[float, float]:
-        """See :class:`_Conditioned`."""
+        """See :class:`_ByFactor`."""
 
         def estimated(verdict: Convergence) -> dict[str, Any]:
             value, error = self._inverse.logdet(self._noise, verdict)

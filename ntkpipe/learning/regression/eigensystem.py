@@ -13,7 +13,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.result import Monitor
 
-# With all eigenvalues in memory, by passes of the operator, or the former where it fits.
+# `exact` has all eigenvalues in memory, `streamed` makes passes of the operator, `auto` is the former where it fits.
 AnalysisMethod = Literal["auto", "exact", "streamed"]
 # Products of given eigenpairs must agree with the matrix to this part of its norm.
 _TOLERANCE = 1e-5

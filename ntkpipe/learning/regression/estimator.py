@@ -76,7 +76,7 @@ class KernelRegression:
     Attributes
     ----------
     dual_coef_
-        A, float64, shape (n,), (n, O), or (N·O,) of a full NTK, as ``y`` has axes.
+        Coefficients A, float64: (n,) or (n, O), with as many axes as ``y``; (N·O,) for a full NTK.
     ridge_
         λ, absolute.
     classes_
@@ -126,8 +126,8 @@ class KernelRegression:
         Parameters
         ----------
         kernel
-            Train × train: a symmetric array (N·S, N·S), a stored kernel as ``store.train``, or an operator. Or a store,
-            or a group or output of one, which brings its targets and outputs.
+            Train × train kernel: a symmetric array (N·S, N·S), a stored kernel such as ``store.train``, or an operator.
+            Or a store, or a group or output of one, which brings its targets and outputs.
         y
             Labels of classes (N,), or real targets (N,) or (N, O).
         initial_outputs
@@ -155,21 +155,23 @@ class KernelRegression:
         if y is None:
             raise ConfigError("no targets; needed fit(kernel, y), or fit(store) of a store that has targets")
         begin = perf_counter()
-        options = check_options(options_of(type(self).__init__), self.get_params(), f"{type(self).__name__}()")
+        limit = Budget.of(self.memory_limit)
+        given = self.get_params() | {"memory_limit": limit.limit}
+        options = check_options(options_of(type(self).__init__), given, "KernelRegression()")
         initial = self._initial(initial_outputs, "initial_outputs of the train samples, fit(…, initial_outputs=)")
-        limit = Budget.of(options["memory_limit"])
         operator, budget = open_for_solver(kernel, limit)
         try:
             before = operator.work
             train = train_targets(operator, y, initial, self.task)
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
             found = self._solve(operator, train.rhs, budget)
-            options |= {"memory_limit": limit.limit, "ridge": self.ridge_, **found.options}
+            options |= {"ridge": self.ridge_, **found.options}
             work, matrix = operator.work - before, operator.identity()
         finally:
             if operator is not kernel:
                 operator.close()
-        self.result_ = replace(found, seconds=perf_counter() - begin, work=work, matrix=matrix, options=options)
+        said: dict[str, Any] = {"matrix": matrix, "options": options, "targets": train.targets.words}
+        self.result_ = replace(found, work=work, seconds=perf_counter() - begin, **said)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)
         self.dual_coef_ = coefficients[:, 0] if self._targets.is_flat or train.width > 1 else coefficients
@@ -245,8 +247,8 @@ class KernelRegression:
         Parameters
         ----------
         test_kernel
-            Test × train, (M·S, N·S): an array, a stored kernel as ``store.test_train``, of which a tile is in memory at
-            a time; or the store.
+            Test × train kernel, (M·S, N·S): an array, a stored kernel such as ``store.test_train``, of which a tile is
+            in memory at a time; or the store.
         initial_outputs
             f₀ of the test samples, (M, O), for ``centre="initial_outputs"``.
 
@@ -274,7 +276,7 @@ class KernelRegression:
     def predict(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> NDArray[Any]:
         """Labels of the largest outputs (M,), or real predictions, (M,) or (M, O) as ``y`` was.
 
-        Parameters and errors as of :meth:`predict_outputs`.
+        Parameters and errors are those of :meth:`predict_outputs`.
         """
         outputs = self.predict_outputs(test_kernel, initial_outputs=initial_outputs)
         if hasattr(self, "classes_"):
@@ -284,7 +286,7 @@ class KernelRegression:
     def decision_function(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Outputs of classes, (M, O); of two classes (M,), positive for the second, as scikit-learn.
 
-        Parameters and errors as of :meth:`predict_outputs`.
+        Parameters and errors are those of :meth:`predict_outputs`.
 
         Raises
         ------
@@ -299,14 +301,16 @@ class KernelRegression:
         return outputs[:, 1] - outputs[:, 0] if len(self.classes_) == 2 else outputs
 
     def score(self, test_kernel: Any, y: ArrayLike | None = None, *, initial_outputs: ArrayLike | None = None) -> float:
-        """Accuracy for classes; for real targets R², the mean over outputs, as ``sklearn.metrics.r2_score``.
+        """Accuracy for classes; for real targets R², the mean over outputs, like ``sklearn.metrics.r2_score``.
 
         Parameters
         ----------
-        test_kernel, initial_outputs
-            As of :meth:`predict_outputs`.
+        test_kernel
+            Test × train kernel, or a store, as for :meth:`predict_outputs`.
         y
-            Labels or targets of the test samples; those of a store by default.
+            Labels or targets of the test samples. Default those of a store.
+        initial_outputs
+            Outputs f₀ of the test samples, (M, O), for ``centre="initial_outputs"``.
 
         Raises
         ------

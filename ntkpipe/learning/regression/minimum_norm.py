@@ -23,7 +23,9 @@ def require_all(eigenpairs: KnownEigenpairs, num_rows: int) -> FloatArray:
     vectors = eigenpairs.eigenvectors
     if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
         shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
-        raise ConfigError(f"eigenpairs with {shape} for {num_rows} rows; needed all, as of ntkpipe.eigh(kernel)")
+        raise ConfigError(
+            f"eigenpairs with {shape} for {num_rows} rows; needed all, such as ntkpipe.eigh(kernel) returns"
+        )
     return vectors
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,20 +57,9 @@ class Point:
         proxies = value(self.proxy_residuals, np.arange(total))
         gaps = exact - proxies[self.left_out_samples]
         finite = (1.0 - count / total) ** 0.5
-        # Gaps that are all the same, as of accuracies, do not say that there are no others.
+        # Gaps that are all the same, such as those of accuracies, do not say that there are no others.
         spread = max(float(gaps.std(ddof=1)), float(np.abs(gaps).max(initial=0.0)) / count)
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
-
-
-class Points(Protocol):
-    """Finds the fit at any ridge; from large to small it is cheapest."""
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ, from the coefficients of another ridge where that helps."""
-
-    @property
-    def why(self) -> str:
-        """The method in words."""
 
 
 class ByEigenpairs:
@@ -88,7 +77,7 @@ class ByEigenpairs:
         self._inside = self._vectors.T @ rhs
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`."""
+        """The fit at λ."""
         kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
         shifted = self._values + ridge
         weights = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
@@ -126,7 +115,7 @@ class ByFactors:
         self._tol, self._budget, self.why = tol, budget, why
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`; numbers are NaN where K + λI is not positive definite."""
+        """The fit at λ; numbers are NaN where K + λI is not positive definite."""
         try:
             factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
         except IndefiniteError as error:
@@ -145,7 +134,7 @@ class ByFactors:
 
 
 class ByPasses:
-    """By conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
+    """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
         self,
@@ -163,7 +152,7 @@ class ByPasses:
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """See :class:`Points`."""
+        """The fit at λ, from the coefficients of another ridge."""
         convergence = Convergence()
         coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
         blocks = self._blocks(ridge, convergence)
@@ -197,6 +186,9 @@ class ByPasses:
             unit[rows, np.arange(len(rows))] = 1.0
             found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
         return found
+
+
+Points = ByEigenpairs | ByFactors | ByPasses
 
 
 def _exact_point(

@@ -18,10 +18,8 @@ from ntkpipe.learning.regression.leave_one_out import residuals, weighted_blocks
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.result import Monitor
-
-# Blocks of the shape of the right-hand sides that conjugate gradients hold in memory.
-_BLOCKS = 11
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,15 @@ class Resolvent:
 
     ridge: float  # λ
     coefficients: FloatArray  # A = G Y, shape (n, c)
-    trace: float  # trace, trace_error: tr G, and one standard deviation
-    trace_error: float
-    squared_trace: float  # squared_trace, squared_trace_error: tr G²
-    squared_trace_error: float
+    trace: float  # tr G
+    squared_trace: float  # tr G²
     left_out_loss: float  # mean squared error of rows of a sample predicted from all others; NaN without an estimate
-    left_out_loss_error: float  # what the estimate of it is off by
-    left_out_spread: float  # standard error of that mean as one over samples
-    residual: float  # the largest relative residual of a system; zero where eigenpairs were used
     is_definite: bool  # whether K + λI is positive definite, as far as was seen
+    left_out_spread: float = 0.0  # standard error of that loss as a mean over samples
+    trace_error: float = 0.0  # errors of estimates are one standard deviation
+    squared_trace_error: float = 0.0
+    left_out_loss_error: float = 0.0
+    residual: float = 0.0  # the largest relative residual of a system
 
 
 def resolvents_of_pairs(
@@ -51,7 +49,7 @@ def resolvents_of_pairs(
         shifted = values + ridge
         if (shifted == 0).any():
             unknown = np.full(rows.shape, np.nan)
-            yield Resolvent(ridge, unknown, np.nan, 0.0, np.nan, 0.0, np.nan, 0.0, 0.0, 0.0, is_definite=False)
+            yield Resolvent(ridge, unknown, np.nan, np.nan, np.nan, is_definite=False)
             continue
         inverse = 1 / shifted
         coefficients = vectors @ (inverse[:, None] * inner)
@@ -61,13 +59,9 @@ def resolvents_of_pairs(
             ridge=ridge,
             coefficients=coefficients,
             trace=float(inverse.sum()),
-            trace_error=0.0,
             squared_trace=float((inverse**2).sum()),
-            squared_trace_error=0.0,
             left_out_loss=float(losses.mean()),
-            left_out_loss_error=0.0,
             left_out_spread=_standard_error(losses),
-            residual=0.0,
             is_definite=bool(shifted.min() > 0),
         )
 
@@ -97,7 +91,7 @@ def resolvents_of_operator(
     block = np.concatenate([rows, signs], axis=1)
     rank = _rank(n, block.shape[1], budget)
     preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
-    budget = budget.at_least(8 * n * (3 * rank + _BLOCKS * block.shape[1]))
+    budget = budget.at_least(bytes_of_solve(n, block.shape[1], rank))
 
     def solved_at(ridge: float, guess: FloatArray | None) -> dict[str, Any]:
         found = solve(
@@ -141,8 +135,8 @@ def resolvents_of_operator(
 def _rank(num_rows: int, num_columns: int, budget: Budget) -> int:
     """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
     most = default_rank(num_rows)
-    room = budget.room() // (8 * num_rows) - _BLOCKS * num_columns
-    return int(max(1, most // 10, min(most, room // 3)))
+    room = budget.room() - bytes_of_solve(num_rows, num_columns, 0)
+    return int(max(1, most // 10, min(most, room // bytes_of_solve(num_rows, 0, 1))))
 
 
 def _estimated_left_out_loss(samples: FloatArray, coefficients: FloatArray) -> tuple[float, float, float]:

@@ -29,7 +29,7 @@ from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
@@ -91,7 +91,7 @@ class RidgePath(Result):
 
     @property
     def best(self) -> Best:
-        """By ``leave_one_out_loss``, which uses no test data; see :meth:`best_by`."""
+        """The best ridge by ``leave_one_out_loss``, which uses no test data; see :meth:`best_by`."""
         return self.best_by("leave_one_out_loss")
 
     def best_by(self, criterion: Criterion) -> Best:
@@ -117,7 +117,7 @@ class RidgePath(Result):
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
         rows = [
-            ("targets", self.targets),
+            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
@@ -198,7 +198,7 @@ def ridge_path(
     test_initial_outputs
         Outputs f₀ (M, O) at the test samples, which are added to predictions.
     eigenpairs
-        All eigenpairs of K, as of :func:`ntkpipe.eigh`, if known.
+        All eigenpairs of K, such as :func:`ntkpipe.eigh` returns, if known.
     method
         How it is computed. ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else
         ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a row if that is less.

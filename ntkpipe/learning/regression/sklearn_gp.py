@@ -114,8 +114,10 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
 
         Parameters
         ----------
-        X, Y : (a, 1) and (b, 1) arrays of row numbers
-            Rows and columns.
+        X : (a, 1) array of row numbers
+            Rows of the kernel.
+        Y : (b, 1) array of row numbers
+            Columns of the kernel; default the rows.
         eval_gradient
             Whether to return the gradient by hyperparameters, too: there are none, so that it has shape (a, b, 0).
         """

@@ -11,6 +11,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, encode
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 
@@ -31,6 +32,11 @@ class TrainTargets:
     targets: Targets
     width: int  # rows a sample of the kernel, S: 1, or O of a full NTK
     rhs: FloatArray  # Y, or Y - f₀, in the rows of the kernel
+
+
+def said_of(words: str) -> TableRows:
+    """The row of a printed table that says what targets were taken for; none for results of versions before."""
+    return [("targets", words)] if words else []
 
 
 def train_targets(operator: Operator, targets: Any, initial: Any | None, task: Task) -> TrainTargets:

@@ -10,11 +10,12 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Status, Step
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
-_BLOCKS, _FACTORS = 11, 3
+BLOCKS, FACTORS = bytes_of_solve(1, 1, 0) // 8, bytes_of_solve(1, 0, 1) // 8
 # Share of the free memory, so that there is room for what else the process does.
 _SHARE = 0.9
 _MOST_COLUMNS = 256
@@ -35,7 +36,7 @@ def vectors_that_fit(num_rows: int, budget: Budget) -> int:
 
 def rank_beside(num_columns: int, num_rows: int, budget: Budget) -> int:
     """Rank of a preconditioner beside so many columns, at least one."""
-    rank = (vectors_that_fit(num_rows, budget) - _BLOCKS * num_columns) // _FACTORS
+    rank = (vectors_that_fit(num_rows, budget) - BLOCKS * num_columns) // FACTORS
     return max(1, min(rank, default_rank(num_rows)))
 
 
@@ -84,8 +85,8 @@ class StreamedInverse:
         self._tol, self._seed, self._monitor = tol, seed, monitor
         self._budget = budget
         self._vectors = vectors = vectors_that_fit(operator.num_rows, budget)
-        rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // _FACTORS))
-        self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - _FACTORS * rank) // _BLOCKS))
+        rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // FACTORS))
+        self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - FACTORS * rank) // BLOCKS))
         self._before = operator.work
         self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
 
@@ -128,7 +129,7 @@ class StreamedInverse:
 
         Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
         """
-        spare = self._vectors - _FACTORS * self._preconditioner.rank
+        spare = self._vectors - FACTORS * self._preconditioner.rank
         probes = max(2, min(_PROBES, spare // _STEPS))
         room = 8 * self._operator.num_rows * probes * _STEPS
         found = [

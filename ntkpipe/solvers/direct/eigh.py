@@ -12,10 +12,9 @@ from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
+from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
-from ntkpipe.solvers.spectral.density import bytes_of_density
-from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh
 
 MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)

@@ -1,7 +1,6 @@
 """A factor in files: its matrix, its progress and its panels, which count once the group's attributes say so."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from ntkpipe.solvers.direct.panels import Shape, StoredPanels
 from ntkpipe.store.documents import group_attributes, group_document
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.results import ArrayFolder
+from ntkpipe.store.results import ArrayFolder, as_integer, as_number
 
 _GROUP = "cholesky"
 _ARRAY = f"{_GROUP}/lower"
 _DOCUMENT = "zarr.json"
 _FORMAT = 1
 _MOST_TEXT = 2000
+_MOST_ROWS = 2**40
+_PIVOTS = ("logdet", "smallest", "largest")
 
 
 @dataclass(frozen=True)
@@ -54,39 +55,19 @@ class FactorState:
         }
 
     @classmethod
-    def from_json(cls, found: dict[str, Any], where: str) -> "FactorState":
-        """Read and check what :meth:`to_json` wrote, since anybody may have changed it."""
-        matrix, panels = found.get("matrix"), found.get("panels")
-        sizes: list[Any] = [found.get(name) for name in ("num_rows", "panel_width", "chunk_rows")]
-        shifts: list[Any] = [found.get(name) for name in ("ridge", "jitter")]
-        if (
-            found.get("format") != _FORMAT
-            or not (isinstance(matrix, str) and len(matrix) <= _MOST_TEXT and matrix.isprintable())
-            or not all(type(size) is int and 1 <= size < 2**40 for size in sizes)
-            or not all(_is_finite(shift) for shift in shifts)
-            or not isinstance(panels, list)
-        ):
-            raise StoreError(_damage(where, "it describes no Cholesky factor of this version"))
-        shape, (ridge, jitter) = Shape(*sizes), map(float, shifts)
+    def from_json(cls, found: dict[str, Any]) -> "FactorState":
+        """Read what :meth:`to_json` wrote; KeyError, TypeError or ValueError if anybody has changed it."""
+        matrix, panels = found["matrix"], found["panels"]
+        is_text = isinstance(matrix, str) and len(matrix) <= _MOST_TEXT and matrix.isprintable()
+        if found["format"] != _FORMAT or not is_text or not isinstance(panels, list):
+            raise ValueError("it describes no Cholesky factor of this version")
+        shape = Shape(*(as_integer(found[name], low=1) for name in ("num_rows", "panel_width", "chunk_rows")))
         is_cut = shape.width % shape.height == 0 and shape.width < shape.num_rows + shape.height
-        if not is_cut or len(panels) > shape.num_panels:
-            raise StoreError(_damage(where, f"panels of {shape.width} columns in chunks of {shape.height} rows"))
-        return cls(matrix, ridge, jitter, shape, tuple(_pivots(panel, where) for panel in panels))
-
-
-def _damage(where: str, why: str) -> str:
-    return f"{where} is damaged: {why}; delete that folder to begin anew"
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _pivots(found: object, where: str) -> Pivots:
-    names = ("logdet", "smallest", "largest")
-    if not (isinstance(found, dict) and all(_is_finite(found.get(name)) for name in names)):
-        raise StoreError(_damage(where, "a panel has no pivots"))
-    return Pivots(*(float(found[name]) for name in names))
+        if not is_cut or shape.num_rows >= _MOST_ROWS or len(panels) > shape.num_panels:
+            raise ValueError(f"panels of {shape.width} columns in chunks of {shape.height} rows")
+        ridge, jitter = as_number(found["ridge"]), as_number(found["jitter"])
+        pivots = (Pivots(*(as_number(panel[name]) for name in _PIVOTS)) for panel in panels)
+        return cls(matrix, ridge, jitter, shape, tuple(pivots))
 
 
 class FactorFolder:
@@ -123,8 +104,11 @@ class FactorFolder:
     def load(self) -> FactorState | None:
         """Read the state; none if there is no factor yet."""
         attributes = self._folder.read_attributes()
-        where = str(self.medium.address(f"{_GROUP}/{_DOCUMENT}"))
-        return None if attributes is None else FactorState.from_json(attributes, where)
+        try:
+            return None if attributes is None else FactorState.from_json(attributes)
+        except (KeyError, TypeError, ValueError) as error:
+            where = self.medium.address(f"{_GROUP}/{_DOCUMENT}")
+            raise StoreError(f"{where} is damaged: {error!r}; delete that folder to begin anew") from error
 
     def commit(self, state: FactorState) -> None:
         """Replace the state in one step."""

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.linear.residual_replacement import Iterate, IterateOptions, Recurrence, iterate
@@ -15,7 +16,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 def pcg(
     operator: Operator,
-    rhs: NDArray[np.float64],
+    rhs: FloatArray,
     *,
     preconditioner: Preconditioner | None = None,
     **options: Unpack[IterateOptions],
@@ -30,7 +31,7 @@ def pcg(
 
 def block_cg(
     operator: Operator,
-    rhs: NDArray[np.float64],
+    rhs: FloatArray,
     *,
     preconditioner: Preconditioner | None = None,
     **options: Unpack[IterateOptions],
@@ -48,7 +49,7 @@ def block_cg(
 
 
 class _Preconditioned(Recurrence):
-    def __init__(self, operator: Operator, preconditioner: Preconditioner | None, *start: NDArray[np.float64]) -> None:
+    def __init__(self, operator: Operator, preconditioner: Preconditioner | None, *start: FloatArray) -> None:
         super().__init__(*start)
         self._operator, self._preconditioner = operator, preconditioner
 
@@ -88,7 +89,7 @@ class _Block(_Preconditioned):
 
     shares_directions = True
 
-    def _whiten(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _whiten(self, block: FloatArray) -> FloatArray:
         return block if self._preconditioner is None else self._preconditioner.inverse_sqrt(block)
 
     def restart(self, columns: NDArray[np.bool_]) -> None:

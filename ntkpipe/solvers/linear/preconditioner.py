@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
@@ -26,8 +27,8 @@ _MOST_SHIFTS = 20
 class Preconditioner:
     """``P = F F' + μ I`` by the eigenvectors of F F', so that any power of it is two thin products."""
 
-    vectors: NDArray[np.float64]  # orthonormal, shape (n, rank), float64: its only large array
-    values: NDArray[np.float64]  # eigenvalues of F F', shape (rank,), descending
+    vectors: FloatArray  # orthonormal, shape (n, rank), float64: its only large array
+    values: FloatArray  # eigenvalues of F F', shape (rank,), descending
     tail: float  # mean of the diagonal of K - F F', but not less than the storage floor of K
     ridge: float  # λ
     method: Literal["rpcholesky", "nystrom"]  # how F was made
@@ -51,7 +52,7 @@ class Preconditioner:
         return self.ridge + self.tail or 1.0
 
     @property
-    def factor(self) -> NDArray[np.float64]:
+    def factor(self) -> FloatArray:
         """F, up to a rotation of its columns: new memory of shape (n, rank)."""
         return self.vectors * np.sqrt(self.values)
 
@@ -59,15 +60,15 @@ class Preconditioner:
         """Return it for another ridge, without a pass; the memory is shared."""
         return replace(self, ridge=_checked_ridge(ridge))
 
-    def solve(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def solve(self, block: FloatArray) -> FloatArray:
         """``P^-1 @ block``, shape of the block: (n, c) or (n,)."""
         return self._scale(block, 1.0 / (self.values + self.mu), 1.0 / self.mu)
 
-    def sqrt(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sqrt(self, block: FloatArray) -> FloatArray:
         """``P^1/2 @ block``, of the symmetric root."""
         return self._scale(block, np.sqrt(self.values + self.mu), self.mu**0.5)
 
-    def inverse_sqrt(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def inverse_sqrt(self, block: FloatArray) -> FloatArray:
         """``P^-1/2 @ block``, of the symmetric root."""
         return self._scale(block, 1.0 / np.sqrt(self.values + self.mu), self.mu**-0.5)
 
@@ -76,10 +77,10 @@ class Preconditioner:
         of_factor = float(np.log(self.values + self.mu).sum())
         return of_factor + (self.num_rows - self.rank) * float(np.log(self.mu))
 
-    def _scale(self, block: NDArray[np.float64], of_vectors: NDArray[np.float64], rest: float) -> NDArray[np.float64]:
+    def _scale(self, block: FloatArray, of_vectors: FloatArray, rest: float) -> FloatArray:
         """Multiply parts along the vectors by numbers, and the rest by one number."""
         parts = ((self.vectors.T @ block).T * (of_vectors - rest)).T
-        scaled: NDArray[np.float64] = self.vectors @ parts
+        scaled: FloatArray = self.vectors @ parts
         scaled += rest * block
         return scaled
 
@@ -151,12 +152,12 @@ def randomly_pivoted_cholesky(
 
 
 def _pivots_among(
-    block: NDArray[np.float64],
-    odds: NDArray[np.float64],
-    noise: NDArray[np.float64],
+    block: FloatArray,
+    odds: FloatArray,
+    noise: FloatArray,
     wanted: int,
     rng: np.random.Generator,
-) -> tuple[list[int], NDArray[np.float64]]:
+) -> tuple[list[int], FloatArray]:
     """Choose pivots among candidates; return them and the Cholesky factor of their block."""
     left = block.diagonal().copy()
     columns = np.empty((len(block), wanted))
@@ -214,7 +215,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
     )
 
 
-def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, float]:
     """Return F, with F F' the Nyström approximation of K + shift I, and the shift."""
     size = float(np.linalg.norm(product))
     if size == 0.0:
@@ -238,7 +239,7 @@ def _shifted_factor(test: NDArray[np.float64], product: NDArray[np.float64]) -> 
     raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
 
 
-def _left_singular(factor: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _left_singular(factor: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Eigenvectors and descending eigenvalues of F F', more accurate than from F' F."""
     if not factor.shape[1]:
         return np.zeros(factor.shape), np.zeros(0)
@@ -253,7 +254,7 @@ def _row_blocks(num_rows: int) -> list[slice]:
     return [slice(first, first + _ROWS_AT_ONCE) for first in range(0, num_rows, _ROWS_AT_ONCE)]
 
 
-def _solve_rows(lower: NDArray[Any], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def _solve_rows(lower: NDArray[Any], rows: FloatArray) -> FloatArray:
     """Return ``rows @ lower^-T``."""
     return np.asarray(solve_triangular(lower, rows.T, lower=True, check_finite=False).T)
 

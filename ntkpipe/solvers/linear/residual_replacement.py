@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
@@ -22,7 +23,7 @@ class Recurrence(ABC):
 
     shares_directions = False  # whether columns advance by each other's directions, so that they restart together
 
-    def __init__(self, solution: NDArray[np.float64], residual: NDArray[np.float64]) -> None:
+    def __init__(self, solution: FloatArray, residual: FloatArray) -> None:
         self.solution = solution
         self.residual = residual
 
@@ -39,10 +40,10 @@ class Recurrence(ABC):
 class IterationState:
     """State of an iteration, from which another one can go on with new directions."""
 
-    solution: NDArray[np.float64]  # shape (n, c)
-    history: NDArray[np.float64]  # recursive residuals, relative, shape (iterations, c)
+    solution: FloatArray  # shape (n, c)
+    history: FloatArray  # recursive residuals, relative, shape (iterations, c)
     checks: NDArray[np.int64]  # after how many iterations true residuals were computed, shape (m,)
-    check_residuals: NDArray[np.float64]  # true residuals, relative, shape (m, c)
+    check_residuals: FloatArray  # true residuals, relative, shape (m, c)
     replacements: int  # how often residuals were replaced by the true ones
     passes: int  # products: steps, checks, and one for each start that was not zero
 
@@ -60,7 +61,7 @@ class Iterate(IterationState):
     if passes ran out.
     """
 
-    residuals: NDArray[np.float64]  # true residuals of the solution, relative to the right-hand sides, shape (c,)
+    residuals: FloatArray  # true residuals of the solution, relative to the right-hand sides, shape (c,)
     status: Status
     message: str
     gave_up: bool  # whether the caller ended it
@@ -69,19 +70,19 @@ class Iterate(IterationState):
 class IterateOptions(TypedDict, total=False):
     """Keyword options of :func:`iterate`."""
 
-    initial: NDArray[np.float64] | None
+    initial: FloatArray | None
     tol: float
     max_passes: int
     monitor: Monitor
-    give_up: Callable[[NDArray[np.float64]], bool] | None  # whether to stop, given the history after each iteration
+    give_up: Callable[[FloatArray], bool] | None  # whether to stop, given the history after each iteration
     earlier: IterationState | None  # where to go on, instead of `initial`
     keep: Callable[[IterationState], None]  # called at each check, and when an exception ends the iteration
 
 
 def iterate(
     operator: Operator,
-    rhs: NDArray[np.float64],
-    make: Callable[[NDArray[np.float64], NDArray[np.float64]], Recurrence],
+    rhs: FloatArray,
+    make: Callable[[FloatArray, FloatArray], Recurrence],
     **options: Unpack[IterateOptions],
 ) -> Iterate:
     """Solve ``A X = B`` by an iteration until true residuals are small, or cannot become so.
@@ -105,13 +106,13 @@ class _Loop:
     def __init__(
         self,
         operator: Operator,
-        rhs: NDArray[np.float64],
+        rhs: FloatArray,
         *,
-        initial: NDArray[np.float64] | None = None,
+        initial: FloatArray | None = None,
         tol: float = 1e-6,
         max_passes: int = 1000,
         monitor: Monitor = ignore,
-        give_up: Callable[[NDArray[np.float64]], bool] | None = None,
+        give_up: Callable[[FloatArray], bool] | None = None,
         earlier: IterationState | None = None,
         keep: Callable[[IterationState], None] = lambda state: None,
     ) -> None:
@@ -122,8 +123,8 @@ class _Loop:
         self._rhs = rhs[:, self._kept] / self._scales[self._kept]
         count = self._rhs.shape[1]
         self._passes, self._replacements, self._gave_up = 0, 0, False
-        self._history: list[NDArray[np.float64]] = []
-        self._checks: list[tuple[int, NDArray[np.float64]]] = []
+        self._history: list[FloatArray] = []
+        self._checks: list[tuple[int, FloatArray]] = []
         if earlier is not None:
             self._passes, self._replacements, initial = earlier.passes, earlier.replacements, earlier.solution
             self._history = list(earlier.history[:, self._kept])
@@ -147,7 +148,7 @@ class _Loop:
         self._replaced = np.full(count, np.inf)
         self._poor_gains = np.zeros(count, int)
 
-    def _true_residual(self, solution: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _true_residual(self, solution: FloatArray) -> FloatArray:
         product = self._operator.matmat(solution)
         self._passes += 1
         return np.subtract(self._rhs, product, out=product)
@@ -157,7 +158,7 @@ class _Loop:
         """Columns whose true residual is too large, and may still become smaller."""
         return np.asarray((self._best_residuals > self._tol) & ~self._is_broken & ~self._is_stuck)
 
-    def _tell(self, residuals: NDArray[np.float64]) -> None:
+    def _tell(self, residuals: FloatArray) -> None:
         self._monitor(Step(self._operator.work - self._before, float(residuals.max()), self._tol))
 
     def run(self, recurrence: Recurrence) -> None:
@@ -172,7 +173,7 @@ class _Loop:
                     error.add_note(f"what was reached could not be kept: {another}")
             raise
 
-    def _finite(self, recurrence: Recurrence) -> NDArray[np.float64]:
+    def _finite(self, recurrence: Recurrence) -> FloatArray:
         """The solution, with the best iterate in columns that have overflowed."""
         return np.where(np.isfinite(recurrence.solution).all(axis=0), recurrence.solution, self._best)
 
@@ -212,7 +213,7 @@ class _Loop:
             better = is_lost & (true < self._best_residuals)
             self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
 
-    def _check(self, recurrence: Recurrence, recursive: NDArray[np.float64]) -> None:
+    def _check(self, recurrence: Recurrence, recursive: FloatArray) -> None:
         """Compute true residuals, remember the best iterates, and replace residuals that have drifted."""
         solution = self._finite(recurrence)
         finite = np.isfinite(recurrence.solution).all(axis=0)
@@ -247,7 +248,7 @@ class _Loop:
         if self._is_open.any():
             recurrence.restart(drifted)
 
-    def _state(self, scaled: NDArray[np.float64]) -> IterationState:
+    def _state(self, scaled: FloatArray) -> IterationState:
         """The state with this solution, for all columns."""
         solution = np.zeros(self._shape)
         solution[:, self._kept] = scaled * self._scales[self._kept]
@@ -265,7 +266,7 @@ class _Loop:
         (residuals,), state = self._spread([self._best_residuals]), vars(self._state(self._best))
         return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **state)
 
-    def _spread(self, rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    def _spread(self, rows: list[FloatArray]) -> FloatArray:
         """Rows of numbers for all columns, with zero for right-hand sides that are zero."""
         spread = np.zeros((len(rows), self._shape[1]))
         spread[:, self._kept] = np.array(rows).reshape(len(rows), len(self._targets))
@@ -295,7 +296,7 @@ class _Loop:
         return "step limit", f"{said} after {self._passes} passes: give more of them, a larger rank or a larger ridge"
 
 
-def _column_norms(block: NDArray[np.float64]) -> NDArray[np.float64]:
+def _column_norms(block: FloatArray) -> FloatArray:
     """2-norms of columns, without overflow."""
     largest = np.abs(block).max(axis=0, initial=0.0)
     scaled = block / np.where(largest > 0.0, largest, 1.0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.solvers.result import Result
@@ -14,19 +15,19 @@ from ntkpipe.solvers.result import Result
 class Solution(Result):
     """Coefficients A with ``(K + ridge I) A = Y``."""
 
-    coefficients: NDArray[np.float64]  # A, float64, of the shape of Y
+    coefficients: FloatArray  # A, float64, of the shape of Y
     # |Y - (K + ridge I) A| / |Y| of each column, shape (c,), computed in float64 with the matrix for these
     # coefficients. Zero for a column of zeros, whose coefficients are zero.
-    residuals: NDArray[np.float64]
+    residuals: FloatArray
     ridge: float  # λ
     method: str  # method, why: the method that found them, and why it was chosen
     why: str
     iterations: int  # steps of conjugate gradients, one pass each; each check of true residuals is one pass more
-    history: NDArray[np.float64]  # relative residuals of the recurrence, shape (iterations, c); true ones may be larger
+    history: FloatArray  # relative residuals of the recurrence, shape (iterations, c); true ones may be larger
     # checks, check_residuals: after how many iterations true residuals were computed, shape (m,), and their relative
     # size, shape (m, c)
     checks: NDArray[np.int64]
-    check_residuals: NDArray[np.float64]
+    check_residuals: FloatArray
     replacements: int  # how often residuals were replaced by the true ones and directions began anew
     rank: int  # rank, mu: rank and μ of the preconditioner F F' + μ I; 0 and 1 without one
     mu: float

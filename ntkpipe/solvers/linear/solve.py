@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
@@ -221,7 +221,7 @@ def solve_path(
     stages = Stages(checkpoint, decides)
     systems = Systems(operator, block, options, len(values), SystemCheckpoint(None, {}, block.shape), stages)
     found: dict[int, Solution] = {}
-    guess: NDArray[np.float64] | None = None
+    guess: FloatArray | None = None
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
         name, start = f"ridge-{number}", guess
 

@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
@@ -72,7 +72,7 @@ class Systems:
     def __init__(
         self,
         operator: Operator,
-        rhs: NDArray[np.float64],
+        rhs: FloatArray,
         options: SolveOptions,
         num_ridges: int,
         kept: SystemCheckpoint,
@@ -147,9 +147,7 @@ class Systems:
         spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
-    def solve(
-        self, ridge: float, initial: NDArray[np.float64] | None, kept: SystemCheckpoint | None = None
-    ) -> Solution:
+    def solve(self, ridge: float, initial: FloatArray | None, kept: SystemCheckpoint | None = None) -> Solution:
         """Solve one system; ``kept`` is its own checkpoint, where there are several."""
         if kept is not None:
             self._go_on(kept)
@@ -168,7 +166,7 @@ class Systems:
             return self._factor_instead(ridge, self._kept.progress)
         return self._iterate(ridge, initial)
 
-    def _better(self, factored: Solution, ridge: float, initial: NDArray[np.float64] | None) -> Solution:
+    def _better(self, factored: Solution, ridge: float, initial: FloatArray | None) -> Solution:
         """Iterate, too, where a factor missed the tolerance: a singular matrix may have passed for a definite one."""
         worst = float(factored.residuals.max())
         self._without_factor(f"left a residual of {worst:.2g}")
@@ -203,9 +201,7 @@ class Systems:
         residuals = np.array(found.residuals)
         return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
 
-    def _iterate(
-        self, ridge: float, initial: NDArray[np.float64] | None, earlier: IterationState | None = None
-    ) -> Solution:
+    def _iterate(self, ridge: float, initial: FloatArray | None, earlier: IterationState | None = None) -> Solution:
         """Solve by conjugate gradients, from where they were."""
         options, kept = self._options, self._kept
         (n, columns), rank = self._rhs.shape, options.rank_of(self._operator)
@@ -238,8 +234,8 @@ class Systems:
         method: str,
         status: Status,
         message: str,
-        coefficients: NDArray[np.float64],
-        residuals: NDArray[np.float64],
+        coefficients: FloatArray,
+        residuals: FloatArray,
         iterate: IterationState | None,
     ) -> Solution:
         """Make the result, with the cost since the previous one."""
@@ -324,7 +320,7 @@ def forecast(
     return Forecast(made + _ITERATIONS * (product + applied), factoring)
 
 
-def hopeless_after(seconds: float, tol: float) -> Callable[[NDArray[np.float64]], bool]:
+def hopeless_after(seconds: float, tol: float) -> Callable[[FloatArray], bool]:
     """Make a test of the history that says whether to stop iterating, given the seconds of the alternative.
 
     It says yes once half of those seconds are spent and the remaining iterations, extrapolated from the second half of
@@ -333,7 +329,7 @@ def hopeless_after(seconds: float, tol: float) -> Callable[[NDArray[np.float64]]
     """
     start = perf_counter()
 
-    def is_hopeless(history: NDArray[np.float64]) -> bool:
+    def is_hopeless(history: FloatArray) -> bool:
         spent, count = perf_counter() - start, len(history)
         if count < _LEAST_HISTORY or spent < seconds / 2:
             return False
@@ -342,7 +338,7 @@ def hopeless_after(seconds: float, tol: float) -> Callable[[NDArray[np.float64]]
     return is_hopeless
 
 
-def iterations_left(history: NDArray[np.float64], tol: float) -> float:
+def iterations_left(history: FloatArray, tol: float) -> float:
     """Iterations until the largest residual is ``tol``, extrapolated from a history of shape (m, c)."""
     worst = np.log(np.maximum(history.max(axis=1), np.finfo(np.float64).tiny))
     half = len(worst) // 2

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.solvers.checkpoint import Get, Pieces
 from ntkpipe.store.results import as_integer
 
-ApproximateInverse = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+ApproximateInverse = Callable[[FloatArray], FloatArray]
 
 _MOST_BLOCKS = 12
 _KEPT_BLOCKS = 3  # by a restart: the wanted one and its neighbours
@@ -31,7 +32,7 @@ class Davidson:
         self._vectors = np.empty((num_rows, most), order="F")
         self._products = np.empty((num_rows, most), order="F")
         self._size, self.passes = 0, 0
-        self._pieces: list[tuple[str, int]] = []
+        self._pieces = Pieces()
         self._ahead = inverse(self._rng.standard_normal((num_rows, self._block)))
         self.values = np.zeros(0)
         self.norms = np.zeros(0)
@@ -51,7 +52,7 @@ class Davidson:
         self._vectors[:, self._size : stop] = joining
         self._products[:, self._size : stop] = operator.matmat(joining)
         self.passes += 1
-        self._pieces.append((f"block-{self.passes}", stop))
+        self._pieces.add(f"block-{self.passes}", stop)
         self._look(stop)
 
     def _look(self, size: int) -> None:
@@ -66,7 +67,7 @@ class Davidson:
         self.values, self.norms = values[: self._block], np.linalg.norm(residuals, axis=0)
         self._ahead = self._inverse(residuals)
 
-    def _orthonormal(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _orthonormal(self, block: FloatArray) -> FloatArray:
         """Orthonormal basis of what a block adds to V, filled up with random columns."""
         vectors, room = self._vectors[:, : self._size], self._vectors.shape[1] - self._size
         sizes = np.linalg.norm(block, axis=0)
@@ -92,37 +93,23 @@ class Davidson:
         for basis in (self._vectors, self._products):
             basis[:, : kept.shape[1]] = basis[:, : self._size] @ kept
         self._size = kept.shape[1]
-        self._pieces = [(f"basis-{self.passes}", self._size)]
+        self._pieces.begin_anew(f"basis-{self.passes}", self._size)
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs beside :meth:`arrays`."""
-        return {"passes": self.passes, "pieces": self._pieces}
+        return {"passes": self.passes, "pieces": self._pieces.state()}
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, FloatArray]:
         """Vectors and products, in the pieces in which they came."""
-        found: dict[str, NDArray[np.float64]] = {}
-        start = 0
-        for name, stop in self._pieces:
-            found |= {
-                f"{name}-vectors": self._vectors[:, start:stop],
-                f"{name}-products": self._products[:, start:stop],
-            }
-            start = stop
-        return found
+        return self._pieces.arrays(self._vectors, "-vectors") | self._pieces.arrays(self._products, "-products")
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
-        """Go on from what both were; later random columns are others. ``get`` reads an array of this name and shape."""
-        self.passes, start, (num_rows, most) = as_integer(state["passes"]), 0, self._vectors.shape
-        self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
-        for name, stop in self._pieces:
-            if not start < stop <= most:
-                raise ValueError(f"columns {start} to {stop} of a basis of {most}")
-            self._vectors[:, start:stop] = get(f"{name}-vectors", (num_rows, stop - start))
-            self._products[:, start:stop] = get(f"{name}-products", (num_rows, stop - start))
-            start = stop
-        if start:
-            self._look(start)
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
+        """Go on from what both were; later random columns are others."""
+        self.passes = as_integer(state["passes"])
+        bases = {"-vectors": self._vectors, "-products": self._products}
+        if size := self._pieces.restore(state["pieces"], get, bases):
+            self._look(size)
 
-    def pairs(self, k: int) -> NDArray[np.float64]:
+    def pairs(self, k: int) -> FloatArray:
         """The first k Ritz vectors, shape (n, k)."""
         return np.ascontiguousarray(self._vectors[:, : self._size] @ self._coordinates[:, :k])

@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, bytes_of_steps, is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -27,11 +29,11 @@ class TopPairs(Protocol):
     """Exact eigenpairs to splice in."""
 
     @property
-    def eigenvalues(self) -> NDArray[np.float64]:
+    def eigenvalues(self) -> FloatArray:
         """Values, shape (k,)."""
 
     @property
-    def eigenvectors(self) -> NDArray[np.float64]:
+    def eigenvectors(self) -> FloatArray:
         """Orthonormal vectors, shape (n, k)."""
 
 
@@ -39,21 +41,21 @@ class TopPairs(Protocol):
 class Counts:
     """Numbers of eigenvalues above thresholds; arrays have one entry per threshold."""
 
-    thresholds: NDArray[np.float64]  # λ
-    values: NDArray[np.float64]  # estimates of N(λ)
-    standard_errors: NDArray[np.float64]  # Monte-Carlo errors: one standard deviation of the mean over probes
-    truncation_errors: NDArray[np.float64]  # most that more steps with the same probes could change
+    thresholds: FloatArray  # λ
+    values: FloatArray  # estimates of N(λ)
+    standard_errors: FloatArray  # Monte-Carlo errors: one standard deviation of the mean over probes
+    truncation_errors: FloatArray  # most that more steps with the same probes could change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Density(Result):
     """The distribution of eigenvalues."""
 
-    eigenvalues: NDArray[np.float64]  # exact eigenvalues that were spliced in, shape (k,), descending
+    eigenvalues: FloatArray  # exact eigenvalues that were spliced in, shape (k,), descending
     # nodes, weights: Gauss rules of the probes for the rest, shape (p, m): a node stands for `weight` eigenvalues
-    nodes: NDArray[np.float64] = field(repr=False)
-    weights: NDArray[np.float64] = field(repr=False)
-    node_residuals: NDArray[np.float64] = field(repr=False)  # an eigenvalue lies so near to each node, shape (p, m)
+    nodes: FloatArray = field(repr=False)
+    weights: FloatArray = field(repr=False)
+    node_residuals: FloatArray = field(repr=False)  # an eigenvalue lies so near to each node, shape (p, m)
     num_rows: int  # n
     num_steps: int  # m
     floor: float  # smaller eigenvalues cannot be told from zero: the storage floor, or rounding of products
@@ -64,7 +66,7 @@ class Density(Result):
         rule = QuadratureRule(self.nodes, self.weights, self.node_residuals)
         return _count(rule, self.eigenvalues, self.num_rows, np.asarray(thresholds, np.float64).reshape(-1))
 
-    def smooth(self, *, num_points: int = 200, width: float = 0.1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def smooth(self, *, num_points: int = 200, width: float = 0.1) -> tuple[FloatArray, FloatArray]:
         """Eigenvalues per decade on a logarithmic grid, for plots: ``(λ, density)``, each of shape (num_points,).
 
         Nodes become Gaussian bells in log10 λ whose area is the number of eigenvalues; nodes below the floor are left
@@ -97,8 +99,8 @@ class Density(Result):
 
 
 def smoothed(
-    values: NDArray[np.float64], weights: NDArray[np.float64], floor: float, *, num_points: int, width: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values: FloatArray, weights: FloatArray, floor: float, *, num_points: int, width: float
+) -> tuple[FloatArray, FloatArray]:
     """Density per decade of weighted eigenvalues, ``(λ, density)``; see :meth:`Density.smooth`."""
     check_number("num_points", num_points, low=2)
     check_number("width", width, low=1e-3, high=10.0)
@@ -200,19 +202,12 @@ def density(
     )
 
 
-def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) -> int:
-    """Memory that :func:`density` takes for so many steps; it takes fewer where that is all there is room for."""
-    return bytes_of_steps(num_rows, num_probes, num_steps)
-
-
 class _Counting:
     """Counts of eigenvalues from the Lanczos steps taken, with exact ones spliced in."""
 
     counts: Counts  # from the first look on
 
-    def __init__(
-        self, operator: Operator, lanczos: SampledLanczos, options: Sampling, values: NDArray[np.float64]
-    ) -> None:
+    def __init__(self, operator: Operator, lanczos: SampledLanczos, options: Sampling, values: FloatArray) -> None:
         self._operator, self._lanczos, self._options, self._values = operator, lanczos, options, values
         self._masses = np.where(lanczos.squared_norms > 0, operator.num_rows - len(values), 0.0)
         self.floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
@@ -239,7 +234,7 @@ class _Counting:
         return worst, is_finished or (self._options.num_steps is None and steps > 0 and is_enough)
 
 
-def _count(rule: QuadratureRule, exact: NDArray[np.float64], num_rows: int, thresholds: NDArray[np.float64]) -> Counts:
+def _count(rule: QuadratureRule, exact: FloatArray, num_rows: int, thresholds: FloatArray) -> Counts:
     found = rule.mass_above(thresholds)
     above, below = rule.unsettled(thresholds)
     found += (below - above) / 2
@@ -270,7 +265,7 @@ def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Statu
     return "not converged", f"{where}: the Monte-Carlo error is too large; give more probes", resolved
 
 
-def _exact_pairs(top: TopPairs | None, num_rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+def _exact_pairs(top: TopPairs | None, num_rows: int) -> tuple[FloatArray, FloatArray | None]:
     """Check eigenpairs; values are returned in descending order."""
     if top is None:
         return np.zeros(0), None

@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.solvers.result import Status
 from ntkpipe.solvers.spectral.krylov import BlockLanczos
 
@@ -15,7 +15,7 @@ _PER_DECADE = 24  # points of a decade of time at which the defect is computed
 class Flow:
     """Functions of T and what is known of their errors, for targets whose columns have unit size."""
 
-    def __init__(self, space: BlockLanczos, times: NDArray[np.float64], learning_rate: float, floor: float) -> None:
+    def __init__(self, space: BlockLanczos, times: FloatArray, learning_rate: float, floor: float) -> None:
         values, self._vectors = np.linalg.eigh(space.matrix())
         self.lowest = float(values.min(initial=0.0))
         self.largest = float(values.max(initial=0.0))
@@ -30,7 +30,7 @@ class Flow:
         self._scaled = times * learning_rate
         self.errors = self._bounds()
 
-    def functions(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    def functions(self) -> list[tuple[FloatArray, FloatArray]]:
         """For each time: coefficients in the space of ``exp(-η t K)`` and ``K^-1 (I - exp(-η t K))`` of the targets."""
         found = []
         # Where negative eigenvalues let functions grow beyond all numbers, they are no numbers; the status says why.
@@ -40,19 +40,19 @@ class Flow:
                 found.append((self._vectors @ (decay * self._start), self._vectors @ (phi * self._start)))
         return found
 
-    def _decay(self, scaled: float) -> NDArray[np.float64]:
+    def _decay(self, scaled: float) -> FloatArray:
         return np.asarray(self._is_null if math.isinf(scaled) else np.exp(-scaled * self._values), np.float64)
 
-    def _phi(self, scaled: float) -> NDArray[np.float64]:
+    def _phi(self, scaled: float) -> FloatArray:
         """``(1 - exp(-s λ)) / λ``, which is s where λ is zero, and the pseudo-inverse where s is infinite."""
         is_limit = math.isinf(scaled)
         is_zero = self._is_null if is_limit else self._values == 0
         safe = np.where(is_zero, 1.0, self._values)
-        grown: NDArray[np.float64] = 1.0 / safe if is_limit else -np.expm1(-scaled * safe) / safe
+        grown: FloatArray = 1.0 / safe if is_limit else -np.expm1(-scaled * safe) / safe
         grown[is_zero] = 0.0 if is_limit else scaled
         return np.asarray(grown)
 
-    def _bounds(self) -> NDArray[np.float64]:
+    def _bounds(self) -> FloatArray:
         """Largest bound over columns, for each time."""
         found = np.zeros(len(self._scaled))
         is_finite = np.isfinite(self._scaled)
@@ -65,7 +65,7 @@ class Flow:
             found[~is_finite] = np.linalg.norm(left, axis=0).max(initial=0.0)
         return found + 32 * _EPS + np.where(is_finite, 4 * _EPS * self.sensitivities(self.largest), 0.0)
 
-    def _integrals(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _integrals(self, scaled: FloatArray) -> FloatArray:
         """``∫ |d(s)| ds`` up to each time, by the trapezoidal rule in log s; infinite where numbers end."""
         last = max(float(scaled.max()), 1e-3 / self.largest if self.largest > 0 else 1e-3)
         first = min(1e-3 / self.largest if self.largest > 0 else last, last)
@@ -82,12 +82,12 @@ class Flow:
             found = found * np.exp(scaled * max(0.0, -self.lowest - self._floor))
         return np.asarray(np.nan_to_num(found, nan=math.inf, posinf=math.inf))
 
-    def _defect(self, scaled: float) -> NDArray[np.float64]:
+    def _defect(self, scaled: float) -> FloatArray:
         """``|d|`` of each column."""
         left = self._exit @ (np.exp(-scaled * self._values)[:, None] * self._start)
         return np.asarray(np.linalg.norm(left, axis=0))
 
-    def sensitivities(self, perturbation: float) -> NDArray[np.float64]:
+    def sensitivities(self, perturbation: float) -> FloatArray:
         """What a change of K of this spectral norm does to ``exp(-η t K)``, to first order; shape (T,)."""
         lowest = max(self.lowest, 0.0)
         finite = np.where(np.isinf(self._scaled), 0.0, self._scaled)

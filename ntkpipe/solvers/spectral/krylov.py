@@ -3,7 +3,7 @@
 Spaces do not multiply but are given products, so that one pass can serve several.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -11,31 +11,27 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.solvers.checkpoint import Journal
+from ntkpipe.solvers.checkpoint import Get, Journal
+from ntkpipe.solvers.memory import BLOCKS_BESIDE
 from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_mapping, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
 _RATE_TOLERANCE = 1e-5  # relative residual at which the largest eigenvalue is settled; its error is the square
-_BLOCKS_BESIDE = 3  # beside the vectors of all steps
 _MOST_RATE_STEPS = 30  # after so many it counts as settled
-
-
-def bytes_of_steps(num_rows: int, num_columns: int, num_steps: int) -> int:
-    """Memory of so many Lanczos steps of a block."""
-    return 8 * num_rows * num_columns * (num_steps + _BLOCKS_BESIDE)
 
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, budget: Budget) -> int:
     """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
     limit, block = max(0, budget.room()), 8 * num_rows * num_columns
-    fitting = limit // block - _BLOCKS_BESIDE
+    fitting = limit // block - BLOCKS_BESIDE
     if fitting < min(2, wanted):
         raise ResourceError(
             f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "
@@ -64,10 +60,10 @@ class Space(Protocol):
     def state(self) -> dict[str, Any]:
         """State of the steps taken, beside their arrays."""
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, FloatArray]:
         """Arrays of the steps taken; those of earlier steps never change."""
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
         """Go on from what both were; ``get`` reads an array of this name and shape."""
 
 
@@ -113,7 +109,7 @@ def take_steps(
         monitor(Step(operator.work - before, error, tol))
 
 
-def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> FloatArray:
     return journal.get(f"{space}_{name}", shape)
 
 
@@ -124,7 +120,7 @@ class ProbeLanczos:
     converged eigenvalues appear, which spoil counts. Memory is ``(max_steps + 1) p n`` float64, touched as needed.
     """
 
-    def __init__(self, probes: NDArray[np.float64], max_steps: int, deflate: NDArray[np.float64] | None = None) -> None:
+    def __init__(self, probes: FloatArray, max_steps: int, deflate: FloatArray | None = None) -> None:
         num_rows, num_probes = probes.shape
         self.max_steps = max_steps
         self._deflate = deflate
@@ -148,11 +144,11 @@ class ProbeLanczos:
         return np.asarray(self._lengths <= self.num_steps)
 
     @property
-    def block(self) -> NDArray[np.float64]:
+    def block(self) -> FloatArray:
         """What to multiply next, shape (n, p); zero in columns that have ended."""
         return np.ascontiguousarray(self._basis[:, self.num_steps].T)
 
-    def absorb(self, product: NDArray[np.float64]) -> None:
+    def absorb(self, product: FloatArray) -> None:
         """Take ``K @ block``: one step of all columns."""
         step = self.num_steps
         found = np.array(product.T, order="C")
@@ -169,7 +165,7 @@ class ProbeLanczos:
         self._basis[:, step + 1] = found / np.where(alive, sizes, np.inf)[:, None]
         self.num_steps = step + 1
 
-    def coefficients(self, num_steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def coefficients(self, num_steps: int) -> tuple[FloatArray, FloatArray]:
         """Diagonals and couplings of the tridiagonal matrices after ``num_steps`` steps, both of shape (p, num_steps).
 
         The last coupling leads out of the space. Where a column ended, couplings are zero, and its diagonal goes on
@@ -184,11 +180,11 @@ class ProbeLanczos:
         coefficients = {"alphas": self._alphas[:, : self.num_steps], "betas": self._betas[:, : self.num_steps]}
         return {"num_steps": self.num_steps, **coefficients, "scales": self._scales, "lengths": self._lengths}
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, FloatArray]:
         """See :class:`Space`."""
         return {str(step): self._basis[:, step] for step in range(1, self.num_steps + 1)}
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
         """See :class:`Space`."""
         step, num_probes = as_integer(state["num_steps"]), len(self._basis)
         for index in range(1, step + 1):
@@ -199,7 +195,7 @@ class ProbeLanczos:
         self._lengths = as_numbers(state["lengths"], (num_probes,)).astype(np.int64)
         self.num_steps = step
 
-    def _project(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _project(self, rows: FloatArray) -> FloatArray:
         """Remove the parts along deflated vectors."""
         return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
 
@@ -225,9 +221,7 @@ class Sampling:
 class SampledLanczos(ProbeLanczos):
     """Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
 
-    def __init__(
-        self, num_rows: int, options: Sampling, budget: Budget, deflate: NDArray[np.float64] | None = None
-    ) -> None:
+    def __init__(self, num_rows: int, options: Sampling, budget: Budget, deflate: FloatArray | None = None) -> None:
         wanted = min(options.num_steps or options.max_passes, num_rows)
         most = steps_that_fit(num_rows, options.num_probes, wanted, budget)
         probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), (num_rows, options.num_probes))
@@ -249,12 +243,12 @@ class TopEigenvalue(ProbeLanczos):
         self.value = 0.0
         self.is_settled = False
 
-    def absorb(self, product: NDArray[np.float64]) -> None:
+    def absorb(self, product: FloatArray) -> None:
         """Take ``K @ block``."""
         super().absorb(product)
         self._look()
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
         """See :class:`Space`."""
         super().restore(get, state)
         self._look()
@@ -276,7 +270,7 @@ class BlockLanczos:
     Memory is the vectors, ``columns * n`` float64, touched as they are needed.
     """
 
-    def __init__(self, block: NDArray[np.float64], max_steps: int) -> None:
+    def __init__(self, block: FloatArray, max_steps: int) -> None:
         num_rows, num_columns = block.shape
         self.max_steps = max_steps
         self._num_rows = num_rows
@@ -284,8 +278,8 @@ class BlockLanczos:
         vectors, self.start = _orthonormal(block, _NOTHING * float(np.linalg.norm(block)), num_rows)
         self._bounds: list[int] = [0, self.start.shape[0]]
         self._vectors[: self._bounds[1]] = vectors.T
-        self._diagonals: list[NDArray[np.float64]] = []
-        self._couplings: list[NDArray[np.float64]] = []
+        self._diagonals: list[FloatArray] = []
+        self._couplings: list[FloatArray] = []
         self._scale = 0.0
 
     @property
@@ -299,12 +293,12 @@ class BlockLanczos:
         return bool(self._bounds[-1] == self._bounds[-2])
 
     @property
-    def block(self) -> NDArray[np.float64]:
+    def block(self) -> FloatArray:
         """What to multiply next, shape (n, r)."""
         return np.ascontiguousarray(self._vectors[self._bounds[-2] : self._bounds[-1]].T)
 
     @property
-    def coupling(self) -> NDArray[np.float64]:
+    def coupling(self) -> FloatArray:
         """Coupling of the last block of the space to the next one."""
         return self._couplings[-1]
 
@@ -313,7 +307,7 @@ class BlockLanczos:
         """Size of T."""
         return int(self._bounds[-2])
 
-    def absorb(self, product: NDArray[np.float64]) -> None:
+    def absorb(self, product: FloatArray) -> None:
         """Take ``K @ block``: one step."""
         first, last = self._bounds[-2:]
         diagonal = self._vectors[first:last] @ product
@@ -330,7 +324,7 @@ class BlockLanczos:
             coupling = upper @ coupling
         self._append(vectors.T, (diagonal + diagonal.T) / 2, coupling)
 
-    def _append(self, rows: NDArray[np.float64], diagonal: NDArray[np.float64], coupling: NDArray[np.float64]) -> None:
+    def _append(self, rows: FloatArray, diagonal: FloatArray, coupling: FloatArray) -> None:
         last = self._bounds[-1]
         self._vectors[last : last + len(rows)] = rows
         self._diagonals.append(diagonal)
@@ -341,7 +335,7 @@ class BlockLanczos:
         """See :class:`Space`."""
         return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, FloatArray]:
         """See :class:`Space`."""
         found = {}
         for step in range(1, self.num_steps + 1):
@@ -349,7 +343,7 @@ class BlockLanczos:
             found[f"coupling_{step}"], found[f"diagonal_{step}"] = self._couplings[step - 1], self._diagonals[step - 1]
         return found
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
         """See :class:`Space`."""
         num_steps, self._scale = as_integer(state["num_steps"]), as_number(state["scale"])
         bounds = as_numbers(state["bounds"], (num_steps + 2,)).astype(np.int64)
@@ -360,7 +354,7 @@ class BlockLanczos:
             rows, coupling = get(f"rows_{step}", (here, self._num_rows)), get(f"coupling_{step}", (here, width))
             self._append(rows, get(f"diagonal_{step}", (width, width)), coupling)
 
-    def matrix(self) -> NDArray[np.float64]:
+    def matrix(self) -> FloatArray:
         """T, symmetric, shape (dimension, dimension)."""
         found = np.zeros((self.dimension, self.dimension))
         for step, diagonal in enumerate(self._diagonals):
@@ -372,14 +366,12 @@ class BlockLanczos:
                 found[here, after] = self._couplings[step].T
         return found
 
-    def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+    def combine(self, coefficients: FloatArray) -> FloatArray:
         """``V @ coefficients``, shape (n, columns)."""
         return np.asarray(self._vectors[: self.dimension].T @ coefficients)
 
 
-def _orthonormal(
-    block: NDArray[np.float64], smallest: float, most: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _orthonormal(block: FloatArray, smallest: float, most: int) -> tuple[FloatArray, FloatArray]:
     """``vectors @ upper = block`` with orthonormal vectors, without directions of at most ``smallest``."""
     vectors, upper = np.linalg.qr(block)
     left, sizes, right = np.linalg.svd(upper, full_matrices=False)

@@ -6,8 +6,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
@@ -15,6 +15,8 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
+from ntkpipe.solvers.memory import basis_of_eigsh, block_of_eigsh
+from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart
@@ -22,7 +24,6 @@ from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUNDING = 50 * _EPS  # of products in float64, relative to the largest eigenvalue: no residual need be smaller
-_SMALLEST_BLOCK = 8
 _MOST_PASSES = 200
 _CONFIDENCE = 0.95  # predicted residuals must be below this part of the limit: a check that fails costs a pass
 _MOST_FAILURES = 3  # after so many failed checks in a row that did not halve the residual, more passes are no use
@@ -33,11 +34,11 @@ class Eigenpairs(Result):
     """Leading eigenpairs of a symmetric matrix."""
 
     # The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors
-    eigenvalues: NDArray[np.float64] = field(repr=False)
-    eigenvectors: NDArray[np.float64] = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
+    eigenvalues: FloatArray = field(repr=False)
+    eigenvectors: FloatArray = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
     # `|K v - λ v| / max(|λ|, floor)` of each pair, from a product with K, shape (k,). For a residual norm `r` some
     # eigenvalue of K lies within `r` of λ; the error of λ itself is about `r² / gap`.
-    residuals: NDArray[np.float64] = field(repr=False)
+    residuals: FloatArray = field(repr=False)
     orthogonality: float  # `max |VᵀV - I|`
     # Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
     # the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known
@@ -45,7 +46,7 @@ class Eigenpairs(Result):
     # Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and each
     # relative to its own as in `residuals`; NaN while the space has fewer than k dimensions. These come from the
     # recurrence and cost nothing.
-    history: NDArray[np.float64] = field(repr=False)
+    history: FloatArray = field(repr=False)
 
     def _rows(self) -> TableRows:
         values = self.eigenvalues
@@ -62,9 +63,9 @@ class Eigenpairs(Result):
 class _Checked:
     """Eigenpairs with residuals from one product, and whether they are small enough."""
 
-    values: NDArray[np.float64]
-    vectors: NDArray[np.float64]
-    norms: NDArray[np.float64]
+    values: FloatArray
+    vectors: FloatArray
+    norms: FloatArray
     excess: float
 
 
@@ -142,9 +143,9 @@ def eigsh(
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
-    width = _width(n, k, block)
+    width = block_of_eigsh(n, k, block)
     check_number("block", width, low=1)
-    most = _most_vectors(n, k, width, max_basis)
+    most = basis_of_eigsh(n, k, width, max_basis)
     check_number("max_basis", most, low=min(n, k + 2 * width))
     check_number("max_passes", passes, low=1)
     need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
@@ -152,20 +153,6 @@ def eigsh(
     Budget.of(memory_limit).require(need, f"{most} vectors of {n} rows, and room to work", advice)
     options = {"tol": float(tol), "k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
     return _Search(operator, options, checkpoint).run(monitor)
-
-
-def bytes_of_eigsh(num_rows: int, k: int = 100, *, block: int | None = None, max_basis: int | None = None) -> int:
-    """Memory that :func:`eigsh` takes for n rows: 11 k vectors at the defaults for large k."""
-    width = _width(num_rows, k, block)
-    return 8 * num_rows * (_most_vectors(num_rows, k, width, max_basis) + 4 * width + 3 * k)
-
-
-def _width(num_rows: int, k: int, block: int | None) -> int:
-    return min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
-
-
-def _most_vectors(num_rows: int, k: int, width: int, max_basis: int | None) -> int:
-    return min(num_rows, max(5 * k + 2 * width, 8 * width) if max_basis is None else max_basis)
 
 
 class _Search:
@@ -209,10 +196,10 @@ class _Search:
             self._save(None)
             monitor(Step(self._work(), residual, self._tol))
 
-    def _scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _scale(self, values: FloatArray) -> FloatArray:
         return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
 
-    def _limits(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _limits(self, values: FloatArray) -> FloatArray:
         """Largest acceptable residuals."""
         rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
         return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
@@ -286,7 +273,7 @@ class _Search:
             history=np.array(self._history).reshape(-1, 2),
         )
 
-    def _message(self, status: Status, checked: _Checked, residuals: NDArray[np.float64]) -> str:
+    def _message(self, status: Status, checked: _Checked, residuals: FloatArray) -> str:
         k, tol, worst = self._k, self._tol, float(residuals.max())
         met = int((residuals <= tol).sum())
         below = int((np.abs(checked.values) < self._floor).sum())

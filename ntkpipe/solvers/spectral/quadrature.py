@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ntkpipe.base.arrays import FloatArray
 
 _EPS = float(np.finfo(np.float64).eps)
 _SETTLED = 1e-2  # a node is an eigenvalue if its Ritz residual is this small against the distance that matters
@@ -14,15 +15,15 @@ _SETTLED = 1e-2  # a node is an eigenvalue if its Ritz residual is this small ag
 class QuadratureRule:
     """One rule for each of p measures."""
 
-    nodes: NDArray[np.float64]  # Ritz values, shape (p, m), ascending
-    weights: NDArray[np.float64]  # shape (p, m), not negative; their sum is the probe's squared norm
-    residuals: NDArray[np.float64]  # distances within which eigenvalues lie, rounding included, shape (p, m)
+    nodes: FloatArray  # Ritz values, shape (p, m), ascending
+    weights: FloatArray  # shape (p, m), not negative; their sum is the probe's squared norm
+    residuals: FloatArray  # distances within which eigenvalues lie, rounding included, shape (p, m)
 
-    def integrate(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
+    def integrate(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
         """Integral of a function of the nodes, shape (p,)."""
         return np.asarray((self.weights * function(self.nodes)).sum(axis=1))
 
-    def mass_above(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    def mass_above(self, thresholds: FloatArray) -> FloatArray:
         """Weight of the nodes above each of L thresholds, shape (p, L)."""
         found = np.zeros((len(self.nodes), len(thresholds)))
         for row, nodes, weights in zip(found, self.nodes, self.weights, strict=True):
@@ -30,7 +31,7 @@ class QuadratureRule:
             row[:] = tails[np.searchsorted(nodes, thresholds, "right")]
         return found
 
-    def unsettled(self, thresholds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def unsettled(self, thresholds: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Weight of the nodes next to each of L thresholds that may lie on the other side: (above, below), each (p, L).
 
         By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) the
@@ -50,7 +51,7 @@ class QuadratureRule:
         return above, below
 
 
-def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64]) -> QuadratureRule:
+def gauss_rule(alphas: FloatArray, betas: FloatArray, masses: FloatArray) -> QuadratureRule:
     """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969)."""
     nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
     rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
@@ -58,9 +59,7 @@ def gauss_rule(alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: 
     return QuadratureRule(nodes, weights, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
 
 
-def radau_rule(
-    alphas: NDArray[np.float64], betas: NDArray[np.float64], masses: NDArray[np.float64], end: float
-) -> QuadratureRule:
+def radau_rule(alphas: FloatArray, betas: FloatArray, masses: FloatArray, end: float) -> QuadratureRule:
     """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973)."""
     num_steps = alphas.shape[1]
     shifted = _tridiagonal(alphas, betas) - end * np.eye(num_steps)
@@ -73,7 +72,7 @@ def radau_rule(
     return gauss_rule(np.concatenate([alphas, last[:, None]], axis=1), longer, masses)
 
 
-def _tridiagonal(alphas: NDArray[np.float64], betas: NDArray[np.float64]) -> NDArray[np.float64]:
+def _tridiagonal(alphas: FloatArray, betas: FloatArray) -> FloatArray:
     num_probes, size = alphas.shape
     found = np.zeros((num_probes, size, size))
     index = np.arange(size)

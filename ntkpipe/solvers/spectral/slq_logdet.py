@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -38,8 +38,8 @@ class LogDeterminantEstimate(Result):
     # alone. Without a ridge above the storage floor, `lower` is -infinity.
     lower: float
     upper: float
-    samples: NDArray[np.float64] = field(repr=False)  # value of each probe, shape (p,); their mean is the value
-    half_samples: NDArray[np.float64] = field(repr=False)  # the same after half as many steps
+    samples: FloatArray = field(repr=False)  # value of each probe, shape (p,); their mean is the value
+    half_samples: FloatArray = field(repr=False)  # the same after half as many steps
     ridge: float  # λ
     num_rows: int  # num_rows, num_steps: n and m
     num_steps: int

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError
@@ -41,10 +41,10 @@ class Smallest(Result):
     """The smallest eigenvalues of a symmetric matrix."""
 
     # The smallest, ascending, shape (k,): Rayleigh quotients, so each is an upper bound of the one of its place
-    eigenvalues: NDArray[np.float64] = field(repr=False)
-    eigenvectors: NDArray[np.float64] = field(repr=False)  # orthonormal columns, shape (n, k)
+    eigenvalues: FloatArray = field(repr=False)
+    eigenvectors: FloatArray = field(repr=False)  # orthonormal columns, shape (n, k)
     # Norms `|K v - λ v|` by a product with the vectors, shape (k,): an eigenvalue of K lies so near to λ
-    residuals: NDArray[np.float64] = field(repr=False)
+    residuals: FloatArray = field(repr=False)
     # low, high: `low <= λ_min <= high` for the stored K, rounding of float64 included. `high` always holds, `low` as
     # `certificate` says; None if a proof failed.
     low: float | None
@@ -241,12 +241,12 @@ class _Limits:
     floor: float  # of storage
     rounding: float  # of products
 
-    def are_met(self, values: NDArray[np.float64], norms: NDArray[np.float64]) -> bool:
+    def are_met(self, values: FloatArray, norms: FloatArray) -> bool:
         """Whether residuals are within ``tol`` of the eigenvalues, the storage floor, or rounding."""
         allowed = np.maximum(self.tol * np.maximum(np.abs(values[: self.k]), self.floor), self.rounding)
         return len(values) >= self.k and bool((norms[: self.k] <= allowed).all())
 
-    def worst(self, values: NDArray[np.float64], norms: NDArray[np.float64]) -> float:
+    def worst(self, values: FloatArray, norms: FloatArray) -> float:
         """The largest relative residual."""
         return float((norms / np.maximum(np.abs(values), max(self.floor, _TINY)))[: self.k].max())
 
@@ -254,7 +254,7 @@ class _Limits:
 def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
     """Wrap the inverse of a caller in a check of shape and dtype."""
 
-    def apply(block: NDArray[np.float64]) -> NDArray[np.float64]:
+    def apply(block: FloatArray) -> FloatArray:
         found = np.asarray(inverse(block))
         if found.shape != block.shape or found.dtype.kind != "f":
             raise ConfigError(
@@ -265,9 +265,7 @@ def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
     return apply
 
 
-def _by_product(
-    operator: Operator, vectors: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _by_product(operator: Operator, vectors: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Rayleigh-Ritz pairs of a few vectors and the norms of their residuals, by one pass."""
     products = operator.matmat(vectors)
     inner = vectors.T @ products
@@ -279,8 +277,8 @@ def _by_product(
 
 def _bounds(
     operator: Operator,
-    values: NDArray[np.float64],
-    norms: NDArray[np.float64],
+    values: FloatArray,
+    norms: FloatArray,
     rounding: float,
     path: str | Path | None,
     budget: Budget,
@@ -315,7 +313,7 @@ def _condition(
 
 
 def _judge(
-    values: NDArray[np.float64], norms: NDArray[np.float64], low: float | None, limits: _Limits, *, is_converged: bool
+    values: FloatArray, norms: FloatArray, low: float | None, limits: _Limits, *, is_converged: bool
 ) -> tuple[Status, str]:
     least, k, floor, worst = float(values[0]), limits.k, limits.floor, limits.worst(values, norms)
     if low is None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.solvers.checkpoint import Get, Pieces
 from ntkpipe.store.results import as_integer, as_number
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -19,16 +20,16 @@ _NEARLY_ORTHONORMAL = 0.5  # row sums of |I - Gram matrix| below which Cholesky 
 _ROWS_AT_ONCE = 4096
 
 # Residuals that are small enough, for eigenvalues in descending order.
-Limits = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Limits = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
 class Ritz:
     """Approximate eigenpairs in a basis."""
 
-    values: NDArray[np.float64]  # shape (k,), descending
-    coordinates: NDArray[np.float64]  # in the basis V, shape (m, k); of refined vectors in [V, Q], shape (m + w, k)
-    residuals: NDArray[np.float64]  # norms of the residuals, shape (k,)
+    values: FloatArray  # shape (k,), descending
+    coordinates: FloatArray  # in the basis V, shape (m, k); of refined vectors in [V, Q], shape (m + w, k)
+    residuals: FloatArray  # norms of the residuals, shape (k,)
 
 
 class ThickRestart:
@@ -49,14 +50,14 @@ class ThickRestart:
         self._next = np.ascontiguousarray(np.linalg.qr(start)[0])
         self._projected = np.zeros((0, 0))
         self._coupling = np.zeros((block, 0))
-        self._decomposed: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
-        self._extended: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self._decomposed: tuple[FloatArray, FloatArray] | None = None
+        self._extended: tuple[FloatArray, FloatArray] | None = None
         self.passes = 0  # blocks that were multiplied
         self._level = 0.0  # mean eigenvalue of K on the last block, used as an estimate for the next
         self._shrinkage: float | None = None
         # Passes since random columns joined in which no leading value changed; None if none joined.
         self._quiet: int | None = None
-        self._pieces: list[tuple[str, int]] = []
+        self._pieces = Pieces()
 
     @property
     def size(self) -> int:
@@ -73,7 +74,7 @@ class ThickRestart:
         """Whether no columns are so new that they may still show an eigenvalue of which the space has nothing."""
         return self.is_whole or self._quiet is None or self._quiet >= _PROBATION
 
-    def _decompose(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _decompose(self) -> tuple[FloatArray, FloatArray]:
         if self._decomposed is None:
             self._decomposed = _descending(self._projected)
         return self._decomposed
@@ -102,7 +103,7 @@ class ThickRestart:
             return False
         return 0.0 < self._level <= _MOST_REFINABLE * float(self._decompose()[0][k - 1])
 
-    def _extend(self, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _extend(self, k: int) -> tuple[FloatArray, FloatArray]:
         """The leading k pairs of the matrix of [V, Q] with τ I for the unknown block."""
         if self._extended is not None and self._extended[0].size == k:
             return self._extended
@@ -138,7 +139,7 @@ class ThickRestart:
         product = operator.matmat(self._next)
         before, width = self.size, self._next.shape[1]
         size = before + width
-        self._pieces.append((f"block-{self.passes}", size))
+        self._pieces.add(f"block-{self.passes}", size)
         self.passes += 1
         self._vectors[:, before:size] = self._next
         basis = self._vectors[:, :size]
@@ -152,7 +153,7 @@ class ThickRestart:
         self._level = float(np.trace(projected[before:, before:])) / width
         self._find_next(basis, product)
 
-    def _find_next(self, basis: NDArray[np.float64], product: NDArray[np.float64]) -> None:
+    def _find_next(self, basis: FloatArray, product: FloatArray) -> None:
         """Q and B of what a product has outside of V; random directions take the place of those that are nothing."""
         (num_rows, size), width = basis.shape, product.shape[1]
         count = min(self._block, num_rows - size)
@@ -178,7 +179,7 @@ class ThickRestart:
         self._next = np.ascontiguousarray(self._next)
         self._coupling[:, size - width :] = coefficients
 
-    def _residuals(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _residuals(self, coordinates: FloatArray) -> FloatArray:
         """Residual norms of any vectors of V."""
         inside = self._projected @ coordinates
         inside -= coordinates * np.einsum("ij,ij->j", coordinates, inside)
@@ -194,9 +195,9 @@ class ThickRestart:
             rows[:, : self._keep] = rows[:, : self.size] @ kept
         self._coupling = self._coupling @ kept
         self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
-        self._pieces = [(f"basis-{self.passes}", self._keep)]
+        self._pieces.begin_anew(f"basis-{self.passes}", self._keep)
 
-    def combine(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+    def combine(self, coordinates: FloatArray) -> FloatArray:
         """The vectors of coordinates in V or [V, Q], shape (n, k), C-contiguous."""
         found = np.empty((len(self._vectors), coordinates.shape[1]))
         np.matmul(self._vectors[:, : self.size], coordinates[: self.size], out=found)
@@ -206,44 +207,35 @@ class ThickRestart:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs beside :meth:`arrays`."""
-        state = {"passes": self.passes, "pieces": self._pieces, "level": self._level}
+        state = {"passes": self.passes, "pieces": self._pieces.state(), "level": self._level}
         return {**state, "shrinkage": self._shrinkage, "quiet": self._quiet}
 
-    def arrays(self) -> dict[str, NDArray[np.float64]]:
+    def arrays(self) -> dict[str, FloatArray]:
         """Blocks of the basis since a restart, the basis after it, and small arrays of the last pass."""
-        starts = [0, *(stop for _, stop in self._pieces)]
-        pieces = zip(self._pieces, starts[:-1], strict=True)
-        found = {name: self._vectors[:, start:stop] for (name, stop), start in pieces}
         small = {"projected": self._projected, "coupling": self._coupling, "block": self._next}
-        return found | {f"{kind}-{self.passes}": values for kind, values in small.items()}
+        return self._pieces.arrays(self._vectors) | {f"{kind}-{self.passes}": values for kind, values in small.items()}
 
-    def restore(self, get: Callable[[str, tuple[int, ...]], NDArray[np.float64]], state: Mapping[str, Any]) -> None:
-        """Go on, to the last bit, from what both were; ``get`` reads an array of this name and shape."""
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
+        """Go on, to the last bit, from what both were."""
         self.passes, self._level = as_integer(state["passes"]), as_number(state["level"])
         self._quiet = None if state["quiet"] is None else as_integer(state["quiet"])
         self._shrinkage = None if state["shrinkage"] is None else as_number(state["shrinkage"])
-        self._pieces = [(str(name), as_integer(stop)) for name, stop in state["pieces"]]
-        (num_rows, most), start = self._vectors.shape, 0
-        for name, stop in self._pieces:
-            if not start < stop <= most:
-                raise ValueError(f"columns {start} to {stop} of a basis of {most}")
-            self._vectors[:, start:stop] = get(name, (num_rows, stop - start))
-            start = stop
-        count = min(self._block, num_rows - start)
+        size, num_rows = self._pieces.restore(state["pieces"], get, {"": self._vectors}), len(self._vectors)
+        count = min(self._block, num_rows - size)
         self._decomposed = self._extended = None
-        self._projected = get(f"projected-{self.passes}", (start, start))
+        self._projected = get(f"projected-{self.passes}", (size, size))
         self._next = get(f"block-{self.passes}", (num_rows, count))
-        self._coupling = get(f"coupling-{self.passes}", (count, start))
+        self._coupling = get(f"coupling-{self.passes}", (count, size))
 
 
-def _remove(basis: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
+def _remove(basis: FloatArray, block: FloatArray) -> FloatArray:
     """Subtract from a block, in place, its part in the basis; return the coefficients."""
     coefficients = basis.T @ block
     block -= basis @ coefficients
     return np.asarray(coefficients)
 
 
-def _orthonormal(block: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _orthonormal(block: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Q and R of a block; by Cholesky of its Gram matrix, in matrix products, if it is nearly orthonormal already."""
     sizes = np.linalg.norm(block, axis=0)
     if sizes.all():
@@ -256,6 +248,6 @@ def _orthonormal(block: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArr
     return directions, upper
 
 
-def _descending(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _descending(matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
     values, vectors = np.linalg.eigh(matrix)
     return values[::-1], vectors[:, ::-1]

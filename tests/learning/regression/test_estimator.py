@@ -11,6 +11,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from ntkpipe import KernelRegression
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, NonFiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.operators.opening import as_operator
 
@@ -104,6 +105,10 @@ def test_parameters_by_name() -> None:
         KernelRegression(rigde=1.0)
     with pytest.raises(ConfigError, match=r"ridge='1'; needed a number"):
         KernelRegression("1").fit(np.eye(3), np.zeros(3))
+    for limit in ("8GiB", Budget(2**33)):
+        assert KernelRegression(1.0, memory_limit=limit).fit(np.eye(3), np.ones(3)).result_.is_converged
+    with pytest.raises(ConfigError, match="memory_limit='much'"):
+        KernelRegression(1.0, memory_limit="much").fit(np.eye(3), np.ones(3))
 
 
 @pytest.mark.parametrize("method", ["auto", "eigh"])

@@ -2,18 +2,25 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law
 
-from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
+from ntkpipe.base.errors import ArgumentError, ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
+from ntkpipe.solvers.direct.eigh import bytes_of_eigh, eigh, eigvalsh
 from ntkpipe.solvers.linear import systems
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
 from ntkpipe.solvers.linear.solve import solve, solve_path
-from ntkpipe.solvers.linear.systems import Forecast
+from ntkpipe.solvers.linear.systems import Forecast, bytes_of_solve
+from ntkpipe.solvers.spectral.density import bytes_of_density, density
+from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
+from ntkpipe.solvers.spectral.logdet import logdet
+from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.smallest import bytes_of_smallest
 
 N = 300
 METHODS = ("auto", "pcg", "block_cg", "cholesky")
@@ -239,3 +246,93 @@ class _Wrong:
         found = self._factor.solve(rhs, refine=0, tol=1.0)
         left = np.linalg.norm(rhs - self._matrix @ found.coefficients, axis=0) / np.linalg.norm(rhs, axis=0)
         return replace(found, status="stagnated", residuals=left)
+
+
+CODES = np.arange(N) * 7 % 3
+LABELS = {
+    "from 0": CODES,
+    "from 1": CODES + 1,
+    "small": (CODES - 1).astype(np.int8),
+    "booleans": CODES > 0,
+    "strings": np.array(["ape", "bee", "cat"])[CODES],
+    "objects": np.array(["ape", "bee", "cat"], object)[CODES],
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_are_classes_and_no_numbers(matrix, name):
+    columns = np.unique(LABELS[name], return_inverse=True)[1][:, None] == np.arange(len(np.unique(LABELS[name])))
+    found, expected = solve(matrix, LABELS[name], ridge=0.1), solve(matrix, columns.astype(float), ridge=0.1)
+    np.testing.assert_array_equal(found.coefficients, expected.coefficients)
+    assert found.targets == f"{columns.shape[1]} classes, one-hot"
+    assert "classes, one-hot" in str(found)
+    (path,) = solve_path(matrix, LABELS[name], [0.1])
+    np.testing.assert_array_equal(path.coefficients, expected.coefficients)
+    assert path.targets == found.targets
+
+
+def test_what_targets_are_can_be_said(matrix):
+    signs = np.where(CODES > 0, 1, -1)
+    both = solve(matrix, signs, ridge=0.1, task="binary"), solve(matrix, signs, ridge=0.1, task="regression")
+    assert [one.coefficients.shape for one in both] == [(N, 1), (N,)]
+    np.testing.assert_array_equal(both[0].coefficients[:, 0], both[1].coefficients)
+    assert [one.targets for one in both] == ["2 classes, as ±1", "1 real target"]
+    assert solve(matrix, CODES.astype(float), ridge=0.1, task="classification").coefficients.shape == (N, 3)
+    with pytest.raises(ConfigError, match="all of them different"):
+        solve(matrix, np.arange(N), ridge=0.1)
+
+
+def test_targets_of_samples_with_a_row_for_each_output(matrix, rng):
+    outputs = rng.standard_normal((N // 3, 3))
+    found = solve(matrix, outputs, ridge=0.1)
+    expected = solve(matrix, outputs.reshape(-1), ridge=0.1)
+    np.testing.assert_array_equal(found.coefficients, expected.coefficients)
+    labels = solve(matrix, CODES[: N // 3], ridge=0.1)
+    one_hot = solve(matrix, np.eye(3)[CODES[: N // 3]], ridge=0.1)
+    np.testing.assert_array_equal(labels.coefficients, one_hot.coefficients)
+    assert (found.coefficients.shape, labels.coefficients.shape, labels.targets) == ((N,), (N,), "3 classes, one-hot")
+
+
+def test_a_ridge_may_be_in_units_of_the_mean_diagonal(matrix):
+    unit = {"ridge": 0.1, "ridge_scale": "mean_diagonal"}
+    absolute = {"ridge": 0.1 * float(matrix.diagonal().astype(np.float64).mean())}
+    rhs = np.ones(N)
+    for solver in (lambda **ridge: solve(matrix, rhs, **ridge), lambda **ridge: cholesky(matrix, **ridge)):
+        assert solver(**unit).ridge == solver(**absolute).ridge == absolute["ridge"]
+    for solver in (logdet, slq_logdet, partial(logdet, method="slq")):
+        assert (solver(matrix, **unit).value, solver(matrix, **unit).ridge) == (
+            solver(matrix, **absolute).value,
+            absolute["ridge"],
+        )
+    (found,) = solve_path(matrix, rhs, [0.1], ridge_scale="mean_diagonal")
+    assert found.ridge == absolute["ridge"]
+    assert found.options["ridge_scale"] == "mean_diagonal"
+    with pytest.raises(ConfigError, match="ridge_scale='trace'"):
+        solve(matrix, rhs, ridge=1.0, ridge_scale="trace")
+
+
+def test_what_is_asked_for_wrongly_is_told_by_name(matrix):
+    with pytest.raises(ConfigError, match=r"solve\(\): ridge='1'; needed a number"):
+        solve(matrix, np.ones(N), ridge="1")
+    with pytest.raises(ArgumentError, match="has no argument 'regularisation'"):
+        solve(matrix, np.ones(N), regularisation=1.0)
+
+
+def test_solvers_take_what_they_say_they_take(matrix, monkeypatch):
+    """With a byte less they refuse, or take fewer steps."""
+    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    for needed, call in (
+        (bytes_of_solve(N, 2, 30), partial(solve, rhs=np.ones((N, 2)), ridge=1.0, rank=30, method="pcg")),
+        (bytes_of_eigsh(N, 5), partial(eigsh, k=5)),
+        (bytes_of_cholesky(N), cholesky),
+        (bytes_of_eigh(N), eigh),
+        (bytes_of_eigh(N, eigenvectors=False), eigvalsh),
+        (bytes_of_density(N, 4, 2), partial(density, num_probes=4)),
+    ):
+        operator = DenseOperator(matrix)
+        call(operator, memory_limit=needed)
+        before = operator.work
+        with pytest.raises(ResourceError):
+            call(operator, memory_limit=needed - 1)
+        assert operator.work.passes - before.passes <= 1
+    assert bytes_of_smallest(N) > 8 * N * 30 * 3

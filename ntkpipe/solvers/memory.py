@@ -1,0 +1,25 @@
+"""What solvers take that others advise, in bytes."""
+
+_SMALLEST_BLOCK = 8
+BLOCKS_BESIDE = 3  # of Lanczos, beside the vectors of all steps
+
+
+def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) -> int:
+    """Memory that ``density`` takes for so many steps; it takes fewer where that is all there is room for."""
+    return 8 * num_rows * num_probes * (num_steps + BLOCKS_BESIDE)
+
+
+def bytes_of_eigsh(num_rows: int, k: int = 100, *, block: int | None = None, max_basis: int | None = None) -> int:
+    """Memory that ``eigsh`` takes for n rows: 11 k vectors at the defaults for large k."""
+    width = block_of_eigsh(num_rows, k, block)
+    return 8 * num_rows * (basis_of_eigsh(num_rows, k, width, max_basis) + 4 * width + 3 * k)
+
+
+def block_of_eigsh(num_rows: int, k: int, block: int | None) -> int:
+    """Columns of a pass of ``eigsh``."""
+    return min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
+
+
+def basis_of_eigsh(num_rows: int, k: int, block: int, max_basis: int | None) -> int:
+    """Most vectors of the basis of ``eigsh``."""
+    return min(num_rows, max(5 * k + 2 * block, 8 * block) if max_basis is None else max_basis)
