@@ -370,3 +370,4 @@ def test_reports_print_as_tables(store):
     report = repair(store.root, progress=False)
     assert str(verify(store.root, progress=False)).splitlines()[-1].split() == ["verdict", "1", "findings"]
     assert str(report).splitlines()[1].split() == ["repaired", "nothing"]
+    assert {"verified", "last run"} <= {name for name, _ in open_kernel(store.root).rows()}
