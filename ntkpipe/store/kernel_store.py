@@ -174,7 +174,7 @@ class KernelStore(KernelSet):
         return dict(self.manifest.groups)
 
     def group(self, name: str) -> KernelSet:
-        """Select the kernels of one group of parameters; raises ConfigError, which lists the groups, if it has none."""
+        """Select the kernels of one group of parameters."""
         if name not in self.manifest.groups:
             known = ", ".join(map(repr, self.manifest.groups)) or "none"
             raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")

@@ -1,7 +1,4 @@
-"""Repair of a store: verify it, mend it or recompute bad chunks, and verify it again.
-
-All but recomputing is here and needs no model. A bad chunk stays until the new one replaces it.
-"""
+"""Repair of a store: verify it, mend it or recompute bad chunks, and verify it again."""
 
 import hashlib
 import os
