@@ -13,6 +13,7 @@ from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.build.in_memory import SettledMatrix, build_matrix, prepare_matrix, settle_matrix
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import exact_single_thread
 from ntkpipe.jacobian.model.samples import as_samples
 
@@ -71,7 +72,7 @@ class Ours(Method):
             with exact_single_thread():
                 samples = as_samples(self.inputs[:size], with_targets=False)
                 run = RunSpec(workers=self.workers, device="cpu")
-                prepared = prepare_matrix(self.model, samples, None, spec, run, forward=None)
+                prepared = prepare_matrix(Request(self.model, samples, None, spec, run))
                 held = size, settle_matrix(prepared, run)
             self._settled, self.settle_seconds = held, perf_counter() - start
         return held[1]

@@ -20,6 +20,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build import compute
 from ntkpipe.build.plan import Plan, format_seconds
+from ntkpipe.build.request import Request, train_and_test
 from ntkpipe.build.upkeep import verify_repair
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
@@ -131,13 +132,13 @@ def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterRe
     return compute.plan(_request(loaded, is_planned=True), grow=grow)
 
 
-def _request(loaded: Loaded, *, is_planned: bool = False) -> compute.Request:
+def _request(loaded: Loaded, *, is_planned: bool = False) -> Request:
     """What a workflow asks for; the memory of a local cluster is that of its workers, which say how much they have."""
     workflow, run = loaded.workflow, loaded.workflow.run
     if run.scheduler == "local" and not is_planned:
         run = run.model_copy(update={"memory_limit": None})
-    samples = compute.train_and_test(**loaded.data)
-    return compute.Request(loaded.model, *samples, workflow.kernel, run, workflow.store, loaded.forward)
+    samples = train_and_test(**loaded.data)
+    return Request(loaded.model, *samples, workflow.kernel, run, loaded.forward, workflow.store)
 
 
 def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:

@@ -1,9 +1,4 @@
-"""Certify a whole stored kernel against its model, by comparing K v with J(J'v).
-
-A random sign vector v is multiplied by the stored matrix, tile by tile, and by J J' without any Gram matrix: one
-vector-Jacobian and one Jacobian-vector product over the data, by plain ``torch.func``. Every entry of K takes part, so
-a single wrong one shows in its row.
-"""
+"""Certify a whole stored kernel against its model: K v, tile by tile, and J(J'v), by plain ``torch.func``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace

@@ -1,16 +1,16 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
-from ntkpipe.base.errors import ConfigError, DataError
+from ntkpipe.base.config import ComputeDtype, RealDtype
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import default_tile
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.matching import (
@@ -21,11 +21,11 @@ from ntkpipe.build.matching import (
 )
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.media.opening import medium_at
@@ -34,41 +34,6 @@ from ntkpipe.store.store import Mode, Store, prepare_path
 
 if TYPE_CHECKING:
     from distributed import Client
-
-
-@dataclass(frozen=True)
-class Request:
-    """A kernel that is asked for, by arguments of a public function or by a workflow file."""
-
-    model: nn.Module
-    train: Samples
-    test: Samples | None
-    kernel: KernelSpec
-    run: RunSpec
-    store: str | Path
-    forward: Forward = None
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """The request that the arguments of a public function make."""
-        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
-        samples = (arguments[name] for name in ("inputs", "targets", "test_inputs", "test_targets"))
-        model, store, forward = (arguments[name] for name in ("model", "store", "forward"))
-        return cls(model, *train_and_test(*samples), kernel, run, store, forward)
-
-
-def train_and_test(
-    inputs: object, targets: object = None, test_inputs: object = None, test_targets: object = None
-) -> tuple[Samples, Samples | None]:
-    """Train and test samples, as they are given."""
-    train = as_samples(inputs, targets)
-    if test_inputs is None:
-        if test_targets is not None:
-            raise DataError("test_targets were given without test_inputs")
-        return train, None
-    test = as_samples(test_inputs, test_targets, label="test_inputs")
-    require_same_arrays(train, test, "test_inputs")
-    return train, test
 
 
 @checked
@@ -192,12 +157,11 @@ def compute(
     existing = prepare_path(medium, mode) if mode != "w" else None
     if existing is not None:
         undo_cut_growth(existing)
-    spec = _spec_for(request, existing)
-    resources = find_resources(request.run, spec, client, code, progress)
-    with exact_single_thread(spec.compute_dtype):
-        model, samples, tiles = request.model, (request.train, request.test), _tile_of(existing)
-        prepared = prepare(model, *samples, spec, forward=request.forward, device=resources.device, choose_tile=tiles)
-        asked = manifest_of(model, prepared, *prepared.inspect())
+    request = _adapted(request, existing)
+    resources = find_resources(request, client, code, progress)
+    with exact_single_thread(request.kernel.compute_dtype):
+        prepared = prepare(request, device=resources.device, choose_tile=_tile_of(existing))
+        asked = manifest_of(request.model, prepared, *prepared.inspect())
         if existing is not None and grow and is_larger(existing.manifest, asked):
             require_made_from_model(existing, grows=True)
             settled = grow_store(prepared, asked, existing, resources)
@@ -266,11 +230,11 @@ def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
     """Plan what is asked for; see :func:`plan_kernel`."""
     medium = medium_at(request.store)
     existing = prepare_path(medium, "a")
-    model, train, test, run = request.model, request.train, request.test, request.run
-    spec, tiles = _spec_for(request, existing), _tile_of(existing)
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=request.forward, device=run.device, choose_tile=tiles)
-        asked = manifest_of(model, prepared, train.describe(), None if test is None else test.describe())
+    request = _adapted(request, existing)
+    train, test, run = request.train, request.test, request.run
+    with exact_single_thread(request.kernel.compute_dtype):
+        prepared = prepare(request, device=run.device, choose_tile=_tile_of(existing))
+        asked = manifest_of(request.model, prepared, train.describe(), None if test is None else test.describe())
         engine, left = prepared.engine, None
         if existing is not None:
             require_same_but_samples(existing, asked, grow=grow)
@@ -281,15 +245,16 @@ def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
         return PlannedKernel(time_jacobians(planned, prepared, engine), report_of(engine))
 
 
-def _spec_for(request: Request, existing: Store | None) -> KernelSpec:
-    """The kernel's spec, with the store's tile where that was cut to the samples of a first, smaller run."""
-    spec = request.kernel
-    if existing is None or spec.tile is None:
-        return spec
+def _adapted(request: Request, existing: Store | None) -> Request:
+    """The request, with the store's tile where that was cut to the samples of a first, smaller run."""
+    tile = request.kernel.tile
+    if existing is None or tile is None:
+        return request
     manifest = existing.manifest
     first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    is_same = min(spec.tile, first) == manifest.tile
-    return spec.model_copy(update={"tile": manifest.tile}) if is_same else spec
+    if min(tile, first) != manifest.tile:
+        return request
+    return replace(request, kernel=request.kernel.model_copy(update={"tile": manifest.tile}))
 
 
 def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:

@@ -1,7 +1,4 @@
-"""Estimate time, bytes and cost of a build on a cluster that is only described.
-
-The build is planned as it would be there, from operations, bytes and the time of Jacobians as measured here.
-"""
+"""Estimate time, bytes and cost of a build on a described cluster, from operations, bytes and times measured here."""
 
 import math
 from collections.abc import Mapping

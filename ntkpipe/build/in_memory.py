@@ -22,12 +22,13 @@ from ntkpipe.base.resources import available_memory, format_bytes, num_cores
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.prepare import Prepared, plan_run, prepare
 from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import exact_single_thread, self_checked
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
-from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
+from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
 from ntkpipe.store.layout import Index
 
 _SHARE_OF_MEMORY = 0.8
@@ -110,7 +111,7 @@ def kernel_matrix(
         train.inspect("other")
     (train if test is None else test).inspect("inputs")
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare_matrix(model, train, test, spec, run, forward=forward)
+        prepared = prepare_matrix(Request(model, train, test, spec, run, forward))
         return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
 
 
@@ -125,14 +126,11 @@ class SettledMatrix:
     grid: Grid  # of the kernel
 
 
-def prepare_matrix(
-    model: nn.Module, train: Samples, test: Samples | None, spec: KernelSpec, run: RunSpec, *, forward: Forward
-) -> Prepared:
+def prepare_matrix(request: Request) -> Prepared:
     """Prepare a kernel in tiles that are just small enough to occupy every worker."""
-    # A GPU has one worker.
+    run = request.run  # a GPU has one worker
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
-    choose_tile = partial(matrix_tile, num_workers=num_workers)
-    return prepare(model, train, test, spec, forward=forward, device=run.device, choose_tile=choose_tile)
+    return prepare(request, device=run.device, choose_tile=partial(matrix_tile, num_workers=num_workers))
 
 
 def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.config import ComputeDtype, KernelSpec, check_number, spec_of
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, check_number, spec_of
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
 from ntkpipe.build.prepare import Prepared, prepare
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import exact_single_thread
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import as_samples
@@ -135,12 +136,13 @@ def jacobian_operator(
     SelfCheckError
         If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
     """
-    spec = spec_of(KernelSpec, locals())
+    given = locals()
+    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     check_number("batch", batch, low=2)
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
     with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, samples, None, spec, forward=forward, device=device)
+        prepared = prepare(Request(model, samples, None, spec, run, forward), device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
@@ -19,11 +19,12 @@ from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, pla
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.build.planner import make_plan
+from ntkpipe.build.request import Request
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.interface import Rates, Setup
@@ -94,20 +95,14 @@ def loader(model: FunctionalModel, samples: Samples) -> Load:
 
 
 def prepare(
-    model: nn.Module,
-    train: Samples,
-    test: Samples | None,
-    spec: KernelSpec,
-    *,
-    forward: Forward,
-    device: str | None,
-    choose_tile: Callable[[int, int, int], int] = default_tile,
+    request: Request, *, device: str | None, choose_tile: Callable[[int, int, int], int] = default_tile
 ) -> Prepared:
     """Check the model on a few samples, and decide how its Jacobians are computed."""
+    train, spec = request.train, request.kernel
     kind = get_kind(spec.kind)
     functional = prepare_model(
-        model,
-        forward=forward,
+        request.model,
+        forward=request.forward,
         parameters=spec.parameters,
         dtype=DTYPES[spec.compute_dtype],
         tf32=spec.compute_dtype == "tf32",
@@ -140,7 +135,7 @@ def prepare(
         groups=tuple(groups.values()),
     )
     engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
-    return Prepared(spec, kind, functional, engine, train, test, num_outputs, chosen, groups)
+    return Prepared(spec, kind, functional, engine, train, request.test, num_outputs, chosen, groups)
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, cluster: Machine | None = None) -> Engine:

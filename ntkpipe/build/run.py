@@ -4,7 +4,7 @@ import contextlib
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from time import perf_counter
@@ -262,7 +262,7 @@ def build(
         # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
         with store.in_use(), contextlib.ExitStack() as at_the_end:
             if settled.check is not None:
-                store.write_result("self_check", settled.check.to_json())
+                store.write_result("self_check", asdict(settled.check))
             if stage is None:
                 for split, each in samples.items():
                     write_samples(store, split, each, wanted)

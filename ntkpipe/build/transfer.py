@@ -1,8 +1,4 @@
-"""Transfer between host and device: samples in through pinned memory, finished tiles out on a stream of their own.
-
-On a CPU nothing moves: a tile is computed where it is written from. On a GPU it is assembled in device memory in the
-dtype of the store, and a side stream copies it to pinned memory while the next tile is computed.
-"""
+"""Transfer between host and device: samples in through pinned memory, finished tiles out on a stream of their own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

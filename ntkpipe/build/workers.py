@@ -15,12 +15,13 @@ from uuid import uuid4
 
 import torch
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.resources import available_memory, process_memory
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
 from ntkpipe.build.prepare import measure_rates
 from ntkpipe.build.records import BuildRecord
+from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import Executor
 from ntkpipe.jacobian.model.device import describe_arithmetic
 from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
@@ -68,16 +69,15 @@ class Resources:
         return ClusterExecutor(self.client, name=store.manifest.kind, code=packed)
 
 
-def find_resources(
-    run: RunSpec, spec: KernelSpec, client: "Client | None", code: str | Path | None, progress: bool
-) -> Resources:
+def find_resources(request: Request, client: "Client | None", code: str | Path | None, progress: bool) -> Resources:
     """Threads of this process, or the workers of a client's cluster; prints where its dashboard is."""
+    run = request.run
     if client is None:
         return Resources(run, progress)
     from ntkpipe.executors.connect import require_workers
 
     require_workers(client)
-    found = inspect_workers(client, DTYPES[spec.resolved_accumulate_dtype()], run.device)
+    found = inspect_workers(client, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
     if progress:
         each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"

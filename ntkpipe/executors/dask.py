@@ -1,9 +1,4 @@
-"""Run a job on the workers of a Dask cluster, and recover when workers or the scheduler die.
-
-:class:`JobPlugin` is the Dask worker plugin that brings the job to every worker; :class:`ClusterExecutor` hands out
-keys. Tasks are idempotent and return small records, so lost ones are submitted again: by Dask if a worker dies, and
-here if a task has met too many deaths, the scheduler is gone, or workers were killed for their memory.
-"""
+"""Run a job on the workers of a Dask cluster, and recover when workers or the scheduler die."""
 
 import contextlib
 import pickle

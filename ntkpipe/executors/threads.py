@@ -1,9 +1,4 @@
-"""Jobs and executors: map an idempotent function over keys, on workers that keep their own state.
-
-A job is opened once for each worker (its model copy, its scratch memory) and then called for each key; it yields small
-records as it goes. :class:`ThreadExecutor` runs it on threads of this process, each single-threaded in its arithmetic,
-so results do not depend on how many there are.
-"""
+"""Jobs and executors: map an idempotent function over keys, on workers that keep their own state."""
 
 import queue
 import threading

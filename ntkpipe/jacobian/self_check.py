@@ -1,9 +1,8 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +44,6 @@ class CheckReport:
     compute_error: float  # error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj)
     moved: dict[str, str]  # parameters that failed and went to the fallback, with the size of their error
     reference_wrong: tuple[str, ...]  # parameters where finite differences agree with the engine, not the reference
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to JSON."""
-        return asdict(self)
 
 
 def self_check(

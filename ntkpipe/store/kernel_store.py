@@ -17,6 +17,7 @@ from ntkpipe.store.kernel import Kernel, require_memory
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Store
+from ntkpipe.store.verification import count_findings
 
 if TYPE_CHECKING:
     import xarray
@@ -174,7 +175,7 @@ class KernelStore(KernelSet):
         return dict(self.manifest.groups)
 
     def group(self, name: str) -> KernelSet:
-        """Select the kernels of one group of parameters; raises ConfigError, which lists the groups, if it has none."""
+        """Select the kernels of one group of parameters."""
         if name not in self.manifest.groups:
             known = ", ".join(map(repr, self.manifest.groups)) or "none"
             raise ConfigError(f"{self.path} has no group {name!r}; it has {known}")
@@ -206,7 +207,7 @@ def _result_rows(store: Store) -> TableRows:
     """What was found of a store, and what its runs say."""
     rows = [("verified", "never")]
     if (report := store.read_result("verification")) is not None:
-        verdict = "good" if report["is_good"] else f"{report['num_findings']} findings"
+        verdict = "good" if report["is_good"] else count_findings(report["num_findings"])
         rows = [("verified", f"{verdict}; {report['chunks_checked']} chunks, {report['checked']}")]
     if (certificate := store.read_result("certificate")) is not None:
         errors = ", ".join(f"{found['array']} to {found['error']:.1e}" for found in certificate["kernels"])

@@ -151,11 +151,9 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Context in which to read a state, whose content is untrusted: missing or wrong values raise StoreError.
-
-        The message names the checkpoint; other errors of this package pass through. Read values with :func:`as_integer`
-        and its like, and arrays with :meth:`get` and the needed shape: numpy would broadcast a smaller array.
-        """
+        """Context in which to read a state, whose content is untrusted: missing or wrong values raise StoreError."""
+        # Read values with `as_integer` and its like, and arrays with `get` and the needed shape: numpy would broadcast
+        # a smaller array.
         try:
             yield
         except (StoreError, *_WRONG_VALUES) as error:
@@ -173,10 +171,7 @@ class Checkpoint:
     def get(
         self, name: str, shape: tuple[int, ...], *, dtype: type[Any] = np.float64, allow_nan: bool = False
     ) -> NDArray[Any]:
-        """Read the array that :meth:`put` wrote under ``name``.
-
-        Raises StoreError if it is missing, damaged, of another shape or dtype, or, unless ``allow_nan``, not finite.
-        """
+        """Read an array; raises StoreError if it is damaged, of another shape or dtype, or not finite."""
         values = self._folder.read_array(name, shape)
         if values.dtype != dtype or not (allow_nan or np.isfinite(values).all()):
             raise StoreError(

@@ -19,7 +19,6 @@ from ntkpipe.store.media.opening import medium_at
 Mode = Literal["a", "w", "w-"]
 
 _MOST_RESULTS = 1000
-_GROUPS_OF_RESULTS = {"runs", "repairs", "checkpoints"}  # folders below ``results`` that are no result themselves
 
 
 class Store:
@@ -137,9 +136,14 @@ class Store:
 
     def solver_results(self) -> dict[str, dict[str, Any]]:
         """Results of solvers and analyses by name, those of this manifest."""
-        names = sorted(set(self._groups_below("results")) - _GROUPS_OF_RESULTS)
-        found = {name: self.read_result(name) for name in names}
-        return {name: result for name, result in found.items() if result is not None and "status" in result}
+        digest, found = self.manifest.digest(), {}
+        for name in sorted(self._groups_below("results")):
+            data = self.medium.get(f"results/{name}/{DOCUMENT}")
+            attributes = group_attributes(data, f"results/{name} of {self.root}", allow_nan=True)
+            result = attributes.get("result")  # none in a folder of results, such as `runs`
+            if isinstance(result, dict) and "status" in result and attributes.get("manifest_digest") == digest:
+                found[name] = result
+        return found
 
     def _groups_below(self, prefix: str) -> Iterator[str]:
         """Names of the groups directly below a prefix."""

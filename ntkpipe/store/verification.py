@@ -63,7 +63,7 @@ class VerificationReport:
             name = f"certificate {found['array'].removeprefix('kernel/')}"
             rows.append((name, agreement if found["is_good"] else "FAILED"))
         rows += first_rows("finding", [f"{describe_chunk(f.array, f.index)}: {f.problem}" for f in self.findings])
-        return [*rows, ("verdict", "good" if self.is_good else f"{len(self.findings)} findings")]
+        return [*rows, ("verdict", "good" if self.is_good else count_findings(len(self.findings)))]
 
     def __str__(self) -> str:
         return as_table(self.rows())
@@ -170,6 +170,11 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
             f"{columns.start + column}] = {values[row, column]:.6g} > {bound[row, column]:.6g}"
         )
     return None
+
+
+def count_findings(count: int) -> str:
+    """``1 finding``, ``2 findings``."""
+    return f"{count:,} finding{'s'[: count != 1]}"
 
 
 def first_rows(name: str, words: Sequence[str]) -> TableRows:

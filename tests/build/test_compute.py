@@ -207,7 +207,7 @@ class Augmented(Broken):
 
 @pytest.mark.parametrize(
     ("dataset", "words"),
-    [(Ragged(), "do not have the same arrays"), (Augmented(), "another one each time it is read")],
+    [(Ragged(), "do not have the same arrays"), (Augmented(), "differs each time it is read")],
 )
 def test_data_sets_whose_samples_cannot_be_used_are_refused(path, dataset, words):
     with pytest.raises(DataError, match=words):

@@ -15,6 +15,7 @@ from ntkpipe.base.progress import Ticks
 from ntkpipe.build.certify import certify, find_reference, with_certificates
 from ntkpipe.build.matching import require_same
 from ntkpipe.build.prepare import prepare
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import exact_single_thread, manifest_of
 from ntkpipe.build.upkeep.recompute import given_or_stored, recompute, stored_spec
 from ntkpipe.build.workers import find_resources
@@ -175,14 +176,14 @@ def repair_with(
             f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
-    spec = stored_spec(manifest)
     done = undo(kept)
     train = given_or_stored(kept, "train", data.get("inputs"), data.get("targets"))
     test = given_or_stored(kept, "test", data.get("test_inputs"), data.get("test_targets"))
     assert train is not None
-    resources = find_resources(run, spec, client, code, progress)
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(model, train, test, spec, forward=forward, device=resources.device)
+    request = Request(model, train, test, stored_spec(manifest), run, forward)
+    resources = find_resources(request, client, code, progress)
+    with exact_single_thread(manifest.compute_dtype):
+        prepared = prepare(request, device=resources.device)
         require_same(kept, manifest_of(model, prepared, *prepared.inspect()))
         return mend(
             kept,

@@ -99,12 +99,10 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Representation(ABC):
-    """Jacobians of n samples by the parameters of a term: one way to hold them.
+    """Jacobians of n samples by the parameters of a term: one way to hold them."""
 
-    A subclass is a frozen dataclass whose first fields are the tensors that are held. Its class methods say what it
-    would cost to hold a term like this, before anything is computed.
-    """
-
+    # A subclass is a frozen dataclass whose first fields are the tensors that are held. Its class methods say what it
+    # would cost to hold a term like this, before anything is computed.
     word: ClassVar[str]  # in manifests and reports; stores record it
     meaning: ClassVar[str]  # explanation for the parameter report
     num_additions: ClassVar[float] = 0  # of a contraction to the covector-major sum; many are made in float64

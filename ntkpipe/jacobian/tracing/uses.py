@@ -17,12 +17,10 @@ _PULLED_BYTES = 64 * 2**20  # Jacobians that are pulled back through a computati
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """Where the samples are among the rows: axis ``axis`` of the rows is (leading, samples, trailing).
+    """Where the samples are among the rows: axis ``axis`` of the rows is (leading, samples, trailing)."""
 
-    A batch-first layer over T tokens has (0, 1, 1) and an axis of T behind it, a time-first one (1, 1, 1); where
-    samples and tokens share an axis, trailing or leading is T.
-    """
-
+    # A batch-first layer over T tokens has (0, 1, 1) and an axis of T behind it, a time-first one (1, 1, 1); where
+    # samples and tokens share an axis, trailing or leading is T.
     axis: int
     leading: int
     trailing: int

@@ -1,7 +1,4 @@
-"""Repair of a store: verify it, mend it or recompute bad chunks, and verify it again.
-
-All but recomputing is here and needs no model. A bad chunk stays until the new one replaces it.
-"""
+"""Repair of a store: verify it, mend it or recompute bad chunks, and verify it again."""
 
 import hashlib
 import os
@@ -17,7 +14,13 @@ from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.layout import Index
 from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.store import Store
-from ntkpipe.store.verification import VerificationReport, describe_chunk, first_rows, verify_and_record
+from ntkpipe.store.verification import (
+    VerificationReport,
+    count_findings,
+    describe_chunk,
+    first_rows,
+    verify_and_record,
+)
 
 _MOST_RECORDED = 1000  # actions in a report that is stored
 _COMPUTED = "computed again"
@@ -57,7 +60,7 @@ class RepairReport:
 
     def rows(self) -> TableRows:
         """The report as (quantity, value) in words."""
-        found = ("found", f"{len(self.found.findings)} findings in {self.found.chunks_checked} chunks")
+        found = ("found", f"{count_findings(len(self.found.findings))} in {self.found.chunks_checked} chunks")
         done = [f"{describe_chunk(action.array, action.index)}: {action.done}" for action in self.actions]
         return [found, *first_rows("repaired", done or ["nothing"]), *self.left.rows()]
 

@@ -318,7 +318,7 @@ def test_what_was_done_is_kept_in_the_store(store):
     assert kept["actions"] == [{"array": "kernel/train", "index": [0, 1], "done": "computed again"}]
     words = str(report)
     assert "kernel/train (0, 1): computed again" in words
-    assert "1 findings in" in words
+    assert "1 finding in" in words
     again = mended(store)
     assert again.actions == ()
     assert "nothing" in str(again)
@@ -368,5 +368,6 @@ def test_arguments_of_another_name_or_type_are_refused(store, call):
 def test_reports_print_as_tables(store):
     flip(store.arrays["kernel/train"].path((0, 1)))
     report = repair(store.root, progress=False)
-    assert str(verify(store.root, progress=False)).splitlines()[-1].split() == ["verdict", "1", "findings"]
+    assert str(verify(store.root, progress=False)).splitlines()[-1].split() == ["verdict", "1", "finding"]
     assert str(report).splitlines()[1].split() == ["repaired", "nothing"]
+    assert {"verified", "last run"} <= {name for name, _ in open_kernel(store.root).rows()}

@@ -13,11 +13,8 @@ from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rules, Scale, Th
 
 
 def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor | Thunk | None = None) -> Scale:
-    """The form of ``... + operand * x * scale``, or of ``... + operand * scale``, in an output of ``shape``.
-
-    Axes along which the operand is broadcast number the rows; its own axes are the elements. An x that is expensive is
-    given as a function that computes it.
-    """
+    """The form of ``... + operand * x * scale``, or of ``... + operand * scale``, in an output of ``shape``."""
+    # Axes along which the operand is broadcast number the rows; its own axes are the elements.
     padded = (*(1 for _ in range(len(shape) - operand.ndim)), *operand.shape)
     rows = [axis for axis, size in enumerate(padded) if size == 1]
     own = [axis for axis, size in enumerate(padded) if size != 1]

@@ -17,12 +17,9 @@ AxisLabels = Sequence[str]  # axes by name, as in einsum
 
 
 def contraction(x: Tensor, weight: Tensor, *labels: AxisLabels, scale: float = 1.0) -> Outer | None:
-    """The form of a product of x with a weight, or None if it is not a matrix product.
-
-    The axes of x, weight and output are labelled as in einsum. Axes that x and weight share and that are summed over
-    belong to the inputs a, axes of the weight alone to the cotangents d; axes of x alone number the rows, and axes of
-    all three number the groups.
-    """
+    """The form of a product of x with a weight, or None if it is not a matrix product; axes are labelled for einsum."""
+    # Axes that x and weight share and that are summed over belong to the inputs a, axes of the weight alone to the
+    # cotangents d; axes of x alone number the rows, and axes of all three number the groups.
     if any(len(set(each)) < len(each) for each in labels):
         return None
     x_labels, weight_labels, out_labels = labels

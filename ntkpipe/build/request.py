@@ -1,0 +1,48 @@
+"""What is asked of a build: a model, its samples and the specs of kernel and run, which travel down whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ntkpipe.base.config import KernelSpec, RunSpec, spec_of
+from ntkpipe.base.errors import DataError
+from ntkpipe.jacobian.model.functional import Forward
+from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel that is asked for, by arguments of a public function or by a workflow file."""
+
+    model: nn.Module
+    train: Samples
+    test: Samples | None
+    kernel: KernelSpec
+    run: RunSpec
+    forward: Forward = None
+    store: str | Path = ""  # path or URL; empty for a kernel that has none
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Request":
+        """The request that the arguments of a public function make."""
+        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
+        samples = (arguments[name] for name in ("inputs", "targets", "test_inputs", "test_targets"))
+        model, forward, store = (arguments[name] for name in ("model", "forward", "store"))
+        return cls(model, *train_and_test(*samples), kernel, run, forward, store)
+
+
+def train_and_test(
+    inputs: object, targets: object = None, test_inputs: object = None, test_targets: object = None
+) -> tuple[Samples, Samples | None]:
+    """Train and test samples, as they are given."""
+    train = as_samples(inputs, targets)
+    if test_inputs is None:
+        if test_targets is not None:
+            raise DataError("test_targets were given without test_inputs")
+        return train, None
+    test = as_samples(test_inputs, test_targets, label="test_inputs")
+    require_same_arrays(train, test, "test_inputs")
+    return train, test
