@@ -4,13 +4,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
-from pydantic import TypeAdapter, ValidationError
 
-from ntkpipe.base.arguments import Option, describe
+from ntkpipe.base.arguments import Option, is_list, members_of
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import print_rows
 from ntkpipe.steps.registry import REGISTRY, Entry
@@ -62,32 +61,24 @@ class StepCommand(click.Command):
 
 
 class _Value(click.ParamType[Any]):
-    """A value of an annotation; a list as its parts with commas between."""
+    """A value of an option."""
 
-    def __init__(self, annotation: Any) -> None:
-        self._annotation, self.name = annotation, "value"
+    name = "value"
+
+    def __init__(self, option: Option) -> None:
+        self._option = option
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read text."""
-        wants_list = any(get_origin(one) is Sequence or _is_list(one) for one in _members(self._annotation))
         try:
-            return TypeAdapter(self._annotation).validate_python(value.split(",") if wants_list else value)
-        except ValidationError:
-            self.fail(f"{value!r}; needed {describe(self._annotation)}", param, ctx)
-
-
-def _is_list(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    return isinstance(origin, type) and issubclass(origin, Sequence)
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+            return self._option.read(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _parameter(option: Option, text: str) -> click.Parameter:
     """An option of the command line; text that must be given is an argument."""
-    members = [one for one in _members(option.annotation) if one is not NoneType]
+    members = [one for one in members_of(option.annotation) if one is not NoneType]
     if option.is_required and members == [str]:
         return click.Argument([option.name], metavar=option.name.upper())
     flag = f"--{option.name.replace('_', '-')}"
@@ -99,9 +90,9 @@ def _parameter(option: Option, text: str) -> click.Parameter:
     kind: click.ParamType[Any]
     if len(members) == 1 and get_origin(members[0]) is Literal:
         choices = [str(one) for one in get_args(members[0])]
-        kind = click.Choice([*choices, _NONE] if NoneType in _members(option.annotation) and default else choices)
+        kind = click.Choice([*choices, _NONE] if NoneType in members_of(option.annotation) and default else choices)
     else:
-        kind = _Value(option.annotation)
+        kind = _Value(option)
     metavar = None if isinstance(kind, click.Choice) else _metavar(members)
     return click.Option(names, type=kind, required=option.is_required, metavar=metavar, help=text + default)
 
@@ -114,7 +105,7 @@ def _shown(default: Any) -> str:
 
 def _metavar(members: Sequence[Any]) -> str:
     words = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-    return words.get(members[0], "NUMBERS" if _is_list(members[0]) else "TEXT")
+    return words.get(members[0], "NUMBERS" if is_list(members[0]) else "TEXT")
 
 
 def _common() -> Sequence[click.Option]:

@@ -69,6 +69,25 @@ class Option:
         except ValidationError:
             raise ConfigError(f"{where}: {self.name}={plain!r}; needed {describe(self.annotation)}") from None
 
+    def read(self, text: str) -> Any:
+        """The value that text on a command line stands for; the parts of a list have commas between them."""
+        value = text.split(",") if any(map(is_list, members_of(self.annotation))) else text
+        try:
+            return TypeAdapter(self.annotation).validate_python(value)
+        except ValidationError:
+            raise ConfigError(f"{text!r}; needed {describe(self.annotation)}") from None
+
+
+def members_of(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether an annotation is that of a list or a tuple."""
+    origin = get_origin(annotation)
+    return isinstance(origin, type) and issubclass(origin, Sequence)
+
 
 @cache
 def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
