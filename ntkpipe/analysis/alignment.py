@@ -14,9 +14,10 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.sources import said_of, train_targets
+from ntkpipe.solvers.memory import bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
+from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.store.results import Checkpoint
 
 _SHARES = (0.5, 0.9, 0.99)

@@ -26,10 +26,11 @@ from ntkpipe.learning.regression.eigensystem import (
 from ntkpipe.learning.regression.sources import ridges_for
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
+from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.density import Density, bytes_of_density, density, smoothed
-from ntkpipe.solvers.spectral.lanczos import Eigenpairs, bytes_of_eigsh, eigsh
+from ntkpipe.solvers.spectral.density import Density, density, smoothed
+from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, bytes_of_smallest, smallest
 from ntkpipe.store.results import Checkpoint
 
