@@ -152,8 +152,8 @@ def _opened(
         if (needed := bytes_in_memory(shape, threads)) > room:
             raise ResourceError(
                 f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
-                f"{format_bytes(room)} may be used. Give path=, a folder: the factor is then written there in panels "
-                "that fit"
+                f"{format_bytes(max(0, room))} may be used. Give path=, a folder: the factor is then written there in "
+                "panels that fit"
             )
         state = FactorState(operator.identity(), ridge, 0.0, shape)
         yield _Task(operator, PanelsInMemory(shape), state, monitor, threads)

@@ -205,7 +205,7 @@ class Systems:
         """Solve by conjugate gradients, from where they were."""
         options, kept = self._options, self._kept
         (n, columns), rank = self._rhs.shape, options.rank_of(self._operator)
-        what = f"rank {rank:,} and {columns:,} columns of {n:,} rows"
+        what = f"a solve of {columns:,} columns of {n:,} rows at rank {rank:,}"
         advice = "give a smaller rank, or fewer columns at a time"
         options.budget.require(bytes_of_solve(n, columns, rank), what, advice)
         if self._preconditioner is None:

@@ -150,7 +150,7 @@ def eigsh(
     check_number("max_passes", passes, low=1)
     need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
     advice = f"give a smaller max_basis (with {k + 2 * width} it is {format_bytes(least)}), k or block"
-    Budget.of(memory_limit).require(need, f"{most} vectors of {n} rows, and room to work", advice)
+    Budget.of(memory_limit).require(need, f"a basis of {most} vectors of {n} rows, with room to work,", advice)
     options = {"tol": float(tol), "k": k, "block": width, "max_basis": most, "max_passes": passes, "seed": seed}
     return _Search(operator, options, checkpoint).run(monitor)
 

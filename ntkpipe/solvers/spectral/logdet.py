@@ -126,7 +126,8 @@ def logdet(
     common: dict[str, Any] = {"ridge": ridge, "ridge_scale": ridge_scale, "memory_limit": memory_limit}
     if method == "slq":
         found = slq_logdet(operator, **common, **given, monitor=monitor, checkpoint=checkpoint)
-        return replace(found, work=Work(), seconds=0.0)  # which are counted around this call
+        options = {name: value for name, value in found.options.items() if name != "memory_limit"}
+        return replace(found, work=Work(), seconds=0.0, options=options)  # the rest is recorded around this call
     factor = cholesky(operator, **common, jitter=jitter, path=path, monitor=monitor)
     error, status, message = factor.logdet_error(), factor.status, factor.message
     if error > _MOST_ERROR * operator.num_rows:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
-from ntkpipe.base.errors import IndefiniteError
+from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.spectral.logdet import logdet
 
@@ -67,3 +67,17 @@ def test_an_indefinite_matrix_has_none():
 @pytest.mark.parametrize("size", [1, 8])
 def test_small_matrices(size):
     assert logdet(2.0 * np.eye(size)).value == pytest.approx(size * np.log(2.0), rel=1e-15)
+
+
+def test_either_method_records_its_options_and_counts_its_work_once():
+    matrix, seen = matrix_with_spectrum(power_law(60, condition=1e3)), []
+    for method in ("cholesky", "slq"):
+        operator = DenseOperator(matrix)
+        found = logdet(operator, ridge=1.0, method=method, memory_limit="64GiB")
+        assert found.work.passes == operator.work.passes
+        assert (found.options["method"], found.options["memory_limit"]) == (method, 2**36)
+        seen.append(found.value)
+    assert seen[0] == pytest.approx(seen[1], abs=0.05 * 60)
+    for wrong in ({"method": "slq", "jitter": "auto"}, {"rank": 3}, {"seed": 0}):
+        with pytest.raises(ConfigError, match="no option of method="):
+            logdet(matrix, ridge=1.0, **wrong)
