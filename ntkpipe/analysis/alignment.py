@@ -97,35 +97,18 @@ def alignment(
 
     Parameters
     ----------
-    kernel
-        The train kernel K: what :func:`ntkpipe.as_operator` takes. One of N·c rows is a full NTK.
-    targets
-        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c).
     eigenpairs
         Eigenpairs of K that are known. All n of them make it exact; fewer are used as they are where it is streamed.
     method
         How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where
         it fits the memory.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`. With ``"binary"`` the ideal kernel is y yᵀ of ±1.
     k
         Number of directions where it is streamed.
     tol
         Relative residual of these directions.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. What streaming takes at least is
-        said above.
-    seed
-        Seed of the first block where it is streamed.
-    checkpoint
-        Where passes for the directions are saved; another call for the same kernel goes on from there.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError, NonFiniteError
-        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """

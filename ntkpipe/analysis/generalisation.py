@@ -153,45 +153,23 @@ def generalisation(
 
     Parameters
     ----------
-    kernel
-        The train kernel K: what :func:`ntkpipe.as_operator` takes. One of N·c rows is a full NTK.
-    targets
-        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c). Nothing is centred.
     ridges
         Ridges λ ≥ 0. Default 10^-4 to 10^2 mean diagonals.
-    ridge_scale
-        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
-    test_kernel
-        Test × train kernel, shape (M, n), array or stored, with ``test_targets``.
-    test_targets
-        Targets of the test samples.
     eigenpairs
         All eigenpairs of K, descending, if they are known.
     method
         How it is computed: ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes,
         ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where
         it fits the memory.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`.
     tolerance
         Largest relative difference from leave-one-out that is trusted.
     num_probes
         Number of random probes p where it is streamed.
     tol
         Relative residual of the systems where it is streamed.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
-    seed
-        Seed of the probes and of the preconditioner.
-    checkpoint
-        Where finished ridges are saved if it is streamed; another call for the same ridges goes on behind them.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError, NonFiniteError
-        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """

@@ -101,35 +101,18 @@ def learning_curve(
     kernel
         The kernel K of the population: what :func:`ntkpipe.as_operator` takes. Where it does not fit memory, give
         ``as_operator(kernel).leading(n)``. One of N·c rows is a full NTK, whose train sets are of whole samples.
-    targets
-        Labels of classes (N,), which become one-hot, or real targets (N,) or (N, c). Nothing is centred.
     sizes
         Samples n in a train set, each less than N. Default N/32 to N/4.
     ridges
         Ridges λ ≥ 0. Default 0 and 0.01 to 10 mean diagonals.
-    ridge_scale
-        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     num_subsets
         Number of train sets of each size, at least 2.
     eigenpairs
         All eigenpairs of K, if known.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
-    seed
-        Seed of the subsets.
     checkpoint
         Where losses of finished subsets are saved; another call for the same curve goes on behind them.
     monitor
         Function that is called after the eigenpairs, and after each subset.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError
-        If shapes, numbers or eigenpairs are not what is needed; if something holds NaN or infinity.
-    ResourceError, TileError
-        If all eigenpairs do not fit in memory; if a tile of a stored kernel is missing or damaged.
     """
     operator: Operator = kernel
     before = operator.work

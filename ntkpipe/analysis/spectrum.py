@@ -136,14 +136,10 @@ def spectrum(
 
     Parameters
     ----------
-    kernel
-        The symmetric matrix K: what :func:`ntkpipe.as_operator` takes.
     eigenpairs
         Eigenpairs that are known. All n of them make it exact at no cost; fewer are spliced in in place of ``k``.
     ridges
         Ridges λ of the effective dimension. Default 10^-4 to 10^2 mean diagonals.
-    ridge_scale
-        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     tail_ranks
         First and last rank of the power law. Default those of :func:`ntkpipe.analysis.power_law.default_ranks`.
     method
@@ -154,20 +150,9 @@ def spectrum(
         Number of probes of the density where it is streamed.
     max_passes
         Most passes for the density.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free. What streaming takes at least is
-        said above.
-    seed
-        Seed of everything that is random.
-    checkpoint
-        Where passes are saved if it is streamed; another call for the same kernel goes on from there.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError, NonFiniteError
-        If a number is out of range or eigenpairs are of another matrix; if the matrix holds NaN or infinity.
     ResourceError, TileError
         If ``exact`` was asked for and does not fit; if a tile of a stored kernel is missing or damaged.
     """

@@ -1,8 +1,9 @@
 """Docstrings of functions that share parameters: what is the same for all of them is written once, here."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from inspect import cleandoc, signature
+from textwrap import fill
 from typing import Any
 
 # Entries of `Parameters` for those that a docstring does not describe itself.
@@ -31,6 +32,7 @@ ERRORS = {
     "ConfigError": "If shapes do not fit, an option is out of range, or something is of another calculation.",
     "NonFiniteError": "If the matrix or another array holds NaN or infinity.",
     "ResourceError": "If what is needed does not fit the memory; the message has both numbers.",
+    "StoreError": "If the checkpoint is damaged or cannot be written.",
     "TileError": "If a tile of a stored kernel is missing or damaged; the message names it.",
 }
 
@@ -49,15 +51,20 @@ def sections(text: str) -> dict[str, str]:
     return {"": first, **dict(zip(parts[::2], parts[1::2], strict=True))}
 
 
-def completed(function: Callable[..., Any], errors: Iterable[str] = ERRORS) -> str:
+def _filled(text: str) -> str:
+    return fill(text, 116, initial_indent="    ", subsequent_indent="    ")
+
+
+def completed(function: Callable[..., Any]) -> str:
     """The docstring of a function with the entries that are the same everywhere, in the order of its signature."""
     found = sections(function.__doc__ or "")
     described = {name: body for name, body in _ENTRY.findall(found.pop("Parameters", ""))}
     names = dict.fromkeys(signature(function).parameters)
-    blocks = [f"{name}\n{described.get(name) or f'    {PARAMETERS[name]}'}".rstrip() for name in names]
+    blocks = [f"{name}\n{described.get(name) or _filled(PARAMETERS[name])}".rstrip() for name in names]
     raised = {name: body for name, body in _ENTRY.findall(found.pop("Raises", ""))}
     listed = {name for key in raised for name in key.split(", ")}
-    raised |= {name: f"    {ERRORS[name]}" for name in errors if name not in listed}
+    missing = (name for name in ERRORS if name not in listed and (name != "StoreError" or "checkpoint" in names))
+    raised |= {name: _filled(ERRORS[name]) for name in missing}
     first, returned = found.pop(""), found.pop("Returns", None)
     parts = {"Parameters": "\n".join(blocks)} | ({} if returned is None else {"Returns": returned})
     parts["Raises"] = "\n".join(f"{name}\n{body.rstrip()}" for name, body in raised.items())

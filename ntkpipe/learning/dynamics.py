@@ -116,8 +116,6 @@ def dynamics(
         η > 0; default one over the largest eigenvalue, for which a random vector joins the first passes.
     initial_outputs
         f_0, of the shape of ``targets``, or of the columns that labels become; default zero.
-    task
-        What targets are: ``classification``, ``regression``, ``binary``, or ``auto``, by their type.
     tol
         Largest error at each time, relative to ``|Y - f_0|`` of each output.
     max_passes
@@ -127,19 +125,8 @@ def dynamics(
         space, ``steps * c * n`` float64, and the results, ``2 T c n``, dominate.
     seed
         Seed of the random vector.
-    monitor
-        Called after each pass.
     checkpoint
         Where steps are written, 8 c n bytes each; a call goes on from them, also with a higher ``max_passes``.
-
-    Raises
-    ------
-    ConfigError
-        If shapes, times, rate, tolerance or passes are wrong.
-    NonFiniteError
-        If targets or initial functions hold NaN or infinity.
-    ResourceError
-        If memory does not hold two steps.
 
     Notes
     -----

@@ -113,33 +113,21 @@ def compare_kernels(
         Dimension of the leading eigenspaces that are compared, at most N; ``k O`` where one is ``K ⊗ I_O``.
     ridge
         Ridge λ of both regressions and log-determinants.
-    ridge_scale
-        Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean diagonal of each kernel.
     smallest_eigenvalue
         Whether λ_min is looked for, which is most of the cost where kernels do not fit in memory.
     eigenpairs
         Known eigenpairs of A and of B, descending. They are used if there is one more than k; all n save LAPACK, too.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`.
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. A tile of each and vectors are
         taken in any case. With a client the limit is of each worker.
     client
         Client of a Dask cluster that multiplies; entries are compared here.
-    seed
-        Seed of the first blocks.
-    checkpoint
-        Where entries, spectra and predictions are saved; another call for the same kernels goes on behind them.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
     ConfigError, NonFiniteError
         If the kernels are not of the same samples (the message has the fields of the manifests that differ), B is
         zero, or an option is wrong; if one of them holds NaN or infinity.
-    ResourceError, TileError
-        If the limit leaves no room for the tiles in use; if a tile is missing or damaged.
     """
     budget = Budget.of(memory_limit)
     inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)

@@ -103,8 +103,6 @@ def calibration(
         Probabilities of central intervals, between 0 and 1.
     bins
         Number of equal bins for the probability of the predicted class.
-    task
-        What targets are where the posterior has no classes, as for :class:`ntkpipe.KernelRegression`.
     num_draws
         Number of draws for probabilities with a full NTK.
     seed

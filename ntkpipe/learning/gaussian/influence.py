@@ -80,13 +80,6 @@ def influence(
         For coefficients: rows a sample, S. Default 1; O of a full NTK.
     initial_outputs
         Outputs f₀ of the test samples (M, O), where they decide which output is the largest.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError
-        If shapes do not fit or an option is out of range; if the kernel holds NaN or infinity.
-    TileError
-        If a tile is missing or damaged; the message names it.
     """
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
     classes = getattr(model, "classes_", None)

@@ -124,23 +124,15 @@ def gaussian_process(
 
     Parameters
     ----------
-    kernel
-        The covariance K of the train samples: what :func:`ntkpipe.as_operator` takes.
     targets
         Real targets (N,) or (N, O), or labels of classes (N,), one-hot as in regression: a Gaussian likelihood, not a
         classifier's.
     ridge
         Variance λ of the noise of targets.
-    ridge_scale
-        Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     test_kernel
         Test × train kernel (M·S, N·S), array or stored, with ``test_diagonal``.
     test_diagonal
         Blocks of test samples with themselves, (M, S, S), or (M,) with one row a sample.
-    initial_outputs
-        Prior mean at the train samples, (N, O), such as a network's outputs f₀; default zero.
-    test_initial_outputs
-        Prior mean at the test samples, (M, O).
     method
         How it is conditioned. ``cholesky``: exact, by a factor in memory, ``4 n²`` bytes, or in ``path``.
         ``streamed``: every test row is a column of a system, solved by passes, and the log determinant is estimated
@@ -148,24 +140,11 @@ def gaussian_process(
         is a path or it fits the memory.
     path
         Folder or URL for the factor, see :func:`ntkpipe.cholesky`. Default memory.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`.
     tol
         Largest relative true residual of a converged system. Errors of variances are of second order in it.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free.
-    seed
-        Seed of preconditioners and probes.
-    checkpoint
-        Where finished parts are saved; another call for the same process goes on behind them. Only used where it is
-        streamed.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError, NonFiniteError
-        If shapes do not fit or an option is out of range; if the kernel or targets hold NaN or infinity.
     IndefiniteError, ResourceError, TileError
         By ``cholesky``, if K + λI is not positive definite (the message says which ridge helps), or the factor does not
         fit; if a tile is missing or damaged.

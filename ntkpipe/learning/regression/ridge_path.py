@@ -181,47 +181,21 @@ def ridge_path(
 
     Parameters
     ----------
-    kernel
-        The train kernel K: what :func:`ntkpipe.as_operator` takes.
-    targets
-        Labels of classes (N,), or real targets (N,) or (N, O).
     ridges
         Ridges λ ≥ 0. Default 0 and 10^-6 to 10 mean diagonals.
-    ridge_scale
-        Unit of the ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
-    test_kernel
-        Test × train kernel (M·S, N·S), array or stored, with ``test_targets``.
-    test_targets
-        Targets of the test samples. A class that training does not have counts as wrong.
-    initial_outputs
-        Outputs f₀ (N, O) of the model at initialisation: Y - f₀ is fitted.
-    test_initial_outputs
-        Outputs f₀ (M, O) at the test samples, which are added to predictions.
     eigenpairs
         All eigenpairs of K, such as :func:`ntkpipe.eigh` returns, if known.
     method
         How it is computed. ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else
         ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a row if that is less.
-    task
-        What targets are, as for :class:`ntkpipe.KernelRegression`.
     tol
         Largest relative true residual of a converged system.
     num_left_out
         Number of samples that are left out where not all are, at least two. Each is one column (O of a full NTK) of a
         solve.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free.
-    seed
-        Seed of preconditioners and of the choice of samples.
-    checkpoint
-        Where finished ridges are saved; another call for the same path goes on behind them. Not used by ``eigh``.
-    monitor
-        Function that is called after each pass.
 
     Raises
     ------
-    ConfigError, NonFiniteError
-        If shapes do not fit or an option is out of range; if the kernel or targets hold NaN or infinity.
     ResourceError, TileError
         If the method that was asked for does not fit memory; if a tile is missing or damaged.
     """

@@ -62,12 +62,8 @@ def cholesky(
 
     Parameters
     ----------
-    matrix
-        An operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
     ridge
         λ, added to the diagonal.
-    ridge_scale
-        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     jitter
         ``auto``: if a pivot is not positive, try again with the storage floor added to the diagonal, then ten times as
         much, five times at most. The result says what was added. Default: raise an error.
@@ -88,21 +84,13 @@ def cholesky(
 
     Raises
     ------
-    ConfigError
-        If the matrix is not symmetric, or an option is out of range.
     IndefiniteError
         If a pivot is not positive: K + ridge I is not positive definite, or not beyond what rounding of its entries
         hides. The message says where, and which ridge helps.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
-    ResourceError
-        If the factor or a panel does not fit memory, or the factor does not fit the disk; with the numbers.
     StoreMismatchError
         If the path holds the factor of another matrix, or of another ridge.
     StoreError
         If the path holds something else or cannot be written, or another process writes there.
-    TileError
-        If a part of the matrix or of L is missing or damaged; the message names it.
     """
     operator: Operator = matrix
     ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=_LARGEST)

@@ -59,25 +59,13 @@ def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor 
 
     Parameters
     ----------
-    matrix
-        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
     monitor
         Called once, after K has been read.
 
     Raises
     ------
-    ConfigError
-        If the matrix is not symmetric, or the limit is no number of bytes.
-    ResourceError
-        If the spectrum does not fit into memory; the message says what does.
-    NonFiniteError
-        If the matrix or the result holds NaN or infinity.
     SelfCheckError
         If LAPACK failed, or trace and Frobenius norm of the result are not those of K.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
     """
     return _decompose(matrix, Budget.of(memory_limit), monitor, with_vectors=False)
 
@@ -91,23 +79,11 @@ def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ig
 
     Parameters
     ----------
-    matrix
-        K: anything that :func:`ntkpipe.as_operator` takes. It is not changed.
-    memory_limit
-        Bytes that this process may have; default what it has and all that is free.
     monitor
         Called after K has been read, and after the check.
 
     Raises
     ------
-    ConfigError
-        If the matrix is not symmetric, or the limit is no number of bytes.
-    ResourceError
-        If the spectrum does not fit into memory; the message says what does.
-    NonFiniteError
-        If the matrix or the result holds NaN or infinity.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
     SelfCheckError
         If LAPACK failed, or the result does not fit K.
     """

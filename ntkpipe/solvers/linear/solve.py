@@ -56,8 +56,6 @@ def solve(
 
     Parameters
     ----------
-    matrix
-        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
     rhs
         Right-hand sides Y, or targets: shape (n, c) or (n,). Integers, booleans and strings of shape (n,) are labels of
         classes, which become one-hot columns. Where each sample has as many rows as outputs, as in a full NTK, Y may
@@ -65,11 +63,6 @@ def solve(
     ridge
         λ ≥ 0, added to the diagonal. How small it may sensibly be depends on how K is stored, see
         :meth:`ntkpipe.base.operator.Operator.storage_floor`.
-    ridge_scale
-        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
-    task
-        What targets are: ``classification``, ``regression``, ``binary``, or ``auto``, by their type. ``binary`` is one
-        column of ±1 for two classes; ``regression`` takes integers for numbers.
     method
         ``pcg``: conjugate gradients, each column on its own in shared passes. ``block_cg``: columns share directions,
         which takes fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in
@@ -89,10 +82,6 @@ def solve(
         Start, of the shape of Y; costs one pass.
     max_passes
         Most products, without those of the preconditioner; default 1,000, at least 2.
-    seed
-        Seed of the preconditioner. Equal seeds give equal bits.
-    memory_limit
-        Bytes that this process may use; default all that is free.
     path
         Folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes. Each panel is a checkpoint, and the
         factor stays for :func:`ntkpipe.cholesky` to open. Default None: the factor is in memory.
@@ -110,18 +99,8 @@ def solve(
 
     Raises
     ------
-    ConfigError
-        If the matrix, the right-hand sides or an option is wrong, or the checkpoint is of another calculation.
     IndefiniteError
         If ``cholesky`` was asked for and a pivot is not positive.
-    NonFiniteError
-        If the matrix or the right-hand sides hold NaN or infinity.
-    ResourceError
-        If the preconditioner and the blocks do not fit memory.
-    StoreError
-        If the checkpoint is damaged or cannot be written.
-    TileError
-        If a tile is missing or damaged; the message names it.
 
     Notes
     -----
@@ -167,16 +146,10 @@ def solve_path(
 
     Parameters
     ----------
-    matrix
-        K: an operator, a stored kernel or a symmetric array; see :func:`ntkpipe.as_operator`.
     rhs
         Right-hand sides Y, or targets, as in :func:`solve`.
     ridges
         λ of each solution, at least one.
-    ridge_scale
-        Unit of the ridges: ``mean_diagonal``, that of the matrix; default none, absolute ridges.
-    task
-        What targets are, as in :func:`solve`.
     method
         How to solve, as in :func:`solve`. ``auto`` makes one decision for all ridges.
     tol
@@ -187,30 +160,14 @@ def solve_path(
         How the preconditioner is made, or one that was made before, as in :func:`solve`.
     max_passes
         Most products for each ridge; default 1,000, at least 2.
-    seed
-        Seed of the preconditioner.
-    memory_limit
-        Bytes that this process may use; default all that is free.
-    monitor
-        Called after each pass.
     checkpoint
         Where the preconditioner, each solution, and the iterate of the one under way are saved. Another call solves no
         ridge twice, and goes on with the one under way as :func:`solve` does. The caller clears it.
 
     Raises
     ------
-    ConfigError
-        If the matrix, the right-hand sides or an option is wrong, or the checkpoint is of another calculation.
     IndefiniteError
         If ``cholesky`` was asked for and a pivot is not positive.
-    NonFiniteError
-        If the matrix or the right-hand sides hold NaN or infinity.
-    ResourceError
-        If the preconditioner and the blocks do not fit memory.
-    StoreError
-        If the checkpoint is damaged or cannot be written.
-    TileError
-        If a tile is missing or damaged; the message names it.
     """
     operator: Operator = matrix
     encoded, block, shape = as_targets(rhs, operator, task)

@@ -136,8 +136,6 @@ def density(
 
     Parameters
     ----------
-    matrix
-        K: what :func:`ntkpipe.as_operator` takes.
     num_probes
         Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
@@ -151,20 +149,9 @@ def density(
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free.
-    seed
-        Seed of the probes.
-    monitor
-        Called after each pass.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.
-
-    Raises
-    ------
-    ConfigError
-        If numbers are out of range, or ``top`` does not fit the matrix or is not orthonormal.
-    ResourceError
-        If memory does not hold two steps.
 
     Notes
     -----

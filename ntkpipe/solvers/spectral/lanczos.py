@@ -101,8 +101,6 @@ def eigsh(
 
     Parameters
     ----------
-    matrix
-        K: what :func:`ntkpipe.as_operator` takes: a stored kernel, a symmetric array, an operator.
     k
         Number of eigenpairs, up to n.
     tol
@@ -115,29 +113,10 @@ def eigsh(
         ``3 k + 2 block`` kernels take one pass more.
     max_passes
         Most products before the one that checks; by default 200.
-    memory_limit
-        Bytes that this process may use; default what it uses already and all that is free.
-    seed
-        Seed of the first block.
     checkpoint
         Where the state is written after every pass: one block of columns, or the basis after a restart. A call goes on
         from an earlier state to the same result, to the last bit; a result that is there already is returned without
         a pass. The checkpoint stays when the call returns: clear it once the result is saved.
-    monitor
-        Called after every pass, once its state is in the checkpoint.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of range, the matrix is not symmetric, or the checkpoint is of another calculation.
-    ResourceError
-        If the vectors do not fit the memory.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
-    StoreError
-        If the checkpoint is damaged.
     """
     operator: Operator = matrix
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes

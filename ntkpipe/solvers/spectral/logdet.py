@@ -68,12 +68,8 @@ def logdet(
 
     Parameters
     ----------
-    matrix
-        K: what :func:`ntkpipe.as_operator` takes.
     ridge
         λ ≥ 0, added to the diagonal.
-    ridge_scale
-        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     method
         ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor,
         and two reads of the factor for what storage did to the value; see :func:`ntkpipe.cholesky`.
@@ -96,8 +92,6 @@ def logdet(
         Most Lanczos steps of ``slq``; default 200.
     seed
         Seed of ``slq``; default 0.
-    memory_limit
-        Bytes that this process may use; default what it uses already and half of what is free.
     monitor
         Called after each panel of ``cholesky``, or pass of ``slq``.
     checkpoint
@@ -109,8 +103,6 @@ def logdet(
 
     Raises
     ------
-    ConfigError
-        If an option is wrong, or of the other method.
     IndefiniteError
         If a pivot is not positive; the message says where, and which ridge helps.
     ResourceError

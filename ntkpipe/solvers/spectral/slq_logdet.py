@@ -85,12 +85,8 @@ def slq_logdet(
 
     Parameters
     ----------
-    matrix
-        K: what :func:`ntkpipe.as_operator` takes.
     ridge
         λ ≥ 0, added to the diagonal.
-    ridge_scale
-        Unit of the ridge: ``mean_diagonal``, that of the matrix; default none, an absolute ridge.
     preconditioner
         P = F F' + μ I, or how it is made. Only the trace in ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is
         estimated then. None samples K + λ I itself.
@@ -108,20 +104,9 @@ def slq_logdet(
     memory_limit
         Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
         already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.
-    seed
-        Seed of the probes, and of a preconditioner that is made.
-    monitor
-        Called after each pass.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.
-
-    Raises
-    ------
-    ConfigError
-        If numbers are out of range, or the preconditioner is of another matrix.
-    ResourceError
-        If memory does not hold two steps.
 
     Notes
     -----

@@ -110,8 +110,6 @@ def smallest(
 
     Parameters
     ----------
-    matrix
-        K: what :func:`ntkpipe.as_operator` takes.
     k
         Number of eigenvalues.
     tol
@@ -127,10 +125,6 @@ def smallest(
         Columns of a pass; default 2 k, at least 16.
     max_passes
         Most steps.
-    memory_limit
-        Bytes that this process may use, without the vectors; default what it uses already and half of what is free.
-    seed
-        Seed of the first block, and of the default inverse.
     monitor
         Called after each pass: first of the iteration for λ_max, then of that for the smallest.
     checkpoint
@@ -140,17 +134,8 @@ def smallest(
 
     Raises
     ------
-    ConfigError
-        If a number is out of range, the inverse returns something else than such a block, or the checkpoint is of
-        another calculation.
-    NonFiniteError
-        If the matrix holds NaN or infinity.
     ResourceError
         If a proof was asked for and its factor does not fit.
-    StoreError
-        If the checkpoint is damaged or cannot be written.
-    TileError
-        If a tile of a stored kernel is missing or damaged.
     """
     operator: Operator = matrix
     budget, n, before = Budget.of(memory_limit), operator.num_rows, operator.work
