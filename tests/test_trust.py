@@ -34,6 +34,7 @@ READERS = (
 # Names come from the user's workflow file; tasks go between a client and its own cluster.
 TRUSTED = {
     "base.imports": {"importlib"},
+    "steps.registry": {"importlib"},  # of functions that its own table names
     "executors.pickling": {"cloudpickle"},
     "executors.payload": {"cloudpickle", "pickle"},
     "executors.dask": {"pickle"},
