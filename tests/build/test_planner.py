@@ -228,3 +228,19 @@ def test_every_plane_has_tiles_buffers_and_bytes():
 @pytest.mark.parametrize(("seconds", "words"), [(1.0, "1.0 s"), (99, "99.0 s"), (120, "2.0 min"), (7200, "2.0 h")])
 def test_seconds_in_words(seconds, words):
     assert format_seconds(seconds) == words
+
+
+def test_memory_that_a_batch_takes_whatever_its_size_is_counted():
+    cost = Cost(1000, 1000, 0, 1000, 1e6, 1e3)
+    without, beside = (
+        make_plan(make_workload(64, 0, 16, 2, replace(cost, fixed_workspace_bytes=size)), PLENTY)
+        for size in (0, 5 * 2**20)
+    )
+    assert beside.memory_bytes - without.memory_bytes == 5 * 2**20
+
+
+@pytest.mark.parametrize("num_samples", [4, 5, 6, 7])
+def test_where_a_few_jacobians_fit_a_strip_is_one_of_them(num_samples):
+    workload = make_workload(64, 0, 64, 1, Cost(10**6, 1000, 0, 1000, 1e6, 1e3))
+    plan = make_plan(workload, with_room_for(workload, num_samples))
+    assert plan.strip == 1

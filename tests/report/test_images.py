@@ -83,3 +83,12 @@ def test_a_store_without_samples_says_so(tmp_path: Path, rng: np.random.Generato
     images = StoredImages(derived)
     assert "holds no inputs" in str(images.why_not())
     assert images.read("train", [0]) == {}
+
+
+def test_grey_values_are_stretched_over_all_images_together(tmp_path: Path, rng: np.random.Generator) -> None:
+    inputs = (8 * rng.random((4, 64)) - 3).astype(np.float32)
+    inputs[0].flat[:20], inputs[1].flat[:20] = -3.0, 5.0
+    found = StoredImages(make(tmp_path / "k.zarr", inputs)).read("train", [0, 1])
+    for number, png in found.items():
+        shown = imread(io.BytesIO(png))[:, :, 0]
+        assert np.abs(shown - (inputs[number].reshape(8, 8) + 3) / 8).max() < 0.01
