@@ -76,6 +76,11 @@ class Result:
         return {f.name for f in public if f.default is MISSING and f.default_factory is MISSING}
 
     @classmethod
+    def is_of(cls, values: Mapping[str, Any]) -> bool:
+        """Whether saved values have all fields that JSON holds. If only arrays are missing, the result is damaged."""
+        return all(f.name in values or _dtype_of(f.type) is not None for f in fields(cls) if f.name in cls.needed())
+
+    @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
         """Restore a result from what :meth:`to_json` and :meth:`arrays` gave. Values may be anybody's, and are checked.
 
@@ -100,15 +105,20 @@ class Result:
 
 def _restored(annotation: Any, value: Any) -> Any:
     """A value of a field as its annotation says."""
-    arrays = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is np.ndarray]
-    if not arrays:
+    dtype = _dtype_of(annotation)
+    if dtype is None:
         return _adapter(annotation).validate_python(value)
-    dtype = get_args(get_args(arrays[0])[1])[0]
     if value is None and type(None) in get_args(annotation):
         return None
     if not isinstance(value, np.ndarray) or (dtype is not Any and value.dtype != dtype):
         raise ValueError(f"{str(value)[:40]!r} is no array of {dtype}")
     return value
+
+
+def _dtype_of(annotation: Any) -> Any:
+    """The dtype of an annotation of arrays; None of another one."""
+    arrays = [one for one in (annotation, *get_args(annotation)) if get_origin(one) is np.ndarray]
+    return get_args(get_args(arrays[0])[1])[0] if arrays else None
 
 
 @cache

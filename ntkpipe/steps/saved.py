@@ -53,7 +53,7 @@ def _load(store: KernelStore, step: str, name: str) -> Result | dict[str, Any] |
     if found is None:
         return None
     for one in REGISTRY[step].results:
-        if one.needed() <= found.keys():
+        if one.is_of(found):
             with reading_results(store.path):
                 return one.from_saved(found)
     return found
