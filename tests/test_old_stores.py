@@ -14,6 +14,7 @@ from old_model import NUM_OUTPUTS, data, described, model, readable
 
 import ntkpipe
 from ntkpipe.app.cli import main
+from ntkpipe.app.workflow import load, run
 from ntkpipe.solvers.result import Result
 
 DATA = Path(__file__).parent / "data"
@@ -170,6 +171,21 @@ def test_a_workflow_goes_on_with_a_killed_run(tmp_path: Path, capsys: pytest.Cap
     assert "verdict" in capsys.readouterr().out
     assert described(readable(ntkpipe.open_kernel(path))) == expected["arrays"]
     assert before.items() <= chunks(path).items()
+
+
+def test_a_workflow_file_runs_with_all_its_steps_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load(OLD / "workflow.yaml")
+    asked = {step.step: set(step.options) for step in loaded.workflow.steps}
+    assert {"verify", "summary", "eigsh", "compare", "gaussian_process", "learning_curve"} <= set(asked)
+    found = {result.step: result for result in run(loaded, progress=False)}
+    assert found.keys() == {"kernel", *asked}
+    assert [step for step, result in found.items() if not result.is_good] == []
+    for step in asked.keys() - {"verify"}:
+        assert ntkpipe.read_result("k.zarr", step) is not None
+    assert ntkpipe.read_result("k.zarr", "calibration").scale == pytest.approx(  # type: ignore[union-attr]
+        ntkpipe.read_result("k.zarr", "gaussian_process").scale  # type: ignore[union-attr]
+    )
 
 
 def tolerance(solver: str, store: ntkpipe.KernelStore) -> float:
