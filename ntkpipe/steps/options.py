@@ -61,7 +61,8 @@ def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
         texts = {**_parameters_of(function), **texts}
     for name in set(inputs_of(entry).values()) & RESULTS.keys():
         texts = {**help_of_step(REGISTRY[RESULTS[name]])[1], **texts}
-    return " ".join(sections(entry.function.__doc__ or "")[""].partition("\n\n")[0].split()), texts
+    about = sections(entry.function.__doc__ or "")[""].partition("\n\n")[0]
+    return " ".join(about.replace("``", "").split()), texts
 
 
 def _parameters_of(function: Callable[..., Any]) -> dict[str, str]:
@@ -69,7 +70,7 @@ def _parameters_of(function: Callable[..., Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, text in entries(sections(function.__doc__ or "").get("Parameters", "")).items():
         words = re.sub(r":\w+:`~?\.?([^`]+)`", r"\1", text).replace("``", "")
-        found[name] = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0] + "."
+        found[name] = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0].rstrip(".") + "."
     return found
 
 

@@ -68,6 +68,11 @@ _ENTRIES = (
         later=frozenset({"ridge_scale", "num_steps", "preconditioner"}),
     ),
     Entry(
+        "slq_logdet",
+        "ntkpipe.solvers.spectral.slq_logdet:slq_logdet",
+        "log determinant of K + λI, estimated by stochastic Lanczos quadrature",
+    ),
+    Entry(
         "solve",
         "ntkpipe.solvers.linear.solve:solve",
         "kernel regression (K + λI) A = Y with the stored targets",

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eigsh": {"k": 4},
     "density": {"num_probes": 4, "num_steps": 6},
     "logdet": {"ridge": 0.5},
+    "slq_logdet": {"ridge": 0.5},
     "solve": {"ridge": 0.5, "method": "pcg"},
     "dynamics": {"times": [0.0, 3.0]},
     "spectrum": RIDGES,
@@ -45,7 +46,7 @@ def by_function(name: str, store: ntkpipe.KernelStore, other: Path) -> Result:
     options = OPTIONS.get(name, {})
     kernel, targets = store.train, store.targets
     test = {"test_kernel": store.test_train, "test_targets": store.test_targets}
-    if name in {"eigsh", "eigh", "eigvalsh", "smallest", "density", "logdet", "spectrum"}:
+    if name in {"eigsh", "eigh", "eigvalsh", "smallest", "density", "logdet", "slq_logdet", "spectrum"}:
         return getattr(ntkpipe, name)(kernel, **options)
     if name in {"solve", "dynamics", "alignment", "learning_curve"}:
         return getattr(ntkpipe, name)(kernel, targets, **options)
