@@ -48,7 +48,7 @@ class Context:
         """Products with the kernel, whose tiles have half of the memory."""
         return as_operator(self.kernel, memory_limit=self.share, client=self.client)
 
-    @property
+    @cached_property
     def share(self) -> Budget:
         """The half of the memory that is for what is computed."""
         return self.budget.half()
