@@ -18,7 +18,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, rows_of, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
@@ -196,7 +196,7 @@ def _measure(
     operator: Operator, rows: FloatArray, chosen: NDArray[np.int64], ridges: FloatArray, width: int
 ) -> dict[str, FloatArray]:
     """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
-    inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
+    inside = rows_of(chosen, width)
     columns = operator.columns(inside)
     is_outside = np.ones(len(rows), bool)
     is_outside[inside] = False

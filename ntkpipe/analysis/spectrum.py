@@ -23,7 +23,7 @@ from ntkpipe.learning.regression.eigensystem import (
     check_eigenpairs,
     does_not_fit,
 )
-from ntkpipe.learning.regression.sources import ridges_for
+from ntkpipe.learning.regression.sources import ridges_for, with_error
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
@@ -85,7 +85,7 @@ class KernelSpectrum(Result):
         most = "not known" if self.condition_high is None else f"{self.condition_high:.4g}"
         bounds = f"between {low} and {self.smallest_high:.6g}"
         smallest = f"{self.smallest:.6g}" if self.smallest_low == self.smallest_high else f"one {bounds}"
-        below = _with_error(self.num_below_floor, self.num_below_floor_error)
+        below = with_error(self.num_below_floor, self.num_below_floor_error)
         rows = [
             ("method", f"{self.method}: {self.why}"),
             ("eigenvalues", f"{self.largest:.6g} to {smallest}, {self.num_rows:,} rows"),
@@ -93,11 +93,11 @@ class KernelSpectrum(Result):
             ("storage floor", f"{self.floor:.2g}, {below} below"),
             ("trace, Frobenius norm", f"{self.trace:.6g}, {self.frobenius:.6g}"),
             ("effective rank", f"{self.effective_rank:.4g} (trace / largest)"),
-            ("entropy rank", f"{_with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
+            ("entropy rank", f"{with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
             ("participation ratio", f"{self.participation_ratio:.4g}"),
         ]
         dimensions = zip(self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True)
-        rows += [(f"effective dimension at {ridge:.3g}", _with_error(*dimension)) for ridge, *dimension in dimensions]
+        rows += [(f"effective dimension at {ridge:.3g}", with_error(*of)) for ridge, *of in dimensions]
         if self.tail_exponent is not None:
             exponent = f"{self.tail_exponent:.3f} ± {self.tail_exponent_error:.2g}"
             ranks = f"ranks {self.tail_first_rank} to {self.tail_last_rank}"
@@ -327,7 +327,3 @@ def _tail(values: FloatArray, num_rows: int, floor: float, ranks: Sequence[int] 
         ranks = default_ranks(num_rows, known)
     law = None if ranks is None else fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
     return {f"tail_{one.name}": None if law is None else getattr(law, one.name) for one in fields(PowerLaw)}
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{value:,.5g}" if error == 0 else f"{value:,.5g} ± {error:.1g}"

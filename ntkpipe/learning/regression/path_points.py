@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.minimum_norm import cut_off, require_all
-from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, runs
+from ntkpipe.learning.regression.minimum_norm import cut_off, pseudo_inverse, require_all
+from ntkpipe.learning.regression.sources import rows_of
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
@@ -69,25 +70,23 @@ class ByEigenpairs:
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
 
-    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int, why: str) -> None:
+    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int) -> None:
         self._vectors = require_all(pairs, operator.num_rows)
         self._values = np.asarray(pairs.eigenvalues, np.float64)
         self._cut = cut_off(operator, float(np.abs(self._values).max()))
-        self._rhs, self._width, self.why = rhs, width, why
+        self._width = width
         self._inside = self._vectors.T @ rhs
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """The fit at λ."""
-        kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
-        shifted = self._values + ridge
-        weights = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
+        weights, kept, smallest = pseudo_inverse(self._values, ridge, self._cut)
         coefficients = self._vectors @ (weights[:, None] * self._inside)
         blocks = leave_one_out.weighted_blocks(self._vectors, weights, self._width)
-        smallest = float(shifted[kept].min(initial=np.inf))
-        status: Status = "converged" if smallest > 0.0 else _INDEFINITE
-        message = "" if smallest > 0.0 else f"an eigenvalue of K + λI is {smallest:.3g}"
+        found: dict[str, Any] = {}
+        if smallest <= 0.0:
+            found = {"status": _INDEFINITE, "message": f"an eigenvalue of K + λI is {smallest:.3g}"}
         if kept.all():
-            return _exact_point(ridge, coefficients, blocks, status=status, message=message)
+            return _point(ridge, coefficients, blocks, **found)
         null = (~kept).astype(np.float64)
         outside = self._vectors @ (null[:, None] * self._inside)
         null_blocks = leave_one_out.weighted_blocks(self._vectors, null, self._width)
@@ -100,19 +99,16 @@ class ByEigenpairs:
             left_out_samples=np.arange(len(blocks)),
             left_out_residuals=leave_one_out.limit_residuals(null_blocks, outside, blocks, coefficients),
             proxy_residuals=None,
-            status=status,
-            message=message,
+            **found,
         )
 
 
 class ByFactors:
     """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
-    def __init__(
-        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget, why: str
-    ) -> None:
+    def __init__(self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget) -> None:
         self._operator, self._rhs, self._width = operator, rhs, width
-        self._tol, self._budget, self.why = tol, budget, why
+        self._tol, self._budget = tol, budget
 
     def at(self, ridge: float, guess: FloatArray | None) -> Point:
         """The fit at λ; numbers are NaN where K + λI is not positive definite."""
@@ -120,10 +116,9 @@ class ByFactors:
             factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
         except IndefiniteError as error:
             blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
-            unknown = np.full_like(self._rhs, np.nan)
-            return _exact_point(ridge, unknown, blocks, status=_INDEFINITE, message=str(error))
+            return _point(ridge, np.full_like(self._rhs, np.nan), blocks, status=_INDEFINITE, message=str(error))
         found = factor.solve(self._rhs, tol=self._tol)
-        return _exact_point(
+        return _point(
             ridge,
             np.asarray(found.coefficients),
             leave_one_out.inverse_blocks(factor, self._width),
@@ -137,17 +132,9 @@ class ByPasses:
     """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
 
     def __init__(
-        self,
-        inverse: StreamedInverse,
-        rhs: FloatArray,
-        width: int,
-        *,
-        num_left_out: int,
-        tol: float,
-        seed: int,
-        why: str,
+        self, inverse: StreamedInverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int
     ) -> None:
-        self._inverse, self._rhs, self._width, self._tol, self.why = inverse, rhs, width, tol, why
+        self._inverse, self._rhs, self._width, self._tol = inverse, rhs, width, tol
         count = len(rhs) // width
         self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
 
@@ -155,63 +142,43 @@ class ByPasses:
         """The fit at λ, from the coefficients of another ridge."""
         convergence = Convergence()
         coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
-        blocks = self._blocks(ridge, convergence)
-        n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
-        traces = np.trace(blocks, axis1=1, axis2=2)
-        finite = max(0.0, 1.0 - taken / count) ** 0.5
-        trace, error = count * float(traces.mean()), count * finite * float(traces.std(ddof=1)) / taken**0.5
-        crossed = float(np.mean(coefficients**2)) / (trace / n) ** 2
-        rows = (self._samples[:, None] * self._width + np.arange(self._width)).ravel()
-        mean_block = np.broadcast_to(blocks.mean(axis=0), (count, self._width, self._width))
-        return Point(
-            coefficients=coefficients,
-            train_residuals=ridge * coefficients,
-            effective_dimension=WithError(n - ridge * trace, ridge * error),
-            generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace),
-            left_out_samples=self._samples,
-            left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows]),
-            proxy_residuals=None if taken == count else leave_one_out.residuals(mean_block, coefficients),
-            residual=convergence.worst,
-            status=convergence.status,
-            message="; ".join(convergence.messages[:1]),
-        )
 
-    def _blocks(self, ridge: float, convergence: Convergence) -> FloatArray:
-        """Diagonal blocks of the inverse for the samples that are left out."""
-        n, width = len(self._rhs), self._width
-        found = np.empty((len(self._samples), width, width))
-        for some in runs(len(self._samples), max(1, self._inverse.columns_at_once // width)):
-            rows = (self._samples[some, None] * width + np.arange(width)).ravel()
-            unit = np.zeros((n, len(rows)))
-            unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
-        return found
+        def quadratic(columns: FloatArray) -> FloatArray:
+            return self._inverse.quadratic(columns, ridge, self._width, convergence, self._tol**0.5)
+
+        most, width = self._inverse.columns_at_once, self._width
+        blocks = leave_one_out.blocks_at(self._samples, len(self._rhs), width, most, quadratic)
+        if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
+            blocks = np.full_like(blocks, np.nan)
+        said = {"status": convergence.status, "message": "; ".join(convergence.messages[:1])}
+        return _point(ridge, coefficients, blocks, self._samples, residual=convergence.worst, **said)
 
 
 Points = ByEigenpairs | ByFactors | ByPasses
 
 
-def _exact_point(
-    ridge: float,
-    coefficients: FloatArray,
-    blocks: FloatArray,
-    *,
-    residual: float = 0.0,
-    status: Status = "converged",
-    message: str = "",
+def _point(
+    ridge: float, coefficients: FloatArray, blocks: FloatArray, samples: NDArray[np.int64] | None = None, **found: Any
 ) -> Point:
-    """The fit from coefficients and all diagonal blocks of the inverse."""
-    n = len(coefficients)
-    trace = float(np.trace(blocks, axis1=1, axis2=2).sum())
+    """The fit from coefficients and diagonal blocks of the inverse, of all samples or of some."""
+    n, width, taken = len(coefficients), blocks.shape[1], len(blocks)
+    count = n // width
+    samples = np.arange(count) if samples is None else samples
+    traces = np.trace(blocks, axis1=1, axis2=2)
+    trace, error, proxies = float(traces.sum()), 0.0, None
+    if taken < count:
+        finite = (1.0 - taken / count) ** 0.5
+        trace, error = count * float(traces.mean()), count * finite * float(traces.std(ddof=1)) / taken**0.5
+        mean_block = np.broadcast_to(blocks.mean(axis=0), (count, width, width))
+        proxies = leave_one_out.residuals(mean_block, coefficients)
+    crossed = float(np.mean(coefficients**2)) / (trace / n) ** 2
     return Point(
         coefficients=coefficients,
         train_residuals=ridge * coefficients,
-        effective_dimension=WithError(n - ridge * trace, 0.0),
-        generalised_cross_validation=WithError(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
-        left_out_samples=np.arange(len(blocks)),
-        left_out_residuals=leave_one_out.residuals(blocks, coefficients),
-        proxy_residuals=None,
-        residual=residual,
-        status=status,
-        message=message,
+        effective_dimension=WithError(n - ridge * trace, ridge * error),
+        generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace if error else 0.0),
+        left_out_samples=samples,
+        left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows_of(samples, width)]),
+        proxy_residuals=proxies,
+        **found,
     )

@@ -1,6 +1,5 @@
 """Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator
+from ntkpipe.learning.regression.sources import runs
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.linear.systems import bytes_of_solve
@@ -65,12 +65,6 @@ class Convergence:
             if self.status == "converged":
                 self.status = status
             self.messages.append(message)
-
-
-def runs(count: int, most: int) -> Iterator[slice]:
-    """Cut a range of ``count`` into runs of at most ``most``."""
-    for start in range(0, count, most):
-        yield slice(start, min(start + most, count))
 
 
 class StreamedInverse:
