@@ -136,7 +136,7 @@ def alignment(
             monitor=monitor,
         )
         work = found.work - (operator.work - before)  # of an earlier process
-        system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
+        system = Eigensystem(found.eigenvalues, found.eigenvectors)
         status, message = found.status, found.message
     powers, cumulative, errors = _powers(operator, system, train.rhs, k if eigenpairs is None else None)
     return Alignment(
@@ -178,14 +178,6 @@ def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[fl
     # Centring leaves nothing but rounding of a constant kernel.
     rest = np.sqrt(squared) if squared > 64 * _EPS * norm**2 else 0.0
     return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
-
-
-def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
-    """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
-
-    Of a centred kernel and centred targets it is the centred alignment.
-    """
-    return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
 
 
 def _powers(

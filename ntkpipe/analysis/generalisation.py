@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
+from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
@@ -256,25 +256,17 @@ def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatAr
         return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
     # What rounding makes negative is zero.
     values = np.maximum(system.eigenvalues, 0.0) / n
-    powers = (system.eigenvectors.T @ rows) ** 2 / n
-    total = max(float(powers.sum()), np.finfo(np.float64).tiny)
-    predictions = [eigenlearning(values, powers, n, ridge) for ridge in ridges]
-    learnt = np.array([float(one.learnabilities @ powers.sum(axis=1)) for one in predictions])
-    return {
-        "eigenlearning": np.array([one.test_loss.mean() for one in predictions]),
-        "canatar": np.array([canatar(values, powers, n, ridge).mean() for ridge in ridges]),
-        "eigenlearning_kappa": np.array([one.kappa for one in predictions]),
-        "learnabilities": np.stack([one.learnabilities for one in predictions]),
-        "target_learnability": learnt / total,
-    }
+    fields, learnabilities = predicted(values, (system.eigenvectors.T @ rows) ** 2 / n, [n], ridges)
+    found = {name: of_sizes[0] for name, of_sizes in fields.items()}
+    return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}
 
 
 def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
         return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
-    predicted = test.predict([one.coefficients for one in resolvents])
-    losses = np.stack([((outputs - test.targets.matrix) ** 2).mean(axis=1) for outputs in predicted])
+    outputs = test.predict([one.coefficients for one in resolvents])
+    losses = np.stack([((one - test.targets.matrix) ** 2).mean(axis=1) for one in outputs])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}

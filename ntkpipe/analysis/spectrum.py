@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ntkpipe.analysis.spectral_sums import Function, Sum, sum_of_density, sum_of
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
@@ -21,7 +21,7 @@ from ntkpipe.learning.regression.eigensystem import (
     Eigensystem,
     KnownEigenpairs,
     check_eigenpairs,
-    does_not_fit,
+    where_it_fits,
 )
 from ntkpipe.learning.regression.sources import ridges_for, with_error
 from ntkpipe.learning.regression.stages import CountedStages
@@ -37,6 +37,7 @@ from ntkpipe.store.results import Checkpoint
 # Ridges of the effective dimension unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
 _NUM_POINTS, _WIDTH = 200, 0.1
+R = TypeVar("R", bound=Result)
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -165,13 +166,17 @@ def spectrum(
     given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics, floor = operator.statistics(), operator.storage_floor()
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
-    every, why = _all_values(operator, given, budget, method, monitor)
+    if given is not None and given.is_whole:
+        whole: KnownEigenpairs | None = given
+        why = given.why
+    else:
+        compute = partial(eigvalsh, operator, memory_limit=budget, monitor=monitor)
+        whole, why = where_it_fits(compute, n, budget, method)
     status: Status = "converged"
-    stages = CountedStages(
-        None if every is not None else checkpoint, operator, None, function="spectrum", seed=seed, k=k
-    )
-    if every is not None:
-        found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
+    kept = checkpoint if whole is None else None
+    stages = CountedStages(kept, operator, None, function="spectrum", seed=seed, k=k)
+    if whole is not None:
+        found, message = _exact(np.array(whole.eigenvalues), shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
         counts = min(k, n), num_probes, max_passes
         how: dict[str, Any] = {"seed": seed, "monitor": monitor}
@@ -194,21 +199,6 @@ def spectrum(
         **_tail(found["eigenvalues"], n, floor, tail_ranks),
         **found,
     )
-
-
-def _all_values(
-    operator: Operator, given: Eigensystem | None, budget: Budget, method: AnalysisMethod, monitor: Monitor
-) -> tuple[FloatArray | None, str]:
-    if given is not None and given.is_whole:
-        return np.array(given.eigenvalues), given.why
-    if method == "streamed":
-        return None, "streamed was asked for"
-    try:
-        return np.array(eigvalsh(operator, memory_limit=budget, monitor=monitor).eigenvalues), "it fits in memory"
-    except ResourceError:
-        if method == "exact":
-            raise
-        return None, does_not_fit(operator.num_rows, budget)
 
 
 def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
@@ -251,22 +241,20 @@ def _streamed(
 ) -> tuple[dict[str, Any], Status, str]:
     """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
-    how: dict[str, Any] = {"seed": seed, "monitor": monitor}
     statuses: list[Status] = []
+
+    def stage(name: str, kind: type[R], function: Callable[..., R], *args: Any, room: int, **options: Any) -> R:
+        how = {"memory_limit": budget.at_least(room), "checkpoint": stages.part(name), "seed": seed, "monitor": monitor}
+        return stages.result(name, kind, partial(function, operator, *args, **options, **how))
+
     if given is None:
-        limit = budget.at_least(bytes_of_eigsh(n, k))
-        part = stages.part("leading")
-        leading = partial(eigsh, operator, k, memory_limit=limit, checkpoint=part, **how)
-        top = stages.result("leading", Eigenpairs, leading)
-        given = Eigensystem(top.eigenvalues, top.eigenvectors, "known")
+        top = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
+        given = Eigensystem(top.eigenvalues, top.eigenvectors)
         statuses.append(top.status)
     values = given.eigenvalues
-    limit = budget.at_least(bytes_of_density(n, num_probes))
-    sampled = partial(density, operator, num_probes=num_probes, top=given, tol=0.01, max_passes=max_passes, **how)
-    spread = stages.result("density", Density, partial(sampled, memory_limit=limit, checkpoint=stages.part("density")))
-    limit = budget.at_least(bytes_of_smallest(n))
-    least = partial(smallest, operator, memory_limit=limit, checkpoint=stages.part("smallest"), **how)
-    low = stages.result("smallest", Smallest, least)
+    sampled = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
+    spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **sampled)
+    low = stage("smallest", Smallest, smallest, room=bytes_of_smallest(n))
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.analysis.alignment import kernel_target_alignment
+from ntkpipe.analysis.alignment import alignments
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, encode, encode_test
+from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
@@ -58,8 +59,10 @@ def summarize(
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
     targets = None if store.targets is None else encode(store.targets, task=task)
-    matrix = None if targets is None else targets.matrix[:count]
-    scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
+    plain = centred = None
+    if targets is not None:
+        scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
+        plain, centred = alignments(DenseOperator(scalar), targets.matrix[:count])
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
     test_targets = None if store.manifest.test is None else store.test_targets
     if targets is not None and test_targets is not None and width in {1, targets.matrix.shape[1]}:
@@ -72,24 +75,11 @@ def summarize(
         eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
         smallest_eigenvalue=float(eigenvalues[-1]),
         trace=float(np.trace(block)),
-        alignment=None if matrix is None else kernel_target_alignment(scalar, matrix),
-        centred_alignment=None
-        if matrix is None
-        else kernel_target_alignment(_centred(scalar), matrix - matrix.mean(axis=0)),
+        alignment=plain,
+        centred_alignment=centred,
         targets="" if targets is None else targets.words,
         **found,
     )
-
-
-def ridge_regression(kernel: FloatArray, targets: FloatArray, ridge: float) -> FloatArray:
-    """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve."""
-    return np.asarray(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets), np.float64)
-
-
-def _centred(kernel: FloatArray) -> FloatArray:
-    """H K H with H = I - 11'/n."""
-    columns = kernel.mean(axis=0)
-    return np.asarray(kernel - columns[:, None] - columns[None, :] + columns.mean(), np.float64)
 
 
 def _regression(
@@ -99,7 +89,7 @@ def _regression(
     rows = as_rows(targets.matrix[:count], width)
     # The constant function is fitted by the mean, not by the kernel.
     mean = rows.mean(axis=0)
-    coefficients = ridge_regression(block, rows - mean, ridge)
+    coefficients = np.linalg.solve(block + ridge * np.eye(len(block)), rows - mean)
     predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
     return {
         "ridge": ridge,

@@ -215,25 +215,25 @@ class _Training:
         missed: Status = "step limit" if is_cut else "stagnated"
         reached: list[Status] = ["converged" if error <= self._tol else missed for error in errors]
         statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
-        return statuses, *self._judge(flow, statuses, errors, limit)
-
-    def _judge(self, flow: Flow, statuses: tuple[Status, ...], errors: FloatArray, limit: str) -> tuple[Status, str]:
-        """Status over all times, and message."""
+        worst = int(np.argmax(errors))
+        at_worst = f"an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
+        status: Status = "converged"
+        message = f"errors are at most {errors.max(initial=0.0):.1e} at all times"
         if "indefinite at storage precision" in statuses:
             index = statuses.index("indefinite at storage precision")
             why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
             if flow.growth(index) > self._tol:
                 why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
-            return statuses[index], f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
-        if "stagnated" in statuses:
-            worst = int(np.argmax(errors))
-            why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
-            return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
-        if "step limit" in statuses:
-            worst = int(np.argmax(errors))
-            reached = f"{limit} is reached with an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
-            return "step limit", f"{reached}; raise it"
-        return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
+            status, message = (
+                statuses[index],
+                f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K",
+            )
+        elif "stagnated" in statuses:
+            why = f"rounding in float64 leaves {at_worst}"
+            status, message = "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+        elif "step limit" in statuses:
+            status, message = "step limit", f"{limit} is reached with {at_worst}; raise it"
+        return statuses, status, message
 
     def flow(self) -> Flow:
         return Flow(self.space, self._times, self.rate, self._floor)
