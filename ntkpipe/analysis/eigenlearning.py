@@ -75,7 +75,7 @@ def eigenlearning(
     values, weights = _population(eigenvalues), _powers(powers, eigenvalues)
     check_number("noise", noise, low=0.0)
     kappa = effective_ridge(values, num_samples, ridge)
-    learnt = _learnabilities(values, kappa)
+    learnt = (values > 0).astype(np.float64) if kappa == 0 else values / (values + kappa)
     missing = num_samples - float((learnt**2).sum())
     if missing <= 0:
         # All n eigenvalues are learnt: κ → 0, where E_0 diverges as 1/κ and what is not learnt vanishes as κ².
@@ -144,10 +144,6 @@ def predicted(
 def _excess(values: FloatArray, num_samples: float, ridge: float, log_kappa: float) -> float:
     kappa = np.exp(log_kappa)
     return float((values / (values + kappa)).sum() + ridge / kappa - num_samples)
-
-
-def _learnabilities(values: FloatArray, kappa: float) -> FloatArray:
-    return (values > 0).astype(np.float64) if kappa == 0 else values / (values + kappa)
 
 
 def _population(eigenvalues: ArrayLike) -> FloatArray:

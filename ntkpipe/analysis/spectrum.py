@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
-from ntkpipe.analysis.spectral_sums import Function, Sum, sum_of_density, sum_of_values
+from ntkpipe.analysis.spectral_sums import Function, sum_of_density, sum_of_values
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
@@ -23,7 +23,7 @@ from ntkpipe.learning.regression.eigensystem import (
     check_eigenpairs,
     where_it_fits,
 )
-from ntkpipe.learning.regression.sources import ridges_for, with_error
+from ntkpipe.learning.regression.sources import WithError, ridges_for, with_error
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
@@ -206,14 +206,11 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
     is_known = least > max(floor, 0.0) and largest > 0
     condition = largest / least if is_known else None
     grid, smooth = smoothed(values, np.ones(len(values)), floor, num_points=_NUM_POINTS, width=_WIDTH)
-    sums = _sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function))
     return {
         "method": "exact",
         "eigenvalues": values,
         "largest": largest,
-        "smallest": least,
-        "smallest_low": least,
-        "smallest_high": least,
+        **dict.fromkeys(("smallest", "smallest_low", "smallest_high"), least),
         # Below the floor λ_min is anything up to it.
         "condition_low": condition if is_known else (largest / (max(least, 0.0) + floor) if floor > 0 else None),
         "condition_high": condition,
@@ -221,7 +218,7 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
         "density": smooth,
         "num_below_floor": float((values < floor).sum()),
         "num_below_floor_error": 0.0,
-        **sums,
+        **_sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function)),
     }
 
 
@@ -241,7 +238,7 @@ def _streamed(
 ) -> tuple[dict[str, Any], Status, str]:
     """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
-    statuses: list[Status] = []
+    status: Status = "converged"
 
     def stage(name: str, kind: type[R], function: Callable[..., R], *args: Any, room: int, **options: Any) -> R:
         how = {"memory_limit": budget.at_least(room), "checkpoint": stages.part(name), "seed": seed, "monitor": monitor}
@@ -250,7 +247,7 @@ def _streamed(
     if given is None:
         top = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
         given = Eigensystem(top.eigenvalues, top.eigenvectors)
-        statuses.append(top.status)
+        status = top.status
     values = given.eigenvalues
     sampled = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
     spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **sampled)
@@ -258,7 +255,6 @@ def _streamed(
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2
-    sums = _sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares))
     found = {
         "method": "streamed",
         "eigenvalues": np.array(values),
@@ -272,27 +268,28 @@ def _streamed(
         "density": smooth,
         "num_below_floor": n - float(below.values[0]),
         "num_below_floor_error": float(below.standard_errors[0] + below.truncation_errors[0]),
-        **sums,
+        **_sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares)),
     }
     # The density is as good as its errors say, whatever counts it would need to be called converged.
-    statuses += [low.status]
-    bad = next((status for status in statuses if status != "converged"), None)
-    if bad is not None:
-        message = f"of a solver: {low.message if low.status == bad else 'leading eigenpairs did not converge'}"
-    else:
-        message = f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
-    return found, bad or "converged", message
+    if status != "converged":
+        return found, status, "of a solver: leading eigenpairs did not converge"
+    if low.status != "converged":
+        return found, low.status, f"of a solver: {low.message}"
+    return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
 
 
-def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -> dict[str, Any]:
-    """Entropy rank and effective dimensions."""
+def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], WithError]) -> dict[str, Any]:
 
     def entropy(values: FloatArray) -> FloatArray:
         share = np.maximum(values / trace, 0.0) if trace > 0 else np.zeros_like(values)
         return np.asarray(-share * np.log(np.where(share > 0, share, 1.0)))
 
+    def learnt(values: FloatArray, ridge: float) -> FloatArray:
+        positive = np.maximum(values, 0.0)
+        return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
+
     of_entropy = sum_of(entropy)
-    dimensions = [sum_of(partial(_learnt, ridge=float(ridge))) for ridge in ridges]
+    dimensions = [sum_of(partial(learnt, ridge=float(ridge))) for ridge in ridges]
     rank = float(np.exp(of_entropy.value))
     return {
         "entropy_rank": rank,
@@ -300,12 +297,6 @@ def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -
         "effective_dimension": np.array([one.value for one in dimensions]),
         "effective_dimension_error": np.array([one.error for one in dimensions]),
     }
-
-
-def _learnt(values: FloatArray, ridge: float) -> FloatArray:
-    """λ_i / (λ_i + ridge), with zero for negative λ_i."""
-    positive = np.maximum(values, 0.0)
-    return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
 
 
 def _tail(values: FloatArray, num_rows: int, floor: float, ranks: Sequence[int] | None) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.analysis.alignment import alignments
-from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, encode, encode_test
+from ntkpipe.base.targets import Task, as_rows, as_samples, encode, encode_test
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.store.kernel_store import KernelStore
 
@@ -67,7 +66,13 @@ def summarize(
     test_targets = None if store.manifest.test is None else store.test_targets
     if targets is not None and test_targets is not None and width in {1, targets.matrix.shape[1]}:
         shift, test = absolute_ridge(ridge, ridge_scale, block.diagonal), encode_test(test_targets, targets)
-        found = _regression(store, block, targets, test, shift, count, width)
+        rows = as_rows(targets.matrix[:count], width)
+        mean = rows.mean(axis=0)  # the constant function is fitted by it, not by the kernel
+        coefficients = np.linalg.solve(block + shift * np.eye(len(block)), rows - mean)
+        predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
+        outputs = as_samples(predicted, width)
+        found = {"ridge": shift, "accuracy": test.accuracy(outputs), "mean_squared_error": test.loss(outputs)}
+        found["num_test"] = len(test.matrix)
     return Summary(
         num_train=total,
         num_samples=count,
@@ -80,20 +85,3 @@ def summarize(
         targets="" if targets is None else targets.words,
         **found,
     )
-
-
-def _regression(
-    store: KernelStore, block: FloatArray, targets: Targets, test: Targets, ridge: float, count: int, width: int
-) -> dict[str, Any]:
-    """Ridge regression on the leading samples, judged on all test samples."""
-    rows = as_rows(targets.matrix[:count], width)
-    # The constant function is fitted by the mean, not by the kernel.
-    mean = rows.mean(axis=0)
-    coefficients = np.linalg.solve(block + ridge * np.eye(len(block)), rows - mean)
-    predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
-    return {
-        "ridge": ridge,
-        "accuracy": test.accuracy(predicted),
-        "mean_squared_error": test.loss(predicted),
-        "num_test": len(test.matrix),
-    }

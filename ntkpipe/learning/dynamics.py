@@ -15,6 +15,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
+from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.recording import recorded
@@ -71,7 +72,7 @@ class Dynamics(Result):
         ]
         rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
-            *([("targets", self.targets)] if self.targets else []),
+            *said_of(self.targets),
             ("learning rate", rate),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),
@@ -144,7 +145,9 @@ def dynamics(
     encoded, columns, shape = as_targets(targets, operator, task)
     if initial_outputs is not None:
         columns = columns - _initial(initial_outputs, np.shape(targets), encoded, operator.num_rows)
-    wanted = _times(times)
+    wanted = np.array(times, np.float64)
+    if wanted.ndim != 1 or not len(wanted) or not (wanted >= 0).all():
+        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     check_number("tol", tol, low=1e-14, high=1.0)
     check_number("max_passes", max_passes, low=1)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
@@ -240,7 +243,6 @@ class _Training:
 
     @property
     def _is_last(self) -> bool:
-        """Whether the space grows no more."""
         return self.space.num_steps == self.space.max_steps or self.space.is_exhausted or self._error <= self._tol
 
     def look(self) -> tuple[float, bool]:
@@ -278,9 +280,9 @@ class _Training:
         """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
         units, times = self._units, self._times
         finite = np.flatnonzero(np.isfinite(times))
-        checked = (
-            [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
-        )
+        checked = [0]  # where all are infinite
+        if len(finite):
+            checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]]
         checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
         if not checked or not units.any():
             return errors, math.inf if units.any() else 0.0
@@ -292,13 +294,6 @@ class _Training:
             same = times == times[index]
             found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
         return found, defect
-
-
-def _times(times: Sequence[float] | NDArray[Any]) -> FloatArray:
-    found = np.array(times, np.float64)
-    if found.ndim != 1 or not len(found) or not (found >= 0).all():
-        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
-    return found
 
 
 def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int) -> FloatArray:

@@ -28,7 +28,6 @@ from ntkpipe.analysis.comparing.spectra import (
     Way,
     angle_error,
     find_ends,
-    in_memory,
     outer_ends,
     principal_angles,
     ratios_of,
@@ -40,6 +39,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Task
+from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
@@ -142,6 +142,10 @@ def compare_kernels(
     measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
     if measured["frobenius_b"] == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
+    measured |= {
+        name: measured[name] / measured["frobenius_b"] for name in ("relative_difference", "scaled_difference")
+    }
+    measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
     # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
     counts = [count if inputs[0].width == inputs[1].width else count * kernel.width for kernel in inputs]
@@ -154,6 +158,9 @@ def compare_kernels(
         _find(*one, width, with_smallest=smallest_eigenvalue, monitor=monitor, **how)
         for one in zip("ab", inputs, counts, ridges, eigenpairs or (None, None), strict=True)
     )
+    predicted = {}
+    if goal is not None and first.predictions is not None and second.predictions is not None:
+        predicted = compare_predictions(first.predictions.values, second.predictions.values, goal)
     status, message = _judge(first, second)
     done = Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work
     return Comparison(
@@ -167,10 +174,18 @@ def compare_kernels(
         ridge_a=first.ridge,
         ridge_b=second.ridge,
         targets="" if goal is None else goal.targets.words,
-        **_input_fields(inputs, width),
-        **_entry_fields(measured),
+        a=inputs[0].name,
+        b=inputs[1].name,
+        kinds=(inputs[0].kind, inputs[1].kind),
+        differs=differing_fields(*inputs),
+        num_samples=inputs[0].num_samples,
+        num_rows=inputs[0].num_samples * width,
+        num_outputs=width,
+        outer=next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
+        **measured,
         **_spectral_fields(first.ends, second.ends),
-        **_prediction_fields(goal, first.predictions, second.predictions, note),
+        prediction_note=note,
+        **predicted,
     )
 
 
@@ -202,7 +217,9 @@ def _find(
             def computed() -> dict[str, Any]:
                 nonlocal whole
                 before = stored.work
-                whole = in_memory(stored) if whole is None else whole
+                if whole is None:
+                    rows = slice(0, stored.num_rows)
+                    whole = DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype)
                 of_whole = whole.work
                 found = function(whole, *args, checkpoint=checkpoint, **options, **how)
                 done = stored.work - before
@@ -219,29 +236,6 @@ def _find(
             done += predicted.pop("work")
             found = Predictions(**predicted)
         return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)
-
-
-def _input_fields(inputs: tuple[KernelInput, KernelInput], width: int) -> dict[str, Any]:
-    a, b = inputs
-    return {
-        "a": a.name,
-        "b": b.name,
-        "kinds": tuple(None if one.manifest is None else one.manifest.kind for one in inputs),
-        "differs": differing_fields(a, b),
-        "num_samples": a.num_samples,
-        "num_rows": a.num_samples * width,
-        "num_outputs": width,
-        "outer": next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
-    }
-
-
-def _entry_fields(measured: dict[str, Any]) -> dict[str, Any]:
-    at, relative = measured["largest_entry"], ("relative_difference", "scaled_difference")
-    return {
-        **measured,
-        **{name: measured[name] / measured["frobenius_b"] for name in relative},
-        "largest_entry": None if at is None else tuple(at),
-    }
 
 
 def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
@@ -263,15 +257,6 @@ def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
     return found
 
 
-def _prediction_fields(
-    goal: Goal | None, first: Predictions | None, second: Predictions | None, note: str
-) -> dict[str, Any]:
-    if goal is not None and first is not None and second is not None:
-        return compare_predictions(first.values, second.values, goal) | {"prediction_note": note}
-    names = [f"{name}_{kernel}" for name in ("predictions", "test_loss", "test_accuracy") for kernel in "ab"]
-    return {**dict.fromkeys([*names, "prediction_difference", "disagreement"]), "prediction_note": note}
-
-
 def _method(first: _Found, second: _Found) -> str:
     """How spectra and predictions were found, of A and of B."""
     words = {
@@ -285,7 +270,6 @@ def _method(first: _Found, second: _Found) -> str:
 
 
 def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
-    """The first thing that did not converge, of either kernel."""
     for name, found in (("A", first), ("B", second)):
         for part in (found.ends, found.predictions):
             if part is not None and part.status != "converged":

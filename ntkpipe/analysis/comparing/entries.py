@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.paired_tiles import Entries, Strip, strips
 from ntkpipe.base.arrays import FloatArray
@@ -53,7 +52,10 @@ class _Sums:
             self._add_diagonal(strip)
         first, second = strip.first, strip.second
         if self._near is None:
-            self._near = _near_scale(first, second)
+            # Near the best scale, from a few entries.
+            square = float(np.vdot(first, first))
+            near = float(np.vdot(first, second)) / square if square else 1.0
+            self._near = near if math.isfinite(near) and near else 1.0
         self._add_rows(strip)
         gap = first - second
         residual = gap if self._near == 1.0 else self._near * first - second
@@ -63,7 +65,6 @@ class _Sums:
         self._find_largest(strip, gap)
 
     def _add_diagonal(self, strip: Strip) -> None:
-        """Take the part of the diagonals that a strip of a diagonal block holds."""
         own = np.arange(strip.rows.start, strip.rows.stop)
         inside = own - own[0], own - strip.columns.start
         for diagonal, values in zip(self._diagonals, (strip.first, strip.second), strict=True):
@@ -129,13 +130,6 @@ class _Sums:
         count, width = self._num_samples, self._width
         totals = [sums.reshape(count, width, width).sum(axis=0) for sums in (one, other)]
         return inner - 2 * float(np.vdot(one, other)) / count + float(np.vdot(*totals)) / count**2
-
-
-def _near_scale(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """A scale near the best one, from a few entries."""
-    square = float(np.vdot(first, first))
-    near = float(np.vdot(first, second)) / square if square else 1.0
-    return near if math.isfinite(near) and near else 1.0
 
 
 def _cosine(inner: float, one: float, other: float) -> float | None:

@@ -45,6 +45,11 @@ class KernelInput:
         return None if self.store is None else self.store.manifest
 
     @property
+    def kind(self) -> str | None:
+        """Kind of a stored kernel."""
+        return None if self.manifest is None else self.manifest.kind
+
+    @property
     def identity(self) -> str:
         """Identity of the matrix, by its entries or what is stored."""
         return self.matrix.identity if isinstance(self.matrix, Kernel) else as_operator(self.matrix).identity()
@@ -76,12 +81,7 @@ def _has_tiles(matrix: Any) -> bool:
 
 
 def inputs_of(
-    a: Any,
-    b: Any,
-    *,
-    array: str = _TRAIN,
-    num_outputs: int | None = None,
-    test_kernels: tuple[Any, Any] | None = None,
+    a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None, test_kernels: tuple[Any, Any] | None = None
 ) -> tuple[KernelInput, KernelInput]:
     """The two kernels of a comparison, from stores, paths, stored kernels, arrays or operators."""
     stored = [_stored_input(kernel, array) for kernel in (a, b)]

@@ -51,14 +51,14 @@ class Comparison(Result):
     smallest_eigenvalue_bounds_a: tuple[float | None, float | None] | None
     smallest_eigenvalue_bounds_b: tuple[float | None, float | None] | None
     # λ_min of A over that of B; none where one is not known from zero, by its error and its storage floor
-    smallest_eigenvalue_ratio: float | None
+    smallest_eigenvalue_ratio: float | None = None
     # For the kernels before they were rounded to be stored
-    smallest_eigenvalue_ratio_bounds: tuple[float, float] | None
+    smallest_eigenvalue_ratio_bounds: tuple[float, float] | None = None
     smallest_eigenvalue_note: str  # what is known of the ratio, or why nothing is, in words
-    condition_number_a: float | None  # λ_max / λ_min, in the same sense
-    condition_number_b: float | None
-    condition_number_ratio: float | None  # of A over B
-    condition_number_ratio_bounds: tuple[float, float] | None
+    condition_number_a: float | None = None  # λ_max / λ_min, in the same sense
+    condition_number_b: float | None = None
+    condition_number_ratio: float | None = None  # of A over B
+    condition_number_ratio_bounds: tuple[float, float] | None = None
     floor_a: float  # floor_a, floor_b: what rounding of entries did to eigenvalues: below it they are not known
     floor_b: float
     # Between the spaces of as many leading eigenvectors of both as there are eigenvalues, ascending, in radians
@@ -69,14 +69,15 @@ class Comparison(Result):
     log_determinant_b: float | None
     ridge_a: float | None  # ridge_a, ridge_b: λ of the regressions, absolute; none without targets
     ridge_b: float | None
-    predictions_a: FloatArray | None = field(repr=False)  # of test samples, (M, c), given targets and test kernels
-    predictions_b: FloatArray | None = field(repr=False)
-    prediction_difference: float | None  # `|F_a - F_b|_F / |F_b|_F`; as all below none without predictions
-    disagreement: float | None  # share of test samples for which the largest prediction is of another column
-    test_loss_a: float | None  # test_loss_a, test_loss_b: mean squared error of the predictions
-    test_loss_b: float | None
-    test_accuracy_a: float | None  # test_accuracy_a, test_accuracy_b: share of test samples whose class they predict
-    test_accuracy_b: float | None
+    # Of test samples, (M, c), given targets and test kernels; as all below none without predictions
+    predictions_a: FloatArray | None = field(default=None, repr=False)
+    predictions_b: FloatArray | None = field(default=None, repr=False)
+    prediction_difference: float | None = None  # `|F_a - F_b|_F / |F_b|_F`
+    disagreement: float | None = None  # share of test samples for which the largest prediction is of another column
+    test_loss_a: float | None = None  # test_loss_a, test_loss_b: mean squared error of the predictions
+    test_loss_b: float | None = None
+    test_accuracy_a: float | None = None  # test_accuracy_a, test_accuracy_b: share of classes that they predict
+    test_accuracy_b: float | None = None
     prediction_note: str  # why there are no predictions, or what is to be known of them
     targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without predictions
 

@@ -12,7 +12,6 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.result import Monitor, Status
@@ -52,11 +51,6 @@ class Ends:
     status: Status  # status, message: those of the worse of both ends
     message: str
 
-    @property
-    def gap(self) -> float:
-        """Distance of the leading eigenvalues from the rest, which the sensitivity of their space depends on."""
-        return math.inf if self.next_eigenvalue is None else float(self.eigenvalues[-1]) - self.next_eigenvalue
-
 
 def way_for(num_rows: int, budget: Budget) -> Way:
     """How spectra and predictions of a kernel of so many rows are found.
@@ -68,12 +62,6 @@ def way_for(num_rows: int, budget: Budget) -> Way:
     if num_rows > _MOST_ROWS_IN_MEMORY or not budget.fits(_BYTES_PER_ENTRY * num_rows**2):
         return "passes"
     return "lapack" if num_rows <= _MOST_ROWS_OF_LAPACK else "factor"
-
-
-def in_memory(operator: Operator) -> DenseOperator:
-    """The whole matrix, read once."""
-    whole = slice(0, operator.num_rows)
-    return DenseOperator(operator.block(whole, whole), storage_dtype=operator.storage_dtype)
 
 
 def find_ends(
@@ -189,7 +177,10 @@ def angle_error(a: Ends, b: Ends) -> float:
     That is the sin Θ theorem (Davis, Kahan 1970, SIAM J. Numer. Anal. 7) with the gap of the values found; infinite
     where there is none.
     """
-    errors = [0.0 if ends.residual == 0 else ends.residual / ends.gap if ends.gap > 0 else math.inf for ends in (a, b)]
+    errors = []
+    for ends in (a, b):
+        gap = math.inf if ends.next_eigenvalue is None else float(ends.eigenvalues[-1]) - ends.next_eigenvalue
+        errors.append(0.0 if ends.residual == 0 else ends.residual / gap if gap > 0 else math.inf)
     return float(min(sum(math.asin(min(1.0, error)) for error in errors), math.pi / 2))
 
 
@@ -199,15 +190,13 @@ def ratios_of(a: Ends, b: Ends) -> dict[str, Any]:
     Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
     be off by its error and its storage floor.
     """
-    names = ("smallest_eigenvalue_ratio", "condition_number_ratio", "condition_number_a", "condition_number_b")
-    found: dict[str, Any] = dict.fromkeys((*names, f"{names[0]}_bounds", f"{names[1]}_bounds"))
     if a.smallest is None or b.smallest is None:
-        return found | {"smallest_eigenvalue_note": "not asked for"}
+        return {"smallest_eigenvalue_note": "not asked for"}
     bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
     tops = float(a.eigenvalues[0]), float(b.eigenvalues[0])
     condition_a = None if bounds_a is None else tops[0] / a.smallest
     condition_b = None if bounds_b is None else tops[1] / b.smallest
-    found |= {"condition_number_a": condition_a, "condition_number_b": condition_b}
+    found: dict[str, Any] = {"condition_number_a": condition_a, "condition_number_b": condition_b}
     if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
         words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
         return found | {"smallest_eigenvalue_note": "; ".join(words)}

@@ -2,11 +2,8 @@
 
 With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
 mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
-log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in Algorithm
-2.1.
-
-Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows that
-fits memory, 256 at most.
+log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30). Cost: n³/3 and ``n² M S``
+multiplications and additions; streamed, some tens of passes for each run of test rows that fits memory, 256 at most.
 """
 
 import math
@@ -198,10 +195,13 @@ def gaussian_process(
     if cross is not None:
         mean = as_samples(cross.times(found["coefficients"]), width) + offset
         explained = np.empty_like(covariance)
-        for samples, rows in cross.sample_blocks(max(1, by.columns_at_once // width)):
+        for samples, rows in cross.sample_blocks(by.columns_at_once // width):
             part = once(f"test-{samples.start}-{samples.stop}", partial(by.forms, rows, width))
             explained[samples] = part["forms"]
         covariance = covariance - explained
+    variance = np.einsum("mss->ms", covariance)  # a view
+    num_clipped = int((variance < 0.0).sum())
+    np.maximum(variance, 0.0, out=variance)  # where rounding made them negative
     logdet = once("logdet", by.logdet)
     num_rows, num_columns = train.rhs.shape
     data_fit, complexity = -0.5 * found["form"], -0.5 * num_columns * logdet["value"]
@@ -229,23 +229,13 @@ def gaussian_process(
         targets=train.targets.words,
         classes=None if classes is None else tuple(classes.tolist()),
         is_binary=train.targets.is_binary,
-        **_without_negative(covariance),
+        covariance=covariance,
+        variance=variance.copy(),
+        num_clipped=num_clipped,
     )
 
 
-def _without_negative(covariance: FloatArray) -> dict[str, Any]:
-    """Covariance and variance with zero for variances that rounding made negative, by the names of the result."""
-    variance = np.diagonal(covariance, axis1=1, axis2=2)
-    clipped = variance < 0.0
-    if clipped.any():
-        covariance = covariance.copy()
-        places = np.arange(covariance.shape[1])
-        covariance[:, places, places] = np.maximum(variance, 0.0)
-    return {"covariance": covariance, "variance": np.maximum(variance, 0.0), "num_clipped": int(clipped.sum())}
-
-
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
-    """The kernel of each test sample with itself, (M, S, S)."""
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
         raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")

@@ -1,5 +1,6 @@
 """Kernels of test samples with train samples: any rectangle, a part at a time."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -40,11 +41,10 @@ class CrossKernel:
             found[rows] += _finite(part, rows) @ block[columns]
         return found
 
-    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
+    def sample_blocks(self, most_samples: int = sys.maxsize) -> Iterator[tuple[slice, FloatArray]]:
         """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
-        step = fitting if most_samples is None else max(1, min(fitting, most_samples))
-        for samples in runs(self.num_samples, step):
+        for samples in runs(self.num_samples, max(1, min(fitting, most_samples))):
             rows = slice(samples.start * self._width, samples.stop * self._width)
             yield samples, _finite(np.asarray(self._matrix[rows, :], np.float64), rows)
 

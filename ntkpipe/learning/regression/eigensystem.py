@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -14,24 +14,13 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.direct.eigh import Spectrum, eigh
 from ntkpipe.solvers.result import Monitor
+from ntkpipe.solvers.spectral.lanczos import Eigenpairs
 
 # `exact` has all eigenvalues in memory, `streamed` makes passes of the operator, `auto` is the former where it fits.
 AnalysisMethod = Literal["auto", "exact", "streamed"]
 # Products of given eigenpairs must agree with the matrix to this part of its norm.
 _TOLERANCE = 1e-5
 _SEED = 0
-
-
-class KnownEigenpairs(Protocol):
-    """Eigenpairs of a symmetric matrix, however they were found."""
-
-    @property
-    def eigenvalues(self) -> FloatArray:
-        """Descending, shape (k,)."""
-
-    @property
-    def eigenvectors(self) -> FloatArray | None:
-        """Orthonormal columns, shape (n, k)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,9 @@ class Eigensystem:
     def is_whole(self) -> bool:
         """Whether these are all n."""
         return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
+
+
+KnownEigenpairs = Spectrum | Eigenpairs | Eigensystem  # of a symmetric matrix, however they were found
 
 
 def where_it_fits(

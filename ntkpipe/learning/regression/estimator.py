@@ -191,7 +191,6 @@ class KernelRegression:
         return given
 
     def _solve(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
-        """Solve by the method that was asked for, or that suits the system."""
         check_number("tol", self.tol, low=0.0)
         if self.method == "eigh":
             return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why="asked for", budget=budget)
@@ -208,7 +207,6 @@ class KernelRegression:
         return {"ridge": self.ridge_, "task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
 
     def _iterate(self, operator: Operator, rhs: FloatArray, why: str, budget: Budget) -> Solution:
-        """Solve by conjugate gradients."""
         method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
         return replace(solve(operator, rhs, method=method, **self._how(operator, rhs, budget)), why=why)
 

@@ -1,10 +1,9 @@
 """Exact leave-one-out of kernel ridge regression from one fit: blocks of the inverse instead of n refits.
 
-With G = (K + λI)^-1 and coefficients A = G Y, leaving sample i out of the training set predicts it with the residual
-``(G_ii)^-1 A_i``, where i stands for all rows of the sample: one, or the O rows of a full NTK, which share an input and
-must go together. For one row it is A_i / G_ii (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006,
-equation 5.12; Allen 1974, PRESS). For blocks it is the same elimination: with the rows of i last, the inverse of a
-partitioned matrix gives ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
+With G = (K + λI)^-1 and coefficients A = G Y, the fit without sample i misses it by ``(G_ii)^-1 A_i``, where i stands
+for all rows of the sample: one, or the O rows of a full NTK, which share an input and must go together. For one row see
+Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equation 5.12, and Allen 1974, PRESS; with the
+rows of i last, elimination gives the same for blocks, ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
 """
 
 from collections.abc import Callable

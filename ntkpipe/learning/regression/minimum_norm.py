@@ -106,7 +106,6 @@ def by_factor(factor: CholeskyFactor, rhs: FloatArray, *, tol: float, why: str) 
 
 
 def _solution(coefficients: FloatArray, residuals: FloatArray, **found: Any) -> Solution:
-    """The result of a method without iterations."""
     columns = coefficients.shape[1]
     return Solution(
         coefficients=coefficients,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +14,12 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
 from ntkpipe.learning.regression.minimum_norm import cut_off, pseudo_inverse, require_all
-from ntkpipe.learning.regression.sources import rows_of
+from ntkpipe.learning.regression.sources import WithError, rows_of
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
 _INDEFINITE: Status = "indefinite at storage precision"
-
-
-class WithError(NamedTuple):
-    """A number and its standard error, zero where it is exact."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -63,33 +56,32 @@ class Point:
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
-class ByEigenpairs:
+# The fit at a ridge λ, where iterations begin with the coefficients of another ridge.
+Finder = Callable[[float, FloatArray | None], Point]
+
+
+def by_eigenpairs(operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int) -> Finder:
     """Exact, ``n² (2 c + S)`` multiplications a ridge once all eigenpairs are known.
 
     At λ = 0 eigenvalues up to the cut-off count as zero, and the fit is the minimum-norm solution, as the limit of
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
+    vectors, values = require_all(pairs, operator.num_rows), np.asarray(pairs.eigenvalues, np.float64)
+    cut = cut_off(operator, float(np.abs(values).max()))
+    inside = vectors.T @ rhs
 
-    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int) -> None:
-        self._vectors = require_all(pairs, operator.num_rows)
-        self._values = np.asarray(pairs.eigenvalues, np.float64)
-        self._cut = cut_off(operator, float(np.abs(self._values).max()))
-        self._width = width
-        self._inside = self._vectors.T @ rhs
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ."""
-        weights, kept, smallest = pseudo_inverse(self._values, ridge, self._cut)
-        coefficients = self._vectors @ (weights[:, None] * self._inside)
-        blocks = leave_one_out.weighted_blocks(self._vectors, weights, self._width)
+    def at(ridge: float, guess: FloatArray | None) -> Point:
+        weights, kept, smallest = pseudo_inverse(values, ridge, cut)
+        coefficients = vectors @ (weights[:, None] * inside)
+        blocks = leave_one_out.weighted_blocks(vectors, weights, width)
         found: dict[str, Any] = {}
         if smallest <= 0.0:
             found = {"status": _INDEFINITE, "message": f"an eigenvalue of K + λI is {smallest:.3g}"}
         if kept.all():
             return _point(ridge, coefficients, blocks, **found)
         null = (~kept).astype(np.float64)
-        outside = self._vectors @ (null[:, None] * self._inside)
-        null_blocks = leave_one_out.weighted_blocks(self._vectors, null, self._width)
+        outside = vectors @ (null[:, None] * inside)
+        null_blocks = leave_one_out.weighted_blocks(vectors, null, width)
         rest = float(null.sum()) / len(null)
         return Point(
             coefficients=coefficients,
@@ -102,59 +94,55 @@ class ByEigenpairs:
             **found,
         )
 
+    return at
 
-class ByFactors:
-    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
-    def __init__(self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget) -> None:
-        self._operator, self._rhs, self._width = operator, rhs, width
-        self._tol, self._budget = tol, budget
+def by_factors(operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget) -> Finder:
+    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge.
 
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ; numbers are NaN where K + λI is not positive definite."""
+    Numbers are NaN where K + λI is not positive definite.
+    """
+
+    def at(ridge: float, guess: FloatArray | None) -> Point:
         try:
-            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
+            factor = cholesky(operator, ridge=ridge, memory_limit=budget)
         except IndefiniteError as error:
-            blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
-            return _point(ridge, np.full_like(self._rhs, np.nan), blocks, status=_INDEFINITE, message=str(error))
-        found = factor.solve(self._rhs, tol=self._tol)
+            blocks = np.full((len(rhs) // width, width, width), np.nan)
+            return _point(ridge, np.full_like(rhs, np.nan), blocks, status=_INDEFINITE, message=str(error))
+        found = factor.solve(rhs, tol=tol)
         return _point(
             ridge,
             np.asarray(found.coefficients),
-            leave_one_out.inverse_blocks(factor, self._width),
+            leave_one_out.inverse_blocks(factor, width),
             residual=float(found.residuals.max(initial=0.0)),
             status=found.status,
             message="" if found.is_converged else found.message,
         )
 
+    return at
 
-class ByPasses:
+
+def by_passes(
+    inverse: StreamedInverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int
+) -> Finder:
     """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
+    count = len(rhs) // width
+    samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
 
-    def __init__(
-        self, inverse: StreamedInverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int
-    ) -> None:
-        self._inverse, self._rhs, self._width, self._tol = inverse, rhs, width, tol
-        count = len(rhs) // width
-        self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ, from the coefficients of another ridge."""
+    def at(ridge: float, guess: FloatArray | None) -> Point:
         convergence = Convergence()
-        coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
+        coefficients = inverse.times(rhs, ridge, convergence, guess)
 
         def quadratic(columns: FloatArray) -> FloatArray:
-            return self._inverse.quadratic(columns, ridge, self._width, convergence, self._tol**0.5)
+            return inverse.quadratic(columns, ridge, width, convergence, tol**0.5)
 
-        most, width = self._inverse.columns_at_once, self._width
-        blocks = leave_one_out.blocks_at(self._samples, len(self._rhs), width, most, quadratic)
+        blocks = leave_one_out.blocks_at(samples, len(rhs), width, inverse.columns_at_once, quadratic)
         if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
             blocks = np.full_like(blocks, np.nan)
         said = {"status": convergence.status, "message": "; ".join(convergence.messages[:1])}
-        return _point(ridge, coefficients, blocks, self._samples, residual=convergence.worst, **said)
+        return _point(ridge, coefficients, blocks, samples, residual=convergence.worst, **said)
 
-
-Points = ByEigenpairs | ByFactors | ByPasses
+    return at
 
 
 def _point(

@@ -1,12 +1,9 @@
 """Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best.
 
 With G = (K + λI)^-1, A = G Y and H = K G, so I - H = λG, generalised cross-validation is ``V = (1/n) |(I - H) Y|² /
-((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns;
-at λ = 0 its limit.
-
+((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), at λ = 0 its limit.
 Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a ridge
-for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the memory holds
-coefficients of.
+for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of it holds.
 """
 
 from collections.abc import Sequence
@@ -28,7 +25,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
+from ntkpipe.learning.regression.path_points import Finder, Point, by_eigenpairs, by_factors, by_passes
 from ntkpipe.learning.regression.sources import (
     TrainTargets,
     offset_of_test,
@@ -243,7 +240,7 @@ def ridge_path(
 
 
 def _follow(
-    finder: Points,
+    finder: Finder,
     ridges: FloatArray,
     train: TrainTargets,
     test: HeldOut | None,
@@ -275,9 +272,8 @@ def _follow(
     return {"num_left_out": num_left, **arrays}, statuses
 
 
-def _fit(finder: Points, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
-    """What is saved of one ridge."""
-    point = finder.at(ridge, guess)
+def _fit(finder: Finder, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
+    point = finder(ridge, guess)
     return {
         "coefficients": point.coefficients,
         "measures": _measures(point, train),
@@ -297,23 +293,23 @@ def _points(
     budget: Budget,
     seed: int,
     monitor: Monitor,
-) -> tuple[str, str, Points]:
+) -> tuple[str, str, Finder]:
     """The method that was asked for or that memory has room for, why, and what finds the fits."""
     n, of_targets = operator.num_rows, (train.rhs, train.width)
     if eigenpairs is not None and method in {"auto", "eigh"}:
-        return "eigh", "all eigenpairs were given", ByEigenpairs(operator, eigenpairs, *of_targets)
+        return "eigh", "all eigenpairs were given", by_eigenpairs(operator, eigenpairs, *of_targets)
     needed = f"{n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
     if method == "eigh" or (method == "auto" and eigenpairs_fit(n, budget)):
         why = "asked for" if method == "eigh" else f"all eigenpairs fit: {needed}"
         pairs = eigh(operator, memory_limit=budget, monitor=monitor)
-        return "eigh", why, ByEigenpairs(operator, pairs, *of_targets)
+        return "eigh", why, by_eigenpairs(operator, pairs, *of_targets)
     if method == "cholesky" or (method == "auto" and factor_fits(n, budget)):
         why = "asked for" if method == "cholesky" else f"a factor fits, all eigenpairs do not: {needed}"
-        return "cholesky", why, ByFactors(operator, *of_targets, tol=tol, budget=budget)
+        return "cholesky", why, by_factors(operator, *of_targets, tol=tol, budget=budget)
     why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"
     inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-    by_passes = ByPasses(inverse, *of_targets, num_left_out=num_left_out, tol=tol, seed=seed)
-    return "streamed", f"{why}; {inverse.words}", by_passes
+    finder = by_passes(inverse, *of_targets, num_left_out=num_left_out, tol=tol, seed=seed)
+    return "streamed", f"{why}; {inverse.words}", finder
 
 
 def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
@@ -351,7 +347,6 @@ def _accuracy(targets: Targets, outputs: FloatArray) -> float:
 
 
 def _judge(statuses: Sequence[tuple[Status, str]], ridges: FloatArray, method: str) -> tuple[Status, str]:
-    """The status of the first ridge that failed, or of all."""
     failed = [(ridge, *one) for ridge, one in zip(ridges, statuses, strict=True) if one[0] != "converged"]
     if not failed:
         how = "estimates have error bars" if method == "streamed" else "exact"

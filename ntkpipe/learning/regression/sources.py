@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,13 @@ class TrainTargets:
 def said_of(words: str) -> TableRows:
     """The row of a printed table that says what targets were taken for; none for results of versions before."""
     return [("targets", words)] if words else []
+
+
+class WithError(NamedTuple):
+    """A number and its standard error, zero where it is exact."""
+
+    value: float
+    error: float
 
 
 def with_error(value: float, error: float, form: str = ",.5g") -> str:

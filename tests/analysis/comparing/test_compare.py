@@ -297,7 +297,7 @@ def test_a_tenth_of_the_kernel_gives_the_same_numbers(large: Any, way: str, monk
 def test_each_tile_is_read_once_and_diagonal_ones_twice(large: Any) -> None:
     a, _, _ = large
     (side, other) = inputs_of(a, a)
-    measured = measure_differences(side.entries(), other.entries(1))
+    measured = measure_differences(side.entries(), other.entries())
     tiles = a.grid.num_tiles
     assert measured["bytes_read"] == 2 * tiles * a.tile_bytes  # in one grid no tile is left and entered again
     assert measured["relative_difference"] == 0
