@@ -136,9 +136,12 @@ def alignment(
             monitor=monitor,
         )
         work = found.work - (operator.work - before)  # of an earlier process
-        system = Eigensystem(found.eigenvalues, found.eigenvectors, why)
+        system = Eigensystem(found.eigenvalues, found.eigenvectors)
         status, message = found.status, found.message
-    powers, cumulative, errors = _powers(operator, system, train.rhs, k if eigenpairs is None else None)
+    powers = (system.eigenvectors.T @ train.rhs) ** 2
+    cumulative = np.cumsum(powers.sum(axis=1)) / max(float((train.rhs**2).sum()), np.finfo(np.float64).tiny)
+    most = k if eigenpairs is None and not system.is_whole else None
+    errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
     return Alignment(
         status=status,
         message=message,
@@ -147,11 +150,11 @@ def alignment(
         why=why,
         num_rows=n,
         num_outputs=train.rhs.shape[1],
-        eigenvalues=np.array(system.eigenvalues[: len(cumulative)]),
-        powers=powers,
-        cumulative_power=cumulative,
-        cumulative_power_error=errors,
-        num_directions=_num_directions(cumulative),
+        eigenvalues=np.array(system.eigenvalues[:most]),
+        powers=powers[:most],
+        cumulative_power=cumulative[:most],
+        cumulative_power_error=errors[:most],
+        num_directions=_num_directions(cumulative[:most]),
         alignment=plain,
         centred_alignment=centred,
         targets=train.targets.words,
@@ -180,36 +183,14 @@ def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[fl
     return plain, _cosine(float((centred_rows * of_centred).sum()), float(rest), centred_rows)
 
 
-def kernel_target_alignment(kernel: FloatArray, targets: FloatArray) -> float:
-    """Kernel-target alignment ``<K, YY'> / (|K|_F |YY'|_F)`` of arrays, between -1 and 1; see :func:`alignment`.
-
-    Of a centred kernel and centred targets it is the centred alignment.
-    """
-    return _cosine(float(np.sum(targets * (kernel @ targets))), float(np.linalg.norm(kernel)), targets)
-
-
-def _powers(
-    operator: Operator, system: Eigensystem, rows: FloatArray, most: int | None
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Powers of the targets, cumulative power, and what this may be off by: of ``most`` directions, or of all."""
-    powers = (system.eigenvectors.T @ rows) ** 2
-    cumulative = np.cumsum(powers.sum(axis=1)) / max(float((rows**2).sum()), np.finfo(np.float64).tiny)
-    if system.is_whole:
-        return powers, cumulative, np.zeros(len(cumulative))
-    return powers[:most], cumulative[:most], _errors(operator, system)[:most]
-
-
 def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     norms = norm * float(np.linalg.norm(rows.T @ rows))
     return inner / norms if norms else 0.0
 
 
 def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int | None]:
-    """How many directions hold each of ``_SHARES`` of the power."""
-    half, most, nearly_all = (
-        count if (count := int(np.searchsorted(cumulative, share)) + 1) <= len(cumulative) else None
-        for share in _SHARES
-    )
+    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
+    half, most, nearly_all = (count if count <= len(cumulative) else None for count in counts)
     return half, most, nearly_all
 
 

@@ -1,6 +1,8 @@
 """Risk of kernel ridge regression that theory predicts from the eigensystem of a population."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,7 +75,7 @@ def eigenlearning(
     values, weights = _population(eigenvalues), _powers(powers, eigenvalues)
     check_number("noise", noise, low=0.0)
     kappa = effective_ridge(values, num_samples, ridge)
-    learnt = _learnabilities(values, kappa)
+    learnt = (values > 0).astype(np.float64) if kappa == 0 else values / (values + kappa)
     missing = num_samples - float((learnt**2).sum())
     if missing <= 0:
         # All n eigenvalues are learnt: κ → 0, where E_0 diverges as 1/κ and what is not learnt vanishes as κ².
@@ -120,13 +122,28 @@ def canatar(
     return np.asarray((signal + noise * gamma) / (1 - gamma), np.float64)
 
 
+def predicted(
+    values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray
+) -> tuple[dict[str, Any], FloatArray]:
+    """Predictions of both for each size and ridge, by the fields of results, (s, r); and learnabilities, (s, r, m)."""
+    found = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
+    by_mode, total = powers.sum(axis=1), float(powers.sum())
+
+    def each(function: Callable[[Prediction], float]) -> FloatArray:
+        return np.array([[float(function(one)) for one in of_size] for of_size in found])
+
+    fields = {
+        "eigenlearning": each(lambda one: one.test_loss.mean()),
+        "canatar": np.array([[canatar(values, powers, size, ridge).mean() for ridge in ridges] for size in sizes]),
+        "kappa": each(lambda one: one.kappa),
+        "target_learnability": each(lambda one: one.learnabilities @ by_mode / (total or 1.0)),
+    }
+    return fields, np.array([[one.learnabilities for one in of_size] for of_size in found])
+
+
 def _excess(values: FloatArray, num_samples: float, ridge: float, log_kappa: float) -> float:
     kappa = np.exp(log_kappa)
     return float((values / (values + kappa)).sum() + ridge / kappa - num_samples)
-
-
-def _learnabilities(values: FloatArray, kappa: float) -> FloatArray:
-    return (values > 0).astype(np.float64) if kappa == 0 else values / (values + kappa)
 
 
 def _population(eigenvalues: ArrayLike) -> FloatArray:

@@ -2,21 +2,17 @@
 
 Each estimate is of the loss of ``A = G y`` with G = (K + λI)^-1, λ absolute, and n rows.
 
-KARE (Jacot et al. 2020), from the train kernel alone, is ``ρ = (1/n yᵀ (K/n + λ'I)^-2 y) / (1/n tr (K/n + λ'I)^-1)²``.
-Their ridge λ' is added to K/n, so λ' = λ/n, and the factors n cancel: ``ρ = n |G y|² / (tr G)²``.
-
-Generalised cross-validation (Golub, Heath, Wahba 1979) is ``(1/n) |(I - H) y|² / ((1/n) tr(I - H))²`` with the hat
-matrix ``H = K G``: as I - H = λG, it is the same number as KARE for every λ > 0.
-
+KARE (Jacot et al. 2020), from the train kernel alone, is ``ρ = (1/n yᵀ (K/n + λ'I)^-2 y) / (1/n tr (K/n + λ'I)^-1)²``
+with λ' = λ/n; the factors n cancel: ``ρ = n |G y|² / (tr G)²``. Generalised cross-validation (Golub, Heath, Wahba
+1979), ``(1/n) |(I - H) y|² / ((1/n) tr(I - H))²`` with ``H = K G``, is the same number for every λ > 0, as I - H = λG.
 Leave-one-out, ``(1/n) Σ ((G y)_i / G_ii)²`` (PRESS, Allen 1974), is n exact refits. KARE is that with each G_ii
-replaced by their mean, as it would be if features were Gaussian. So both differ where samples are unlike each other,
-and that decides where KARE is trusted.
+replaced by their mean, as it would be if features were Gaussian: both differ where samples are unlike each other, and
+that decides where KARE is trusted.
 
-Eigenlearning (Simon et al. 2023) and Canatar et al. (2021) predict the loss from the eigensystem of the kernel
-operator, see :mod:`ntkpipe.analysis.eigenlearning`. It is not known; it is estimated from the train kernel as
-``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``, with k_i, u_i the eigenpairs of K, for the same n samples. That is
-biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and the prediction is zero. Noise of targets
-is in v_i² already.
+Eigenlearning (Simon et al. 2023) and Canatar et al. (2021), see :mod:`ntkpipe.analysis.eigenlearning`, need the
+eigensystem of the kernel operator, estimated from the train kernel as ``λ_i = k_i / n`` and ``v_i² = (u_iᵀ y)² / n``,
+with k_i, u_i the eigenpairs of K. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and
+the prediction is zero. Noise of targets is in v_i² already.
 
 Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, passes of
 c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
@@ -27,14 +23,14 @@ cross-validation predicts the risk of kernels of networks while plug-in spectra 
 Steinhardt 2022, arXiv 2203.06176.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.eigenlearning import canatar, eigenlearning
+from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
@@ -111,12 +107,10 @@ class Generalisation(Result):
                 said = "no test data; losses by"
             kare, theory, left_out = (f"{number[index]:.3g}" for number in numbers)
             estimates = f"KARE = GCV {kare}, eigenlearning = Canatar {theory}, leave-one-out {left_out}"
-            rows.append((f"λ = {ridge:.4g}", f"{said} {estimates}; {self._trust(index)}"))
+            trusted = {"KARE": self.kare_is_trusted[index], "eigenlearning": self.eigenlearning_is_trusted[index]}
+            names = " and ".join(name for name, is_trusted in trusted.items() if is_trusted) or "none"
+            rows.append((f"λ = {ridge:.4g}", f"{said} {estimates}; trust {names}"))
         return rows
-
-    def _trust(self, index: int) -> str:
-        trusted = {"KARE": self.kare_is_trusted, "eigenlearning": self.eigenlearning_is_trusted}
-        return f"trust {' and '.join(name for name, of in trusted.items() if of[index]) or 'none'}"
 
 
 @recorded()
@@ -198,7 +192,13 @@ def generalisation(
     resolvents = [by_place[place] for place in range(len(shifts))]
     losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
     floor = operator.storage_floor()
-    status, message = _judge_residuals(max(one.residual for one in resolvents), tol, system is not None)
+    status: Status = "converged"
+    message, worst = "exact, from all eigenpairs in float64", max(one.residual for one in resolvents)
+    if system is None:
+        message = f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
+    if worst > tol:
+        status = "not converged"
+        message = f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
     return Generalisation(
         status=status,
         message=message if test is None else message + note_on_unknown(test.targets),
@@ -218,15 +218,9 @@ def generalisation(
 
 
 def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
-    """Estimates from G: KARE, leave-one-out, κ, E_0, effective dimension."""
-
-    def over(function: Callable[[Resolvent], float]) -> FloatArray:
-        return np.array([function(one) for one in resolvents])
-
-    ridges = over(lambda one: one.ridge)
-    squares = over(lambda one: float((one.coefficients**2).mean()))
-    trace, error = over(lambda one: one.trace), over(lambda one: one.trace_error)
-    squared, squared_error = over(lambda one: one.squared_trace), over(lambda one: one.squared_trace_error)
+    fields = ("ridge", "trace", "trace_error", "squared_trace", "squared_trace_error")
+    ridges, trace, error, squared, squared_error = (_each(resolvents, name) for name in fields)
+    squares = np.array([float((one.coefficients**2).mean()) for one in resolvents])
     part, kare = error / np.abs(trace), squares * (n / trace) ** 2
     dimension, train = n - ridges * trace, ridges**2 * squares
     # At λ = 0 both parts of the quotient vanish, and its limit is KARE.
@@ -237,8 +231,8 @@ def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
         "kare": kare,
         "kare_error": 2 * part * kare,
         "generalised_cross_validation": crossed,
-        "leave_one_out_loss": over(lambda one: one.left_out_loss),
-        "leave_one_out_loss_error": over(lambda one: one.left_out_loss_error),
+        "leave_one_out_loss": _each(resolvents, "left_out_loss"),
+        "leave_one_out_loss_error": _each(resolvents, "left_out_loss_error"),
         "kappa": 1 / trace,
         "kappa_error": part / np.abs(trace),
         "overfitting_coefficient": coefficient,
@@ -246,6 +240,10 @@ def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
         "effective_dimension": dimension,
         "effective_dimension_error": ridges * error,
     }
+
+
+def _each(resolvents: Sequence[Resolvent], name: str) -> FloatArray:
+    return np.array([getattr(one, name) for one in resolvents])
 
 
 def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
@@ -256,34 +254,17 @@ def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatAr
         return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
     # What rounding makes negative is zero.
     values = np.maximum(system.eigenvalues, 0.0) / n
-    powers = (system.eigenvectors.T @ rows) ** 2 / n
-    total = max(float(powers.sum()), np.finfo(np.float64).tiny)
-    predictions = [eigenlearning(values, powers, n, ridge) for ridge in ridges]
-    learnt = np.array([float(one.learnabilities @ powers.sum(axis=1)) for one in predictions])
-    return {
-        "eigenlearning": np.array([one.test_loss.mean() for one in predictions]),
-        "canatar": np.array([canatar(values, powers, n, ridge).mean() for ridge in ridges]),
-        "eigenlearning_kappa": np.array([one.kappa for one in predictions]),
-        "learnabilities": np.stack([one.learnabilities for one in predictions]),
-        "target_learnability": learnt / total,
-    }
+    fields, learnabilities = predicted(values, (system.eigenvectors.T @ rows) ** 2 / n, [n], ridges)
+    found = {name: of_sizes[0] for name, of_sizes in fields.items()}
+    return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}
 
 
 def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
         return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
-    predicted = test.predict([one.coefficients for one in resolvents])
-    losses = np.stack([((outputs - test.targets.matrix) ** 2).mean(axis=1) for outputs in predicted])
+    outputs = test.predict([one.coefficients for one in resolvents])
+    losses = np.stack([((one - test.targets.matrix) ** 2).mean(axis=1) for one in outputs])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
-
-
-def _judge_residuals(worst: float, tol: float, is_exact: bool) -> tuple[Status, str]:
-    if is_exact:
-        return "converged", "exact, from all eigenpairs in float64"
-    if worst <= tol:
-        return "converged", f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
-    only = f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
-    return "not converged", only

@@ -1,6 +1,6 @@
 """Predicted against measured losses for train sets of several sizes, drawn from the samples of one kernel."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.analysis.eigenlearning import Prediction, canatar, eigenlearning
+from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
@@ -18,7 +18,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, rows_of, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
@@ -138,6 +138,7 @@ def learning_curve(
             if is_new:
                 monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
+    theory, _ = predicted(values, powers, [size * width for size in numbers], shifts)
     return LearningCurve(
         status="converged",
         message="all eigenpairs in float64",
@@ -156,7 +157,9 @@ def learning_curve(
         kare_error=errors[2],
         kare_ratio=means[2] / means[1],
         targets=train.targets.words,
-        **_predicted(values, powers, [size * width for size in numbers], shifts, means[0]),
+        eigenlearning_ratio=theory["eigenlearning"] / means[0],
+        canatar_ratio=theory["canatar"] / means[0],
+        **theory,
     )
 
 
@@ -170,33 +173,11 @@ def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _predicted(
-    values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray, measured: FloatArray
-) -> dict[str, Any]:
-    """Predictions for each number of rows and ridge, also over measured losses, by the names of the result."""
-    predictions = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
-
-    def each(function: Callable[[Prediction], float]) -> FloatArray:
-        return np.array([[float(function(one)) for one in of_size] for of_size in predictions])
-
-    by_mode, total = powers.sum(axis=1), float(powers.sum())
-    predicted = each(lambda one: one.test_loss.mean())
-    theirs = np.array([[canatar(values, powers, size, ridge).mean() for ridge in ridges] for size in sizes])
-    return {
-        "eigenlearning": predicted,
-        "canatar": theirs,
-        "kappa": each(lambda one: one.kappa),
-        "target_learnability": each(lambda one: one.learnabilities @ by_mode / (total or 1.0)),
-        "eigenlearning_ratio": predicted / measured,
-        "canatar_ratio": theirs / measured,
-    }
-
-
 def _measure(
     operator: Operator, rows: FloatArray, chosen: NDArray[np.int64], ridges: FloatArray, width: int
 ) -> dict[str, FloatArray]:
     """Population loss, left-out loss and KARE of one train set at each ridge, shape (3, r)."""
-    inside = (chosen[:, None] * width + np.arange(width)).reshape(-1)
+    inside = rows_of(chosen, width)
     columns = operator.columns(inside)
     is_outside = np.ones(len(rows), bool)
     is_outside[inside] = False

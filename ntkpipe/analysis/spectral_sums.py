@@ -1,11 +1,11 @@
 """Sums of a function over all eigenvalues: exact, or estimated from a spectral density with what is known of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.learning.regression.sources import WithError
 from ntkpipe.solvers.spectral.density import Density
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -13,26 +13,12 @@ _EPS = float(np.finfo(np.float64).eps)
 Function = Callable[[FloatArray], FloatArray]
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Σ f(λ_i), and what it may be off by: zero if exact."""
-
-    value: float  # value, standard_error, truncation_error: the last two of other probes, and of more Lanczos steps
-    standard_error: float
-    truncation_error: float
-
-    @property
-    def error(self) -> float:
-        """Both together."""
-        return self.standard_error + self.truncation_error
-
-
-def sum_of_values(values: FloatArray, function: Function) -> Sum:
+def sum_of_values(values: FloatArray, function: Function) -> WithError:
     """Exact, from all eigenvalues."""
-    return Sum(float(function(values).sum()), 0.0, 0.0)
+    return WithError(float(function(values).sum()), 0.0)
 
 
-def sum_of_density(density: Density, function: Function, trace: float, squares: float) -> Sum:
+def sum_of_density(density: Density, function: Function, trace: float, squares: float) -> WithError:
     """Estimated, with trace and squared Frobenius norm as control variates, and with both errors.
 
     Eigenvalues that were spliced in count exactly. For the rest, f is fitted by a + b λ + c λ² in the measure of all
@@ -65,11 +51,8 @@ def sum_of_density(density: Density, function: Function, trace: float, squares: 
     known = float(function(exact).sum() + fit @ (moments / np.array([1.0, scale, scale**2])))
     gauss, radau = beyond(nodes, weights), beyond(*_radau(density))
     samples = (gauss + radau) / 2
-    return Sum(
-        known + float(samples.mean()),
-        float(samples.std(ddof=1) / len(samples) ** 0.5),
-        float(np.abs(gauss - radau).mean() / 2),
-    )
+    standard_error = float(samples.std(ddof=1) / len(samples) ** 0.5)
+    return WithError(known + float(samples.mean()), standard_error + float(np.abs(gauss - radau).mean() / 2))
 
 
 def _radau(density: Density) -> tuple[FloatArray, FloatArray]:

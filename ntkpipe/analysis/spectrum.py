@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
-from ntkpipe.analysis.spectral_sums import Function, Sum, sum_of_density, sum_of_values
+from ntkpipe.analysis.spectral_sums import Function, sum_of_density, sum_of_values
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
@@ -21,9 +21,9 @@ from ntkpipe.learning.regression.eigensystem import (
     Eigensystem,
     KnownEigenpairs,
     check_eigenpairs,
-    does_not_fit,
+    where_it_fits,
 )
-from ntkpipe.learning.regression.sources import ridges_for
+from ntkpipe.learning.regression.sources import WithError, ridges_for, with_error
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
@@ -37,6 +37,7 @@ from ntkpipe.store.results import Checkpoint
 # Ridges of the effective dimension unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
 _NUM_POINTS, _WIDTH = 200, 0.1
+R = TypeVar("R", bound=Result)
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -85,7 +86,7 @@ class KernelSpectrum(Result):
         most = "not known" if self.condition_high is None else f"{self.condition_high:.4g}"
         bounds = f"between {low} and {self.smallest_high:.6g}"
         smallest = f"{self.smallest:.6g}" if self.smallest_low == self.smallest_high else f"one {bounds}"
-        below = _with_error(self.num_below_floor, self.num_below_floor_error)
+        below = with_error(self.num_below_floor, self.num_below_floor_error)
         rows = [
             ("method", f"{self.method}: {self.why}"),
             ("eigenvalues", f"{self.largest:.6g} to {smallest}, {self.num_rows:,} rows"),
@@ -93,11 +94,11 @@ class KernelSpectrum(Result):
             ("storage floor", f"{self.floor:.2g}, {below} below"),
             ("trace, Frobenius norm", f"{self.trace:.6g}, {self.frobenius:.6g}"),
             ("effective rank", f"{self.effective_rank:.4g} (trace / largest)"),
-            ("entropy rank", f"{_with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
+            ("entropy rank", f"{with_error(self.entropy_rank, self.entropy_rank_error)} (exp of spectral entropy)"),
             ("participation ratio", f"{self.participation_ratio:.4g}"),
         ]
         dimensions = zip(self.ridges, self.effective_dimension, self.effective_dimension_error, strict=True)
-        rows += [(f"effective dimension at {ridge:.3g}", _with_error(*dimension)) for ridge, *dimension in dimensions]
+        rows += [(f"effective dimension at {ridge:.3g}", with_error(*of)) for ridge, *of in dimensions]
         if self.tail_exponent is not None:
             exponent = f"{self.tail_exponent:.3f} ± {self.tail_exponent_error:.2g}"
             ranks = f"ranks {self.tail_first_rank} to {self.tail_last_rank}"
@@ -165,13 +166,17 @@ def spectrum(
     given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics, floor = operator.statistics(), operator.storage_floor()
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
-    every, why = _all_values(operator, given, budget, method, monitor)
+    if given is not None and given.is_whole:
+        whole: KnownEigenpairs | None = given
+        why = given.why
+    else:
+        compute = partial(eigvalsh, operator, memory_limit=budget, monitor=monitor)
+        whole, why = where_it_fits(compute, n, budget, method)
     status: Status = "converged"
-    stages = CountedStages(
-        None if every is not None else checkpoint, operator, None, function="spectrum", seed=seed, k=k
-    )
-    if every is not None:
-        found, message = _exact(every, shifts, floor), "all eigenvalues, by LAPACK in float64"
+    kept = checkpoint if whole is None else None
+    stages = CountedStages(kept, operator, None, function="spectrum", seed=seed, k=k)
+    if whole is not None:
+        found, message = _exact(np.array(whole.eigenvalues), shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
         counts = min(k, n), num_probes, max_passes
         how: dict[str, Any] = {"seed": seed, "monitor": monitor}
@@ -196,34 +201,16 @@ def spectrum(
     )
 
 
-def _all_values(
-    operator: Operator, given: Eigensystem | None, budget: Budget, method: AnalysisMethod, monitor: Monitor
-) -> tuple[FloatArray | None, str]:
-    if given is not None and given.is_whole:
-        return np.array(given.eigenvalues), given.why
-    if method == "streamed":
-        return None, "streamed was asked for"
-    try:
-        return np.array(eigvalsh(operator, memory_limit=budget, monitor=monitor).eigenvalues), "it fits in memory"
-    except ResourceError:
-        if method == "exact":
-            raise
-        return None, does_not_fit(operator.num_rows, budget)
-
-
 def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
     largest, least = float(values[0]), float(values[-1])
     is_known = least > max(floor, 0.0) and largest > 0
     condition = largest / least if is_known else None
     grid, smooth = smoothed(values, np.ones(len(values)), floor, num_points=_NUM_POINTS, width=_WIDTH)
-    sums = _sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function))
     return {
         "method": "exact",
         "eigenvalues": values,
         "largest": largest,
-        "smallest": least,
-        "smallest_low": least,
-        "smallest_high": least,
+        **dict.fromkeys(("smallest", "smallest_low", "smallest_high"), least),
         # Below the floor λ_min is anything up to it.
         "condition_low": condition if is_known else (largest / (max(least, 0.0) + floor) if floor > 0 else None),
         "condition_high": condition,
@@ -231,7 +218,7 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
         "density": smooth,
         "num_below_floor": float((values < floor).sum()),
         "num_below_floor_error": 0.0,
-        **sums,
+        **_sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function)),
     }
 
 
@@ -251,26 +238,23 @@ def _streamed(
 ) -> tuple[dict[str, Any], Status, str]:
     """Numbers of the spectrum by passes, with status and message."""
     n = operator.num_rows
-    how: dict[str, Any] = {"seed": seed, "monitor": monitor}
-    statuses: list[Status] = []
+    status: Status = "converged"
+
+    def stage(name: str, kind: type[R], function: Callable[..., R], *args: Any, room: int, **options: Any) -> R:
+        how = {"memory_limit": budget.at_least(room), "checkpoint": stages.part(name), "seed": seed, "monitor": monitor}
+        return stages.result(name, kind, partial(function, operator, *args, **options, **how))
+
     if given is None:
-        limit = budget.at_least(bytes_of_eigsh(n, k))
-        part = stages.part("leading")
-        leading = partial(eigsh, operator, k, memory_limit=limit, checkpoint=part, **how)
-        top = stages.result("leading", Eigenpairs, leading)
-        given = Eigensystem(top.eigenvalues, top.eigenvectors, "known")
-        statuses.append(top.status)
+        top = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
+        given = Eigensystem(top.eigenvalues, top.eigenvectors)
+        status = top.status
     values = given.eigenvalues
-    limit = budget.at_least(bytes_of_density(n, num_probes))
-    sampled = partial(density, operator, num_probes=num_probes, top=given, tol=0.01, max_passes=max_passes, **how)
-    spread = stages.result("density", Density, partial(sampled, memory_limit=limit, checkpoint=stages.part("density")))
-    limit = budget.at_least(bytes_of_smallest(n))
-    least = partial(smallest, operator, memory_limit=limit, checkpoint=stages.part("smallest"), **how)
-    low = stages.result("smallest", Smallest, least)
+    sampled = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
+    spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **sampled)
+    low = stage("smallest", Smallest, smallest, room=bytes_of_smallest(n))
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
     trace, squares = operator.trace(), operator.frobenius() ** 2
-    sums = _sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares))
     found = {
         "method": "streamed",
         "eigenvalues": np.array(values),
@@ -284,27 +268,28 @@ def _streamed(
         "density": smooth,
         "num_below_floor": n - float(below.values[0]),
         "num_below_floor_error": float(below.standard_errors[0] + below.truncation_errors[0]),
-        **sums,
+        **_sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares)),
     }
     # The density is as good as its errors say, whatever counts it would need to be called converged.
-    statuses += [low.status]
-    bad = next((status for status in statuses if status != "converged"), None)
-    if bad is not None:
-        message = f"of a solver: {low.message if low.status == bad else 'leading eigenpairs did not converge'}"
-    else:
-        message = f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
-    return found, bad or "converged", message
+    if status != "converged":
+        return found, status, "of a solver: leading eigenpairs did not converge"
+    if low.status != "converged":
+        return found, low.status, f"of a solver: {low.message}"
+    return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
 
 
-def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -> dict[str, Any]:
-    """Entropy rank and effective dimensions."""
+def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], WithError]) -> dict[str, Any]:
 
     def entropy(values: FloatArray) -> FloatArray:
         share = np.maximum(values / trace, 0.0) if trace > 0 else np.zeros_like(values)
         return np.asarray(-share * np.log(np.where(share > 0, share, 1.0)))
 
+    def learnt(values: FloatArray, ridge: float) -> FloatArray:
+        positive = np.maximum(values, 0.0)
+        return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
+
     of_entropy = sum_of(entropy)
-    dimensions = [sum_of(partial(_learnt, ridge=float(ridge))) for ridge in ridges]
+    dimensions = [sum_of(partial(learnt, ridge=float(ridge))) for ridge in ridges]
     rank = float(np.exp(of_entropy.value))
     return {
         "entropy_rank": rank,
@@ -314,12 +299,6 @@ def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], Sum]) -
     }
 
 
-def _learnt(values: FloatArray, ridge: float) -> FloatArray:
-    """λ_i / (λ_i + ridge), with zero for negative λ_i."""
-    positive = np.maximum(values, 0.0)
-    return np.asarray(positive / np.where(positive + ridge > 0, positive + ridge, 1.0))
-
-
 def _tail(values: FloatArray, num_rows: int, floor: float, ranks: Sequence[int] | None) -> dict[str, Any]:
     """The power law of the range that was asked for, or of the default one; fields are None where there is none."""
     if ranks is None:
@@ -327,7 +306,3 @@ def _tail(values: FloatArray, num_rows: int, floor: float, ranks: Sequence[int] 
         ranks = default_ranks(num_rows, known)
     law = None if ranks is None else fit_power_law(values, first_rank=ranks[0], last_rank=ranks[1])
     return {f"tail_{one.name}": None if law is None else getattr(law, one.name) for one in fields(PowerLaw)}
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{value:,.5g}" if error == 0 else f"{value:,.5g} ± {error:.1g}"

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.analysis.alignment import kernel_target_alignment
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.analysis.alignment import alignments
 from ntkpipe.base.config import check_number
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, encode, encode_test
+from ntkpipe.base.targets import Task, as_rows, as_samples, encode, encode_test
+from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
@@ -58,13 +58,21 @@ def summarize(
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
     targets = None if store.targets is None else encode(store.targets, task=task)
-    matrix = None if targets is None else targets.matrix[:count]
-    scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
+    plain = centred = None
+    if targets is not None:
+        scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
+        plain, centred = alignments(DenseOperator(scalar), targets.matrix[:count])
     found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
     test_targets = None if store.manifest.test is None else store.test_targets
     if targets is not None and test_targets is not None and width in {1, targets.matrix.shape[1]}:
         shift, test = absolute_ridge(ridge, ridge_scale, block.diagonal), encode_test(test_targets, targets)
-        found = _regression(store, block, targets, test, shift, count, width)
+        rows = as_rows(targets.matrix[:count], width)
+        mean = rows.mean(axis=0)  # the constant function is fitted by it, not by the kernel
+        coefficients = np.linalg.solve(block + shift * np.eye(len(block)), rows - mean)
+        predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
+        outputs = as_samples(predicted, width)
+        found = {"ridge": shift, "accuracy": test.accuracy(outputs), "mean_squared_error": test.loss(outputs)}
+        found["num_test"] = len(test.matrix)
     return Summary(
         num_train=total,
         num_samples=count,
@@ -72,38 +80,8 @@ def summarize(
         eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
         smallest_eigenvalue=float(eigenvalues[-1]),
         trace=float(np.trace(block)),
-        alignment=None if matrix is None else kernel_target_alignment(scalar, matrix),
-        centred_alignment=None
-        if matrix is None
-        else kernel_target_alignment(_centred(scalar), matrix - matrix.mean(axis=0)),
+        alignment=plain,
+        centred_alignment=centred,
         targets="" if targets is None else targets.words,
         **found,
     )
-
-
-def ridge_regression(kernel: FloatArray, targets: FloatArray, ridge: float) -> FloatArray:
-    """Coefficients of kernel ridge regression, ``(K + lambda I)^-1 Y``, by a dense solve."""
-    return np.asarray(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets), np.float64)
-
-
-def _centred(kernel: FloatArray) -> FloatArray:
-    """H K H with H = I - 11'/n."""
-    columns = kernel.mean(axis=0)
-    return np.asarray(kernel - columns[:, None] - columns[None, :] + columns.mean(), np.float64)
-
-
-def _regression(
-    store: KernelStore, block: FloatArray, targets: Targets, test: Targets, ridge: float, count: int, width: int
-) -> dict[str, Any]:
-    """Ridge regression on the leading samples, judged on all test samples."""
-    rows = as_rows(targets.matrix[:count], width)
-    # The constant function is fitted by the mean, not by the kernel.
-    mean = rows.mean(axis=0)
-    coefficients = ridge_regression(block, rows - mean, ridge)
-    predicted = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean, width)
-    return {
-        "ridge": ridge,
-        "accuracy": test.accuracy(predicted),
-        "mean_squared_error": test.loss(predicted),
-        "num_test": len(test.matrix),
-    }

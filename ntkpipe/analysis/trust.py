@@ -27,7 +27,11 @@ def judge(
 ) -> dict[str, Any]:
     """Ratios to the measured loss, and which estimates can be trusted."""
     sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
-    found = [_judge_ridge(index, losses, one, system, floor, tolerance, n) for index, one in enumerate(resolvents)]
+    found = []
+    for index, resolvent in enumerate(resolvents):
+        at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
+        unknown = _unknown(resolvent, system, floor)
+        found.append(_judge_ridge(at, resolvent, tolerance, n) if unknown is None else (False, False, unknown))
     kare, theory, reasons = zip(*found, strict=True)
     return {
         **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
@@ -37,20 +41,8 @@ def judge(
     }
 
 
-def _judge_ridge(
-    index: int,
-    losses: dict[str, Any],
-    resolvent: Resolvent,
-    system: Eigensystem | None,
-    floor: float,
-    tolerance: float,
-    n: int,
-) -> tuple[bool, bool, str]:
+def _judge_ridge(at: dict[str, float], resolvent: Resolvent, tolerance: float, n: int) -> tuple[bool, bool, str]:
     """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
-    unknown = _unknown(resolvent, system, floor)
-    if unknown is not None:
-        return False, False, unknown
-    at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
     loss, test = at["leave_one_out_loss"], at["test_loss"]
     if not np.isfinite(loss) or loss <= 0:
         share = at["effective_dimension"] / n

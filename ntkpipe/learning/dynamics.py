@@ -15,6 +15,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
+from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.recording import recorded
@@ -71,7 +72,7 @@ class Dynamics(Result):
         ]
         rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
-            *([("targets", self.targets)] if self.targets else []),
+            *said_of(self.targets),
             ("learning rate", rate),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),
@@ -144,7 +145,9 @@ def dynamics(
     encoded, columns, shape = as_targets(targets, operator, task)
     if initial_outputs is not None:
         columns = columns - _initial(initial_outputs, np.shape(targets), encoded, operator.num_rows)
-    wanted = _times(times)
+    wanted = np.array(times, np.float64)
+    if wanted.ndim != 1 or not len(wanted) or not (wanted >= 0).all():
+        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     check_number("tol", tol, low=1e-14, high=1.0)
     check_number("max_passes", max_passes, low=1)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
@@ -215,32 +218,31 @@ class _Training:
         missed: Status = "step limit" if is_cut else "stagnated"
         reached: list[Status] = ["converged" if error <= self._tol else missed for error in errors]
         statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
-        return statuses, *self._judge(flow, statuses, errors, limit)
-
-    def _judge(self, flow: Flow, statuses: tuple[Status, ...], errors: FloatArray, limit: str) -> tuple[Status, str]:
-        """Status over all times, and message."""
+        worst = int(np.argmax(errors))
+        at_worst = f"an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
+        status: Status = "converged"
+        message = f"errors are at most {errors.max(initial=0.0):.1e} at all times"
         if "indefinite at storage precision" in statuses:
             index = statuses.index("indefinite at storage precision")
             why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
             if flow.growth(index) > self._tol:
                 why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
-            return statuses[index], f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
-        if "stagnated" in statuses:
-            worst = int(np.argmax(errors))
-            why = f"rounding in float64 leaves an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
-            return "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
-        if "step limit" in statuses:
-            worst = int(np.argmax(errors))
-            reached = f"{limit} is reached with an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
-            return "step limit", f"{reached}; raise it"
-        return "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
+            status, message = (
+                statuses[index],
+                f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K",
+            )
+        elif "stagnated" in statuses:
+            why = f"rounding in float64 leaves {at_worst}"
+            status, message = "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+        elif "step limit" in statuses:
+            status, message = "step limit", f"{limit} is reached with {at_worst}; raise it"
+        return statuses, status, message
 
     def flow(self) -> Flow:
         return Flow(self.space, self._times, self.rate, self._floor)
 
     @property
     def _is_last(self) -> bool:
-        """Whether the space grows no more."""
         return self.space.num_steps == self.space.max_steps or self.space.is_exhausted or self._error <= self._tol
 
     def look(self) -> tuple[float, bool]:
@@ -278,9 +280,9 @@ class _Training:
         """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
         units, times = self._units, self._times
         finite = np.flatnonzero(np.isfinite(times))
-        checked = (
-            [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]] if len(finite) else [0]
-        )
+        checked = [0]  # where all are infinite
+        if len(finite):
+            checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]]
         checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
         if not checked or not units.any():
             return errors, math.inf if units.any() else 0.0
@@ -292,13 +294,6 @@ class _Training:
             same = times == times[index]
             found[same] = np.maximum(found[same], size if math.isinf(times[index]) else size / 2)
         return found, defect
-
-
-def _times(times: Sequence[float] | NDArray[Any]) -> FloatArray:
-    found = np.array(times, np.float64)
-    if found.ndim != 1 or not len(found) or not (found >= 0).all():
-        raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
-    return found
 
 
 def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int) -> FloatArray:

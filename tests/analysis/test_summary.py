@@ -8,9 +8,10 @@ import torch
 from sklearn.kernel_ridge import KernelRidge
 
 import ntkpipe
-from ntkpipe.analysis.alignment import kernel_target_alignment
-from ntkpipe.analysis.summary import ridge_regression, summarize
+from ntkpipe.analysis.alignment import alignments
+from ntkpipe.analysis.summary import summarize
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.operators.dense import DenseOperator
 
 
 def make_store(
@@ -39,15 +40,8 @@ def test_alignment_is_the_cosine_of_kernel_and_targets(rng: np.random.Generator)
     factor, targets = rng.standard_normal((9, 4)), rng.standard_normal((9, 2))
     kernel, wanted = factor @ factor.T, targets @ targets.T
     cosine = np.sum(kernel * wanted) / np.sqrt(np.sum(kernel**2) * np.sum(wanted**2))
-    assert kernel_target_alignment(kernel, targets) == pytest.approx(cosine, rel=1e-12)
-    assert kernel_target_alignment(wanted, targets) == pytest.approx(1.0, rel=1e-12)
-
-
-def test_ridge_regression_equals_scikit_learn(rng: np.random.Generator) -> None:
-    factor, targets = rng.standard_normal((12, 20)), rng.standard_normal((12, 3))
-    kernel = factor @ factor.T
-    expected = KernelRidge(alpha=0.3, kernel="precomputed").fit(kernel, targets).dual_coef_
-    np.testing.assert_allclose(ridge_regression(kernel, targets, 0.3), expected, rtol=1e-10)
+    assert alignments(DenseOperator(kernel), targets)[0] == pytest.approx(cosine, rel=1e-12)
+    assert alignments(DenseOperator(wanted), targets)[0] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_summary_of_a_store_equals_the_dense_formulas(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -62,6 +56,15 @@ def test_summary_of_a_store_equals_the_dense_formulas(tmp_path: Path, rng: np.ra
     model = KernelRidge(alpha=found.ridge, kernel="precomputed").fit(kernel, one_hot - one_hot.mean(axis=0))
     predicted = model.predict(store.test_train.to_numpy()) + one_hot.mean(axis=0)
     assert found.accuracy == np.mean(predicted.argmax(axis=1) == store.test_targets)
+    wanted = np.eye(labels.max() + 1)[store.test_targets]
+    assert found.mean_squared_error == pytest.approx(np.mean((predicted - wanted) ** 2), rel=1e-8)
+    centre = np.eye(40) - 1 / 40
+    for measured, of_kernel, of_targets in (
+        (found.alignment, kernel, one_hot),
+        (found.centred_alignment, centre @ kernel @ centre, centre @ one_hot),
+    ):
+        norms = np.linalg.norm(of_kernel) * np.linalg.norm(of_targets.T @ of_targets)
+        assert measured == pytest.approx(np.sum(of_targets * (of_kernel @ of_targets)) / norms, rel=1e-10)
 
 
 def test_full_ntk_regression_fits_real_targets(tmp_path: Path, rng: np.random.Generator) -> None:

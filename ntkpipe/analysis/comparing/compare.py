@@ -1,15 +1,14 @@
 """Comparing two kernels of the same samples: entries, spectra, eigenspaces, predictions.
 
-For a kernel that fits in memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration
-with a Cholesky factor, its lower bound proved by another; predictions by a factor, those of a singular kernel without a
-ridge by the eigenpairs that are not zero. Where it does not fit, everything comes from passes over the tiles: λ_min by
-block Davidson, whose lower bound rests on none having been missed, predictions by conjugate gradients to a true
-residual of 1e-10, and there is no log-determinant.
+In memory: all eigenvalues by LAPACK up to 2,048 rows; beyond that λ_min by inverse iteration with a Cholesky factor,
+its lower bound proved by another; predictions by a factor, or by all eigenpairs where there is no ridge and the kernel
+is singular. Otherwise by passes over the tiles: λ_min by block Davidson, whose lower bound rests on none having been
+missed, predictions by conjugate gradients to a true residual of 1e-10, and no log-determinant.
 
-Memory: the kernels and copies (24 n² bytes, one at a time) where they fit; else a tile of each, or as many as the limit
-allows; vectors come on top, ``8 n (11 k + 60)`` bytes, and for a kernel that does not fit ``24 n rank`` with the rank
-of a preconditioner, min(1000, n/10). Cost: every tile of both once, diagonal ones twice; of different tiles some of the
-smaller ones up to four times; spectra of kernels that do not fit: 15 passes for leading pairs, 100 for λ_min.
+Memory: ``24 n²`` bytes, one kernel at a time, where that fits; else a tile of each, or as many as the limit allows;
+vectors, ``8 n (11 k + 60)`` bytes, and for passes ``24 n rank`` with the rank of a preconditioner, min(1000, n/10).
+Cost: every tile of both once, diagonal ones twice, of different tiles some of the smaller ones up to four times;
+spectra by passes: 15 for leading pairs, 100 for λ_min.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.analysis.comparing.entries import Differences, measure_differences
+from ntkpipe.analysis.comparing.entries import measure_differences
 from ntkpipe.analysis.comparing.inputs import KernelInput, differing_fields, inputs_of, require_comparable
 from ntkpipe.analysis.comparing.predictions import Goal, Predictions, compare_predictions, goal_of, predict
 from ntkpipe.analysis.comparing.result import Comparison
@@ -29,7 +28,6 @@ from ntkpipe.analysis.comparing.spectra import (
     Way,
     angle_error,
     find_ends,
-    in_memory,
     outer_ends,
     principal_angles,
     ratios_of,
@@ -41,6 +39,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Task
+from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
@@ -134,47 +133,40 @@ def compare_kernels(
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
     goal, note = goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
-    decides: dict[str, Any] = {
-        "k": k,
-        "ridge": ridge,
-        "ridge_scale": ridge_scale,
-        "smallest": smallest_eigenvalue,
-        "seed": seed,
-    }
+    decides: dict[str, Any] = {"k": k, "ridge": ridge, "ridge_scale": ridge_scale, "seed": seed}
     if checkpoint is not None:
         decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
-        decides |= {"function": "compare", **({} if goal is None else goal.digests())}
+        decides |= {"function": "compare_kernels", "smallest": smallest_eigenvalue}
+        decides |= {} if goal is None else goal.digests()
     stages = Stages(checkpoint, decides)
-    entries = stages.once("entries", lambda: vars(measure_differences(*(one.entries(width) for one in inputs))))
-    at = entries["largest_at"]
-    measured = Differences(**{**entries, "largest_at": None if at is None else tuple(at)})
-    if measured.frobenius_b == 0:
+    measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
+    if measured["frobenius_b"] == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
+    measured |= {
+        name: measured[name] / measured["frobenius_b"] for name in ("relative_difference", "scaled_difference")
+    }
+    measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
     # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
     counts = [count if inputs[0].width == inputs[1].width else count * kernel.width for kernel in inputs]
     ridges = [
-        absolute_ridge(ridge, ridge_scale, partial(np.asarray, diagonal[:: width // kernel.width]))
-        for kernel, diagonal in zip(inputs, (measured.diagonal_a, measured.diagonal_b), strict=True)
+        absolute_ridge(ridge, ridge_scale, partial(np.asarray, measured.pop(f"diagonal_{name}")[:: width // one.width]))
+        for name, one in zip("ab", inputs, strict=True)
     ]
-    how: dict[str, Any] = {
-        "goal": goal,
-        "budget": budget,
-        "client": client,
-        "stages": stages,
-        "seed": seed,
-        "monitor": monitor,
-    }
+    how: dict[str, Any] = {"goal": goal, "budget": budget, "client": client, "stages": stages, "seed": seed}
     first, second = (
-        _find(*one, width, with_smallest=smallest_eigenvalue, **how)
+        _find(*one, width, with_smallest=smallest_eigenvalue, monitor=monitor, **how)
         for one in zip("ab", inputs, counts, ridges, eigenpairs or (None, None), strict=True)
     )
+    predicted = {}
+    if goal is not None and first.predictions is not None and second.predictions is not None:
+        predicted = compare_predictions(first.predictions.values, second.predictions.values, goal)
     status, message = _judge(first, second)
-    fields = _input_fields(inputs, width) | _entry_fields(measured) | _spectral_fields(first.ends, second.ends)
+    done = Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work
     return Comparison(
         status=status,
         message=message,
-        work=Work(1.0, measured.bytes_read, 0.0) + first.work + second.work,
+        work=done,
         options={"k": count},
         matrix=first.identity,
         reference=second.identity,
@@ -182,8 +174,18 @@ def compare_kernels(
         ridge_a=first.ridge,
         ridge_b=second.ridge,
         targets="" if goal is None else goal.targets.words,
-        **fields,
-        **_prediction_fields(goal, first.predictions, second.predictions, note),
+        a=inputs[0].name,
+        b=inputs[1].name,
+        kinds=(inputs[0].kind, inputs[1].kind),
+        differs=differing_fields(*inputs),
+        num_samples=inputs[0].num_samples,
+        num_rows=inputs[0].num_samples * width,
+        num_outputs=width,
+        outer=next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
+        **measured,
+        **_spectral_fields(first.ends, second.ends),
+        prediction_note=note,
+        **predicted,
     )
 
 
@@ -207,91 +209,52 @@ def _find(
     way = way_for(kernel.num_samples * kernel.width, budget if client is None else Budget())
     how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": seed, "monitor": monitor}
     with kernel.operator(budget, client) as stored:
-        operators = [stored]
-
-        def computed(function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
-            before = stored.work
-            if way != "passes" and len(operators) == 1:
-                operators.append(in_memory(stored))
-            of_memory = Work() if way == "passes" else operators[-1].work
-            found = function(operators[-1], *args, **options, **how)
-            done = stored.work - before
-            return {**vars(found), "work": done if way == "passes" else done + (operators[-1].work - of_memory)}
+        whole = stored if way == "passes" else None  # read once something is computed
 
         def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
             checkpoint = stages.part(part)
-            compute = partial(computed, function, *args, checkpoint=checkpoint, **options)
-            return dict(stages.once(part, compute))
+
+            def computed() -> dict[str, Any]:
+                nonlocal whole
+                before = stored.work
+                if whole is None:
+                    rows = slice(0, stored.num_rows)
+                    whole = DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype)
+                of_whole = whole.work
+                found = function(whole, *args, checkpoint=checkpoint, **options, **how)
+                done = stored.work - before
+                return {**vars(found), "work": done if whole is stored else done + (whole.work - of_whole)}
+
+            return dict(stages.once(part, computed))
 
         spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=with_smallest, given=given)
-        predicted = None
+        done, found = spectrum.pop("work"), None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
             largest = float(spectrum["eigenvalues"][0])
             predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=budget)
-        done = spectrum.pop("work") + (Work() if predicted is None else predicted.pop("work"))
-        found = None if predicted is None else Predictions(**predicted)
+            done += predicted.pop("work")
+            found = Predictions(**predicted)
         return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)
-
-
-def _input_fields(inputs: tuple[KernelInput, KernelInput], width: int) -> dict[str, Any]:
-    a, b = inputs
-    return {
-        "a": a.name,
-        "b": b.name,
-        "kinds": (a.kind, b.kind),
-        "differs": differing_fields(a, b),
-        "num_samples": a.num_samples,
-        "num_rows": a.num_samples * width,
-        "num_outputs": width,
-        "outer": next((name for name, kernel in zip("ab", inputs, strict=True) if kernel.width < width), None),
-    }
-
-
-def _entry_fields(measured: Differences) -> dict[str, Any]:
-    norm = measured.frobenius_b
-    return {
-        "frobenius_a": measured.frobenius_a,
-        "frobenius_b": norm,
-        "relative_difference": measured.difference / norm,
-        "scale": measured.scale,
-        "scaled_difference": measured.scaled_difference / norm,
-        "alignment": measured.alignment,
-        "centred_alignment": measured.centred_alignment,
-        "largest_entry_difference": measured.largest,
-        "largest_entry": measured.largest_at,
-        "num_zero_rows": measured.num_zero_rows,
-    }
 
 
 def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
     angles = principal_angles(a.eigenvectors, b.eigenvectors)
-    return ratios_of(a, b) | {
-        "eigenvalues_a": a.eigenvalues,
-        "eigenvalues_b": b.eigenvalues,
+    found = ratios_of(a, b) | {
         "largest_eigenvalue_ratio": float(a.eigenvalues[0]) / float(b.eigenvalues[0]),
-        "smallest_eigenvalue_a": a.smallest,
-        "smallest_eigenvalue_b": b.smallest,
-        "smallest_eigenvalue_bounds_a": None if a.high is None else (a.low, a.high),
-        "smallest_eigenvalue_bounds_b": None if b.high is None else (b.low, b.high),
-        "log_determinant_a": a.log_determinant,
-        "log_determinant_b": b.log_determinant,
-        "floor_a": a.floor,
-        "floor_b": b.floor,
         "principal_angles": angles,
         "angle_error": angle_error(a, b),
         "overlap": float(np.mean(np.cos(angles) ** 2)),
     }
-
-
-def _prediction_fields(
-    goal: Goal | None, first: Predictions | None, second: Predictions | None, note: str
-) -> dict[str, Any]:
-    if goal is not None and first is not None and second is not None:
-        return compare_predictions(first.values, second.values, goal) | {"prediction_note": note}
-    names = ("predictions", "test_loss", "test_accuracy")
-    missing = dict.fromkeys([f"{name}_{kernel}" for name in names for kernel in "ab"])
-    return {**missing, "prediction_difference": None, "disagreement": None, "prediction_note": note}
+    for name, ends in (("a", a), ("b", b)):
+        found |= {
+            f"eigenvalues_{name}": ends.eigenvalues,
+            f"smallest_eigenvalue_{name}": ends.smallest,
+            f"smallest_eigenvalue_bounds_{name}": None if ends.high is None else (ends.low, ends.high),
+            f"log_determinant_{name}": ends.log_determinant,
+            f"floor_{name}": ends.floor,
+        }
+    return found
 
 
 def _method(first: _Found, second: _Found) -> str:
@@ -307,7 +270,6 @@ def _method(first: _Found, second: _Found) -> str:
 
 
 def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
-    """The first thing that did not converge, of either kernel."""
     for name, found in (("A", first), ("B", second)):
         for part in (found.ends, found.predictions):
             if part is not None and part.status != "converged":

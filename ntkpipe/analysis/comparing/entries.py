@@ -1,11 +1,9 @@
 """How far two symmetric matrices are apart, from one pass over the entries of both."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.paired_tiles import Entries, Strip, strips
 from ntkpipe.base.arrays import FloatArray
@@ -15,30 +13,10 @@ from ntkpipe.base.errors import NonFiniteError
 _NOTHING_LEFT = 1e-10
 
 
-@dataclass(frozen=True)
-class Differences:
-    """Results of one pass over A and B; inner products and norms are those of Frobenius."""
+def measure_differences(first: Entries, second: Entries) -> dict[str, Any]:
+    """Compare A and B entry by entry; how they are read is in :mod:`ntkpipe.analysis.comparing.paired_tiles`.
 
-    frobenius_a: float  # frobenius_a, frobenius_b: `|A|`, `|B|`
-    frobenius_b: float
-    difference: float  # `|A - B|`
-    scale: float | None  # c that makes `|c A - B|` smallest, `<A, B> / |A|²`; none if A is zero
-    scaled_difference: float  # that `|c A - B|`; `|B|` if A is zero
-    alignment: float | None  # `<A, B> / (|A| |B|)`; none if one is zero
-    # That of `(H ⊗ I) A (H ⊗ I)` and the same of B; none if centring leaves nothing of one
-    centred_alignment: float | None
-    # largest, largest_at: largest `|A_ij - B_ij| / sqrt(B_ii B_jj)`, and its row and column, row <= column
-    largest: float
-    largest_at: tuple[int, int] | None
-    num_zero_rows: int  # rows of B whose diagonal is not positive; their entries are not counted in `largest`
-    diagonal_a: FloatArray  # diagonal_a, diagonal_b: shape (rows,), float64
-    diagonal_b: FloatArray
-    bytes_read: int  # of tiles
-
-
-def measure_differences(first: Entries, second: Entries) -> Differences:
-    """Compare A and B entry by entry; see :func:`ntkpipe.analysis.comparing.paired_tiles.strips` for how they are read.
-
+    By the fields of the comparison, but differences are absolute; beside them diagonals, (rows,), and bytes read.
     ``|c A - B|`` comes from the residual of a c that is near the best one, not from 1 - alignment², which has no digits
     for matrices that differ by rounding. Centring is that of each output over samples, H = I - 11'/N. Its
     inner products come from row sums: their relative error is about 1e-16 times the share of the squared norm that
@@ -46,11 +24,11 @@ def measure_differences(first: Entries, second: Entries) -> Differences:
 
     Memory beside that of the strips is ``2 rows (width + 1)`` float64.
     """
-    sums = _Sums(first.num_samples, first.width)
+    sums = _Sums(first.num_samples, max(first.width, second.width))
     with np.errstate(invalid="ignore", over="ignore"):  # the result is looked at
         for strip in strips(first, second):
             sums.add(strip)
-    return sums.result(first.bytes_read + second.bytes_read)
+    return {**sums.result(), "bytes_read": first.bytes_read + second.bytes_read}
 
 
 class _Sums:
@@ -74,7 +52,10 @@ class _Sums:
             self._add_diagonal(strip)
         first, second = strip.first, strip.second
         if self._near is None:
-            self._near = _near_scale(first, second)
+            # Near the best scale, from a few entries.
+            square = float(np.vdot(first, first))
+            near = float(np.vdot(first, second)) / square if square else 1.0
+            self._near = near if math.isfinite(near) and near else 1.0
         self._add_rows(strip)
         gap = first - second
         residual = gap if self._near == 1.0 else self._near * first - second
@@ -84,10 +65,8 @@ class _Sums:
         self._find_largest(strip, gap)
 
     def _add_diagonal(self, strip: Strip) -> None:
-        """Take the part of the diagonals that a strip of a diagonal block holds."""
-        width = self._width
-        own = np.arange(strip.rows.start * width, strip.rows.stop * width)
-        inside = own - own[0], own - strip.columns.start * width
+        own = np.arange(strip.rows.start, strip.rows.stop)
+        inside = own - own[0], own - strip.columns.start
         for diagonal, values in zip(self._diagonals, (strip.first, strip.second), strict=True):
             diagonal[own] = values[inside]
         of_b = self._diagonals[1][own]
@@ -95,30 +74,25 @@ class _Sums:
 
     def _add_rows(self, strip: Strip) -> None:
         width = self._width
-        rows = slice(strip.rows.start * width, strip.rows.stop * width)
-        columns = slice(strip.columns.start * width, strip.columns.stop * width)
         for sums, values in zip(self._rows, (strip.first, strip.second), strict=True):
-            sums[rows] += values.reshape(len(values), -1, width).sum(axis=1)
+            sums[strip.rows] += values.reshape(len(values), -1, width).sum(axis=1)
             if not strip.is_diagonal:
-                mirrored = values.reshape(-1, width, values.shape[1]).sum(axis=0)
-                sums[columns] += mirrored.T
+                sums[strip.columns] += values.reshape(-1, width, values.shape[1]).sum(axis=0).T
 
     def _find_largest(self, strip: Strip, gap: FloatArray) -> None:
         """Look for the largest difference; in a diagonal block up to the strip's own rows, whose diagonal is known."""
-        width = self._width
-        last = strip.rows.stop if strip.is_diagonal else strip.columns.stop
-        rows = slice(strip.rows.start * width, strip.rows.stop * width)
-        columns = slice(strip.columns.start * width, last * width)
+        rows, columns = strip.rows, strip.columns
+        if strip.is_diagonal:
+            columns = slice(columns.start, rows.stop)
         relative = np.abs(gap[:, : columns.stop - columns.start])
         relative *= self._inverse[rows, None]
         relative *= self._inverse[columns]
-        where = int(relative.argmax())
-        row, column = divmod(where, relative.shape[1])
+        row, column = divmod(int(relative.argmax()), relative.shape[1])
         if relative[row, column] > self._largest:
             self._largest = float(relative[row, column])
             self._at = (rows.start + row, columns.start + column)
 
-    def result(self, bytes_read: int) -> Differences:
+    def result(self) -> dict[str, Any]:
         """Differences from the sums."""
         if not np.isfinite(self._inner).all():
             raise NonFiniteError(
@@ -129,44 +103,33 @@ class _Sums:
         best = residual - with_first**2 / aa if aa else bb
         zero_rows = int((self._diagonals[1] <= 0).sum())
         is_known = self._largest >= 0 and zero_rows < len(self._inverse)
-        return Differences(
-            frobenius_a=math.sqrt(aa),
-            frobenius_b=math.sqrt(bb),
-            difference=math.sqrt(gap),
-            scale=ab / aa if aa else None,
-            scaled_difference=math.sqrt(max(best, 0.0)),
-            alignment=_cosine(ab, aa, bb),
-            centred_alignment=self._centred_alignment(aa, bb, ab),
-            largest=self._largest if is_known else 0.0,
-            largest_at=(min(self._at), max(self._at)) if is_known else None,
-            num_zero_rows=zero_rows,
-            diagonal_a=self._diagonals[0],
-            diagonal_b=self._diagonals[1],
-            bytes_read=bytes_read,
-        )
+        return {
+            "frobenius_a": math.sqrt(aa),
+            "frobenius_b": math.sqrt(bb),
+            "relative_difference": math.sqrt(gap),
+            "scale": ab / aa if aa else None,
+            "scaled_difference": math.sqrt(max(best, 0.0)),
+            "alignment": _cosine(ab, aa, bb),
+            "centred_alignment": self._centred_alignment(aa, bb, ab),
+            "largest_entry_difference": self._largest if is_known else 0.0,
+            "largest_entry": (min(self._at), max(self._at)) if is_known else None,
+            "num_zero_rows": zero_rows,
+            "diagonal_a": self._diagonals[0],
+            "diagonal_b": self._diagonals[1],
+        }
 
     def _centred_alignment(self, aa: float, bb: float, ab: float) -> float | None:
-        centred = {
-            "aa": self._centred(aa, *self._rows[:1] * 2),
-            "bb": self._centred(bb, *self._rows[1:] * 2),
-            "ab": self._centred(ab, *self._rows),
-        }
-        if centred["aa"] <= _NOTHING_LEFT * aa or centred["bb"] <= _NOTHING_LEFT * bb:
+        one, other = self._rows
+        of_a, of_b = self._centred(aa, one, one), self._centred(bb, other, other)
+        if of_a <= _NOTHING_LEFT * aa or of_b <= _NOTHING_LEFT * bb:
             return None
-        return _cosine(centred["ab"], centred["aa"], centred["bb"])
+        return _cosine(self._centred(ab, one, other), of_a, of_b)
 
     def _centred(self, inner: float, one: FloatArray, other: FloatArray) -> float:
         """``<(H ⊗ I) A (H ⊗ I), B>`` from ``<A, B>`` and row sums: I - H ⊗ I is U U' with U = 1 ⊗ I / sqrt(N)."""
         count, width = self._num_samples, self._width
         totals = [sums.reshape(count, width, width).sum(axis=0) for sums in (one, other)]
         return inner - 2 * float(np.vdot(one, other)) / count + float(np.vdot(*totals)) / count**2
-
-
-def _near_scale(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """A scale near the best one, from a few entries."""
-    square = float(np.vdot(first, first))
-    near = float(np.vdot(first, second)) / square if square else 1.0
-    return near if math.isfinite(near) and near else 1.0
 
 
 def _cosine(inner: float, one: float, other: float) -> float | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, OuterEntries, TileEntries
+from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, TileEntries
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -36,9 +36,13 @@ class KernelInput:
     matrix: Any  # a stored kernel, an array, or an operator
     width: int  # rows a sample in the matrix
     num_samples: int  # of the train kernel
-    manifest: Manifest | None  # of a stored kernel
-    store: KernelStore | None  # where it is
-    test_kernel: Any  # test × train, if there is one: a stored kernel or an array
+    store: KernelStore | None = None  # where a stored kernel is
+    test_kernel: Any = None  # test × train, if there is one: a stored kernel or an array
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Manifest of a stored kernel."""
+        return None if self.store is None else self.store.manifest
 
     @property
     def kind(self) -> str | None:
@@ -50,16 +54,13 @@ class KernelInput:
         """Identity of the matrix, by its entries or what is stored."""
         return self.matrix.identity if isinstance(self.matrix, Kernel) else as_operator(self.matrix).identity()
 
-    def entries(self, num_outputs: int) -> Entries:
-        """The entries, or those of ``K ⊗ I_O`` where the matrix has fewer rows a sample than ``num_outputs``."""
+    def entries(self) -> Entries:
+        """The entries, by tiles where there are some."""
         if isinstance(self.matrix, Kernel):
-            found: Entries = TileEntries(KernelTiles(self.matrix), self.width)
-        elif _has_tiles(self.matrix):
-            edge = max(1, _ARRAY_EDGE // self.width) * self.width
-            found = TileEntries(ArrayTiles(self.matrix, edge), self.width)
-        else:
-            found = OperatorEntries(as_operator(self.matrix), self.width)
-        return found if self.width == num_outputs else OuterEntries(found, num_outputs)
+            return TileEntries(KernelTiles(self.matrix), self.width)
+        if _has_tiles(self.matrix):
+            return TileEntries(ArrayTiles(self.matrix, max(1, _ARRAY_EDGE // self.width) * self.width), self.width)
+        return OperatorEntries(as_operator(self.matrix), self.width)
 
     @contextmanager
     def operator(self, budget: Budget, client: "Client | None") -> Iterator[Operator]:
@@ -80,12 +81,7 @@ def _has_tiles(matrix: Any) -> bool:
 
 
 def inputs_of(
-    a: Any,
-    b: Any,
-    *,
-    array: str = _TRAIN,
-    num_outputs: int | None = None,
-    test_kernels: tuple[Any, Any] | None = None,
+    a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None, test_kernels: tuple[Any, Any] | None = None
 ) -> tuple[KernelInput, KernelInput]:
     """The two kernels of a comparison, from stores, paths, stored kernels, arrays or operators."""
     stored = [_stored_input(kernel, array) for kernel in (a, b)]
@@ -93,8 +89,9 @@ def inputs_of(
         _num_rows(kernel, name) if known is None else known.num_samples * known.width
         for kernel, name, known in zip((a, b), "ab", stored, strict=True)
     ]
-    widths = [1 if known is None else known.width for known in stored]
-    full = max(widths) if num_outputs is None else int(check_number("num_outputs", num_outputs, low=1))
+    full = max(1 if known is None else known.width for known in stored)
+    if num_outputs is not None:
+        full = int(check_number("num_outputs", num_outputs, low=1))
     first, second = (
         known or _input_of_matrix(kernel, name, own, full if own == max(rows) else 1)
         for kernel, name, own, known in zip((a, b), "ab", rows, stored, strict=True)
@@ -117,7 +114,7 @@ def _input_of_matrix(kernel: Any, name: str, num_rows: int, width: int) -> Kerne
             f"{name} has {num_rows} rows, which is no multiple of {width} outputs; needed sample * O + output"
         )
     matrix = kernel if isinstance(kernel, Operator) or _has_tiles(kernel) else np.asarray(kernel)
-    return KernelInput(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width, None, None, None)
+    return KernelInput(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width)
 
 
 def _stored_input(kernel: Any, array: str) -> KernelInput | None:
@@ -134,7 +131,7 @@ def _input_of_store(store: KernelStore, array: str) -> KernelInput:
     test_kernel = Kernel(store.store.arrays[test], manifest.digest()) if test in store.store.arrays else None
     name = f"{store.path}" if kernel.name == f"kernel/{_TRAIN}" else f"{store.path} {kernel.name}"
     count = manifest.train.num_samples
-    return KernelInput(name, kernel, manifest.num_covectors, count, manifest, store, test_kernel)
+    return KernelInput(name, kernel, manifest.num_covectors, count, store, test_kernel)
 
 
 def require_comparable(a: KernelInput, b: KernelInput) -> int:
@@ -175,13 +172,10 @@ def has_same_test_samples(a: KernelInput, b: KernelInput) -> bool:
 
 
 def _data_differences(split: str, one: DataRecord, other: DataRecord) -> list[tuple[str, object, object]]:
-    found: list[tuple[str, object, object]] = []
-    for field in ("num_samples", "inputs_digest", "targets_digest"):
-        left, right = getattr(one, field), getattr(other, field)
-        # Targets that only one of the stores has are no contradiction.
-        if left != right and left is not None and right is not None:
-            found.append((f"{split}.{field}", _short(left), _short(right)))
-    return found
+    fields = ("num_samples", "inputs_digest", "targets_digest")
+    found = [(f"{split}.{field}", getattr(one, field), getattr(other, field)) for field in fields]
+    # Targets that only one of the stores has are no contradiction.
+    return [(field, _short(a), _short(b)) for field, a, b in found if a != b and None not in (a, b)]
 
 
 def _short(value: object) -> object:
@@ -190,9 +184,6 @@ def _short(value: object) -> object:
 
 def targets_of(a: KernelInput, b: KernelInput, split: str) -> NDArray[Any] | None:
     """Targets of the first of the stores that has them; ``split`` is ``train`` or ``test``."""
-    for known in (a, b):
-        if known.store is not None:
-            found = known.store.targets if split == "train" else known.store.test_targets
-            if found is not None:
-                return found
-    return None
+    stores = [one.store for one in (a, b) if one.store is not None]
+    found = (store.targets if split == "train" else store.test_targets for store in stores)
+    return next((targets for targets in found if targets is not None), None)

@@ -132,13 +132,12 @@ def compare_predictions(a: FloatArray, b: FloatArray, goal: Goal) -> dict[str, A
     differs = None
     if a.shape[1] > 1 or goal.targets.is_binary:
         differs = float(np.mean(goal.targets.predicted(a) != goal.targets.predicted(b)))
-    return {
-        "predictions_a": a,
-        "predictions_b": b,
+    found: dict[str, Any] = {
         "prediction_difference": float(np.linalg.norm(a - b)) / norm if norm else None,
         "disagreement": differs,
-        "test_loss_a": None if wanted is None else wanted.loss(a),
-        "test_loss_b": None if wanted is None else wanted.loss(b),
-        "test_accuracy_a": None if wanted is None else wanted.accuracy(a),
-        "test_accuracy_b": None if wanted is None else wanted.accuracy(b),
     }
+    for name, values in (("a", a), ("b", b)):
+        found[f"predictions_{name}"] = values
+        found[f"test_loss_{name}"] = None if wanted is None else wanted.loss(values)
+        found[f"test_accuracy_{name}"] = None if wanted is None else wanted.accuracy(values)
+    return found

@@ -51,15 +51,14 @@ class Comparison(Result):
     smallest_eigenvalue_bounds_a: tuple[float | None, float | None] | None
     smallest_eigenvalue_bounds_b: tuple[float | None, float | None] | None
     # λ_min of A over that of B; none where one is not known from zero, by its error and its storage floor
-    smallest_eigenvalue_ratio: float | None
-    smallest_eigenvalue_ratio_bounds: (
-        tuple[float, float] | None
-    )  # for the kernels before they were rounded to be stored
+    smallest_eigenvalue_ratio: float | None = None
+    # For the kernels before they were rounded to be stored
+    smallest_eigenvalue_ratio_bounds: tuple[float, float] | None = None
     smallest_eigenvalue_note: str  # what is known of the ratio, or why nothing is, in words
-    condition_number_a: float | None  # λ_max / λ_min, in the same sense
-    condition_number_b: float | None
-    condition_number_ratio: float | None  # of A over B
-    condition_number_ratio_bounds: tuple[float, float] | None
+    condition_number_a: float | None = None  # λ_max / λ_min, in the same sense
+    condition_number_b: float | None = None
+    condition_number_ratio: float | None = None  # of A over B
+    condition_number_ratio_bounds: tuple[float, float] | None = None
     floor_a: float  # floor_a, floor_b: what rounding of entries did to eigenvalues: below it they are not known
     floor_b: float
     # Between the spaces of as many leading eigenvectors of both as there are eigenvalues, ascending, in radians
@@ -70,14 +69,15 @@ class Comparison(Result):
     log_determinant_b: float | None
     ridge_a: float | None  # ridge_a, ridge_b: λ of the regressions, absolute; none without targets
     ridge_b: float | None
-    predictions_a: FloatArray | None = field(repr=False)  # of test samples, (M, c), given targets and test kernels
-    predictions_b: FloatArray | None = field(repr=False)
-    prediction_difference: float | None  # `|F_a - F_b|_F / |F_b|_F`; as all below none without predictions
-    disagreement: float | None  # share of test samples for which the largest prediction is of another column
-    test_loss_a: float | None  # test_loss_a, test_loss_b: mean squared error of the predictions
-    test_loss_b: float | None
-    test_accuracy_a: float | None  # test_accuracy_a, test_accuracy_b: share of test samples whose class they predict
-    test_accuracy_b: float | None
+    # Of test samples, (M, c), given targets and test kernels; as all below none without predictions
+    predictions_a: FloatArray | None = field(default=None, repr=False)
+    predictions_b: FloatArray | None = field(default=None, repr=False)
+    prediction_difference: float | None = None  # `|F_a - F_b|_F / |F_b|_F`
+    disagreement: float | None = None  # share of test samples for which the largest prediction is of another column
+    test_loss_a: float | None = None  # test_loss_a, test_loss_b: mean squared error of the predictions
+    test_loss_b: float | None = None
+    test_accuracy_a: float | None = None  # test_accuracy_a, test_accuracy_b: share of classes that they predict
+    test_accuracy_b: float | None = None
     prediction_note: str  # why there are no predictions, or what is to be known of them
     targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without predictions
 
@@ -88,37 +88,41 @@ class Comparison(Result):
 
     def purposes(self) -> dict[str, str]:
         """What it costs to use A in place of B, by purpose, in words with numbers."""
-        found = {"leading eigenpairs": self._leading_words(), "smallest eigenvalues": self.smallest_eigenvalue_note}
-        found["log-determinant"] = self._determinant_words()
+        a, b = self.eigenvalues_a, self.eigenvalues_b
+        worst = float(np.abs(a / b - 1).max()) if (b > 0).all() else math.inf
+        angle = _degrees(float(self.principal_angles[-1]))
+        determinant = "not compared: needs all eigenvalues, and λ that makes both positive definite; see ntkpipe.logdet"
+        if self.log_determinant_a is not None and self.log_determinant_b is not None:
+            apart = abs(self.log_determinant_a - self.log_determinant_b)
+            both = f"{self.log_determinant_a:.8g} and {self.log_determinant_b:.8g}"
+            determinant = f"{both}, apart by {apart:.2g}, {apart / self.num_rows:.2g} a row"
+        found = {
+            "leading eigenpairs": f"{len(a)} eigenvalues to {worst:.2g} of each, their space to {angle}",
+            "smallest eigenvalues": self.smallest_eigenvalue_note,
+            "log-determinant": determinant,
+        }
         if self.prediction_difference is None:
             return found | {"regression": self.prediction_note}
         flips = "" if self.disagreement is None else f", {self.disagreement:.2%} of test samples change column"
         words = f"predictions differ by {self.prediction_difference:.2g}{flips}"
         return found | {f"regression, λ = {self.ridge_b:.3g}": words}
 
-    def _leading_words(self) -> str:
-        a, b = self.eigenvalues_a, self.eigenvalues_b
-        worst = float(np.abs(a / b - 1).max()) if (b > 0).all() else math.inf
-        angle = float(self.principal_angles[-1])
-        return f"{len(a)} eigenvalues to {worst:.2g} of each, their space to {_degrees(angle)}"
-
-    def _determinant_words(self) -> str:
-        a, b = self.log_determinant_a, self.log_determinant_b
-        if a is None or b is None:
-            return "not compared: needs all eigenvalues, and λ that makes both positive definite; see ntkpipe.logdet"
-        return f"{a:.8g} and {b:.8g}, apart by {abs(a - b):.2g}, {abs(a - b) / self.num_rows:.2g} a row"
-
     def _rows(self) -> TableRows:
-        rows = [("a", self.a), ("b, the reference", self.b), ("rows", self._size_words())]
+        size = f"{self.num_rows:,} of {self.num_samples:,} samples"
+        if self.outer is not None:
+            size += f"; {self.outer.upper()} = K ⊗ I_{self.num_outputs}, never expanded"
+        tops = f"{self.eigenvalues_a[0]:.6g} / {self.eigenvalues_b[0]:.6g}"
+        scaled = "A is zero" if self.scale is None else f"{self.scaled_difference:.6g}, A times {self.scale:.6g}"
+        rows = [("a", self.a), ("b, the reference", self.b), ("rows", size)]
         if self.differs is not None:
             rows.append(("manifests differ in", ", ".join(self.differs) or "nothing"))
         rows += [
             ("‖A − B‖ / ‖B‖", f"{self.relative_difference:.6g} (Frobenius)"),
-            ("after the best scale", self._scale_words()),
+            ("after the best scale", scaled),
             ("alignment", f"{_number(self.alignment)}, centred {_number(self.centred_alignment)}"),
             ("largest entry", self._largest_words()),
             ("spectra", self.method),
-            ("λ_max, A / B", self._ratio_words()),
+            ("λ_max, A / B", f"{tops} = {self.largest_eigenvalue_ratio:.6g}"),
             ("λ_min, A / B", self.smallest_eigenvalue_note),
         ]
         if self.condition_number_ratio is not None and self.condition_number_ratio_bounds is not None:
@@ -132,15 +136,6 @@ class Comparison(Result):
             rows += [(f"dtype, for {purpose}", words) for purpose, words in self.purposes().items()]
         return rows
 
-    def _size_words(self) -> str:
-        if self.outer is None:
-            return f"{self.num_rows:,} of {self.num_samples:,} samples"
-        name = self.outer.upper()
-        return f"{self.num_rows:,} of {self.num_samples:,} samples; {name} = K ⊗ I_{self.num_outputs}, never expanded"
-
-    def _scale_words(self) -> str:
-        return "A is zero" if self.scale is None else f"{self.scaled_difference:.6g}, A times {self.scale:.6g}"
-
     def _largest_words(self) -> str:
         left_out = f"; {self.num_zero_rows} rows without a diagonal left out" if self.num_zero_rows else ""
         if self.largest_entry is None:
@@ -148,15 +143,11 @@ class Comparison(Result):
         row, column = self.largest_entry
         return f"differs by {self.largest_entry_difference:.4g} of √(B_ii B_jj), row {row}, column {column}{left_out}"
 
-    def _ratio_words(self) -> str:
-        return f"{self.eigenvalues_a[0]:.6g} / {self.eigenvalues_b[0]:.6g} = {self.largest_eigenvalue_ratio:.6g}"
-
     def _angle_words(self) -> str:
         angles = self.principal_angles
         known = "not known: no gap" if self.angle_error >= math.pi / 2 else f"± {_degrees(self.angle_error)}"
-        return (
-            f"{len(angles)} dimensions, angles to {_degrees(float(angles[-1]))} ({known}), overlap {self.overlap:.6g}"
-        )
+        largest = _degrees(float(angles[-1]))
+        return f"{len(angles)} dimensions, angles to {largest} ({known}), overlap {self.overlap:.6g}"
 
     def _prediction_rows(self) -> TableRows:
         if self.prediction_difference is None:

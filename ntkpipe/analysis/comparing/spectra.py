@@ -12,7 +12,6 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.eigh import eigvalsh
 from ntkpipe.solvers.result import Monitor, Status
@@ -52,11 +51,6 @@ class Ends:
     status: Status  # status, message: those of the worse of both ends
     message: str
 
-    @property
-    def gap(self) -> float:
-        """Distance of the leading eigenvalues from the rest, which the sensitivity of their space depends on."""
-        return math.inf if self.next_eigenvalue is None else float(self.eigenvalues[-1]) - self.next_eigenvalue
-
 
 def way_for(num_rows: int, budget: Budget) -> Way:
     """How spectra and predictions of a kernel of so many rows are found.
@@ -68,12 +62,6 @@ def way_for(num_rows: int, budget: Budget) -> Way:
     if num_rows > _MOST_ROWS_IN_MEMORY or not budget.fits(_BYTES_PER_ENTRY * num_rows**2):
         return "passes"
     return "lapack" if num_rows <= _MOST_ROWS_OF_LAPACK else "factor"
-
-
-def in_memory(operator: Operator) -> DenseOperator:
-    """The whole matrix, read once."""
-    whole = slice(0, operator.num_rows)
-    return DenseOperator(operator.block(whole, whole), storage_dtype=operator.storage_dtype)
 
 
 def find_ends(
@@ -89,7 +77,8 @@ def find_ends(
     monitor: Monitor,
 ) -> Ends:
     """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
-    wanted = min(k + 1, operator.num_rows)
+    n = operator.num_rows
+    wanted = min(k + 1, n)
     known = None if given is None or len(given.eigenvalues) < wanted else np.asarray(given.eigenvalues, np.float64)
     status: Status = "converged"
     message = ""
@@ -101,11 +90,15 @@ def find_ends(
         values, vectors = pairs.eigenvalues, pairs.eigenvectors
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
-    every = known if known is not None and len(known) == operator.num_rows else None
+    every = known if known is not None and len(known) == n else None
     if every is None and with_smallest and way == "lapack":
         every = eigvalsh(operator).eigenvalues
-    least, low, high = (None, None, None) if every is None else _of_all(every)
-    if every is None and with_smallest:
+    least = low = high = None
+    if with_smallest and every is not None:
+        unsure = n * _EPS * float(np.abs(every).max())  # of LAPACK
+        least = float(every[-1])
+        low, high = least - unsure, least + unsure
+    elif with_smallest:
         found = _smallest(operator, way, seed, checkpoint, monitor)
         least, low, high = float(found.eigenvalues[0]), found.low, found.high
         # That it is not known at storage precision is a finding; bounds hold all the same.
@@ -116,20 +109,14 @@ def find_ends(
         eigenvectors=np.ascontiguousarray(vectors[:, :k]),
         residual=residual,
         next_eigenvalue=float(values[k]) if wanted > k else None,
-        smallest=least if with_smallest else None,
-        low=low if with_smallest else None,
-        high=high if with_smallest else None,
+        smallest=least,
+        low=low,
+        high=high,
         floor=operator.storage_floor(),
         log_determinant=_log_determinant(operator, every, way, ridge),
         status=status,
         message=message,
     )
-
-
-def _of_all(every: FloatArray) -> tuple[float, float, float]:
-    """The smallest eigenvalue, and bounds of LAPACK's error."""
-    least, unsure = float(every[-1]), len(every) * _EPS * float(np.abs(every).max())
-    return least, least - unsure, least + unsure
 
 
 def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | None, monitor: Monitor) -> Smallest:
@@ -190,7 +177,10 @@ def angle_error(a: Ends, b: Ends) -> float:
     That is the sin Θ theorem (Davis, Kahan 1970, SIAM J. Numer. Anal. 7) with the gap of the values found; infinite
     where there is none.
     """
-    errors = [0.0 if ends.residual == 0 else ends.residual / ends.gap if ends.gap > 0 else math.inf for ends in (a, b)]
+    errors = []
+    for ends in (a, b):
+        gap = math.inf if ends.next_eigenvalue is None else float(ends.eigenvalues[-1]) - ends.next_eigenvalue
+        errors.append(0.0 if ends.residual == 0 else ends.residual / gap if gap > 0 else math.inf)
     return float(min(sum(math.asin(min(1.0, error)) for error in errors), math.pi / 2))
 
 
@@ -200,23 +190,24 @@ def ratios_of(a: Ends, b: Ends) -> dict[str, Any]:
     Values are of the stored kernels. Bounds are for the kernels before they were rounded to be stored: each λ_min may
     be off by its error and its storage floor.
     """
-    names = ("smallest_eigenvalue_ratio", "condition_number_ratio", "condition_number_a", "condition_number_b")
-    found: dict[str, Any] = dict.fromkeys((*names, f"{names[0]}_bounds", f"{names[1]}_bounds"))
     if a.smallest is None or b.smallest is None:
-        return found | {"smallest_eigenvalue_note": "not asked for"}
+        return {"smallest_eigenvalue_note": "not asked for"}
     bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
-    found["condition_number_a"] = condition_a = _condition(a, bounds_a)
-    found["condition_number_b"] = condition_b = _condition(b, bounds_b)
+    tops = float(a.eigenvalues[0]), float(b.eigenvalues[0])
+    condition_a = None if bounds_a is None else tops[0] / a.smallest
+    condition_b = None if bounds_b is None else tops[1] / b.smallest
+    found: dict[str, Any] = {"condition_number_a": condition_a, "condition_number_b": condition_b}
     if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
         words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
         return found | {"smallest_eigenvalue_note": "; ".join(words)}
     ratio, bounds = a.smallest / b.smallest, (bounds_a[0] / bounds_b[1], bounds_a[1] / bounds_b[0])
-    top = float(a.eigenvalues[0]) / float(b.eigenvalues[0])
-    note = f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
+    top = tops[0] / tops[1]
     return found | {
         "smallest_eigenvalue_ratio": ratio,
         "smallest_eigenvalue_ratio_bounds": bounds,
-        "smallest_eigenvalue_note": note,
+        "smallest_eigenvalue_note": (
+            f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
+        ),
         "condition_number_ratio": condition_a / condition_b,
         "condition_number_ratio_bounds": (top / bounds[1], top / bounds[0]),
     }
@@ -228,11 +219,6 @@ def _before_rounding(ends: Ends) -> Bounds | None:
     if ends.low is None or ends.low - ends.floor <= 0:
         return None
     return ends.low - ends.floor, ends.high + ends.floor
-
-
-def _condition(ends: Ends, bounds: Bounds | None) -> float | None:
-    assert ends.smallest is not None
-    return None if bounds is None else float(ends.eigenvalues[0]) / ends.smallest
 
 
 def _why(name: str, ends: Ends) -> str:

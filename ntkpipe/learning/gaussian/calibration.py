@@ -14,7 +14,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.learning.regression.sources import said_of
+from ntkpipe.learning.regression.sources import runs, said_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 
@@ -151,16 +151,14 @@ def calibration(
 
 
 def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike | None, task: Task) -> Targets:
-    """Test targets, encoded as those of training were."""
     columns = posterior.mean.shape[1]
     known = posterior.classes if classes is None else np.asarray(classes)
     if known is not None:
         train = Targets(np.zeros((0, columns)), np.asarray(known), None, False, posterior.is_binary)
         targets = encode_test(test_targets, train)
-    elif columns == 1:
-        targets = encode(test_targets, task="regression" if task == "auto" else task)
     else:
-        targets = encode(test_targets, task=task, num_outputs=columns)
+        task = "regression" if columns == 1 and task == "auto" else task
+        targets = encode(test_targets, task=task, num_outputs=columns if columns > 1 else None)
     if targets.matrix.shape != posterior.mean.shape:
         raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
     return targets
@@ -216,9 +214,7 @@ def largest_of_independent(mean: FloatArray, variance: FloatArray) -> FloatArray
     weights = weights / np.sqrt(2 * np.pi)
     found = np.empty_like(mean)
     outputs = mean.shape[1]
-    step = max(1, _BYTES_AT_ONCE // (8 * _NODES * outputs**2))
-    for start in range(0, len(mean), step):
-        some = slice(start, start + step)
+    for some in runs(len(mean), max(1, _BYTES_AT_ONCE // (8 * _NODES * outputs**2))):
         gaps = (mean[some, :, None] - mean[some, None, :]) / np.sqrt(variance[some])[:, None, None]
         logs = log_ndtr(nodes + gaps[..., None])
         logs[:, range(outputs), range(outputs)] = 0.0

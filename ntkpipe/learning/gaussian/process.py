@@ -2,14 +2,12 @@
 
 With G = (K + λI)^-1, following Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: the posterior
 mean ``K_* G Y`` (Eq. 2.25), the covariance ``K_** - K_* G K_*'`` of the function without noise (Eq. 2.26), and the
-log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30), by a Cholesky factor as in Algorithm
-2.1.
-
-Cost: n³/3 and ``n² M S`` multiplications and additions; streamed, some tens of passes for each run of test rows that
-fits memory, 256 at most.
+log marginal likelihood ``-½ y'G y - ½ log det(K + λI) - ½ n log 2π`` (Eq. 2.30). Cost: n³/3 and ``n² M S``
+multiplications and additions; streamed, some tens of passes for each run of test rows that fits memory, 256 at most.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +26,7 @@ from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
 from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.leave_one_out import quadratic
 from ntkpipe.learning.regression.sources import offset_of_test, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
@@ -169,68 +168,74 @@ def gaussian_process(
     if method == "auto":
         is_exact = path is not None or factor_fits(operator.num_rows, budget)
     stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
+    verdict = Convergence()
+
+    def once(name: str, compute: Callable[[Convergence], dict[str, Any]]) -> Mapping[str, Any]:
+        """A stage, and how well its systems are solved."""
+
+        def computed() -> dict[str, Any]:
+            own = Convergence()
+            return {**compute(own), **vars(own)}
+
+        found = stages.once(name, computed)
+        for words in found["messages"] or [""]:
+            verdict.add(found["status"], found["worst"], words)
+        return found
+
+    by: _ByFactor | _ByPasses
     if is_exact:
         factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
-        by: _ByFactor | _ByPasses = _ByFactor(
-            factor, train.rhs, "in memory" if path is None else f"in {factor.path}", tol
-        )
+        by, why = _ByFactor(factor, tol), f"a factor {'in memory' if path is None else f'in {factor.path}'}"
+        message = "exact, by a Cholesky factor in float64"
     else:
         inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-        by = _ByPasses(inverse, operator, train.rhs, noise, stages)
+        by, why = _ByPasses(inverse, operator, noise), f"a factor does not fit; {inverse.words}"
+        message = "systems are solved; the log determinant is an estimate with its error"
+    found = once("coefficients", partial(by.solved, train.rhs))
     if cross is not None:
-        mean = as_samples(cross.times(by.coefficients), width) + offset
-        covariance = covariance - by.explained(cross, width)
-    likelihood = _likelihood(by, *train.rhs.shape)
+        mean = as_samples(cross.times(found["coefficients"]), width) + offset
+        explained = np.empty_like(covariance)
+        for samples, rows in cross.sample_blocks(by.columns_at_once // width):
+            part = once(f"test-{samples.start}-{samples.stop}", partial(by.forms, rows, width))
+            explained[samples] = part["forms"]
+        covariance = covariance - explained
+    variance = np.einsum("mss->ms", covariance)  # a view
+    num_clipped = int((variance < 0.0).sum())
+    np.maximum(variance, 0.0, out=variance)  # where rounding made them negative
+    logdet = once("logdet", by.logdet)
+    num_rows, num_columns = train.rhs.shape
+    data_fit, complexity = -0.5 * found["form"], -0.5 * num_columns * logdet["value"]
     classes = train.targets.classes
     return Posterior(
-        status=by.convergence.status,
-        message=by.convergence.messages[0] if by.convergence.messages else by.message,
+        status=verdict.status,
+        message=verdict.messages[0] if verdict.messages else message,
         work=stages.work,
         seconds=stages.seconds,
         options={"centred": is_centred},
         mean=mean,
         noise=noise,
         mean_diagonal=float(operator.diagonal().mean()),
-        why=by.why if method == "auto" else f"asked for; {by.why}",
+        log_marginal_likelihood=data_fit + complexity - 0.5 * num_rows * num_columns * math.log(2 * math.pi),
+        log_marginal_likelihood_error=0.5 * num_columns * logdet["error"],
+        data_fit=data_fit,
+        complexity=complexity,
+        scale=found["form"] / (num_rows * num_columns),
+        num_rows=num_rows,
+        num_columns=num_columns,
+        method="cholesky" if is_exact else "streamed",
+        why=why if method == "auto" else f"asked for; {why}",
+        residual=verdict.worst,
         floor=operator.storage_floor(),
         targets=train.targets.words,
         classes=None if classes is None else tuple(classes.tolist()),
         is_binary=train.targets.is_binary,
-        **_without_negative(covariance),
-        **likelihood,
+        covariance=covariance,
+        variance=variance.copy(),
+        num_clipped=num_clipped,
     )
 
 
-def _without_negative(covariance: FloatArray) -> dict[str, Any]:
-    """Covariance and variance with zero for variances that rounding made negative, by the names of the result."""
-    variance = np.diagonal(covariance, axis1=1, axis2=2)
-    clipped = variance < 0.0
-    if clipped.any():
-        covariance = covariance.copy()
-        places = np.arange(covariance.shape[1])
-        covariance[:, places, places] = np.maximum(variance, 0.0)
-    return {"covariance": covariance, "variance": np.maximum(variance, 0.0), "num_clipped": int(clipped.sum())}
-
-
-def _likelihood(by: "_ByFactor | _ByPasses", num_rows: int, num_columns: int) -> dict[str, Any]:
-    """The marginal likelihood with its parts and its scale, and how it was found, by the names of the result."""
-    logdet, logdet_error = by.logdet()
-    data_fit, complexity = -0.5 * by.form, -0.5 * num_columns * logdet
-    return {
-        "log_marginal_likelihood": data_fit + complexity - 0.5 * num_rows * num_columns * math.log(2 * math.pi),
-        "log_marginal_likelihood_error": 0.5 * num_columns * logdet_error,
-        "data_fit": data_fit,
-        "complexity": complexity,
-        "scale": by.form / (num_rows * num_columns),
-        "method": by.name,
-        "residual": by.convergence.worst,
-        "num_rows": num_rows,
-        "num_columns": num_columns,
-    }
-
-
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
-    """The kernel of each test sample with itself, (M, S, S)."""
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
         raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")
@@ -242,83 +247,44 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
 class _ByFactor:
     """Exact conditioning, by a Cholesky factor of ``K + λI``, whose inverse is G."""
 
-    name = "cholesky"
+    columns_at_once = sys.maxsize
 
-    def __init__(self, factor: CholeskyFactor, rhs: FloatArray, place: str, tol: float) -> None:
-        self._factor = factor
-        found = factor.solve(rhs, tol=tol)
-        self.coefficients = np.asarray(found.coefficients)
-        self.convergence = Convergence()
-        self.convergence.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
-        self.form = float(np.sum(rhs * self.coefficients))  # tr Y'G Y
-        self.why = f"a factor {place}"
-        self.message = "exact, by a Cholesky factor in float64"
+    def __init__(self, factor: CholeskyFactor, tol: float) -> None:
+        self._factor, self._tol = factor, tol
 
-    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
-        """``K_* G K_*'`` of each test sample, shape (M, S, S)."""
-        found = np.empty((cross.num_samples, width, width))
-        for samples, rows in cross.sample_blocks():
-            half = self._factor.half_solve(rows.T).T.reshape(-1, width, rows.shape[1])
-            found[samples] = half @ half.transpose(0, 2, 1)
-        return found
+    def solved(self, rhs: FloatArray, verdict: Convergence) -> dict[str, Any]:
+        """Coefficients ``G Y``, and ``tr Y'G Y``."""
+        found = self._factor.solve(rhs, tol=self._tol)
+        coefficients = np.asarray(found.coefficients)
+        verdict.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
+        return {"coefficients": coefficients, "form": float(np.sum(rhs * coefficients))}
 
-    def logdet(self) -> tuple[float, float]:
+    def forms(self, rows: FloatArray, width: int, verdict: Convergence) -> dict[str, Any]:
+        """``K_* G K_*'`` of each test sample, shape (m, S, S), from their rows."""
+        return {"forms": quadratic(self._factor, rows.T, width=width)}
+
+    def logdet(self, verdict: Convergence) -> dict[str, Any]:
         """``log det(K + λI)``, and its error."""
-        return self._factor.logdet, 0.0
+        return {"value": self._factor.logdet, "error": 0.0}
 
 
 class _ByPasses:
-    """Conditioning by conjugate gradients, with stochastic quadrature for the determinant."""
+    """Conditioning by conjugate gradients, with stochastic quadrature for the determinant; see :class:`_ByFactor`."""
 
-    name = "streamed"
+    def __init__(self, inverse: StreamedInverse, operator: Operator, noise: float) -> None:
+        self._inverse, self._operator, self._noise = inverse, operator, noise
+        self.columns_at_once = inverse.columns_at_once
 
-    def __init__(
-        self, inverse: StreamedInverse, operator: Operator, rhs: FloatArray, noise: float, stages: CountedStages
-    ) -> None:
-        self._inverse, self._operator, self._rhs, self._noise = inverse, operator, rhs, noise
-        self._stages, self.convergence = stages, Convergence()
-        found = self._once("coefficients", self._solved)
-        self.coefficients, self.form = found["coefficients"], found["form"]
-        self.why = f"a factor does not fit; {self._inverse.words}"
-        self.message = "systems are solved; the log determinant is an estimate with its error"
-
-    def _once(self, name: str, compute: Callable[[Convergence], dict[str, Any]]) -> Mapping[str, Any]:
-        """A stage, and how well its systems are solved."""
-
-        def computed() -> dict[str, Any]:
-            verdict = Convergence()
-            return {**compute(verdict), **vars(verdict)}
-
-        found = self._stages.once(name, computed)
-        for message in found["messages"] or [""]:
-            self.convergence.add(found["status"], found["worst"], message)
-        return found
-
-    def _solved(self, verdict: Convergence) -> dict[str, Any]:
-        coefficients = self._inverse.times(self._rhs, self._noise, verdict)
+    def solved(self, rhs: FloatArray, verdict: Convergence) -> dict[str, Any]:
+        coefficients = self._inverse.times(rhs, self._noise, verdict)
         # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
-        residual = self._rhs - self._operator.shifted(self._noise).matmat(coefficients)
-        form = float(np.sum(self._rhs * coefficients) + np.sum(coefficients * residual))
+        residual = rhs - self._operator.shifted(self._noise).matmat(coefficients)
+        form = float(np.sum(rhs * coefficients) + np.sum(coefficients * residual))
         return {"coefficients": coefficients, "form": form}
 
-    def explained(self, cross: CrossKernel, width: int) -> FloatArray:
-        """See :class:`_ByFactor`."""
+    def forms(self, rows: FloatArray, width: int, verdict: Convergence) -> dict[str, Any]:
+        return {"forms": self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, verdict)}
 
-        def forms(rows: FloatArray, verdict: Convergence) -> dict[str, Any]:
-            columns = np.ascontiguousarray(rows.T)
-            return {"forms": self._inverse.quadratic(columns, self._noise, width, verdict)}
-
-        found = np.empty((cross.num_samples, width, width))
-        for samples, rows in cross.sample_blocks(max(1, self._inverse.columns_at_once // width)):
-            found[samples] = self._once(f"test-{samples.start}-{samples.stop}", partial(forms, rows))["forms"]
-        return found
-
-    def logdet(self) -> tuple[float, float]:
-        """See :class:`_ByFactor`."""
-
-        def estimated(verdict: Convergence) -> dict[str, Any]:
-            value, error = self._inverse.logdet(self._noise, verdict)
-            return {"value": value, "error": error}
-
-        found = self._once("logdet", estimated)
-        return found["value"], found["error"]
+    def logdet(self, verdict: Convergence) -> dict[str, Any]:
+        value, error = self._inverse.logdet(self._noise, verdict)
+        return {"value": value, "error": error}

@@ -1,6 +1,8 @@
 """Kernels of test samples with train samples: any rectangle, a part at a time."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.targets import as_samples, encode_test
-from ntkpipe.learning.regression.sources import TrainTargets
+from ntkpipe.learning.regression.sources import TrainTargets, runs
 from ntkpipe.store.kernel import Kernel
 
 # Size of a part in float64.
@@ -39,33 +41,23 @@ class CrossKernel:
             found[rows] += _finite(part, rows) @ block[columns]
         return found
 
-    def sample_blocks(self, most_samples: int | None = None) -> Iterator[tuple[slice, FloatArray]]:
+    def sample_blocks(self, most_samples: int = sys.maxsize) -> Iterator[tuple[slice, FloatArray]]:
         """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
-        step = fitting if most_samples is None else max(1, min(fitting, most_samples))
-        for start in range(0, self.num_samples, step):
-            samples = slice(start, min(start + step, self.num_samples))
+        for samples in runs(self.num_samples, max(1, min(fitting, most_samples))):
             rows = slice(samples.start * self._width, samples.stop * self._width)
             yield samples, _finite(np.asarray(self._matrix[rows, :], np.float64), rows)
 
     def _parts(self) -> Iterator[tuple[slice, slice, FloatArray]]:
-        if isinstance(self._matrix, Kernel):
-            yield from self._tiles(self._matrix)
+        if not isinstance(self._matrix, Kernel):
+            for rows in runs(self.num_rows, max(1, _BYTES_AT_ONCE // (8 * self._num_columns))):
+                yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
             return
-        step = max(1, _BYTES_AT_ONCE // (8 * self._num_columns))
-        for start in range(0, self.num_rows, step):
-            rows = slice(start, min(start + step, self.num_rows))
-            yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
-
-    @staticmethod
-    def _tiles(kernel: Kernel) -> Iterator[tuple[slice, slice, FloatArray]]:
-        rows, columns = kernel.grid.rows, kernel.grid.columns
-        for row in range(rows.num_tiles):
-            for column in range(columns.num_tiles):
-                at_rows, at_columns = rows.rows(row), columns.rows(column)
-                tile = kernel.read_tile(row, column)
-                where = slice(at_rows.start, at_rows.stop), slice(at_columns.start, at_columns.stop)
-                yield *where, np.asarray(tile, np.float64)
+        of_rows, of_columns = self._matrix.grid.rows, self._matrix.grid.columns
+        for row, column in product(range(of_rows.num_tiles), range(of_columns.num_tiles)):
+            tile = np.asarray(self._matrix.read_tile(row, column), np.float64)
+            at_rows, at_columns = of_rows.rows(row), of_columns.rows(column)
+            yield slice(at_rows.start, at_rows.stop), slice(at_columns.start, at_columns.stop), tile
 
 
 def _finite(part: FloatArray, rows: slice) -> FloatArray:

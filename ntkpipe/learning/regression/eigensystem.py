@@ -1,7 +1,9 @@
 """All eigenpairs of a kernel where they fit in memory, or those that a caller already has."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -10,8 +12,9 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.direct.eigh import Spectrum, eigh
 from ntkpipe.solvers.result import Monitor
+from ntkpipe.solvers.spectral.lanczos import Eigenpairs
 
 # `exact` has all eigenvalues in memory, `streamed` makes passes of the operator, `auto` is the former where it fits.
 AnalysisMethod = Literal["auto", "exact", "streamed"]
@@ -20,25 +23,17 @@ _TOLERANCE = 1e-5
 _SEED = 0
 
 
-class KnownEigenpairs(Protocol):
-    """Eigenpairs of a symmetric matrix, however they were found."""
-
-    @property
-    def eigenvalues(self) -> FloatArray:
-        """Descending, shape (k,)."""
-
-    @property
-    def eigenvectors(self) -> FloatArray | None:
-        """Orthonormal columns, shape (n, k)."""
-
-
 @dataclass(frozen=True)
 class Eigensystem:
     """Eigenpairs in descending order."""
 
     eigenvalues: FloatArray  # shape (k,)
     eigenvectors: FloatArray  # shape (n, k)
-    why: str  # where they come from, in words
+
+    @property
+    def why(self) -> str:
+        """Where those of a caller come from, in words."""
+        return f"{len(self.eigenvalues):,} eigenpairs were given"
 
     @property
     def is_whole(self) -> bool:
@@ -46,31 +41,37 @@ class Eigensystem:
         return bool(self.eigenvectors.shape[0] == self.eigenvectors.shape[1])
 
 
-def does_not_fit(num_rows: int, budget: Budget) -> str:
-    """Why an analysis is streamed, in words."""
-    room = max(0, budget.room(share=1.0))
-    return f"all eigenvalues of {num_rows:,} rows do not fit the {format_bytes(room)} that are left"
+KnownEigenpairs = Spectrum | Eigenpairs | Eigensystem  # of a symmetric matrix, however they were found
+
+
+def where_it_fits(
+    compute: Callable[[], Spectrum], num_rows: int, budget: Budget, method: AnalysisMethod
+) -> tuple[Spectrum | None, str]:
+    """All eigenvalues by LAPACK, unless streamed was asked for or they do not fit; and why, in words."""
+    if method == "streamed":
+        return None, "streamed was asked for"
+    try:
+        return compute(), "they fit in memory"
+    except ResourceError:
+        if method == "exact":
+            raise
+        room = max(0, budget.room(share=1.0))
+        return None, f"all eigenvalues of {num_rows:,} rows do not fit the {format_bytes(room)} that are left"
 
 
 def find_eigensystem(
     operator: Operator, given: KnownEigenpairs | None, budget: Budget, method: AnalysisMethod, monitor: Monitor
 ) -> tuple[Eigensystem | None, str]:
     """All eigenpairs, given or computed where they fit; else those that were given, if any. And why, in words."""
-    system = None
-    if given is not None:
-        system = check_eigenpairs(operator, given)
-        if system.is_whole:
-            return system, system.why
-    if method == "streamed":
-        return system, "streamed was asked for" if system is None else f"{system.why}, and streamed was asked for"
-    try:
-        found = eigh(operator, memory_limit=budget, monitor=monitor)
-    except ResourceError:
-        if method == "exact":
-            raise
-        return system, does_not_fit(operator.num_rows, budget)
+    system = None if given is None else check_eigenpairs(operator, given)
+    if system is not None and system.is_whole:
+        return system, system.why
+    compute = partial(eigh, operator, memory_limit=budget, monitor=monitor)
+    found, why = where_it_fits(compute, operator.num_rows, budget, method)
+    if found is None:
+        return system, f"{system.why}, and {why}" if system is not None and method == "streamed" else why
     assert found.eigenvectors is not None
-    return Eigensystem(found.eigenvalues, found.eigenvectors, "all eigenvalues fit in memory"), "they fit in memory"
+    return Eigensystem(found.eigenvalues, found.eigenvectors), why
 
 
 def check_eigenpairs(operator: Operator, given: KnownEigenpairs) -> Eigensystem:
@@ -93,4 +94,4 @@ def check_eigenpairs(operator: Operator, given: KnownEigenpairs) -> Eigensystem:
             f"eigenpairs that are not of this matrix: orthonormal to {gap:.2g}, products differ by {error:.2g} of "
             f"{scale:.3g}; needed {_TOLERANCE:g}. Compute them from the same kernel, by ntkpipe.eigh or ntkpipe.eigsh"
         )
-    return Eigensystem(values, vectors, f"{len(values):,} eigenpairs were given")
+    return Eigensystem(values, vectors)

@@ -191,34 +191,24 @@ class KernelRegression:
         return given
 
     def _solve(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
-        """Solve by the method that was asked for, or that suits the system."""
         check_number("tol", self.tol, low=0.0)
         if self.method == "eigh":
             return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why="asked for", budget=budget)
         if self.method == "auto" and self.ridge_ == 0.0:
             return self._interpolate(operator, rhs, budget)
         if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, budget)):
-            return solve(
-                operator,
-                rhs,
-                ridge=self.ridge_,
-                method=self.method,
-                task="regression",
-                tol=self.tol,
-                rank=rank_beside(rhs.shape[1], operator.num_rows, budget),
-                seed=self.seed,
-                memory_limit=budget,
-            )
+            return solve(operator, rhs, method=self.method, memory_limit=budget, **self._how(operator, rhs, budget))
         why = "a factor does not fit memory" if self.method == "auto" else "asked for"
         return self._iterate(operator, rhs, why, budget)
 
-    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, budget: Budget) -> Solution:
-        """Solve by conjugate gradients, with a preconditioner of the rank that fits."""
-        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
+    def _how(self, operator: Operator, rhs: FloatArray, budget: Budget) -> dict[str, Any]:
+        """Options of :func:`ntkpipe.solve`, with a preconditioner of the rank that fits."""
         rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
-        how: dict[str, Any] = {"task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
-        found = solve(operator, rhs, ridge=self.ridge_, method=method, **how)
-        return replace(found, why=why)
+        return {"ridge": self.ridge_, "task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
+
+    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, budget: Budget) -> Solution:
+        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
+        return replace(solve(operator, rhs, method=method, **self._how(operator, rhs, budget)), why=why)
 
     def _interpolate(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
         """Solve for λ = 0: by a factor where the matrix is surely not singular, else by eigenpairs or iterations."""

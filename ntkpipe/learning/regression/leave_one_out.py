@@ -1,15 +1,19 @@
 """Exact leave-one-out of kernel ridge regression from one fit: blocks of the inverse instead of n refits.
 
-With G = (K + λI)^-1 and coefficients A = G Y, leaving sample i out of the training set predicts it with the residual
-``(G_ii)^-1 A_i``, where i stands for all rows of the sample: one, or the O rows of a full NTK, which share an input and
-must go together. For one row it is A_i / G_ii (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006,
-equation 5.12; Allen 1974, PRESS). For blocks it is the same elimination: with the rows of i last, the inverse of a
-partitioned matrix gives ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
+With G = (K + λI)^-1 and coefficients A = G Y, the fit without sample i misses it by ``(G_ii)^-1 A_i``, where i stands
+for all rows of the sample: one, or the O rows of a full NTK, which share an input and must go together. For one row see
+Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equation 5.12, and Allen 1974, PRESS; with the
+rows of i last, elimination gives the same for blocks, ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1 y_-i)``.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.learning.regression.sources import rows_of, runs
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 
 # Size of a temporary array.
@@ -31,9 +35,7 @@ def weighted_blocks(vectors: FloatArray, weights: FloatArray, width: int) -> Flo
     """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications."""
     count = len(vectors) // width
     found = np.empty((count, width, width))
-    step = max(1, _BYTES_AT_ONCE // (8 * width * vectors.shape[1]))
-    for start in range(0, count, step):
-        samples = slice(start, min(start + step, count))
+    for samples in runs(count, max(1, _BYTES_AT_ONCE // (8 * width * vectors.shape[1]))):
         rows = vectors[samples.start * width : samples.stop * width].reshape(-1, width, vectors.shape[1])
         if width == 1:  # as one product, for which there is BLAS
             found[samples, 0, 0] = np.square(rows[:, 0]) @ weights
@@ -50,15 +52,27 @@ def inverse_blocks(factor: CholeskyFactor, width: int) -> FloatArray:
     count = factor.num_rows // width
     if width == 1:
         return factor.inverse_diagonal().reshape(count, 1, 1)
-    found = np.empty((count, width, width))
-    step = max(1, factor.panel_width // width)
-    for start in range(0, count, step):
-        samples = slice(start, min(start + step, count))
-        rows = np.arange(samples.start * width, samples.stop * width)
-        unit = np.zeros((factor.num_rows, len(rows)))
+    return blocks_at(
+        np.arange(count), factor.num_rows, width, factor.panel_width, partial(quadratic, factor, width=width)
+    )
+
+
+def quadratic(factor: CholeskyFactor, columns: FloatArray, *, width: int) -> FloatArray:
+    """``B_i' (K + shift I)^-1 B_i`` by a factor for each run of ``width`` columns, shape (c / width, width, width)."""
+    half = factor.half_solve(columns).T.reshape(-1, width, len(columns))
+    return np.asarray(half @ half.transpose(0, 2, 1))
+
+
+def blocks_at(
+    samples: NDArray[np.int64], num_rows: int, width: int, most: int, form: Callable[[FloatArray], FloatArray]
+) -> FloatArray:
+    """Diagonal blocks of a matrix at samples, from its quadratic form of unit vectors, about ``most`` at a time."""
+    found = np.empty((len(samples), width, width))
+    for some in runs(len(samples), max(1, most // width)):
+        rows = rows_of(samples[some], width)
+        unit = np.zeros((num_rows, len(rows)))
         unit[rows, np.arange(len(rows))] = 1.0
-        half = factor.half_solve(unit).reshape(factor.num_rows, -1, width).transpose(1, 2, 0)
-        found[samples] = half @ half.transpose(0, 2, 1)
+        found[some] = form(unit)
     return found
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
@@ -38,6 +39,14 @@ def cut_off(operator: Operator, largest: float) -> float:
     return max(operator.storage_floor(), operator.num_rows * _EPS * largest)
 
 
+def pseudo_inverse(values: FloatArray, ridge: float, cut: float) -> tuple[FloatArray, NDArray[np.bool_], float]:
+    """Eigenvalues of ``(K + λI)⁺``, which of K's count (at λ = 0 those beyond the cut-off), and the least of those."""
+    shifted = values + ridge
+    kept = np.ones(len(values), bool) if ridge else np.abs(values) > cut
+    inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
+    return inverse, kept, float(shifted[kept].min(initial=np.inf))
+
+
 def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
     """About the smallest eigenvalue of what was factored, from above: subspace iteration with the inverse.
 
@@ -61,8 +70,7 @@ def minimum_norm(
     pairs = eigh(operator, memory_limit=budget)
     vectors, values = require_all(pairs, operator.num_rows), pairs.eigenvalues
     cut = cut_off(operator, float(np.abs(values).max())) if ridge == 0.0 else 0.0
-    kept = np.abs(values) > cut if ridge == 0.0 else np.ones(len(values), bool)
-    inverse = np.divide(1.0, values + ridge, out=np.zeros_like(values), where=kept & (values + ridge != 0.0))
+    inverse, kept, smallest = pseudo_inverse(values, ridge, cut)
     inside = vectors.T @ rhs
     coefficients = vectors @ (inverse[:, None] * inside)
     sizes = np.linalg.norm(rhs, axis=0)
@@ -80,7 +88,6 @@ def minimum_norm(
         message += (
             f", the solution is the one of smallest norm, and leaves {left:.2g} of Y that is outside of the range"
         )
-    smallest = float((values + ridge)[kept].min(initial=np.inf))
     if smallest <= 0.0:
         status = "indefinite at storage precision"
         message = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a larger ridge"
@@ -99,7 +106,6 @@ def by_factor(factor: CholeskyFactor, rhs: FloatArray, *, tol: float, why: str) 
 
 
 def _solution(coefficients: FloatArray, residuals: FloatArray, **found: Any) -> Solution:
-    """The result of a method without iterations."""
     columns = coefficients.shape[1]
     return Solution(
         coefficients=coefficients,

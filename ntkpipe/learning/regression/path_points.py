@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +13,13 @@ from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression import leave_one_out
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.minimum_norm import cut_off, require_all
-from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, runs
+from ntkpipe.learning.regression.minimum_norm import cut_off, pseudo_inverse, require_all
+from ntkpipe.learning.regression.sources import WithError, rows_of
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.result import Status
 
 _INDEFINITE: Status = "indefinite at storage precision"
-
-
-class WithError(NamedTuple):
-    """A number and its standard error, zero where it is exact."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -62,35 +56,32 @@ class Point:
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
-class ByEigenpairs:
+# The fit at a ridge λ, where iterations begin with the coefficients of another ridge.
+Finder = Callable[[float, FloatArray | None], Point]
+
+
+def by_eigenpairs(operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int) -> Finder:
     """Exact, ``n² (2 c + S)`` multiplications a ridge once all eigenpairs are known.
 
     At λ = 0 eigenvalues up to the cut-off count as zero, and the fit is the minimum-norm solution, as the limit of
     ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
     """
+    vectors, values = require_all(pairs, operator.num_rows), np.asarray(pairs.eigenvalues, np.float64)
+    cut = cut_off(operator, float(np.abs(values).max()))
+    inside = vectors.T @ rhs
 
-    def __init__(self, operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int, why: str) -> None:
-        self._vectors = require_all(pairs, operator.num_rows)
-        self._values = np.asarray(pairs.eigenvalues, np.float64)
-        self._cut = cut_off(operator, float(np.abs(self._values).max()))
-        self._rhs, self._width, self.why = rhs, width, why
-        self._inside = self._vectors.T @ rhs
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ."""
-        kept = np.ones(len(self._values), bool) if ridge else np.abs(self._values) > self._cut
-        shifted = self._values + ridge
-        weights = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
-        coefficients = self._vectors @ (weights[:, None] * self._inside)
-        blocks = leave_one_out.weighted_blocks(self._vectors, weights, self._width)
-        smallest = float(shifted[kept].min(initial=np.inf))
-        status: Status = "converged" if smallest > 0.0 else _INDEFINITE
-        message = "" if smallest > 0.0 else f"an eigenvalue of K + λI is {smallest:.3g}"
+    def at(ridge: float, guess: FloatArray | None) -> Point:
+        weights, kept, smallest = pseudo_inverse(values, ridge, cut)
+        coefficients = vectors @ (weights[:, None] * inside)
+        blocks = leave_one_out.weighted_blocks(vectors, weights, width)
+        found: dict[str, Any] = {}
+        if smallest <= 0.0:
+            found = {"status": _INDEFINITE, "message": f"an eigenvalue of K + λI is {smallest:.3g}"}
         if kept.all():
-            return _exact_point(ridge, coefficients, blocks, status=status, message=message)
+            return _point(ridge, coefficients, blocks, **found)
         null = (~kept).astype(np.float64)
-        outside = self._vectors @ (null[:, None] * self._inside)
-        null_blocks = leave_one_out.weighted_blocks(self._vectors, null, self._width)
+        outside = vectors @ (null[:, None] * inside)
+        null_blocks = leave_one_out.weighted_blocks(vectors, null, width)
         rest = float(null.sum()) / len(null)
         return Point(
             coefficients=coefficients,
@@ -100,118 +91,82 @@ class ByEigenpairs:
             left_out_samples=np.arange(len(blocks)),
             left_out_residuals=leave_one_out.limit_residuals(null_blocks, outside, blocks, coefficients),
             proxy_residuals=None,
-            status=status,
-            message=message,
+            **found,
         )
 
+    return at
 
-class ByFactors:
-    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge."""
 
-    def __init__(
-        self, operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget, why: str
-    ) -> None:
-        self._operator, self._rhs, self._width = operator, rhs, width
-        self._tol, self._budget, self.why = tol, budget, why
+def by_factors(operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget) -> Finder:
+    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge.
 
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ; numbers are NaN where K + λI is not positive definite."""
+    Numbers are NaN where K + λI is not positive definite.
+    """
+
+    def at(ridge: float, guess: FloatArray | None) -> Point:
         try:
-            factor = cholesky(self._operator, ridge=ridge, memory_limit=self._budget)
+            factor = cholesky(operator, ridge=ridge, memory_limit=budget)
         except IndefiniteError as error:
-            blocks = np.full((len(self._rhs) // self._width, self._width, self._width), np.nan)
-            unknown = np.full_like(self._rhs, np.nan)
-            return _exact_point(ridge, unknown, blocks, status=_INDEFINITE, message=str(error))
-        found = factor.solve(self._rhs, tol=self._tol)
-        return _exact_point(
+            blocks = np.full((len(rhs) // width, width, width), np.nan)
+            return _point(ridge, np.full_like(rhs, np.nan), blocks, status=_INDEFINITE, message=str(error))
+        found = factor.solve(rhs, tol=tol)
+        return _point(
             ridge,
             np.asarray(found.coefficients),
-            leave_one_out.inverse_blocks(factor, self._width),
+            leave_one_out.inverse_blocks(factor, width),
             residual=float(found.residuals.max(initial=0.0)),
             status=found.status,
             message="" if found.is_converged else found.message,
         )
 
+    return at
 
-class ByPasses:
+
+def by_passes(
+    inverse: StreamedInverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int
+) -> Finder:
     """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
+    count = len(rhs) // width
+    samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
 
-    def __init__(
-        self,
-        inverse: StreamedInverse,
-        rhs: FloatArray,
-        width: int,
-        *,
-        num_left_out: int,
-        tol: float,
-        seed: int,
-        why: str,
-    ) -> None:
-        self._inverse, self._rhs, self._width, self._tol, self.why = inverse, rhs, width, tol, why
-        count = len(rhs) // width
-        self._samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
-
-    def at(self, ridge: float, guess: FloatArray | None) -> Point:
-        """The fit at λ, from the coefficients of another ridge."""
+    def at(ridge: float, guess: FloatArray | None) -> Point:
         convergence = Convergence()
-        coefficients = self._inverse.times(self._rhs, ridge, convergence, guess)
-        blocks = self._blocks(ridge, convergence)
-        n, count, taken = len(self._rhs), len(self._rhs) // self._width, len(self._samples)
-        traces = np.trace(blocks, axis1=1, axis2=2)
-        finite = max(0.0, 1.0 - taken / count) ** 0.5
-        trace, error = count * float(traces.mean()), count * finite * float(traces.std(ddof=1)) / taken**0.5
-        crossed = float(np.mean(coefficients**2)) / (trace / n) ** 2
-        rows = (self._samples[:, None] * self._width + np.arange(self._width)).ravel()
-        mean_block = np.broadcast_to(blocks.mean(axis=0), (count, self._width, self._width))
-        return Point(
-            coefficients=coefficients,
-            train_residuals=ridge * coefficients,
-            effective_dimension=WithError(n - ridge * trace, ridge * error),
-            generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace),
-            left_out_samples=self._samples,
-            left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows]),
-            proxy_residuals=None if taken == count else leave_one_out.residuals(mean_block, coefficients),
-            residual=convergence.worst,
-            status=convergence.status,
-            message="; ".join(convergence.messages[:1]),
-        )
+        coefficients = inverse.times(rhs, ridge, convergence, guess)
 
-    def _blocks(self, ridge: float, convergence: Convergence) -> FloatArray:
-        """Diagonal blocks of the inverse for the samples that are left out."""
-        n, width = len(self._rhs), self._width
-        found = np.empty((len(self._samples), width, width))
-        for some in runs(len(self._samples), max(1, self._inverse.columns_at_once // width)):
-            rows = (self._samples[some, None] * width + np.arange(width)).ravel()
-            unit = np.zeros((n, len(rows)))
-            unit[rows, np.arange(len(rows))] = 1.0
-            found[some] = self._inverse.quadratic(unit, ridge, width, convergence, self._tol**0.5)
-        return found
+        def quadratic(columns: FloatArray) -> FloatArray:
+            return inverse.quadratic(columns, ridge, width, convergence, tol**0.5)
+
+        blocks = leave_one_out.blocks_at(samples, len(rhs), width, inverse.columns_at_once, quadratic)
+        if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
+            blocks = np.full_like(blocks, np.nan)
+        said = {"status": convergence.status, "message": "; ".join(convergence.messages[:1])}
+        return _point(ridge, coefficients, blocks, samples, residual=convergence.worst, **said)
+
+    return at
 
 
-Points = ByEigenpairs | ByFactors | ByPasses
-
-
-def _exact_point(
-    ridge: float,
-    coefficients: FloatArray,
-    blocks: FloatArray,
-    *,
-    residual: float = 0.0,
-    status: Status = "converged",
-    message: str = "",
+def _point(
+    ridge: float, coefficients: FloatArray, blocks: FloatArray, samples: NDArray[np.int64] | None = None, **found: Any
 ) -> Point:
-    """The fit from coefficients and all diagonal blocks of the inverse."""
-    n = len(coefficients)
-    trace = float(np.trace(blocks, axis1=1, axis2=2).sum())
+    """The fit from coefficients and diagonal blocks of the inverse, of all samples or of some."""
+    n, width, taken = len(coefficients), blocks.shape[1], len(blocks)
+    count = n // width
+    samples = np.arange(count) if samples is None else samples
+    traces = np.trace(blocks, axis1=1, axis2=2)
+    trace, error, proxies = float(traces.sum()), 0.0, None
+    if taken < count:
+        finite = (1.0 - taken / count) ** 0.5
+        trace, error = count * float(traces.mean()), count * finite * float(traces.std(ddof=1)) / taken**0.5
+        mean_block = np.broadcast_to(blocks.mean(axis=0), (count, width, width))
+        proxies = leave_one_out.residuals(mean_block, coefficients)
+    crossed = float(np.mean(coefficients**2)) / (trace / n) ** 2
     return Point(
         coefficients=coefficients,
         train_residuals=ridge * coefficients,
-        effective_dimension=WithError(n - ridge * trace, 0.0),
-        generalised_cross_validation=WithError(float(np.mean(coefficients**2)) / (trace / n) ** 2, 0.0),
-        left_out_samples=np.arange(len(blocks)),
-        left_out_residuals=leave_one_out.residuals(blocks, coefficients),
-        proxy_residuals=None,
-        residual=residual,
-        status=status,
-        message=message,
+        effective_dimension=WithError(n - ridge * trace, ridge * error),
+        generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace if error else 0.0),
+        left_out_samples=samples,
+        left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows_of(samples, width)]),
+        proxy_residuals=proxies,
+        **found,
     )

@@ -89,7 +89,9 @@ def resolvents_of_operator(
     n, columns = rows.shape
     signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n, num_probes))
     block = np.concatenate([rows, signs], axis=1)
-    rank = _rank(n, block.shape[1], budget)
+    # The default rank where that fits, but not below a tenth of it.
+    room, most = budget.room() - bytes_of_solve(n, block.shape[1], 0), default_rank(n)
+    rank = int(max(1, most // 10, min(most, room // bytes_of_solve(n, 0, 1))))
     preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
     budget = budget.at_least(bytes_of_solve(n, block.shape[1], rank))
 
@@ -130,13 +132,6 @@ def resolvents_of_operator(
             residual=found["residual"],
             is_definite=found["status"] != "indefinite at storage precision" and bool(traces.min() > 0),
         )
-
-
-def _rank(num_rows: int, num_columns: int, budget: Budget) -> int:
-    """Rank of the preconditioner: the default where that fits, but not below a tenth of it."""
-    most = default_rank(num_rows)
-    room = budget.room() - bytes_of_solve(num_rows, num_columns, 0)
-    return int(max(1, most // 10, min(most, room // bytes_of_solve(num_rows, 0, 1))))
 
 
 def _estimated_left_out_loss(samples: FloatArray, coefficients: FloatArray) -> tuple[float, float, float]:

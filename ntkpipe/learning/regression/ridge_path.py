@@ -1,12 +1,9 @@
 """Kernel ridge regression at many ridges: training, cross-validated and test losses, and which ridge is best.
 
 With G = (K + λI)^-1, A = G Y and H = K G, so I - H = λG, generalised cross-validation is ``V = (1/n) |(I - H) Y|² /
-((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), a mean over columns;
-at λ = 0 its limit.
-
+((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), at λ = 0 its limit.
 Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a ridge
-for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of the memory holds
-coefficients of.
+for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of it holds.
 """
 
 from collections.abc import Sequence
@@ -28,8 +25,15 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.path_points import ByEigenpairs, ByFactors, ByPasses, Point, Points
-from ntkpipe.learning.regression.sources import TrainTargets, offset_of_test, ridges_for, said_of, train_targets
+from ntkpipe.learning.regression.path_points import Finder, Point, by_eigenpairs, by_factors, by_passes
+from ntkpipe.learning.regression.sources import (
+    TrainTargets,
+    offset_of_test,
+    ridges_for,
+    said_of,
+    train_targets,
+    with_error,
+)
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
 from ntkpipe.solvers.direct.eigh import eigh
@@ -125,28 +129,29 @@ class RidgePath(Result):
         rows += [(f"  {ridge:.4g}", self._row(index)) for index, ridge in enumerate(self.ridges)]
         if np.isfinite(self.leave_one_out_loss).any():
             best = self.best
-            rows.append(("best", f"λ = {best.ridge:.4g}, by leave-one-out loss" + self._at(best.index)))
+            said = f"λ = {best.ridge:.4g}, by leave-one-out loss"
+            if np.isfinite(self.test_accuracy[best.index]):
+                said += f"; {self.test_accuracy[best.index]:.1%} of test samples right"
+            elif tested:
+                said += f"; test loss {self.test_loss[best.index]:.4g}"
+            rows.append(("best", said))
         return rows
 
     def _row(self, index: int) -> str:
         relative = self.ridges[index] / self.mean_diagonal if self.mean_diagonal else np.nan
-        crossed = _with_error(self.generalised_cross_validation, self.generalised_cross_validation_error, index)
-        left = _with_error(self.leave_one_out_loss, self.leave_one_out_loss_error, index)
-        row = f"{relative:.2g}; {self.train_loss[index]:.4g}, {crossed}, {left}"
+
+        def said(name: str) -> str:
+            return with_error(getattr(self, name)[index], getattr(self, f"{name}_error")[index], ".4g")
+
+        losses = f"{said('generalised_cross_validation')}, {said('leave_one_out_loss')}"
+        row = f"{relative:.2g}; {self.train_loss[index]:.4g}, {losses}"
         is_tested = np.isfinite(self.test_loss[index])
         if is_tested:
             row += f", {self.test_loss[index]:.4g}"
         if self.is_classification:
-            row += f"; {_with_error(self.leave_one_out_accuracy, self.leave_one_out_accuracy_error, index)}"
+            row += f"; {said('leave_one_out_accuracy')}"
             row += f", {self.test_accuracy[index]:.4g}" if is_tested else ""
         return row + (f"; {self.statuses[index]}" if self.statuses[index] != "converged" else "")
-
-    def _at(self, index: int) -> str:
-        if np.isfinite(self.test_accuracy[index]):
-            return f"; {self.test_accuracy[index]:.1%} of test samples right"
-        if np.isfinite(self.test_loss[index]):
-            return f"; test loss {self.test_loss[index]:.4g}"
-        return ""
 
 
 @recorded()
@@ -209,10 +214,12 @@ def ridge_path(
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
-    name, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, budget, seed, monitor)
+    name, why, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, budget, seed, monitor)
+    # Number of ridges whose coefficients may wait for the test kernel.
+    most = max(1, int(_SHARE_OF_COEFFICIENTS * max(0, budget.room())) // max(1, 2 * train.rhs.nbytes))
     how = {"method": name, "ridges": values.tolist(), "tol": tol, "num_left_out": num_left_out, "seed": seed}
     stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
-    found, statuses = _follow(finder, values, train, test, offset, _most_waiting(train.rhs, budget), stages)
+    found, statuses = _follow(finder, values, train, test, offset, most, stages)
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
@@ -223,7 +230,7 @@ def ridge_path(
         ridges=values,
         mean_diagonal=float(operator.diagonal().mean()),
         method=name,
-        why=finder.why,
+        why=why,
         statuses=tuple(one for one, _ in statuses),
         is_classification=train.targets.classes is not None,
         targets=train.targets.words,
@@ -233,7 +240,7 @@ def ridge_path(
 
 
 def _follow(
-    finder: Points,
+    finder: Finder,
     ridges: FloatArray,
     train: TrainTargets,
     test: HeldOut | None,
@@ -257,15 +264,16 @@ def _follow(
         waiting[index] = coefficients
         if len(waiting) == most or index == order[-1]:
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
-                found[place] |= _test_measures(test.targets, outputs + offset)
+                outputs = outputs + offset
+                accuracy = _accuracy(test.targets, outputs)
+                found[place] |= {"test_loss": test.targets.loss(outputs), "test_accuracy": accuracy}
             waiting.clear()
     arrays = {name: np.array([one[name] for one in found]) for name in found[0]}
     return {"num_left_out": num_left, **arrays}, statuses
 
 
-def _fit(finder: Points, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
-    """What is saved of one ridge."""
-    point = finder.at(ridge, guess)
+def _fit(finder: Finder, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
+    point = finder(ridge, guess)
     return {
         "coefficients": point.coefficients,
         "measures": _measures(point, train),
@@ -285,40 +293,29 @@ def _points(
     budget: Budget,
     seed: int,
     monitor: Monitor,
-) -> tuple[str, Points]:
-    """What finds the fits, by the method that was asked for or that memory has room for; and the method."""
-    n, rhs, width = operator.num_rows, train.rhs, train.width
+) -> tuple[str, str, Finder]:
+    """The method that was asked for or that memory has room for, why, and what finds the fits."""
+    n, of_targets = operator.num_rows, (train.rhs, train.width)
     if eigenpairs is not None and method in {"auto", "eigh"}:
-        return "eigh", ByEigenpairs(operator, eigenpairs, rhs, width, "all eigenpairs were given")
+        return "eigh", "all eigenpairs were given", by_eigenpairs(operator, eigenpairs, *of_targets)
     needed = f"{n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
     if method == "eigh" or (method == "auto" and eigenpairs_fit(n, budget)):
         why = "asked for" if method == "eigh" else f"all eigenpairs fit: {needed}"
         pairs = eigh(operator, memory_limit=budget, monitor=monitor)
-        return "eigh", ByEigenpairs(operator, pairs, rhs, width, why)
+        return "eigh", why, by_eigenpairs(operator, pairs, *of_targets)
     if method == "cholesky" or (method == "auto" and factor_fits(n, budget)):
         why = "asked for" if method == "cholesky" else f"a factor fits, all eigenpairs do not: {needed}"
-        return "cholesky", ByFactors(operator, rhs, width, tol=tol, budget=budget, why=why)
+        return "cholesky", why, by_factors(operator, *of_targets, tol=tol, budget=budget)
     why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"
     inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-    why += f"; {inverse.words}"
-    return "streamed", ByPasses(inverse, rhs, width, num_left_out=num_left_out, tol=tol, seed=seed, why=why)
-
-
-def _most_waiting(rhs: FloatArray, budget: Budget) -> int:
-    """Number of ridges whose coefficients may wait for the test kernel."""
-    return max(1, int(_SHARE_OF_COEFFICIENTS * max(0, budget.room())) // max(1, 2 * rhs.nbytes))
-
-
-def _test_measures(targets: Targets, outputs: FloatArray) -> dict[str, float]:
-    accuracy = targets.accuracy(outputs)
-    return {"test_loss": targets.loss(outputs), "test_accuracy": np.nan if accuracy is None else accuracy}
+    finder = by_passes(inverse, *of_targets, num_left_out=num_left_out, tol=tol, seed=seed)
+    return "streamed", f"{why}; {inverse.words}", finder
 
 
 def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result."""
     targets = train.targets
     fitted = targets.matrix - as_samples(point.train_residuals, train.width)
-    accuracy = targets.accuracy(fitted)
 
     def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
@@ -328,34 +325,31 @@ def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
         predicted = targets.matrix[samples] - residuals.reshape(len(samples), -1)
         return np.asarray(targets.predicted(predicted) == targets.codes[samples], np.float64)
 
-    loss = point.mean_left_out(squares)
-    right = (np.nan, 0.0) if targets.codes is None else point.mean_left_out(hits)
-    dimension, crossed = point.effective_dimension, point.generalised_cross_validation
+    estimates = {
+        "effective_dimension": point.effective_dimension,
+        "generalised_cross_validation": point.generalised_cross_validation,
+        "leave_one_out_loss": point.mean_left_out(squares),
+        "leave_one_out_accuracy": (np.nan, 0.0) if targets.codes is None else point.mean_left_out(hits),
+    }
     return {
         "train_loss": float(np.mean(point.train_residuals**2)),
-        "train_accuracy": np.nan if accuracy is None else accuracy,
-        "effective_dimension": dimension.value,
-        "effective_dimension_error": dimension.error,
-        "generalised_cross_validation": crossed.value,
-        "generalised_cross_validation_error": crossed.error,
-        "leave_one_out_loss": loss[0],
-        "leave_one_out_loss_error": loss[1],
-        "leave_one_out_accuracy": right[0],
-        "leave_one_out_accuracy_error": right[1],
+        "train_accuracy": _accuracy(targets, fitted),
+        **{name: value for name, (value, _) in estimates.items()},
+        **{f"{name}_error": error for name, (_, error) in estimates.items()},
         "norm": float(np.sum(point.coefficients * (train.rhs - point.train_residuals))),
         "residuals": point.residual,
     }
 
 
+def _accuracy(targets: Targets, outputs: FloatArray) -> float:
+    accuracy = targets.accuracy(outputs)
+    return np.nan if accuracy is None else accuracy
+
+
 def _judge(statuses: Sequence[tuple[Status, str]], ridges: FloatArray, method: str) -> tuple[Status, str]:
-    """The status of the first ridge that failed, or of all."""
     failed = [(ridge, *one) for ridge, one in zip(ridges, statuses, strict=True) if one[0] != "converged"]
     if not failed:
         how = "estimates have error bars" if method == "streamed" else "exact"
         return "converged", f"{len(ridges)} ridge{'s'[: len(ridges) != 1]}, {how}"
     ridge, status, why = failed[0]
     return status, f"{len(failed)} of {len(ridges)} ridges, the first λ = {ridge:.4g}: {why}"
-
-
-def _with_error(values: FloatArray, errors: FloatArray, index: int) -> str:
-    return f"{values[index]:.4g}" + (f" ± {errors[index]:.1g}" if errors[index] else "")

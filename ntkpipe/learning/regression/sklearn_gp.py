@@ -1,5 +1,6 @@
 """A stored kernel as a kernel of scikit-learn's Gaussian processes, whose inputs are numbers of rows."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -123,29 +124,22 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         """
         rows = self._numbers(X)
         columns = rows if Y is None else self._numbers(Y)
-        values = np.empty((rows.size, columns.size))
-        size = self.train.shape[0]
-        for at_rows, rows_are_tests in _split(rows >= size):
-            for at_columns, columns_are_tests in _split(columns >= size):
-                values[np.ix_(at_rows, at_columns)] = self._part(
-                    rows[at_rows] - size * rows_are_tests,
-                    columns[at_columns] - size * columns_are_tests,
-                    rows_are_tests,
-                    columns_are_tests,
-                )
+        values, size = np.empty((rows.size, columns.size)), self.train.shape[0]
+        for of_rows, of_columns in product((False, True), repeat=2):
+            at = np.ix_((rows >= size) == of_rows, (columns >= size) == of_columns)
+            if all(places.size for places in at):
+                own, other = rows[at[0].ravel()] - size * of_rows, columns[at[1].ravel()] - size * of_columns
+                values[at] = self._part(own, other, of_rows, of_columns)
         return (values, np.empty((*values.shape, 0))) if eval_gradient else values
 
     def _part(
         self, rows: NDArray[np.int64], columns: NDArray[np.int64], rows_are_tests: bool, columns_are_tests: bool
     ) -> NDArray[Any]:
         """Entries of rows of one set by columns of one set, each counted from 0."""
-        if rows_are_tests and columns_are_tests:
-            return self._within_tests(rows, columns)
-        if columns_are_tests:
+        if columns_are_tests and not rows_are_tests:
             return self._part(columns, rows, True, False).T
-        return np.asarray((self.test_train if rows_are_tests else self.train)[np.ix_(rows, columns)], np.float64)
-
-    def _within_tests(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> FloatArray:
+        if not columns_are_tests:
+            return np.asarray((self.test_train if rows_are_tests else self.train)[np.ix_(rows, columns)], np.float64)
         blocks = self._blocks()
         width = blocks.shape[1]
         if np.any(rows[:, None] // width != columns // width):
@@ -153,8 +147,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                 f"{self!r} has no entries of test samples with each other, which stores do not keep; ask for "
                 "return_std=True rather than return_cov=True, or compute a store that has them as train samples"
             )
-        within: FloatArray = blocks[rows[:, None] // width, rows[:, None] % width, columns % width]
-        return within
+        return np.asarray(blocks[rows[:, None] // width, rows[:, None] % width, columns % width])
 
     def _blocks(self) -> FloatArray:
         """S x S blocks of test samples, checked."""
@@ -176,8 +169,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         values, trains = np.empty(rows.size), rows < size
         values[trains] = self.train[rows[trains], rows[trains]]
         if not np.all(trains):
-            blocks = self._blocks()
-            diagonal = np.diagonal(blocks, axis1=1, axis2=2).ravel()
+            diagonal = np.diagonal(self._blocks(), axis1=1, axis2=2).ravel()
             values[~trains] = diagonal[rows[~trains] - size]
         return values
 
@@ -201,9 +193,3 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                 "inputs are not to be scaled or centred"
             )
         return numbers.astype(np.int64)
-
-
-def _split(are_tests: NDArray[np.bool_]) -> list[tuple[NDArray[np.int64], bool]]:
-    """Positions of train rows, then of test rows, where there are any."""
-    found = [(np.flatnonzero(~are_tests), False), (np.flatnonzero(are_tests), True)]
-    return [(at, which) for at, which in found if at.size]

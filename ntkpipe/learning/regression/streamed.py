@@ -1,13 +1,14 @@
 """Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, Work
+from ntkpipe.learning.regression.sources import runs
 from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
 from ntkpipe.solvers.linear.solve import solve
 from ntkpipe.solvers.linear.systems import bytes_of_solve
@@ -67,12 +68,6 @@ class Convergence:
             self.messages.append(message)
 
 
-def runs(count: int, most: int) -> Iterator[slice]:
-    """Cut a range of ``count`` into runs of at most ``most``."""
-    for start in range(0, count, most):
-        yield slice(start, min(start + most, count))
-
-
 class StreamedInverse:
     """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
 
@@ -105,11 +100,27 @@ class StreamedInverse:
         tol: float | None = None,
     ) -> FloatArray:
         """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
-        found, tol = np.empty_like(block), self._tol if tol is None else tol
+        found = np.empty_like(block)
         for columns in runs(block.shape[1], self.columns_at_once):
-            guess = None if initial is None else initial[:, columns]
-            found[:, columns] = self._solve(block[:, columns], ridge, guess, convergence, tol)
+            before = self._operator.work - self._before
+            one = solve(
+                self._operator,
+                block[:, columns],
+                ridge=ridge,
+                method="pcg" if columns.stop - columns.start == 1 else "block_cg",
+                task="regression",
+                tol=self._tol if tol is None else tol,
+                preconditioner=self._preconditioner,
+                initial=None if initial is None else initial[:, columns],
+                seed=self._seed,
+                monitor=partial(self._tell, before),
+            )
+            convergence.add(one.status, float(one.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {one.message}")
+            found[:, columns] = one.coefficients
         return found
+
+    def _tell(self, before: Work, step: Step) -> None:
+        self._monitor(Step(before + step.work, step.residual, step.target))
 
     def quadratic(
         self, block: FloatArray, ridge: float, width: int, convergence: Convergence, tol: float | None = None
@@ -151,29 +162,6 @@ class StreamedInverse:
         samples = np.concatenate([one.samples for one in found])
         standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
         return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
-
-    def _solve(
-        self, block: FloatArray, ridge: float, initial: FloatArray | None, convergence: Convergence, tol: float
-    ) -> FloatArray:
-        before = self._operator.work - self._before
-
-        def tell(step: Step) -> None:
-            self._monitor(Step(before + step.work, step.residual, step.target))
-
-        found = solve(
-            self._operator,
-            block,
-            ridge=ridge,
-            method="pcg" if block.shape[1] == 1 else "block_cg",
-            task="regression",
-            tol=tol,
-            preconditioner=self._preconditioner,
-            initial=initial,
-            seed=self._seed,
-            monitor=tell,
-        )
-        convergence.add(found.status, float(found.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {found.message}")
-        return np.asarray(found.coefficients)
 
 
 def _by_runs(left: FloatArray, right: FloatArray, width: int) -> FloatArray:

@@ -135,6 +135,14 @@ def test_given_eigenpairs_are_used(rng: np.random.Generator) -> None:
         ridge_path(kernel, targets, ridges=RIDGES, eigenpairs=ntkpipe.eigsh(kernel, k=3))
 
 
+def test_streamed_a_singular_kernel_without_a_ridge_says_so(rng: np.random.Generator) -> None:
+    factor = rng.standard_normal((60, 20))
+    found = ridge_path(factor @ factor.T, rng.integers(0, 3, 60), ridges=[0.0, 1.0], method="streamed", num_left_out=7)
+    assert found.status == found.statuses[0] == "indefinite at storage precision"
+    assert np.isnan(found.leave_one_out_loss[0])
+    assert found.statuses[1] == "converged"
+
+
 def test_streamed_in_a_tenth_of_the_kernel(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no estimate is equal; estimates have error bars that hold."""
     monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
