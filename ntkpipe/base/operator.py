@@ -238,57 +238,51 @@ class _Elementwise(_View):
         """Turn entries ``K[rows, columns]`` of the base into those of the view, in place."""
 
 
-class _Shifted(_Elementwise):
-    def __init__(self, base: Operator, shift: float) -> None:
+class _ByNumber(_Elementwise):
+    """A view that is the base changed by one number."""
+
+    def __init__(self, base: Operator, number: float) -> None:
         super().__init__(base, base.num_rows)
-        self._shift = float(shift)
+        self._number = float(number)
 
     def identity(self) -> str:
-        return f"shifted({self._base.identity()}, {self._shift!r})"
+        return f"{type(self).__name__[1:].lower()}({self._base.identity()}, {self._number!r})"
 
+    def _leading(self, num_rows: int) -> Operator:
+        return type(self)(self._base.leading(num_rows), self._number)
+
+
+class _Shifted(_ByNumber):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
-        product += self._shift * block
+        product += self._number * block
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
         at = np.flatnonzero((rows.start <= columns) & (columns < rows.stop))
-        found[columns[at] - rows.start, at] += self._shift
+        found[columns[at] - rows.start, at] += self._number
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        squared = of_base.frobenius**2 + self._shift * (2 * of_base.trace + self.num_rows * self._shift)
-        return Statistics(of_base.diagonal + self._shift, max(squared, 0.0) ** 0.5)
-
-    def _leading(self, num_rows: int) -> Operator:
-        return _Shifted(self._base.leading(num_rows), self._shift)
+        squared = of_base.frobenius**2 + self._number * (2 * of_base.trace + self.num_rows * self._number)
+        return Statistics(of_base.diagonal + self._number, max(squared, 0.0) ** 0.5)
 
 
-class _Scaled(_Elementwise):
-    def __init__(self, base: Operator, factor: float) -> None:
-        super().__init__(base, base.num_rows)
-        self._factor = float(factor)
-
-    def identity(self) -> str:
-        return f"scaled({self._base.identity()}, {self._factor!r})"
-
+class _Scaled(_ByNumber):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
-        product *= self._factor
+        product *= self._number
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
-        found *= self._factor
+        found *= self._number
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        return Statistics(of_base.diagonal * self._factor, of_base.frobenius * abs(self._factor))
+        return Statistics(of_base.diagonal * self._number, of_base.frobenius * abs(self._number))
 
     def storage_floor(self) -> float:
-        return self._base.storage_floor() * abs(self._factor)
-
-    def _leading(self, num_rows: int) -> Operator:
-        return _Scaled(self._base.leading(num_rows), self._factor)
+        return self._base.storage_floor() * abs(self._number)
 
 
 class _Centred(_Elementwise):

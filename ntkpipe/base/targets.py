@@ -38,11 +38,6 @@ class Targets:
         encoded = "as ±1" if self.is_binary else "one-hot"
         return f"{len(self.classes)} class{'es'[: 2 * (len(self.classes) != 1)]}, {encoded}"
 
-    @property
-    def num_unknown(self) -> int:
-        """Number of samples whose class training does not have."""
-        return 0 if self.codes is None else int((self.codes < 0).sum())
-
     def rows(self, width: int) -> NDArray[np.float64]:
         """Targets as right-hand sides of a kernel with ``width`` rows per sample; see :func:`as_rows`."""
         return as_rows(self.matrix, width)
@@ -122,9 +117,10 @@ def encode_test(targets: ArrayLike, train: Targets) -> Targets:
 
 def note_on_unknown(test: Targets) -> str:
     """What a message adds where the test set has classes that training does not have; else nothing."""
-    if not test.num_unknown:
+    count = 0 if test.codes is None else int((test.codes < 0).sum())
+    if not count:
         return ""
-    return f"; {test.num_unknown} test samples of classes that training does not have count as wrong"
+    return f"; {count} test samples of classes that training does not have count as wrong"
 
 
 def _values(targets: ArrayLike) -> NDArray[Any]:

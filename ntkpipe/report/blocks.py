@@ -58,7 +58,7 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
     diagonal = np.zeros(kernel.grid.rows.num_samples)
     for row, column in kernel.grid.tiles():
         tile = _by_sample(kernel.read_stored(row, column), kernel.num_covectors)
-        at = _samples(kernel, row), _samples(kernel, column)
+        at = [slice(span.start, span.stop) for span in map(kernel.grid.rows.samples, (row, column))]
         for total, (labels, _) in zip(sums, groupings, strict=True):
             _add(total, tile, labels[at[0]], labels[at[1]])
             if row != column:
@@ -66,11 +66,6 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
         if row == column:
             diagonal[at[0]] = tile.diagonal()
     return [_mean(total, diagonal, labels) for total, (labels, _) in zip(sums, groupings, strict=True)]
-
-
-def _samples(kernel: Kernel, tile: int) -> slice:
-    rows, width = kernel.grid.rows.rows(tile), kernel.num_covectors
-    return slice(rows.start // width, rows.stop // width)
 
 
 def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:

@@ -110,11 +110,12 @@ def _reading_section() -> Section:
 def verdict(gathered: Gathered) -> Headline:
     """Whether the kernel is right, and what it is good for, in one line."""
     records = gathered.records
-    is_good, certificate = records.is_verified, records.worst_certificate
+    is_good = None if records.verification is None else bool(records.verification["is_good"])
     lead = {True: "Verified: yes", False: "Verified: no, something is wrong", None: "Not verified yet"}[is_good]
     said = []
-    if certificate is not None:
-        said.append(f"certificate {certificate[0]:.1e} (tolerance {certificate[1]:.0e})")
+    if records.certificate is not None:
+        worst = max(records.certificate["kernels"], key=lambda kernel: kernel["error"] / kernel["tolerance"])
+        said.append(f"certificate {worst['error']:.1e} (tolerance {worst['tolerance']:.0e})")
     elif is_good is not None:
         said.append("no certificate against the model")
     said += _regression_in_words(gathered)

@@ -22,18 +22,6 @@ class Records:
     self_check: Mapping[str, Any] | None
     runs: tuple[Mapping[str, Any], ...]  # every run that computed tiles, the oldest first
 
-    @property
-    def is_verified(self) -> bool | None:
-        """Whether every chunk was checked and nothing is wrong; none if that was not done."""
-        return None if self.verification is None else bool(self.verification["is_good"])
-
-    @property
-    def worst_certificate(self) -> tuple[float, float] | None:
-        """Largest error of a row of any kernel, and its tolerance; none without a certificate."""
-        kernels = [] if self.certificate is None else self.certificate["kernels"]
-        found = max(kernels, key=lambda kernel: kernel["error"] / kernel["tolerance"], default=None)
-        return None if found is None else (float(found["error"]), float(found["tolerance"]))
-
 
 def read_records(store: KernelStore) -> Records:
     """Read them."""
@@ -44,14 +32,15 @@ def read_records(store: KernelStore) -> Records:
 def computed_section(store: KernelStore, array: str) -> Section:
     """What was computed: everything that decided the numbers."""
     manifest, progress = store.manifest, store.progress
-    model, choices = manifest.model, manifest.choices
+    model, choices, width = manifest.model, manifest.choices, manifest.num_covectors
+    each = "one row" if width == 1 else f"{width} rows"
     rows = [
         ("store", str(store.path)),
         ("kind", manifest.kind),
         ("convention", manifest.convention),
         ("kernel of this report", f"{array}, {' × '.join(f'{s:,}' for s in store.store.arrays[array].layout.shape)}"),
         ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)} tensors"),
-        ("outputs", f"{manifest.num_outputs}; {_rows_in_words(manifest.num_covectors)}"),
+        ("outputs", f"{manifest.num_outputs}; {each} of the kernel for each sample"),
         ("training samples", _samples_in_words(manifest.train)),
         ("test samples", "none" if manifest.test is None else _samples_in_words(manifest.test)),
         ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
@@ -89,10 +78,6 @@ def computed_section(store: KernelStore, array: str) -> Section:
             PageTable(_HELD, ("parameter", "held as"), (*held, *more), is_folded=True),
         ),
     )
-
-
-def _rows_in_words(width: int) -> str:
-    return "one row of the kernel for each sample" if width == 1 else f"{width} rows of the kernel for each sample"
 
 
 def _samples_in_words(data: DataRecord) -> str:

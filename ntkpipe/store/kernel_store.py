@@ -128,9 +128,6 @@ class KernelSet:
 class KernelStore(KernelSet):
     """A kernel store, opened for reading; ``store`` holds the arrays underneath."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-
     def __repr__(self) -> str:
         manifest, progress = self.manifest, self.progress
         return (

@@ -144,16 +144,14 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{int((~np.isfinite(values)).sum())} entries are NaN or infinite"
     name, grid = array.layout.name, array.layout.grid
-    if array.layout.holds_blocks:
-        negative = int((values.diagonal(axis1=1, axis2=2) < 0).sum())
-        return f"{negative} diagonal entries are negative" if negative else None
-    if grid is None:
-        return None
-    is_mirrored = grid.symmetric and index[0] == index[1]
+    is_mirrored = grid is not None and grid.symmetric and index[0] == index[1]
     if is_mirrored and not np.array_equal(values, values.T):
         return "the diagonal tile is not symmetric"
-    if is_mirrored and (negative := int((values.diagonal() < 0).sum())):
+    has_diagonal = is_mirrored or array.layout.holds_blocks
+    if has_diagonal and (negative := int((values.diagonal(axis1=-2, axis2=-1) < 0).sum())):
         return f"{negative} diagonal entries are negative"
+    if grid is None:
+        return None
     plane = name.rpartition("/")[0]
     right = diagonals[f"{plane}/train"]
     left = right if grid.symmetric else diagonals[f"{plane}/test_diagonal"]
