@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# With more planes tiles are smaller, since a worker holds one of each plane.
-_FULL_PLANES = 16
+_FULL_PLANES = 16  # with more planes tiles are smaller, since a worker holds one of each plane
 
 
 @dataclass(frozen=True, order=True)

@@ -4,6 +4,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -223,6 +224,9 @@ class _View(Operator):
 class _Elementwise(_View):
     """A view whose entries are those of the base, each changed by itself."""
 
+    def __init__(self, base: Operator) -> None:
+        super().__init__(base, base.num_rows)
+
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         found = self._base.columns(indices)
         self._change(found, slice(0, self.num_rows), indices)
@@ -239,10 +243,8 @@ class _Elementwise(_View):
 
 
 class _ByNumber(_Elementwise):
-    """A view that is the base changed by one number."""
-
     def __init__(self, base: Operator, number: float) -> None:
-        super().__init__(base, base.num_rows)
+        super().__init__(base)
         self._number = float(number)
 
     def identity(self) -> str:
@@ -288,17 +290,12 @@ class _Scaled(_ByNumber):
 class _Centred(_Elementwise):
     """``H K H`` without copies; its entries and statistics need K 1, one extra pass in all."""
 
-    def __init__(self, base: Operator) -> None:
-        super().__init__(base, base.num_rows)
-        self._sums: NDArray[np.float64] | None = None
-
     def identity(self) -> str:
         return f"centred({self._base.identity()})"
 
+    @cached_property
     def _row_means(self) -> NDArray[np.float64]:
-        if self._sums is None:
-            self._sums = self._base.matmat(np.full(self.num_rows, 1.0 / self.num_rows))
-        return self._sums
+        return self._base.matmat(np.full(self.num_rows, 1.0 / self.num_rows))
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block - block.mean(axis=0))
@@ -306,12 +303,12 @@ class _Centred(_Elementwise):
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
-        means = self._row_means()
+        means = self._row_means
         found -= means[rows, None]
         found -= means[columns] - means.mean()
 
     def _measure(self) -> Statistics:
-        of_base, means, n = self._base.statistics(), self._row_means(), self.num_rows
+        of_base, means, n = self._base.statistics(), self._row_means, self.num_rows
         mean = float(means.mean())
         squared = of_base.frobenius**2 - 2 * n * float(means @ means) + (n * mean) ** 2
         return Statistics(of_base.diagonal - 2 * means + mean, max(squared, 0.0) ** 0.5)

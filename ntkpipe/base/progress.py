@@ -17,8 +17,6 @@ _FEWEST_FOR_FORECAST = 4
 
 
 class _RateColumn(bars.ProgressColumn):
-    """Items per second, or seconds per item."""
-
     def render(self, task: bars.Task) -> Text:
         return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
 

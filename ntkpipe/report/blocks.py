@@ -13,8 +13,7 @@ from ntkpipe.store.kernel import Kernel
 
 BinLabels = NDArray[np.int64]
 
-# A screen shows no more.
-_MOST_BINS = 300
+_MOST_BINS = 300  # a screen shows no more
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,6 @@ def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
 
 
 def _add(total: FloatArray, tile: FloatArray, rows: BinLabels, columns: BinLabels) -> None:
-    """Add sums of a tile's entries by the groups of its rows and columns."""
     for labels in (rows, columns):
         order = np.argsort(labels, kind="stable")
         groups, starts = np.unique(labels[order], return_index=True)

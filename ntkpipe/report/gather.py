@@ -33,8 +33,7 @@ from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import reading_results
 
 R = TypeVar("R", bound=Result)
-# Runs a step by its name and options.
-Run = Callable[..., Result]
+Run = Callable[..., Result]  # runs a step by its name and options
 
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."

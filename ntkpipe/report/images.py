@@ -13,8 +13,7 @@ from ntkpipe.store.manifest import ArrayRecord
 
 Split = Literal["train", "test"]
 
-# Fewer pixels along an edge show nothing, and more are no thumbnail.
-_EDGES = (8, 512)
+_EDGES = (8, 512)  # fewer pixels along an edge show nothing, and more are no thumbnail
 _CHANNELS = (1, 3)
 _PERCENTILES = (0.5, 99.5)
 
@@ -44,14 +43,10 @@ class StoredImages:
 
     def why_not(self) -> str | None:
         """One sentence if there are no images, or none if there are."""
+        why = "The stored inputs do not look like images"
         if not self.holds_samples:
-            return (
-                "The store holds no inputs (it was derived without --samples), so samples are told by their numbers "
-                "and classes only."
-            )
-        if self.shape is None:
-            return "The stored inputs do not look like images, so samples are told by their numbers and classes only."
-        return None
+            why = "The store holds no inputs (it was derived without --samples)"
+        return None if self.shape else f"{why}, so samples are told by their numbers and classes only."
 
     def read(self, split: Split, numbers: Sequence[int]) -> dict[int, bytes]:
         """PNG files of samples by number; none if the store has no images."""
@@ -65,7 +60,6 @@ class StoredImages:
 
 
 def _pixels(sample: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """As (height, width, 1 or 3)."""
     image = sample.reshape(shape).astype(np.float64)
     if image.ndim == 2:
         return image[:, :, None]

@@ -161,7 +161,6 @@ def _default_path(store: KernelStore) -> Path:
 
 
 def _check_target(path: Path) -> None:
-    """Check that a page can be put there."""
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or choose another path")
     if path.is_dir():

@@ -108,8 +108,7 @@ class Look:
 
 # Pairs of a narrow and a wide one, as the page takes them.
 LOOKS = tuple(Look(is_dark, is_narrow) for is_dark in (False, True) for is_narrow in (True, False))
-# Draws into the empty axes of a figure.
-Draw = Callable[[Axes, Look], None]
+Draw = Callable[[Axes, Look], None]  # draws into the empty axes of a figure
 
 
 @dataclass(frozen=True)

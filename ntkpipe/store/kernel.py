@@ -170,7 +170,6 @@ class Kernel:
         return values
 
     def _read_points(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
-        """Read single entries, each tile once."""
         values = np.empty(rows.shape, self.dtype)
         row_edge, column_edge = self.grid.rows.tile_rows, self.grid.columns.tile_rows
         tiles = rows // row_edge * self.grid.columns.num_tiles + columns // column_edge

@@ -201,7 +201,6 @@ class KernelStore(KernelSet):
 
 
 def _result_rows(store: Store) -> TableRows:
-    """What was found of a store, and what its runs say."""
     rows = [("verified", "never")]
     if (report := store.read_result("verification")) is not None:
         verdict = "good" if report["is_good"] else count_findings(report["num_findings"])

@@ -95,7 +95,6 @@ class ArrayFolder:
             self._medium.delete_below(name)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
-        """The array of this name, in chunks of whole rows."""
         row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         chunks = (max(1, min(shape[0], _CHUNK_BYTES // row_bytes)), *(max(1, size) for size in shape[1:]))
         dimensions = tuple(f"axis_{axis}" for axis in range(len(shape)))

@@ -215,7 +215,6 @@ def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
 
 
 def _remove(medium: Medium) -> None:
-    """Remove a store, and refuse to remove anything else."""
     try:
         is_ours = ATTRIBUTE in group_attributes(medium.get(DOCUMENT), str(medium.root))
     except OSError:

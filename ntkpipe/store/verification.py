@@ -127,7 +127,6 @@ def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
 
 
 def _diagonal_of(array: StoredArray, index: Index) -> NDArray[np.float64]:
-    """Diagonal along the last two axes of a chunk."""
     try:
         return array.read(index).diagonal(axis1=-2, axis2=-1).reshape(-1).astype(np.float64)
     except TileError:  # reported where the chunk itself is checked
@@ -136,7 +135,6 @@ def _diagonal_of(array: StoredArray, index: Index) -> NDArray[np.float64]:
 
 
 def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, NDArray[np.float64]]) -> str | None:
-    """Describe the problem of one chunk, or return None."""
     try:
         values = array.read(index)
     except TileError as error:

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.report.theme import Look
 
-# Of which labels at powers of ten are enough.
-_FEW_DECADES = 2.0
+_FEW_DECADES = 2.0  # of which labels at powers of ten are enough
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

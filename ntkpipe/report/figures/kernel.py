@@ -13,8 +13,7 @@ from ntkpipe.report.figures.axes import colour_bar, linear
 from ntkpipe.report.theme import Look
 
 _MOST_NUMBERS = 12
-# More shades are not told apart, and make the page larger.
-_SHADES = 64
+_SHADES = 64  # more are not told apart, and make the page larger
 
 
 def picture(

@@ -56,7 +56,6 @@ def _plot(found: Alignment, held: FloatArray | None) -> Plot:
 
 
 def _directions(found: Alignment) -> list[str]:
-    """Numbers of eigenvectors that hold 50, 90 and 99% of the power."""
     return ["more than are known" if count is None else f"{count:,}" for count in found.num_directions]
 
 

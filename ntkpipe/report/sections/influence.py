@@ -97,7 +97,6 @@ def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int)
 
 
 def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None, is_class: bool) -> tuple[str, ...]:
-    """What is said of a sample: number, target, prediction."""
     said = [f"no. {sample:,}"]
     if targets is not None and targets.size == len(targets):
         target = targets.reshape(-1)[sample]

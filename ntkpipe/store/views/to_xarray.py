@@ -128,7 +128,8 @@ def to_dataset(
         if (outputs := arrays.get(f"outputs/{split}")) is not None:
             found[f"{prefix}outputs"] = _variable(_LazySamples([outputs]), (None, f"{prefix}sample", "output"))
         if (targets := arrays.get(f"targets/{split}")) is not None:
-            names = _target_dimensions(targets.layout.shape[1:], manifest.num_outputs)
+            names = [f"target_axis_{axis}" for axis in range(1, len(targets.layout.shape))]
+            names = ["output"] if targets.layout.shape[1:] == (manifest.num_outputs,) else names
             coordinates[f"{prefix}target"] = _variable(_LazySamples([targets]), (None, f"{prefix}sample", *names))
             if split == "train":
                 columns = [f"{name}_" for name in names]
@@ -140,12 +141,6 @@ def _kernel_variable(kernels: Sequence[Matrix], name: str, apart: bool) -> xr.Va
     rows = "test_sample" if name == "test_train" else "sample"
     pair = ("output", "output_") if kernels[0].num_covectors > 1 else (None, None)
     return _variable(_LazyKernel(kernels), ("output" if apart else None, rows, pair[0], "sample_", pair[1]))
-
-
-def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
-    if shape == (num_outputs,):
-        return ["output"]
-    return [f"target_axis_{axis}" for axis in range(1, 1 + len(shape))]
 
 
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
