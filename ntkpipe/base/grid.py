@@ -96,10 +96,6 @@ class Grid:
         """Whether tile (row, column) is stored, rather than its mirror image."""
         return row <= column or not self.symmetric
 
-    def locate(self, row: int, column: int) -> tuple[int, int, bool]:
-        """Stored tile that holds tile (row, column), and whether it must be transposed."""
-        return (row, column, False) if self.is_stored(row, column) else (column, row, True)
-
     def blocks(self, edge: int) -> Iterator["Block"]:
         """Yield blocks of at most ``edge`` x ``edge`` tiles that cover each stored tile exactly once."""
         for row in range(0, self.rows.num_tiles, edge):

@@ -68,8 +68,6 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
 
 
 def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
-    if width == 1:
-        return tile.astype(np.float64)
     blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
     return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
 

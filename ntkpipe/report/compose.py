@@ -55,9 +55,7 @@ def compose(gathered: Gathered) -> Page:
             regression_section(gathered.regression),
             generalisation_section(gathered.generalisation, gathered.mean_diagonal),
             gaussian_section(gathered.process),
-            influence_section(
-                gathered.influence, gathered.images, store.targets, store.test_targets, is_class=is_class
-            ),
+            influence_section(gathered.influence, gathered.images, store, is_class=is_class),
             *(_saved_section(name, found) for name, found in gathered.others.items()),
             timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
         )

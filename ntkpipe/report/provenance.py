@@ -32,35 +32,24 @@ def read_records(store: KernelStore) -> Records:
 def computed_section(store: KernelStore, array: str) -> Section:
     """What was computed: everything that decided the numbers."""
     manifest, progress = store.manifest, store.progress
-    model, choices, width = manifest.model, manifest.choices, manifest.num_covectors
-    each = "one row" if width == 1 else f"{width} rows"
+    model, choices = manifest.model, manifest.choices
+    done = f"{progress.tiles_done:,} of {progress.tiles_total:,}, {manifest.tile} samples along an edge"
     rows = [
         ("store", str(store.path)),
-        ("kind", manifest.kind),
-        ("convention", manifest.convention),
         ("kernel of this report", f"{array}, {' × '.join(f'{s:,}' for s in store.store.arrays[array].layout.shape)}"),
-        ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)} tensors"),
-        ("outputs", f"{manifest.num_outputs}; {each} of the kernel for each sample"),
+        *manifest.rows(),
+        ("rows of the kernel for each sample", str(manifest.num_covectors)),
         ("training samples", _samples_in_words(manifest.train)),
         ("test samples", "none" if manifest.test is None else _samples_in_words(manifest.test)),
-        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
-        ("stored in", f"{manifest.store_dtype}; analyses multiply in float64"),
+        ("analyses multiply in", "float64"),
         ("arithmetic", choices.arithmetic),
-        (
-            "tiles",
-            f"{progress.tiles_done:,} of {progress.tiles_total:,}, {manifest.tile} samples along an edge, "
-            f"{format_bytes(progress.bytes_done)}",
-        ),
-        ("versions", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
+        ("tiles", f"{done}, {format_bytes(progress.bytes_done)}"),
         ("digest of the manifest", manifest.digest()),
         ("digest of the model's state", model.state_digest),
         ("digest of the training inputs", manifest.train.inputs_digest),
     ]
-    if manifest.groups:
-        rows.append(("groups of parameters", "; ".join(f"{n}: {len(p)} tensors" for n, p in manifest.groups.items())))
     if manifest.derived is not None:
-        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest}"))
-    rows += [("grown from", f"{before.train.num_samples:,} training samples") for before in manifest.growth]
+        rows.append(("digest of the source's manifest", manifest.derived.digest))
     named = model.parameters[:_MOST_NAMES]
     more = (("…", f"{len(model.parameters) - len(named):,} more"),) if len(named) < len(model.parameters) else ()
     held = tuple((name, _representation(name, choices.representations)) for name in named)

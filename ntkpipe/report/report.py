@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, needed_for
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
@@ -61,11 +61,9 @@ class Report:
 
 def require_libraries() -> None:
     """Check that what draws and writes pages is installed, before anything is computed for them."""
-    try:
+    with needed_for("a report", "report"):
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"a report needs matplotlib and jinja2 ({error}); install ntkpipe[report]") from error
 
 
 @checked
@@ -154,10 +152,8 @@ def write_report(
 
 def _default_path(store: KernelStore) -> Path:
     """Beside a store of this machine; of one elsewhere in the working directory."""
-    where = store.path
-    if isinstance(where, Path):
-        return where.absolute().parent / f"{where.name.removesuffix('.zarr')}.html"
-    return Path(f"{where.rstrip('/').rpartition('/')[2].removesuffix('.zarr')}.html")
+    name = f"{Path(store.path).name.removesuffix('.zarr')}.html"
+    return store.path.absolute().with_name(name) if isinstance(store.path, Path) else Path(name)
 
 
 def _check_target(path: Path) -> None:

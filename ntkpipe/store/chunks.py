@@ -25,6 +25,7 @@ class StoredArray:
     def __init__(self, medium: Medium, layout: ArrayLayout) -> None:
         self.medium = medium
         self.layout = layout
+        self._document = f"{layout.name}/{DOCUMENT}"
         self._is_checked = False
 
     def name(self, index: Index) -> str:
@@ -66,28 +67,24 @@ class StoredArray:
 
     def create(self) -> None:
         """Write ``zarr.json`` if there is none, else check it; chunks are left as they are."""
-        if self.medium.size(self._document_name) is None:
+        if self.medium.size(self._document) is None:
             with writing(self.medium):
-                self.medium.put_new(self._document_name, array_document(self.layout))
+                self.medium.put_new(self._document, array_document(self.layout))
         self.check_metadata()
 
     def replace_metadata(self) -> None:
         """Replace ``zarr.json``, whatever it holds; chunks are left as they are."""
         with writing(self.medium):
-            self.medium.put(self._document_name, array_document(self.layout))
-
-    @property
-    def _document_name(self) -> str:
-        return f"{self.layout.name}/{DOCUMENT}"
+            self.medium.put(self._document, array_document(self.layout))
 
     def check_metadata(self) -> None:
         """Check once that ``zarr.json`` is what this package writes, so that any Zarr reader sees the same entries."""
         if self._is_checked:
             return
-        where = f"{self._document_name} in {self.medium.root}"
+        where = f"{self._document} in {self.medium.root}"
         remedy = "delete that file and run again: it is written anew, and every chunk is kept"
         try:
-            difference = array_difference(self.medium.get(self._document_name), array_document(self.layout), where)
+            difference = array_difference(self.medium.get(self._document), array_document(self.layout), where)
         except FileNotFoundError:
             raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
         except OSError as error:
@@ -132,17 +129,13 @@ class StoredArray:
         except FileNotFoundError:
             raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
         except OversizeError as error:
-            raise TileError(
-                f"{self.describe(index)} has {error.size} bytes; needed {layout.chunk_bytes}. Delete "
-                f"{self.path(index)} and run again: it is recomputed"
-            ) from error
+            count = error.size
         except OSError as error:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
         if count != layout.chunk_bytes:
-            raise TileError(
-                f"{self.describe(index)} has {count} bytes; needed {layout.chunk_bytes}: truncated. Run "
-                "again: it is recomputed"
-            )
+            remedy = ": truncated. Run" if count < layout.chunk_bytes else f". Delete {self.path(index)} and run"
+            found = f"{self.describe(index)} has {count} bytes; needed {layout.chunk_bytes}"
+            raise TileError(f"{found}{remedy} again: it is recomputed")
         if checksum.digest()[::-1] != buffer[len(payload) : count].tobytes():
             raise TileError(
                 f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "

@@ -105,9 +105,9 @@ class Kernel:
 
     def read_tile(self, row: int, column: int) -> NDArray[Any]:
         """Read tile (row, column) of the full matrix, read-only; transposed if its mirror image is stored."""
-        stored_row, stored_column, mirrored = self.grid.locate(row, column)
-        tile = self._array.read((stored_row, stored_column))
-        return tile.T if mirrored else tile
+        if self.grid.is_stored(row, column):
+            return self._array.read((row, column))
+        return self._array.read((column, row)).T
 
     def read_stored(self, row: int, column: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Read a stored tile as it is; with a ``buffer`` of :attr:`tile_bytes` bytes, return a view of that."""

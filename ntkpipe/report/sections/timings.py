@@ -23,10 +23,8 @@ def timings_section(runs: PageTable | None, parts: Sequence[tuple[str, float]]) 
             "earlier step had saved is shown with the time that it took then.",
         ),
     )
-    if runs is not None:
-        return Section("timings", "Timings", (), (plot, runs))
     missing = "No run is recorded in this store (it was derived, or results were deleted); ntkpipe run records each."
-    return Section("timings", "Timings", (), (plot,), missing)
+    return Section("timings", "Timings", (), (plot, runs) if runs else (plot,), None if runs else missing)
 
 
 def bars(axes: Axes, look: Look, parts: Sequence[tuple[str, float]]) -> None:
