@@ -69,8 +69,7 @@ class ModelSpec(FactorySpec):
 
     # State dict to load, relative to the workflow file: `.safetensors`, or `.pt` / `.pth` (loaded weights-only).
     checkpoint: Path | None = None
-    # Selects the (batch, O) tensor: `.attribute` of the model's output, or an import string of a function of the output
-    # or of (model, inputs).
+    # Selects the (batch, O) tensor: `.attribute` of the output, or import string of a function of it or model, inputs.
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 

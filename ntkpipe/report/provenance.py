@@ -105,19 +105,17 @@ def verification_section(records: Records) -> Section:
 
 
 def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, str]]]:
-    missing, rows = None, []
-    if records.verification is None:
+    missing, rows, found, check = None, [], records.verification, records.self_check
+    if found is None:
         missing = (
             "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
             "every chunk and certifies the whole kernel against its model."
         )
     else:
-        found = records.verification
         wrong = "nothing is wrong" if found["is_good"] else f"{found['num_findings']:,} findings"
         read = f"{found['chunks_checked']:,} chunks, {format_bytes(found['bytes_checked'])}, read: {wrong}"
         rows.append(("verification", f"{read} ({found['checked']})"))
-        first = [f"{finding['array']}: {finding['problem']}" for finding in found["findings"][:5]]
-        rows += [("finding", said) for said in first]
+        rows += [("finding", f"{one['array']}: {one['problem']}") for one in found["findings"][:5]]
         if records.certificate is None:
             missing = (
                 "There is no certificate against the model; `ntkpipe verify STORE --workflow FILE`, or "
@@ -125,7 +123,6 @@ def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, st
             )
     if records.certificate is not None:
         rows.append(("certificate", f"of {records.certificate['checked']}, below"))
-    check = records.self_check
     if check is not None:
         judge = f"{check['reference']} in {check['dtype']}"
         error = f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"

@@ -75,8 +75,7 @@ class Choices(_Record):
     batch: PositiveInt  # samples of one forward pass
     representations: dict[str, str]  # how the Jacobian of each parameter (or fused pair) is represented
     device: str  # device type
-    # Instruction set of the processor, or name of the GPU, and version of torch; results of different ones agree up to
-    # rounding.
+    # Instruction set or name of the GPU, and version of torch; results of different ones agree up to rounding.
     arithmetic: str
 
 

@@ -17,8 +17,7 @@ from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import Index
 from ntkpipe.store.store import Store
 
-# Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), which holds for Gram matrices; the coarser dtype of sum and store
-# decides.
+# Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), as of Gram matrices, by the coarser dtype of sum and store.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 _MOST_STRAYS = 1000  # anybody may have put millions of stray files into a store
 _MOST_RECORDED = 1000  # a report on every tile of a large store would be too large to be read back
