@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, needed_for
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
@@ -61,9 +61,11 @@ class Report:
 
 def require_libraries() -> None:
     """Check that what draws and writes pages is installed, before anything is computed for them."""
-    with needed_for("a report", "report"):
+    try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a report needs matplotlib and jinja2 ({error}); install ntkpipe[report]") from error
 
 
 @checked
