@@ -111,17 +111,12 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 def describe(annotation: Any) -> str:
     """What an annotation takes, in words."""
     origin, members = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return _joined([repr(one) for one in members])
-    if origin in (Union, UnionType):
-        return _joined([describe(one) for one in members])
+    if origin in (Literal, Union, UnionType):
+        *words, last = [repr(one) if origin is Literal else describe(one) for one in members]
+        return f"{', '.join(words)} or {last}" if words else last
     if annotation in _NAMES:
         return _NAMES[annotation]
     return f"a list of {_PLURALS.get(members[0], 'values')}"
-
-
-def _joined(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def require_known(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:

@@ -25,11 +25,6 @@ def _as_int(value: object) -> object:
 Positive = Annotated[int, BeforeValidator(_as_int), Field(ge=1, strict=True)]
 
 
-def _as_limit(value: object) -> object:
-    """Take the limit of a ``Budget``."""
-    return getattr(value, "limit", value)
-
-
 def _as_location(value: object) -> object:
     """Convert text to a path, but not a URL, which would lose a slash."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
@@ -52,7 +47,8 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     return groups
 
 
-_BYTES = TypeAdapter(Annotated[ByteSize, Field(gt=0)])
+Bytes = Annotated[ByteSize, Field(gt=0)]
+_BYTES = TypeAdapter(Bytes)
 
 
 class Spec(BaseModel):
@@ -73,8 +69,7 @@ class ModelSpec(FactorySpec):
 
     # State dict to load, relative to the workflow file: `.safetensors`, or `.pt` / `.pth` (loaded weights-only).
     checkpoint: Path | None = None
-    # Selects the (batch, O) tensor: `.attribute` of the model's output, or an import string of a function of the output
-    # or of (model, inputs).
+    # Selects the (batch, O) tensor: `.attribute` of the output, or import string of a function of it or model, inputs.
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 
@@ -113,7 +108,7 @@ class RunSpec(Spec):
 
     # Bytes that the process may use, Python and torch included; a number or text such as `8GiB`. Default 70 % of what
     # is available. For `scheduler: local` the bytes of all processes together, for an address those of each.
-    memory_limit: Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(_as_limit)] = None
+    memory_limit: Annotated[Bytes | None, BeforeValidator(lambda value: getattr(value, "limit", value))] = None
     device: str | None = None  # `cpu`, `cuda` or `cuda:1`; default the first GPU if any
     # Single-threaded workers in this process, or processes for `scheduler: local`; default one per core, on a GPU one.
     # Any other scheduler brings its own workers.
@@ -151,8 +146,8 @@ class ClusterSpec(Spec):
     workers: Positive
     device: Literal["cpu", "cuda"] = "cpu"
     flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    memory_limit: Annotated[ByteSize, Field(gt=0)] | None = None
-    write_bytes_per_second: Annotated[ByteSize, Field(gt=0)] | None = None
+    memory_limit: Bytes | None = None
+    write_bytes_per_second: Bytes | None = None
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     currency: str = ""
 
@@ -204,13 +199,12 @@ def load_workflow(path: Path, overrides: Sequence[str] = ()) -> Workflow:
     """Read and validate a workflow file."""
     try:
         text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, _Loader)
+        raw = yaml.load(text, _Loader)  # a subclass of SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read the workflow file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the workflow file {path} is not UTF-8 text: {error}") from error
-    try:
-        tree = yaml.compose(text, _Loader)
-        raw = yaml.load(text, _Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -256,7 +250,6 @@ def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
 
 
 def _problem(item: Any, spec: type[Spec], source: str, tree: yaml.Node | None) -> str:
-    """One error of pydantic in words."""
     location = item["loc"]
     name, line = ".".join(map(str, location)), _line_of(tree, location)
     where = f"{source}, line {line}" if line else source
@@ -270,7 +263,6 @@ def _problem(item: Any, spec: type[Spec], source: str, tree: yaml.Node | None) -
 
 
 def _known_keys(spec: type[Spec], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the spec at ``location`` below ``spec``."""
     current = spec
     for key in (part for part in location if isinstance(part, str)):
         annotation = current.model_fields[key].annotation

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# With more planes tiles are smaller, since a worker holds one of each plane.
-_FULL_PLANES = 16
+_FULL_PLANES = 16  # with more planes tiles are smaller, since a worker holds one of each plane
 
 
 @dataclass(frozen=True, order=True)
@@ -96,10 +95,6 @@ class Grid:
     def is_stored(self, row: int, column: int) -> bool:
         """Whether tile (row, column) is stored, rather than its mirror image."""
         return row <= column or not self.symmetric
-
-    def locate(self, row: int, column: int) -> tuple[int, int, bool]:
-        """Stored tile that holds tile (row, column), and whether it must be transposed."""
-        return (row, column, False) if self.is_stored(row, column) else (column, row, True)
 
     def blocks(self, edge: int) -> Iterator["Block"]:
         """Yield blocks of at most ``edge`` x ``edge`` tiles that cover each stored tile exactly once."""

@@ -4,6 +4,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -223,6 +224,9 @@ class _View(Operator):
 class _Elementwise(_View):
     """A view whose entries are those of the base, each changed by itself."""
 
+    def __init__(self, base: Operator) -> None:
+        super().__init__(base, base.num_rows)
+
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         found = self._base.columns(indices)
         self._change(found, slice(0, self.num_rows), indices)
@@ -238,73 +242,60 @@ class _Elementwise(_View):
         """Turn entries ``K[rows, columns]`` of the base into those of the view, in place."""
 
 
-class _Shifted(_Elementwise):
-    def __init__(self, base: Operator, shift: float) -> None:
-        super().__init__(base, base.num_rows)
-        self._shift = float(shift)
+class _ByNumber(_Elementwise):
+    def __init__(self, base: Operator, number: float) -> None:
+        super().__init__(base)
+        self._number = float(number)
 
     def identity(self) -> str:
-        return f"shifted({self._base.identity()}, {self._shift!r})"
+        return f"{type(self).__name__[1:].lower()}({self._base.identity()}, {self._number!r})"
 
+    def _leading(self, num_rows: int) -> Operator:
+        return type(self)(self._base.leading(num_rows), self._number)
+
+
+class _Shifted(_ByNumber):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
-        product += self._shift * block
+        product += self._number * block
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
         at = np.flatnonzero((rows.start <= columns) & (columns < rows.stop))
-        found[columns[at] - rows.start, at] += self._shift
+        found[columns[at] - rows.start, at] += self._number
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        squared = of_base.frobenius**2 + self._shift * (2 * of_base.trace + self.num_rows * self._shift)
-        return Statistics(of_base.diagonal + self._shift, max(squared, 0.0) ** 0.5)
-
-    def _leading(self, num_rows: int) -> Operator:
-        return _Shifted(self._base.leading(num_rows), self._shift)
+        squared = of_base.frobenius**2 + self._number * (2 * of_base.trace + self.num_rows * self._number)
+        return Statistics(of_base.diagonal + self._number, max(squared, 0.0) ** 0.5)
 
 
-class _Scaled(_Elementwise):
-    def __init__(self, base: Operator, factor: float) -> None:
-        super().__init__(base, base.num_rows)
-        self._factor = float(factor)
-
-    def identity(self) -> str:
-        return f"scaled({self._base.identity()}, {self._factor!r})"
-
+class _Scaled(_ByNumber):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
-        product *= self._factor
+        product *= self._number
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
-        found *= self._factor
+        found *= self._number
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        return Statistics(of_base.diagonal * self._factor, of_base.frobenius * abs(self._factor))
+        return Statistics(of_base.diagonal * self._number, of_base.frobenius * abs(self._number))
 
     def storage_floor(self) -> float:
-        return self._base.storage_floor() * abs(self._factor)
-
-    def _leading(self, num_rows: int) -> Operator:
-        return _Scaled(self._base.leading(num_rows), self._factor)
+        return self._base.storage_floor() * abs(self._number)
 
 
 class _Centred(_Elementwise):
     """``H K H`` without copies; its entries and statistics need K 1, one extra pass in all."""
 
-    def __init__(self, base: Operator) -> None:
-        super().__init__(base, base.num_rows)
-        self._sums: NDArray[np.float64] | None = None
-
     def identity(self) -> str:
         return f"centred({self._base.identity()})"
 
+    @cached_property
     def _row_means(self) -> NDArray[np.float64]:
-        if self._sums is None:
-            self._sums = self._base.matmat(np.full(self.num_rows, 1.0 / self.num_rows))
-        return self._sums
+        return self._base.matmat(np.full(self.num_rows, 1.0 / self.num_rows))
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block - block.mean(axis=0))
@@ -312,12 +303,12 @@ class _Centred(_Elementwise):
         return product
 
     def _change(self, found: NDArray[np.float64], rows: slice, columns: NDArray[np.int64]) -> None:
-        means = self._row_means()
+        means = self._row_means
         found -= means[rows, None]
         found -= means[columns] - means.mean()
 
     def _measure(self) -> Statistics:
-        of_base, means, n = self._base.statistics(), self._row_means(), self.num_rows
+        of_base, means, n = self._base.statistics(), self._row_means, self.num_rows
         mean = float(means.mean())
         squared = of_base.frobenius**2 - 2 * n * float(means @ means) + (n * mean) ** 2
         return Statistics(of_base.diagonal - 2 * means + mean, max(squared, 0.0) ** 0.5)

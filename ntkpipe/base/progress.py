@@ -17,8 +17,6 @@ _FEWEST_FOR_FORECAST = 4
 
 
 class _RateColumn(bars.ProgressColumn):
-    """Items per second, or seconds per item."""
-
     def render(self, task: bars.Task) -> Text:
         return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
 
@@ -39,18 +37,9 @@ def show_progress(
 
 
 def _bar(items: Iterator[Item], total: int, done: int, what: str, unit: str, stream: TextIO) -> Iterator[Item]:
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn(f"{unit}s"),
-        _RateColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("elapsed,"),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("left"),
-    )
-    with bars.Progress(*columns, console=Console(file=stream)) as progress:
+    counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", _RateColumn())
+    times = (bars.TimeElapsedColumn(), "elapsed,", bars.TimeRemainingColumn(), "left")
+    with bars.Progress(*counts, *times, console=Console(file=stream)) as progress:
         task = progress.add_task(what, total=total, completed=done, unit=unit)
         for item in items:
             progress.advance(task)

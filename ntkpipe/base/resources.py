@@ -58,10 +58,8 @@ def num_cores() -> int:
 
 def format_bytes(num_bytes: float) -> str:
     """Format with a binary unit, as in ``16.0 MiB``."""
-    if abs(num_bytes) < 1024:
-        return f"{num_bytes:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        num_bytes /= 1024
+    for digits, unit in ((0, "B"), (1, "KiB"), (1, "MiB"), (1, "GiB")):
         if abs(num_bytes) < 1024:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1024:.1f} TiB"
+            return f"{num_bytes:.{digits}f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

@@ -38,11 +38,6 @@ class Targets:
         encoded = "as ±1" if self.is_binary else "one-hot"
         return f"{len(self.classes)} class{'es'[: 2 * (len(self.classes) != 1)]}, {encoded}"
 
-    @property
-    def num_unknown(self) -> int:
-        """Number of samples whose class training does not have."""
-        return 0 if self.codes is None else int((self.codes < 0).sum())
-
     def rows(self, width: int) -> NDArray[np.float64]:
         """Targets as right-hand sides of a kernel with ``width`` rows per sample; see :func:`as_rows`."""
         return as_rows(self.matrix, width)
@@ -78,24 +73,11 @@ def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def encode(targets: ArrayLike, *, task: Task = "auto", num_outputs: int | None = None) -> Targets:
-    """Encode the targets of train samples.
+    """Encode the targets of train samples, shape (N,) or (N, c); raises ConfigError for what is neither kind.
 
-    Parameters
-    ----------
-    targets
-        Shape (N,) or (N, c).
-    task
-        ``auto`` as above; ``classification``: labels, also as floats or in a single column; ``binary``: the same, of
-        two classes; ``regression``: numbers, also integers.
-    num_outputs
-        Number of columns that are needed. Integers from 0 may lack some of the classes then.
-
-    Raises
-    ------
-    ConfigError
-        If targets are neither, integers are all different, or there are too few classes.
-    NonFiniteError
-        If numbers are NaN or infinite.
+    ``auto`` is as above; ``classification`` takes labels, also as floats or in a single column, ``binary`` the same, of
+    two classes, and ``regression`` numbers, also integers. Where ``num_outputs`` columns are needed, integers from 0
+    may lack some of the classes.
     """
     values = _values(targets)
     if task != "regression" and _are_labels(values, task):
@@ -122,9 +104,10 @@ def encode_test(targets: ArrayLike, train: Targets) -> Targets:
 
 def note_on_unknown(test: Targets) -> str:
     """What a message adds where the test set has classes that training does not have; else nothing."""
-    if not test.num_unknown:
+    count = 0 if test.codes is None else int((test.codes < 0).sum())
+    if not count:
         return ""
-    return f"; {test.num_unknown} test samples of classes that training does not have count as wrong"
+    return f"; {count} test samples of classes that training does not have count as wrong"
 
 
 def _values(targets: ArrayLike) -> NDArray[Any]:
@@ -196,6 +179,5 @@ def _encoded(labels: NDArray[Any], classes: NDArray[Any], *, is_binary: bool) ->
     if is_binary:
         matrix = np.where(codes < 0, 0.0, 2.0 * codes - 1.0)[:, None]
     else:
-        # A class that is unknown has no column.
-        matrix = np.eye(len(classes) + 1)[codes][:, :-1]
+        matrix = np.eye(len(classes) + 1)[codes][:, :-1]  # a class that is unknown has no column
     return Targets(np.ascontiguousarray(matrix), classes, codes, False, is_binary)

@@ -13,8 +13,7 @@ from ntkpipe.store.kernel import Kernel
 
 BinLabels = NDArray[np.int64]
 
-# A screen shows no more.
-_MOST_BINS = 300
+_MOST_BINS = 300  # a screen shows no more
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
     diagonal = np.zeros(kernel.grid.rows.num_samples)
     for row, column in kernel.grid.tiles():
         tile = _by_sample(kernel.read_stored(row, column), kernel.num_covectors)
-        at = _samples(kernel, row), _samples(kernel, column)
+        at = [slice(span.start, span.stop) for span in map(kernel.grid.rows.samples, (row, column))]
         for total, (labels, _) in zip(sums, groupings, strict=True):
             _add(total, tile, labels[at[0]], labels[at[1]])
             if row != column:
@@ -68,20 +67,12 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
     return [_mean(total, diagonal, labels) for total, (labels, _) in zip(sums, groupings, strict=True)]
 
 
-def _samples(kernel: Kernel, tile: int) -> slice:
-    rows, width = kernel.grid.rows.rows(tile), kernel.num_covectors
-    return slice(rows.start // width, rows.stop // width)
-
-
 def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
-    if width == 1:
-        return tile.astype(np.float64)
     blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
     return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
 
 
 def _add(total: FloatArray, tile: FloatArray, rows: BinLabels, columns: BinLabels) -> None:
-    """Add sums of a tile's entries by the groups of its rows and columns."""
     for labels in (rows, columns):
         order = np.argsort(labels, kind="stable")
         groups, starts = np.unique(labels[order], return_index=True)

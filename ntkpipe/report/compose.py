@@ -20,10 +20,11 @@ from ntkpipe.report.sections.generalisation import generalisation_section
 from ntkpipe.report.sections.influence import influence_section
 from ntkpipe.report.sections.kernel import kernel_section
 from ntkpipe.report.sections.regression import regression_section
-from ntkpipe.report.sections.saved import saved_section
 from ntkpipe.report.sections.spectrum import spectrum_section
 from ntkpipe.report.sections.timings import timings_section
 from ntkpipe.report.sections.words import number, share
+from ntkpipe.solvers.result import Result
+from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.store.results import reading_results
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -54,10 +55,8 @@ def compose(gathered: Gathered) -> Page:
             regression_section(gathered.regression),
             generalisation_section(gathered.generalisation, gathered.mean_diagonal),
             gaussian_section(gathered.process),
-            influence_section(
-                gathered.influence, gathered.images, store.targets, store.test_targets, is_class=is_class
-            ),
-            *(saved_section(name, found) for name, found in gathered.others.items()),
+            influence_section(gathered.influence, gathered.images, store, is_class=is_class),
+            *(_saved_section(name, found) for name, found in gathered.others.items()),
             timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
         )
         return Page(
@@ -107,14 +106,24 @@ def _reading_section() -> Section:
     )
 
 
+def _saved_section(name: str, found: Result) -> Section:
+    """What a result prints that has no section of its own."""
+    summary = REGISTRY[name].summary
+    rows = PageTable("As a step has saved it", (), tuple(found.rows()))
+    return Section(
+        f"saved-{name.replace('_', '-')}", f"Result of {name}", (f"{summary[:1].upper()}{summary[1:]}.",), (rows,)
+    )
+
+
 def verdict(gathered: Gathered) -> Headline:
     """Whether the kernel is right, and what it is good for, in one line."""
     records = gathered.records
-    is_good, certificate = records.is_verified, records.worst_certificate
+    is_good = None if records.verification is None else bool(records.verification["is_good"])
     lead = {True: "Verified: yes", False: "Verified: no, something is wrong", None: "Not verified yet"}[is_good]
     said = []
-    if certificate is not None:
-        said.append(f"certificate {certificate[0]:.1e} (tolerance {certificate[1]:.0e})")
+    if records.certificate is not None:
+        worst = max(records.certificate["kernels"], key=lambda kernel: kernel["error"] / kernel["tolerance"])
+        said.append(f"certificate {worst['error']:.1e} (tolerance {worst['tolerance']:.0e})")
     elif is_good is not None:
         said.append("no certificate against the model")
     said += _regression_in_words(gathered)
@@ -134,7 +143,6 @@ def _regression_in_words(gathered: Gathered) -> list[str]:
 
 
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
-    """What readers look for first."""
     numbers: list[tuple[str, str]] = []
     regression, spectrum = gathered.regression, gathered.spectrum
     if not isinstance(regression, Missing):
@@ -156,6 +164,5 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
 
 
 def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
-    """Seconds spent on computing the kernel and on the self-checks before it."""
     names = {"kernel, all runs": "seconds", "self-checks before": "self_check_seconds"}
     return tuple((name, sum(float(run[key]) for run in records.runs)) for name, key in names.items() if records.runs)

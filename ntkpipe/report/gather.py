@@ -33,8 +33,7 @@ from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.results import reading_results
 
 R = TypeVar("R", bound=Result)
-# Runs a step by its name and options.
-Run = Callable[..., Result]
+Run = Callable[..., Result]  # runs a step by its name and options
 
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."
@@ -124,7 +123,8 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
     means = block_means(kernel, groupings)
     picture = perf_counter() - begin
     no_targets = _NO_TARGETS if store.manifest.train.targets is None else None
-    no_test = no_targets or _lacks_test(store)
+    test = store.manifest.test
+    no_test = no_targets or (_NO_TEST_SET if test is None else None if test.targets else _NO_TEST_TARGETS)
     with reading_results(store.path):
         # The first one computes all eigenpairs where they fit, and the others, also the spectrum, find them.
         alignment = results.find(Alignment, "alignment", no_targets)
@@ -169,12 +169,6 @@ def _encoded(store: KernelStore) -> Targets | None:
             return encode(store.targets)
         except (ConfigError, NonFiniteError):
             return None
-
-
-def _lacks_test(store: KernelStore) -> str | None:
-    if store.manifest.test is None:
-        return _NO_TEST_SET
-    return _NO_TEST_TARGETS if store.manifest.test.targets is None else None
 
 
 def _judged(posterior: Posterior, store: KernelStore) -> Judged | Missing:

@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,43 +13,22 @@ from ntkpipe.store.manifest import ArrayRecord
 
 Split = Literal["train", "test"]
 
-# Fewer pixels along an edge show nothing, and more are no thumbnail.
-_EDGES = (8, 512)
+_EDGES = (8, 512)  # fewer pixels along an edge show nothing, and more are no thumbnail
+_CHANNELS = (1, 3)
 _PERCENTILES = (0.5, 99.5)
 
 
-@dataclass(frozen=True)
-class ImageShape:
-    """How the numbers of a sample are pixels."""
-
-    shape: tuple[int, ...]  # (height, width), (channels, height, width) or (height, width, channels)
-    channels_first: bool  # whether channels come first
-    is_flat: bool  # whether samples are vectors, so that this is a guess
-
-    @property
-    def words(self) -> str:
-        """Height × width."""
-        height, width = self.shape[-2:] if self.channels_first or len(self.shape) == 2 else self.shape[:2]
-        return f"{height} × {width}"
-
-
-def image_shape(record: ArrayRecord) -> ImageShape | None:
-    """How samples of this shape and dtype are images, or none if they do not look like any."""
-    if not (record.dtype.startswith("float") or record.dtype == "uint8"):
-        return None
+def image_shape(record: ArrayRecord) -> tuple[int, ...] | None:
+    """Shape of a sample as an image; its channels, if there are any, come first or last. None if it looks like none."""
     shape = record.shape
-    if len(shape) == 1:
-        for channels in (1, 3):
-            edge = math.isqrt(shape[0] // channels)
-            if channels * edge * edge == shape[0] and _EDGES[0] <= edge <= _EDGES[1]:
-                return ImageShape((edge, edge) if channels == 1 else (3, edge, edge), True, True)
+    if len(shape) == 1:  # a guess
+        edges = {channels: math.isqrt(shape[0] // channels) for channels in _CHANNELS}
+        shape = next(((c, edge, edge) for c, edge in edges.items() if c * edge * edge == shape[0]), shape)
+    if len(shape) not in {2, 3} or not (record.dtype.startswith("float") or record.dtype == "uint8"):
         return None
-    channels_first = len(shape) == 3 and shape[0] in {1, 3}
-    pixels = shape[1:] if channels_first else shape[:2]
-    is_image = len(shape) == 2 or (len(shape) == 3 and (channels_first or shape[2] in {1, 3}))
-    if not is_image or not all(_EDGES[0] <= edge <= _EDGES[1] for edge in pixels):
-        return None
-    return ImageShape(shape, channels_first, False)
+    pixels = shape if len(shape) == 2 else shape[1:] if shape[0] in _CHANNELS else shape[:2]
+    is_image = len(shape) == 2 or not {shape[0], shape[2]}.isdisjoint(_CHANNELS)
+    return shape if is_image and all(_EDGES[0] <= edge <= _EDGES[1] for edge in pixels) else None
 
 
 class StoredImages:
@@ -65,14 +43,10 @@ class StoredImages:
 
     def why_not(self) -> str | None:
         """One sentence if there are no images, or none if there are."""
+        why = "The stored inputs do not look like images"
         if not self.holds_samples:
-            return (
-                "The store holds no inputs (it was derived without --samples), so samples are told by their numbers "
-                "and classes only."
-            )
-        if self.shape is None:
-            return "The stored inputs do not look like images, so samples are told by their numbers and classes only."
-        return None
+            why = "The store holds no inputs (it was derived without --samples)"
+        return None if self.shape else f"{why}, so samples are told by their numbers and classes only."
 
     def read(self, split: Split, numbers: Sequence[int]) -> dict[int, bytes]:
         """PNG files of samples by number; none if the store has no images."""
@@ -85,12 +59,11 @@ class StoredImages:
         return {number: _png((image - low) / (high - low)) for number, image in pixels.items()}
 
 
-def _pixels(sample: NDArray[Any], shape: ImageShape) -> NDArray[np.float64]:
-    """As (height, width, 1 or 3)."""
-    image = sample.reshape(shape.shape).astype(np.float64)
+def _pixels(sample: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    image = sample.reshape(shape).astype(np.float64)
     if image.ndim == 2:
         return image[:, :, None]
-    return np.moveaxis(image, 0, -1) if shape.channels_first else image
+    return np.moveaxis(image, 0, -1) if shape[0] in _CHANNELS else image
 
 
 def _contrast(images: list[NDArray[np.float64]]) -> tuple[float, float]:

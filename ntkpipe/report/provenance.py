@@ -22,18 +22,6 @@ class Records:
     self_check: Mapping[str, Any] | None
     runs: tuple[Mapping[str, Any], ...]  # every run that computed tiles, the oldest first
 
-    @property
-    def is_verified(self) -> bool | None:
-        """Whether every chunk was checked and nothing is wrong; none if that was not done."""
-        return None if self.verification is None else bool(self.verification["is_good"])
-
-    @property
-    def worst_certificate(self) -> tuple[float, float] | None:
-        """Largest error of a row of any kernel, and its tolerance; none without a certificate."""
-        kernels = [] if self.certificate is None else self.certificate["kernels"]
-        found = max(kernels, key=lambda kernel: kernel["error"] / kernel["tolerance"], default=None)
-        return None if found is None else (float(found["error"]), float(found["tolerance"]))
-
 
 def read_records(store: KernelStore) -> Records:
     """Read them."""
@@ -45,33 +33,23 @@ def computed_section(store: KernelStore, array: str) -> Section:
     """What was computed: everything that decided the numbers."""
     manifest, progress = store.manifest, store.progress
     model, choices = manifest.model, manifest.choices
+    done = f"{progress.tiles_done:,} of {progress.tiles_total:,}, {manifest.tile} samples along an edge"
     rows = [
         ("store", str(store.path)),
-        ("kind", manifest.kind),
-        ("convention", manifest.convention),
         ("kernel of this report", f"{array}, {' × '.join(f'{s:,}' for s in store.store.arrays[array].layout.shape)}"),
-        ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)} tensors"),
-        ("outputs", f"{manifest.num_outputs}; {_rows_in_words(manifest.num_covectors)}"),
+        *manifest.rows(),
+        ("rows of the kernel for each sample", str(manifest.num_covectors)),
         ("training samples", _samples_in_words(manifest.train)),
         ("test samples", "none" if manifest.test is None else _samples_in_words(manifest.test)),
-        ("computed in", f"{manifest.compute_dtype}, summed in {manifest.accumulate_dtype}, on {choices.device}"),
-        ("stored in", f"{manifest.store_dtype}; analyses multiply in float64"),
+        ("analyses multiply in", "float64"),
         ("arithmetic", choices.arithmetic),
-        (
-            "tiles",
-            f"{progress.tiles_done:,} of {progress.tiles_total:,}, {manifest.tile} samples along an edge, "
-            f"{format_bytes(progress.bytes_done)}",
-        ),
-        ("versions", ", ".join(f"{name} {value}" for name, value in manifest.environment.items())),
+        ("tiles", f"{done}, {format_bytes(progress.bytes_done)}"),
         ("digest of the manifest", manifest.digest()),
         ("digest of the model's state", model.state_digest),
         ("digest of the training inputs", manifest.train.inputs_digest),
     ]
-    if manifest.groups:
-        rows.append(("groups of parameters", "; ".join(f"{n}: {len(p)} tensors" for n, p in manifest.groups.items())))
     if manifest.derived is not None:
-        rows.append(("derived", f"from kind {manifest.derived.kind}, manifest {manifest.derived.digest}"))
-    rows += [("grown from", f"{before.train.num_samples:,} training samples") for before in manifest.growth]
+        rows.append(("digest of the source's manifest", manifest.derived.digest))
     named = model.parameters[:_MOST_NAMES]
     more = (("…", f"{len(model.parameters) - len(named):,} more"),) if len(named) < len(model.parameters) else ()
     held = tuple((name, _representation(name, choices.representations)) for name in named)
@@ -89,10 +67,6 @@ def computed_section(store: KernelStore, array: str) -> Section:
             PageTable(_HELD, ("parameter", "held as"), (*held, *more), is_folded=True),
         ),
     )
-
-
-def _rows_in_words(width: int) -> str:
-    return "one row of the kernel for each sample" if width == 1 else f"{width} rows of the kernel for each sample"
 
 
 def _samples_in_words(data: DataRecord) -> str:
@@ -131,19 +105,17 @@ def verification_section(records: Records) -> Section:
 
 
 def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, str]]]:
-    missing, rows = None, []
-    if records.verification is None:
+    missing, rows, found, check = None, [], records.verification, records.self_check
+    if found is None:
         missing = (
             "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
             "every chunk and certifies the whole kernel against its model."
         )
     else:
-        found = records.verification
         wrong = "nothing is wrong" if found["is_good"] else f"{found['num_findings']:,} findings"
         read = f"{found['chunks_checked']:,} chunks, {format_bytes(found['bytes_checked'])}, read: {wrong}"
         rows.append(("verification", f"{read} ({found['checked']})"))
-        first = [f"{finding['array']}: {finding['problem']}" for finding in found["findings"][:5]]
-        rows += [("finding", said) for said in first]
+        rows += [("finding", f"{one['array']}: {one['problem']}") for one in found["findings"][:5]]
         if records.certificate is None:
             missing = (
                 "There is no certificate against the model; `ntkpipe verify STORE --workflow FILE`, or "
@@ -151,7 +123,6 @@ def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, st
             )
     if records.certificate is not None:
         rows.append(("certificate", f"of {records.certificate['checked']}, below"))
-    check = records.self_check
     if check is not None:
         judge = f"{check['reference']} in {check['dtype']}"
         error = f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"

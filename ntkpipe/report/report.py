@@ -154,14 +154,11 @@ def write_report(
 
 def _default_path(store: KernelStore) -> Path:
     """Beside a store of this machine; of one elsewhere in the working directory."""
-    where = store.path
-    if isinstance(where, Path):
-        return where.absolute().parent / f"{where.name.removesuffix('.zarr')}.html"
-    return Path(f"{where.rstrip('/').rpartition('/')[2].removesuffix('.zarr')}.html")
+    name = f"{Path(store.path).name.removesuffix('.zarr')}.html"
+    return store.path.absolute().with_name(name) if isinstance(store.path, Path) else Path(name)
 
 
 def _check_target(path: Path) -> None:
-    """Check that a page can be put there."""
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or choose another path")
     if path.is_dir():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # What is drawn in a figure, from whole quantities to their bounds; the same everywhere in a report.
@@ -107,8 +108,7 @@ class Look:
 
 # Pairs of a narrow and a wide one, as the page takes them.
 LOOKS = tuple(Look(is_dark, is_narrow) for is_dark in (False, True) for is_narrow in (True, False))
-# Draws into an empty figure.
-Draw = Callable[[Figure, Look], None]
+Draw = Callable[[Axes, Look], None]  # draws into the empty axes of a figure
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Drawn:
 def draw_figure(draw: Draw, look: Look, *, height: float) -> Figure:
     """A figure, laid out so that nothing overlaps; call it inside of the look's settings."""
     figure = Figure(figsize=look.size(height), layout="constrained")
-    draw(figure, look)
+    draw(figure.add_subplot(), look)
     return figure
 
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.store.documents import DOCUMENT, array_difference, array_document
 from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout, Index
-from ntkpipe.store.media.medium import Medium, OversizeError, writing
+from ntkpipe.store.media.medium import PIECE_BYTES, Medium, OversizeError, writing
 
-_CHECKED_AT_ONCE = 2**20
+_Checksum: Any = google_crc32c.Checksum  # it has no annotations
 
 
 class StoredArray:
@@ -25,6 +25,7 @@ class StoredArray:
     def __init__(self, medium: Medium, layout: ArrayLayout) -> None:
         self.medium = medium
         self.layout = layout
+        self._document = f"{layout.name}/{DOCUMENT}"
         self._is_checked = False
 
     def name(self, index: Index) -> str:
@@ -66,28 +67,24 @@ class StoredArray:
 
     def create(self) -> None:
         """Write ``zarr.json`` if there is none, else check it; chunks are left as they are."""
-        if self.medium.size(self._document_name) is None:
+        if self.medium.size(self._document) is None:
             with writing(self.medium):
-                self.medium.put_new(self._document_name, array_document(self.layout))
+                self.medium.put_new(self._document, array_document(self.layout))
         self.check_metadata()
 
     def replace_metadata(self) -> None:
         """Replace ``zarr.json``, whatever it holds; chunks are left as they are."""
         with writing(self.medium):
-            self.medium.put(self._document_name, array_document(self.layout))
-
-    @property
-    def _document_name(self) -> str:
-        return f"{self.layout.name}/{DOCUMENT}"
+            self.medium.put(self._document, array_document(self.layout))
 
     def check_metadata(self) -> None:
         """Check once that ``zarr.json`` is what this package writes, so that any Zarr reader sees the same entries."""
         if self._is_checked:
             return
-        where = f"{self._document_name} in {self.medium.root}"
+        where = f"{self._document} in {self.medium.root}"
         remedy = "delete that file and run again: it is written anew, and every chunk is kept"
         try:
-            difference = array_difference(self.medium.get(self._document_name), array_document(self.layout), where)
+            difference = array_difference(self.medium.get(self._document), array_document(self.layout), where)
         except FileNotFoundError:
             raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
         except OSError as error:
@@ -100,9 +97,11 @@ class StoredArray:
         """Write one whole chunk, atomically."""
         self.check_metadata()
         chunk = self._whole_chunk(index, values)
-        checksum = _checksum(chunk.reshape(-1).view(np.uint8))
+        raw, checksum = chunk.reshape(-1).view(np.uint8), _Checksum()
+        for start in range(0, len(raw), PIECE_BYTES):  # in pieces: the library blocks other threads
+            checksum.update(raw[start : start + PIECE_BYTES])
         with writing(self.medium, self.describe(index), self.layout.chunk_bytes):
-            self.medium.put(self.name(index), chunk.data, checksum)
+            self.medium.put(self.name(index), chunk.data, checksum.digest()[::-1])  # stored little-endian
 
     def _whole_chunk(self, index: Index, values: NDArray[Any]) -> NDArray[Any]:
         """Pad ``values`` to a whole chunk with the fill value; a read-only view of them if they are one already."""
@@ -120,32 +119,24 @@ class StoredArray:
     def read(self, index: Index, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Read and verify one chunk, cut at the array's end as in :meth:`ArrayLayout.region`."""
         layout = self.layout
-        payload_bytes = layout.chunk_bytes - CHECKSUM_BYTES
+        buffer = np.empty(layout.chunk_bytes, np.uint8) if buffer is None else buffer
+        payload, checksum = buffer[: layout.chunk_bytes - CHECKSUM_BYTES], _Checksum()
+        payload.flags.writeable = False
         try:
-            if buffer is None:
-                raw = np.frombuffer(self.medium.get(self.name(index), layout.chunk_bytes), np.uint8)
-                found = _checksum(raw[:payload_bytes])
-            else:
-                running = _RunningChecksum(buffer[:payload_bytes])
-                raw = buffer[: self.medium.get_into(self.name(index), buffer.data, running.add)]
-                found = running.value
+            count = self.medium.get_into(
+                self.name(index), buffer.data, lambda start, stop: checksum.update(payload[start:stop])
+            )
         except FileNotFoundError:
             raise TileError(f"{self.describe(index)} is missing: not computed yet, or deleted") from None
         except OversizeError as error:
-            raise TileError(
-                f"{self.describe(index)} has {error.size} bytes; needed {layout.chunk_bytes}. Delete "
-                f"{self.path(index)} and run again: it is recomputed"
-            ) from error
+            count = error.size
         except OSError as error:
             raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
-        if len(raw) != layout.chunk_bytes:
-            raise TileError(
-                f"{self.describe(index)} has {len(raw)} bytes; needed {layout.chunk_bytes}: truncated. Run "
-                "again: it is recomputed"
-            )
-        raw.flags.writeable = False
-        payload, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
-        if found != checksum.tobytes():
+        if count != layout.chunk_bytes:
+            remedy = ": truncated. Run" if count < layout.chunk_bytes else f". Delete {self.path(index)} and run"
+            found = f"{self.describe(index)} has {count} bytes; needed {layout.chunk_bytes}"
+            raise TileError(f"{found}{remedy} again: it is recomputed")
+        if checksum.digest()[::-1] != buffer[len(payload) : count].tobytes():
             raise TileError(
                 f"{self.describe(index)} fails its crc32c checksum: its bytes were altered. Delete {self.path(index)} "
                 "and run again: it is recomputed"
@@ -167,31 +158,6 @@ def require_complete(arrays: Iterable[StoredArray], then: str) -> None:
         array, index = missing[0]
         others = f"{len(missing) - 1} other chunks"
         raise TileError(f"{array.describe(index)} is missing, and {others}: finish the run before {then}")
-
-
-class _RunningChecksum:
-    """crc32c of data that arrive in a buffer range by range; ranges beyond its end are cut."""
-
-    def __init__(self, data: NDArray[np.uint8]) -> None:
-        self._data = data.view()
-        self._data.flags.writeable = False
-        self._value = 0
-
-    def add(self, start: int, stop: int) -> None:
-        """Add bytes ``start:stop``, which follow those added before."""
-        self._value = google_crc32c.extend(self._value, self._data[start:stop])
-
-    @property
-    def value(self) -> bytes:
-        """The checksum as it is stored."""
-        return int(self._value).to_bytes(CHECKSUM_BYTES, "little")
-
-
-def _checksum(data: NDArray[np.uint8]) -> bytes:
-    running = _RunningChecksum(data)
-    for start in range(0, len(data), _CHECKED_AT_ONCE):  # in pieces: the library blocks other threads
-        running.add(start, start + _CHECKED_AT_ONCE)
-    return running.value
 
 
 def _is_number(part: str) -> bool:

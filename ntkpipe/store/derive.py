@@ -135,7 +135,6 @@ def _require_same(target: Store, wanted: Manifest) -> None:
 
 
 def _chunks(source: Store, target: Store, missing: dict[str, set[Index]]) -> Iterator[tuple[str, Index, NDArray[Any]]]:
-    """Yield every missing chunk of the target as array, index and entries."""
     for name, stored in target.arrays.items():
         if stored.layout.grid is None and not stored.layout.holds_blocks:
             for index in sorted(missing.get(name, ())):

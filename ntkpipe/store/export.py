@@ -143,7 +143,6 @@ def _write_at(file: BinaryIO, position: int, values: NDArray[Any], dtype: np.dty
 
 @contextlib.contextmanager
 def _zarr(path: Path, layout: ArrayLayout) -> Iterator[Write]:
-    """Create a Zarr array of the same chunks, with all of them stored."""
     plain = ArrayLayout(path.name, layout.shape, layout.chunks, layout.dtype, layout.dimensions)
     array = StoredArray(Folder(path.parent), plain)
     array.create()

@@ -47,7 +47,7 @@ class Kernel:
     def __init__(self, array: StoredArray, digest: str) -> None:
         assert array.layout.grid is not None
         self._array = array
-        self._grid: Grid = array.layout.grid
+        self.grid: Grid = array.layout.grid
         self._digest = digest
 
     @property
@@ -63,7 +63,7 @@ class Kernel:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns; row = sample * S + covector."""
-        return self._grid.shape
+        return self.grid.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -83,22 +83,17 @@ class Kernel:
     @property
     def num_covectors(self) -> int:
         """Rows per sample, S: the number of outputs for ``kind="ntk"``, else one."""
-        return self._grid.rows.num_covectors
+        return self.grid.rows.num_covectors
 
     @property
     def is_symmetric(self) -> bool:
         """Whether rows and columns are the same samples."""
-        return self._grid.symmetric
-
-    @property
-    def grid(self) -> Grid:
-        """The tiles."""
-        return self._grid
+        return self.grid.symmetric
 
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows of each tile along both axes, in the form of dask."""
-        axes = (self._grid.rows, self._grid.columns)
+        axes = (self.grid.rows, self.grid.columns)
         rows, columns = (tuple(len(axis.rows(tile)) for tile in range(axis.num_tiles)) for axis in axes)
         return rows, columns
 
@@ -110,9 +105,9 @@ class Kernel:
 
     def read_tile(self, row: int, column: int) -> NDArray[Any]:
         """Read tile (row, column) of the full matrix, read-only; transposed if its mirror image is stored."""
-        stored_row, stored_column, mirrored = self._grid.locate(row, column)
-        tile = self._array.read((stored_row, stored_column))
-        return tile.T if mirrored else tile
+        if self.grid.is_stored(row, column):
+            return self._array.read((row, column))
+        return self._array.read((column, row)).T
 
     def read_stored(self, row: int, column: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Read a stored tile as it is; with a ``buffer`` of :attr:`tile_bytes` bytes, return a view of that."""
@@ -166,7 +161,7 @@ class Kernel:
         """Read the submatrix of ``rows`` and ``columns``, each tile once."""
         require_memory((rows.size, columns.size), self.dtype, "a slice of the kernel")
         values = np.empty((rows.size, columns.size), self.dtype)
-        row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
+        row_edge, column_edge = self.grid.rows.tile_rows, self.grid.columns.tile_rows
         for row_tile, at_rows in _by_tile(rows, row_edge):
             for column_tile, at_columns in _by_tile(columns, column_edge):
                 tile = self.read_tile(row_tile, column_tile)
@@ -175,22 +170,30 @@ class Kernel:
         return values
 
     def _read_points(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
-        """Read single entries, each tile once."""
         values = np.empty(rows.shape, self.dtype)
-        row_edge, column_edge = self._grid.rows.tile_rows, self._grid.columns.tile_rows
-        tiles = rows // row_edge * self._grid.columns.num_tiles + columns // column_edge
+        row_edge, column_edge = self.grid.rows.tile_rows, self.grid.columns.tile_rows
+        tiles = rows // row_edge * self.grid.columns.num_tiles + columns // column_edge
         for tile in np.unique(tiles):
-            row_tile, column_tile = divmod(int(tile), self._grid.columns.num_tiles)
+            row_tile, column_tile = divmod(int(tile), self.grid.columns.num_tiles)
             at = tiles == tile
             data = self.read_tile(row_tile, column_tile)
             values[at] = data[rows[at] - row_tile * row_edge, columns[at] - column_tile * column_edge]
         return values
 
+    def read_entries(self, *indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Read entries by row sample, row covector, column sample and column covector: vectors, or of ``numpy.ix_``."""
+        row_samples, row_covectors, column_samples, column_covectors = indices
+        rows = row_samples * self.num_covectors + row_covectors
+        columns = column_samples * self.num_covectors + column_covectors
+        if rows.ndim == 1:
+            return self[rows, columns]
+        return self[np.ix_(rows.ravel(), columns.ravel())].reshape(np.broadcast(rows, columns).shape)
+
     def diagonal(self) -> NDArray[Any]:
         """Read the diagonal, shape (rows,), from the diagonal tiles alone."""
-        if not self._grid.symmetric:
+        if not self.grid.symmetric:
             raise ValueError(f"{self!r} has no diagonal: its rows and columns are different samples")
-        return np.concatenate([self.read_tile(i, i).diagonal() for i in range(self._grid.rows.num_tiles)])
+        return np.concatenate([self.read_tile(i, i).diagonal() for i in range(self.grid.rows.num_tiles)])
 
     def to_numpy(self) -> NDArray[Any]:
         """Read the whole matrix into memory; raises ResourceError if it does not fit."""
@@ -250,14 +253,8 @@ class KernelBlocks:
         if any(not isinstance(part, slice | int | np.integer) for part in parts):
             raise IndexError("blocks take integers and slices; for index arrays, index the kernel itself by rows")
         picked = [np.asarray(np.arange(size)[part]) for size, part in zip(self.shape, parts, strict=True)]
-        row_samples, column_samples, row_covectors, column_covectors = (np.atleast_1d(p) for p in picked)
-        width = self._kernel.num_covectors
-        rows = (row_samples[:, None] * width + row_covectors).ravel()
-        columns = (column_samples[:, None] * width + column_covectors).ravel()
-        values = self._kernel[np.ix_(rows, columns)]
-        split = values.reshape(row_samples.size, row_covectors.size, column_samples.size, column_covectors.size)
-        shape = tuple(size for p in picked for size in p.shape)
-        return split.transpose(0, 2, 1, 3).reshape(shape)[()]
+        found = self._kernel.read_entries(*np.ix_(*(np.atleast_1d(picked[axis]) for axis in (0, 2, 1, 3))))
+        return found.transpose(0, 2, 1, 3).reshape([size for part in picked for size in part.shape])[()]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return _as_array(self, dtype, copy)

@@ -128,9 +128,6 @@ class KernelSet:
 class KernelStore(KernelSet):
     """A kernel store, opened for reading; ``store`` holds the arrays underneath."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-
     def __repr__(self) -> str:
         manifest, progress = self.manifest, self.progress
         return (
@@ -204,7 +201,6 @@ class KernelStore(KernelSet):
 
 
 def _result_rows(store: Store) -> TableRows:
-    """What was found of a store, and what its runs say."""
     rows = [("verified", "never")]
     if (report := store.read_result("verification")) is not None:
         verdict = "good" if report["is_good"] else count_findings(report["num_findings"])

@@ -30,21 +30,12 @@ class _Record(BaseModel):
     model_config = {"extra": "forbid", "frozen": True, "strict": True}
 
 
-# Plain numbers; no objects, dates or structures.
-_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
-
-
-def _require_dtype(name: str) -> str:
-    if name not in _DTYPES:
-        raise ValueError("not a dtype of samples")
-    return name
-
-
 class ArrayRecord(_Record):
     """Shape per sample, and dtype, of one array."""
 
     shape: Annotated[tuple[PositiveInt, ...], Field(max_length=_MOST_AXES)]
-    dtype: Annotated[str, AfterValidator(_require_dtype)]
+    # Plain numbers; no objects, dates or structures
+    dtype: Annotated[str, Field(pattern=r"^(bool|u?int(8|16|32|64)|float(16|32|64))$")]
 
 
 def _require_identifier(name: str) -> str:
@@ -84,8 +75,7 @@ class Choices(_Record):
     batch: PositiveInt  # samples of one forward pass
     representations: dict[str, str]  # how the Jacobian of each parameter (or fused pair) is represented
     device: str  # device type
-    # Instruction set of the processor, or name of the GPU, and version of torch; results of different ones agree up to
-    # rounding.
+    # Instruction set or name of the GPU, and version of torch; results of different ones agree up to rounding.
     arithmetic: str
 
 

@@ -16,7 +16,7 @@ from ntkpipe.store.documents import DOCUMENT, group_attributes, group_document, 
 from ntkpipe.store.layout import MOST_CHUNK_BYTES, MOST_CHUNKS, ArrayLayout
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.store import Store, create_groups
+from ntkpipe.store.store import Store, create_groups, groups_below
 
 _CHUNK_BYTES = 16 * 2**20
 _DTYPES = ("float64", "float32", "int64", "uint8")
@@ -59,7 +59,7 @@ class ArrayFolder:
 
     def write_array(self, name: str, values: NDArray[Any]) -> None:
         """Write an array of float or integer numbers, replacing one of the same name."""
-        self.delete_array(name)
+        self.delete(name)
         array = self._array(name, values.shape, values.dtype)
         create_groups(self._medium, [self._name], root=True)
         array.create()
@@ -85,23 +85,16 @@ class ArrayFolder:
 
     def array_names(self) -> list[str]:
         """Names of the complete arrays."""
-        names = (name[len(self._name) + 1 :].split("/") for name, _ in self._medium.sizes(self._name))
-        return sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == DOCUMENT)
+        return sorted(groups_below(self._medium, self._name))
 
-    def delete_array(self, name: str) -> None:
-        """Delete an array if it exists, its ``zarr.json`` first."""
+    def delete(self, array: str | None = None) -> None:
+        """Delete an array, or the group with all its arrays; its ``zarr.json`` first."""
+        name = self._name if array is None else self._below(array)
         with writing(self._medium):
-            self._medium.delete(f"{self._below(name)}/{DOCUMENT}")
-            self._medium.delete_below(self._below(name))
-
-    def delete(self) -> None:
-        """Delete the group and all its arrays, its attributes first."""
-        with writing(self._medium):
-            self._medium.delete(self._below(DOCUMENT))
-            self._medium.delete_below(self._name)
+            self._medium.delete(f"{name}/{DOCUMENT}")
+            self._medium.delete_below(name)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
-        """The array of this name, in chunks of whole rows."""
         row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
         chunks = (max(1, min(shape[0], _CHUNK_BYTES // row_bytes)), *(max(1, size) for size in shape[1:]))
         dimensions = tuple(f"axis_{axis}" for axis in range(len(shape)))
@@ -184,7 +177,7 @@ class Checkpoint:
         self._folder.write_attributes({"state": json.loads(json.dumps(dict(state)))})
         for name in self._folder.array_names():
             if name not in keep:
-                self._folder.delete_array(name)
+                self._folder.delete(name)
 
     def clear(self) -> None:
         """Delete the checkpoint, once the result is safe."""

@@ -129,7 +129,7 @@ class Store:
 
     def read_results(self, folder: str) -> list[dict[str, Any]]:
         """Read the last thousand results below ``results/folder`` by name, those from before a growth included."""
-        names = heapq.nlargest(_MOST_RESULTS, self._groups_below(f"results/{folder}"))[::-1]
+        names = heapq.nlargest(_MOST_RESULTS, groups_below(self.medium, f"results/{folder}"))[::-1]
         known = {manifest.digest() for manifest in (self.manifest, *self.manifest.earlier())}
         found = [self._read_result(f"{folder}/{name}", known) for name in names]
         return [result for result in found if result is not None]
@@ -137,18 +137,13 @@ class Store:
     def solver_results(self) -> dict[str, dict[str, Any]]:
         """Results of solvers and analyses by name, those of this manifest."""
         digest, found = self.manifest.digest(), {}
-        for name in sorted(self._groups_below("results")):
+        for name in sorted(groups_below(self.medium, "results")):
             data = self.medium.get(f"results/{name}/{DOCUMENT}")
             attributes = group_attributes(data, f"results/{name} of {self.root}", allow_nan=True)
             result = attributes.get("result")  # none in a folder of results, such as `runs`
             if isinstance(result, dict) and "status" in result and attributes.get("manifest_digest") == digest:
                 found[name] = result
         return found
-
-    def _groups_below(self, prefix: str) -> Iterator[str]:
-        """Names of the groups directly below a prefix."""
-        below = (name[len(prefix) + 1 :].split("/") for name, _ in self.medium.sizes(prefix))
-        return (parts[0] for parts in below if len(parts) == 2 and parts[1] == DOCUMENT)
 
     def read_result(self, name: str) -> dict[str, Any] | None:
         """Read a result; None if there is none, or if it came from another manifest, as before a growth."""
@@ -177,6 +172,12 @@ def create_groups(medium: Medium, names: Iterable[str], *, root: bool = False) -
             document = f"{parent}/{DOCUMENT}".lstrip("/")
             if medium.size(document) is None:
                 medium.put_new(document, group_document({}))
+
+
+def groups_below(medium: Medium, prefix: str) -> Iterator[str]:
+    """Names of the arrays and groups directly below a prefix."""
+    below = (name[len(prefix) + 1 :].split("/") for name, _ in medium.sizes(prefix))
+    return (parts[0] for parts in below if len(parts) == 2 and parts[1] == DOCUMENT)
 
 
 def _readable_group(attributes: dict[str, Any], name: str) -> bytes:
@@ -214,7 +215,6 @@ def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
 
 
 def _remove(medium: Medium) -> None:
-    """Remove a store, and refuse to remove anything else."""
     try:
         is_ours = ATTRIBUTE in group_attributes(medium.get(DOCUMENT), str(medium.root))
     except OSError:

@@ -17,8 +17,7 @@ from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import Index
 from ntkpipe.store.store import Store
 
-# Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), which holds for Gram matrices; the coarser dtype of sum and store
-# decides.
+# Rounding allowance of |K_ij| <= sqrt(K_ii K_jj), as of Gram matrices, by the coarser dtype of sum and store.
 _BOUND_TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 _MOST_STRAYS = 1000  # anybody may have put millions of stray files into a store
 _MOST_RECORDED = 1000  # a report on every tile of a large store would be too large to be read back
@@ -127,7 +126,6 @@ def _diagonals(store: Store) -> dict[str, NDArray[np.float64]]:
 
 
 def _diagonal_of(array: StoredArray, index: Index) -> NDArray[np.float64]:
-    """Diagonal along the last two axes of a chunk."""
     try:
         return array.read(index).diagonal(axis1=-2, axis2=-1).reshape(-1).astype(np.float64)
     except TileError:  # reported where the chunk itself is checked
@@ -136,7 +134,6 @@ def _diagonal_of(array: StoredArray, index: Index) -> NDArray[np.float64]:
 
 
 def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, NDArray[np.float64]]) -> str | None:
-    """Describe the problem of one chunk, or return None."""
     try:
         values = array.read(index)
     except TileError as error:
@@ -144,16 +141,14 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{int((~np.isfinite(values)).sum())} entries are NaN or infinite"
     name, grid = array.layout.name, array.layout.grid
-    if array.layout.holds_blocks:
-        negative = int((values.diagonal(axis1=1, axis2=2) < 0).sum())
-        return f"{negative} diagonal entries are negative" if negative else None
-    if grid is None:
-        return None
-    is_mirrored = grid.symmetric and index[0] == index[1]
+    is_mirrored = grid is not None and grid.symmetric and index[0] == index[1]
     if is_mirrored and not np.array_equal(values, values.T):
         return "the diagonal tile is not symmetric"
-    if is_mirrored and (negative := int((values.diagonal() < 0).sum())):
+    has_diagonal = is_mirrored or array.layout.holds_blocks
+    if has_diagonal and (negative := int((values.diagonal(axis1=-2, axis2=-1) < 0).sum())):
         return f"{negative} diagonal entries are negative"
+    if grid is None:
+        return None
     plane = name.rpartition("/")[0]
     right = diagonals[f"{plane}/train"]
     left = right if grid.symmetric else diagonals[f"{plane}/test_diagonal"]

@@ -36,7 +36,6 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
 
 
 def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable[[float], None]) -> Iterator[int]:
-    """Yield a number for each tile that appears, until the store is complete."""
     while True:
         progress = store.progress
         yield from range(seen, progress.tiles_done)

@@ -59,10 +59,9 @@ def test_stored_tiles_and_mirrors_are_the_whole_matrix(grid):
     mirrored = 0
     for row in range(grid.rows.num_tiles):
         for column in range(grid.columns.num_tiles):
-            at_row, at_column, transposed = grid.locate(row, column)
-            assert (at_row, at_column) in stored
-            assert (row, column) == ((at_column, at_row) if transposed else (at_row, at_column))
-            mirrored += transposed
+            is_mirrored = not grid.is_stored(row, column)
+            assert ((column, row) if is_mirrored else (row, column)) in stored
+            mirrored += is_mirrored
     assert grid.num_tiles + mirrored == grid.rows.num_tiles * grid.columns.num_tiles
 
 

@@ -1,6 +1,7 @@
 """Every figure of a report with numbers that are awkward to draw, and the texts that it shows with their places."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from matplotlib.axis import Axis
@@ -25,25 +26,52 @@ def _four(low: float, high: float) -> dict[str, regression.Curve]:
     return {quantity: _curve(label, low, high) for quantity, label in names.items()}
 
 
+def _over_ridges(low: float, high: float, marked: dict[str, float], *, is_share: bool = False) -> Draw:
+    curves = _four(low, high)
+    return partial(regression.over_ridges, ridges=RIDGES, curves=curves, marked=marked, is_share=is_share)
+
+
+def _ratios(marked: dict[str, float]) -> Draw:
+    return partial(regression.ratios, ridges=RIDGES, curves=_four(0.01, 1.3), marked=marked)
+
+
+def _coverage() -> Draw:
+    nominal, scaled, plain = (np.linspace(low, 1, 11) for low in (0.1, 0.01, 0.9))
+    return partial(regression.coverage, nominal=nominal, scaled=scaled, plain=plain)
+
+
+def _reliability() -> Draw:
+    places, shares = np.linspace(0.05, 0.95, 10), np.linspace(0, 1, 10)
+    return partial(regression.reliability, confidence=places, accuracy=shares, counts=np.arange(10.0))
+
+
 def _spectrum(count: int, low: float) -> Draw:
     values = np.geomspace(2e4, low, count)
     fit = spectrum.TailLine(1.234, 0.0123, 1e4, 10, max(11, count // 4))
-    return spectrum.eigenvalues(values, num_rows=count, floor=low, fit=fit)
+    return partial(spectrum.eigenvalues, values=values, num_rows=count, floor=low, fit=fit)
 
 
 def _density(scale: float, low: float, high: float) -> Draw:
     places = np.geomspace(low, high, 200)
-    return spectrum.density(places, scale * np.exp(-(np.linspace(-3, 3, 200) ** 2)), floor=low / 10, is_estimate=True)
+    heights = scale * np.exp(-(np.linspace(-3, 3, 200) ** 2))
+    return partial(spectrum.density, places=places, heights=heights, floor=low / 10, is_estimate=True)
+
+
+def _power(count: int, share: np.ndarray | None) -> Draw:
+    return partial(spectrum.cumulative, power=np.linspace(0.1, 1, count), share=share)
 
 
 def _picture(names: list[str], num_samples: int, scale: float) -> Draw:
     means = scale * np.random.default_rng(0).random((30, 30))
     bounds = list(np.linspace(0, num_samples, len(names) + 1).astype(int)[1:-1])
-    return kernel.picture(means, num_samples=num_samples, bounds=bounds, names=names, order="sorted by class")
+    return partial(
+        kernel.picture, means=means, num_samples=num_samples, bounds=bounds, names=names, order="sorted by class"
+    )
 
 
 def _class_means(count: int, scale: float) -> Draw:
-    return kernel.class_means(scale * np.random.default_rng(0).random((count, count)), [str(i) for i in range(count)])
+    means = scale * np.random.default_rng(0).random((count, count))
+    return partial(kernel.class_means, means=means, names=[str(i) for i in range(count)])
 
 
 _BARS = ["kernel, all runs", "self-checks before", "all eigenpairs", "gaussian process", "generalisation", "regression"]
@@ -54,28 +82,24 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
     "spectrum over many decades": (lambda: _spectrum(100_000, 1e-30), 0.52),
     "density": (lambda: _density(4000.0, 1e-8, 1e6), 0.52),
     "density of millions": (lambda: _density(3e6, 0.1, 0.2), 0.52),
-    "power": (lambda: spectrum.cumulative(np.linspace(0.1, 1, 4000), np.linspace(0.5, 1, 4000)), 0.52),
-    "power of a few": (lambda: spectrum.cumulative(np.linspace(0.1, 1, 3), None), 0.52),
+    "power": (lambda: _power(4000, np.linspace(0.5, 1, 4000)), 0.52),
+    "power of a few": (lambda: _power(3, None), 0.52),
     "losses": (
-        lambda: regression.over_ridges(
-            RIDGES, _four(1e-7, 1.0), unit="mean squared error [target units²]", best=1.0, marked={"mean diagonal": 9.0}
-        ),
+        lambda: _over_ridges(1e-7, 1.0, {"best ridge": 1.0, "mean diagonal": 9.0}),
         0.52,
     ),
     "losses within a decade": (
-        lambda: regression.over_ridges(
-            RIDGES, _four(0.011, 0.019), unit="mean squared error [target units²]", best=0.0
-        ),
+        lambda: _over_ridges(0.011, 0.019, {"best ridge": 0.0}),
         0.52,
     ),
     "accuracies": (
-        lambda: regression.over_ridges(RIDGES, _four(0.951, 0.957), unit="samples right [%]", best=1.0, is_share=True),
+        lambda: _over_ridges(0.951, 0.957, {"best ridge": 1.0}, is_share=True),
         0.46,
     ),
-    "ratios": (lambda: regression.ratios(RIDGES, _four(0.01, 1.3), marked={"mean diagonal of K": 9.0}), 0.52),
-    "coverage": (lambda: regression.coverage(*(np.linspace(low, 1, 11) for low in (0.1, 0.01, 0.9))), 0.6),
+    "ratios": (lambda: _ratios({"mean diagonal of K": 9.0}), 0.52),
+    "coverage": (_coverage, 0.6),
     "reliability": (
-        lambda: regression.reliability(np.linspace(0.05, 0.95, 10), np.linspace(0, 1, 10), np.arange(10.0)),
+        _reliability,
         0.6,
     ),
     "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 0.78),
@@ -84,8 +108,8 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
     "class means": (lambda: _class_means(10, 1e4), 0.72),
     "means of many classes": (lambda: _class_means(100, 1e-6), 0.72),
     "means of two classes": (lambda: _class_means(2, 1.0), 0.72),
-    "time": (lambda: timings.bars([(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.42),
-    "time of one part": (lambda: timings.bars([("kernel, all runs", 0.0)]), 0.22),
+    "time": (lambda: partial(timings.bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.42),
+    "time of one part": (lambda: partial(timings.bars, parts=[("kernel, all runs", 0.0)]), 0.22),
 }
 
 

@@ -56,8 +56,7 @@ def test_every_axis_has_a_name_and_its_unit(name: str) -> None:
 
 
 def test_the_check_of_overlaps_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def overlapping(figure, look):
-        axes = figure.add_subplot()
+    def overlapping(axes, look):
         axes.set_xticks([0, 0.01, 1], ["first", "second", "third"])
         axes.set_xlabel("x [m]")
 

@@ -14,21 +14,18 @@ from ntkpipe.store.manifest import ArrayRecord
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "words"),
+    ("shape", "dtype", "found"),
     [
-        ((784,), "float32", "28 × 28"),
-        ((3072,), "float32", "32 × 32"),
-        ((28, 20), "float64", "28 × 20"),
-        ((1, 28, 20), "float32", "28 × 20"),
-        ((3, 32, 32), "float32", "32 × 32"),
-        ((32, 16, 3), "uint8", "32 × 16"),
+        ((784,), "float32", (1, 28, 28)),
+        ((3072,), "float32", (3, 32, 32)),
+        ((28, 20), "float64", (28, 20)),
+        ((1, 28, 20), "float32", (1, 28, 20)),
+        ((3, 32, 32), "float32", (3, 32, 32)),
+        ((32, 16, 3), "uint8", (32, 16, 3)),
     ],
 )
-def test_what_looks_like_images(shape: tuple[int, ...], dtype: str, words: str) -> None:
-    found = image_shape(ArrayRecord(shape=shape, dtype=dtype))
-    assert found is not None
-    assert found.words == words
-    assert found.is_flat == (len(shape) == 1)
+def test_what_looks_like_images(shape: tuple[int, ...], dtype: str, found: tuple[int, ...]) -> None:
+    assert image_shape(ArrayRecord(shape=shape, dtype=dtype)) == found
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from ntkpipe.report.theme import Look
 
-# Of which labels at powers of ten are enough.
-_FEW_DECADES = 2.0
+_FEW_DECADES = 2.0  # of which labels at powers of ten are enough
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -71,9 +69,9 @@ def label(axes: Axes, look: Look, x: str, y: str) -> None:
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
-def colour_bar(figure: Figure, axes: Axes, image: Any, label: str, look: Look) -> None:
+def colour_bar(axes: Axes, image: Any, label: str, look: Look) -> None:
     """Which colour is which number; below the axes on a phone."""
-    bar = figure.colorbar(image, ax=axes, location="bottom" if look.is_narrow else "right", shrink=0.9)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom" if look.is_narrow else "right", shrink=0.9)
     bar.set_label(label)
     bar.outline.set_edgecolor(look.ink)
     bar.locator = MaxNLocator(4 if look.is_narrow else 7)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import label, linear, logarithmic, percent
-from ntkpipe.report.theme import Draw, Look, Quantity
+from ntkpipe.report.theme import Look, Quantity
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,25 @@ def known(curves: Curves) -> dict[Quantity, Curve]:
 
 
 def over_ridges(
-    ridges: FloatArray,
-    curves: Curves,
-    *,
-    unit: str,
-    best: float | None = None,
-    marked: Mapping[str, float] | None = None,
-    is_share: bool = False,
-) -> Draw:
+    axes: Axes, look: Look, ridges: FloatArray, curves: Curves, marked: Mapping[str, float], is_share: bool = False
+) -> None:
     """Losses, or shares in percent, over ridges; vertical lines mark single ridges."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        places = drawn_ridges(ridges)
-        factor = 100 if is_share else 1
-        for quantity, curve in curves.items():
-            line = look.line(quantity, len(places))
-            axes.plot(places, factor * curve.values, label=curve.label, **line)
-            if curve.errors is not None and np.isfinite(curve.errors).any():
-                low, high = curve.values - curve.errors, curve.values + curve.errors
-                low = low if is_share else np.maximum(low, curve.values / 1e3)
-                axes.fill_between(places, factor * low, factor * high, color=line["color"], alpha=0.2, linewidth=0)
-        lines = {**({"best ridge": best} if best is not None else {}), **(marked or {})}
-        for number, (name, ridge) in enumerate(lines.items()):
-            place = drawn_ridges(np.append(ridges, ridge))[-1]
-            dashes = ("--", ":", "-.")[number % 3]
-            axes.axvline(place, label=name, **{**look.line("reference"), "linestyle": dashes, "linewidth": 1.2})
-        logarithmic(axes, look, "x" if is_share else "xy")
-        if is_share:
-            linear(axes, look, "y")
-        label(axes, look, _ridge_label(ridges), unit)
-
-    return draw
+    places = drawn_ridges(ridges)
+    factor = 100 if is_share else 1
+    for quantity, curve in curves.items():
+        line = look.line(quantity, len(places))
+        axes.plot(places, factor * curve.values, label=curve.label, **line)
+        if curve.errors is not None and np.isfinite(curve.errors).any():
+            low, high = curve.values - curve.errors, curve.values + curve.errors
+            low = low if is_share else np.maximum(low, curve.values / 1e3)
+            axes.fill_between(places, factor * low, factor * high, color=line["color"], alpha=0.2, linewidth=0)
+    for (name, ridge), dashes in zip(marked.items(), ("--", ":", "-."), strict=False):
+        place = drawn_ridges(np.append(ridges, ridge))[-1]
+        axes.axvline(place, label=name, **{**look.line("reference"), "linestyle": dashes, "linewidth": 1.2})
+    logarithmic(axes, look, "x" if is_share else "xy")
+    if is_share:
+        linear(axes, look, "y")
+    label(axes, look, _ridge_label(ridges), "samples right [%]" if is_share else "mean squared error [target units²]")
 
 
 def drawn_ridges(ridges: FloatArray) -> FloatArray:
@@ -73,59 +60,44 @@ def _ridge_label(ridges: FloatArray) -> str:
     return "ridge λ [kernel units]" + ("; leftmost: λ = 0" if (ridges == 0).any() else "")
 
 
-def ratios(ridges: FloatArray, curves: Curves, *, marked: Mapping[str, float] | None = None) -> Draw:
+def ratios(axes: Axes, look: Look, ridges: FloatArray, curves: Curves, marked: Mapping[str, float]) -> None:
     """What estimates say over what was measured; one is right."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        places = drawn_ridges(ridges)
-        axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within a factor of 1.25")
-        axes.axhline(1.0, **look.line("reference"))
-        for quantity, curve in curves.items():
-            axes.plot(places, curve.values, label=curve.label, **look.line(quantity, len(places)))
-        for name, ridge in (marked or {}).items():
-            axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
-        logarithmic(axes, look, "x")
-        linear(axes, look, "y")
-        label(axes, look, _ridge_label(ridges), "estimate / measured [ratio]")
-
-    return draw
+    places = drawn_ridges(ridges)
+    axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within a factor of 1.25")
+    axes.axhline(1.0, **look.line("reference"))
+    for quantity, curve in curves.items():
+        axes.plot(places, curve.values, label=curve.label, **look.line(quantity, len(places)))
+    for name, ridge in marked.items():
+        axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
+    logarithmic(axes, look, "x")
+    linear(axes, look, "y")
+    label(axes, look, _ridge_label(ridges), "estimate / measured [ratio]")
 
 
-def coverage(nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> Draw:
+def coverage(axes: Axes, look: Look, nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> None:
     """How many targets lie in intervals that should hold a given share of them; variances scaled, and as they are."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
-        axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **look.line("test", len(nominal)))
-        axes.plot(100 * nominal, 100 * plain, label="as they are", **look.line("unscaled", len(nominal)))
-        percent(axes, "xy")
-        label(axes, look, "probability of the interval [%]", "test targets inside [%]")
-
-    return draw
+    axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
+    axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **look.line("test", len(nominal)))
+    axes.plot(100 * nominal, 100 * plain, label="as they are", **look.line("unscaled", len(nominal)))
+    percent(axes, "xy")
+    label(axes, look, "probability of the interval [%]", "test targets inside [%]")
 
 
-def reliability(confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> Draw:
+def reliability(axes: Axes, look: Look, confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> None:
     """How many of the samples are right that have a given confidence, in bins; empty ones are left out."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
-        kept = counts > 0
-        # With a right and a wrong one added: bins of few samples are not sure because these agree.
-        smoothed = (accuracy * counts + 1) / (counts + 2)
-        errors = np.sqrt(np.maximum(smoothed * (1 - smoothed), 0) / (counts + 2))[kept]
-        axes.errorbar(
-            100 * confidence[kept],
-            100 * accuracy[kept],
-            yerr=100 * errors,
-            label="test samples in bins",
-            ecolor=look.colour("grey"),
-            capsize=3,
-            **look.line("test"),
-        )
-        percent(axes, "xy")
-        label(axes, look, "confidence in the predicted class [%]", "test samples right [%]")
-
-    return draw
+    axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
+    kept = counts > 0
+    # With a right and a wrong one added: bins of few samples are not sure because these agree.
+    smoothed = (accuracy * counts + 1) / (counts + 2)
+    errors = np.sqrt(np.maximum(smoothed * (1 - smoothed), 0) / (counts + 2))[kept]
+    axes.errorbar(
+        100 * confidence[kept],
+        100 * accuracy[kept],
+        yerr=100 * errors,
+        label="test samples in bins",
+        ecolor=look.colour("grey"),
+        capsize=3,
+        **look.line("test"),
+    )
+    percent(axes, "xy")
+    label(axes, look, "confidence in the predicted class [%]", "test samples right [%]")

@@ -1,14 +1,13 @@
 """Figures of eigenvalues, and of targets along eigenvectors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import label, linear, logarithmic, percent, thinned
-from ntkpipe.report.theme import Draw, Look
+from ntkpipe.report.theme import Look
 
 
 @dataclass(frozen=True)
@@ -22,61 +21,46 @@ class TailLine:
     last: int
 
 
-def eigenvalues(values: FloatArray, *, num_rows: int, floor: float, fit: TailLine | None) -> Draw:
+def eigenvalues(axes: Axes, look: Look, values: FloatArray, num_rows: int, floor: float, fit: TailLine | None) -> None:
     """Eigenvalues by rank, as known; the power law of their tail and the storage floor."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        positive = np.flatnonzero(values > 0)
-        shown = positive[thinned(len(positive))]
-        axes.plot(shown + 1, values[shown], label="eigenvalues of K", **look.line("kernel", len(shown)))
-        if fit is not None:
-            ranks = np.array([fit.first, fit.last])
-            line = {**look.line("reference"), "color": look.colour("red"), "linewidth": 2.2}
-            said = f"power law, exponent {fit.exponent:.2f} ± {fit.error:.2f}"
-            axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **line)
-        if floor > 0:
-            axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
-        axes.set_xlim(0.9, num_rows * 1.1)
-        logarithmic(axes, look, "xy")
-        label(axes, look, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
-
-    return draw
+    positive = np.flatnonzero(values > 0)
+    shown = positive[thinned(len(positive))]
+    axes.plot(shown + 1, values[shown], label="eigenvalues of K", **look.line("kernel", len(shown)))
+    if fit is not None:
+        ranks = np.array([fit.first, fit.last])
+        line = {**look.line("reference"), "color": look.colour("red"), "linewidth": 2.2}
+        said = f"power law, exponent {fit.exponent:.2f} ± {fit.error:.2f}"
+        axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **line)
+    if floor > 0:
+        axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
+    axes.set_xlim(0.9, num_rows * 1.1)
+    logarithmic(axes, look, "xy")
+    label(axes, look, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
 
 
-def density(places: FloatArray, heights: FloatArray, *, floor: float, is_estimate: bool) -> Draw:
+def density(axes: Axes, look: Look, places: FloatArray, heights: FloatArray, floor: float, is_estimate: bool) -> None:
     """Eigenvalues per decade over λ."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        said = "stochastic Lanczos quadrature" if is_estimate else "all eigenvalues"
-        line = {**look.line("kernel"), "marker": ""}
-        axes.plot(places, heights, label=said, **line)
-        axes.fill_between(places, heights, color=line["color"], alpha=0.25, linewidth=0)
-        logarithmic(axes, look, "x")
-        if floor > 0:
-            axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
-        linear(axes, look, "y")
-        axes.set_ylim(bottom=0)
-        label(axes, look, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
-
-    return draw
+    said = "stochastic Lanczos quadrature" if is_estimate else "all eigenvalues"
+    line = {**look.line("kernel"), "marker": ""}
+    axes.plot(places, heights, label=said, **line)
+    axes.fill_between(places, heights, color=line["color"], alpha=0.25, linewidth=0)
+    logarithmic(axes, look, "x")
+    if floor > 0:
+        axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
+    linear(axes, look, "y")
+    axes.set_ylim(bottom=0)
+    label(axes, look, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
 
 
-def cumulative(power: FloatArray, share: FloatArray | None, *, levels: Sequence[float] = (0.5, 0.9)) -> Draw:
+def cumulative(axes: Axes, look: Look, power: FloatArray, share: FloatArray | None) -> None:
     """Power of the targets along the k leading eigenvectors, and what of the trace these hold."""
-
-    def draw(figure: Figure, look: Look) -> None:
-        axes = figure.add_subplot()
-        shown = thinned(len(power))
-        axes.plot(shown + 1, 100 * power[shown], label="power of the targets", **look.line("test", len(shown)))
-        if share is not None:
-            shown = thinned(len(share))
-            axes.plot(shown + 1, 100 * share[shown], label="trace of K", **look.line("kernel", len(shown)))
-        for level in levels:
-            axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
-        logarithmic(axes, look, "x")
-        percent(axes, "y")
-        label(axes, look, "leading eigenvectors k [number]", "cumulative share [%]")
-
-    return draw
+    shown = thinned(len(power))
+    axes.plot(shown + 1, 100 * power[shown], label="power of the targets", **look.line("test", len(shown)))
+    if share is not None:
+        shown = thinned(len(share))
+        axes.plot(shown + 1, 100 * share[shown], label="trace of K", **look.line("kernel", len(shown)))
+    for level in (0.5, 0.9):
+        axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
+    logarithmic(axes, look, "x")
+    percent(axes, "y")
+    label(axes, look, "leading eigenvectors k [number]", "cumulative share [%]")

@@ -1,5 +1,7 @@
 """The section on how well the kernel fits the targets."""
 
+from functools import partial
+
 from ntkpipe.analysis.alignment import Alignment
 from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.base.arrays import FloatArray
@@ -45,7 +47,7 @@ def _plot(found: Alignment, held: FloatArray | None) -> Plot:
     return Plot(
         "power",
         "Cumulative power of the targets",
-        render(cumulative(power, held)),
+        render(partial(cumulative, power=power, share=held)),
         f"Line of the targets' power in the leading eigenvectors: {share(float(power[0]))} in the first, "
         f"{share(float(power[min(9, len(power) - 1)]))} in the first ten, {share(float(power[-1]))} in all that are "
         "known.",
@@ -54,7 +56,6 @@ def _plot(found: Alignment, held: FloatArray | None) -> Plot:
 
 
 def _directions(found: Alignment) -> list[str]:
-    """Numbers of eigenvectors that hold 50, 90 and 99% of the power."""
     return ["more than are known" if count is None else f"{count:,}" for count in found.num_directions]
 
 

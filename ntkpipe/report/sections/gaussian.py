@@ -1,6 +1,7 @@
 """The section on the Gaussian process: how sure it is, and how rightly."""
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def _coverage(found: Judged) -> Plot:
     return Plot(
         "coverage",
         "Calibration of the posterior",
-        render(coverage(levels, scaled, plain), height=0.6),
+        render(partial(coverage, nominal=levels, scaled=scaled, plain=plain), height=0.6),
         f"Line of the share of test targets in intervals over the probability of these. {said}",
         (
             "For each probability, the interval around the mean that should hold a target with it. On the dashed "
@@ -57,10 +58,12 @@ def _coverage(found: Judged) -> Plot:
 def _reliability(found: Calibration) -> Plot:
     sure, right = share(found.mean_confidence), share(found.mean_accuracy)
     said = f"On average the process is {sure} sure of its class and right in {right} of the test samples"
+    counts = found.counts.astype(np.float64)
+    draw = partial(reliability, confidence=found.confidence, accuracy=found.accuracy, counts=counts)
     return Plot(
         "reliability",
         "Confidence in the predicted class",
-        render(reliability(found.confidence, found.accuracy, found.counts.astype(np.float64)), height=0.6),
+        render(draw, height=0.6),
         f"Points of the share of test samples that are right over the confidence in their class. {said}.",
         (
             "Test samples in bins of the probability that the predicted class has the largest output, with s² as "

@@ -1,5 +1,7 @@
 """The section that holds theory against the measured risk."""
 
+from functools import partial
+
 import numpy as np
 
 from ntkpipe.analysis.generalisation import Generalisation
@@ -56,7 +58,7 @@ def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "estimates",
         "Loss across ridges, predicted and measured",
-        render(over_ridges(ridges, curves, unit="mean squared error [target units²]", marked={_MARK: mean_diagonal})),
+        render(partial(over_ridges, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal})),
         f"Lines of the loss over the ridge: {_in_words(curves)}.",
         (
             "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (circles) "
@@ -76,7 +78,7 @@ def _ratios(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "ratios",
         "Estimate over measured test loss",
-        render(ratios(ridges, curves, marked={_MARK: mean_diagonal})),
+        render(partial(ratios, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal})),
         f"Lines of the ratio of each estimate to the measured test loss over the ridge: {_in_words(curves)}.",
         (
             "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor "

@@ -12,6 +12,7 @@ from ntkpipe.report.images import Split, StoredImages
 from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
 from ntkpipe.report.sections.words import number, share, taken_as, warnings
 from ntkpipe.report.theme import data_uri
+from ntkpipe.store.kernel_store import KernelStore
 
 _TITLE = "Most influential training points"
 _INTRO = (
@@ -26,7 +27,7 @@ Targets = NDArray[Any] | None
 
 
 def influence_section(
-    found: Influence | Missing, images: StoredImages, targets: Targets, test_targets: Targets, *, is_class: bool
+    found: Influence | Missing, images: StoredImages, store: KernelStore, *, is_class: bool
 ) -> Section:
     """Test samples with the training samples of their largest terms, and those that matter most overall."""
     if isinstance(found, Missing):
@@ -35,7 +36,7 @@ def influence_section(
     for samples in (top, overall):
         if samples.size and not 0 <= samples.min() <= samples.max() < len(found.mean_size):
             raise ValueError("a sample that does not exist")
-    predicted = _predicted(found)
+    predicted, targets, test_targets = _predicted(found), store.targets, store.test_targets
     shown = _shown(predicted, test_targets, len(top))
     tests = _pictures(images, "test", shown)
     trains = _pictures(images, "train", [*top[shown].reshape(-1), *overall])
@@ -97,7 +98,6 @@ def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int)
 
 
 def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None, is_class: bool) -> tuple[str, ...]:
-    """What is said of a sample: number, target, prediction."""
     said = [f"no. {sample:,}"]
     if targets is not None and targets.size == len(targets):
         target = targets.reshape(-1)[sample]

@@ -1,5 +1,7 @@
 """The section that shows the kernel."""
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +16,9 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     each = num_samples / arrangement.num_bins
     pixel = "a pair of samples" if each <= 1 else f"the mean over about {each:.0f} × {each:.0f} pairs of samples"
     is_by_class = arrangement.classes is not None
+    order, names, bounds = arrangement.order, arrangement.names, arrangement.bounds
     reading = [
-        f"Both axes are the {num_samples:,} training samples, {arrangement.order}; each pixel is {pixel}, entries of a "
+        f"Both axes are the {num_samples:,} training samples, {order}; each pixel is {pixel}, entries of a "
         "sample with itself left out. Yellow is large, blue is small; the colours leave out the most extreme 0.5% at "
         "either end.",
     ]
@@ -25,10 +28,8 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
             "gradients that point the same way. Bright or dark stripes are samples whose gradients are long or short "
             "altogether; such a common factor helps no classification."
         )
-    name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {arrangement.order}"
-    draw = picture(
-        means[0], num_samples=num_samples, bounds=arrangement.bounds, names=arrangement.names, order=arrangement.order
-    )
+    name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {order}"
+    draw = partial(picture, means=means[0], num_samples=num_samples, bounds=bounds, names=names, order=order)
     alt = f"Heat map of the kernel of {num_samples:,} samples."
     whole = Plot("picture", name, render(draw, height=0.78), alt, tuple(reading))
     no_classes = Note("The targets are no labels of classes, so there is no picture by class.")
@@ -45,7 +46,7 @@ def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
     return Plot(
         "class-means",
         "Mean kernel entry of each pair of classes",
-        render(class_means(means, arrangement.names), height=0.72),
+        render(partial(class_means, means=means, names=arrangement.names), height=0.72),
         f"Heat map of {len(means)} × {len(means)} class means. {said}",
         (
             f"The mean of K(x, x′) over x of one class and x′ of another, a sample with itself left out. {said}",

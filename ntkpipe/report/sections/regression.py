@@ -1,6 +1,7 @@
 """The section on ridge regression: which ridge, how good, and whether the test set was needed to know."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def _losses(found: RidgePath, chosen: Chosen) -> Plot:
     return Plot(
         "losses",
         "Loss across ridges",
-        render(over_ridges(found.ridges, curves, unit="mean squared error [target units²]", best=chosen.ridge)),
+        render(partial(over_ridges, ridges=found.ridges, curves=curves, marked={"best ridge": chosen.ridge})),
         "Lines of training, leave-one-out, cross-validation and test loss over the ridge; the best ridge by "
         f"{chosen.criterion} is {chosen.ridge:.3g}.",
         (
@@ -70,7 +71,8 @@ def _accuracies(found: RidgePath, chosen: Chosen) -> Plot:
     left_out = Curve("leave-one-out", found.leave_one_out_accuracy, found.leave_one_out_accuracy_error)
     curves = known({"test": Curve("test", found.test_accuracy), "leave-one-out": left_out})
     left = float(found.leave_one_out_accuracy[chosen.index])
-    draw = over_ridges(found.ridges, curves, unit="samples right [%]", best=chosen.ridge, is_share=True)
+    marked = {"best ridge": chosen.ridge}
+    draw = partial(over_ridges, ridges=found.ridges, curves=curves, marked=marked, is_share=True)
     said = f"At the best ridge {share(left)} of the training samples are right when left out"
     said += f", and {share(chosen.test_accuracy)} of the test samples." if np.isfinite(chosen.test_accuracy) else "."
     return Plot(

@@ -1,6 +1,7 @@
 """The section on eigenvalues: by rank, by size, and in numbers."""
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def _by_rank(found: KernelSpectrum) -> Plot:
     return Plot(
         "eigenvalues",
         "Eigenvalues by rank",
-        render(eigenvalues(values, num_rows=num_rows, floor=floor, fit=fit)),
+        render(partial(eigenvalues, values=values, num_rows=num_rows, floor=floor, fit=fit)),
         f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from "
         f"{number(found.largest)} down to {number(float(values[-1]))}.",
         tuple(reading),
@@ -76,7 +77,7 @@ def _by_size(found: KernelSpectrum) -> Plot:
     return Plot(
         "density",
         "Density of eigenvalues",
-        render(density(places, heights, floor=found.floor, is_estimate=is_estimate)),
+        render(partial(density, places=places, heights=heights, floor=found.floor, is_estimate=is_estimate)),
         f"Curve of the number of eigenvalues per decade over their size; the most are near {number(peak, 2)}.",
         (
             "The area below the curve between two sizes is the number of eigenvalues between them; a decade is a "

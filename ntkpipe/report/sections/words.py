@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -54,13 +55,10 @@ def taken_as(targets: str) -> tuple[str, ...]:
 
 def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
     """Where flags are set along ascending values, in words."""
-    runs: list[list[float]] = []
-    was_set = False
-    for place in np.argsort(values):
-        if flags[place] and was_set:
-            runs[-1][1] = values[place]
-        elif flags[place]:
-            runs.append([values[place], values[place]])
-        was_set = bool(flags[place])
-    said = [f"λ = {low:.3g}" if low == high else f"λ from {low:.3g} to {high:.3g}" for low, high in runs]
+    places = groupby(np.argsort(values), key=lambda place: bool(flags[place]))
+    runs = [[values[place] for place in run] for is_set, run in places if is_set]
+    said = [
+        f"λ = {low:.3g}" if low == high else f"λ from {low:.3g} to {high:.3g}"
+        for low, high in ((run[0], run[-1]) for run in runs)
+    ]
     return " and ".join(said)

@@ -109,7 +109,6 @@ class Folder(Medium):
             temporary.unlink(missing_ok=True)
 
     def _create(self, path: Path, create: Callable[[Path], IO[bytes]]) -> IO[bytes]:
-        """Create a file, and its folder if that does not exist."""
         try:
             return create(path)
         except FileNotFoundError:

@@ -246,13 +246,11 @@ def _has(text: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _in_one_line(text: str) -> str:
-    """Return a server's message without its XML tags and request ids."""
     plain = re.sub(r"<[^>]*>", " ", re.sub(r"<(RequestId|HostId|Resource|Key|BucketName)>.*?</\1>", "", text))
     return " ".join(plain.split())
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """Split a URL into scheme, bucket and prefix."""
     parts = urlsplit(url)
     if parts.scheme not in _CLIENTS:
         known = ", ".join(f"{scheme}://" for scheme in _CLIENTS)

@@ -1,8 +1,7 @@
 """Growth: add samples to a store while every stored entry keeps its bits.
 
-Tiles at a ragged edge get more entries, so they are recomputed; their old entries must not change, although other
-batches may round differently. Copies below ``growth/`` keep the old entries until the new tiles, with these pasted in,
-are stored. The steps, after each of which the process may crash:
+Tiles at a ragged edge are recomputed with more entries, and other batches may round differently: copies below
+``growth/`` keep the old entries until they are pasted in. The steps, after each of which the process may crash:
 
 1. copy the chunks at the ragged edge, verifying their checksums;
 2. delete these chunks; from now on the store is incomplete, and reading reports that;

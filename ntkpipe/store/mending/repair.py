@@ -125,7 +125,6 @@ def bad_chunks(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
 
 
 def _tidy(store: Store) -> list[Action]:
-    """Rewrite bad ``zarr.json`` of arrays, and remove stray chunks."""
     actions = []
     store.complete_groups()
     for name, array in store.arrays.items():

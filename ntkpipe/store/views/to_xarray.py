@@ -25,7 +25,7 @@ Matrix = Any  # a Kernel, whose module imports this one
 
 
 class _Lazy(BackendArray):
-    """Backend array of xarray; subclasses read entries by one array of integers per axis."""
+    """Backend array of xarray; subclasses read entries of several planes, the first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -46,22 +46,18 @@ class _Lazy(BackendArray):
         return self._product(*(np.atleast_1d(part) for part in picked)).reshape(shape)
 
     def _product(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
-        parts = [self._read_product(int(plane), *indices) for plane in planes]
+        parts = [self._read(int(plane), *np.ix_(*indices)) for plane in planes]
         return parts[0][None] if len(parts) == 1 else np.stack(parts)  # which copies
 
     def _points(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
         values = np.empty(planes.shape, self.dtype)
         for plane in np.unique(planes):
             at = planes == plane
-            values[at] = self._read_points(int(plane), *(part[at] for part in indices))
+            values[at] = self._read(int(plane), *(part[at] for part in indices))
         return values
 
-    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        """Read the entries of one plane at all combinations of the indices."""
-        raise NotImplementedError
-
-    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        """Read the entries of one plane one by one, from indices of equal length."""
+    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        """Read entries of one plane by indices along its axes: vectors of equal length, or those of ``numpy.ix_``."""
         raise NotImplementedError
 
 
@@ -71,21 +67,11 @@ class _LazyKernel(_Lazy):
     def __init__(self, kernels: Sequence[Matrix]) -> None:
         self._kernels = tuple(kernels)
         width, (rows, columns) = kernels[0].num_covectors, kernels[0].shape
-        self._width = width
         self.shape = (len(kernels), rows // width, width, columns // width, width)
         self.dtype = kernels[0].dtype
 
-    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        row_samples, row_covectors, column_samples, column_covectors = indices
-        rows = (row_samples[:, None] * self._width + row_covectors).ravel()
-        columns = (column_samples[:, None] * self._width + column_covectors).ravel()
-        found = np.asarray(self._kernels[plane][np.ix_(rows, columns)])
-        return found.reshape([part.size for part in indices])
-
-    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        row_samples, row_covectors, column_samples, column_covectors = indices
-        rows, columns = row_samples * self._width + row_covectors, column_samples * self._width + column_covectors
-        return np.asarray(self._kernels[plane][rows, columns])
+    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
+        return np.asarray(self._kernels[plane].read_entries(*indices))
 
 
 class _LazySamples(_Lazy):
@@ -96,18 +82,11 @@ class _LazySamples(_Lazy):
         self.shape = (len(arrays), *arrays[0].layout.shape)
         self.dtype = arrays[0].layout.dtype
 
-    def _read(self, plane: int, samples: Indices) -> NDArray[Any]:
-        return self._arrays[plane].read_samples(int(samples.min()), int(samples.max()) + 1).astype(self.dtype)
-
-    def _read_product(self, plane: int, *indices: Indices) -> NDArray[Any]:
+    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
         samples, *rest = indices
-        values: NDArray[Any] = self._read(plane, samples)[np.ix_(samples - samples.min(), *rest)]
-        return values
-
-    def _read_points(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        samples, *rest = indices
-        values: NDArray[Any] = self._read(plane, samples)[(samples - samples.min(), *rest)]
-        return values
+        first = int(samples.min())
+        values = self._arrays[plane].read_samples(first, int(samples.max()) + 1).astype(self.dtype)
+        return np.asarray(values[(samples - first, *rest)])
 
 
 def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
@@ -149,7 +128,8 @@ def to_dataset(
         if (outputs := arrays.get(f"outputs/{split}")) is not None:
             found[f"{prefix}outputs"] = _variable(_LazySamples([outputs]), (None, f"{prefix}sample", "output"))
         if (targets := arrays.get(f"targets/{split}")) is not None:
-            names = _target_dimensions(targets.layout.shape[1:], manifest.num_outputs)
+            names = [f"target_axis_{axis}" for axis in range(1, len(targets.layout.shape))]
+            names = ["output"] if targets.layout.shape[1:] == (manifest.num_outputs,) else names
             coordinates[f"{prefix}target"] = _variable(_LazySamples([targets]), (None, f"{prefix}sample", *names))
             if split == "train":
                 columns = [f"{name}_" for name in names]
@@ -161,12 +141,6 @@ def _kernel_variable(kernels: Sequence[Matrix], name: str, apart: bool) -> xr.Va
     rows = "test_sample" if name == "test_train" else "sample"
     pair = ("output", "output_") if kernels[0].num_covectors > 1 else (None, None)
     return _variable(_LazyKernel(kernels), ("output" if apart else None, rows, pair[0], "sample_", pair[1]))
-
-
-def _target_dimensions(shape: tuple[int, ...], num_outputs: int) -> list[str]:
-    if shape == (num_outputs,):
-        return ["output"]
-    return [f"target_axis_{axis}" for axis in range(1, 1 + len(shape))]
 
 
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
