@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ntkpipe.jacobian.tracing.recorder import tensors_in
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -49,6 +51,4 @@ def _address(value: Tensor) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    # Sparse tensors have no storage of their own.
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    return (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)  # sparse ones have no storage

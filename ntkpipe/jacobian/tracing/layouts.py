@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, Recorder
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, watch
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
@@ -28,25 +27,28 @@ class Probed:
 
 def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
     """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
-    with Recorder(model, expansions=expansions) as recorder:
-        outputs = model(batch)
+    outputs, recorder = watch(model, batch, expansions)
     calls = recorder.calls
-    edges = count_edges(outputs, model.parameters())
     owners = [_Owners(call) for call in calls]
     live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
-    generator = torch.Generator().manual_seed(0)
-    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    covectors = draw_covectors(outputs, seed=0)
     for sample in range(num_samples if outputs.requires_grad and live else 0):
-        seed = torch.zeros_like(outputs)
-        seed[sample] = covectors[sample]
-        edges_to: list[Any] = list(live.values())
-        grads = torch.autograd.grad(outputs, edges_to, grad_outputs=seed, retain_graph=True, allow_unused=True)
+        only = torch.zeros_like(outputs)
+        only[sample] = covectors[sample]
+        grads = torch.autograd.grad(outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
         for number, grad in zip(live, grads, strict=True):
             if grad is not None:
                 owners[number].add(sample, grad.reshape(calls[number].shape))
     changed = _changed_inputs(model, expansions, batch, calls)
     layouts = [owner.layouts(change, num_samples) for owner, change in zip(owners, changed, strict=True)]
+    edges = count_edges(outputs, model.parameters())
     return Probed(calls, layouts, [is_output_of(call, outputs) for call in calls], edges)
+
+
+def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
+    """Random covectors, one for each sample, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
 
 
 def is_output_of(call: Call, outputs: Tensor) -> bool:
@@ -110,9 +112,7 @@ def _changed_inputs(
     model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
 ) -> list[dict[str, Tensor]]:
     """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    with Recorder(model, expansions=expansions) as recorder:
-        model(take(batch, [*range(batch_size(batch) - 1), 0]))
-    others = recorder.calls
+    others = watch(model, take(batch, [*range(batch_size(batch) - 1), 0]), expansions)[1].calls
     found: list[dict[str, Tensor]] = []
     for number, call in enumerate(calls):
         found.append({})

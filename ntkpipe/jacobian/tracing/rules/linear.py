@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rules
+from ntkpipe.jacobian.tracing.rules.form import Bound, Outer, Rules
 
 AxisLabels = Sequence[str]  # axes by name, as in einsum
 
@@ -64,14 +64,14 @@ def _grouped(values: Tensor, num_rows: int, num_groups: int, has_width: bool) ->
 
 
 def _bound(forms: dict[str, tuple[Tensor, Outer | None]], *saved: Tensor) -> Bound | None:
-    operands = {role: Operand(tensor, form) for role, (tensor, form) in forms.items() if form is not None}
+    operands = {role: (tensor, form) for role, (tensor, form) in forms.items() if form is not None}
     return Bound(operands, saved) if operands else None
 
 
 def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
     if bound is None or bias is None:
         return bound
-    return Bound({**bound.operands, "bias": Operand(bias, scaled(bias, shape, scale))}, bound.saved)
+    return Bound({**bound.operands, "bias": (bias, scaled(bias, shape, scale))}, bound.saved)
 
 
 def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | None, list[int]]:
