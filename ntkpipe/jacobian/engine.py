@@ -82,17 +82,10 @@ class Engine:
         """The same engine on its own copy of the module, for another thread."""
         return self.changed(model=self.model.copy())
 
-    def changed(
-        self,
-        *,
-        model: FunctionalModel | None = None,
-        tracing: Tracing | None = None,
-        method: str | None = None,
-        setup: Setup | None = None,
-    ) -> "Engine":
-        """The same engine but for what is given; terms that remain keep their representations."""
-        model, tracing, method = model or self.model, tracing or self.tracing, method or self.method
-        return Engine(model, tracing, method, setup or self.setup, self.representations)
+    def changed(self, **changes: Any) -> "Engine":
+        """The same engine but for the arguments that are given; terms that remain keep their representations."""
+        names = ("model", "tracing", "method", "setup", "representations")
+        return Engine(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
@@ -100,7 +93,7 @@ class Engine:
         moved = {name: _RECORDED for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
         method = methods.pop() if methods else self.method
         tracing = self.tracing.without(moved) if moved else self.tracing
-        return Engine(self.model, tracing, method, self.setup, recorded)
+        return self.changed(tracing=tracing, method=method, representations=recorded)
 
     def with_covectors(self, covectors: Tensor, pairs: Pairs) -> "Engine":
         """The same engine for other covectors."""
@@ -130,29 +123,21 @@ class Engine:
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
-            return self.piece(load(start, stop))
-        filling = self._filling(stop - start)
+            # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
+            piece, outputs = self.piece(take(load(start, stop), (0, 0)))
+            return piece.first(), outputs[:1]
+        covectors, parameters = self.covectors.to(self.setup.accumulate_dtype), self.model.parameters()
+        filling = PieceFilling(self.terms, self.fallback, parameters, self.setup, covectors, stop - start)
         spans = Span(start, stop).batches(max(2, batch))
-        outputs = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
-        return filling.piece(), torch.cat(outputs)
+        found = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
+        return filling.piece(), torch.cat(found) if len(found) > 1 else found[0]
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
-        if size == 1:
-            # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
-            piece, outputs = self.piece(take(batch, (0, 0)))
-            return piece.first(), outputs[:1]
-        filling = self._filling(size)
-        outputs = self._fill(filling, batch, 0)
-        return filling.piece(), outputs
-
-    def _filling(self, num_samples: int) -> PieceFilling:
-        covectors = self.covectors.to(self.setup.accumulate_dtype)
-        return PieceFilling(self.terms, self.fallback, self.model.parameters(), self.setup, covectors, num_samples)
+        return self._piece(lambda start, stop: batch, 0, size, size)
 
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
-        """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
         samples, parameters = slice(first, first + batch_size(batch)), self.model.parameters()
         outputs, calls = self.forward(batch)
         for covectors, grads in self.pull_back(outputs, calls):
@@ -232,7 +217,7 @@ class Engine:
     def pair_flops(self) -> float:
         """Operations of a contraction that fall on one pair of samples."""
         width = sum(self.model.parameters()[name].numel() for name in self.fallback)
-        by_term = sum(term.held_as.contraction_flops(term, self.setup) for term in self.terms)
+        by_term = sum(term.held_as.pair_flops(term, self.setup) for term in self.terms)
         return 2.0 * self.setup.num_pairs * width + by_term
 
     def block_bytes(self) -> int:

@@ -131,7 +131,6 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
 
 
 def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
-    """Check that autograd finds the selected parameters, and no other ones."""
     selected = list(model.parameters().values())
     with torch.enable_grad():
         outputs, again = model(batch), model(batch)

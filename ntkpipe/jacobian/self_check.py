@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ntkpipe.base.errors import NtkpipeError, SelfCheckError
+from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
@@ -127,7 +128,6 @@ class _Check:
                 engine = engine.changed(method="loop")
 
     def compute_error(self, engine: Engine) -> float:
-        """Error of the whole kernel in the compute dtype, against the reference."""
         whole = engine.with_covectors(self.covectors, "all")
         piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
         found = contract(piece, piece, Workspace())
@@ -139,8 +139,6 @@ class _Check:
         batch = _cast(self.model, self._load, self._picked)
         try:
             found = dict(parameter_jacobians(double, batch, self.places))
-        except NtkpipeError:
-            raise
         except Exception:
             if not engine.fallback or engine.method == "loop":
                 raise
@@ -189,19 +187,14 @@ def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> Funct
     try:
         with torch.no_grad():
             double(_cast(double, load, samples))
-    except NtkpipeError:
-        raise
     except Exception:  # noqa: BLE001 - whatever fails in float64; the model itself has run in its own dtype before
         return model
     return double
 
 
 def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
-    """Samples in the model's dtype."""
-    batch = load(samples)
-    arrays = batch if isinstance(batch, dict) else {"input": batch}
-    cast = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in arrays.items()}
-    return cast if isinstance(batch, dict) else cast["input"]
+    cast: Batch = tree_map(lambda v: v.to(model.dtype) if v.is_floating_point() else v, load(samples))
+    return cast
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
@@ -266,6 +259,5 @@ def _total(jacobians: Jacobians) -> Tensor:
 
 
 def _scale(gram: Tensor) -> Tensor:
-    """sqrt(K_ii K_jj) for every entry."""
     diagonal = gram.diagonal().clamp_min(0).sqrt()
     return diagonal[:, None] * diagonal

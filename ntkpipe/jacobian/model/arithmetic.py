@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,35 +23,30 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
     # float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, and attention takes its math
     # path, which has the forward-mode derivatives and batching rules that fused paths lack. Threads may enter and leave
     # in any order: the arguments of the one that came last apply, and the last to leave restores what the first found.
-    mine = _Arguments(tf32, default_dtype or torch.get_default_dtype())
+    mine = partial(_apply, tf32, default_dtype or torch.get_default_dtype())
     with _LOCK:
         if not _INSIDE:
             _UNDO.enter_context(_exact_settings())
         _INSIDE.append(mine)
-        mine.apply()
+        mine()
     try:
         yield
     finally:
         with _LOCK:
             _INSIDE.remove(mine)
             if _INSIDE:
-                _INSIDE[-1].apply()
+                _INSIDE[-1]()
             else:
                 _UNDO.close()
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: each belongs to one thread
-class _Arguments:
-    tf32: bool
-    default_dtype: torch.dtype
-
-    def apply(self) -> None:
-        torch.set_default_dtype(self.default_dtype)
-        for setting in _gpu_precisions():
-            setting.fp32_precision = "tf32" if self.tf32 else "ieee"
+def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
+    torch.set_default_dtype(default_dtype)
+    for setting in _gpu_precisions():
+        setting.fp32_precision = "tf32" if tf32 else "ieee"
 
 
-_INSIDE: list[_Arguments] = []
+_INSIDE: list[partial[None]] = []  # compared by identity: each belongs to one thread
 _LOCK = threading.Lock()
 _UNDO = contextlib.ExitStack()
 

@@ -39,9 +39,9 @@ class ArraySource:
 class DatasetSource:
     """Samples of a map-style torch data set, loaded when they are read."""
 
-    dataset: Any  # `dataset[i]` is a sample, or a pair of a sample and its target
+    dataset: Any  # `dataset[i]` is a sample, or a tuple of a sample and perhaps its target
     num_samples: int  # may be fewer than there are
-    has_targets: bool  # whether an item is such a pair
+    has_targets: bool  # whether an item is a pair
 
     def read(self, start: int, stop: int) -> Arrays:
         """Load and stack samples ``start:stop``."""
@@ -63,7 +63,7 @@ class DatasetSource:
 
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
-        sample = item[0] if self.has_targets else item
+        sample = item[0] if isinstance(item, tuple) else item
         mapping = sample if isinstance(sample, Mapping) else {_SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
 
@@ -188,7 +188,6 @@ class Samples:
 
 
 def _non_finite(values: NDArray[Any]) -> list[int]:
-    """Samples with NaN or infinite entries."""
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return []
     return [int(i) for i in np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))]
@@ -263,8 +262,7 @@ def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
     sample = first if parts is None else first[0]
     if isinstance(sample, Mapping):
         _require_keys(sample, label)
-    source = DatasetSource(_First(dataset) if parts == 1 else dataset, len(dataset), has_targets=parts == 2)
-    return source, isinstance(sample, Mapping)
+    return DatasetSource(dataset, len(dataset), has_targets=parts == 2), isinstance(sample, Mapping)
 
 
 def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
@@ -273,18 +271,7 @@ def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
             raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
 
-@dataclass(frozen=True)
-class _First:
-    """A data set of one-tuples, such as ``TensorDataset(x)``, as one of samples."""
-
-    dataset: Any
-
-    def __getitem__(self, i: int) -> Any:
-        return self.dataset[i][0]
-
-
 def _to_array(value: object, label: str) -> NDArray[Any]:
-    """A numpy array of numbers or booleans, without a copy where possible."""
     try:
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj().resolve_neg()

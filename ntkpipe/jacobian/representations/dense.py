@@ -31,11 +31,6 @@ class Dense(Representation):
         return True
 
     @classmethod
-    def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """Operations but for the way back through what was made of parameters."""
-        return flops_to_multiply_out(term, num_covectors)
-
-    @classmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> "Dense":
         """Room for Jacobians, shape (n, S, width)."""
         return cls(covectors.new_empty((num_samples, len(covectors), term.width)))
@@ -66,11 +61,6 @@ class Dense(Representation):
         if is_all:
             return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
         return torch.stack([(p[:, :, None] @ p[:, :, :, None])[:, :, 0, 0].double() for p in parts]).sum(dim=0)
-
-
-def flops_to_multiply_out(term: Term, num_covectors: int) -> float:
-    """Operations to multiply the factors of one sample's Jacobians."""
-    return sum(2.0 * num_covectors * use.num_positions * use.numel for use in term.uses if use.kind == OUTER)
 
 
 def add_products(left: Tensor, right: Tensor, sums: GramSums) -> None:
@@ -137,7 +127,6 @@ def _multiply(d: Tensor, a: Tensor, target: Tensor, adds: bool) -> None:
 
 
 def _is_viewable(values: Tensor, *shape: int) -> bool:
-    """Whether values can be seen in a shape without a copy."""
     try:
         values.view(shape)
     except RuntimeError:

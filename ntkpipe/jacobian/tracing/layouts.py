@@ -75,7 +75,6 @@ class _Owners:
         return (values.reshape(*values.shape[: form.row_dims], -1) != 0).any(dim=-1).cpu()
 
     def add(self, sample: int, grad: Tensor) -> None:
-        """Note the rows that the gradient of one sample's outputs reaches."""
         for role, rows in self._rows.items():
             touched = self._touched(role, grad)
             self._shared[rows] |= bool(((self._owners[rows] >= 0) & (self._owners[rows] != sample) & touched).any())

@@ -146,18 +146,14 @@ def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...]
     found = []
     for calls in zip(*probed, strict=True):
         one = calls[0]
-        if any(_fixed(call) != _fixed(one) for call in calls[1:]):
+        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=False)]
+        if None in shape or any(_fixed(call) != _fixed(one) for call in calls[1:]):
             return None
-        sizes_of_axes = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)]
-        shape = tuple(size for size in sizes_of_axes if size is not None)
-        if len(shape) < len(sizes_of_axes):
-            return None
-        found.append(Pattern(one.name, _sources(one), shape))
+        found.append(Pattern(one.name, _sources(one), tuple(size for size in shape if size is not None)))
     return tuple(found)
 
 
 def _fixed(call: Call) -> tuple[Any, ...]:
-    """What must be the same in every batch."""
     arguments = {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
     return call.name, len(call.shape), arguments
 
@@ -201,7 +197,6 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
 
 
 def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
-    """The one layout that all probes allow, or None and the reason."""
     if any(call.input_was_changed() for _, call in found):
         return None, "an input was changed in place after its use"
     candidates = set.intersection(*(layouts for layouts, _ in found))

@@ -37,7 +37,6 @@ def _padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B, C, *space) as (B, *space, groups, C / groups)."""
     apart: Tensor = x.unflatten(1, (groups, -1))
     return apart.permute(0, *range(3, apart.ndim), 1, 2)
 
