@@ -37,17 +37,14 @@ class Meter(TorchDispatchMode):
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
         if count is not None:
             self.num_flops += float(count(*args, **(kwargs or {}), out_val=result))
-        known = {_address(value) for value in _tensors((args, kwargs))}
-        for value in _tensors(result):
-            if _address(value) not in known:
-                size = value.untyped_storage().nbytes()
+        # By storages, since functorch's tensors have no data.
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
+            if storage._cdata not in known:
+                size = storage.nbytes()
                 self.num_bytes += size
                 self.largest_bytes = max(self.largest_bytes, size)
         return result
-
-
-def _address(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)  # of the storage, since functorch's have no data
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -41,11 +41,6 @@ class ParameterReport:
     reason: str = ""  # why they are in the fallback, else empty
 
     @property
-    def label(self) -> str:
-        """Rule and representation, as in the manifest's ``choices.representations``, which lacks unused parameters."""
-        return f"{self.rule}:{self.representation}"
-
-    @property
     def shape(self) -> str:
         """``n_in x n_out``, and the number of groups if there are several."""
         if not self.n_out:
@@ -72,26 +67,17 @@ def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
     total, setup, parameters = engine.pair_flops() or 1.0, engine.setup, engine.model.parameters()
     reports = [_term_report(term, setup) for term in engine.terms]
-    for name in engine.fallback:
-        width = parameters[name].numel()
-        fallback = ParameterReport(
-            name=name,
-            parameters=(name,),
-            rule=FALLBACK,
-            representation=engine.method,
-            num_parameters=width,
-            sample_bytes=setup.num_covectors * width * setup.accumulate_dtype.itemsize,
-            pair_flops=2.0 * setup.num_pairs * width,
-            reason=engine.tracing.fallback[name],
-        )
-        reports.append(fallback)
+    for term in engine.fallback_terms:
+        reason = engine.tracing.fallback[term.name]
+        report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method, reason=reason)
+        reports.append(report)
     reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
     reports.sort(key=lambda report: engine.model.names.index(report.parameters[0]))
     return tuple(replace(report, share=report.pair_flops / total) for report in reports)
 
 
 def _term_report(term: Term, setup: Setup) -> ParameterReport:
-    count, first = setup.num_covectors, term.uses[0]
+    count = setup.num_covectors
     widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
     groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
     return ParameterReport(
@@ -99,10 +85,10 @@ def _term_report(term: Term, setup: Setup) -> ParameterReport:
         parameters=term.parameters,
         rule=term.label.rpartition(":")[0],
         representation=term.held_as.word,
-        num_parameters=term.width + (first.n_out if term.has_bias else 0),
+        num_parameters=term.width + (term.uses[0].n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,
-        n_in=first.shape[0] if n_out and first.kind == LOOKUP else n_in,
+        n_in=term.uses[0].shape[0] if n_out and term.uses[0].kind == LOOKUP else n_in,
         n_out=n_out,
         sample_bytes=term.held_as.num_numbers(term, count) * setup.accumulate_dtype.itemsize,
         sample_flops=term.held_as.sample_flops(term, count),
@@ -130,8 +116,7 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         names = {name for report in group for name in report.parameters}
         size = sum(report.num_parameters for report in group)
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
-    columns = ("rule", "held as", "parameters", "numbers", "KiB", "share")
-    return ReportTable(columns, tuple(rows), num_texts=2)
+    return ReportTable(("rule", "held as", "parameters", "numbers", "KiB", "share"), tuple(rows), num_texts=2)
 
 
 def report_rows(reports: Sequence[ParameterReport]) -> TableRows:

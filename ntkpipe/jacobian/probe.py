@@ -13,7 +13,7 @@ from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.layouts import leaves
-from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
+from ntkpipe.jacobian.tracing.trace import nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 
@@ -95,7 +95,15 @@ def make_engine(model: FunctionalModel, load: Load, num_samples: int, setup: Set
     """Trace the model and choose the fallback's method."""
     batch = load(probe_samples(num_samples))
     _check_gradients(model, batch)
-    tracing = _trace(model, batch) if structured else nothing_traced(model.names, "structure was switched off")
+    tracing = nothing_traced(model.names, "structure was switched off")
+    if structured:
+        try:
+            tracing = trace(model, [take(batch, order) for order in _PROBES], [len(order) for order in _PROBES])
+        except (NtkpipeError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
+            # Models that differentiate inside themselves may refuse to be traced.
+            tracing = nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")
     return choose_method(Engine(model, tracing, "vmap", setup), batch)
 
 
@@ -155,14 +163,3 @@ def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
             f"the outputs do not depend on any of the {len(selected)} selected parameters: the forward pass runs under "
             "torch.no_grad() or detaches what it computes, or parameters that it does not use were selected"
         )
-
-
-def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
-    probes = [take(batch, order) for order in _PROBES]
-    try:
-        return trace(model, probes, [len(order) for order in _PROBES])
-    except (NtkpipeError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
-        # Models that differentiate inside themselves may refuse to be traced.
-        return nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")

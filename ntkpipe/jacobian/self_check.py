@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -213,19 +212,14 @@ def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors
 
 
 def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
-    def first_outputs(batch: Batch, values: Jacobians) -> Tensor:
-        return model.call_with(values, batch)[0]
-
     parameters = {name: value.detach() for name, value in model.parameters().items()}
-    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    found: list[Jacobians] = []
     for sample in samples:
-        outputs, vjp = torch.func.vjp(partial(first_outputs, _cast(model, load, [sample])), parameters)[:2]
-        for covector in covectors:
-            (grads,) = vjp(covector.to(outputs.dtype))
-            for name, grad in grads.items():
-                rows[name].append(grad.reshape(-1).double())
-    shape = (len(samples), len(covectors))
-    return {name: torch.stack(grads).unflatten(0, shape).transpose(0, 1) for name, grads in rows.items()}
+        batch = _cast(model, load, [sample])
+        outputs, vjp = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)[:2]
+        grads = [vjp(covector.to(outputs.dtype))[0] for covector in covectors]
+        found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
+    return {name: torch.stack([rows[name] for rows in found], dim=1) for name in parameters}
 
 
 def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
@@ -254,7 +248,6 @@ def _gram(jacobian: Tensor) -> Tensor:
 
 
 def _total(jacobians: Jacobians) -> Tensor:
-    """The whole kernel, summed over parameters in float64."""
     return torch.stack([_gram(jacobian.double()) for jacobian in jacobians.values()]).sum(dim=0)
 
 

@@ -45,7 +45,17 @@ class DatasetSource:
 
     def read(self, start: int, stop: int) -> Arrays:
         """Load and stack samples ``start:stop``."""
-        return self._stack([self._sample(i) for i in range(start, stop)], start)
+        samples = [self._sample(i) for i in range(start, stop)]
+        shapes = [{name: values.shape for name, values in sample.items()} for sample in samples]
+        first = shapes[0]
+        for number, sample in enumerate(shapes, start):
+            for name in [*first, *sample]:
+                if sample.get(name) != first.get(name):
+                    raise DataError(
+                        f"{name!r} of sample {number} has shape {sample.get(name)}, of sample {start} "
+                        f"{first.get(name)}; samples must have equal arrays: pad or crop them"
+                    )
+        return {name: np.stack([sample[name] for sample in samples]) for name in first}
 
     def read_targets(self, count: int) -> NDArray[Any]:
         """The targets of the first ``count`` samples."""
@@ -66,18 +76,6 @@ class DatasetSource:
         sample = item[0] if isinstance(item, tuple) else item
         mapping = sample if isinstance(sample, Mapping) else {_SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
-
-    def _stack(self, samples: list[Arrays], start: int) -> Arrays:
-        shapes = [{name: values.shape for name, values in sample.items()} for sample in samples]
-        first = shapes[0]
-        for number, sample in enumerate(shapes, start):
-            for name in [*first, *sample]:
-                if sample.get(name) != first.get(name):
-                    raise DataError(
-                        f"{name!r} of sample {number} has shape {sample.get(name)}, of sample {start} "
-                        f"{first.get(name)}; samples must have equal arrays: pad or crop them"
-                    )
-        return {name: np.stack([sample[name] for sample in samples]) for name in first}
 
 
 @dataclass(frozen=True)

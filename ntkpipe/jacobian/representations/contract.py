@@ -13,14 +13,11 @@ from ntkpipe.jacobian.representations.workspace import Workspace
 _FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
-def contract(
-    left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all", out: Tensor | None = None
-) -> Tensor:
+def contract(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all") -> Tensor:
     """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products."""
-    if out is None:
-        count, rows, columns = left.num_covectors, left.num_samples, right.num_samples
-        shape = {"all": (count * rows, count * columns), "same": (count, rows, columns), "sum": (rows, columns)}[pairs]
-        out = left.like.new_empty(shape)
+    count, rows, columns = left.num_covectors, left.num_samples, right.num_samples
+    shape = {"all": (count * rows, count * columns), "same": (count, rows, columns), "sum": (rows, columns)}[pairs]
+    out = left.like.new_empty(shape)
     contract_planes(left, right, workspace, pairs, list(out) if pairs == "same" else [out])
     return out
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.interface import Pulled, Representation, Term
 from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
 from ntkpipe.jacobian.tracing.recorder import Call
@@ -24,11 +24,6 @@ class Dense(Representation):
     word: ClassVar[str] = "dense"
     meaning: ClassVar[str] = "the Jacobian itself, summed over positions: n_in × n_out numbers"
     sample_axes: ClassVar[tuple[int, ...]] = (0,)
-
-    @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Always; it is the last choice."""
-        return True
 
     @classmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> "Dense":

@@ -1,6 +1,6 @@
 """Pieces: the Jacobians of a few samples by all parameters, and how they are filled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ class PieceFilling:
     def __init__(
         self,
         terms: Sequence[Term],
-        fallback: Sequence[str],
+        fallback: Sequence[Term],
         parameters: Mapping[str, Tensor],
         setup: Setup,
         covectors: Tensor,
@@ -73,7 +73,7 @@ class PieceFilling:
         self._filled: list[tuple[Term, Representation]] = []
         self._fallback: dict[str, Tensor] = {}
         self._factors: list[tuple[int, Representation]] = []
-        groups = {term.name: [setup.group_of(name) for name in term.parameters] for term in terms}
+        groups = {term.name: [setup.group_of(name) for name in term.parameters] for term in (*terms, *fallback)}
         small = {
             term.name: term.held_as
             for term in terms
@@ -82,11 +82,10 @@ class PieceFilling:
         # The last number is that of parameters in no group: of all, where there are no groups.
         for group in range(len(setup.groups) + 1):
             own = [term for term in terms if term.name in small and groups[term.name][0] == group]
-            parts = self._share(group, [term.width for term in own])
-            self._filled += [(term, small[term.name](part)) for term, part in zip(own, parts, strict=True)]
-            names = [name for name in fallback if setup.group_of(name) == group]
-            self._fallback |= zip(names, self._share(group, [parameters[name].numel() for name in names]), strict=True)
-        self._fallback = {name: self._fallback[name] for name in fallback}
+            self._filled += [(term, small[term.name](part)) for term, part in self._share(group, own)]
+            left = [term for term in fallback if groups[term.name][0] == group]
+            self._fallback |= {term.name: part for term, part in self._share(group, left)}
+        self._fallback = {term.name: self._fallback[term.name] for term in fallback}
         for term in terms:
             if term.name in small:
                 continue
@@ -99,14 +98,14 @@ class PieceFilling:
             parts = held.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
             self._factors += [(group, Dense(part)) for group, part in zip(numbers, parts, strict=True)]
 
-    def _share(self, group: int, widths: Sequence[int]) -> tuple[Tensor, ...]:
-        """Parts of a matrix (n, S, sum of widths) that parameters of a group share."""
-        if not widths:
+    def _share(self, group: int, terms: Sequence[Term]) -> Iterable[tuple[Term, Tensor]]:
+        """Terms of a group and their parts of the matrix (n, S, sum of widths) that they share."""
+        if not terms:
             return ()
+        widths = [term.width for term in terms]
         matrix = self._covectors.new_empty((self._num_samples, len(self._covectors), sum(widths)))
         self._factors.append((group, Dense(matrix)))
-        parts: tuple[Tensor, ...] = matrix.split(widths, dim=2)
-        return parts
+        return zip(terms, matrix.split(widths, dim=2), strict=True)
 
     def fill(self, pulled: Pulled) -> None:
         """Fill in a few covectors that were pulled back through a batch."""

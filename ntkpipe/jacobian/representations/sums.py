@@ -46,16 +46,11 @@ class GramSums:
         self._total: Tensor | None = None
         self._blocks: Tensor | None = None
 
-    @property
-    def entries(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return (self.covectors, self.rows, self.columns) if self.pairs == "same" else self._shape
-
     def total(self) -> Tensor:
-        """The sample-major sum, in float64 and in the shape of the result."""
+        """The sample-major sum in float64, (n*S, m*S), (S, n, m) of equal covectors, (n, m) of their sum."""
         if self._total is None:
             self._total = self.workspace.take("total", self._shape, self.like, torch.float64).zero_()
-        return self._total.view(self.entries)
+        return self._total.view((self.covectors, self.rows, self.columns) if self.pairs == "same" else self._shape)
 
     def blocks(self) -> Tensor:
         """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart."""
@@ -84,7 +79,7 @@ class GramSums:
         """Blocks that cover (rows, columns), or what is on and above the diagonal; each index is ``least`` rows."""
         most = max(1, self.sizes.largest_block // least)
         if not self.is_mirrored:
-            return _all_cells(rows, columns, most)
+            return tuple((row, column) for row in cuts(0, rows, most) for column in cuts(0, columns, most))
         return _upper_cells(0, rows, max(1, self.sizes.smallest_block // least), most)
 
     def apart(self) -> Tensor:
@@ -102,7 +97,7 @@ class GramSums:
         if self._blocks is not None:
             self._turn_blocks(entries)
         if self.is_mirrored:
-            for part in entries.view(-1, *self.entries[-2:]):
+            for part in entries.view(-1, *entries.shape[-2:]):
                 self._mirror(part)
         first = self.covectors if self.pairs == "same" else 1
         return self._total.view(first, self.rows, self._wide, self.columns, self._wide)
@@ -139,11 +134,6 @@ def cuts(start: int, stop: int, most: int) -> list[slice]:
     size = -(-(stop - start) // max(1, -(-(stop - start) // most)))
     size = min(most, -(-size // 16) * 16) if size >= 16 else size
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-@cache
-def _all_cells(rows: int, columns: int, most: int) -> tuple[Cell, ...]:
-    return tuple((row, column) for row in cuts(0, rows, most) for column in cuts(0, columns, most))
 
 
 @cache

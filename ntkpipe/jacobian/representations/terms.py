@@ -1,6 +1,6 @@
 """Terms: which parameters' Jacobians are found and held together, and in which representation."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,27 +26,26 @@ def choose_representation(uses: Sequence[Use], setup: Setup) -> type[Representat
     return next(each for each in CHOICES if each.suits(uses, setup))
 
 
-def recorded_representation(word: str) -> type[Representation]:
-    """The choice that a manifest records by its word; ``dense`` for any other word."""
-    return next((each for each in CHOICES if each.word == word), Dense)
-
-
 def make_terms(
-    tracing: Tracing,
-    parameters: Mapping[str, Tensor],
-    choose: Callable[[str, tuple[Use, ...]], type[Representation]],
-    group_of: Callable[[str], int],
+    tracing: Tracing, parameters: Mapping[str, Tensor], setup: Setup, recorded: Mapping[str, str] | None
 ) -> Iterator[Term]:
     """The terms of a tracing; weights first, then the biases that are part of no weight's term."""
+    # A weight that is held with its bias keeps its recorded way where the bias goes to the fallback.
+    words = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
     biases = [unit for unit in units if _is_bias(unit)]
     for unit in units:
         if _is_bias(unit):
             continue
-        term = unit if unit.held_as is Joined else replace(unit, held_as=choose(unit.name, unit.uses))
-        if term.held_as.takes_bias:
-            owner = group_of(term.parameters[0])
-            own = (bias for bias in biases if group_of(bias.parameters[0]) == owner)
+        held_as = unit.held_as
+        if held_as is not Joined and recorded is None:
+            held_as = choose_representation(unit.uses, setup)
+        elif held_as is not Joined:
+            held_as = next((each for each in CHOICES if each.word == words.get(unit.name)), Dense)
+        term = replace(unit, held_as=held_as)
+        if held_as.takes_bias:
+            owner = setup.group_of(term.parameters[0])
+            own = (bias for bias in biases if setup.group_of(bias.parameters[0]) == owner)
             partner = next((bias for bias in own if _is_of(bias, term)), None)
             if partner is not None:
                 biases.remove(partner)
@@ -62,11 +61,8 @@ def _is_bias(term: Term) -> bool:
 
 def _is_of(bias: Term, weight: Term) -> bool:
     """Whether it is the bias of exactly the linear layers of ``weight``."""
-    pairs = list(zip(bias.uses, weight.uses, strict=False))
-    return len(bias.uses) == len(weight.uses) and all(
-        one.call == use.call and one.function == use.function == "linear" and one.layout == use.layout
-        for one, use in pairs
-    )
+    own, others = ([(use.call, use.function, use.layout) for use in term.uses] for term in (bias, weight))
+    return own == others and all(use.function == "linear" for use in weight.uses)
 
 
 def _connected(tracing: Tracing) -> list[tuple[str, ...]]:

@@ -14,6 +14,8 @@ from ntkpipe.jacobian.tracing.recorder import Argument, Call, watch
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
+_SHARED = -2  # owner of a row that several samples reach, which no layout allows; -1 where none does
+
 
 @dataclass(frozen=True)
 class Probed:
@@ -66,7 +68,6 @@ class _Owners:
         self._forms = {role: argument.form for role, argument in call.arguments.items()}
         self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
         self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}  # by shape, shared by roles
-        self._shared = dict.fromkeys(self._owners, False)
 
     def _touched(self, role: str, grad: Tensor) -> Tensor:
         form = self._forms[role]
@@ -77,24 +78,21 @@ class _Owners:
     def add(self, sample: int, grad: Tensor) -> None:
         for role, rows in self._rows.items():
             touched = self._touched(role, grad)
-            self._shared[rows] |= bool(((self._owners[rows] >= 0) & (self._owners[rows] != sample) & touched).any())
-            self._owners[rows][touched] = sample
+            owners = self._owners[rows]
+            owners[touched] = torch.where((owners == -1) | (owners == sample), sample, _SHARED)[touched]
 
     def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
         """Per role, every layout that agrees with the owners found, and with the rows that changed."""
         evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
         for role, rows_that_changed in changed.items():
             evidence[self._rows[role]] |= rows_that_changed
-        return {
-            role: set() if self._shared[rows] else _layouts(self._owners[rows], evidence[rows], num_samples)
-            for role, rows in self._rows.items()
-        }
+        return {role: _layouts(self._owners[rows], evidence[rows], num_samples) for role, rows in self._rows.items()}
 
 
 def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
     """Every layout that agrees with the rows whose owner is known; a row that changed belongs to the last sample."""
     found = set()
-    known = owners >= 0
+    known = owners != -1
     for axis, length in enumerate(owners.shape):
         positions, rest = divmod(length, num_samples)
         if rest or not positions:

@@ -106,11 +106,6 @@ def expand(input: Tensor, *sizes: Any) -> Bound:
     return Bound({"input": (input, scaled(input, shape))})
 
 
-def expand_as(input: Tensor, other: Tensor) -> Bound:
-    """``input`` in the shape of ``other``."""
-    return Bound({"input": (input, scaled(input, other.shape))})
-
-
 def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     """Copies along axes of size one; copies along longer ones have no rule."""
     axes = _axes(input, repeats)
@@ -130,6 +125,6 @@ RULES: Rules = {
     torch.where: where,
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
     **dict.fromkeys((_T.expand, torch.broadcast_to, _T.broadcast_to), expand),
-    _T.expand_as: expand_as,
+    _T.expand_as: lambda tensor, other: expand(tensor, *other.shape),
     **dict.fromkeys((_T.repeat, torch.tile, _T.tile), repeat),
 }
