@@ -22,7 +22,6 @@ from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.trace import Tracing
 
-_RECORDED = "it is there in the store that is resumed"
 _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
@@ -85,7 +84,8 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {n: each.partition(":")[2] for n, each in recorded.items() if each.startswith("torch.func:")}
-        tracing = self.tracing.without({name: _RECORDED for name in self.tracing.covered if name in methods})
+        names = [name for name in self.tracing.covered if name in methods]
+        tracing = self.tracing.without(dict.fromkeys(names, "it is there in the store that is resumed"))
         method = next(iter(methods.values()), self.method)
         return self.changed(tracing=tracing, method=method, representations=recorded)
 

@@ -68,9 +68,8 @@ def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     total, setup, parameters = engine.pair_flops() or 1.0, engine.setup, engine.model.parameters()
     reports = [_term_report(term, setup) for term in engine.terms]
     for term in engine.fallback_terms:
-        reason = engine.tracing.fallback[term.name]
-        report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method, reason=reason)
-        reports.append(report)
+        report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method)
+        reports.append(replace(report, reason=engine.tracing.fallback[term.name]))
     reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
     reports.sort(key=lambda report: engine.model.names.index(report.parameters[0]))
     return tuple(replace(report, share=report.pair_flops / total) for report in reports)

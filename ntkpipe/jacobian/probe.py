@@ -101,8 +101,7 @@ def make_engine(model: FunctionalModel, load: Load, num_samples: int, setup: Set
             tracing = trace(model, [take(batch, order) for order in _PROBES], [len(order) for order in _PROBES])
         except (NtkpipeError, MemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
-            # Models that differentiate inside themselves may refuse to be traced.
+        except Exception as error:  # noqa: BLE001 - reported; models that differentiate inside themselves may refuse
             tracing = nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")
     return choose_method(Engine(model, tracing, "vmap", setup), batch)
 

@@ -90,8 +90,7 @@ class _Check:
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        covectors = self.covectors.to(self.model.device)
-        self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
+        self.reference, self.reference_name = _reference(self.model, load, self.chosen, self.covectors)
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
 
@@ -199,7 +198,7 @@ def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
     """Jacobians, one sample at a time, and what computed them."""
     # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
-    batch = _cast(model, load, samples)
+    batch, covectors = _cast(model, load, samples), covectors.to(model.device)
     reason = "parameters out of reach of functional_call"
     if model.is_replaceable(batch):
         try:

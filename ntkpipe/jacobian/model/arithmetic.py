@@ -48,12 +48,12 @@ def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
 
 _INSIDE: list[partial[None]] = []  # compared by identity: each belongs to one thread
 _LOCK = threading.Lock()
+_BACKENDS: Any = torch.backends
 _UNDO = contextlib.ExitStack()
 
 
 def _gpu_precisions() -> list[Any]:
-    backends: Any = torch.backends
-    return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return [_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn]
 
 
 @contextlib.contextmanager
@@ -68,12 +68,11 @@ def changed_settings(*settings: tuple[Any, str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_settings() -> Iterator[None]:
-    backends: Any = torch.backends
-    precisions = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn, *_gpu_precisions()]
+    precisions = [_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn, *_gpu_precisions()]
     settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
-    settings += [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
+    settings += [(_BACKENDS.cudnn, "deterministic", True), (_BACKENDS.cudnn, "benchmark", False)]
     with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
-        undo.callback(backends.mha.set_fastpath_enabled, backends.mha.get_fastpath_enabled())
-        backends.mha.set_fastpath_enabled(False)
+        undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())
+        _BACKENDS.mha.set_fastpath_enabled(False)
         yield

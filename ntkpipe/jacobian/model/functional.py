@@ -1,5 +1,6 @@
 """The model as a function of its parameters and a batch, in the dtype and on the device of a run; its fingerprint."""
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -65,24 +66,16 @@ def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
             f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
             "function of (model, inputs)"
         )
-    if _num_required_arguments(forward) >= 2:
-        return forward
+    with contextlib.suppress(TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
+        given = inspect.signature(forward).parameters.values()
+        if sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in given) >= 2:
+            return forward
     return lambda model, batch: forward(_call_model(model, batch))
-
-
-def _num_required_arguments(function: Callable[..., Any]) -> int:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
-        return 1
-    return sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in parameters)
 
 
 @dataclass(frozen=True)
 class FunctionalModel:
-    """A private copy of a model in one dtype on one device, of which selected parameters alone require a gradient."""
-
-    # Not safe to share between threads: each has its own :meth:`copy`.
+    """One thread's copy of a model, in one dtype on one device; the selected parameters alone require a gradient."""
 
     module: nn.Module  # maps a batch to outputs; its parameters are called `model.<name>`
     names: tuple[str, ...]  # the selected parameters, as the user's model names them

@@ -244,23 +244,18 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
             f"{label} is {type(inputs).__name__}; needed a tensor, an array, a dict of arrays, or a map-style data set "
             "(with len() and [i])"
         )
-    return _as_dataset_source(inputs, label)
-
-
-def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
-    if len(dataset) == 0:
+    if len(inputs) == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
-    first = dataset[0]
-    parts = len(first) if isinstance(first, tuple) else None
-    if parts not in {None, 1, 2}:
+    first = inputs[0]
+    parts = first if isinstance(first, tuple) else (first,)
+    if len(parts) not in {1, 2}:
         raise DataError(
-            f"items of {label} have {parts} parts; needed a sample, or a pair (sample, target). Several inputs: a "
+            f"items of {label} have {len(parts)} parts; needed a sample, or a pair (sample, target). Several inputs: a "
             "dict of arrays"
         )
-    sample = first if parts is None else first[0]
-    if isinstance(sample, Mapping):
-        _require_keys(sample, label)
-    return DatasetSource(dataset, len(dataset), has_targets=parts == 2), isinstance(sample, Mapping)
+    if isinstance(parts[0], Mapping):
+        _require_keys(parts[0], label)
+    return DatasetSource(inputs, len(inputs), has_targets=len(parts) == 2), isinstance(parts[0], Mapping)
 
 
 def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:

@@ -70,10 +70,9 @@ def _spread(
                 place.copy_(part)
                 # Where that lost nothing, the entries are now in order.
                 part = place if place.dtype in {part.dtype, torch.float64} else part
-            if total is not None and is_first:
-                total[number, rows].copy_(part)
-            elif total is not None:
-                total[number, rows].add_(part)
+            if total is not None:
+                place = total[number, rows]
+                place.copy_(part) if is_first else place.add_(part)
 
 
 def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:

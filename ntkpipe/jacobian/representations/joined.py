@@ -12,8 +12,7 @@ from ntkpipe.jacobian.tracing.uses import pull_back
 class Joined(Dense):
     """Jacobians by all parameters of a term side by side, pulled back to them from the arguments of calls."""
 
-    # For what a model computes from parameters (a weight norm), views that overlap, and unlike uses of one parameter;
-    # never a choice, since these can be held in no other way.
+    # For what a model makes of parameters (a weight norm), overlapping views, and unlike uses: held in no other way.
 
     word: ClassVar[str] = "joined"
     meaning: ClassVar[str] = (

@@ -1,8 +1,8 @@
 """The Gram entries of two pieces while representations add to them.
 
 Matrix products run over blocks that stay in a core's cache, into scratch that is allocated once; where a piece meets
-itself, only blocks on or above the diagonal are computed. Sums over many parameters are cut into parts that are added
-up in float64: a float32 product over a million parameters is off by 1e-5 on the diagonal, where all terms are positive.
+itself, only blocks on or above the diagonal are computed. Parts of sums over many parameters are added up in float64: a
+float32 product over a million is off by 1e-5 on the diagonal, where all terms are positive.
 """
 
 from functools import cache

@@ -77,8 +77,7 @@ class _Owners:
 
     def add(self, sample: int, grad: Tensor) -> None:
         for role, rows in self._rows.items():
-            touched = self._touched(role, grad)
-            owners = self._owners[rows]
+            touched, owners = self._touched(role, grad), self._owners[rows]
             owners[touched] = torch.where((owners == -1) | (owners == sample), sample, _SHARED)[touched]
 
     def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:

@@ -15,7 +15,7 @@ from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.tracing.layouts import count_edges, draw_covectors, is_output_of, probe
 from ntkpipe.jacobian.tracing.recorder import Call, watch
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import Layout, Use, kind_of, total_gradient
+from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, total_gradient
 
 NO_RULE = "used by an operation without a rule"
 
@@ -129,7 +129,6 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
 
 
 def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
-    """Names of the parameters to which a path of the autograd graph leads from the outputs of any probe."""
     parameters, reached = model.parameters(), set()
     for batch in probes:
         outputs, _ = watch(model, batch, expansions, detach=detach)
@@ -154,7 +153,7 @@ def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...]
 
 
 def _fixed(call: Call) -> tuple[Any, ...]:
-    arguments = {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
+    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
     return call.name, len(call.shape), arguments
 
 
@@ -181,7 +180,7 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
         call=number,
         role=role,
         function=call.name,
-        kind=kind_of(form),
+        kind=KINDS[type(form)],
         sources=argument.sources,
         is_parameter=argument.is_parameter,
         geometry=argument.geometry,
