@@ -85,12 +85,12 @@ class GramSums:
     def apart(self) -> Tensor:
         """All entries, finished, in scratch that the next contraction overwrites; shape (k, n, S, m, S)."""
         # k is the number of covectors that are kept apart, or one; S is one unless all pairs are wanted.
-        if self.is_mirrored and self.pairs == "all" and self.covectors > 1:
-            self.total()  # half of the covector-major blocks stand for the others
         if self._blocks is not None and self.is_mirrored:
             blocks = self.blocks()
             for covector in range(len(blocks)):
                 self._mirror(blocks[covector, :, covector if self.pairs == "all" else 0])
+                if self.pairs == "all":
+                    blocks[covector + 1 :, :, covector] = blocks[covector, :, covector + 1 :].permute(1, 2, 0)
         if self._total is None:
             return self.blocks().permute(1, 0, 3, 2)[None] if self.pairs == "all" else self.blocks()[..., None]
         entries = self.total()
@@ -112,21 +112,14 @@ class GramSums:
 
     def _turn_blocks(self, target: Tensor) -> None:
         """Add the covector-major sum to the sample-major ``target``."""
-        # Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
         blocks, count = self.blocks(), self.covectors
         if self.pairs != "all" or count == 1:
             target.add_(blocks.view(target.shape))
             return
         apart = target.unflatten(1, (self.columns, count)).unflatten(0, (self.rows, count))
-        if not self.is_mirrored:
-            pairs = [(apart, blocks.permute(1, 0, 3, 2))]
-        else:
-            pairs = [(apart[:, c, :, c:], blocks[c, :, c:].transpose(1, 2)) for c in range(count)]
-            pairs += [(apart[:, c + 1 :, :, c], blocks[c, :, c + 1 :].permute(2, 1, 0)) for c in range(count - 1)]
-        for place, values in pairs:
-            # A few rows at a time: torch converts values of another dtype in memory that is new each time.
-            for rows in cuts(0, len(place), max(1, self.sizes.unfolded_bytes // (8 * place[0].numel()))):
-                place[rows].add_(values[rows])
+        # A few rows at a time: torch converts values of another dtype in memory that is new each time.
+        for rows in cuts(0, self.rows, max(1, self.sizes.unfolded_bytes // (8 * apart[0].numel()))):
+            apart[rows].add_(blocks[:, rows].permute(1, 0, 3, 2))
 
 
 def cuts(start: int, stop: int, most: int) -> list[slice]:
