@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ntkpipe.jacobian.tracing.recorder import tensors_in
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -35,20 +37,15 @@ class Meter(TorchDispatchMode):
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
         if count is not None:
             self.num_flops += float(count(*args, **(kwargs or {}), out_val=result))
-        known = {_address(value) for value in _tensors((args, kwargs))}
-        for value in _tensors(result):
-            if _address(value) not in known:
-                size = value.untyped_storage().nbytes()
+        # By storages, since functorch's tensors have no data.
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
+            if storage._cdata not in known:
+                size = storage.nbytes()
                 self.num_bytes += size
                 self.largest_bytes = max(self.largest_bytes, size)
         return result
 
 
-def _address(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)  # of the storage, since functorch's have no data
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    # Sparse tensors have no storage of their own.
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    return (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)  # sparse ones have no storage

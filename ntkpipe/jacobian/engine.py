@@ -13,16 +13,15 @@ from ntkpipe.jacobian.cost import Cost, Meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.representations.interface import Grads, Pulled, Representation, Setup
+from ntkpipe.jacobian.representations.dense import Dense
+from ntkpipe.jacobian.representations.interface import Grads, Pulled, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
 from ntkpipe.jacobian.representations.sums import Pairs
-from ntkpipe.jacobian.representations.terms import choose_representation, make_terms, recorded_representation
+from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.trace import Tracing
-from ntkpipe.jacobian.tracing.uses import Use
 
-_RECORDED = "it is there in the store that is resumed"
 _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
@@ -55,15 +54,10 @@ class Engine:
         self.model, self.tracing, self.method, self.setup = model, tracing, method, setup
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
-        self.terms = tuple(make_terms(tracing, model.parameters(), self._chooser(representations), setup.group_of))
+        parameters = model.parameters()
+        self.terms = tuple(make_terms(tracing, parameters, setup, representations))
+        self.fallback_terms = tuple(Term(name, (name,), (), parameters[name].numel(), Dense) for name in self.fallback)
         self.workspace = Workspace()
-
-    def _chooser(self, recorded: Mapping[str, str] | None) -> Callable[[str, tuple[Use, ...]], type[Representation]]:
-        if recorded is None:
-            return lambda _, uses: choose_representation(uses, self.setup)
-        # A weight that is held with its bias keeps its way where the bias goes to the fallback.
-        words = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in recorded.items()}
-        return lambda name, _: recorded_representation(words.get(name, ""))
 
     @property
     def representations(self) -> dict[str, str]:
@@ -82,25 +76,18 @@ class Engine:
         """The same engine on its own copy of the module, for another thread."""
         return self.changed(model=self.model.copy())
 
-    def changed(
-        self,
-        *,
-        model: FunctionalModel | None = None,
-        tracing: Tracing | None = None,
-        method: str | None = None,
-        setup: Setup | None = None,
-    ) -> "Engine":
-        """The same engine but for what is given; terms that remain keep their representations."""
-        model, tracing, method = model or self.model, tracing or self.tracing, method or self.method
-        return Engine(model, tracing, method, setup or self.setup, self.representations)
+    def changed(self, **changes: Any) -> "Engine":
+        """The same engine but for the arguments that are given; terms that remain keep their representations."""
+        names = ("model", "tracing", "method", "setup", "representations")
+        return Engine(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
-        methods = {label.partition(":")[2] for label in recorded.values() if label.startswith("torch.func:")}
-        moved = {name: _RECORDED for name in self.tracing.covered if recorded.get(name, "").startswith("torch.func:")}
-        method = methods.pop() if methods else self.method
-        tracing = self.tracing.without(moved) if moved else self.tracing
-        return Engine(self.model, tracing, method, self.setup, recorded)
+        methods = {n: each.partition(":")[2] for n, each in recorded.items() if each.startswith("torch.func:")}
+        names = [name for name in self.tracing.covered if name in methods]
+        tracing = self.tracing.without(dict.fromkeys(names, "it is there in the store that is resumed"))
+        method = next(iter(methods.values()), self.method)
+        return self.changed(tracing=tracing, method=method, representations=recorded)
 
     def with_covectors(self, covectors: Tensor, pairs: Pairs) -> "Engine":
         """The same engine for other covectors."""
@@ -130,29 +117,21 @@ class Engine:
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:
-            return self.piece(load(start, stop))
-        filling = self._filling(stop - start)
+            # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
+            piece, outputs = self.piece(take(load(start, stop), (0, 0)))
+            return piece.first(), outputs[:1]
+        covectors, parameters = self.covectors.to(self.setup.accumulate_dtype), self.model.parameters()
+        filling = PieceFilling(self.terms, self.fallback_terms, parameters, self.setup, covectors, stop - start)
         spans = Span(start, stop).batches(max(2, batch))
-        outputs = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
-        return filling.piece(), torch.cat(outputs)
+        found = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
+        return filling.piece(), torch.cat(found) if len(found) > 1 else found[0]
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
-        if size == 1:
-            # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
-            piece, outputs = self.piece(take(batch, (0, 0)))
-            return piece.first(), outputs[:1]
-        filling = self._filling(size)
-        outputs = self._fill(filling, batch, 0)
-        return filling.piece(), outputs
-
-    def _filling(self, num_samples: int) -> PieceFilling:
-        covectors = self.covectors.to(self.setup.accumulate_dtype)
-        return PieceFilling(self.terms, self.fallback, self.model.parameters(), self.setup, covectors, num_samples)
+        return self._piece(lambda start, stop: batch, 0, size, size)
 
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
-        """Fill in a batch that begins at sample ``first`` of the piece; its outputs, without their graph."""
         samples, parameters = slice(first, first + batch_size(batch)), self.model.parameters()
         outputs, calls = self.forward(batch)
         for covectors, grads in self.pull_back(outputs, calls):
@@ -231,14 +210,11 @@ class Engine:
 
     def pair_flops(self) -> float:
         """Operations of a contraction that fall on one pair of samples."""
-        width = sum(self.model.parameters()[name].numel() for name in self.fallback)
-        by_term = sum(term.held_as.contraction_flops(term, self.setup) for term in self.terms)
-        return 2.0 * self.setup.num_pairs * width + by_term
+        return sum((term.held_as.pair_flops(term, self.setup) for term in (*self.terms, *self.fallback_terms)), 0.0)
 
     def block_bytes(self) -> int:
         """Bytes that a block holds for a sample."""
-        parameters, covectors = self.model.parameters(), self.setup.num_covectors
-        numbers = sum(term.held_as.num_numbers(term, covectors) for term in self.terms)
-        numbers += covectors * sum(parameters[name].numel() for name in self.fallback)
+        every, covectors = (*self.terms, *self.fallback_terms), self.setup.num_covectors
+        numbers = sum(term.held_as.num_numbers(term, covectors) for term in every)
         outputs = self.model.dtype.itemsize * self.covectors.shape[1]
         return max(1, numbers * self.setup.accumulate_dtype.itemsize + outputs)

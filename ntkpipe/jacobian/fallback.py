@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 
@@ -16,8 +17,8 @@ def batch_size(batch: Batch) -> int:
 
 def take(batch: Batch, samples: Sequence[int]) -> Batch:
     """Some samples of a batch, in the order given; a sample may be repeated."""
-    index = list(samples)
-    return {name: value[index] for name, value in batch.items()} if isinstance(batch, dict) else batch[index]
+    taken: Batch = tree_map(lambda values: values[list(samples)], batch)
+    return taken
 
 
 def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     parameters = {name: value.detach() for name, value in model.parameters().items() if name in names}
 
     def one_sample(sample: Batch) -> Tensor:
-        single = {k: v.unsqueeze(0) for k, v in sample.items()} if isinstance(sample, dict) else sample.unsqueeze(0)
+        single = tree_map(lambda values: values.unsqueeze(0), sample)
 
         def outputs(values: dict[str, Tensor]) -> Tensor:
             return model.call_with(values, single)[0]

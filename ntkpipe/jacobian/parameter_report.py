@@ -1,12 +1,12 @@
 """How each parameter's Jacobian is computed and held, and at what cost; or why it is left to plain ``torch.func``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ntkpipe.base.tables import TableRows
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.representations.interface import Term
+from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
 from ntkpipe.jacobian.tracing.uses import LOOKUP
 
@@ -41,11 +41,6 @@ class ParameterReport:
     reason: str = ""  # why they are in the fallback, else empty
 
     @property
-    def label(self) -> str:
-        """Rule and representation, as in the manifest's ``choices.representations``, which lacks unused parameters."""
-        return f"{self.rule}:{self.representation}"
-
-    @property
     def shape(self) -> str:
         """``n_in x n_out``, and the number of groups if there are several."""
         if not self.n_out:
@@ -70,32 +65,18 @@ class ParameterReport:
 
 def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
-    total = engine.pair_flops() or 1.0
-    count, parameters = len(engine.covectors), engine.model.parameters()
-    itemsize = engine.setup.accumulate_dtype.itemsize
-    reports = [_term_report(term, engine, total) for term in engine.terms]
-    for name in engine.fallback:
-        width = parameters[name].numel()
-        flops = 2.0 * engine.setup.num_pairs * width
-        fallback = ParameterReport(
-            name=name,
-            parameters=(name,),
-            rule=FALLBACK,
-            representation=engine.method,
-            num_parameters=width,
-            sample_bytes=count * width * itemsize,
-            pair_flops=flops,
-            share=flops / total,
-            reason=engine.tracing.fallback[name],
-        )
-        reports.append(fallback)
+    total, setup, parameters = engine.pair_flops() or 1.0, engine.setup, engine.model.parameters()
+    reports = [_term_report(term, setup) for term in engine.terms]
+    for term in engine.fallback_terms:
+        report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method)
+        reports.append(replace(report, reason=engine.tracing.fallback[term.name]))
     reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
-    return tuple(sorted(reports, key=lambda report: engine.model.names.index(report.parameters[0])))
+    reports.sort(key=lambda report: engine.model.names.index(report.parameters[0]))
+    return tuple(replace(report, share=report.pair_flops / total) for report in reports)
 
 
-def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
-    count, setup, first = len(engine.covectors), engine.setup, term.uses[0]
-    flops = term.held_as.contraction_flops(term, setup)
+def _term_report(term: Term, setup: Setup) -> ParameterReport:
+    count = setup.num_covectors
     widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
     groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
     return ParameterReport(
@@ -103,15 +84,14 @@ def _term_report(term: Term, engine: Engine, total: float) -> ParameterReport:
         parameters=term.parameters,
         rule=term.label.rpartition(":")[0],
         representation=term.held_as.word,
-        num_parameters=term.width + (first.n_out if term.has_bias else 0),
+        num_parameters=term.width + (term.uses[0].n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,
-        n_in=first.shape[0] if n_out and first.kind == LOOKUP else n_in,
+        n_in=term.uses[0].shape[0] if n_out and term.uses[0].kind == LOOKUP else n_in,
         n_out=n_out,
         sample_bytes=term.held_as.num_numbers(term, count) * setup.accumulate_dtype.itemsize,
         sample_flops=term.held_as.sample_flops(term, count),
-        pair_flops=flops,
-        share=flops / total,
+        pair_flops=term.held_as.pair_flops(term, setup),
     )
 
 
@@ -135,8 +115,7 @@ def summarize_reports(reports: Sequence[ParameterReport]) -> ReportTable:
         names = {name for report in group for name in report.parameters}
         size = sum(report.num_parameters for report in group)
         rows.append((rule or "–", representation, f"{len(names)}", f"{size:,}", *_costs(group)))
-    columns = ("rule", "held as", "parameters", "numbers", "KiB", "share")
-    return ReportTable(columns, tuple(rows), num_texts=2)
+    return ReportTable(("rule", "held as", "parameters", "numbers", "KiB", "share"), tuple(rows), num_texts=2)
 
 
 def report_rows(reports: Sequence[ParameterReport]) -> TableRows:
@@ -158,7 +137,6 @@ def list_reports(reports: Sequence[ParameterReport]) -> ReportTable:
 
 
 def _costs(group: Sequence[ParameterReport]) -> tuple[str, str]:
-    """KiB a sample, and share of the contraction."""
     size = sum(report.sample_bytes for report in group) / 2**10
     return f"{size:,.1f}", f"{_share(group):.1%}"
 

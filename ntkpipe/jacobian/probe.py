@@ -13,7 +13,7 @@ from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.layouts import leaves
-from ntkpipe.jacobian.tracing.trace import Tracing, nothing_traced, trace
+from ntkpipe.jacobian.tracing.trace import nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 
@@ -95,7 +95,14 @@ def make_engine(model: FunctionalModel, load: Load, num_samples: int, setup: Set
     """Trace the model and choose the fallback's method."""
     batch = load(probe_samples(num_samples))
     _check_gradients(model, batch)
-    tracing = _trace(model, batch) if structured else nothing_traced(model.names, "structure was switched off")
+    tracing = nothing_traced(model.names, "structure was switched off")
+    if structured:
+        try:
+            tracing = trace(model, [take(batch, order) for order in _PROBES], [len(order) for order in _PROBES])
+        except (NtkpipeError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - reported; models that differentiate inside themselves may refuse
+            tracing = nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")
     return choose_method(Engine(model, tracing, "vmap", setup), batch)
 
 
@@ -131,7 +138,6 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
 
 
 def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
-    """Check that autograd finds the selected parameters, and no other ones."""
     selected = list(model.parameters().values())
     with torch.enable_grad():
         outputs, again = model(batch), model(batch)
@@ -156,14 +162,3 @@ def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
             f"the outputs do not depend on any of the {len(selected)} selected parameters: the forward pass runs under "
             "torch.no_grad() or detaches what it computes, or parameters that it does not use were selected"
         )
-
-
-def _trace(model: FunctionalModel, batch: Batch) -> Tracing:
-    probes = [take(batch, order) for order in _PROBES]
-    try:
-        return trace(model, probes, [len(order) for order in _PROBES])
-    except (NtkpipeError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - the reason is reported, and plain torch.func is exact
-        # Models that differentiate inside themselves may refuse to be traced.
-        return nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")

@@ -1,5 +1,6 @@
 """Products J'v and J u with the Jacobian of a whole data set, by plain ``torch.func``, without the Jacobian."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntkpipe.base.errors import ModelError, NtkpipeError
+from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
+from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 
@@ -58,18 +60,11 @@ class JacobianProducts:
 
     def _derivatives(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
         """Derivatives of a batch's outputs along the tangents, shape (B, O)."""
-        if not self.model.is_replaceable(batch):
-            return self._derivatives_by_reverse(tangents, batch)
-        try:
-            found: Tensor = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[1]
-        except NtkpipeError:
-            raise
-        except RuntimeError:  # operations without forward-mode derivatives
-            return self._derivatives_by_reverse(tangents, batch)
-        return found
-
-    def _derivatives_by_reverse(self, tangents: dict[str, Tensor], batch: Batch) -> Tensor:
-        """The same by reverse mode twice: J u is the derivative of (J'w)u by w."""
+        if self.model.is_replaceable(batch):
+            with contextlib.suppress(RuntimeError):  # operations without forward-mode derivatives
+                found: Tensor = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[1]
+                return found
+        # By reverse mode twice: J u is the derivative of (J'w)u by w.
         live = self.model.parameters()
         outputs = self.model(batch)
         weights = torch.zeros_like(outputs, requires_grad=True)
@@ -95,6 +90,5 @@ class JacobianProducts:
         """Samples and their batch, on the device; a single sample is in it twice."""
         for span in self.spans(source.num_samples):
             arrays = {name: torch.tensor(values) for name, values in source.read(span.start, span.stop).items()}
-            if len(span) == 1:  # as the engine does: never a batch of one
-                arrays = {name: torch.cat([values, values]) for name, values in arrays.items()}
-            yield span, self.model.to_batch(arrays, self.is_mapping)
+            batch = self.model.to_batch(arrays, self.is_mapping)
+            yield span, take(batch, (0, 0)) if len(span) == 1 else batch  # as the engine does: never a batch of one

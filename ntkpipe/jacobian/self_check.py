@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ntkpipe.base.errors import NtkpipeError, SelfCheckError
+from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
@@ -90,8 +90,7 @@ class _Check:
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        covectors = self.covectors.to(self.model.device)
-        self.reference, self.reference_name = _reference(self.model, load, self.chosen, covectors)
+        self.reference, self.reference_name = _reference(self.model, load, self.chosen, self.covectors)
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
 
@@ -127,7 +126,6 @@ class _Check:
                 engine = engine.changed(method="loop")
 
     def compute_error(self, engine: Engine) -> float:
-        """Error of the whole kernel in the compute dtype, against the reference."""
         whole = engine.with_covectors(self.covectors, "all")
         piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
         found = contract(piece, piece, Workspace())
@@ -139,8 +137,6 @@ class _Check:
         batch = _cast(self.model, self._load, self._picked)
         try:
             found = dict(parameter_jacobians(double, batch, self.places))
-        except NtkpipeError:
-            raise
         except Exception:
             if not engine.fallback or engine.method == "loop":
                 raise
@@ -189,25 +185,20 @@ def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> Funct
     try:
         with torch.no_grad():
             double(_cast(double, load, samples))
-    except NtkpipeError:
-        raise
     except Exception:  # noqa: BLE001 - whatever fails in float64; the model itself has run in its own dtype before
         return model
     return double
 
 
 def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
-    """Samples in the model's dtype."""
-    batch = load(samples)
-    arrays = batch if isinstance(batch, dict) else {"input": batch}
-    cast = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in arrays.items()}
-    return cast if isinstance(batch, dict) else cast["input"]
+    cast: Batch = tree_map(lambda v: v.to(model.dtype) if v.is_floating_point() else v, load(samples))
+    return cast
 
 
 def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
     """Jacobians, one sample at a time, and what computed them."""
     # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
-    batch = _cast(model, load, samples)
+    batch, covectors = _cast(model, load, samples), covectors.to(model.device)
     reason = "parameters out of reach of functional_call"
     if model.is_replaceable(batch):
         try:
@@ -220,19 +211,14 @@ def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors
 
 
 def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
-    def first_outputs(batch: Batch, values: Jacobians) -> Tensor:
-        return model.call_with(values, batch)[0]
-
     parameters = {name: value.detach() for name, value in model.parameters().items()}
-    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    found: list[Jacobians] = []
     for sample in samples:
-        outputs, vjp = torch.func.vjp(partial(first_outputs, _cast(model, load, [sample])), parameters)[:2]
-        for covector in covectors:
-            (grads,) = vjp(covector.to(outputs.dtype))
-            for name, grad in grads.items():
-                rows[name].append(grad.reshape(-1).double())
-    shape = (len(samples), len(covectors))
-    return {name: torch.stack(grads).unflatten(0, shape).transpose(0, 1) for name, grads in rows.items()}
+        batch = _cast(model, load, [sample])
+        outputs, vjp = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)[:2]
+        grads = [vjp(covector.to(outputs.dtype))[0] for covector in covectors]
+        found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
+    return {name: torch.stack([rows[name] for rows in found], dim=1) for name in parameters}
 
 
 def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
@@ -261,11 +247,9 @@ def _gram(jacobian: Tensor) -> Tensor:
 
 
 def _total(jacobians: Jacobians) -> Tensor:
-    """The whole kernel, summed over parameters in float64."""
     return torch.stack([_gram(jacobian.double()) for jacobian in jacobians.values()]).sum(dim=0)
 
 
 def _scale(gram: Tensor) -> Tensor:
-    """sqrt(K_ii K_jj) for every entry."""
     diagonal = gram.diagonal().clamp_min(0).sqrt()
     return diagonal[:, None] * diagonal

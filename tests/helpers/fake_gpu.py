@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import FunctionalModel
 from ntkpipe.jacobian.representations import dense
-from ntkpipe.jacobian.representations.contract import contract, contract_diagonal
+from ntkpipe.jacobian.representations.contract import contract_diagonal_planes, contract_planes
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.uses import looked_up
 
@@ -83,7 +83,7 @@ def run(engine, size, inputs):
         for left in block.pieces:
             assert left.has_finite_sums().device == GPU
             assert left.is_finite().device == GPU
-            assert contract_diagonal(left).device == GPU
+            assert contract_diagonal_planes(left, "all", 1)[0].device == GPU
             for right in (*block.pieces, replace(left)) if len(block.pieces) == 1 else block.pieces:
                 for number, (one, other) in enumerate(zip(left.factors, right.factors, strict=True)):
                     if getattr(one, "is_constant", False) or type(one).__name__ == "LookupTable":
@@ -93,7 +93,8 @@ def run(engine, size, inputs):
                     a = replace(left, factors=(one,))
                     b = a if left is right else replace(right, factors=(other,))
                     shape = a.num_samples * count, b.num_samples * count
-                    contract(a, b, Workspace(), out=torch.empty(shape, dtype=torch.float32, device=GPU))
+                    out = torch.empty(shape, dtype=torch.float32, device=GPU)
+                    contract_planes(a, b, Workspace(), "all", [out])
     return skipped
 
 

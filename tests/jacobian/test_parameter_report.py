@@ -65,7 +65,7 @@ def test_every_parameter_is_reported_as_it_is_recorded(name, structured):
     made = engine(name, structured=structured)
     reports = report_of(made)
     assert sorted({p for each in reports for p in each.parameters}) == sorted(made.model.names)
-    used = {each.name: each.label for each in reports if each.representation != "unused"}
+    used = {each.name: f"{each.rule}:{each.representation}" for each in reports if each.representation != "unused"}
     assert used == made.representations
     assert report_of(made.reusing(made.representations)) == reports or not structured
     order = [made.model.names.index(each.parameters[0]) for each in reports]

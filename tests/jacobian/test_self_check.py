@@ -44,13 +44,13 @@ def sabotaged(change):
 
     def rule(input, weight, bias=None):  # noqa: A002
         bound = linear(input, weight, bias)
-        operand = bound.operands["weight"]
+        tensor, form = bound.operands["weight"]
 
         def inputs():
-            rows = operand.form.inputs()
+            rows = form.inputs()
             return change(rows) if len(rows) not in {3, 5} else rows
 
-        wrong = dataclasses.replace(operand, form=dataclasses.replace(operand.form, inputs=inputs))
+        wrong = (tensor, dataclasses.replace(form, inputs=inputs))
         return dataclasses.replace(bound, operands={**bound.operands, "weight": wrong})
 
     return rule

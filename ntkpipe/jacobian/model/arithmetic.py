@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,42 +23,37 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
     # float32 means float32 (no TF32 or bfloat16 inside products), cuDNN is deterministic, and attention takes its math
     # path, which has the forward-mode derivatives and batching rules that fused paths lack. Threads may enter and leave
     # in any order: the arguments of the one that came last apply, and the last to leave restores what the first found.
-    mine = _Arguments(tf32, default_dtype or torch.get_default_dtype())
+    mine = partial(_apply, tf32, default_dtype or torch.get_default_dtype())
     with _LOCK:
         if not _INSIDE:
             _UNDO.enter_context(_exact_settings())
         _INSIDE.append(mine)
-        mine.apply()
+        mine()
     try:
         yield
     finally:
         with _LOCK:
             _INSIDE.remove(mine)
             if _INSIDE:
-                _INSIDE[-1].apply()
+                _INSIDE[-1]()
             else:
                 _UNDO.close()
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: each belongs to one thread
-class _Arguments:
-    tf32: bool
-    default_dtype: torch.dtype
-
-    def apply(self) -> None:
-        torch.set_default_dtype(self.default_dtype)
-        for setting in _gpu_precisions():
-            setting.fp32_precision = "tf32" if self.tf32 else "ieee"
+def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
+    torch.set_default_dtype(default_dtype)
+    for setting in _gpu_precisions():
+        setting.fp32_precision = "tf32" if tf32 else "ieee"
 
 
-_INSIDE: list[_Arguments] = []
+_INSIDE: list[partial[None]] = []  # compared by identity: each belongs to one thread
 _LOCK = threading.Lock()
+_BACKENDS: Any = torch.backends
 _UNDO = contextlib.ExitStack()
 
 
 def _gpu_precisions() -> list[Any]:
-    backends: Any = torch.backends
-    return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return [_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn]
 
 
 @contextlib.contextmanager
@@ -73,12 +68,11 @@ def changed_settings(*settings: tuple[Any, str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_settings() -> Iterator[None]:
-    backends: Any = torch.backends
-    precisions = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn, *_gpu_precisions()]
+    precisions = [_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn, *_gpu_precisions()]
     settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
-    settings += [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
+    settings += [(_BACKENDS.cudnn, "deterministic", True), (_BACKENDS.cudnn, "benchmark", False)]
     with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
-        undo.callback(backends.mha.set_fastpath_enabled, backends.mha.get_fastpath_enabled())
-        backends.mha.set_fastpath_enabled(False)
+        undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())
+        _BACKENDS.mha.set_fastpath_enabled(False)
         yield

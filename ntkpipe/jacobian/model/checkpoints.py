@@ -25,18 +25,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
         raise ModelError(f"checkpoint {path} holds {keys}; needed a state dict, parameter name → tensor")
-    _require_fit(model.state_dict(), state, path)
-    model.load_state_dict(dict(state))
-
-
-def _require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    wanted = model.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(value.shape)}"
+        f"{name} is {tuple(state[name].shape)}, the model needs {tuple(value.shape)}"
         for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
+        if name in state and state[name].shape != value.shape
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ModelError(f"checkpoint {path} does not fit the model: {shown}")
+    model.load_state_dict(dict(state))

@@ -1,5 +1,6 @@
 """The model as a function of its parameters and a batch, in the dtype and on the device of a run; its fingerprint."""
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError
@@ -39,8 +41,7 @@ class _Hooked(nn.Module):
 
     def forward(self, batch: Batch) -> Any:
         # A model may change its input in place; the batch is used again.
-        own = {name: value.clone() for name, value in batch.items()} if isinstance(batch, dict) else batch.clone()
-        return self.pick(self.model, own)
+        return self.pick(self.model, tree_map(Tensor.clone, batch))
 
 
 def _call_model(model: nn.Module, batch: Batch) -> Any:
@@ -56,7 +57,6 @@ def _pick_attribute(forward: str, value: Any) -> Any:
 
 
 def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
-    """Turn the ``forward`` argument into a function of (model, batch)."""
     if forward is None:
         return _call_model
     if isinstance(forward, str):
@@ -66,25 +66,16 @@ def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
             f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
             "function of (model, inputs)"
         )
-    if _num_required_arguments(forward) >= 2:
-        return forward
+    with contextlib.suppress(TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
+        given = inspect.signature(forward).parameters.values()
+        if sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in given) >= 2:
+            return forward
     return lambda model, batch: forward(_call_model(model, batch))
-
-
-def _num_required_arguments(function: Callable[..., Any]) -> int:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
-        return 1
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
 
 
 @dataclass(frozen=True)
 class FunctionalModel:
-    """A private copy of a model in one dtype on one device, of which selected parameters alone require a gradient."""
-
-    # Not safe to share between threads: each has its own :meth:`copy`.
+    """One thread's copy of a model, in one dtype on one device; the selected parameters alone require a gradient."""
 
     module: nn.Module  # maps a batch to outputs; its parameters are called `model.<name>`
     names: tuple[str, ...]  # the selected parameters, as the user's model names them
@@ -160,10 +151,7 @@ class FunctionalModel:
 
     def moved(self, device: torch.device) -> "FunctionalModel":
         """A copy on another device."""
-        module = _converted(_deepcopy(self.module), self.dtype, device)
-        if device.type == "cuda":
-            without_cudnn_rnns(module)
-        return self._with_module(module, device=device)
+        return self._with_module(_converted(_deepcopy(self.module), self.dtype, device), device=device)
 
     def channels_last(self) -> "FunctionalModel":
         """A copy with convolutions channels last in memory; oneDNN's are 10 to 40 % faster in this layout."""
@@ -178,7 +166,9 @@ class FunctionalModel:
         return self._with_module(_converted(_deepcopy(self.module), dtype, self.device), dtype=dtype, tf32=False)
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
-        _require_gradients(module, self.names)
+        selected = {f"model.{name}" for name in self.names}
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in selected)
         return replace(self, module=module, **changes)
 
 
@@ -206,13 +196,9 @@ def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> n
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     converted: nn.Module = module._apply(convert)
+    if device.type == "cuda":
+        without_cudnn_rnns(converted)
     return converted
-
-
-def _require_gradients(module: nn.Module, names: tuple[str, ...]) -> None:
-    selected = {f"model.{name}" for name in names}
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in selected)
 
 
 def prepare_model(
@@ -231,18 +217,16 @@ def prepare_model(
     names = select_parameters(model, parameters)
     _check_values(model, names)
     hooked = _converted(_deepcopy(_Hooked(model, forward)), dtype, device)
-    if device.type == "cuda":
-        without_cudnn_rnns(hooked)
-    _require_gradients(hooked, names)
-    return FunctionalModel(hooked, names, dtype, device, tf32)
+    return FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
 
 
 def without_cudnn_rnns(module: nn.Module) -> None:
     """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap."""
     # cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
-    # which the backward pass follows.
+    # which the backward pass follows. A copy of a module has its hooks already.
     for child in module.modules():
-        if isinstance(child, nn.RNNBase):
+        if isinstance(child, nn.RNNBase) and not hasattr(child, "_ntkpipe_cudnn"):
+            child._ntkpipe_cudnn = True
             child.register_forward_pre_hook(_switch_cudnn_off)
             child.register_forward_hook(_restore_cudnn, always_call=True)
 

@@ -39,13 +39,23 @@ class ArraySource:
 class DatasetSource:
     """Samples of a map-style torch data set, loaded when they are read."""
 
-    dataset: Any  # `dataset[i]` is a sample, or a pair of a sample and its target
+    dataset: Any  # `dataset[i]` is a sample, or a tuple of a sample and perhaps its target
     num_samples: int  # may be fewer than there are
-    has_targets: bool  # whether an item is such a pair
+    has_targets: bool  # whether an item is a pair
 
     def read(self, start: int, stop: int) -> Arrays:
         """Load and stack samples ``start:stop``."""
-        return self._stack([self._sample(i) for i in range(start, stop)], start)
+        samples = [self._sample(i) for i in range(start, stop)]
+        shapes = [{name: values.shape for name, values in sample.items()} for sample in samples]
+        first = shapes[0]
+        for number, sample in enumerate(shapes, start):
+            for name in [*first, *sample]:
+                if sample.get(name) != first.get(name):
+                    raise DataError(
+                        f"{name!r} of sample {number} has shape {sample.get(name)}, of sample {start} "
+                        f"{first.get(name)}; samples must have equal arrays: pad or crop them"
+                    )
+        return {name: np.stack([sample[name] for sample in samples]) for name in first}
 
     def read_targets(self, count: int) -> NDArray[Any]:
         """The targets of the first ``count`` samples."""
@@ -63,21 +73,9 @@ class DatasetSource:
 
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
-        sample = item[0] if self.has_targets else item
+        sample = item[0] if isinstance(item, tuple) else item
         mapping = sample if isinstance(sample, Mapping) else {_SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
-
-    def _stack(self, samples: list[Arrays], start: int) -> Arrays:
-        shapes = [{name: values.shape for name, values in sample.items()} for sample in samples]
-        first = shapes[0]
-        for number, sample in enumerate(shapes, start):
-            for name in [*first, *sample]:
-                if sample.get(name) != first.get(name):
-                    raise DataError(
-                        f"{name!r} of sample {number} has shape {sample.get(name)}, of sample {start} "
-                        f"{first.get(name)}; samples must have equal arrays: pad or crop them"
-                    )
-        return {name: np.stack([sample[name] for sample in samples]) for name in first}
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,6 @@ class Samples:
 
 
 def _non_finite(values: NDArray[Any]) -> list[int]:
-    """Samples with NaN or infinite entries."""
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return []
     return [int(i) for i in np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))]
@@ -247,24 +244,18 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
             f"{label} is {type(inputs).__name__}; needed a tensor, an array, a dict of arrays, or a map-style data set "
             "(with len() and [i])"
         )
-    return _as_dataset_source(inputs, label)
-
-
-def _as_dataset_source(dataset: Any, label: str) -> tuple[Source, bool]:
-    if len(dataset) == 0:
+    if len(inputs) == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
-    first = dataset[0]
-    parts = len(first) if isinstance(first, tuple) else None
-    if parts not in {None, 1, 2}:
+    first = inputs[0]
+    parts = first if isinstance(first, tuple) else (first,)
+    if len(parts) not in {1, 2}:
         raise DataError(
-            f"items of {label} have {parts} parts; needed a sample, or a pair (sample, target). Several inputs: a "
+            f"items of {label} have {len(parts)} parts; needed a sample, or a pair (sample, target). Several inputs: a "
             "dict of arrays"
         )
-    sample = first if parts is None else first[0]
-    if isinstance(sample, Mapping):
-        _require_keys(sample, label)
-    source = DatasetSource(_First(dataset) if parts == 1 else dataset, len(dataset), has_targets=parts == 2)
-    return source, isinstance(sample, Mapping)
+    if isinstance(parts[0], Mapping):
+        _require_keys(parts[0], label)
+    return DatasetSource(inputs, len(inputs), has_targets=len(parts) == 2), isinstance(parts[0], Mapping)
 
 
 def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
@@ -273,18 +264,7 @@ def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
             raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
 
-@dataclass(frozen=True)
-class _First:
-    """A data set of one-tuples, such as ``TensorDataset(x)``, as one of samples."""
-
-    dataset: Any
-
-    def __getitem__(self, i: int) -> Any:
-        return self.dataset[i][0]
-
-
 def _to_array(value: object, label: str) -> NDArray[Any]:
-    """A numpy array of numbers or booleans, without a copy where possible."""
     try:
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj().resolve_neg()

@@ -13,21 +13,19 @@ from ntkpipe.jacobian.representations.workspace import Workspace
 _FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
-def contract(
-    left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all", out: Tensor | None = None
-) -> Tensor:
+def contract(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all") -> Tensor:
     """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products."""
-    with without_tf32(left.like.device):
-        return _added_up(left, right, workspace, pairs).write(out)
+    count, rows, columns = left.num_covectors, left.num_samples, right.num_samples
+    shape = {"all": (count * rows, count * columns), "same": (count, rows, columns), "sum": (rows, columns)}[pairs]
+    out = left.like.new_empty(shape)
+    contract_planes(left, right, workspace, pairs, list(out) if pairs == "same" else [out])
+    return out
 
 
 def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, outs: Sequence[Tensor]) -> None:
     """Do as :func:`contract` for every plane at once: by all parameters, and by each group of them."""
     # Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
     apart = left.num_covectors if pairs == "same" else 1
-    if len(outs) == 1 and pairs != "same":
-        contract(left, right, workspace, pairs, outs[0])
-        return
     whole, *groups = (outs[start : start + apart] for start in range(0, len(outs), apart))
     with without_tf32(left.like.device):
         if not groups:
@@ -72,34 +70,21 @@ def _spread(
                 place.copy_(part)
                 # Where that lost nothing, the entries are now in order.
                 part = place if place.dtype in {part.dtype, torch.float64} else part
-            if total is not None and is_first:
-                total[number, rows].copy_(part)
-            elif total is not None:
-                total[number, rows].add_(part)
-
-
-def contract_diagonal(piece: Piece, pairs: Pairs = "all") -> Tensor:
-    """Gram entries of each sample with itself, in the piece's dtype; sums over parameters are float64."""
-    return _summed(piece, _diagonals(piece, pairs), pairs)
+            if total is not None:
+                place = total[number, rows]
+                place.copy_(part) if is_first else place.add_(part)
 
 
 def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:
-    """Do as :func:`contract_diagonal` for every plane, in the order of :func:`contract_planes`."""
-    by_factor, groups = _diagonals(piece, pairs), torch.tensor(piece.groups)
+    """Entries of each sample with itself, plane by plane, in the piece's dtype; sums over parameters are float64."""
+    with without_tf32(piece.like.device):
+        by_factor = torch.stack([factor.diagonal(is_all=pairs == "all") for factor in piece.factors])
+    groups = torch.tensor(piece.groups)
     num_groups = num_planes // (piece.num_covectors if pairs == "same" else 1) - 1
     parts = [by_factor, *(by_factor[groups == number] for number in range(num_groups))]
-    found = [_summed(piece, part, pairs) for part in parts]
-    if pairs != "same":
-        return found
-    return [values[:, covector, None, None] for values in found for covector in range(piece.num_covectors)]
-
-
-def _summed(piece: Piece, by_factor: Tensor, pairs: Pairs) -> Tensor:
-    total = by_factor.sum(dim=0)
-    return (total.sum(dim=1)[:, None, None] if pairs == "sum" else total).to(piece.like.dtype)
-
-
-def _diagonals(piece: Piece, pairs: Pairs) -> Tensor:
-    """Entries of each sample with itself; the first axis is the factors."""
-    with without_tf32(piece.like.device):
-        return torch.stack([factor.diagonal(is_all=pairs == "all") for factor in piece.factors])
+    found = [part.sum(dim=0) for part in parts]
+    if pairs == "same":
+        found = [total[:, covector, None, None] for total in found for covector in range(piece.num_covectors)]
+    elif pairs == "sum":
+        found = [total.sum(dim=1)[:, None, None] for total in found]
+    return [values.to(piece.like.dtype) for values in found]

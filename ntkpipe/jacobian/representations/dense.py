@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.interface import Pulled, Representation, Term
 from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, cuts
 from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
 from ntkpipe.jacobian.tracing.recorder import Call
@@ -24,16 +24,6 @@ class Dense(Representation):
     word: ClassVar[str] = "dense"
     meaning: ClassVar[str] = "the Jacobian itself, summed over positions: n_in × n_out numbers"
     sample_axes: ClassVar[tuple[int, ...]] = (0,)
-
-    @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Always; it is the last choice."""
-        return True
-
-    @classmethod
-    def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """Operations but for the way back through what was made of parameters."""
-        return flops_to_multiply_out(term, num_covectors)
 
     @classmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> "Dense":
@@ -66,11 +56,6 @@ class Dense(Representation):
         if is_all:
             return torch.stack([(part @ part.transpose(1, 2)).double() for part in parts]).sum(dim=0)
         return torch.stack([(p[:, :, None] @ p[:, :, :, None])[:, :, 0, 0].double() for p in parts]).sum(dim=0)
-
-
-def flops_to_multiply_out(term: Term, num_covectors: int) -> float:
-    """Operations to multiply the factors of one sample's Jacobians."""
-    return sum(2.0 * num_covectors * use.num_positions * use.numel for use in term.uses if use.kind == OUTER)
 
 
 def add_products(left: Tensor, right: Tensor, sums: GramSums) -> None:
@@ -137,7 +122,6 @@ def _multiply(d: Tensor, a: Tensor, target: Tensor, adds: bool) -> None:
 
 
 def _is_viewable(values: Tensor, *shape: int) -> bool:
-    """Whether values can be seen in a shape without a copy."""
     try:
         values.view(shape)
     except RuntimeError:

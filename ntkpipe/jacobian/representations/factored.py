@@ -5,7 +5,6 @@ instead of the product (Novak, Sohl-Dickstein, Schoenholz 2022, arXiv 2206.08720
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -15,7 +14,6 @@ from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Term
 from ntkpipe.jacobian.representations.sums import cuts
 from ntkpipe.jacobian.representations.workspace import copy_merged
-from ntkpipe.jacobian.tracing.uses import Use
 
 
 class Factored(Representation):
@@ -28,14 +26,16 @@ class Factored(Representation):
         """Copy the factors of every use; cotangents are zero where nothing flows back."""
         samples, (inputs, cotangents) = pulled.samples, self._by_position()
         size = samples.stop - samples.start
-        for use, positions in _places(term):
+        stop = 0
+        for use in term.uses:
+            start, stop = stop, stop + use.num_positions
             call, grads = pulled.calls[use.call], pulled.grads.get(use.call)
             if pulled.covectors.start == 0:
-                copy_merged(inputs[samples, positions], use.inputs(call, size))
+                copy_merged(inputs[samples, start:stop], use.inputs(call, size))
             if term.is_constant:
                 continue
             for number in range(pulled.covectors.start, pulled.covectors.stop):
-                target = cotangents[number, samples, positions]
+                target = cotangents[number, samples, start:stop]
                 if grads is None:
                     target.zero_()
                 else:
@@ -67,11 +67,3 @@ class Factored(Representation):
     @abstractmethod
     def _input_gram(self, samples: slice) -> Tensor:
         """Products of each sample's inputs at all pairs of positions, in float64; shape (n, groups, T, T)."""
-
-
-def _places(term: Term) -> Iterator[tuple[Use, slice]]:
-    """The uses of a term, and their positions among all of its positions."""
-    start = 0
-    for use in term.uses:
-        yield use, slice(start, start + use.num_positions)
-        start += use.num_positions

@@ -12,7 +12,7 @@ from torch import Tensor
 from ntkpipe.jacobian.representations.sums import GramSums, Pairs
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
-from ntkpipe.jacobian.tracing.uses import Use
+from ntkpipe.jacobian.tracing.uses import OUTER, Use
 
 Grads = Mapping[int, Sequence[Tensor]]  # by number of the call: gradients at its output for a run of covectors
 
@@ -64,9 +64,9 @@ class Term:
     name: str  # for manifests: the parameters; a part of one has its number
     parameters: tuple[str, ...]  # their names
     uses: tuple[Use, ...]  # uses whose positions are summed; of the weight where there is a bias, too
-    has_bias: bool  # whether the bias of the same calls is part of it
-    held_as: "type[Representation]"  # how its Jacobians are held
     width: int  # entries of a covector's Jacobian
+    held_as: "type[Representation]"  # how its Jacobians are held
+    has_bias: bool = False  # whether the bias of the same calls is part of it
 
     @property
     def num_positions(self) -> int:
@@ -112,24 +112,20 @@ class Representation(ABC):
     needs_graph: ClassVar[bool] = False  # whether it is filled by another backward pass
 
     @classmethod
-    @abstractmethod
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
         """Whether it is the cheapest way for the Jacobians of some uses, if none that is listed before it is."""
+        return True
 
     @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:
-        """Operations to contract one pair of samples."""
+        """Operations of a contraction that fall on one pair of samples."""
         return 2.0 * setup.num_pairs * term.width
 
     @classmethod
     def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """Operations to multiply out the Jacobians of one sample, beside its forward and backward pass."""
-        return 0.0
-
-    @classmethod
-    def contraction_flops(cls, term: Term, setup: Setup) -> float:
-        """Operations of a contraction that fall on one pair of samples."""
-        return cls.pair_flops(term, setup)
+        """Operations to multiply out the factors of one sample's Jacobians, beside its forward and backward pass."""
+        outer = [use for use in term.uses if use.kind == OUTER]
+        return sum((2.0 * num_covectors * use.num_positions * use.numel for use in outer), 0.0)
 
     @classmethod
     def num_numbers(cls, term: Term, num_covectors: int) -> int:

@@ -1,30 +1,24 @@
 """``joined``: the Jacobians themselves, pulled back from the uses to the parameters of which they are made."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
-from ntkpipe.jacobian.tracing.uses import Use, pull_back
+from ntkpipe.jacobian.representations.interface import Pulled, Term
+from ntkpipe.jacobian.tracing.uses import pull_back
 
 
 @dataclass(frozen=True)
 class Joined(Dense):
     """Jacobians by all parameters of a term side by side, pulled back to them from the arguments of calls."""
 
-    # For what a model computes from parameters (a weight norm), views that overlap, and unlike uses of one parameter.
+    # For what a model makes of parameters (a weight norm), overlapping views, and unlike uses: held in no other way.
 
     word: ClassVar[str] = "joined"
     meaning: ClassVar[str] = (
         "the Jacobian itself, pulled back through what the model makes of parameters before it uses them"
     )
     needs_graph: ClassVar[bool] = True
-
-    @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Never a choice: uses that are joined can be held in no other way."""
-        return False
 
     def fill(self, term: Term, pulled: Pulled) -> None:
         """Add up the Jacobians of all uses, pulled back to the parameters."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.representations.dense import add_products, flops_to_multiply_out
+from ntkpipe.jacobian.representations.dense import add_products
 from ntkpipe.jacobian.representations.factored import Factored
 from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums, cuts
@@ -46,15 +46,10 @@ class Late(Factored):
         return share <= _SHARE or width * covectors * 4.0 * setup.num_samples > setup.memory_bytes
 
     @classmethod
-    def sample_flops(cls, term: Term, num_covectors: int) -> float:
-        """The same as for the Jacobians themselves, at each contraction."""
-        return flops_to_multiply_out(term, num_covectors)
-
-    @classmethod
-    def contraction_flops(cls, term: Term, setup: Setup) -> float:
+    def pair_flops(cls, term: Term, setup: Setup) -> float:
         """Operations that include multiplying out: two pieces of n samples for n^2 pairs."""
         at_a_time = max(1, min(setup.num_samples, setup.piece_rows // setup.num_covectors))
-        return cls.pair_flops(term, setup) + 2.0 * cls.sample_flops(term, setup.num_covectors) / at_a_time
+        return super().pair_flops(term, setup) + 2.0 * cls.sample_flops(term, setup.num_covectors) / at_a_time
 
     @classmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> "Late":

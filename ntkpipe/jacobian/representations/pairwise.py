@@ -51,6 +51,11 @@ class Pairwise(Factored):
         return 2.0 * term.num_positions**2 * (first.n_in + cotangents)
 
     @classmethod
+    def sample_flops(cls, term: Term, num_covectors: int) -> float:
+        """Nothing is multiplied out."""
+        return 0.0
+
+    @classmethod
     def empty(cls, term: Term, num_samples: int, covectors: Tensor) -> "Pairwise":
         """Room for the factors at all positions; constant cotangents are there already."""
         first, positions = term.uses[0], term.num_positions
@@ -78,7 +83,6 @@ class Pairwise(Factored):
             self._add_one_position(other, sums)
 
     def _products(self, left: Tensor, right: Tensor, sums: GramSums) -> Tensor:
-        """``A A' + 1`` of some rows."""
         entries = sums.product("inputs", left, right)
         return entries.add_(1.0) if self.has_bias else entries
 
@@ -147,7 +151,6 @@ class Pairwise(Factored):
 
 
 def _add_equal_covectors(target: Tensor, left: Tensor, right: Tensor, entries: Tensor, sums: GramSums) -> None:
-    """Add ``entries * (left @ right.T)``."""
     for rows, columns in sums.cells(sums.rows, sums.columns):
         part = sums.product("product", left[rows], right[columns])
         _add_product(target[rows, columns], part, entries[rows, columns])

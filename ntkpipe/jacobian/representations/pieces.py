@@ -1,8 +1,7 @@
 """Pieces: the Jacobians of a few samples by all parameters, and how they are filled."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -64,59 +63,49 @@ class PieceFilling:
     def __init__(
         self,
         terms: Sequence[Term],
-        fallback: Sequence[str],
+        fallback: Sequence[Term],
         parameters: Mapping[str, Tensor],
         setup: Setup,
         covectors: Tensor,
         num_samples: int,
     ) -> None:
-        self._num_samples, self._covectors, self._setup, self._parameters = num_samples, covectors, setup, parameters
+        self._num_samples, self._covectors, self._has_groups = num_samples, covectors, bool(setup.groups)
         self._filled: list[tuple[Term, Representation]] = []
-        self._fallback = tuple(fallback)
-        self._fallback_matrices: dict[str, Tensor] = {}
+        self._fallback: dict[str, Tensor] = {}
         self._factors: list[tuple[int, Representation]] = []
+        groups = {term.name: [setup.group_of(name) for name in term.parameters] for term in (*terms, *fallback)}
+        small = {
+            term.name: term.held_as
+            for term in terms
+            if issubclass(term.held_as, Dense) and term.width < _SMALL_WIDTH and len(set(groups[term.name])) == 1
+        }
         # The last number is that of parameters in no group: of all, where there are no groups.
         for group in range(len(setup.groups) + 1):
-            small = [term for term in terms if self._is_small(term) and self._groups_of(term)[0] == group]
-            self._factors += [(group, Dense(matrix)) for matrix in self._shared(small, group)]
-        self._factors += chain.from_iterable(self._own(term) for term in terms if not self._is_small(term))
+            own = [term for term in terms if term.name in small and groups[term.name][0] == group]
+            self._filled += [(term, small[term.name](part)) for term, part in self._share(group, own)]
+            left = [term for term in fallback if groups[term.name][0] == group]
+            self._fallback |= {term.name: part for term, part in self._share(group, left)}
+        self._fallback = {term.name: self._fallback[term.name] for term in fallback}
+        for term in terms:
+            if term.name in small:
+                continue
+            numbers, held = groups[term.name], term.held_as.empty(term, num_samples, covectors)
+            self._filled.append((term, held))
+            if len(set(numbers)) == 1:
+                self._factors.append((numbers[0], held))
+                continue
+            assert isinstance(held, Dense), "only what is joined spans groups"
+            parts = held.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
+            self._factors += [(group, Dense(part)) for group, part in zip(numbers, parts, strict=True)]
 
-    def _groups_of(self, term: Term) -> list[int]:
-        return [self._setup.group_of(name) for name in term.parameters]
-
-    def _is_small(self, term: Term) -> bool:
-        is_dense = issubclass(term.held_as, Dense)
-        return is_dense and term.width < _SMALL_WIDTH and len(set(self._groups_of(term))) == 1
-
-    def _side_by_side(self, widths: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A matrix (n, S, sum of widths), and its parts."""
+    def _share(self, group: int, terms: Sequence[Term]) -> Iterable[tuple[Term, Tensor]]:
+        """Terms of a group and their parts of the matrix (n, S, sum of widths) that they share."""
+        if not terms:
+            return ()
+        widths = [term.width for term in terms]
         matrix = self._covectors.new_empty((self._num_samples, len(self._covectors), sum(widths)))
-        return matrix, matrix.split(widths, dim=2)
-
-    def _shared(self, small: Sequence[Term], group: int) -> Iterator[Tensor]:
-        """Matrices that several parameters of a group share: those of small terms, and those of the fallback."""
-        if small:
-            matrix, parts = self._side_by_side([term.width for term in small])
-            for term, part in zip(small, parts, strict=True):
-                assert issubclass(term.held_as, Dense)
-                self._filled.append((term, term.held_as(part)))
-            yield matrix
-        names = [name for name in self._fallback if self._setup.group_of(name) == group]
-        if names:
-            matrix, parts = self._side_by_side([self._parameters[name].numel() for name in names])
-            self._fallback_matrices |= zip(names, parts, strict=True)
-            yield matrix
-
-    def _own(self, term: Term) -> Iterator[tuple[int, Representation]]:
-        """What a term alone holds; Jacobians that span groups are cut at the parameters."""
-        groups, held = self._groups_of(term), term.held_as.empty(term, self._num_samples, self._covectors)
-        self._filled.append((term, held))
-        if len(set(groups)) == 1:
-            yield groups[0], held
-            return
-        assert isinstance(held, Dense), "only what is joined spans groups"
-        parts = held.matrix.split([self._parameters[name].numel() for name in term.parameters], dim=2)
-        yield from ((group, Dense(part)) for group, part in zip(groups, parts, strict=True))
+        self._factors.append((group, Dense(matrix)))
+        return zip(terms, matrix.split(widths, dim=2), strict=True)
 
     def fill(self, pulled: Pulled) -> None:
         """Fill in a few covectors that were pulled back through a batch."""
@@ -126,11 +115,11 @@ class PieceFilling:
 
     def fill_fallback(self, jacobians: Tensor, samples: slice) -> None:
         """Fill in Jacobians (n, S, P) by the parameters of the fallback, side by side."""
-        targets = [self._fallback_matrices[name] for name in self._fallback]
-        for target, part in zip(targets, jacobians.split([each.shape[2] for each in targets], dim=2), strict=True):
+        widths = [target.shape[2] for target in self._fallback.values()]
+        for target, part in zip(self._fallback.values(), jacobians.split(widths, dim=2), strict=True):
             target[samples] = part
 
     def piece(self) -> Piece:
         """The piece, once every batch is in."""
         numbers, factors = zip(*self._factors, strict=True)
-        return Piece(self._num_samples, len(self._covectors), factors, numbers if self._setup.groups else ())
+        return Piece(self._num_samples, len(self._covectors), factors, numbers if self._has_groups else ())

@@ -1,11 +1,10 @@
 """The Gram entries of two pieces while representations add to them.
 
 Matrix products run over blocks that stay in a core's cache, into scratch that is allocated once; where a piece meets
-itself, only blocks on or above the diagonal are computed. Sums over many parameters are cut into parts that are added
-up in float64: a float32 product over a million parameters is off by 1e-5 on the diagonal, where all terms are positive.
+itself, only blocks on or above the diagonal are computed. Parts of sums over many parameters are added up in float64: a
+float32 product over a million is off by 1e-5 on the diagonal, where all terms are positive.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Literal
 
@@ -47,16 +46,11 @@ class GramSums:
         self._total: Tensor | None = None
         self._blocks: Tensor | None = None
 
-    @property
-    def entries(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return (self.covectors, self.rows, self.columns) if self.pairs == "same" else self._shape
-
     def total(self) -> Tensor:
-        """The sample-major sum, in float64 and in the shape of the result."""
+        """The sample-major sum in float64, (n*S, m*S), (S, n, m) of equal covectors, (n, m) of their sum."""
         if self._total is None:
             self._total = self.workspace.take("total", self._shape, self.like, torch.float64).zero_()
-        return self._total.view(self.entries)
+        return self._total.view((self.covectors, self.rows, self.columns) if self.pairs == "same" else self._shape)
 
     def blocks(self) -> Tensor:
         """The covector-major sum, (S, n, S, m), with ones where covectors are not kept apart."""
@@ -85,47 +79,30 @@ class GramSums:
         """Blocks that cover (rows, columns), or what is on and above the diagonal; each index is ``least`` rows."""
         most = max(1, self.sizes.largest_block // least)
         if not self.is_mirrored:
-            return _all_cells(rows, columns, most)
-        return _upper_cells(rows, max(1, self.sizes.smallest_block // least), most)
-
-    def write(self, out: Tensor | None) -> Tensor:
-        """Finish, and write all entries to ``out``; a new tensor if there is none."""
-        self._finish()
-        out = self.like.new_empty(self.entries) if out is None else out
-        assert out.shape == self.entries, f"{tuple(out.shape)} is not the shape {self.entries} of the entries"
-        if self._total is not None:
-            return out.copy_(self.total())
-        self._turn_blocks(out, adds=False)
-        return out
+            return tuple((row, column) for row in cuts(0, rows, most) for column in cuts(0, columns, most))
+        return _upper_cells(0, rows, max(1, self.sizes.smallest_block // least), most)
 
     def apart(self) -> Tensor:
-        """Finish; all entries in scratch that the next contraction overwrites, shape (k, n, S, m, S)."""
+        """All entries, finished, in scratch that the next contraction overwrites; shape (k, n, S, m, S)."""
         # k is the number of covectors that are kept apart, or one; S is one unless all pairs are wanted.
-        if self.is_mirrored and self.pairs == "all" and self.covectors > 1:
-            self.total()  # half of the covector-major blocks stand for the others
-        self._finish()
-        if self._total is not None:
-            first = self.covectors if self.pairs == "same" else 1
-            return self._total.view(first, self.rows, self._wide, self.columns, self._wide)
-        return self.blocks().permute(1, 0, 3, 2)[None] if self.pairs == "all" else self.blocks()[..., None]
-
-    def _finish(self) -> None:
-        """Join both sums where there are two, and mirror."""
         if self._blocks is not None and self.is_mirrored:
             blocks = self.blocks()
             for covector in range(len(blocks)):
                 self._mirror(blocks[covector, :, covector if self.pairs == "all" else 0])
+                if self.pairs == "all":
+                    blocks[covector + 1 :, :, covector] = blocks[covector, :, covector + 1 :].permute(1, 2, 0)
         if self._total is None:
-            return
+            return self.blocks().permute(1, 0, 3, 2)[None] if self.pairs == "all" else self.blocks()[..., None]
         entries = self.total()
         if self._blocks is not None:
-            self._turn_blocks(entries, adds=True)
+            self._turn_blocks(entries)
         if self.is_mirrored:
-            for part in entries.view(-1, *self.entries[-2:]):
+            for part in entries.view(-1, *entries.shape[-2:]):
                 self._mirror(part)
+        first = self.covectors if self.pairs == "same" else 1
+        return self._total.view(first, self.rows, self._wide, self.columns, self._wide)
 
     def _mirror(self, entries: Tensor) -> None:
-        """Copy what is above the diagonal below it."""
         for rows, columns in self.cells(*entries.shape):
             if rows.start == columns.start:
                 upper = entries[rows, rows].triu()
@@ -133,24 +110,16 @@ class GramSums:
             right = slice(max(rows.stop, columns.start), columns.stop)
             entries[right, rows] = entries[rows, right].T
 
-    def _turn_blocks(self, target: Tensor, *, adds: bool) -> None:
-        """Copy the covector-major sum to the sample-major ``target``, or add it."""
-        # Where a piece meets itself, blocks (c, d) of covectors with c < d stand for (d, c), too.
+    def _turn_blocks(self, target: Tensor) -> None:
+        """Add the covector-major sum to the sample-major ``target``."""
         blocks, count = self.blocks(), self.covectors
         if self.pairs != "all" or count == 1:
-            values = blocks.view(target.shape)
-            target.add_(values) if adds else target.copy_(values)
+            target.add_(blocks.view(target.shape))
             return
         apart = target.unflatten(1, (self.columns, count)).unflatten(0, (self.rows, count))
-        if not self.is_mirrored:
-            pairs = [(apart, blocks.permute(1, 0, 3, 2))]
-        else:
-            pairs = [(apart[:, c, :, c:], blocks[c, :, c:].transpose(1, 2)) for c in range(count)]
-            pairs += [(apart[:, c + 1 :, :, c], blocks[c, :, c + 1 :].permute(2, 1, 0)) for c in range(count - 1)]
-        for place, values in pairs:
-            # A few rows at a time: torch converts values of another dtype in memory that is new each time.
-            for rows in cuts(0, len(place), max(1, self.sizes.unfolded_bytes // (8 * place[0].numel()))):
-                place[rows].add_(values[rows]) if adds else place[rows].copy_(values[rows])
+        # A few rows at a time: torch converts values of another dtype in memory that is new each time.
+        for rows in cuts(0, self.rows, max(1, self.sizes.unfolded_bytes // (8 * apart[0].numel()))):
+            apart[rows].add_(blocks[:, rows].permute(1, 0, 3, 2))
 
 
 def cuts(start: int, stop: int, most: int) -> list[slice]:
@@ -161,28 +130,13 @@ def cuts(start: int, stop: int, most: int) -> list[slice]:
 
 
 @cache
-def _all_cells(rows: int, columns: int, most: int) -> tuple[Cell, ...]:
-    """Blocks of about equal size that cover everything."""
-    return tuple((row, column) for row in cuts(0, rows, most) for column in cuts(0, columns, most))
-
-
-@cache
-def _upper_cells(size: int, leaf: int, most: int) -> tuple[Cell, ...]:
+def _upper_cells(start: int, stop: int, leaf: int, most: int) -> tuple[Cell, ...]:
     """Blocks on and above the diagonal: few large ones by halving, strips of rows where little is left."""
-    return tuple(_halved(0, size, leaf, most))
-
-
-def _halved(start: int, stop: int, leaf: int, most: int) -> Iterator[Cell]:
     if stop - start <= 4 * leaf:
         # A strip wastes less than half a square of its height; lower ones multiply more slowly than that saves.
         height = max(1, 3 * leaf // 4)
-        for first in range(start, stop, height):
-            yield slice(first, min(first + height, stop)), slice(first, stop)
-        return
+        return tuple((slice(i, min(i + height, stop)), slice(i, stop)) for i in range(start, stop, height))
     half = (stop - start) // 2
     middle = start + (-(-half // 16) * 16 if half >= 16 else half)
-    for rows in cuts(start, middle, most):
-        for columns in cuts(middle, stop, most):
-            yield rows, columns
-    yield from _halved(start, middle, leaf, most)
-    yield from _halved(middle, stop, leaf, most)
+    corner = [(rows, columns) for rows in cuts(start, middle, most) for columns in cuts(middle, stop, most)]
+    return (*corner, *_upper_cells(start, middle, leaf, most), *_upper_cells(middle, stop, leaf, most))

@@ -1,8 +1,7 @@
 """Terms: which parameters' Jacobians are found and held together, and in which representation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ntkpipe.jacobian.representations.joined import Joined
 from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
 from ntkpipe.jacobian.representations.table import LookupTable
+from ntkpipe.jacobian.tracing.recorder import Geometry
 from ntkpipe.jacobian.tracing.trace import Tracing
 from ntkpipe.jacobian.tracing.uses import SCALE, Use
 
@@ -26,68 +26,46 @@ def choose_representation(uses: Sequence[Use], setup: Setup) -> type[Representat
     return next(each for each in CHOICES if each.suits(uses, setup))
 
 
-def recorded_representation(word: str) -> type[Representation]:
-    """The choice that a manifest records by its word; ``dense`` for any other word."""
-    return next((each for each in CHOICES if each.word == word), Dense)
-
-
 def make_terms(
-    tracing: Tracing,
-    parameters: Mapping[str, Tensor],
-    choose: Callable[[str, tuple[Use, ...]], type[Representation]],
-    group_of: Callable[[str], int],
+    tracing: Tracing, parameters: Mapping[str, Tensor], setup: Setup, recorded: Mapping[str, str] | None
 ) -> Iterator[Term]:
     """The terms of a tracing; weights first, then the biases that are part of no weight's term."""
+    # A weight that is held with its bias keeps its recorded way where the bias goes to the fallback.
+    words = {name.partition(" + ")[0]: label.rpartition(":")[2] for name, label in (recorded or {}).items()}
     units = [unit for names in _connected(tracing) for unit in _units(names, tracing.uses, parameters)]
-    biases = [unit for unit in units if unit.is_bias]
+    biases = [unit for unit in units if _is_bias(unit)]
     for unit in units:
-        if unit.is_bias:
+        if _is_bias(unit):
             continue
-        held_as = Joined if unit.is_joined else choose(unit.name, unit.uses)
-        name, names, partner = unit.name, unit.parameters, None
+        held_as = unit.held_as
+        if held_as is not Joined and recorded is None:
+            held_as = choose_representation(unit.uses, setup)
+        elif held_as is not Joined:
+            held_as = next((each for each in CHOICES if each.word == words.get(unit.name)), Dense)
+        term = replace(unit, held_as=held_as)
         if held_as.takes_bias:
-            owner = group_of(names[0])
-            own = (bias for bias in biases if group_of(bias.parameters[0]) == owner)
-            partner = next((bias for bias in own if bias.is_of(unit)), None)
-        if partner is not None:
-            name, names = f"{name} + {partner.name}", names + partner.parameters
-            biases = [bias for bias in biases if bias is not partner]
-        yield Term(name, names, unit.uses, partner is not None, held_as, unit.width(parameters))
-    for bias in biases:
-        yield Term(bias.name, bias.parameters, bias.uses, False, Dense, bias.width(parameters))
+            owner = setup.group_of(term.parameters[0])
+            own = (bias for bias in biases if setup.group_of(bias.parameters[0]) == owner)
+            partner = next((bias for bias in own if _is_of(bias, term)), None)
+            if partner is not None:
+                biases.remove(partner)
+                name, names = f"{term.name} + {partner.name}", term.parameters + partner.parameters
+                term = replace(term, name=name, parameters=names, has_bias=True)
+        yield term
+    yield from biases
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """Uses whose Jacobians add up before anything is contracted."""
+def _is_bias(term: Term) -> bool:
+    return term.held_as is not Joined and all(use.role == "bias" and use.kind == SCALE for use in term.uses)
 
-    name: str
-    parameters: tuple[str, ...]
-    uses: tuple[Use, ...]
-    is_joined: bool
 
-    @property
-    def is_bias(self) -> bool:
-        """Whether it could be part of the term of a weight."""
-        return not self.is_joined and all(use.role == "bias" and use.kind == SCALE for use in self.uses)
-
-    def is_of(self, weight: "_Unit") -> bool:
-        """Whether it is the bias of exactly the linear layers of ``weight``."""
-        pairs = list(zip(self.uses, weight.uses, strict=False))
-        return len(self.uses) == len(weight.uses) and all(
-            bias.call == use.call and use.function == bias.function == "linear" and bias.layout == use.layout
-            for bias, use in pairs
-        )
-
-    def width(self, parameters: Mapping[str, Tensor]) -> int:
-        """Entries of a covector's Jacobian."""
-        if self.is_joined:
-            return sum(parameters[name].numel() for name in self.parameters)
-        return self.uses[0].numel
+def _is_of(bias: Term, weight: Term) -> bool:
+    """Whether it is the bias of exactly the linear layers of ``weight``."""
+    own, others = ([(use.call, use.function, use.layout) for use in term.uses] for term in (bias, weight))
+    return own == others and all(use.function == "linear" for use in weight.uses)
 
 
 def _connected(tracing: Tracing) -> list[tuple[str, ...]]:
-    """Covered parameters, those together from which something is made."""
     groups = {name: {name} for name in tracing.covered}
     for use in tracing.uses:
         joined = set().union(*(groups[name] for name in use.sources))
@@ -97,43 +75,33 @@ def _connected(tracing: Tracing) -> list[tuple[str, ...]]:
     return list(found.values())
 
 
-def _units(names: tuple[str, ...], uses: Sequence[Use], parameters: Mapping[str, Tensor]) -> list[_Unit]:
+def _units(names: tuple[str, ...], uses: Sequence[Use], parameters: Mapping[str, Tensor]) -> list[Term]:
+    """Terms for uses whose Jacobians add up, before it is known how they are held and which have a bias."""
     own = tuple(use for use in uses if use.sources[0] in names)
-    if len(names) > 1 or not all(use.is_parameter for use in own):
-        return [_Unit(" + ".join(names), names, own, is_joined=True)]
-    (name,) = names
-    parts: dict[object, list[Use]] = {}
+    parts: dict[Geometry | None, list[Use]] = {}
     for use in own:
         parts.setdefault(use.geometry, []).append(use)
-    if not all(_is_alike(part) for part in parts.values()) or not _is_disjoint(parts, parameters[name]):
-        return [_Unit(name, names, own, is_joined=True)]
+    width = sum(parameters[name].numel() for name in names)
+    is_apart = len(names) == 1 and all(use.is_parameter for use in own) and all(map(_is_alike, parts.values()))
+    if not is_apart or not _is_disjoint(parts, width):
+        return [Term(" + ".join(names), names, own, width, Joined)]
+    numbers = [f"[{number}]" for number in range(len(parts))] if len(parts) > 1 else [""]
     return [
-        _Unit(name if len(parts) == 1 else f"{name}[{number}]", names, tuple(part), is_joined=False)
-        for number, part in enumerate(parts.values())
+        Term(names[0] + number, names, tuple(part), part[0].numel, Dense)
+        for number, part in zip(numbers, parts.values(), strict=True)
     ]
 
 
 def _is_alike(uses: Sequence[Use]) -> bool:
     """Whether the Jacobians of several uses can be added up by putting their positions side by side."""
-    first = uses[0]
-    return all(
-        (use.function, use.role, use.kind, use.groups, use.n_in, use.n_out, use.order)
-        == (first.function, first.role, first.kind, first.groups, first.n_in, first.n_out, first.order)
-        for use in uses
-    )
+    return len({(use.function, use.role, use.kind, use.groups, use.n_in, use.n_out, use.order) for use in uses}) == 1
 
 
-def _is_disjoint(parts: Mapping[object, list[Use]], parameter: Tensor) -> bool:
+def _is_disjoint(views: Collection[Geometry | None], num_entries: int) -> bool:
     """Whether several views of a parameter have no element in common, nor one of them an element twice."""
-    if set(parts) == {None}:
-        return True
-    if None in parts:
-        return False
-    seen = torch.zeros(parameter.numel(), dtype=torch.int32)
-    for uses in parts.values():
-        geometry = uses[0].geometry
-        assert geometry is not None
-        offset, size, stride = geometry
-        numbers = torch.arange(parameter.numel()).as_strided(size, stride, offset)
-        seen.index_add_(0, numbers.reshape(-1), torch.ones(prod(size), dtype=torch.int32))
-    return bool((seen <= 1).all())
+    geometries = [view for view in views if view is not None]
+    if len(geometries) < len(views):
+        return len(views) == 1
+    entries = torch.arange(num_entries)
+    seen = torch.cat([entries.as_strided(size, stride, offset).reshape(-1) for offset, size, stride in geometries])
+    return len(seen.unique()) == len(seen)

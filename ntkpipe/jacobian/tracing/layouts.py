@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, Recorder
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, watch
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
+
+_SHARED = -2  # owner of a row that several samples reach, which no layout allows; -1 where none does
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,28 @@ class Probed:
 
 def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
     """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
-    with Recorder(model, expansions=expansions) as recorder:
-        outputs = model(batch)
+    outputs, recorder = watch(model, batch, expansions)
     calls = recorder.calls
-    edges = count_edges(outputs, model.parameters())
     owners = [_Owners(call) for call in calls]
     live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
-    generator = torch.Generator().manual_seed(0)
-    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    covectors = draw_covectors(outputs, seed=0)
     for sample in range(num_samples if outputs.requires_grad and live else 0):
-        seed = torch.zeros_like(outputs)
-        seed[sample] = covectors[sample]
-        edges_to: list[Any] = list(live.values())
-        grads = torch.autograd.grad(outputs, edges_to, grad_outputs=seed, retain_graph=True, allow_unused=True)
+        only = torch.zeros_like(outputs)
+        only[sample] = covectors[sample]
+        grads = torch.autograd.grad(outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
         for number, grad in zip(live, grads, strict=True):
             if grad is not None:
                 owners[number].add(sample, grad.reshape(calls[number].shape))
     changed = _changed_inputs(model, expansions, batch, calls)
     layouts = [owner.layouts(change, num_samples) for owner, change in zip(owners, changed, strict=True)]
+    edges = count_edges(outputs, model.parameters())
     return Probed(calls, layouts, [is_output_of(call, outputs) for call in calls], edges)
+
+
+def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
+    """Random covectors, one for each sample, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
 
 
 def is_output_of(call: Call, outputs: Tensor) -> bool:
@@ -64,7 +68,6 @@ class _Owners:
         self._forms = {role: argument.form for role, argument in call.arguments.items()}
         self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
         self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}  # by shape, shared by roles
-        self._shared = dict.fromkeys(self._owners, False)
 
     def _touched(self, role: str, grad: Tensor) -> Tensor:
         form = self._forms[role]
@@ -73,27 +76,22 @@ class _Owners:
         return (values.reshape(*values.shape[: form.row_dims], -1) != 0).any(dim=-1).cpu()
 
     def add(self, sample: int, grad: Tensor) -> None:
-        """Note the rows that the gradient of one sample's outputs reaches."""
         for role, rows in self._rows.items():
-            touched = self._touched(role, grad)
-            self._shared[rows] |= bool(((self._owners[rows] >= 0) & (self._owners[rows] != sample) & touched).any())
-            self._owners[rows][touched] = sample
+            touched, owners = self._touched(role, grad), self._owners[rows]
+            owners[touched] = torch.where((owners == -1) | (owners == sample), sample, _SHARED)[touched]
 
     def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
         """Per role, every layout that agrees with the owners found, and with the rows that changed."""
         evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
         for role, rows_that_changed in changed.items():
             evidence[self._rows[role]] |= rows_that_changed
-        return {
-            role: set() if self._shared[rows] else _layouts(self._owners[rows], evidence[rows], num_samples)
-            for role, rows in self._rows.items()
-        }
+        return {role: _layouts(self._owners[rows], evidence[rows], num_samples) for role, rows in self._rows.items()}
 
 
 def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
     """Every layout that agrees with the rows whose owner is known; a row that changed belongs to the last sample."""
     found = set()
-    known = owners >= 0
+    known = owners != -1
     for axis, length in enumerate(owners.shape):
         positions, rest = divmod(length, num_samples)
         if rest or not positions:
@@ -110,9 +108,7 @@ def _changed_inputs(
     model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
 ) -> list[dict[str, Tensor]]:
     """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    with Recorder(model, expansions=expansions) as recorder:
-        model(take(batch, [*range(batch_size(batch) - 1), 0]))
-    others = recorder.calls
+    others = watch(model, take(batch, [*range(batch_size(batch) - 1), 0]), expansions)[1].calls
     found: list[dict[str, Tensor]] = []
     for number, call in enumerate(calls):
         found.append({})

@@ -6,7 +6,7 @@ parameter, or a made tensor, together with samples is a *use*. Calls whose funct
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkpipe.jacobian.model.functional import FunctionalModel
+from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.tracing.rules.form import Form
 from ntkpipe.jacobian.tracing.rules.table import RULES
 
@@ -60,9 +61,7 @@ class Recorder(TorchFunctionMode):
 
     # `expansions` are numbers of calls that are uses although they see parameters alone; `detach` tells whether
     # parameters are detached in the calls that are recorded.
-    def __init__(
-        self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False
-    ) -> None:
+    def __init__(self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False):
         super().__init__()
         parameters = model.parameters()
         self._parameters = {id(parameter): name for name, parameter in parameters.items()}
@@ -77,7 +76,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         known = all(id(tensor) in self._made or id(tensor) in self._constants for tensor in tensors)
         # Where no gradient is recorded, parameters are constants.
         mine = [tensor for tensor in tensors if id(tensor) in self._made] if torch.is_grad_enabled() else []
@@ -85,7 +84,7 @@ class Recorder(TorchFunctionMode):
             constants = [(tensor, tensor._version) for tensor in tensors if id(tensor) in self._constants]
             output = func(*args, **kwargs)
             if known:
-                self._constants |= {id(value): value for value in _tensors(output)}
+                self._constants |= {id(value): value for value in tensors_in(output)}
             else:  # a constant into which samples were written no longer is one
                 for tensor, version in constants:
                     if tensor._version != version:
@@ -97,7 +96,7 @@ class Recorder(TorchFunctionMode):
         return self._use(func, args, kwargs, mine)
 
     def _make(self, number: int, mine: list[Tensor], output: Any) -> Any:
-        found = list(_tensors(output))
+        found = tensors_in(output)
         names = {name for tensor in mine for name in self._made[id(tensor)][1]}
         sources = tuple(name for name in self._parameters.values() if name in names)
         new = {id(value): value for value in found if id(value) not in self._made}
@@ -109,20 +108,22 @@ class Recorder(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
         rule = RULES.get(func)
         bound = None
-        if rule is not None and all(_is_plain(value) for value in _tensors(args)):
+        if rule is not None and not any(
+            value.is_nested or value.layout != torch.strided or value.is_complex() for value in tensors_in(args)
+        ):
             bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
-        own = {} if bound is None else {r: o for r, o in bound.operands.items() if id(o.tensor) in self._made}
+        own = {} if bound is None else {role: o for role, o in bound.operands.items() if id(o[0]) in self._made}
         if bound is None or not own:
             body = _body(func)
             if body is None:
                 return self._without(mine, func(*args, **kwargs))
             with self:
                 return body(*args, **kwargs)
-        arguments = {role: self._argument(operand.tensor, operand.form) for role, operand in own.items()}
+        arguments = {role: self._argument(tensor, form) for role, (tensor, form) in own.items()}
         saved = tuple((tensor.detach(), tensor._version) for tensor in bound.saved)
         if self._detach:
-            cut = {id(operand.tensor) for operand in own.values()}
-            args, kwargs = (_replace(value, cut) for value in (args, kwargs))
+            cut = {id(tensor) for tensor, _ in own.values()}
+            args, kwargs = tree_map(lambda value: value.detach() if id(value) in cut else value, (args, kwargs))
         output = func(*args, **kwargs)
         edge = get_gradient_edge(_whole(output)) if output.requires_grad else None
         self.calls.append(Call(func.__name__, arguments, saved, edge, output.new_zeros(()), tuple(output.shape)))
@@ -153,28 +154,17 @@ def _whole(output: Tensor) -> Tensor:
     return base if base is not None and same and base.requires_grad else output
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors among the arguments or results of a call."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _is_plain(value: Tensor) -> bool:
-    return not value.is_nested and value.layout == torch.strided and not value.is_complex()
-
-
-def _replace(value: Any, cut: set[int]) -> Any:
-    """The arguments of a call with the tensors ``cut`` detached."""
-    if isinstance(value, Tensor):
-        return value.detach() if id(value) in cut else value
-    if type(value) in {tuple, list}:
-        return type(value)(_replace(item, cut) for item in value)
-    if isinstance(value, dict):
-        return {key: _replace(item, cut) for key, item in value.items()}
-    return value
+def watch(
+    model: FunctionalModel, batch: Batch, expansions: frozenset[int] = frozenset(), *, detach: bool = False
+) -> tuple[Tensor, Recorder]:
+    """Outputs of a batch, and what a recorder saw of the forward pass."""
+    with Recorder(model, expansions=expansions, detach=detach) as recorder:
+        return model(batch), recorder
 
 
 @cache

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, probe
-from ntkpipe.jacobian.tracing.recorder import Call, Recorder
+from ntkpipe.jacobian.tracing.layouts import count_edges, draw_covectors, is_output_of, probe
+from ntkpipe.jacobian.tracing.recorder import Call, watch
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import Layout, Use, kind_of, total_gradient
+from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, total_gradient
 
 NO_RULE = "used by an operation without a rule"
 
@@ -52,8 +52,7 @@ class Tracing:
 
     def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Outputs of a batch, and the recorded calls."""
-        with Recorder(model, expansions=self.expansions) as recorder:
-            outputs = model(batch)
+        outputs, recorder = watch(model, batch, self.expansions)
         return outputs, recorder.calls
 
     def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor], num_samples: int) -> bool:
@@ -122,11 +121,7 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
     """Calls that see parameters alone but return something with a sample axis: its shape depends on the batch size."""
     found: frozenset[int] = frozenset()
     while True:
-        made = []
-        for batch in probes:
-            with Recorder(model, expansions=found) as recorder:
-                model(batch)
-            made.append(recorder.made)
+        made = [watch(model, batch, found)[1].made for batch in probes]
         differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
         if not differing:
             return found
@@ -134,11 +129,9 @@ def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
 
 
 def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
-    """Names of the parameters to which a path of the autograd graph leads from the outputs of any probe."""
     parameters, reached = model.parameters(), set()
     for batch in probes:
-        with Recorder(model, expansions=expansions, detach=detach):
-            outputs = model(batch)
+        outputs, _ = watch(model, batch, expansions, detach=detach)
         if outputs.requires_grad:
             grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
             reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
@@ -152,19 +145,15 @@ def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...]
     found = []
     for calls in zip(*probed, strict=True):
         one = calls[0]
-        if any(_fixed(call) != _fixed(one) for call in calls[1:]):
+        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=False)]
+        if None in shape or any(_fixed(call) != _fixed(one) for call in calls[1:]):
             return None
-        sizes_of_axes = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=True)]
-        shape = tuple(size for size in sizes_of_axes if size is not None)
-        if len(shape) < len(sizes_of_axes):
-            return None
-        found.append(Pattern(one.name, _sources(one), shape))
+        found.append(Pattern(one.name, _sources(one), tuple(size for size in shape if size is not None)))
     return tuple(found)
 
 
 def _fixed(call: Call) -> tuple[Any, ...]:
-    """What must be the same in every batch."""
-    arguments = {r: (a.sources, a.geometry, a.shape, kind_of(a.form)) for r, a in call.arguments.items()}
+    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
     return call.name, len(call.shape), arguments
 
 
@@ -191,7 +180,7 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
         call=number,
         role=role,
         function=call.name,
-        kind=kind_of(form),
+        kind=KINDS[type(form)],
         sources=argument.sources,
         is_parameter=argument.is_parameter,
         geometry=argument.geometry,
@@ -207,7 +196,6 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
 
 
 def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
-    """The one layout that all probes allow, or None and the reason."""
     if any(call.input_was_changed() for _, call in found):
         return None, "an input was changed in place after its use"
     candidates = set.intersection(*(layouts for layouts, _ in found))
@@ -224,11 +212,9 @@ def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracin
         return []
     outputs, calls = tracing.record(model, batch)
     live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
-    generator = torch.Generator().manual_seed(1)
-    covectors = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     covered = [parameters[name] for name in tracing.covered]
     sources: list[Any] = [*covered, *live.values()]
-    found = torch.autograd.grad(outputs, sources, covectors, allow_unused=True, retain_graph=True)
+    found = torch.autograd.grad(outputs, sources, draw_covectors(outputs, seed=1), allow_unused=True, retain_graph=True)
     exact = {
         name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
         for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)

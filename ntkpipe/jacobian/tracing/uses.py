@@ -12,6 +12,7 @@ from ntkpipe.jacobian.tracing.recorder import Argument, Call, Geometry
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer, Scale
 
 OUTER, SCALE, LOOKUP = "outer", "scale", "lookup"
+KINDS: dict[type[Form], str] = {Outer: OUTER, Scale: SCALE, Lookup: LOOKUP}
 _PULLED_BYTES = 64 * 2**20  # Jacobians that are pulled back through a computation of parameters at a time
 
 
@@ -29,11 +30,6 @@ class Layout:
         """Values (*rows, *rest) as (samples, *positions, *rest), without a copy."""
         apart: Tensor = values.unflatten(self.axis, (self.leading, num_samples, self.trailing))
         return apart.movedim(self.axis + 1, 0)
-
-
-def kind_of(form: Form) -> str:
-    """``outer``, ``scale`` or ``lookup``."""
-    return OUTER if isinstance(form, Outer) else SCALE if isinstance(form, Scale) else LOOKUP
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ def test_operations_of_a_pair_of_samples(pairs, squared):
     engine = engine_of(redraw(Custom(plain, a=L(6, 40))), X, EYE)
     for way, flops in (
         ("pairwise", 2 * (6 + squared * (40 + 1))),
-        ("late", 2 * squared * 6 * 40),
+        # 2 * 3 * 6 * 40 to multiply out one of seven samples, of either piece
+        ("late", 2 * squared * 6 * 40 + 2 * 1440 / 7),
         ("dense", 2 * squared * 6 * 40),
     ):
         term = engine.reusing({"a.weight": f"linear:{way}", "a.bias": "linear:dense"}).terms[0]

@@ -5,11 +5,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Map, Operand, Outer, Rules
+from ntkpipe.jacobian.tracing.rules.form import Bound, Form, Map, Outer, Rules
 
 PerAxis = int | Sequence[int]  # one value for all spatial axes, or one for each
 
@@ -34,11 +33,10 @@ def _padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """x padded, with its channels next to each other in memory, so that windows are read in long runs."""
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     pairs = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
-    return F.pad(x, pairs) if any(pairs) else x
+    return torch.nn.functional.pad(x, pairs) if any(pairs) else x
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B, C, *space) as (B, *space, groups, C / groups)."""
     apart: Tensor = x.unflatten(1, (groups, -1))
     return apart.permute(0, *range(3, apart.ndim), 1, 2)
 
@@ -54,9 +52,9 @@ def _arrange(weight: Tensor) -> Map:
 
 
 def _bound(input: Tensor, weight: Tensor, form: Outer, bias: Tensor | None, shape: Sequence[int]) -> Bound:
-    operands = {"weight": Operand(weight, form)}
+    operands: dict[str, tuple[Tensor, Form]] = {"weight": (weight, form)}
     if bias is not None:
-        operands["bias"] = Operand(bias, scaled(per_channel(bias, len(shape)), shape))
+        operands["bias"] = (bias, scaled(per_channel(bias, len(shape)), shape))
     return Bound(operands, (input,))
 
 
@@ -118,7 +116,6 @@ def conv_transpose(
 
 
 RULES: Rules = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), conv),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv_transpose),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), conv_transpose),
 }

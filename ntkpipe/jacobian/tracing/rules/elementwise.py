@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rules, Scale, Thunk
+from ntkpipe.jacobian.tracing.rules.form import Bound, Rules, Scale, Thunk
 
 
 def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor | Thunk | None = None) -> Scale:
@@ -41,24 +41,20 @@ def _shape(*tensors: object) -> torch.Size:
     return shape
 
 
-def _sum(left: object, right: object, left_scale: float, right_scale: float) -> Bound:
-    pairs, shape = (("left", left, left_scale), ("right", right, right_scale)), _shape(left, right)
-    return Bound({role: Operand(t, scaled(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
-
-
 def add(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``input + alpha * other``."""
-    return _sum(input, other, 1.0, alpha)
+    pairs, shape = (("left", input, 1.0), ("right", other, alpha)), _shape(input, other)
+    return Bound({role: (t, scaled(t, shape, scale)) for role, t, scale in pairs if isinstance(t, Tensor)})
 
 
 def sub(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``input - alpha * other``."""
-    return _sum(input, other, 1.0, -alpha)
+    return add(input, other, alpha=-alpha)
 
 
 def rsub(input: object, other: object, *, alpha: float = 1) -> Bound:
     """``other - alpha * input``."""
-    return _sum(input, other, -alpha, 1.0)
+    return sub(other, input, alpha=alpha)
 
 
 def mul(input: object, other: object) -> Bound | None:
@@ -66,7 +62,7 @@ def mul(input: object, other: object) -> Bound | None:
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None  # by a number: computed from parameters alone, so not a use
     shape = _shape(input, other)
-    left, right = Operand(input, scaled(input, shape, x=other)), Operand(other, scaled(other, shape, x=input))
+    left, right = (input, scaled(input, shape, x=other)), (other, scaled(other, shape, x=input))
     return Bound({"left": left, "right": right}, (input, other))
 
 
@@ -74,9 +70,9 @@ def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
     """``input + value * tensor1 * tensor2``."""
     shape = _shape(input, tensor1, tensor2)
     operands = {
-        "bias": Operand(input, scaled(input, shape)),
-        "left": Operand(tensor1, scaled(tensor1, shape, value, tensor2)),
-        "right": Operand(tensor2, scaled(tensor2, shape, value, tensor1)),
+        "bias": (input, scaled(input, shape)),
+        "left": (tensor1, scaled(tensor1, shape, value, tensor2)),
+        "right": (tensor2, scaled(tensor2, shape, value, tensor1)),
     }
     return Bound(operands, (tensor1, tensor2))
 
@@ -87,14 +83,14 @@ def where(condition: Tensor, input: object, other: object) -> Bound:
     operands = {}
     for role, tensor, chosen in (("input", input, condition), ("other", other, ~condition)):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            operands[role] = Operand(tensor, scaled(tensor, shape, x=chosen.to(tensor.dtype)))
+            operands[role] = (tensor, scaled(tensor, shape, x=chosen.to(tensor.dtype)))
     return Bound(operands, (condition,))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Bound:
     """``max(input, 0) + weight * min(input, 0)``, with a weight for each channel, or one for all."""
     form = scaled(per_channel(weight, input.ndim), input.shape, x=input.detach().clamp_max(0))
-    return Bound({"weight": Operand(weight, form)}, (input,))
+    return Bound({"weight": (weight, form)}, (input,))
 
 
 def _axes(input: Tensor, given: tuple[Any, ...]) -> list[tuple[int, int]]:
@@ -107,12 +103,7 @@ def _axes(input: Tensor, given: tuple[Any, ...]) -> list[tuple[int, int]]:
 def expand(input: Tensor, *sizes: Any) -> Bound:
     """The same along new axes or axes of size one, such as a class token for every sample."""
     shape = [old if new == -1 else new for old, new in _axes(input, sizes)]
-    return Bound({"input": Operand(input, scaled(input, shape))})
-
-
-def expand_as(input: Tensor, other: Tensor) -> Bound:
-    """``input`` in the shape of ``other``."""
-    return Bound({"input": Operand(input, scaled(input, other.shape))})
+    return Bound({"input": (input, scaled(input, shape))})
 
 
 def repeat(input: Tensor, *repeats: Any) -> Bound | None:
@@ -120,7 +111,7 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     axes = _axes(input, repeats)
     if any(size != 1 and times != 1 for size, times in axes):
         return None
-    return Bound({"input": Operand(input, scaled(input, [size * times for size, times in axes]))})
+    return Bound({"input": (input, scaled(input, [size * times for size, times in axes]))})
 
 
 _T: Any = torch.Tensor  # its methods
@@ -134,6 +125,6 @@ RULES: Rules = {
     torch.where: where,
     **dict.fromkeys((F.prelu, torch.prelu), prelu),
     **dict.fromkeys((_T.expand, torch.broadcast_to, _T.broadcast_to), expand),
-    _T.expand_as: expand_as,
+    _T.expand_as: lambda tensor, other: expand(tensor, *other.shape),
     **dict.fromkeys((_T.repeat, torch.tile, _T.tile), repeat),
 }

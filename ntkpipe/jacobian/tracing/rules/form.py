@@ -5,7 +5,7 @@ the Jacobian of a sample is a sum over its rows. Rows of inputs and of cotangent
 row belongs to is found by tracing, not by rules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,7 @@ class Outer:
     inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
     cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
     arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
-    order: tuple[
-        int, ...
-    ] = ()  # of elements in (groups, n_out, n_in); the same in uses that are added before `arrange`
+    order: tuple[int, ...] = ()  # of elements in (groups, n_out, n_in); equal in uses that are added
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,10 @@ Form = Outer | Scale | Lookup
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One argument of a call that may be a parameter, and how it enters the output."""
-
-    tensor: Tensor
-    form: Form
-
-
-@dataclass(frozen=True)
 class Bound:
-    """The operands of one call that a rule found."""
+    """The operands of one call that a rule found: arguments that may be parameters, and how they enter the output."""
 
-    operands: dict[str, Operand]  # by role, such as `weight`
+    operands: Mapping[str, tuple[Tensor, Form]]  # by role, such as `weight`
     saved: tuple[Tensor, ...] = ()  # tensors that the forms read later: they must not change in place after the call
 
 

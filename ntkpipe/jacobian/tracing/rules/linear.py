@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Outer, Rules
+from ntkpipe.jacobian.tracing.rules.form import Bound, Outer, Rules
 
 AxisLabels = Sequence[str]  # axes by name, as in einsum
 
@@ -63,15 +63,22 @@ def _grouped(values: Tensor, num_rows: int, num_groups: int, has_width: bool) ->
     return values if has_width else values.unsqueeze(-1)
 
 
-def _bound(forms: dict[str, tuple[Tensor, Outer | None]], *saved: Tensor) -> Bound | None:
-    operands = {role: Operand(tensor, form) for role, (tensor, form) in forms.items() if form is not None}
-    return Bound(operands, saved) if operands else None
+def _product(factors: dict[str, Tensor], labels: list[list[str]], out: list[str], scale: float = 1.0) -> Bound | None:
+    """A product of several tensors by role, any of which may be the parameter."""
+    tensors, operands = list(factors.values()), {}
+    for position, (role, weight) in enumerate(factors.items()):
+        others = [number for number in range(len(tensors)) if number != position]
+        x, x_labels = _joined([tensors[n] for n in others], [labels[n] for n in others], [*labels[position], *out])
+        form = None if x is None else contraction(x, weight, x_labels, labels[position], out, scale=scale)
+        if form is not None:
+            operands[role] = (weight, form)
+    return Bound(operands, tuple(tensors)) if operands else None
 
 
 def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
     if bound is None or bias is None:
         return bound
-    return Bound({**bound.operands, "bias": Operand(bias, scaled(bias, shape, scale))}, bound.saved)
+    return Bound({**bound.operands, "bias": (bias, scaled(bias, shape, scale))}, bound.saved)
 
 
 def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | None, list[int]]:
@@ -81,12 +88,8 @@ def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | No
     b = [str(axis) for axis in range(right.ndim - 2, 0, -1)] + (["k", "m"] if right.ndim > 1 else ["k"])
     batch = max(a, b, key=len)
     out = [label for label in batch if label.isdecimal()] + [x for x in ("n", "m") if x in a or x in b]
-    forms = {
-        "weight": (right, contraction(left, right, a, b, out, scale=scale)),
-        "left": (left, contraction(right, left, b, a, out, scale=scale)),
-    }
     sizes = dict(zip([*a, *b], [*left.shape, *right.shape], strict=True))
-    return _bound(forms, left, right), [sizes[label] for label in out]
+    return _product({"weight": right, "left": left}, [b, a], out, scale), [sizes[label] for label in out]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:
@@ -95,7 +98,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound |
         return None
     rows = [str(axis) for axis in range(input.ndim - 1)]
     form = contraction(input, weight, [*rows, "i"], ["o", "i"], [*rows, "o"])
-    return _with_bias(_bound({"weight": (weight, form)}, input), bias, (*input.shape[:-1], weight.shape[0]))
+    bound = None if form is None else Bound({"weight": (weight, form)}, (input,))
+    return _with_bias(bound, bias, (*input.shape[:-1], weight.shape[0]))
 
 
 def matmul(input: Tensor, other: Tensor) -> Bound | None:
@@ -116,13 +120,7 @@ def einsum(equation: str, *operands: Any) -> Bound | None:
     if parsed is None:
         return None
     *labels, out = parsed
-    forms: dict[str, tuple[Tensor, Outer | None]] = {}
-    for position, weight in enumerate(tensors):
-        others = [number for number in range(len(tensors)) if number != position]
-        x, x_labels = _joined([tensors[n] for n in others], [labels[n] for n in others], [*labels[position], *out])
-        form = None if x is None else contraction(x, weight, x_labels, labels[position], out)
-        forms[f"operand {position}"] = (weight, form)
-    return _bound(forms, *tensors)
+    return _product({f"operand {position}": tensor for position, tensor in enumerate(tensors)}, labels, out)
 
 
 def _parse(equation: str, tensors: list[Tensor]) -> list[list[str]] | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Operand, Rules
+from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Rules
 
 
 def embedding(
@@ -35,7 +35,7 @@ def _lookup(table: Tensor, indices: Tensor, padding_idx: int | None = None) -> B
         return grad if padding_idx is None else grad.masked_fill((indices == padding_idx % count).unsqueeze(-1), 0.0)
 
     form = Lookup(indices.ndim, lambda: indices.remainder(count), cotangents)  # indices from the end are allowed
-    return Bound({"weight": Operand(table, form)}, (indices,))
+    return Bound({"weight": (table, form)}, (indices,))
 
 
 def getitem(table: Tensor, key: object) -> Bound | None:

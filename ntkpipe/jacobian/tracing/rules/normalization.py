@@ -1,86 +1,43 @@
 """Gains and offsets of normalisations: the normalised input times a weight, plus a bias."""
 
-# ruff: noqa: A002 - arguments are named as in torch
-
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Operand, Rules, Thunk
-
-Weight = Tensor | None
+from ntkpipe.jacobian.tracing.rules.form import Bound, Rules
 
 
-def _affine(input: Tensor, weight: Weight, bias: Weight, normalized: Thunk, *, by_channel: bool = True) -> Bound:
-    """``normalized() * weight + bias``, where both lie along channels, the second axis, or along the last axes."""
-    operands = {}
-    for role, tensor, x in (("weight", weight, normalized), ("bias", bias, None)):
-        if tensor is not None:
-            operand = per_channel(tensor, input.ndim) if by_channel else tensor
-            operands[role] = Operand(tensor, scaled(operand, input.shape, x=x))
-    return Bound(operands, (input,))
+def affine(function: Callable[..., Tensor], *, by_channel: bool = True) -> Callable[..., Bound | None]:
+    """The rule of a function whose weight and bias lie along channels, the second axis, or along the last axes."""
+    signature = inspect.signature(function)
 
+    def rule(*args: Any, **kwargs: Any) -> Bound | None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        # With statistics of the batch there is no kernel of single samples; computing them again would update others.
+        if given.get("training") or (given.get("use_input_stats") and given["running_mean"] is not None):
+            return None
+        input, weight, bias = given["input"], given.pop("weight"), given.pop("bias", None)  # noqa: A001 - as in torch
+        normalized = partial(function, **{**given, "input": input.detach()})
+        operands = {}
+        for role, tensor, x in (("weight", weight, normalized), ("bias", bias, None)):
+            if tensor is not None:
+                along = per_channel(tensor, input.ndim) if by_channel else tensor
+                operands[role] = (tensor, scaled(along, input.shape, x=x))
+        return Bound(operands, (input,))
 
-def layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, bias: Weight = None, eps: float = 1e-5
-) -> Bound:
-    """Normalised over the last axes; weight and bias have these axes."""
-    normalized = partial(F.layer_norm, input.detach(), normalized_shape, eps=eps)
-    return _affine(input, weight, bias, normalized, by_channel=False)
-
-
-def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Weight = None, eps: float | None = None) -> Bound:
-    """Divided by the root mean square over the last axes."""
-    normalized = partial(F.rms_norm, input.detach(), normalized_shape, eps=eps)
-    return _affine(input, weight, None, normalized, by_channel=False)
-
-
-def group_norm(input: Tensor, num_groups: int, weight: Weight = None, bias: Weight = None, eps: float = 1e-5) -> Bound:
-    """Normalised over groups of channels of a sample."""
-    return _affine(input, weight, bias, partial(F.group_norm, input.detach(), num_groups, eps=eps))
-
-
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Weight = None,
-    bias: Weight = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Bound | None:
-    """Normalised by running statistics; with those of the batch there is no kernel of single samples."""
-    if training:
-        return None
-    return _affine(input, weight, bias, partial(F.batch_norm, input.detach(), running_mean, running_var, eps=eps))
-
-
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Weight = None,
-    bias: Weight = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Bound | None:
-    """Normalised over each channel of a sample, or by running statistics."""
-    if use_input_stats and running_mean is not None:
-        return None  # computing it again would update the statistics
-    normalize = partial(F.instance_norm, use_input_stats=use_input_stats, eps=eps)
-    return _affine(input, weight, bias, partial(normalize, input.detach(), running_mean, running_var))
+    return rule
 
 
 RULES: Rules = {
-    F.layer_norm: layer_norm,
-    **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
-    F.group_norm: group_norm,
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
+    F.layer_norm: affine(F.layer_norm, by_channel=False),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), affine(F.rms_norm, by_channel=False)),
+    **{function: affine(function) for function in (F.group_norm, F.batch_norm, F.instance_norm)},
 }
