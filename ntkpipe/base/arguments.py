@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ntkpipe.base.docstrings import completed
 from ntkpipe.base.errors import ArgumentError, ConfigError
 
 P = ParamSpec("P")
@@ -157,7 +158,7 @@ def known_names(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check names of arguments and types of plain ones before a function is called.
+    """Check names of arguments and types of plain ones before a function is called, and complete its docstring.
 
     An unknown name raises ArgumentError with the nearest one, a value of another type ConfigError with what is needed.
     """
@@ -166,4 +167,5 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return function(**bound(function, args, kwargs))  # type: ignore[call-arg]
 
+    call.__doc__ = completed(function, errors={})
     return call

@@ -70,43 +70,19 @@ def compute_kernel(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied. Parameters with ``requires_grad=False`` are left out.
-    inputs
-        N samples: a tensor or array (samples along the first axis), a dict of them (keyword arguments of the model), or
-        a map-style data set of samples or (sample, target) pairs.
     store
         Path or URL of the store.
-    kind
-        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or
-        ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.
     targets
         Targets of the N samples, along the first axis; stored for later use with the kernel.
     test_inputs
         M test samples, which add the test x train kernel and the diagonal blocks of the test samples.
     test_targets
         Targets of the M test samples.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.
     groups
         Groups of those parameters (name → patterns, disjoint), each of which gets a kernel from the same pass. It is
         ``store.group(name).train``; if the groups cover all parameters, their kernels sum to the whole.
-    compute_dtype
-        dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.
-    accumulate_dtype
-        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32. Never TF32.
-    store_dtype
-        dtype of the stored matrix; default ``accumulate_dtype``.
     tile
         Samples along the edge of a tile (one file); default about 2048 rows.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
     mode
         ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates; these are the modes of Zarr.
     grow
@@ -114,14 +90,6 @@ def compute_kernel(
     client
         A ``distributed.Client`` whose workers compute the blocks and write to the store. The store must be on a disk
         that they share, or at a URL. Default threads of this process.
-    code
-        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
-    jacobian
-        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------

@@ -58,38 +58,10 @@ def kernel_matrix(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied.
-    inputs
-        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     other
         M other samples for the columns; default the inputs themselves.
-    kind
-        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"``, ``"diagonal"`` or ``"ntk"``.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names; default all that require a gradient.
-    compute_dtype
-        dtype of forward pass and Jacobians.
-    accumulate_dtype
-        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32.
-    store_dtype
-        dtype of the result; default ``accumulate_dtype``.
     tile
         Samples along the edge of what one worker computes at a time; default what gives every worker something to do.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core.
-    jacobian
-        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------

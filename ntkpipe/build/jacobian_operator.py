@@ -110,22 +110,12 @@ def jacobian_operator(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied.
-    inputs
-        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     kind
         Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names; default all that require a gradient.
     compute_dtype
         dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
     batch
         Samples of one forward pass, at least 2.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     step
         Called after each batch of each product.
 

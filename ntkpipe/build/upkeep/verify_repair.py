@@ -55,12 +55,6 @@ def verify(
         The train samples that the store was made with; default those in the store.
     test_inputs
         The test samples that the store was made with; default those in the store.
-    forward
-        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
@@ -119,22 +113,6 @@ def repair(
         The test samples that the store was made with; default those in the store.
     test_targets
         The test targets that the store was made with; default those in the store.
-    forward
-        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
-    client
-        A ``distributed.Client`` whose workers compute; default threads of this process.
-    code
-        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
