@@ -31,7 +31,8 @@ PARAMETERS = {
     "model), or a map-style data set of samples or (sample, target) pairs.",
     "kind": 'Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) '
     'or ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.',
-    "forward": 'Picks the (batch, O) tensor: ``".logits"``, a function of the model\'s output, or one of (model, inputs).',
+    "forward": 'Picks the (batch, O) tensor: ``".logits"``, a function of what the model returns, or one of (model, '
+    "inputs).",
     "parameters": 'Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.',
     "compute_dtype": 'dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.',
     "accumulate_dtype": "dtype of products and sums over parameters; default ``compute_dtype``, but at least float32. "

@@ -1,6 +1,6 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -11,7 +11,6 @@ from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.grid import default_tile
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.matching import (
     require_made_from_model,
@@ -24,7 +23,7 @@ from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
 from ntkpipe.build.request import Request
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
-from ntkpipe.build.workers import find_resources
+from ntkpipe.build.workers import Resources, find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
@@ -128,12 +127,12 @@ def compute(
     request = _adapted(request, existing)
     resources = find_resources(request, client, code, progress)
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=resources.device, choose_tile=_tile_of(existing))
+        prepared = prepare(request, device=resources.device)
         asked = manifest_of(request.model, prepared, *prepared.inspect())
         if existing is not None and grow and is_larger(existing.manifest, asked):
             require_made_from_model(existing, grows=True)
-            settled = grow_store(prepared, asked, existing, resources)
-            settled.store.complete_layout()
+            store, settled = grow_store(prepared, asked, existing, resources)
+            store.complete_layout()
         else:
             if existing is not None:
                 require_same(existing, asked)
@@ -143,9 +142,9 @@ def compute(
                 if not existing.missing():
                     end_growth(existing)
                     return KernelStore(existing)
-            settled = settle(prepared, asked, existing, medium, resources, mode=mode)
-        build(settled, prepared, resources)
-        return KernelStore(settled.store)
+            store, settled = settle(prepared, asked, existing, medium, resources, mode=mode)
+        build(store, settled, prepared, resources)
+        return KernelStore(store)
 
 
 class PlannedKernel(NamedTuple):
@@ -199,9 +198,9 @@ def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
     medium = medium_at(request.store)
     existing = prepare_path(medium, "a")
     request = _adapted(request, existing)
-    train, test, run = request.train, request.test, request.run
+    train, test, resources = request.train, request.test, Resources(request.run, progress=False)
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=run.device, choose_tile=_tile_of(existing))
+        prepared = prepare(request, device=resources.device)
         asked = manifest_of(request.model, prepared, train.describe(), None if test is None else test.describe())
         engine, left = prepared.engine, None
         if existing is not None:
@@ -209,21 +208,16 @@ def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
             if is_larger(existing.manifest, asked):
                 left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
             engine = reuse_choices(engine, existing.manifest.choices, medium.root)
-        planned = plan_store(prepared, engine, asked, existing, medium, run, left=left)
+        planned = plan_store(prepared, engine, asked, existing, medium, resources, left=left)
         return PlannedKernel(time_jacobians(planned, prepared, engine), report_of(engine))
 
 
 def _adapted(request: Request, existing: Store | None) -> Request:
-    """The request, with the store's tile where that was cut to the samples of a first, smaller run."""
-    tile = request.kernel.tile
-    if existing is None or tile is None:
+    """The request with the store's tile, which was cut to the samples of a first run, unless it asks for another."""
+    if existing is None:
         return request
-    manifest = existing.manifest
+    tile, manifest = request.kernel.tile, existing.manifest
     first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    if min(tile, first) != manifest.tile:
+    if tile is not None and min(tile, first) != manifest.tile:
         return request
     return replace(request, kernel=request.kernel.model_copy(update={"tile": manifest.tile}))
-
-
-def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:
-    return default_tile if existing is None else lambda *_: existing.manifest.tile

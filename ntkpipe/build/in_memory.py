@@ -1,6 +1,5 @@
 """``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +15,13 @@ from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
-from ntkpipe.base.planes import array_of
-from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
 from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.prepare import Prepared, plan_run, prepare
-from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
+from ntkpipe.build.planner import make_plan
+from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
+from ntkpipe.build.records import BuildRecord, Halvings
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import exact_single_thread, self_checked
-from ntkpipe.build.tiles import BuildJob, StripCache
+from ntkpipe.build.run import Settled, exact_single_thread, finish_tiles, job_of, plan_and_check
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
@@ -84,18 +81,7 @@ def kernel_matrix(
     (train if test is None else test).inspect("inputs")
     with exact_single_thread(spec.compute_dtype):
         prepared = prepare_matrix(Request(model, train, test, spec, run, forward))
-        return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
-
-
-@dataclass(frozen=True)
-class SettledMatrix:
-    """A kernel in memory that is ready to compute."""
-
-    prepared: Prepared
-    engine: Engine  # self-checked, if the run asks for that
-    plan: Plan  # fits in memory
-    name: str  # of the kernel
-    grid: Grid  # of the kernel
+        return build_matrix(prepared, settle_matrix(prepared, run), what=kind, progress=progress)
 
 
 def prepare_matrix(request: Request) -> Prepared:
@@ -105,7 +91,7 @@ def prepare_matrix(request: Request) -> Prepared:
     return prepare(request, device=run.device, choose_tile=partial(matrix_tile, num_workers=num_workers))
 
 
-def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
+def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     """Do all work before the first tile: measure costs, plan and self-check."""
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
@@ -117,40 +103,24 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
             f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
-    engine = prepared.engine
 
-    def planned() -> Plan:
-        plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-        plan.require_fit()
-        return plan
+    def planned(engine: Engine) -> Plan:
+        workload = workload_of(prepared, engine, {name: grid})
+        return make_plan(workload, this_machine(engine, run, result_bytes=needed)).fitting()
 
-    plan = planned()
-    if run.self_check:
-        engine, _ = self_checked(prepared, engine, plan)
-        if engine.representations != prepared.engine.representations:
-            plan = planned()
-    return SettledMatrix(prepared, engine, plan, name, grid)
+    return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 
 
-def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
+def build_matrix(prepared: Prepared, settled: Settled, *, what: str, progress: bool) -> NDArray[Any]:
     """Compute a settled kernel; may be called repeatedly."""
-    prepared, plan = settled.prepared, settled.plan
-    dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    matrix = np.empty(_shape(prepared, settled.grid), dtype)
-    prefixes = tuple(plane.prefix for plane in prepared.planes)
-    names = [array_of(prefix, settled.name) for prefix in prefixes]
-    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *settled.grid.shape), strict=True)), settled.grid)
-    train, cache, pairs = prepared.train, StripCache(plan.cache_bytes), settled.engine.setup.pairs
-    sources = {"train": train.source} | ({} if prepared.test is None else {"test": prepared.test.source})
-    job = BuildJob(settled.engine, plan, sources, train.is_mapping, sink, cache, dtype, pairs, prefixes)
+    plan = settled.plan
+    ((name, grid),) = plan.workload.grids.items()
+    matrix = np.empty(_shape(prepared, grid), np.dtype(prepared.spec.resolved_store_dtype()))
+    names = [plane.array(name) for plane in prepared.planes]
+    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
+    job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
     executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
-    with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records = Halvings(plan).watch(running)
-        tiles = (record for record in records if isinstance(record, TileRecord))
-        if progress:
-            tiles = show_progress(tiles, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
-        for _ in tiles:
-            pass
+    finish_tiles(executor.run(job, plan.tasks()), Halvings(plan).tiles, plan, what=what, progress=progress)
     return matrix
 
 

@@ -112,10 +112,11 @@ class Plan:
     sample_seconds: float | None = None
     is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 
-    def require_fit(self) -> None:
-        """Raise if the plan does not fit the machine."""
+    def fitting(self) -> "Plan":
+        """The plan, unless it does not fit the machine, which raises."""
         if self.problems:
             raise ResourceError("; ".join(self.problems))
+        return self
 
     @property
     def rows_held(self) -> int:

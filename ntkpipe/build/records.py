@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from time import perf_counter
@@ -69,12 +69,10 @@ class RunLog:
 
     def tiles(self, records: Iterator[BuildRecord]) -> Iterator[TileRecord]:
         """Pass tiles on, and log blocks."""
-        for record in self._halvings.watch(records):
-            if isinstance(record, BlockRecord):
-                self._add(record)
-            elif not record.array.endswith("test_diagonal"):
+        for tile in self._halvings.tiles(records, self._add):
+            if not tile.array.endswith("test_diagonal"):
                 self._tiles += 1
-                yield record
+                yield tile
 
     def _add(self, block: BlockRecord) -> None:
         expected = self._store.manifest.choices.arithmetic
@@ -131,8 +129,10 @@ class Halvings:
         self._planned = {"batch": plan.batch, "subtile": plan.subtile}
         self.used = dict(self._planned)
 
-    def watch(self, records: Iterator[BuildRecord]) -> Iterator[BuildRecord]:
-        """Pass records on; warn once when their sizes fall below the plan."""
+    def tiles(
+        self, records: Iterator[BuildRecord], add: Callable[[BlockRecord], None] = lambda _: None
+    ) -> Iterator[TileRecord]:
+        """Pass tiles on, and blocks to ``add``; warn once when their sizes fall below the plan."""
         for record in records:
             was_as_planned = self.used == self._planned
             self.used["batch"] = min(self.used["batch"], record.batch)
@@ -145,4 +145,7 @@ class Halvings:
                     "workers, plans for less memory",
                     stacklevel=2,
                 )
-            yield record
+            if isinstance(record, BlockRecord):
+                add(record)
+            else:
+                yield record

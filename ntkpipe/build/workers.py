@@ -19,10 +19,11 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.resources import available_memory, process_memory
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
-from ntkpipe.build.prepare import measure_rates
+from ntkpipe.build.prepare import measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import Executor
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import describe_arithmetic
 from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
 from ntkpipe.store.store import Store
@@ -51,6 +52,13 @@ class Resources:
         if self.cluster is None:
             return self.run.device
         return "cpu" if self.cluster.device == "cpu" else None
+
+    def machine(self, engine: Engine, free_disk: int | None) -> Machine:
+        """What computes, for a plan."""
+        if self.cluster is None:
+            return this_machine(engine, self.run, free_disk=free_disk)
+        limit = min(self.cluster.memory_limit, self.run.memory_limit or self.cluster.memory_limit)
+        return replace(self.cluster, memory_limit=limit, free_disk=free_disk)
 
     def without_self_check(self) -> "Resources":
         """The same, for work on a store whose model was checked before."""

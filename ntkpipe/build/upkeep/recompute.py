@@ -79,5 +79,5 @@ def _compute(
 ) -> None:
     manifest = stage or store.manifest
     left = Counter(name for name, _ in wanted)
-    settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
-    build(replace(settled, store=store), prepared, resources, wanted=wanted, stage=stage)
+    _, settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
+    build(store, settled, prepared, resources, wanted=wanted, stage=stage)
