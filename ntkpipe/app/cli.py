@@ -16,16 +16,8 @@ import click
 from rich.console import Console
 
 from ntkpipe.app.commands import COMMANDS, show_result
-from ntkpipe.base.errors import (
-    ConfigError,
-    Interrupted,
-    NonFiniteError,
-    NtkpipeError,
-    ResourceError,
-    SelfCheckError,
-    StoreFullError,
-    TileError,
-)
+from ntkpipe.base import errors
+from ntkpipe.base.errors import ConfigError, Interrupted, NtkpipeError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
@@ -37,7 +29,13 @@ from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
-_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
+_FINDING = (
+    errors.TileError,
+    errors.StoreFullError,
+    errors.SelfCheckError,
+    errors.NonFiniteError,
+    errors.ResourceError,
+)
 
 _COMMANDS = tuple(str(command.name) for command in COMMANDS)
 
@@ -85,11 +83,11 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
     from ntkpipe.app.workflow import load
     from ntkpipe.app.workflow import run as run_workflow
 
-    is_good = True
+    are_good = []
     for result in run_workflow(load(workflow, _with_scheduler(overrides, scheduler)), mode=mode, grow=grow):
         print_rows(result.step, result.rows)
-        is_good &= result.is_good
-    if not is_good:
+        are_good.append(result.is_good)
+    if not all(are_good):
         sys.exit(_FOUND)
 
 
@@ -253,29 +251,11 @@ def export(store: str, path: Path, array: str) -> None:
 @click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
 @click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
 @_as_json
-def report(
-    store: str,
-    output: str | None,
-    array: str,
-    ridges: tuple[float, ...],
-    ridge_scale: Any,
-    memory_limit: str | None,
-    saved_only: bool,
-    as_json: bool,
-) -> None:
+def report(store: str, output: str | None, ridges: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
     from ntkpipe.report.report import write_report  # keeps scipy out of other commands
 
-    written = write_report(
-        store,
-        output,
-        array=array,
-        ridges=ridges or None,
-        ridge_scale=ridge_scale,
-        memory_limit=memory_limit,
-        saved_only=saved_only,
-    )
-    show_result(f"report {store}", written, as_json=as_json)
+    show_result(f"report {store}", write_report(store, output, ridges=ridges or None, **options), as_json=as_json)
 
 
 for _command in COMMANDS:
@@ -299,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = str(error.__cause__) if isinstance(error.__cause__, Interrupted) else "interrupted"
         _fail(message, _INTERRUPTED, given)
     except NtkpipeError as error:
-        _fail(str(error), _FOUND if isinstance(error, _FINDINGS) else _WRONG_USE, given)
+        _fail(str(error), _FOUND if isinstance(error, _FINDING) else _WRONG_USE, given)
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> None:

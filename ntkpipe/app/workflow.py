@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +104,15 @@ def run(
         store = compute.compute(_request(loaded), **options)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
+            shared: Any = {"progress": progress, "client": client}
             if step.step in REGISTRY:
-                found = run_step(store, step.step, progress=progress, client=client, **step.options)
+                found = run_step(store, step.step, **shared, **step.options)
                 yield StepResult(step.step, found.rows(), found.is_converged)
             elif step.step == "report":
-                page = write_report(store, progress=progress, client=client, **step.options)
+                page = write_report(store, **shared, **step.options)
                 yield StepResult(step.step, page.rows(), page.is_good)
             else:
-                rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
-                yield StepResult(step.step, rows, is_good)
+                yield StepResult(step.step, *_STEPS[step.step](loaded, store, progress, **step.options))
 
 
 def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
@@ -173,39 +174,32 @@ def kernel_rows(store: KernelStore) -> TableRows:
         size += f", test × train {shapes[1][0]:,} × {shapes[1][1]:,}"
     if count > 1:
         size += f", {count} of each"
+    size += f"; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"
     rows = [
         ("store", str(store.path)),
         ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
-        (
-            "size",
-            f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
-        ),
+        ("size", size),
     ]
     with reading_results(store.path):
-        return rows + _result_rows(store)
-
-
-def _result_rows(store: KernelStore) -> TableRows:
-    """How the kernel was computed and checked, in words."""
-    rows: TableRows = []
-    runs = store.store.read_results("runs")
-    if runs:
-        seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
-        rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))
-        share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
-        rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
-        rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
-    check = store.store.read_result("self_check")
-    if check is not None:
-        judge = f"{check['reference']} in {check['dtype']}"
-        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
+        runs = store.store.read_results("runs")
+        if runs:
+            seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
+            rows.append(
+                ("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check")
+            )
+            share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
+            rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
+            rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
+        check = store.store.read_result("self_check")
+        if check is not None:
+            judge = f"{check['reference']} in {check['dtype']}"
+            rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
     return rows
 
 
 def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
-    report = (
-        verify_store(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
-    )
+    check = partial(verify_store, loaded) if certify else verify_repair.verify
+    report = check(store, progress=progress)
     return report.rows(), report.is_good
 
 

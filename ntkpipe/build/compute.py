@@ -20,7 +20,7 @@ from ntkpipe.build.matching import (
 )
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
-from ntkpipe.build.request import Request
+from ntkpipe.build.request import Request, train_and_test
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
 from ntkpipe.build.workers import Resources, find_resources
@@ -105,7 +105,8 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    return compute(Request.of(locals()), mode=mode, grow=grow, client=client, code=code, progress=progress)
+    request = Request.of(locals(), *train_and_test(inputs, targets, test_inputs, test_targets))
+    return compute(request, mode=mode, grow=grow, client=client, code=code, progress=progress)
 
 
 def compute(
@@ -190,7 +191,7 @@ def plan_kernel(
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    return plan(Request.of(locals()), grow=grow)
+    return plan(Request.of(locals(), *train_and_test(inputs, targets, test_inputs, test_targets)), grow=grow)
 
 
 def plan(request: Request, *, grow: bool = False) -> PlannedKernel:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
+from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
@@ -71,7 +71,6 @@ def kernel_matrix(
         If the matrix does not fit in memory.
     """
     given = locals()
-    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     # Columns are the train samples: a symmetric kernel is train x train, another one test x train.
     train, test = as_samples(inputs, with_targets=False), None
     if other is not None:
@@ -79,9 +78,10 @@ def kernel_matrix(
         require_same_arrays(train, test, "inputs")
         train.inspect("other")
     (train if test is None else test).inspect("inputs")
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare_matrix(Request(model, train, test, spec, run, forward))
-        return build_matrix(prepared, settle_matrix(prepared, run), what=kind, progress=progress)
+    request = Request.of(given, train, test)
+    with exact_single_thread(compute_dtype):
+        prepared = prepare_matrix(request)
+        return build_matrix(prepared, settle_matrix(prepared, request.run), what=kind, progress=progress)
 
 
 def prepare_matrix(request: Request) -> Prepared:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, check_number, spec_of
+from ntkpipe.base.config import ComputeDtype, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
@@ -127,12 +127,11 @@ def jacobian_operator(
         If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
     """
     given = locals()
-    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     check_number("batch", batch, low=2)
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(Request(model, samples, None, spec, run, forward), device=device)
+    with exact_single_thread(compute_dtype):
+        prepared = prepare(Request.of(given, samples), device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)

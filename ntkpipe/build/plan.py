@@ -129,20 +129,25 @@ class Plan:
         return self.pair_flops + self.jacobian_flops
 
     @property
-    def seconds(self) -> float:
-        """Estimated computing time: contractions at the matrix-product rate, Jacobians as measured."""
+    def worker_seconds(self) -> float:
+        """Estimated computing time, summed over the workers: contractions at their rate, Jacobians as measured."""
         rate = self.machine.flops_per_second
         jacobians = self.jacobian_flops / rate
         if self.sample_seconds is not None:
             jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
-        return (self.pair_flops / rate + jacobians) / self.machine.num_workers
+        return self.pair_flops / rate + jacobians
+
+    @property
+    def seconds(self) -> float:
+        """Estimated computing time."""
+        return self.worker_seconds / self.machine.num_workers
 
     @property
     def block_seconds(self) -> float:
         """Computing time of a whole block, or of a kernel that is smaller than one: its share of all pairs."""
         num_pairs = [grid.num_pairs for grid in self.workload.grids.values()]
         share = min(max(num_pairs), (self.edge * self.workload.tile) ** 2) / sum(num_pairs)
-        return self.seconds * self.machine.num_workers * share
+        return self.worker_seconds * share
 
     @property
     def num_tasks(self) -> int:

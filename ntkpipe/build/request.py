@@ -26,12 +26,10 @@ class Request:
     store: str | Path = ""  # path or URL; empty for a kernel that has none
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Request":
+    def of(cls, arguments: Mapping[str, Any], train: Samples, test: Samples | None = None) -> "Request":
         """The request that the arguments of a public function make."""
         kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
-        samples = (arguments[name] for name in ("inputs", "targets", "test_inputs", "test_targets"))
-        model, forward, store = (arguments[name] for name in ("model", "forward", "store"))
-        return cls(model, *train_and_test(*samples), kernel, run, forward, store)
+        return cls(arguments["model"], train, test, kernel, run, arguments["forward"], arguments.get("store", ""))
 
 
 def train_and_test(

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import Future as Fetched
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
@@ -79,15 +80,6 @@ class ClusterExecutor(Generic[Key, Record]):
             running.close()
 
 
-@dataclass(frozen=True)
-class _Outcome(Generic[Record]):
-    """How a task ended: with records, or with an error."""
-
-    future: "Future[list[Record]]"
-    records: list[Record]
-    error: BaseException | None
-
-
 class _Run(Generic[Key, Record]):
     """One call of :meth:`ClusterExecutor.run`."""
 
@@ -100,7 +92,9 @@ class _Run(Generic[Key, Record]):
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
         self._failures: Counter[str] = Counter()
-        self._events: queue.SimpleQueue[_Outcome[Record] | float] = queue.SimpleQueue()
+        # Futures with what fetching their records came to, and times at which a worker was killed for its memory.
+        self._events: queue.SimpleQueue[tuple[Future[list[Record]], Fetched[list[Record]]] | float]
+        self._events = queue.SimpleQueue()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="ntkpipe-fetcher")
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
         self._is_delivered = False
@@ -134,8 +128,8 @@ class _Run(Generic[Key, Record]):
                 event = self._events.get(timeout=_POLL_SECONDS)
                 if isinstance(event, float):
                     self._shrink(event)
-                elif event.future in self._pending:
-                    yield from self._finish(event)
+                elif event[0] in self._pending:
+                    yield from self._finish(*event)
 
     def _deliver(self) -> None:
         """Send the job to all present and future workers."""
@@ -189,21 +183,13 @@ class _Run(Generic[Key, Record]):
 
     def _fetch_soon(self, future: "Future[list[Record]]") -> None:
         with contextlib.suppress(RuntimeError):  # the run is over
-            self._fetchers.submit(self._fetch, future)
+            fetching = self._fetchers.submit(future.result)
+            fetching.add_done_callback(lambda fetched: self._events.put((future, fetched)))
 
-    def _fetch(self, future: "Future[list[Record]]") -> None:
-        """Fetch the records of a finished key."""
+    def _finish(self, future: "Future[list[Record]]", fetched: "Fetched[list[Record]]") -> Iterator[Record]:
+        key, shrinking = self._pending.pop(future)
         try:
-            outcome = _Outcome(future, future.result(), None)
-        except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-            outcome = _Outcome(future, [], error)
-        self._events.put(outcome)
-
-    def _finish(self, outcome: "_Outcome[Record]") -> Iterator[Record]:
-        key, shrinking = self._pending.pop(outcome.future)
-        try:
-            if outcome.error is not None:
-                raise outcome.error
+            records = fetched.result()
         except KilledWorker as error:
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
@@ -218,7 +204,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), str(error), error, wait=True)
         else:
             self._failures.clear()
-            yield from outcome.records
+            yield from records
 
     def _fail(self, attempt: _Attempt, reason: str, error: Exception, *, wait: bool = False) -> None:
         key = str(attempt[0])
