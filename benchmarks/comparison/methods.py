@@ -62,7 +62,7 @@ class Ours(Method):
 
     def kernel(self, size: int) -> Tensor:
         with exact_single_thread():
-            return torch.from_numpy(build_matrix(*self.settled(size), what=self.work.kind, progress=False))
+            return torch.from_numpy(build_matrix(*self.settled(size)))
 
     def settled(self, size: int) -> tuple[Prepared, Settled]:
         """Traced, measured, planned and self-checked; ``settle_seconds`` says how long it took."""

@@ -19,19 +19,17 @@ from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.build import compute
-from ntkpipe.build.plan import Plan, format_seconds
-from ntkpipe.build.request import Request, train_and_test
-from ntkpipe.build.upkeep import verify_repair
+from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
+from ntkpipe.build.plan import format_seconds
+from ntkpipe.build.upkeep.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.jacobian.parameter_report import ParameterReport
 from ntkpipe.report.report import require_libraries, write_report
 from ntkpipe.steps.options import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
-from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
 from ntkpipe.store.results import reading_results
@@ -100,8 +98,10 @@ def run(
     with contextlib.ExitStack() as stack:
         if client is None:
             client = stack.enter_context(_client_of(workflow.run))
-        options: Any = {"mode": mode, "grow": grow, "client": client, "code": loaded.folder, "progress": progress}
-        store = compute.compute(_request(loaded), **options)
+        options = {**_arguments(loaded), "mode": mode, "grow": grow, "client": client, "code": loaded.folder}
+        if workflow.run.scheduler == "local":
+            options["memory_limit"] = None  # that of the workers, which say how much they have
+        store = compute_kernel(**options, progress=progress)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
             shared: Any = {"progress": progress, "client": client}
@@ -128,40 +128,31 @@ def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
     return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
 
 
-def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
+def plan(loaded: Loaded, *, grow: bool = False) -> PlannedKernel:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
-    return compute.plan(_request(loaded, is_planned=True), grow=grow)
+    return plan_kernel(**_arguments(loaded), grow=grow)
 
 
-def _request(loaded: Loaded, *, is_planned: bool = False) -> Request:
-    """What a workflow asks for; the memory of a local cluster is that of its workers, which say how much they have."""
-    workflow, run = loaded.workflow, loaded.workflow.run
-    if run.scheduler == "local" and not is_planned:
-        run = run.model_copy(update={"memory_limit": None})
-    samples = train_and_test(**loaded.data)
-    return Request(loaded.model, *samples, workflow.kernel, run, loaded.forward, workflow.store)
+def _arguments(loaded: Loaded) -> dict[str, Any]:
+    """What a workflow asks for, as arguments of :func:`ntkpipe.compute_kernel`."""
+    workflow = loaded.workflow
+    specs = {**workflow.kernel.model_dump(), **workflow.run.model_dump(exclude={"scheduler"})}
+    return {"model": loaded.model, "forward": loaded.forward, "store": workflow.store, **loaded.data, **specs}
 
 
 def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    return verify_repair.verify(
-        store,
-        loaded.model,
-        loaded.data["inputs"],
-        test_inputs=loaded.data.get("test_inputs"),
-        forward=loaded.forward,
-        device=loaded.workflow.run.device,
-        progress=progress,
-    )
+    options: Any = {"forward": loaded.forward, "device": loaded.workflow.run.device, "progress": progress}
+    samples = {name: loaded.data[name] for name in ("inputs", "test_inputs") if name in loaded.data}
+    return verify(store, loaded.model, **samples, **options)
 
 
 def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
     run = loaded.workflow.run
     with _client_of(run) as client:
-        options: Any = {"forward": loaded.forward, "client": client, "code": loaded.folder, "progress": progress}
-        return verify_repair.repair_with(opened, loaded.model, loaded.data, run, **options)
+        options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "progress": progress}
+        return repair(store, loaded.model, forward=loaded.forward, client=client, code=loaded.folder, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -184,11 +175,10 @@ def kernel_rows(store: KernelStore) -> TableRows:
         runs = store.store.read_results("runs")
         if runs:
             seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
-            rows.append(
-                ("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check")
-            )
+            last = runs[-1]
+            rows.append(("time", f"{format_seconds(seconds)}, and {last['self_check_seconds']:.1f} s of self-check"))
             share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
-            rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
+            rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {last['workers']} workers"
             rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
         check = store.store.read_result("self_check")
         if check is not None:
@@ -198,7 +188,7 @@ def kernel_rows(store: KernelStore) -> TableRows:
 
 
 def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
-    check = partial(verify_store, loaded) if certify else verify_repair.verify
+    check = partial(verify_store, loaded) if certify else verify
     report = check(store, progress=progress)
     return report.rows(), report.is_good
 

@@ -169,3 +169,18 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     call.__doc__ = completed(function, errors={})
     return call
+
+
+def with_arguments_of(other: Callable[P, Any]) -> Callable[[Callable[[Mapping[str, Any]], T]], Callable[P, T]]:
+    """Decorate a function of arguments by name: they are those of another function, and checked alike."""
+
+    def decorate(function: Callable[[Mapping[str, Any]], T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            return function(bound(call, args, kwargs))
+
+        returned = signature(function).return_annotation
+        call.__signature__ = signature(other).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate

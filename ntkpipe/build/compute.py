@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
-from ntkpipe.base.arguments import checked
+from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype
 from ntkpipe.base.errors import ConfigError
@@ -20,10 +20,10 @@ from ntkpipe.build.matching import (
 )
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
-from ntkpipe.build.request import Request, train_and_test
+from ntkpipe.build.request import Request
 from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
 from ntkpipe.build.upkeep.grow import chunks_left, grow_store
-from ntkpipe.build.workers import Resources, find_resources
+from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
@@ -105,20 +105,7 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    request = Request.of(locals(), *train_and_test(inputs, targets, test_inputs, test_targets))
-    return compute(request, mode=mode, grow=grow, client=client, code=code, progress=progress)
-
-
-def compute(
-    request: Request,
-    *,
-    mode: Mode = "a",
-    grow: bool = False,
-    client: "Client | None" = None,
-    code: str | Path | None = None,
-    progress: bool = True,
-) -> KernelStore:
-    """Compute or resume what is asked for; see :func:`compute_kernel`."""
+    request = Request.of(locals())
     if grow and mode != "a":
         raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
     medium = medium_at(request.store)
@@ -132,8 +119,8 @@ def compute(
         asked = manifest_of(request.model, prepared, *prepared.inspect())
         if existing is not None and grow and is_larger(existing.manifest, asked):
             require_made_from_model(existing, grows=True)
-            store, settled = grow_store(prepared, asked, existing, resources)
-            store.complete_layout()
+            kept, settled = grow_store(prepared, asked, existing, resources)
+            kept.complete_layout()
         else:
             if existing is not None:
                 require_same(existing, asked)
@@ -143,9 +130,9 @@ def compute(
                 if not existing.missing():
                     end_growth(existing)
                     return KernelStore(existing)
-            store, settled = settle(prepared, asked, existing, medium, resources, mode=mode)
-        build(store, settled, prepared, resources)
-        return KernelStore(store)
+            kept, settled = settle(prepared, asked, existing, medium, resources, mode=mode)
+        build(kept, settled, prepared, resources)
+        return KernelStore(kept)
 
 
 class PlannedKernel(NamedTuple):
@@ -158,30 +145,11 @@ class PlannedKernel(NamedTuple):
         return as_table([*self.plan.rows(), *report_rows(self.parameters)])
 
 
-@checked
-def plan_kernel(
-    model: nn.Module,
-    inputs: object,
-    *,
-    store: str | Path,
-    kind: str = "pntk",
-    targets: object = None,
-    test_inputs: object = None,
-    test_targets: object = None,
-    forward: "Forward" = None,
-    parameters: str | Sequence[str] | None = None,
-    groups: Mapping[str, str | Sequence[str]] | None = None,
-    compute_dtype: ComputeDtype = "float32",
-    accumulate_dtype: RealDtype | None = None,
-    store_dtype: RealDtype | None = None,
-    tile: int | None = None,
-    memory_limit: MemoryLimit = None,
-    device: str | None = None,
-    workers: int | None = None,
-    jacobian: Literal["structured", "fallback"] = "structured",
-    grow: bool = False,
-) -> PlannedKernel:
+@with_arguments_of(compute_kernel)
+def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     """Plan what :func:`compute_kernel` would do with the same arguments; reads five samples and writes nothing.
+
+    With a client it is what its workers would do, but Jacobians are not timed.
 
     Returns
     -------
@@ -191,15 +159,12 @@ def plan_kernel(
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    return plan(Request.of(locals(), *train_and_test(inputs, targets, test_inputs, test_targets)), grow=grow)
-
-
-def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
-    """Plan what is asked for; see :func:`plan_kernel`."""
+    request, grow = Request.of(arguments), arguments["grow"]
     medium = medium_at(request.store)
-    existing = prepare_path(medium, "a")
+    existing = prepare_path(medium, arguments["mode"]) if arguments["mode"] != "w" else None
     request = _adapted(request, existing)
-    train, test, resources = request.train, request.test, Resources(request.run, progress=False)
+    resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
+    train, test = request.train, request.test
     with exact_single_thread(request.kernel.compute_dtype):
         prepared = prepare(request, device=resources.device)
         asked = manifest_of(request.model, prepared, train.describe(), None if test is None else test.describe())
@@ -208,9 +173,11 @@ def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
             require_same_but_samples(existing, asked, grow=grow)
             if is_larger(existing.manifest, asked):
                 left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
-            engine = reuse_choices(engine, existing.manifest.choices, medium.root)
+            engine = reuse_choices(engine, existing.manifest.choices, medium.root, resources.cluster)
         planned = plan_store(prepared, engine, asked, existing, medium, resources, left=left)
-        return PlannedKernel(time_jacobians(planned, prepared, engine), report_of(engine))
+        if resources.cluster is None:
+            planned = time_jacobians(planned, prepared, engine)
+        return PlannedKernel(planned, report_of(engine))
 
 
 def _adapted(request: Request, existing: Store | None) -> Request:

@@ -16,12 +16,12 @@ from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
-from ntkpipe.build.plan import BlockTask, Plan
+from ntkpipe.build.plan import Plan
 from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
-from ntkpipe.build.records import BuildRecord, Halvings
+from ntkpipe.build.records import Halvings
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import Settled, exact_single_thread, finish_tiles, job_of, plan_and_check
+from ntkpipe.build.run import Settled, exact_single_thread, job_of, plan_and_check, run_job
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
@@ -78,10 +78,10 @@ def kernel_matrix(
         require_same_arrays(train, test, "inputs")
         train.inspect("other")
     (train if test is None else test).inspect("inputs")
-    request = Request.of(given, train, test)
+    request = Request.of(given, (train, test))
     with exact_single_thread(compute_dtype):
         prepared = prepare_matrix(request)
-        return build_matrix(prepared, settle_matrix(prepared, request.run), what=kind, progress=progress)
+        return build_matrix(prepared, settle_matrix(prepared, request.run), kind if progress else None)
 
 
 def prepare_matrix(request: Request) -> Prepared:
@@ -111,7 +111,7 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 
 
-def build_matrix(prepared: Prepared, settled: Settled, *, what: str, progress: bool) -> NDArray[Any]:
+def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = None) -> NDArray[Any]:
     """Compute a settled kernel; may be called repeatedly."""
     plan = settled.plan
     ((name, grid),) = plan.workload.grids.items()
@@ -119,8 +119,7 @@ def build_matrix(prepared: Prepared, settled: Settled, *, what: str, progress: b
     names = [plane.array(name) for plane in prepared.planes]
     sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
     job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
-    executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
-    finish_tiles(executor.run(job, plan.tasks()), Halvings(plan).tiles, plan, what=what, progress=progress)
+    run_job(job, ThreadExecutor(plan.machine.workers), Halvings(plan).tiles, progress)
     return matrix
 
 

@@ -131,7 +131,7 @@ def jacobian_operator(
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
     with exact_single_thread(compute_dtype):
-        prepared = prepare(Request.of(given, samples), device=device)
+        prepared = prepare(Request.of(given, (samples, None)), device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)

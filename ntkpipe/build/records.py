@@ -60,10 +60,8 @@ class RunLog:
         self._halvings = Halvings(plan)
         self._name = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}"
         self._started = perf_counter()
-        self._tiles = 0
+        self._tiles = self._num_bytes = self._peak_memory_bytes = 0
         self._flops = 0.0
-        self._num_bytes = 0
-        self._peak_memory_bytes = 0
         self._hosts: set[str] = set()
         self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
@@ -93,8 +91,7 @@ class RunLog:
         """Write the summary; a full disk must not hide the error that ended the run."""
         if not self._tiles:
             return
-        plan, seconds = self._plan, perf_counter() - self._started
-        machine = plan.machine
+        plan, machine, seconds = self._plan, self._plan.machine, perf_counter() - self._started
         run = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
@@ -103,11 +100,10 @@ class RunLog:
             "processes": machine.processes,
             "tiles": self._tiles,
             "seconds": seconds,
-            # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
             "batch": plan.batch,
-            "batch_used": self._halvings.used["batch"],
             "subtile": plan.subtile,
-            "subtile_used": self._halvings.used["subtile"],
+            # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
+            **{f"{name}_used": size for name, size in self._halvings.used.items()},
             "self_check_seconds": self._check_seconds,
             "flops": self._flops,
             "num_bytes": self._num_bytes,
@@ -135,8 +131,7 @@ class Halvings:
         """Pass tiles on, and blocks to ``add``; warn once when their sizes fall below the plan."""
         for record in records:
             was_as_planned = self.used == self._planned
-            self.used["batch"] = min(self.used["batch"], record.batch)
-            self.used["subtile"] = min(self.used["subtile"], record.subtile)
+            self.used = {name: min(size, getattr(record, name)) for name, size in self.used.items()}
             if was_as_planned and self.used != self._planned:
                 changes = [f"{name} {size} → {self.used[name]}" for name, size in self._planned.items()]
                 warnings.warn(

@@ -2,7 +2,8 @@
 
 import platform
 import socket
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -19,13 +20,13 @@ from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import Interrupted, ModelError, NtkpipeError, SelfCheckError, StoreFullError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.matching import require_same
-from ntkpipe.build.plan import Plan
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, reuse_choices, where_computed, workload_of
 from ntkpipe.build.records import BuildRecord, RunLog, TileRecord
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources
-from ntkpipe.executors.threads import ThreadExecutor
+from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.device import is_out_of_memory
@@ -249,34 +250,24 @@ def job_of(
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> BuildJob:
     """The job of a run whose tiles go to a sink."""
-    return BuildJob(
-        engine=settled.engine,
-        plan=settled.plan,
-        sources=sources,
-        is_mapping=prepared.train.is_mapping,
-        sink=sink,
-        cache=StripCache(settled.plan.cache_bytes),
-        store_dtype=np.dtype(prepared.spec.resolved_store_dtype()),
-        pairs=settled.engine.setup.pairs,
-        prefixes=tuple(plane.prefix for plane in prepared.planes),
-        in_use=in_use,
-    )
+    engine, plan, is_mapping = settled.engine, settled.plan, prepared.train.is_mapping
+    cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
+    prefixes = tuple(plane.prefix for plane in prepared.planes)
+    return BuildJob(engine, plan, sources, is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use)
 
 
-def finish_tiles(
-    running: Generator[BuildRecord, None, None],
+def run_job(
+    job: BuildJob,
+    executor: Executor[BlockTask, BuildRecord],
     tiles_of: Callable[[Iterator[BuildRecord]], Iterator[TileRecord]],
-    plan: Plan,
-    *,
-    what: str,
-    progress: bool,
+    progress: str | None,
 ) -> None:
-    """Run until all tiles are done, and show how many are."""
+    """Run a job until all tiles are done; show how many are, if ``progress`` says of what."""
     # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
-    with closing(running):
-        tiles = tiles_of(running)
-        if progress:
-            tiles = show_progress(tiles, total=plan.workload.num_tiles, done=plan.tiles_done, what=what, unit="tile")
+    with closing(executor.run(job, job.plan.tasks())) as running:
+        tiles, total = tiles_of(running), job.plan.workload.num_tiles
+        if progress is not None:
+            tiles = show_progress(tiles, total=total, done=job.plan.tiles_done, what=progress, unit="tile")
         for _ in tiles:
             pass
 
@@ -306,14 +297,27 @@ def build(
                 for split, each in samples.items():
                     write_samples(store, split, each, wanted)
             with closing(RunLog(store, plan, settled.check_seconds)) as log:
-                running = executor.run(job, plan.tasks())
-                finish_tiles(running, log.tiles, plan, what=store.manifest.kind, progress=resources.progress)
+                run_job(job, executor, log.tiles, store.manifest.kind if resources.progress else None)
                 if stage is None:
                     finish(store)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
         raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+
+
+def build_chunks(
+    store: Store,
+    wanted: frozenset[ChunkKey],
+    prepared: Prepared,
+    resources: Resources,
+    *,
+    stage: Manifest | None = None,
+) -> None:
+    """Settle and build just the wanted chunks; see :func:`build`."""
+    manifest, left = stage or store.manifest, Counter(name for name, _ in wanted)
+    _, settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
+    build(store, settled, prepared, resources, wanted=wanted, stage=stage)
 
 
 def _state(store: Store) -> str:

@@ -10,8 +10,9 @@ import dask
 import pytest
 import torch
 from distributed import Client, Worker
-from small import compute
+from small import compute, inputs, mlp
 
+from ntkpipe import plan_kernel
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
@@ -127,6 +128,14 @@ def test_workers_are_asked_for_real(client):
     assert found.base_memory < found.memory_limit < min(limits)
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
         inspect_workers(client, torch.float32, "cuda:7")
+
+
+def test_a_plan_for_a_cluster_is_made_for_its_workers(client, tmp_path):
+    options = {"store": tmp_path / "run.zarr", "tile": 4, "client": client, "progress": False}
+    plan, _ = plan_kernel(mlp(), inputs(), **options)
+    assert plan.machine.is_remote
+    assert (plan.machine.processes, plan.sample_seconds) == (2, None)
+    assert not (tmp_path / "run.zarr").exists()
 
 
 def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ntkpipe.build.matching import require_beginning, require_same_function
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.run import Settled, build, first_of, settle
+from ntkpipe.build.run import Settled, build_chunks, first_of, settle
 from ntkpipe.build.workers import Resources
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.mending.growth import ChunkKey, OldEntries, begin, end_growth, ragged
@@ -43,7 +43,5 @@ def _complete_edge(before: Prepared, store: Store, edge: frozenset[ChunkKey], re
     if wanted:
         data = (name for name in store.arrays if name.startswith(("samples/", "targets/")))
         wanted |= {(name, index) for name in data for index in store.arrays[name].missing()}
-        left, resources = Counter(name for name, _ in wanted), resources.without_self_check()
-        _, settled = settle(before, store.manifest, store, store.medium, resources, left=left)
-        build(store, settled, before, resources, wanted=frozenset(wanted))
+        build_chunks(store, frozenset(wanted), before, resources.without_self_check())
     end_growth(store)

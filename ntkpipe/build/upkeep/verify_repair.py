@@ -1,9 +1,8 @@
 """The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -70,8 +69,7 @@ def verify(
     opened = _open(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    data = {"inputs": inputs, "test_inputs": test_inputs}
-    return _certified(opened, model, data, forward, device, progress)
+    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
 
 
 @checked
@@ -131,23 +129,6 @@ def repair(
     opened, run = _open(store), spec_of(RunSpec, locals())
     if model is None:
         return mend(opened.store, done=undo(opened.store), progress=progress)
-    data = {"inputs": inputs, "targets": targets, "test_inputs": test_inputs, "test_targets": test_targets}
-    options: Any = {"forward": forward, "client": client, "code": code, "progress": progress}
-    return repair_with(opened, model, data, run, **options)
-
-
-def repair_with(
-    opened: KernelStore,
-    model: nn.Module,
-    data: Mapping[str, object],
-    run: RunSpec,
-    *,
-    forward: Forward,
-    client: "Client | None",
-    code: str | Path | None,
-    progress: bool,
-) -> RepairReport:
-    """Repair a store with its model, and with what is given of its data; see :func:`repair`."""
     kept, manifest = opened.store, opened.manifest
     if manifest.derived is not None:
         raise ConfigError(
@@ -155,8 +136,8 @@ def repair_with(
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
     done = undo(kept)
-    train = given_or_stored(kept, "train", data.get("inputs"), data.get("targets"))
-    test = given_or_stored(kept, "test", data.get("test_inputs"), data.get("test_targets"))
+    train = given_or_stored(kept, "train", inputs, targets)
+    test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
     request = Request(model, train, test, stored_spec(manifest), run, forward)
     resources = find_resources(request, client, code, progress)
@@ -166,7 +147,7 @@ def repair_with(
         return mend(
             kept,
             lambda chunks: recompute(kept, chunks, prepared, resources),
-            lambda: _certified(opened, model, data, forward, resources.device, progress),
+            lambda: _certified(opened, model, inputs, test_inputs, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
@@ -179,15 +160,15 @@ def _open(store: str | Path | KernelStore) -> KernelStore:
 def _certified(
     opened: KernelStore,
     model: nn.Module,
-    data: Mapping[str, object],
+    inputs: object,
+    test_inputs: object,
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
     with exact_single_thread(opened.manifest.compute_dtype):
         # Mismatches raise before a single tile is read.
-        samples = data.get("inputs"), data.get("test_inputs")
-        reference = find_reference(opened, model, *samples, forward=forward, device=device)
+        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
