@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
@@ -23,7 +24,7 @@ from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.interface import Rates, Setup
@@ -81,6 +82,14 @@ class Prepared:
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
 
 
+def functional_model(
+    model: nn.Module, forward: Forward, parameters: tuple[str, ...] | None, dtype: ComputeDtype, device: str | None
+) -> FunctionalModel:
+    """The model in the arithmetic of a run, on its device."""
+    numbers: Any = {"dtype": DTYPES[dtype], "tf32": dtype == "tf32"}
+    return prepare_model(model, forward=forward, parameters=parameters, device=resolve_device(device), **numbers)
+
+
 def loader(model: FunctionalModel, samples: Samples) -> Load:
     """A function that loads any samples as a batch on the model's device."""
 
@@ -103,14 +112,7 @@ def prepare(
     """Check the model on a few samples, and decide how its Jacobians are computed."""
     train, spec = request.train, request.kernel
     kind = get_kind(spec.kind)
-    functional = prepare_model(
-        request.model,
-        forward=request.forward,
-        parameters=spec.parameters,
-        dtype=DTYPES[spec.compute_dtype],
-        tf32=spec.compute_dtype == "tf32",
-        device=resolve_device(device),
-    )
+    functional = functional_model(request.model, request.forward, spec.parameters, spec.compute_dtype, device)
     load = loader(functional, train)
     num_outputs = check_outputs(functional, load, train.num_samples)
     functional = with_fast_layout(functional, load, train.num_samples)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +24,7 @@ from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, reuse_choices, where_computed, workload_of
 from ntkpipe.build.records import BuildRecord, RunLog, TileRecord
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
-from ntkpipe.build.workers import Resources
+from ntkpipe.build.workers import Resources, versions
 from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math
@@ -72,12 +71,9 @@ def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: D
         model=fingerprint(model, prepared.model.names),
         train=train,
         test=test,
-        choices=Choices(
-            strip=1, subtile=1, batch=1, representations={}, device=prepared.model.device.type, arithmetic=""
-        ),
+        choices=Choices(strip=1, subtile=1, batch=1, representations={}, device="cpu", arithmetic=""),
         environment={
-            **{name: version(name) for name in ("ntkpipe", "torch", "numpy", "zarr")},
-            "python": platform.python_version(),
+            **versions(),
             "host": socket.gethostname(),
             "processor": platform.processor() or platform.machine(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,9 +146,8 @@ def plan_store(
         chunks = layout.num_chunks if left is None else left.get(name, 0)
         to_write += chunks * layout.chunk_bytes
         done += layout.num_chunks - chunks if layout.grid is not None else 0
-    workload = workload_of(
-        prepared, engine, prepared.grids(), 0 if prepared.test is None else prepared.test.num_samples
-    )
+    num_test = 0 if prepared.test is None else prepared.test.num_samples
+    workload = workload_of(prepared, engine, prepared.grids(), num_test)
     machine = resources.machine(engine, medium.free_bytes())
     choices = None if existing is None else existing.manifest.choices
     return make_plan(workload, machine, choices=choices, tiles_done=done, bytes_to_write=to_write)

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 Reply = TypeVar("Reply")
 
-VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
-
 
 @dataclass(frozen=True)
 class Resources:
@@ -131,11 +129,10 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
         reports = _ask(client, report_worker, dtype, device)
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")
-    here = _versions()
     every = list(reports.values())
-    for name in ("python", *VERSIONS):
-        ours = f"{socket.gethostname()} (this process)", here[name]
-        found = _differing([ours, *((r.host, r.versions[name]) for r in every)])
+    for name, ours in versions().items():
+        mine = f"{socket.gethostname()} (this process)", ours
+        found = _differing([mine, *((r.host, r.versions[name]) for r in every)])
         if found and name == "ntkpipe":
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         if found:
@@ -182,11 +179,13 @@ def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker |
         is_remote=True,
         arithmetic=describe_arithmetic(found),
     )
-    return WorkerFacts(socket.gethostname(), _versions(), machine)
+    return WorkerFacts(socket.gethostname(), versions(), machine)
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    packages = ("ntkpipe", "torch", "numpy", "zarr")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _differing(values: Iterable[tuple[str, str]]) -> str:

@@ -325,7 +325,7 @@ def test_what_does_not_converge_is_a_finding(finished):
         (("solve", "--ridge", "-1"), "ridge=-1.0"),
         (("eigsh", "--memory-limit", "much"), "memory_limit='much'; needed a number of bytes, or text such as 8GiB"),
         (("eigsh", "--array", "tain"), "did you mean 'train'"),
-        (("logdet", "--probes", "3"), "no options of method='cholesky'"),
+        (("logdet", "--probes", "3"), "no option of method='cholesky'"),
     ],
 )
 def test_wrong_options_of_solvers_are_named(finished, arguments, words):

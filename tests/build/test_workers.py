@@ -25,7 +25,7 @@ from ntkpipe.store.store import Store
 GIB = 2**30
 USUAL = WorkerFacts(
     host="one",
-    versions=workers._versions(),
+    versions=workers.versions(),
     machine=Machine(
         workers=1,
         memory_limit=4 * GIB,

@@ -66,7 +66,7 @@ def verify(
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
-    opened = _open(store)
+    opened = open_kernel(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
     return _certified(opened, model, inputs, test_inputs, forward, device, progress)
@@ -126,7 +126,7 @@ def repair(
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
-    opened, run = _open(store), spec_of(RunSpec, locals())
+    opened, run = open_kernel(store), spec_of(RunSpec, locals())
     if model is None:
         return mend(opened.store, done=undo(opened.store), progress=progress)
     kept, manifest = opened.store, opened.manifest
@@ -151,10 +151,6 @@ def repair(
             done=done,
             progress=progress,
         )
-
-
-def _open(store: str | Path | KernelStore) -> KernelStore:
-    return store if isinstance(store, KernelStore) else open_kernel(store)
 
 
 def _certified(
