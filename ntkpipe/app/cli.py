@@ -1,8 +1,4 @@
-"""The command line: parse, call one public function, print.
-
-Exit codes: 0 good, 1 a finding (a bad tile, a failed check, a full disk), 2 wrong use, 130 interrupted. Modules that
-need torch are imported by the commands that compute, so that ``info`` and a plain ``verify`` answer at once.
-"""
+"""The command line: parse, call one public function, print. Torch is imported by the commands that compute alone."""
 
 import json
 import sys
@@ -28,14 +24,8 @@ from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo
 from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 
-_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
-_FINDING = (
-    errors.TileError,
-    errors.StoreFullError,
-    errors.SelfCheckError,
-    errors.NonFiniteError,
-    errors.ResourceError,
-)
+_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130  # exit codes: a bad tile, a failed check, a full disk; and the others
+_FINDING = (errors.TileError, errors.StoreFullError, errors.SelfCheckError, errors.NonFiniteError, errors.ResourceError)
 
 _COMMANDS = tuple(str(command.name) for command in COMMANDS)
 
@@ -64,11 +54,9 @@ _store = click.argument("store", metavar="STORE")
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
-@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
-@click.pass_context
-def cli(context: click.Context, traceback: bool) -> None:
+@click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error.")
+def cli() -> None:
     """Empirical neural tangent kernels at data-set size: exact, verified, resumable."""
-    context.obj = {"traceback": traceback}
     warnings.showwarning = _show_warning
 
 
@@ -291,7 +279,6 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
 
 
 def _describe(store: KernelStore) -> dict[str, Any]:
-    """Everything that is known of a store without reading a tile."""
     progress = store.progress
     return {
         "path": str(store.path),

@@ -1,7 +1,4 @@
-"""Submit a workflow to a cluster: its driver runs there, and this process is free once the first block is handed out.
-
-The scheduler imports this module, too, so it keeps torch out.
-"""
+"""Submit a workflow: its driver runs on the cluster, whose scheduler imports this module, too; so it keeps torch out."""
 
 import contextlib
 import os
@@ -68,7 +65,6 @@ def submit(
 
 
 def _announced(client: Client, store: str) -> list[Any]:
-    """Events that tell of blocks of a store."""
     return [event for _, event in client.get_events(TOPIC) if event["store"] == store]
 
 
@@ -139,7 +135,6 @@ def _beating(where: str | Path, key: str) -> Iterator[None]:
 
 
 def _is_driven_by(where: str | Path, key: str) -> bool:
-    """Whether a store was made, or resumed, by the driver of this key."""
     try:
         found = Store.open(where).read_result("driver")
     except StoreError:  # none, or a damaged one

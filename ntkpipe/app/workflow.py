@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
 from ntkpipe.build.plan import format_seconds
@@ -25,7 +23,7 @@ from ntkpipe.build.upkeep.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.report.report import require_libraries, write_report
+from ntkpipe.report.report import Report, require_libraries, write_report
 from ntkpipe.steps.options import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
@@ -104,19 +102,10 @@ def run(
         store = compute_kernel(**options, progress=progress)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
-            shared: Any = {"progress": progress, "client": client}
-            if step.step in REGISTRY:
-                found = run_step(store, step.step, **shared, **step.options)
-                yield StepResult(step.step, found.rows(), found.is_converged)
-            elif step.step == "report":
-                page = write_report(store, **shared, **step.options)
-                yield StepResult(step.step, page.rows(), page.is_good)
-            else:
-                yield StepResult(step.step, *_STEPS[step.step](loaded, store, progress, **step.options))
+            yield _done(step, loaded, store, {"progress": progress, "client": client})
 
 
 def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
-    """A client of the scheduler that a run asks for, if it does."""
     if run.scheduler is None:
         return contextlib.nullcontext()
     try:
@@ -187,25 +176,24 @@ def kernel_rows(store: KernelStore) -> TableRows:
     return rows
 
 
-def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
-    check = partial(verify_store, loaded) if certify else verify
-    report = check(store, progress=progress)
-    return report.rows(), report.is_good
+def _done(step: StepSpec, loaded: Loaded, store: KernelStore, shared: Mapping[str, Any]) -> StepResult:
+    name, options = step.step, step.options
+    if name in REGISTRY:
+        result = run_step(store, name, **shared, **options)
+        return StepResult(name, result.rows(), result.is_converged)
+    if name == "summary":
+        summary = summarize(store, **options)
+        store.store.write_result("summary", summary.to_json())
+        return StepResult(name, summary_rows(summary), is_good=True)
+    if name == "report":
+        found: Report | VerificationReport = write_report(store, **shared, **options)
+    else:
+        found = _verified(loaded, store, progress=shared["progress"], **options)
+    return StepResult(name, found.rows(), found.is_good)
 
 
-def _summary_step(
-    loaded: Loaded,
-    store: KernelStore,
-    progress: bool,
-    *,
-    samples: int | None = None,
-    ridge: float = 1e-4,
-    ridge_scale: RidgeScale = "mean_diagonal",
-) -> tuple[TableRows, bool]:
-    del loaded, progress
-    found = summarize(store, samples=samples, ridge=ridge, ridge_scale=ridge_scale)
-    store.store.write_result("summary", found.to_json())
-    return summary_rows(found), True
+def _verified(loaded: Loaded, store: KernelStore, *, progress: bool, certify: bool = True) -> VerificationReport:
+    return verify_store(loaded, store, progress=progress) if certify else verify(store, progress=progress)
 
 
 def summary_rows(found: Summary) -> TableRows:
@@ -227,20 +215,19 @@ def summary_rows(found: Summary) -> TableRows:
     return rows
 
 
-# Steps that need more than a kernel.
-_STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
+# Steps that are in no registry, with the functions that have their options.
+_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": _verified, "summary": summarize}
 
 
 def _check_step(step: StepSpec, source: str) -> None:
-    """Check a step before anything is computed."""
     where = f"{source}: step {step.step!r}"
-    require_known([step.step], [*REGISTRY, "report", *_STEPS], source, "step")
+    require_known([step.step], [*REGISTRY, *_STEPS], source, "step")
     if step.step in REGISTRY:
         Budget.of(step.options.get("memory_limit"))
         check_step(step.step, {k: v for k, v in step.options.items() if k not in _OF_EVERY_STEP}, where)
         return
     if step.step == "report":
         require_libraries()
-    options = options_of(write_report if step.step == "report" else _STEPS[step.step])
+    options = options_of(_STEPS[step.step])
     require_known(step.options, options.keys() - {"progress", "store"}, where, "option")
     check_options(options, step.options, where)

@@ -150,7 +150,6 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Cl
 
 
 def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
-    """The cluster, with missing fields taken from this machine."""
     machine = plan.machine
     share = machine.base_memory + (machine.memory_limit - machine.base_memory) // machine.workers
     here = {"flops_per_second": machine.flops_per_second, "memory_limit": math.ceil(share / SHARE_OF_LIMIT)}

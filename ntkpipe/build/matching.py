@@ -87,7 +87,6 @@ def require_beginning(store: Store, before: Prepared, asked: Manifest) -> None:
 
 
 def _first_difference(store: Store, split: str, samples: Samples) -> str:
-    """Where samples first differ from those in the store, in words."""
     stored = StoredSource(store, split, samples.num_samples)
     targets = samples.targets
     try:

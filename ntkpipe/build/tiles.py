@@ -123,8 +123,6 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tile of every plane on its way to the sink."""
-
     index: Index
     span: Span  # row samples
     values: dict[str, Arrival]  # entries, by arrays that lack them

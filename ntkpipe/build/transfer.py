@@ -77,8 +77,6 @@ class SideStream:
 
 @dataclass
 class _Slot:
-    """Memory of one tile in transfer."""
-
     device: Tensor  # where it is computed
     pinned: Tensor  # where it arrives
     copied: torch.cuda.Event | None = None  # end of the copy

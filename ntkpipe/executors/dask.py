@@ -81,8 +81,6 @@ class ClusterExecutor(Generic[Key, Record]):
 
 
 class _Run(Generic[Key, Record]):
-    """One call of :meth:`ClusterExecutor.run`."""
-
     def __init__(self, executor: ClusterExecutor[Key, Record], job: Job[Key, Record]) -> None:
         self._client, self._max_failures = executor.client, executor.max_failures
         self._token = uuid4().hex[:16]
@@ -132,11 +130,9 @@ class _Run(Generic[Key, Record]):
                     yield from self._finish(*event)
 
     def _deliver(self) -> None:
-        """Send the job to all present and future workers."""
         busy, events = self._busy, self._events  # the client keeps its handlers: they must not refer to the job
 
         def note_memory(event: tuple[float, dict[str, Any]]) -> None:
-            """Note that a nanny killed a worker; the cluster may also run work of others."""
             if event[1]["worker"] in busy:
                 events.put(monotonic())
 

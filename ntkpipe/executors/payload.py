@@ -96,8 +96,6 @@ _OPENED: dict[tuple[str, str], "_Opened"] = {}
 
 
 class _Opened:
-    """A payload in a worker, with the jobs that its threads have opened."""
-
     def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
         self._payload = payload
         self._topic = topic
