@@ -1,4 +1,4 @@
-"""Submit a workflow: its driver runs on the cluster, whose scheduler imports this module, too; so it keeps torch out."""
+"""Submit a workflow, whose driver then runs on a cluster. The scheduler imports this module, so it keeps torch out."""
 
 import contextlib
 import os

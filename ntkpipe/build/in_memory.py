@@ -138,9 +138,9 @@ class _MatrixSink:
         """Whether it need not be computed: true for outputs, false for tiles."""
         return array not in self.matrices
 
-    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+    def place(self, array: str, index: Index) -> NDArray[Any]:
         """The tile's part of the matrix."""
-        return self.matrices[array][self._region(index)] if array in self.matrices else None
+        return self.matrices[array][self._region(index)]
 
     def _region(self, index: Index) -> tuple[slice, slice]:
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
@@ -148,6 +148,6 @@ class _MatrixSink:
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Mirror a tile, which was computed in place."""
-        if array in self.matrices and self.grid.symmetric and index[0] != index[1]:
+        if self.grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
             self.matrices[array][columns, rows] = values.T

@@ -37,7 +37,6 @@ class Workload:
     tile: int  # samples along a tile's edge
     num_covectors: int  # rows per sample
     store_itemsize: int  # bytes of a stored entry
-    accumulate_itemsize: int  # bytes of an entry while it is summed
     cost: Cost  # of the Jacobians
     num_matrices: int = 1  # matrices of each kernel: one, or one for each output
     num_groups: int = 0  # parameter groups with kernels of their own

@@ -178,7 +178,6 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
         tile=prepared.tile,
         num_covectors=prepared.num_covectors,
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
-        accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
         cost=_cost(prepared, engine),
         num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
         num_groups=len(prepared.groups),

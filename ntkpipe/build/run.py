@@ -106,26 +106,20 @@ def plan_and_check(
     plan = planned(engine)
     if not is_checked:
         return Settled(engine, plan, None, 0.0)
-    started = perf_counter()
-    checked, report = _self_checked(prepared, engine, plan)
+    started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
+    samples = prepared.train.num_samples
+    try:
+        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+    except NtkpipeError:
+        raise
+    except Exception as error:  # its samples are new to the model
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
     seconds = perf_counter() - started
     if checked.representations != engine.representations:
         plan = planned(checked)
     return Settled(checked, plan, report, seconds)
-
-
-def _self_checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
-    """Run the self-check within the memory of a plan; its samples are new to the model, which may raise there."""
-    try:
-        memory = plan.machine.memory_limit - plan.machine.base_memory
-        samples = prepared.train.num_samples
-        return self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
-    except NtkpipeError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
 
 
 def plan_store(

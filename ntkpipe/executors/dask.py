@@ -15,18 +15,17 @@ from time import monotonic
 from typing import Any, Generic
 from uuid import uuid4
 
-from distributed import Client, Future, KilledWorker, Scheduler, WorkerPlugin
+from distributed import Client, Future, KilledWorker, Scheduler
 from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
-from ntkpipe.executors.payload import Payload, PayloadMissingError, discard, pickle_job, receive, run_key
+from ntkpipe.executors.payload import PLUGIN_PREFIX, JobPlugin, Payload, PayloadMissingError, pickle_job, run_key
 from ntkpipe.executors.threads import Job, Key, Record
 
 TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be built
 
 _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 
-_PLUGIN_PREFIX = "ntkpipe-"
 _KEYS_PER_THREAD = 2  # submitted in advance for each thread of a worker: one runs, one waits there
 _SPARE_KEYS = 8
 _FETCHERS = 32  # results fetched at a time: one after the other they would keep hundreds of workers waiting
@@ -38,25 +37,9 @@ _BACKOFF_SECONDS = 1.0  # delay before an unreachable store is tried again; doub
 _MOST_SHRINKING = 8  # halvings of sizes; smaller ones gain nothing
 
 
-class JobPlugin(WorkerPlugin):
-    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
-
-    def __init__(self, payload: Payload, owner: str) -> None:
-        self.name = f"{_PLUGIN_PREFIX}{payload.token}@{owner}"
-        self.payload = payload
-
-    def setup(self, worker: Any) -> None:
-        """Dask calls this in each worker."""
-        receive(worker, self.payload, self.name)
-
-    def teardown(self, worker: Any) -> None:
-        """Dask calls this in each worker when the run has ended."""
-        discard(worker, self.payload)
-
-
 def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
     """Plugins of killed drivers, whose models the scheduler would keep and give to every new worker."""
-    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
+    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(PLUGIN_PREFIX)]
     return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
