@@ -121,7 +121,7 @@ def test_forward_hook_by_import_string(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": [{"step": "sumary"}]}, "unknown step 'sumary'; the nearest is 'summary'"),
+        ({"steps": [{"step": "sumary"}]}, "has no step 'sumary'; the nearest is 'summary'"),
         ({"steps": [{"step": "summary", "options": {"rigde": 1}}]}, "no option 'rigde'; the nearest is 'ridge'"),
         ({"data": {"factory": "study_factories:no_inputs"}}, "returned the keys 'x'; needed a mapping with 'inputs'"),
         ({"data": {"factory": "study_factories:raises"}}, "raised FileNotFoundError: digits.csv"),
