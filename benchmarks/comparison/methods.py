@@ -12,9 +12,10 @@ from torch.func import functional_call, grad, jacrev, vmap
 from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
-from ntkpipe.build.in_memory import SettledMatrix, build_matrix, prepare_matrix, settle_matrix
+from ntkpipe.build.in_memory import build_matrix, prepare_matrix, settle_matrix
+from ntkpipe.build.prepare import Prepared
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import exact_single_thread
+from ntkpipe.build.run import Settled, exact_single_thread
 from ntkpipe.jacobian.model.samples import as_samples
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.
@@ -61,11 +62,11 @@ class Ours(Method):
 
     def kernel(self, size: int) -> Tensor:
         with exact_single_thread():
-            return torch.from_numpy(build_matrix(self.settled(size), what=self.work.kind, progress=False))
+            return torch.from_numpy(build_matrix(*self.settled(size)))
 
-    def settled(self, size: int) -> SettledMatrix:
+    def settled(self, size: int) -> tuple[Prepared, Settled]:
         """Traced, measured, planned and self-checked; ``settle_seconds`` says how long it took."""
-        held: tuple[int, SettledMatrix] | None = getattr(self, "_settled", None)
+        held: tuple[int, tuple[Prepared, Settled]] | None = getattr(self, "_settled", None)
         if held is None or held[0] != size:
             spec = KernelSpec(kind=self.work.kind, compute_dtype=self.compute_dtype)
             start = perf_counter()
@@ -73,7 +74,7 @@ class Ours(Method):
                 samples = as_samples(self.inputs[:size], with_targets=False)
                 run = RunSpec(workers=self.workers, device="cpu")
                 prepared = prepare_matrix(Request(self.model, samples, None, spec, run))
-                held = size, settle_matrix(prepared, run)
+                held = size, (prepared, settle_matrix(prepared, run))
             self._settled, self.settle_seconds = held, perf_counter() - start
         return held[1]
 

@@ -1,8 +1,4 @@
-"""The command line: parse, call one public function, print.
-
-Exit codes: 0 good, 1 a finding (a bad tile, a failed check, a full disk), 2 wrong use, 130 interrupted. Modules that
-need torch are imported by the commands that compute, so that ``info`` and a plain ``verify`` answer at once.
-"""
+"""The command line: parse, call one public function, print. Torch is imported by the commands that compute alone."""
 
 import json
 import sys
@@ -16,16 +12,8 @@ import click
 from rich.console import Console
 
 from ntkpipe.app.commands import COMMANDS, show_result
-from ntkpipe.base.errors import (
-    ConfigError,
-    Interrupted,
-    NonFiniteError,
-    NtkpipeError,
-    ResourceError,
-    SelfCheckError,
-    StoreFullError,
-    TileError,
-)
+from ntkpipe.base import errors
+from ntkpipe.base.errors import ConfigError, Interrupted, NtkpipeError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
@@ -36,8 +24,8 @@ from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo
 from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 
-_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130
-_FINDINGS = (TileError, StoreFullError, SelfCheckError, NonFiniteError, ResourceError)
+_FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130  # exit codes: a bad tile, a failed check, a full disk; and the others
+_FINDING = (errors.TileError, errors.StoreFullError, errors.SelfCheckError, errors.NonFiniteError, errors.ResourceError)
 
 _COMMANDS = tuple(str(command.name) for command in COMMANDS)
 
@@ -66,11 +54,9 @@ _store = click.argument("store", metavar="STORE")
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
-@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
-@click.pass_context
-def cli(context: click.Context, traceback: bool) -> None:
+@click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error.")
+def cli() -> None:
     """Empirical neural tangent kernels at data-set size: exact, verified, resumable."""
-    context.obj = {"traceback": traceback}
     warnings.showwarning = _show_warning
 
 
@@ -85,11 +71,11 @@ def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, sched
     from ntkpipe.app.workflow import load
     from ntkpipe.app.workflow import run as run_workflow
 
-    is_good = True
+    are_good = []
     for result in run_workflow(load(workflow, _with_scheduler(overrides, scheduler)), mode=mode, grow=grow):
         print_rows(result.step, result.rows)
-        is_good &= result.is_good
-    if not is_good:
+        are_good.append(result.is_good)
+    if not all(are_good):
         sys.exit(_FOUND)
 
 
@@ -253,29 +239,11 @@ def export(store: str, path: Path, array: str) -> None:
 @click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
 @click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
 @_as_json
-def report(
-    store: str,
-    output: str | None,
-    array: str,
-    ridges: tuple[float, ...],
-    ridge_scale: Any,
-    memory_limit: str | None,
-    saved_only: bool,
-    as_json: bool,
-) -> None:
+def report(store: str, output: str | None, ridges: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
     from ntkpipe.report.report import write_report  # keeps scipy out of other commands
 
-    written = write_report(
-        store,
-        output,
-        array=array,
-        ridges=ridges or None,
-        ridge_scale=ridge_scale,
-        memory_limit=memory_limit,
-        saved_only=saved_only,
-    )
-    show_result(f"report {store}", written, as_json=as_json)
+    show_result(f"report {store}", write_report(store, output, ridges=ridges or None, **options), as_json=as_json)
 
 
 for _command in COMMANDS:
@@ -299,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = str(error.__cause__) if isinstance(error.__cause__, Interrupted) else "interrupted"
         _fail(message, _INTERRUPTED, given)
     except NtkpipeError as error:
-        _fail(str(error), _FOUND if isinstance(error, _FINDINGS) else _WRONG_USE, given)
+        _fail(str(error), _FOUND if isinstance(error, _FINDING) else _WRONG_USE, given)
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> None:
@@ -311,7 +279,6 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
 
 
 def _describe(store: KernelStore) -> dict[str, Any]:
-    """Everything that is known of a store without reading a tile."""
     progress = store.progress
     return {
         "path": str(store.path),

@@ -1,7 +1,4 @@
-"""Submit a workflow to a cluster: its driver runs there, and this process is free once the first block is handed out.
-
-The scheduler imports this module, too, so it keeps torch out.
-"""
+"""Submit a workflow, whose driver then runs on a cluster. The scheduler imports this module, so it keeps torch out."""
 
 import contextlib
 import os
@@ -68,7 +65,6 @@ def submit(
 
 
 def _announced(client: Client, store: str) -> list[Any]:
-    """Events that tell of blocks of a store."""
     return [event for _, event in client.get_events(TOPIC) if event["store"] == store]
 
 
@@ -76,27 +72,19 @@ def _drive(code: bytes, name: str, overrides: Sequence[str], mode: Mode, grow: b
     """The driver: a task that gives its thread back to the worker, and that Dask may repeat elsewhere."""
     from ntkpipe.app import workflow
 
-    folder = Path(get_worker().local_directory) / f"ntkpipe-{uuid4().hex}"
+    worker = get_worker()
+    folder = Path(worker.local_directory) / f"ntkpipe-{uuid4().hex}"
     unpack_code(code, folder)
     loaded = workflow.load(folder / name, overrides)
     store = loaded.workflow.store
     if _is_driven_by(store, key):  # Dask repeats it: mode="w" has started over, and what came since is kept
         mode = "a"
-    with _own_client() as client, _state_kept(client, store, key):
-        bad = [
-            result.step for result in workflow.run(loaded, mode=mode, grow=grow, client=client) if not result.is_good
-        ]
-        if bad:
+    secede()  # the worker gets its thread back, and the client is this driver's alone: another may be beside it
+    own = Client(worker.scheduler.address, security=worker.security, set_as_default=False)
+    with own as client, _state_kept(client, store, key):
+        results = workflow.run(loaded, mode=mode, grow=grow, client=client)
+        if bad := [result.step for result in results if not result.is_good]:
             raise ClusterError(f"the kernel is complete, but steps found something wrong: {', '.join(bad)}")
-
-
-@contextlib.contextmanager
-def _own_client() -> Iterator[Client]:
-    """A client of this driver alone, whose thread the worker gets back; another driver may be in the same process."""
-    worker = get_worker()
-    secede()
-    with Client(worker.scheduler.address, security=worker.security, set_as_default=False) as client:
-        yield client
 
 
 @contextlib.contextmanager
@@ -147,7 +135,6 @@ def _beating(where: str | Path, key: str) -> Iterator[None]:
 
 
 def _is_driven_by(where: str | Path, key: str) -> bool:
-    """Whether a store was made, or resumed, by the driver of this key."""
     try:
         found = Store.open(where).read_result("driver")
     except StoreError:  # none, or a damaged one
@@ -160,14 +147,6 @@ def _write_state(where: str | Path, key: str, state: str, message: str) -> None:
         store = Store.open(where)
     except StoreNotFoundError:  # not begun yet, or refused before it was
         return
-    store.write_result(
-        "driver",
-        {
-            "state": state,
-            "message": message,
-            "key": key,
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    driver = {"key": key, "host": socket.gethostname(), "process": os.getpid()}
+    store.write_result("driver", {"state": state, "message": message, **driver, "time": now})

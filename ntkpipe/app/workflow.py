@@ -16,21 +16,18 @@ from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.build import compute
-from ntkpipe.build.plan import Plan, format_seconds
-from ntkpipe.build.request import Request, train_and_test
-from ntkpipe.build.upkeep import verify_repair
+from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
+from ntkpipe.build.plan import format_seconds
+from ntkpipe.build.upkeep.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
-from ntkpipe.jacobian.parameter_report import ParameterReport
-from ntkpipe.report.report import require_libraries, write_report
+from ntkpipe.report.report import Report, require_libraries, write_report
 from ntkpipe.steps.options import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
-from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
 from ntkpipe.store.mending.repair import RepairReport
 from ntkpipe.store.results import reading_results
@@ -99,23 +96,16 @@ def run(
     with contextlib.ExitStack() as stack:
         if client is None:
             client = stack.enter_context(_client_of(workflow.run))
-        options: Any = {"mode": mode, "grow": grow, "client": client, "code": loaded.folder, "progress": progress}
-        store = compute.compute(_request(loaded), **options)
+        options = {**_arguments(loaded), "mode": mode, "grow": grow, "client": client, "code": loaded.folder}
+        if workflow.run.scheduler == "local":
+            options["memory_limit"] = None  # that of the workers, which say how much they have
+        store = compute_kernel(**options, progress=progress)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
-            if step.step in REGISTRY:
-                found = run_step(store, step.step, progress=progress, client=client, **step.options)
-                yield StepResult(step.step, found.rows(), found.is_converged)
-            elif step.step == "report":
-                page = write_report(store, progress=progress, client=client, **step.options)
-                yield StepResult(step.step, page.rows(), page.is_good)
-            else:
-                rows, is_good = _STEPS[step.step](loaded, store, progress, **step.options)
-                yield StepResult(step.step, rows, is_good)
+            yield _done(step, loaded, store, {"progress": progress, "client": client})
 
 
 def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
-    """A client of the scheduler that a run asks for, if it does."""
     if run.scheduler is None:
         return contextlib.nullcontext()
     try:
@@ -127,40 +117,31 @@ def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
     return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
 
 
-def plan(loaded: Loaded, *, grow: bool = False) -> tuple[Plan, tuple[ParameterReport, ...]]:
+def plan(loaded: Loaded, *, grow: bool = False) -> PlannedKernel:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
-    return compute.plan(_request(loaded, is_planned=True), grow=grow)
+    return plan_kernel(**_arguments(loaded), grow=grow)
 
 
-def _request(loaded: Loaded, *, is_planned: bool = False) -> Request:
-    """What a workflow asks for; the memory of a local cluster is that of its workers, which say how much they have."""
-    workflow, run = loaded.workflow, loaded.workflow.run
-    if run.scheduler == "local" and not is_planned:
-        run = run.model_copy(update={"memory_limit": None})
-    samples = train_and_test(**loaded.data)
-    return Request(loaded.model, *samples, workflow.kernel, run, loaded.forward, workflow.store)
+def _arguments(loaded: Loaded) -> dict[str, Any]:
+    """What a workflow asks for, as arguments of :func:`ntkpipe.compute_kernel`."""
+    workflow = loaded.workflow
+    specs = {**workflow.kernel.model_dump(), **workflow.run.model_dump(exclude={"scheduler"})}
+    return {"model": loaded.model, "forward": loaded.forward, "store": workflow.store, **loaded.data, **specs}
 
 
 def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    return verify_repair.verify(
-        store,
-        loaded.model,
-        loaded.data["inputs"],
-        test_inputs=loaded.data.get("test_inputs"),
-        forward=loaded.forward,
-        device=loaded.workflow.run.device,
-        progress=progress,
-    )
+    options: Any = {"forward": loaded.forward, "device": loaded.workflow.run.device, "progress": progress}
+    samples = {name: loaded.data[name] for name in ("inputs", "test_inputs") if name in loaded.data}
+    return verify(store, loaded.model, **samples, **options)
 
 
 def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
     run = loaded.workflow.run
     with _client_of(run) as client:
-        options: Any = {"forward": loaded.forward, "client": client, "code": loaded.folder, "progress": progress}
-        return verify_repair.repair_with(opened, loaded.model, loaded.data, run, **options)
+        options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "progress": progress}
+        return repair(store, loaded.model, forward=loaded.forward, client=client, code=loaded.folder, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -173,55 +154,46 @@ def kernel_rows(store: KernelStore) -> TableRows:
         size += f", test × train {shapes[1][0]:,} × {shapes[1][1]:,}"
     if count > 1:
         size += f", {count} of each"
+    size += f"; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"
     rows = [
         ("store", str(store.path)),
         ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
-        (
-            "size",
-            f"{size}; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}",
-        ),
+        ("size", size),
     ]
     with reading_results(store.path):
-        return rows + _result_rows(store)
-
-
-def _result_rows(store: KernelStore) -> TableRows:
-    """How the kernel was computed and checked, in words."""
-    rows: TableRows = []
-    runs = store.store.read_results("runs")
-    if runs:
-        seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
-        rows.append(("time", f"{format_seconds(seconds)}, and {runs[-1]['self_check_seconds']:.1f} s of self-check"))
-        share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
-        rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {runs[-1]['workers']} workers"
-        rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
-    check = store.store.read_result("self_check")
-    if check is not None:
-        judge = f"{check['reference']} in {check['dtype']}"
-        rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
+        runs = store.store.read_results("runs")
+        if runs:
+            seconds, flops = sum(run["seconds"] for run in runs), sum(run["flops"] for run in runs)
+            last = runs[-1]
+            rows.append(("time", f"{format_seconds(seconds)}, and {last['self_check_seconds']:.1f} s of self-check"))
+            share = sum(run["share_of_rate"] * run["seconds"] for run in runs) / seconds
+            rate = f"{flops / seconds / 1e9:.1f} GFLOP/s on {last['workers']} workers"
+            rows.append(("rate", f"{rate}, {share:.0%} of what their matrix products reach"))
+        check = store.store.read_result("self_check")
+        if check is not None:
+            judge = f"{check['reference']} in {check['dtype']}"
+            rows.append(("self-check", f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"))
     return rows
 
 
-def _verify_step(loaded: Loaded, store: KernelStore, progress: bool, *, certify: bool = True) -> tuple[TableRows, bool]:
-    report = (
-        verify_store(loaded, store, progress=progress) if certify else verify_repair.verify(store, progress=progress)
-    )
-    return report.rows(), report.is_good
+def _done(step: StepSpec, loaded: Loaded, store: KernelStore, shared: Mapping[str, Any]) -> StepResult:
+    name, options = step.step, step.options
+    if name in REGISTRY:
+        result = run_step(store, name, **shared, **options)
+        return StepResult(name, result.rows(), result.is_converged)
+    if name == "summary":
+        summary = summarize(store, **options)
+        store.store.write_result("summary", summary.to_json())
+        return StepResult(name, summary_rows(summary), is_good=True)
+    if name == "report":
+        found: Report | VerificationReport = write_report(store, **shared, **options)
+    else:
+        found = _verified(loaded, store, progress=shared["progress"], **options)
+    return StepResult(name, found.rows(), found.is_good)
 
 
-def _summary_step(
-    loaded: Loaded,
-    store: KernelStore,
-    progress: bool,
-    *,
-    samples: int | None = None,
-    ridge: float = 1e-4,
-    ridge_scale: RidgeScale = "mean_diagonal",
-) -> tuple[TableRows, bool]:
-    del loaded, progress
-    found = summarize(store, samples=samples, ridge=ridge, ridge_scale=ridge_scale)
-    store.store.write_result("summary", found.to_json())
-    return summary_rows(found), True
+def _verified(loaded: Loaded, store: KernelStore, *, progress: bool, certify: bool = True) -> VerificationReport:
+    return verify_store(loaded, store, progress=progress) if certify else verify(store, progress=progress)
 
 
 def summary_rows(found: Summary) -> TableRows:
@@ -243,20 +215,19 @@ def summary_rows(found: Summary) -> TableRows:
     return rows
 
 
-# Steps that need more than a kernel.
-_STEPS: dict[str, Callable[..., tuple[TableRows, bool]]] = {"verify": _verify_step, "summary": _summary_step}
+# Steps that are in no registry, with the functions that have their options.
+_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": _verified, "summary": summarize}
 
 
 def _check_step(step: StepSpec, source: str) -> None:
-    """Check a step before anything is computed."""
     where = f"{source}: step {step.step!r}"
-    require_known([step.step], [*REGISTRY, "report", *_STEPS], source, "step")
+    require_known([step.step], [*REGISTRY, *_STEPS], source, "step")
     if step.step in REGISTRY:
         Budget.of(step.options.get("memory_limit"))
         check_step(step.step, {k: v for k, v in step.options.items() if k not in _OF_EVERY_STEP}, where)
         return
     if step.step == "report":
         require_libraries()
-    options = options_of(write_report if step.step == "report" else _STEPS[step.step])
+    options = options_of(_STEPS[step.step])
     require_known(step.options, options.keys() - {"progress", "store"}, where, "option")
     check_options(options, step.options, where)

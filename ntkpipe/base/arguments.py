@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ntkpipe.base.docstrings import completed
 from ntkpipe.base.errors import ArgumentError, ConfigError
 
 P = ParamSpec("P")
@@ -152,7 +153,7 @@ def known_names(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check names of arguments and types of plain ones before a function is called.
+    """Check names of arguments and types of plain ones before a function is called, and complete its docstring.
 
     An unknown name raises ArgumentError with the nearest one, a value of another type ConfigError with what is needed.
     """
@@ -161,4 +162,20 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return function(**bound(function, args, kwargs))  # type: ignore[call-arg]
 
+    call.__doc__ = completed(function, errors={})
     return call
+
+
+def with_arguments_of(other: Callable[P, Any]) -> Callable[[Callable[[Mapping[str, Any]], T]], Callable[P, T]]:
+    """Decorate a function of arguments by name: they are those of another function, and checked alike."""
+
+    def decorate(function: Callable[[Mapping[str, Any]], T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            return function(bound(call, args, kwargs))
+
+        returned = signature(function).return_annotation
+        call.__signature__ = signature(other).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate

@@ -1,7 +1,7 @@
 """Docstrings of functions that share parameters: what is the same for all of them is written once, here."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import cleandoc, signature
 from textwrap import fill
 from typing import Any
@@ -24,8 +24,25 @@ PARAMETERS = {
     "seed": "Seed of everything that is random. Equal seeds give equal bits.",
     "monitor": "Called after each pass with a :class:`ntkpipe.solvers.result.Step`; what it raises ends the call.",
     "checkpoint": "Where finished parts are saved; another call for the same calculation goes on behind them.",
-    "client": "A ``distributed.Client`` whose workers multiply.",
+    "client": "A ``distributed.Client`` whose workers compute; default threads of this process.",
     "progress": "Show progress on standard error.",
+    "model": "A module in eval mode; it is copied. Parameters with ``requires_grad=False`` are left out.",
+    "inputs": "N samples: a tensor or array (samples along the first axis), a dict of them (keyword arguments of the "
+    "model), or a map-style data set of samples or (sample, target) pairs.",
+    "kind": 'Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) '
+    'or ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.',
+    "forward": 'Picks the (batch, O) tensor: ``".logits"``, a function of what the model returns, or one of (model, '
+    "inputs).",
+    "parameters": 'Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.',
+    "compute_dtype": 'dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.',
+    "accumulate_dtype": "dtype of products and sums over parameters; default ``compute_dtype``, but at least float32. "
+    "Never TF32.",
+    "store_dtype": "dtype of the matrix; default ``accumulate_dtype``.",
+    "device": 'Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.',
+    "self_check": "Compare the engine with plain ``torch.func`` on three samples before the first tile.",
+    "code": "Folder whose Python files are sent to the workers; needed only for a model defined in one of them.",
+    "workers": "Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.",
+    "jacobian": 'How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.',
 }
 # Entries of `Raises` of all that work on a matrix.
 ERRORS = {
@@ -55,16 +72,18 @@ def _filled(text: str) -> str:
     return fill(text, 116, initial_indent="    ", subsequent_indent="    ")
 
 
-def completed(function: Callable[..., Any]) -> str:
+def completed(function: Callable[..., Any], errors: Mapping[str, str]) -> str | None:
     """The docstring of a function with the entries that are the same everywhere, in the order of its signature."""
     found = sections(function.__doc__ or "")
+    if "Parameters" not in found:
+        return function.__doc__
     described = {name: body for name, body in _ENTRY.findall(found.pop("Parameters", ""))}
     names = dict.fromkeys(signature(function).parameters)
     blocks = [f"{name}\n{described.get(name) or _filled(PARAMETERS[name])}".rstrip() for name in names]
     raised = {name: body for name, body in _ENTRY.findall(found.pop("Raises", ""))}
     listed = {name for key in raised for name in key.split(", ")}
-    missing = (name for name in ERRORS if name not in listed and (name != "StoreError" or "checkpoint" in names))
-    raised |= {name: _filled(ERRORS[name]) for name in missing}
+    missing = (name for name in errors if name not in listed and (name != "StoreError" or "checkpoint" in names))
+    raised |= {name: _filled(errors[name]) for name in missing}
     first, returned = found.pop(""), found.pop("Returns", None)
     parts = {"Parameters": "\n".join(blocks)} | ({} if returned is None else {"Returns": returned})
     parts["Raises"] = "\n".join(f"{name}\n{body.rstrip()}" for name, body in raised.items())

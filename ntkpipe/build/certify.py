@@ -10,8 +10,8 @@ from torch import nn
 
 from ntkpipe.base.errors import ConfigError, StoreMismatchError
 from ntkpipe.base.kinds import get_kind
-from ntkpipe.build.prepare import loader
-from ntkpipe.jacobian.model.functional import DTYPES, Forward, fingerprint, prepare_model, resolve_device
+from ntkpipe.build.prepare import functional_model, loader
+from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
 from ntkpipe.jacobian.probe import with_fast_layout
 from ntkpipe.jacobian.products import JacobianProducts
@@ -79,14 +79,7 @@ def find_reference(
                 )
             sources[split] = StoredSource(store.store, split, record.num_samples)
     _require_same_model(store, model)
-    functional = prepare_model(
-        model,
-        forward=forward,
-        parameters=manifest.model.parameters,
-        dtype=DTYPES[manifest.compute_dtype],
-        tf32=manifest.compute_dtype == "tf32",
-        device=resolve_device(device),
-    )
+    functional = functional_model(model, forward, manifest.model.parameters, manifest.compute_dtype, device)
     samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
     functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
     kind = get_kind(manifest.kind)

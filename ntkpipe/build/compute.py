@@ -1,17 +1,16 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
-from ntkpipe.base.arguments import checked
+from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.grid import default_tile
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.matching import (
     require_made_from_model,
@@ -70,43 +69,19 @@ def compute_kernel(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied. Parameters with ``requires_grad=False`` are left out.
-    inputs
-        N samples: a tensor or array (samples along the first axis), a dict of them (keyword arguments of the model), or
-        a map-style data set of samples or (sample, target) pairs.
     store
         Path or URL of the store.
-    kind
-        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) or
-        ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.
     targets
         Targets of the N samples, along the first axis; stored for later use with the kernel.
     test_inputs
         M test samples, which add the test x train kernel and the diagonal blocks of the test samples.
     test_targets
         Targets of the M test samples.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names, such as ``"head.*"``; default all that require a gradient.
     groups
         Groups of those parameters (name → patterns, disjoint), each of which gets a kernel from the same pass. It is
         ``store.group(name).train``; if the groups cover all parameters, their kernels sum to the whole.
-    compute_dtype
-        dtype of forward pass and Jacobians. ``"tf32"`` is float32 whose products on a GPU may be TF32.
-    accumulate_dtype
-        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32. Never TF32.
-    store_dtype
-        dtype of the stored matrix; default ``accumulate_dtype``.
     tile
         Samples along the edge of a tile (one file); default about 2048 rows.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
     mode
         ``"a"`` creates or resumes, ``"w"`` starts over, ``"w-"`` only creates; these are the modes of Zarr.
     grow
@@ -114,14 +89,6 @@ def compute_kernel(
     client
         A ``distributed.Client`` whose workers compute the blocks and write to the store. The store must be on a disk
         that they share, or at a URL. Default threads of this process.
-    code
-        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
-    jacobian
-        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
@@ -138,19 +105,7 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    return compute(Request.of(locals()), mode=mode, grow=grow, client=client, code=code, progress=progress)
-
-
-def compute(
-    request: Request,
-    *,
-    mode: Mode = "a",
-    grow: bool = False,
-    client: "Client | None" = None,
-    code: str | Path | None = None,
-    progress: bool = True,
-) -> KernelStore:
-    """Compute or resume what is asked for; see :func:`compute_kernel`."""
+    request = Request.of(locals())
     if grow and mode != "a":
         raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
     medium = medium_at(request.store)
@@ -160,12 +115,12 @@ def compute(
     request = _adapted(request, existing)
     resources = find_resources(request, client, code, progress)
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=resources.device, choose_tile=_tile_of(existing))
+        prepared = prepare(request, device=resources.device)
         asked = manifest_of(request.model, prepared, *prepared.inspect())
         if existing is not None and grow and is_larger(existing.manifest, asked):
             require_made_from_model(existing, grows=True)
-            settled = grow_store(prepared, asked, existing, resources)
-            settled.store.complete_layout()
+            kept, settled = grow_store(prepared, asked, existing, resources)
+            kept.complete_layout()
         else:
             if existing is not None:
                 require_same(existing, asked)
@@ -175,9 +130,9 @@ def compute(
                 if not existing.missing():
                     end_growth(existing)
                     return KernelStore(existing)
-            settled = settle(prepared, asked, existing, medium, resources, mode=mode)
-        build(settled, prepared, resources)
-        return KernelStore(settled.store)
+            kept, settled = settle(prepared, asked, existing, medium, resources, mode=mode)
+        build(kept, settled, prepared, resources)
+        return KernelStore(kept)
 
 
 class PlannedKernel(NamedTuple):
@@ -190,30 +145,11 @@ class PlannedKernel(NamedTuple):
         return as_table([*self.plan.rows(), *report_rows(self.parameters)])
 
 
-@checked
-def plan_kernel(
-    model: nn.Module,
-    inputs: object,
-    *,
-    store: str | Path,
-    kind: str = "pntk",
-    targets: object = None,
-    test_inputs: object = None,
-    test_targets: object = None,
-    forward: "Forward" = None,
-    parameters: str | Sequence[str] | None = None,
-    groups: Mapping[str, str | Sequence[str]] | None = None,
-    compute_dtype: ComputeDtype = "float32",
-    accumulate_dtype: RealDtype | None = None,
-    store_dtype: RealDtype | None = None,
-    tile: int | None = None,
-    memory_limit: MemoryLimit = None,
-    device: str | None = None,
-    workers: int | None = None,
-    jacobian: Literal["structured", "fallback"] = "structured",
-    grow: bool = False,
-) -> PlannedKernel:
+@with_arguments_of(compute_kernel)
+def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     """Plan what :func:`compute_kernel` would do with the same arguments; reads five samples and writes nothing.
+
+    With a client it is what its workers would do, but Jacobians are not timed.
 
     Returns
     -------
@@ -223,39 +159,33 @@ def plan_kernel(
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    return plan(Request.of(locals()), grow=grow)
-
-
-def plan(request: Request, *, grow: bool = False) -> PlannedKernel:
-    """Plan what is asked for; see :func:`plan_kernel`."""
+    request, grow = Request.of(arguments), arguments["grow"]
     medium = medium_at(request.store)
-    existing = prepare_path(medium, "a")
+    existing = prepare_path(medium, arguments["mode"]) if arguments["mode"] != "w" else None
     request = _adapted(request, existing)
-    train, test, run = request.train, request.test, request.run
+    resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
+    train, test = request.train, request.test
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=run.device, choose_tile=_tile_of(existing))
+        prepared = prepare(request, device=resources.device)
         asked = manifest_of(request.model, prepared, train.describe(), None if test is None else test.describe())
         engine, left = prepared.engine, None
         if existing is not None:
             require_same_but_samples(existing, asked, grow=grow)
             if is_larger(existing.manifest, asked):
                 left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
-            engine = reuse_choices(engine, existing.manifest.choices, medium.root)
-        planned = plan_store(prepared, engine, asked, existing, medium, run, left=left)
-        return PlannedKernel(time_jacobians(planned, prepared, engine), report_of(engine))
+            engine = reuse_choices(engine, existing.manifest.choices, medium.root, resources.cluster)
+        planned = plan_store(prepared, engine, asked, existing, medium, resources, left=left)
+        if resources.cluster is None:
+            planned = time_jacobians(planned, prepared, engine)
+        return PlannedKernel(planned, report_of(engine))
 
 
 def _adapted(request: Request, existing: Store | None) -> Request:
-    """The request, with the store's tile where that was cut to the samples of a first, smaller run."""
-    tile = request.kernel.tile
-    if existing is None or tile is None:
+    """The request with the store's tile, which was cut to the samples of a first run, unless it asks for another."""
+    if existing is None:
         return request
-    manifest = existing.manifest
+    tile, manifest = request.kernel.tile, existing.manifest
     first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    if min(tile, first) != manifest.tile:
+    if tile is not None and min(tile, first) != manifest.tile:
         return request
     return replace(request, kernel=request.kernel.model_copy(update={"tile": manifest.tile}))
-
-
-def _tile_of(existing: Store | None) -> Callable[[int, int, int], int]:
-    return default_tile if existing is None else lambda *_: existing.manifest.tile

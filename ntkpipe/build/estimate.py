@@ -65,11 +65,9 @@ class ClusterEstimate:
             **self.cluster.model_dump(mode="json"),
             "blocks": self.plan.num_tasks,
             **{name: getattr(self.plan, name) for name in ("bytes_to_write", "recompute_factor", "memory_bytes")},
-            **{
-                f"{part}_seconds": getattr(self, f"{part}_seconds") for part in ("block", "compute", "balance", "write")
-            },
+            **{name: getattr(self, name) for name in ("block_seconds", "compute_seconds", "balance_seconds")},
             "start_seconds": START_SECONDS,
-            **{name: getattr(self, name) for name in ("seconds", "cost", "binds")},
+            **{name: getattr(self, name) for name in ("write_seconds", "seconds", "cost", "binds")},
             "problems": list(self.plan.problems),
         }
 
@@ -126,11 +124,20 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Cl
     if not isinstance(cluster, ClusterSpec):
         cluster = parse(ClusterSpec, cluster, source="cluster")
     cluster = _completed(cluster, plan)
-    machine = _machine_of(cluster, plan)
-    found = _planned(plan, machine)
-    roomy = _planned(plan, replace(machine, memory_limit=_ANY_MEMORY))
+    machine = Machine(
+        workers=1,
+        processes=cluster.workers,
+        is_remote=True,
+        memory_limit=int(SHARE_OF_LIMIT * (cluster.memory_limit or 0)),
+        # On a CPU each process starts with the memory of this one.
+        base_memory=plan.machine.base_memory if cluster.device == "cpu" else 0,
+        free_disk=None,
+        flops_per_second=cluster.flops_per_second or 0.0,
+        device=cluster.device,
+    )
+    found, roomy = _planned(plan, machine), _planned(plan, replace(machine, memory_limit=_ANY_MEMORY))
     left = 1 - plan.tiles_done / plan.workload.num_tiles
-    compute_seconds = _worker_seconds(found) * left
+    compute_seconds = found.worker_seconds * left
     rate = cluster.write_bytes_per_second
     write_seconds = 0.0 if rate is None else plan.bytes_to_write / rate
     if found.problems:
@@ -138,12 +145,11 @@ def estimate_cluster(plan: Plan, cluster: ClusterSpec | Mapping[str, Any]) -> Cl
     elif write_seconds > compute_seconds / cluster.workers:
         binds = "disk"
     else:
-        binds = "memory" if _worker_seconds(roomy) < _RELIEF * _worker_seconds(found) else "compute"
+        binds = "memory" if roomy.worker_seconds < _RELIEF * found.worker_seconds else "compute"
     return ClusterEstimate(cluster, found, compute_seconds, found.block_seconds if left else 0.0, write_seconds, binds)
 
 
 def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
-    """The cluster, with missing fields taken from this machine."""
     machine = plan.machine
     share = machine.base_memory + (machine.memory_limit - machine.base_memory) // machine.workers
     here = {"flops_per_second": machine.flops_per_second, "memory_limit": math.ceil(share / SHARE_OF_LIMIT)}
@@ -157,20 +163,6 @@ def _completed(cluster: ClusterSpec, plan: Plan) -> ClusterSpec:
     return cluster.model_copy(update={name: here[name] for name in missing})
 
 
-def _machine_of(cluster: ClusterSpec, plan: Plan) -> Machine:
-    """The described workers, each a process that on a CPU starts with the memory of this one."""
-    return Machine(
-        workers=1,
-        processes=cluster.workers,
-        is_remote=True,
-        memory_limit=int(SHARE_OF_LIMIT * (cluster.memory_limit or 0)),
-        base_memory=plan.machine.base_memory if cluster.device == "cpu" else 0,
-        free_disk=None,
-        flops_per_second=cluster.flops_per_second or 0.0,
-        device=cluster.device,
-    )
-
-
 def _planned(plan: Plan, machine: Machine) -> Plan:
     """The work of a plan on another machine, with the time of Jacobians scaled to its rate."""
     kept = plan.choices({}, plan.machine.device, "") if plan.is_resumed else None
@@ -179,8 +171,3 @@ def _planned(plan: Plan, machine: Machine) -> Plan:
     if plan.sample_seconds is None:
         return found
     return replace(found, sample_seconds=plan.sample_seconds * plan.machine.flops_per_second / machine.flops_per_second)
-
-
-def _worker_seconds(plan: Plan) -> float:
-    """Computing time for all tiles, summed over the workers."""
-    return plan.seconds * plan.machine.num_workers

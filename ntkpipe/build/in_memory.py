@@ -1,6 +1,5 @@
 """``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +12,16 @@ from torch import nn
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
+from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
-from ntkpipe.base.planes import array_of
-from ntkpipe.base.progress import show_progress
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
-from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.prepare import Prepared, plan_run, prepare
-from ntkpipe.build.records import BuildRecord, Halvings, TileRecord
+from ntkpipe.build.plan import Plan
+from ntkpipe.build.planner import make_plan
+from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
+from ntkpipe.build.records import Halvings
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import exact_single_thread, self_checked
-from ntkpipe.build.tiles import BuildJob, StripCache
+from ntkpipe.build.run import Settled, exact_single_thread, job_of, plan_and_check, run_job
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
@@ -58,38 +55,10 @@ def kernel_matrix(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied.
-    inputs
-        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     other
         M other samples for the columns; default the inputs themselves.
-    kind
-        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"``, ``"diagonal"`` or ``"ntk"``.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names; default all that require a gradient.
-    compute_dtype
-        dtype of forward pass and Jacobians.
-    accumulate_dtype
-        dtype of products and sums over parameters; default ``compute_dtype``, but at least float32.
-    store_dtype
-        dtype of the result; default ``accumulate_dtype``.
     tile
         Samples along the edge of what one worker computes at a time; default what gives every worker something to do.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core.
-    jacobian
-        How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
@@ -102,7 +71,6 @@ def kernel_matrix(
         If the matrix does not fit in memory.
     """
     given = locals()
-    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     # Columns are the train samples: a symmetric kernel is train x train, another one test x train.
     train, test = as_samples(inputs, with_targets=False), None
     if other is not None:
@@ -110,20 +78,10 @@ def kernel_matrix(
         require_same_arrays(train, test, "inputs")
         train.inspect("other")
     (train if test is None else test).inspect("inputs")
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare_matrix(Request(model, train, test, spec, run, forward))
-        return build_matrix(settle_matrix(prepared, run), what=kind, progress=progress)
-
-
-@dataclass(frozen=True)
-class SettledMatrix:
-    """A kernel in memory that is ready to compute."""
-
-    prepared: Prepared
-    engine: Engine  # self-checked, if the run asks for that
-    plan: Plan  # fits in memory
-    name: str  # of the kernel
-    grid: Grid  # of the kernel
+    request = Request.of(given, (train, test))
+    with exact_single_thread(compute_dtype):
+        prepared = prepare_matrix(request)
+        return build_matrix(prepared, settle_matrix(prepared, request.run), kind if progress else None)
 
 
 def prepare_matrix(request: Request) -> Prepared:
@@ -133,7 +91,7 @@ def prepare_matrix(request: Request) -> Prepared:
     return prepare(request, device=run.device, choose_tile=partial(matrix_tile, num_workers=num_workers))
 
 
-def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
+def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     """Do all work before the first tile: measure costs, plan and self-check."""
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
@@ -145,40 +103,23 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> SettledMatrix:
             f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
-    engine = prepared.engine
 
-    def planned() -> Plan:
-        plan = plan_run(prepared, engine, run, {name: grid}, medium=None, result_bytes=needed)
-        plan.require_fit()
-        return plan
+    def planned(engine: Engine) -> Plan:
+        workload = workload_of(prepared, engine, {name: grid})
+        return make_plan(workload, this_machine(engine, run, result_bytes=needed)).fitting()
 
-    plan = planned()
-    if run.self_check:
-        engine, _ = self_checked(prepared, engine, plan)
-        if engine.representations != prepared.engine.representations:
-            plan = planned()
-    return SettledMatrix(prepared, engine, plan, name, grid)
+    return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 
 
-def build_matrix(settled: SettledMatrix, *, what: str, progress: bool) -> NDArray[Any]:
+def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = None) -> NDArray[Any]:
     """Compute a settled kernel; may be called repeatedly."""
-    prepared, plan = settled.prepared, settled.plan
-    dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    matrix = np.empty(_shape(prepared, settled.grid), dtype)
-    prefixes = tuple(plane.prefix for plane in prepared.planes)
-    names = [array_of(prefix, settled.name) for prefix in prefixes]
-    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *settled.grid.shape), strict=True)), settled.grid)
-    train, cache, pairs = prepared.train, StripCache(plan.cache_bytes), settled.engine.setup.pairs
-    sources = {"train": train.source} | ({} if prepared.test is None else {"test": prepared.test.source})
-    job = BuildJob(settled.engine, plan, sources, train.is_mapping, sink, cache, dtype, pairs, prefixes)
-    executor: ThreadExecutor[BlockTask, BuildRecord] = ThreadExecutor(plan.machine.workers)
-    with contextlib.closing(executor.run(job, plan.tasks())) as running:
-        records = Halvings(plan).watch(running)
-        tiles = (record for record in records if isinstance(record, TileRecord))
-        if progress:
-            tiles = show_progress(tiles, total=plan.workload.num_tiles, done=0, what=what, unit="tile")
-        for _ in tiles:
-            pass
+    plan = settled.plan
+    ((name, grid),) = plan.workload.grids.items()
+    matrix = np.empty(_shape(prepared, grid), np.dtype(prepared.spec.resolved_store_dtype()))
+    names = [plane.array(name) for plane in prepared.planes]
+    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
+    job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
+    run_job(job, ThreadExecutor(plan.machine.workers), Halvings(plan).tiles, progress)
     return matrix
 
 
@@ -197,9 +138,9 @@ class _MatrixSink:
         """Whether it need not be computed: true for outputs, false for tiles."""
         return array not in self.matrices
 
-    def place(self, array: str, index: Index) -> NDArray[Any] | None:
+    def place(self, array: str, index: Index) -> NDArray[Any]:
         """The tile's part of the matrix."""
-        return self.matrices[array][self._region(index)] if array in self.matrices else None
+        return self.matrices[array][self._region(index)]
 
     def _region(self, index: Index) -> tuple[slice, slice]:
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
@@ -207,6 +148,6 @@ class _MatrixSink:
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Mirror a tile, which was computed in place."""
-        if array in self.matrices and self.grid.symmetric and index[0] != index[1]:
+        if self.grid.symmetric and index[0] != index[1]:
             rows, columns = self._region(index)
             self.matrices[array][columns, rows] = values.T

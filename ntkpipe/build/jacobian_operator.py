@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, check_number, spec_of
+from ntkpipe.base.config import ComputeDtype, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
@@ -110,22 +110,12 @@ def jacobian_operator(
 
     Parameters
     ----------
-    model
-        A module in eval mode; it is copied.
-    inputs
-        N samples: a tensor, an array, a dict of arrays or a map-style data set, as for :func:`ntkpipe.compute_kernel`.
     kind
         Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
-    forward
-        Picks the (batch, O) tensor: ``".logits"``, a function of the model's output, or one of (model, inputs).
-    parameters
-        Shell-style patterns of parameter names; default all that require a gradient.
     compute_dtype
         dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
     batch
         Samples of one forward pass, at least 2.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
     step
         Called after each batch of each product.
 
@@ -137,12 +127,11 @@ def jacobian_operator(
         If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
     """
     given = locals()
-    spec, run = spec_of(KernelSpec, given), spec_of(RunSpec, given)
     check_number("batch", batch, low=2)
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
-    with exact_single_thread(spec.compute_dtype):
-        prepared = prepare(Request(model, samples, None, spec, run, forward), device=device)
+    with exact_single_thread(compute_dtype):
+        prepared = prepare(Request.of(given, (samples, None)), device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)

@@ -1,7 +1,5 @@
 """Whether a store was made with the model and the samples that are given now."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -89,7 +87,6 @@ def require_beginning(store: Store, before: Prepared, asked: Manifest) -> None:
 
 
 def _first_difference(store: Store, split: str, samples: Samples) -> str:
-    """Where samples first differ from those in the store, in words."""
     stored = StoredSource(store, split, samples.num_samples)
     targets = samples.targets
     try:
@@ -130,15 +127,11 @@ def require_same_function(store: Store, prepared: Prepared, doubted: frozenset[C
             (("outputs", stored[picked].tolist(), outputs.tolist()),),
         )
     tile, index = store.arrays[prepared.planes[0].array("kernel/train")], (first[0], first[0])
-    if tile.has(index) and (tile.layout.name, index) not in doubted:
-        _require_same_entries(store, tile.read(index), picked, _entries(prepared, samples))
-
-
-def _require_same_entries(store: Store, tile: NDArray[Any], picked: list[int], found: NDArray[np.float64]) -> None:
-    """Compare kernel entries of a few samples with those in a diagonal tile."""
-    width = store.manifest.num_covectors
+    if not tile.has(index) or (tile.layout.name, index) in doubted:
+        return
+    width, found = store.manifest.num_covectors, _entries(prepared, samples)
     rows = np.add.outer(np.array(picked) * width, np.arange(width)).reshape(-1)
-    stored = tile[np.ix_(rows, rows)].astype(np.float64)
+    stored = tile.read(index)[np.ix_(rows, rows)].astype(np.float64)
     scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
     error = float(np.abs(found - stored).max()) / scale
     if error > _ENTRY_TOLERANCE[store.manifest.compute_dtype]:

@@ -37,7 +37,6 @@ class Workload:
     tile: int  # samples along a tile's edge
     num_covectors: int  # rows per sample
     store_itemsize: int  # bytes of a stored entry
-    accumulate_itemsize: int  # bytes of an entry while it is summed
     cost: Cost  # of the Jacobians
     num_matrices: int = 1  # matrices of each kernel: one, or one for each output
     num_groups: int = 0  # parameter groups with kernels of their own
@@ -112,10 +111,11 @@ class Plan:
     sample_seconds: float | None = None
     is_resumed: bool = False  # whether strip, subtile and batch come from an existing store
 
-    def require_fit(self) -> None:
-        """Raise if the plan does not fit the machine."""
+    def fitting(self) -> "Plan":
+        """The plan, unless it does not fit the machine, which raises."""
         if self.problems:
             raise ResourceError("; ".join(self.problems))
+        return self
 
     @property
     def rows_held(self) -> int:
@@ -128,20 +128,25 @@ class Plan:
         return self.pair_flops + self.jacobian_flops
 
     @property
-    def seconds(self) -> float:
-        """Estimated computing time: contractions at the matrix-product rate, Jacobians as measured."""
+    def worker_seconds(self) -> float:
+        """Estimated computing time, summed over the workers: contractions at their rate, Jacobians as measured."""
         rate = self.machine.flops_per_second
         jacobians = self.jacobian_flops / rate
         if self.sample_seconds is not None:
             jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
-        return (self.pair_flops / rate + jacobians) / self.machine.num_workers
+        return self.pair_flops / rate + jacobians
+
+    @property
+    def seconds(self) -> float:
+        """Estimated computing time."""
+        return self.worker_seconds / self.machine.num_workers
 
     @property
     def block_seconds(self) -> float:
         """Computing time of a whole block, or of a kernel that is smaller than one: its share of all pairs."""
         num_pairs = [grid.num_pairs for grid in self.workload.grids.values()]
         share = min(max(num_pairs), (self.edge * self.workload.tile) ** 2) / sum(num_pairs)
-        return self.seconds * self.machine.num_workers * share
+        return self.worker_seconds * share
 
     @property
     def num_tasks(self) -> int:

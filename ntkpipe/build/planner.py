@@ -71,7 +71,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     subtile = min(max(1, int(sizes.piece_rows / workload.num_matrices**0.5) // workload.num_covectors), tile)
     room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
     most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
-    batch = _power_of_two(max(2, int(min(most))), subtile)
+    batch = min(1 << (max(2, int(min(most))).bit_length() - 1), subtile)  # a power of two, unless a piece is smaller
     affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.
@@ -112,11 +112,6 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
         plan = replace(plan, edge=1, hold=min(plan.hold, strips))
     memory_bytes = int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan))
     return replace(plan, memory_bytes=memory_bytes)
-
-
-def _power_of_two(value: int, limit: int) -> int:
-    """Largest power of two up to ``value``, but at most ``limit``."""
-    return min(1 << (max(1, value).bit_length() - 1), limit)
 
 
 def _edges(workload: Workload, machine: Machine) -> list[int]:

@@ -6,30 +6,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ntkpipe.base.config import KernelSpec, RunSpec
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
-from ntkpipe.build.planner import make_plan
 from ntkpipe.build.request import Request
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
 from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.store.manifest import Choices, DataRecord
-from ntkpipe.store.media.medium import Medium
 
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
 _COST_BATCH = 8
@@ -64,6 +63,11 @@ class Prepared:
         """Rows per sample, S."""
         return self.kind.num_covectors(self.num_outputs)
 
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """Samples by split."""
+        return {"train": self.train} | ({} if self.test is None else {"test": self.test})
+
     def load(self, samples: Sequence[int]) -> Batch:
         """Load any train samples as a batch on the device."""
         return loader(self.model, self.train)(samples)
@@ -76,6 +80,14 @@ class Prepared:
         """The kernels of a store of these samples."""
         num_test = None if self.test is None else self.test.num_samples
         return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
+
+
+def functional_model(
+    model: nn.Module, forward: Forward, parameters: tuple[str, ...] | None, dtype: ComputeDtype, device: str | None
+) -> FunctionalModel:
+    """The model in the arithmetic of a run, on its device."""
+    numbers: Any = {"dtype": DTYPES[dtype], "tf32": dtype == "tf32"}
+    return prepare_model(model, forward=forward, parameters=parameters, device=resolve_device(device), **numbers)
 
 
 def loader(model: FunctionalModel, samples: Samples) -> Load:
@@ -100,14 +112,7 @@ def prepare(
     """Check the model on a few samples, and decide how its Jacobians are computed."""
     train, spec = request.train, request.kernel
     kind = get_kind(spec.kind)
-    functional = prepare_model(
-        request.model,
-        forward=request.forward,
-        parameters=spec.parameters,
-        dtype=DTYPES[spec.compute_dtype],
-        tf32=spec.compute_dtype == "tf32",
-        device=resolve_device(device),
-    )
+    functional = functional_model(request.model, request.forward, spec.parameters, spec.compute_dtype, device)
     load = loader(functional, train)
     num_outputs = check_outputs(functional, load, train.num_samples)
     functional = with_fast_layout(functional, load, train.num_samples)
@@ -164,58 +169,39 @@ def where_computed(engine: Engine, cluster: Machine | None) -> tuple[str, str]:
     return engine.model.device.type, describe_arithmetic(engine.model.device)
 
 
-def plan_run(
-    prepared: Prepared,
-    engine: Engine,
-    run: RunSpec,
-    grids: dict[str, Grid],
-    *,
-    medium: Medium | None,
-    choices: Choices | None = None,
-    tiles_done: int = 0,
-    bytes_to_write: int | None = None,
-    result_bytes: int = 0,
-    cluster: Machine | None = None,
-) -> Plan:
-    """Measure the cost of Jacobians and the rate of this machine, and plan."""
+def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], num_test: int = 0) -> Workload:
+    """What is to be computed; measures the cost of Jacobians."""
     spec = prepared.spec
-    workload = Workload(
+    return Workload(
         grids=grids,
-        num_test=prepared.test.num_samples if prepared.test is not None and medium is not None else 0,
+        num_test=num_test,
         tile=prepared.tile,
         num_covectors=prepared.num_covectors,
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
-        accumulate_itemsize=np.dtype(spec.resolved_accumulate_dtype()).itemsize,
-        cost=measure_cost(prepared, engine),
+        cost=_cost(prepared, engine),
         num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
         num_groups=len(prepared.groups),
     )
-    disk = None if medium is None else medium.free_bytes()
-    if cluster is None:
-        machine = _this_machine(engine, run, result_bytes, disk)
-    else:
-        limit = min(cluster.memory_limit, run.memory_limit or cluster.memory_limit)
-        machine = replace(cluster, memory_limit=limit, free_disk=disk)
-    return make_plan(workload, machine, choices=choices, tiles_done=tiles_done, bytes_to_write=bytes_to_write)
 
 
-def _this_machine(engine: Engine, run: RunSpec, result_bytes: int, disk: int | None) -> Machine:
-    used = process_memory()
-    limit = run.memory_limit or used + result_bytes + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
+def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None) -> Machine:
+    """What this process may use, of which ``result_bytes`` are taken."""
+    base = process_memory() + result_bytes
+    limit = run.memory_limit or base + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":
         # Strips live on the device: plan for the smaller memory, so that they need not be halved during the run.
-        limit = min(limit, used + result_bytes + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
+        limit = min(limit, base + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
     return Machine(
         workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
         memory_limit=int(limit),
-        base_memory=used + result_bytes,
-        free_disk=disk,
+        base_memory=base,
+        free_disk=free_disk,
         flops_per_second=engine.setup.rates.product,
         device=str(engine.model.device),
     )
 
 
-def measure_cost(prepared: Prepared, engine: Engine) -> Cost:
+def _cost(prepared: Prepared, engine: Engine) -> Cost:
     """Cost of the Jacobians, from two small batches, including each worker's copy of the model."""
     samples = probe_samples(prepared.train.num_samples)
     numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from time import perf_counter
@@ -60,21 +60,17 @@ class RunLog:
         self._halvings = Halvings(plan)
         self._name = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}"
         self._started = perf_counter()
-        self._tiles = 0
+        self._tiles = self._num_bytes = self._peak_memory_bytes = 0
         self._flops = 0.0
-        self._num_bytes = 0
-        self._peak_memory_bytes = 0
         self._hosts: set[str] = set()
         self._strangers: set[str] = set()  # hosts that joined with another type of processor
 
     def tiles(self, records: Iterator[BuildRecord]) -> Iterator[TileRecord]:
         """Pass tiles on, and log blocks."""
-        for record in self._halvings.watch(records):
-            if isinstance(record, BlockRecord):
-                self._add(record)
-            elif not record.array.endswith("test_diagonal"):
+        for tile in self._halvings.tiles(records, self._add):
+            if not tile.array.endswith("test_diagonal"):
                 self._tiles += 1
-                yield record
+                yield tile
 
     def _add(self, block: BlockRecord) -> None:
         expected = self._store.manifest.choices.arithmetic
@@ -95,8 +91,7 @@ class RunLog:
         """Write the summary; a full disk must not hide the error that ended the run."""
         if not self._tiles:
             return
-        plan, seconds = self._plan, perf_counter() - self._started
-        machine = plan.machine
+        plan, machine, seconds = self._plan, self._plan.machine, perf_counter() - self._started
         run = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
@@ -105,11 +100,10 @@ class RunLog:
             "processes": machine.processes,
             "tiles": self._tiles,
             "seconds": seconds,
-            # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
             "batch": plan.batch,
-            "batch_used": self._halvings.used["batch"],
             "subtile": plan.subtile,
-            "subtile_used": self._halvings.used["subtile"],
+            # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
+            **{f"{name}_used": size for name, size in self._halvings.used.items()},
             "self_check_seconds": self._check_seconds,
             "flops": self._flops,
             "num_bytes": self._num_bytes,
@@ -131,12 +125,13 @@ class Halvings:
         self._planned = {"batch": plan.batch, "subtile": plan.subtile}
         self.used = dict(self._planned)
 
-    def watch(self, records: Iterator[BuildRecord]) -> Iterator[BuildRecord]:
-        """Pass records on; warn once when their sizes fall below the plan."""
+    def tiles(
+        self, records: Iterator[BuildRecord], add: Callable[[BlockRecord], None] = lambda _: None
+    ) -> Iterator[TileRecord]:
+        """Pass tiles on, and blocks to ``add``; warn once when their sizes fall below the plan."""
         for record in records:
             was_as_planned = self.used == self._planned
-            self.used["batch"] = min(self.used["batch"], record.batch)
-            self.used["subtile"] = min(self.used["subtile"], record.subtile)
+            self.used = {name: min(size, getattr(record, name)) for name, size in self.used.items()}
             if was_as_planned and self.used != self._planned:
                 changes = [f"{name} {size} → {self.used[name]}" for name, size in self._planned.items()]
                 warnings.warn(
@@ -145,4 +140,7 @@ class Halvings:
                     "workers, plans for less memory",
                     stacklevel=2,
                 )
-            yield record
+            if isinstance(record, BlockRecord):
+                add(record)
+            else:
+                yield record

@@ -15,7 +15,7 @@ from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arr
 
 @dataclass(frozen=True)
 class Request:
-    """A kernel that is asked for, by arguments of a public function or by a workflow file."""
+    """A kernel that is asked for."""
 
     model: nn.Module
     train: Samples
@@ -26,23 +26,19 @@ class Request:
     store: str | Path = ""  # path or URL; empty for a kernel that has none
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """The request that the arguments of a public function make."""
+    def of(cls, arguments: Mapping[str, Any], samples: tuple[Samples, Samples | None] | None = None) -> "Request":
+        """The request that the arguments of a public function make, by default of the samples among them."""
         kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
-        samples = (arguments[name] for name in ("inputs", "targets", "test_inputs", "test_targets"))
-        model, forward, store = (arguments[name] for name in ("model", "forward", "store"))
-        return cls(model, *train_and_test(*samples), kernel, run, forward, store)
+        train, test = samples or _train_and_test(arguments)
+        return cls(arguments["model"], train, test, kernel, run, arguments["forward"], arguments.get("store", ""))
 
 
-def train_and_test(
-    inputs: object, targets: object = None, test_inputs: object = None, test_targets: object = None
-) -> tuple[Samples, Samples | None]:
-    """Train and test samples, as they are given."""
-    train = as_samples(inputs, targets)
-    if test_inputs is None:
-        if test_targets is not None:
+def _train_and_test(arguments: Mapping[str, Any]) -> tuple[Samples, Samples | None]:
+    train = as_samples(arguments["inputs"], arguments["targets"])
+    if arguments["test_inputs"] is None:
+        if arguments["test_targets"] is not None:
             raise DataError("test_targets were given without test_inputs")
         return train, None
-    test = as_samples(test_inputs, test_targets, label="test_inputs")
+    test = as_samples(arguments["test_inputs"], arguments["test_targets"], label="test_inputs")
     require_same_arrays(train, test, "test_inputs")
     return train, test

@@ -1,12 +1,12 @@
 """One run of a kernel into its store: settle plan and store, then build every missing tile."""
 
-import contextlib
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
@@ -15,25 +15,26 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntkpipe.base.config import ComputeDtype, RunSpec
+from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import Interrupted, ModelError, NtkpipeError, SelfCheckError, StoreFullError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.matching import require_same
-from ntkpipe.build.plan import Machine, Plan
-from ntkpipe.build.prepare import Prepared, plan_run, reuse_choices, where_computed
-from ntkpipe.build.records import RunLog
-from ntkpipe.build.tiles import BuildJob, StripCache
-from ntkpipe.build.workers import Resources
-from ntkpipe.executors.threads import ThreadExecutor
+from ntkpipe.build.plan import BlockTask, Plan
+from ntkpipe.build.planner import make_plan
+from ntkpipe.build.prepare import Prepared, reuse_choices, where_computed, workload_of
+from ntkpipe.build.records import BuildRecord, RunLog, TileRecord
+from ntkpipe.build.tiles import BuildJob, Sink, StripCache
+from ntkpipe.build.workers import Resources, versions
+from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import fingerprint
-from ntkpipe.jacobian.model.samples import Samples, StoredSource
+from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
 from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.kernel_store import KernelStore
-from ntkpipe.store.layout import Index, layouts, planes
+from ntkpipe.store.layout import Index, layouts
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest
 from ntkpipe.store.media.medium import Medium
 from ntkpipe.store.mending.growth import NO_OLD_ENTRIES, ChunkKey, OldEntries, aside, finish
@@ -42,7 +43,7 @@ from ntkpipe.store.store import Mode, Store, prepare_path
 _RESUME = "every finished tile is stored; the same call or command resumes"
 
 
-@contextlib.contextmanager
+@contextmanager
 def exact_single_thread(compute_dtype: ComputeDtype = "float32") -> Iterator[None]:
     """The arithmetic of every tile, until the context is left: one thread, no fused paths, TF32 only on request."""
     threads = torch.get_num_threads()
@@ -70,12 +71,9 @@ def manifest_of(model: nn.Module, prepared: Prepared, train: DataRecord, test: D
         model=fingerprint(model, prepared.model.names),
         train=train,
         test=test,
-        choices=Choices(
-            strip=1, subtile=1, batch=1, representations={}, device=prepared.model.device.type, arithmetic=""
-        ),
+        choices=Choices(strip=1, subtile=1, batch=1, representations={}, device="cpu", arithmetic=""),
         environment={
-            **{name: version(name) for name in ("ntkpipe", "torch", "numpy", "zarr")},
-            "python": platform.python_version(),
+            **versions(),
             "host": socket.gethostname(),
             "processor": platform.processor() or platform.machine(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,18 +89,37 @@ def first_of(prepared: Prepared, stored: Manifest) -> Prepared:
     return replace(prepared, train=train, test=test)
 
 
-def self_checked(prepared: Prepared, engine: Engine, plan: Plan) -> tuple[Engine, CheckReport]:
-    """Run the self-check within the memory of a plan; its samples are new to the model, which may raise there."""
+@dataclass(frozen=True)
+class Settled:
+    """How a run computes."""
+
+    engine: Engine  # self-checked, if the run asks for that
+    plan: Plan  # fits the machine
+    check: CheckReport | None  # result of the self-check
+    check_seconds: float
+
+
+def plan_and_check(
+    prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
+) -> Settled:
+    """Plan, self-check, and plan anew where that changes how Jacobians are found."""
+    plan = planned(engine)
+    if not is_checked:
+        return Settled(engine, plan, None, 0.0)
+    started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
+    samples = prepared.train.num_samples
     try:
-        memory = plan.machine.memory_limit - plan.machine.base_memory
-        samples = prepared.train.num_samples
-        return self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
     except NtkpipeError:
         raise
-    except Exception as error:
+    except Exception as error:  # its samples are new to the model
         if is_out_of_memory(error):
             raise
         raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
+    seconds = perf_counter() - started
+    if checked.representations != engine.representations:
+        plan = planned(checked)
+    return Settled(checked, plan, report, seconds)
 
 
 def plan_store(
@@ -111,9 +128,8 @@ def plan_store(
     asked: Manifest,
     existing: Store | None,
     medium: Medium,
-    run: RunSpec,
+    resources: Resources,
     *,
-    cluster: Machine | None = None,
     left: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan what a store lacks; ``left`` counts the chunks to write, by default all missing ones."""
@@ -124,20 +140,11 @@ def plan_store(
         chunks = layout.num_chunks if left is None else left.get(name, 0)
         to_write += chunks * layout.chunk_bytes
         done += layout.num_chunks - chunks if layout.grid is not None else 0
+    num_test = 0 if prepared.test is None else prepared.test.num_samples
+    workload = workload_of(prepared, engine, prepared.grids(), num_test)
+    machine = resources.machine(engine, medium.free_bytes())
     choices = None if existing is None else existing.manifest.choices
-    sizes = {"tiles_done": done, "bytes_to_write": to_write}
-    return plan_run(prepared, engine, run, prepared.grids(), medium=medium, choices=choices, cluster=cluster, **sizes)
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A run that is ready to build."""
-
-    store: Store  # exists, perhaps without data
-    engine: Engine
-    plan: Plan
-    check: CheckReport | None  # result of the self-check, if it ran
-    check_seconds: float
+    return make_plan(workload, machine, choices=choices, tiles_done=done, bytes_to_write=to_write)
 
 
 def settle(
@@ -149,30 +156,17 @@ def settle(
     *,
     mode: Mode = "a",
     left: Mapping[str, int] | None = None,
-) -> Settled:
+) -> tuple[Store, Settled]:
     """Plan, self-check, and create the store where there is none."""
-    run, cluster, engine = resources.run, resources.cluster, prepared.engine
+    cluster, engine = resources.cluster, prepared.engine
 
-    def planned() -> Plan:
-        plan = plan_store(prepared, engine, asked, existing, medium, run, cluster=cluster, left=left)
-        plan.require_fit()
-        return plan
+    def planned(engine: Engine) -> Plan:
+        return plan_store(prepared, engine, asked, existing, medium, resources, left=left).fitting()
 
     if existing is not None:
         engine = reuse_choices(engine, existing.manifest.choices, existing.root, cluster)
-    plan = planned()
-    started, check = perf_counter(), None
-    if run.self_check:
-        engine, check = self_checked(prepared, engine, plan)
-        if existing is not None and engine.representations != existing.manifest.choices.representations:
-            raise SelfCheckError(
-                f"{existing.root} was begun with Jacobians found as {existing.manifest.choices.representations}, which "
-                f"the self-check refuses now ({check.moved}); what is stored cannot be trusted: use mode='w' to start "
-                "over"
-            )
-    check_seconds = perf_counter() - started
-    if engine.representations != prepared.engine.representations:
-        plan = planned()
+    settled = plan_and_check(prepared, engine, planned, is_checked=resources.run.self_check)
+    engine, plan, check = settled.engine, settled.plan, settled.check
     if existing is None:
         if mode == "w":
             prepare_path(medium, mode)
@@ -181,9 +175,14 @@ def settle(
         require_same(existing, asked)
         if existing.manifest.choices != choices:
             # Another run created the store in the meantime; its choices count.
-            plan = planned()
+            plan = planned(engine)
+    elif check is not None and engine.representations != existing.manifest.choices.representations:
+        raise SelfCheckError(
+            f"{existing.root} was begun with Jacobians found as {existing.manifest.choices.representations}, which the "
+            f"self-check refuses now ({check.moved}); what is stored cannot be trusted: use mode='w' to start over"
+        )
     engine = reuse_choices(engine, existing.manifest.choices, existing.root, cluster)
-    return Settled(existing, engine, plan, check, check_seconds)
+    return existing, replace(settled, engine=engine, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,38 @@ def write_samples(store: Store, split: str, samples: Samples, wanted: frozenset[
             array.write(index, samples.targets[array.layout.region(index)[0]])
 
 
+def job_of(
+    prepared: Prepared,
+    settled: Settled,
+    sources: Mapping[str, Source],
+    sink: Sink,
+    in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> BuildJob:
+    """The job of a run whose tiles go to a sink."""
+    engine, plan, is_mapping = settled.engine, settled.plan, prepared.train.is_mapping
+    cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
+    prefixes = tuple(plane.prefix for plane in prepared.planes)
+    return BuildJob(engine, plan, sources, is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use)
+
+
+def run_job(
+    job: BuildJob,
+    executor: Executor[BlockTask, BuildRecord],
+    tiles_of: Callable[[Iterator[BuildRecord]], Iterator[TileRecord]],
+    progress: str | None,
+) -> None:
+    """Run a job until all tiles are done; show how many are, if ``progress`` says of what."""
+    # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
+    with closing(executor.run(job, job.plan.tasks())) as running:
+        tiles, total = tiles_of(running), job.plan.workload.num_tiles
+        if progress is not None:
+            tiles = show_progress(tiles, total=total, done=job.plan.tiles_done, what=progress, unit="tile")
+        for _ in tiles:
+            pass
+
+
 def build(
+    store: Store,
     settled: Settled,
     prepared: Prepared,
     resources: Resources,
@@ -241,47 +271,42 @@ def build(
     stage: Manifest | None = None,
 ) -> None:
     """Write samples, then every missing tile, and log the run; ``stage`` builds tiles of an earlier size, aside."""
-    store, plan, executor = settled.store, settled.plan, resources.executor(settled.store)
-    manifest = stage or store.manifest
-    samples = {"train": prepared.train} | ({} if prepared.test is None else {"test": prepared.test})
-    job = BuildJob(
-        engine=settled.engine,
-        plan=plan,
-        sources={split: StoredSource(store, split, each.num_samples) for split, each in samples.items()},
-        is_mapping=prepared.train.is_mapping,
-        sink=StoreSink(
-            store.arrays if stage is None else aside(store, stage), wanted, OldEntries.of(store, manifest.earlier())
-        ),
-        cache=StripCache(plan.cache_bytes),
-        store_dtype=np.dtype(store.manifest.store_dtype),
-        pairs=settled.engine.setup.pairs,
-        prefixes=tuple(plane.prefix for plane in planes(store.manifest)),
-        in_use=store.in_use,
-    )
+    plan, executor = settled.plan, resources.executor(store) or ThreadExecutor(settled.plan.machine.workers)
+    samples = prepared.samples
+    sources = {split: StoredSource(store, split, each.num_samples) for split, each in samples.items()}
+    kept = OldEntries.of(store, (stage or store.manifest).earlier())
+    sink = StoreSink(store.arrays if stage is None else aside(store, stage), wanted, kept)
+    job = job_of(prepared, settled, sources, sink, store.in_use)
     try:
         # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
-        with store.in_use(), contextlib.ExitStack() as at_the_end:
+        with store.in_use():
             if settled.check is not None:
                 store.write_result("self_check", asdict(settled.check))
             if stage is None:
                 for split, each in samples.items():
                     write_samples(store, split, each, wanted)
-            log = RunLog(store, plan, settled.check_seconds)
-            at_the_end.callback(log.close)
-            # An interrupt may strike in the progress bar: closing stops the workers before anything else happens.
-            running = (executor or ThreadExecutor(plan.machine.workers)).run(job, plan.tasks())
-            tiles = log.tiles(at_the_end.enter_context(contextlib.closing(running)))
-            if resources.progress:
-                total, done = plan.workload.num_tiles, plan.tiles_done
-                tiles = show_progress(tiles, total=total, done=done, what=store.manifest.kind, unit="tile")
-            for _ in tiles:
-                pass
-            if stage is None:
-                finish(store)
+            with closing(RunLog(store, plan, settled.check_seconds)) as log:
+                run_job(job, executor, log.tiles, store.manifest.kind if resources.progress else None)
+                if stage is None:
+                    finish(store)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
         raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+
+
+def build_chunks(
+    store: Store,
+    wanted: frozenset[ChunkKey],
+    prepared: Prepared,
+    resources: Resources,
+    *,
+    stage: Manifest | None = None,
+) -> None:
+    """Settle and build just the wanted chunks; see :func:`build`."""
+    manifest, left = stage or store.manifest, Counter(name for name, _ in wanted)
+    _, settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
+    build(store, settled, prepared, resources, wanted=wanted, stage=stage)
 
 
 def _state(store: Store) -> str:

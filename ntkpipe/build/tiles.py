@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,12 +123,11 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tile of every plane on its way to the sink."""
-
     index: Index
     span: Span  # row samples
     values: dict[str, Arrival]  # entries, by arrays that lack them
     outputs: Arrival | None  # of the row samples, on the diagonal
+    output_array: str = "outputs/train"
 
 
 class _Builder:
@@ -180,45 +179,45 @@ class _Builder:
     def _chunks(self, task: BlockTask) -> Iterator[TileRecord]:
         """Do one task; a separate thread writes tiles while the next ones are computed."""
         if task.array == "kernel/test_diagonal":
-            yield from self._diagonal(task.block.row_start)
+            for tile in self._diagonal(task.block.row_start):
+                yield from self._finished(self._store(tile))
             return
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
-            pending: list[tuple[_Computed, Future[None]]] = []
+            pending: deque[Future[_Computed]] = deque()
             for tile in self._tiles(task):
-                pending.append((tile, writer.submit(self._store, tile)))
+                pending.append(writer.submit(self._store, tile))
                 # The next tile reuses the buffers of the previous one, which must be free again.
-                while len(pending) >= NUM_BUFFERS:
-                    yield from self._stored(*pending.pop(0))
-            while pending:
-                yield from self._stored(*pending.pop(0))
+                if len(pending) == NUM_BUFFERS:
+                    yield from self._finished(pending.popleft().result())
+            for writing in pending:
+                yield from self._finished(writing.result())
 
-    def _stored(self, tile: _Computed, writing: "Future[None]") -> Iterator[TileRecord]:
-        writing.result()
+    def _finished(self, tile: _Computed) -> Iterator[TileRecord]:
         for array in tile.values:
-            yield self._finished(array, tile.index)
+            before, self._last = self._last, perf_counter()
+            yield TileRecord(array, tile.index, self._last - before, self._batch, self._subtile())
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
-    def _store(self, tile: _Computed) -> None:
+    def _store(self, tile: _Computed) -> _Computed:
         """Write the outputs of a tile's samples, then the tile of each plane, once they have arrived."""
-        values = {array: arrive() for array, arrive in tile.values.items()}
+        values = {array: self._to_store_dtype(arrive()) for array, arrive in tile.values.items()}
         for array, entries in values.items():
             self._require_finite(array, entries, tile.span)
         if tile.outputs is not None:
-            self._write_outputs("train", tile.span, tile.outputs())
+            outputs = self._to_store_dtype(tile.outputs())
+            self._require_finite(tile.output_array, outputs, tile.span)
+            self._write(tile.output_array, (tile.index[0], 0), outputs)
         for array, entries in values.items():
             self._write(array, tile.index, entries)
+        return tile
 
     def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Write a chunk unless it exists: stored entries stay, even if they were recomputed for their outputs."""
         if not self._job.sink.exists(array, index):
             self._job.sink.write(array, index, values)
             self._num_bytes += values.nbytes
-
-    def _finished(self, array: str, index: Index) -> TileRecord:
-        before, self._last = self._last, perf_counter()
-        return TileRecord(array, index, self._last - before, self._batch, self._subtile())
 
     def _subtile(self) -> int:
         return min(self._plan.subtile, self._most or self._plan.subtile)
@@ -292,8 +291,8 @@ class _Builder:
         """Send small values to the host, in float64 since numpy has no bfloat16."""
         return self._buffers[0].fetch(torch.cat(parts).double())
 
-    def _diagonal(self, number: int) -> Iterator[TileRecord]:
-        """Compute outputs and diagonal blocks of one tile of test samples."""
+    def _diagonal(self, number: int) -> Iterator[_Computed]:
+        """Compute outputs and diagonal blocks of one tile of test samples, where they are missing."""
         plan, sink = self._plan, self._job.sink
         index, arrays = (number, 0, 0), self._arrays("kernel/test_diagonal")
         if sink.exists("outputs/test", (number, 0)) and all(sink.exists(array, index) for array in arrays):
@@ -309,22 +308,12 @@ class _Builder:
                 for part, values in zip(parts, found, strict=True):
                     part.append(values)
             outputs.append(block.outputs)
-        kept = [self._to_store_dtype(self._fetch(part)()) for part in parts]
-        for array, blocks in zip(arrays, kept, strict=True):
-            self._require_finite(array, blocks, span)
-        self._write_outputs("test", span, self._fetch(outputs)())
-        for array, blocks in zip(arrays, kept, strict=True):
-            self._write(array, index, blocks)
-            yield self._finished(array, index)
+        blocks = dict(zip(arrays, map(self._fetch, parts), strict=True))
+        yield _Computed(index, span, blocks, self._fetch(outputs), "outputs/test")
 
-    def _write_outputs(self, split: str, span: Span, outputs: NDArray[np.float64]) -> None:
-        values = self._to_store_dtype(outputs)
-        self._require_finite(f"outputs/{split}", values, span)
-        self._write(f"outputs/{split}", (span.start // self._plan.workload.tile, 0), values)
-
-    def _to_store_dtype(self, values: NDArray[np.float64]) -> NDArray[Any]:
+    def _to_store_dtype(self, values: NDArray[Any]) -> NDArray[Any]:
         with np.errstate(over="ignore"):  # reported by _require_finite, with its samples
-            return values.astype(self._job.store_dtype)
+            return values.astype(self._job.store_dtype, copy=False)
 
     def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
         """Check values before they are written; their first axis is the samples of ``span``."""

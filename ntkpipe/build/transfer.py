@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,13 @@ class HostTiles:
     """Tiles computed in place on a CPU."""
 
     def __init__(self, rows: int, dtype: np.dtype[Any]) -> None:
-        self._shape = rows, rows
-        self._buffers = [np.empty(0, dtype) for _ in range(NUM_BUFFERS)]
-        self._turn = 0
-        self._tile = self._buffers[0]
+        self._buffers = cycle([np.empty((rows, rows), dtype) for _ in range(NUM_BUFFERS)])
+        self._tile: NDArray[Any] = np.empty(0, dtype)
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
         """Uninitialised memory for the next tile, in the dtype of the store."""
-        if place is None:
-            number, self._turn = self._turn % NUM_BUFFERS, self._turn + 1
-            if self._buffers[number].shape != self._shape:  # allocated when first needed
-                self._buffers[number] = np.empty(self._shape, self._buffers[number].dtype)
-            place = self._buffers[number][: shape[0], : shape[1]]
-        self._tile = place
-        return torch.from_numpy(place)
+        self._tile = next(self._buffers)[: shape[0], : shape[1]] if place is None else place
+        return torch.from_numpy(self._tile)
 
     def send(self) -> Arrival:
         """Send the tile that was taken last to the host, after all work queued so far."""
@@ -83,8 +77,6 @@ class SideStream:
 
 @dataclass
 class _Slot:
-    """Memory of one tile in transfer."""
-
     device: Tensor  # where it is computed
     pinned: Tensor  # where it arrives
     copied: torch.cuda.Event | None = None  # end of the copy
@@ -97,30 +89,23 @@ class DeviceTiles:
 
     def __init__(self, stream: SideStream, rows: int, dtype: np.dtype[Any]) -> None:
         self._stream = stream
-        self._count = rows * rows
-        self._dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self._slots: list[_Slot] = []
-        self._turn = 0
+        size = rows * rows, torch.from_numpy(np.empty(0, dtype)).dtype
+        slots = [_Slot(stream.allocate(*size), stream.allocate_pinned(*size)) for _ in range(NUM_BUFFERS)]
+        self._slots, self._slot = cycle(slots), slots[0]
         self._shape = (0, 0)
         self._place: NDArray[Any] | None = None
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
         """Uninitialised memory for the next tile, in the dtype of the store."""
-        if len(self._slots) < NUM_BUFFERS:
-            memory = self._stream.allocate(self._count, self._dtype)
-            self._slots.append(_Slot(memory, self._stream.allocate_pinned(self._count, self._dtype)))
-            self._turn = len(self._slots) - 1
-        else:
-            self._turn = (self._turn + 1) % NUM_BUFFERS
-        slot = self._slots[self._turn]
-        if slot.copied is not None:
-            self._stream.hold(slot.copied)
+        self._slot = next(self._slots)
+        if self._slot.copied is not None:
+            self._stream.hold(self._slot.copied)
         self._shape, self._place = shape, place
-        return _view(slot.device, shape)
+        return _view(self._slot.device, shape)
 
     def send(self) -> Arrival:
         """Send the tile that was taken last to the host, after all work queued so far."""
-        slot = self._slots[self._turn]
+        slot = self._slot
         pinned = _view(slot.pinned, self._shape)
         slot.copied = self._stream.copy(_view(slot.device, self._shape), pinned)
         return partial(_arrived, slot.copied, pinned, self._place)

@@ -19,10 +19,11 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.resources import available_memory, process_memory
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
-from ntkpipe.build.prepare import measure_rates
+from ntkpipe.build.prepare import measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import Executor
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import describe_arithmetic
 from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
 from ntkpipe.store.store import Store
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from distributed import Client, Worker
 
 Reply = TypeVar("Reply")
-
-VERSIONS = ("ntkpipe", "torch", "numpy", "zarr")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,13 @@ class Resources:
         if self.cluster is None:
             return self.run.device
         return "cpu" if self.cluster.device == "cpu" else None
+
+    def machine(self, engine: Engine, free_disk: int | None) -> Machine:
+        """What computes, for a plan."""
+        if self.cluster is None:
+            return this_machine(engine, self.run, free_disk=free_disk)
+        limit = min(self.cluster.memory_limit, self.run.memory_limit or self.cluster.memory_limit)
+        return replace(self.cluster, memory_limit=limit, free_disk=free_disk)
 
     def without_self_check(self) -> "Resources":
         """The same, for work on a store whose model was checked before."""
@@ -90,13 +96,8 @@ class WorkerFacts:
     """What one worker says about itself."""
 
     host: str
-    device: str  # type of device
-    arithmetic: str  # what decides the last bits; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
     versions: dict[str, str]  # of Python and of the packages that matter
-    num_threads: int  # keys that it computes at a time
-    memory_limit: int  # bytes at which its nanny kills it
-    base_memory: int  # bytes that it holds now
-    flops_per_second: float  # rate of one thread's matrix products
+    machine: Machine  # its threads, what a plan may use of its memory, its device
 
 
 def _ask(client: "Client", request: Callable[..., Reply], *arguments: Any) -> dict[str, Reply]:
@@ -128,35 +129,33 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
         reports = _ask(client, report_worker, dtype, device)
     if not reports:
         raise ClusterError(f"{address_of(client)} has no workers")
-    here = _versions()
     every = list(reports.values())
-    for name in ("python", *VERSIONS):
-        ours = f"{socket.gethostname()} (this process)", here[name]
-        found = _differing([ours, *((r.host, r.versions[name]) for r in every)])
+    for name, ours in versions().items():
+        mine = f"{socket.gethostname()} (this process)", ours
+        found = _differing([mine, *((r.host, r.versions[name]) for r in every)])
         if found and name == "ntkpipe":
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         if found:
             warnings.warn(f"versions of {name} differ: {found}; results may agree to rounding only", stacklevel=3)
-    if devices := _differing((r.host, r.device) for r in every):
+    machines = [report.machine for report in every]
+    if devices := _differing((r.host, r.machine.device) for r in every):
         raise ClusterError(f"workers have different devices: {devices}; use workers of one type")
-    if arithmetic := _differing((r.host, r.arithmetic) for r in every):
+    if arithmetic := _differing((r.host, r.machine.arithmetic) for r in every):
         warnings.warn(
             f"workers compute differently: {arithmetic}; tiles agree to rounding, not to the last bit", stacklevel=3
         )
-    if every[0].device != "cpu" and any(r.num_threads > 1 for r in every):
+    workers = max(machine.workers for machine in machines)
+    if machines[0].device != "cpu" and workers > 1:
         raise ClusterError(
             "workers with a GPU have several threads; a GPU has one worker: start them with --nthreads 1"
         )
-    return Machine(
-        processes=len(every),
-        workers=max(r.num_threads for r in every),
-        memory_limit=int(SHARE_OF_LIMIT * min(r.memory_limit for r in every)),
-        base_memory=max(r.base_memory for r in every),
-        free_disk=None,
-        flops_per_second=sum(r.flops_per_second for r in every) / len(every),
-        is_remote=True,
-        device=every[0].device,
-        arithmetic=every[0].arithmetic,
+    return replace(
+        machines[0],
+        processes=len(machines),
+        workers=workers,
+        memory_limit=min(machine.memory_limit for machine in machines),
+        base_memory=max(machine.base_memory for machine in machines),
+        flops_per_second=sum(machine.flops_per_second for machine in machines) / len(machines),
     )
 
 
@@ -170,20 +169,23 @@ def report_worker(dtype: torch.dtype, device: str | None, dask_worker: "Worker |
         rate = measure_rates(found, dtype).product
     finally:
         torch.set_num_threads(threads)
-    return WorkerFacts(
-        host=socket.gethostname(),
-        device=str(found),
-        arithmetic=describe_arithmetic(found),
-        versions=_versions(),
-        num_threads=dask_worker.state.nthreads,
-        memory_limit=dask_worker.memory_manager.memory_limit or available_memory(),
+    machine = Machine(
+        workers=dask_worker.state.nthreads,
+        memory_limit=int(SHARE_OF_LIMIT * (dask_worker.memory_manager.memory_limit or available_memory())),
         base_memory=process_memory(),
+        free_disk=None,
         flops_per_second=rate,
+        device=str(found),
+        is_remote=True,
+        arithmetic=describe_arithmetic(found),
     )
+    return WorkerFacts(socket.gethostname(), versions(), machine)
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    packages = ("ntkpipe", "torch", "numpy", "zarr")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _differing(values: Iterable[tuple[str, str]]) -> str:

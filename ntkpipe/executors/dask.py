@@ -8,24 +8,24 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import Future as Fetched
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any, Generic
 from uuid import uuid4
 
-from distributed import Client, Future, KilledWorker, Scheduler, WorkerPlugin
+from distributed import Client, Future, KilledWorker, Scheduler
 from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
-from ntkpipe.executors.payload import Payload, PayloadMissingError, discard, pickle_job, receive, run_key
+from ntkpipe.executors.payload import PLUGIN_PREFIX, JobPlugin, Payload, PayloadMissingError, pickle_job, run_key
 from ntkpipe.executors.threads import Job, Key, Record
 
 TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be built
 
 _Attempt = tuple[Any, int]  # a key, and how often the job was shrunk for it
 
-_PLUGIN_PREFIX = "ntkpipe-"
 _KEYS_PER_THREAD = 2  # submitted in advance for each thread of a worker: one runs, one waits there
 _SPARE_KEYS = 8
 _FETCHERS = 32  # results fetched at a time: one after the other they would keep hundreds of workers waiting
@@ -37,25 +37,9 @@ _BACKOFF_SECONDS = 1.0  # delay before an unreachable store is tried again; doub
 _MOST_SHRINKING = 8  # halvings of sizes; smaller ones gain nothing
 
 
-class JobPlugin(WorkerPlugin):
-    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
-
-    def __init__(self, payload: Payload, owner: str) -> None:
-        self.name = f"{_PLUGIN_PREFIX}{payload.token}@{owner}"
-        self.payload = payload
-
-    def setup(self, worker: Any) -> None:
-        """Dask calls this in each worker."""
-        receive(worker, self.payload, self.name)
-
-    def teardown(self, worker: Any) -> None:
-        """Dask calls this in each worker when the run has ended."""
-        discard(worker, self.payload)
-
-
 def _plugins_of_the_dead(dask_scheduler: Scheduler) -> list[str]:
     """Plugins of killed drivers, whose models the scheduler would keep and give to every new worker."""
-    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(_PLUGIN_PREFIX)]
+    plugins = [name for name in dask_scheduler.worker_plugins if name.startswith(PLUGIN_PREFIX)]
     return [name for name in plugins if name.partition("@")[2] not in dask_scheduler.clients]
 
 
@@ -79,18 +63,7 @@ class ClusterExecutor(Generic[Key, Record]):
             running.close()
 
 
-@dataclass(frozen=True)
-class _Outcome(Generic[Record]):
-    """How a task ended: with records, or with an error."""
-
-    future: "Future[list[Record]]"
-    records: list[Record]
-    error: BaseException | None
-
-
 class _Run(Generic[Key, Record]):
-    """One call of :meth:`ClusterExecutor.run`."""
-
     def __init__(self, executor: ClusterExecutor[Key, Record], job: Job[Key, Record]) -> None:
         self._client, self._max_failures = executor.client, executor.max_failures
         self._token = uuid4().hex[:16]
@@ -100,7 +73,9 @@ class _Run(Generic[Key, Record]):
         self._again: deque[_Attempt] = deque()
         self._later: list[tuple[float, _Attempt]] = []
         self._failures: Counter[str] = Counter()
-        self._events: queue.SimpleQueue[_Outcome[Record] | float] = queue.SimpleQueue()
+        # Futures with what fetching their records came to, and times at which a worker was killed for its memory.
+        self._events: queue.SimpleQueue[tuple[Future[list[Record]], Fetched[list[Record]]] | float]
+        self._events = queue.SimpleQueue()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="ntkpipe-fetcher")
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
         self._is_delivered = False
@@ -134,15 +109,13 @@ class _Run(Generic[Key, Record]):
                 event = self._events.get(timeout=_POLL_SECONDS)
                 if isinstance(event, float):
                     self._shrink(event)
-                elif event.future in self._pending:
-                    yield from self._finish(event)
+                elif event[0] in self._pending:
+                    yield from self._finish(*event)
 
     def _deliver(self) -> None:
-        """Send the job to all present and future workers."""
         busy, events = self._busy, self._events  # the client keeps its handlers: they must not refer to the job
 
         def note_memory(event: tuple[float, dict[str, Any]]) -> None:
-            """Note that a nanny killed a worker; the cluster may also run work of others."""
             if event[1]["worker"] in busy:
                 events.put(monotonic())
 
@@ -189,21 +162,13 @@ class _Run(Generic[Key, Record]):
 
     def _fetch_soon(self, future: "Future[list[Record]]") -> None:
         with contextlib.suppress(RuntimeError):  # the run is over
-            self._fetchers.submit(self._fetch, future)
+            fetching = self._fetchers.submit(future.result)
+            fetching.add_done_callback(lambda fetched: self._events.put((future, fetched)))
 
-    def _fetch(self, future: "Future[list[Record]]") -> None:
-        """Fetch the records of a finished key."""
+    def _finish(self, future: "Future[list[Record]]", fetched: "Fetched[list[Record]]") -> Iterator[Record]:
+        key, shrinking = self._pending.pop(future)
         try:
-            outcome = _Outcome(future, future.result(), None)
-        except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-            outcome = _Outcome(future, [], error)
-        self._events.put(outcome)
-
-    def _finish(self, outcome: "_Outcome[Record]") -> Iterator[Record]:
-        key, shrinking = self._pending.pop(outcome.future)
-        try:
-            if outcome.error is not None:
-                raise outcome.error
+            records = fetched.result()
         except KilledWorker as error:
             self._fail((key, shrinking), f"its workers died ({error.last_worker.address} the last)", error)
         except (CancelledError, CommClosedError) as error:
@@ -218,7 +183,7 @@ class _Run(Generic[Key, Record]):
             self._fail((key, shrinking), str(error), error, wait=True)
         else:
             self._failures.clear()
-            yield from outcome.records
+            yield from records
 
     def _fail(self, attempt: _Attempt, reason: str, error: Exception, *, wait: bool = False) -> None:
         key = str(attempt[0])

@@ -14,12 +14,14 @@ from typing import Any
 from uuid import uuid4
 
 import cloudpickle
-from distributed import Reschedule, get_worker
+from distributed import Reschedule, WorkerPlugin, get_worker
 from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
 from ntkpipe.executors.threads import Job, RunStopped
+
+PLUGIN_PREFIX = "ntkpipe-"
 
 
 class PayloadMissingError(Exception):
@@ -96,8 +98,6 @@ _OPENED: dict[tuple[str, str], "_Opened"] = {}
 
 
 class _Opened:
-    """A payload in a worker, with the jobs that its threads have opened."""
-
     def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
         self._payload = payload
         self._topic = topic
@@ -185,15 +185,21 @@ def unpack_code(code: bytes, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def receive(worker: Any, payload: Payload, topic: str) -> None:
-    """Take a payload into a worker; what its threads begin is announced under ``topic``."""
-    _OPENED[worker.id, payload.token] = _Opened(payload, Path(worker.local_directory), topic)
+class JobPlugin(WorkerPlugin):
+    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
 
+    def __init__(self, payload: Payload, owner: str) -> None:
+        self.name = f"{PLUGIN_PREFIX}{payload.token}@{owner}"  # also the topic of what threads begin
+        self.payload = payload
 
-def discard(worker: Any, payload: Payload) -> None:
-    """Forget a payload when its run has ended."""
-    if _OPENED.pop((worker.id, payload.token), None) is not None:
-        gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
+    def setup(self, worker: Any) -> None:
+        """Dask calls this in each worker."""
+        _OPENED[worker.id, self.payload.token] = _Opened(self.payload, Path(worker.local_directory), self.name)
+
+    def teardown(self, worker: Any) -> None:
+        """Dask calls this in each worker when the run has ended."""
+        if _OPENED.pop((worker.id, self.payload.token), None) is not None:
+            gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
 
 
 def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:

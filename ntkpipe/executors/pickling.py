@@ -25,7 +25,6 @@ class _JobPickler(Pickler):  # type: ignore[misc]
 
 
 def _set_parametrized(module: Any, state: dict[str, Any]) -> None:
-    """Give a new module the state of a parametrized one, and a class that computes its parameters."""
     module.__dict__.update(state)
     parametrize._inject_new_class(module)
     for name in module.parametrizations:

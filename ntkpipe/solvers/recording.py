@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ntkpipe.base.arguments import bound, options_of, parameters_of
 from ntkpipe.base.budget import Budget
-from ntkpipe.base.docstrings import completed
+from ntkpipe.base.docstrings import ERRORS, completed
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 
@@ -63,7 +63,7 @@ def recorded(
             seconds = result.seconds + perf_counter() - begin
             return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)  # type: ignore[no-any-return]
 
-        call.__doc__ = completed(function)
+        call.__doc__ = completed(function, ERRORS)
         return call
 
     return decorate

@@ -220,8 +220,10 @@ def _result_rows(store: Store) -> TableRows:
 
 
 @checked
-def open_kernel(path: str | Path) -> KernelStore:
+def open_kernel(path: str | Path | KernelStore) -> KernelStore:
     """Open a kernel store for reading, by path or URL; loads neither torch nor dask, and reads only the manifest.
+
+    An open store is returned as it is.
 
     Raises
     ------
@@ -230,4 +232,4 @@ def open_kernel(path: str | Path) -> KernelStore:
     StoreError
         If what is there is not a kernel store, or its manifest is damaged.
     """
-    return KernelStore(Store.open(path))
+    return path if isinstance(path, KernelStore) else KernelStore(Store.open(path))

@@ -410,7 +410,7 @@ def test_a_killed_creation_is_completed_at_every_step(path, tmp_path):
         (lambda path: compute_kernel(mlp(), inputs(), store=path, tilee=4), ArgumentError, "the nearest is 'tile'"),
         (lambda path: compute_kernel(mlp(), inputs(), store=3), ConfigError, "store=3; needed text or a path"),
         (lambda path: compute_kernel(mlp(), inputs(), store=path, tile=2.5), ConfigError, "needed an integer or None"),
-        (lambda path: plan_kernel(mlp(), inputs(), store=path, progress=False), ArgumentError, "plan_kernel"),
+        (lambda path: plan_kernel(mlp(), inputs(), store=path, tilee=4), ArgumentError, r"plan_kernel\(\) .* 'tilee'"),
         (lambda path: plan_kernel(mlp(), inputs(), store=path, workers="two"), ConfigError, "workers='two'"),
         (lambda _: kernel_matrix(mlp(), inputs(), groups={"a": "0.*"}), ArgumentError, "has no argument 'groups'"),
         (lambda _: kernel_matrix(mlp(), inputs(), jacobian="loop"), ConfigError, "needed 'structured' or 'fallback'"),

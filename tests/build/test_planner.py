@@ -72,13 +72,13 @@ def test_it_keeps_within_memory_and_disk_or_refuses_with_both_numbers(workload, 
     assert len(plan.problems) == too_much_memory + too_much_disk
     if plan.problems:
         with pytest.raises(ResourceError) as info:
-            plan.require_fit()
+            plan.fitting()
         words = dict(plan.rows())
         assert not too_much_memory or words["memory bound"].split("; limit ")[1] in str(info.value)
         assert not too_much_memory or words["memory bound"].split(";")[0] in str(info.value)
         assert not too_much_disk or "needs 4.9 KiB more" in str(info.value)
     else:
-        plan.require_fit()
+        plan.fitting()
 
 
 @given(workloads, machines, st.integers(0, 10**9))

@@ -38,7 +38,7 @@ def make_plan_of(num_train: int, num_test: int = 0, *, tile: int, width: int = 1
     grids = {"kernel/train": Grid(train, train, symmetric=True)}
     if num_test:
         grids["kernel/test_train"] = Grid(test, train, symmetric=False)
-    plan = make_plan(Workload(grids, num_test, tile, width, 8, 8, COST), CPU)
+    plan = make_plan(Workload(grids, num_test, tile, width, 8, COST), CPU)
     workers = changes.pop("workers", 1)
     return replace(plan, machine=replace(CPU, workers=workers), **changes)
 

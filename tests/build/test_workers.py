@@ -10,11 +10,13 @@ import dask
 import pytest
 import torch
 from distributed import Client, Worker
-from small import compute
+from small import compute, inputs, mlp
 
+from ntkpipe import plan_kernel
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
+from ntkpipe.build.plan import Machine
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
 from ntkpipe.executors.connect import connect
 from ntkpipe.store.media.folder import Folder
@@ -23,13 +25,16 @@ from ntkpipe.store.store import Store
 GIB = 2**30
 USUAL = WorkerFacts(
     host="one",
-    device="cpu",
-    arithmetic="AVX2, torch 2.13",
-    versions=workers._versions(),
-    num_threads=1,
-    memory_limit=4 * GIB,
-    base_memory=GIB // 2,
-    flops_per_second=60e9,
+    versions=workers.versions(),
+    machine=Machine(
+        workers=1,
+        memory_limit=4 * GIB,
+        base_memory=GIB // 2,
+        free_disk=None,
+        flops_per_second=60e9,
+        is_remote=True,
+        arithmetic="AVX2, torch 2.13",
+    ),
 )
 
 
@@ -53,8 +58,8 @@ def inspect(*reports: object):
     return inspect_workers(Answers(*reports), torch.float32)
 
 
-def other(host: str, **changes: object) -> WorkerFacts:
-    return replace(USUAL, host=host, **changes)
+def other(host: str, *, versions: dict[str, str] = USUAL.versions, **changes: object) -> WorkerFacts:
+    return WorkerFacts(host, versions, replace(USUAL.machine, **changes))
 
 
 def die_in(address: str, dask_worker: Worker) -> int:
@@ -76,7 +81,8 @@ def test_a_plan_is_made_for_the_weakest_of_them():
         warnings.simplefilter("error")
         found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
     assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
-    assert GIB < found.memory_limit < 2 * GIB
+    assert found.memory_limit == 2 * GIB
+    assert found.is_remote
     assert found.base_memory == GIB
     assert found.flops_per_second == 50e9
 
@@ -93,7 +99,7 @@ def test_what_differs_is_said_with_the_names_of_hosts():
     ("reports", "words"),
     [
         ([], "has no workers"),
-        ([other("two", device="cuda:0", num_threads=2)], "several threads; a GPU has one worker"),
+        ([other("two", device="cuda:0", workers=2)], "several threads; a GPU has one worker"),
         ([USUAL, other("two", device="cuda:0")], "different devices: cpu on one; cuda:0 on two"),
         (
             [other("two", versions={**USUAL.versions, "ntkpipe": "0.0.1"})],
@@ -118,8 +124,18 @@ def test_workers_are_asked_for_real(client):
     found = inspect_workers(client, torch.float32, "cpu")
     assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert found.flops_per_second > 1e8
+    limits = {worker.memory_manager.memory_limit for worker in client.cluster.workers.values()}
+    assert found.base_memory < found.memory_limit < min(limits)
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
         inspect_workers(client, torch.float32, "cuda:7")
+
+
+def test_a_plan_for_a_cluster_is_made_for_its_workers(client, tmp_path):
+    options = {"store": tmp_path / "run.zarr", "tile": 4, "client": client, "progress": False}
+    plan, _ = plan_kernel(mlp(), inputs(), **options)
+    assert plan.machine.is_remote
+    assert (plan.machine.processes, plan.sample_seconds) == (2, None)
+    assert not (tmp_path / "run.zarr").exists()
 
 
 def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, monkeypatch):

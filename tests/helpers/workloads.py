@@ -15,7 +15,7 @@ def make_workload(num_train: int, num_test: int, tile: int, width: int, cost: Co
     grids = {"kernel/train": Grid(train, train, symmetric=True)}
     if num_test:
         grids["kernel/test_train"] = Grid(test, train, symmetric=False)
-    return Workload(grids, num_test, tile, width, store_itemsize=8, accumulate_itemsize=8, cost=cost)
+    return Workload(grids, num_test, tile, width, store_itemsize=8, cost=cost)
 
 
 costs = st.builds(

@@ -2,18 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 from ntkpipe.build.matching import require_beginning, require_same_function
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.run import Settled, build, first_of, settle
+from ntkpipe.build.run import Settled, build_chunks, first_of, settle
 from ntkpipe.build.workers import Resources
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.mending.growth import ChunkKey, OldEntries, begin, end_growth, ragged
 from ntkpipe.store.store import Store
 
 
-def grow_store(prepared: Prepared, asked: Manifest, existing: Store, resources: Resources) -> Settled:
+def grow_store(prepared: Prepared, asked: Manifest, existing: Store, resources: Resources) -> tuple[Store, Settled]:
     """Give a store the samples that are asked for, so that a run can compute the tiles that are missing then."""
     after = existing.manifest.grown(asked.train, asked.test, asked.environment)
     before = first_of(prepared, existing.manifest)
@@ -21,9 +20,9 @@ def grow_store(prepared: Prepared, asked: Manifest, existing: Store, resources: 
     require_same_function(existing, prepared)
     existing.complete_layout()
     left = chunks_left(existing, after)
-    settled = settle(prepared, after, Store(existing.medium, after), existing.medium, resources, left=left)
+    _, settled = settle(prepared, after, Store(existing.medium, after), existing.medium, resources, left=left)
     _complete_edge(before, existing, ragged(existing.manifest, after), resources)
-    return replace(settled, store=begin(existing, after))
+    return begin(existing, after), settled
 
 
 def chunks_left(store: Store, after: Manifest) -> Mapping[str, int]:
@@ -44,7 +43,5 @@ def _complete_edge(before: Prepared, store: Store, edge: frozenset[ChunkKey], re
     if wanted:
         data = (name for name in store.arrays if name.startswith(("samples/", "targets/")))
         wanted |= {(name, index) for name in data for index in store.arrays[name].missing()}
-        left, resources = Counter(name for name, _ in wanted), resources.without_self_check()
-        settled = settle(before, store.manifest, store, store.medium, resources, left=left)
-        build(settled, before, resources, wanted=frozenset(wanted))
+        build_chunks(store, frozenset(wanted), before, resources.without_self_check())
     end_growth(store)

@@ -1,6 +1,5 @@
 """Recompute chunks of a store with the choices that it recorded, so that they get the bits that they had."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ from ntkpipe.base.config import KernelSpec
 from ntkpipe.base.errors import ConfigError, TileError
 from ntkpipe.build.matching import require_same_function
 from ntkpipe.build.prepare import Prepared
-from ntkpipe.build.run import build, first_of, settle, write_samples
+from ntkpipe.build.run import build_chunks, first_of, write_samples
 from ntkpipe.build.workers import Resources
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.store.manifest import Manifest
@@ -69,15 +68,6 @@ def recompute(store: Store, chunks: frozenset[ChunkKey], prepared: Prepared, res
         if wanted:
             for name in sorted({name for name, _ in wanted}):
                 arrays[name].create()
-            _compute(store, wanted, first_of(prepared, before), before, quick)
+            build_chunks(store, wanted, first_of(prepared, before), quick, stage=before)
     if chunks - data:
-        _compute(store, chunks - data, prepared, None, resources)
-
-
-def _compute(
-    store: Store, wanted: frozenset[ChunkKey], prepared: Prepared, stage: Manifest | None, resources: Resources
-) -> None:
-    manifest = stage or store.manifest
-    left = Counter(name for name, _ in wanted)
-    settled = settle(prepared, manifest, Store(store.medium, manifest), store.medium, resources, left=left)
-    build(replace(settled, store=store), prepared, resources, wanted=wanted, stage=stage)
+        build_chunks(store, chunks - data, prepared, resources)

@@ -1,9 +1,8 @@
 """The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -55,12 +54,6 @@ def verify(
         The train samples that the store was made with; default those in the store.
     test_inputs
         The test samples that the store was made with; default those in the store.
-    forward
-        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
@@ -73,11 +66,10 @@ def verify(
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
-    opened = _open(store)
+    opened = open_kernel(store)
     if model is None:
         return verify_and_record(opened.store, progress=progress)
-    data = {"inputs": inputs, "test_inputs": test_inputs}
-    return _certified(opened, model, data, forward, device, progress)
+    return _certified(opened, model, inputs, test_inputs, forward, device, progress)
 
 
 @checked
@@ -119,22 +111,6 @@ def repair(
         The test samples that the store was made with; default those in the store.
     test_targets
         The test targets that the store was made with; default those in the store.
-    forward
-        What picks the (batch, O) tensor, as for :func:`ntkpipe.compute_kernel`.
-    memory_limit
-        Bytes that this process may use, or text such as ``"8GiB"``; default 70 % of what is free.
-    device
-        Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.
-    self_check
-        Compare the engine with plain ``torch.func`` on three samples before the first tile.
-    client
-        A ``distributed.Client`` whose workers compute; default threads of this process.
-    code
-        Folder whose Python files are sent to the workers; needed only for a model defined in one of them.
-    workers
-        Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.
-    progress
-        Show a progress bar on standard error.
 
     Returns
     -------
@@ -150,26 +126,9 @@ def repair(
     """
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
-    opened, run = _open(store), spec_of(RunSpec, locals())
+    opened, run = open_kernel(store), spec_of(RunSpec, locals())
     if model is None:
         return mend(opened.store, done=undo(opened.store), progress=progress)
-    data = {"inputs": inputs, "targets": targets, "test_inputs": test_inputs, "test_targets": test_targets}
-    options: Any = {"forward": forward, "client": client, "code": code, "progress": progress}
-    return repair_with(opened, model, data, run, **options)
-
-
-def repair_with(
-    opened: KernelStore,
-    model: nn.Module,
-    data: Mapping[str, object],
-    run: RunSpec,
-    *,
-    forward: Forward,
-    client: "Client | None",
-    code: str | Path | None,
-    progress: bool,
-) -> RepairReport:
-    """Repair a store with its model, and with what is given of its data; see :func:`repair`."""
     kept, manifest = opened.store, opened.manifest
     if manifest.derived is not None:
         raise ConfigError(
@@ -177,8 +136,8 @@ def repair_with(
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
     done = undo(kept)
-    train = given_or_stored(kept, "train", data.get("inputs"), data.get("targets"))
-    test = given_or_stored(kept, "test", data.get("test_inputs"), data.get("test_targets"))
+    train = given_or_stored(kept, "train", inputs, targets)
+    test = given_or_stored(kept, "test", test_inputs, test_targets)
     assert train is not None
     request = Request(model, train, test, stored_spec(manifest), run, forward)
     resources = find_resources(request, client, code, progress)
@@ -188,28 +147,24 @@ def repair_with(
         return mend(
             kept,
             lambda chunks: recompute(kept, chunks, prepared, resources),
-            lambda: _certified(opened, model, data, forward, resources.device, progress),
+            lambda: _certified(opened, model, inputs, test_inputs, forward, resources.device, progress),
             done=done,
             progress=progress,
         )
 
 
-def _open(store: str | Path | KernelStore) -> KernelStore:
-    return store if isinstance(store, KernelStore) else open_kernel(store)
-
-
 def _certified(
     opened: KernelStore,
     model: nn.Module,
-    data: Mapping[str, object],
+    inputs: object,
+    test_inputs: object,
     forward: Forward,
     device: str | None,
     progress: bool,
 ) -> VerificationReport:
     with exact_single_thread(opened.manifest.compute_dtype):
         # Mismatches raise before a single tile is read.
-        samples = data.get("inputs"), data.get("test_inputs")
-        reference = find_reference(opened, model, *samples, forward=forward, device=device)
+        reference = find_reference(opened, model, inputs, test_inputs, forward=forward, device=device)
         report = verify_and_record(opened.store, progress=progress)
         if not report.is_good:
             missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
