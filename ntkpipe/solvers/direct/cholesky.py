@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.direct.factor_folder import FactorFolder, FactorState, Pivots, require_same
+from ntkpipe.solvers.direct.factor_folder import FACTOR_ARRAY, FactorFolder, FactorState, Pivots, require_same
 from ntkpipe.solvers.direct.panels import (
     Panels,
     PanelsInMemory,
     Shape,
+    StoredPanels,
     bytes_in_memory,
     bytes_of_panel,
     usual_shape,
@@ -62,8 +63,6 @@ def cholesky(
 
     Parameters
     ----------
-    ridge
-        λ, added to the diagonal.
     jitter
         ``auto``: if a pivot is not positive, try again with the storage floor added to the diagonal, then ten times as
         much, five times at most. The result says what was added. Default: raise an error.
@@ -98,8 +97,8 @@ def cholesky(
         if value is not None:
             check_number(name, value, low=1)
     room = Budget.of(memory_limit).room() - operator.buffer_bytes
-    num_threads = threads or num_cores()
-    with _opened(operator, path, ridge, jitter, panel_width, num_threads, room, monitor) as task:
+    task = _Task(operator, ridge, jitter, panel_width, threads or num_cores(), room, monitor)
+    with _opened(task, path):
         (_factor_with_jitter if jitter == "auto" else _factor)(task)
     return _result(task)
 
@@ -111,49 +110,49 @@ def bytes_of_cholesky(num_rows: int) -> int:
 
 @dataclass
 class _Task:
-    """One factorisation and its progress."""
+    """One factorisation, as it was asked for, and its progress."""
 
     operator: Operator
-    panels: Panels
-    state: FactorState
-    monitor: Monitor
+    ridge: float
+    jitter: str | None
+    panel_width: int | None
     num_threads: int
+    room: int  # bytes
+    monitor: Monitor
+    panels: Panels = field(init=False)
+    state: FactorState = field(init=False)
     resumed: int = 0  # panels that were complete at the start
     path: str | None = None
     save: Callable[[FactorState], None] = lambda state: None
 
+    def begin(self, shape: Shape) -> FactorState:
+        """The state in which nothing is factored."""
+        return FactorState(self.operator.identity(), self.ridge, 0.0, shape)
+
 
 @contextlib.contextmanager
-def _opened(
-    operator: Operator,
-    path: str | Path | None,
-    ridge: float,
-    jitter: str | None,
-    panel_width: int | None,
-    threads: int,
-    room: int,
-    monitor: Monitor,
-) -> Iterator[_Task]:
-    """A factorisation in memory, or a locked folder with what it holds already."""
+def _opened(task: _Task, path: str | Path | None) -> Iterator[None]:
+    """A factorisation in memory, or in a locked folder with what it holds already."""
     if path is None:
-        shape = usual_shape(operator.num_rows, panel_width)
-        if (needed := bytes_in_memory(shape, threads)) > room:
+        shape = usual_shape(task.operator.num_rows, task.panel_width)
+        if (needed := bytes_in_memory(shape, task.num_threads)) > task.room:
             raise ResourceError(
                 f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
-                f"{format_bytes(max(0, room))} may be used. Give path=, a folder: the factor is then written there in "
-                "panels that fit"
+                f"{format_bytes(max(0, task.room))} may be used. Give path=, a folder: the factor is then written "
+                "there in panels that fit"
             )
-        state = FactorState(operator.identity(), ridge, 0.0, shape)
-        yield _Task(operator, PanelsInMemory(shape), state, monitor, threads)
+        task.panels, task.state = PanelsInMemory(shape), task.begin(shape)
+        yield
         return
     folder = FactorFolder(path)
     with folder.held():
-        state = _stored_state(folder, operator, ridge, jitter, panel_width, threads, room)
-        panels = folder.panels(state.shape)
-        resumed = panels.num_complete(len(state.panels))
-        state = replace(state, panels=state.panels[:resumed])
-        panels.require_room(resumed)
-        yield _Task(operator, panels, state, monitor, threads, resumed, folder.root, folder.commit)
+        state = _stored_state(task, folder)
+        panels = StoredPanels(state.shape, folder.medium, FACTOR_ARRAY)
+        task.resumed = panels.num_complete(len(state.panels))
+        panels.require_room(task.resumed)
+        task.panels, task.state = panels, replace(state, panels=state.panels[: task.resumed])
+        task.path, task.save = folder.root, folder.commit
+        yield
 
 
 def _result(task: _Task) -> CholeskyFactor:
@@ -177,7 +176,7 @@ def _result(task: _Task) -> CholeskyFactor:
         path=task.path,
         factor_passes=traffic.passes,
         factor_bytes_read=traffic.bytes_read,
-        factor_bytes_written=traffic.bytes_written,
+        factor_bytes_written=task.panels.bytes_written,
         _panels=task.panels,
         _operator=task.operator,
     )
@@ -201,7 +200,6 @@ def _factor_with_jitter(task: _Task) -> None:
 
 
 def _factor(task: _Task) -> None:
-    """Factor all panels that do not exist yet."""
     shape, before = task.state.shape, task.operator.work
     top = np.empty((shape.width if shape.num_panels > 1 else 0, shape.width))
     scratch = np.empty(shape.height * shape.width)
@@ -215,7 +213,6 @@ def _factor(task: _Task) -> None:
 
 
 def _factor_panel(task: _Task, number: int, top: FloatArray, scratch: FloatArray, pool: Pool) -> Pivots:
-    """Read, factor and write one panel."""
     shape, columns = task.state.shape, task.state.shape.columns(number)
     width = columns.stop - columns.start
     values = task.operator.block(slice(columns.start, shape.num_rows), columns)
@@ -261,7 +258,6 @@ def _subtract_earlier(
 
 
 def _share_left(shape: Shape, done: int) -> float:
-    """Share of the arithmetic that is left after panel number ``done``."""
 
     def cost(number: int) -> float:
         columns = shape.columns(number)
@@ -290,27 +286,18 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor)
 
 
-def _stored_state(
-    folder: FactorFolder,
-    operator: Operator,
-    ridge: float,
-    jitter: str | None,
-    panel_width: int | None,
-    threads: int,
-    room: int,
-) -> FactorState:
+def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:
     """The state in the folder if it fits the options, or the one to begin with; it is committed."""
-    n, identity = operator.num_rows, operator.identity()
+    n, width, threads, room = task.operator.num_rows, task.panel_width, task.num_threads, task.room
     state = folder.load()
     if state is None:
-        shape = Shape.of_width(n, panel_width) if panel_width else widest_shape(n, room, threads)
-        state = FactorState(identity, ridge, 0.0, shape)
+        state = task.begin(Shape.of_width(n, width) if width else widest_shape(n, room, threads))
     else:
-        wanted: dict[str, object] = {"matrix": identity, "num_rows": n, "ridge": ridge}
-        if jitter is None:
+        wanted: dict[str, object] = {"matrix": task.operator.identity(), "num_rows": n, "ridge": task.ridge}
+        if task.jitter is None:
             wanted["jitter"] = 0.0
-        if panel_width is not None:
-            wanted["panel_width"] = Shape.of_width(n, panel_width).width
+        if width is not None:
+            wanted["panel_width"] = Shape.of_width(n, width).width
         require_same(state, wanted, folder.root)
     needed = bytes_of_panel(state.shape, threads)
     if needed > room and len(state.panels) < state.shape.num_panels:

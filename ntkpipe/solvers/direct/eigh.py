@@ -57,11 +57,6 @@ def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor 
     ``syevd`` copies the array; where a copy does not fit, SciPy's ``syevr`` works in place. Memory is ``16 n²`` bytes,
     or ``8 n²`` in place, and two panels of 1,024 rows.
 
-    Parameters
-    ----------
-    monitor
-        Called once, after K has been read.
-
     Raises
     ------
     SelfCheckError
@@ -76,11 +71,6 @@ def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ig
 
     Like :func:`eigvalsh`, with one more pass to check the vectors on random combinations of them. Memory is ``40 n²``
     bytes with ``syevd``, or ``16 n²`` in place; about 9 n³ flops at most.
-
-    Parameters
-    ----------
-    monitor
-        Called after K has been read, and after the check.
 
     Raises
     ------
@@ -137,7 +127,6 @@ def _bytes_of_drivers(num_rows: int, *, with_vectors: bool) -> dict[str, int]:
 
 
 def _driver(num_rows: int, budget: Budget, *, with_vectors: bool) -> str:
-    """Name of the fastest driver whose memory and integers suffice."""
     needs = _bytes_of_drivers(num_rows, with_vectors=with_vectors)
     for driver, need in needs.items():
         if budget.fits(need, share=1.0):

@@ -269,8 +269,5 @@ def _checked_ridge(ridge: float) -> float:
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
     """Make the preconditioner of this name."""
-    if method == "rpcholesky":
-        return randomly_pivoted_cholesky(operator, rank, ridge=ridge, seed=seed)
-    if method == "nystrom":
-        return nystrom(operator, rank, ridge=ridge, seed=seed)
-    raise ConfigError(f"preconditioner={method!r}; needed 'rpcholesky', 'nystrom' or a Preconditioner")
+    makers = {"rpcholesky": randomly_pivoted_cholesky, "nystrom": nystrom}
+    return makers[method](operator, rank, ridge=ridge, seed=seed)

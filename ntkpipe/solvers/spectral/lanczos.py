@@ -15,11 +15,11 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
-from ntkpipe.solvers.memory import basis_of_eigsh, block_of_eigsh
 from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
+from ntkpipe.solvers.memory import sizes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.thick_restart import ThickRestart
+from ntkpipe.solvers.spectral.thick_restart import ThickRestart, rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -122,9 +122,8 @@ def eigsh(
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
-    width = block_of_eigsh(n, k, block)
+    width, most = sizes_of_eigsh(n, k, block, max_basis)
     check_number("block", width, low=1)
-    most = basis_of_eigsh(n, k, width, max_basis)
     check_number("max_basis", most, low=min(n, k + 2 * width))
     check_number("max_passes", passes, low=1)
     need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
@@ -158,28 +157,23 @@ class _Search:
         """Run from the beginning, or from the checkpoint."""
         with self._journal.reading():
             finished = None if self._journal.earlier is None else self._restore(self._journal.earlier)
-        if finished is not None:
-            return finished
-        while True:
+        while finished is None:
+            residual: float | None
             if self._is_time_to_check():
                 checked = self._check()
-                status = self._judge(checked)
-                result = None if status is None else self._result(status, checked)
-                self._save(result)
-                monitor(Step(self._work(), checked.excess * self._tol, self._tol))
-                if result is not None:
-                    return result
-                continue
-            self._space.advance(self._operator, self._k, self._limits)
-            residual = self._note()
-            self._save(None)
+                status, residual = self._judge(checked), checked.excess * self._tol
+                finished = None if status is None else self._result(status, checked)
+            else:
+                self._space.advance(self._operator, self._k, self._limits)
+                residual = self._note()
+            self._save(finished)
             monitor(Step(self._work(), residual, self._tol))
+        return finished
 
     def _scale(self, values: FloatArray) -> FloatArray:
         return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
 
     def _limits(self, values: FloatArray) -> FloatArray:
-        """Largest acceptable residuals."""
         rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
         return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
 
@@ -208,20 +202,12 @@ class _Search:
         return space.is_settled and bool((found.residuals <= limits).all())
 
     def _check(self) -> _Checked:
-        """Take one pass with the vectors themselves."""
+        # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no further pass.
         vectors = self._space.combine(self._space.refined(self._k).coordinates)
-        products = self._operator.matmat(vectors)
-        # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no pass.
-        inner = vectors.T @ products
-        values, turn = np.linalg.eigh((inner + inner.T) / 2)
-        turn = np.ascontiguousarray(turn[:, ::-1])
-        vectors, products, values = vectors @ turn, products @ turn, values[::-1].copy()
-        products -= vectors * values
-        norms = np.linalg.norm(products, axis=0)
+        values, vectors, norms = rayleigh_ritz(self._operator, vectors, descending=True)
         return _Checked(values, vectors, norms, float((norms / self._limits(values)).max()))
 
     def _judge(self, checked: _Checked) -> Status | None:
-        """Final status, or None if the search goes on."""
         if checked.excess <= 1.0:
             return "converged" if self._space.is_settled else "not converged"
         if self._space.is_whole:
@@ -272,12 +258,13 @@ class _Search:
     def _work(self) -> Work:
         return self._earlier[0] + (self._operator.work - self._start)
 
-    def _seconds(self) -> float:
-        return self._earlier[1] + perf_counter() - self._started
-
     def _save(self, result: Eigenpairs | None) -> None:
         state: dict[str, Any] = {"floor": self._floor, "history": self._history, "space": self._space.state()}
-        state |= {"failures": self._failures, "work": self._work(), "seconds": self._seconds()}
+        state |= {
+            "failures": self._failures,
+            "work": self._work(),
+            "seconds": self._earlier[1] + perf_counter() - self._started,
+        }
         arrays = self._space.arrays()
         if result is not None:
             arrays |= {f"result-{name}": values for name, values in result.arrays().items()}
