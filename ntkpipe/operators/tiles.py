@@ -199,12 +199,8 @@ class _Upcast:
             yield slice(first, first + len(part)), part
 
 
-@dataclass(frozen=True)
-class PartialStatistics:
-    """What some tiles contribute to the diagonal (start and entries of each run) and to the squared Frobenius norm."""
-
-    diagonals: tuple[tuple[int, FloatArray], ...]
-    squared: float
+# What some tiles contribute to the diagonal (start and entries of each run), and to the squared Frobenius norm.
+PartialStatistics = tuple[list[tuple[int, FloatArray]], float]
 
 
 def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
@@ -217,15 +213,15 @@ def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
         squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast.parts(tile))
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
-    return PartialStatistics(tuple(diagonals), squared)
+    return diagonals, squared
 
 
 def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statistics:
     """Statistics of a matrix from those of its shards, in their order."""
     diagonal, squared = np.empty(num_rows), 0.0
-    for part in parts:
-        squared += part.squared
-        for start, values in part.diagonals:
+    for diagonals, part in parts:
+        squared += part
+        for start, values in diagonals:
             diagonal[start : start + len(values)] = values
     return Statistics(diagonal, squared**0.5)
 

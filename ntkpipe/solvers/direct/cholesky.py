@@ -54,12 +54,11 @@ def cholesky(
 ) -> CholeskyFactor:
     """Factor ``K + ridge I = L L'``, with L in memory or in files.
 
-    Left-looking by panels of columns: a panel of K is read, the contributions of all earlier panels are subtracted,
-    and it is factored and written, once. So K is read about once and never changed, L is written once and read
-    ``n / (3 panel_width) + 1`` times, and every panel is a checkpoint: after a kill the same call continues after the
-    last complete one, to the same bits on the same machine. The cost is n³/3 multiplications and additions, nearly all
-    of them in float64 matrix products. (Toledo, "A survey of out-of-core algorithms in numerical linear algebra", 1999,
-    describes left-looking panels.)
+    Left-looking by panels of columns (Toledo, "A survey of out-of-core algorithms in numerical linear algebra", 1999):
+    a panel of K is read, contributions of earlier panels are subtracted, and it is factored and written, once. So K is
+    read about once, L is written once and read ``n / (3 panel_width) + 1`` times, and every panel is a checkpoint:
+    after a kill the same call continues after the last complete one, to the same bits on the same machine. The cost is
+    n³/3 multiplications and additions, nearly all of them in float64 matrix products.
 
     Parameters
     ----------
@@ -70,12 +69,10 @@ def cholesky(
         A folder, or the URL of an object store, for L: n²/2 float64 numbers in the Zarr array ``cholesky/lower``, whose
         chunks above the diagonal blocks do not exist. A factor of the same matrix and ridge that is already there is
         used or continued. Default: memory, which must hold n²/2 float64 numbers.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. A panel has n · panel_width
-        float64 numbers; diagonal blocks and chunks on their way come on top.
     panel_width
-        Columns of a panel; default with a path as many as memory allows (at most n/8 if that is over 2,048), in memory
-        1,024. A width over 256 is rounded up to a multiple of 256. It affects the last bits.
+        Columns of a panel, of n · panel_width float64 numbers; default with a path as many as memory allows (at most
+        n/8 if that is over 2,048), in memory 1,024. A width over 256 is rounded up to a multiple of 256. It affects the
+        last bits.
     threads
         Number of threads that multiply; default one per core. No bit depends on it.
     monitor
@@ -188,15 +185,13 @@ def _factor_with_jitter(task: _Task) -> None:
     allowed = [floor * _JITTER_FACTOR**power for power in range(_MOST_JITTERS)]
     while True:
         try:
-            _factor(task)
+            return _factor(task)
         except IndefiniteError:
             larger = [value for value in allowed if value > task.state.jitter]
             if not larger:
                 raise
             task.state, task.resumed = replace(task.state, jitter=larger[0], panels=()), 0
             task.save(task.state)
-        else:
-            return
 
 
 def _factor(task: _Task) -> None:
@@ -258,13 +253,8 @@ def _subtract_earlier(
 
 
 def _share_left(shape: Shape, done: int) -> float:
-
-    def cost(number: int) -> float:
-        columns = shape.columns(number)
-        width = columns.stop - columns.start
-        return float((shape.num_rows - columns.start) * width * (2 * columns.start + width))
-
-    costs = [cost(number) for number in range(shape.num_panels)]
+    runs = [shape.columns(number) for number in range(shape.num_panels)]
+    costs = [float((shape.num_rows - c.start) * (c.stop - c.start) * (c.start + c.stop)) for c in runs]
     return sum(costs[done + 1 :]) / sum(costs)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import Pool
@@ -71,11 +71,6 @@ class CholeskyFactor(Result):
     def storage_floor(self) -> float:
         """Storage floor of the matrix; one pass if it is not known yet."""
         return self._operator.storage_floor()
-
-    @property
-    def traffic(self) -> Work:
-        """Reads of L up to now, including those of solves."""
-        return self._panels.traffic
 
     def _rows(self) -> TableRows:
         where = "in memory" if self.path is None else f"in {self.path}"

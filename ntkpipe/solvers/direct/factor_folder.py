@@ -75,12 +75,8 @@ class FactorFolder:
 
     def __init__(self, where: str | Path | Medium) -> None:
         self.medium = medium_at(where)
+        self.root = str(self.medium.root)
         self._folder = ArrayFolder(self.medium, _GROUP)
-
-    @property
-    def root(self) -> str:
-        """Path or URL."""
-        return str(self.medium.root)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

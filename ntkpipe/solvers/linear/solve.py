@@ -14,7 +14,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task
+from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
@@ -111,7 +111,8 @@ def solve(
     kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)
     work, seconds = kept.work, kept.seconds
     found = Systems(operator, block, options, 1, kept).solve(absolute, guess)
-    return _shaped(found, shape, encoded, work=work, seconds=seconds)
+    coefficients = found.coefficients.reshape(shape)
+    return replace(found, coefficients=coefficients, targets=encoded.words, work=work, seconds=seconds)
 
 
 @recorded()
@@ -181,7 +182,7 @@ def solve_path(
         one = stages.result(name, Solution, run)
         with stages.journal.reading():
             guess = np.asarray(one.coefficients).reshape(block.shape)
-        found[number] = _shaped(one, shape, encoded)
+        found[number] = replace(one, coefficients=one.coefficients.reshape(shape), targets=encoded.words)
     return tuple(found[number] for number in range(len(values)))
 
 
@@ -190,10 +191,6 @@ def _absolute(ridges: Sequence[float], scale: RidgeScale, operator: Operator) ->
         raise ConfigError("no ridge is given; needed at least one")
     found = [absolute_ridge(ridge, scale, operator.diagonal) for ridge in ridges]
     return [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in found]
-
-
-def _shaped(found: Solution, shape: tuple[int, ...], encoded: Targets, **cost: Any) -> Solution:
-    return replace(found, coefficients=found.coefficients.reshape(shape), targets=encoded.words, **cost)
 
 
 def _decides(operator: Operator, rhs: FloatArray, ridge: float | list[float], options: SolveOptions) -> dict[str, Any]:

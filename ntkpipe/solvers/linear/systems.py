@@ -21,7 +21,7 @@ from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.direct.factor import DirectSolution
 from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
 from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration, IterationState
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.result import Monitor, Step
@@ -61,7 +61,7 @@ class SolveOptions:
         """Rank of the preconditioner."""
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.rank
-        return default_rank(operator.num_rows) if self.rank is None else min(self.rank, operator.num_rows)
+        return checked_rank(self.rank, operator.num_rows)
 
 
 class Systems:
@@ -93,7 +93,13 @@ class Systems:
         self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
         self._direct, self._why = options.method == "cholesky", "asked for"
         if options.method == "auto":
-            self._choose(num_ridges)
+            rank = 0 if self._preconditioner else options.rank_of(operator)
+            in_files = options.path is not None
+            expected = forecast(operator, rhs.shape[1], rank, num_ridges, options.budget, in_files=in_files)
+            self._alternative = expected.factoring
+            self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
+            small = f"{operator.num_rows:,} rows are few"
+            self._why = expected.words if math.isfinite(expected.iterating) else small
         elif options.method in {"pcg", "block_cg"}:
             self._cg = cast(Literal["pcg", "block_cg"], options.method)
         self._go_on(kept)
@@ -104,20 +110,6 @@ class Systems:
             # An earlier decision stays: another timing must not throw away what is there.
             self._direct, self._why = False, kept.why
             self._alternative = None if kept.stage == "no factor" else self._alternative
-
-    def _choose(self, num_ridges: int) -> None:
-        expected = forecast(
-            self._operator,
-            num_columns=self._rhs.shape[1],
-            rank=0 if self._preconditioner else self._options.rank_of(self._operator),
-            num_ridges=num_ridges,
-            budget=self._options.budget,
-            in_files=self._options.path is not None,
-        )
-        self._alternative = expected.factoring
-        self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
-        small = f"{self._operator.num_rows:,} rows are few"
-        self._why = expected.words if math.isfinite(expected.iterating) else small
 
     def _spent(self) -> tuple[Work, float]:
         """Cost of the current solution, including earlier processes."""
@@ -268,8 +260,7 @@ def _failure(error: Exception) -> str:
 
 def bytes_of_solve(num_rows: int, num_columns: int, rank: int | None = None) -> int:
     """Memory of conjugate gradients for so many right-hand sides, the making of their preconditioner included."""
-    rank = default_rank(num_rows) if rank is None else min(rank, num_rows)
-    return 8 * num_rows * (_FACTORS * rank + _BLOCKS * num_columns)
+    return 8 * num_rows * (_FACTORS * checked_rank(rank, num_rows) + _BLOCKS * num_columns)
 
 
 @dataclass(frozen=True)
@@ -288,13 +279,7 @@ class Forecast:
 
 
 def forecast(
-    operator: Operator,
-    *,
-    num_columns: int,
-    rank: int,
-    num_ridges: int,
-    budget: Budget,
-    in_files: bool = False,
+    operator: Operator, num_columns: int, rank: int, num_ridges: int, budget: Budget, *, in_files: bool = False
 ) -> Forecast:
     """Estimate both methods from n, the rate of a matrix product, and the time of a pass."""
     n, room = operator.num_rows, budget.room()

@@ -76,14 +76,11 @@ class Density(Result):
         weights = np.concatenate([np.ones(len(self.eigenvalues)), self.weights.reshape(-1) / len(self.nodes)])
         return smoothed(values, weights, self.floor, num_points=num_points, width=width)
 
-    def _below(self) -> float:
-        """Estimated number of eigenvalues below minus the floor."""
-        found = (self.weights * (self.nodes < -self.floor)).sum() / len(self.weights)
-        return float(found) + int((self.eigenvalues < -self.floor).sum())
-
     def _rows(self) -> TableRows:
         largest = max(self.nodes.max(initial=0.0), self.eigenvalues.max(initial=0.0))
         levels = [level for level in largest * 10.0 ** -np.arange(1, 8) if level > self.floor]
+        below = float((self.weights * (self.nodes < -self.floor)).sum() / len(self.weights))
+        below += int((self.eigenvalues < -self.floor).sum())
         counts = self.count_above([*levels, self.floor])
         shown = zip(counts.thresholds, counts.values, counts.standard_errors, counts.truncation_errors, strict=True)
         return [
@@ -93,7 +90,7 @@ class Density(Result):
                 (f"above {level:.2e}", f"{value:.6g} ± {error:.2g} (Monte Carlo) ± {truncation:.2g} (truncation)")
                 for level, value, error, truncation in shown
             ),
-            ("floor", f"{self.floor:.2e}; below minus that {self._below():.6g}"),
+            ("floor", f"{self.floor:.2e}; below minus that {below:.6g}"),
             ("probes", f"{len(self.nodes)}, of {self.num_steps} steps"),
         ]
 
@@ -132,7 +129,8 @@ def density(
 ) -> Density:
     """The spectral density of K by stochastic Lanczos quadrature: how many eigenvalues lie where.
 
-    One pass a step for all probes, and one for the Frobenius norm if that is not known.
+    One pass a step for all probes, and one for the Frobenius norm if that is not known. The Lanczos vectors,
+    ``steps * p * n`` float64, dominate memory.
 
     Parameters
     ----------
@@ -144,9 +142,6 @@ def density(
         Largest error of a count that is called converged, Monte-Carlo plus truncation error, as a fraction of n.
     max_passes
         Most Lanczos steps where ``num_steps`` is not given.
-    memory_limit
-        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
-        already and half of what is free.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.
@@ -155,11 +150,10 @@ def density(
     -----
     Ubaru, Chen and Saad (2017), algorithm 1, with Rademacher probes and full reorthogonalisation of each. We depart in
     what a count is: the middle of what the Gauss rule of a probe allows, by the separation theorem of Chebyshev, Markov
-    and Stieltjes, and half of that range is the truncation error. The usual sign, a small change from half as many
-    steps, is unsafe: below the smallest node it is zero, where counts of ill-conditioned matrices are wrong by half
-    of n. The standard error is at least that of a projector with Rademacher probes, ``2 N (n - N) / (n p)`` squared,
-    since the scatter of few probes says little where counts are small. Where pairs are spliced in, probes are scaled
-    to the number of the others, which is known; the bias of that, of order ``1 / n``, is far below all errors.
+    and Stieltjes; half of that range is the truncation error. A small change from half as many steps, the usual sign,
+    is unsafe: below the smallest node it is zero, where counts may be wrong by half of n. The standard error is at
+    least that of a projector with Rademacher probes, ``2 N (n - N) / (n p)`` squared. Where pairs are spliced in,
+    probes are scaled to the number of the others, which is known, with a negligible bias of order ``1 / n``.
     """
     operator: Operator = matrix
     before, n = operator.work, operator.num_rows

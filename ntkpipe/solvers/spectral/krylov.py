@@ -141,26 +141,25 @@ class TopEigenvalue(ProbeLanczos):
     def __init__(self, num_rows: int, seed: int) -> None:
         start = np.random.default_rng(seed).standard_normal((num_rows, 1))
         super().__init__(start, min(_MOST_RATE_STEPS, num_rows))
-        self.value = 0.0
-        self.is_settled = False
 
-    def absorb(self, product: FloatArray) -> None:
-        """Take ``K @ block``."""
-        super().absorb(product)
-        self._look()
+    @property
+    def value(self) -> float:
+        """The largest Ritz value; zero before the first step."""
+        return self._look()[0]
 
-    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
-        """Go on from what both were; ``get`` reads an array of this name and shape."""
-        super().restore(get, state)
-        self._look()
+    @property
+    def is_settled(self) -> bool:
+        """Whether more steps are of no use."""
+        return self._look()[1]
 
-    def _look(self) -> None:
+    def _look(self) -> tuple[float, bool]:
+        if not self.num_steps:
+            return 0.0, False
         (alphas,), (betas,) = self.coefficients(self.num_steps)
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
-        self.value = float(values[-1])
-        gap = betas[-1] * abs(vectors[-1, -1])
+        gap, value = betas[-1] * abs(vectors[-1, -1]), float(values[-1])
         is_last = self.num_steps == self.max_steps or self.ended.all()
-        self.is_settled = bool(is_last or gap <= _RATE_TOLERANCE * abs(self.value))
+        return value, bool(is_last or gap <= _RATE_TOLERANCE * abs(value))
 
 
 class BlockLanczos:

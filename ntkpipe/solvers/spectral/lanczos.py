@@ -59,16 +59,6 @@ class Eigenpairs(Result):
         ]
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """Eigenpairs with residuals from one product, and whether they are small enough."""
-
-    values: FloatArray
-    vectors: FloatArray
-    norms: FloatArray
-    excess: float
-
-
 @recorded()
 @single_threaded_blas()
 def eigsh(
@@ -87,14 +77,12 @@ def eigsh(
     """The k largest eigenvalues of a symmetric matrix, with eigenvectors.
 
     Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, "Thick-restart Lanczos method
-    for large symmetric eigenvalue problems"; here in blocks). It departs from that in two ways. Where the space holds
-    a whole block of residuals that K is small on, vectors get one correction from it before they are checked, which
-    saves a pass (:meth:`ThickRestart.refined`). And the residuals of the recurrence only say when to look: the result
-    is judged by one more product with the vectors themselves.
+    for large symmetric eigenvalue problems"; here in blocks), with two changes: where K is small on the residuals,
+    vectors get one correction before they are checked, which saves a pass (:meth:`ThickRestart.refined`); and the
+    result is judged by one more product with the vectors themselves, not by the residuals of the recurrence.
 
     A pass has ``block`` columns, the last one, which checks, has k. Kernels of networks take 12 to 15 passes at the
-    defaults, the check included. Memory is ``(max_basis + 4 block + 3 k) n`` float64, 11 k n at the defaults for
-    large k.
+    defaults. Memory is ``(max_basis + 4 block + 3 k) n`` float64, 11 k n at the defaults for large k.
 
     Converged means that ``|K v - λ v| <= tol max(|λ|, floor)`` for each of the k pairs, or that this is less than the
     rounding of float64 products, ``50 eps λ_1``; the message says for how many pairs floor or rounding decided.
@@ -114,9 +102,8 @@ def eigsh(
     max_passes
         Most products before the one that checks; by default 200.
     checkpoint
-        Where the state is written after every pass: one block of columns, or the basis after a restart. A call goes on
-        from an earlier state to the same result, to the last bit; a result that is there already is returned without
-        a pass. The checkpoint stays when the call returns: clear it once the result is saved.
+        Where each pass is saved: one block of columns, or the basis after a restart. A call goes on from there to the
+        same bits, and returns a result that is there without a pass. The caller clears it.
     """
     operator: Operator = matrix
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
@@ -160,9 +147,12 @@ class _Search:
         while finished is None:
             residual: float | None
             if self._is_time_to_check():
-                checked = self._check()
-                status, residual = self._judge(checked), checked.excess * self._tol
-                finished = None if status is None else self._result(status, checked)
+                # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no further pass.
+                vectors = self._space.combine(self._space.refined(self._k).coordinates)
+                pairs = rayleigh_ritz(self._operator, vectors, descending=True)
+                excess = float((pairs[2] / self._limits(pairs[0])).max())
+                status, residual = self._judge(excess), excess * self._tol
+                finished = None if status is None else self._result(status, *pairs)
             else:
                 self._space.advance(self._operator, self._k, self._limits)
                 residual = self._note()
@@ -201,47 +191,41 @@ class _Search:
         limits = _CONFIDENCE * self._limits(found.values)
         return space.is_settled and bool((found.residuals <= limits).all())
 
-    def _check(self) -> _Checked:
-        # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no further pass.
-        vectors = self._space.combine(self._space.refined(self._k).coordinates)
-        values, vectors, norms = rayleigh_ritz(self._operator, vectors, descending=True)
-        return _Checked(values, vectors, norms, float((norms / self._limits(values)).max()))
-
-    def _judge(self, checked: _Checked) -> Status | None:
-        if checked.excess <= 1.0:
+    def _judge(self, excess: float) -> Status | None:
+        if excess <= 1.0:
             return "converged" if self._space.is_settled else "not converged"
         if self._space.is_whole:
             return "stagnated"
         if self._space.passes >= self._options["max_passes"]:
             return "step limit"
-        self._failures.append((self._space.passes, checked.excess))
-        recent = [excess for _, excess in self._failures[-_MOST_FAILURES:]]
+        self._failures.append((self._space.passes, excess))
+        recent = [failed for _, failed in self._failures[-_MOST_FAILURES:]]
         if len(recent) == _MOST_FAILURES and min(recent[1:]) > recent[0] / 2:
             return "stagnated"
         return None
 
-    def _result(self, status: Status, checked: _Checked) -> Eigenpairs:
-        residuals = checked.norms / self._scale(checked.values)
-        gram = checked.vectors.T @ checked.vectors
+    def _result(self, status: Status, values: FloatArray, vectors: FloatArray, norms: FloatArray) -> Eigenpairs:
+        residuals = norms / self._scale(values)
+        gram = vectors.T @ vectors
         gram[np.diag_indices_from(gram)] -= 1.0
         return Eigenpairs(
             status=status,
-            message=self._message(status, checked, residuals),
+            message=self._message(status, values, residuals),
             work=self._earlier[0],
             seconds=self._earlier[1],
             options=self._options,
-            eigenvalues=checked.values,
-            eigenvectors=checked.vectors,
+            eigenvalues=values,
+            eigenvectors=vectors,
             residuals=residuals,
             orthogonality=float(np.abs(gram).max()),
             floor=self._floor,
             history=np.array(self._history).reshape(-1, 2),
         )
 
-    def _message(self, status: Status, checked: _Checked, residuals: FloatArray) -> str:
+    def _message(self, status: Status, values: FloatArray, residuals: FloatArray) -> str:
         k, tol, worst = self._k, self._tol, float(residuals.max())
         met = int((residuals <= tol).sum())
-        below = int((np.abs(checked.values) < self._floor).sum())
+        below = int((np.abs(values) < self._floor).sum())
         notes = []
         if below:
             notes.append(f"{below} eigenvalues lie below the storage floor {self._floor:.2g} and are not known")

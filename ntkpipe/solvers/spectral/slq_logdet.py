@@ -81,7 +81,8 @@ def slq_logdet(
     """``log det(K + ridge I)`` by stochastic Lanczos quadrature, with both of its errors.
 
     One pass a step for all probes, one for diagonal and Frobenius norm if these are not known, and what the
-    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned.
+    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned. The
+    Lanczos vectors, ``steps * p * n`` float64, dominate memory; the preconditioner takes ``3 * rank * n`` at most.
 
     Parameters
     ----------
@@ -95,9 +96,6 @@ def slq_logdet(
         mean of the eigenvalues.
     max_passes
         Most Lanczos steps where ``num_steps`` is not given.
-    memory_limit
-        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
-        already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.

@@ -105,9 +105,9 @@ def smallest(
     of ``K - σ I`` with σ below λ by the residual: if it runs through in floating point, no eigenvalue lies below
     ``σ - 2 (n + 1) eps tr(K)`` (Rump, "Verification of positive definiteness", BIT 46, 2006).
 
-    Passes: about 5 for λ_max, those of the preconditioner, one for the diagonal, then one a step: 50 to 100 on kernels
-    of networks with the default inverse, 10 with an exact one, and one that checks. A proof is n³/3 multiplications,
-    about a pass more. Memory is ``24 block n`` float64 and the preconditioner; n²/2 for a proof without ``path``.
+    Passes: about 5 for λ_max, those of the preconditioner, one for the diagonal, 50 to 100 steps on kernels of networks
+    (10 with an exact inverse), one that checks, and about one for a proof, of n³/3 multiplications. Memory is
+    ``24 block n`` float64 and the preconditioner; n²/2 for a proof without ``path``.
 
     Parameters
     ----------
@@ -127,9 +127,8 @@ def smallest(
     max_passes
         Most steps.
     checkpoint
-        Where λ_max, the default inverse and the space are saved, 16 block n bytes after each pass. Another call goes on
-        from the last pass and meets the same ``tol``; it may have a higher ``max_passes``, which counts from the first
-        call. A given ``inverse`` must be the same. The caller clears it.
+        Where λ_max, the default inverse and the space are saved, 16 block n bytes a pass. Another call goes on from the
+        last pass, also with a higher ``max_passes``; a given ``inverse`` must be the same. The caller clears it.
     """
     operator: Operator = matrix
     budget, n, before = Budget.of(memory_limit), operator.num_rows, operator.work
@@ -156,7 +155,16 @@ def smallest(
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
     space = Davidson(n, min(width, n), _checked(inverse), seed)
     limits = _Limits(k, tol, floor, rounding)
-    earlier += _iterate(operator, space, limits, max_passes, monitor, stages.part("space"), earlier - before)
+    journal, start, known = Journal(stages.part("space"), {}), operator.work, Work()
+    if journal.earlier is not None:
+        with journal.reading():
+            known = as_work(journal.earlier["work"])
+            space.restore(journal.get, journal.earlier["space"])
+    earlier += known
+    while not limits.are_met(space.values, space.norms) and space.passes < max_passes:
+        space.advance(operator)
+        journal.save({"space": space.state(), "work": known + (operator.work - start)}, space.arrays())
+        monitor(Step(earlier + (operator.work - before), limits.worst(space.values, space.norms), tol))
     values, vectors, norms = rayleigh_ritz(operator, space.pairs(k), descending=False)
     is_converged = limits.are_met(values, norms)
     low, high, certificate = _bounds(operator, values, norms, rounding, path, budget, certify=certify)
@@ -184,28 +192,6 @@ def bytes_of_smallest(num_rows: int, k: int = 1, *, block: int | None = None) ->
     """Memory that :func:`smallest` takes, without a proof: the vectors, and the default inverse while it is made."""
     width = max(_SMALLEST_BLOCK, 2 * k) if block is None else block
     return bytes_of_solve(num_rows, 0) + 8 * num_rows * _VECTORS_A_COLUMN * min(width, num_rows)
-
-
-def _iterate(
-    operator: Operator,
-    space: Davidson,
-    limits: "_Limits",
-    max_passes: int,
-    monitor: Monitor,
-    checkpoint: Checkpoint | None,
-    spent: Work,
-) -> Work:
-    """Advance until pairs are good enough; return the work of earlier processes. ``spent`` is added to that told."""
-    journal, earlier, start = Journal(checkpoint, {}), Work(), operator.work
-    if journal.earlier is not None:
-        with journal.reading():
-            earlier = as_work(journal.earlier["work"])
-            space.restore(journal.get, journal.earlier["space"])
-    while not limits.are_met(space.values, space.norms) and space.passes < max_passes:
-        space.advance(operator)
-        journal.save({"space": space.state(), "work": earlier + (operator.work - start)}, space.arrays())
-        monitor(Step(spent + earlier + operator.work, limits.worst(space.values, space.norms), limits.tol))
-    return earlier
 
 
 @dataclass(frozen=True)
