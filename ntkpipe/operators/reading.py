@@ -24,9 +24,9 @@ _Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uin
 class TileReader(Generic[Source]):
     """Streams tiles of a source, any number of streams at a time.
 
-    Some tiles are cached once they were read: a fixed subset, spread evenly, since every pass wants all of them in the
-    same order, of which a least-recently-used cache would hold none. Memory is these tiles, three (nine from object
-    storage) for each stream, and one of a stream that waits.
+    A fixed subset of tiles is cached, spread evenly: every pass wants all of them in the same order, of which a
+    least-recently-used cache would hold none. Memory is these, three tiles (nine from object storage) for each stream,
+    and one of a stream that waits.
     """
 
     def __init__(self, source: Source, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:

@@ -1,8 +1,4 @@
-"""A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass.
-
-The state of solvers is with the driver, and a request holds all that a worker needs: when a worker is lost, its part of
-one pass is requested again from others.
-"""
+"""A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,7 +83,7 @@ class WorkersOperator(TiledOperator):
         try:
             yield from this.results()
         finally:
-            this.close()
+            self._group.cancel(this.pending)  # nobody waits for the rest
             self._group.work += Work(seconds=perf_counter() - start)
 
     def close(self) -> None:
@@ -187,9 +183,3 @@ class _Pass:
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
         self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)
-
-    def close(self) -> None:
-        """Cancel the tasks that nobody waits for."""
-        if self.pending:
-            self.group.cancel(self.pending)
-            self.pending.clear()

@@ -78,11 +78,11 @@ class Shape:
         starts = range(0, self.num_rows, self.width)
         return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts) * _ITEM
 
-    def working_bytes(self) -> int:
-        """Bytes beside the panels while a factor is made or used: a diagonal block, chunks on their way, a product."""
+    def working_bytes(self, num_threads: int) -> int:
+        """Bytes beside the panels while a factor is made: a diagonal block, chunks on their way, products, solves."""
         # One more chunk is for the padding of a ragged one when it is written.
         block = self.width**2 * _ITEM if self.num_panels > 1 else 0
-        return block + (_DEPTH + 3) * self.chunk_bytes
+        return block + (_DEPTH + 3) * self.chunk_bytes + num_threads * solve_bytes(self.width)
 
 
 class Panels(ABC):
@@ -156,10 +156,8 @@ class StoredPanels(Panels):
     def num_complete(self, most: int) -> int:
         """Number of leading panels, up to ``most``, with all their chunks: users may delete one that is damaged."""
         present, height = self._array.present(), self.shape.height
-        for panel in range(most):
-            if any((rows.start // height, panel) not in present for rows in self.shape.chunks(panel)):
-                return panel
-        return most
+        indices = ((rows.start // height, panel) for panel in range(most) for rows in self.shape.chunks(panel))
+        return next((panel for number, panel in indices if (number, panel) not in present), most)
 
     @contextlib.contextmanager
     def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
@@ -202,13 +200,12 @@ def usual_shape(num_rows: int, panel_width: int | None) -> Shape:
 
 def bytes_in_memory(shape: Shape, num_threads: int) -> int:
     """Memory of a factorisation whose panels stay in memory."""
-    return shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+    return shape.factor_bytes + shape.working_bytes(num_threads)
 
 
 def bytes_of_panel(shape: Shape, num_threads: int) -> int:
     """Memory of a factorisation whose panels go to files."""
-    panel = shape.num_rows * min(shape.width, shape.num_rows) * _ITEM
-    return panel + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+    return shape.num_rows * min(shape.width, shape.num_rows) * _ITEM + shape.working_bytes(num_threads)
 
 
 def widest_shape(num_rows: int, room: int, num_threads: int) -> Shape:

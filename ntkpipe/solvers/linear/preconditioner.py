@@ -88,10 +88,9 @@ def randomly_pivoted_cholesky(
     """A preconditioner from columns of K, chosen at random in proportion to what is not yet approximated.
 
     Randomly pivoted Cholesky (Chen, Epperly, Tropp, Webber, arXiv 2207.06503) in few rounds: each reads its columns
-    together, at most one pass. Pivots of a round are chosen among twice as many candidates, which were drawn in
-    proportion to the residual diagonal at its beginning, one after the other with the odds (residual now) / (residual
-    then): the rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but candidates that were rejected are
-    offered again, so that a round gives as many pivots as it should. Near duplicates of a pivot are not chosen.
+    together, at most one pass. Pivots are chosen among twice as many candidates, drawn in proportion to the residual
+    diagonal at the beginning of a round, one after the other with the odds (residual now) / (residual then): the
+    rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but rejected candidates are offered again.
 
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """

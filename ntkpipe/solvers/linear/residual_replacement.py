@@ -54,11 +54,7 @@ class IterationState:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate(IterationState):
-    """Outcome of an iteration.
-
-    Each column of ``solution`` is the iterate with the smallest true residual that was computed, or the last iterate
-    if passes ran out.
-    """
+    """Outcome: the iterate of each column with the smallest true residual computed, or the last if passes ran out."""
 
     residuals: FloatArray  # true residuals of the solution, relative to the right-hand sides, shape (c,)
     status: Status

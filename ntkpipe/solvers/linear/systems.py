@@ -122,11 +122,8 @@ class Systems:
 
     def _make(self) -> Preconditioner:
         options, kept, before = self._options, self._kept, self._operator.work
-        kind = str(self._given)
-
-        def make() -> Preconditioner:
-            return preconditioner_of(self._operator, kind, options.rank, ridge=0.0, seed=options.seed)
-
+        kind, seed = str(self._given), options.seed
+        make = partial(preconditioner_of, self._operator, kind, options.rank, ridge=0.0, seed=seed)
         if self._stages is not None:
             made = preconditioner_once(self._stages, self._operator.num_rows, make)
         else:
@@ -301,9 +298,8 @@ def forecast(
 def hopeless_after(seconds: float, tol: float) -> Callable[[FloatArray], bool]:
     """Make a test of the history that says whether to stop iterating, given the seconds of the alternative.
 
-    It says yes once half of those seconds are spent and the remaining iterations, extrapolated from the second half of
-    the history, need more than all of them. So the total is at most 1.5 times the alternative, if that was forecast
-    rightly, plus the time for the preconditioner.
+    It says yes once half of those are spent and the remaining iterations, extrapolated from the second half of the
+    history, need more than all. So the total is at most 1.5 times the alternative, and the time for the preconditioner.
     """
     start = perf_counter()
 

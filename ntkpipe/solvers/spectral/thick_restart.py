@@ -88,9 +88,9 @@ class ThickRestart:
     def refined(self, k: int) -> Ritz:
         """Leading pairs of [V, Q], where the block of H that is not known yet, QᵀKQ, is taken as τ I.
 
-        As soon as K is far smaller on Q than the wanted eigenvalues, it matters little what it is there: a vector of
-        residual Q c gets about ``Q c / (θ - τ)``, which is a step of Davidson's method. It saves most of a pass.
-        Residuals are predictions: those of V, times how much this would have shrunk the largest in the pass before.
+        Where K is far smaller on Q than the wanted eigenvalues, it matters little what it is: a vector of residual Q c
+        gets about ``Q c / (θ - τ)``, a step of Davidson's method, which saves most of a pass. Residuals are predicted:
+        those of V, times how much this would have shrunk the largest in the pass before.
         """
         plain = self.ritz(k)
         if self._shrinkage is None or not self._is_refinable(k):
