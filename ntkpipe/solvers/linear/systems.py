@@ -21,7 +21,7 @@ from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.direct.factor import DirectSolution
 from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, default_rank, preconditioner_of
 from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration, IterationState
 from ntkpipe.solvers.linear.solution import Solution
 from ntkpipe.solvers.result import Monitor, Step
@@ -132,7 +132,6 @@ class Systems:
         return made
 
     def _monitor(self) -> Monitor:
-        """Return a monitor that adds the cost so far to that of a part."""
         spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
@@ -257,7 +256,8 @@ def _failure(error: Exception) -> str:
 
 def bytes_of_solve(num_rows: int, num_columns: int, rank: int | None = None) -> int:
     """Memory of conjugate gradients for so many right-hand sides, the making of their preconditioner included."""
-    return 8 * num_rows * (_FACTORS * checked_rank(rank, num_rows) + _BLOCKS * num_columns)
+    rank = default_rank(num_rows) if rank is None else min(rank, num_rows)
+    return 8 * num_rows * (_FACTORS * rank + _BLOCKS * num_columns)
 
 
 @dataclass(frozen=True)
