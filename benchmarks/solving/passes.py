@@ -17,6 +17,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.executors.connect import connect
 from ntkpipe.operators.on_dask.operator import WorkersOperator
+from ntkpipe.operators.on_dask.worker_group import WorkerGroup
 from ntkpipe.operators.tiles import KernelTiles
 from ntkpipe.store.kernel import Kernel
 from solving.measuring import in_child, in_turns, judge, median, print_table, ratio
@@ -170,7 +171,10 @@ def _compare_workers(kernel: Kernel, repeats: int) -> None:
         limits = ratio(plain["1"], plain["2"])
         print(f"  two workers at nothing but products: {limits:.2f} times as fast as one")
         for where, cache_bytes in (("kept by workers", 2**30), ("from the page cache", 0)):
-            operators = {n: WorkersOperator(KernelTiles(kernel), clients[n], cache_bytes=cache_bytes) for n in _WORKERS}
+            operators = {
+                n: WorkersOperator(WorkerGroup(clients[n], KernelTiles(kernel), cache_bytes=cache_bytes))
+                for n in _WORKERS
+            }
             for columns in _COLUMNS:
                 block = np.random.default_rng(0).standard_normal((len(kernel), columns))
                 runs = {str(count): _product(operator, block) for count, operator in operators.items()}

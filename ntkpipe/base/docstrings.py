@@ -20,6 +20,8 @@ PARAMETERS = {
     "task": "What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot "
     "columns; others are real targets. ``classification``: labels, also as floats. ``binary``: labels of two classes "
     "that share a column of -1 and +1. ``regression``: numbers, also integers.",
+    "rank": "Rank of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.",
+    "num_probes": "Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.",
     "memory_limit": 'Bytes that this process may have, or text such as ``"8GiB"``; default a share of what is free.',
     "seed": "Seed of everything that is random. Equal seeds give equal bits.",
     "monitor": "Called after each pass with a :class:`ntkpipe.solvers.result.Step`; what it raises ends the call.",

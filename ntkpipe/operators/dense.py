@@ -1,5 +1,7 @@
 """An array in memory as an operator."""
 
+import contextlib
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
@@ -47,8 +49,13 @@ class DenseOperator(Operator):
             self._identity = digest_of(self._matrix)
         return self._identity
 
-    def _multiply(self, block: FloatArray) -> FloatArray:
+    @contextlib.contextmanager
+    def _counted(self, passes: float) -> Iterator[None]:
         start = perf_counter()
+        yield
+        self._work += Work(passes, 0, perf_counter() - start)
+
+    def _multiply(self, block: FloatArray) -> FloatArray:
         product = np.empty_like(block)
 
         def multiply(first: int) -> None:
@@ -56,29 +63,25 @@ class DenseOperator(Operator):
             np.matmul(self._matrix[rows].astype(np.float64, copy=False), block, out=product[rows])
 
         is_worth_threads = self.num_rows**2 * block.shape[1] >= _WORTH_THREADS
-        with Pool.open(None if is_worth_threads else 1) as pool:
+        with self._counted(1.0), Pool.open(None if is_worth_threads else 1) as pool:
             pool.each(multiply, range(0, self.num_rows, _ROWS_AT_ONCE))
-        self._work += Work(1.0, 0, perf_counter() - start)
         return product
 
     def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
-        start = perf_counter()
-        found = self._matrix[:, indices].astype(np.float64)
-        self._work += Work(len(indices) / self.num_rows, 0, perf_counter() - start)
-        return found
+        with self._counted(len(indices) / self.num_rows):
+            return self._matrix[:, indices].astype(np.float64)
 
     def _block(self, rows: slice, columns: slice) -> FloatArray:
-        start = perf_counter()
-        found = np.array(self._matrix[rows, columns], np.float64, order="C")
-        self._work += Work(found.size / self.num_rows**2, 0, perf_counter() - start)
-        return found
+        values = self._matrix[rows, columns]
+        with self._counted(values.size / self.num_rows**2):
+            return np.array(values, np.float64, order="C")
 
     def _measure(self) -> Statistics:
-        start, squared = perf_counter(), 0.0
-        for first in range(0, self.num_rows, _ROWS_AT_ONCE):
-            rows = self._matrix[first : first + _ROWS_AT_ONCE].astype(np.float64, copy=False)
-            squared += float(np.einsum("ij,ij->", rows, rows))
-        self._work += Work(1.0, 0, perf_counter() - start)
+        squared = 0.0
+        with self._counted(1.0):
+            for first in range(0, self.num_rows, _ROWS_AT_ONCE):
+                rows = self._matrix[first : first + _ROWS_AT_ONCE].astype(np.float64, copy=False)
+                squared += float(np.einsum("ij,ij->", rows, rows))
         return Statistics(self._matrix.diagonal().astype(np.float64), squared**0.5)
 
     def _leading(self, num_rows: int) -> Operator:

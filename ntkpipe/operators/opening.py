@@ -61,19 +61,27 @@ def as_operator(
     ClusterError
         If the cluster has no workers, or a worker that cannot be used.
     """
-    return _as_operator(matrix, Budget.of(memory_limit), threads, client, keep_tiles=keep_tiles)
-
-
-def _as_operator(
-    matrix: Any, budget: Budget, threads: int | None = None, client: "Client | None" = None, *, keep_tiles: bool
-) -> Operator:
     if isinstance(matrix, Operator):
         return matrix
-    if isinstance(matrix, Kernel):
-        return _open(KernelTiles(matrix), budget, threads, client, keep_tiles)
-    if isinstance(matrix, np.memmap) or hasattr(matrix, "chunks"):
-        return _open(ArrayTiles(matrix), budget, threads, client, keep_tiles)
-    return DenseOperator(matrix)
+    if not (isinstance(matrix, Kernel | np.memmap) or hasattr(matrix, "chunks")):
+        return DenseOperator(matrix)
+    source: TileSource = KernelTiles(matrix) if isinstance(matrix, Kernel) else ArrayTiles(matrix)
+    budget = Budget.of(memory_limit)
+    if client is not None:
+        from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
+        from ntkpipe.operators.on_dask.worker_group import WorkerGroup
+
+        return WorkersOperator(WorkerGroup(client, source, worker_bytes=budget.limit, threads=threads))
+    threads = num_cores() if threads is None else int(check_number("threads", threads, low=1))
+    in_use = buffer_bytes(source, threads)
+    room = budget.room() - in_use
+    if budget.limit is not None and room < 0:
+        raise ResourceError(
+            f"memory_limit={format_bytes(budget.limit)}, and this process has {format_bytes(process_memory())}; "
+            f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
+        )
+    reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
+    return StreamingOperator(reader, threads=threads, room=None if budget.limit is None else room)
 
 
 def open_for_solver(
@@ -84,30 +92,9 @@ def open_for_solver(
     Where the limit has no room for tiles, they are read one at a time, beside what the solver takes.
     """
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
-        return _as_operator(matrix, budget, keep_tiles=keep_tiles), budget
+        return as_operator(matrix), budget
     share = budget.half() if keep_tiles else budget
     try:
-        return _as_operator(matrix, share, threads, keep_tiles=keep_tiles), share
+        return as_operator(matrix, memory_limit=share, threads=threads, keep_tiles=keep_tiles), share
     except ResourceError:
-        return _as_operator(matrix, Budget(), 1, keep_tiles=False), budget
-
-
-def _open(
-    source: TileSource, budget: Budget, threads: int | None, client: "Client | None", keep_tiles: bool
-) -> Operator:
-    if client is not None:
-        from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
-
-        return WorkersOperator(source, client, worker_bytes=budget.limit, threads=threads)
-    if threads is not None:
-        check_number("threads", threads, low=1)
-    threads = threads or num_cores()
-    in_use = buffer_bytes(source, threads)
-    room = budget.room() - in_use
-    if budget.limit is not None and room < 0:
-        raise ResourceError(
-            f"memory_limit={format_bytes(budget.limit)}, and this process has {format_bytes(process_memory())}; "
-            f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
-        )
-    reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if budget.limit is None else room)
+        return as_operator(matrix, memory_limit=Budget(), threads=1, keep_tiles=False), budget

@@ -5,13 +5,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.operator import Work
-from ntkpipe.operators.tiles import TileIndex, TileSource
+from ntkpipe.operators.tiles import ReadableTiles, TileIndex, TileSource
+
+Source = TypeVar("Source", bound=ReadableTiles)
 
 _LOCAL_DEPTH, _REMOTE_DEPTH = 2, 8  # tiles read ahead of the one in use: a server needs more requests than a disk
 
@@ -19,15 +21,15 @@ _LOCAL_DEPTH, _REMOTE_DEPTH = 2, 8  # tiles read ahead of the one in use: a serv
 _Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uint8] | None]
 
 
-class TileReader:
+class TileReader(Generic[Source]):
     """Streams tiles of a source, any number of streams at a time.
 
-    Some tiles are cached once they were read: a fixed subset, spread evenly, since every pass wants all of them in the
-    same order, of which a least-recently-used cache would hold none. Memory is these tiles, three (nine from object
-    storage) for each stream, and one of a stream that waits.
+    A fixed subset of tiles is cached, spread evenly: every pass wants all of them in the same order, of which a
+    least-recently-used cache would hold none. Memory is these, three tiles (nine from object storage) for each stream,
+    and one of a stream that waits.
     """
 
-    def __init__(self, source: TileSource, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
+    def __init__(self, source: Source, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
         self.source = source
         self._all_tiles = tuple(tiles)
         self._pinned: set[TileIndex] = set()
@@ -128,7 +130,7 @@ class TileReader:
             self._free.clear()
 
 
-def _depth(source: TileSource) -> int:
+def _depth(source: ReadableTiles) -> int:
     return _LOCAL_DEPTH if source.is_local else _REMOTE_DEPTH
 
 

@@ -4,6 +4,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -119,13 +120,10 @@ def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
 def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
     """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread."""
     if not set(known.values()) & set(workers):
-        threads, position = sum(workers.values()), 0
-        fresh = {}
-        for address, count in workers.items():
-            first, position = position, position + count
-            for number in numbers[len(numbers) * first // threads : len(numbers) * position // threads]:
-                fresh[number] = address
-        return fresh
+        slots = [address for address, count in workers.items() for _ in range(count)]
+        cuts = [len(numbers) * slot // len(slots) for slot in range(len(slots) + 1)]
+        runs = zip(slots, pairwise(cuts), strict=True)
+        return {number: address for address, (first, stop) in runs for number in numbers[first:stop]}
     # A shard stays with its known owner where that is still there and not overloaded.
     owners = {number: known[number] for number in numbers if known.get(number) in workers}
     held = Counter({address: 0 for address in workers})

@@ -12,8 +12,6 @@ from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.shards import ShardResult, map_shards, multiply_shards, num_blocks_in_use
 from ntkpipe.operators.tiles import (
-    BlockRequest,
-    ColumnsRequest,
     EntryRequest,
     Shard,
     Tiles,
@@ -45,14 +43,19 @@ class TiledOperator(Operator):
         return self._source.rows_per_sample
 
     def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
-        return self._gather(ColumnsRequest(indices), np.empty((self.num_rows, len(indices))))
+        return self._entries(EntryRequest(slice(0, self.num_rows), indices))
 
     def _block(self, rows: slice, columns: slice) -> FloatArray:
-        values = np.empty((rows.stop - rows.start, columns.stop - columns.start))
-        return self._gather(BlockRequest(rows, columns), values)
+        return self._entries(EntryRequest(rows, np.arange(columns.start, columns.stop)))
+
+    def _entries(self, request: EntryRequest) -> FloatArray:
+        values = np.empty((request.rows.stop - request.rows.start, len(request.columns)))
+        if values.size:
+            self._gather(request, values)
+        return values
 
     @abstractmethod
-    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> None:
         """Fill ``values`` with the requested entries."""
 
 
@@ -66,7 +69,7 @@ class StreamingOperator(TiledOperator):
     """
 
     def __init__(
-        self, reader: TileReader, *, threads: int, num_rows: int | None = None, room: int | None = None
+        self, reader: TileReader[TileSource], *, threads: int, num_rows: int | None = None, room: int | None = None
     ) -> None:
         super().__init__(reader.source, num_rows or reader.source.grid.shape[0])
         self._reader = reader
@@ -107,14 +110,13 @@ class StreamingOperator(TiledOperator):
         parts = self._map(lambda tiles: measure(tiles, self._source.grid, self.num_rows), self._shards)
         return join_statistics(parts, self.num_rows)
 
-    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
+    def _gather(self, request: EntryRequest, values: FloatArray) -> None:
         def place(tiles: Tiles) -> None:
             for where, entries in request.entries(tiles, self._source.grid, self.num_rows):
                 values[where] = entries
 
         for _ in self._map(place, touched_shards(self._shards, request, self._source.grid)):
             pass
-        return values
 
     def _map(self, work: Callable[[Tiles], ShardResult], shards: tuple[Shard, ...]) -> Iterator[ShardResult]:
         """Yield the result of ``work`` on the tiles of each shard, in order."""

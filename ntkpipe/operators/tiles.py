@@ -29,20 +29,25 @@ _DEFAULT_EDGE = 2048
 _TILES_OF_SHARDS = {128: 16, 64: 16, 32: 16, 16: 4, 8: 4, 4: 4, 2: 4}
 
 
-class TileSource(Protocol):
+class ReadableTiles(Protocol):
+    """Tiles that a :class:`ntkpipe.operators.reading.TileReader` reads."""
+
+    tile_bytes: int  # of one tile as it is read
+    is_local: bool  # whether one reader at a time keeps the medium busy
+
+    def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None, /) -> NDArray[Any]:
+        """Read a stored tile, into the buffer if there is one."""
+
+
+class TileSource(ReadableTiles, Protocol):
     """Where tiles come from. It pickles, so that the workers of a cluster can read for themselves."""
 
     grid: Grid  # the tiles of a symmetric matrix
     rows_per_sample: int | None  # S of a kernel; None of an array, whose samples nobody knows
     dtype: np.dtype[Any]  # of the entries
-    tile_bytes: int  # of one tile as it is read
-    is_local: bool  # whether one reader at a time keeps the medium busy
 
     def identity(self) -> str:
         """Name of the matrix; see :meth:`ntkpipe.base.operator.Operator.identity`."""
-
-    def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
-        """Read a stored tile, into the buffer if there is one."""
 
 
 class KernelTiles:
@@ -194,12 +199,8 @@ class _Upcast:
             yield slice(first, first + len(part)), part
 
 
-@dataclass(frozen=True)
-class PartialStatistics:
-    """What some tiles contribute to the diagonal (start and entries of each run) and to the squared Frobenius norm."""
-
-    diagonals: tuple[tuple[int, FloatArray], ...]
-    squared: float
+# What some tiles contribute to the diagonal (start and entries of each run), and to the squared Frobenius norm.
+PartialStatistics = tuple[list[tuple[int, FloatArray]], float]
 
 
 def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
@@ -212,15 +213,15 @@ def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
         squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast.parts(tile))
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
-    return PartialStatistics(tuple(diagonals), squared)
+    return diagonals, squared
 
 
 def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statistics:
     """Statistics of a matrix from those of its shards, in their order."""
     diagonal, squared = np.empty(num_rows), 0.0
-    for part in parts:
-        squared += part.squared
-        for start, values in part.diagonals:
+    for diagonals, part in parts:
+        squared += part
+        for start, values in diagonals:
             diagonal[start : start + len(values)] = values
     return Statistics(diagonal, squared**0.5)
 
@@ -229,49 +230,27 @@ PlacedEntries = tuple[Any, NDArray[Any]]  # index of entries in the result of a 
 
 
 @dataclass(frozen=True)
-class ColumnsRequest:
-    """A request for columns of the full matrix."""
-
-    indices: NDArray[np.int64]  # shape (c,); the result has shape (n, c)
-
-    def touches(self, index: TileIndex, grid: Grid) -> bool:
-        """Whether it needs a stored tile."""
-        return bool(np.isin(self.indices // grid.rows.tile_rows, index).any())
-
-    def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
-        """Yield what tiles contribute to the result, every entry once; valid until the next."""
-        for rows, columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
-            here = np.flatnonzero((self.indices >= columns.start) & (self.indices < columns.stop))
-            if here.size:
-                yield (rows, here), values[: _length(rows), self.indices[here] - columns.start]
-
-
-@dataclass(frozen=True)
-class BlockRequest:
-    """A request for a run of rows by a run of columns of the full matrix."""
+class EntryRequest:
+    """A request for a run of rows by some columns of the full matrix."""
 
     rows: slice
-    columns: slice
+    columns: NDArray[np.int64]  # shape (c,); the result has shape (rows, c)
 
     def touches(self, index: TileIndex, grid: Grid) -> bool:
         """Whether it needs a stored tile."""
         edge = grid.rows.tile_rows
-        row, column = (slice(number * edge, (number + 1) * edge) for number in index)
-        return any(
-            _length(_common(self.rows, one)) > 0 and _length(_common(self.columns, other)) > 0
-            for one, other in ((row, column), (column, row))
-        )
+        wanted = range(self.rows.start // edge, -(-self.rows.stop // edge))
+        others = [other for one, other in (index, index[::-1]) if one in wanted]
+        return bool(np.isin(self.columns // edge, others).any())
 
     def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
         """Yield what tiles contribute to the result, every entry once; valid until the next."""
         for of_rows, of_columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
-            rows, columns = _common(self.rows, of_rows), _common(self.columns, of_columns)
-            if _length(rows) > 0 and _length(columns) > 0:
-                inside = _moved(rows, of_rows.start), _moved(columns, of_columns.start)
-                yield (_moved(rows, self.rows.start), _moved(columns, self.columns.start)), values[inside]
-
-
-EntryRequest = ColumnsRequest | BlockRequest
+            rows = slice(max(self.rows.start, of_rows.start), min(self.rows.stop, of_rows.stop))
+            here = np.flatnonzero((self.columns >= of_columns.start) & (self.columns < of_columns.stop))
+            if rows.start < rows.stop and here.size:
+                inside = _moved(rows, of_rows.start), self.columns[here] - of_columns.start
+                yield (_moved(rows, self.rows.start), here), values[inside]
 
 
 def touched_shards(shards: Iterable[Shard], request: EntryRequest, grid: Grid) -> tuple[Shard, ...]:
@@ -291,10 +270,6 @@ def _mirrored(tiles: Tiles, edge: int, num_rows: int) -> Iterator[tuple[slice, s
 
 def _span(tile: int, edge: int, num_rows: int) -> slice:
     return slice(tile * edge, min((tile + 1) * edge, num_rows))
-
-
-def _common(one: slice, other: slice) -> slice:
-    return slice(max(one.start, other.start), min(one.stop, other.stop))
 
 
 def _length(run: slice) -> int:

@@ -151,10 +151,6 @@ class _Part(Checkpoint):
         self._parts[self._of] = {"state": dict(state), "arrays": sorted(keep)}
         self._stages.save({})
 
-    def clear(self) -> None:
-        self._parts.pop(self._of, None)
-        self._stages.save({})
-
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON has them: lists for tuples, ``[passes, bytes_read, seconds]`` for :class:`Work`."""
@@ -181,29 +177,17 @@ class Pieces:
     """Where the columns of a growing basis came from, so that each is saved once: names, and columns where they end."""
 
     def __init__(self) -> None:
-        self._ends: list[tuple[str, int]] = []
-
-    def add(self, name: str, end: int) -> None:
-        """Note that columns up to ``end`` joined the basis."""
-        self._ends.append((name, end))
-
-    def begin_anew(self, name: str, end: int) -> None:
-        """Note that the basis is new, as after a restart."""
-        self._ends = [(name, end)]
-
-    def state(self) -> list[tuple[str, int]]:
-        """What :meth:`restore` needs beside arrays."""
-        return self._ends
+        self.ends: list[tuple[str, int]] = []
 
     def arrays(self, basis: FloatArray, suffix: str = "") -> dict[str, FloatArray]:
         """The pieces of a basis by name."""
-        starts = [0, *(end for _, end in self._ends)]
-        return {f"{name}{suffix}": basis[:, start:end] for (name, end), start in zip(self._ends, starts, strict=False)}
+        starts = [0, *(end for _, end in self.ends)]
+        return {f"{name}{suffix}": basis[:, start:end] for (name, end), start in zip(self.ends, starts, strict=False)}
 
     def restore(self, state: Any, get: Get, bases: Mapping[str, FloatArray]) -> int:
         """Read the pieces of bases, given by the suffixes of their names; return the number of columns."""
-        self._ends, start = [(str(name), as_integer(end)) for name, end in state], 0
-        for name, end in self._ends:
+        self.ends, start = [(str(name), as_integer(end)) for name, end in state], 0
+        for name, end in self.ends:
             for suffix, basis in bases.items():
                 if not start < end <= basis.shape[1]:
                     raise ValueError(f"columns {start} to {end} of a basis of {basis.shape[1]}")

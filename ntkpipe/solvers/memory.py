@@ -11,15 +11,11 @@ def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) 
 
 def bytes_of_eigsh(num_rows: int, k: int = 100, *, block: int | None = None, max_basis: int | None = None) -> int:
     """Memory that ``eigsh`` takes for n rows: 11 k vectors at the defaults for large k."""
-    width = block_of_eigsh(num_rows, k, block)
-    return 8 * num_rows * (basis_of_eigsh(num_rows, k, width, max_basis) + 4 * width + 3 * k)
+    width, most = sizes_of_eigsh(num_rows, k, block, max_basis)
+    return 8 * num_rows * (most + 4 * width + 3 * k)
 
 
-def block_of_eigsh(num_rows: int, k: int, block: int | None) -> int:
-    """Columns of a pass of ``eigsh``."""
-    return min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
-
-
-def basis_of_eigsh(num_rows: int, k: int, block: int, max_basis: int | None) -> int:
-    """Most vectors of the basis of ``eigsh``."""
-    return min(num_rows, max(5 * k + 2 * block, 8 * block) if max_basis is None else max_basis)
+def sizes_of_eigsh(num_rows: int, k: int, block: int | None, max_basis: int | None) -> tuple[int, int]:
+    """Columns of a pass of ``eigsh``, and most vectors of its basis."""
+    width = min(num_rows, max(_SMALLEST_BLOCK, -(-k // 2)) if block is None else block)
+    return width, min(num_rows, max(5 * k + 2 * width, 8 * width) if max_basis is None else max_basis)

@@ -29,11 +29,9 @@ def recorded(
     :class:`Budget` that is left beside its tiles; ``keep_tiles``, which may depend on the arguments, says whether these
     are worth keeping for another pass.
 
-    The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``, and returns its
-    result without ``options``, ``work``, ``seconds`` and ``matrix``. They become the plain
-    arguments with defaults filled in, updated by ``options`` that the function does return, such as resolved ones;
-    products with the matrix and time, added to what it returns, such as those of an earlier process; and the identity
-    of the matrix. Several results, which share the work, say themselves what each took.
+    The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``. ``options`` of
+    its result become the plain arguments, updated by those that it returns; ``work`` and ``seconds`` are added to what
+    it returns, such as those of an earlier process. Several results, which share the work, say what each took.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

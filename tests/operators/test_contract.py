@@ -18,6 +18,7 @@ from ntkpipe.base.operator import Operator, Work
 from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.on_dask.operator import WorkersOperator
+from ntkpipe.operators.on_dask.worker_group import WorkerGroup
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
@@ -99,7 +100,9 @@ def client() -> Iterator[Client]:
 def test_workers(client, tmp_path):
     sources = Stores(tmp_path, 4)
     for size, dtype in ((1, np.float64), (10, np.float32)):
-        check_operator(lambda matrix: WorkersOperator(sources(matrix), client), sizes=(size,), dtypes=(dtype,))
+        check_operator(
+            lambda matrix: WorkersOperator(WorkerGroup(client, sources(matrix))), sizes=(size,), dtypes=(dtype,)
+        )
 
 
 def in_float32(self: DenseOperator, block: NDArray[np.float64]) -> NDArray[np.float64]:

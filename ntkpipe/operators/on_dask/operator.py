@@ -1,8 +1,4 @@
-"""A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass.
-
-The state of solvers is with the driver, and a request holds all that a worker needs: when a worker is lost, its part of
-one pass is requested again from others.
-"""
+"""A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,10 +16,10 @@ from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, 
 from ntkpipe.operators.reading import buffer_bytes
 from ntkpipe.operators.shards import PairwiseSum, num_blocks_in_use, share_out
 from ntkpipe.operators.streaming import TiledOperator
-from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, TileSource, join_statistics
+from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, join_statistics
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Future
 
 _MOST_OF_LIMIT = 0.9  # share of what Dask gives a worker; a block that needs more is refused
 _SMALL_BLOCK = 2**18  # a block of up to so many bytes goes with each task; a larger one is sent to the workers once
@@ -34,30 +30,18 @@ class WorkersOperator(TiledOperator):
     """A symmetric matrix of tiles, which the workers of a cluster read and cache.
 
     Every worker owns some of the shards that :class:`ntkpipe.operators.streaming.StreamingOperator` multiplies, caches
-    as many of their tiles as its memory holds, and reads the others ahead in each pass. A pass is one task for each
-    worker. It adds the products of neighbouring shards, and the driver adds the rest in the same pairs, so results have
-    the bits of the operator on one machine, whatever the number of workers. There are 128 shards for 2,048 tiles or
-    more, 16 for 64; threads beyond that have nothing to do.
+    as many of their tiles as its memory holds, and reads the others ahead. A pass is one task for each worker: it adds
+    the products of neighbouring shards, and the driver the rest in the same pairs, so results have the bits of the
+    operator on one machine, also where a worker dies and others do its part. Workers that join are given shards before
+    the next pass. There are 128 shards for 2,048 tiles or more, 16 for 64; threads beyond that have nothing to do.
 
-    When a worker dies or leaves, others do its part of the pass: results have the same bits, and :attr:`work` includes
-    what that cost. Workers that join are given shards before the next pass.
-
-    Memory of a worker is its tiles, the block, and products of at most the size of the block: one for each thread and
-    about four more. Memory of the driver is the block, and one or two products for each worker, which is also what
-    travels.
+    Memory of a worker is its tiles, the block, and products of its size: one for each thread and about four more. The
+    driver has the block, and one or two products for each worker, which is also what travels.
     """
 
-    def __init__(
-        self,
-        source: TileSource,
-        client: "Client",
-        *,
-        worker_bytes: int | None = None,
-        cache_bytes: int | None = None,
-        threads: int | None = None,
-    ) -> None:
-        super().__init__(source, source.grid.shape[0])
-        self._group = WorkerGroup(client, source, worker_bytes=worker_bytes, cache_bytes=cache_bytes, threads=threads)
+    def __init__(self, group: WorkerGroup, num_rows: int | None = None) -> None:
+        super().__init__(group.source, num_rows or group.source.grid.shape[0])
+        self._group = group
 
     @property
     def num_workers(self) -> int:
@@ -76,10 +60,7 @@ class WorkersOperator(TiledOperator):
         return self._group.work
 
     def _leading(self, num_rows: int) -> Operator:
-        found = WorkersOperator.__new__(WorkersOperator)
-        TiledOperator.__init__(found, self._source, num_rows)
-        found._group = self._group
-        return found
+        return WorkersOperator(self._group, num_rows)
 
     def _multiply(self, block: FloatArray) -> FloatArray:
         total = PairwiseSum()
@@ -90,12 +71,10 @@ class WorkersOperator(TiledOperator):
     def _measure(self) -> Statistics:
         return join_statistics((part for _, part in sorted(self._pass())), self.num_rows)
 
-    def _gather(self, request: EntryRequest, values: FloatArray) -> FloatArray:
-        if values.size:
-            for _, placed in self._pass(request):
-                for where, entries in placed:
-                    values[where] = entries
-        return values
+    def _gather(self, request: EntryRequest, values: FloatArray) -> None:
+        for _, placed in self._pass(request):
+            for where, entries in placed:
+                values[where] = entries
 
     def _pass(self, entries: EntryRequest | None = None, block: FloatArray | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield :attr:`PassReply.results` of all workers, in any order."""
@@ -104,7 +83,7 @@ class WorkersOperator(TiledOperator):
         try:
             yield from this.results()
         finally:
-            this.close()
+            self._group.cancel(this.pending)  # nobody waits for the rest
             self._group.work += Work(seconds=perf_counter() - start)
 
     def close(self) -> None:
@@ -204,9 +183,3 @@ class _Pass:
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
         self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)
-
-    def close(self) -> None:
-        """Cancel the tasks that nobody waits for."""
-        if self.pending:
-            self.group.cancel(self.pending)
-            self.pending.clear()

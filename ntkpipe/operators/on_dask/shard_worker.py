@@ -68,7 +68,7 @@ class ShardWorker:
 
     def __init__(self, source: TileSource) -> None:
         self._source = source
-        self._readers: dict[int, TileReader] = {}
+        self._readers: dict[int, TileReader[TileSource]] = {}
         self._shards: dict[int, tuple[Shard, ...]] = {}
         self._cached: dict[int, tuple[tuple[int, ...], int]] = {}  # owned shards and bytes of a reader, by rows
         self._counted = (0, 0)
@@ -78,16 +78,12 @@ class ShardWorker:
         # Where Dask moves it, or writes it to disk for lack of memory, tiles are left behind.
         return ShardWorker, (self._source,)
 
-    def first_tile(self) -> str:
-        """Read the first tile and return its digest."""
-        return digest_of(self._source.read((0, 0), None))
-
     def report(self) -> WorkerReport:
         """Describe the worker that this runs in, and try to read the first tile."""
         worker, digest, problem = get_worker(), "", ""
         base = process_memory()
         try:
-            digest = self.first_tile()
+            digest = digest_of(self._source.read((0, 0), None))
         except (StoreError, OSError) as error:
             problem = str(error)
         return WorkerReport(
@@ -132,7 +128,7 @@ class ShardWorker:
             num_kept = {num_rows: each.num_kept for num_rows, each in self._readers.items()}
         return PassReply(results, num_tiles - before[0], bytes_read - before[1], num_kept)
 
-    def _open(self, request: PassRequest) -> tuple[TileReader, tuple[Shard, ...]]:
+    def _open(self, request: PassRequest) -> tuple[TileReader[TileSource], tuple[Shard, ...]]:
         """Reader and shards of the leading block, made at the first request for it."""
         num_rows = request.num_rows
         with self._lock:
@@ -144,7 +140,7 @@ class ShardWorker:
                 self._cache(request, reader, [tile for number in request.owned for tile in shards[number].tiles])
         return reader, shards
 
-    def _cache(self, request: PassRequest, reader: TileReader, tiles: list[tuple[int, int]]) -> None:
+    def _cache(self, request: PassRequest, reader: TileReader[TileSource], tiles: list[tuple[int, int]]) -> None:
         """Let a reader cache tiles; other leading blocks give theirs up where there is no room for both."""
         others = [number for number in self._cached if number != request.num_rows]
         taken = sum(self._readers[number].num_kept for number in others) * self._source.tile_bytes

@@ -225,7 +225,8 @@ class WorkerGroup:
         """Tell workers to abandon tasks."""
         # A client that is closed, or closes this moment, has cancelled them.
         with contextlib.suppress(CommClosedError, OSError, CancelledError, RuntimeError):
-            self.client.cancel(list(futures), force=True, reason="nobody waits for it")
+            if futures := list(futures):
+                self.client.cancel(futures, force=True, reason="nobody waits for it")
 
     def share(self, num_rows: int, numbers: Iterable[int]) -> None:
         """Share shards out to the members; they move only where members have come or gone."""

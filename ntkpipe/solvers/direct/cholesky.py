@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.direct.factor_folder import FactorFolder, FactorState, Pivots, require_same
+from ntkpipe.solvers.direct.factor_folder import FACTOR_ARRAY, FactorFolder, FactorState, Pivots, require_same
 from ntkpipe.solvers.direct.panels import (
     Panels,
     PanelsInMemory,
     Shape,
+    StoredPanels,
     bytes_in_memory,
     bytes_of_panel,
     usual_shape,
@@ -53,17 +54,14 @@ def cholesky(
 ) -> CholeskyFactor:
     """Factor ``K + ridge I = L L'``, with L in memory or in files.
 
-    Left-looking by panels of columns: a panel of K is read, the contributions of all earlier panels are subtracted,
-    and it is factored and written, once. So K is read about once and never changed, L is written once and read
-    ``n / (3 panel_width) + 1`` times, and every panel is a checkpoint: after a kill the same call continues after the
-    last complete one, to the same bits on the same machine. The cost is n³/3 multiplications and additions, nearly all
-    of them in float64 matrix products. (Toledo, "A survey of out-of-core algorithms in numerical linear algebra", 1999,
-    describes left-looking panels.)
+    Left-looking by panels of columns (Toledo, "A survey of out-of-core algorithms in numerical linear algebra", 1999):
+    a panel of K is read, contributions of earlier panels are subtracted, and it is factored and written, once. So K is
+    read about once, L is written once and read ``n / (3 panel_width) + 1`` times, and every panel is a checkpoint:
+    after a kill the same call continues after the last complete one, to the same bits on the same machine. The cost is
+    n³/3 multiplications and additions, nearly all of them in float64 matrix products.
 
     Parameters
     ----------
-    ridge
-        λ, added to the diagonal.
     jitter
         ``auto``: if a pivot is not positive, try again with the storage floor added to the diagonal, then ten times as
         much, five times at most. The result says what was added. Default: raise an error.
@@ -71,12 +69,10 @@ def cholesky(
         A folder, or the URL of an object store, for L: n²/2 float64 numbers in the Zarr array ``cholesky/lower``, whose
         chunks above the diagonal blocks do not exist. A factor of the same matrix and ridge that is already there is
         used or continued. Default: memory, which must hold n²/2 float64 numbers.
-    memory_limit
-        Bytes that this process may have; default what it has and half of what is free. A panel has n · panel_width
-        float64 numbers; diagonal blocks and chunks on their way come on top.
     panel_width
-        Columns of a panel; default with a path as many as memory allows (at most n/8 if that is over 2,048), in memory
-        1,024. A width over 256 is rounded up to a multiple of 256. It affects the last bits.
+        Columns of a panel, of n · panel_width float64 numbers; default with a path as many as memory allows (at most
+        n/8 if that is over 2,048), in memory 1,024. A width over 256 is rounded up to a multiple of 256. It affects the
+        last bits.
     threads
         Number of threads that multiply; default one per core. No bit depends on it.
     monitor
@@ -98,8 +94,8 @@ def cholesky(
         if value is not None:
             check_number(name, value, low=1)
     room = Budget.of(memory_limit).room() - operator.buffer_bytes
-    num_threads = threads or num_cores()
-    with _opened(operator, path, ridge, jitter, panel_width, num_threads, room, monitor) as task:
+    task = _Task(operator, ridge, jitter, panel_width, threads or num_cores(), room, monitor)
+    with _opened(task, path):
         (_factor_with_jitter if jitter == "auto" else _factor)(task)
     return _result(task)
 
@@ -111,49 +107,49 @@ def bytes_of_cholesky(num_rows: int) -> int:
 
 @dataclass
 class _Task:
-    """One factorisation and its progress."""
+    """One factorisation, as it was asked for, and its progress."""
 
     operator: Operator
-    panels: Panels
-    state: FactorState
-    monitor: Monitor
+    ridge: float
+    jitter: str | None
+    panel_width: int | None
     num_threads: int
+    room: int  # bytes
+    monitor: Monitor
+    panels: Panels = field(init=False)
+    state: FactorState = field(init=False)
     resumed: int = 0  # panels that were complete at the start
     path: str | None = None
     save: Callable[[FactorState], None] = lambda state: None
 
+    def begin(self, shape: Shape) -> FactorState:
+        """The state in which nothing is factored."""
+        return FactorState(self.operator.identity(), self.ridge, 0.0, shape)
+
 
 @contextlib.contextmanager
-def _opened(
-    operator: Operator,
-    path: str | Path | None,
-    ridge: float,
-    jitter: str | None,
-    panel_width: int | None,
-    threads: int,
-    room: int,
-    monitor: Monitor,
-) -> Iterator[_Task]:
-    """A factorisation in memory, or a locked folder with what it holds already."""
+def _opened(task: _Task, path: str | Path | None) -> Iterator[None]:
+    """A factorisation in memory, or in a locked folder with what it holds already."""
     if path is None:
-        shape = usual_shape(operator.num_rows, panel_width)
-        if (needed := bytes_in_memory(shape, threads)) > room:
+        shape = usual_shape(task.operator.num_rows, task.panel_width)
+        if (needed := bytes_in_memory(shape, task.num_threads)) > task.room:
             raise ResourceError(
                 f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
-                f"{format_bytes(max(0, room))} may be used. Give path=, a folder: the factor is then written there in "
-                "panels that fit"
+                f"{format_bytes(max(0, task.room))} may be used. Give path=, a folder: the factor is then written "
+                "there in panels that fit"
             )
-        state = FactorState(operator.identity(), ridge, 0.0, shape)
-        yield _Task(operator, PanelsInMemory(shape), state, monitor, threads)
+        task.panels, task.state = PanelsInMemory(shape), task.begin(shape)
+        yield
         return
     folder = FactorFolder(path)
     with folder.held():
-        state = _stored_state(folder, operator, ridge, jitter, panel_width, threads, room)
-        panels = folder.panels(state.shape)
-        resumed = panels.num_complete(len(state.panels))
-        state = replace(state, panels=state.panels[:resumed])
-        panels.require_room(resumed)
-        yield _Task(operator, panels, state, monitor, threads, resumed, folder.root, folder.commit)
+        state = _stored_state(task, folder)
+        panels = StoredPanels(state.shape, folder.medium, FACTOR_ARRAY)
+        task.resumed = panels.num_complete(len(state.panels))
+        panels.require_room(task.resumed)
+        task.panels, task.state = panels, replace(state, panels=state.panels[: task.resumed])
+        task.path, task.save = folder.root, folder.commit
+        yield
 
 
 def _result(task: _Task) -> CholeskyFactor:
@@ -177,7 +173,7 @@ def _result(task: _Task) -> CholeskyFactor:
         path=task.path,
         factor_passes=traffic.passes,
         factor_bytes_read=traffic.bytes_read,
-        factor_bytes_written=traffic.bytes_written,
+        factor_bytes_written=task.panels.bytes_written,
         _panels=task.panels,
         _operator=task.operator,
     )
@@ -189,19 +185,16 @@ def _factor_with_jitter(task: _Task) -> None:
     allowed = [floor * _JITTER_FACTOR**power for power in range(_MOST_JITTERS)]
     while True:
         try:
-            _factor(task)
+            return _factor(task)
         except IndefiniteError:
             larger = [value for value in allowed if value > task.state.jitter]
             if not larger:
                 raise
             task.state, task.resumed = replace(task.state, jitter=larger[0], panels=()), 0
             task.save(task.state)
-        else:
-            return
 
 
 def _factor(task: _Task) -> None:
-    """Factor all panels that do not exist yet."""
     shape, before = task.state.shape, task.operator.work
     top = np.empty((shape.width if shape.num_panels > 1 else 0, shape.width))
     scratch = np.empty(shape.height * shape.width)
@@ -215,7 +208,6 @@ def _factor(task: _Task) -> None:
 
 
 def _factor_panel(task: _Task, number: int, top: FloatArray, scratch: FloatArray, pool: Pool) -> Pivots:
-    """Read, factor and write one panel."""
     shape, columns = task.state.shape, task.state.shape.columns(number)
     width = columns.stop - columns.start
     values = task.operator.block(slice(columns.start, shape.num_rows), columns)
@@ -261,14 +253,8 @@ def _subtract_earlier(
 
 
 def _share_left(shape: Shape, done: int) -> float:
-    """Share of the arithmetic that is left after panel number ``done``."""
-
-    def cost(number: int) -> float:
-        columns = shape.columns(number)
-        width = columns.stop - columns.start
-        return float((shape.num_rows - columns.start) * width * (2 * columns.start + width))
-
-    costs = [cost(number) for number in range(shape.num_panels)]
+    runs = [shape.columns(number) for number in range(shape.num_panels)]
+    costs = [float((shape.num_rows - c.start) * (c.stop - c.start) * (c.start + c.stop)) for c in runs]
     return sum(costs[done + 1 :]) / sum(costs)
 
 
@@ -290,27 +276,18 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor)
 
 
-def _stored_state(
-    folder: FactorFolder,
-    operator: Operator,
-    ridge: float,
-    jitter: str | None,
-    panel_width: int | None,
-    threads: int,
-    room: int,
-) -> FactorState:
+def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:
     """The state in the folder if it fits the options, or the one to begin with; it is committed."""
-    n, identity = operator.num_rows, operator.identity()
+    n, width, threads, room = task.operator.num_rows, task.panel_width, task.num_threads, task.room
     state = folder.load()
     if state is None:
-        shape = Shape.of_width(n, panel_width) if panel_width else widest_shape(n, room, threads)
-        state = FactorState(identity, ridge, 0.0, shape)
+        state = task.begin(Shape.of_width(n, width) if width else widest_shape(n, room, threads))
     else:
-        wanted: dict[str, object] = {"matrix": identity, "num_rows": n, "ridge": ridge}
-        if jitter is None:
+        wanted: dict[str, object] = {"matrix": task.operator.identity(), "num_rows": n, "ridge": task.ridge}
+        if task.jitter is None:
             wanted["jitter"] = 0.0
-        if panel_width is not None:
-            wanted["panel_width"] = Shape.of_width(n, panel_width).width
+        if width is not None:
+            wanted["panel_width"] = Shape.of_width(n, width).width
         require_same(state, wanted, folder.root)
     needed = bytes_of_panel(state.shape, threads)
     if needed > room and len(state.panels) < state.shape.num_panels:

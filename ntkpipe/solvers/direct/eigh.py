@@ -57,11 +57,6 @@ def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor 
     ``syevd`` copies the array; where a copy does not fit, SciPy's ``syevr`` works in place. Memory is ``16 n²`` bytes,
     or ``8 n²`` in place, and two panels of 1,024 rows.
 
-    Parameters
-    ----------
-    monitor
-        Called once, after K has been read.
-
     Raises
     ------
     SelfCheckError
@@ -77,11 +72,6 @@ def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ig
     Like :func:`eigvalsh`, with one more pass to check the vectors on random combinations of them. Memory is ``40 n²``
     bytes with ``syevd``, or ``16 n²`` in place; about 9 n³ flops at most.
 
-    Parameters
-    ----------
-    monitor
-        Called after K has been read, and after the check.
-
     Raises
     ------
     SelfCheckError
@@ -90,18 +80,13 @@ def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ig
     return _decompose(matrix, Budget.of(memory_limit), monitor, with_vectors=True)
 
 
-def bytes_of_eigh(num_rows: int, *, eigenvectors: bool = True) -> int:
-    """The least memory that :func:`eigh` takes, or :func:`eigvalsh`."""
-    return min(_bytes_of_drivers(num_rows, with_vectors=eigenvectors).values())
-
-
 def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vectors: bool) -> Spectrum:
     before = operator.work
     driver = _driver(operator.num_rows, budget, with_vectors=with_vectors)
     upper, trace, frobenius = _read(operator)
     monitor(Step(operator.work - before, None, 0.0))
     try:
-        ascending, columns = (_by_syevd if driver == "syevd" else _by_syevr)(upper, with_vectors)
+        ascending, columns = _by_lapack(driver, upper, with_vectors)
     except np.linalg.LinAlgError as error:
         raise SelfCheckError(f"LAPACK ({driver}) failed on {operator.num_rows} rows: {error}") from error
     del upper
@@ -126,7 +111,7 @@ def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vec
     )
 
 
-def _bytes_of_drivers(num_rows: int, *, with_vectors: bool) -> dict[str, int]:
+def bytes_of_drivers(num_rows: int, *, with_vectors: bool) -> dict[str, int]:
     """Memory of each driver that can be used, the fastest first."""
     # Number of n × n arrays: K, its copy or the vectors, and workspace.
     matrices = {"syevd": 5 if with_vectors else 2, "syevr in place": 2 if with_vectors else 1}
@@ -137,8 +122,7 @@ def _bytes_of_drivers(num_rows: int, *, with_vectors: bool) -> dict[str, int]:
 
 
 def _driver(num_rows: int, budget: Budget, *, with_vectors: bool) -> str:
-    """Name of the fastest driver whose memory and integers suffice."""
-    needs = _bytes_of_drivers(num_rows, with_vectors=with_vectors)
+    needs = bytes_of_drivers(num_rows, with_vectors=with_vectors)
     for driver, need in needs.items():
         if budget.fits(need, share=1.0):
             return driver
@@ -175,16 +159,14 @@ def _read(operator: Operator) -> tuple[FloatArray, float, float]:
     return upper, trace, squared**0.5
 
 
-def _by_syevd(upper: FloatArray, with_vectors: bool) -> tuple[FloatArray, FloatArray | None]:
-    if with_vectors:
+def _by_lapack(driver: str, upper: FloatArray, with_vectors: bool) -> tuple[FloatArray, FloatArray | None]:
+    if driver == "syevd" and with_vectors:
         return np.linalg.eigh(upper, UPLO="U")
-    return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
-
-
-def _by_syevr(upper: FloatArray, with_vectors: bool) -> tuple[FloatArray, FloatArray | None]:
-    """In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as those of the transpose are."""
+    if driver == "syevd":
+        return np.asarray(np.linalg.eigvalsh(upper, UPLO="U"), np.float64), None
     from scipy.linalg import eigh as decompose
 
+    # In place: numpy's LAPACK calls copy, scipy's do not if columns are contiguous, as those of the transpose are.
     options = {"lower": True, "driver": "evr", "overwrite_a": True, "check_finite": False}
     found = decompose(upper.T, eigvals_only=not with_vectors, **options)
     return found if with_vectors else (found, None)

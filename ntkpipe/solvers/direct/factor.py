@@ -16,7 +16,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.blocks import as_block
-from ntkpipe.solvers.direct.panels import Panels, Traffic
+from ntkpipe.solvers.direct.panels import Panels
 from ntkpipe.solvers.direct.triangular import Triangle
 from ntkpipe.solvers.result import Result, Status
 
@@ -72,11 +72,6 @@ class CholeskyFactor(Result):
         """Storage floor of the matrix; one pass if it is not known yet."""
         return self._operator.storage_floor()
 
-    @property
-    def traffic(self) -> Traffic:
-        """Reads and bytes of L up to now, including those of solves."""
-        return self._panels.traffic
-
     def _rows(self) -> TableRows:
         where = "in memory" if self.path is None else f"in {self.path}"
         added = f"{self.ridge:.4g}" + (f", and a jitter of {self.jitter:.4g}" if self.jitter else "")
@@ -91,31 +86,14 @@ class CholeskyFactor(Result):
         ]
 
     def solve(self, rhs: ArrayLike, *, refine: int = 1, tol: float = 1e-6) -> DirectSolution:
-        """Solve (K + shift I) X = B for all columns together.
+        """Solve (K + shift I) X = B for all columns together, B of shape (n, r) or (n,).
 
-        Forward and back substitution read L twice, and twice more for every step of refinement, which is one pass for
-        the residual in float64 with the matrix, and its correction (Wilkinson; Higham, Accuracy and Stability of
-        Numerical Algorithms, 2nd ed., chapter 12, "fixed precision iterative refinement"). A column keeps its solution
-        where a step would make its residual larger. Memory is four blocks of the shape of B and a few chunks of L.
-
-        Parameters
-        ----------
-        rhs
-            B, shape (n, r) or (n,).
-        refine
-            Largest number of steps of refinement.
-        tol
-            The status is ``converged`` if every residual, relative to its column, is at most this; otherwise
-            ``stagnated``.
-
-        Raises
-        ------
-        ConfigError
-            If the shape or an option is wrong.
-        NonFiniteError
-            If B holds NaN or infinity.
-        TileError
-            If a part of the matrix or of L is missing or damaged; the message names it.
+        Forward and back substitution read L twice, and twice more for every step of refinement, of which there are at
+        most ``refine``: one pass for the residual in float64 with the matrix, and its correction (Wilkinson; Higham,
+        Accuracy and Stability of Numerical Algorithms, 2nd ed., chapter 12, "fixed precision iterative refinement"). A
+        column keeps its solution where a step would make its residual larger. The status is ``converged`` if every
+        residual, relative to its column, is at most ``tol``, otherwise ``stagnated``. Memory is four blocks of the
+        shape of B and a few chunks of L.
         """
         check_number("refine", refine, low=0)
         check_number("tol", tol, low=0.0)

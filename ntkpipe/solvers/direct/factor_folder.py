@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ntkpipe.base.errors import StoreError, StoreExistsError, StoreMismatchError
-from ntkpipe.solvers.direct.panels import Shape, StoredPanels
+from ntkpipe.solvers.direct.panels import Shape
 from ntkpipe.store.documents import group_attributes, group_document
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.results import ArrayFolder, as_integer, as_number
 
 _GROUP = "cholesky"
-_ARRAY = f"{_GROUP}/lower"
+FACTOR_ARRAY = f"{_GROUP}/lower"
 _DOCUMENT = "zarr.json"
 _FORMAT = 1
 _MOST_TEXT = 2000
@@ -75,12 +75,8 @@ class FactorFolder:
 
     def __init__(self, where: str | Path | Medium) -> None:
         self.medium = medium_at(where)
+        self.root = str(self.medium.root)
         self._folder = ArrayFolder(self.medium, _GROUP)
-
-    @property
-    def root(self) -> str:
-        """Path or URL."""
-        return str(self.medium.root)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -113,10 +109,6 @@ class FactorFolder:
     def commit(self, state: FactorState) -> None:
         """Replace the state in one step."""
         self._folder.write_attributes(state.to_json())
-
-    def panels(self, shape: Shape) -> StoredPanels:
-        """Open the panels; their array is created where there is none."""
-        return StoredPanels(shape, self.medium, _ARRAY)
 
 
 def require_same(stored: FactorState, wanted: dict[str, object], where: str) -> None:

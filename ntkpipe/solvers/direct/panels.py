@@ -1,21 +1,19 @@
 """A lower triangular factor in panels of columns, in memory or in a Zarr array, and how wide memory lets them be."""
 
 import contextlib
-import operator
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ResourceError
+from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.operators.reading import TileReader
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import ArrayLayout
@@ -32,7 +30,6 @@ _NUM_CHECKPOINTS = 8  # so many panels, if they are not narrow, are checkpoints 
 _WIDTHS = (2048, 256, 32, 1)
 
 PanelChunk = tuple[int, slice, FloatArray]  # a panel, a range of its rows, and their entries
-_Coming = tuple[int, slice, "Future[NDArray[Any]]", NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -81,26 +78,11 @@ class Shape:
         starts = range(0, self.num_rows, self.width)
         return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts) * _ITEM
 
-    def working_bytes(self) -> int:
-        """Bytes beside the panels while a factor is made or used: a diagonal block, chunks on their way, a product."""
+    def working_bytes(self, num_threads: int) -> int:
+        """Bytes beside the panels while a factor is made: a diagonal block, chunks on their way, products, solves."""
         # One more chunk is for the padding of a ragged one when it is written.
         block = self.width**2 * _ITEM if self.num_panels > 1 else 0
-        return block + (_DEPTH + 3) * self.chunk_bytes
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Reads and writes of the panels of a factor. Values add and subtract."""
-
-    passes: float = 0.0  # reads of the whole factor
-    bytes_read: int = 0  # from files or object storage
-    bytes_written: int = 0  # to files or object storage
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*map(operator.add, astuple(self), astuple(other)))
-
-    def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*map(operator.sub, astuple(self), astuple(other)))
+        return block + (_DEPTH + 3) * self.chunk_bytes + num_threads * solve_bytes(self.width)
 
 
 class Panels(ABC):
@@ -108,7 +90,8 @@ class Panels(ABC):
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.traffic = Traffic()
+        self.traffic = Work()  # reads of the whole factor, and of bytes from files or object storage
+        self.bytes_written = 0  # to files or object storage
         self._num_entries = shape.factor_bytes // _ITEM
 
     @abstractmethod
@@ -142,8 +125,17 @@ class PanelsInMemory(Panels):
         for panel, rows in requests:
             start = self.shape.columns(panel).start
             values = self._values[panel][rows.start - start : rows.stop - start]
-            self.traffic += Traffic(passes=values.size / self._num_entries)
+            self.traffic += Work(passes=values.size / self._num_entries)
             yield panel, rows, values
+
+
+class _Chunks:
+    """Chunks of a stored factor as a reader of tiles takes them."""
+
+    is_local = True  # also elsewhere: chunks are large, and memory is for as few of them
+
+    def __init__(self, array: StoredArray) -> None:
+        self.read, self.tile_bytes = array.read, array.layout.chunk_bytes
 
 
 class StoredPanels(Panels):
@@ -158,16 +150,14 @@ class StoredPanels(Panels):
         layout = ArrayLayout(name, (n, n), (shape.height, shape.width), np.dtype(np.float64), ("row", "column"))
         self._medium, self._array = medium, StoredArray(medium, layout)
         self._stored_bytes = layout.chunk_bytes
-        self._buffers: deque[NDArray[np.uint8]] = deque()
+        self._reader = TileReader(_Chunks(self._array), (), cache_bytes=0, streams=_DEPTH)
         self._array.create()  # or check the one that is there
 
     def num_complete(self, most: int) -> int:
         """Number of leading panels, up to ``most``, with all their chunks: users may delete one that is damaged."""
         present, height = self._array.present(), self.shape.height
-        for panel in range(most):
-            if any((rows.start // height, panel) not in present for rows in self.shape.chunks(panel)):
-                return panel
-        return most
+        indices = ((rows.start // height, panel) for panel in range(most) for rows in self.shape.chunks(panel))
+        return next((panel for number, panel in indices if (number, panel) not in present), most)
 
     @contextlib.contextmanager
     def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
@@ -183,38 +173,15 @@ class StoredPanels(Panels):
             yield put
             for future in written:
                 future.result()
-        self.traffic += Traffic(bytes_written=len(written) * self._stored_bytes)
+        self.bytes_written += len(written) * self._stored_bytes
 
     def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
         """See :meth:`Panels.read`."""
-        coming: deque[_Coming] = deque()
-        with ThreadPoolExecutor(_DEPTH, thread_name_prefix="factor") as threads:
-            try:
-                for panel, rows in requests:
-                    buffer = self._buffers.pop() if self._buffers else np.empty(self._stored_bytes, np.uint8)
-                    index = (rows.start // self.shape.height, panel)
-                    coming.append((panel, rows, threads.submit(self._array.read, index, buffer), buffer))
-                    if len(coming) > _DEPTH:
-                        yield from self._next(coming)
-                while coming:
-                    yield from self._next(coming)
-            finally:
-                for _, _, future, buffer in coming:
-                    # A buffer that is still written to must not be handed out.
-                    if not future.cancel():
-                        future.exception()
-                    self._buffers.append(buffer)
-
-    def _next(self, coming: deque[_Coming]) -> Iterator[PanelChunk]:
-        """Yield the first of the chunks on their way; its buffer is free once the next is requested."""
-        panel, rows, future, buffer = coming[0]
-        values = future.result()
-        coming.popleft()
-        self.traffic += Traffic(values.size / self._num_entries, self._stored_bytes)
-        try:
-            yield panel, rows, values
-        finally:
-            self._buffers.append(buffer)
+        indices = ((rows.start // self.shape.height, panel) for panel, rows in requests)
+        for (number, panel), values in self._reader.tiles(indices):
+            self.traffic += Work(values.size / self._num_entries, self._stored_bytes)
+            start = number * self.shape.height
+            yield panel, slice(start, start + len(values)), values
 
     def require_room(self, done: int) -> None:
         """Check that the panels from number ``done`` on fit the disk."""
@@ -233,13 +200,12 @@ def usual_shape(num_rows: int, panel_width: int | None) -> Shape:
 
 def bytes_in_memory(shape: Shape, num_threads: int) -> int:
     """Memory of a factorisation whose panels stay in memory."""
-    return shape.factor_bytes + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+    return shape.factor_bytes + shape.working_bytes(num_threads)
 
 
 def bytes_of_panel(shape: Shape, num_threads: int) -> int:
     """Memory of a factorisation whose panels go to files."""
-    panel = shape.num_rows * min(shape.width, shape.num_rows) * _ITEM
-    return panel + shape.working_bytes() + num_threads * solve_bytes(shape.width)
+    return shape.num_rows * min(shape.width, shape.num_rows) * _ITEM + shape.working_bytes(num_threads)
 
 
 def widest_shape(num_rows: int, room: int, num_threads: int) -> Shape:

@@ -1,7 +1,6 @@
 """Conjugate gradients for many right-hand sides together: one pass per iteration, whatever their number."""
 
-from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,43 +8,9 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.residual_replacement import Iterate, IterateOptions, Recurrence, iterate
+from ntkpipe.solvers.linear.residual_replacement import Recurrence
 
 _EPS = float(np.finfo(np.float64).eps)
-
-
-def pcg(
-    operator: Operator,
-    rhs: FloatArray,
-    *,
-    preconditioner: Preconditioner | None = None,
-    **options: Unpack[IterateOptions],
-) -> Iterate:
-    """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
-
-    Columns that are done leave the products. Hestenes and Stiefel, 1952; preconditioned as in Saad, Iterative Methods
-    for Sparse Linear Systems, 2nd ed., algorithm 9.1. See :func:`iterate` for options, true residuals and stopping.
-    """
-    return iterate(operator, rhs, partial(_Independent, operator, preconditioner), **options)
-
-
-def block_cg(
-    operator: Operator,
-    rhs: FloatArray,
-    *,
-    preconditioner: Preconditioner | None = None,
-    **options: Unpack[IterateOptions],
-) -> Iterate:
-    """Block conjugate gradients: every right-hand side profits from the search directions of all.
-
-    O'Leary, 1980, in the form of Dubrulle ("Retooling the method of block conjugate gradients", ETNA 12, 2001) that
-    keeps an orthonormal basis of the residuals by QR factorisations, so it survives linearly dependent residuals.
-    We depart from it in three points: the preconditioner is split, P^-1/2 on both sides, for which its
-    eigenvectors are known; the basis of the first residuals is as large as their rank, so equal right-hand sides, or
-    more of them than rows, are no trouble; and directions without curvature, to float64 rounding, are left out.
-    See :func:`iterate` for options, true residuals and stopping.
-    """
-    return iterate(operator, rhs, partial(_Block, operator, preconditioner), **options)
 
 
 class _Preconditioned(Recurrence):
@@ -55,7 +20,11 @@ class _Preconditioned(Recurrence):
 
 
 class _Independent(_Preconditioned):
-    """One recurrence for each column."""
+    """Preconditioned conjugate gradients: each right-hand side has its own scalars, all share the passes.
+
+    Columns that are done leave the products. Hestenes and Stiefel, 1952; preconditioned as in Saad, Iterative Methods
+    for Sparse Linear Systems, 2nd ed., algorithm 9.1.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -85,7 +54,15 @@ class _Independent(_Preconditioned):
 
 
 class _Block(_Preconditioned):
-    """One recurrence for all columns: residuals P^-1/2 R = Q C with orthonormal Q."""
+    """Block conjugate gradients: every right-hand side profits from the search directions of all.
+
+    Residuals are P^-1/2 R = Q C with orthonormal Q. O'Leary, 1980, in the form of Dubrulle ("Retooling the method of
+    block conjugate gradients", ETNA 12, 2001) that keeps an orthonormal basis of the residuals by QR factorisations, so
+    it survives linearly dependent residuals. We depart from it in three points: the preconditioner is split, P^-1/2 on
+    both sides, for which its eigenvectors are known; the basis of the first residuals is as large as their rank, so
+    equal right-hand sides, or more of them than rows, are no trouble; and directions without curvature, to float64
+    rounding, are left out.
+    """
 
     shares_directions = True
 
@@ -118,3 +95,6 @@ class _Block(_Preconditioned):
         self._directions = self._basis + self._directions @ upper.T
         self._mixing = upper @ self._mixing
         return np.zeros_like(columns)
+
+
+RECURRENCES: dict[Literal["pcg", "block_cg"], type[_Preconditioned]] = {"pcg": _Independent, "block_cg": _Block}

@@ -84,21 +84,13 @@ def numbers_of(made: Preconditioner) -> dict[str, Any]:
 
 def preconditioner_from(saved: Mapping[str, Any]) -> Preconditioner:
     """Restore a preconditioner from its numbers and arrays, which anybody may have written."""
-    vectors, values, tail = saved["vectors"], saved["values"], as_number(saved["tail"])
+    vectors, values, work, method = (saved[name] for name in ("vectors", "values", "work", "method"))
+    numbers = {name: as_number(saved[name]) for name in ("tail", "shift", "seconds")}
     is_finite = bool(np.isfinite(vectors).all() and np.isfinite(values).all())
-    if saved["method"] not in _METHODS or tail < 0.0 or not is_finite or (values < 0.0).any():
+    if method not in _METHODS or numbers["tail"] < 0.0 or not is_finite or (values < 0.0).any():
         raise ValueError("its preconditioner is not positive definite")
-    work, shift, seconds = saved["work"], as_number(saved["shift"]), as_number(saved["seconds"])
-    return Preconditioner(
-        vectors=vectors,
-        values=values,
-        tail=tail,
-        ridge=0.0,
-        method=saved["method"],
-        shift=shift,
-        work=work if isinstance(work, Work) else as_work(work),
-        seconds=seconds,
-    )
+    work = work if isinstance(work, Work) else as_work(work)
+    return Preconditioner(vectors=vectors, values=values, ridge=0.0, method=method, work=work, **numbers)
 
 
 def preconditioner_once(stages: Stages, num_rows: int, make: Callable[[], Preconditioner]) -> Preconditioner:

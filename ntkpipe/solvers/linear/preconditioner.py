@@ -51,11 +51,6 @@ class Preconditioner:
         """``μ = ridge + tail``: so a ridge of zero is well-posed, and small ones gain, too."""
         return self.ridge + self.tail or 1.0
 
-    @property
-    def factor(self) -> FloatArray:
-        """F, up to a rotation of its columns: new memory of shape (n, rank)."""
-        return self.vectors * np.sqrt(self.values)
-
     def for_ridge(self, ridge: float) -> "Preconditioner":
         """Return it for another ridge, without a pass; the memory is shared."""
         return replace(self, ridge=_checked_ridge(ridge))
@@ -63,10 +58,6 @@ class Preconditioner:
     def solve(self, block: FloatArray) -> FloatArray:
         """``P^-1 @ block``, shape of the block: (n, c) or (n,)."""
         return self._scale(block, 1.0 / (self.values + self.mu), 1.0 / self.mu)
-
-    def sqrt(self, block: FloatArray) -> FloatArray:
-        """``P^1/2 @ block``, of the symmetric root."""
-        return self._scale(block, np.sqrt(self.values + self.mu), self.mu**0.5)
 
     def inverse_sqrt(self, block: FloatArray) -> FloatArray:
         """``P^-1/2 @ block``, of the symmetric root."""
@@ -97,15 +88,14 @@ def randomly_pivoted_cholesky(
     """A preconditioner from columns of K, chosen at random in proportion to what is not yet approximated.
 
     Randomly pivoted Cholesky (Chen, Epperly, Tropp, Webber, arXiv 2207.06503) in few rounds: each reads its columns
-    together, at most one pass. Pivots of a round are chosen among twice as many candidates, which were drawn in
-    proportion to the residual diagonal at its beginning, one after the other with the odds (residual now) / (residual
-    then): the rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but candidates that were rejected are
-    offered again, so that a round gives as many pivots as it should. Near duplicates of a pivot are not chosen.
+    together, at most one pass. Pivots are chosen among twice as many candidates, drawn in proportion to the residual
+    diagonal at the beginning of a round, one after the other with the odds (residual now) / (residual then): the
+    rejection sampling of Epperly, Tropp, Webber (arXiv 2410.03969), but rejected candidates are offered again.
 
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
     start, operator = perf_counter(), as_operator(matrix)
-    rank, ridge = _checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
     check_number("rounds", rounds, low=1)
     before, n = operator.work, operator.num_rows
     diagonal, storage_floor = operator.diagonal(), operator.storage_floor()
@@ -152,11 +142,7 @@ def randomly_pivoted_cholesky(
 
 
 def _pivots_among(
-    block: FloatArray,
-    odds: FloatArray,
-    noise: FloatArray,
-    wanted: int,
-    rng: np.random.Generator,
+    block: FloatArray, odds: FloatArray, noise: FloatArray, wanted: int, rng: np.random.Generator
 ) -> tuple[list[int], FloatArray]:
     """Choose pivots among candidates; return them and the Cholesky factor of their block."""
     left = block.diagonal().copy()
@@ -191,7 +177,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
     One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
     """
     start, operator = perf_counter(), as_operator(matrix)
-    rank, ridge = _checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
     before = operator.work
     trace, storage_floor = operator.trace(), operator.storage_floor()
     test = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.num_rows, rank)))[0]
@@ -259,7 +245,8 @@ def _solve_rows(lower: NDArray[Any], rows: FloatArray) -> FloatArray:
     return np.asarray(solve_triangular(lower, rows.T, lower=True, check_finite=False).T)
 
 
-def _checked_rank(rank: int | None, num_rows: int) -> int:
+def checked_rank(rank: int | None, num_rows: int) -> int:
+    """The rank that is asked for, as far as there are rows, or the default."""
     return default_rank(num_rows) if rank is None else min(int(check_number("rank", rank, low=1)), num_rows)
 
 
@@ -269,8 +256,5 @@ def _checked_ridge(ridge: float) -> float:
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
     """Make the preconditioner of this name."""
-    if method == "rpcholesky":
-        return randomly_pivoted_cholesky(operator, rank, ridge=ridge, seed=seed)
-    if method == "nystrom":
-        return nystrom(operator, rank, ridge=ridge, seed=seed)
-    raise ConfigError(f"preconditioner={method!r}; needed 'rpcholesky', 'nystrom' or a Preconditioner")
+    makers = {"rpcholesky": randomly_pivoted_cholesky, "nystrom": nystrom}
+    return makers[method](operator, rank, ridge=ridge, seed=seed)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,11 +54,7 @@ class IterationState:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate(IterationState):
-    """Outcome of an iteration.
-
-    Each column of ``solution`` is the iterate with the smallest true residual that was computed, or the last iterate
-    if passes ran out.
-    """
+    """Outcome: the iterate of each column with the smallest true residual computed, or the last if passes ran out."""
 
     residuals: FloatArray  # true residuals of the solution, relative to the right-hand sides, shape (c,)
     status: Status
@@ -67,41 +62,17 @@ class Iterate(IterationState):
     gave_up: bool  # whether the caller ended it
 
 
-class IterateOptions(TypedDict, total=False):
-    """Keyword options of :func:`iterate`."""
-
-    initial: FloatArray | None
-    tol: float
-    max_passes: int
-    monitor: Monitor
-    give_up: Callable[[FloatArray], bool] | None  # whether to stop, given the history after each iteration
-    earlier: IterationState | None  # where to go on, instead of `initial`
-    keep: Callable[[IterationState], None]  # called at each check, and when an exception ends the iteration
-
-
-def iterate(
-    operator: Operator,
-    rhs: FloatArray,
-    make: Callable[[FloatArray, FloatArray], Recurrence],
-    **options: Unpack[IterateOptions],
-) -> Iterate:
-    """Solve ``A X = B`` by an iteration until true residuals are small, or cannot become so.
+class Iteration:
+    """Solution of ``A X = B`` by an iteration until true residuals are small, or cannot become so.
 
     True residuals are computed in float64 after every 25 iterations and whenever the recursive ones claim success:
     one pass each, and only they decide. Where one is ten times the recursive, it replaces it and the directions begin
     anew; a column that gains less than a factor of two by two replacements in a row has stagnated. (Van der Vorst and
     Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
-    pass.
+    pass. Columns of B are scaled to norm one, and those of zeros left out.
 
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
-    loop = _Loop(operator, rhs, **options)
-    loop.run(make(loop.start.copy(), loop.residual.copy()))
-    return loop.outcome()
-
-
-class _Loop:
-    """The loop of :func:`iterate`, over the columns of B that are not zero, scaled to norm one."""
 
     def __init__(
         self,
@@ -112,16 +83,15 @@ class _Loop:
         tol: float = 1e-6,
         max_passes: int = 1000,
         monitor: Monitor = ignore,
-        give_up: Callable[[FloatArray], bool] | None = None,
-        earlier: IterationState | None = None,
-        keep: Callable[[IterationState], None] = lambda state: None,
+        give_up: Callable[[FloatArray], bool] | None = None,  # whether to stop, given the history
+        earlier: IterationState | None = None,  # where to go on, instead of `initial`
+        keep: Callable[[IterationState], None] = lambda state: None,  # called at each check, and when an error ends it
     ) -> None:
         self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
         self._give_up, self._keep, self._before = give_up, keep, operator.work
         self._shape, self._scales = rhs.shape, _column_norms(rhs)
         self._kept = self._scales > 0.0
         self._rhs = rhs[:, self._kept] / self._scales[self._kept]
-        count = self._rhs.shape[1]
         self._passes, self._replacements, self._gave_up = 0, 0, False
         self._history: list[FloatArray] = []
         self._checks: list[tuple[int, FloatArray]] = []
@@ -130,19 +100,20 @@ class _Loop:
             self._history = list(earlier.history[:, self._kept])
             self._checks = list(zip(earlier.checks.tolist(), earlier.check_residuals[:, self._kept], strict=True))
         self._num_earlier = len(self._history)
-        self.start = np.zeros_like(self._rhs)
-        self.residual = self._rhs
+        self._start = np.zeros_like(self._rhs)
+        self._residual = self._rhs
         if initial is not None and initial.any():
-            self.start = initial[:, self._kept] / self._scales[self._kept]
-            self.residual = self._true_residual(self.start)
-        is_bad = np.linalg.norm(self.residual, axis=0) >= 1.0
+            self._start = initial[:, self._kept] / self._scales[self._kept]
+            self._residual = self._true_residual(self._start)
+        is_bad = np.linalg.norm(self._residual, axis=0) >= 1.0
         if earlier is None:
-            self.start[:, is_bad], self.residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
-        self._best, self._best_residuals = self.start.copy(), np.linalg.norm(self.residual, axis=0)
+            self._start[:, is_bad], self._residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
+        self._best, self._best_residuals = self._start.copy(), np.linalg.norm(self._residual, axis=0)
         # An iterate that goes on is still closer than zero in the norm of the matrix, though its residual is larger.
         self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
         # The best iterate by recursive residuals; its true one is computed only if the end is not good.
-        self._hope, self._hoped_residuals = self.start.copy(), self._best_residuals.copy()
+        self._hope, self._hoped_residuals = self._start.copy(), self._best_residuals.copy()
+        count = self._rhs.shape[1]
         self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
         self._targets = np.full(count, tol)
         self._replaced = np.full(count, np.inf)
@@ -161,8 +132,9 @@ class _Loop:
     def _tell(self, residuals: FloatArray) -> None:
         self._monitor(Step(self._operator.work - self._before, float(residuals.max()), self._tol))
 
-    def run(self, recurrence: Recurrence) -> None:
+    def run(self, make: Callable[[FloatArray, FloatArray], Recurrence]) -> Iterate:
         """Iterate until no column is open, or passes are used up; the state is kept, whatever ends it."""
+        recurrence = make(self._start.copy(), self._residual.copy())
         try:
             self._iterate(recurrence)
         except BaseException as error:
@@ -172,6 +144,9 @@ class _Loop:
                 except Exception as another:  # noqa: BLE001 - the first error is the one to report
                     error.add_note(f"what was reached could not be kept: {another}")
             raise
+        status, message = self._judge()
+        (residuals,), state = self._spread([self._best_residuals]), vars(self._state(self._best))
+        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **state)
 
     def _finite(self, recurrence: Recurrence) -> FloatArray:
         """The solution, with the best iterate in columns that have overflowed."""
@@ -249,7 +224,6 @@ class _Loop:
             recurrence.restart(drifted)
 
     def _state(self, scaled: FloatArray) -> IterationState:
-        """The state with this solution, for all columns."""
         solution = np.zeros(self._shape)
         solution[:, self._kept] = scaled * self._scales[self._kept]
         return IterationState(
@@ -260,11 +234,6 @@ class _Loop:
             replacements=self._replacements,
             passes=self._passes,
         )
-
-    def outcome(self) -> Iterate:
-        status, message = self._judge()
-        (residuals,), state = self._spread([self._best_residuals]), vars(self._state(self._best))
-        return Iterate(residuals=residuals, status=status, message=message, gave_up=self._gave_up, **state)
 
     def _spread(self, rows: list[FloatArray]) -> FloatArray:
         """Rows of numbers for all columns, with zero for right-hand sides that are zero."""

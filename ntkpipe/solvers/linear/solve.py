@@ -14,7 +14,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task
+from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
@@ -73,8 +73,6 @@ def solve(
         the result say what happened. Since timings decide, name a method if bits must repeat.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
-    rank
-        Rank of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.
     preconditioner
         ``rpcholesky`` reads columns, in at most five passes; ``nystrom`` is one pass of ``rank`` columns. Or one that
         was made before, for any ridge.
@@ -85,16 +83,12 @@ def solve(
     path
         Folder for a Cholesky factor that does not fit memory, ``4 n²`` bytes. Each panel is a checkpoint, and the
         factor stays for :func:`ntkpipe.cholesky` to open. Default None: the factor is in memory.
-    monitor
-        Called after each pass of conjugate gradients, and after each panel of a Cholesky factor with the share of its
-        arithmetic that is left.
     checkpoint
         Where conjugate gradients are saved: the preconditioner once it is made, ``8 n rank`` bytes; the iterate, 8 n c
-        bytes, with each computation of true residuals (every 25 iterations) and when Ctrl-C or an error ends the call.
-        Another call for the same system goes on from there; it may have other ``max_passes`` and ``memory_limit``, and
-        ignores ``initial``. It begins new directions, after one pass for the true residual, so it needs a few
-        iterations more than an uninterrupted call and has other bits, but meets the same ``tol``. ``work``,
-        ``iterations``, ``history`` and ``max_passes`` count from the first call. A factor in memory is not saved. The
+        bytes, every 25 iterations and when Ctrl-C or an error ends the call. Another call for the same system goes on
+        from there; it may have other ``max_passes`` and ``memory_limit``, and ignores ``initial``. Its directions begin
+        anew, so it needs a few iterations more than an uninterrupted call and has other bits, but meets the same
+        ``tol``. Costs, ``history`` and ``max_passes`` count from the first call. A factor in memory is not saved. The
         checkpoint stays when the call returns: clear it once the result is saved.
 
     Raises
@@ -117,7 +111,8 @@ def solve(
     kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)
     work, seconds = kept.work, kept.seconds
     found = Systems(operator, block, options, 1, kept).solve(absolute, guess)
-    return _shaped(found, shape, encoded, work=work, seconds=seconds)
+    coefficients = found.coefficients.reshape(shape)
+    return replace(found, coefficients=coefficients, targets=encoded.words, work=work, seconds=seconds)
 
 
 @recorded()
@@ -154,8 +149,6 @@ def solve_path(
         How to solve, as in :func:`solve`. ``auto`` makes one decision for all ridges.
     tol
         Largest relative residual of a column for the status ``converged``.
-    rank
-        Rank of the preconditioner; default ``min(1000, n/10)``.
     preconditioner
         How the preconditioner is made, or one that was made before, as in :func:`solve`.
     max_passes
@@ -189,21 +182,15 @@ def solve_path(
         one = stages.result(name, Solution, run)
         with stages.journal.reading():
             guess = np.asarray(one.coefficients).reshape(block.shape)
-        found[number] = _shaped(one, shape, encoded)
+        found[number] = replace(one, coefficients=one.coefficients.reshape(shape), targets=encoded.words)
     return tuple(found[number] for number in range(len(values)))
 
 
 def _absolute(ridges: Sequence[float], scale: RidgeScale, operator: Operator) -> list[float]:
-    """Ridges that are added to the diagonal."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
     found = [absolute_ridge(ridge, scale, operator.diagonal) for ridge in ridges]
     return [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in found]
-
-
-def _shaped(found: Solution, shape: tuple[int, ...], encoded: Targets, **cost: Any) -> Solution:
-    """A solution with coefficients of this shape."""
-    return replace(found, coefficients=found.coefficients.reshape(shape), targets=encoded.words, **cost)
 
 
 def _decides(operator: Operator, rhs: FloatArray, ridge: float | list[float], options: SolveOptions) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -18,12 +18,13 @@ from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
-from ntkpipe.solvers.linear.cg import block_cg, pcg
+from ntkpipe.solvers.direct.factor import DirectSolution
+from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import IterationState
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, default_rank, preconditioner_of
+from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration, IterationState
 from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.result import Monitor, Status, Step
+from ntkpipe.solvers.result import Monitor, Step
 
 _BLOCKS = 11  # blocks of the shape of the right-hand sides in memory at a time
 _FACTORS = 3  # blocks of the shape of the preconditioner in memory at a time
@@ -60,7 +61,7 @@ class SolveOptions:
         """Rank of the preconditioner."""
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.rank
-        return default_rank(operator.num_rows) if self.rank is None else min(self.rank, operator.num_rows)
+        return checked_rank(self.rank, operator.num_rows)
 
 
 class Systems:
@@ -92,7 +93,13 @@ class Systems:
         self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
         self._direct, self._why = options.method == "cholesky", "asked for"
         if options.method == "auto":
-            self._choose(num_ridges)
+            rank = 0 if self._preconditioner else options.rank_of(operator)
+            in_files = options.path is not None
+            expected = forecast(operator, rhs.shape[1], rank, num_ridges, options.budget, in_files=in_files)
+            self._alternative = expected.factoring
+            self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
+            small = f"{operator.num_rows:,} rows are few"
+            self._why = expected.words if math.isfinite(expected.iterating) else small
         elif options.method in {"pcg", "block_cg"}:
             self._cg = cast(Literal["pcg", "block_cg"], options.method)
         self._go_on(kept)
@@ -104,20 +111,6 @@ class Systems:
             self._direct, self._why = False, kept.why
             self._alternative = None if kept.stage == "no factor" else self._alternative
 
-    def _choose(self, num_ridges: int) -> None:
-        expected = forecast(
-            self._operator,
-            num_columns=self._rhs.shape[1],
-            rank=0 if self._preconditioner else self._options.rank_of(self._operator),
-            num_ridges=num_ridges,
-            budget=self._options.budget,
-            in_files=self._options.path is not None,
-        )
-        self._alternative = expected.factoring
-        self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
-        small = f"{self._operator.num_rows:,} rows are few"
-        self._why = expected.words if math.isfinite(expected.iterating) else small
-
     def _spent(self) -> tuple[Work, float]:
         """Cost of the current solution, including earlier processes."""
         work = self._kept.work + (self._operator.work - self._before)
@@ -128,13 +121,9 @@ class Systems:
         self._kept.save(stage, self._why, *self._spent(), progress)
 
     def _make(self) -> Preconditioner:
-        """Make the preconditioner, or read the one that was made."""
         options, kept, before = self._options, self._kept, self._operator.work
-        kind = str(self._given)
-
-        def make() -> Preconditioner:
-            return preconditioner_of(self._operator, kind, options.rank, ridge=0.0, seed=options.seed)
-
+        kind, seed = str(self._given), options.seed
+        make = partial(preconditioner_of, self._operator, kind, options.rank, ridge=0.0, seed=seed)
         if self._stages is not None:
             made = preconditioner_once(self._stages, self._operator.num_rows, make)
         else:
@@ -143,7 +132,6 @@ class Systems:
         return made
 
     def _monitor(self) -> Monitor:
-        """Return a monitor that adds the cost so far to that of a part."""
         spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
@@ -190,19 +178,15 @@ class Systems:
             return self._iterate(ridge, None, progress)
 
     def _without_factor(self, why: str) -> None:
-        """Use conjugate gradients alone from now on."""
         self._direct, self._alternative, self._why = False, None, f"Cholesky {why}"
 
     def _factor(self, ridge: float, after: IterationState | None = None) -> Solution:
-        """Solve by Cholesky; after conjugate gradients, if they were given up."""
         options, budget = self._options, self._options.budget
         factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=budget, monitor=self._monitor())
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
-        residuals = np.array(found.residuals)
-        return self._solution(ridge, "cholesky", found.status, found.message, found.coefficients, residuals, after)
+        return self._solution(ridge, "cholesky", found, found.coefficients, after)
 
     def _iterate(self, ridge: float, initial: FloatArray | None, earlier: IterationState | None = None) -> Solution:
-        """Solve by conjugate gradients, from where they were."""
         options, kept = self._options, self._kept
         (n, columns), rank = self._rhs.shape, options.rank_of(self._operator)
         what = f"a solve of {columns:,} columns of {n:,} rows at rank {rank:,}"
@@ -211,11 +195,10 @@ class Systems:
         if self._preconditioner is None:
             self._preconditioner = self._make()
             self._save()
-        run = block_cg if self._cg == "block_cg" else pcg
-        end = run(
-            self._operator.shifted(ridge),
+        shifted = self._operator.shifted(ridge)
+        iteration = Iteration(
+            shifted,
             self._rhs,
-            preconditioner=self._preconditioner.for_ridge(ridge),
             initial=initial,
             tol=options.tol,
             max_passes=options.max_passes,
@@ -224,42 +207,40 @@ class Systems:
             earlier=earlier or kept.progress,
             keep=self._save,
         )
+        end = iteration.run(partial(RECURRENCES[self._cg], shifted, self._preconditioner.for_ridge(ridge)))
         if end.gave_up and end.status != "converged":
             return self._factor_instead(ridge, end)
-        return self._solution(ridge, self._cg, end.status, end.message, end.solution, end.residuals, end)
+        return self._solution(ridge, self._cg, end, end.solution, end)
 
     def _solution(
         self,
         ridge: float,
         method: str,
-        status: Status,
-        message: str,
+        found: DirectSolution | Iterate,
         coefficients: FloatArray,
-        residuals: FloatArray,
-        iterate: IterationState | None,
+        state: IterationState | None,
     ) -> Solution:
-        """Make the result, with the cost since the previous one."""
-        operator, kept, used = self._operator, self._kept, self._preconditioner if iterate else None
+        operator, kept, used = self._operator, self._kept, self._preconditioner if state else None
         why, (work, seconds) = self._why, self._spent()
-        if iterate and method == "cholesky":
-            why = f"conjugate gradients were given up after {iterate.iterations} iterations, as too slow"
+        if state and method == "cholesky":
+            why = f"conjugate gradients were given up after {state.iterations} iterations, as too slow"
         columns = self._rhs.shape[1]
         solution = Solution(
-            status=status,
-            message=message,
+            status=found.status,
+            message=found.message,
             work=work,
             seconds=seconds,
             options={"ridge": ridge, **self._options.resolved(operator)},
             coefficients=coefficients,
-            residuals=residuals,
+            residuals=np.array(found.residuals),
             ridge=ridge,
             method=method,
             why=why,
-            iterations=iterate.iterations if iterate else 0,
-            history=iterate.history if iterate else np.zeros((0, columns)),
-            checks=iterate.checks if iterate else np.zeros(0, np.int64),
-            check_residuals=iterate.check_residuals if iterate else np.zeros((0, columns)),
-            replacements=iterate.replacements if iterate else 0,
+            iterations=state.iterations if state else 0,
+            history=state.history if state else np.zeros((0, columns)),
+            checks=state.checks if state else np.zeros(0, np.int64),
+            check_residuals=state.check_residuals if state else np.zeros((0, columns)),
+            replacements=state.replacements if state else 0,
             rank=used.rank if used else 0,
             mu=used.for_ridge(ridge).mu if used else 1.0,
             preconditioner_work=kept.made,
@@ -295,13 +276,7 @@ class Forecast:
 
 
 def forecast(
-    operator: Operator,
-    *,
-    num_columns: int,
-    rank: int,
-    num_ridges: int,
-    budget: Budget,
-    in_files: bool = False,
+    operator: Operator, num_columns: int, rank: int, num_ridges: int, budget: Budget, *, in_files: bool = False
 ) -> Forecast:
     """Estimate both methods from n, the rate of a matrix product, and the time of a pass."""
     n, room = operator.num_rows, budget.room()
@@ -323,9 +298,8 @@ def forecast(
 def hopeless_after(seconds: float, tol: float) -> Callable[[FloatArray], bool]:
     """Make a test of the history that says whether to stop iterating, given the seconds of the alternative.
 
-    It says yes once half of those seconds are spent and the remaining iterations, extrapolated from the second half of
-    the history, need more than all of them. So the total is at most 1.5 times the alternative, if that was forecast
-    rightly, plus the time for the preconditioner.
+    It says yes once half of those are spent and the remaining iterations, extrapolated from the second half of the
+    history, need more than all. So the total is at most 1.5 times the alternative, and the time for the preconditioner.
     """
     start = perf_counter()
 
@@ -358,7 +332,7 @@ def _seconds_to_read(operator: Operator) -> float:
     return operator.num_rows**2 * operator.storage_dtype.itemsize / _BYTES_PER_SECOND
 
 
-@lru_cache(maxsize=1)
+@cache
 def _flops_per_second() -> float:
     """Rate of float64 matrix products on all cores, from the best of a few on one core; measured once."""
     block = np.ones((_SAMPLE, _SAMPLE))

@@ -52,7 +52,7 @@ class Davidson:
         self._vectors[:, self._size : stop] = joining
         self._products[:, self._size : stop] = operator.matmat(joining)
         self.passes += 1
-        self._pieces.add(f"block-{self.passes}", stop)
+        self._pieces.ends.append((f"block-{self.passes}", stop))
         self._look(stop)
 
     def _look(self, size: int) -> None:
@@ -93,11 +93,11 @@ class Davidson:
         for basis in (self._vectors, self._products):
             basis[:, : kept.shape[1]] = basis[:, : self._size] @ kept
         self._size = kept.shape[1]
-        self._pieces.begin_anew(f"basis-{self.passes}", self._size)
+        self._pieces.ends = [(f"basis-{self.passes}", self._size)]
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs beside :meth:`arrays`."""
-        return {"passes": self.passes, "pieces": self._pieces.state()}
+        return {"passes": self.passes, "pieces": self._pieces.ends}
 
     def arrays(self) -> dict[str, FloatArray]:
         """Vectors and products, in the pieces in which they came."""

@@ -17,7 +17,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -76,14 +76,11 @@ class Density(Result):
         weights = np.concatenate([np.ones(len(self.eigenvalues)), self.weights.reshape(-1) / len(self.nodes)])
         return smoothed(values, weights, self.floor, num_points=num_points, width=width)
 
-    def _below(self) -> float:
-        """Estimated number of eigenvalues below minus the floor."""
-        found = (self.weights * (self.nodes < -self.floor)).sum() / len(self.weights)
-        return float(found) + int((self.eigenvalues < -self.floor).sum())
-
     def _rows(self) -> TableRows:
         largest = max(self.nodes.max(initial=0.0), self.eigenvalues.max(initial=0.0))
         levels = [level for level in largest * 10.0 ** -np.arange(1, 8) if level > self.floor]
+        below = float((self.weights * (self.nodes < -self.floor)).sum() / len(self.weights))
+        below += int((self.eigenvalues < -self.floor).sum())
         counts = self.count_above([*levels, self.floor])
         shown = zip(counts.thresholds, counts.values, counts.standard_errors, counts.truncation_errors, strict=True)
         return [
@@ -93,7 +90,7 @@ class Density(Result):
                 (f"above {level:.2e}", f"{value:.6g} ± {error:.2g} (Monte Carlo) ± {truncation:.2g} (truncation)")
                 for level, value, error, truncation in shown
             ),
-            ("floor", f"{self.floor:.2e}; below minus that {self._below():.6g}"),
+            ("floor", f"{self.floor:.2e}; below minus that {below:.6g}"),
             ("probes", f"{len(self.nodes)}, of {self.num_steps} steps"),
         ]
 
@@ -132,12 +129,11 @@ def density(
 ) -> Density:
     """The spectral density of K by stochastic Lanczos quadrature: how many eigenvalues lie where.
 
-    One pass a step for all probes, and one for the Frobenius norm if that is not known.
+    One pass a step for all probes, and one for the Frobenius norm if that is not known. The Lanczos vectors,
+    ``steps * p * n`` float64, dominate memory.
 
     Parameters
     ----------
-    num_probes
-        Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
         Lanczos steps; default as many as ``tol`` needs.
     top
@@ -146,9 +142,6 @@ def density(
         Largest error of a count that is called converged, Monte-Carlo plus truncation error, as a fraction of n.
     max_passes
         Most Lanczos steps where ``num_steps`` is not given.
-    memory_limit
-        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
-        already and half of what is free.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.
@@ -157,23 +150,19 @@ def density(
     -----
     Ubaru, Chen and Saad (2017), algorithm 1, with Rademacher probes and full reorthogonalisation of each. We depart in
     what a count is: the middle of what the Gauss rule of a probe allows, by the separation theorem of Chebyshev, Markov
-    and Stieltjes, and half of that range is the truncation error. The usual sign, a small change from half as many
-    steps, is unsafe: below the smallest node it is zero, where counts of ill-conditioned matrices are wrong by half
-    of n. The standard error is at least that of a projector with Rademacher probes, ``2 N (n - N) / (n p)`` squared,
-    since the scatter of few probes says little where counts are small. Where pairs are spliced in, probes are scaled
-    to the number of the others, which is known; the bias of that, of order ``1 / n``, is far below all errors.
+    and Stieltjes; half of that range is the truncation error. A small change from half as many steps, the usual sign,
+    is unsafe: below the smallest node it is zero, where counts may be wrong by half of n. The standard error is at
+    least that of a projector with Rademacher probes, ``2 N (n - N) / (n p)`` squared. Where pairs are spliced in,
+    probes are scaled to the number of the others, which is known, with a negligible bias of order ``1 / n``.
     """
     operator: Operator = matrix
     before, n = operator.work, operator.num_rows
-    options = Sampling(num_probes, num_steps, tol, max_passes, seed)
+    options = Sampling(num_probes, num_steps, tol, max_passes, seed, Budget.of(memory_limit))
     values, vectors = _exact_pairs(top, n)
-    lanczos = SampledLanczos(n, options, Budget.of(memory_limit), vectors)
-    counting = _Counting(operator, lanczos, options, values)
-    decides = {"function": "density", "matrix": operator.identity(), "probes": num_probes, "seed": seed}
-    decides["top"] = None if vectors is None else digest_of(vectors)
-    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
-    take_steps(counting, {"probes": lanczos}, operator, before, **how)
-    status, message, resolved = _judge(counting.counts, n, tol, lanczos.limit)
+    counting = _Counting(operator, options, values, vectors)
+    spliced = None if vectors is None else digest_of(vectors)
+    counting.run(before, monitor, checkpoint, function="density", top=spliced)
+    status, message, resolved = _judge(counting.counts, n, tol, counting.limit)
     return Density(
         status=status,
         message=message,
@@ -183,42 +172,36 @@ def density(
         weights=counting.rule.weights,
         node_residuals=counting.rule.residuals,
         num_rows=n,
-        num_steps=lanczos.num_steps,
+        num_steps=counting.lanczos.num_steps,
         floor=counting.floor,
         resolved_above=resolved,
     )
 
 
-class _Counting:
+class _Counting(Sampler):
     """Counts of eigenvalues from the Lanczos steps taken, with exact ones spliced in."""
 
     counts: Counts  # from the first look on
 
-    def __init__(self, operator: Operator, lanczos: SampledLanczos, options: Sampling, values: FloatArray) -> None:
-        self._operator, self._lanczos, self._options, self._values = operator, lanczos, options, values
-        self._masses = np.where(lanczos.squared_norms > 0, operator.num_rows - len(values), 0.0)
+    def __init__(self, operator: Operator, options: Sampling, values: FloatArray, vectors: FloatArray | None) -> None:
+        super().__init__(operator, options, vectors)
+        self._values = values
+        self._masses = np.where(self.lanczos.squared_norms > 0, operator.num_rows - len(values), 0.0)
         self.floor = max(operator.storage_floor(), 64 * _EPS * operator.frobenius())
         self._largest = max(self.floor, float(values.max(initial=0.0)))
         self.rule = QuadratureRule(*np.zeros((3, options.num_probes, 1)))
-        self._worst: float | None = None
 
-    def advance(self) -> None:
-        self._lanczos.absorb(self._operator.matmat(self._lanczos.block))
-
-    def look(self) -> tuple[float | None, bool]:
-        """Return the largest error of a count, and whether no more steps are needed."""
-        steps, is_finished, n = self._lanczos.num_steps, self._lanczos.is_finished, self._operator.num_rows
-        if self._worst is not None and not is_finished and not is_due(steps):
-            return self._worst, False
+    def _estimate(self, steps: int) -> tuple[float, bool]:
+        n = self._operator.num_rows
         if steps:
-            self.rule = gauss_rule(*self._lanczos.coefficients(steps), self._masses)
+            self.rule = gauss_rule(*self.lanczos.coefficients(steps), self._masses)
         end = max(self._largest, float(self.rule.nodes.max(initial=0.0)), self.floor)
         thresholds = np.geomspace(self.floor, end, _NUM_THRESHOLDS) if self.floor > 0 else np.zeros(1)
         self.counts = _count(self.rule, self._values, n, thresholds)
         monte_carlo, truncation = self.counts.standard_errors, self.counts.truncation_errors
-        self._worst = worst = float((monte_carlo + truncation).max()) / n
+        worst = float((monte_carlo + truncation).max()) / n
         is_enough = worst <= self._options.tol or bool((truncation <= monte_carlo / 4).all())
-        return worst, is_finished or (self._options.num_steps is None and steps > 0 and is_enough)
+        return worst, is_enough and self._options.num_steps is None
 
 
 def _count(rule: QuadratureRule, exact: FloatArray, num_rows: int, thresholds: FloatArray) -> Counts:

@@ -36,12 +36,10 @@ class Flow:
         # Where negative eigenvalues let functions grow beyond all numbers, they are no numbers; the status says why.
         with np.errstate(over="ignore", invalid="ignore"):
             for scaled in self._scaled:
-                decay, phi = self._decay(scaled)[:, None], self._phi(scaled)[:, None]
-                found.append((self._vectors @ (decay * self._start), self._vectors @ (phi * self._start)))
+                decay = self._is_null.astype(float) if math.isinf(scaled) else np.exp(-scaled * self._values)
+                parts = (decay[:, None] * self._start, self._phi(scaled)[:, None] * self._start)
+                found.append((self._vectors @ parts[0], self._vectors @ parts[1]))
         return found
-
-    def _decay(self, scaled: float) -> FloatArray:
-        return np.asarray(self._is_null if math.isinf(scaled) else np.exp(-scaled * self._values), np.float64)
 
     def _phi(self, scaled: float) -> FloatArray:
         """``(1 - exp(-s λ)) / λ``, which is s where λ is zero, and the pseudo-inverse where s is infinite."""

@@ -3,6 +3,7 @@
 Spaces do not multiply but are given products, so that one pass can serve several.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -46,71 +47,6 @@ def is_due(num_steps: int) -> bool:
     while step < num_steps:
         step += max(1, step // 8)
     return step == num_steps
-
-
-class Space(Protocol):
-    """A Krylov space that can be saved after each step."""
-
-    max_steps: int
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps taken."""
-
-    def state(self) -> dict[str, Any]:
-        """State of the steps taken, beside their arrays."""
-
-    def arrays(self) -> dict[str, FloatArray]:
-        """Arrays of the steps taken; those of earlier steps never change."""
-
-    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
-        """Go on from what both were; ``get`` reads an array of this name and shape."""
-
-
-class Stepping(Protocol):
-    """A calculation in Krylov spaces."""
-
-    def advance(self) -> None:
-        """Take one pass."""
-
-    def look(self) -> tuple[float | None, bool]:
-        """Return the error, and whether no more steps are needed."""
-
-
-def take_steps(
-    task: Stepping,
-    spaces: Mapping[str, Space],
-    operator: Operator,
-    before: Work,
-    *,
-    tol: float,
-    monitor: Monitor,
-    checkpoint: Checkpoint | None,
-    decides: Mapping[str, Any],
-) -> None:
-    """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
-    journal = Journal(checkpoint, decides)
-    with journal.reading():
-        for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
-            space, num_steps = spaces[name], as_integer(state["num_steps"])
-            if num_steps > space.max_steps:
-                raise ConfigError(
-                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
-                    "num_steps or memory_limit"
-                )
-            space.restore(partial(_get, journal, name), state)
-    error, is_done = task.look()
-    while not is_done:
-        task.advance()
-        taken = {name: space for name, space in spaces.items() if space.num_steps}
-        arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
-        journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
-        error, is_done = task.look()
-        monitor(Step(operator.work - before, error, tol))
-
-
-def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> FloatArray:
-    return journal.get(f"{space}_{name}", shape)
 
 
 class ProbeLanczos:
@@ -176,16 +112,16 @@ class ProbeLanczos:
         return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
 
     def state(self) -> dict[str, Any]:
-        """See :class:`Space`."""
+        """State of the steps taken, beside their arrays."""
         coefficients = {"alphas": self._alphas[:, : self.num_steps], "betas": self._betas[:, : self.num_steps]}
         return {"num_steps": self.num_steps, **coefficients, "scales": self._scales, "lengths": self._lengths}
 
     def arrays(self) -> dict[str, FloatArray]:
-        """See :class:`Space`."""
+        """Arrays of the steps taken; those of earlier steps never change."""
         return {str(step): self._basis[:, step] for step in range(1, self.num_steps + 1)}
 
     def restore(self, get: Get, state: Mapping[str, Any]) -> None:
-        """See :class:`Space`."""
+        """Go on from what both were; ``get`` reads an array of this name and shape."""
         step, num_probes = as_integer(state["num_steps"]), len(self._basis)
         for index in range(1, step + 1):
             self._basis[:, index] = get(str(index), self._basis[:, index].shape)
@@ -196,42 +132,7 @@ class ProbeLanczos:
         self.num_steps = step
 
     def _project(self, rows: FloatArray) -> FloatArray:
-        """Remove the parts along deflated vectors."""
         return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Options that all estimates from probes share."""
-
-    num_probes: int
-    num_steps: int | None
-    tol: float
-    max_passes: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_number("num_probes", self.num_probes, low=2)
-        check_number("tol", self.tol, low=0.0, high=1.0)
-        check_number("max_passes", self.max_passes, low=1)
-        if self.num_steps is not None:
-            check_number("num_steps", self.num_steps, low=1)
-
-
-class SampledLanczos(ProbeLanczos):
-    """Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
-
-    def __init__(self, num_rows: int, options: Sampling, budget: Budget, deflate: FloatArray | None = None) -> None:
-        wanted = min(options.num_steps or options.max_passes, num_rows)
-        most = steps_that_fit(num_rows, options.num_probes, wanted, budget)
-        probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), (num_rows, options.num_probes))
-        super().__init__(probes, most, deflate)
-        self.limit = "memory_limit" if most < wanted else "num_steps or max_passes"
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether no more steps are allowed, or any use."""
-        return self.num_steps == self.max_steps or bool(self.ended.all())
 
 
 class TopEigenvalue(ProbeLanczos):
@@ -240,26 +141,25 @@ class TopEigenvalue(ProbeLanczos):
     def __init__(self, num_rows: int, seed: int) -> None:
         start = np.random.default_rng(seed).standard_normal((num_rows, 1))
         super().__init__(start, min(_MOST_RATE_STEPS, num_rows))
-        self.value = 0.0
-        self.is_settled = False
 
-    def absorb(self, product: FloatArray) -> None:
-        """Take ``K @ block``."""
-        super().absorb(product)
-        self._look()
+    @property
+    def value(self) -> float:
+        """The largest Ritz value; zero before the first step."""
+        return self._look()[0]
 
-    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
-        """See :class:`Space`."""
-        super().restore(get, state)
-        self._look()
+    @property
+    def is_settled(self) -> bool:
+        """Whether more steps are of no use."""
+        return self._look()[1]
 
-    def _look(self) -> None:
+    def _look(self) -> tuple[float, bool]:
+        if not self.num_steps:
+            return 0.0, False
         (alphas,), (betas,) = self.coefficients(self.num_steps)
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
-        self.value = float(values[-1])
-        gap = betas[-1] * abs(vectors[-1, -1])
+        gap, value = betas[-1] * abs(vectors[-1, -1]), float(values[-1])
         is_last = self.num_steps == self.max_steps or self.ended.all()
-        self.is_settled = bool(is_last or gap <= _RATE_TOLERANCE * abs(self.value))
+        return value, bool(is_last or gap <= _RATE_TOLERANCE * abs(value))
 
 
 class BlockLanczos:
@@ -332,11 +232,11 @@ class BlockLanczos:
         self._bounds.append(last + len(rows))
 
     def state(self) -> dict[str, Any]:
-        """See :class:`Space`."""
+        """State of the steps taken, beside their arrays."""
         return {"num_steps": self.num_steps, "bounds": self._bounds, "scale": self._scale}
 
     def arrays(self) -> dict[str, FloatArray]:
-        """See :class:`Space`."""
+        """Arrays of the steps taken; those of earlier steps never change."""
         found = {}
         for step in range(1, self.num_steps + 1):
             found[f"rows_{step}"] = self._vectors[self._bounds[step] : self._bounds[step + 1]]
@@ -344,7 +244,7 @@ class BlockLanczos:
         return found
 
     def restore(self, get: Get, state: Mapping[str, Any]) -> None:
-        """See :class:`Space`."""
+        """Go on from what both were; ``get`` reads an array of this name and shape."""
         num_steps, self._scale = as_integer(state["num_steps"]), as_number(state["scale"])
         bounds = as_numbers(state["bounds"], (num_steps + 2,)).astype(np.int64)
         if list(bounds[:2]) != self._bounds or bounds[-1] > len(self._vectors):
@@ -369,6 +269,113 @@ class BlockLanczos:
     def combine(self, coefficients: FloatArray) -> FloatArray:
         """``V @ coefficients``, shape (n, columns)."""
         return np.asarray(self._vectors[: self.dimension].T @ coefficients)
+
+
+Space = ProbeLanczos | BlockLanczos
+
+
+class Stepping(Protocol):
+    """A calculation in Krylov spaces."""
+
+    def advance(self) -> None:
+        """Take one pass."""
+
+    def look(self) -> tuple[float | None, bool]:
+        """Return the error, and whether no more steps are needed."""
+
+
+def take_steps(
+    task: Stepping,
+    spaces: Mapping[str, Space],
+    operator: Operator,
+    before: Work,
+    tol: float,
+    monitor: Monitor,
+    checkpoint: Checkpoint | None,
+    decides: Mapping[str, Any],
+) -> None:
+    """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
+    journal = Journal(checkpoint, decides)
+    with journal.reading():
+        for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
+            space, num_steps = spaces[name], as_integer(state["num_steps"])
+            if num_steps > space.max_steps:
+                raise ConfigError(
+                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
+                    "num_steps or memory_limit"
+                )
+            space.restore(partial(_get, journal, name), state)
+    error, is_done = task.look()
+    while not is_done:
+        task.advance()
+        taken = {name: space for name, space in spaces.items() if space.num_steps}
+        arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
+        journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
+        error, is_done = task.look()
+        monitor(Step(operator.work - before, error, tol))
+
+
+def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> FloatArray:
+    return journal.get(f"{space}_{name}", shape)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options that all estimates from probes share."""
+
+    num_probes: int
+    num_steps: int | None
+    tol: float
+    max_passes: int
+    seed: int
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        check_number("num_probes", self.num_probes, low=2)
+        check_number("tol", self.tol, low=0.0, high=1.0)
+        check_number("max_passes", self.max_passes, low=1)
+        if self.num_steps is not None:
+            check_number("num_steps", self.num_steps, low=1)
+
+
+class Sampler(ABC):
+    """An estimate from Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
+
+    def __init__(self, operator: Operator, options: Sampling, deflate: FloatArray | None = None) -> None:
+        wanted = min(options.num_steps or options.max_passes, operator.num_rows)
+        most = steps_that_fit(operator.num_rows, options.num_probes, wanted, options.budget)
+        shape = operator.num_rows, options.num_probes
+        probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), shape)
+        self.lanczos = ProbeLanczos(probes, most, deflate)
+        self.limit = "memory_limit" if most < wanted else "num_steps or max_passes"
+        self._operator, self._options = operator, options
+        self._error: float | None = None
+
+    def run(self, before: Work, monitor: Monitor, checkpoint: Checkpoint | None, **decides: Any) -> None:
+        """Take the steps; ``decides`` is what a checkpoint must have been made with, beside probes and matrix."""
+        decides |= {"matrix": self._operator.identity(), "probes": self._options.num_probes, "seed": self._options.seed}
+        spaces, tol = {"probes": self.lanczos}, self._options.tol
+        take_steps(self, spaces, self._operator, before, tol, monitor, checkpoint, decides)
+
+    def advance(self) -> None:
+        """See :class:`Stepping`."""
+        self.lanczos.absorb(self._multiply(self.lanczos.block))
+
+    def look(self) -> tuple[float | None, bool]:
+        """See :class:`Stepping`."""
+        steps = self.lanczos.num_steps
+        is_finished = steps == self.lanczos.max_steps or bool(self.lanczos.ended.all())
+        if not is_finished and (not steps or (self._error is not None and not is_due(steps))):
+            return self._error, False
+        self._error, is_enough = self._estimate(steps)
+        return self._error, is_finished or is_enough
+
+    def _multiply(self, block: FloatArray) -> FloatArray:
+        return self._operator.matmat(block)
+
+    @abstractmethod
+    def _estimate(self, steps: int) -> tuple[float, bool]:
+        """Compute the estimate after so many steps; return its error, and whether they are enough."""
 
 
 def _orthonormal(block: FloatArray, smallest: float, most: int) -> tuple[FloatArray, FloatArray]:

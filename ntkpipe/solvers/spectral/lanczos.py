@@ -15,11 +15,11 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
-from ntkpipe.solvers.memory import basis_of_eigsh, block_of_eigsh
 from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
+from ntkpipe.solvers.memory import sizes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.thick_restart import ThickRestart
+from ntkpipe.solvers.spectral.thick_restart import ThickRestart, rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -59,16 +59,6 @@ class Eigenpairs(Result):
         ]
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """Eigenpairs with residuals from one product, and whether they are small enough."""
-
-    values: FloatArray
-    vectors: FloatArray
-    norms: FloatArray
-    excess: float
-
-
 @recorded()
 @single_threaded_blas()
 def eigsh(
@@ -87,14 +77,12 @@ def eigsh(
     """The k largest eigenvalues of a symmetric matrix, with eigenvectors.
 
     Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, "Thick-restart Lanczos method
-    for large symmetric eigenvalue problems"; here in blocks). It departs from that in two ways. Where the space holds
-    a whole block of residuals that K is small on, vectors get one correction from it before they are checked, which
-    saves a pass (:meth:`ThickRestart.refined`). And the residuals of the recurrence only say when to look: the result
-    is judged by one more product with the vectors themselves.
+    for large symmetric eigenvalue problems"; here in blocks), with two changes: where K is small on the residuals,
+    vectors get one correction before they are checked, which saves a pass (:meth:`ThickRestart.refined`); and the
+    result is judged by one more product with the vectors themselves, not by the residuals of the recurrence.
 
     A pass has ``block`` columns, the last one, which checks, has k. Kernels of networks take 12 to 15 passes at the
-    defaults, the check included. Memory is ``(max_basis + 4 block + 3 k) n`` float64, 11 k n at the defaults for
-    large k.
+    defaults. Memory is ``(max_basis + 4 block + 3 k) n`` float64, 11 k n at the defaults for large k.
 
     Converged means that ``|K v - λ v| <= tol max(|λ|, floor)`` for each of the k pairs, or that this is less than the
     rounding of float64 products, ``50 eps λ_1``; the message says for how many pairs floor or rounding decided.
@@ -114,17 +102,15 @@ def eigsh(
     max_passes
         Most products before the one that checks; by default 200.
     checkpoint
-        Where the state is written after every pass: one block of columns, or the basis after a restart. A call goes on
-        from an earlier state to the same result, to the last bit; a result that is there already is returned without
-        a pass. The checkpoint stays when the call returns: clear it once the result is saved.
+        Where each pass is saved: one block of columns, or the basis after a restart. A call goes on from there to the
+        same bits, and returns a result that is there without a pass. The caller clears it.
     """
     operator: Operator = matrix
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
     check_number("k", k, low=1, high=n)
     check_number("tol", tol, low=0.0, high=1.0)
-    width = block_of_eigsh(n, k, block)
+    width, most = sizes_of_eigsh(n, k, block, max_basis)
     check_number("block", width, low=1)
-    most = basis_of_eigsh(n, k, width, max_basis)
     check_number("max_basis", most, low=min(n, k + 2 * width))
     check_number("max_passes", passes, low=1)
     need, least = (bytes_of_eigsh(n, k, block=width, max_basis=number) for number in (most, k + 2 * width))
@@ -158,28 +144,26 @@ class _Search:
         """Run from the beginning, or from the checkpoint."""
         with self._journal.reading():
             finished = None if self._journal.earlier is None else self._restore(self._journal.earlier)
-        if finished is not None:
-            return finished
-        while True:
+        while finished is None:
+            residual: float | None
             if self._is_time_to_check():
-                checked = self._check()
-                status = self._judge(checked)
-                result = None if status is None else self._result(status, checked)
-                self._save(result)
-                monitor(Step(self._work(), checked.excess * self._tol, self._tol))
-                if result is not None:
-                    return result
-                continue
-            self._space.advance(self._operator, self._k, self._limits)
-            residual = self._note()
-            self._save(None)
+                # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no further pass.
+                vectors = self._space.combine(self._space.refined(self._k).coordinates)
+                pairs = rayleigh_ritz(self._operator, vectors, descending=True)
+                excess = float((pairs[2] / self._limits(pairs[0])).max())
+                status, residual = self._judge(excess), excess * self._tol
+                finished = None if status is None else self._result(status, *pairs)
+            else:
+                self._space.advance(self._operator, self._k, self._limits)
+                residual = self._note()
+            self._save(finished)
             monitor(Step(self._work(), residual, self._tol))
+        return finished
 
     def _scale(self, values: FloatArray) -> FloatArray:
         return np.maximum(np.abs(values), max(self._floor, np.finfo(np.float64).tiny))
 
     def _limits(self, values: FloatArray) -> FloatArray:
-        """Largest acceptable residuals."""
         rounding = _ROUNDING * float(np.abs(values).max(initial=0.0))
         return np.maximum(self._tol * self._scale(values), max(rounding, np.finfo(np.float64).tiny))
 
@@ -207,55 +191,41 @@ class _Search:
         limits = _CONFIDENCE * self._limits(found.values)
         return space.is_settled and bool((found.residuals <= limits).all())
 
-    def _check(self) -> _Checked:
-        """Take one pass with the vectors themselves."""
-        vectors = self._space.combine(self._space.refined(self._k).coordinates)
-        products = self._operator.matmat(vectors)
-        # Refined vectors are no Ritz vectors; Rayleigh-Ritz within their span costs no pass.
-        inner = vectors.T @ products
-        values, turn = np.linalg.eigh((inner + inner.T) / 2)
-        turn = np.ascontiguousarray(turn[:, ::-1])
-        vectors, products, values = vectors @ turn, products @ turn, values[::-1].copy()
-        products -= vectors * values
-        norms = np.linalg.norm(products, axis=0)
-        return _Checked(values, vectors, norms, float((norms / self._limits(values)).max()))
-
-    def _judge(self, checked: _Checked) -> Status | None:
-        """Final status, or None if the search goes on."""
-        if checked.excess <= 1.0:
+    def _judge(self, excess: float) -> Status | None:
+        if excess <= 1.0:
             return "converged" if self._space.is_settled else "not converged"
         if self._space.is_whole:
             return "stagnated"
         if self._space.passes >= self._options["max_passes"]:
             return "step limit"
-        self._failures.append((self._space.passes, checked.excess))
-        recent = [excess for _, excess in self._failures[-_MOST_FAILURES:]]
+        self._failures.append((self._space.passes, excess))
+        recent = [failed for _, failed in self._failures[-_MOST_FAILURES:]]
         if len(recent) == _MOST_FAILURES and min(recent[1:]) > recent[0] / 2:
             return "stagnated"
         return None
 
-    def _result(self, status: Status, checked: _Checked) -> Eigenpairs:
-        residuals = checked.norms / self._scale(checked.values)
-        gram = checked.vectors.T @ checked.vectors
+    def _result(self, status: Status, values: FloatArray, vectors: FloatArray, norms: FloatArray) -> Eigenpairs:
+        residuals = norms / self._scale(values)
+        gram = vectors.T @ vectors
         gram[np.diag_indices_from(gram)] -= 1.0
         return Eigenpairs(
             status=status,
-            message=self._message(status, checked, residuals),
+            message=self._message(status, values, residuals),
             work=self._earlier[0],
             seconds=self._earlier[1],
             options=self._options,
-            eigenvalues=checked.values,
-            eigenvectors=checked.vectors,
+            eigenvalues=values,
+            eigenvectors=vectors,
             residuals=residuals,
             orthogonality=float(np.abs(gram).max()),
             floor=self._floor,
             history=np.array(self._history).reshape(-1, 2),
         )
 
-    def _message(self, status: Status, checked: _Checked, residuals: FloatArray) -> str:
+    def _message(self, status: Status, values: FloatArray, residuals: FloatArray) -> str:
         k, tol, worst = self._k, self._tol, float(residuals.max())
         met = int((residuals <= tol).sum())
-        below = int((np.abs(checked.values) < self._floor).sum())
+        below = int((np.abs(values) < self._floor).sum())
         notes = []
         if below:
             notes.append(f"{below} eigenvalues lie below the storage floor {self._floor:.2g} and are not known")
@@ -272,12 +242,13 @@ class _Search:
     def _work(self) -> Work:
         return self._earlier[0] + (self._operator.work - self._start)
 
-    def _seconds(self) -> float:
-        return self._earlier[1] + perf_counter() - self._started
-
     def _save(self, result: Eigenpairs | None) -> None:
         state: dict[str, Any] = {"floor": self._floor, "history": self._history, "space": self._space.state()}
-        state |= {"failures": self._failures, "work": self._work(), "seconds": self._seconds()}
+        state |= {
+            "failures": self._failures,
+            "work": self._work(),
+            "seconds": self._earlier[1] + perf_counter() - self._started,
+        }
         arrays = self._space.arrays()
         if result is not None:
             arrays |= {f"result-{name}": values for name, values in result.arrays().items()}

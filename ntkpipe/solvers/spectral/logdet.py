@@ -68,8 +68,6 @@ def logdet(
 
     Parameters
     ----------
-    ridge
-        λ ≥ 0, added to the diagonal.
     method
         ``cholesky``: exact, n³/3 multiplications and additions, one pass for the factor and one for the storage floor,
         and two reads of the factor for what storage did to the value; see :func:`ntkpipe.cholesky`.
@@ -80,8 +78,6 @@ def logdet(
         Folder for a factor of ``cholesky`` that does not fit in memory.
     preconditioner
         How the preconditioner of ``slq`` is made, or one that was made before; default ``rpcholesky``.
-    rank
-        Rank of the preconditioner of ``slq``; default ``min(1000, n/10)``.
     num_probes
         Number of random vectors of ``slq``; default 16.
     num_steps
@@ -90,10 +86,6 @@ def logdet(
         Largest error of ``slq`` that is called converged, as a fraction of n; default 0.01.
     max_passes
         Most Lanczos steps of ``slq``; default 200.
-    seed
-        Seed of ``slq``; default 0.
-    monitor
-        Called after each panel of ``cholesky``, or pass of ``slq``.
     checkpoint
         Where steps of ``slq`` are saved; a factor in ``path`` is its own.
 
@@ -105,8 +97,6 @@ def logdet(
     ------
     IndefiniteError
         If a pivot is not positive; the message says where, and which ridge helps.
-    ResourceError
-        If the factor does not fit in memory and no path is given.
     """
     operator: Operator = matrix
     sampling: dict[str, Any] = {"preconditioner": preconditioner, "rank": rank, "num_probes": num_probes}

@@ -17,7 +17,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import SampledLanczos, Sampling, is_due, take_steps
+from ntkpipe.solvers.spectral.krylov import ProbeLanczos, Sampler, Sampling
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -81,19 +81,14 @@ def slq_logdet(
     """``log det(K + ridge I)`` by stochastic Lanczos quadrature, with both of its errors.
 
     One pass a step for all probes, one for diagonal and Frobenius norm if these are not known, and what the
-    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned.
+    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned. The
+    Lanczos vectors, ``steps * p * n`` float64, dominate memory; the preconditioner takes ``3 * rank * n`` at most.
 
     Parameters
     ----------
-    ridge
-        λ ≥ 0, added to the diagonal.
     preconditioner
         P = F F' + μ I, or how it is made. Only the trace in ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is
         estimated then. None samples K + λ I itself.
-    rank
-        Rank of a preconditioner that is made; default ``min(1000, n/10)``.
-    num_probes
-        Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.
     num_steps
         Lanczos steps; default as many as make truncation small against the Monte-Carlo error.
     tol
@@ -101,9 +96,6 @@ def slq_logdet(
         mean of the eigenvalues.
     max_passes
         Most Lanczos steps where ``num_steps`` is not given.
-    memory_limit
-        Bytes that this process may use. The Lanczos vectors, ``steps * p * n`` float64, dominate. Default: what it uses
-        already and half of what is free. The preconditioner takes ``rank * n`` more, three times that while it is made.
     checkpoint
         Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
         ``max_passes``. The caller clears it.
@@ -119,22 +111,18 @@ def slq_logdet(
     operator: Operator = matrix
     before, n = operator.work, operator.num_rows
     ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=1e300)
-    options = Sampling(num_probes, num_steps, tol, max_passes, seed)
+    options = Sampling(num_probes, num_steps, tol, max_passes, seed, Budget.of(memory_limit))
     named = preconditioner
     if isinstance(preconditioner, str):
         preconditioner = preconditioner_of(operator, preconditioner, rank, ridge=ridge, seed=seed)
     elif preconditioner is not None and preconditioner.num_rows != n:
         raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
-    lanczos = SampledLanczos(n, options, Budget.of(memory_limit))
-    sampling = _Sampling(operator, lanczos, options, preconditioner, ridge)
-    decides = {"function": "logdet", "matrix": operator.identity(), "ridge": ridge, "probes": num_probes}
+    sampling = _Sampling(operator, options, preconditioner, ridge)
     # Preconditioners of equal rank, shift and determinant are taken for the same.
     chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
-    decides |= {"seed": seed, "preconditioner": chosen}
-    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
-    take_steps(sampling, {"probes": lanczos}, operator, before, **how)
+    sampling.run(before, monitor, checkpoint, function="logdet", ridge=ridge, preconditioner=chosen)
     found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
-    status, message = _judge(found, n, tol, sampling.floor / sampling.scale, lanczos.limit)
+    status, message = _judge(found, n, tol, sampling.floor / sampling.scale, sampling.limit)
     return LogDeterminantEstimate(
         status=status,
         message=message,
@@ -148,54 +136,43 @@ def slq_logdet(
         half_samples=found.half_samples,
         ridge=ridge,
         num_rows=n,
-        num_steps=lanczos.num_steps,
+        num_steps=sampling.lanczos.num_steps,
         rank=used,
         smallest_ritz=found.smallest,
     )
 
 
-class _Sampling:
+class _Sampling(Sampler):
     """Sampling of ``P^-1/2 (K + λ I) P^-1/2``."""
 
     estimate: "_Estimate"  # from the first step on
 
     def __init__(
-        self,
-        operator: Operator,
-        lanczos: SampledLanczos,
-        options: Sampling,
-        preconditioner: Preconditioner | None,
-        ridge: float,
+        self, operator: Operator, options: Sampling, preconditioner: Preconditioner | None, ridge: float
     ) -> None:
-        self._operator, self._lanczos, self._options = operator.shifted(ridge), lanczos, options
-        self._preconditioner = preconditioner
+        super().__init__(operator, options)
+        self._preconditioner, self._shifted = preconditioner, operator.shifted(ridge)
         self.floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
         end = (ridge - self.floor) / self.scale
         self._end = end if preconditioner is None else min(end, 1.0)
-        self._error: float | None = None
 
-    def advance(self) -> None:
-        block, whiten = self._lanczos.block, self._preconditioner and self._preconditioner.inverse_sqrt
-        product = whiten(self._operator.matmat(whiten(block))) if whiten else self._operator.matmat(block)
-        self._lanczos.absorb(product)
+    def _multiply(self, block: FloatArray) -> FloatArray:
+        whiten = self._preconditioner and self._preconditioner.inverse_sqrt
+        return whiten(self._shifted.matmat(whiten(block))) if whiten else self._shifted.matmat(block)
 
-    def look(self) -> tuple[float | None, bool]:
-        """Return the error of the estimate, and whether no more steps are needed."""
-        steps, is_finished, n = self._lanczos.num_steps, self._lanczos.is_finished, self._operator.num_rows
-        if not steps or (self._error is not None and not is_finished and not is_due(steps)):
-            return self._error, False
-        found = self.estimate = _Estimate(self._lanczos, self._end, self.known)
-        self._error = (found.standard_error + found.truncation) / n
+    def _estimate(self, steps: int) -> tuple[float, bool]:
+        n = self._operator.num_rows
+        found = self.estimate = _Estimate(self.lanczos, self._end, self.known)
         is_enough = found.truncation <= max(found.standard_error / 4, self._options.tol * n / 20)
         is_enough = is_enough and self._options.num_steps is None
-        return self._error, is_finished or not found.is_positive or is_enough
+        return (found.standard_error + found.truncation) / n, is_enough or not found.is_positive
 
 
 class _Estimate:
     """Estimate from the steps taken; ``known`` is the part that is exact."""
 
-    def __init__(self, lanczos: SampledLanczos, end: float, known: float) -> None:
+    def __init__(self, lanczos: ProbeLanczos, end: float, known: float) -> None:
         steps = lanczos.num_steps
         coefficients = lanczos.coefficients(steps)
         rule = gauss_rule(*coefficients, lanczos.squared_norms)

@@ -22,6 +22,7 @@ from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
 from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.solvers.spectral.thick_restart import rayleigh_ritz
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -104,9 +105,9 @@ def smallest(
     of ``K - σ I`` with σ below λ by the residual: if it runs through in floating point, no eigenvalue lies below
     ``σ - 2 (n + 1) eps tr(K)`` (Rump, "Verification of positive definiteness", BIT 46, 2006).
 
-    Passes: about 5 for λ_max, those of the preconditioner, one for the diagonal, then one a step: 50 to 100 on kernels
-    of networks with the default inverse, 10 with an exact one, and one that checks. A proof is n³/3 multiplications,
-    about a pass more. Memory is ``24 block n`` float64 and the preconditioner; n²/2 for a proof without ``path``.
+    Passes: about 5 for λ_max, those of the preconditioner, one for the diagonal, 50 to 100 steps on kernels of networks
+    (10 with an exact inverse), one that checks, and about one for a proof, of n³/3 multiplications. Memory is
+    ``24 block n`` float64 and the preconditioner; n²/2 for a proof without ``path``.
 
     Parameters
     ----------
@@ -125,17 +126,9 @@ def smallest(
         Columns of a pass; default 2 k, at least 16.
     max_passes
         Most steps.
-    monitor
-        Called after each pass: first of the iteration for λ_max, then of that for the smallest.
     checkpoint
-        Where λ_max, the default inverse and the space are saved, 16 block n bytes after each pass. Another call goes on
-        from the last pass and meets the same ``tol``; it may have a higher ``max_passes``, which counts from the first
-        call. A given ``inverse`` must be the same. The caller clears it.
-
-    Raises
-    ------
-    ResourceError
-        If a proof was asked for and its factor does not fit.
+        Where λ_max, the default inverse and the space are saved, 16 block n bytes a pass. Another call goes on from the
+        last pass, also with a higher ``max_passes``; a given ``inverse`` must be the same. The caller clears it.
     """
     operator: Operator = matrix
     budget, n, before = Budget.of(memory_limit), operator.num_rows, operator.work
@@ -149,7 +142,8 @@ def smallest(
     decides = {"function": "smallest", "matrix": operator.identity(), "k": k, "tol": tol, "seed": seed, **options}
     stages = Stages(checkpoint, {name: value for name, value in decides.items() if name != "certify"})
     # Work of earlier processes, here and below, is what was not done in this one.
-    top = stages.result("largest", Eigenpairs, lambda: _largest(operator, seed, monitor, stages.part("largest")))
+    part: Any = {"seed": seed, "monitor": monitor, "checkpoint": stages.part("largest")}
+    top = stages.result("largest", Eigenpairs, lambda: eigsh(operator, 1, tol=_TOL_OF_LARGEST, **part))
     earlier = top.work - (operator.work - before)
     with stages.journal.reading():
         largest, slack = float(top.eigenvalues[0]), float(top.residuals[0] * max(abs(top.eigenvalues[0]), top.floor))
@@ -161,8 +155,17 @@ def smallest(
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
     space = Davidson(n, min(width, n), _checked(inverse), seed)
     limits = _Limits(k, tol, floor, rounding)
-    earlier += _iterate(operator, space, limits, max_passes, monitor, stages.part("space"), earlier - before)
-    values, vectors, norms = _by_product(operator, space.pairs(k))
+    journal, start, known = Journal(stages.part("space"), {}), operator.work, Work()
+    if journal.earlier is not None:
+        with journal.reading():
+            known = as_work(journal.earlier["work"])
+            space.restore(journal.get, journal.earlier["space"])
+    earlier += known
+    while not limits.are_met(space.values, space.norms) and space.passes < max_passes:
+        space.advance(operator)
+        journal.save({"space": space.state(), "work": known + (operator.work - start)}, space.arrays())
+        monitor(Step(earlier + (operator.work - before), limits.worst(space.values, space.norms), tol))
+    values, vectors, norms = rayleigh_ritz(operator, space.pairs(k), descending=False)
     is_converged = limits.are_met(values, norms)
     low, high, certificate = _bounds(operator, values, norms, rounding, path, budget, certify=certify)
     status, message = _judge(values, norms, low, limits, is_converged=is_converged)
@@ -191,32 +194,6 @@ def bytes_of_smallest(num_rows: int, k: int = 1, *, block: int | None = None) ->
     return bytes_of_solve(num_rows, 0) + 8 * num_rows * _VECTORS_A_COLUMN * min(width, num_rows)
 
 
-def _largest(operator: Operator, seed: int, monitor: Monitor, checkpoint: Checkpoint | None) -> Eigenpairs:
-    return eigsh(operator, 1, tol=_TOL_OF_LARGEST, seed=seed, monitor=monitor, checkpoint=checkpoint)
-
-
-def _iterate(
-    operator: Operator,
-    space: Davidson,
-    limits: "_Limits",
-    max_passes: int,
-    monitor: Monitor,
-    checkpoint: Checkpoint | None,
-    spent: Work,
-) -> Work:
-    """Advance until pairs are good enough; return the work of earlier processes. ``spent`` is added to that told."""
-    journal, earlier, start = Journal(checkpoint, {}), Work(), operator.work
-    if journal.earlier is not None:
-        with journal.reading():
-            earlier = as_work(journal.earlier["work"])
-            space.restore(journal.get, journal.earlier["space"])
-    while not limits.are_met(space.values, space.norms) and space.passes < max_passes:
-        space.advance(operator)
-        journal.save({"space": space.state(), "work": earlier + (operator.work - start)}, space.arrays())
-        monitor(Step(spent + earlier + operator.work, limits.worst(space.values, space.norms), limits.tol))
-    return earlier
-
-
 @dataclass(frozen=True)
 class _Limits:
     """How small the residuals of the first k pairs must be."""
@@ -237,7 +214,6 @@ class _Limits:
 
 
 def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
-    """Wrap the inverse of a caller in a check of shape and dtype."""
 
     def apply(block: FloatArray) -> FloatArray:
         found = np.asarray(inverse(block))
@@ -248,16 +224,6 @@ def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
         return found.astype(np.float64, copy=False)
 
     return apply
-
-
-def _by_product(operator: Operator, vectors: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Rayleigh-Ritz pairs of a few vectors and the norms of their residuals, by one pass."""
-    products = operator.matmat(vectors)
-    inner = vectors.T @ products
-    values, turn = np.linalg.eigh((inner + inner.T) / 2)
-    vectors = vectors @ turn
-    residuals = products @ turn - vectors * values
-    return values, vectors, np.asarray(np.linalg.norm(residuals, axis=0))
 
 
 def _bounds(

@@ -88,9 +88,9 @@ class ThickRestart:
     def refined(self, k: int) -> Ritz:
         """Leading pairs of [V, Q], where the block of H that is not known yet, QᵀKQ, is taken as τ I.
 
-        As soon as K is far smaller on Q than the wanted eigenvalues, it matters little what it is there: a vector of
-        residual Q c gets about ``Q c / (θ - τ)``, which is a step of Davidson's method. It saves most of a pass.
-        Residuals are predictions: those of V, times how much this would have shrunk the largest in the pass before.
+        Where K is far smaller on Q than the wanted eigenvalues, it matters little what it is: a vector of residual Q c
+        gets about ``Q c / (θ - τ)``, a step of Davidson's method, which saves most of a pass. Residuals are predicted:
+        those of V, times how much this would have shrunk the largest in the pass before.
         """
         plain = self.ritz(k)
         if self._shrinkage is None or not self._is_refinable(k):
@@ -139,7 +139,7 @@ class ThickRestart:
         product = operator.matmat(self._next)
         before, width = self.size, self._next.shape[1]
         size = before + width
-        self._pieces.add(f"block-{self.passes}", size)
+        self._pieces.ends.append((f"block-{self.passes}", size))
         self.passes += 1
         self._vectors[:, before:size] = self._next
         basis = self._vectors[:, :size]
@@ -187,7 +187,6 @@ class ThickRestart:
         return np.asarray(np.hypot(np.linalg.norm(inside, axis=0), np.linalg.norm(outside, axis=0)))
 
     def _restart(self) -> None:
-        """Cut V to its leading Ritz vectors in place."""
         values, coordinates = self._decompose()
         kept = np.asfortranarray(coordinates[:, : self._keep])
         for start in range(0, len(self._vectors), _ROWS_AT_ONCE):
@@ -195,7 +194,7 @@ class ThickRestart:
             rows[:, : self._keep] = rows[:, : self.size] @ kept
         self._coupling = self._coupling @ kept
         self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
-        self._pieces.begin_anew(f"basis-{self.passes}", self._keep)
+        self._pieces.ends = [(f"basis-{self.passes}", self._keep)]
 
     def combine(self, coordinates: FloatArray) -> FloatArray:
         """The vectors of coordinates in V or [V, Q], shape (n, k), C-contiguous."""
@@ -207,7 +206,7 @@ class ThickRestart:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs beside :meth:`arrays`."""
-        state = {"passes": self.passes, "pieces": self._pieces.state(), "level": self._level}
+        state = {"passes": self.passes, "pieces": self._pieces.ends, "level": self._level}
         return {**state, "shrinkage": self._shrinkage, "quiet": self._quiet}
 
     def arrays(self) -> dict[str, FloatArray]:
@@ -226,6 +225,19 @@ class ThickRestart:
         self._projected = get(f"projected-{self.passes}", (size, size))
         self._next = get(f"block-{self.passes}", (num_rows, count))
         self._coupling = get(f"coupling-{self.passes}", (count, size))
+
+
+def rayleigh_ritz(
+    operator: Operator, vectors: FloatArray, *, descending: bool
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Ritz pairs within the span of a few vectors, and the norms of their residuals, by one pass."""
+    products = operator.matmat(vectors)
+    inner = vectors.T @ products
+    values, turn = (_descending if descending else np.linalg.eigh)((inner + inner.T) / 2)
+    turn = np.ascontiguousarray(turn)
+    vectors, products, values = vectors @ turn, products @ turn, values.copy()
+    products -= vectors * values
+    return values, vectors, np.linalg.norm(products, axis=0)
 
 
 def _remove(basis: FloatArray, block: FloatArray) -> FloatArray:

@@ -22,6 +22,7 @@ from ntkpipe.operators.on_dask import operator as operator_module
 from ntkpipe.operators.on_dask import worker_group
 from ntkpipe.operators.on_dask.operator import WorkersOperator
 from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
+from ntkpipe.operators.on_dask.worker_group import WorkerGroup
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import PassStopped, share_out
@@ -126,7 +127,7 @@ def test_everything_else_has_the_bits_of_one_machine(both, kernel, here, rng):
 def test_threads_and_memory_change_no_bit(both, kernel, here, rng, threads):
     block = rng.standard_normal((NUM_ROWS, 5))
     tile_bytes = KernelTiles(kernel).tile_bytes
-    operator = WorkersOperator(KernelTiles(kernel), both, cache_bytes=10 * tile_bytes, threads=threads)
+    operator = WorkersOperator(WorkerGroup(both, KernelTiles(kernel), cache_bytes=10 * tile_bytes, threads=threads))
     for _ in range(2):
         np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
     assert operator.share_kept == 20 / 66
@@ -135,7 +136,7 @@ def test_threads_and_memory_change_no_bit(both, kernel, here, rng, threads):
 
 def test_a_worker_that_dies_costs_its_part_and_changes_no_bit(both, kernel, here, rng, tmp_path):
     source = watched(kernel, tmp_path, 0.02)
-    operator = WorkersOperator(source, both, cache_bytes=0)
+    operator = WorkersOperator(WorkerGroup(both, source, cache_bytes=0))
     block = rng.standard_normal((NUM_ROWS, 3))
     killer = kill_soon(source.readers)
     np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
@@ -150,7 +151,7 @@ def test_a_worker_that_dies_costs_its_part_and_changes_no_bit(both, kernel, here
 
 def test_where_all_die_their_successors_do_it(both, kernel, here, rng, tmp_path):
     source = watched(kernel, tmp_path, 0.02)
-    operator = WorkersOperator(source, both, cache_bytes=0)
+    operator = WorkersOperator(WorkerGroup(both, source, cache_bytes=0))
     block = rng.standard_normal((NUM_ROWS, 300))  # the block is lost, too
     killer = kill_soon(source.readers, count=2)
     np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
@@ -168,7 +169,7 @@ def test_a_long_run_with_a_death_in_it_has_equal_bits(both, kernel, here, tmp_pa
             vector /= np.linalg.norm(vector)
         return vector
 
-    operator = WorkersOperator(source, both, cache_bytes=10 * source.tile_bytes)
+    operator = WorkersOperator(WorkerGroup(both, source, cache_bytes=10 * source.tile_bytes))
     killer = kill_soon(source.readers)
     np.testing.assert_array_equal(powers(operator), powers(here))
     killer.join()
@@ -198,7 +199,7 @@ def test_a_worker_that_leaves_is_missed_by_nobody(kernel, here, rng, monkeypatch
 def test_workers_that_die_of_every_pass_end_it(both, kernel, tmp_path, monkeypatch):
     monkeypatch.setattr(operator_module, "_MOST_LOSSES", 1)
     source = watched(kernel, tmp_path, 0.02)
-    operator = WorkersOperator(source, both, cache_bytes=0)
+    operator = WorkersOperator(WorkerGroup(both, source, cache_bytes=0))
     killer = kill_soon(source.readers, count=2)
     with pytest.raises(ClusterError, match=r"workers were lost 2 times .* give them more, or"):
         operator.matmat(np.ones(NUM_ROWS))
@@ -221,7 +222,7 @@ def test_a_damaged_tile_is_named_and_the_cluster_stays_usable(both, tmp_path, rn
 
 def test_an_interrupted_pass_is_left_by_the_workers(both, kernel, here, rng, tmp_path):
     source = watched(kernel, tmp_path, 0.2)
-    operator = WorkersOperator(source, both, cache_bytes=0)
+    operator = WorkersOperator(WorkerGroup(both, source, cache_bytes=0))
     interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
@@ -259,14 +260,14 @@ def test_memory_of_a_driver_that_is_gone_is_free(both, kernel):
 def test_a_worker_that_does_not_reach_the_store(both, kernel, tmp_path, monkeypatch):
     source = HereOnly(KernelTiles(kernel), tmp_path, process=os.getpid())
     with pytest.raises(ClusterError, match=r"tcp.* does not reach the matrix: .*not here.* at the same path"):
-        WorkersOperator(source, both)
+        WorkersOperator(WorkerGroup(both, source))
     monkeypatch.setattr(worker_group, "version", lambda _: "0.0.1")
     with pytest.raises(ClusterError, match=r"has ntkpipe .*, this process 0\.0\.1; install the same"):
-        WorkersOperator(KernelTiles(kernel), both)
+        WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
     monkeypatch.undo()
     monkeypatch.setattr(worker_group, "digest_of", lambda _: "another")
     with pytest.raises(ClusterError, match="another disk at the same path"):
-        WorkersOperator(KernelTiles(kernel), both)
+        WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
 
 
 def test_options_that_cannot_be(both, kernel):
@@ -350,5 +351,6 @@ def test_leading_blocks_share_the_memory(kernel):
     again = worker.run(whole, block)
     assert again.num_kept == {NUM_ROWS: 8, 100: 0}
     assert again.bytes_read == 8 * size
-    assert isinstance(ShardWorker(ArrayTiles(np.eye(3))).first_tile(), str)
+    of_array = ShardWorker(ArrayTiles(np.eye(3))).run(PassRequest(3, (0,), (0,), 0, 1, None), None)
+    assert (of_array.num_tiles, list(of_array.results)) == (1, [0])
     assert num_objects(TileReader.__name__) >= 2

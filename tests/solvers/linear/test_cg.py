@@ -1,16 +1,28 @@
 """Conjugate gradients: what they call converged is so, what cannot converge is said, and passes are counted."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear.cg import block_cg, pcg
+from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.residual_replacement import Recurrence, iterate
+from ntkpipe.solvers.linear.residual_replacement import Iteration, Recurrence
 
 N = 240
+
+
+def pcg(operator, rhs, *, preconditioner=None, **options):
+    return Iteration(operator, rhs, **options).run(partial(RECURRENCES["pcg"], operator, preconditioner))
+
+
+def block_cg(operator, rhs, *, preconditioner=None, **options):
+    return Iteration(operator, rhs, **options).run(partial(RECURRENCES["block_cg"], operator, preconditioner))
+
+
 BOTH = pytest.mark.parametrize("method", [pcg, block_cg])
 
 
@@ -278,7 +290,7 @@ class Boasting(Recurrence):
 
 def test_who_claims_a_little_too_much_goes_on(rng):
     operator, rhs = DenseOperator(np.eye(20)), rng.standard_normal((20, 2))
-    found = iterate(operator, rhs, lambda x, r: Boasting(x, r, 0.2), tol=1.001 * 2.0**-10)
+    found = Iteration(operator, rhs, tol=1.001 * 2.0**-10).run(lambda x, r: Boasting(x, r, 0.2))
     # It claims success after eight steps, is told that it must halve what it claims, and has it after ten.
     assert (found.status, found.iterations, list(found.checks)) == ("converged", 10, [8, 9, 10])
     assert found.replacements == 0

@@ -103,7 +103,9 @@ def test_a_missed_eigenvalue_is_found_by_the_proof():
 
 def test_a_lower_bound_is_not_proved_above_the_eigenvalue(monkeypatch):
     """Were residuals too small by a fault, the proof would fail."""
-    monkeypatch.setattr(module, "_by_product", lambda operator, vectors: (np.array([2e-3]), vectors, np.array([1e-5])))
+    monkeypatch.setattr(
+        module, "rayleigh_ritz", lambda operator, vectors, **_: (np.array([2e-3]), vectors, np.array([1e-5]))
+    )
     found = smallest(matrix_with_spectrum(np.concatenate([np.linspace(1.0, 2.0, 99), [1e-3]])), certify=True)
     assert found.status == "not converged"
 
