@@ -77,10 +77,10 @@ def _filled(text: str) -> str:
 def completed(function: Callable[..., Any], errors: Mapping[str, str]) -> str | None:
     """The docstring of a function with the entries that are the same everywhere, in the order of its signature."""
     found = sections(function.__doc__ or "")
-    if "Parameters" not in found:
+    names = dict.fromkeys(signature(function).parameters)
+    if "Parameters" not in found and not names.keys() <= PARAMETERS.keys():
         return function.__doc__
     described = {name: body for name, body in _ENTRY.findall(found.pop("Parameters", ""))}
-    names = dict.fromkeys(signature(function).parameters)
     blocks = [f"{name}\n{described.get(name) or _filled(PARAMETERS[name])}".rstrip() for name in names]
     raised = {name: body for name, body in _ENTRY.findall(found.pop("Raises", ""))}
     listed = {name for key in raised for name in key.split(", ")}

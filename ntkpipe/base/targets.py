@@ -17,6 +17,8 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 Task = Literal["auto", "classification", "regression", "binary"]
 # Floats that are all integers are taken for numbers, with a warning if there are as few different ones as this.
 _MOST_CLASSES_OF_FLOATS = 100
+# Of fewer samples each may well have a class of its own.
+_FEWEST_DOUBTFUL = 20
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _are_labels(values: NDArray[Any], task: Task) -> bool:
         return True
     if values.ndim != 1 or values.dtype.kind not in "iubUSO":
         return False
-    if values.dtype.kind in "iu" and len(values) > 2 and len(np.unique(values)) == len(values):
+    if values.dtype.kind in "iu" and len(values) > _FEWEST_DOUBTFUL and len(np.unique(values)) == len(values):
         raise ConfigError(
             f"{len(values)} integers as targets, all of them different: classes, or numbers? Give "
             "task='classification' or task='regression'"
