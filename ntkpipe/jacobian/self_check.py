@@ -218,7 +218,8 @@ def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: T
         outputs, vjp = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)[:2]
         grads = [vjp(covector.to(outputs.dtype))[0] for covector in covectors]
         found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
-    return {name: torch.stack([rows[name] for rows in found], dim=1) for name in parameters}
+    # Samples first in memory, as Gram matrices take them.
+    return {name: torch.stack([rows[name] for rows in found]).transpose(0, 1) for name in parameters}
 
 
 def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
