@@ -20,11 +20,11 @@ class Budget:
     limit: int | None = None
 
     @classmethod
-    def of(cls, memory_limit: MemoryLimit) -> "Budget":
+    def of(cls, given: MemoryLimit) -> "Budget":
         """The budget of an argument ``memory_limit``; raises ConfigError for what is no number of bytes."""
-        if isinstance(memory_limit, Budget):
-            return memory_limit
-        return cls(None if memory_limit is None else parse_bytes("memory_limit", memory_limit))
+        if isinstance(given, Budget):
+            return given
+        return cls(None if given is None else parse_bytes("memory_limit", given))
 
     def room(self, share: float = 0.5) -> int:
         """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""

@@ -14,7 +14,7 @@ from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 
 P = ParamSpec("P")
-R = TypeVar("R", bound=Result | tuple[Result, ...])
+R = TypeVar("R", bound=Result)
 
 # First parameters that are opened as operators.
 MATRICES = ("matrix", "kernel")
@@ -31,7 +31,7 @@ def recorded(
 
     The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``. ``options`` of
     its result become the plain arguments, updated by those that it returns; ``work`` and ``seconds`` are added to what
-    it returns, such as those of an earlier process. Several results, which share the work, say what each took.
+    it returns, such as those of an earlier process.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -52,14 +52,12 @@ def recorded(
                 operator, budget = open_for_solver(given[first], budget, keep_tiles=keep, threads=threads)
                 given |= {first: operator, "memory_limit": budget}
                 before = operator.work
-            result: Any = function(**given)  # type: ignore[call-arg]
-            of_matrix = {} if operator is None else {"matrix": operator.identity()}
-            if isinstance(result, tuple):
-                return tuple(replace(one, options={**options, **one.options}, **of_matrix) for one in result)  # type: ignore[return-value]
+            result = function(**given)  # type: ignore[call-arg]
+            of_matrix: dict[str, Any] = {}
             if operator is not None:
-                of_matrix["work"] = result.work + (operator.work - before)
+                of_matrix = {"matrix": operator.identity(), "work": result.work + (operator.work - before)}
             seconds = result.seconds + perf_counter() - begin
-            return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)  # type: ignore[no-any-return]
+            return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)
 
         call.__doc__ = completed(function, ERRORS)
         return call

@@ -79,6 +79,11 @@ _ENTRIES = (
         later=frozenset({"task"}),
     ),
     Entry(
+        "solve_path",
+        "ntkpipe.solvers.linear.solve:solve_path",
+        "the same at several ridges, with one preconditioner",
+    ),
+    Entry(
         "dynamics", "ntkpipe.learning.dynamics:dynamics", "training by gradient flow at many times, with a fixed kernel"
     ),
     Entry(
@@ -121,7 +126,7 @@ _ENTRIES = (
         "influence",
         "ntkpipe.learning.gaussian.influence:influence",
         "which train samples each prediction is made of",
-        inputs={"initial_outputs": "test_initial_outputs", "is_classification": None, "width": None},
+        inputs={"is_classification": None, "width": None},
     ),
     Entry(
         "compare",

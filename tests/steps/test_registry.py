@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "logdet": {"ridge": 0.5},
     "slq_logdet": {"ridge": 0.5},
     "solve": {"ridge": 0.5, "method": "pcg"},
+    "solve_path": {**RIDGES, "method": "pcg", "rank": 8},
     "dynamics": {"times": [0.0, 3.0]},
     "spectrum": RIDGES,
     "regression": RIDGES,
@@ -48,7 +49,7 @@ def by_function(name: str, store: ntkpipe.KernelStore, other: Path) -> Result:
     test = {"test_kernel": store.test_train, "test_targets": store.test_targets}
     if name in {"eigsh", "eigh", "eigvalsh", "smallest", "density", "logdet", "slq_logdet", "spectrum"}:
         return getattr(ntkpipe, name)(kernel, **options)
-    if name in {"solve", "dynamics", "alignment", "learning_curve"}:
+    if name in {"solve", "solve_path", "dynamics", "alignment", "learning_curve"}:
         return getattr(ntkpipe, name)(kernel, targets, **options)
     if name in {"regression", "generalisation"}:
         function = ntkpipe.ridge_path if name == "regression" else ntkpipe.generalisation

@@ -58,7 +58,7 @@ def influence(
     top: int = 10,
     is_classification: bool | None = None,
     width: int | None = None,
-    initial_outputs: ArrayLike | None = None,
+    test_initial_outputs: ArrayLike | None = None,
 ) -> Influence:
     """The terms α_i K(x, x_i) that predictions are sums of, the largest of each test sample, and over all.
 
@@ -78,7 +78,7 @@ def influence(
         For coefficients: whether the largest output is the one that is looked at. Default yes, if there are several.
     width
         For coefficients: rows a sample, S. Default 1; O of a full NTK.
-    initial_outputs
+    test_initial_outputs
         Outputs f₀ of the test samples (M, O), where they decide which output is the largest.
     """
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
@@ -89,7 +89,9 @@ def influence(
     num_train = len(coefficients) // rows_a_sample
     most = min(int(check_number("top", top, low=1)), num_train)
     outputs = coefficients.shape[1] if rows_a_sample == 1 else rows_a_sample
-    offset = None if initial_outputs is None else initial_matrix(initial_outputs, (cross.num_samples, outputs))
+    offset = (
+        None if test_initial_outputs is None else initial_matrix(test_initial_outputs, (cross.num_samples, outputs))
+    )
     predicted = np.full(cross.num_samples, -1, np.int64)
     top_samples = np.empty((cross.num_samples, most), np.int64)
     top_terms = np.empty((cross.num_samples, most))

@@ -1,6 +1,6 @@
-"""Result of :func:`ntkpipe.solve`."""
+"""Results of :func:`ntkpipe.solve` and :func:`ntkpipe.solve_path`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,35 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.solvers.result import Result
+from ntkpipe.solvers.result import Result, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolutionPath(Result):
+    """Coefficients at r ridges; as a sequence, a :class:`Solution` for each, unless it was read from a store."""
+
+    ridges: FloatArray  # λ, in the order given, shape (r,)
+    coefficients: FloatArray = field(repr=False)  # shape (r, *shape of Y)
+    residuals: FloatArray = field(repr=False)  # as of :class:`Solution`, shape (r, c)
+    statuses: tuple[Status, ...]
+    methods: tuple[str, ...]
+    iterations: NDArray[np.int64]
+    targets: str = ""
+    _solutions: "tuple[Solution, ...]" = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self._solutions)
+
+    def __getitem__(self, number: int) -> "Solution":
+        return self._solutions[number]
+
+    def _rows(self) -> TableRows:
+        found = zip(self.ridges, self.methods, self.iterations, self.residuals, self.statuses, strict=True)
+        said = [
+            (f"λ = {ridge:.4g}", f"{method}, {count} iterations, residual {residual.max(initial=0.0):.2g}; {status}")
+            for ridge, method, count, residual, status in found
+        ]
+        return [("targets", self.targets), *said]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Operator, digest_of
+from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
@@ -20,7 +20,7 @@ from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.solution import Solution
+from ntkpipe.solvers.linear.solution import Solution, SolutionPath
 from ntkpipe.solvers.linear.systems import SolveOptions, Systems
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, ignore
@@ -133,7 +133,7 @@ def solve_path(
     memory_limit: MemoryLimit = None,
     monitor: Monitor = ignore,
     checkpoint: Checkpoint | None = None,
-) -> tuple[Solution, ...]:
+) -> SolutionPath:
     """Solve for several ridges: the preconditioner is made once, and each solution starts at the one before.
 
     Ridges are solved from large to small; solutions are returned in the order given. ``preconditioner_work`` is counted
@@ -163,6 +163,7 @@ def solve_path(
         If ``cholesky`` was asked for and a pivot is not positive.
     """
     operator: Operator = matrix
+    before = operator.work
     encoded, block, shape = as_targets(rhs, operator, task)
     values = _absolute(ridges, ridge_scale, operator)
     budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
@@ -182,8 +183,23 @@ def solve_path(
         one = stages.result(name, Solution, run)
         with stages.journal.reading():
             guess = np.asarray(one.coefficients).reshape(block.shape)
-        found[number] = replace(one, coefficients=one.coefficients.reshape(shape), targets=encoded.words)
-    return tuple(found[number] for number in range(len(values)))
+        whose: dict[str, Any] = {"matrix": operator.identity(), "targets": encoded.words}
+        found[number] = replace(one, coefficients=one.coefficients.reshape(shape), **whose)
+    solutions = tuple(found[number] for number in range(len(values)))
+    worst = next((one for one in solutions if not one.is_converged), solutions[0])
+    return SolutionPath(
+        status=worst.status,
+        message=worst.message,
+        work=sum((one.work for one in solutions), Work()) - (operator.work - before),
+        ridges=np.array(values),
+        coefficients=np.stack([one.coefficients for one in solutions]),
+        residuals=np.stack([one.residuals for one in solutions]),
+        statuses=tuple(one.status for one in solutions),
+        methods=tuple(one.method for one in solutions),
+        iterations=np.array([one.iterations for one in solutions]),
+        targets=encoded.words,
+        _solutions=solutions,
+    )
 
 
 def _absolute(ridges: Sequence[float], scale: RidgeScale, operator: Operator) -> list[float]:

@@ -58,7 +58,7 @@ def test_initial_outputs_decide_the_class(rng: np.random.Generator) -> None:
     _, test_kernel, _ = features(rng)
     offset = np.zeros((9, 2))
     offset[:, 1] = 1e6
-    found = influence(rng.standard_normal((30, 2)), test_kernel, initial_outputs=offset)
+    found = influence(rng.standard_normal((30, 2)), test_kernel, test_initial_outputs=offset)
     assert (found.predicted == 1).all()
 
 

@@ -304,8 +304,8 @@ def test_a_ridge_may_be_in_units_of_the_mean_diagonal(matrix):
             solver(matrix, **absolute).value,
             absolute["ridge"],
         )
-    (found,) = solve_path(matrix, rhs, [0.1], ridge_scale="mean_diagonal")
-    assert found.ridge == absolute["ridge"]
+    found = solve_path(matrix, rhs, [0.1], ridge_scale="mean_diagonal")
+    assert found[0].ridge == found.ridges[0] == absolute["ridge"]
     assert found.options["ridge_scale"] == "mean_diagonal"
     with pytest.raises(ConfigError, match="ridge_scale='trace'"):
         solve(matrix, rhs, ridge=1.0, ridge_scale="trace")
