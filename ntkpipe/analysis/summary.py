@@ -57,7 +57,9 @@ def summarize(
     count = samples or max(1, min(total, _MOST_ROWS // width))
     block = store.train[: count * width, : count * width].astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(block)[::-1]
-    targets = None if store.targets is None else encode(store.targets, task=task)
+    targets = (
+        None if store.targets is None else encode(store.targets, task=task, num_outputs=width if width > 1 else None)
+    )
     plain = centred = None
     if targets is not None:
         scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "text", Path: "a path", NoneType: "None"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
-_VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType)
+_VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType, range, set, complex, bytes)
 _STRICT = ConfigDict(strict=True)
 
 
@@ -66,9 +66,12 @@ class Option:
         plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
         plain = list(plain) if isinstance(plain, range) else plain
         try:
-            return _adapter(self.annotation).validate_python(plain)
+            found = _adapter(self.annotation).validate_python(plain)
         except ValidationError:
             raise ConfigError(f"{where}: {self.name}={plain!r}; needed {describe(self.annotation)}") from None
+        if self.name == "seed" and found is not None and found < 0:
+            raise ConfigError(f"{where}: seed={found}; needed an integer from 0 on")
+        return found
 
     def read(self, text: str) -> Any:
         """The value that text on a command line stands for; the parts of a list have commas between them."""
@@ -134,7 +137,10 @@ def bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     """The arguments of a call by name, defaults filled in, checked."""
     where, parameters = f"{function.__name__}()", parameters_of(function)
     require_known(kwargs, parameters, where, "argument")
-    call = signature(function).bind(*args, **kwargs)
+    try:
+        call = signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"{where}: {error}") from None
     call.apply_defaults()
     return check_options(options_of(function), call.arguments, where)
 
@@ -144,9 +150,8 @@ def known_names(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        require_known(
-            kwargs, parameters_of(function), f"{function.__qualname__.removesuffix('.__init__')}()", "argument"
-        )
+        known, where = parameters_of(function).keys() - {"self"}, function.__qualname__.removesuffix(".__init__")
+        require_known(kwargs, sorted(known), f"{where}()", "argument")
         return function(*args, **kwargs)
 
     return call

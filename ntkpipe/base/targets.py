@@ -112,8 +112,26 @@ def note_on_unknown(test: Targets) -> str:
     return f"; {count} test samples of classes that training does not have count as wrong"
 
 
+def as_values(targets: ArrayLike) -> NDArray[Any]:
+    """Targets as an array: of objects that are all numbers one of numbers, of bytes one of text."""
+    try:
+        values = np.asarray(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
+    if values.dtype.kind == "S":
+        return values.astype(np.str_)
+    if values.dtype.kind == "O":
+        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64) if _are_numbers(values) else values
+        return narrow if narrow.shape == values.shape else values
+    return values
+
+
+def _are_numbers(values: NDArray[Any]) -> bool:
+    return all(isinstance(one, bool | int | float | np.number | np.bool_) for one in values.reshape(-1).tolist())
+
+
 def _values(targets: ArrayLike) -> NDArray[Any]:
-    values = np.asarray(targets)
+    values = as_values(targets)
     if values.ndim not in {1, 2} or not values.size:
         raise ConfigError(f"targets of shape {values.shape}; needed (N,) or (N, O)")
     return values
@@ -136,7 +154,9 @@ def _are_labels(values: NDArray[Any], task: Task) -> bool:
 
 
 def _are_integers(values: NDArray[Any]) -> bool:
-    return bool(np.isfinite(values).all() and (values == np.round(values)).all())
+    # Larger ones are no labels, and int64 may not hold them.
+    is_small = np.isfinite(values).all() and np.abs(values).max() < 2**53
+    return bool(is_small and (values == np.round(values)).all())
 
 
 def _real(values: NDArray[Any], *, warns: bool) -> Targets:
@@ -159,7 +179,10 @@ def _real(values: NDArray[Any], *, warns: bool) -> Targets:
 
 def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> NDArray[Any]:
     """Labels in the order of columns; integers from 0 may lack some of ``num_outputs`` classes."""
-    classes = np.unique(labels)
+    try:
+        classes = np.unique(labels)
+    except TypeError as error:
+        raise ConfigError(f"labels of several types ({error}); needed all integers, or all text") from None
     if task == "binary":
         if len(classes) != 2:
             raise ConfigError(f"task='binary' and {len(classes)} classes; needed labels of two")

@@ -15,7 +15,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import absolute_ridge
-from ntkpipe.base.targets import Targets, encode
+from ntkpipe.base.targets import Targets, Task, encode
 from ntkpipe.learning.gaussian.calibration import calibration
 from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.learning.gaussian.process import Posterior
@@ -70,6 +70,9 @@ class _Results:
     def __init__(self, store: KernelStore, kernel: Kernel, run: Run | None) -> None:
         self.store, self.kernel, self.run = store, kernel, run
         self.shown: dict[str, Result] = {}
+        # What targets were taken for in a step is what they are for the rest of the page.
+        known = (self.saved(name) for name in ("regression", "alignment", "generalisation", "gaussian_process"))
+        self.task: Task = next((one.options.get("task", "auto") for one in known if one is not None), "auto")
         self.work = Work()
 
     def saved(self, name: str) -> Result | None:
@@ -89,7 +92,7 @@ class _Results:
                 how = f"write the report without saved_only (--saved-only), or compute {name} first"
                 return Missing(f"No step has saved {what}; {how}.")
             try:
-                found = self.run(name, **asked)
+                found = self.run(name, **asked, **({} if name == "spectrum" else {"task": self.task}))
             except (ConfigError, IndefiniteError, ResourceError) as error:
                 return Missing(str(error))
             assert isinstance(found, kind)
@@ -116,7 +119,7 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
     kernel = find_kernel(store, array)
     records, results = read_records(store), _Results(store, kernel, run)
     begin = perf_counter()
-    arrangement = arrange(_encoded(store), kernel.grid.rows.num_samples)
+    arrangement = arrange(_encoded(store, results.task), kernel.grid.rows.num_samples)
     groupings = [(arrangement.bins, arrangement.num_bins)]
     if arrangement.classes is not None:
         groupings.append((arrangement.classes, len(arrangement.names)))
@@ -159,14 +162,15 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
     )
 
 
-def _encoded(store: KernelStore) -> Targets | None:
+def _encoded(store: KernelStore, task: Task) -> Targets | None:
     """Train targets, encoded; None if there are none or it is unclear what they are, which analyses warn of."""
     if store.targets is None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return encode(store.targets)
+            width = store.manifest.num_covectors
+            return encode(store.targets, task=task, num_outputs=width if width > 1 else None)
         except (ConfigError, NonFiniteError):
             return None
 

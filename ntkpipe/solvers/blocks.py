@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.targets import Targets, Task, encode
+from ntkpipe.base.targets import Targets, Task, as_values, encode
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> FloatArray:
@@ -29,10 +29,11 @@ def as_targets(targets: ArrayLike, operator: Operator, task: Task) -> tuple[Targ
 
     Where each sample has as many rows as outputs, as in a full NTK, there is one right-hand side.
     """
-    values, n, width = np.asarray(targets), operator.num_rows, 1
-    if 0 < (count := len(values) if values.ndim else 0) < n:
-        is_whole = values.size == n if values.ndim == 2 else values.dtype.kind != "f" and n % count == 0
-        width = n // count if is_whole else 1
+    values, n, width = as_values(targets), operator.num_rows, 1
+    if 0 < (count := len(values) if values.ndim else 0) < n and n % count == 0:
+        is_flat = values.ndim == 1 and values.dtype.kind != "f"
+        are_labels = task in {"classification", "binary"} or (task == "auto" and is_flat)
+        width = n // count if are_labels or values.size == n else 1
     if count * width != n:
         raise ConfigError(f"targets of shape {values.shape}; needed ({n},) or ({n}, c)")
     found = encode(values, task=task, num_outputs=width if width > 1 else None)

@@ -49,6 +49,10 @@ class Result:
         for values in self.arrays().values():
             values.flags.writeable = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def is_converged(self) -> bool:
         """Whether the status is ``converged``."""

@@ -273,7 +273,9 @@ def _to_array(value: object, label: str) -> NDArray[Any]:
     except (TypeError, ValueError) as error:  # sparse tensors and ragged lists
         raise DataError(f"{label} cannot be made an array: {error}") from error
     if array.dtype.kind not in "fiub":
-        raise DataError(f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans")
+        found = f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans"
+        how = "; a store has labels as numbers: np.unique(labels, return_inverse=True)"
+        raise DataError(found + (how if array.dtype.kind in "USO" else ""))
     if 0 in array.shape[1:]:
         raise DataError(f"{label} has shape {array.shape}: its samples are empty")
     if array.dtype == np.longdouble or array.dtype.byteorder == ">":

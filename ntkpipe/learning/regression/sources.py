@@ -12,7 +12,7 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Targets, Task, as_rows, encode
+from ntkpipe.base.targets import Targets, Task, as_rows, as_values, encode
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 
 
@@ -64,7 +64,7 @@ def runs(count: int, most: int) -> Iterator[slice]:
 
 def train_targets(operator: Operator, targets: Any, initial: Any | None, task: Task) -> TrainTargets:
     """Encode targets for a kernel, centred at initial outputs if there are any."""
-    values = np.asarray(targets)
+    values = as_values(targets)
     width = _width_of(operator, len(values) if values.ndim else 0)
     columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
     found = encode(values, num_outputs=width if width > 1 else columns, task=task)

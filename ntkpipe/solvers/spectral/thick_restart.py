@@ -168,7 +168,7 @@ class ThickRestart:
         if num_old < count:
             rng = np.random.default_rng([self._seed, self.passes])
             self._next[:, num_old:] = rng.standard_normal((num_rows, count - num_old))
-        if sizes[count - 1] <= _DOUBTFUL * norm:
+        if len(sizes) < count or sizes[count - 1] <= _DOUBTFUL * norm:
             self._quiet = self._quiet or 0
         coefficients = sizes[:num_old, None] * right[:num_old]
         # A small remainder is not orthogonal to V, since rounding is large beside it.

@@ -253,3 +253,10 @@ def test_vectors_that_do_not_fit_are_refused_at_once(monkeypatch, memory_limit):
         eigsh(operator, 20, memory_limit=memory_limit)
     assert operator.work.passes == 0
     assert eigsh(operator, 20, max_basis=45, memory_limit=memory_limit).status == "converged"
+
+
+@pytest.mark.parametrize(("n", "k"), [(65, 3), (65, 8), (72, 10), (72, 11)])
+def test_a_last_block_may_be_narrower_than_the_others(n, k):
+    matrix = matrix_with_spectrum(np.geomspace(3.0, 0.1, n))
+    found = eigsh(matrix, k)
+    np.testing.assert_allclose(found.eigenvalues, np.geomspace(3.0, 0.1, n)[:k], rtol=1e-10)
