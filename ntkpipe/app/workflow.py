@@ -222,8 +222,9 @@ _STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": _veri
 def _check_step(step: StepSpec, source: str) -> None:
     where = f"{source}: step {step.step!r}"
     require_known([step.step], [*REGISTRY, *_STEPS], source, "step")
+    Budget.of(step.options.get("memory_limit"))
     if step.step in REGISTRY:
-        Budget.of(step.options.get("memory_limit"))
+        check_options(options_of(run_step), {k: step.options[k] for k in ("array",) if k in step.options}, where)
         check_step(step.step, {k: v for k, v in step.options.items() if k not in _OF_EVERY_STEP}, where)
         return
     if step.step == "report":

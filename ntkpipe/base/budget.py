@@ -36,7 +36,9 @@ class Budget:
 
     def half(self) -> "Budget":
         """What each of two users may have of the room that is left."""
-        return self if self.limit is None else Budget(self.limit - self.room() // 2)
+        if self.limit is None or (room := self.room()) <= 0:
+            return self
+        return Budget(self.limit - room // 2)
 
     def at_least(self, num_bytes: int) -> "Budget":
         """A budget with room for so many bytes, which are needed in any case: itself, or a larger one."""

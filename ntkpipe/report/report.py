@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
@@ -131,8 +131,9 @@ def write_report(
     _check_target(target)
     for ridge in ridges or ():
         check_number("ridge", ridge, low=0.0)
+    budget = Budget.of(memory_limit)
     across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
-    run = partial(run_step, opened, array=array, memory_limit=memory_limit, client=client, progress=progress)
+    run = partial(run_step, opened, array=array, memory_limit=budget, client=client, progress=progress)
     gathered = gather(opened, array, across, None if saved_only else run)
     from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 

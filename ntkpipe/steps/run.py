@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,9 +10,9 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntkpipe.base.arguments import options_of, parameters_of
+from ntkpipe.base.arguments import check_options, options_of, parameters_of
 from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.errors import Interrupted
+from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
 from ntkpipe.solvers.result import Monitor, Result, Step
 from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, require
@@ -68,6 +69,7 @@ def run_step(
     """
     entry = entry_of(name)
     given = check_step(name, options, f"step {name!r}")
+    check_options(options_of(run_step), {"array": array}, "run_step()")
     opened = store if isinstance(store, KernelStore) else open_kernel(store)
     kernel = find_kernel(opened, array)
     saved_as, is_writable = result_name(name, kernel.name), opened.store.is_writable()
@@ -82,14 +84,23 @@ def run_step(
             with opened.store.in_use():
                 result = _call(entry, context, given, {})
                 _save(opened, saved_as, result)
-                if entry.then is not None and opened.test_targets is not None:
-                    judged = _call(REGISTRY[entry.then], context, given, {"posterior": result})
-                    _save(opened, result_name(entry.then, kernel.name), judged)
                 if checkpoint is not None:
                     checkpoint.clear()
+                if entry.then is not None and opened.test_targets is not None:
+                    _judge(entry.then, context, given, result)
         finally:
             context.close()
     return result
+
+
+def _judge(name: str, context: Context, options: Mapping[str, Any], posterior: Result) -> None:
+    """Save what another step says of a posterior, which is safe already: what is wrong here is a warning."""
+    try:
+        judged = _call(REGISTRY[name], context, options, {"posterior": posterior})
+    except ConfigError as error:
+        warnings.warn(f"there is no {name} beside the result: {error}", stacklevel=3)
+    else:
+        _save(context.store, result_name(name, context.kernel.name), judged)
 
 
 def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Mapping[str, Any]) -> Result:
@@ -98,15 +109,20 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
     own = {name: options[name] for name in options_of(entry.function) if name in options}
     arguments: dict[str, Any] = {}
     used: dict[str, Any] = {}
+    spent: list[Result] = []  # on inputs
     for name, source in inputs_of(entry).items():
         if source in known:
             value = known[source]
+            used |= value.options
         elif source in RESULTS:
             value = _call(REGISTRY[RESULTS[source]], context, options, known)
+            used |= value.options
+            spent.append(value)
         else:
             taken = {key: options[key] for key in options_of(INPUTS[source]) if key in options}
             used |= taken
             value = INPUTS[source](context, **taken)
+            spent += [value.result_] if source == "model" else []
         if parameters[name].default is Parameter.empty:
             value = require(context, name, value)
         arguments[name] = value
@@ -115,7 +131,12 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Map
     if len(pair) == 2 and any(value is None for value in pair):
         arguments |= dict.fromkeys(arguments.keys() & {"test_kernel", "test_targets", "test_initial_outputs"})
     result = entry.function(**{**own, **arguments})
-    return replace(result, options={**used, **result.options})
+    return replace(
+        result,
+        options={**used, **result.options, "memory_limit": context.budget.limit},
+        work=sum((one.work for one in spent), result.work),
+        seconds=sum((one.seconds for one in spent), result.seconds),
+    )
 
 
 def _digest(entry: Entry, store: KernelStore, kernel: Kernel, given: Mapping[str, Any]) -> str:

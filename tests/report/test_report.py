@@ -246,6 +246,16 @@ def test_any_labels_are_classes(tmp_path: Path, labels: list[Any], names: tuple[
         assert f"class {name} predicted {name}" in text
 
 
+def test_a_page_takes_targets_for_what_a_saved_step_took_them(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "small.zarr", labels=[-1, 1])
+    run_step(store, "regression", task="binary", progress=False)
+    _, text = write(store)
+    assert "Targets were taken as 2 classes, as ±1." in text
+    assert "one-hot." not in text
+    for name in ("regression", "alignment", "generalisation", "gaussian_process", "influence"):
+        assert saved_result(store, name).targets == "2 classes, as ±1"
+
+
 def test_words_of_a_result_stay_words(store) -> None:
     write(store)
     found = store.store.read_result("spectrum")

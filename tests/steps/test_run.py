@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import small
 import zarr
+from regressions import make_store
 
 import ntkpipe
-from ntkpipe.base.errors import ConfigError, Interrupted, StoreError
+from ntkpipe.base.errors import ConfigError, Interrupted, NotConvergedWarning, StoreError
 from ntkpipe.steps import run
 from ntkpipe.steps.run import run_step
 from ntkpipe.steps.saved import read_result
@@ -185,3 +186,31 @@ def test_killed_in_mid_search_the_same_call_goes_on_from_the_checkpoint(path, st
     for name, values in resumed.arrays().items():
         np.testing.assert_array_equal(values, straight.arrays()[name])
     assert resumed.history.shape == straight.history.shape
+
+
+def test_a_step_says_what_its_inputs_took_and_how_good_they_were(tmp_path):
+    store = make_store(tmp_path / "k.zarr")
+    with pytest.warns(NotConvergedWarning):
+        found = run_step(store, "influence", ridge=1e-6, method="pcg", tol=0.0, progress=False, memory_limit="4GiB")
+    assert not found.is_converged
+    assert found.work.passes > 0
+    assert (found.options["ridge"], found.options["memory_limit"]) == (1e-6, 4 * 2**30)
+    judged = run_step(store, "calibration", ridge=0.5, progress=False)
+    assert (judged.options["ridge"], judged.options["ridge_scale"]) == (0.5, "mean_diagonal")
+    assert judged.work.passes > 0
+
+
+def test_a_posterior_is_safe_before_it_is_judged(tmp_path):
+    store = make_store(tmp_path / "k.zarr")
+    with pytest.warns(UserWarning, match="there is no calibration beside the result: bins=0"):
+        found = run_step(store, "gaussian_process", bins=0, progress=False)
+    assert read_result(store, "gaussian_process").log_marginal_likelihood == found.log_marginal_likelihood
+    assert read_result(store, "calibration") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"array": 3}, "array=3; needed text"), ({"memory_limit": "lots"}, "lots")]
+)
+def test_what_every_step_takes_is_checked(store, options, words):
+    with pytest.raises(ConfigError, match=words):
+        run_step(store, "eigsh", k=2, progress=False, **options)

@@ -110,9 +110,12 @@ def influence(
         shares += float(np.divide(largest, totals, out=np.zeros_like(totals), where=totals > 0).sum())
         sums += sizes.sum(axis=0)
     mean_size = sums / cross.num_samples
+    fit: Result | None = getattr(model, "result_", None)
+    is_good = fit is None or fit.is_converged
+    said = f"all {num_train:,} terms of {cross.num_samples:,} predictions"
     return Influence(
-        status="converged",
-        message=f"all {num_train:,} terms of {cross.num_samples:,} predictions",
+        status="converged" if fit is None else fit.status,
+        message=said if fit is None or is_good else f"{said}, of a model that is not what was asked for: {fit.message}",
         options={"is_classification": by_class, "width": rows_a_sample},
         matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
         predicted=predicted,

@@ -61,8 +61,8 @@ class KernelRegression:
     tol
         Largest relative true residual of a column that is called converged.
     centre
-        With ``"initial_outputs"`` the model's outputs at initialisation f₀ are subtracted from targets and added to
-        predictions, as for a network in its linear regime trained from there (Lee et al. 2019, arXiv 1902.06720).
+        Whether outputs at initialisation f₀ are subtracted from targets and added to predictions: initial_outputs, or
+        none. So does a network in its linear regime that is trained from there (Lee et al. 2019, arXiv 1902.06720).
     task
         What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot
         columns; others are real targets. ``"classification"``: labels, also as floats. ``"binary"``: labels of two
