@@ -182,15 +182,7 @@ def gaussian_process(
             verdict.add(found["status"], found["worst"], words)
         return found
 
-    by: _ByFactor | _ByPasses
-    if is_exact:
-        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
-        by, why = _ByFactor(factor, tol), f"a factor {'in memory' if path is None else f'in {factor.path}'}"
-        message = "exact, by a Cholesky factor in float64"
-    else:
-        inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-        by, why = _ByPasses(inverse, operator, noise), f"a factor does not fit; {inverse.words}"
-        message = "systems are solved; the log determinant is an estimate with its error"
+    by, why, message = _conditioned(operator, noise, path, tol, seed, budget, monitor, is_exact=is_exact)
     found = once("coefficients", partial(by.solved, train.rhs))
     if cross is not None:
         mean = as_samples(cross.times(found["coefficients"]), width) + offset
@@ -233,6 +225,27 @@ def gaussian_process(
         variance=variance.copy(),
         num_clipped=num_clipped,
     )
+
+
+def _conditioned(
+    operator: Operator,
+    noise: float,
+    path: str | Path | None,
+    tol: float,
+    seed: int,
+    budget: Budget,
+    monitor: Monitor,
+    *,
+    is_exact: bool,
+) -> "tuple[_ByFactor | _ByPasses, str, str]":
+    """What answers for ``(K + λI)^-1``, why it is that, and what it gives, in words."""
+    if is_exact:
+        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
+        place = "in memory" if path is None else f"in {factor.path}"
+        return _ByFactor(factor, tol), f"a factor {place}", "exact, by a Cholesky factor in float64"
+    inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
+    message = "systems are solved; the log determinant is an estimate with its error"
+    return _ByPasses(inverse, operator, noise), f"a factor does not fit; {inverse.words}", message
 
 
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
