@@ -5,6 +5,19 @@ from typing import Any
 from ntkpipe.base.kinds import KINDS
 from ntkpipe.store.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
 
+# Arrays of a store with a test set, of one output and no groups.
+ROOT_KEYS = {
+    "kernel/train",
+    "kernel/test_train",
+    "kernel/test_diagonal",
+    "samples/train/input",
+    "samples/test/input",
+    "targets/train",
+    "targets/test",
+    "outputs/train",
+    "outputs/test",
+}
+
 
 def _data(num_samples: int) -> DataRecord:
     return DataRecord(

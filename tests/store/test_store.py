@@ -6,21 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zarr
+from manifests import ROOT_KEYS
 
 from ntkpipe.base import errors
 from ntkpipe.store.store import Store, prepare_path
-
-ROOT_KEYS = {
-    "kernel/train",
-    "kernel/test_train",
-    "kernel/test_diagonal",
-    "samples/train/input",
-    "samples/test/input",
-    "targets/train",
-    "targets/test",
-    "outputs/train",
-    "outputs/test",
-}
 
 
 @pytest.fixture
