@@ -136,9 +136,10 @@ def gather(store: KernelStore, array: str, across: Mapping[str, Any], run: Run |
         generalisation = results.find(Generalisation, "generalisation", no_targets, **across)
         posterior = results.at_ridge(Posterior, "gaussian_process", no_test, regression)
         influence = results.at_ridge(Influence, "influence", no_test, regression)
-        # A calibration is part of what is said of the posterior.
-        names = [name for name in REGISTRY if name not in results.shown and name != "calibration"]
-        others = {name: found for name in names if (found := results.saved(name)) is not None}
+        names = REGISTRY.keys() - results.shown.keys()
+        if not isinstance(posterior, Missing):
+            names -= {"calibration"}  # a part of what is said of the posterior
+        others = {name: found for name in REGISTRY if name in names and (found := results.saved(name)) is not None}
         process = posterior if isinstance(posterior, Missing) else _judged(posterior, store)
     timed = results.shown | others
     seconds = [(name.replace("_", " "), timed[name].seconds) for name in REGISTRY if name in timed]

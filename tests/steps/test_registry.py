@@ -1,5 +1,6 @@
 """Every name of the registry is a function, a command, a step, a saved result and a row of the guide."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -126,6 +127,37 @@ def test_function_step_command_and_saved_result_have_the_same_numbers(stores: tu
     )
     printed = json.loads(done.stdout)
     assert all(same(value, numbers(step)[key]) for key, value in printed.items() if key in numbers(step))
+
+
+# Names of steps whose section draws, and its title; the others' has the rows of the result.
+DRAWN = {
+    "spectrum": "Spectrum and density",
+    "alignment": "Alignment of kernel and targets",
+    "regression": "Ridge regression",
+    "generalisation": "Predicted against measured risk",
+    "gaussian_process": "Gaussian process and its calibration",
+    "influence": "Most influential training points",
+}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_its_section_has_the_numbers_that_were_saved(
+    stores: tuple[Path, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Drawing takes most of the time.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg/>"))
+    path, other = stores
+    options = {**OPTIONS.get(name, {}), **({"other": str(other)} if name == "compare" else {})}
+    found = run_step(path, name, progress=False, **options)
+    written = ntkpipe.write_report(path, progress=False, saved_only=True)
+    text = html.unescape(Path(written.path).read_text(encoding="utf-8"))
+    if name in DRAWN:
+        assert "No step has saved" not in dict(written.missing).get(DRAWN[name], "")
+        shown = f"{found.largest:.4g}" if name == "spectrum" else found.targets
+        assert shown in text or shown in text.replace(",", "")
+    else:
+        assert f"Result of {name}" in text
+        assert [value for _, value in found.rows() if value not in text] == []
 
 
 @pytest.mark.parametrize("name", REGISTRY)
