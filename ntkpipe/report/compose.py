@@ -10,23 +10,25 @@ from markupsafe import Markup
 
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.report.findings import Missing, choose
-from ntkpipe.report.gather import Gathered
+from ntkpipe.report.findings import CRITERIA, choose
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.images import StoredImages
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
-from ntkpipe.report.sections.alignment import alignment_section
-from ntkpipe.report.sections.gaussian import gaussian_section
-from ntkpipe.report.sections.generalisation import generalisation_section
-from ntkpipe.report.sections.influence import influence_section
+from ntkpipe.report.sections.alignment import ALIGNMENT
+from ntkpipe.report.sections.gaussian import GAUSSIAN
+from ntkpipe.report.sections.generalisation import GENERALISATION
+from ntkpipe.report.sections.influence import INFLUENCE
 from ntkpipe.report.sections.kernel import kernel_section
-from ntkpipe.report.sections.regression import regression_section
-from ntkpipe.report.sections.spectrum import spectrum_section
+from ntkpipe.report.sections.regression import REGRESSION
+from ntkpipe.report.sections.spectrum import SPECTRUM
 from ntkpipe.report.sections.timings import timings_section
-from ntkpipe.report.sections.words import number, share
+from ntkpipe.report.sections.words import number, share, taken_as, warnings
+from ntkpipe.report.theme import render
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.registry import REGISTRY
-from ntkpipe.store.results import reading_results
 
+_CHAPTERS = (SPECTRUM, ALIGNMENT, REGRESSION, GENERALISATION, GAUSSIAN, INFLUENCE)
 _TEMPLATES = Path(__file__).parent / "templates"
 _SYMBOLS = (
     ("N, M, O", "training samples, test samples, outputs of the model"),
@@ -40,44 +42,37 @@ _SYMBOLS = (
 
 
 def compose(gathered: Gathered) -> Page:
-    """The page of what was gathered; draws every figure."""
-    store, arrangement = gathered.store, gathered.arrangement
-    name = store.path.name if isinstance(store.path, Path) else store.path
-    manifest, records, is_class = store.manifest, gathered.records, arrangement.classes is not None
-    with reading_results(store.path):
-        sections = (
-            _reading_section(),
-            computed_section(store, gathered.kernel.name),
-            verification_section(records),
-            kernel_section(gathered.means, arrangement, manifest.train.num_samples),
-            spectrum_section(gathered.spectrum),
-            alignment_section(gathered.alignment, gathered.spectrum),
-            regression_section(gathered.regression),
-            generalisation_section(gathered.generalisation, gathered.mean_diagonal),
-            gaussian_section(gathered.process),
-            influence_section(gathered.influence, gathered.images, store, is_class=is_class),
-            *(_saved_section(name, found) for name, found in gathered.others.items()),
-            timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
-        )
-        return Page(
-            title=f"Kernel report: {name}",
-            subtitle=(
-                f"{manifest.kind} of {manifest.model.name} ({manifest.model.num_parameters:,} parameters) on "
-                f"{manifest.train.num_samples:,} samples, in {gathered.kernel.dtype}"
-            ),
-            verdict=verdict(gathered),
-            numbers=_numbers(gathered),
-            sections=sections,
-            footer=(
-                f"Written by ntkpipe {VERSION} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
-                f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs "
-                "no script."
-            ),
-        )
+    """The page of what was gathered."""
+    store, records = gathered.store, gathered.records
+    name, manifest = store.path.name if isinstance(store.path, Path) else store.path, store.manifest
+    sections = (
+        _reading_section(),
+        computed_section(store, gathered.kernel.name),
+        verification_section(records),
+        kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
+        *(_section(chapter, gathered) for chapter in _CHAPTERS),
+        *(_saved_section(name, found) for name, found in gathered.others.items()),
+        timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
+    )
+    return Page(
+        title=f"Kernel report: {name}",
+        subtitle=(
+            f"{manifest.kind} of {manifest.model.name} ({manifest.model.num_parameters:,} parameters) on "
+            f"{manifest.train.num_samples:,} samples, in {gathered.kernel.dtype}"
+        ),
+        verdict=verdict(gathered),
+        numbers=_numbers(gathered),
+        sections=sections,
+        footer=(
+            f"Written by ntkpipe {VERSION} on {datetime.now(UTC).isoformat(timespec='seconds')} from "
+            f"{printable(str(store.path))}, manifest {manifest.digest()[:12]}. This page needs no network and runs "
+            "no script."
+        ),
+    )
 
 
 def render_page(page: Page) -> str:
-    """The page as one HTML document that needs nothing else."""
+    """The page as one HTML document that needs nothing else; draws every figure."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -86,7 +81,7 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(page=page).lstrip()
+    return environment.get_template("page.html").render(page=page, draw=render).lstrip()
 
 
 def _as_text(value: Any) -> Any:
@@ -104,6 +99,17 @@ def _reading_section() -> Section:
         ),
         (PageTable("Symbols", (), _SYMBOLS),),
     )
+
+
+def _section(chapter: Chapter, gathered: Gathered) -> Section:
+    """That of a result, or of what it takes to have one."""
+    name = chapter.step.replace("_", "-")
+    if (why := gathered.missing.get(chapter.step)) is not None:
+        return Section(name, chapter.title, chapter.intro, (), why)
+    found = gathered.results[chapter.step]
+    parts, missing = chapter.show(found, gathered)
+    intro = chapter.intro + taken_as(getattr(found, "targets", ""))
+    return Section(name, chapter.title, intro, (*parts, *warnings(found)), missing)
 
 
 def _saved_section(name: str, found: Result) -> Section:
@@ -132,29 +138,31 @@ def verdict(gathered: Gathered) -> Headline:
 
 def _regression_in_words(gathered: Gathered) -> list[str]:
     """How ridge regression does on the test set, at the ridge that training data choose."""
-    test, noun = gathered.store.manifest.test, "samples" if gathered.images.shape is None else "images"
-    if isinstance(gathered.regression, Missing) or test is None:
+    test, path = gathered.store.manifest.test, gathered.results.get("regression")
+    if path is None or test is None:
         return []
-    chosen = choose(gathered.regression)
-    if math.isfinite(chosen.test_accuracy):
-        right = f"ridge regression {share(chosen.test_accuracy)} of {test.num_samples:,} test {noun} right"
-        return [f"{right} (λ = {chosen.ridge:.3g}, chosen by {chosen.criterion})"]
-    return [f"ridge regression has test loss {number(chosen.test_loss)}"] if math.isfinite(chosen.test_loss) else []
+    best, noun = choose(path), "images" if StoredImages(gathered.store).shape else "samples"
+    accuracy, loss = path.test_accuracy[best.index], path.test_loss[best.index]
+    if math.isfinite(accuracy):
+        right = f"ridge regression {share(accuracy)} of {test.num_samples:,} test {noun} right"
+        return [f"{right} (λ = {best.ridge:.3g}, chosen by {CRITERIA[best.criterion]})"]
+    return [f"ridge regression has test loss {number(loss)}"] if math.isfinite(loss) else []
 
 
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     numbers: list[tuple[str, str]] = []
-    regression, spectrum = gathered.regression, gathered.spectrum
-    if not isinstance(regression, Missing):
-        chosen = choose(regression)
-        if math.isfinite(chosen.test_accuracy):
-            numbers.append(("test accuracy", share(chosen.test_accuracy)))
-        elif math.isfinite(chosen.test_loss):
-            numbers.append(("test loss", number(chosen.test_loss)))
-        numbers.append(("best ridge λ", number(chosen.ridge, 3)))
+    path, spectrum = map(gathered.results.get, ("regression", "spectrum"))
+    if path is not None:
+        best = choose(path)
+        accuracy, loss = path.test_accuracy[best.index], path.test_loss[best.index]
+        if math.isfinite(accuracy):
+            numbers.append(("test accuracy", share(accuracy)))
+        elif math.isfinite(loss):
+            numbers.append(("test loss", number(loss)))
+        numbers.append(("best ridge λ", number(best.ridge, 3)))
     rows, columns = gathered.kernel.shape
     numbers.append(("kernel", f"{rows:,} × {columns:,}"))
-    if not isinstance(spectrum, Missing):
+    if spectrum is not None:
         numbers += [
             ("largest eigenvalue", number(spectrum.largest)),
             ("condition number", number(spectrum.condition_low, 3)),

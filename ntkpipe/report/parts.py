@@ -1,11 +1,13 @@
 """What a page consists of: sections of tables, figures and galleries. Nothing is drawn or written here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ntkpipe.report.theme import Drawn
+    from matplotlib.axes import Axes
+
+Draw = Callable[["Axes"], None]  # draws into the empty axes of a figure
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Plot:
 
     name: str  # for its anchor: letters and hyphens
     title: str  # what is drawn
-    drawn: "tuple[Drawn, ...]"  # the images, one for each look in their order; a browser shows one
+    draw: Draw  # how
     alt: str  # what is to be seen, for who does not see it
     reading: tuple[str, ...]  # how to read it, in sentences
+    height: float = 0.8  # as a part of its width
     kind: str = "plot"
 
 

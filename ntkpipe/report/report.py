@@ -20,6 +20,7 @@ from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import writing
+from ntkpipe.store.results import reading_results
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -134,11 +135,12 @@ def write_report(
     budget = Budget.of(memory_limit)
     across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
     run = partial(run_step, opened, array=array, memory_limit=budget, client=client, progress=progress)
-    gathered = gather(opened, array, across, None if saved_only else run)
-    from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
+    with reading_results(opened.path):
+        gathered = gather(opened, array, across, None if saved_only else run)
+        from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
-    page = compose(gathered)
-    data = render_page(page).encode()
+        page = compose(gathered)
+        data = render_page(page).encode()
     folder = Folder(target.absolute().parent)
     with writing(folder):
         folder.put(target.name, data)

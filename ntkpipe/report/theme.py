@@ -1,24 +1,25 @@
-"""How figures look: colours that colour-blind readers tell apart, for light and dark, for wide screens and phones."""
+"""How figures look: each is drawn once, in colours that are variables of the page and text that has the page's font."""
 
-import base64
 import io
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import re
+import warnings
 from typing import Any, Literal, cast
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
+from markupsafe import Markup
 from matplotlib.figure import Figure
+
+from ntkpipe.base.tables import printable
+from ntkpipe.report.parts import Draw, Plot
 
 # What is drawn in a figure, from whole quantities to their bounds; the same everywhere in a report.
 Quantity = Literal["test", "train", "leave-one-out", "gcv", "eigenlearning", "unscaled", "kernel", "reference"]
 
-# Okabe and Ito (2008): of their eight colours those that have a contrast of 3 against the background.
-_LIGHT = {"blue": "#0072b2", "red": "#d55e00", "green": "#007f5f", "purple": "#a8527f", "grey": "#5c6370"}
-_DARK = {"blue": "#56b4e9", "red": "#e69f00", "green": "#2ec49a", "purple": "#dd94bb", "grey": "#a0a7b4"}
+# Colours of the page by name, whose values for light, dark and paper are in style.css; and what matplotlib takes for
+# them, which is nothing that it draws otherwise.
+COLOURS = {name: f"#fe00{n:02x}" for n, name in enumerate(("ink", "line", "blue", "red", "green", "purple", "grey"))}
 # Colour, marker, line: any one of the three tells them apart.
-_STYLES: dict[Quantity, tuple[str, str, str]] = {
+STYLES: dict[Quantity, tuple[str, str, str]] = {
     "test": ("red", "o", "-"),
     "train": ("blue", "s", "--"),
     "leave-one-out": ("green", "^", "-."),
@@ -28,120 +29,64 @@ _STYLES: dict[Quantity, tuple[str, str, str]] = {
     "kernel": ("blue", "s", "-"),
     "reference": ("grey", "", "--"),
 }
+# Ten points on this width are 11 pixels on a phone of 390, and the size of the captions on a wide screen.
+INCHES = 4.5
+_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+# Laid out for a font that is wider than those of pages, so that these have room.
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(_INKED, COLOURS["ink"]),
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    **dict.fromkeys(("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10),
+    "figure.frameon": False,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "path.simplify_threshold": 0.4,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names of classes are text
+}
 
 
-@dataclass(frozen=True)
-class Look:
-    """One way to draw a figure."""
-
-    is_dark: bool  # light lines on a dark background
-    is_narrow: bool  # for a phone
-
-    @property
-    def ink(self) -> str:
-        """Colour of text and axes."""
-        return "#e4e7ec" if self.is_dark else "#1d2129"
-
-    @property
-    def background(self) -> str:
-        """Colour behind everything, that of the page's figures."""
-        return "#171a20" if self.is_dark else "#ffffff"
-
-    @property
-    def faint(self) -> str:
-        """Colour of grids."""
-        return "#3a404b" if self.is_dark else "#d9dde3"
-
-    def colour(self, name: str) -> str:
-        """One of blue, red, green, purple, grey."""
-        return (_DARK if self.is_dark else _LIGHT)[name]
-
-    def line(self, quantity: Quantity, points: int = 0) -> dict[str, Any]:
-        """Colour, marker and dashes of a quantity, for ``Axes.plot``; markers at most at about a dozen points."""
-        colour, marker, dashes = _STYLES[quantity]
-        # What estimates something has hollow marks, so that lines on top of each other are seen.
-        is_hollow = quantity not in {"test", "train", "kernel"}
-        return {
-            "color": self.colour(colour),
-            "marker": marker,
-            "linestyle": dashes,
-            "markevery": max(1, points // 12),
-            "markersize": 6.5 if is_hollow else 4,
-            "markerfacecolor": "none" if is_hollow else self.colour(colour),
-            "linewidth": 1.6,
-        }
-
-    def settings(self) -> dict[str, Any]:
-        """Settings of matplotlib; text becomes outlines, since readers' fonts differ in width."""
-        inked: tuple[str, ...] = ("axes.edgecolor", "axes.labelcolor", "text.color")
-        inked += ("xtick.color", "xtick.labelcolor", "ytick.color", "ytick.labelcolor")
-        return {
-            **dict.fromkeys(inked, self.ink),
-            "axes.axisbelow": True,
-            "axes.facecolor": self.background,
-            "axes.grid": True,
-            "axes.labelsize": 9,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlesize": 9.5,
-            "figure.facecolor": self.background,
-            "font.family": "DejaVu Sans",
-            "font.size": 8.5,
-            "grid.color": self.faint,
-            "grid.linewidth": 0.6,
-            "legend.fontsize": 8.5,
-            "legend.frameon": False,
-            "mathtext.fontset": "dejavusans",
-            "path.simplify_threshold": 0.4,
-            "svg.fonttype": "path",
-            "svg.hashsalt": "ntkpipe",
-        }
-
-    def in_use(self) -> AbstractContextManager[None]:
-        """Draw by these settings, and leave those of the session alone."""
-        return mpl.rc_context(cast("Any", self.settings()))
-
-    def size(self, height: float) -> tuple[float, float]:
-        """Inches of a figure; ``height`` is that of the wide one as a part of its width."""
-        return (3.66, 3.66 * (height + 0.46)) if self.is_narrow else (7.4, 7.4 * height)
+def line(quantity: Quantity, points: int = 0) -> dict[str, Any]:
+    """Colour, marker and dashes of a quantity, for ``Axes.plot``; markers at most at about a dozen points."""
+    colour, marker, dashes = STYLES[quantity]
+    # What estimates something has hollow marks, so that lines on top of each other are seen.
+    is_hollow = quantity not in {"test", "train", "kernel"}
+    return {
+        "color": COLOURS[colour],
+        "marker": marker,
+        "linestyle": dashes,
+        "markevery": max(1, points // 12),
+        "markersize": 6.5 if is_hollow else 4,
+        "markerfacecolor": "none" if is_hollow else COLOURS[colour],
+        "linewidth": 1.6,
+    }
 
 
-# Pairs of a narrow and a wide one, as the page takes them.
-LOOKS = tuple(Look(is_dark, is_narrow) for is_dark in (False, True) for is_narrow in (True, False))
-Draw = Callable[[Axes, Look], None]  # draws into the empty axes of a figure
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as one image of a page."""
-
-    look: Look  # how it was drawn
-    uri: str  # the SVG as a data URI
-    width: int  # width, height: CSS pixels
-    height: int
-
-
-def draw_figure(draw: Draw, look: Look, *, height: float) -> Figure:
-    """A figure, laid out so that nothing overlaps; call it inside of the look's settings."""
-    figure = Figure(figsize=look.size(height), layout="constrained")
-    draw(figure.add_subplot(), look)
+def draw_figure(draw: Draw, height: float) -> Figure:
+    """A figure, laid out so that nothing overlaps; call it inside of the settings."""
+    figure = Figure(figsize=(INCHES, INCHES * height), layout="constrained")
+    draw(figure.add_subplot())
     return figure
 
 
-def render(draw: Draw, *, height: float = 0.52) -> tuple[Drawn, ...]:
-    """A figure in every look, as SVG; the same input gives the same bytes."""
-    return tuple(_render(draw, look, height) for look in LOOKS)
-
-
-def _render(draw: Draw, look: Look, height: float) -> Drawn:
-    buffer = io.BytesIO()
-    with look.in_use():
-        figure = draw_figure(draw, look, height=height)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    width, tall = (round(96 * inches) for inches in figure.get_size_inches())
-    return Drawn(look, data_uri("image/svg+xml", buffer.getvalue()), width, tall)
-
-
-def data_uri(media_type: str, data: bytes) -> str:
-    """Bytes as the address of an image that needs no network."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+def render(plot: Plot) -> Markup:
+    """A figure as an element of the page. Equal plots give equal text, and plots of other names have other ids."""
+    buffer = io.StringIO()
+    with mpl.rc_context(cast("Any", {**SETTINGS, "svg.hashsalt": plot.name})), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font of the page may have it
+        figure = draw_figure(plot.draw, plot.height)
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # The style would be one of the whole page, and groups have the same names in every figure.
+    shapes = re.sub(r"(?s)^.*?<svg[^>]*>|<style.*?</style>|</svg>", "", buffer.getvalue())
+    shapes = re.sub(r" font-family: [^;\"]*;?", "", re.sub(r'<g id="[^"]*"', "<g", shapes))
+    for colour, drawn in COLOURS.items():
+        shapes = shapes.replace(drawn, f"var(--{colour})")
+    size = "{:g} {:g}".format(*(72 * figure.get_size_inches()))
+    element = Markup('<svg role="img" viewBox="0 0 {}"><title>{}</title>{}</svg>')
+    return element.format(size, printable(plot.alt), Markup(printable(shapes)))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +12,9 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from ntkpipe.report.figures import kernel, regression, spectrum
+from ntkpipe.report.parts import Draw
 from ntkpipe.report.sections import timings
-from ntkpipe.report.theme import Draw, Look, draw_figure
+from ntkpipe.report.theme import SETTINGS, draw_figure
 
 RIDGES = np.concatenate([[0.0], np.geomspace(1e-9, 1e5, 15)])
 
@@ -77,47 +79,47 @@ def _class_means(count: int, scale: float) -> Draw:
 _BARS = ["kernel, all runs", "self-checks before", "all eigenpairs", "gaussian process", "generalisation", "regression"]
 
 FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
-    "spectrum of thousands": (lambda: _spectrum(4000, 1e-5), 0.52),
-    "spectrum of a few": (lambda: _spectrum(5, 1.0), 0.52),
-    "spectrum over many decades": (lambda: _spectrum(100_000, 1e-30), 0.52),
-    "density": (lambda: _density(4000.0, 1e-8, 1e6), 0.52),
-    "density of millions": (lambda: _density(3e6, 0.1, 0.2), 0.52),
-    "power": (lambda: _power(4000, np.linspace(0.5, 1, 4000)), 0.52),
-    "power of a few": (lambda: _power(3, None), 0.52),
+    "spectrum of thousands": (lambda: _spectrum(4000, 1e-5), 0.8),
+    "spectrum of a few": (lambda: _spectrum(5, 1.0), 0.8),
+    "spectrum over many decades": (lambda: _spectrum(100_000, 1e-30), 0.8),
+    "density": (lambda: _density(4000.0, 1e-8, 1e6), 0.8),
+    "density of millions": (lambda: _density(3e6, 0.1, 0.2), 0.8),
+    "power": (lambda: _power(4000, np.linspace(0.5, 1, 4000)), 0.8),
+    "power of a few": (lambda: _power(3, None), 0.8),
     "losses": (
         lambda: _over_ridges(1e-7, 1.0, {"best ridge": 1.0, "mean diagonal": 9.0}),
-        0.52,
+        0.8,
     ),
     "losses within a decade": (
         lambda: _over_ridges(0.011, 0.019, {"best ridge": 0.0}),
-        0.52,
+        0.8,
     ),
     "accuracies": (
         lambda: _over_ridges(0.951, 0.957, {"best ridge": 1.0}, is_share=True),
-        0.46,
+        0.8,
     ),
-    "ratios": (lambda: _ratios({"mean diagonal of K": 9.0}), 0.52),
-    "coverage": (_coverage, 0.6),
+    "ratios": (lambda: _ratios({"mean diagonal of K": 9.0}), 0.8),
+    "coverage": (_coverage, 0.8),
     "reliability": (
         _reliability,
-        0.6,
+        0.8,
     ),
-    "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 0.78),
-    "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 0.78),
-    "picture of small entries": (lambda: _picture([], 7, 1e-9), 0.78),
-    "class means": (lambda: _class_means(10, 1e4), 0.72),
-    "means of many classes": (lambda: _class_means(100, 1e-6), 0.72),
-    "means of two classes": (lambda: _class_means(2, 1.0), 0.72),
-    "time": (lambda: partial(timings.bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.42),
-    "time of one part": (lambda: partial(timings.bars, parts=[("kernel, all runs", 0.0)]), 0.22),
+    "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 1.16),
+    "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 1.16),
+    "picture of small entries": (lambda: _picture([], 7, 1e-9), 1.16),
+    "class means": (lambda: _class_means(10, 1e4), 1.16),
+    "means of many classes": (lambda: _class_means(100, 1e-6), 1.16),
+    "means of two classes": (lambda: _class_means(2, 1.0), 1.16),
+    "time": (lambda: partial(timings.bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.65),
+    "time of one part": (lambda: partial(timings.bars, parts=[("kernel, all runs", 0.0)]), 0.275),
 }
 
 
-def drawn(name: str, look: Look) -> Figure:
+def drawn(name: str) -> Figure:
     """A figure, laid out."""
     make, height = FIGURES[name]
-    with look.in_use():
-        figure = draw_figure(make(), look, height=height)
+    with mpl.rc_context(SETTINGS):
+        figure = draw_figure(make(), height)
         FigureCanvasAgg(figure).draw()
     return figure
 
@@ -126,7 +128,7 @@ def texts(figure: Figure) -> Iterator[tuple[str, Bbox]]:
     """Every text that is seen, with its place in pixels."""
     found: list[Text] = []
     for axes in figure.axes:
-        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        found += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         found += [label for axis in (axes.xaxis, axes.yaxis) for label in tick_labels(axis)]
         found += [axis.get_offset_text() for axis in (axes.xaxis, axes.yaxis)]
     found += [text for legend in figure.legends for text in legend.get_texts()]

@@ -1,7 +1,9 @@
 """Figures: nothing overlaps or is cut, every axis has a name and a unit, colours are told apart by everybody."""
 
 import itertools
-from dataclasses import replace
+import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -10,9 +12,14 @@ from figures import FIGURES, drawn, texts, tick_labels
 from matplotlib.colors import to_rgb
 
 from ntkpipe.report import theme
-from ntkpipe.report.theme import LOOKS, Look, render
+from ntkpipe.report.parts import Plot
+from ntkpipe.report.theme import COLOURS, STYLES, line, render
 
-_WIDTHS = [Look(is_dark=False, is_narrow=narrow) for narrow in (True, False)]
+STYLE = (Path(theme.__file__).parent / "templates/style.css").read_text()
+# Colours by name, light and dark.
+PALETTES = [
+    dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[:2]
+]
 # Simulations of Viénot, Brettel and Mollon (1999), in linear RGB.
 _SEEN = {
     "protanope": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
@@ -20,14 +27,9 @@ _SEEN = {
 }
 
 
-def names_of(look: Look) -> str:
-    return "narrow" if look.is_narrow else "wide"
-
-
-@pytest.mark.parametrize("look", _WIDTHS, ids=names_of)
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_text_overlaps_another_or_leaves_the_figure(name: str, look: Look) -> None:
-    figure = drawn(name, look)
+def test_no_text_overlaps_another_or_leaves_the_figure(name: str) -> None:
+    figure = drawn(name)
     shown = list(texts(figure))
     assert len(shown) >= 4
     for (one, a), (other, b) in itertools.combinations(shown, 2):
@@ -45,43 +47,80 @@ def test_no_text_overlaps_another_or_leaves_the_figure(name: str, look: Look) ->
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axis_has_a_name_and_its_unit(name: str) -> None:
-    figure = drawn(name, _WIDTHS[1])
-    for axes in figure.axes:
+    for axes in drawn(name).axes:
         is_bar = axes.get_label() == "<colorbar>"
-        labels = [axes.get_ylabel()] if is_bar else [axes.get_xlabel(), axes.get_ylabel()]
-        for label, axis in zip(labels, [axes.yaxis] if is_bar else [axes.xaxis, axes.yaxis], strict=True):
+        y = axes.get_title(loc="left") or axes.get_ylabel()
+        for label, axis in [(axes.get_xlabel(), axes.xaxis)] + [(y, axes.yaxis)] * (not is_bar):
             # Axes whose ticks are names need no unit.
             is_named = "class of" in label or (not label and "kernel" in axis.get_majorticklabels()[0].get_text())
             assert is_named or ("[" in label and label.endswith("]")) or "λ = 0" in label, label
 
 
 def test_the_check_of_overlaps_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def overlapping(axes, look):
+    def overlapping(axes):
         axes.set_xticks([0, 0.01, 1], ["first", "second", "third"])
         axes.set_xlabel("x [m]")
 
     monkeypatch.setitem(FIGURES, "bad", (lambda: overlapping, 0.5))
     with pytest.raises(AssertionError, match="overlap"):
-        test_no_text_overlaps_another_or_leaves_the_figure("bad", _WIDTHS[1])
+        test_no_text_overlaps_another_or_leaves_the_figure("bad")
 
 
-def test_figures_are_the_same_bytes_each_time_and_ask_nobody_for_anything() -> None:
-    draw = FIGURES["picture by class"][0]()
-    first = render(draw)
-    assert [image.uri for image in first] == [image.uri for image in render(draw)]
-    assert [image.look for image in first] == list(LOOKS)
-    assert len({image.uri for image in first}) == len(LOOKS)
-    assert all(image.uri.startswith("data:image/svg+xml;base64,") for image in first)
+def plot(name: str, anchor: str = "one") -> Plot:
+    make, height = FIGURES[name]
+    return Plot(anchor, name, make(), f"A figure of <{name}> & \x1b more.", (), height)
 
 
-@pytest.mark.parametrize("is_dark", [False, True])
-def test_lines_have_contrast_and_differ_for_everybody(is_dark: bool) -> None:
-    look = Look(is_dark=is_dark, is_narrow=False)
-    palette = theme._DARK if is_dark else theme._LIGHT
-    for colour in palette.values():
-        assert contrast(colour, look.background) >= 3, colour
-    assert contrast(look.ink, look.background) >= 7
-    styles = [(line["linestyle"], line["marker"]) for line in map(look.line, theme._STYLES)]
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_has_the_colours_and_the_font_of_the_page_and_ids_of_its_own(name: str) -> None:
+    shown = render(plot(name))
+    assert shown == render(plot(name))
+    root = parsed(shown)
+    assert root.attrib["role"] == "img"
+    assert root.find("title").text == f"A figure of <{name}> & \\x1b more."
+    assert "font-family" not in shown
+    assert "<style" not in shown
+    assert set(re.findall(r"var\(--(\w+)\)", shown)) - {"ink"} <= COLOURS.keys()
+    assert not any(colour in shown for colour in COLOURS.values())
+    # Other colours are those of a map from numbers to colours, and of lines on it.
+    if "picture" not in name and "means" not in name:
+        assert not re.search(r"#[0-9a-f]{6};", shown)
+        assert "<image" not in shown
+    identifiers = set(re.findall(r' id="([^"]*)"', shown))
+    named = re.findall(r'(?:href="#|url\(#)([^")]*)', shown)
+    assert set(named) <= identifiers
+    assert len(identifiers) == shown.count(" id=")
+    assert not identifiers & set(re.findall(r' id="([^"]*)"', render(plot(name, "two"))))
+    assert all(address.startswith(("#", "data:image/png;")) for address in re.findall(r'href="([^"]*)"', shown))
+
+
+def parsed(shown: str) -> ElementTree.Element:
+    """As XML, which has no names without a home."""
+    return ElementTree.fromstring(str(shown).replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
+
+
+def test_names_of_classes_stay_text() -> None:
+    names = ["<script>alert(1)</script>", "$x^2$ & \x1b[31m 本", '"><g id="x" onload="y">', "#fe0001"]
+    make, height = FIGURES["picture by class"]
+    draw = make()
+    draw.keywords.update(names=names, bounds=[1000, 2000, 3000])
+    shown = render(Plot("one", "title", draw, "alt", (), height))
+    root = parsed(shown)
+    found = [element.text for element in root.iter("text")]
+    assert found.count(names[0]) == 2
+    assert found.count("$x^2$ & \\x1b[31m 本") == 2
+    tags = {"svg", "title", "defs", "g", "path", "use", "text", "image", "clipPath", "rect"}
+    assert {element.tag for element in root.iter()} <= tags
+    assert not [name for element in root.iter() for name in element.attrib if name.startswith("on")]
+
+
+@pytest.mark.parametrize("palette", PALETTES, ids=["light", "dark"])
+def test_lines_have_contrast_and_differ_for_everybody(palette: dict[str, str]) -> None:
+    assert COLOURS.keys() <= palette.keys()
+    for name in ("blue", "red", "green", "purple", "grey"):
+        assert contrast(palette[name], palette["paper"]) >= 3, name
+    assert contrast(palette["ink"], palette["paper"]) >= 7
+    styles = [(style["linestyle"], style["marker"]) for style in map(line, STYLES)]
     assert len(set(styles)) == len(styles)
     used = [palette[colour] for colour in ("blue", "red", "green", "purple")]
     for seen in ("everybody", *_SEEN):
@@ -116,6 +155,5 @@ def distance(one: str, other: str, seen: str) -> float:
 
 def test_drawing_leaves_the_settings_of_the_session_alone() -> None:
     before = dict(mpl.rcParams)
-    render(FIGURES["time of one part"][0]())
+    render(plot("time of one part"))
     assert dict(mpl.rcParams) == before
-    assert replace(LOOKS[0], is_dark=True) in LOOKS

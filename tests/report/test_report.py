@@ -45,14 +45,7 @@ SECTIONS = [
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures have tests of their own, and take most of the time."""
-    pixel = "data:image/svg+xml;base64,AAAA"
-    monkeypatch.setattr("ntkpipe.report.theme._render", lambda draw, look, height: Drawn(look, pixel, 300, 200))
-
-
-def Drawn(*arguments: Any) -> Any:  # noqa: N802 - the class, loaded where it is used
-    from ntkpipe.report.theme import Drawn
-
-    return Drawn(*arguments)
+    monkeypatch.setattr("ntkpipe.report.compose.render", lambda plot: "")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from ntkpipe.report.theme import Look
+from ntkpipe.report.theme import COLOURS
 
 _FEW_DECADES = 2.0  # of which labels at powers of ten are enough
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -24,7 +24,7 @@ def plain(value: float, _: float = 0.0) -> str:
     return f"{value:,.4g}"
 
 
-def logarithmic(axes: Axes, look: Look, which: str) -> None:
+def logarithmic(axes: Axes, which: str) -> None:
     """Decades along ``"x"``, ``"y"`` or both, as many labels as there is room for; call it when all is drawn."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
@@ -33,7 +33,7 @@ def logarithmic(axes: Axes, look: Look, which: str) -> None:
         decades = float(np.log10(high / low))
         axis.set_minor_formatter(NullFormatter())
         if decades >= _FEW_DECADES:
-            axis.set_major_locator(LogLocator(numticks=5 if look.is_narrow else 8))
+            axis.set_major_locator(LogLocator(numticks=6))
             axis.set_major_formatter(power_of_ten)
         else:
             # Powers of ten alone would be one label, or none.
@@ -43,11 +43,11 @@ def logarithmic(axes: Axes, look: Look, which: str) -> None:
             axis.set_minor_locator(NullLocator())
 
 
-def linear(axes: Axes, look: Look, which: str, *, whole: bool = False) -> None:
+def linear(axes: Axes, which: str, *, whole: bool = False) -> None:
     """Few round numbers along ``"x"``, ``"y"`` or both."""
     for name in which:
         axis = axes.xaxis if name == "x" else axes.yaxis
-        axis.set_major_locator(MaxNLocator(4 if look.is_narrow else 7, integer=whole))
+        axis.set_major_locator(MaxNLocator(5, integer=whole))
         axis.set_major_formatter(plain)
 
 
@@ -59,22 +59,22 @@ def percent(axes: Axes, which: str) -> None:
         getattr(axes, f"set_{name}lim")(-2, 102)
 
 
-def label(axes: Axes, look: Look, x: str, y: str) -> None:
-    """Labels of both axes, and below these what lines are, where they hide nothing."""
+def label(axes: Axes, x: str, y: str) -> None:
+    """Labels of both axes, that of y above them, and below what lines are, where they hide nothing."""
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_title(y, loc="left")
     handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    columns = 1 if look.is_narrow and longest > 22 else 2 if look.is_narrow or longest > 34 else 3
+    columns = 1 if max(map(len, labels)) > 20 else 2
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
-def colour_bar(axes: Axes, image: Any, label: str, look: Look) -> None:
-    """Which colour is which number; below the axes on a phone."""
-    bar = axes.figure.colorbar(image, ax=axes, location="bottom" if look.is_narrow else "right", shrink=0.9)
+def colour_bar(axes: Axes, image: Any, label: str) -> None:
+    """Which colour is which number."""
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.9)
     bar.set_label(label)
-    bar.outline.set_edgecolor(look.ink)
-    bar.locator = MaxNLocator(4 if look.is_narrow else 7)
+    bar.solids.set_edgecolor("face")
+    bar.outline.set_edgecolor(COLOURS["ink"])
+    bar.locator = MaxNLocator(4)
     bar.formatter = FuncFormatter(plain)
     bar.update_ticks()
 

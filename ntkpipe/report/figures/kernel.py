@@ -10,54 +10,48 @@ from matplotlib.figure import Figure
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import colour_bar, linear
-from ntkpipe.report.theme import Look
 
-_MOST_NUMBERS = 12
-_SHADES = 64  # more are not told apart, and make the page larger
+MOST_NAMES = 12
+_SHADES = mpl.colormaps["cividis"].resampled(48)  # more are not told apart, and make the page larger
 
 
 def picture(
-    axes: Axes, look: Look, means: FloatArray, num_samples: int, bounds: Sequence[int], names: Sequence[str], order: str
+    axes: Axes, means: FloatArray, num_samples: int, bounds: Sequence[int], names: Sequence[str], order: str
 ) -> None:
     """Means of blocks of the kernel, in an order of the samples."""
     low, high = _range(means)
-    shades, extent = mpl.colormaps["cividis"].resampled(_SHADES), (0, num_samples, num_samples, 0)
-    image = axes.imshow(means, cmap=shades, vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    extent = (0, num_samples, num_samples, 0)
+    image = axes.imshow(means, cmap=_SHADES, vmin=low, vmax=high, extent=extent, interpolation="none")
     for bound in bounds:
         for line in (axes.axhline, axes.axvline):
             line(bound, color="#ffffff", linewidth=0.5, alpha=0.8)
     edges = np.array([0, *bounds, num_samples])
-    _squares(axes, look, image, (edges[:-1] + edges[1:]) / 2, names, "kernel entry K(x, x′) [kernel units]")
-    if not 0 < len(names) <= _MOST_NUMBERS:
+    _squares(axes, image, (edges[:-1] + edges[1:]) / 2, names, "kernel entry K(x, x′) [kernel units]")
+    if not 0 < len(names) <= MOST_NAMES:
         axes.set_xlabel(f"training sample x′, {order} [number]")
         axes.set_ylabel("training sample x [number]")
 
 
-def class_means(axes: Axes, look: Look, means: FloatArray, names: Sequence[str]) -> None:
+def class_means(axes: Axes, means: FloatArray, names: Sequence[str]) -> None:
     """Mean entry of each pair of classes, the diagonal of the kernel left out."""
-    image, count = axes.imshow(means, cmap="cividis"), len(names)
-    if count <= _MOST_NUMBERS and not look.is_narrow:
-        middle = (np.nanmin(means) + np.nanmax(means)) / 2
-        for i, j in np.ndindex(count, count):
-            ink = "#000000" if means[i, j] > middle else "#ffffff"
-            axes.text(j, i, f"{means[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=6.5)
-    _squares(axes, look, image, np.arange(count, dtype=float), names, "mean of K(x, x′) [kernel units]")
+    image = axes.imshow(means, cmap=_SHADES, interpolation="none")
+    _squares(axes, image, np.arange(len(names), dtype=float), names, "mean of K(x, x′) [kernel units]")
 
 
-def _squares(axes: Axes, look: Look, image: Any, places: FloatArray, names: Sequence[str], unit: str) -> None:
+def _squares(axes: Axes, image: Any, places: FloatArray, names: Sequence[str], unit: str) -> None:
     """Lay out a matrix with names of classes at their places, where they are few, else with numbers."""
     assert isinstance(axes.figure, Figure)
     axes.figure.set_layout_engine("compressed")  # squares are laid out right by this one only
     axes.grid(visible=False)
-    if 0 < len(names) <= _MOST_NUMBERS:
+    if 0 < len(names) <= MOST_NAMES:
         for set_ticks in (axes.set_xticks, axes.set_yticks):
             set_ticks(places, list(names))
         axes.tick_params(length=0)
     else:
-        linear(axes, look, "xy", whole=True)
+        linear(axes, "xy", whole=True)
     axes.set_xlabel("class of training sample x′")
     axes.set_ylabel("class of training sample x")
-    colour_bar(axes, image, unit, look)
+    colour_bar(axes, image, unit)
 
 
 def _range(means: FloatArray) -> tuple[float, float]:

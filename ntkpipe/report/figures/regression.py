@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import label, linear, logarithmic, percent
-from ntkpipe.report.theme import Look, Quantity
+from ntkpipe.report.theme import COLOURS, Quantity, line
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,25 @@ def known(curves: Curves) -> dict[Quantity, Curve]:
 
 
 def over_ridges(
-    axes: Axes, look: Look, ridges: FloatArray, curves: Curves, marked: Mapping[str, float], is_share: bool = False
+    axes: Axes, ridges: FloatArray, curves: Curves, marked: Mapping[str, float], is_share: bool = False
 ) -> None:
     """Losses, or shares in percent, over ridges; vertical lines mark single ridges."""
     places = drawn_ridges(ridges)
     factor = 100 if is_share else 1
     for quantity, curve in curves.items():
-        line = look.line(quantity, len(places))
-        axes.plot(places, factor * curve.values, label=curve.label, **line)
+        style = line(quantity, len(places))
+        axes.plot(places, factor * curve.values, label=curve.label, **style)
         if curve.errors is not None and np.isfinite(curve.errors).any():
             low, high = curve.values - curve.errors, curve.values + curve.errors
             low = low if is_share else np.maximum(low, curve.values / 1e3)
-            axes.fill_between(places, factor * low, factor * high, color=line["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(places, factor * low, factor * high, color=style["color"], alpha=0.2, linewidth=0)
     for (name, ridge), dashes in zip(marked.items(), ("--", ":", "-."), strict=False):
         place = drawn_ridges(np.append(ridges, ridge))[-1]
-        axes.axvline(place, label=name, **{**look.line("reference"), "linestyle": dashes, "linewidth": 1.2})
-    logarithmic(axes, look, "x" if is_share else "xy")
+        axes.axvline(place, label=name, **{**line("reference"), "linestyle": dashes, "linewidth": 1.2})
+    logarithmic(axes, "x" if is_share else "xy")
     if is_share:
-        linear(axes, look, "y")
-    label(axes, look, _ridge_label(ridges), "samples right [%]" if is_share else "mean squared error [target units²]")
+        linear(axes, "y")
+    label(axes, _ridge_label(ridges), "samples right [%]" if is_share else "mean squared error [target units²]")
 
 
 def drawn_ridges(ridges: FloatArray) -> FloatArray:
@@ -60,32 +60,32 @@ def _ridge_label(ridges: FloatArray) -> str:
     return "ridge λ [kernel units]" + ("; leftmost: λ = 0" if (ridges == 0).any() else "")
 
 
-def ratios(axes: Axes, look: Look, ridges: FloatArray, curves: Curves, marked: Mapping[str, float]) -> None:
+def ratios(axes: Axes, ridges: FloatArray, curves: Curves, marked: Mapping[str, float]) -> None:
     """What estimates say over what was measured; one is right."""
     places = drawn_ridges(ridges)
-    axes.axhspan(0.8, 1.25, color=look.faint, alpha=0.6, linewidth=0, label="within a factor of 1.25")
-    axes.axhline(1.0, **look.line("reference"))
+    axes.axhspan(0.8, 1.25, color=COLOURS["line"], alpha=0.6, linewidth=0, label="within a factor of 1.25")
+    axes.axhline(1.0, **line("reference"))
     for quantity, curve in curves.items():
-        axes.plot(places, curve.values, label=curve.label, **look.line(quantity, len(places)))
+        axes.plot(places, curve.values, label=curve.label, **line(quantity, len(places)))
     for name, ridge in marked.items():
-        axes.axvline(ridge, label=name, **{**look.line("reference"), "linestyle": ":", "linewidth": 1.2})
-    logarithmic(axes, look, "x")
-    linear(axes, look, "y")
-    label(axes, look, _ridge_label(ridges), "estimate / measured [ratio]")
+        axes.axvline(ridge, label=name, **{**line("reference"), "linestyle": ":", "linewidth": 1.2})
+    logarithmic(axes, "x")
+    linear(axes, "y")
+    label(axes, _ridge_label(ridges), "estimate / measured [ratio]")
 
 
-def coverage(axes: Axes, look: Look, nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> None:
+def coverage(axes: Axes, nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> None:
     """How many targets lie in intervals that should hold a given share of them; variances scaled, and as they are."""
-    axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
-    axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **look.line("test", len(nominal)))
-    axes.plot(100 * nominal, 100 * plain, label="as they are", **look.line("unscaled", len(nominal)))
+    axes.plot([0, 100], [0, 100], label="calibrated", **line("reference"))
+    axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **line("test", len(nominal)))
+    axes.plot(100 * nominal, 100 * plain, label="as they are", **line("unscaled", len(nominal)))
     percent(axes, "xy")
-    label(axes, look, "probability of the interval [%]", "test targets inside [%]")
+    label(axes, "probability of the interval [%]", "test targets inside [%]")
 
 
-def reliability(axes: Axes, look: Look, confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> None:
+def reliability(axes: Axes, confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> None:
     """How many of the samples are right that have a given confidence, in bins; empty ones are left out."""
-    axes.plot([0, 100], [0, 100], label="calibrated", **look.line("reference"))
+    axes.plot([0, 100], [0, 100], label="calibrated", **line("reference"))
     kept = counts > 0
     # With a right and a wrong one added: bins of few samples are not sure because these agree.
     smoothed = (accuracy * counts + 1) / (counts + 2)
@@ -95,9 +95,9 @@ def reliability(axes: Axes, look: Look, confidence: FloatArray, accuracy: FloatA
         100 * accuracy[kept],
         yerr=100 * errors,
         label="test samples in bins",
-        ecolor=look.colour("grey"),
+        ecolor=COLOURS["grey"],
         capsize=3,
-        **look.line("test"),
+        **line("test"),
     )
     percent(axes, "xy")
-    label(axes, look, "confidence in the predicted class [%]", "test samples right [%]")
+    label(axes, "confidence in the predicted class [%]", "test samples right [%]")

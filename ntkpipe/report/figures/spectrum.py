@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import label, linear, logarithmic, percent, thinned
-from ntkpipe.report.theme import Look
+from ntkpipe.report.theme import COLOURS, line
 
 
 @dataclass(frozen=True)
@@ -21,46 +21,46 @@ class TailLine:
     last: int
 
 
-def eigenvalues(axes: Axes, look: Look, values: FloatArray, num_rows: int, floor: float, fit: TailLine | None) -> None:
+def eigenvalues(axes: Axes, values: FloatArray, num_rows: int, floor: float, fit: TailLine | None) -> None:
     """Eigenvalues by rank, as known; the power law of their tail and the storage floor."""
     positive = np.flatnonzero(values > 0)
     shown = positive[thinned(len(positive))]
-    axes.plot(shown + 1, values[shown], label="eigenvalues of K", **look.line("kernel", len(shown)))
+    axes.plot(shown + 1, values[shown], label="eigenvalues of K", **line("kernel", len(shown)))
     if fit is not None:
         ranks = np.array([fit.first, fit.last])
-        line = {**look.line("reference"), "color": look.colour("red"), "linewidth": 2.2}
+        style = {**line("reference"), "color": COLOURS["red"], "linewidth": 2.2}
         said = f"power law, exponent {fit.exponent:.2f} ± {fit.error:.2f}"
-        axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **line)
+        axes.plot(ranks, fit.amplitude * ranks ** -float(fit.exponent), label=said, **style)
     if floor > 0:
-        axes.axhline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
+        axes.axhline(floor, label="storage floor", **{**line("reference"), "linestyle": ":"})
     axes.set_xlim(0.9, num_rows * 1.1)
-    logarithmic(axes, look, "xy")
-    label(axes, look, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
+    logarithmic(axes, "xy")
+    label(axes, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
 
 
-def density(axes: Axes, look: Look, places: FloatArray, heights: FloatArray, floor: float, is_estimate: bool) -> None:
+def density(axes: Axes, places: FloatArray, heights: FloatArray, floor: float, is_estimate: bool) -> None:
     """Eigenvalues per decade over λ."""
     said = "stochastic Lanczos quadrature" if is_estimate else "all eigenvalues"
-    line = {**look.line("kernel"), "marker": ""}
-    axes.plot(places, heights, label=said, **line)
-    axes.fill_between(places, heights, color=line["color"], alpha=0.25, linewidth=0)
-    logarithmic(axes, look, "x")
+    style = {**line("kernel"), "marker": ""}
+    axes.plot(places, heights, label=said, **style)
+    axes.fill_between(places, heights, color=style["color"], alpha=0.25, linewidth=0)
+    logarithmic(axes, "x")
     if floor > 0:
-        axes.axvline(floor, label="storage floor", **{**look.line("reference"), "linestyle": ":"})
-    linear(axes, look, "y")
+        axes.axvline(floor, label="storage floor", **{**line("reference"), "linestyle": ":"})
+    linear(axes, "y")
     axes.set_ylim(bottom=0)
-    label(axes, look, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
+    label(axes, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
 
 
-def cumulative(axes: Axes, look: Look, power: FloatArray, share: FloatArray | None) -> None:
+def cumulative(axes: Axes, power: FloatArray, share: FloatArray | None) -> None:
     """Power of the targets along the k leading eigenvectors, and what of the trace these hold."""
     shown = thinned(len(power))
-    axes.plot(shown + 1, 100 * power[shown], label="power of the targets", **look.line("test", len(shown)))
+    axes.plot(shown + 1, 100 * power[shown], label="power of the targets", **line("test", len(shown)))
     if share is not None:
         shown = thinned(len(share))
-        axes.plot(shown + 1, 100 * share[shown], label="trace of K", **look.line("kernel", len(shown)))
+        axes.plot(shown + 1, 100 * share[shown], label="trace of K", **line("kernel", len(shown)))
     for level in (0.5, 0.9):
-        axes.axhline(100 * level, **{**look.line("reference"), "linewidth": 0.9})
-    logarithmic(axes, look, "x")
+        axes.axhline(100 * level, **{**line("reference"), "linewidth": 0.9})
+    logarithmic(axes, "x")
     percent(axes, "y")
-    label(axes, look, "leading eigenvectors k [number]", "cumulative share [%]")
+    label(axes, "leading eigenvectors k [number]", "cumulative share [%]")

@@ -3,15 +3,12 @@
 from functools import partial
 
 from ntkpipe.analysis.alignment import Alignment
-from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
-from ntkpipe.report.findings import Missing
-from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, share, taken_as, warnings
-from ntkpipe.report.theme import render
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.parts import PageTable, Part, Plot
+from ntkpipe.report.sections.words import method_in_words, number, share
 
-_TITLE = "Alignment of kernel and targets"
 _INTRO = (
     "A kernel learns quickly what lies along its leading eigenvectors. The cumulative power C(k) is the share of the "
     "targets' squared length in the first k of them (Canatar et al. 2021, arXiv 2006.13198); alignments say the same "
@@ -20,14 +17,14 @@ _INTRO = (
 _SHARES = ("50%", "90%", "99%")
 
 
-def alignment_section(found: Alignment | Missing, spectrum: KernelSpectrum | Missing) -> Section:
+def _show(found: Alignment, gathered: Gathered) -> tuple[tuple[Part, ...], None]:
     """Cumulative power and alignments."""
-    if isinstance(found, Missing):
-        return Section("alignment", _TITLE, _INTRO, (), found.why)
-    trace = 0.0 if isinstance(spectrum, Missing) else spectrum.trace
-    held = found.eigenvalues.cumsum() / trace if trace > 0 else None
-    parts: tuple[Part, ...] = (_plot(found, held), _numbers(found), *warnings(found))
-    return Section("alignment", _TITLE, _INTRO + taken_as(found.targets), parts)
+    spectrum = gathered.results.get("spectrum")
+    held = found.eigenvalues.cumsum() / spectrum.trace if spectrum is not None and spectrum.trace > 0 else None
+    return (_plot(found, held), _numbers(found)), None
+
+
+ALIGNMENT = Chapter("alignment", "Alignment of kernel and targets", _INTRO, _show)
 
 
 def _plot(found: Alignment, held: FloatArray | None) -> Plot:
@@ -47,7 +44,7 @@ def _plot(found: Alignment, held: FloatArray | None) -> Plot:
     return Plot(
         "power",
         "Cumulative power of the targets",
-        render(partial(cumulative, power=power, share=held)),
+        partial(cumulative, power=power, share=held),
         f"Line of the targets' power in the leading eigenvectors: {share(float(power[0]))} in the first, "
         f"{share(float(power[min(9, len(power) - 1)]))} in the first ten, {share(float(power[-1]))} in all that are "
         "known.",

@@ -5,14 +5,14 @@ from functools import partial
 
 import numpy as np
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.gaussian.calibration import Calibration
+from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.report.figures.regression import coverage, reliability
-from ntkpipe.report.findings import Judged, Missing
-from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import method_in_words, number, share, taken_as, warnings, with_error
-from ntkpipe.report.theme import render
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.parts import PageTable, Part, Plot
+from ntkpipe.report.sections.words import method_in_words, number, share, with_error
 
-_TITLE = "Gaussian process and its calibration"
 _INTRO = (
     "With the kernel as covariance and the ridge λ as variance of the noise, regression is the mean of a Gaussian "
     "process, which also says how sure it is (Rasmussen and Williams 2006, Eqs. 2.25 to 2.30). An NTK has no scale "
@@ -21,20 +21,19 @@ _INTRO = (
 )
 
 
-def gaussian_section(found: Judged | Missing) -> Section:
+def _show(found: Posterior, gathered: Gathered) -> tuple[list[Part], None]:
     """Coverage of intervals, and of classes their confidence against how often they are right."""
-    if isinstance(found, Missing):
-        return Section("gaussian-process", _TITLE, _INTRO, (), found.why)
-    parts: list[Part] = [_coverage(found)]
-    if len(found.scaled.counts):
-        parts.append(_reliability(found.scaled))
-    parts.append(_numbers(found))
-    parts += warnings(found.posterior)
-    return Section("gaussian-process", _TITLE, _INTRO + taken_as(found.posterior.targets), tuple(parts))
+    scaled, plain = gathered.calibrations
+    parts: list[Part] = [_coverage(scaled.levels, scaled.coverage, plain.coverage)]
+    if len(scaled.counts):
+        parts.append(_reliability(scaled))
+    return [*parts, _numbers(found, scaled, plain)], None
 
 
-def _coverage(found: Judged) -> Plot:
-    levels, scaled, plain = found.scaled.levels, found.scaled.coverage, found.plain.coverage
+GAUSSIAN = Chapter("gaussian_process", "Gaussian process and its calibration", _INTRO, _show)
+
+
+def _coverage(levels: FloatArray, scaled: FloatArray, plain: FloatArray) -> Plot:
     place = int(np.argmin(np.abs(levels - 0.9)))
     said = (
         f"Of intervals that should hold {share(levels[place], 0)} of the test targets, those of the scaled posterior "
@@ -43,7 +42,7 @@ def _coverage(found: Judged) -> Plot:
     return Plot(
         "coverage",
         "Calibration of the posterior",
-        render(partial(coverage, nominal=levels, scaled=scaled, plain=plain), height=0.6),
+        partial(coverage, nominal=levels, scaled=scaled, plain=plain),
         f"Line of the share of test targets in intervals over the probability of these. {said}",
         (
             "For each probability, the interval around the mean that should hold a target with it. On the dashed "
@@ -63,7 +62,7 @@ def _reliability(found: Calibration) -> Plot:
     return Plot(
         "reliability",
         "Confidence in the predicted class",
-        render(draw, height=0.6),
+        draw,
         f"Points of the share of test samples that are right over the confidence in their class. {said}.",
         (
             "Test samples in bins of the probability that the predicted class has the largest output, with s² as "
@@ -75,8 +74,7 @@ def _reliability(found: Calibration) -> Plot:
     )
 
 
-def _numbers(found: Judged) -> PageTable:
-    posterior, scaled, plain = found.posterior, found.scaled, found.plain
+def _numbers(posterior: Posterior, scaled: Calibration, plain: Calibration) -> PageTable:
     factor = math.sqrt(posterior.scale) if posterior.scale >= 0 else math.nan
     deviation = np.sqrt(posterior.scale * posterior.variance).mean()
     squares = scaled.mean_standardized_squared_residual, plain.mean_standardized_squared_residual

@@ -6,11 +6,11 @@ import numpy as np
 
 from ntkpipe.analysis.generalisation import Generalisation
 from ntkpipe.report.figures.regression import Curve, Curves, known, over_ridges, ratios
-from ntkpipe.report.findings import HOW_TO_TEST, Missing
-from ntkpipe.report.parts import PageTable, Part, Plot, Section
+from ntkpipe.report.findings import HOW_TO_TEST
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.parts import PageTable, Part, Plot
 from ntkpipe.report.sections import words
 from ntkpipe.report.sections.words import number, with_errors
-from ntkpipe.report.theme import render
 
 _INTRO = (
     "Can the test loss be known from the training samples alone? KARE (Jacot et al. 2020, arXiv 2006.09796) and "
@@ -22,13 +22,12 @@ _INTRO = (
 )
 
 _MARK = "mean diagonal of K"
+_HEIGHT = 0.92  # of figures with long legends
 
 
-def generalisation_section(found: Generalisation | Missing, mean_diagonal: float) -> Section:
+def _show(found: Generalisation, gathered: Gathered) -> tuple[list[Part], str | None]:
     """Estimates across ridges, and what they are worth."""
-    title = "Predicted against measured risk"
-    if isinstance(found, Missing):
-        return Section("generalisation", title, _INTRO, (), found.why)
+    mean_diagonal = float(gathered.kernel.diagonal().astype(np.float64).mean())
     curves = known(
         {
             "test": Curve("test loss, measured", found.test_loss, found.test_loss_error),
@@ -44,11 +43,11 @@ def generalisation_section(found: Generalisation | Missing, mean_diagonal: float
             name: Curve(curve.label, curve.values / found.test_loss) for name, curve in curves.items() if name != "test"
         }
         parts.append(_ratios(found, compared, mean_diagonal))
-    parts += words.warnings(found)
-    parts.append(_table(found))
     missing = f"The store has no test set with targets, so nothing is measured here; {HOW_TO_TEST}"
-    intro = _INTRO + words.taken_as(found.targets)
-    return Section("generalisation", title, intro, tuple(parts), None if is_measured else missing)
+    return [*parts, _table(found)], None if is_measured else missing
+
+
+GENERALISATION = Chapter("generalisation", "Predicted against measured risk", _INTRO, _show)
 
 
 def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot:
@@ -58,7 +57,7 @@ def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "estimates",
         "Loss across ridges, predicted and measured",
-        render(partial(over_ridges, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal})),
+        partial(over_ridges, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal}),
         f"Lines of the loss over the ridge: {_in_words(curves)}.",
         (
             "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (circles) "
@@ -67,6 +66,7 @@ def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
             f"for {trusted or 'none of these ridges'}, eigenlearning for {also or 'none of these ridges'}.",
             f"Shaded: one standard error. Computed: {words.method_in_words(found.method, found.why)}.",
         ),
+        _HEIGHT,
     )
 
 
@@ -78,7 +78,7 @@ def _ratios(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "ratios",
         "Estimate over measured test loss",
-        render(partial(ratios, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal})),
+        partial(ratios, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal}),
         f"Lines of the ratio of each estimate to the measured test loss over the ridge: {_in_words(curves)}.",
         (
             "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor "
@@ -88,6 +88,7 @@ def _ratios(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
             "KARE rests on features that look Gaussian to the kernel. Real samples are unlike each other, which shows "
             "most where nothing smooths, at λ → 0.",
         ),
+        _HEIGHT,
     )
 
 

@@ -1,5 +1,6 @@
 """The section on which training points predictions are made of."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.learning.gaussian.influence import Influence
-from ntkpipe.report.findings import Missing
+from ntkpipe.report.gather import Chapter, Gathered
 from ntkpipe.report.images import Split, StoredImages
-from ntkpipe.report.parts import Gallery, Part, Section, Thumbnail
-from ntkpipe.report.sections.words import number, share, taken_as, warnings
-from ntkpipe.report.theme import data_uri
-from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.report.parts import Gallery, Part, Thumbnail
+from ntkpipe.report.sections.words import number, share
 
-_TITLE = "Most influential training points"
 _INTRO = (
     "A prediction is a sum over training samples, f(x) = Σᵢ αᵢ K(x, xᵢ), and a term says what a training sample adds "
     "to the output that was predicted (the representer values of Yeh et al. 2018, arXiv 1811.09720). Positive terms "
@@ -26,12 +24,10 @@ _NUM_WRONG, _NUM_RIGHT, _NUM_OTHERS, _NUM_OVERALL = 3, 3, 6, 10
 Targets = NDArray[Any] | None
 
 
-def influence_section(
-    found: Influence | Missing, images: StoredImages, store: KernelStore, *, is_class: bool
-) -> Section:
+def _show(found: Influence, gathered: Gathered) -> tuple[tuple[Part, ...], str | None]:
     """Test samples with the training samples of their largest terms, and those that matter most overall."""
-    if isinstance(found, Missing):
-        return Section("influence", _TITLE, _INTRO, (), found.why)
+    store, is_class = gathered.store, gathered.arrangement.classes is not None
+    images = StoredImages(store)
     top, overall = found.top_samples[:, :_NUM_OTHERS], found.most_influential[:_NUM_OVERALL]
     for samples in (top, overall):
         if samples.size and not 0 <= samples.min() <= samples.max() < len(found.mean_size):
@@ -63,9 +59,11 @@ def influence_section(
             ),
             ((Thumbnail(None, "", ("over all test samples",)), most),),
         ),
-        *warnings(found),
     )
-    return Section("influence", _TITLE, _INTRO + taken_as(found.targets), parts, images.why_not())
+    return parts, images.why_not()
+
+
+INFLUENCE = Chapter("influence", "Most influential training points", _INTRO, _show)
 
 
 def _reading(found: Influence) -> tuple[str, ...]:
@@ -109,7 +107,7 @@ def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None, is_cla
 
 def _pictures(images: StoredImages, split: Split, samples: Sequence[Any]) -> dict[int, str]:
     found = images.read(split, [int(sample) for sample in samples])
-    return {sample: data_uri("image/png", png) for sample, png in found.items()}
+    return {sample: f"data:image/png;base64,{b64encode(png).decode()}" for sample, png in found.items()}
 
 
 def _thumbnail(split: str, sample: int, pictures: dict[int, str], lines: tuple[str, ...]) -> Thumbnail:

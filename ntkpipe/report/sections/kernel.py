@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.report.blocks import Arrangement
-from ntkpipe.report.figures.kernel import class_means, picture
-from ntkpipe.report.parts import Note, Plot, Section
-from ntkpipe.report.theme import render
+from ntkpipe.report.figures.kernel import MOST_NAMES, class_means, picture
+from ntkpipe.report.parts import Note, PageTable, Part, Plot, Section
+
+_SQUARE = 1.16  # height of a matrix with its colour bar
 
 
 def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, num_samples: int) -> Section:
@@ -31,26 +32,32 @@ def kernel_section(means: list[NDArray[np.float64]], arrangement: Arrangement, n
     name = "Kernel, samples sorted by class" if is_by_class else f"Kernel, samples {order}"
     draw = partial(picture, means=means[0], num_samples=num_samples, bounds=bounds, names=names, order=order)
     alt = f"Heat map of the kernel of {num_samples:,} samples."
-    whole = Plot("picture", name, render(draw, height=0.78), alt, tuple(reading))
+    whole = Plot("picture", name, draw, alt, tuple(reading), _SQUARE)
     no_classes = Note("The targets are no labels of classes, so there is no picture by class.")
-    by_class = _class_plot(means[1], arrangement) if is_by_class else no_classes
-    return Section("kernel", "The kernel", (), (whole, by_class))
+    by_class = _by_class(means[1], names) if is_by_class else (no_classes,)
+    return Section("kernel", "The kernel", (), (whole, *by_class))
 
 
-def _class_plot(means: NDArray[np.float64], arrangement: Arrangement) -> Plot:
+def _by_class(means: NDArray[np.float64], names: tuple[str, ...]) -> tuple[Part, ...]:
     same = float(np.mean(means.diagonal()))
     off = means[~np.eye(len(means), dtype=bool)]
     other = float(off.mean()) if off.size else float("nan")
     ratio = f", a ratio of {same / other:.3g}" if off.size and other > 0 else ""
     said = f"On average it is {same:.4g} within a class and {other:.4g} between classes{ratio}."
-    return Plot(
+    title = "Mean kernel entry of each pair of classes"
+    plot = Plot(
         "class-means",
-        "Mean kernel entry of each pair of classes",
-        render(partial(class_means, means=means, names=arrangement.names), height=0.72),
+        title,
+        partial(class_means, means=means, names=names),
         f"Heat map of {len(means)} × {len(means)} class means. {said}",
         (
             f"The mean of K(x, x′) over x of one class and x′ of another, a sample with itself left out. {said}",
             "A square off the diagonal that is as bright as those of its two classes on the diagonal is a pair that "
             "the kernel hardly tells apart.",
         ),
+        _SQUARE,
     )
+    if len(names) > MOST_NAMES:
+        return (plot,)
+    rows = tuple((name, *(f"{mean:.3g}" for mean in row)) for name, row in zip(names, means, strict=True))
+    return plot, PageTable(f"{title}, in numbers", ("class", *names), rows, is_folded=True)

@@ -5,14 +5,13 @@ from functools import partial
 
 import numpy as np
 
-from ntkpipe.learning.regression.ridge_path import RidgePath
+from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 from ntkpipe.report.figures.regression import Curve, known, over_ridges
-from ntkpipe.report.findings import HOW_TO_TEST, Chosen, Missing, choose
-from ntkpipe.report.parts import PageTable, Part, Plot, Section
-from ntkpipe.report.sections.words import number, ridges_in_words, share, taken_as, warnings, with_errors
-from ntkpipe.report.theme import render
+from ntkpipe.report.findings import CRITERIA, HOW_TO_TEST, choose
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.parts import PageTable, Part, Plot
+from ntkpipe.report.sections.words import number, ridges_in_words, share, with_errors
 
-_TITLE = "Ridge regression"
 _INTRO = (
     "Kernel ridge regression of the stored targets: f(x) = K(x, X) (K + λI)⁻¹ Y. For λ → 0 that is where gradient flow "
     "of a network in its linear regime ends if its outputs begin at zero; a ridge does about what stopping early does. "
@@ -21,22 +20,20 @@ _INTRO = (
 )
 
 
-def regression_section(found: RidgePath | Missing) -> Section:
+def _show(found: RidgePath, _: Gathered) -> tuple[list[Part], str | None]:
     """Losses and accuracies across ridges."""
-    if isinstance(found, Missing):
-        return Section("regression", _TITLE, _INTRO, (), found.why)
-    chosen = choose(found)
-    parts: list[Part] = [_losses(found, chosen)]
+    best = choose(found)
+    parts: list[Part] = [_losses(found, best)]
     if np.isfinite(found.leave_one_out_accuracy).any():
-        parts.append(_accuracies(found, chosen))
-    parts += warnings(found)
-    parts.append(_table(found))
+        parts.append(_accuracies(found, best))
     missing = f"The store has no test set with targets, so there is no test loss; {HOW_TO_TEST}"
-    is_measured, intro = np.isfinite(found.test_loss).any(), _INTRO + taken_as(found.targets)
-    return Section("regression", _TITLE, intro, tuple(parts), None if is_measured else missing)
+    return [*parts, _table(found)], None if np.isfinite(found.test_loss).any() else missing
 
 
-def _losses(found: RidgePath, chosen: Chosen) -> Plot:
+REGRESSION = Chapter("regression", "Ridge regression", _INTRO, _show)
+
+
+def _losses(found: RidgePath, best: Best) -> Plot:
     train = found.train_loss
     # At λ = 0 it is rounding, which would stretch the axis over decades of nothing.
     if np.isfinite(train).any():
@@ -50,35 +47,36 @@ def _losses(found: RidgePath, chosen: Chosen) -> Plot:
             "gcv": Curve("GCV", cross, found.generalised_cross_validation_error),
         }
     )
+    criterion, test_loss = CRITERIA[best.criterion], found.test_loss[best.index]
     return Plot(
         "losses",
         "Loss across ridges",
-        render(partial(over_ridges, ridges=found.ridges, curves=curves, marked={"best ridge": chosen.ridge})),
+        partial(over_ridges, ridges=found.ridges, curves=curves, marked={"best ridge": best.ridge}),
         "Lines of training, leave-one-out, cross-validation and test loss over the ridge; the best ridge by "
-        f"{chosen.criterion} is {chosen.ridge:.3g}.",
+        f"{criterion} is {best.ridge:.3g}.",
         (
             "From left to right the fit gets smoother. To the left of the minimum the ridge is too small and noise is "
             "fitted, to the right too much is given up; where the left part is flat, interpolation does no harm. "
             "Training losses below a thousandth of the largest are not drawn.",
-            f"The vertical line is the best ridge by {chosen.criterion}, λ = {chosen.ridge:.3g} "
-            f"({chosen.ridge / found.mean_diagonal:.2g} of the mean diagonal), chosen without test data. "
-            + (f"The test loss there is {number(chosen.test_loss)}." if np.isfinite(chosen.test_loss) else ""),
+            f"The vertical line is the best ridge by {criterion}, λ = {best.ridge:.3g} "
+            f"({best.ridge / found.mean_diagonal:.2g} of the mean diagonal), chosen without test data. "
+            + (f"The test loss there is {number(test_loss)}." if np.isfinite(test_loss) else ""),
         ),
     )
 
 
-def _accuracies(found: RidgePath, chosen: Chosen) -> Plot:
+def _accuracies(found: RidgePath, best: Best) -> Plot:
     left_out = Curve("leave-one-out", found.leave_one_out_accuracy, found.leave_one_out_accuracy_error)
     curves = known({"test": Curve("test", found.test_accuracy), "leave-one-out": left_out})
-    left = float(found.leave_one_out_accuracy[chosen.index])
-    marked = {"best ridge": chosen.ridge}
+    left, right = found.leave_one_out_accuracy[best.index], found.test_accuracy[best.index]
+    marked = {"best ridge": best.ridge}
     draw = partial(over_ridges, ridges=found.ridges, curves=curves, marked=marked, is_share=True)
     said = f"At the best ridge {share(left)} of the training samples are right when left out"
-    said += f", and {share(chosen.test_accuracy)} of the test samples." if np.isfinite(chosen.test_accuracy) else "."
+    said += f", and {share(right)} of the test samples." if np.isfinite(right) else "."
     return Plot(
         "accuracies",
         "Accuracy across ridges",
-        render(draw, height=0.46),
+        draw,
         f"Lines of accuracy over the ridge. {said}",
         (
             "A sample is right if the class that its outputs predict is its own.",

@@ -7,13 +7,11 @@ import numpy as np
 
 from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.report.figures.spectrum import TailLine, density, eigenvalues
-from ntkpipe.report.findings import Missing
-from ntkpipe.report.parts import PageTable, Part, Plot, Section
+from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.parts import PageTable, Part, Plot
 from ntkpipe.report.sections import words
 from ntkpipe.report.sections.words import number, with_error
-from ntkpipe.report.theme import render
 
-_TITLE = "Spectrum and density"
 _INTRO = (
     "Under gradient flow a component of the residual along the kth eigenvector decays like exp(−ηλₖt), and ridge "
     "regression fits it to the part λₖ / (λₖ + λ): the spectrum says what is learnt first, and what is hardly learnt "
@@ -21,15 +19,15 @@ _INTRO = (
 )
 
 
-def spectrum_section(found: KernelSpectrum | Missing) -> Section:
+def _show(found: KernelSpectrum, _: Gathered) -> tuple[tuple[Part, ...], None]:
     """Eigenvalues by rank and by size, and what is said of them in numbers."""
-    if isinstance(found, Missing):
-        return Section("spectrum", _TITLE, _INTRO, (), found.why)
     dimensions = words.with_errors(found.effective_dimension, found.effective_dimension_error)
     rows = tuple(zip(words.ridges_in_words(found.ridges), dimensions, strict=True))
     table = PageTable("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows)
-    parts: tuple[Part, ...] = (_by_rank(found), _by_size(found), _numbers(found), *words.warnings(found), table)
-    return Section("spectrum", _TITLE, _INTRO, parts)
+    return (_by_rank(found), _by_size(found), _numbers(found), table), None
+
+
+SPECTRUM = Chapter("spectrum", "Spectrum and density", _INTRO, _show)
 
 
 def _fit(found: KernelSpectrum) -> TailLine | None:
@@ -62,7 +60,7 @@ def _by_rank(found: KernelSpectrum) -> Plot:
     return Plot(
         "eigenvalues",
         "Eigenvalues by rank",
-        render(partial(eigenvalues, values=values, num_rows=num_rows, floor=floor, fit=fit)),
+        partial(eigenvalues, values=values, num_rows=num_rows, floor=floor, fit=fit),
         f"Line of {len(values):,} of {num_rows:,} eigenvalues by rank, on logarithmic axes, from "
         f"{number(found.largest)} down to {number(float(values[-1]))}.",
         tuple(reading),
@@ -77,7 +75,7 @@ def _by_size(found: KernelSpectrum) -> Plot:
     return Plot(
         "density",
         "Density of eigenvalues",
-        render(partial(density, places=places, heights=heights, floor=found.floor, is_estimate=is_estimate)),
+        partial(density, places=places, heights=heights, floor=found.floor, is_estimate=is_estimate),
         f"Curve of the number of eigenvalues per decade over their size; the most are near {number(peak, 2)}.",
         (
             "The area below the curve between two sizes is the number of eigenvalues between them; a decade is a "
