@@ -115,9 +115,9 @@ def _section(chapter: Chapter, gathered: Gathered) -> Section:
 def _saved_section(name: str, found: Result) -> Section:
     """What a result prints that has no section of its own."""
     summary = REGISTRY[name].summary
-    rows = PageTable("As a step has saved it", (), tuple(found.rows()))
+    title, intro = f"Result of {name}", (f"{summary[:1].upper()}{summary[1:]}.",)
     return Section(
-        f"saved-{name.replace('_', '-')}", f"Result of {name}", (f"{summary[:1].upper()}{summary[1:]}.",), (rows,)
+        f"saved-{name.replace('_', '-')}", title, intro, (PageTable("As a step has saved it", (), tuple(found.rows())),)
     )
 
 

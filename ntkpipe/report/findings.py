@@ -1,11 +1,13 @@
 """The ridge that a page recommends."""
 
+from typing import Any
+
 import numpy as np
 
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 
 HOW_TO_TEST = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
-CRITERIA: dict[str, str] = {  # of `RidgePath.best_by`, in words
+CRITERIA: dict[Any, str] = {  # of `RidgePath.best_by`, in words
     "leave_one_out_loss": "leave-one-out loss",
     "generalised_cross_validation": "generalised cross-validation",
 }

@@ -72,7 +72,8 @@ def colour_bar(axes: Axes, image: Any, label: str) -> None:
     """Which colour is which number."""
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.9)
     bar.set_label(label)
-    bar.solids.set_edgecolor("face")
+    assert bar.solids is not None
+    bar.solids.set_edgecolor("face")  # else lines are seen between the shades
     bar.outline.set_edgecolor(COLOURS["ink"])
     bar.locator = MaxNLocator(4)
     bar.formatter = FuncFormatter(plain)

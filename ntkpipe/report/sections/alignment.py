@@ -6,8 +6,8 @@ from ntkpipe.analysis.alignment import Alignment
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.spectrum import cumulative
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import PageTable, Part, Plot
-from ntkpipe.report.sections.words import method_in_words, number, share
+from ntkpipe.report.parts import Part, Plot
+from ntkpipe.report.sections.words import in_numbers, share
 
 _INTRO = (
     "A kernel learns quickly what lies along its leading eigenvectors. The cumulative power C(k) is the share of the "
@@ -21,7 +21,7 @@ def _show(found: Alignment, gathered: Gathered) -> tuple[tuple[Part, ...], None]
     """Cumulative power and alignments."""
     spectrum = gathered.results.get("spectrum")
     held = found.eigenvalues.cumsum() / spectrum.trace if spectrum is not None and spectrum.trace > 0 else None
-    return (_plot(found, held), _numbers(found)), None
+    return (_plot(found, held), in_numbers("Alignment", found)), None
 
 
 ALIGNMENT = Chapter("alignment", "Alignment of kernel and targets", _INTRO, _show)
@@ -54,17 +54,3 @@ def _plot(found: Alignment, held: FloatArray | None) -> Plot:
 
 def _directions(found: Alignment) -> list[str]:
     return ["more than are known" if count is None else f"{count:,}" for count in found.num_directions]
-
-
-def _numbers(found: Alignment) -> PageTable:
-    rows = [
-        ("kernel-target alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖)", number(found.alignment)),
-        ("the same, kernel and targets centred", number(found.centred_alignment)),
-        ("power in the first eigenvector", share(float(found.cumulative_power[0]))),
-        *(
-            (f"eigenvectors that hold {part} of the power", count)
-            for part, count in zip(_SHARES, _directions(found), strict=True)
-        ),
-        ("computed", method_in_words(found.method, found.why)),
-    ]
-    return PageTable("Alignment in numbers", (), tuple(rows))

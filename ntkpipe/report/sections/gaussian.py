@@ -1,6 +1,5 @@
 """The section on the Gaussian process: how sure it is, and how rightly."""
 
-import math
 from functools import partial
 
 import numpy as np
@@ -10,8 +9,8 @@ from ntkpipe.learning.gaussian.calibration import Calibration
 from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.report.figures.regression import coverage, reliability
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import PageTable, Part, Plot
-from ntkpipe.report.sections.words import method_in_words, number, share, with_error
+from ntkpipe.report.parts import Part, Plot
+from ntkpipe.report.sections.words import in_numbers, share
 
 _INTRO = (
     "With the kernel as covariance and the ridge λ as variance of the noise, regression is the mean of a Gaussian "
@@ -27,7 +26,9 @@ def _show(found: Posterior, gathered: Gathered) -> tuple[list[Part], None]:
     parts: list[Part] = [_coverage(scaled.levels, scaled.coverage, plain.coverage)]
     if len(scaled.counts):
         parts.append(_reliability(scaled))
-    return [*parts, _numbers(found, scaled, plain)], None
+    parts.append(in_numbers("The posterior", found))
+    parts += [in_numbers(f"Its calibration, {said},", one) for said, one in (("scaled", scaled), ("as it is", plain))]
+    return parts, None
 
 
 GAUSSIAN = Chapter("gaussian_process", "Gaussian process and its calibration", _INTRO, _show)
@@ -72,29 +73,3 @@ def _reliability(found: Calibration) -> Plot:
             f"{share(found.expected_calibration_error)}.",
         ),
     )
-
-
-def _numbers(posterior: Posterior, scaled: Calibration, plain: Calibration) -> PageTable:
-    factor = math.sqrt(posterior.scale) if posterior.scale >= 0 else math.nan
-    deviation = np.sqrt(posterior.scale * posterior.variance).mean()
-    squares = scaled.mean_standardized_squared_residual, plain.mean_standardized_squared_residual
-    densities = -scaled.negative_log_predictive_density, -plain.negative_log_predictive_density
-    likelihood = with_error(posterior.log_marginal_likelihood, posterior.log_marginal_likelihood_error)
-    rows = (
-        ("noise variance λ", number(posterior.noise, 3)),
-        ("log marginal likelihood, s² = 1", likelihood),
-        ("its data fit and complexity", f"{number(posterior.data_fit)} and {number(posterior.complexity)}"),
-        (
-            "scale of variances s²",
-            f"{number(posterior.scale)}; standard deviations are multiplied with {number(factor)}",
-        ),
-        ("mean standard deviation of the function", f"{number(deviation)}, scaled"),
-        ("mean of (y − f)² / v", _both(*squares) + "; one is right"),
-        ("mean log predictive density", _both(*densities)),
-        ("computed", method_in_words(posterior.method, posterior.why)),
-    )
-    return PageTable("The posterior in numbers", (), rows)
-
-
-def _both(scaled: float, plain: float) -> str:
-    return f"{number(scaled)} scaled, {number(plain)} as it is"

@@ -8,9 +8,8 @@ import numpy as np
 from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.report.figures.spectrum import TailLine, density, eigenvalues
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import PageTable, Part, Plot
-from ntkpipe.report.sections import words
-from ntkpipe.report.sections.words import number, with_error
+from ntkpipe.report.parts import Part, Plot
+from ntkpipe.report.sections.words import in_numbers, number
 
 _INTRO = (
     "Under gradient flow a component of the residual along the kth eigenvector decays like exp(−ηλₖt), and ridge "
@@ -21,10 +20,7 @@ _INTRO = (
 
 def _show(found: KernelSpectrum, _: Gathered) -> tuple[tuple[Part, ...], None]:
     """Eigenvalues by rank and by size, and what is said of them in numbers."""
-    dimensions = words.with_errors(found.effective_dimension, found.effective_dimension_error)
-    rows = tuple(zip(words.ridges_in_words(found.ridges), dimensions, strict=True))
-    table = PageTable("Effective dimension d(λ) = Σ λₖ / (λₖ + λ)", ("λ", "d(λ)"), rows)
-    return (_by_rank(found), _by_size(found), _numbers(found), table), None
+    return (_by_rank(found), _by_size(found), in_numbers("The spectrum", found)), None
 
 
 SPECTRUM = Chapter("spectrum", "Spectrum and density", _INTRO, _show)
@@ -85,26 +81,3 @@ def _by_size(found: KernelSpectrum) -> Plot:
             f"{how}, each smoothed by a bell of 0.1 decades.",
         ),
     )
-
-
-def _numbers(found: KernelSpectrum) -> PageTable:
-    low, high, least, most = found.smallest_low, found.smallest_high, found.condition_low, found.condition_high
-    smallest = number(low) if low == high else f"{number(low)} to {number(high)}"
-    condition = number(least) if least == most else f"at least {number(least)}"
-    if least != most and most is not None and math.isfinite(most):
-        condition = f"{number(least)} to {number(most)}"
-    below = with_error(found.num_below_floor, found.num_below_floor_error)
-    rows = [
-        ("rows n", f"{found.num_rows:,}"),
-        ("largest eigenvalue", number(found.largest)),
-        ("smallest eigenvalue", smallest),
-        ("condition number, largest / smallest", condition),
-        ("storage floor", f"{found.floor:.2g}; {below} eigenvalues are below it"),
-        ("trace", number(found.trace)),
-        ("Frobenius norm", number(found.frobenius)),
-        ("effective rank, trace / largest", number(found.effective_rank)),
-        ("participation ratio, (Σ λ)² / Σ λ²", number(found.participation_ratio)),
-        ("exponential of the spectral entropy", with_error(found.entropy_rank, found.entropy_rank_error)),
-        ("computed", words.method_in_words(found.method, found.why)),
-    ]
-    return PageTable("The spectrum in numbers", (), tuple(rows))

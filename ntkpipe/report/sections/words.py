@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.report.parts import Note
+from ntkpipe.report.parts import Note, PageTable
 from ntkpipe.solvers.result import Result
 
 
@@ -34,6 +34,11 @@ def share(value: float, digits: int = 1) -> str:
 def ridges_in_words(ridges: FloatArray) -> tuple[str, ...]:
     """λ, short enough for a table."""
     return tuple(f"{ridge:.3g}" for ridge in ridges)
+
+
+def in_numbers(title: str, found: Result) -> PageTable:
+    """What a result prints, but its cost, which is among the timings."""
+    return PageTable(f"{title} in numbers", (), tuple(row for row in found.rows() if row[0] != "cost"))
 
 
 def warnings(found: Result) -> tuple[Note, ...]:
