@@ -1,6 +1,7 @@
 """What was gathered becomes a page, and that HTML. What stores say is escaped text, control characters spelled out."""
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from markupsafe import Markup
 
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
+from ntkpipe.learning.regression.ridge_path import Best
 from ntkpipe.report.findings import CRITERIA, choose
 from ntkpipe.report.gather import Chapter, Gathered
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
-from ntkpipe.report.provenance import Records, computed_section, runs_table, verification_section
+from ntkpipe.report.provenance import Json, computed_section, runs_table, verification_section
 from ntkpipe.report.sections.alignment import ALIGNMENT
 from ntkpipe.report.sections.gaussian import GAUSSIAN
 from ntkpipe.report.sections.generalisation import GENERALISATION
@@ -43,16 +45,16 @@ _SYMBOLS = (
 
 def compose(gathered: Gathered) -> Page:
     """The page of what was gathered."""
-    store, records = gathered.store, gathered.records
+    store, runs = gathered.store, gathered.store.store.read_results("runs")
     name, manifest = store.path.name if isinstance(store.path, Path) else store.path, store.manifest
     sections = (
         _reading_section(),
         computed_section(store, gathered.kernel.name),
-        verification_section(records),
+        verification_section(store.store),
         kernel_section(gathered.means, gathered.arrangement, manifest.train.num_samples),
         *(_section(chapter, gathered) for chapter in _CHAPTERS),
         *(_saved_section(name, found) for name, found in gathered.others.items()),
-        timings_section(runs_table(records), (*_kernel_seconds(records), *gathered.seconds)),
+        timings_section(runs_table(runs), (*_kernel_seconds(runs), *gathered.seconds)),
     )
     return Page(
         title=f"Kernel report: {name}",
@@ -123,46 +125,45 @@ def _saved_section(name: str, found: Result) -> Section:
 
 def verdict(gathered: Gathered) -> Headline:
     """Whether the kernel is right, and what it is good for, in one line."""
-    records = gathered.records
-    is_good = None if records.verification is None else bool(records.verification["is_good"])
+    verification, certificate = map(gathered.store.store.read_result, ("verification", "certificate"))
+    is_good = None if verification is None else bool(verification["is_good"])
     lead = {True: "Verified: yes", False: "Verified: no, something is wrong", None: "Not verified yet"}[is_good]
     said = []
-    if records.certificate is not None:
-        worst = max(records.certificate["kernels"], key=lambda kernel: kernel["error"] / kernel["tolerance"])
+    if certificate is not None:
+        worst = max(certificate["kernels"], key=lambda kernel: kernel["error"] / kernel["tolerance"])
         said.append(f"certificate {worst['error']:.1e} (tolerance {worst['tolerance']:.0e})")
     elif is_good is not None:
         said.append("no certificate against the model")
-    said += _regression_in_words(gathered)
+    # How ridge regression does on the test set, at the ridge that training data choose
+    test, (best, accuracy, loss) = gathered.store.manifest.test, _regression(gathered)
+    if best is not None and test is not None and math.isfinite(accuracy):
+        noun = "images" if StoredImages(gathered.store).shape else "samples"
+        right = f"ridge regression {share(accuracy)} of {test.num_samples:,} test {noun} right"
+        said.append(f"{right} (λ = {best.ridge:.3g}, chosen by {CRITERIA[best.criterion]})")
+    elif math.isfinite(loss):
+        said.append(f"ridge regression has test loss {number(loss)}")
     return Headline(is_good, lead, "".join(f"; {words}" for words in said) + ".")
 
 
-def _regression_in_words(gathered: Gathered) -> list[str]:
-    """How ridge regression does on the test set, at the ridge that training data choose."""
-    test, path = gathered.store.manifest.test, gathered.results.get("regression")
-    if path is None or test is None:
-        return []
-    best, noun = choose(path), "images" if StoredImages(gathered.store).shape else "samples"
-    accuracy, loss = path.test_accuracy[best.index], path.test_loss[best.index]
-    if math.isfinite(accuracy):
-        right = f"ridge regression {share(accuracy)} of {test.num_samples:,} test {noun} right"
-        return [f"{right} (λ = {best.ridge:.3g}, chosen by {CRITERIA[best.criterion]})"]
-    return [f"ridge regression has test loss {number(loss)}"] if math.isfinite(loss) else []
+def _regression(gathered: Gathered) -> tuple[Best | None, float, float]:
+    """The ridge that training data choose, and the accuracy and the loss on the test set there, if they are known."""
+    path = gathered.results.get("regression")
+    if path is None:
+        return None, math.nan, math.nan
+    best = choose(path)
+    return best, float(path.test_accuracy[best.index]), float(path.test_loss[best.index])
 
 
 def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
-    numbers: list[tuple[str, str]] = []
-    path, spectrum = map(gathered.results.get, ("regression", "spectrum"))
-    if path is not None:
-        best = choose(path)
-        accuracy, loss = path.test_accuracy[best.index], path.test_loss[best.index]
-        if math.isfinite(accuracy):
-            numbers.append(("test accuracy", share(accuracy)))
-        elif math.isfinite(loss):
-            numbers.append(("test loss", number(loss)))
+    (best, accuracy, loss), (rows, columns) = _regression(gathered), gathered.kernel.shape
+    is_right = math.isfinite(accuracy)
+    numbers = []
+    if is_right or math.isfinite(loss):
+        numbers.append(("test accuracy", share(accuracy)) if is_right else ("test loss", number(loss)))
+    if best is not None:
         numbers.append(("best ridge λ", number(best.ridge, 3)))
-    rows, columns = gathered.kernel.shape
     numbers.append(("kernel", f"{rows:,} × {columns:,}"))
-    if spectrum is not None:
+    if (spectrum := gathered.results.get("spectrum")) is not None:
         numbers += [
             ("largest eigenvalue", number(spectrum.largest)),
             ("condition number", number(spectrum.condition_low, 3)),
@@ -171,6 +172,6 @@ def _numbers(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     return tuple(numbers)
 
 
-def _kernel_seconds(records: Records) -> tuple[tuple[str, float], ...]:
+def _kernel_seconds(runs: Sequence[Json]) -> tuple[tuple[str, float], ...]:
     names = {"kernel, all runs": "seconds", "self-checks before": "self_check_seconds"}
-    return tuple((name, sum(float(run[key]) for run in records.runs)) for name, key in names.items() if records.runs)
+    return tuple((name, sum(float(run[key]) for run in runs)) for name, key in names.items() if runs)

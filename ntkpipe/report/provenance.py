@@ -1,32 +1,18 @@
 """What a store says of itself: what was computed, how it was checked, how long that took."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.report.parts import Note, PageTable, Section
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord
+from ntkpipe.store.store import Store
+
+Json = Mapping[str, Any]  # a record of the store
 
 _MOST_NAMES = 200
 _HELD = "Parameters, and how their Jacobians were held"
-
-
-@dataclass(frozen=True)
-class Records:
-    """Results that a store keeps of its making."""
-
-    verification: Mapping[str, Any] | None  # verification, certificate, self_check: the last of each, or none
-    certificate: Mapping[str, Any] | None
-    self_check: Mapping[str, Any] | None
-    runs: tuple[Mapping[str, Any], ...]  # every run that computed tiles, the oldest first
-
-
-def read_records(store: KernelStore) -> Records:
-    """Read them."""
-    verification, certificate, self_check = map(store.store.read_result, ("verification", "certificate", "self_check"))
-    return Records(verification, certificate, self_check, tuple(store.store.read_results("runs")))
 
 
 def computed_section(store: KernelStore, array: str) -> Section:
@@ -82,10 +68,11 @@ def _representation(parameter: str, representations: Mapping[str, str]) -> str:
     return next((held for names, held in representations.items() if parameter in names.split(" + ")), "not recorded")
 
 
-def verification_section(records: Records) -> Section:
+def verification_section(store: Store) -> Section:
     """How the store was checked."""
-    missing, rows = _verification_rows(records)
-    kernels = () if records.certificate is None else tuple(map(_certificate_row, records.certificate["kernels"]))
+    certificate = store.read_result("certificate")
+    missing, rows = _verification_rows(store, certificate)
+    kernels = () if certificate is None else tuple(map(_certificate_row, certificate["kernels"]))
     parts: list[PageTable | Note] = [PageTable("Checks that the store keeps", (), tuple(rows))] if rows else []
     if kernels:
         columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
@@ -104,8 +91,8 @@ def verification_section(records: Records) -> Section:
     )
 
 
-def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, str]]]:
-    missing, rows, found, check = None, [], records.verification, records.self_check
+def _verification_rows(store: Store, certificate: Json | None) -> tuple[str | None, list[tuple[str, str]]]:
+    missing, rows, found, check = None, [], store.read_result("verification"), store.read_result("self_check")
     if found is None:
         missing = (
             "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
@@ -116,13 +103,13 @@ def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, st
         read = f"{found['chunks_checked']:,} chunks, {format_bytes(found['bytes_checked'])}, read: {wrong}"
         rows.append(("verification", f"{read} ({found['checked']})"))
         rows += [("finding", f"{one['array']}: {one['problem']}") for one in found["findings"][:5]]
-        if records.certificate is None:
+        if certificate is None:
             missing = (
                 "There is no certificate against the model; `ntkpipe verify STORE --workflow FILE`, or "
                 "ntkpipe.verify(store, model), makes one."
             )
-    if records.certificate is not None:
-        rows.append(("certificate", f"of {records.certificate['checked']}, below"))
+    if certificate is not None:
+        rows.append(("certificate", f"of {certificate['checked']}, below"))
     if check is not None:
         judge = f"{check['reference']} in {check['dtype']}"
         error = f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"
@@ -130,14 +117,14 @@ def _verification_rows(records: Records) -> tuple[str | None, list[tuple[str, st
     return missing, rows
 
 
-def _certificate_row(kernel: Mapping[str, Any]) -> tuple[str, ...]:
+def _certificate_row(kernel: Json) -> tuple[str, ...]:
     outcome = "good" if kernel["is_good"] else f"{kernel['num_suspects']:,} suspect rows"
     numbers = (f"{kernel[name]:.1e}" for name in ("error", "median_error", "tolerance"))
     return (str(kernel["array"]), *numbers, outcome)
 
 
-def runs_table(records: Records) -> PageTable | None:
-    """Every run that computed tiles."""
+def runs_table(runs: Sequence[Json]) -> PageTable | None:
+    """Every run that computed tiles, the oldest first."""
     rows = [
         {
             "finished": str(run["finished"]),
@@ -150,7 +137,7 @@ def runs_table(records: Records) -> PageTable | None:
             "of attainable [%]": f"{100 * run['share_of_rate']:.0f}",
             "peak memory": format_bytes(run["peak_memory_bytes"]),
         }
-        for run in records.runs
+        for run in runs
     ]
     if not rows:
         return None

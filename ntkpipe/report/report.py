@@ -15,7 +15,7 @@ from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.report.gather import gather
+from ntkpipe.report.gather import Gathered
 from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.media.folder import Folder
@@ -136,7 +136,7 @@ def write_report(
     across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
     run = partial(run_step, opened, array=array, memory_limit=budget, client=client, progress=progress)
     with reading_results(opened.path):
-        gathered = gather(opened, array, across, None if saved_only else run)
+        gathered = Gathered(opened, array, across, None if saved_only else run)
         from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
         page = compose(gathered)
