@@ -58,10 +58,10 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
     for row, column in kernel.grid.tiles():
         tile = _by_sample(kernel.read_stored(row, column), kernel.num_covectors)
         at = [slice(span.start, span.stop) for span in map(kernel.grid.rows.samples, (row, column))]
-        for total, (labels, _) in zip(sums, groupings, strict=True):
-            _add(total, tile, labels[at[0]], labels[at[1]])
-            if row != column:
-                _add(total, tile.T, labels[at[1]], labels[at[0]])
+        for total, (labels, count) in zip(sums, groupings, strict=True):
+            pairs = labels[at[0], None] * count + labels[at[1]]
+            part = np.bincount(pairs.ravel(), tile.ravel(), count * count).reshape(count, count)
+            total += part if row == column else part + part.T
         if row == column:
             diagonal[at[0]] = tile.diagonal()
     return [_mean(total, diagonal, labels) for total, (labels, _) in zip(sums, groupings, strict=True)]
@@ -70,16 +70,6 @@ def block_means(kernel: Kernel, groupings: Sequence[tuple[BinLabels, int]]) -> l
 def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
     blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
     return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
-
-
-def _add(total: FloatArray, tile: FloatArray, rows: BinLabels, columns: BinLabels) -> None:
-    for labels in (rows, columns):
-        order = np.argsort(labels, kind="stable")
-        groups, starts = np.unique(labels[order], return_index=True)
-        tile = np.add.reduceat(tile[order], starts, axis=0).T
-        if labels is rows:
-            of_rows = groups
-    total[np.ix_(of_rows, groups)] += tile
 
 
 def _mean(total: FloatArray, diagonal: FloatArray, labels: BinLabels) -> FloatArray:

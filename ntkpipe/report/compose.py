@@ -12,8 +12,7 @@ from markupsafe import Markup
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
 from ntkpipe.learning.regression.ridge_path import Best
-from ntkpipe.report.findings import CRITERIA, choose
-from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.gather import CRITERIA, Chapter, Gathered, choose
 from ntkpipe.report.images import StoredImages
 from ntkpipe.report.parts import Headline, Page, PageTable, Section
 from ntkpipe.report.provenance import Json, computed_section, runs_table, verification_section

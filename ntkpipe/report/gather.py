@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import absolute_ridge
 from ntkpipe.base.targets import Targets, Task, encode
 from ntkpipe.learning.gaussian.calibration import Calibration, calibration
+from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 from ntkpipe.report.blocks import arrange, block_means
-from ntkpipe.report.findings import HOW_TO_TEST, choose
 from ntkpipe.report.parts import Part
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.registry import REGISTRY
@@ -22,6 +24,11 @@ from ntkpipe.store.kernel_store import KernelStore
 
 Run = Callable[..., Result]  # runs a step by its name and options, and saves its result if the store can be written
 
+HOW_TO_TEST = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
+CRITERIA: dict[Any, str] = {  # of `RidgePath.best_by`, in words
+    "leave_one_out_loss": "leave-one-out loss",
+    "generalised_cross_validation": "generalised cross-validation",
+}
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."
 )
@@ -129,6 +136,15 @@ class Chapter:
     intro: tuple[str, ...]
     # What follows, and a sentence on what is missing there, from the result and everything beside it
     show: Callable[[Any, Gathered], tuple[Sequence[Part], str | None]]
+
+
+def choose(path: RidgePath) -> Best:
+    """The best ridge by what training data alone say; the largest where they say nothing."""
+    for criterion in CRITERIA:
+        if np.isfinite(getattr(path, criterion)).any():
+            return path.best_by(criterion)
+    index = int(np.argmax(path.ridges))
+    return Best(criterion=criterion, index=index, ridge=float(path.ridges[index]), value=np.nan)
 
 
 def _encoded(store: KernelStore, task: Task) -> Targets | None:

@@ -28,13 +28,9 @@ def _four(low: float, high: float) -> dict[str, regression.Curve]:
     return {quantity: _curve(label, low, high) for quantity, label in names.items()}
 
 
-def _over_ridges(low: float, high: float, marked: dict[str, float], *, is_share: bool = False) -> Draw:
-    curves = _four(low, high)
-    return partial(regression.over_ridges, ridges=RIDGES, curves=curves, marked=marked, is_share=is_share)
-
-
-def _ratios(marked: dict[str, float]) -> Draw:
-    return partial(regression.ratios, ridges=RIDGES, curves=_four(0.01, 1.3), marked=marked)
+def _over_ridges(low: float, high: float, ridge: float, unit: regression.Unit = "loss") -> Draw:
+    marked = ("best ridge", ridge)
+    return partial(regression.over_ridges, ridges=RIDGES, curves=_four(low, high), marked=marked, unit=unit)
 
 
 def _coverage() -> Draw:
@@ -86,24 +82,12 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
     "density of millions": (lambda: _density(3e6, 0.1, 0.2), 0.8),
     "power": (lambda: _power(4000, np.linspace(0.5, 1, 4000)), 0.8),
     "power of a few": (lambda: _power(3, None), 0.8),
-    "losses": (
-        lambda: _over_ridges(1e-7, 1.0, {"best ridge": 1.0, "mean diagonal": 9.0}),
-        0.8,
-    ),
-    "losses within a decade": (
-        lambda: _over_ridges(0.011, 0.019, {"best ridge": 0.0}),
-        0.8,
-    ),
-    "accuracies": (
-        lambda: _over_ridges(0.951, 0.957, {"best ridge": 1.0}, is_share=True),
-        0.8,
-    ),
-    "ratios": (lambda: _ratios({"mean diagonal of K": 9.0}), 0.8),
+    "losses": (lambda: _over_ridges(1e-7, 1.0, 1.0), 0.8),
+    "losses within a decade": (lambda: _over_ridges(0.011, 0.019, 0.0), 0.8),
+    "accuracies": (lambda: _over_ridges(0.951, 0.957, 1.0, "share"), 0.8),
+    "ratios": (lambda: _over_ridges(0.01, 1.3, 9.0, "ratio"), 0.92),
     "coverage": (_coverage, 0.8),
-    "reliability": (
-        _reliability,
-        0.8,
-    ),
+    "reliability": (_reliability, 0.8),
     "picture by class": (lambda: _picture([str(i) for i in range(10)], 4000, 5.0), 1.16),
     "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 1.16),
     "picture of small entries": (lambda: _picture([], 7, 1e-9), 1.16),

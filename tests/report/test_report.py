@@ -21,7 +21,7 @@ from ntkpipe.app import workflow
 from ntkpipe.app.cli import main
 from ntkpipe.base.errors import ArgumentError, ConfigError, ResourceError, StoreError
 from ntkpipe.report import report
-from ntkpipe.report.findings import choose
+from ntkpipe.report.gather import choose
 from ntkpipe.report.report import write_report
 from ntkpipe.steps.run import run_step
 from ntkpipe.steps.saved import saved_result

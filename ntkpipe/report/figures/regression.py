@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,6 +22,12 @@ class Curve:
 
 
 Curves = Mapping[Quantity, Curve]
+Unit = Literal["loss", "share", "ratio"]
+_UNITS: dict[Unit, str] = {
+    "loss": "mean squared error [target units²]",
+    "share": "samples right [%]",
+    "ratio": "estimate / measured [ratio]",
+}
 
 
 def known(curves: Curves) -> dict[Quantity, Curve]:
@@ -28,50 +35,33 @@ def known(curves: Curves) -> dict[Quantity, Curve]:
     return {quantity: curve for quantity, curve in curves.items() if np.isfinite(curve.values).any()}
 
 
-def over_ridges(
-    axes: Axes, ridges: FloatArray, curves: Curves, marked: Mapping[str, float], is_share: bool = False
-) -> None:
-    """Losses, or shares in percent, over ridges; vertical lines mark single ridges."""
-    places = drawn_ridges(ridges)
-    factor = 100 if is_share else 1
+def over_ridges(axes: Axes, ridges: FloatArray, curves: Curves, marked: tuple[str, float], unit: Unit = "loss") -> None:
+    """Losses, shares in percent, or ratios to what was measured, over ridges; a vertical line marks one of these."""
+    places = _drawn(ridges)
+    factor = 100 if unit == "share" else 1
+    if unit == "ratio":
+        axes.axhspan(0.8, 1.25, color=COLOURS["line"], alpha=0.6, linewidth=0, label="within a factor of 1.25")
+        axes.axhline(1.0, **line("reference"))
     for quantity, curve in curves.items():
         style = line(quantity, len(places))
         axes.plot(places, factor * curve.values, label=curve.label, **style)
         if curve.errors is not None and np.isfinite(curve.errors).any():
             low, high = curve.values - curve.errors, curve.values + curve.errors
-            low = low if is_share else np.maximum(low, curve.values / 1e3)
+            low = np.maximum(low, curve.values / 1e3) if unit == "loss" else low
             axes.fill_between(places, factor * low, factor * high, color=style["color"], alpha=0.2, linewidth=0)
-    for (name, ridge), dashes in zip(marked.items(), ("--", ":", "-."), strict=False):
-        place = drawn_ridges(np.append(ridges, ridge))[-1]
-        axes.axvline(place, label=name, **{**line("reference"), "linestyle": dashes, "linewidth": 1.2})
-    logarithmic(axes, "x" if is_share else "xy")
-    if is_share:
+    name, ridge = marked
+    mark = {**line("reference"), "linestyle": ":", "linewidth": 1.2}
+    axes.axvline(_drawn(np.append(ridges, ridge))[-1], label=name, **mark)
+    logarithmic(axes, "xy" if unit == "loss" else "x")
+    if unit != "loss":
         linear(axes, "y")
-    label(axes, _ridge_label(ridges), "samples right [%]" if is_share else "mean squared error [target units²]")
+    label(axes, "ridge λ [kernel units]" + ("; leftmost: λ = 0" if (ridges == 0).any() else ""), _UNITS[unit])
 
 
-def drawn_ridges(ridges: FloatArray) -> FloatArray:
-    """Where ridges are drawn on a logarithmic axis: zero one decade below the others."""
+def _drawn(ridges: FloatArray) -> FloatArray:
+    """Where ridges are on a logarithmic axis: zero one decade below the others."""
     positive = ridges[ridges > 0]
     return np.where(ridges > 0, ridges, positive.min() / 10 if len(positive) else 1.0)
-
-
-def _ridge_label(ridges: FloatArray) -> str:
-    return "ridge λ [kernel units]" + ("; leftmost: λ = 0" if (ridges == 0).any() else "")
-
-
-def ratios(axes: Axes, ridges: FloatArray, curves: Curves, marked: Mapping[str, float]) -> None:
-    """What estimates say over what was measured; one is right."""
-    places = drawn_ridges(ridges)
-    axes.axhspan(0.8, 1.25, color=COLOURS["line"], alpha=0.6, linewidth=0, label="within a factor of 1.25")
-    axes.axhline(1.0, **line("reference"))
-    for quantity, curve in curves.items():
-        axes.plot(places, curve.values, label=curve.label, **line(quantity, len(places)))
-    for name, ridge in marked.items():
-        axes.axvline(ridge, label=name, **{**line("reference"), "linestyle": ":", "linewidth": 1.2})
-    logarithmic(axes, "x")
-    linear(axes, "y")
-    label(axes, _ridge_label(ridges), "estimate / measured [ratio]")
 
 
 def coverage(axes: Axes, nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> None:

@@ -5,9 +5,8 @@ from functools import partial
 import numpy as np
 
 from ntkpipe.analysis.generalisation import Generalisation
-from ntkpipe.report.figures.regression import Curve, Curves, known, over_ridges, ratios
-from ntkpipe.report.findings import HOW_TO_TEST
-from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.figures.regression import Curve, Curves, known, over_ridges
+from ntkpipe.report.gather import HOW_TO_TEST, Chapter, Gathered
 from ntkpipe.report.parts import PageTable, Part, Plot
 from ntkpipe.report.sections import words
 from ntkpipe.report.sections.words import number, with_errors
@@ -57,7 +56,7 @@ def _losses(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "estimates",
         "Loss across ridges, predicted and measured",
-        partial(over_ridges, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal}),
+        partial(over_ridges, ridges=ridges, curves=curves, marked=(_MARK, mean_diagonal)),
         f"Lines of the loss over the ridge: {_in_words(curves)}.",
         (
             "Each line is one way to say what the loss on new samples is. Lines that lie on the measured one (circles) "
@@ -78,7 +77,7 @@ def _ratios(found: Generalisation, curves: Curves, mean_diagonal: float) -> Plot
     return Plot(
         "ratios",
         "Estimate over measured test loss",
-        partial(ratios, ridges=ridges, curves=curves, marked={_MARK: mean_diagonal}),
+        partial(over_ridges, ridges=ridges, curves=curves, marked=(_MARK, mean_diagonal), unit="ratio"),
         f"Lines of the ratio of each estimate to the measured test loss over the ridge: {_in_words(curves)}.",
         (
             "One is right; below it an estimate is too optimistic. Inside of the grey band it is right within a factor "

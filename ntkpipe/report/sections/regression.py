@@ -7,8 +7,7 @@ import numpy as np
 
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 from ntkpipe.report.figures.regression import Curve, known, over_ridges
-from ntkpipe.report.findings import CRITERIA, HOW_TO_TEST, choose
-from ntkpipe.report.gather import Chapter, Gathered
+from ntkpipe.report.gather import CRITERIA, HOW_TO_TEST, Chapter, Gathered, choose
 from ntkpipe.report.parts import PageTable, Part, Plot
 from ntkpipe.report.sections.words import number, ridges_in_words, share, with_errors
 
@@ -51,7 +50,7 @@ def _losses(found: RidgePath, best: Best) -> Plot:
     return Plot(
         "losses",
         "Loss across ridges",
-        partial(over_ridges, ridges=found.ridges, curves=curves, marked={"best ridge": best.ridge}),
+        partial(over_ridges, ridges=found.ridges, curves=curves, marked=("best ridge", best.ridge)),
         "Lines of training, leave-one-out, cross-validation and test loss over the ridge; the best ridge by "
         f"{criterion} is {best.ridge:.3g}.",
         (
@@ -69,14 +68,13 @@ def _accuracies(found: RidgePath, best: Best) -> Plot:
     left_out = Curve("leave-one-out", found.leave_one_out_accuracy, found.leave_one_out_accuracy_error)
     curves = known({"test": Curve("test", found.test_accuracy), "leave-one-out": left_out})
     left, right = found.leave_one_out_accuracy[best.index], found.test_accuracy[best.index]
-    marked = {"best ridge": best.ridge}
-    draw = partial(over_ridges, ridges=found.ridges, curves=curves, marked=marked, is_share=True)
+    marked = ("best ridge", best.ridge)
     said = f"At the best ridge {share(left)} of the training samples are right when left out"
     said += f", and {share(right)} of the test samples." if np.isfinite(right) else "."
     return Plot(
         "accuracies",
         "Accuracy across ridges",
-        draw,
+        partial(over_ridges, ridges=found.ridges, curves=curves, marked=marked, unit="share"),
         f"Lines of accuracy over the ridge. {said}",
         (
             "A sample is right if the class that its outputs predict is its own.",
