@@ -86,7 +86,7 @@ def render(plot: Plot) -> Markup:
     shapes = re.sub(r"(?s)^.*?<svg[^>]*>|<style.*?</style>|</svg>", "", buffer.getvalue())
     shapes = re.sub(r" font-family: [^;\"]*;?", "", re.sub(r'<g id="[^"]*"', "<g", shapes))
     for colour, drawn in COLOURS.items():
-        shapes = shapes.replace(drawn, f"var(--{colour})")
+        shapes = shapes.replace(f": {drawn}", f": var(--{colour})")
     size = "{:g} {:g}".format(*(72 * figure.get_size_inches()))
     element = Markup('<svg role="img" viewBox="0 0 {}"><title>{}</title>{}</svg>')
     return element.format(size, printable(plot.alt), Markup(printable(shapes)))

@@ -67,9 +67,9 @@ def _picture(names: list[str], num_samples: int, scale: float) -> Draw:
     )
 
 
-def _class_means(count: int, scale: float) -> Draw:
+def _class_means(count: int, scale: float, name: str = "") -> Draw:
     means = scale * np.random.default_rng(0).random((count, count))
-    return partial(kernel.class_means, means=means, names=[str(i) for i in range(count)])
+    return partial(kernel.class_means, means=means, names=[f"{name}{i}" for i in range(count)])
 
 
 _BARS = ["kernel, all runs", "self-checks before", "all eigenpairs", "gaussian process", "generalisation", "regression"]
@@ -92,6 +92,8 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
     "picture of many classes": (lambda: _picture([str(i) for i in range(100)], 60_000, 5e7), 1.16),
     "picture of small entries": (lambda: _picture([], 7, 1e-9), 1.16),
     "class means": (lambda: _class_means(10, 1e4), 1.16),
+    "means of classes with long names": (lambda: _class_means(12, 1.0, "a very long name of class "), 1.16),
+    "means of classes with names": (lambda: _class_means(4, 1.0, "aircraft"), 1.16),
     "means of many classes": (lambda: _class_means(100, 1e-6), 1.16),
     "means of two classes": (lambda: _class_means(2, 1.0), 1.16),
     "time": (lambda: partial(timings.bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.65),

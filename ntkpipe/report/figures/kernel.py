@@ -12,6 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.figures.axes import colour_bar, linear
 
 MOST_NAMES = 12
+_MOST_LETTERS, _MOST_IN_A_ROW = 16, 30  # of a name, and of all names side by side
 _SHADES = mpl.colormaps["cividis"].resampled(48)  # more are not told apart, and make the page larger
 
 
@@ -44,8 +45,10 @@ def _squares(axes: Axes, image: Any, places: FloatArray, names: Sequence[str], u
     axes.figure.set_layout_engine("compressed")  # squares are laid out right by this one only
     axes.grid(visible=False)
     if 0 < len(names) <= MOST_NAMES:
-        for set_ticks in (axes.set_xticks, axes.set_yticks):
-            set_ticks(places, list(names))
+        short = [name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…" for name in names]
+        upright: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        axes.set_xticks(places, short, **(upright if max(map(len, short)) * len(short) > _MOST_IN_A_ROW else {}))
+        axes.set_yticks(places, short)
         axes.tick_params(length=0)
     else:
         linear(axes, "xy", whole=True)
