@@ -23,11 +23,12 @@ _INTRO = (
 def _show(found: Posterior, gathered: Gathered) -> tuple[list[Part], None]:
     """Coverage of intervals, and of classes their confidence against how often they are right."""
     scaled, plain = gathered.calibrations
+    kinds = (("times s²", scaled), ("as they are", plain))
     parts: list[Part] = [_coverage(scaled.levels, scaled.coverage, plain.coverage)]
     if len(scaled.counts):
         parts.append(_reliability(scaled))
     parts.append(in_numbers("The posterior", found))
-    parts += [in_numbers(f"Its calibration, {said},", one) for said, one in (("scaled", scaled), ("as it is", plain))]
+    parts += [in_numbers(f"Its calibration, variances {said},", one) for said, one in kinds]
     return parts, None
 
 
