@@ -82,9 +82,9 @@ def render(plot: Plot) -> Markup:
         warnings.filterwarnings("ignore", "Glyph")  # the font of the page may have it
         figure = draw_figure(plot.draw, plot.height)
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    # The style would be one of the whole page, and groups have the same names in every figure.
+    # The style would be one of the whole page, and groups have the same names in every figure. The font is overridden.
     shapes = re.sub(r"(?s)^.*?<svg[^>]*>|<style.*?</style>|</svg>", "", buffer.getvalue())
-    shapes = re.sub(r" font-family: [^;\"]*;?", "", re.sub(r'<g id="[^"]*"', "<g", shapes))
+    shapes = re.sub(r'<g id="[^"]*"', "<g", shapes)
     for colour, drawn in COLOURS.items():
         shapes = shapes.replace(f": {drawn}", f": var(--{colour})")
     size = "{:g} {:g}".format(*(72 * figure.get_size_inches()))
