@@ -63,14 +63,6 @@ class Context:
         return self.store.store.arrays.get(self.kernel.name.removesuffix("train") + name)
 
 
-def _targets(context: Context) -> NDArray[Any] | None:
-    return context.store.targets
-
-
-def _test_targets(context: Context) -> NDArray[Any] | None:
-    return context.store.test_targets
-
-
 def _test_kernel(context: Context) -> Kernel | None:
     array = context.array("test_train")
     return None if array is None else Kernel(array, context.store.manifest.digest())
@@ -127,8 +119,11 @@ def _model(
 ) -> KernelRegression:
     options: Mapping[str, Any] = {"ridge_scale": ridge_scale, "centre": centre, "method": method, "task": task}
     model = KernelRegression(ridge, **options, tol=tol, seed=seed, memory_limit=context.share)
-    targets = require(context, "targets", _targets(context))
+    targets = require(context, "targets", context.store.targets)
     return model.fit(context.operator, targets, initial_outputs=_initial_outputs(context, centre=centre))
+
+
+_model.__doc__ = KernelRegression.__doc__  # which explains its options
 
 
 def _leading_eigenpairs(context: Context) -> Result | None:
@@ -159,9 +154,9 @@ INPUTS: dict[str, Callable[..., Any]] = {
     "client": lambda context: context.client,
     "monitor": lambda context: context.monitor,
     "checkpoint": lambda context: context.checkpoint,
-    "rhs": _targets,
-    "targets": _targets,
-    "test_targets": _test_targets,
+    "rhs": lambda context: context.store.targets,
+    "targets": lambda context: context.store.targets,
+    "test_targets": lambda context: context.store.test_targets,
     "test_kernel": _test_kernel,
     "test_diagonal": _test_diagonal,
     "initial_outputs": _initial_outputs,
@@ -174,9 +169,6 @@ INPUTS: dict[str, Callable[..., Any]] = {
 }
 # Inputs that are the result of another step: parameter → name of the step.
 RESULTS = {"posterior": "gaussian_process"}
-
-# Inputs whose options another docstring explains.
-EXPLAINED: dict[str, Any] = {"model": KernelRegression}
 
 _HOW = {
     "targets": "targets; give targets= to compute_kernel, or return them from the workflow's data.factory",

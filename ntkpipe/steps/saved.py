@@ -43,7 +43,7 @@ def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str
     StoreError
         If the result is damaged.
     """
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    opened = open_kernel(store)
     step = name.partition("-")[0]
     return _load(opened, step, name) if step in REGISTRY else load_result(opened.store, name)
 

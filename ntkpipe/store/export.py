@@ -65,7 +65,7 @@ def export_kernel(
     ResourceError, StoreFullError, StoreError
         If the disk has too little space (ResourceError: nothing was written), or the file cannot be written.
     """
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    opened = open_kernel(store)
     source = find_array(opened.store, array)
     target = Path(os.path.expanduser(path))
     if target.suffix not in _WRITERS:
