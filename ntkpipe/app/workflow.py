@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ntkpipe.analysis.summary import Summary, summarize
+from ntkpipe.app.commands import client_of
 from ntkpipe.base.arguments import check_options, options_of, require_known
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
@@ -106,15 +107,7 @@ def run(
 
 
 def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
-    if run.scheduler is None:
-        return contextlib.nullcontext()
-    try:
-        from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"run.scheduler={run.scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
-        ) from error
-    return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
+    return client_of(run, num_gpus=count_gpus() if run.scheduler == "local" and run.device != "cpu" else 0)
 
 
 def plan(loaded: Loaded, *, grow: bool = False) -> PlannedKernel:
@@ -129,14 +122,18 @@ def _arguments(loaded: Loaded) -> dict[str, Any]:
     return {"model": loaded.model, "forward": loaded.forward, "store": workflow.store, **loaded.data, **specs}
 
 
-def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
+def verify_store(
+    loaded: Loaded, store: KernelStore, *, progress: bool = True, certify: bool = True
+) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
+    if not certify:
+        return verify(store, progress=progress)
     options: Any = {"forward": loaded.forward, "device": loaded.workflow.run.device, "progress": progress}
     samples = {name: loaded.data[name] for name in ("inputs", "test_inputs") if name in loaded.data}
     return verify(store, loaded.model, **samples, **options)
 
 
-def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
+def repair_store(loaded: Loaded, store: KernelStore, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
     run = loaded.workflow.run
     with _client_of(run) as client:
@@ -188,12 +185,8 @@ def _done(step: StepSpec, loaded: Loaded, store: KernelStore, shared: Mapping[st
     if name == "report":
         found: Report | VerificationReport = write_report(store, **shared, **options)
     else:
-        found = _verified(loaded, store, progress=shared["progress"], **options)
+        found = verify_store(loaded, store, progress=shared["progress"], **options)
     return StepResult(name, found.rows(), found.is_good)
-
-
-def _verified(loaded: Loaded, store: KernelStore, *, progress: bool, certify: bool = True) -> VerificationReport:
-    return verify_store(loaded, store, progress=progress) if certify else verify(store, progress=progress)
 
 
 def summary_rows(found: Summary) -> TableRows:
@@ -216,7 +209,7 @@ def summary_rows(found: Summary) -> TableRows:
 
 
 # Steps that are in no registry, with the functions that have their options.
-_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": _verified, "summary": summarize}
+_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": verify_store, "summary": summarize}
 
 
 def _check_step(step: StepSpec, source: str) -> None:
