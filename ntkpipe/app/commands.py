@@ -54,7 +54,7 @@ class StepCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The store, what the function takes, and what every step takes."""
         if not self.params:
-            from ntkpipe.steps.options import help_of_step, options_of_step  # keeps scipy out of other commands
+            from ntkpipe.steps.inputs import help_of_step, options_of_step  # keeps scipy out of other commands
 
             about, texts = help_of_step(self._entry)
             self.help = f"{about}\n\nThe result is saved in results/{self.name} of STORE."

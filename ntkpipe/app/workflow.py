@@ -25,7 +25,7 @@ from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.report.report import Report, require_libraries, write_report
-from ntkpipe.steps.options import check_step
+from ntkpipe.steps.inputs import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore

@@ -77,20 +77,16 @@ class Grid:
     @property
     def num_tiles(self) -> int:
         """Tiles that are stored."""
-        count = self.rows.num_tiles
-        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_tiles
+        return self.num_blocks(edge=1)
 
     @property
     def num_pairs(self) -> int:
         """Pairs of samples whose S*S entries are computed: half of them, with the diagonal, where symmetric."""
-        count = self.rows.num_samples
-        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_samples
+        return self._count(self.rows.num_samples, self.columns.num_samples)
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Stored tiles, row by row."""
-        for row in range(self.rows.num_tiles):
-            for column in range(row if self.symmetric else 0, self.columns.num_tiles):
-                yield row, column
+        return ((block.row_start, block.column_start) for block in self.blocks(edge=1))
 
     def is_stored(self, row: int, column: int) -> bool:
         """Whether tile (row, column) is stored, rather than its mirror image."""
@@ -105,7 +101,9 @@ class Grid:
 
     def num_blocks(self, edge: int) -> int:
         """Number of blocks of :meth:`blocks`, without listing them."""
-        rows, columns = -(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge)
+        return self._count(-(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge))
+
+    def _count(self, rows: int, columns: int) -> int:
         return rows * (rows + 1) // 2 if self.symmetric else rows * columns
 
 

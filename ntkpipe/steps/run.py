@@ -14,9 +14,8 @@ from ntkpipe.base.arguments import check_options, options_of, parameters_of
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
-from ntkpipe.solvers.result import Monitor, Result, Step
-from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, require
-from ntkpipe.steps.options import check_step, inputs_of, options_of_step
+from ntkpipe.solvers.result import Monitor, Result
+from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, check_step, inputs_of, options_of_step, require
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
 from ntkpipe.steps.saved import result_name, saved_result
 from ntkpipe.store.export import find_kernel
@@ -155,14 +154,9 @@ def _save(store: KernelStore, name: str, result: Result) -> None:
 @contextmanager
 def _shown(name: str, checkpoint: Checkpoint | None, progress: bool) -> Iterator[Monitor]:
     with Passes(name, enabled=progress) as shown:
-
-        def monitor(step: Step) -> None:
-            shown.show(step.work.passes, step.residual, step.target)
-
         try:
-            yield monitor
+            yield lambda step: shown.show(step.work.passes, step.residual, step.target)
         except KeyboardInterrupt:
-            left = "begins again: it keeps nothing on the way"
-            if checkpoint is not None and checkpoint.load() is not None:
-                left = "goes on from the checkpoint that it left"
+            kept = checkpoint is not None and checkpoint.load() is not None
+            left = "goes on from the checkpoint that it left" if kept else "begins again: it keeps nothing on the way"
             raise Interrupted(f"{name} was interrupted; the same command {left}") from None

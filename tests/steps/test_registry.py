@@ -17,7 +17,7 @@ from ntkpipe.app.workflow import _check_step
 from ntkpipe.base.config import StepSpec
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.solvers.result import Result
-from ntkpipe.steps.options import help_of_step, options_of_step
+from ntkpipe.steps.inputs import help_of_step, options_of_step
 from ntkpipe.steps.registry import REGISTRY, Entry
 from ntkpipe.steps.run import run_step
 from ntkpipe.steps.saved import read_result
