@@ -55,11 +55,11 @@ def cli() -> None:
 @cli.command(params=[WORKFLOW, OVERRIDES, GROW, MODE, SCHEDULER])
 def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
-    from ntkpipe.app.workflow import load
-    from ntkpipe.app.workflow import run as run_workflow
+    from ntkpipe.app import workflow as workflows
 
+    loaded = workflows.load(workflow, _with_scheduler(overrides, scheduler))
     are_good = []
-    for result in run_workflow(load(workflow, _with_scheduler(overrides, scheduler)), mode=mode, grow=grow):
+    for result in workflows.run(loaded, mode=mode, grow=grow):
         print_rows(result.step, result.rows)
         are_good.append(result.is_good)
     if not all(are_good):
@@ -85,13 +85,12 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
 
     With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
     """
-    from ntkpipe.app.workflow import load
-    from ntkpipe.app.workflow import plan as plan_workflow
+    from ntkpipe.app import workflow as workflows
     from ntkpipe.build.estimate import estimate_cluster
     from ntkpipe.jacobian import parameter_report as reports
 
-    loaded = load(workflow, overrides)
-    planned, found = plan_workflow(loaded, grow=grow)
+    loaded = workflows.load(workflow, overrides)
+    planned, found = workflows.plan(loaded, grow=grow)
     described = loaded.workflow.cluster
     estimate = None if described is None else estimate_cluster(planned, described)
     if as_json:

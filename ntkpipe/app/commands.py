@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -73,20 +73,14 @@ class StepCommand(click.Command):
         show_result(f"{self.name} {store}", found, as_json=as_json)
 
 
-class _Value(click.ParamType[Any]):
-    """A value of an option."""
-
-    name = "value"
-
-    def __init__(self, option: Option) -> None:
-        self._option = option
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read text."""
+def _reader(option: Option) -> Callable[..., Any]:
+    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
         try:
-            return self._option.read(value)
+            return None if value is None else option.read(value)
         except ConfigError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return read
 
 
 def _parameter(option: Option, text: str) -> click.Parameter:
@@ -99,12 +93,12 @@ def _parameter(option: Option, text: str) -> click.Parameter:
     if members == [bool]:
         names = [option.name, *(f"{one}/--no-{one[2:]}" for one in names[1:])]
         return click.Option(names, default=None, help=text + default)
-    kind: click.ParamType[Any] = _Value(option)
-    metavar: str | None = "NUMBERS" if is_list(members[0]) else _METAVARS.get(members[0], "TEXT")
+    found: dict[str, Any] = {"required": option.is_required, "help": text + default}
     if len(members) == 1 and get_origin(members[0]) is Literal:
         has_none = NoneType in members_of(option.annotation) and default
-        kind, metavar = click.Choice([*get_args(members[0]), *([_NONE] if has_none else [])]), None
-    return click.Option(names, type=kind, required=option.is_required, metavar=metavar, help=text + default)
+        return click.Option(names, type=click.Choice([*get_args(members[0]), *([_NONE] if has_none else [])]), **found)
+    metavar = "NUMBERS" if is_list(members[0]) else _METAVARS.get(members[0], "TEXT")
+    return click.Option(names, callback=_reader(option), metavar=metavar, **found)
 
 
 def _shown(default: Any) -> str:

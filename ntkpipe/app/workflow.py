@@ -126,19 +126,17 @@ def verify_store(
     loaded: Loaded, store: KernelStore, *, progress: bool = True, certify: bool = True
 ) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    if not certify:
-        return verify(store, progress=progress)
-    options: Any = {"forward": loaded.forward, "device": loaded.workflow.run.device, "progress": progress}
     samples = {name: loaded.data[name] for name in ("inputs", "test_inputs") if name in loaded.data}
-    return verify(store, loaded.model, **samples, **options)
+    against: Any = {"model": loaded.model, "forward": loaded.forward, "device": loaded.workflow.run.device, **samples}
+    return verify(store, **(against if certify else {}), progress=progress)
 
 
 def repair_store(loaded: Loaded, store: KernelStore, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
     run = loaded.workflow.run
+    options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "forward": loaded.forward}
     with _client_of(run) as client:
-        options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "progress": progress}
-        return repair(store, loaded.model, forward=loaded.forward, client=client, code=loaded.folder, **options)
+        return repair(store, loaded.model, client=client, code=loaded.folder, progress=progress, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:

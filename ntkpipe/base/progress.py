@@ -30,9 +30,9 @@ def _rate(speed: float, unit: str) -> str:
 class _Display:
     """A line that is live on a terminal, and printed every few seconds elsewhere; shown inside ``with``."""
 
-    def __init__(self, what: str, live: bars.Progress, stream: TextIO, *, enabled: bool, **task: Any) -> None:
-        self._what, self._live, self._stream = what, live, stream
-        self._is_live = enabled and stream.isatty()
+    def __init__(self, what: str, live: bars.Progress, *, enabled: bool, **task: Any) -> None:
+        self._what, self._live = what, live
+        self._is_live = enabled and live.console.file.isatty()
         self._prints = enabled and not self._is_live
         self._task = live.add_task(what, **task)
         self._start = self._last = monotonic()
@@ -48,7 +48,7 @@ class _Display:
 
     def _print(self, words: str, now: float, *, is_last: bool = False) -> None:
         if self._prints and (is_last or now - self._last >= _SECONDS_BETWEEN_LINES):
-            print(f"{self._what}: {words}", file=self._stream, flush=True)
+            print(f"{self._what}: {words}", file=self._live.console.file, flush=True)
             self._last = now
 
 
@@ -58,11 +58,10 @@ class Ticks(_Display):
     def __init__(
         self, total: int, *, what: str, unit: str, enabled: bool = True, done: int = 0, stream: TextIO | None = None
     ) -> None:
-        stream = stream or sys.stderr
         counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", _RateColumn())
         times = (bars.TimeElapsedColumn(), "elapsed,", bars.TimeRemainingColumn(), "left")
-        live = bars.Progress(*counts, *times, console=Console(file=stream))
-        super().__init__(what, live, stream, enabled=enabled, total=total, completed=done, unit=unit)
+        live = bars.Progress(*counts, *times, console=Console(file=stream or sys.stderr))
+        super().__init__(what, live, enabled=enabled, total=total, completed=done, unit=unit)
         self._total, self._done, self._unit, self._count = total, done, unit, 0
 
     def tick(self) -> None:
@@ -89,11 +88,9 @@ class Passes(_Display):
     """Progress of an iteration: passes, residual, time left."""
 
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
-        stream = stream or sys.stderr
-        columns = (bars.SpinnerColumn(), "{task.description}")
-        live = bars.Progress(*columns, console=Console(file=stream), transient=True)
-        super().__init__(what, live, stream, enabled=enabled)
-        live.update(self._task, description=f"{what}: first pass")
+        columns, console = (bars.SpinnerColumn(), "{task.description}"), Console(file=stream or sys.stderr)
+        super().__init__(what, bars.Progress(*columns, console=console, transient=True), enabled=enabled)
+        self._live.update(self._task, description=f"{what}: first pass")
         self._seen: list[tuple[float, float]] = []
 
     def show(self, passes: float, residual: float | None, target: float) -> None:

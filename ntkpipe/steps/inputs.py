@@ -191,9 +191,7 @@ def require(context: Context, name: str, value: Any) -> Any:
 def inputs_of(entry: Entry) -> dict[str, str]:
     """Parameter → input, of those that the store gives."""
     named = {name: entry.inputs.get(name, name) for name in parameters_of(entry.function)}
-    return {
-        name: source for name, source in named.items() if source is not None and (source in INPUTS or source in RESULTS)
-    }
+    return {name: source for name, source in named.items() if source in INPUTS or source in RESULTS}
 
 
 def _functions(entry: Entry) -> list[Callable[..., Any]]:
