@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -15,10 +15,8 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.docstrings import entries, sections
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, find_eigensystem
-from ntkpipe.learning.regression.estimator import FitMethod, KernelRegression
+from ntkpipe.learning.regression.estimator import KernelRegression
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.result import Monitor, Result
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
@@ -110,21 +108,11 @@ def _known_eigenpairs(context: Context) -> Eigensystem | None:
     return found if identity == context.kernel.identity else None
 
 
-def _model(
-    context: Context,
-    *,
-    ridge: float = 1e-3,
-    ridge_scale: RidgeScale = "mean_diagonal",
-    centre: Centre = None,
-    method: FitMethod = "auto",
-    task: Task = "auto",
-    tol: float = 1e-6,
-    seed: int = 0,
-) -> KernelRegression:
-    options: Mapping[str, Any] = {"ridge_scale": ridge_scale, "centre": centre, "method": method, "task": task}
-    model = KernelRegression(ridge, **options, tol=tol, seed=seed, memory_limit=context.share)
+@wraps(KernelRegression.__init__)
+def _model(context: Context, **options: Any) -> KernelRegression:
+    model = KernelRegression(**options, memory_limit=context.share)
     targets = require(context, "targets", context.store.targets)
-    return model.fit(context.operator, targets, initial_outputs=_initial_outputs(context, centre=centre))
+    return model.fit(context.operator, targets, initial_outputs=_initial_outputs(context, centre=model.centre))
 
 
 _model.__doc__ = KernelRegression.__doc__  # which explains its options

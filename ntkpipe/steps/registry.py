@@ -110,6 +110,7 @@ _ENTRIES = (
         ".learning.gaussian.influence:influence",
         "which train samples each prediction is made of",
         inputs={"is_classification": None, "width": None},
+        defaults={"ridge": 1e-3, "ridge_scale": "mean_diagonal"},
     ),
     Entry(
         "compare",
