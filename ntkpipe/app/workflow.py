@@ -1,8 +1,7 @@
 """Workflow files in action: the kernel is computed or resumed, then each step that the file lists is done."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.report.report import Report, require_libraries, write_report
+from ntkpipe.solvers.result import Result
 from ntkpipe.steps.inputs import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
@@ -94,9 +94,7 @@ def run(
 ) -> Iterator[StepResult]:
     """Compute or resume the kernel of a workflow, then do its steps one by one."""
     workflow = loaded.workflow
-    with contextlib.ExitStack() as stack:
-        if client is None:
-            client = stack.enter_context(_client_of(workflow.run))
+    with _client_of(workflow.run) if client is None else nullcontext(client) as client:
         options = {**_arguments(loaded), "mode": mode, "grow": grow, "client": client, "code": loaded.folder}
         if workflow.run.scheduler == "local":
             options["memory_limit"] = None  # that of the workers, which say how much they have
@@ -173,17 +171,17 @@ def kernel_rows(store: KernelStore) -> TableRows:
 
 def _done(step: StepSpec, loaded: Loaded, store: KernelStore, shared: Mapping[str, Any]) -> StepResult:
     name, options = step.step, step.options
-    if name in REGISTRY:
-        result = run_step(store, name, **shared, **options)
-        return StepResult(name, result.rows(), result.is_converged)
+    found: Result | Report | VerificationReport
     if name == "summary":
         summary = summarize(store, **options)
         store.store.write_result("summary", summary.to_json())
         return StepResult(name, summary_rows(summary), is_good=True)
-    if name == "report":
-        found: Report | VerificationReport = write_report(store, **shared, **options)
-    else:
+    if name == "verify":
         found = verify_store(loaded, store, progress=shared["progress"], **options)
+    elif name == "report":
+        found = write_report(store, **shared, **options)
+    else:
+        found = run_step(store, name, **shared, **options)
     return StepResult(name, found.rows(), found.is_good)
 
 
