@@ -73,10 +73,6 @@ class ModelSpec(FactorySpec):
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 
-class DataSpec(FactorySpec):
-    """A factory that returns a mapping with ``inputs``, optionally ``targets``, ``test_inputs``, ``test_targets``."""
-
-
 class KernelSpec(Spec):
     """All that determines the numbers of a kernel, apart from model and data."""
 
@@ -165,7 +161,7 @@ class Workflow(Spec):
     # Path of the store, relative to the working directory, or a URL such as `s3://bucket/prefix/run.zarr`
     store: Annotated[Path | str, BeforeValidator(_as_location)]
     model: ModelSpec
-    data: DataSpec
+    data: FactorySpec  # of a mapping with `inputs`, optionally `targets`, `test_inputs`, `test_targets`
     kernel: KernelSpec = KernelSpec()
     run: RunSpec = RunSpec()
     steps: tuple[StepSpec, ...] = ()  # run in order once the kernel is complete

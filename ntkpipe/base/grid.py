@@ -86,7 +86,9 @@ class Grid:
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Stored tiles, row by row."""
-        return ((block.row_start, block.column_start) for block in self.blocks(edge=1))
+        for row in range(self.rows.num_tiles):
+            for column in range(row if self.symmetric else 0, self.columns.num_tiles):
+                yield row, column
 
     def is_stored(self, row: int, column: int) -> bool:
         """Whether tile (row, column) is stored, rather than its mirror image."""
