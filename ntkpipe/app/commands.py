@@ -29,7 +29,6 @@ _NONE = "none"  # for an option whose default is another
 # Second names of options.
 _SHORT = {"num_probes": ["--probes"], "num_steps": ["--steps"], "smallest_eigenvalue": ["--smallest"], "k": ["-k"]}
 
-
 # What several commands take.
 STORE = click.Argument(["store"], metavar="STORE")
 ARRAY = click.Option(["--array"], default="train", show_default=True, help="Which kernel, such as groups/NAME/train.")

@@ -108,9 +108,9 @@ def _call(entry: Entry, context: Context, options: Mapping[str, Any], posterior:
     spent: list[Result] = []  # on inputs
     for name, source in inputs_of(entry).items():
         if source in RESULTS:
-            value = posterior or _call(REGISTRY[RESULTS[source]], context, options)
+            value = _call(REGISTRY[RESULTS[source]], context, options) if posterior is None else posterior
             used |= value.options
-            spent += [] if posterior else [value]
+            spent += [value] if posterior is None else []
         else:
             taken = {key: options[key] for key in options_of(INPUTS[source]) if key in options}
             used |= taken
