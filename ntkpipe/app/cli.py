@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 from rich.console import Console
 
-from ntkpipe.app.commands import COMMANDS, show_result
+from ntkpipe.app.commands import ARRAY, AS_JSON, MEMORY_LIMIT, SCHEDULER, STORE, StepCommand, show_result
 from ntkpipe.base import errors
-from ntkpipe.base.errors import ConfigError, Interrupted, NtkpipeError
+from ntkpipe.base.errors import Interrupted, NtkpipeError, needed_for
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
+from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -27,29 +28,20 @@ from ntkpipe.store.watch import watch
 _FOUND, _WRONG_USE, _INTERRUPTED = 1, 2, 130  # exit codes: a bad tile, a failed check, a full disk; and the others
 _FINDING = (errors.TileError, errors.StoreFullError, errors.SelfCheckError, errors.NonFiniteError, errors.ResourceError)
 
-_COMMANDS = tuple(str(command.name) for command in COMMANDS)
-
-_overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
+WORKFLOW = click.Argument(["workflow"], type=click.Path(path_type=Path, dir_okay=False))
+OVERRIDES = click.Option(
+    ["--set", "overrides"], multiple=True, metavar="A.B=VALUE", help="Override a key of the workflow file; repeatable."
 )
-_scheduler = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Compute on a Dask cluster: tcp://host:8786, tls://…, or local for processes of this machine.",
+GROW = click.Option(
+    ["--grow"], is_flag=True, help="Add samples to a store that holds fewer: the first ones of the workflow's."
 )
-_grow = click.option(
-    "--grow", is_flag=True, help="Add samples to a store that holds fewer: the first ones of the workflow's."
-)
-_mode = click.option(
-    "--mode",
+MODE = click.Option(
+    ["--mode"],
     type=click.Choice(["a", "w", "w-"]),
     default="a",
     show_default=True,
     help="a: create or resume; w: start over; w-: only create.",
 )
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_workflow_file = click.argument("workflow", type=click.Path(path_type=Path, dir_okay=False))
-_store = click.argument("store", metavar="STORE")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,48 +52,31 @@ def cli() -> None:
     warnings.showwarning = _show_warning
 
 
-@cli.command()
-@_workflow_file
-@_overrides
-@_grow
-@_mode
-@_scheduler
+@cli.command(params=[WORKFLOW, OVERRIDES, GROW, MODE, SCHEDULER])
 def run(workflow: Path, overrides: tuple[str, ...], mode: Any, grow: bool, scheduler: str | None) -> None:
     """Compute or resume the kernel of WORKFLOW, then do the steps that it lists."""
-    from ntkpipe.app.workflow import load
-    from ntkpipe.app.workflow import run as run_workflow
+    from ntkpipe.app import workflow as workflows
 
+    loaded = workflows.load(workflow, _with_scheduler(overrides, scheduler))
     are_good = []
-    for result in run_workflow(load(workflow, _with_scheduler(overrides, scheduler)), mode=mode, grow=grow):
+    for result in workflows.run(loaded, mode=mode, grow=grow):
         print_rows(result.step, result.rows)
         are_good.append(result.is_good)
     if not all(are_good):
         sys.exit(_FOUND)
 
 
-@cli.command()
-@_workflow_file
-@_overrides
-@_grow
-@_mode
+@cli.command(params=[WORKFLOW, OVERRIDES, GROW, MODE])
 @click.option("--scheduler", metavar="ADDRESS", required=True, help="Of the cluster: tcp://host:8786 or tls://….")
 def submit(workflow: Path, overrides: tuple[str, ...], grow: bool, mode: Any, scheduler: str) -> None:
     """Run WORKFLOW on a Dask cluster, its driver included, and return once the first block is handed out."""
-    try:
-        from ntkpipe.app.submission import submit as submit_workflow
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"submit needs Dask's distributed ({error}); install ntkpipe[cluster]") from error
+    with needed_for("submit", "cluster"):
+        from ntkpipe.app import submission
 
-    submission = submit_workflow(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow)
-    rows = [("driver", submission.key), ("store", submission.store), ("dashboard", submission.dashboard)]
-    print_rows("submitted", [*rows, ("follow it", f"ntkpipe info {submission.store} --watch")])
+    print_rows("submitted", submission.submit(workflow, overrides, scheduler=scheduler, mode=mode, grow=grow))
 
 
-@cli.command()
-@_workflow_file
-@_overrides
-@_grow
-@_as_json
+@cli.command(params=[WORKFLOW, OVERRIDES, GROW, AS_JSON])
 @click.option(
     "--parameters", "by_parameter", is_flag=True, help="Show how each parameter's Jacobian is found and held."
 )
@@ -110,13 +85,12 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
 
     With a `cluster` in the file, or `--set cluster.workers=64`, also what that would take.
     """
-    from ntkpipe.app.workflow import load
-    from ntkpipe.app.workflow import plan as plan_workflow
+    from ntkpipe.app import workflow as workflows
     from ntkpipe.build.estimate import estimate_cluster
     from ntkpipe.jacobian import parameter_report as reports
 
-    loaded = load(workflow, overrides)
-    planned, found = plan_workflow(loaded, grow=grow)
+    loaded = workflows.load(workflow, overrides)
+    planned, found = workflows.plan(loaded, grow=grow)
     described = loaded.workflow.cluster
     estimate = None if described is None else estimate_cluster(planned, described)
     if as_json:
@@ -136,9 +110,7 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
         sys.exit(_FOUND)
 
 
-@cli.command()
-@_store
-@_as_json
+@cli.command(params=[STORE, AS_JSON])
 @click.option("--watch", "is_watched", is_flag=True, help="Follow a run until it is complete or has failed.")
 def info(store: str, as_json: bool, is_watched: bool) -> None:
     """Show what STORE holds, how far it is and what was found; reads no tile."""
@@ -149,21 +121,17 @@ def info(store: str, as_json: bool, is_watched: bool) -> None:
         print_rows(store, opened.rows())
 
 
-@cli.command()
-@_store
+@cli.command(params=[STORE, OVERRIDES, SCHEDULER, AS_JSON])
 @click.option(
     "--workflow",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also certify the whole kernel against the model and data of this workflow file.",
 )
-@_overrides
 @click.option(
     "--repair",
     is_flag=True,
     help="Put right what is bad: leftovers, descriptions of arrays, and with --workflow the bad tiles.",
 )
-@_scheduler
-@_as_json
 def verify(
     store: str, workflow: Path | None, overrides: tuple[str, ...], repair: bool, scheduler: str | None, as_json: bool
 ) -> None:
@@ -185,21 +153,13 @@ def verify(
         report = mend(opened.store, done=undo(opened.store), progress=True)
     else:
         report = verify_and_record(opened.store, progress=True)
-    if as_json:
-        print(json.dumps(report.to_json(), indent=1))
-    elif isinstance(report, RepairReport):
-        rows = report.rows()
-        if workflow is None and bad_chunks(opened.store, report.left):
-            rows.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
-        print_rows(f"repair {store}", rows)
-    else:
-        print_rows(f"verify {store}", report.rows())
-    if not report.is_good:
-        sys.exit(_FOUND)
+    more = []
+    if isinstance(report, RepairReport) and workflow is None and bad_chunks(opened.store, report.left):
+        more.append(("what else", "the chunks above need the model and the data: give --workflow FILE as well"))
+    show_result(f"{'repair' if repair else 'verify'} {store}", report, more, as_json=as_json)
 
 
-@cli.command()
-@_store
+@cli.command(params=[STORE])
 @click.option("--kind", required=True, help="pntk, trace, diagonal or output:k; trace and output:k also from diagonal.")
 @click.option("--to", required=True, metavar="PATH", help="Path or URL of the new store.")
 @click.option("--samples", is_flag=True, help="Copy the samples, too: a certificate needs them, or a workflow file.")
@@ -211,8 +171,7 @@ def derive(store: str, kind: str, to: str, samples: bool) -> None:
     print_rows(f"derive {store}", [("kind", written.manifest.kind), ("kernel", size), ("written", str(written.path))])
 
 
-@cli.command()
-@_store
+@cli.command(params=[STORE])
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--array", default="train", show_default=True, help="Which one: train, test_train, outputs/train, targets/train, …"
@@ -226,19 +185,15 @@ def export(store: str, path: Path, array: str) -> None:
     print_rows(f"export {store}", [("array", f"{layout.name}, {shape} {layout.dtype}"), ("written", str(written))])
 
 
-@cli.command()
-@_store
+@cli.command(params=[STORE, ARRAY, MEMORY_LIMIT, AS_JSON])
 @click.option("--output", metavar="PATH", help="Of the page.  [default: beside the store, as run.html for run.zarr]")
-@click.option("--array", default="train", show_default=True, help="Which kernel, as groups/NAME/train.")
 @click.option(
     "--ridge", "ridges", type=float, multiple=True, help="λ of the regressions; repeatable.  [default: what is saved]"
 )
 @click.option(
     "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
 )
-@click.option("--memory-limit", metavar="BYTES", help="Of the analyses, as 8GiB; what does not fit is streamed.")
 @click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
-@_as_json
 def report(store: str, output: str | None, ridges: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Write one HTML page on STORE that needs no network: what it is, how it was checked, what it is good for."""
     from ntkpipe.report.report import write_report  # keeps scipy out of other commands
@@ -246,8 +201,8 @@ def report(store: str, output: str | None, ridges: tuple[float, ...], as_json: b
     show_result(f"report {store}", write_report(store, output, ridges=ridges or None, **options), as_json=as_json)
 
 
-for _command in COMMANDS:
-    cli.add_command(_command)
+for _entry in REGISTRY.values():
+    cli.add_command(StepCommand(_entry))
 
 
 def _with_scheduler(overrides: tuple[str, ...], scheduler: str | None) -> tuple[str, ...]:
@@ -292,13 +247,10 @@ def _describe(store: KernelStore) -> dict[str, Any]:
         "runs": store.store.read_results("runs"),
         **{
             name: store.store.read_result(name)
-            for name in ("verification", "certificate", "self_check", "summary", "driver", *_COMMANDS)
+            for name in ("verification", "certificate", "self_check", "summary", "driver", *REGISTRY)
         },
     }
 
 
-def _show_warning(
-    message: Warning | str, category: Any, filename: Any, lineno: Any, file: TextIO | None = None, line: Any = None
-) -> None:
-    del category, filename, lineno, line
-    print(f"warning: {printable(str(message))}", file=file or sys.stderr)
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {printable(str(message))}", file=sys.stderr)

@@ -5,7 +5,6 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import sleep
@@ -16,6 +15,7 @@ from distributed import Client, Future, fire_and_forget, get_worker, secede
 
 from ntkpipe.base.config import load_workflow
 from ntkpipe.base.errors import ClusterError, ConfigError, StoreError, StoreNotFoundError
+from ntkpipe.base.tables import TableRows
 from ntkpipe.executors import connect
 from ntkpipe.executors.dask import TOPIC
 from ntkpipe.executors.payload import pack_code, unpack_code
@@ -27,19 +27,10 @@ _POLL_SECONDS = 0.5
 _BEAT_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A driver on a cluster."""
-
-    key: str  # its task
-    store: str  # path or URL that it writes to
-    dashboard: str  # address of the cluster's dashboard
-
-
 def submit(
     path: Path, overrides: Sequence[str] = (), *, scheduler: str, mode: Mode = "a", grow: bool = False
-) -> Submission:
-    """Send a workflow file, with all files of its folder, to a cluster and let it run there."""
+) -> TableRows:
+    """Send a workflow file, with all files of its folder, to a cluster and let it run there; says what and where."""
     if scheduler == connect.LOCAL:
         raise ConfigError(
             "a local cluster would end with this command; start one with `dask scheduler` and `dask worker` and give "
@@ -61,7 +52,8 @@ def submit(
             sleep(_POLL_SECONDS)
         if future.done():
             future.result()
-        return Submission(key, store, client.dashboard_link)
+        rows = [("driver", key), ("store", store), ("dashboard", client.dashboard_link)]
+        return [*rows, ("follow it", f"ntkpipe info {store} --watch")]
 
 
 def _announced(client: Client, store: str) -> list[Any]:

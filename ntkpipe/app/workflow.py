@@ -1,8 +1,7 @@
 """Workflow files in action: the kernel is computed or resumed, then each step that the file lists is done."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ntkpipe.analysis.summary import Summary, summarize
+from ntkpipe.app.commands import client_of
 from ntkpipe.base.arguments import check_options, options_of, require_known
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
@@ -24,7 +24,8 @@ from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.report.report import Report, require_libraries, write_report
-from ntkpipe.steps.options import check_step
+from ntkpipe.solvers.result import Result
+from ntkpipe.steps.inputs import check_step
 from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore
@@ -93,9 +94,7 @@ def run(
 ) -> Iterator[StepResult]:
     """Compute or resume the kernel of a workflow, then do its steps one by one."""
     workflow = loaded.workflow
-    with contextlib.ExitStack() as stack:
-        if client is None:
-            client = stack.enter_context(_client_of(workflow.run))
+    with _client_of(workflow.run) if client is None else nullcontext(client) as client:
         options = {**_arguments(loaded), "mode": mode, "grow": grow, "client": client, "code": loaded.folder}
         if workflow.run.scheduler == "local":
             options["memory_limit"] = None  # that of the workers, which say how much they have
@@ -106,15 +105,7 @@ def run(
 
 
 def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
-    if run.scheduler is None:
-        return contextlib.nullcontext()
-    try:
-        from ntkpipe.executors.connect import connect  # keeps distributed out of runs on one machine
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"run.scheduler={run.scheduler!r} needs Dask's distributed ({error}); install ntkpipe[cluster]"
-        ) from error
-    return connect(run.scheduler, run, num_gpus=0 if run.device == "cpu" else count_gpus())
+    return client_of(run, num_gpus=count_gpus() if run.scheduler == "local" and run.device != "cpu" else 0)
 
 
 def plan(loaded: Loaded, *, grow: bool = False) -> PlannedKernel:
@@ -129,19 +120,21 @@ def _arguments(loaded: Loaded) -> dict[str, Any]:
     return {"model": loaded.model, "forward": loaded.forward, "store": workflow.store, **loaded.data, **specs}
 
 
-def verify_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> VerificationReport:
+def verify_store(
+    loaded: Loaded, store: KernelStore, *, progress: bool = True, certify: bool = True
+) -> VerificationReport:
     """Verify a store and certify it with the model and samples of a workflow."""
-    options: Any = {"forward": loaded.forward, "device": loaded.workflow.run.device, "progress": progress}
     samples = {name: loaded.data[name] for name in ("inputs", "test_inputs") if name in loaded.data}
-    return verify(store, loaded.model, **samples, **options)
+    against: Any = {"model": loaded.model, "forward": loaded.forward, "device": loaded.workflow.run.device, **samples}
+    return verify(store, **(against if certify else {}), progress=progress)
 
 
-def repair_store(loaded: Loaded, store: KernelStore | Path, *, progress: bool = True) -> RepairReport:
+def repair_store(loaded: Loaded, store: KernelStore, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
     run = loaded.workflow.run
+    options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "forward": loaded.forward}
     with _client_of(run) as client:
-        options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "progress": progress}
-        return repair(store, loaded.model, forward=loaded.forward, client=client, code=loaded.folder, **options)
+        return repair(store, loaded.model, client=client, code=loaded.folder, progress=progress, **options)
 
 
 def kernel_rows(store: KernelStore) -> TableRows:
@@ -178,22 +171,18 @@ def kernel_rows(store: KernelStore) -> TableRows:
 
 def _done(step: StepSpec, loaded: Loaded, store: KernelStore, shared: Mapping[str, Any]) -> StepResult:
     name, options = step.step, step.options
-    if name in REGISTRY:
-        result = run_step(store, name, **shared, **options)
-        return StepResult(name, result.rows(), result.is_converged)
+    found: Result | Report | VerificationReport
     if name == "summary":
         summary = summarize(store, **options)
         store.store.write_result("summary", summary.to_json())
         return StepResult(name, summary_rows(summary), is_good=True)
-    if name == "report":
-        found: Report | VerificationReport = write_report(store, **shared, **options)
+    if name == "verify":
+        found = verify_store(loaded, store, progress=shared["progress"], **options)
+    elif name == "report":
+        found = write_report(store, **shared, **options)
     else:
-        found = _verified(loaded, store, progress=shared["progress"], **options)
+        found = run_step(store, name, **shared, **options)
     return StepResult(name, found.rows(), found.is_good)
-
-
-def _verified(loaded: Loaded, store: KernelStore, *, progress: bool, certify: bool = True) -> VerificationReport:
-    return verify_store(loaded, store, progress=progress) if certify else verify(store, progress=progress)
 
 
 def summary_rows(found: Summary) -> TableRows:
@@ -216,7 +205,7 @@ def summary_rows(found: Summary) -> TableRows:
 
 
 # Steps that are in no registry, with the functions that have their options.
-_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": _verified, "summary": summarize}
+_STEPS: dict[str, Callable[..., Any]] = {"report": write_report, "verify": verify_store, "summary": summarize}
 
 
 def _check_step(step: StepSpec, source: str) -> None:

@@ -73,10 +73,6 @@ class ModelSpec(FactorySpec):
     forward: Annotated[str, Field(pattern=r"^(\.\w+(\.\w+)*|[\w.]+:[\w.]+)$")] | None = None
 
 
-class DataSpec(FactorySpec):
-    """A factory that returns a mapping with ``inputs``, optionally ``targets``, ``test_inputs``, ``test_targets``."""
-
-
 class KernelSpec(Spec):
     """All that determines the numbers of a kernel, apart from model and data."""
 
@@ -165,7 +161,7 @@ class Workflow(Spec):
     # Path of the store, relative to the working directory, or a URL such as `s3://bucket/prefix/run.zarr`
     store: Annotated[Path | str, BeforeValidator(_as_location)]
     model: ModelSpec
-    data: DataSpec
+    data: FactorySpec  # of a mapping with `inputs`, optionally `targets`, `test_inputs`, `test_targets`
     kernel: KernelSpec = KernelSpec()
     run: RunSpec = RunSpec()
     steps: tuple[StepSpec, ...] = ()  # run in order once the kernel is complete
@@ -224,13 +220,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     target = raw
-    for depth, key in enumerate(keys[:-1]):
+    for depth, key in enumerate(keys[:-1], 1):
         if target.get(key) is None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            where = ".".join(keys[: depth + 1])
-            raise ConfigError(f"--set {override!r}: {where} holds {target!r}, which has no keys")
+            raise ConfigError(f"--set {override!r}: {'.'.join(keys[:depth])} holds {target!r}, which has no keys")
     target[keys[-1]] = value
 
 
@@ -275,15 +270,15 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
     """Line, from 1, of the deepest existing node on the way to ``location``, or None."""
     line = None
     for key in location:
+        children: dict[Any, tuple[yaml.Node, yaml.Node]] = {}  # where each begins, and what it is
         if isinstance(node, yaml.MappingNode):
-            found = next(((name, value) for name, value in node.value if name.value == key), None)
-            if found is None:
-                return line
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            node, line = node.value[key], node.value[key].start_mark.line + 1
-        else:
-            return line
+            children = {name.value: (name, value) for name, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            children = {number: (value, value) for number, value in enumerate(node.value)}
+        if key not in children:
+            break
+        begin, node = children[key]
+        line = begin.start_mark.line + 1
     return line
 
 

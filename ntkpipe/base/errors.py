@@ -1,7 +1,8 @@
 """Exceptions of the package; each also derives from the builtin that callers would expect, such as ``ValueError``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from numpy.linalg import LinAlgError
 
@@ -84,6 +85,12 @@ class Interrupted(NtkpipeError, KeyboardInterrupt):  # noqa: N818 - not an error
 
 class NotConvergedWarning(UserWarning):
     """A result falls short of what was asked for; its status and message say how."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message on an unknown name adds where a known one is like it; else nothing."""
+    close = get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager

@@ -77,14 +77,12 @@ class Grid:
     @property
     def num_tiles(self) -> int:
         """Tiles that are stored."""
-        count = self.rows.num_tiles
-        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_tiles
+        return self.num_blocks(edge=1)
 
     @property
     def num_pairs(self) -> int:
         """Pairs of samples whose S*S entries are computed: half of them, with the diagonal, where symmetric."""
-        count = self.rows.num_samples
-        return count * (count + 1) // 2 if self.symmetric else count * self.columns.num_samples
+        return self._count(self.rows.num_samples, self.columns.num_samples)
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Stored tiles, row by row."""
@@ -105,7 +103,9 @@ class Grid:
 
     def num_blocks(self, edge: int) -> int:
         """Number of blocks of :meth:`blocks`, without listing them."""
-        rows, columns = -(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge)
+        return self._count(-(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge))
+
+    def _count(self, rows: int, columns: int) -> int:
         return rows * (rows + 1) // 2 if self.symmetric else rows * columns
 
 

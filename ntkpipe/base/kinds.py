@@ -1,13 +1,12 @@
 """Kinds of kernels: the covectors of a sample, and the convention that defines an entry."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, nearest
 
 _OUTPUT = "output:"
 
@@ -83,8 +82,5 @@ def get_kind(name: str) -> Kind:
             f"{_OUTPUT}{number}",
             f"K[i, j] = <d f_{number}(x_i) / d theta, d f_{number}(x_j) / d theta> over the selected parameters",
         )
-    close = get_close_matches(name, [*KINDS, _OUTPUT], n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(
-        f"kind={name!r} is unknown; needed one of {', '.join(map(repr, KINDS))}, or 'output:k' for one output{hint}"
-    )
+    needed = f"needed one of {', '.join(map(repr, KINDS))}, or 'output:k' for one output"
+    raise ConfigError(f"kind={name!r} is unknown; {needed}{nearest(name, [*KINDS, _OUTPUT])}")

@@ -38,16 +38,17 @@ def prefix_of(group: str | None = None, output: int | None = None) -> str:
 
 def planes_of(kind: str, num_outputs: int, groups: Iterable[str]) -> tuple[Plane, ...]:
     """All planes: that of all parameters, then one per group; each for every output if these are separate."""
-    found = KINDS.get(kind)
-    outputs = [*range(num_outputs)] if found is not None and found.pairs == "same" else [None]
-    named = [(None, None), *enumerate(groups)]
+    outputs, named = _outputs(kind, num_outputs), [(None, None), *enumerate(groups)]
     return tuple(Plane(prefix_of(name, output), number, output) for number, name in named for output in outputs)
 
 
 def num_planes(kind: str, num_outputs: int, num_groups: int) -> int:
     """Number of :func:`planes_of`, without listing them."""
-    found = KINDS.get(kind)
-    return (1 + num_groups) * (1 if found is None else found.num_matrices(num_outputs))
+    return (1 + num_groups) * len(_outputs(kind, num_outputs))
+
+
+def _outputs(kind: str, num_outputs: int) -> Sequence[int | None]:
+    return range(num_outputs) if kind in KINDS and KINDS[kind].pairs == "same" else (None,)
 
 
 def match_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:

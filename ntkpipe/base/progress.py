@@ -1,10 +1,10 @@
 """Progress display: a live bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from math import isfinite, log
 from time import monotonic
-from typing import TextIO, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 from rich import progress as bars
 from rich.console import Console
@@ -27,92 +27,83 @@ def _rate(speed: float, unit: str) -> str:
     return f"{speed:.1f} {unit}s/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}"
 
 
-def show_progress(
-    items: Iterator[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
-) -> Generator[Item, None, None]:
-    """Yield ``items`` and show their count."""
-    stream = stream or sys.stderr
-    show = _bar if stream.isatty() else _lines
-    yield from show(items, total, done, what, unit, stream)
+class _Display:
+    """A line that is live on a terminal, and printed every few seconds elsewhere; shown inside ``with``."""
 
+    def __init__(self, what: str, live: bars.Progress, *, enabled: bool, **task: Any) -> None:
+        self._what, self._live = what, live
+        self._is_live = enabled and live.console.file.isatty()
+        self._prints = enabled and not self._is_live
+        self._task = live.add_task(what, **task)
+        self._start = self._last = monotonic()
 
-def _bar(items: Iterator[Item], total: int, done: int, what: str, unit: str, stream: TextIO) -> Iterator[Item]:
-    counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", _RateColumn())
-    times = (bars.TimeElapsedColumn(), "elapsed,", bars.TimeRemainingColumn(), "left")
-    with bars.Progress(*counts, *times, console=Console(file=stream)) as progress:
-        task = progress.add_task(what, total=total, completed=done, unit=unit)
-        for item in items:
-            progress.advance(task)
-            yield item
-
-
-def _lines(items: Iterator[Item], total: int, done: int, what: str, unit: str, stream: TextIO) -> Iterator[Item]:
-    start = last = monotonic()
-    for count, item in enumerate(items, 1):
-        now = monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done + count == total:
-            speed = count / max(now - start, 1e-9)
-            left = (total - done - count) / speed
-            print(f"{what}: {done + count} of {total} {unit}s, {_rate(speed, unit)}, {left:.0f} s left", file=stream)
-            last = now
-        yield item
-
-
-class Ticks:
-    """Progress of work that reports by callback: inside ``with``, call :meth:`tick` after each step."""
-
-    def __init__(self, total: int, *, what: str, unit: str, enabled: bool) -> None:
-        steps = iter(range(total))
-        self._steps = show_progress(steps, total=total, done=0, what=what, unit=unit) if enabled else None
-
-    def __enter__(self) -> "Ticks":
+    def __enter__(self) -> Self:
+        if self._is_live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._steps is not None:
-            self._steps.close()
+        if self._is_live:
+            self._live.stop()
+
+    def _print(self, words: str, now: float, *, is_last: bool = False) -> None:
+        if self._prints and (is_last or now - self._last >= _SECONDS_BETWEEN_LINES):
+            print(f"{self._what}: {words}", file=self._live.console.file, flush=True)
+            self._last = now
+
+
+class Ticks(_Display):
+    """Progress of work of known size: call :meth:`tick` after each step."""
+
+    def __init__(
+        self, total: int, *, what: str, unit: str, enabled: bool = True, done: int = 0, stream: TextIO | None = None
+    ) -> None:
+        counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", _RateColumn())
+        times = (bars.TimeElapsedColumn(), "elapsed,", bars.TimeRemainingColumn(), "left")
+        live = bars.Progress(*counts, *times, console=Console(file=stream or sys.stderr))
+        super().__init__(what, live, enabled=enabled, total=total, completed=done, unit=unit)
+        self._total, self._done, self._unit, self._count = total, done, unit, 0
 
     def tick(self) -> None:
         """Count one step."""
-        if self._steps is not None:
-            next(self._steps, None)
+        now, self._count = monotonic(), self._count + 1
+        self._live.advance(self._task)
+        done, speed = self._done + self._count, self._count / max(now - self._start, 1e-9)
+        rate, left = _rate(speed, self._unit), (self._total - done) / speed
+        words = f"{done} of {self._total} {self._unit}s, {rate}, {left:.0f} s left"
+        self._print(words, now, is_last=done == self._total)
 
 
-class Passes:
-    """Progress of an iteration: passes, residual, time left; live on a terminal, else a line every few seconds."""
+def show_progress(
+    items: Iterable[Item], *, total: int, done: int, what: str, unit: str, stream: TextIO | None = None
+) -> Generator[Item, None, None]:
+    """Yield ``items`` and show their count."""
+    with Ticks(total, what=what, unit=unit, done=done, stream=stream) as ticks:
+        for item in items:
+            ticks.tick()
+            yield item
+
+
+class Passes(_Display):
+    """Progress of an iteration: passes, residual, time left."""
 
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
-        self._what = what
-        self._stream = stream or sys.stderr
-        is_live = enabled and self._stream.isatty()
-        self._status = Console(file=self._stream).status(f"{what}: first pass") if is_live else None
-        self._prints_lines = enabled and not is_live
-        self._start = self._last = monotonic()
+        columns, console = (bars.SpinnerColumn(), "{task.description}"), Console(file=stream or sys.stderr)
+        super().__init__(what, bars.Progress(*columns, console=console, transient=True), enabled=enabled)
+        self._live.update(self._task, description=f"{what}: first pass")
         self._seen: list[tuple[float, float]] = []
-
-    def __enter__(self) -> "Passes":
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
 
     def show(self, passes: float, residual: float | None, target: float) -> None:
         """Show the state after another pass."""
         now = monotonic()
-        words = f"{self._what}: {passes:,.4g} passes, {now - self._start:.0f} s"
+        words = f"{passes:,.4g} passes, {now - self._start:.0f} s"
         if residual is not None and isfinite(residual):
             self._seen.append((now - self._start, residual))
             words += f", residual {residual:.1e} of {target:.0e}" if target else f", {1 - residual:.0%} done"
         if (left := _seconds_left(self._seen, target)) is not None:
             words += f", about {left:.0f} s left"
-        if self._status is not None:
-            self._status.update(words)
-        elif self._prints_lines and now - self._last >= _SECONDS_BETWEEN_LINES:
-            print(words, file=self._stream, flush=True)
-            self._last = now
+        self._live.update(self._task, description=f"{self._what}: {words}")
+        self._print(words, now)
 
 
 def _seconds_left(seen: Sequence[tuple[float, float]], target: float) -> float | None:

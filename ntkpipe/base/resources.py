@@ -1,5 +1,6 @@
 """Memory, disk space and cores of this machine, read and never changed."""
 
+import contextlib
 import os
 import resource
 import sys
@@ -13,12 +14,9 @@ _CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.
 
 def _first_number(paths: tuple[str, ...]) -> int | None:
     for path in paths:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
+        with contextlib.suppress(OSError):
+            if (text := Path(path).read_text().strip()).isdigit():
+                return int(text)
     return None
 
 
@@ -45,9 +43,8 @@ def peak_process_memory() -> int:
 
 def free_disk(path: Path) -> int:
     """Free bytes on the disk of ``path``, which need not exist yet."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    absolute = path.absolute()
+    existing = next(one for one in (absolute, *absolute.parents) if one.exists())
     return psutil.disk_usage(str(existing)).free
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _NAME_WIDTH = 36  # names of rows are shorter; longer texts there are reasons, which are folded
@@ -20,29 +20,25 @@ def as_table(rows: Sequence[tuple[str, str]]) -> str:
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print (quantity, value) pairs below a title."""
-    table = _titled(title, show_header=False)
-    table.add_column(style="cyan", max_width=_NAME_WIDTH)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(_text(name), _text(value))
-    _print(table)
+    columns = [Column(style="cyan", max_width=_NAME_WIDTH), Column(overflow="fold")]
+    _print(title, columns, rows, show_header=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> None:
     """Print rows below headers; the first column is folded if needed, those from ``num_texts`` on hold numbers."""
-    table = _titled(title, header_style="", collapse_padding=True)
-    table.add_column(_text(columns[0]), style="cyan", overflow="fold")
-    for name in columns[1:num_texts]:
-        table.add_column(Text(name), no_wrap=True)
-    for name in columns[num_texts:]:
-        table.add_column(Text(name), justify="right", no_wrap=True)
+    texts = [Column(Text(name), no_wrap=True) for name in columns[1:num_texts]]
+    numbers = [Column(Text(name), justify="right", no_wrap=True) for name in columns[num_texts:]]
+    first = Column(_text(columns[0]), style="cyan", overflow="fold")
+    _print(title, [first, *texts, *numbers], rows, header_style="", collapse_padding=True)
+
+
+def _print(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]], **style: Any) -> None:
+    common: Any = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2)}
+    table = Table(*columns, title=_text(title), **common, **style)
     for row in rows:
         table.add_row(*map(_text, row))
-    _print(table)
-
-
-def _titled(title: str, **options: Any) -> Table:
-    return Table(title=_text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2), **options)
+    # A pipe or a file has no width; do not wrap what a program may read.
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def _text(text: str) -> Text:
@@ -52,8 +48,3 @@ def _text(text: str) -> Text:
 def printable(text: str) -> str:
     """Spell out control characters, such as those in untrusted names of a store."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print(table: Table) -> None:
-    # A pipe or a file has no width; do not wrap what a program may read.
-    Console(width=None if Console().is_terminal else 160).print(table)

@@ -19,6 +19,7 @@ Task = Literal["auto", "classification", "regression", "binary"]
 _MOST_CLASSES_OF_FLOATS = 100
 # Of fewer samples each may well have a class of its own.
 _FEWEST_DOUBTFUL = 20
+_NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,10 @@ def as_values(targets: ArrayLike) -> NDArray[Any]:
         raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
     if values.dtype.kind == "S":
         return values.astype(np.str_)
-    if values.dtype.kind == "O":
-        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64) if _are_numbers(values) else values
+    if values.dtype.kind == "O" and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
+        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
         return narrow if narrow.shape == values.shape else values
     return values
-
-
-def _are_numbers(values: NDArray[Any]) -> bool:
-    return all(isinstance(one, bool | int | float | np.number | np.bool_) for one in values.reshape(-1).tolist())
 
 
 def _values(targets: ArrayLike) -> NDArray[Any]:

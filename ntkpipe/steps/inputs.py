@@ -1,23 +1,25 @@
-"""What a store gives to parameters of solvers and analyses, by their names."""
+"""What parameters of solvers and analyses get: what a store gives, by their names, or an option of the step."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntkpipe.base.arguments import Option, check_options, options_of, parameters_of, require_known
 from ntkpipe.base.budget import Budget
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.docstrings import entries, sections
+from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
-from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, find_eigensystem
-from ntkpipe.learning.regression.estimator import FitMethod, KernelRegression
+from ntkpipe.learning.regression.estimator import KernelRegression
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.result import Monitor, Result
+from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
 from ntkpipe.steps.saved import saved_result
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -63,14 +65,6 @@ class Context:
         return self.store.store.arrays.get(self.kernel.name.removesuffix("train") + name)
 
 
-def _targets(context: Context) -> NDArray[Any] | None:
-    return context.store.targets
-
-
-def _test_targets(context: Context) -> NDArray[Any] | None:
-    return context.store.test_targets
-
-
 def _test_kernel(context: Context) -> Kernel | None:
     array = context.array("test_train")
     return None if array is None else Kernel(array, context.store.manifest.digest())
@@ -114,21 +108,14 @@ def _known_eigenpairs(context: Context) -> Eigensystem | None:
     return found if identity == context.kernel.identity else None
 
 
-def _model(
-    context: Context,
-    *,
-    ridge: float = 1e-3,
-    ridge_scale: RidgeScale = "mean_diagonal",
-    centre: Centre = None,
-    method: FitMethod = "auto",
-    task: Task = "auto",
-    tol: float = 1e-6,
-    seed: int = 0,
-) -> KernelRegression:
-    options: Mapping[str, Any] = {"ridge_scale": ridge_scale, "centre": centre, "method": method, "task": task}
-    model = KernelRegression(ridge, **options, tol=tol, seed=seed, memory_limit=context.share)
-    targets = require(context, "targets", _targets(context))
-    return model.fit(context.operator, targets, initial_outputs=_initial_outputs(context, centre=centre))
+@wraps(KernelRegression.__init__)
+def _model(context: Context, **options: Any) -> KernelRegression:
+    model = KernelRegression(**options, memory_limit=context.share)
+    targets = require(context, "targets", context.store.targets)
+    return model.fit(context.operator, targets, initial_outputs=_initial_outputs(context, centre=model.centre))
+
+
+_model.__doc__ = KernelRegression.__doc__  # which explains its options
 
 
 def _leading_eigenpairs(context: Context) -> Result | None:
@@ -159,9 +146,9 @@ INPUTS: dict[str, Callable[..., Any]] = {
     "client": lambda context: context.client,
     "monitor": lambda context: context.monitor,
     "checkpoint": lambda context: context.checkpoint,
-    "rhs": _targets,
-    "targets": _targets,
-    "test_targets": _test_targets,
+    "rhs": lambda context: context.store.targets,
+    "targets": lambda context: context.store.targets,
+    "test_targets": lambda context: context.store.test_targets,
     "test_kernel": _test_kernel,
     "test_diagonal": _test_diagonal,
     "initial_outputs": _initial_outputs,
@@ -175,9 +162,6 @@ INPUTS: dict[str, Callable[..., Any]] = {
 # Inputs that are the result of another step: parameter → name of the step.
 RESULTS = {"posterior": "gaussian_process"}
 
-# Inputs whose options another docstring explains.
-EXPLAINED: dict[str, Any] = {"model": KernelRegression}
-
 _HOW = {
     "targets": "targets; give targets= to compute_kernel, or return them from the workflow's data.factory",
     "test_targets": "test targets; give test_targets= to compute_kernel",
@@ -190,3 +174,56 @@ def require(context: Context, name: str, value: Any) -> Any:
     if value is None:
         raise ConfigError(f"{context.store.path} has no {_HOW.get('targets' if name == 'rhs' else name, name)}")
     return value
+
+
+def inputs_of(entry: Entry) -> dict[str, str]:
+    """Parameter → input, of those that the store gives."""
+    named = {name: entry.inputs.get(name, name) for name in parameters_of(entry.function)}
+    return {name: source for name, source in named.items() if source in INPUTS or source in RESULTS}
+
+
+def _functions(entry: Entry) -> list[Callable[..., Any]]:
+    """Functions that have the options of an entry: of its inputs, and its own."""
+    sources = reversed(inputs_of(entry).values())
+    return [*(INPUTS[source] for source in sources if source in INPUTS), entry.function]
+
+
+def _linked(entry: Entry) -> list[Entry]:
+    """Entries that are done together, in order, and once more the one that is asked for: what it says goes last."""
+    before = [RESULTS[source] for source in inputs_of(entry).values() if source in RESULTS]
+    names = (*before, entry.name, entry.then, entry.name)
+    return [REGISTRY[name] for name in names if name is not None]
+
+
+def options_of_step(entry: Entry) -> dict[str, Option]:
+    """The options of a step: plain parameters that the store does not give, and those of its inputs."""
+    found: dict[str, Option] = {}
+    for one in _linked(entry):
+        given = INPUTS.keys() | one.inputs.keys()
+        for function in _functions(one):
+            found |= {name: option for name, option in options_of(function).items() if name not in given}
+        found |= {name: replace(found[name], default=value) for name, value in one.defaults.items()}
+    return found
+
+
+def check_step(name: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a step, checked; raises ConfigError for a wrong one, with the nearest, or one that is missing."""
+    known = options_of_step(entry_of(name))
+    require_known(options, known, where, "option")
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    given = check_options(known, given, where)
+    missing = [key for key, option in known.items() if option.is_required and key not in given]
+    if missing:
+        raise ArgumentError(f"{where} needs {missing[0]}")
+    return {key: given.get(key, option.default) for key, option in known.items()}
+
+
+def help_of_step(entry: Entry) -> tuple[str, dict[str, str]]:
+    """The first paragraph of a function's docstring, and the first sentence on each option of its step."""
+    texts: dict[str, str] = {}
+    for function in (function for one in _linked(entry) for function in _functions(one)):
+        for name, text in entries(sections(function.__doc__ or "").get("Parameters", "")).items():
+            words = re.sub(r":\w+:`~?\.?([^`]+)`", r"\1", text).replace("``", "")
+            texts[name] = re.split(r"(?<=[a-z0-9)])[.;](?: |$)", words, maxsplit=1)[0].rstrip(".") + "."
+    about = sections(entry.function.__doc__ or "")[""].partition("\n\n")[0]
+    return " ".join(about.replace("``", "").split()), texts

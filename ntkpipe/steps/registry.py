@@ -20,20 +20,20 @@ class Entry:
     """A solver or an analysis."""
 
     name: str  # of the command, the step, the result below `results/`, and the section
-    home: str  # `module:function`, imported on first use, so that the command line starts at once
+    home: str  # `.module:function` below this package, imported on first use, so that the command line starts at once
     summary: str  # one line
     # Parameter → input of :mod:`ntkpipe.steps.inputs`, where that is not the one of the same name; None leaves it out
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of options, where on a store they are others
     # Options that older versions did not have: left out of a checkpoint's name at their defaults, so that it is found
-    later: frozenset[str] = frozenset()
+    later: tuple[str, ...] = ()
     then: str | None = None  # another entry, which is given this one's result as `posterior` and saved beside it
 
     @property
     def function(self) -> Callable[..., Result]:
         """The function itself."""
         module, name = self.home.split(":")
-        found: Callable[..., Result] = getattr(import_module(module), name)
+        found: Callable[..., Result] = getattr(import_module(module, "ntkpipe"), name)
         return found
 
     @property
@@ -44,93 +44,77 @@ class Entry:
 
 
 _ENTRIES = (
-    Entry(
-        "eigsh",
-        "ntkpipe.solvers.spectral.lanczos:eigsh",
-        "leading eigenpairs by block Lanczos",
-        later=frozenset({"max_basis"}),
-    ),
-    Entry("eigh", "ntkpipe.solvers.direct.eigh:eigh", "all eigenpairs by LAPACK, if they fit in memory"),
-    Entry("eigvalsh", "ntkpipe.solvers.direct.eigh:eigvalsh", "all eigenvalues by LAPACK, if they fit in memory"),
-    Entry(
-        "smallest", "ntkpipe.solvers.spectral.smallest:smallest", "smallest eigenvalues, bounds of the condition number"
-    ),
+    Entry("eigsh", ".solvers.spectral.lanczos:eigsh", "leading eigenpairs by block Lanczos", later=("max_basis",)),
+    Entry("eigh", ".solvers.direct.eigh:eigh", "all eigenpairs by LAPACK, if they fit in memory"),
+    Entry("eigvalsh", ".solvers.direct.eigh:eigvalsh", "all eigenvalues by LAPACK, if they fit in memory"),
+    Entry("smallest", ".solvers.spectral.smallest:smallest", "smallest eigenvalues, bounds of the condition number"),
     Entry(
         "density",
-        "ntkpipe.solvers.spectral.density:density",
+        ".solvers.spectral.density:density",
         "spectral density: how many eigenvalues lie where",
         inputs={"top": "leading_eigenpairs"},
     ),
     Entry(
         "logdet",
-        "ntkpipe.solvers.spectral.logdet:logdet",
+        ".solvers.spectral.logdet:logdet",
         "log determinant of K + λI, exact or estimated",
-        later=frozenset({"ridge_scale", "num_steps", "preconditioner"}),
+        later=("ridge_scale", "num_steps", "preconditioner"),
     ),
     Entry(
         "slq_logdet",
-        "ntkpipe.solvers.spectral.slq_logdet:slq_logdet",
+        ".solvers.spectral.slq_logdet:slq_logdet",
         "log determinant of K + λI, estimated by stochastic Lanczos quadrature",
     ),
     Entry(
         "solve",
-        "ntkpipe.solvers.linear.solve:solve",
+        ".solvers.linear.solve:solve",
         "kernel regression (K + λI) A = Y with the stored targets",
-        later=frozenset({"task"}),
+        later=("task",),
     ),
-    Entry(
-        "solve_path",
-        "ntkpipe.solvers.linear.solve:solve_path",
-        "the same at several ridges, with one preconditioner",
-    ),
-    Entry(
-        "dynamics", "ntkpipe.learning.dynamics:dynamics", "training by gradient flow at many times, with a fixed kernel"
-    ),
+    Entry("solve_path", ".solvers.linear.solve:solve_path", "the same at several ridges, with one preconditioner"),
+    Entry("dynamics", ".learning.dynamics:dynamics", "training by gradient flow at many times, with a fixed kernel"),
     Entry(
         "spectrum",
-        "ntkpipe.analysis.spectrum:spectrum",
+        ".analysis.spectrum:spectrum",
         "extremes, condition, effective ranks, density and tail of the spectrum",
         inputs={"eigenpairs": "known_eigenpairs"},
     ),
-    Entry("alignment", "ntkpipe.analysis.alignment:alignment", "alignment of the kernel with the stored targets"),
+    Entry("alignment", ".analysis.alignment:alignment", "alignment of the kernel with the stored targets"),
     Entry(
         "regression",
-        "ntkpipe.learning.regression.ridge_path:ridge_path",
+        ".learning.regression.ridge_path:ridge_path",
         "ridge regression at many ridges: training, left-out and test losses",
     ),
-    Entry(
-        "generalisation",
-        "ntkpipe.analysis.generalisation:generalisation",
-        "theory of the test loss, and what is measured",
-    ),
+    Entry("generalisation", ".analysis.generalisation:generalisation", "theory of the test loss, and what is measured"),
     Entry(
         "learning_curve",
-        "ntkpipe.analysis.learning_curve:learning_curve",
+        ".analysis.learning_curve:learning_curve",
         "predicted and measured losses for train sets of several sizes",
         inputs={"eigenpairs": "all_eigenpairs"},
     ),
     Entry(
         "gaussian_process",
-        "ntkpipe.learning.gaussian.process:gaussian_process",
+        ".learning.gaussian.process:gaussian_process",
         "posterior and marginal likelihood of the Gaussian process",
         defaults={"ridge": 1e-3, "ridge_scale": "mean_diagonal"},
         then="calibration",
     ),
     Entry(
         "calibration",
-        "ntkpipe.learning.gaussian.calibration:calibration",
+        ".learning.gaussian.calibration:calibration",
         "whether the variances of the Gaussian process can be believed",
         defaults={"scale": "likelihood"},
     ),
     Entry(
         "influence",
-        "ntkpipe.learning.gaussian.influence:influence",
+        ".learning.gaussian.influence:influence",
         "which train samples each prediction is made of",
         inputs={"is_classification": None, "width": None},
+        defaults={"ridge": 1e-3, "ridge_scale": "mean_diagonal"},
     ),
     Entry(
         "compare",
-        "ntkpipe.analysis.comparing.compare:compare_kernels",
+        ".analysis.comparing.compare:compare_kernels",
         "comparison with the kernel of another store, the reference",
         inputs={
             "a": "store",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from inspect import Parameter
 from pathlib import Path
@@ -14,9 +14,8 @@ from ntkpipe.base.arguments import check_options, options_of, parameters_of
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
-from ntkpipe.solvers.result import Monitor, Result, Step
-from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, require
-from ntkpipe.steps.options import check_step, inputs_of, options_of_step
+from ntkpipe.solvers.result import Monitor, Result
+from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, check_step, inputs_of, options_of_step, require
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
 from ntkpipe.steps.saved import result_name, saved_result
 from ntkpipe.store.export import find_kernel
@@ -70,54 +69,48 @@ def run_step(
     entry = entry_of(name)
     given = check_step(name, options, f"step {name!r}")
     check_options(options_of(run_step), {"array": array}, "run_step()")
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    opened = open_kernel(store)
     kernel = find_kernel(opened, array)
-    saved_as, is_writable = result_name(name, kernel.name), opened.store.is_writable()
-    checkpoint = (
-        Checkpoint(opened.store, f"{saved_as}-{_digest(entry, opened, kernel, given)}") if is_writable else None
-    )
-    with _shown(name, checkpoint, progress) as monitor:
-        context = Context(opened, kernel, Budget.of(memory_limit), client, monitor, checkpoint)
-        try:
-            if not is_writable:
-                return _call(entry, context, given, {})
-            with opened.store.in_use():
-                result = _call(entry, context, given, {})
-                _save(opened, saved_as, result)
-                if checkpoint is not None:
-                    checkpoint.clear()
-                if entry.then is not None and opened.test_targets is not None:
-                    _judge(entry.then, context, given, result)
-        finally:
-            context.close()
+    saved_as, checkpoint = result_name(name, kernel.name), None
+    if opened.store.is_writable():
+        checkpoint = Checkpoint(opened.store, f"{saved_as}-{_digest(entry, opened, kernel, given)}")
+    with (
+        _shown(name, checkpoint, progress) as monitor,
+        closing(Context(opened, kernel, Budget.of(memory_limit), client, monitor, checkpoint)) as context,
+    ):
+        if checkpoint is None:
+            return _call(entry, context, given)
+        with opened.store.in_use():
+            result = _call(entry, context, given)
+            _save(opened, saved_as, result)
+            checkpoint.clear()
+            if entry.then is not None and opened.test_targets is not None:
+                _judge(entry.then, context, given, result)
     return result
 
 
 def _judge(name: str, context: Context, options: Mapping[str, Any], posterior: Result) -> None:
     """Save what another step says of a posterior, which is safe already: what is wrong here is a warning."""
     try:
-        judged = _call(REGISTRY[name], context, options, {"posterior": posterior})
+        judged = _call(REGISTRY[name], context, options, posterior)
     except ConfigError as error:
         warnings.warn(f"there is no {name} beside the result: {error}", stacklevel=3)
     else:
         _save(context.store, result_name(name, context.kernel.name), judged)
 
 
-def _call(entry: Entry, context: Context, options: Mapping[str, Any], known: Mapping[str, Any]) -> Result:
-    """Call the function of an entry with what the store gives and its options."""
+def _call(entry: Entry, context: Context, options: Mapping[str, Any], posterior: Result | None = None) -> Result:
+    """Call the function of an entry with what the store gives and its options; a posterior is computed if needed."""
     parameters = parameters_of(entry.function)
     own = {name: options[name] for name in options_of(entry.function) if name in options}
     arguments: dict[str, Any] = {}
     used: dict[str, Any] = {}
     spent: list[Result] = []  # on inputs
     for name, source in inputs_of(entry).items():
-        if source in known:
-            value = known[source]
+        if source in RESULTS:
+            value = _call(REGISTRY[RESULTS[source]], context, options) if posterior is None else posterior
             used |= value.options
-        elif source in RESULTS:
-            value = _call(REGISTRY[RESULTS[source]], context, options, known)
-            used |= value.options
-            spent.append(value)
+            spent += [value] if posterior is None else []
         else:
             taken = {key: options[key] for key in options_of(INPUTS[source]) if key in options}
             used |= taken
@@ -161,14 +154,9 @@ def _save(store: KernelStore, name: str, result: Result) -> None:
 @contextmanager
 def _shown(name: str, checkpoint: Checkpoint | None, progress: bool) -> Iterator[Monitor]:
     with Passes(name, enabled=progress) as shown:
-
-        def monitor(step: Step) -> None:
-            shown.show(step.work.passes, step.residual, step.target)
-
         try:
-            yield monitor
+            yield lambda step: shown.show(step.work.passes, step.residual, step.target)
         except KeyboardInterrupt:
-            left = "begins again: it keeps nothing on the way"
-            if checkpoint is not None and checkpoint.load() is not None:
-                left = "goes on from the checkpoint that it left"
+            kept = checkpoint is not None and checkpoint.load() is not None
+            left = "goes on from the checkpoint that it left" if kept else "begins again: it keeps nothing on the way"
             raise Interrupted(f"{name} was interrupted; the same command {left}") from None

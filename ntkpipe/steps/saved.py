@@ -22,7 +22,7 @@ def saved_result(store: KernelStore, step: str, array: str = "train") -> Result 
 
     Raises StoreError if it is damaged.
     """
-    found = _load(store, step, result_name(step, find_array(store.store, array).layout.name))
+    found = read_result(store, result_name(step, find_array(store.store, array).layout.name))
     return found if isinstance(found, Result) else None
 
 
@@ -43,17 +43,11 @@ def read_result(store: KernelStore | str | Path, name: str) -> Result | dict[str
     StoreError
         If the result is damaged.
     """
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
-    step = name.partition("-")[0]
-    return _load(opened, step, name) if step in REGISTRY else load_result(opened.store, name)
-
-
-def _load(store: KernelStore, step: str, name: str) -> Result | dict[str, Any] | None:
-    found = load_result(store.store, name)
-    if found is None:
-        return None
-    for one in REGISTRY[step].results:
-        if one.is_of(found):
-            with reading_results(store.path):
+    opened = open_kernel(store)
+    found = load_result(opened.store, name)
+    entry = REGISTRY.get(name.partition("-")[0])
+    for one in entry.results if entry is not None else ():
+        if found is not None and one.is_of(found):
+            with reading_results(opened.path):
                 return one.from_saved(found)
     return found

@@ -6,7 +6,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.errors import ConfigError, StoreExistsError
+from ntkpipe.base.errors import ConfigError, StoreExistsError, nearest
 from ntkpipe.base.progress import Ticks
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel import Kernel
@@ -65,7 +64,7 @@ def export_kernel(
     ResourceError, StoreFullError, StoreError
         If the disk has too little space (ResourceError: nothing was written), or the file cannot be written.
     """
-    opened = store if isinstance(store, KernelStore) else open_kernel(store)
+    opened = open_kernel(store)
     source = find_array(opened.store, array)
     target = Path(os.path.expanduser(path))
     if target.suffix not in _WRITERS:
@@ -99,9 +98,8 @@ def find_array(store: Store, name: str) -> StoredArray:
         if known in store.arrays:
             return store.arrays[known]
     names = [known.removeprefix(_KERNELS) for known in store.arrays]
-    close = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{store.root} has no array {name!r}; it has {', '.join(map(repr, names))}{hint}")
+    shown = ", ".join(map(repr, names))
+    raise ConfigError(f"{store.root} has no array {name!r}; it has {shown}{nearest(name, names)}")
 
 
 def find_kernel(store: KernelStore, array: str) -> Kernel:

@@ -1,13 +1,14 @@
 """Follow a run from another process by reading its store; loads neither torch nor dask."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 from ntkpipe.base.errors import ClusterError, StoreNotFoundError
-from ntkpipe.base.progress import show_progress
+from ntkpipe.base.progress import Ticks
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 
 _POLL_SECONDS = 2.0
@@ -16,34 +17,27 @@ _SILENCE_SECONDS = 300.0  # a live driver writes to the store every half minute
 
 def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> KernelStore:
     """Show the progress of a run until its store is complete and its driver, if it was submitted, has finished."""
-    is_announced = False
-    while True:
+    for attempt in count():
         try:
             store = open_kernel(where)
             break
         except StoreNotFoundError as error:
-            if not is_announced:
+            if attempt == 0:
                 print(f"{error}; waiting until there is one", file=sys.stderr)
-            is_announced = True
             pause(_POLL_SECONDS)
-    first, driver = store.progress, _Driver(store)
-    total, done, kind = first.tiles_total, first.tiles_done, store.manifest.kind
-    for _ in show_progress(_new_tiles(store, done, driver, pause), total=total, done=done, what=kind, unit="tile"):
-        pass
+    progress, driver = store.progress, _Driver(store)
+    seen, total = progress.tiles_done, progress.tiles_total
+    with Ticks(total, done=seen, what=store.manifest.kind, unit="tile") as ticks:
+        while not progress.is_complete:
+            driver.is_running()
+            pause(_POLL_SECONDS)
+            progress = store.progress
+            for _ in range(seen, progress.tiles_done):
+                ticks.tick()
+            seen = max(seen, progress.tiles_done)
     while driver.is_running():  # with the steps of its workflow
         pause(_POLL_SECONDS)
     return store
-
-
-def _new_tiles(store: KernelStore, seen: int, driver: "_Driver", pause: Callable[[float], None]) -> Iterator[int]:
-    while True:
-        progress = store.progress
-        yield from range(seen, progress.tiles_done)
-        seen = max(seen, progress.tiles_done)
-        if progress.is_complete:
-            return
-        driver.is_running()
-        pause(_POLL_SECONDS)
 
 
 class _Driver:

@@ -79,9 +79,9 @@ def submitted(scheduler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("submitted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        submission = submit(write_study(root / "study"), scheduler=scheduler)
-    assert submission.store == str(root / "runs" / "small.zarr")
-    watch(submission.store)
+        submission = dict(submit(write_study(root / "study"), scheduler=scheduler))
+    assert submission["store"] == str(root / "runs" / "small.zarr")
+    watch(submission["store"])
     return root
 
 
@@ -188,7 +188,7 @@ def test_two_drivers_on_one_worker_do_not_meet(client, scheduler, file):
     try:
         while len(client.scheduler_info()["workers"]) > 1:
             time.sleep(0.05)
-        stores = [submit(file, [f"store={name}.zarr"], scheduler=scheduler).store for name in "ab"]
+        stores = [dict(submit(file, [f"store={name}.zarr"], scheduler=scheduler))["store"] for name in "ab"]
         for store in stores:
             assert watch(store).store.read_result("driver")["state"] == "finished"
     finally:

@@ -17,7 +17,7 @@ from ntkpipe.app.workflow import _check_step
 from ntkpipe.base.config import StepSpec
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.solvers.result import Result
-from ntkpipe.steps.options import options_of_step, reference_table
+from ntkpipe.steps.inputs import help_of_step, options_of_step
 from ntkpipe.steps.registry import REGISTRY, Entry
 from ntkpipe.steps.run import run_step
 from ntkpipe.steps.saved import read_result
@@ -162,11 +162,21 @@ def test_its_section_has_the_numbers_that_were_saved(
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_step_has_only_options_that_its_function_knows_and_explains(name: str) -> None:
-    from ntkpipe.steps.options import help_of_step
-
     summary, texts = help_of_step(REGISTRY[name])
     assert summary
     assert [option for option in options_of_step(REGISTRY[name]) if not texts.get(option)] == []
+
+
+def reference_table() -> str:
+    """The steps in Markdown, for the guide: name, what it finds, function, options with their defaults."""
+    rows = ["| step, command, result | finds | function | options |", "|---|---|---|---|"]
+    for entry in REGISTRY.values():
+        options = ", ".join(
+            f"`{name}`" if option.is_required else f"`{name}={option.default!r}`"
+            for name, option in options_of_step(entry).items()
+        )
+        rows.append(f"| `{entry.name}` | {entry.summary} | `ntkpipe.{entry.function.__name__}` | {options} |")
+    return "\n".join(rows)
 
 
 def test_the_guide_lists_them() -> None:
