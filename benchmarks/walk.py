@@ -1,6 +1,6 @@
 """How a model and a mode walk through the package: into how many files, and how often back into one that was left.
 
-python benchmarks/walk.py [--sequence] [--passes]
+python benchmarks/walk.py [--sequence]
 
 Runs on any version: ``PYTHONPATH=<checkout> python benchmarks/walk.py``. A call counts if one of its arguments is the
 model (a module, or the package's functional copy of one) or the very text that was given as ``mode``, or holds it one
@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
@@ -115,7 +114,8 @@ def _held(value: Any) -> Iterator[Any]:
         yield from list(getattr(value, "__dict__", {}).values())
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ())
-            yield from (getattr(value, name) for name in ([slots] if isinstance(slots, str) else slots) if name[:2] != "__" and hasattr(value, name))
+            names = [slots] if isinstance(slots, str) else slots
+            yield from (getattr(value, name) for name in names if name[:2] != "__" and hasattr(value, name))
 
 
 def watched(run: Callable[[str], object]) -> Walk:

@@ -1,7 +1,8 @@
 """From a model and a few samples to an engine: check outputs, trace uses, choose the fallback's method."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,16 +13,29 @@ from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
-from ntkpipe.jacobian.tracing.layouts import leaves
-from ntkpipe.jacobian.tracing.trace import nothing_traced, trace
+from ntkpipe.jacobian.tracing.layouts import Pass, leaves
+from ntkpipe.jacobian.tracing.recorder import Call, Recorder
+from ntkpipe.jacobian.tracing.trace import Tracing, next_expansion, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 
-_PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))  # sizes and orders differ, so that no layout of rows fits both by accident
+# Sizes and orders differ, so that no layout of rows fits both by accident; the third batch differs from the first in
+# its last sample alone.
+_PROBES = ((4, 3, 2, 1, 0), (0, 1, 2), (4, 3, 2, 1, 4))
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 # Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
 _MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
 _MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What forward passes of a few samples show of a model."""
+
+    model: FunctionalModel  # its convolutions channels last where that is faster
+    num_outputs: int  # O
+    tracing: Tracing
+    batch: Batch  # the samples
 
 
 def probe_samples(num_samples: int) -> list[int]:
@@ -29,31 +43,81 @@ def probe_samples(num_samples: int) -> list[int]:
     return [int(i) for i in np.linspace(0, num_samples - 1, 5)]
 
 
-def check_outputs(model: FunctionalModel, load: Load, num_samples: int) -> int:
-    """Run the model on a few samples and return its number of outputs O."""
-    chosen = probe_samples(num_samples)
+def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
+    """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
+    chosen, limit = probe_samples(num_samples), _MIXING_TOLERANCE[model.arithmetic]
     batch = load(chosen)
-    with torch.no_grad():
-        outputs, again = _run(model, batch), _run(model, batch)
-        # Each sample once more, between other neighbours and in a batch of another size.
-        partners = [_run(model, take(batch, (i, (i + 2) % 5, (i + 3) % 5)))[0] for i in range(5)]
-    bad = [chosen[i] for i in range(5) if not bool(torch.isfinite(outputs[i]).all())]
+    model = _with_fast_layout(model, batch)
+    parameters, constants, batches = model.parameters, model.constants(), [take(batch, order) for order in _PROBES]
+    outputs, calls, expansions = list[Tensor](), [list[Call]() for _ in _PROBES], frozenset[int]()
+    problem = "" if structured else "structure was switched off"
+    with torch.enable_grad():
+        while not problem:
+            # In the last pass parameters are cut off from the calls that are recorded.
+            recorders = [
+                Recorder(parameters, constants, expansions=expansions, detach=is_cut) for is_cut in (False, False, True)
+            ]
+            outputs = []
+            try:
+                for each, recorder in zip(batches, recorders, strict=True):
+                    with recorder:
+                        outputs.append(model(each))
+            except (NtkpipeError, MemoryError):
+                raise
+            except Exception as error:  # noqa: BLE001 - reported; if the model alone raises it, it does again below
+                problem = _failed(error)
+                break
+            calls = [recorder.calls for recorder in recorders]
+            if not (more := next_expansion(recorders[0].made, recorders[1].made)):
+                break
+            expansions |= more
+        if problem:
+            outputs = [_run(model, each) for each in batches]
+    mixing, scale = _mixing([values.detach() for values in outputs], chosen)
+    if not mixing <= limit * scale:
+        is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
+        raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
+    passes = [Pass(*each) for each in zip(outputs, calls, strict=True)]
+    reached = _reached(passes[:2], parameters, constants)
+    tracing = nothing_traced(list(parameters), problem)
+    if not problem:
+        try:
+            tracing = trace(parameters, passes[:2], passes[2], reached, expansions)
+        except (NtkpipeError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - reported; models that differentiate inside themselves may refuse
+            tracing = nothing_traced(list(parameters), _failed(error))
+    return Probed(model, outputs[0].shape[1], tracing, batch)
+
+
+def make_engine(probed: Probed, setup: Setup) -> Engine:
+    """The engine of a model that was probed, with a method for the fallback."""
+    return choose_method(Engine(probed.model, probed.tracing, "vmap", setup), probed.batch)
+
+
+_RANDOM = (
+    "two runs of the model on the same batch give different outputs: something in it is random (functional "
+    "dropout, sampling, noise); call model.eval(), or make it deterministic"
+)
+_MIXES = (
+    "outputs of a sample change by {:.2g} (of {:.2g}) with the other samples of its batch: a normalisation over the "
+    "batch, or attention across it. A kernel of single samples is not defined for it"
+)
+
+
+def _failed(error: Exception) -> str:
+    return f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
+
+
+def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, float]:
+    """By how much outputs of the same sample differ between batches, and the largest output."""
+    first, order = outputs[0], _PROBES[0]
+    bad = {chosen[i] for place, i in enumerate(order) if not bool(torch.isfinite(first[place]).all())}
     if bad:
-        raise NonFiniteError(f"the model's outputs are NaN or infinite on samples {sorted(set(bad))}")
-    scale = float(outputs.abs().max()) or 1.0
-    tolerance = _MIXING_TOLERANCE[model.arithmetic] * scale
-    if float((outputs - again).abs().max()) > tolerance:
-        raise ModelError(
-            "two runs of the model on the same batch give different outputs: something in it is random (functional "
-            "dropout, sampling, noise); call model.eval(), or make it deterministic"
-        )
-    mixing = float((outputs - torch.stack(partners)).abs().max())
-    if mixing > tolerance:
-        raise ModelError(
-            f"outputs of a sample change by {mixing:.2g} (of {scale:.2g}) with the other samples of its batch: a "
-            "normalisation over the batch, or attention across it. A kernel of single samples is not defined for it"
-        )
-    return int(outputs.shape[1])
+        raise NonFiniteError(f"the model's outputs are NaN or infinite on samples {sorted(bad)}")
+    pairs = [(found, first[[order.index(i) for i in each]]) for found, each in zip(outputs, _PROBES, strict=True)]
+    gaps = [float((found - same).abs().max()) for found, same in pairs]
+    return max(gaps, key=lambda gap: (gap != gap, gap)), float(first.abs().max()) or 1.0
 
 
 def _run(model: FunctionalModel, batch: Batch) -> Tensor:
@@ -72,6 +136,10 @@ def _run(model: FunctionalModel, batch: Batch) -> Tensor:
 
 def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> FunctionalModel:
     """The model with its convolutions channels last, where that is faster and the model runs that way."""
+    return _with_fast_layout(model, load(probe_samples(num_samples)))
+
+
+def _with_fast_layout(model: FunctionalModel, batch: Batch) -> FunctionalModel:
     convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
     if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
         return model
@@ -80,30 +148,15 @@ def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> Fu
     # writes beyond its memory; strides of functional calls are not known here, nor what other instruction sets do.
     if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
         return model
-    batch, changed = load(probe_samples(num_samples)), model.channels_last()
+    changed = model.channels_last()
     with torch.no_grad():
-        outputs = model(batch)
+        outputs = _run(model, batch)
         try:
             again = changed(batch)
         except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
             return model
     scale = float(outputs.abs().max()) or 1.0
     return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.arithmetic] * scale else model
-
-
-def make_engine(model: FunctionalModel, load: Load, num_samples: int, setup: Setup, *, structured: bool) -> Engine:
-    """Trace the model and choose the fallback's method."""
-    batch = load(probe_samples(num_samples))
-    _check_gradients(model, batch)
-    tracing = nothing_traced(model.names, "structure was switched off")
-    if structured:
-        try:
-            tracing = trace(model, [take(batch, order) for order in _PROBES], [len(order) for order in _PROBES])
-        except (NtkpipeError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - reported; models that differentiate inside themselves may refuse
-            tracing = nothing_traced(model.names, f"tracing failed: {str(error).partition(chr(10))[0]:.120}")
-    return choose_method(Engine(model, tracing, "vmap", setup), batch)
 
 
 def choose_method(engine: Engine, batch: Batch) -> Engine:
@@ -137,28 +190,27 @@ def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
     return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
 
-def _check_gradients(model: FunctionalModel, batch: Batch) -> None:
-    selected = list(model.parameters().values())
-    with torch.enable_grad():
-        outputs, again = model(batch), model(batch)
+def _reached(passes: Sequence[Pass], parameters: Mapping[str, Tensor], constants: Iterable[Tensor]) -> set[str]:
+    """Parameters that gradients of the outputs arrive at."""
     try:
-        grads = torch.autograd.grad(outputs.sum(), selected, allow_unused=True) if outputs.requires_grad else ()
+        reached = set().union(*(each.reached(parameters) for each in passes))
     except RuntimeError as error:
         raise ModelError(f"autograd cannot differentiate this model: {error}") from error
     # Leaves that a forward pass creates itself, as energy models do to differentiate by their input, are new each time.
-    known = {id(value) for value in (*model.module.parameters(), *model.module.buffers())}
-    persistent = {id(leaf) for leaf in leaves(again)} - known
-    foreign = {id(leaf): leaf for leaf in leaves(outputs) if id(leaf) in persistent}
+    known = {id(value) for value in (*parameters.values(), *constants)}
+    found, again = ({id(leaf): leaf for leaf in leaves(each.outputs)} for each in passes)
+    foreign = [leaf for key, leaf in found.items() if key in again and key not in known]
     if foreign:
-        shown = ", ".join(str(tuple(leaf.shape)) for leaf in list(foreign.values())[:5])
+        shown = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:5])
         raise ModelError(
             f"the outputs depend on {len(foreign)} tensors that require a gradient and are not parameters of the model "
             f"(shapes {shown}): a module in a plain list, or another model in the forward hook. The hook is given a "
             "copy of the model: use forward=lambda model, inputs: …; register modules, as in nn.ModuleList; call "
             "requires_grad_(False) on what is meant to be constant"
         )
-    if all(grad is None for grad in grads):
+    if not reached:
         raise ModelError(
-            f"the outputs do not depend on any of the {len(selected)} selected parameters: the forward pass runs under "
-            "torch.no_grad() or detaches what it computes, or parameters that it does not use were selected"
+            f"the outputs do not depend on any of the {len(parameters)} selected parameters: the forward pass runs "
+            "under torch.no_grad() or detaches what it computes, or parameters that it does not use were selected"
         )
+    return reached

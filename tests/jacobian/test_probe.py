@@ -10,7 +10,7 @@ from torch import nn
 import ntkpipe
 from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.jacobian.model.functional import prepare_model
-from ntkpipe.jacobian.probe import check_outputs, probe_samples, with_fast_layout
+from ntkpipe.jacobian.probe import probe, probe_samples, with_fast_layout
 
 L = nn.Linear
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def test_probes_are_five_samples_spread_over_the_data(num_samples):
 
 def test_number_of_outputs_is_found():
     functional = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu"))
-    assert check_outputs(functional, lambda n: X[list(n)], len(X)) == 3
+    assert probe(functional, lambda n: X[list(n)], len(X), structured=True).num_outputs == 3
 
 
 def convolving(read):

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,10 +89,16 @@ class FunctionalModel:
         """The ``compute_dtype``, on which tolerances depend."""
         return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters by name."""
         every = dict(self.module.named_parameters())
         return {name: every[f"model.{name}"] for name in self.names}
+
+    def constants(self) -> list[Tensor]:
+        """All other parameters, and the buffers, which a forward pass may replace."""
+        selected = {id(parameter) for parameter in self.parameters.values()}
+        return [value for value in (*self.module.parameters(), *self.module.buffers()) if id(value) not in selected]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Outputs (B, O) of a batch."""
@@ -106,15 +113,21 @@ class FunctionalModel:
         """Whether :meth:`call_with` reaches every use of the selected parameters."""
         # It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original,
         # and derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
-        live = self.parameters()
-        stand_ins = {name: value.detach().requires_grad_() for name, value in live.items()}
         try:
             with torch.enable_grad():
-                outputs = self.call_with(stand_ins, batch).sum()
-            grads = torch.autograd.grad(outputs, [*live.values(), *stand_ins.values()], allow_unused=True)
+                replaced = {name: value.detach() for name, value in self.parameters.items()}
+                self.require_replaced(self.call_with(replaced, batch))
         except Exception:  # noqa: BLE001 - whatever functional_call stumbles over, it cannot be used
             return False
-        return all(grad is None for grad in grads[: len(live)])
+        return True
+
+    def require_replaced(self, outputs: Tensor) -> None:
+        """Check that outputs of :meth:`call_with` do not depend on the parameters that were to be replaced."""
+        live = list(self.parameters.values())
+        if outputs.requires_grad:
+            grads = torch.autograd.grad(outputs.sum(), live, retain_graph=True, allow_unused=True)
+            if any(grad is not None for grad in grads):
+                raise ModelError("parameters are used out of reach of torch.func.functional_call")
 
     def check_outputs(self, outputs: object, batch: Batch) -> Tensor:
         """Return ``outputs`` if they are one floating-point (batch, O) tensor."""

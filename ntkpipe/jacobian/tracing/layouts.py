@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, watch
+from ntkpipe.jacobian.tracing.recorder import Argument, Call
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
@@ -18,33 +16,39 @@ _SHARED = -2  # owner of a row that several samples reach, which no layout allow
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What one probe batch shows."""
+class Pass:
+    """One recorded forward pass."""
 
+    outputs: Tensor  # with their graph
     calls: list[Call]
-    layouts: list[dict[str, set[Layout]]]  # per call and role, the layouts that the rows allow
-    is_output: list[bool]  # per call, whether it returned the model's output
-    edges: dict[str, int]  # see :func:`count_edges`
 
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.outputs)
 
-def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
-    """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
-    outputs, recorder = watch(model, batch, expansions)
-    calls = recorder.calls
-    owners = [_Owners(call) for call in calls]
-    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
-    covectors = draw_covectors(outputs, seed=0)
-    for sample in range(num_samples if outputs.requires_grad and live else 0):
-        only = torch.zeros_like(outputs)
-        only[sample] = covectors[sample]
-        grads = torch.autograd.grad(outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
-        for number, grad in zip(live, grads, strict=True):
-            if grad is not None:
-                owners[number].add(sample, grad.reshape(calls[number].shape))
-    changed = _changed_inputs(model, expansions, batch, calls)
-    layouts = [owner.layouts(change, num_samples) for owner, change in zip(owners, changed, strict=True)]
-    edges = count_edges(outputs, model.parameters())
-    return Probed(calls, layouts, [is_output_of(call, outputs) for call in calls], edges)
+    def layouts(self, other: "Pass | None") -> list[dict[str, set[Layout]]]:
+        """Per call and role, the layouts that its rows allow; ``other`` had the last sample replaced."""
+        owners = [_Owners(call) for call in self.calls]
+        live = {number: call.edge for number, call in enumerate(self.calls) if call.edge is not None}
+        covectors = draw_covectors(self.outputs, seed=0)
+        for sample in range(self.num_samples if self.outputs.requires_grad and live else 0):
+            only = torch.zeros_like(self.outputs)
+            only[sample] = covectors[sample]
+            grads = torch.autograd.grad(self.outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
+            for number, grad in zip(live, grads, strict=True):
+                if grad is not None:
+                    owners[number].add(sample, grad.reshape(self.calls[number].shape))
+        twins = [None] * len(self.calls) if other is None or len(other.calls) != len(self.calls) else other.calls
+        changed = [_changed(call, twin) for call, twin in zip(self.calls, twins, strict=True)]
+        return [owner.layouts(change, self.num_samples) for owner, change in zip(owners, changed, strict=True)]
+
+    def reached(self, parameters: Mapping[str, Tensor]) -> set[str]:
+        """Parameters that a gradient of the outputs arrives at."""
+        if not self.outputs.requires_grad:
+            return set()
+        grads = torch.autograd.grad(self.outputs.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+        return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
 def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
@@ -104,20 +108,15 @@ def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
     return found
 
 
-def _changed_inputs(
-    model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
-) -> list[dict[str, Tensor]]:
-    """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    others = watch(model, take(batch, [*range(batch_size(batch) - 1), 0]), expansions)[1].calls
-    found: list[dict[str, Tensor]] = []
-    for number, call in enumerate(calls):
-        found.append({})
-        if len(others) != len(calls) or others[number].shape != call.shape or call.input_was_changed():
-            continue
-        for role, argument in call.arguments.items():
-            other = others[number].arguments.get(role)
-            if argument.form.inputs is not None and other is not None and other.form.inputs is not None:
-                found[-1][role] = _rows_that_differ(argument, argument.form.inputs(), other.form.inputs())
+def _changed(call: Call, other: Call | None) -> dict[str, Tensor]:
+    """Per role, the rows of a call's input that change when the last sample is replaced."""
+    found: dict[str, Tensor] = {}
+    if other is None or other.shape != call.shape or call.input_was_changed():
+        return found
+    for role, argument in call.arguments.items():
+        twin = other.arguments.get(role)
+        if argument.form.inputs is not None and twin is not None and twin.form.inputs is not None:
+            found[role] = _rows_that_differ(argument, argument.form.inputs(), twin.form.inputs())
     return found
 
 

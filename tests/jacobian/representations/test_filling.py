@@ -78,10 +78,10 @@ MODELS = {
 
 def fill(engine, term, held, inputs, step):
     """Fill in every batch, ``step`` covectors at a time."""
-    parameters = engine.model.parameters()
+    parameters = engine.model.parameters
     for samples in BATCHES:
         outputs, calls = engine.forward(inputs[samples])
-        for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
+        for covectors, grads in engine.pullback.grads(outputs, calls, every_use=True):
             with torch.no_grad():
                 for start in range(covectors.start, covectors.stop, step):
                     part = slice(start, min(start + step, covectors.stop))

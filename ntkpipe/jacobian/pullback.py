@@ -1,0 +1,92 @@
+"""What an engine is without its model: from a recorded forward pass to gradients at the calls that use parameters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkpipe.base.errors import ModelError
+from ntkpipe.jacobian.model.device import sizes_of
+from ntkpipe.jacobian.representations.interface import Grads, Setup, Term
+from ntkpipe.jacobian.representations.pieces import PieceFilling
+from ntkpipe.jacobian.tracing.recorder import Call
+from ntkpipe.jacobian.tracing.trace import Tracing
+
+_WHY = (
+    "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
+    "structure"
+)
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """Covectors, and the terms of parameters that they are pulled back to."""
+
+    tracing: Tracing
+    setup: Setup
+    parameters: Mapping[str, Tensor]  # that are selected, by name
+    covectors: Tensor  # shape (S, O), in the compute dtype, on the device of the model
+    terms: tuple[Term, ...]
+    fallback_terms: tuple[Term, ...]
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether forward passes are differentiated by what is recorded of them."""
+        return bool(self.terms or self.tracing.unused)
+
+    def check(self, outputs: Tensor, calls: list[Call]) -> None:
+        """Check that a forward pass used its parameters as those on probe batches did."""
+        if self.terms and not self.tracing.matches(calls, outputs, self.parameters):
+            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
+        if any(calls[use.call].input_was_changed() for use in self.tracing.uses):
+            raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
+
+    def grads(self, outputs: Tensor, calls: list[Call], *, every_use: bool = False) -> Iterator[tuple[slice, Grads]]:
+        """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
+        numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
+        keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
+        edges = {number: edge for number in numbers if (edge := calls[number].edge) is not None}
+        count = len(self.covectors)
+        sources: list[Any] = [*edges.values(), *(self.parameters[name] for name in self.tracing.unused)]
+        num_bytes = sum(calls[number].blank().numel() for number in edges) * outputs.itemsize
+        step = max(1, min(count, sizes_of(self.covectors.device).gradient_bytes // max(1, num_bytes)))
+        for start in range(0, count, step):
+            covectors = slice(start, min(start + step, count))
+            found: list[Sequence[Tensor | None]] = []
+            for number in range(start, covectors.stop):
+                grads: Sequence[Tensor | None] = [None] * len(sources)
+                if outputs.requires_grad and sources:
+                    grads = torch.autograd.grad(
+                        outputs,
+                        sources,
+                        grad_outputs=self.covectors[number].to(outputs.dtype).expand_as(outputs),
+                        # Some terms go on from here, through what was made of parameters.
+                        retain_graph=number + 1 < count or keeps_graph,
+                        allow_unused=True,
+                    )
+                found.append(grads)
+                if any(grad is not None for grad in grads[len(edges) :]):
+                    raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
+            by_call = {}
+            for number, grads_of_call in zip(edges, zip(*found, strict=True), strict=False):
+                if any(grad is not None for grad in grads_of_call):
+                    call = calls[number]
+                    by_call[number] = [call.blank() if g is None else g.reshape(call.shape) for g in grads_of_call]
+            yield covectors, by_call
+
+    def filling(self, num_samples: int) -> PieceFilling:
+        """A piece of some samples, to be filled."""
+        covectors = self.covectors.to(self.setup.accumulate_dtype)
+        return PieceFilling(self.terms, self.fallback_terms, self.parameters, self.setup, covectors, num_samples)
+
+    def pair_flops(self) -> float:
+        """Operations of a contraction that fall on one pair of samples."""
+        return sum((term.held_as.pair_flops(term, self.setup) for term in (*self.terms, *self.fallback_terms)), 0.0)
+
+    def block_bytes(self) -> int:
+        """Bytes that a block holds for a sample."""
+        every, covectors = (*self.terms, *self.fallback_terms), self.setup.num_covectors
+        numbers = sum(term.held_as.num_numbers(term, covectors) for term in every)
+        return max(1, numbers * self.setup.accumulate_dtype.itemsize + self.covectors[0].nbytes)
