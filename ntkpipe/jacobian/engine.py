@@ -1,5 +1,6 @@
 """From samples to a Jacobian block: the engine that joins traced terms and the fallback."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +15,15 @@ from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.pullback import Pullback
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
+from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
 from ntkpipe.jacobian.representations.sums import Pairs
 from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call, Recorder
 from ntkpipe.jacobian.tracing.trace import Tracing
+
+_VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,7 @@ class Engine:
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
         samples = slice(first, first + batch_size(batch))
         outputs, calls = self.forward(batch)
-        for covectors, grads in self.pullback.grads(outputs, calls):
-            filling.fill(Pulled(calls, grads, covectors, samples, self.pullback.parameters, self.workspace))
+        self.pullback.fill(filling, outputs, calls, samples, self.workspace)
         if self.fallback:
             filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
         return outputs.detach()
@@ -138,6 +140,43 @@ class Engine:
     def fallback_jacobian(self, batch: Batch) -> Tensor:
         """Jacobians of the fallback's parameters, shape (S, B, P), in the compute dtype."""
         return METHODS[self.method](self.model, self.fallback, batch, self.covectors).detach()
+
+    def by_parameter(self, batch: Batch, places: list[int]) -> dict[str, Tensor]:
+        """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch."""
+        found = self.pullback.by_parameter(*self.forward(batch), places)
+        if self.fallback:
+            widths = [self.pullback.parameters[name].numel() for name in self.fallback]
+            jacobians = self.fallback_jacobian(take(batch, places))
+            found |= zip(self.fallback, jacobians.split(widths, dim=2), strict=True)
+        return found
+
+    def with_working_method(self, batch: Batch) -> "Engine":
+        """The engine with a method that works for the fallback's parameters: vmap, or else the loop."""
+        problem = self._problem_of_vmap(batch) if self.fallback and self.method == "vmap" else None
+        if problem is None:
+            return self
+        engine = self.changed(method="loop")
+        engine.fallback_jacobian(take(batch, (0, 1)))
+        warnings.warn(
+            f"torch.func.vmap cannot run this model ({problem}); the {len(self.fallback)} parameters without a rule "
+            "are differentiated sample by sample, which is exact but slow",
+            stacklevel=2,
+        )
+        return engine
+
+    def _problem_of_vmap(self, batch: Batch) -> str | None:
+        if not self.model.is_replaceable(batch):
+            return "parameters are used out of reach of torch.func.functional_call"
+        # Some batching rules of torch 2.13 work, or are right, only where there are as many samples as covectors.
+        few = take(batch, [i % batch_size(batch) for i in range(3 if len(self.covectors) != 3 else 4)])
+        try:
+            self.fallback_jacobian(batch)
+            found = self.fallback_jacobian(few)
+        except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over; the loop is exact, its errors are raised
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
+        exact = self.changed(method="loop").fallback_jacobian(few)
+        gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
+        return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Outputs of a batch, with their graph, and the recorded calls."""

@@ -1,17 +1,16 @@
 """From a model and a few samples to an engine: check outputs, trace uses, choose the fallback's method."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.fallback import take
+from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.layouts import Pass, leaves
 from ntkpipe.jacobian.tracing.recorder import Call, Recorder
@@ -22,10 +21,6 @@ Load = Callable[[Sequence[int]], Batch]
 # Sizes and orders differ, so that no layout of rows fits both by accident; the third batch differs from the first in
 # its last sample alone.
 _PROBES = ((4, 3, 2, 1, 0), (0, 1, 2), (4, 3, 2, 1, 4))
-_VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
-# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
-_MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
-_MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
 @dataclass(frozen=True)
@@ -45,9 +40,9 @@ def probe_samples(num_samples: int) -> list[int]:
 
 def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
-    chosen, limit = probe_samples(num_samples), _MIXING_TOLERANCE[model.arithmetic]
+    chosen, limit = probe_samples(num_samples), MIXING_TOLERANCE[model.arithmetic]
     batch = load(chosen)
-    model = _with_fast_layout(model, batch)
+    model = model.with_fast_layout(batch)
     parameters, constants, batches = model.parameters, model.constants(), [take(batch, order) for order in _PROBES]
     outputs, calls, expansions = list[Tensor](), [list[Call]() for _ in _PROBES], frozenset[int]()
     problem = "" if structured else "structure was switched off"
@@ -72,7 +67,7 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
                 break
             expansions |= more
         if problem:
-            outputs = [_run(model, each) for each in batches]
+            outputs = [model.explained(each) for each in batches]
     mixing, scale = _mixing([values.detach() for values in outputs], chosen)
     if not mixing <= limit * scale:
         is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
@@ -92,7 +87,7 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
-    return choose_method(Engine(probed.model, probed.tracing, "vmap", setup), probed.batch)
+    return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
 
 
 _RANDOM = (
@@ -118,76 +113,6 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
     pairs = [(found, first[[order.index(i) for i in each]]) for found, each in zip(outputs, _PROBES, strict=True)]
     gaps = [float((found - same).abs().max()) for found, same in pairs]
     return max(gaps, key=lambda gap: (gap != gap, gap)), float(first.abs().max()) or 1.0
-
-
-def _run(model: FunctionalModel, batch: Batch) -> Tensor:
-    try:
-        return model(batch)
-    except NtkpipeError:
-        raise
-    except Exception as error:
-        tensors = batch if isinstance(batch, dict) else {"input": batch}
-        shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
-        raise ModelError(
-            f"the model raised {type(error).__name__} on a batch of {batch_size(batch)} ({shown}): {error}. Real "
-            "inputs take the compute dtype, integers and booleans are passed on as they are"
-        ) from error
-
-
-def with_fast_layout(model: FunctionalModel, load: Load, num_samples: int) -> FunctionalModel:
-    """The model with its convolutions channels last, where that is faster and the model runs that way."""
-    return _with_fast_layout(model, load(probe_samples(num_samples)))
-
-
-def _with_fast_layout(model: FunctionalModel, batch: Batch) -> FunctionalModel:
-    convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.module.modules())
-    if not convolves or model.device.type != "cpu" or model.dtype != torch.float32:
-        return model
-    weights = [parameter for parameter in model.module.parameters() if parameter.ndim in {4, 5}]
-    # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2,
-    # writes beyond its memory; strides of functional calls are not known here, nor what other instruction sets do.
-    if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
-        return model
-    changed = model.channels_last()
-    with torch.no_grad():
-        outputs = _run(model, batch)
-        try:
-            again = changed(batch)
-        except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
-            return model
-    scale = float(outputs.abs().max()) or 1.0
-    return changed if float((again - outputs).abs().max()) <= _MIXING_TOLERANCE[model.arithmetic] * scale else model
-
-
-def choose_method(engine: Engine, batch: Batch) -> Engine:
-    """The engine with a method that works for the fallback's parameters: vmap, or else the loop."""
-    if not engine.fallback or engine.method == "loop":
-        return engine
-    problem = _problem_of_vmap(engine, batch)
-    if problem is not None:
-        engine = engine.changed(method="loop")
-        engine.fallback_jacobian(take(batch, (0, 1)))
-        warnings.warn(
-            f"torch.func.vmap cannot run this model ({problem}); the {len(engine.fallback)} parameters without a rule "
-            "are differentiated sample by sample, which is exact but slow",
-            stacklevel=2,
-        )
-    return engine
-
-
-def _problem_of_vmap(engine: Engine, batch: Batch) -> str | None:
-    if not engine.model.is_replaceable(batch):
-        return "parameters are used out of reach of torch.func.functional_call"
-    # Some batching rules of torch 2.13 work, or are right, only where there are as many samples as covectors.
-    few = take(batch, [i % batch_size(batch) for i in range(3 if len(engine.covectors) != 3 else 4)])
-    try:
-        engine.fallback_jacobian(batch)
-        found = engine.fallback_jacobian(few)
-    except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over, the loop is exact, and its errors are raised
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
-    exact = engine.changed(method="loop").fallback_jacobian(few)
-    gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
-    return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
 
 def _reached(passes: Sequence[Pass], parameters: Mapping[str, Tensor], constants: Iterable[Tensor]) -> set[str]:

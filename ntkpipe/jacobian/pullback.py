@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.jacobian.model.device import sizes_of
-from ntkpipe.jacobian.representations.interface import Grads, Setup, Term
+from ntkpipe.jacobian.representations.interface import Grads, Pulled, Setup, Term
 from ntkpipe.jacobian.representations.pieces import PieceFilling
+from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.trace import Tracing
+from ntkpipe.jacobian.tracing.uses import pull_back
 
 _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
@@ -80,6 +82,27 @@ class Pullback:
         """A piece of some samples, to be filled."""
         covectors = self.covectors.to(self.setup.accumulate_dtype)
         return PieceFilling(self.terms, self.fallback_terms, self.parameters, self.setup, covectors, num_samples)
+
+    def fill(
+        self, filling: PieceFilling, outputs: Tensor, calls: list[Call], samples: slice, workspace: Workspace
+    ) -> None:
+        """Fill in the Jacobians of some samples of a piece, from a recorded pass of these."""
+        for covectors, grads in self.grads(outputs, calls):
+            filling.fill(Pulled(calls, grads, covectors, samples, self.parameters, workspace))
+
+    def by_parameter(self, outputs: Tensor, calls: list[Call], places: list[int]) -> dict[str, Tensor]:
+        """Jacobians (S, n, P) of every traced or unused parameter for the samples at ``places`` of a recorded pass."""
+        shape = (len(self.covectors), len(places))
+        names = (*self.tracing.covered, *self.tracing.unused)
+        found = {n: self.parameters[n].new_zeros((*shape, self.parameters[n].numel())) for n in names}
+        for covectors, grads in self.grads(outputs, calls, every_use=True):
+            for use in self.tracing.uses:
+                for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
+                    with torch.no_grad():
+                        rows = use.jacobian(calls[use.call], grad, len(outputs))[places]
+                    for name, jacobian in pull_back(calls[use.call].arguments[use.role], self.parameters, rows):
+                        found[name][number] += jacobian
+        return found
 
     def pair_flops(self) -> float:
         """Operations of a contraction that fall on one pair of samples."""

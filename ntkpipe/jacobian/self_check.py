@@ -1,6 +1,5 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +11,9 @@ from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.probe import Load, choose_method
+from ntkpipe.jacobian.probe import Load
 from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.uses import pull_back
 
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
@@ -119,8 +117,8 @@ class _Check:
             newly = {name: reason for name, reason in failed.items() if name not in engine.fallback}
             if newly:
                 moved |= newly
-                batch = take(self._batch, self.places)
-                engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), batch)
+                engine = engine.changed(tracing=engine.tracing.without(newly))
+                engine = engine.with_working_method(take(self._batch, self.places))
             elif engine.method == "loop":
                 raise SelfCheckError(
                     "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
@@ -144,13 +142,13 @@ class _Check:
         double = engine.with_covectors(self.covectors, "all", model=self.model)
         batch = _cast(self._batch, self.model.dtype)
         try:
-            found = dict(parameter_jacobians(double, batch, self.places))
+            found = double.by_parameter(batch, self.places)
         except Exception:
             if not engine.fallback or engine.method == "loop":
                 raise
             # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
             # still judged, with everything else, by compute_error.
-            found = dict(parameter_jacobians(double.changed(method="loop"), batch, self.places))
+            found = double.changed(method="loop").by_parameter(batch, self.places)
         return {name: found[name].double() for name in self.reference}
 
     def errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
@@ -216,26 +214,6 @@ def _by_vjp(model: FunctionalModel, batch: Batch, covectors: Tensor) -> Jacobian
         found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
     # Samples first in memory, as Gram matrices take them.
     return {name: torch.stack([rows[name] for rows in found]).transpose(0, 1) for name in parameters}
-
-
-def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch, as the engine computes them."""
-    parameters, tracing = engine.pullback.parameters, engine.tracing
-    shape = (len(engine.covectors), len(places))
-    names = (*tracing.covered, *tracing.unused)
-    found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
-    (outputs, calls), size = engine.forward(batch), batch_size(batch)
-    for covectors, grads in engine.pullback.grads(outputs, calls, every_use=True):
-        for use in tracing.uses:
-            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                with torch.no_grad():
-                    rows = use.jacobian(calls[use.call], grad, size)[places]
-                for name, jacobian in pull_back(calls[use.call].arguments[use.role], parameters, rows):
-                    found[name][number] += jacobian
-    yield from found.items()
-    if engine.fallback:
-        widths = [parameters[name].numel() for name in engine.fallback]
-        yield from zip(engine.fallback, engine.fallback_jacobian(take(batch, places)).split(widths, dim=2), strict=True)
 
 
 def _gram(jacobian: Tensor) -> Tensor:

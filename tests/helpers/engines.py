@@ -120,7 +120,7 @@ def forced(engine, ways=WAYS):
 def engine_jacobians(engine, batch, places):
     """Name → Jacobian (S, n, P), elements in the parameter's order, of the samples at ``places`` of a batch."""
     with exact_math():
-        found = dict(check.parameter_jacobians(engine, batch, list(places)))
+        found = engine.by_parameter(batch, list(places))
     return {name: value.detach().double() for name, value in found.items()}
 
 

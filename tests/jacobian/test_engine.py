@@ -175,7 +175,13 @@ HELD = {
         X,
         None,
     ),
-    "without rules": lambda: (nn.Sequential(nn.LSTM(6, 5), Custom(lambda m, x: x[0]), nn.Linear(5, 3)), X, None),
+    "without rules": lambda: (
+        nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.LSTM(6, 5, batch_first=True), Custom(lambda m, x: x[0][:, 0]), nn.Linear(5, 3)
+        ),
+        X,
+        None,
+    ),
 }
 
 
@@ -196,7 +202,11 @@ def test_cost_counts_operations_and_bytes():
     engine = engine_of(wide, X, EYE)
     cost = engine.cost(X)
     piece, outputs = engine.piece(X)
-    assert cost.block_bytes == engine.pullback.block_bytes() == pytest.approx((piece.num_bytes() + outputs.nbytes) / 7, rel=0.2)
+    assert (
+        cost.block_bytes
+        == engine.pullback.block_bytes()
+        == pytest.approx((piece.num_bytes() + outputs.nbytes) / 7, rel=0.2)
+    )
     assert cost.workspace_bytes >= cost.block_bytes
     # Forward 2 * (6*200 + 200*3), and one pull-back through the second layer a covector.
     assert cost.jacobian_flops >= 2 * (6 * 200 + 200 * 3) + 3 * 2 * 200 * 3

@@ -10,7 +10,7 @@ from torch import nn
 import ntkpipe
 from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.jacobian.model.functional import prepare_model
-from ntkpipe.jacobian.probe import probe, probe_samples, with_fast_layout
+from ntkpipe.jacobian.probe import probe, probe_samples
 
 L = nn.Linear
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -174,7 +174,7 @@ class Reading(nn.Module):
 )
 def test_convolutions_run_channels_last_where_the_model_allows_it(read, is_changed):
     model = convolving(read)
-    changed = with_fast_layout(model, lambda samples: X[list(samples)], len(X))
+    changed = model.with_fast_layout(X)
     assert (changed is not model) is is_changed
     assert torch.allclose(changed(X), model(X), atol=1e-6)
 
@@ -185,7 +185,7 @@ def test_convolutions_run_channels_last_where_the_model_allows_it(read, is_chang
 )
 def test_models_without_convolutions_and_float64_keep_their_layout(model, dtype):
     prepared = prepare_model(model, dtype=dtype, device=torch.device("cpu"))
-    assert with_fast_layout(prepared, lambda samples: X[list(samples)].to(dtype), len(X)) is prepared
+    assert prepared.with_fast_layout(X.to(dtype)) is prepared
 
 
 @pytest.mark.parametrize(
@@ -203,5 +203,5 @@ def test_models_without_convolutions_and_float64_keep_their_layout(model, dtype)
 def test_convolutions_are_channels_last_where_that_is_safe(layer, is_changed):
     inputs = torch.randn(6, layer.in_channels, 4, 4) if isinstance(layer, nn.Conv2d) else X
     model = prepare_model(nn.Sequential(layer, nn.Flatten()), dtype=torch.float32, device=torch.device("cpu"))
-    changed = with_fast_layout(model, lambda n: inputs[list(n)], len(inputs))
+    changed = model.with_fast_layout(inputs)
     assert (changed is not model) is is_changed

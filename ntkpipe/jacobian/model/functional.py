@@ -5,9 +5,8 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
-from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.store.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -29,6 +28,9 @@ DTYPES: dict[ComputeDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "tf32": torch.float32,
 }
+# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
+MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
+_MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
 class _Hooked(nn.Module):
@@ -83,17 +85,16 @@ class FunctionalModel:
     dtype: torch.dtype  # of parameters and floating-point inputs
     device: torch.device
     tf32: bool = False  # whether float32 products of a GPU may be TF32, as ``exact_math`` then allows
+    parameters: dict[str, nn.Parameter] = field(init=False, repr=False, compare=False)  # the selected ones by name
+
+    def __post_init__(self) -> None:
+        every = dict(self.module.named_parameters())
+        object.__setattr__(self, "parameters", {name: every[f"model.{name}"] for name in self.names})
 
     @property
     def arithmetic(self) -> ComputeDtype:
         """The ``compute_dtype``, on which tolerances depend."""
         return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-    @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The selected parameters by name."""
-        every = dict(self.module.named_parameters())
-        return {name: every[f"model.{name}"] for name in self.names}
 
     def constants(self) -> list[Tensor]:
         """All other parameters, and the buffers, which a forward pass may replace."""
@@ -103,6 +104,20 @@ class FunctionalModel:
     def __call__(self, batch: Batch) -> Tensor:
         """Outputs (B, O) of a batch."""
         return self.check_outputs(self.module(batch), batch)
+
+    def explained(self, batch: Batch) -> Tensor:
+        """The same; what the model raises is an error that says so, with what it was given."""
+        try:
+            return self(batch)
+        except NtkpipeError:
+            raise
+        except Exception as error:
+            tensors = batch if isinstance(batch, dict) else {"input": batch}
+            shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
+            raise ModelError(
+                f"the model raised {type(error).__name__} on a batch of {len(next(iter(tensors.values())))} ({shown}): "
+                f"{error}. Real inputs take the compute dtype, integers and booleans are passed on as they are"
+            ) from error
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
@@ -165,6 +180,26 @@ class FunctionalModel:
     def moved(self, device: torch.device) -> "FunctionalModel":
         """A copy on another device."""
         return self._with_module(_converted(_deepcopy(self.module), self.dtype, device), device=device)
+
+    def with_fast_layout(self, batch: Batch) -> "FunctionalModel":
+        """The model with its convolutions channels last, where that is faster and the model runs that way."""
+        convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.module.modules())
+        if not convolves or self.device.type != "cpu" or self.dtype != torch.float32:
+            return self
+        weights = [parameter for parameter in self.module.parameters() if parameter.ndim in _CHANNELS_LAST]
+        # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2,
+        # writes beyond its memory; strides of functional calls are not known here, nor what other instruction sets do.
+        if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
+            return self
+        changed = self.channels_last()
+        with torch.no_grad():
+            outputs = self.explained(batch)
+            try:
+                again = changed(batch)
+            except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
+                return self
+        scale = float(outputs.abs().max()) or 1.0
+        return changed if float((again - outputs).abs().max()) <= MIXING_TOLERANCE[self.arithmetic] * scale else self
 
     def channels_last(self) -> "FunctionalModel":
         """A copy with convolutions channels last in memory; oneDNN's are 10 to 40 % faster in this layout."""
