@@ -68,10 +68,11 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
             expansions |= more
         if problem:
             outputs = [model.explained(each) for each in batches]
-    mixing, scale = _mixing([values.detach() for values in outputs], chosen)
-    if not mixing <= limit * scale:
-        is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
-        raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
+    with torch.no_grad():
+        mixing, scale = _mixing(outputs, chosen)
+        if not mixing <= limit * scale:
+            is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
+            raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
     passes = [Pass(*each) for each in zip(outputs, calls, strict=True)]
     reached = _reached(passes[:2], parameters, constants)
     tracing = nothing_traced(list(parameters), problem)
