@@ -165,11 +165,12 @@ class Engine:
         return engine
 
     def _problem_of_vmap(self, batch: Batch) -> str | None:
-        if not self.model.is_replaceable(batch):
-            return "parameters are used out of reach of torch.func.functional_call"
         # Some batching rules of torch 2.13 work, or are right, only where there are as many samples as covectors.
         few = take(batch, [i % batch_size(batch) for i in range(3 if len(self.covectors) != 3 else 4)])
         try:
+            with torch.enable_grad():
+                replaced = {name: value.detach() for name, value in self.model.parameters.items()}
+                self.model.require_replaced(self.model.call_with(replaced, batch))
             self.fallback_jacobian(batch)
             found = self.fallback_jacobian(few)
         except Exception as error:  # noqa: BLE001 - whatever vmap stumbles over; the loop is exact, its errors are raised

@@ -87,12 +87,15 @@ class _Check:
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        self.model = engine.model.converted(torch.float64)
-        try:
-            self.reference, self.reference_name = self._reference()
-        except Exception:  # noqa: BLE001 - some operations exist in float32 alone; there the model has run before
-            self.model = engine.model
-            self.reference, self.reference_name = self._reference()
+        for self.model in (engine.model.converted(torch.float64), engine.model):
+            self._cast = tree_map(lambda v: v.to(self.model.dtype) if v.is_floating_point() else v, self._batch)
+            try:
+                found = _reference(self.model, take(self._cast, self.places), self.covectors)
+                break
+            except Exception:
+                if self.model is engine.model:
+                    raise  # else operations that exist in float32 alone; there the model has run before
+        self.reference, self.reference_name = found
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
 
@@ -128,9 +131,6 @@ class _Check:
             else:
                 engine = engine.changed(method="loop")
 
-    def _reference(self) -> tuple[Jacobians, str]:
-        return _reference(self.model, take(_cast(self._batch, self.model.dtype), self.places), self.covectors)
-
     def compute_error(self, engine: Engine) -> float:
         whole = engine.with_covectors(self.covectors, "all")
         piece, _ = whole.piece(take(self._batch, self.places))
@@ -140,15 +140,14 @@ class _Check:
 
     def _jacobians(self, engine: Engine) -> Jacobians:
         double = engine.with_covectors(self.covectors, "all", model=self.model)
-        batch = _cast(self._batch, self.model.dtype)
         try:
-            found = double.by_parameter(batch, self.places)
+            found = double.by_parameter(self._cast, self.places)
         except Exception:
             if not engine.fallback or engine.method == "loop":
                 raise
             # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
             # still judged, with everything else, by compute_error.
-            found = double.changed(method="loop").by_parameter(batch, self.places)
+            found = double.changed(method="loop").by_parameter(self._cast, self.places)
         return {name: found[name].double() for name in self.reference}
 
     def errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
@@ -172,7 +171,7 @@ class _Check:
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         direction /= direction.norm()
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
-        pairs = [take(_cast(self._batch, self.model.dtype), [place, place]) for place in self.places]
+        pairs = [take(self._cast, [place, place]) for place in self.places]
         original, ends = parameter.detach().clone(), []
         with torch.no_grad():
             for sign in (1.0, -1.0):
@@ -183,11 +182,6 @@ class _Check:
         flat = direction.reshape(-1).double()
         gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]
         return gaps[0] < 0.01 * gaps[1]
-
-
-def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    cast: Batch = tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, batch)
-    return cast
 
 
 def _reference(model: FunctionalModel, batch: Batch, covectors: Tensor) -> tuple[Jacobians, str]:

@@ -124,22 +124,12 @@ class FunctionalModel:
         renamed = {f"model.{name}": value for name, value in parameters.items()}
         return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
 
-    def is_replaceable(self, batch: Batch) -> bool:
-        """Whether :meth:`call_with` reaches every use of the selected parameters."""
-        # It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original,
-        # and derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
-        try:
-            with torch.enable_grad():
-                replaced = {name: value.detach() for name, value in self.parameters.items()}
-                self.require_replaced(self.call_with(replaced, batch))
-        except Exception:  # noqa: BLE001 - whatever functional_call stumbles over, it cannot be used
-            return False
-        return True
-
     def require_replaced(self, outputs: Tensor) -> None:
         """Check that outputs of :meth:`call_with` do not depend on the parameters that were to be replaced."""
-        live = list(self.parameters.values())
+        # They do where a module also keeps a parameter in a plain list or a closure: there it uses the original, and
+        # derivatives by ``torch.func`` would silently lack that use.
         if outputs.requires_grad:
+            live = list(self.parameters.values())
             grads = torch.autograd.grad(outputs.sum(), live, retain_graph=True, allow_unused=True)
             if any(grad is not None for grad in grads):
                 raise ModelError("parameters are used out of reach of torch.func.functional_call")
