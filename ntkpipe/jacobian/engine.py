@@ -20,7 +20,8 @@ from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
 from ntkpipe.jacobian.representations.sums import Pairs
 from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.recorder import Call, Recorder
+from ntkpipe.jacobian.tracing.layouts import Pass
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Tracing
 
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
@@ -69,7 +70,9 @@ class Engine:
 
     def moved(self, device: torch.device) -> "Engine":
         """The same engine on another device; itself where it is there already."""
-        return self if device == self.model.device else self.changed(model=self.model.moved(device))
+        return (
+            self if device == self.model.device else self.changed(model=self.model.converted(self.model.dtype, device))
+        )
 
     def copy(self) -> "Engine":
         """The same engine on its own copy of the module, for another thread."""
@@ -131,11 +134,11 @@ class Engine:
 
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
         samples = slice(first, first + batch_size(batch))
-        outputs, calls = self.forward(batch)
-        self.pullback.fill(filling, outputs, calls, samples, self.workspace)
+        recorded = self.forward(batch)
+        self.pullback.fill(filling, recorded, samples, self.workspace)
         if self.fallback:
             filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
-        return outputs.detach()
+        return recorded.outputs.detach()
 
     def fallback_jacobian(self, batch: Batch) -> Tensor:
         """Jacobians of the fallback's parameters, shape (S, B, P), in the compute dtype."""
@@ -143,7 +146,7 @@ class Engine:
 
     def by_parameter(self, batch: Batch, places: list[int]) -> dict[str, Tensor]:
         """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch."""
-        found = self.pullback.by_parameter(*self.forward(batch), places)
+        found = self.pullback.by_parameter(self.forward(batch), places)
         if self.fallback:
             widths = [self.pullback.parameters[name].numel() for name in self.fallback]
             jacobians = self.fallback_jacobian(take(batch, places))
@@ -179,13 +182,13 @@ class Engine:
         gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
         return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
-    def forward(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Outputs of a batch, with their graph, and the recorded calls."""
+    def forward(self, batch: Batch) -> Pass:
+        """A recorded pass of a batch."""
         recorder = Recorder(self.pullback.parameters, self.model.constants(), expansions=self.tracing.expansions)
         with torch.set_grad_enabled(self.pullback.needs_graph), recorder:
-            outputs = self.model(batch)
-        self.pullback.check(outputs, recorder.calls)
-        return outputs, recorder.calls
+            recorded = Pass(self.model(batch), recorder.calls)
+        self.pullback.check(recorded)
+        return recorded
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""

@@ -1,8 +1,7 @@
 """What an engine is without its model: from a recorded forward pass to gradients at the calls that use parameters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.interface import Grads, Pulled, Setup, Term
 from ntkpipe.jacobian.representations.pieces import PieceFilling
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.recorder import Call
+from ntkpipe.jacobian.tracing.layouts import Pass
 from ntkpipe.jacobian.tracing.trace import Tracing
 from ntkpipe.jacobian.tracing.uses import pull_back
 
@@ -38,69 +37,56 @@ class Pullback:
         """Whether forward passes are differentiated by what is recorded of them."""
         return bool(self.terms or self.tracing.unused)
 
-    def check(self, outputs: Tensor, calls: list[Call]) -> None:
+    def check(self, recorded: Pass) -> None:
         """Check that a forward pass used its parameters as those on probe batches did."""
-        if self.terms and not self.tracing.matches(calls, outputs, self.parameters):
+        if self.terms and not self.tracing.matches(recorded, self.parameters):
             raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
-        if any(calls[use.call].input_was_changed() for use in self.tracing.uses):
+        if any(recorded.calls[use.call].input_was_changed() for use in self.tracing.uses):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
 
-    def grads(self, outputs: Tensor, calls: list[Call], *, every_use: bool = False) -> Iterator[tuple[slice, Grads]]:
+    def grads(self, recorded: Pass, *, every_use: bool = False) -> Iterator[tuple[slice, Grads]]:
         """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
         numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
+        # Some terms go on from here, through what was made of parameters.
         keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
-        edges = {number: edge for number in numbers if (edge := calls[number].edge) is not None}
-        count = len(self.covectors)
-        sources: list[Any] = [*edges.values(), *(self.parameters[name] for name in self.tracing.unused)]
-        num_bytes = sum(calls[number].blank().numel() for number in edges) * outputs.itemsize
+        outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
+        unused = [self.parameters[name] for name in self.tracing.unused]
+        num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
         step = max(1, min(count, sizes_of(self.covectors.device).gradient_bytes // max(1, num_bytes)))
         for start in range(0, count, step):
-            covectors = slice(start, min(start + step, count))
-            found: list[Sequence[Tensor | None]] = []
-            for number in range(start, covectors.stop):
-                grads: Sequence[Tensor | None] = [None] * len(sources)
-                if outputs.requires_grad and sources:
-                    grads = torch.autograd.grad(
-                        outputs,
-                        sources,
-                        grad_outputs=self.covectors[number].to(outputs.dtype).expand_as(outputs),
-                        # Some terms go on from here, through what was made of parameters.
-                        retain_graph=number + 1 < count or keeps_graph,
-                        allow_unused=True,
-                    )
-                found.append(grads)
-                if any(grad is not None for grad in grads[len(edges) :]):
+            found = []
+            for number in range(start, min(start + step, count)):
+                covectors, keeps = self.covectors[number].to(outputs.dtype).expand_as(outputs), number + 1 < count
+                grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
+                if any(grad is not None for grad in others):
                     raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
-            by_call = {}
-            for number, grads_of_call in zip(edges, zip(*found, strict=True), strict=False):
-                if any(grad is not None for grad in grads_of_call):
-                    call = calls[number]
-                    by_call[number] = [call.blank() if g is None else g.reshape(call.shape) for g in grads_of_call]
-            yield covectors, by_call
+                found.append(grads)
+            reached = [number for number in numbers if any(number in grads for grads in found)]
+            by_call = {number: [grads.get(number, calls[number].blank()) for grads in found] for number in reached}
+            yield slice(start, start + len(found)), by_call
 
     def filling(self, num_samples: int) -> PieceFilling:
         """A piece of some samples, to be filled."""
         covectors = self.covectors.to(self.setup.accumulate_dtype)
         return PieceFilling(self.terms, self.fallback_terms, self.parameters, self.setup, covectors, num_samples)
 
-    def fill(
-        self, filling: PieceFilling, outputs: Tensor, calls: list[Call], samples: slice, workspace: Workspace
-    ) -> None:
+    def fill(self, filling: PieceFilling, recorded: Pass, samples: slice, workspace: Workspace) -> None:
         """Fill in the Jacobians of some samples of a piece, from a recorded pass of these."""
-        for covectors, grads in self.grads(outputs, calls):
-            filling.fill(Pulled(calls, grads, covectors, samples, self.parameters, workspace))
+        for covectors, grads in self.grads(recorded):
+            filling.fill(Pulled(recorded.calls, grads, covectors, samples, self.parameters, workspace))
 
-    def by_parameter(self, outputs: Tensor, calls: list[Call], places: list[int]) -> dict[str, Tensor]:
+    def by_parameter(self, recorded: Pass, places: list[int]) -> dict[str, Tensor]:
         """Jacobians (S, n, P) of every traced or unused parameter for the samples at ``places`` of a recorded pass."""
         shape = (len(self.covectors), len(places))
         names = (*self.tracing.covered, *self.tracing.unused)
         found = {n: self.parameters[n].new_zeros((*shape, self.parameters[n].numel())) for n in names}
-        for covectors, grads in self.grads(outputs, calls, every_use=True):
+        for covectors, grads in self.grads(recorded, every_use=True):
             for use in self.tracing.uses:
+                call = recorded.calls[use.call]
                 for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
                     with torch.no_grad():
-                        rows = use.jacobian(calls[use.call], grad, len(outputs))[places]
-                    for name, jacobian in pull_back(calls[use.call].arguments[use.role], self.parameters, rows):
+                        rows = use.jacobian(call, grad, recorded.num_samples)[places]
+                    for name, jacobian in pull_back(call.arguments[use.role], self.parameters, rows):
                         found[name][number] += jacobian
         return found
 

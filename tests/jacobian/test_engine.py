@@ -53,9 +53,9 @@ def test_jacobians_held_in_any_way_give_the_same_kernel(way, subtile, batch):
 def test_covectors_are_pulled_back_a_few_at_a_time(numbers, runs, monkeypatch):
     model = mlp()
     engine = engine_of(model, X, EYE)
-    outputs, calls = engine.forward(X)
-    with_sizes(monkeypatch, gradient_bytes=8 * numbers * sum(call.blank().numel() for call in calls))
-    found = [covectors for covectors, _ in engine.pullback.grads(outputs, calls)]
+    recorded = engine.forward(X)
+    with_sizes(monkeypatch, gradient_bytes=8 * numbers * sum(call.blank().numel() for call in recorded.calls))
+    found = [covectors for covectors, _ in engine.pullback.grads(recorded)]
     assert [covectors.stop - covectors.start for covectors in found] == runs
     block, _ = engine.block(load, 0, 7, subtile=7, batch=7)
     assert reference.error(block_kernel(block), reference.kernel(model, X)) <= 1e-12

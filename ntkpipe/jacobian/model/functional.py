@@ -167,10 +167,6 @@ class FunctionalModel:
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
         return self._with_module(_deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
 
-    def moved(self, device: torch.device) -> "FunctionalModel":
-        """A copy on another device."""
-        return self._with_module(_converted(_deepcopy(self.module), self.dtype, device), device=device)
-
     def with_fast_layout(self, batch: Batch) -> "FunctionalModel":
         """The model with its convolutions channels last, where that is faster and the model runs that way."""
         convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.module.modules())
@@ -199,9 +195,12 @@ class FunctionalModel:
                 parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
         return self._with_module(module)
 
-    def converted(self, dtype: torch.dtype) -> "FunctionalModel":
-        """A copy in another dtype, which shares nothing."""
-        return self._with_module(_converted(_deepcopy(self.module), dtype, self.device), dtype=dtype, tf32=False)
+    def converted(self, dtype: torch.dtype, device: torch.device | None = None) -> "FunctionalModel":
+        """A copy in another dtype, or on another device, which shares nothing."""
+        device, tf32 = device or self.device, self.tf32 and dtype == self.dtype
+        return self._with_module(
+            _converted(_deepcopy(self.module), dtype, device), dtype=dtype, device=device, tf32=tf32
+        )
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
         selected = {f"model.{name}" for name in self.names}

@@ -1,8 +1,9 @@
 """Which rows of a use belong to which sample, found on probe batches by pulling back one sample at a time."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +26,33 @@ class Pass:
         """B."""
         return len(self.outputs)
 
+    def pulled(
+        self,
+        covectors: Tensor,
+        others: Sequence[Tensor] = (),
+        numbers: Iterable[int] | None = None,
+        *,
+        keeps_graph: bool = True,
+    ) -> tuple[dict[int, Tensor], Sequence[Tensor | None]]:
+        """Gradients at the outputs of calls by their number, where any arrive, and at other tensors."""
+        numbers = range(len(self.calls)) if numbers is None else numbers
+        edges = {number: edge for number in numbers if (edge := self.calls[number].edge) is not None}
+        sources: list[Any] = [*edges.values(), *others]
+        if not self.outputs.requires_grad or not sources:
+            return {}, [None] * len(others)
+        found = torch.autograd.grad(self.outputs, sources, covectors, retain_graph=keeps_graph, allow_unused=True)
+        pairs = zip(edges, found, strict=False)
+        return {n: grad.reshape(self.calls[n].shape) for n, grad in pairs if grad is not None}, found[len(edges) :]
+
     def layouts(self, other: "Pass | None") -> list[dict[str, set[Layout]]]:
         """Per call and role, the layouts that its rows allow; ``other`` had the last sample replaced."""
         rows = [_Rows(call, self.num_samples) for call in self.calls]
-        live = {number: call.edge for number, call in enumerate(self.calls) if call.edge is not None}
         covectors = draw_covectors(self.outputs, seed=0)
-        for sample in range(self.num_samples if self.outputs.requires_grad and live else 0):
+        for sample in range(self.num_samples):
             only = torch.zeros_like(self.outputs)
             only[sample] = covectors[sample]
-            grads = torch.autograd.grad(self.outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
-            for number, grad in zip(live, grads, strict=True):
-                if grad is not None:
-                    rows[number].reached(sample, grad.reshape(self.calls[number].shape))
+            for number, grad in self.pulled(only)[0].items():
+                rows[number].reached(sample, grad)
         if other is not None and len(other.calls) == len(self.calls):
             for mine, call, twin in zip(rows, self.calls, other.calls, strict=True):
                 if twin.shape == call.shape and not call.input_was_changed():
@@ -45,24 +61,22 @@ class Pass:
 
     def reached(self, parameters: Mapping[str, Tensor]) -> set[str]:
         """Parameters that a gradient of the outputs arrives at."""
-        if not self.outputs.requires_grad:
-            return set()
-        grads = torch.autograd.grad(self.outputs.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+        grads = self.pulled(torch.ones_like(self.outputs), list(parameters.values()), ())[1]
         return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+    def returns(self, number: int) -> bool:
+        """Whether what a call returned is the model's output itself."""
+        edge = self.calls[number].edge
+        if edge is None or not self.outputs.requires_grad:
+            return False
+        last = get_gradient_edge(self.outputs)
+        return edge.node is last.node and edge.output_nr == last.output_nr
 
 
 def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
     """Random covectors, one for each sample, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-
-
-def is_output_of(call: Call, outputs: Tensor) -> bool:
-    """Whether what a call returned is the model's output itself."""
-    if call.edge is None or not outputs.requires_grad:
-        return False
-    edge = get_gradient_edge(outputs)
-    return call.edge.node is edge.node and call.edge.output_nr == edge.output_nr
 
 
 class _Rows:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, draw_covectors, is_output_of
+from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, draw_covectors
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, total_gradient
+from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, pull_back, total_gradient
 
 NO_RULE = "used by an operation without a rule"
 
@@ -23,18 +23,19 @@ NO_RULE = "used by an operation without a rule"
 class Pattern:
     """What a recorded call looks like in every batch."""
 
-    function: str  # name of the torch function
-    sources: dict[str, tuple[str, ...]]  # per role, the parameters that the argument is made of
+    fixed: tuple[Any, ...]  # see :func:`_fixed`
     shape: tuple[tuple[int, int], ...]  # per axis of the output, its fixed size and 0, or 0 and a multiple of samples
 
     def matches(self, call: Call, num_samples: int) -> bool:
         """Whether a call of another batch is the same."""
         sizes = tuple(size + multiple * num_samples for size, multiple in self.shape)
-        return call.name == self.function and call.shape == sizes and _sources(call) == self.sources
+        return call.shape == sizes and _fixed(call) == self.fixed
 
 
-def _sources(call: Call) -> dict[str, tuple[str, ...]]:
-    return {role: argument.sources for role, argument in call.arguments.items()}
+def _fixed(call: Call) -> tuple[Any, ...]:
+    """The function, the number of axes, and what each argument is, all of which no batch may change."""
+    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
+    return call.name, len(call.shape), arguments
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Tracing:
     edges: Mapping[str, int] = field(default_factory=dict)  # of the graph to each parameter; more are untraced uses
     expansions: frozenset[int] = frozenset()  # as in :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
 
-    def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor]) -> bool:
+    def matches(self, recorded: Pass, parameters: Mapping[str, Tensor]) -> bool:
         """Whether a forward pass has the calls, and the edges to parameters, that were traced."""
-        edges = count_edges(outputs, parameters)
+        edges = count_edges(recorded.outputs, parameters)
         return (
             all(edges[name] == self.edges[name] for name in self.covered)
-            and len(calls) == len(self.patterns)
-            and all(p.matches(call, len(outputs)) for p, call in zip(self.patterns, calls, strict=True))
-            and all(is_output_of(calls[use.call], outputs) for use in self.uses if use.is_output)
+            and len(recorded.calls) == len(self.patterns)
+            and all(p.matches(c, recorded.num_samples) for p, c in zip(self.patterns, recorded.calls, strict=True))
+            and all(recorded.returns(use.call) for use in self.uses if use.is_output)
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
@@ -114,7 +115,7 @@ def trace(
             if problem:
                 reasons = {**dict.fromkeys(argument.sources, problem), **reasons}
             else:
-                is_output = all(is_output_of(each.calls[number], each.outputs) for each in passes)
+                is_output = all(each.returns(number) for each in passes)
                 uses.append(_use(call, number, role, candidates.pop(), passes[0].num_samples, is_output))
     live = [name for name in parameters if name not in unused]
     used = {name for use in uses for name in use.sources}
@@ -135,13 +136,8 @@ def _patterns(passes: Sequence[Pass]) -> tuple[Pattern, ...] | None:
         shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=False)]
         if None in shape or any(_fixed(call) != _fixed(one) for call in calls[1:]):
             return None
-        found.append(Pattern(one.name, _sources(one), tuple(size for size in shape if size is not None)))
+        found.append(Pattern(_fixed(one), tuple(size for size in shape if size is not None)))
     return tuple(found)
-
-
-def _fixed(call: Call) -> tuple[Any, ...]:
-    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
-    return call.name, len(call.shape), arguments
 
 
 def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
@@ -194,28 +190,21 @@ def _incomplete(recorded: Pass, parameters: Mapping[str, Tensor], tracing: Traci
     # Rounding is far below the tolerance, a missing use far above it.
     if not tracing.covered:
         return []
-    outputs, calls = recorded.outputs, recorded.calls
-    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
     covered = [parameters[name] for name in tracing.covered]
-    sources: list[Any] = [*covered, *live.values()]
-    found = torch.autograd.grad(outputs, sources, draw_covectors(outputs, seed=1), allow_unused=True, retain_graph=True)
+    grads, found = recorded.pulled(draw_covectors(recorded.outputs, seed=1), covered)
     exact = {
         name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
-        for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)
+        for name, parameter, grad in zip(tracing.covered, covered, found, strict=True)
     }
-    grads: dict[int, Tensor | None] = dict(zip(live, found[len(covered) :], strict=True))
-    left = {name: grad.clone() for name, grad in exact.items()}
+    left = {name: grad.reshape(-1).clone() for name, grad in exact.items()}
     for use in tracing.uses:
-        if (grad := grads.get(use.call)) is None:
-            continue
-        argument = calls[use.call].arguments[use.role]
-        with torch.no_grad():
-            total = total_gradient(argument.form, grad.reshape(calls[use.call].shape), argument.shape)
-        made_of = [parameters[name] for name in use.sources]
-        parts = torch.autograd.grad([argument.edge], made_of, [total.to(outputs.dtype)], retain_graph=True)
-        for name, part in zip(use.sources, parts, strict=True):
-            left[name] -= part.to_dense()
+        if use.call in grads:
+            argument = recorded.calls[use.call].arguments[use.role]
+            with torch.no_grad():
+                total = total_gradient(argument.form, grads[use.call], argument.shape)
+            for name, part in pull_back(argument, parameters, total[None].to(recorded.outputs.dtype)):
+                left[name] -= part[0]
     # Smaller gradients are zero but for rounding, as that of a key's bias under softmax.
     whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
-    floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
+    floor = torch.finfo(recorded.outputs.dtype).eps ** 0.5 * whole
     return [name for name, rest in left.items() if float(rest.norm()) > 0.1 * float(exact[name].norm()) + floor]

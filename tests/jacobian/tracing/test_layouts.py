@@ -5,7 +5,7 @@ import torch
 from engines import functional, record
 from torch import nn
 
-from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, is_output_of, leaves
+from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, leaves
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear
@@ -66,8 +66,8 @@ def test_rows_allow_the_layouts_that_agree_with_gradients_and_inputs(name):
 def test_the_output_of_a_call_may_be_that_of_the_model(function, is_output):
     model = functional(function, a=L(6, 3))
     recorder, outputs = record(model, X)
-    assert is_output_of(recorder.calls[0], outputs) is is_output
-    assert not is_output_of(recorder.calls[0], outputs.detach())
+    assert Pass(outputs, recorder.calls).returns(0) is is_output
+    assert not Pass(outputs.detach(), recorder.calls).returns(0)
 
 
 def test_leaves_are_counted_by_edge():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from engines import functional, record, traced, tracing_of
 from torch import nn
 
+from ntkpipe.jacobian.tracing.layouts import Pass
 from ntkpipe.jacobian.tracing.trace import nothing_traced
 from ntkpipe.jacobian.tracing.uses import Layout
 
@@ -218,4 +219,4 @@ def test_another_use_in_another_batch_does_not_match(name):
     tracing = tracing_of(model, X)
     for batch, expected in ((X, True), (X + 10, False)):
         recorder, outputs = record(model, batch, expansions=tracing.expansions)
-        assert tracing.matches(recorder.calls, outputs, model.parameters) is expected
+        assert tracing.matches(Pass(outputs, recorder.calls), model.parameters) is expected
