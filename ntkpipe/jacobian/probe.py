@@ -40,9 +40,9 @@ def probe_samples(num_samples: int) -> list[int]:
 
 def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
-    chosen, limit = probe_samples(num_samples), MIXING_TOLERANCE[model.arithmetic]
+    chosen = probe_samples(num_samples)
     batch = load(chosen)
-    model = model.with_fast_layout(batch)
+    model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
     parameters, constants, batches = model.parameters, model.constants(), [take(batch, order) for order in _PROBES]
     outputs, calls, expansions = list[Tensor](), [list[Call]() for _ in _PROBES], frozenset[int]()
     problem = "" if structured else "structure was switched off"

@@ -56,6 +56,13 @@ REFUSED = {
         lambda: Custom(lambda m, x: torch.softmax(m.a(x) @ m.a(x).T, dim=1) @ m.a(x)),
         "other samples of its batch",
     ),
+    "the next sample": (lambda: Custom(lambda m, x: m.a(x) + x.roll(1, 0)[:, :3]), "other samples of its batch"),
+    "the sample before": (lambda: Custom(lambda m, x: m.a(x) * x.roll(-1, 0)[:, :3]), "other samples of its batch"),
+    "the size of the batch": (lambda: Custom(lambda m, x: m.a(x) / len(x)), "other samples of its batch"),
+    "the place in the batch": (
+        lambda: Custom(lambda m, x: m.a(x) * torch.arange(1.0, 1 + len(x))[:, None]),
+        "other samples of its batch",
+    ),
     "one axis": (lambda: Custom(lambda m, x: m.a(x)[:, 0]), r"shape \(5,\).*output\[:, None\]"),
     "three axes": (lambda: Custom(lambda m, x: m.a(x)[:, None]), r"shape \(5, 1, 3\).*flatten"),
     "no outputs": (lambda: Custom(lambda m, x: m.a(x)[:, :0]), "at least one output"),
@@ -144,9 +151,25 @@ def test_probes_are_five_samples_spread_over_the_data(num_samples):
     assert (found[0], found[-1]) == (0, num_samples - 1)
 
 
-def test_number_of_outputs_is_found():
-    functional = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu"))
-    assert probe(functional, lambda n: X[list(n)], len(X), structured=True).num_outputs == 3
+@pytest.mark.parametrize("structured", [True, False])
+def test_three_passes_tell_the_number_of_outputs_and_all_else(structured):
+    functional, seen = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu")), []
+    functional.module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    found = probe(functional, lambda n: X[list(n)], len(X), structured=structured)
+    assert found.num_outputs == 3
+    assert sorted(found.tracing.covered) == (["bias", "weight"] if structured else [])
+    assert seen == [5, 3, 5]
+
+
+def test_a_model_that_cannot_be_watched_is_left_to_the_fallback_with_the_reason():
+    def refuses(m, x):
+        if torch.overrides._len_torch_function_stack():
+            raise RuntimeError("not while it is watched")
+        return m.a(x)
+
+    functional = prepare_model(Custom(refuses), dtype=torch.float32, device=torch.device("cpu"))
+    found = probe(functional, lambda n: X[list(n)], len(X), structured=True)
+    assert set(found.tracing.fallback.values()) == {"tracing failed: not while it is watched"}
 
 
 def convolving(read):
