@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
+from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.probe import Load
 from ntkpipe.jacobian.representations.contract import contract
@@ -87,17 +88,20 @@ class _Check:
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        for self.model in (engine.model.converted(torch.float64), engine.model):
-            self._cast = tree_map(lambda v: v.to(self.model.dtype) if v.is_floating_point() else v, self._batch)
-            try:
-                found = _reference(self.model, take(self._cast, self.places), self.covectors)
-                break
-            except Exception:
-                if self.model is engine.model:
-                    raise  # else operations that exist in float32 alone; there the model has run before
+        try:
+            found = self._refer(engine.model.converted(torch.float64))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            found = self._refer(engine.model)  # some operations exist in float32 alone; there the model has run before
         self.reference, self.reference_name = found
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
+
+    def _refer(self, model: FunctionalModel) -> tuple[Jacobians, str]:
+        dtype = model.dtype
+        self.model, self._cast = model, tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, self._batch)
+        return _reference(model, take(self._cast, self.places), self.covectors)
 
     def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], Jacobians]:
         """Move what fails to the fallback, then to the loop, unless finite differences show the reference wrong."""
