@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.base.grid import Span
-from ntkpipe.jacobian.cost import Cost, Meter
+from ntkpipe.jacobian.cost import Cost, make_meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
@@ -195,9 +195,9 @@ class Engine:
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
-        with Meter() as whole:  # type: ignore[no-untyped-call]
+        with make_meter() as whole:
             self.piece(batch)
-        with Meter() as part:  # type: ignore[no-untyped-call]
+        with make_meter() as part:
             self.piece(half)
         slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
         return Cost(

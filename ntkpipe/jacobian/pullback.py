@@ -85,7 +85,7 @@ class Pullback:
                 call = recorded.calls[use.call]
                 for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
                     with torch.no_grad():
-                        rows = use.jacobian(call, grad, recorded.num_samples)[places]
+                        rows = use.jacobian(call, grad, recorded.num_samples, places)
                     for name, jacobian in pull_back(call.arguments[use.role], self.parameters, rows):
                         found[name][number] += jacobian
         return found
