@@ -13,7 +13,7 @@ from ntkpipe.base.kinds import get_kind
 from ntkpipe.build.prepare import functional_model, loader
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
-from ntkpipe.jacobian.probe import with_fast_layout
+from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
@@ -81,7 +81,7 @@ def find_reference(
     _require_same_model(store, model)
     functional = functional_model(model, forward, manifest.model.parameters, manifest.compute_dtype, device)
     samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
-    functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
+    functional = functional.with_fast_layout(loader(functional, samples)(probe_samples(samples.num_samples)))
     kind = get_kind(manifest.kind)
     covectors = torch.from_numpy(kind.covectors(manifest.num_outputs)).to(functional.device, functional.dtype)
     sizes = (manifest.tile, manifest.choices.strip, manifest.choices.subtile, manifest.choices.batch)

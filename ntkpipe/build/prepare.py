@@ -26,7 +26,7 @@ from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
-from ntkpipe.jacobian.probe import Load, check_outputs, make_engine, probe_samples, with_fast_layout
+from ntkpipe.jacobian.probe import Load, make_engine, probe, probe_samples
 from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.store.manifest import Choices, DataRecord
 
@@ -114,8 +114,8 @@ def prepare(
     kind = get_kind(spec.kind)
     functional = functional_model(request.model, request.forward, spec.parameters, spec.compute_dtype, device)
     load = loader(functional, train)
-    num_outputs = check_outputs(functional, load, train.num_samples)
-    functional = with_fast_layout(functional, load, train.num_samples)
+    probed = probe(functional, load, train.num_samples, structured=spec.jacobian == "structured")
+    functional, num_outputs = probed.model, probed.num_outputs
     groups = match_groups(spec.groups, functional.names)
     count = num_planes(spec.kind, num_outputs, len(groups))
     if count > MAX_PLANES:
@@ -139,8 +139,9 @@ def prepare(
         piece_rows=sizes_of(where).piece_rows,
         groups=tuple(groups.values()),
     )
-    engine = make_engine(functional, load, train.num_samples, setup, structured=spec.jacobian == "structured")
-    return Prepared(spec, kind, functional, engine, train, request.test, num_outputs, chosen, groups)
+    return Prepared(
+        spec, kind, functional, make_engine(probed, setup), train, request.test, num_outputs, chosen, groups
+    )
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, cluster: Machine | None = None) -> Engine:

@@ -1,5 +1,6 @@
 """Costs of Jacobians and their contraction, which is all that a plan knows of a model."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class Meter(TorchDispatchMode):
     num_bytes = 0
     largest_bytes = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, for a second or more, to say that this is not to be compiled
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
@@ -45,6 +50,22 @@ class Meter(TorchDispatchMode):
                 self.num_bytes += size
                 self.largest_bytes = max(self.largest_bytes, size)
         return result
+
+
+class _Uncompiled(Meter):
+    """The same where a compiler is at work."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def make_meter() -> Meter:
+    """A new meter."""
+    return _Uncompiled() if "torch._dynamo" in sys.modules else Meter()  # type: ignore[no-untyped-call]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ def take(batch: Batch, samples: Sequence[int]) -> Batch:
 
 def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
     """Jacobians (S, B, P) by ``vmap`` over samples of ``vjp``."""
-    parameters = {name: value.detach() for name, value in model.parameters().items() if name in names}
+    parameters = {name: value.detach() for name, value in model.parameters.items() if name in names}
 
     def one_sample(sample: Batch) -> Tensor:
         single = tree_map(lambda values: values.unsqueeze(0), sample)
@@ -47,7 +47,7 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     """The same, one sample at a time by plain autograd: slower, for models that vmap cannot run."""
     # Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
     # is wrong for a batch of one where input and gradient differ in memory layout.
-    parameters = [model.parameters()[name] for name in names]
+    parameters = [model.parameters[name] for name in names]
     samples = []
     for sample in range(batch_size(batch)):
         outputs = model(take(batch, (sample, sample)))[0]

@@ -65,13 +65,14 @@ class ParameterReport:
 
 def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
-    total, setup, parameters = engine.pair_flops() or 1.0, engine.setup, engine.model.parameters()
-    reports = [_term_report(term, setup) for term in engine.terms]
-    for term in engine.fallback_terms:
+    way = engine.pullback
+    total, setup, parameters = way.pair_flops() or 1.0, way.setup, way.parameters
+    reports = [_term_report(term, setup) for term in way.terms]
+    for term in way.fallback_terms:
         report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method)
-        reports.append(replace(report, reason=engine.tracing.fallback[term.name]))
-    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
-    reports.sort(key=lambda report: engine.model.names.index(report.parameters[0]))
+        reports.append(replace(report, reason=way.tracing.fallback[term.name]))
+    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in way.tracing.unused]
+    reports.sort(key=lambda report: list(parameters).index(report.parameters[0]))
     return tuple(replace(report, share=report.pair_flops / total) for report in reports)
 
 

@@ -32,7 +32,7 @@ class JacobianProducts:
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
         """``J' v`` as one float64 tensor for each parameter; v has shape (n*S,)."""
-        parameters = self.model.parameters()
+        parameters = self.model.parameters
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
         for span, batch in self.batches(source):
@@ -48,7 +48,7 @@ class JacobianProducts:
 
     def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
         """``J u`` for a direction u in parameter space, shape (n*S,)."""
-        parameters = {name: value.detach() for name, value in self.model.parameters().items()}
+        parameters = {name: value.detach() for name, value in self.model.parameters.items()}
         norm = float(torch.stack([(value**2).sum() for value in direction.values()]).sum().sqrt())
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
@@ -60,12 +60,13 @@ class JacobianProducts:
 
     def _derivatives(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
         """Derivatives of a batch's outputs along the tangents, shape (B, O)."""
-        if self.model.is_replaceable(batch):
-            with contextlib.suppress(RuntimeError):  # operations without forward-mode derivatives
-                found: Tensor = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[1]
-                return found
+        found: Tensor
+        with contextlib.suppress(Exception):  # operations without forward-mode derivatives, parameters out of reach
+            outputs, found = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[:2]
+            self.model.require_replaced(outputs)
+            return found
         # By reverse mode twice: J u is the derivative of (J'w)u by w.
-        live = self.model.parameters()
+        live = self.model.parameters
         outputs = self.model(batch)
         weights = torch.zeros_like(outputs, requires_grad=True)
         try:

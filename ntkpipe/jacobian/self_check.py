@@ -1,6 +1,5 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +10,11 @@ from torch.utils._pytree import tree_map
 from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
+from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.probe import Load, choose_method
+from ntkpipe.jacobian.probe import Load
 from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.uses import pull_back
 
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
@@ -83,16 +82,26 @@ class _Check:
         picked = generator.choice(num_samples, size=size, replace=num_samples < size)
         self.places = sorted(int(i) for i in generator.choice(size, size=min(_NUM_SAMPLES, size), replace=False))
         self.chosen = [int(picked[place]) for place in self.places]
-        self._load, self._picked = load, [int(i) for i in picked]
-        self.model = _in_float64(engine.model, load, self.chosen)
+        self._batch = load([int(i) for i in picked])
         num_outputs = engine.covectors.shape[1]
-        row_bytes = 8 * sum(p.numel() for p in self.model.parameters().values()) * len(self.chosen)
+        row_bytes = 8 * sum(p.numel() for p in engine.model.parameters.values()) * len(self.chosen)
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
-        self.reference, self.reference_name = _reference(self.model, load, self.chosen, self.covectors)
+        try:
+            found = self._refer(engine.model.converted(torch.float64))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            found = self._refer(engine.model)  # some operations exist in float32 alone; there the model has run before
+        self.reference, self.reference_name = found
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
+
+    def _refer(self, model: FunctionalModel) -> tuple[Jacobians, str]:
+        dtype = model.dtype
+        self.model, self._cast = model, tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, self._batch)
+        return _reference(model, take(self._cast, self.places), self.covectors)
 
     def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], Jacobians]:
         """Move what fails to the fallback, then to the loop, unless finite differences show the reference wrong."""
@@ -115,7 +124,8 @@ class _Check:
             newly = {name: reason for name, reason in failed.items() if name not in engine.fallback}
             if newly:
                 moved |= newly
-                engine = choose_method(engine.changed(tracing=engine.tracing.without(newly)), self._load(self.chosen))
+                engine = engine.changed(tracing=engine.tracing.without(newly))
+                engine = engine.with_working_method(take(self._batch, self.places))
             elif engine.method == "loop":
                 raise SelfCheckError(
                     "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
@@ -127,22 +137,21 @@ class _Check:
 
     def compute_error(self, engine: Engine) -> float:
         whole = engine.with_covectors(self.covectors, "all")
-        piece, _ = whole.piece(_cast(engine.model, self._load, self.chosen))
+        piece, _ = whole.piece(take(self._batch, self.places))
         found = contract(piece, piece, Workspace())
         gap = (found.double() - _total(self.reference)).abs()
         return float((gap / self.scale.clamp_min(_TINY)).max())
 
     def _jacobians(self, engine: Engine) -> Jacobians:
-        double = engine.with_covectors(self.covectors, "all").changed(model=self.model)
-        batch = _cast(self.model, self._load, self._picked)
+        double = engine.with_covectors(self.covectors, "all", model=self.model)
         try:
-            found = dict(parameter_jacobians(double, batch, self.places))
+            found = double.by_parameter(self._cast, self.places)
         except Exception:
             if not engine.fallback or engine.method == "loop":
                 raise
             # vmap runs nn.LSTM in float32 (oneDNN has it as one function) and cannot in float64; what it gives there is
             # still judged, with everything else, by compute_error.
-            found = dict(parameter_jacobians(double.changed(method="loop"), batch, self.places))
+            found = double.changed(method="loop").by_parameter(self._cast, self.places)
         return {name: found[name].double() for name in self.reference}
 
     def errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
@@ -161,12 +170,12 @@ class _Check:
 
     def _engine_is_right(self, name: str, found: Tensor) -> bool:
         """Whether a central difference along a random direction agrees with the engine and not with the reference."""
-        parameter = self.model.parameters()[name]
+        parameter = self.model.parameters[name]
         generator = torch.Generator().manual_seed(1)
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         direction /= direction.norm()
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
-        pairs = [_cast(self.model, self._load, [sample, sample]) for sample in self.chosen]
+        pairs = [take(self._cast, [place, place]) for place in self.places]
         original, ends = parameter.detach().clone(), []
         with torch.no_grad():
             for sign in (1.0, -1.0):
@@ -179,67 +188,30 @@ class _Check:
         return gaps[0] < 0.01 * gaps[1]
 
 
-def _in_float64(model: FunctionalModel, load: Load, samples: list[int]) -> FunctionalModel:
-    """The model in float64, or as it is if it cannot run in it (some operations exist in float32 only)."""
-    double = model.converted(torch.float64)
-    try:
-        with torch.no_grad():
-            double(_cast(double, load, samples))
-    except Exception:  # noqa: BLE001 - whatever fails in float64; the model itself has run in its own dtype before
-        return model
-    return double
-
-
-def _cast(model: FunctionalModel, load: Load, samples: list[int]) -> Batch:
-    cast: Batch = tree_map(lambda v: v.to(model.dtype) if v.is_floating_point() else v, load(samples))
-    return cast
-
-
-def _reference(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> tuple[Jacobians, str]:
+def _reference(model: FunctionalModel, batch: Batch, covectors: Tensor) -> tuple[Jacobians, str]:
     """Jacobians, one sample at a time, and what computed them."""
     # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
-    batch, covectors = _cast(model, load, samples), covectors.to(model.device)
-    reason = "parameters out of reach of functional_call"
-    if model.is_replaceable(batch):
-        try:
-            return _by_vjp(model, load, samples, covectors), "torch.func"
-        except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
-    widths = {name: parameter.numel() for name, parameter in model.parameters().items()}
+    covectors = covectors.to(model.device)
+    try:
+        return _by_vjp(model, batch, covectors), "torch.func"
+    except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
+    widths = {name: parameter.numel() for name, parameter in model.parameters.items()}
     whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
     return dict(zip(widths, whole.split(list(widths.values()), dim=2), strict=True)), f"plain autograd ({reason})"
 
 
-def _by_vjp(model: FunctionalModel, load: Load, samples: list[int], covectors: Tensor) -> Jacobians:
-    parameters = {name: value.detach() for name, value in model.parameters().items()}
+def _by_vjp(model: FunctionalModel, batch: Batch, covectors: Tensor) -> Jacobians:
+    parameters = {name: value.detach() for name, value in model.parameters.items()}
     found: list[Jacobians] = []
-    for sample in samples:
-        batch = _cast(model, load, [sample])
-        outputs, vjp = torch.func.vjp(lambda values, batch=batch: model.call_with(values, batch)[0], parameters)[:2]
-        grads = [vjp(covector.to(outputs.dtype))[0] for covector in covectors]
+    for sample in range(batch_size(batch)):
+        single = take(batch, [sample])
+        outputs, vjp = torch.func.vjp(lambda values, single=single: model.call_with(values, single), parameters)[:2]
+        model.require_replaced(outputs)
+        grads = [vjp(covector[None].to(outputs.dtype))[0] for covector in covectors]
         found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
     # Samples first in memory, as Gram matrices take them.
     return {name: torch.stack([rows[name] for rows in found]).transpose(0, 1) for name in parameters}
-
-
-def parameter_jacobians(engine: Engine, batch: Batch, places: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch, as the engine computes them."""
-    parameters = engine.model.parameters()
-    shape = (len(engine.covectors), len(places))
-    names = (*engine.tracing.covered, *engine.tracing.unused)
-    found = {name: parameters[name].new_zeros((*shape, parameters[name].numel())) for name in names}
-    (outputs, calls), size = engine.forward(batch), batch_size(batch)
-    for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
-        for use in engine.tracing.uses:
-            for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                with torch.no_grad():
-                    rows = use.jacobian(calls[use.call], grad, size)[places]
-                for name, jacobian in pull_back(calls[use.call].arguments[use.role], parameters, rows):
-                    found[name][number] += jacobian
-    yield from found.items()
-    if engine.fallback:
-        widths = [parameters[name].numel() for name in engine.fallback]
-        yield from zip(engine.fallback, engine.fallback_jacobian(take(batch, places)).split(widths, dim=2), strict=True)
 
 
 def _gram(jacobian: Tensor) -> Tensor:

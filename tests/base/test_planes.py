@@ -358,7 +358,7 @@ def flops_of(kind, held):
             contract_planes(left, right, Workspace(), pairs, outs)
         with FlopCounterMode(display=False) as diagonal:
             contract_diagonal_planes(left, pairs, len(outs))
-    return counter.get_total_flops(), engine.pair_flops() * 40 * 30, diagonal.get_total_flops()
+    return counter.get_total_flops(), engine.pullback.pair_flops() * 40 * 30, diagonal.get_total_flops()
 
 
 @pytest.mark.parametrize("held", ["pairwise", "dense"])

@@ -57,8 +57,8 @@ def test_a_model_comes_back_as_it_was(name):
     assert torch.equal(left, right)
     assert again.names == model.names
     for one, other in zip(
-        torch.autograd.grad(left.sum(), list(model.parameters().values()), allow_unused=True),
-        torch.autograd.grad(right.sum(), list(again.parameters().values()), allow_unused=True),
+        torch.autograd.grad(left.sum(), list(model.parameters.values()), allow_unused=True),
+        torch.autograd.grad(right.sum(), list(again.parameters.values()), allow_unused=True),
         strict=True,
     ):
         assert torch.equal(one, other)

@@ -11,11 +11,14 @@ import ntkpipe
 from ntkpipe.jacobian import self_check as check
 from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.functional import prepare_model
-from ntkpipe.jacobian.probe import make_engine
+from ntkpipe.jacobian.probe import _PROBES as PROBES
+from ntkpipe.jacobian.probe import make_engine, probe
 from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.trace import trace
+from ntkpipe.jacobian.tracing.layouts import Pass
+from ntkpipe.jacobian.tracing.recorder import Recorder
+from ntkpipe.jacobian.tracing.trace import next_expansion, trace
 
 # |dK_p,ij| <= RELATIVE * sqrt(K_p,ii K_p,jj) + FLOOR * sqrt(K_ii K_jj); the floor is for what is zero but for rounding.
 RELATIVE, FLOOR = 1e-10, 1e-14
@@ -54,13 +57,9 @@ def engine_of(model, inputs, covectors, *, forward=None, structured=True):
     """The engine of a model in float64."""
     functional = prepare_model(model, forward=forward, dtype=torch.float64, device=torch.device("cpu"))
     with exact_math():
-        return make_engine(
-            functional,
-            lambda samples: take(inputs, samples),
-            reference.size_of(inputs),
-            setup_of(covectors, num_samples=reference.size_of(inputs)),
-            structured=structured,
-        )
+        size = reference.size_of(inputs)
+        probed = probe(functional, lambda samples: take(inputs, samples), size, structured=structured)
+        return make_engine(probed, setup_of(covectors, num_samples=size))
 
 
 def functional(function, **members):
@@ -69,13 +68,32 @@ def functional(function, **members):
     return prepare_model(model, dtype=torch.float64, device=torch.device("cpu"))
 
 
-# As those of the package: batches of unlike sizes and orders.
-PROBES = ((0, 1, 2), (4, 3, 2, 1, 0))
+def record(model, inputs, **options):
+    """What a recorder sees of a forward pass, and its outputs."""
+    with Recorder(model.parameters, model.constants(), **options) as recorder:
+        return recorder, model(inputs)
 
 
 def traced(function, inputs, **members):
     """What tracing finds in a forward pass."""
-    return trace(functional(function, **members), [take(inputs, order) for order in PROBES], [3, 5])
+    return tracing_of(functional(function, **members), inputs)
+
+
+def tracing_of(model, inputs):
+    """What tracing finds in a model, whose outputs need not make sense."""
+    expansions, parameters = frozenset(), model.parameters
+    while True:
+        pairs = [
+            record(model, take(inputs, order), expansions=expansions, detach=number == 2)
+            for number, order in enumerate(PROBES)
+        ]
+        more = next_expansion(*(recorder.made for recorder, _ in pairs[:2]))
+        if not more:
+            break
+        expansions |= more
+    *passes, cut = [Pass(outputs, recorder.calls) for recorder, outputs in pairs]
+    reached = set().union(*(each.reached(parameters) for each in passes))
+    return trace(parameters, passes, cut, reached, expansions)
 
 
 def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):
@@ -102,7 +120,7 @@ def forced(engine, ways=WAYS):
 def engine_jacobians(engine, batch, places):
     """Name → Jacobian (S, n, P), elements in the parameter's order, of the samples at ``places`` of a batch."""
     with exact_math():
-        found = dict(check.parameter_jacobians(engine, batch, list(places)))
+        found = engine.by_parameter(batch, list(places))
     return {name: value.detach().double() for name, value in found.items()}
 
 
@@ -183,7 +201,7 @@ def check_every_parameter(model, inputs, *, forward=None, exact=None, structured
     exact
         The reference's Jacobians of all samples, if they are there already.
     structured
-        As of :func:`ntkpipe.jacobian.probe.make_engine`.
+        As of :func:`ntkpipe.jacobian.probe.probe`.
     self_checked
         Whether the self-check comes first: where torch itself is wrong under vmap, it has to find out.
     ways

@@ -1,10 +1,13 @@
 """Operations are counted, and the bytes of what is allocated, but not of views."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ntkpipe.jacobian.cost import Meter
+from ntkpipe.jacobian.cost import Meter, make_meter
 
 A, B = torch.ones(5, 7), torch.ones(7, 3)
 # What runs, operations, bytes.
@@ -44,3 +47,18 @@ def test_backward_is_counted():
     outputs = F.linear(A, weight)
     assert measured(lambda: F.linear(A, weight)).num_flops == 2 * 5 * 7 * 3
     assert measured(lambda: torch.autograd.grad(outputs.sum(), weight)).num_flops == 2 * 5 * 7 * 3
+
+
+def test_a_meter_imports_no_compiler_and_counts_the_same_beside_one(monkeypatch):
+    lines = (
+        "import sys, torch; from ntkpipe.jacobian.cost import make_meter",
+        "with make_meter(): torch.ones(3, 3) @ torch.ones(3)",
+        "assert 'torch._dynamo' not in sys.modules",
+    )
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False)
+    assert found.returncode == 0
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch._dynamo)
+    with make_meter() as meter:
+        RUNS["two products"][0]()
+    assert type(meter) is not Meter
+    assert (meter.num_flops, meter.num_bytes) == RUNS["two products"][1:]

@@ -82,7 +82,7 @@ def test_costs_add_up_to_those_of_the_engine(name, structured):
     assert sum(each.sample_bytes for each in reports) + outputs == cost.block_bytes
     assert sum(each.pair_flops for each in reports) == pytest.approx(cost.pair_flops)
     assert sum(each.share for each in reports) == pytest.approx(1)
-    numels = [value.numel() for value in made.model.parameters().values()]
+    numels = [value.numel() for value in made.model.parameters.values()]
     assert sum(each.num_parameters for each in reports) == sum(numels)
     assert sum(each.sample_flops for each in reports) <= cost.jacobian_flops
 

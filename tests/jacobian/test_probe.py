@@ -10,7 +10,7 @@ from torch import nn
 import ntkpipe
 from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.jacobian.model.functional import prepare_model
-from ntkpipe.jacobian.probe import check_outputs, probe_samples, with_fast_layout
+from ntkpipe.jacobian.probe import probe, probe_samples
 
 L = nn.Linear
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -54,6 +54,13 @@ REFUSED = {
     ),
     "attention across the batch": (
         lambda: Custom(lambda m, x: torch.softmax(m.a(x) @ m.a(x).T, dim=1) @ m.a(x)),
+        "other samples of its batch",
+    ),
+    "the next sample": (lambda: Custom(lambda m, x: m.a(x) + x.roll(1, 0)[:, :3]), "other samples of its batch"),
+    "the sample before": (lambda: Custom(lambda m, x: m.a(x) * x.roll(-1, 0)[:, :3]), "other samples of its batch"),
+    "the size of the batch": (lambda: Custom(lambda m, x: m.a(x) / len(x)), "other samples of its batch"),
+    "the place in the batch": (
+        lambda: Custom(lambda m, x: m.a(x) * torch.arange(1.0, 1 + len(x))[:, None]),
         "other samples of its batch",
     ),
     "one axis": (lambda: Custom(lambda m, x: m.a(x)[:, 0]), r"shape \(5,\).*output\[:, None\]"),
@@ -144,9 +151,25 @@ def test_probes_are_five_samples_spread_over_the_data(num_samples):
     assert (found[0], found[-1]) == (0, num_samples - 1)
 
 
-def test_number_of_outputs_is_found():
-    functional = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu"))
-    assert check_outputs(functional, lambda n: X[list(n)], len(X)) == 3
+@pytest.mark.parametrize("structured", [True, False])
+def test_three_passes_tell_the_number_of_outputs_and_all_else(structured):
+    functional, seen = prepare_model(L(4, 3), dtype=torch.float32, device=torch.device("cpu")), []
+    functional.module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    found = probe(functional, lambda n: X[list(n)], len(X), structured=structured)
+    assert found.num_outputs == 3
+    assert sorted(found.tracing.covered) == (["bias", "weight"] if structured else [])
+    assert seen == [5, 3, 5]
+
+
+def test_a_model_that_cannot_be_watched_is_left_to_the_fallback_with_the_reason():
+    def refuses(m, x):
+        if torch.overrides._len_torch_function_stack():
+            raise RuntimeError("not while it is watched")
+        return m.a(x)
+
+    functional = prepare_model(Custom(refuses), dtype=torch.float32, device=torch.device("cpu"))
+    found = probe(functional, lambda n: X[list(n)], len(X), structured=True)
+    assert set(found.tracing.fallback.values()) == {"tracing failed: not while it is watched"}
 
 
 def convolving(read):
@@ -174,7 +197,7 @@ class Reading(nn.Module):
 )
 def test_convolutions_run_channels_last_where_the_model_allows_it(read, is_changed):
     model = convolving(read)
-    changed = with_fast_layout(model, lambda samples: X[list(samples)], len(X))
+    changed = model.with_fast_layout(X)
     assert (changed is not model) is is_changed
     assert torch.allclose(changed(X), model(X), atol=1e-6)
 
@@ -185,7 +208,7 @@ def test_convolutions_run_channels_last_where_the_model_allows_it(read, is_chang
 )
 def test_models_without_convolutions_and_float64_keep_their_layout(model, dtype):
     prepared = prepare_model(model, dtype=dtype, device=torch.device("cpu"))
-    assert with_fast_layout(prepared, lambda samples: X[list(samples)].to(dtype), len(X)) is prepared
+    assert prepared.with_fast_layout(X.to(dtype)) is prepared
 
 
 @pytest.mark.parametrize(
@@ -203,5 +226,5 @@ def test_models_without_convolutions_and_float64_keep_their_layout(model, dtype)
 def test_convolutions_are_channels_last_where_that_is_safe(layer, is_changed):
     inputs = torch.randn(6, layer.in_channels, 4, 4) if isinstance(layer, nn.Conv2d) else X
     model = prepare_model(nn.Sequential(layer, nn.Flatten()), dtype=torch.float32, device=torch.device("cpu"))
-    changed = with_fast_layout(model, lambda n: inputs[list(n)], len(inputs))
+    changed = model.with_fast_layout(inputs)
     assert (changed is not model) is is_changed

@@ -17,7 +17,7 @@ from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian import fallback
 from ntkpipe.jacobian import self_check as check
 from ntkpipe.jacobian.model.functional import prepare_model
-from ntkpipe.jacobian.probe import make_engine
+from ntkpipe.jacobian.probe import make_engine, probe
 from ntkpipe.jacobian.self_check import self_check
 from ntkpipe.jacobian.tracing.rules.linear import linear
 from ntkpipe.jacobian.tracing.rules.table import RULES
@@ -35,7 +35,7 @@ def checked(model, dtype=torch.float64):
     def load(numbers):
         return X[list(numbers)].to(dtype)
 
-    engine = make_engine(functional, load, len(X), setup_of(torch.eye(3)), structured=True)
+    engine = make_engine(probe(functional, load, len(X), structured=True), setup_of(torch.eye(3)))
     return self_check(engine, load, len(X), batch=64, memory_bytes=2**30)
 
 
@@ -142,7 +142,7 @@ def test_finite_differences_leave_the_model_as_it_was(monkeypatch):
     model = mlp()
     engine, _ = checked(model)
     wanted = {name: value.double() for name, value in model.named_parameters()}
-    assert all(torch.equal(value, wanted[name]) for name, value in engine.model.parameters().items())
+    assert all(torch.equal(value, wanted[name]) for name, value in engine.model.parameters.items())
 
 
 def test_a_dtype_that_is_not_enough_is_refused():

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
-from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.store.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -28,6 +28,9 @@ DTYPES: dict[ComputeDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "tf32": torch.float32,
 }
+# Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
+MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
+_MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
 class _Hooked(nn.Module):
@@ -82,39 +85,54 @@ class FunctionalModel:
     dtype: torch.dtype  # of parameters and floating-point inputs
     device: torch.device
     tf32: bool = False  # whether float32 products of a GPU may be TF32, as ``exact_math`` then allows
+    parameters: dict[str, nn.Parameter] = field(init=False, repr=False, compare=False)  # the selected ones by name
+
+    def __post_init__(self) -> None:
+        every = dict(self.module.named_parameters())
+        object.__setattr__(self, "parameters", {name: every[f"model.{name}"] for name in self.names})
 
     @property
     def arithmetic(self) -> ComputeDtype:
         """The ``compute_dtype``, on which tolerances depend."""
         return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The selected parameters by name."""
-        every = dict(self.module.named_parameters())
-        return {name: every[f"model.{name}"] for name in self.names}
+    def constants(self) -> list[Tensor]:
+        """All other parameters, and the buffers, which a forward pass may replace."""
+        selected = {id(parameter) for parameter in self.parameters.values()}
+        return [value for value in (*self.module.parameters(), *self.module.buffers()) if id(value) not in selected]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Outputs (B, O) of a batch."""
         return self.check_outputs(self.module(batch), batch)
+
+    def explained(self, batch: Batch) -> Tensor:
+        """The same; what the model raises is an error that says so, with what it was given."""
+        try:
+            return self(batch)
+        except NtkpipeError:
+            raise
+        except Exception as error:
+            tensors = batch if isinstance(batch, dict) else {"input": batch}
+            shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
+            raise ModelError(
+                f"the model raised {type(error).__name__} on a batch of {len(next(iter(tensors.values())))} ({shown}): "
+                f"{error}. Real inputs take the compute dtype, integers and booleans are passed on as they are"
+            ) from error
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
         renamed = {f"model.{name}": value for name, value in parameters.items()}
         return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
 
-    def is_replaceable(self, batch: Batch) -> bool:
-        """Whether :meth:`call_with` reaches every use of the selected parameters."""
-        # It does not where a module also keeps a parameter in a plain list or a closure: there it uses the original,
-        # and derivatives by ``torch.func`` would silently lack that use. Scripted modules cannot be called so at all.
-        live = self.parameters()
-        stand_ins = {name: value.detach().requires_grad_() for name, value in live.items()}
-        try:
-            with torch.enable_grad():
-                outputs = self.call_with(stand_ins, batch).sum()
-            grads = torch.autograd.grad(outputs, [*live.values(), *stand_ins.values()], allow_unused=True)
-        except Exception:  # noqa: BLE001 - whatever functional_call stumbles over, it cannot be used
-            return False
-        return all(grad is None for grad in grads[: len(live)])
+    def require_replaced(self, outputs: Tensor) -> None:
+        """Check that outputs of :meth:`call_with` do not depend on the parameters that were to be replaced."""
+        # They do where a module also keeps a parameter in a plain list or a closure: there it uses the original, and
+        # derivatives by ``torch.func`` would silently lack that use.
+        if outputs.requires_grad:
+            live = list(self.parameters.values())
+            grads = torch.autograd.grad(outputs.sum(), live, retain_graph=True, allow_unused=True)
+            if any(grad is not None for grad in grads):
+                raise ModelError("parameters are used out of reach of torch.func.functional_call")
 
     def check_outputs(self, outputs: object, batch: Batch) -> Tensor:
         """Return ``outputs`` if they are one floating-point (batch, O) tensor."""
@@ -149,9 +167,25 @@ class FunctionalModel:
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
         return self._with_module(_deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
 
-    def moved(self, device: torch.device) -> "FunctionalModel":
-        """A copy on another device."""
-        return self._with_module(_converted(_deepcopy(self.module), self.dtype, device), device=device)
+    def with_fast_layout(self, batch: Batch) -> "FunctionalModel":
+        """The model with its convolutions channels last, where that is faster and the model runs that way."""
+        convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.module.modules())
+        if not convolves or self.device.type != "cpu" or self.dtype != torch.float32:
+            return self
+        weights = [parameter for parameter in self.module.parameters() if parameter.ndim in _CHANNELS_LAST]
+        # In torch 2.13 the backward of a 1 x 1 convolution of two to seven channels, channels last and with stride 2,
+        # writes beyond its memory; strides of functional calls are not known here, nor what other instruction sets do.
+        if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
+            return self
+        changed = self.channels_last()
+        with torch.no_grad():
+            outputs = self.explained(batch)
+            try:
+                again = changed(batch)
+            except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
+                return self
+        scale = float(outputs.abs().max()) or 1.0
+        return changed if float((again - outputs).abs().max()) <= MIXING_TOLERANCE[self.arithmetic] * scale else self
 
     def channels_last(self) -> "FunctionalModel":
         """A copy with convolutions channels last in memory; oneDNN's are 10 to 40 % faster in this layout."""
@@ -161,9 +195,12 @@ class FunctionalModel:
                 parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
         return self._with_module(module)
 
-    def converted(self, dtype: torch.dtype) -> "FunctionalModel":
-        """A copy in another dtype, which shares nothing."""
-        return self._with_module(_converted(_deepcopy(self.module), dtype, self.device), dtype=dtype, tf32=False)
+    def converted(self, dtype: torch.dtype, device: torch.device | None = None) -> "FunctionalModel":
+        """A copy in another dtype, or on another device, which shares nothing."""
+        device, tf32 = device or self.device, self.tf32 and dtype == self.dtype
+        return self._with_module(
+            _converted(_deepcopy(self.module), dtype, device), dtype=dtype, device=device, tf32=tf32
+        )
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
         selected = {f"model.{name}" for name in self.names}

@@ -1,50 +1,76 @@
 """Which rows of a use belong to which sample, found on probe batches by pulling back one sample at a time."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ntkpipe.jacobian.fallback import batch_size, take
-from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, watch
+from ntkpipe.jacobian.tracing.recorder import Argument, Call
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 from ntkpipe.jacobian.tracing.uses import Layout
 
-_SHARED = -2  # owner of a row that several samples reach, which no layout allows; -1 where none does
-
 
 @dataclass(frozen=True)
-class Probed:
-    """What one probe batch shows."""
+class Pass:
+    """One recorded forward pass."""
 
+    outputs: Tensor  # with their graph
     calls: list[Call]
-    layouts: list[dict[str, set[Layout]]]  # per call and role, the layouts that the rows allow
-    is_output: list[bool]  # per call, whether it returned the model's output
-    edges: dict[str, int]  # see :func:`count_edges`
 
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.outputs)
 
-def probe(model: FunctionalModel, expansions: frozenset[int], batch: Batch, num_samples: int) -> Probed:
-    """Pull back one sample at a time to see which rows of each call it reaches; count the edges to parameters."""
-    outputs, recorder = watch(model, batch, expansions)
-    calls = recorder.calls
-    owners = [_Owners(call) for call in calls]
-    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
-    covectors = draw_covectors(outputs, seed=0)
-    for sample in range(num_samples if outputs.requires_grad and live else 0):
-        only = torch.zeros_like(outputs)
-        only[sample] = covectors[sample]
-        grads = torch.autograd.grad(outputs, list(live.values()), only, retain_graph=True, allow_unused=True)
-        for number, grad in zip(live, grads, strict=True):
-            if grad is not None:
-                owners[number].add(sample, grad.reshape(calls[number].shape))
-    changed = _changed_inputs(model, expansions, batch, calls)
-    layouts = [owner.layouts(change, num_samples) for owner, change in zip(owners, changed, strict=True)]
-    edges = count_edges(outputs, model.parameters())
-    return Probed(calls, layouts, [is_output_of(call, outputs) for call in calls], edges)
+    def pulled(
+        self,
+        covectors: Tensor,
+        others: Sequence[Tensor] = (),
+        numbers: Iterable[int] | None = None,
+        *,
+        keeps_graph: bool = True,
+    ) -> tuple[dict[int, Tensor], Sequence[Tensor | None]]:
+        """Gradients at the outputs of calls by their number, where any arrive, and at other tensors."""
+        numbers = range(len(self.calls)) if numbers is None else numbers
+        edges = {number: edge for number in numbers if (edge := self.calls[number].edge) is not None}
+        sources: list[Any] = [*edges.values(), *others]
+        if not self.outputs.requires_grad or not sources:
+            return {}, [None] * len(others)
+        found = torch.autograd.grad(self.outputs, sources, covectors, retain_graph=keeps_graph, allow_unused=True)
+        pairs = zip(edges, found, strict=False)
+        return {n: grad.reshape(self.calls[n].shape) for n, grad in pairs if grad is not None}, found[len(edges) :]
+
+    def layouts(self, other: "Pass | None") -> list[dict[str, set[Layout]]]:
+        """Per call and role, the layouts that its rows allow; ``other`` had the last sample replaced."""
+        rows = [_Rows(call, self.num_samples) for call in self.calls]
+        covectors = draw_covectors(self.outputs, seed=0)
+        for sample in range(self.num_samples):
+            only = torch.zeros_like(self.outputs)
+            only[sample] = covectors[sample]
+            for number, grad in self.pulled(only)[0].items():
+                rows[number].reached(sample, grad)
+        if other is not None and len(other.calls) == len(self.calls):
+            for mine, call, twin in zip(rows, self.calls, other.calls, strict=True):
+                if twin.shape == call.shape and not call.input_was_changed():
+                    mine.compare(twin)
+        return [mine.layouts() for mine in rows]
+
+    def reached(self, parameters: Mapping[str, Tensor]) -> set[str]:
+        """Parameters that a gradient of the outputs arrives at."""
+        grads = self.pulled(torch.ones_like(self.outputs), list(parameters.values()), ())[1]
+        return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+    def returns(self, number: int) -> bool:
+        """Whether what a call returned is the model's output itself."""
+        edge = self.calls[number].edge
+        if edge is None or not self.outputs.requires_grad:
+            return False
+        last = get_gradient_edge(self.outputs)
+        return edge.node is last.node and edge.output_nr == last.output_nr
 
 
 def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
@@ -53,72 +79,52 @@ def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
     return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
 
 
-def is_output_of(call: Call, outputs: Tensor) -> bool:
-    """Whether what a call returned is the model's output itself."""
-    if call.edge is None or not outputs.requires_grad:
-        return False
-    edge = get_gradient_edge(outputs)
-    return call.edge.node is edge.node and call.edge.output_nr == edge.output_nr
+class _Rows:
+    """The rows of a call, and the layouts that agree with what has been seen of them."""
 
-
-class _Owners:
-    """Which sample each row of a call belongs to, as far as gradients have reached it."""
-
-    def __init__(self, call: Call) -> None:
-        self._forms = {role: argument.form for role, argument in call.arguments.items()}
-        self._rows = {role: self._touched(role, call.blank()).shape for role in self._forms}
-        self._owners = {rows: torch.full(rows, -1) for rows in self._rows.values()}  # by shape, shared by roles
+    def __init__(self, call: Call, num_samples: int) -> None:
+        self._arguments, self._last = call.arguments, num_samples - 1
+        self._shapes = {role: self._touched(role, call.blank()).shape for role in call.arguments}
+        # By shape, which roles may share: each layout, and which sample every row belongs to by it.
+        self._owners = {shape: dict(_possible(shape, num_samples)) for shape in self._shapes.values()}
 
     def _touched(self, role: str, grad: Tensor) -> Tensor:
-        form = self._forms[role]
+        form = self._arguments[role].form
         with torch.no_grad():
             values = form.cotangents(grad)
         return (values.reshape(*values.shape[: form.row_dims], -1) != 0).any(dim=-1).cpu()
 
-    def add(self, sample: int, grad: Tensor) -> None:
-        for role, rows in self._rows.items():
-            touched, owners = self._touched(role, grad), self._owners[rows]
-            owners[touched] = torch.where((owners == -1) | (owners == sample), sample, _SHARED)[touched]
+    def _belong(self, role: str, rows: Tensor, sample: int) -> None:
+        shape = self._shapes[role]
+        owners = self._owners[shape].items()
+        self._owners[shape] = {layout: owner for layout, owner in owners if bool((owner[rows] == sample).all())}
 
-    def layouts(self, changed: dict[str, Tensor], num_samples: int) -> dict[str, set[Layout]]:
-        """Per role, every layout that agrees with the owners found, and with the rows that changed."""
-        evidence = {rows: torch.zeros(rows, dtype=torch.bool) for rows in self._owners}
-        for role, rows_that_changed in changed.items():
-            evidence[self._rows[role]] |= rows_that_changed
-        return {role: _layouts(self._owners[rows], evidence[rows], num_samples) for role, rows in self._rows.items()}
+    def reached(self, sample: int, grad: Tensor) -> None:
+        """Rows that the gradient of a sample reaches belong to it."""
+        for role in self._shapes:
+            self._belong(role, self._touched(role, grad), sample)
+
+    def compare(self, twin: Call) -> None:
+        """Rows whose input is another one with another last sample belong to that."""
+        for role, argument in self._arguments.items():
+            other = twin.arguments.get(role)
+            if argument.form.inputs is not None and other is not None and other.form.inputs is not None:
+                rows = _rows_that_differ(argument, argument.form.inputs(), other.form.inputs())
+                self._belong(role, rows, self._last)
+
+    def layouts(self) -> dict[str, set[Layout]]:
+        """What is left, per role."""
+        return {role: set(self._owners[shape]) for role, shape in self._shapes.items()}
 
 
-def _layouts(owners: Tensor, changed: Tensor, num_samples: int) -> set[Layout]:
-    """Every layout that agrees with the rows whose owner is known; a row that changed belongs to the last sample."""
-    found = set()
-    known = owners != -1
-    for axis, length in enumerate(owners.shape):
-        positions, rest = divmod(length, num_samples)
-        if rest or not positions:
-            continue
+def _possible(rows: torch.Size, num_samples: int) -> Iterator[tuple[Layout, Tensor]]:
+    """Every layout of rows of a shape, and the sample of each row by it."""
+    for axis, length in enumerate(rows):
+        positions = length // num_samples if length % num_samples == 0 else 0
         for trailing in (d for d in range(1, positions + 1) if positions % d == 0):
             along = torch.arange(length) // trailing % num_samples
-            owner = along.reshape([-1 if each == axis else 1 for each in range(owners.ndim)]).expand_as(owners)
-            if bool((owner[known] == owners[known]).all()) and bool((owner[changed] == num_samples - 1).all()):
-                found.add(Layout(axis, positions // trailing, trailing))
-    return found
-
-
-def _changed_inputs(
-    model: FunctionalModel, expansions: frozenset[int], batch: Batch, calls: list[Call]
-) -> list[dict[str, Tensor]]:
-    """Per call and role, the rows of its input that change when the last sample is replaced by the first."""
-    others = watch(model, take(batch, [*range(batch_size(batch) - 1), 0]), expansions)[1].calls
-    found: list[dict[str, Tensor]] = []
-    for number, call in enumerate(calls):
-        found.append({})
-        if len(others) != len(calls) or others[number].shape != call.shape or call.input_was_changed():
-            continue
-        for role, argument in call.arguments.items():
-            other = others[number].arguments.get(role)
-            if argument.form.inputs is not None and other is not None and other.form.inputs is not None:
-                found[-1][role] = _rows_that_differ(argument, argument.form.inputs(), other.form.inputs())
-    return found
+            owner = along.reshape([-1 if each == axis else 1 for each in range(len(rows))]).expand(rows)
+            yield Layout(axis, positions // trailing, trailing), owner
 
 
 def _rows_that_differ(argument: Argument, values: Tensor, others: Tensor) -> Tensor:

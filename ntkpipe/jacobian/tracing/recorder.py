@@ -6,7 +6,7 @@ parameter, or a made tensor, together with samples is a *use*. Calls whose funct
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +17,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.tracing.rules.form import Form
 from ntkpipe.jacobian.tracing.rules.table import RULES
 
@@ -57,18 +56,23 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls that have a rule and use a selected parameter of a model."""
+    """Records the calls that have a rule and use one of some parameters; constants are the model's other tensors."""
 
     # `expansions` are numbers of calls that are uses although they see parameters alone; `detach` tells whether
     # parameters are detached in the calls that are recorded.
-    def __init__(self, model: FunctionalModel, *, expansions: frozenset[int] = frozenset(), detach: bool = False):
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        constants: Iterable[Tensor],
+        *,
+        expansions: frozenset[int] = frozenset(),
+        detach: bool = False,
+    ) -> None:
         super().__init__()
-        parameters = model.parameters()
         self._parameters = {id(parameter): name for name, parameter in parameters.items()}
         # By id, with the tensors themselves, which stay alive so that no id is used again.
         self._made: dict[int, tuple[Tensor, tuple[str, ...]]] = {id(p): (p, (name,)) for name, p in parameters.items()}
-        every = (*model.module.parameters(), *model.module.buffers())
-        self._constants: dict[int, Tensor] = {id(value): value for value in every if id(value) not in self._made}
+        self._constants: dict[int, Tensor] = {id(value): value for value in constants}
         self._expansions, self._detach = expansions, detach
         self._number = 0
         self.calls: list[Call] = []
@@ -157,14 +161,6 @@ def _whole(output: Tensor) -> Tensor:
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors among the arguments or results of a call."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def watch(
-    model: FunctionalModel, batch: Batch, expansions: frozenset[int] = frozenset(), *, detach: bool = False
-) -> tuple[Tensor, Recorder]:
-    """Outputs of a batch, and what a recorder saw of the forward pass."""
-    with Recorder(model, expansions=expansions, detach=detach) as recorder:
-        return model(batch), recorder
 
 
 @cache

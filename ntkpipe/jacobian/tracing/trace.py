@@ -4,18 +4,17 @@ That a parameter has no uses beside the recorded ones is verified: on probe batc
 recorded uses, so that any gradient that still arrives came another way; and the uses must add up to the gradient.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.tracing.layouts import count_edges, draw_covectors, is_output_of, probe
-from ntkpipe.jacobian.tracing.recorder import Call, watch
+from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, draw_covectors
+from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, total_gradient
+from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, pull_back, total_gradient
 
 NO_RULE = "used by an operation without a rule"
 
@@ -24,18 +23,19 @@ NO_RULE = "used by an operation without a rule"
 class Pattern:
     """What a recorded call looks like in every batch."""
 
-    function: str  # name of the torch function
-    sources: dict[str, tuple[str, ...]]  # per role, the parameters that the argument is made of
+    fixed: tuple[Any, ...]  # see :func:`_fixed`
     shape: tuple[tuple[int, int], ...]  # per axis of the output, its fixed size and 0, or 0 and a multiple of samples
 
     def matches(self, call: Call, num_samples: int) -> bool:
         """Whether a call of another batch is the same."""
         sizes = tuple(size + multiple * num_samples for size, multiple in self.shape)
-        return call.name == self.function and call.shape == sizes and _sources(call) == self.sources
+        return call.shape == sizes and _fixed(call) == self.fixed
 
 
-def _sources(call: Call) -> dict[str, tuple[str, ...]]:
-    return {role: argument.sources for role, argument in call.arguments.items()}
+def _fixed(call: Call) -> tuple[Any, ...]:
+    """The function, the number of axes, and what each argument is, all of which no batch may change."""
+    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
+    return call.name, len(call.shape), arguments
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,14 @@ class Tracing:
     edges: Mapping[str, int] = field(default_factory=dict)  # of the graph to each parameter; more are untraced uses
     expansions: frozenset[int] = frozenset()  # as in :class:`~ntkpipe.jacobian.tracing.recorder.Recorder`
 
-    def record(self, model: FunctionalModel, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Outputs of a batch, and the recorded calls."""
-        outputs, recorder = watch(model, batch, self.expansions)
-        return outputs, recorder.calls
-
-    def matches(self, calls: list[Call], outputs: Tensor, parameters: Mapping[str, Tensor], num_samples: int) -> bool:
+    def matches(self, recorded: Pass, parameters: Mapping[str, Tensor]) -> bool:
         """Whether a forward pass has the calls, and the edges to parameters, that were traced."""
-        edges = count_edges(outputs, parameters)
+        edges = count_edges(recorded.outputs, parameters)
         return (
             all(edges[name] == self.edges[name] for name in self.covered)
-            and len(calls) == len(self.patterns)
-            and all(p.matches(call, num_samples) for p, call in zip(self.patterns, calls, strict=True))
-            and all(is_output_of(calls[use.call], outputs) for use in self.uses if use.is_output)
+            and len(recorded.calls) == len(self.patterns)
+            and all(p.matches(c, recorded.num_samples) for p, c in zip(self.patterns, recorded.calls, strict=True))
+            and all(recorded.returns(use.call) for use in self.uses if use.is_output)
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
@@ -82,79 +77,67 @@ def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = 
     return Tracing((), (), (), {name: reason for name in names if name not in unused}, unused)
 
 
-def trace(model: FunctionalModel, probes: list[Batch], sizes: list[int]) -> Tracing:
-    """Find the uses of the selected parameters on probe batches, given with their sizes."""
-    parameters = model.parameters()
-    expansions = _expansions(model, probes)
-    reached = _reached(model, probes, expansions, detach=False)
-    elsewhere = _reached(model, probes, expansions, detach=True)
+def next_expansion(*made: Mapping[int, tuple[torch.Size, ...]]) -> frozenset[int]:
+    """The first call that sees parameters alone but returns something with a sample axis: its shape differs."""
+    differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
+    return frozenset(differing[:1])  # calls after it are numbered anew once it is a use
+
+
+def trace(
+    parameters: Mapping[str, Tensor],
+    passes: Sequence[Pass],
+    cut: Pass,
+    reached: Collection[str],
+    expansions: frozenset[int],
+) -> Tracing:
+    """Find the uses of parameters in recorded passes of unlike sizes and orders.
+
+    Gradients reach the parameters in ``reached``. Of the first pass, ``cut`` differs in its last sample, and parameters
+    were detached in its recorded uses.
+    """
     unused = tuple(name for name in parameters if name not in reached)
-    probed = [probe(model, expansions, batch, size) for batch, size in zip(probes, sizes, strict=True)]
-    patterns = _patterns([found.calls for found in probed], sizes)
+    patterns = _patterns(passes)
     if patterns is None:
         return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
-    edges = probed[0].edges
-    varying = [name for name in parameters if any(found.edges[name] != edges[name] for found in probed[1:])]
-    reasons = dict.fromkeys(varying, "how often it is used depends on the data") | dict.fromkeys(elsewhere, NO_RULE)
+    layouts = [each.layouts(cut if each is passes[0] else None) for each in passes]
+    edges = [count_edges(each.outputs, parameters) for each in passes]
+    varying = [name for name in parameters if len({each[name] for each in edges}) > 1]
+    reasons = dict.fromkeys(varying, "how often it is used depends on the data")
+    reasons |= dict.fromkeys(cut.reached(parameters), NO_RULE)
     uses = []
-    for number, call in enumerate(probed[0].calls):
+    for number, call in enumerate(passes[0].calls):
         for role, argument in call.arguments.items():
-            layout, problem = _layout([(each.layouts[number][role], each.calls[number]) for each in probed])
+            candidates = set.intersection(*(found[number][role] for found in layouts))
+            problem = _problem([each.calls[number] for each in passes], candidates)
             needless = set(argument.sources) & set(unused)
             if needless:
                 problem = f"made together with {min(needless)}, which the outputs do not depend on"
-            if layout is None or needless:
+            if problem:
                 reasons = {**dict.fromkeys(argument.sources, problem), **reasons}
             else:
-                is_output = all(each.is_output[number] for each in probed)
-                uses.append(_use(call, number, role, layout, sizes[0], is_output))
+                is_output = all(each.returns(number) for each in passes)
+                uses.append(_use(call, number, role, candidates.pop(), passes[0].num_samples, is_output))
     live = [name for name in parameters if name not in unused]
     used = {name for use in uses for name in use.sources}
     left = {name: reasons.get(name, NO_RULE) for name in live if name in reasons or name not in used}
     covered = tuple(name for name in live if name in used)
-    tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges, expansions).without(left)
-    incomplete = _incomplete(model, parameters, tracing, probes[0])
+    tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges[0], expansions).without(left)
+    incomplete = _incomplete(passes[-1], parameters, tracing)
     return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
 
 
-def _expansions(model: FunctionalModel, probes: list[Batch]) -> frozenset[int]:
-    """Calls that see parameters alone but return something with a sample axis: its shape depends on the batch size."""
-    found: frozenset[int] = frozenset()
-    while True:
-        made = [watch(model, batch, found)[1].made for batch in probes]
-        differing = [n for n in sorted(made[0]) if any(other.get(n, made[0][n]) != made[0][n] for other in made[1:])]
-        if not differing:
-            return found
-        found |= {differing[0]}  # calls after it are numbered anew once it is a use
-
-
-def _reached(model: FunctionalModel, probes: list[Batch], expansions: frozenset[int], *, detach: bool) -> set[str]:
-    parameters, reached = model.parameters(), set()
-    for batch in probes:
-        outputs, _ = watch(model, batch, expansions, detach=detach)
-        if outputs.requires_grad:
-            grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True)
-            reached |= {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
-    return reached
-
-
-def _patterns(probed: list[list[Call]], sizes: list[int]) -> tuple[Pattern, ...] | None:
-    """What the calls of all probes have in common; None if they differ by more than the batch size."""
-    if len({len(calls) for calls in probed}) > 1:
+def _patterns(passes: Sequence[Pass]) -> tuple[Pattern, ...] | None:
+    """What the calls of all passes have in common; None if they differ by more than the batch size."""
+    if len({len(each.calls) for each in passes}) > 1:
         return None
-    found = []
-    for calls in zip(*probed, strict=True):
+    found, sizes = [], [each.num_samples for each in passes]
+    for calls in zip(*(each.calls for each in passes), strict=True):
         one = calls[0]
         shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=False)]
         if None in shape or any(_fixed(call) != _fixed(one) for call in calls[1:]):
             return None
-        found.append(Pattern(one.name, _sources(one), tuple(size for size in shape if size is not None)))
+        found.append(Pattern(_fixed(one), tuple(size for size in shape if size is not None)))
     return tuple(found)
-
-
-def _fixed(call: Call) -> tuple[Any, ...]:
-    arguments = {r: (a.sources, a.geometry, a.shape, type(a.form)) for r, a in call.arguments.items()}
-    return call.name, len(call.shape), arguments
 
 
 def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
@@ -195,43 +178,33 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
     )
 
 
-def _layout(found: list[tuple[set[Layout], Call]]) -> tuple[Layout | None, str]:
-    if any(call.input_was_changed() for _, call in found):
-        return None, "an input was changed in place after its use"
-    candidates = set.intersection(*(layouts for layouts, _ in found))
-    if len(candidates) == 1:
-        return candidates.pop(), ""
-    what = "no fixed layout" if not candidates else "more than one possible layout"
-    return None, f"the rows of a use have {what} of samples"
+def _problem(calls: list[Call], layouts: Collection[Layout]) -> str:
+    if any(call.input_was_changed() for call in calls):
+        return "an input was changed in place after its use"
+    what = "no fixed layout" if not layouts else "more than one possible layout"
+    return "" if len(layouts) == 1 else f"the rows of a use have {what} of samples"
 
 
-def _incomplete(model: FunctionalModel, parameters: Mapping[str, Tensor], tracing: Tracing, batch: Batch) -> list[str]:
+def _incomplete(recorded: Pass, parameters: Mapping[str, Tensor], tracing: Tracing) -> list[str]:
     """Covered parameters whose uses do not add up to their gradient, for example if a model differentiates itself."""
     # Rounding is far below the tolerance, a missing use far above it.
     if not tracing.covered:
         return []
-    outputs, calls = tracing.record(model, batch)
-    live = {number: call.edge for number, call in enumerate(calls) if call.edge is not None}
     covered = [parameters[name] for name in tracing.covered]
-    sources: list[Any] = [*covered, *live.values()]
-    found = torch.autograd.grad(outputs, sources, draw_covectors(outputs, seed=1), allow_unused=True, retain_graph=True)
+    grads, found = recorded.pulled(draw_covectors(recorded.outputs, seed=1), covered)
     exact = {
         name: torch.zeros_like(parameter) if grad is None else grad.to_dense()
-        for name, parameter, grad in zip(tracing.covered, covered, found, strict=False)
+        for name, parameter, grad in zip(tracing.covered, covered, found, strict=True)
     }
-    grads: dict[int, Tensor | None] = dict(zip(live, found[len(covered) :], strict=True))
-    left = {name: grad.clone() for name, grad in exact.items()}
+    left = {name: grad.reshape(-1).clone() for name, grad in exact.items()}
     for use in tracing.uses:
-        if (grad := grads.get(use.call)) is None:
-            continue
-        argument = calls[use.call].arguments[use.role]
-        with torch.no_grad():
-            total = total_gradient(argument.form, grad.reshape(calls[use.call].shape), argument.shape)
-        made_of = [parameters[name] for name in use.sources]
-        parts = torch.autograd.grad([argument.edge], made_of, [total.to(outputs.dtype)], retain_graph=True)
-        for name, part in zip(use.sources, parts, strict=True):
-            left[name] -= part.to_dense()
+        if use.call in grads:
+            argument = recorded.calls[use.call].arguments[use.role]
+            with torch.no_grad():
+                total = total_gradient(argument.form, grads[use.call], argument.shape)
+            for name, part in pull_back(argument, parameters, total[None].to(recorded.outputs.dtype)):
+                left[name] -= part[0]
     # Smaller gradients are zero but for rounding, as that of a key's bias under softmax.
     whole = sum(float(grad.norm()) ** 2 for grad in exact.values()) ** 0.5
-    floor = torch.finfo(outputs.dtype).eps ** 0.5 * whole
+    floor = torch.finfo(recorded.outputs.dtype).eps ** 0.5 * whole
     return [name for name, rest in left.items() if float(rest.norm()) > 0.1 * float(exact[name].norm()) + floor]

@@ -1,6 +1,6 @@
 """One use of a parameter, the same in every batch, and the Jacobians of samples by it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -69,10 +69,12 @@ class Use:
         """Cotangents by sample, a strided view: (n, *positions, groups, *out) or (n, *positions, n_out)."""
         return self.layout.split(call.arguments[self.role].form.cotangents(grad), num_samples)
 
-    def jacobian(self, call: Call, grad: Tensor, num_samples: int) -> Tensor:
-        """Jacobians of the samples by the argument, shape (n, *shape), in the gradient's dtype."""
+    def jacobian(self, call: Call, grad: Tensor, num_samples: int, places: Sequence[int] | None = None) -> Tensor:
+        """Jacobians of the samples, or those at some places, by the argument, (n, *shape), in the gradient's dtype."""
         form, d = call.arguments[self.role].form, self.cotangents(call, grad, num_samples)
         inputs = None if form.inputs is None else self.inputs(call, num_samples)
+        if places is not None:
+            d, inputs, num_samples = d[places], None if inputs is None else inputs[places], len(places)
         return _summed(form, d, inputs, (num_samples, form.row_dims + 2), self.shape)
 
 

@@ -58,7 +58,7 @@ def test_the_users_model_is_left_as_it_is(model):
 def test_only_selected_parameters_require_a_gradient(model):
     functional = prepare(model, parameters=("0.weight", "2.*"))
     assert functional.names == ("0.weight", "2.weight", "2.bias")
-    assert tuple(functional.parameters()) == functional.names
+    assert tuple(functional.parameters) == functional.names
     wanting = {name for name, p in functional.module.named_parameters() if p.requires_grad}
     assert wanting == {f"model.{name}" for name in functional.names}
 
@@ -66,18 +66,18 @@ def test_only_selected_parameters_require_a_gradient(model):
 def test_copies_share_what_they_say_they_share(model):
     functional = prepare(model)
     twin, other = functional.copy(), functional.converted(torch.float32)
-    for name, parameter in functional.parameters().items():
-        assert twin.parameters()[name] is parameter
-        assert other.parameters()[name].data_ptr() != parameter.data_ptr()
-        assert other.parameters()[name].dtype == torch.float32
+    for name, parameter in functional.parameters.items():
+        assert twin.parameters[name] is parameter
+        assert other.parameters[name].data_ptr() != parameter.data_ptr()
+        assert other.parameters[name].dtype == torch.float32
     assert twin.module is not functional.module
-    assert all(parameter.requires_grad for parameter in functional.parameters().values())
+    assert all(parameter.requires_grad for parameter in functional.parameters.values())
 
 
 def test_parameters_can_be_replaced_in_a_call(model):
     functional = prepare(model)
     batch = BATCH.double()
-    zeros = {name: torch.zeros_like(p) for name, p in functional.parameters().items()}
+    zeros = {name: torch.zeros_like(p) for name, p in functional.parameters.items()}
     assert torch.equal(functional.call_with(zeros, batch), torch.zeros(3, 2, dtype=torch.float64))
     assert torch.equal(functional.call_with({}, batch), functional(batch))
 

@@ -78,17 +78,17 @@ MODELS = {
 
 def fill(engine, term, held, inputs, step):
     """Fill in every batch, ``step`` covectors at a time."""
-    parameters = engine.model.parameters()
+    parameters = engine.model.parameters
     for samples in BATCHES:
-        outputs, calls = engine.forward(inputs[samples])
-        for covectors, grads in engine.pull_back(outputs, calls, every_use=True):
+        recorded = engine.forward(inputs[samples])
+        for covectors, grads in engine.pullback.grads(recorded, every_use=True):
             with torch.no_grad():
                 for start in range(covectors.start, covectors.stop, step):
                     part = slice(start, min(start + step, covectors.stop))
                     some = {
                         call: each[part.start - covectors.start :][: part.stop - start] for call, each in grads.items()
                     }
-                    held.fill(term, Pulled(calls, some, part, samples, parameters, engine.workspace))
+                    held.fill(term, Pulled(recorded.calls, some, part, samples, parameters, engine.workspace))
     return held
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from engines import functional
+from engines import functional, record
 from torch import nn
 
-from ntkpipe.jacobian.tracing.layouts import count_edges, is_output_of, leaves, probe
-from ntkpipe.jacobian.tracing.recorder import Recorder
+from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, leaves
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear
@@ -16,7 +15,10 @@ T = X.view(4, 3, 2)
 
 def layouts(function, inputs, **members):
     """What the rows of each argument allow, of the first call."""
-    return probe(functional(function, **members), frozenset(), inputs, len(inputs)).layouts[0]
+    model = functional(function, **members)
+    pairs = [record(model, batch) for batch in (inputs, torch.cat([inputs[:-1], inputs[:1]]))]
+    one, other = (Pass(outputs, recorder.calls) for recorder, outputs in pairs)
+    return one.layouts(other)[0]
 
 
 def square(x):
@@ -63,10 +65,9 @@ def test_rows_allow_the_layouts_that_agree_with_gradients_and_inputs(name):
 )
 def test_the_output_of_a_call_may_be_that_of_the_model(function, is_output):
     model = functional(function, a=L(6, 3))
-    with Recorder(model) as recorder:
-        outputs = model(X)
-    assert is_output_of(recorder.calls[0], outputs) is is_output
-    assert not is_output_of(recorder.calls[0], outputs.detach())
+    recorder, outputs = record(model, X)
+    assert Pass(outputs, recorder.calls).returns(0) is is_output
+    assert not Pass(outputs.detach(), recorder.calls).returns(0)
 
 
 def test_leaves_are_counted_by_edge():

@@ -1,12 +1,11 @@
 """What is made of parameters, what is the same for all samples, and which calls bring both together."""
 
+import engines
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import functional
 from torch import nn
 
-from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import total_gradient
 
 L = nn.Linear
@@ -19,10 +18,8 @@ def param(*shape):
 
 
 def record(function, inputs=X, *, expansions=frozenset(), detach=False, **members):
-    model = functional(function, **members)
-    with Recorder(model, expansions=expansions, detach=detach) as recorder:
-        outputs = model(inputs)
-    return model, recorder, outputs
+    model = engines.functional(function, **members)
+    return model, *engines.record(model, inputs, expansions=expansions, detach=detach)
 
 
 def found(recorder):
@@ -141,7 +138,7 @@ def relu_view(values):
 def test_gradients_arrive_at_calls_whose_output_changes_in_place(name, inputs):
     model, recorder, outputs = record(IN_PLACE[name], inputs, a=L(inputs.shape[-1], 3))
     (call,) = recorder.calls
-    *exact, grad = torch.autograd.grad(outputs.cos().sum(), [*model.parameters().values(), call.edge])
+    *exact, grad = torch.autograd.grad(outputs.cos().sum(), [*model.parameters.values(), call.edge])
     for argument, one in zip(call.arguments.values(), exact, strict=True):
         found = total_gradient(argument.form, grad.reshape(call.shape), argument.shape)
         assert torch.allclose(found, one, rtol=1e-12, atol=1e-14)
@@ -172,8 +169,8 @@ def test_expansions_are_uses_when_told():
 def test_cut_uses_leave_the_gradients_of_others():
     members = {"a": L(6, 3), "v": param(3)}
     model, _, outputs = record(lambda m, x: torch.logaddexp(m.a(x), m.v), detach=True, **members)
-    grads = torch.autograd.grad(outputs.sum(), list(model.parameters().values()), allow_unused=True)
-    assert {name for name, grad in zip(model.parameters(), grads, strict=True) if grad is not None} == {"v"}
+    grads = torch.autograd.grad(outputs.sum(), list(model.parameters.values()), allow_unused=True)
+    assert {name for name, grad in zip(model.parameters, grads, strict=True) if grad is not None} == {"v"}
 
 
 def test_values_are_those_of_the_model_alone():

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import PROBES, functional, take, traced
+from engines import functional, record, traced, tracing_of
 from torch import nn
 
-from ntkpipe.jacobian.tracing.trace import nothing_traced, trace
+from ntkpipe.jacobian.tracing.layouts import Pass
+from ntkpipe.jacobian.tracing.trace import nothing_traced
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear
@@ -215,7 +216,7 @@ def test_another_use_in_another_batch_does_not_match(name):
         return OTHERWISE[name](m, x) if (x > 9).any() else m.a(x)
 
     model = functional(usual, a=L(6, 2), b=L(6, 2))
-    tracing = trace(model, [take(X, order) for order in PROBES], [3, 5])
+    tracing = tracing_of(model, X)
     for batch, expected in ((X, True), (X + 10, False)):
-        outputs, calls = tracing.record(model, batch)
-        assert tracing.matches(calls, outputs, model.parameters(), 5) is expected
+        recorder, outputs = record(model, batch, expansions=tracing.expansions)
+        assert tracing.matches(Pass(outputs, recorder.calls), model.parameters) is expected

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import functional, traced
+from engines import functional, record, traced
 from torch import nn
 
-from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.uses import Layout, pull_back, total_gradient
 
 L = nn.Linear
@@ -66,8 +65,7 @@ def call_and_grad(name, seed):
     """The model, its one call, the gradient of a function of the outputs at it, and of the parameters."""
     function, inputs, members = USES[name]
     model = functional(function, **members)
-    with Recorder(model) as recorder:
-        outputs = model(inputs)
+    recorder, outputs = record(model, inputs)
     (call,) = recorder.calls
     covector = torch.cos(torch.arange(float(outputs.shape[1]), dtype=outputs.dtype) + seed).expand_as(outputs)
     return model, call, outputs, covector
@@ -84,7 +82,7 @@ def test_jacobians_are_those_of_autograd(name):
         found = use.jacobian(call, grad.reshape(call.shape), 5)
         assert found.shape == (5, *use.shape)
         assert use.numel == found[0].numel()
-        parameter = model.parameters()[use.sources[0]]
+        parameter = model.parameters[use.sources[0]]
         for sample in range(5):
             (exact,) = torch.autograd.grad(outputs[sample], parameter, covector[sample], retain_graph=True)
             assert torch.allclose(found[sample], exact, rtol=1e-12, atol=1e-14)
@@ -118,10 +116,9 @@ def test_jacobians_are_pulled_back_to_what_the_argument_is_made_of(name, pulled_
     model = functional(
         lambda m, x: F.linear(x[:, : MADE[name](m.w, m.v).shape[1]], MADE[name](m.w, m.v)), w=param(6, 6), v=param(6, 6)
     )
-    with Recorder(model) as recorder:
-        model(X)
+    recorder, _ = record(model, X)
     (argument,) = recorder.calls[-1].arguments.values()
-    parameters = model.parameters()
+    parameters = model.parameters
     rows = torch.randn(3, *argument.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = dict(pull_back(argument, parameters, rows))
     assert set(found) == set(argument.sources)
