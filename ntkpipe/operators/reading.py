@@ -31,8 +31,6 @@ class TileReader(Generic[Source]):
 
     def __init__(self, source: Source, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
         self.source = source
-        self._all_tiles = tuple(tiles)
-        self._pinned: set[TileIndex] = set()
         self._cached: dict[TileIndex, NDArray[Any]] = {}
         self._depth = _depth(source)
         self._num_threads = streams if source.is_local else streams * _REMOTE_DEPTH
@@ -41,8 +39,7 @@ class TileReader(Generic[Source]):
         self._threads: ThreadPoolExecutor | None = None
         self.num_given = self._bytes_read = 0  # tiles passed on so far, and bytes of those that were read
         self.seconds = 0.0  # that were spent with the tiles, as callers add them
-        self.cache_bytes = 0
-        self.keep(cache_bytes)
+        self.keep(cache_bytes, tiles)
 
     def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
         """Choose anew what is cached, among other tiles or in another number of bytes; drop the rest."""
@@ -87,7 +84,8 @@ class TileReader(Generic[Source]):
                 # A buffer that is still written to must not be handed out.
                 if isinstance(tile, Future) and not tile.cancel():
                     tile.exception()
-                self._give_back(buffer)
+                if buffer is not None:
+                    self._free.append(buffer)
 
     def _start(self, index: TileIndex) -> _Coming:
         with self._lock:
@@ -113,19 +111,15 @@ class TileReader(Generic[Source]):
         try:
             yield index, tile
         finally:
-            self._give_back(buffer)
-
-    def _give_back(self, buffer: NDArray[np.uint8] | None) -> None:
-        if buffer is not None:
-            self._free.append(buffer)
+            if buffer is not None:
+                self._free.append(buffer)
 
     def close(self) -> None:
         """Free memory and threads; further tiles are read anew."""
         with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown()
-        with self._lock:
+            if self._threads is not None:
+                self._threads.shutdown()
+            self._threads = None
             self._cached.clear()
             self._free.clear()
 
