@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 _SHARE_OF_MEMORY = 0.8  # that one read may take; the rest is for the work on what was read
 
 
-def require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
+def require_memory(
+    shape: tuple[int, ...], dtype: np.dtype[Any], what: str, advice: str = "Read slices, or use .to_dask()"
+) -> None:
     """Check that an array fits into the available memory."""
     needed, available = int(np.prod(shape, dtype=object)) * dtype.itemsize, available_memory()
     if needed > _SHARE_OF_MEMORY * available:
         raise ResourceError(
             f"{what} of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; {format_bytes(available)} of "
-            f"memory is available (a request may take {_SHARE_OF_MEMORY:.0%}). Read slices, or use .to_dask()"
+            f"memory is available (a request may take {_SHARE_OF_MEMORY:.0%}). {advice}"
         )
 
 
