@@ -73,17 +73,26 @@ class TileReader(Generic[Source]):
 
     def _stream(self, coming: deque[_Coming], rest: Iterator[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
         try:
-            for index in rest:
-                coming.append(self._start(index))
-                if len(coming) > self._depth:
-                    yield from self._finish(coming)
             while coming:
-                yield from self._finish(coming)
+                for index in islice(rest, self._depth + 1 - len(coming)):
+                    coming.append(self._start(index))
+                index, found, buffer = coming[0]
+                tile = found.result() if isinstance(found, Future) else found
+                with self._lock:
+                    self.num_given += 1
+                    if isinstance(found, Future):
+                        self._bytes_read += self.source.tile_bytes
+                        if buffer is None and index in self._pinned:
+                            self._cached[index] = tile
+                yield index, tile
+                coming.popleft()
+                if buffer is not None:
+                    self._free.append(buffer)
         finally:
-            for _, tile, buffer in coming:
+            for _, pending, buffer in coming:
                 # A buffer that is still written to must not be handed out.
-                if isinstance(tile, Future) and not tile.cancel():
-                    tile.exception()
+                if isinstance(pending, Future) and not pending.cancel():
+                    pending.exception()
                 if buffer is not None:
                     self._free.append(buffer)
 
@@ -97,22 +106,6 @@ class TileReader(Generic[Source]):
             if index not in self._pinned:
                 buffer = self._free.pop() if self._free else np.empty(self.source.tile_bytes, np.uint8)
             return index, self._threads.submit(self.source.read, index, buffer), buffer
-
-    def _finish(self, coming: deque[_Coming]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
-        index, found, buffer = coming[0]
-        tile = found.result() if isinstance(found, Future) else found
-        coming.popleft()
-        with self._lock:
-            self.num_given += 1
-            if isinstance(found, Future):
-                self._bytes_read += self.source.tile_bytes
-                if buffer is None and index in self._pinned:
-                    self._cached[index] = tile
-        try:
-            yield index, tile
-        finally:
-            if buffer is not None:
-                self._free.append(buffer)
 
     def close(self) -> None:
         """Free memory and threads; further tiles are read anew."""
