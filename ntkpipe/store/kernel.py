@@ -109,8 +109,7 @@ class Kernel:
         return self._array.read((row, column), buffer)
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        parts = _one_index_per_axis(key, self.ndim, "a kernel")
-        rows, columns = _numbers(parts, self.shape)
+        parts, (rows, columns) = _picked(key, self.shape, "a kernel")
         has_slice = any(isinstance(part, slice) for part in parts)
         if has_slice and max(rows.ndim, columns.ndim) > 1:
             raise IndexError("a two-dimensional index array beside a slice is not supported; use numpy.ix_")
@@ -201,10 +200,9 @@ class KernelBlocks:
         return f"<KernelBlocks {self.shape} {self.dtype}>"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        parts = _one_index_per_axis(key, self.ndim, "a kernel's blocks")
+        parts, picked = _picked(key, self.shape, "a kernel's blocks")
         if any(not isinstance(part, slice | int | np.integer) for part in parts):
             raise IndexError("blocks take integers and slices; for index arrays, index the kernel itself by rows")
-        picked = _numbers(parts, self.shape)
         found = self._kernel.read_entries(*np.ix_(*(np.atleast_1d(picked[axis]) for axis in (0, 2, 1, 3))))
         return found.transpose(0, 2, 1, 3).reshape([size for part in picked for size in part.shape])[()]
 
@@ -219,20 +217,15 @@ def _as_array(kernel: Kernel | KernelBlocks, dtype: DTypeLike | None, copy: bool
     return values if dtype is None else values.astype(dtype, copy=False)
 
 
-def _one_index_per_axis(key: Any, num_axes: int, what: str) -> tuple[Any, ...]:
-    """Expand a key as numpy does: an ellipsis, or a missing end, stands for whole axes."""
+def _picked(key: Any, shape: tuple[int, ...], what: str) -> tuple[tuple[Any, ...], list[NDArray[np.int64]]]:
+    """One index for each axis, as an ellipsis or a missing end stands for whole axes, and the numbers that it picks."""
     parts = key if isinstance(key, tuple) else (key,)
     at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
     before, after = parts[:at], parts[at + 1 :]
-    parts = (*before, *[slice(None)] * (num_axes - len(before) - len(after)), *after)
-    if len(parts) > num_axes or any(part is None or part is Ellipsis for part in parts):
+    parts = (*before, *[slice(None)] * (len(shape) - len(before) - len(after)), *after)
+    if len(parts) > len(shape) or any(part is None or part is Ellipsis for part in parts):
         raise IndexError(f"too many indices for {what}: {key!r}")
-    return parts
-
-
-def _numbers(parts: tuple[Any, ...], shape: tuple[int, ...]) -> list[NDArray[np.int64]]:
-    """Numbers that the indices pick along each axis, as numpy interprets them."""
-    return [np.asarray(np.arange(size)[part]) for size, part in zip(shape, parts, strict=True)]
+    return parts, [np.asarray(np.arange(size)[part]) for size, part in zip(shape, parts, strict=True)]
 
 
 def _by_number(numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
