@@ -30,18 +30,16 @@ def fill_tile(
     # Where memory runs out, pieces are halved; the result is the most samples of a piece, if there is a limit.
     while True:
         # The parts of a piece that meets itself must be the same objects on both sides.
-        lefts = list(_placed(left, row, most))
-        rights = lefts if right is left and row == column else list(_placed(right, column, most))
+        lefts = list(_placed(left, row, most, num_covectors))
+        rights = lefts if right is left and row == column else list(_placed(right, column, most, num_covectors))
         try:
-            for left_start, one in lefts:
-                for right_start, other in rights:
-                    if is_mirrored and right_start < left_start:
+            for rows, one in lefts:
+                for columns, other in rights:
+                    if is_mirrored and columns.start < rows.start:
                         continue
                     pause()
-                    rows = slice(left_start * num_covectors, (left_start + one.num_samples) * num_covectors)
-                    columns = slice(right_start * num_covectors, (right_start + other.num_samples) * num_covectors)
                     contract_planes(one, other, workspace, pairs, [tile[rows, columns] for tile in tiles])
-                    if is_mirrored and left_start != right_start:
+                    if is_mirrored and columns != rows:
                         for tile in tiles:
                             tile[columns, rows] = tile[rows, columns].T
         except Exception as error:
@@ -56,13 +54,12 @@ def fill_tile(
         release_memory()
 
 
-def _placed(block: JacobianBlock, start: int, most: int | None) -> Iterator[tuple[int, Piece]]:
-    """Pieces of a block, or parts of at most ``most`` samples, with the position of their first sample."""
+def _placed(block: JacobianBlock, start: int, most: int | None, num_covectors: int) -> Iterator[tuple[slice, Piece]]:
+    """Pieces of a block, or parts of at most ``most`` samples, with their rows in the tile."""
     for piece in block.pieces:
         size = piece.num_samples
-        if most is None or size <= most:
-            yield start, piece
-        else:
-            for first in range(0, size, most):
-                yield start + first, piece.part(first, min(first + most, size))
+        for first in range(0, size, most or size):
+            part = piece if most is None or size <= most else piece.part(first, min(first + most, size))
+            place = start + first
+            yield slice(place * num_covectors, (place + part.num_samples) * num_covectors), part
         start += size

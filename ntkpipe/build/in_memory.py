@@ -13,9 +13,8 @@ from torch import nn
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
-from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
-from ntkpipe.base.resources import available_memory, format_bytes, num_cores
+from ntkpipe.base.resources import num_cores
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
@@ -26,9 +25,8 @@ from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
 from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
+from ntkpipe.store.kernel import require_memory
 from ntkpipe.store.layout import Index
-
-_SHARE_OF_MEMORY = 0.8
 
 
 @checked
@@ -97,16 +95,11 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
     shape = _shape(prepared, grid)
-    needed, available = prod(shape) * dtype.itemsize, available_memory()
-    if needed > _SHARE_OF_MEMORY * available:
-        raise ResourceError(
-            f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
-            f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
-        )
+    require_memory(shape, dtype, "the kernel", "Use compute_kernel, which writes a store")
 
     def planned(engine: Engine) -> Plan:
         workload = workload_of(prepared, engine, {name: grid})
-        return make_plan(workload, this_machine(engine, run, result_bytes=needed)).fitting()
+        return make_plan(workload, this_machine(engine, run, result_bytes=prod(shape) * dtype.itemsize)).fitting()
 
     return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 
@@ -140,14 +133,10 @@ class _MatrixSink:
 
     def place(self, array: str, index: Index) -> NDArray[Any]:
         """The tile's part of the matrix."""
-        return self.matrices[array][self._region(index)]
-
-    def _region(self, index: Index) -> tuple[slice, slice]:
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
-        return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+        return self.matrices[array][rows.start : rows.stop, columns.start : columns.stop]
 
     def write(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Mirror a tile, which was computed in place."""
         if self.grid.symmetric and index[0] != index[1]:
-            rows, columns = self._region(index)
-            self.matrices[array][columns, rows] = values.T
+            self.place(array, index[::-1])[:] = values.T

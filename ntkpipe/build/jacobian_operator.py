@@ -34,6 +34,8 @@ class JacobianOperator(Operator):
     # pass, in the compute dtype; sums over batches are float64. The diagonal is exact, by one pass of per-sample
     # Jacobians. The Frobenius norm, which :meth:`storage_floor` needs, is estimated from 32 products with random signs.
 
+    work = Work()  # a pass is a product with any number of columns
+
     def __init__(self, prepared: Prepared, *, batch: int, identity: str, step: Callable[[], None]) -> None:
         kind, model = prepared.kind, prepared.model
         if kind.pairs == "same":
@@ -50,12 +52,6 @@ class JacobianOperator(Operator):
         self._products = [whole] if kind.pairs == "all" else apart
         # The identity holds digests of parameters and samples, and what is computed from them.
         self._prepared, self._identity, self._step = prepared, identity, step
-        self._work = Work()
-
-    @property
-    def work(self) -> Work:
-        """See :attr:`Operator.work`; a pass is a product with any number of columns."""
-        return self._work
 
     def identity(self) -> str:
         """See :meth:`Operator.identity`."""
@@ -70,7 +66,7 @@ class JacobianOperator(Operator):
                 for products in self._products:
                     direction = products.transposed(source, vector, self._step)
                     found[:, column] += products.product(source, direction, self._step)
-        self._work += Work(1.0, 0, perf_counter() - start)
+        self.work += Work(1.0, 0, perf_counter() - start)
         return found
 
     def _measure(self) -> Statistics:
@@ -86,7 +82,7 @@ class JacobianOperator(Operator):
                 (values,) = contract_diagonal_planes(piece, self._prepared.kind.pairs, 1)
                 parts.append(values[: len(span)].diagonal(dim1=1, dim2=2).reshape(-1).double().cpu())
                 self._step()
-        self._work += Work(1.0, 0, perf_counter() - start)
+        self.work += Work(1.0, 0, perf_counter() - start)
         return torch.cat(parts).numpy()
 
 

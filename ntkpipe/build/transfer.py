@@ -92,23 +92,22 @@ class DeviceTiles:
         size = rows * rows, torch.from_numpy(np.empty(0, dtype)).dtype
         slots = [_Slot(stream.allocate(*size), stream.allocate_pinned(*size)) for _ in range(NUM_BUFFERS)]
         self._slots, self._slot = cycle(slots), slots[0]
-        self._shape = (0, 0)
+        self._tile = slots[0].device
         self._place: NDArray[Any] | None = None
 
     def take(self, shape: tuple[int, int], place: NDArray[Any] | None) -> Tensor:
         """Uninitialised memory for the next tile, in the dtype of the store."""
-        self._slot = next(self._slots)
+        self._slot, self._place = next(self._slots), place
         if self._slot.copied is not None:
             self._stream.hold(self._slot.copied)
-        self._shape, self._place = shape, place
-        return _view(self._slot.device, shape)
+        self._tile = _view(self._slot.device, shape)
+        return self._tile
 
     def send(self) -> Arrival:
         """Send the tile that was taken last to the host, after all work queued so far."""
-        slot = self._slot
-        pinned = _view(slot.pinned, self._shape)
-        slot.copied = self._stream.copy(_view(slot.device, self._shape), pinned)
-        return partial(_arrived, slot.copied, pinned, self._place)
+        pinned = _view(self._slot.pinned, self._tile.shape)
+        self._slot.copied = self._stream.copy(self._tile, pinned)
+        return partial(_arrived, self._slot.copied, pinned, self._place)
 
     def fetch(self, values: Tensor) -> Arrival:
         """Send any other values to the host."""

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,21 +84,15 @@ class Pool:
 
     def subtract_product(self, target: FloatArray, left: FloatArray, right: FloatArray, scratch: FloatArray) -> None:
         """``target -= left @ right.T``; ``scratch`` has room for the product."""
+        num_rows, num_columns = target.shape
 
-        def work(part: tuple[slice, slice, int]) -> None:
-            rows, columns, place = part
+        def work(first: tuple[int, int]) -> None:
+            row, column = first
+            rows, columns = slice(row, row + _PART_ROWS), slice(column, column + _PART_COLUMNS)
             into = target[rows, columns]
-            product = scratch[place : place + into.size].reshape(into.shape)
-            np.matmul(left[rows], right[columns].T, out=product)
-            into -= product
+            place = row * num_columns + len(into) * column
+            part = scratch[place : place + into.size].reshape(into.shape)
+            np.matmul(left[rows], right[columns].T, out=part)
+            into -= part
 
-        def parts() -> Iterator[tuple[slice, slice, int]]:
-            place = 0
-            for row in range(0, target.shape[0], _PART_ROWS):
-                rows = slice(row, min(row + _PART_ROWS, target.shape[0]))
-                for column in range(0, target.shape[1], _PART_COLUMNS):
-                    columns = slice(column, min(column + _PART_COLUMNS, target.shape[1]))
-                    yield rows, columns, place
-                    place += (rows.stop - rows.start) * (columns.stop - columns.start)
-
-        self.each(work, parts())
+        self.each(work, product(range(0, num_rows, _PART_ROWS), range(0, num_columns, _PART_COLUMNS)))

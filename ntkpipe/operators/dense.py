@@ -24,6 +24,8 @@ class DenseOperator(Operator):
     of rows; no bit depends on their number.
     """
 
+    work = Work()
+
     def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:
         values = np.asarray(matrix)
         if values.dtype.kind in "iub":
@@ -35,13 +37,7 @@ class DenseOperator(Operator):
         _require_symmetric(values)
         super().__init__(len(values), storage_dtype or values.dtype)
         self._matrix = values
-        self._work = Work()
         self._identity: str | None = None
-
-    @property
-    def work(self) -> Work:
-        """See :attr:`Operator.work`."""
-        return self._work
 
     def identity(self) -> str:
         """See :meth:`Operator.identity`: the digest of the entries."""
@@ -53,7 +49,7 @@ class DenseOperator(Operator):
     def _counted(self, passes: float) -> Iterator[None]:
         start = perf_counter()
         yield
-        self._work += Work(passes, 0, perf_counter() - start)
+        self.work += Work(passes, 0, perf_counter() - start)
 
     def _multiply(self, block: FloatArray) -> FloatArray:
         product = np.empty_like(block)

@@ -31,8 +31,6 @@ class TileReader(Generic[Source]):
 
     def __init__(self, source: Source, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
         self.source = source
-        self._all_tiles = tuple(tiles)
-        self._pinned: set[TileIndex] = set()
         self._cached: dict[TileIndex, NDArray[Any]] = {}
         self._depth = _depth(source)
         self._num_threads = streams if source.is_local else streams * _REMOTE_DEPTH
@@ -41,8 +39,7 @@ class TileReader(Generic[Source]):
         self._threads: ThreadPoolExecutor | None = None
         self.num_given = self._bytes_read = 0  # tiles passed on so far, and bytes of those that were read
         self.seconds = 0.0  # that were spent with the tiles, as callers add them
-        self.cache_bytes = 0
-        self.keep(cache_bytes)
+        self.keep(cache_bytes, tiles)
 
     def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
         """Choose anew what is cached, among other tiles or in another number of bytes; drop the rest."""
@@ -76,18 +73,28 @@ class TileReader(Generic[Source]):
 
     def _stream(self, coming: deque[_Coming], rest: Iterator[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
         try:
-            for index in rest:
-                coming.append(self._start(index))
-                if len(coming) > self._depth:
-                    yield from self._finish(coming)
             while coming:
-                yield from self._finish(coming)
+                for index in islice(rest, self._depth + 1 - len(coming)):
+                    coming.append(self._start(index))
+                index, found, buffer = coming[0]
+                tile = found.result() if isinstance(found, Future) else found
+                with self._lock:
+                    self.num_given += 1
+                    if isinstance(found, Future):
+                        self._bytes_read += self.source.tile_bytes
+                        if buffer is None and index in self._pinned:
+                            self._cached[index] = tile
+                yield index, tile
+                coming.popleft()
+                if buffer is not None:
+                    self._free.append(buffer)
         finally:
-            for _, tile, buffer in coming:
+            for _, pending, buffer in coming:
                 # A buffer that is still written to must not be handed out.
-                if isinstance(tile, Future) and not tile.cancel():
-                    tile.exception()
-                self._give_back(buffer)
+                if isinstance(pending, Future) and not pending.cancel():
+                    pending.exception()
+                if buffer is not None:
+                    self._free.append(buffer)
 
     def _start(self, index: TileIndex) -> _Coming:
         with self._lock:
@@ -100,32 +107,12 @@ class TileReader(Generic[Source]):
                 buffer = self._free.pop() if self._free else np.empty(self.source.tile_bytes, np.uint8)
             return index, self._threads.submit(self.source.read, index, buffer), buffer
 
-    def _finish(self, coming: deque[_Coming]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
-        index, found, buffer = coming[0]
-        tile = found.result() if isinstance(found, Future) else found
-        coming.popleft()
-        with self._lock:
-            self.num_given += 1
-            if isinstance(found, Future):
-                self._bytes_read += self.source.tile_bytes
-                if buffer is None and index in self._pinned:
-                    self._cached[index] = tile
-        try:
-            yield index, tile
-        finally:
-            self._give_back(buffer)
-
-    def _give_back(self, buffer: NDArray[np.uint8] | None) -> None:
-        if buffer is not None:
-            self._free.append(buffer)
-
     def close(self) -> None:
         """Free memory and threads; further tiles are read anew."""
         with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown()
-        with self._lock:
+            if self._threads is not None:
+                self._threads.shutdown()
+            self._threads = None
             self._cached.clear()
             self._free.clear()
 

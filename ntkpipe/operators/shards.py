@@ -126,8 +126,7 @@ def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int
         return {number: address for address, (first, stop) in runs for number in numbers[first:stop]}
     # A shard stays with its known owner where that is still there and not overloaded.
     owners = {number: known[number] for number in numbers if known.get(number) in workers}
-    held = Counter({address: 0 for address in workers})
-    held.update(owners.values())
+    held = Counter(owners.values())
 
     def load_with_one_more(address: str) -> float:
         return (held[address] + 1) / workers[address]

@@ -4,7 +4,7 @@ import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,9 +94,9 @@ class ArrayTiles:
         base: Any = self.array.base
         if not isinstance(base, mmap.mmap):  # then numpy does not know where it begins
             raise ConfigError("part of a memory map cannot be sent to workers; give a numpy.memmap of that part")
-        order: Literal["C", "F"] = "C" if self.array.flags.c_contiguous else "F"
-        place = str(self.array.filename), self.array.dtype, self.array.offset, self.array.shape, order
-        return _open_mapped, (*place, self.edge)
+        order = "C" if self.array.flags.c_contiguous else "F"
+        place = (str(self.array.filename), self.dtype, "r", self.array.offset, self.array.shape, order)
+        return _open_mapped, (self.edge, *place)
 
     def identity(self) -> str:
         """Digest of the diagonal tiles: reading a whole matrix for its name would take too long."""
@@ -110,10 +110,8 @@ class ArrayTiles:
         return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
 
 
-def _open_mapped(
-    path: str, dtype: np.dtype[Any], offset: int, shape: tuple[int, int], order: Literal["C", "F"], edge: int
-) -> ArrayTiles:
-    return ArrayTiles(np.memmap(path, dtype, "r", offset, shape, order), edge)
+def _open_mapped(edge: int, *place: Any) -> ArrayTiles:
+    return ArrayTiles(np.memmap(*place), edge)
 
 
 @dataclass(frozen=True)
@@ -142,29 +140,27 @@ class PartialProduct:
     values: FloatArray
 
 
-def multiply(tiles: Tiles, grid: Grid, block: FloatArray, memory: FloatArray | None = None) -> PartialProduct:
-    """Multiply a block by some tiles, each used for itself and for its mirror."""
-    edge, num_rows, start = grid.rows.tile_rows, len(block), 0
-    product: FloatArray | None = None
-    upcast = _Upcast(edge, block.shape[1])
+def multiply(tiles: Tiles, grid: Grid, block: FloatArray, memory: FloatArray) -> PartialProduct:
+    """Multiply a block by some tiles, each used for itself and for its mirror, into memory of the block's shape."""
+    edge, start, num_columns = grid.rows.tile_rows, len(block), block.shape[1]
+    scratch = _scratch(edge, num_columns)
     for (row, column), whole in tiles:
-        if product is None:
-            start = row * edge
-            product = np.empty_like(block)[start:] if memory is None else memory[start:]
-            product.fill(0.0)
-        rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
-        tile = whole[: _length(rows), : _length(columns)]
-        of_rows = product[_moved(rows, start)]
+        rows, columns = (slice(tile * edge, (tile + 1) * edge) for tile in (row, column))
+        if start == len(block):  # the first tile
+            start = rows.start
+            memory[start:] = 0.0
+        tile = whole[: len(block) - rows.start, : len(block) - columns.start]
+        of_rows, block_of_rows = memory[rows], block[rows]
         # The product with the mirrored tile is computed transposed, which is faster in BLAS.
-        mirrored = np.zeros((block.shape[1], _length(columns))) if row != column else None
-        for run, part in upcast.parts(tile):
+        mirrored = np.zeros((num_columns, tile.shape[1]))
+        for number, part in enumerate(_upcast(tile, scratch)):
+            run = slice(number * len(scratch), (number + 1) * len(scratch))
             of_rows[run] += part @ block[columns]
-            if mirrored is not None:
-                mirrored += block[rows][run].T @ part
-        if mirrored is not None:
-            product[_moved(columns, start)] += mirrored.T
-    assert product is not None
-    return PartialProduct(start, product)
+            if row != column:
+                mirrored += block_of_rows[run].T @ part
+        if row != column:
+            memory[columns] += mirrored.T
+    return PartialProduct(start, memory[start:])
 
 
 def scratch_bytes(edge: int, num_columns: int) -> int:
@@ -177,26 +173,20 @@ def _rows_at_once(edge: int, num_columns: int) -> int:
     return min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
 
 
-class _Upcast:
-    """Converts tiles to float64 a run of rows at a time; memory is the longest run."""
+def _scratch(edge: int, num_columns: int) -> FloatArray:
+    return np.empty((_rows_at_once(edge, num_columns), edge))
 
-    def __init__(self, edge: int, num_columns: int) -> None:
-        self._step = _rows_at_once(edge, num_columns)
-        self._edge = edge
-        self._scratch: FloatArray | None = None
 
-    def parts(self, tile: NDArray[Any]) -> Iterator[tuple[slice, FloatArray]]:
-        """Yield the rows of a tile, each run valid until the next."""
-        is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
-        for first in range(0, len(tile), self._step):
-            part = tile[first : first + self._step]
-            if not is_ready:
-                if self._scratch is None:
-                    self._scratch = np.empty((self._step, self._edge))
-                upcasted = self._scratch[: len(part), : tile.shape[1]]
-                np.copyto(upcasted, part)
-                part = upcasted
-            yield slice(first, first + len(part)), part
+def _upcast(tile: NDArray[Any], scratch: FloatArray) -> Iterator[FloatArray]:
+    """Yield the rows of a tile in float64, as many as ``scratch`` has at a time; each run is valid until the next."""
+    is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
+    for first in range(0, len(tile), len(scratch)):
+        part = tile[first : first + len(scratch)]
+        if not is_ready:
+            upcast = scratch[: len(part), : tile.shape[1]]
+            np.copyto(upcast, part)
+            part = upcast
+        yield part
 
 
 # What some tiles contribute to the diagonal (start and entries of each run), and to the squared Frobenius norm.
@@ -206,11 +196,11 @@ PartialStatistics = tuple[list[tuple[int, FloatArray]], float]
 def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
     """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
     edge, squared = grid.rows.tile_rows, 0.0
-    diagonals, upcast = [], _Upcast(edge, 1)
+    diagonals, scratch = [], _scratch(edge, 1)
     for (row, column), whole in tiles:
         tile = whole[: num_rows - row * edge, : num_rows - column * edge]
         weight = 1.0 if row == column else 2.0
-        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for _, part in upcast.parts(tile))
+        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for part in _upcast(tile, scratch))
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
     return diagonals, squared
@@ -245,36 +235,19 @@ class EntryRequest:
 
     def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
         """Yield what tiles contribute to the result, every entry once; valid until the next."""
-        for of_rows, of_columns, values in _mirrored(tiles, grid.rows.tile_rows, num_rows):
-            rows = slice(max(self.rows.start, of_rows.start), min(self.rows.stop, of_rows.stop))
-            here = np.flatnonzero((self.columns >= of_columns.start) & (self.columns < of_columns.stop))
-            if rows.start < rows.stop and here.size:
-                inside = _moved(rows, of_rows.start), self.columns[here] - of_columns.start
-                yield (_moved(rows, self.rows.start), here), values[inside]
+        edge = grid.rows.tile_rows
+        for (row, column), tile in tiles:
+            mirrored = [(column, row, tile.T)] if row != column else []
+            for of_rows, of_columns, values in ((row, column, tile), *mirrored):
+                origin = of_rows * edge
+                first, last = max(self.rows.start, origin), min(self.rows.stop, origin + edge)
+                here = np.flatnonzero(self.columns // edge == of_columns)
+                if first < last and here.size:
+                    inside = values[first - origin : last - origin, self.columns[here] - of_columns * edge]
+                    yield (slice(first - self.rows.start, last - self.rows.start), here), inside
 
 
 def touched_shards(shards: Iterable[Shard], request: EntryRequest, grid: Grid) -> tuple[Shard, ...]:
     """Shards reduced to the tiles that a request touches; those without any are left out."""
     touched = ((shard.number, tuple(t for t in shard.tiles if request.touches(t, grid))) for shard in shards)
     return tuple(Shard(number, tiles) for number, tiles in touched if tiles)
-
-
-def _mirrored(tiles: Tiles, edge: int, num_rows: int) -> Iterator[tuple[slice, slice, NDArray[Any]]]:
-    """Yield rows, columns and entries of each tile and of its mirror below the diagonal."""
-    for (row, column), tile in tiles:
-        rows, columns = _span(row, edge, num_rows), _span(column, edge, num_rows)
-        yield rows, columns, tile
-        if row != column:
-            yield columns, rows, tile.T
-
-
-def _span(tile: int, edge: int, num_rows: int) -> slice:
-    return slice(tile * edge, min((tile + 1) * edge, num_rows))
-
-
-def _length(run: slice) -> int:
-    return int(run.stop - run.start)
-
-
-def _moved(run: slice, origin: int) -> slice:
-    return slice(run.start - origin, run.stop - origin)

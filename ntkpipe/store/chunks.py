@@ -94,27 +94,21 @@ class StoredArray:
         self._is_checked = True
 
     def write(self, index: Index, values: NDArray[Any]) -> None:
-        """Write one whole chunk, atomically."""
+        """Write one whole chunk, atomically; values of a ragged one are padded with the fill value."""
         self.check_metadata()
-        chunk = self._whole_chunk(index, values)
-        raw, checksum = chunk.reshape(-1).view(np.uint8), _Checksum()
-        for start in range(0, len(raw), PIECE_BYTES):  # in pieces: the library blocks other threads
-            checksum.update(raw[start : start + PIECE_BYTES])
-        with writing(self.medium, self.describe(index), self.layout.chunk_bytes):
-            self.medium.put(self.name(index), chunk.data, checksum.digest()[::-1])  # stored little-endian
-
-    def _whole_chunk(self, index: Index, values: NDArray[Any]) -> NDArray[Any]:
-        """Pad ``values`` to a whole chunk with the fill value; a read-only view of them if they are one already."""
-        layout, dtype = self.layout, self.layout.dtype.newbyteorder("<")  # not by Zarr, which would copy three times
-        if values.shape == layout.chunks and values.dtype == dtype and values.flags.c_contiguous:
-            chunk = values.view()
-        else:
+        layout, dtype = self.layout, self.layout.dtype.newbyteorder("<")
+        chunk = values
+        if values.shape != layout.chunks or values.dtype != dtype or not values.flags.c_contiguous:
             shape = tuple(part.stop - part.start for part in layout.region(index))
             assert values.shape == shape, f"{values.shape} is not the shape {shape} of the chunk"
-            chunk = np.full(layout.chunks, layout.fill_value, dtype)
+            chunk = np.full(layout.chunks, layout.fill_value, dtype)  # not by Zarr, which would copy three times
             chunk[tuple(map(slice, shape))] = values
-        chunk.flags.writeable = False
-        return chunk
+        raw, checksum = chunk.reshape(-1).view(np.uint8), _Checksum()
+        raw.flags.writeable = False
+        for start in range(0, len(raw), PIECE_BYTES):  # in pieces: the library blocks other threads
+            checksum.update(raw[start : start + PIECE_BYTES])
+        with writing(self.medium, self.describe(index), layout.chunk_bytes):
+            self.medium.put(self.name(index), raw.data, checksum.digest()[::-1])  # stored little-endian
 
     def read(self, index: Index, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Read and verify one chunk, cut at the array's end as in :meth:`ArrayLayout.region`."""

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ntkpipe.base.errors import ResourceError, needed_for
-from ntkpipe.base.grid import Grid
 from ntkpipe.base.resources import available_memory, format_bytes
 from ntkpipe.store.chunks import StoredArray
 
@@ -19,13 +18,15 @@ if TYPE_CHECKING:
 _SHARE_OF_MEMORY = 0.8  # that one read may take; the rest is for the work on what was read
 
 
-def require_memory(shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
+def require_memory(
+    shape: tuple[int, ...], dtype: np.dtype[Any], what: str, advice: str = "Read slices, or use .to_dask()"
+) -> None:
     """Check that an array fits into the available memory."""
     needed, available = int(np.prod(shape, dtype=object)) * dtype.itemsize, available_memory()
     if needed > _SHARE_OF_MEMORY * available:
         raise ResourceError(
             f"{what} of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; {format_bytes(available)} of "
-            f"memory is available (a request may take {_SHARE_OF_MEMORY:.0%}). Read slices, or use .to_dask()"
+            f"memory is available (a request may take {_SHARE_OF_MEMORY:.0%}). {advice}"
         )
 
 
@@ -34,6 +35,29 @@ class Kernel:
 
     Supports numpy's basic slicing and integer or boolean index arrays. Every read verifies the checksums of the tiles
     that it touches. Its memory is the result plus one tile, and is checked against what is available.
+
+    Attributes
+    ----------
+    name
+        Name of the array in the store, such as ``kernel/train``.
+    root
+        Path or URL of the store.
+    identity
+        Identifier of the entries, independent of their place: digest of the manifest and name of the array.
+    shape
+        Rows and columns; row = sample * S + covector.
+    size, nbytes
+        Number of entries of the full matrix, and its bytes in memory.
+    dtype
+        dtype of the stored entries.
+    num_covectors
+        Rows per sample, S: the number of outputs for ``kind="ntk"``, else one.
+    is_symmetric
+        Whether rows and columns are the same samples.
+    is_local
+        Whether tiles are files in a file system rather than objects that a server sends.
+    tile_bytes
+        Bytes of one tile's file.
 
     Raises
     ------
@@ -45,50 +69,21 @@ class Kernel:
     ndim = 2
 
     def __init__(self, array: StoredArray, digest: str) -> None:
-        assert array.layout.grid is not None
-        self._array = array
-        self.grid: Grid = array.layout.grid
-        self._digest = digest
+        layout, grid = array.layout, array.layout.grid
+        assert grid is not None
+        self._array, self.grid = array, grid
+        self.name, self.root = layout.name, array.medium.root
+        self.identity = f"{digest}/{layout.name}"
+        self.shape, self.dtype = grid.shape, layout.dtype
+        self.size = self.shape[0] * self.shape[1]
+        self.nbytes = self.size * self.dtype.itemsize
+        self.num_covectors, self.is_symmetric = grid.rows.num_covectors, grid.symmetric
+        self.is_local, self.tile_bytes = isinstance(self.root, Path), layout.chunk_bytes
 
     @property
     def token(self) -> str:
         """Identifier of the entries and their place, for caches of lazy arrays."""
-        return f"{self._digest}-{self._array.medium.identity()}-{self.name.replace('/', '-')}"
-
-    @property
-    def name(self) -> str:
-        """Name of the array in the store, such as ``kernel/train``."""
-        return self._array.layout.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns; row = sample * S + covector."""
-        return self.grid.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of the stored entries."""
-        return self._array.layout.dtype
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the full matrix."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the full matrix in memory."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def num_covectors(self) -> int:
-        """Rows per sample, S: the number of outputs for ``kind="ntk"``, else one."""
-        return self.grid.rows.num_covectors
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether rows and columns are the same samples."""
-        return self.grid.symmetric
+        return f"{self.identity.replace('/', '-')}-{self._array.medium.identity()}"
 
     @property
     def chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,59 +108,26 @@ class Kernel:
         """Read a stored tile as it is; with a ``buffer`` of :attr:`tile_bytes` bytes, return a view of that."""
         return self._array.read((row, column), buffer)
 
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of one tile's file."""
-        return self._array.layout.chunk_bytes
-
-    @property
-    def root(self) -> Path | str:
-        """Path or URL of its store."""
-        return self._array.medium.root
-
-    @property
-    def is_local(self) -> bool:
-        """Whether tiles are files in a file system rather than objects that a server sends."""
-        return isinstance(self._array.medium.root, Path)
-
-    @property
-    def identity(self) -> str:
-        """Identifier of the entries, independent of their place: digest of the manifest and name of the array."""
-        return f"{self._digest}/{self.name}"
-
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        if isinstance(key, np.ndarray) and key.ndim == 2:
-            raise IndexError("a kernel takes one index an axis; a two-dimensional mask or index array is not supported")
-        parts = _one_index_per_axis(key, self.ndim, "a kernel")
-        # Let numpy interpret each index: apply it to the numbers of the rows or columns.
-        rows, columns = (self._numbers(part, axis) for axis, part in enumerate(parts))
-        if rows.ndim == columns.ndim == 1 and not any(isinstance(part, slice) for part in parts):
-            return self._read_points(*np.broadcast_arrays(rows, columns))
-        if rows.ndim == 2 or columns.ndim == 2:
-            if any(isinstance(part, slice) for part in parts):
-                raise IndexError("a two-dimensional index array beside a slice is not supported; use numpy.ix_")
-            rows, columns = np.atleast_2d(rows), np.atleast_2d(columns)
-            if rows.shape[1] == columns.shape[0] == 1:  # numpy.ix_
-                return self._read(rows[:, 0], columns[0])
-            return self._read_points(*np.broadcast_arrays(rows, columns))
-        values = self._read(np.atleast_1d(rows), np.atleast_1d(columns))
-        return values.reshape(rows.shape + columns.shape)[()]
-
-    def _numbers(self, part: Any, axis: int) -> NDArray[np.int64]:
-        numbers = np.asarray(np.arange(self.shape[axis])[part])
-        if numbers.ndim > 2:
-            raise IndexError(f"an index of {numbers.ndim} dimensions is not supported")
-        return numbers
+        parts, (rows, columns) = _picked(key, self.shape, "a kernel")
+        has_slice = any(isinstance(part, slice) for part in parts)
+        if has_slice and max(rows.ndim, columns.ndim) > 1:
+            raise IndexError("a two-dimensional index array beside a slice is not supported; use numpy.ix_")
+        if has_slice or min(rows.ndim, columns.ndim) == 0:
+            return self._read(rows.ravel(), columns.ravel()).reshape(rows.shape + columns.shape)[()]
+        if rows.ndim == 2 and rows.shape[1] == len(np.atleast_2d(columns)) == 1:  # numpy.ix_
+            return self._read(rows[:, 0], columns.ravel())
+        return self._read_points(*np.broadcast_arrays(rows, columns))
 
     def _read(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
         """Read the submatrix of ``rows`` and ``columns``, each tile once."""
         require_memory((rows.size, columns.size), self.dtype, "a slice of the kernel")
         values = np.empty((rows.size, columns.size), self.dtype)
         row_edge, column_edge = self.grid.rows.tile_rows, self.grid.columns.tile_rows
-        for row_tile, at_rows in _by_tile(rows, row_edge):
-            for column_tile, at_columns in _by_tile(columns, column_edge):
+        for row_tile, at_rows in _by_number(rows // row_edge):
+            for column_tile, at_columns in _by_number(columns // column_edge):
                 tile = self.read_tile(row_tile, column_tile)
-                inside = np.ix_(rows[at_rows] - row_tile * row_edge, columns[at_columns] - column_tile * column_edge)
+                inside = np.ix_(rows[at_rows] % row_edge, columns[at_columns] % column_edge)
                 values[np.ix_(at_rows, at_columns)] = tile[inside]
         return values
 
@@ -173,11 +135,9 @@ class Kernel:
         values = np.empty(rows.shape, self.dtype)
         row_edge, column_edge = self.grid.rows.tile_rows, self.grid.columns.tile_rows
         tiles = rows // row_edge * self.grid.columns.num_tiles + columns // column_edge
-        for tile in np.unique(tiles):
-            row_tile, column_tile = divmod(int(tile), self.grid.columns.num_tiles)
-            at = tiles == tile
-            data = self.read_tile(row_tile, column_tile)
-            values[at] = data[rows[at] - row_tile * row_edge, columns[at] - column_tile * column_edge]
+        for number, at in _by_number(tiles):
+            tile = self.read_tile(*divmod(number, self.grid.columns.num_tiles))
+            values.flat[at] = tile[rows.flat[at] % row_edge, columns.flat[at] % column_edge]
         return values
 
     def read_entries(self, *indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -232,27 +192,17 @@ class KernelBlocks:
     ndim = 4
 
     def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Samples, samples, covectors, covectors."""
-        grid = self._kernel.grid
-        return grid.rows.num_samples, grid.columns.num_samples, self._kernel.num_covectors, self._kernel.num_covectors
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of the stored entries."""
-        return self._kernel.dtype
+        grid, width = kernel.grid, kernel.num_covectors
+        self._kernel, self.dtype = kernel, kernel.dtype
+        self.shape = (grid.rows.num_samples, grid.columns.num_samples, width, width)
 
     def __repr__(self) -> str:
         return f"<KernelBlocks {self.shape} {self.dtype}>"
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        parts = _one_index_per_axis(key, self.ndim, "a kernel's blocks")
+        parts, picked = _picked(key, self.shape, "a kernel's blocks")
         if any(not isinstance(part, slice | int | np.integer) for part in parts):
             raise IndexError("blocks take integers and slices; for index arrays, index the kernel itself by rows")
-        picked = [np.asarray(np.arange(size)[part]) for size, part in zip(self.shape, parts, strict=True)]
         found = self._kernel.read_entries(*np.ix_(*(np.atleast_1d(picked[axis]) for axis in (0, 2, 1, 3))))
         return found.transpose(0, 2, 1, 3).reshape([size for part in picked for size in part.shape])[()]
 
@@ -267,19 +217,18 @@ def _as_array(kernel: Kernel | KernelBlocks, dtype: DTypeLike | None, copy: bool
     return values if dtype is None else values.astype(dtype, copy=False)
 
 
-def _one_index_per_axis(key: Any, num_axes: int, what: str) -> tuple[Any, ...]:
-    """Expand a key as numpy does: an ellipsis, or a missing end, stands for whole axes."""
+def _picked(key: Any, shape: tuple[int, ...], what: str) -> tuple[tuple[Any, ...], list[NDArray[np.int64]]]:
+    """One index for each axis, as an ellipsis or a missing end stands for whole axes, and the numbers that it picks."""
     parts = key if isinstance(key, tuple) else (key,)
     at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
     before, after = parts[:at], parts[at + 1 :]
-    parts = (*before, *[slice(None)] * (num_axes - len(before) - len(after)), *after)
-    if len(parts) > num_axes or any(part is None or part is Ellipsis for part in parts):
+    parts = (*before, *[slice(None)] * (len(shape) - len(before) - len(after)), *after)
+    if len(parts) > len(shape) or any(part is None or part is Ellipsis for part in parts):
         raise IndexError(f"too many indices for {what}: {key!r}")
-    return parts
+    return parts, [np.asarray(np.arange(size)[part]) for size, part in zip(shape, parts, strict=True)]
 
 
-def _by_tile(numbers: NDArray[np.int64], edge: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each touched tile with the positions of the numbers that fall into it."""
-    tiles = numbers // edge
-    for tile in np.unique(tiles):
-        yield int(tile), np.flatnonzero(tiles == tile)
+def _by_number(numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each number that occurs with its flat positions."""
+    for number in np.unique(numbers):
+        yield int(number), np.flatnonzero(numbers == number)

@@ -14,7 +14,6 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.kernel import Kernel, require_memory
-from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import count_findings
@@ -41,7 +40,8 @@ class KernelSet:
     """The kernels that sum over the same parameters, all selected ones or a group; optionally those of one output."""
 
     def __init__(self, store: Store, group: str | None = None, output: int | None = None) -> None:
-        self.store, self._group, self._output = store, group, output
+        self.store, self.path, self.manifest = store, store.root, store.manifest
+        self._group, self._output = group, output
 
     def __repr__(self) -> str:
         return f"<KernelSet {prefix_of(self._group, self._output)} of {self.store.root}>"
@@ -49,17 +49,17 @@ class KernelSet:
     @property
     def train(self) -> Kernel:
         """Train x train, symmetric, shape (N*S, N*S)."""
-        return self._kernel("kernel/train")
+        return self._as_kernel(self._plane("kernel/train"))
 
     @property
     def test_train(self) -> Kernel:
         """Test x train, shape (M*S, N*S); raises as :attr:`train`."""
-        return self._kernel("kernel/test_train")
+        return self._as_kernel(self._plane("kernel/test_train"))
 
     @property
     def test_diagonal(self) -> NDArray[Any]:
         """S x S block of each test sample with itself, shape (M, S, S); raises as :attr:`train`."""
-        return self._read_all(self._name("kernel/test_diagonal"))
+        return _read_all(self._plane("kernel/test_diagonal"))
 
     def to_xarray(self) -> "xarray.Dataset":
         """Return kernels, outputs and targets as a lazy :class:`xarray.Dataset`; creating it reads no tile.
@@ -89,44 +89,46 @@ class KernelSet:
         """
         with needed_for("to_xarray", "xarray"):
             from ntkpipe.store.views import to_xarray as labelled
-        manifest, digest = self.store.manifest, self.store.manifest.digest()
-        return labelled.to_dataset(
-            manifest, self.store.arrays, lambda array: Kernel(array, digest), self._group, self._output
-        )
+        return labelled.to_dataset(self.store, self._as_kernel, self._group, self._output)
 
     def output(self, number: int) -> "KernelSet":
         """Select the kernels of one output, in a store of kind ``diagonal``."""
-        manifest = self.store.manifest
-        if get_kind(manifest.kind).pairs != "same" or self._output is not None:
+        if get_kind(self.manifest.kind).pairs != "same" or self._output is not None:
             raise ConfigError(f"{self!r} has no kernels of single outputs; they are those of kind='diagonal'")
-        if not 0 <= number < manifest.num_outputs:
-            raise ConfigError(f"output({number}): {self.store.root} has outputs 0 to {manifest.num_outputs - 1}")
+        if not 0 <= number < self.manifest.num_outputs:
+            raise ConfigError(f"output({number}): {self.path} has outputs 0 to {self.manifest.num_outputs - 1}")
         return KernelSet(self.store, self._group, number)
 
-    def _name(self, name: str) -> str:
-        if self._output is None and get_kind(self.store.manifest.kind).pairs == "same":
+    def _as_kernel(self, array: StoredArray) -> Kernel:
+        return Kernel(array, self.manifest.digest())
+
+    def _plane(self, name: str) -> StoredArray:
+        """The array of this group and output that corresponds to ``name``."""
+        if self._output is None and get_kind(self.manifest.kind).pairs == "same":
             raise ConfigError(
-                f"{self.store.root} has a kernel for each of {self.store.manifest.num_outputs} outputs; use "
+                f"{self.path} has a kernel for each of {self.manifest.num_outputs} outputs; use "
                 f".output(k).{name.rpartition('/')[2]}"
             )
-        return array_of(prefix_of(self._group, self._output), name)
-
-    def _kernel(self, name: str) -> Kernel:
-        return Kernel(self._array(self._name(name)), self.store.manifest.digest())
+        return self._array(array_of(prefix_of(self._group, self._output), name))
 
     def _array(self, name: str) -> StoredArray:
         if name not in self.store.arrays:
-            raise StoreError(f"{self.store.root} has no {name}: it was made without test_inputs")
+            raise StoreError(f"{self.path} has no {name}: it was made without test_inputs")
         return self.store.arrays[name]
-
-    def _read_all(self, name: str) -> NDArray[Any]:
-        array = self._array(name)
-        require_memory(array.layout.shape, array.layout.dtype, name)
-        return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
 
 
 class KernelStore(KernelSet):
-    """A kernel store, opened for reading; ``store`` holds the arrays underneath."""
+    """A kernel store, opened for reading.
+
+    Attributes
+    ----------
+    path
+        Path or URL of the store.
+    manifest
+        Everything that decided the numbers.
+    store
+        The arrays underneath.
+    """
 
     def __repr__(self) -> str:
         manifest, progress = self.manifest, self.progress
@@ -146,25 +148,12 @@ class KernelStore(KernelSet):
             return [*self.manifest.rows(), ("tiles", done), *_result_rows(self.store)]
 
     @property
-    def path(self) -> Path | str:
-        """Path or URL of the store."""
-        return self.store.root
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest: everything that decided the numbers."""
-        return self.store.manifest
-
-    @property
     def progress(self) -> BuildProgress:
         """How much is complete, from one listing; no tile is read."""
-        done = total = num_bytes = 0
-        for array in self.store.arrays.values():
-            if array.layout.grid is not None:
-                present = array.layout.num_chunks - len(array.missing())
-                done, total = done + present, total + array.layout.num_chunks
-                num_bytes += present * array.layout.chunk_bytes
-        return BuildProgress(done, total, num_bytes)
+        arrays = [array for array in self.store.arrays.values() if array.layout.grid is not None]
+        done = [array.layout.num_chunks - len(array.missing()) for array in arrays]
+        num_bytes = sum(count * array.layout.chunk_bytes for count, array in zip(done, arrays, strict=True))
+        return BuildProgress(sum(done), sum(array.layout.num_chunks for array in arrays), num_bytes)
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -181,23 +170,29 @@ class KernelStore(KernelSet):
     @property
     def outputs(self) -> NDArray[Any]:
         """The model's outputs on the train samples, shape (N, O)."""
-        return self._read_all("outputs/train")
+        return _read_all(self._array("outputs/train"))
 
     @property
     def test_outputs(self) -> NDArray[Any]:
         """The model's outputs on the test samples, shape (M, O)."""
-        return self._read_all("outputs/test")
+        return _read_all(self._array("outputs/test"))
 
     @property
     def targets(self) -> NDArray[Any] | None:
         """Train targets, first axis N, or None if the store was made without."""
-        return None if self.manifest.train.targets is None else self._read_all("targets/train")
+        array = self.store.arrays.get("targets/train")
+        return None if array is None else _read_all(array)
 
     @property
     def test_targets(self) -> NDArray[Any] | None:
         """Test targets, first axis M, or None if the store was made without."""
-        test = self.manifest.test
-        return None if test is None or test.targets is None else self._read_all("targets/test")
+        array = self.store.arrays.get("targets/test")
+        return None if array is None else _read_all(array)
+
+
+def _read_all(array: StoredArray) -> NDArray[Any]:
+    require_memory(array.layout.shape, array.layout.dtype, array.layout.name)
+    return array.read_samples(0, array.layout.shape[0]).astype(array.layout.dtype)
 
 
 def _result_rows(store: Store) -> TableRows:

@@ -15,7 +15,7 @@ from ntkpipe.store.manifest import DataRecord, Manifest
 Index = tuple[int, ...]
 
 CHECKSUM_BYTES = 4  # each chunk is followed by the crc32c of its bytes
-_BLOCK_DIMENSIONS = ("sample", "row", "column")
+_BLOCK_DIMENSIONS = ("row", "column")
 # Limits: lists of chunks, and single chunks, are held in memory.
 MOST_CHUNKS = 2**22
 MOST_CHUNK_BYTES = 2**33
@@ -36,7 +36,7 @@ class ArrayLayout:
     @property
     def holds_blocks(self) -> bool:
         """Whether the array is a ``test_diagonal``: the S x S block of each sample with itself."""
-        return self.dimensions == _BLOCK_DIMENSIONS
+        return self.dimensions == ("sample", *_BLOCK_DIMENSIONS)
 
     @property
     def chunk_bytes(self) -> int:
@@ -83,25 +83,43 @@ def planes(manifest: Manifest) -> tuple[Plane, ...]:
 
 def layouts(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array of a store with this manifest, by name."""
-    found: list[ArrayLayout] = []
-    store_dtype = np.dtype(manifest.store_dtype)
+    every, dtype, width, tile = planes(manifest), manifest.store_dtype, manifest.num_covectors, manifest.tile
     num_test = None if manifest.test is None else manifest.test.num_samples
-    grids = kernel_grids(manifest.train.num_samples, num_test, manifest.num_covectors, manifest.tile)
-    for plane in planes(manifest):
+    grids = kernel_grids(manifest.train.num_samples, num_test, width, tile)
+    found: list[ArrayLayout] = []
+    for plane in every:
         for name, grid in grids.items():
             chunks = (grid.rows.tile_rows, grid.columns.tile_rows)
-            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, store_dtype, ("row", "column"), grid))
+            found.append(ArrayLayout(plane.array(name), grid.shape, chunks, np.dtype(dtype), ("row", "column"), grid))
     for split, data in (("train", manifest.train), ("test", manifest.test)):
         if data is not None:
             found += _data_layouts(split, data, manifest)
-    if manifest.test is not None:
-        width = manifest.num_covectors
-        blocks, block_chunks = (manifest.test.num_samples, width, width), (manifest.tile, width, width)
-        for plane in planes(manifest):
-            name = plane.array("kernel/test_diagonal")
-            found.append(ArrayLayout(name, blocks, block_chunks, store_dtype, _BLOCK_DIMENSIONS))
+    if num_test is not None:
+        names = [plane.array("kernel/test_diagonal") for plane in every]
+        found += [_by_sample(name, num_test, tile, (width, width), dtype, _BLOCK_DIMENSIONS) for name in names]
     _require_possible(found)
     return {layout.name: layout for layout in found}
+
+
+def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> Iterator[ArrayLayout]:
+    has_samples = manifest.derived is None or manifest.derived.has_samples
+    records = {f"samples/{split}/{name}": record for name, record in data.inputs.items() if has_samples}
+    if data.targets is not None:
+        records[f"targets/{split}"] = data.targets
+    for name, record in records.items():
+        sample_bytes = max(1, math.prod(record.shape) * np.dtype(record.dtype).itemsize)
+        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
+        dimensions = tuple(f"axis_{axis}" for axis in range(1, 1 + len(record.shape)))
+        yield _by_sample(name, data.num_samples, chunk, record.shape, record.dtype, dimensions)
+    shape, dtype = (manifest.num_outputs,), manifest.store_dtype
+    yield _by_sample(f"outputs/{split}", data.num_samples, manifest.tile, shape, dtype, ("output",))
+
+
+def _by_sample(
+    name: str, num_samples: int, chunk: int, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...]
+) -> ArrayLayout:
+    """An array in chunks of whole samples; shape and dimensions are those of one sample."""
+    return ArrayLayout(name, (num_samples, *shape), (chunk, *shape), np.dtype(dtype), ("sample", *dimensions))
 
 
 def _require_possible(found: list[ArrayLayout]) -> None:
@@ -122,21 +140,3 @@ def _require_possible(found: list[ArrayLayout]) -> None:
 
 def _about(count: int) -> str:
     return f"{count:,}" if count < 10**15 else f"10^{len(str(count)) - 1}"
-
-
-def _data_layouts(split: str, data: DataRecord, manifest: Manifest) -> list[ArrayLayout]:
-    arrays = {f"samples/{split}/{name}": record for name, record in data.inputs.items()}
-    if manifest.derived is not None and not manifest.derived.has_samples:
-        arrays = {}
-    if data.targets is not None:
-        arrays[f"targets/{split}"] = data.targets
-    found = []
-    for name, record in arrays.items():
-        sample_bytes = max(1, math.prod(record.shape) * np.dtype(record.dtype).itemsize)
-        chunk = max(1, min(manifest.tile, data.num_samples, _SAMPLE_CHUNK_BYTES // sample_bytes))
-        dimensions = ("sample", *(f"axis_{axis}" for axis in range(1, 1 + len(record.shape))))
-        shape, chunks = (data.num_samples, *record.shape), (chunk, *record.shape)
-        found.append(ArrayLayout(name, shape, chunks, np.dtype(record.dtype), dimensions))
-    shape, chunks = (data.num_samples, manifest.num_outputs), (manifest.tile, manifest.num_outputs)
-    found.append(ArrayLayout(f"outputs/{split}", shape, chunks, np.dtype(manifest.store_dtype), ("sample", "output")))
-    return found

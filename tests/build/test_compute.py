@@ -371,7 +371,7 @@ def test_the_kernel_in_memory_counts_its_own_memory(monkeypatch):
     monkeypatch.setattr("ntkpipe.build.prepare.process_memory", lambda: 0)
     with pytest.raises(ResourceError, match=r"of which 1.4 MiB are in use already; the limit is 1.0 MiB"):
         kernel_matrix(mlp(), inputs(600), memory_limit="1MiB", self_check=False)
-    monkeypatch.setattr("ntkpipe.build.in_memory.available_memory", lambda: 10**6)
+    monkeypatch.setattr("ntkpipe.store.kernel.available_memory", lambda: 10**6)
     with pytest.raises(ResourceError, match="Use compute_kernel, which writes a store"):
         kernel_matrix(mlp(), inputs(600))
 

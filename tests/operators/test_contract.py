@@ -106,12 +106,12 @@ def test_workers(client, tmp_path):
 
 
 def in_float32(self: DenseOperator, block: NDArray[np.float64]) -> NDArray[np.float64]:
-    self._work += Work(1.0)
+    self.work += Work(1.0)
     return (self._matrix.astype(np.float32) @ block.astype(np.float32)).astype(np.float64)
 
 
 def of_upper_half(self: DenseOperator, block: NDArray[np.float64]) -> NDArray[np.float64]:
-    self._work += Work(1.0)
+    self.work += Work(1.0)
     return np.triu(self._matrix).astype(np.float64) @ block
 
 
@@ -128,7 +128,7 @@ def changes_the_block(self: DenseOperator, block: NDArray[np.float64]) -> NDArra
 
 
 def counts_columns(self: DenseOperator, block: NDArray[np.float64]) -> NDArray[np.float64]:
-    self._work += Work(block.shape[1] - 1)
+    self.work += Work(block.shape[1] - 1)
     return DenseOperator._multiply(self, block)
 
 

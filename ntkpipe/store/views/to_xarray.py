@@ -1,6 +1,7 @@
 """Stored kernels as lazy xarray objects with named dimensions; only what is indexed is read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,20 @@ from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
 
-Indices = NDArray[np.int64]
 Matrix = Any  # a Kernel, whose module imports this one
 
 
 class _Lazy(BackendArray):
-    """Backend array of xarray; subclasses read entries of several planes, the first axis."""
+    """Several planes, the first axis, of one shape.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    Each has a function that reads its entries by indices along the other axes: vectors of equal length, or those of
+    ``numpy.ix_``.
+    """
+
+    def __init__(self, planes: Sequence[Callable[..., NDArray[Any]]], shape: tuple[int, ...], dtype: Any) -> None:
+        self._planes, self.shape, self.dtype = planes, (len(planes), *shape), dtype
 
     def __getitem__(self, key: ExplicitIndexer) -> Any:
         if isinstance(key, VectorizedIndexer) and all(isinstance(part, np.ndarray) for part in key.tuple):
@@ -43,50 +48,29 @@ class _Lazy(BackendArray):
         shape = [size for part in picked for size in part.shape]
         if 0 in shape:
             return np.empty(shape, self.dtype)
-        return self._product(*(np.atleast_1d(part) for part in picked)).reshape(shape)
+        planes, *indices = (np.atleast_1d(part) for part in picked)
+        parts = [self._planes[plane](*np.ix_(*indices)) for plane in planes]
+        return (parts[0] if len(parts) == 1 else np.stack(parts)).reshape(shape)  # the latter copies
 
-    def _product(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
-        parts = [self._read(int(plane), *np.ix_(*indices)) for plane in planes]
-        return parts[0][None] if len(parts) == 1 else np.stack(parts)  # which copies
-
-    def _points(self, planes: Indices, *indices: Indices) -> NDArray[Any]:
+    def _points(self, planes: NDArray[np.int64], *indices: NDArray[np.int64]) -> NDArray[Any]:
         values = np.empty(planes.shape, self.dtype)
         for plane in np.unique(planes):
             at = planes == plane
-            values[at] = self._read(int(plane), *(part[at] for part in indices))
+            values[at] = self._planes[plane](*(part[at] for part in indices))
         return values
 
-    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        """Read entries of one plane by indices along its axes: vectors of equal length, or those of ``numpy.ix_``."""
-        raise NotImplementedError
+
+def _lazy_samples(*arrays: StoredArray) -> _Lazy:
+    """Arrays of one shape, chunked by samples, as (array, sample, …)."""
+    layout = arrays[0].layout
+    return _Lazy([partial(_read_samples, array) for array in arrays], layout.shape, layout.dtype)
 
 
-class _LazyKernel(_Lazy):
-    """Kernels of one shape as (kernel, row sample, row covector, column sample, column covector)."""
-
-    def __init__(self, kernels: Sequence[Matrix]) -> None:
-        self._kernels = tuple(kernels)
-        width, (rows, columns) = kernels[0].num_covectors, kernels[0].shape
-        self.shape = (len(kernels), rows // width, width, columns // width, width)
-        self.dtype = kernels[0].dtype
-
-    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        return np.asarray(self._kernels[plane].read_entries(*indices))
-
-
-class _LazySamples(_Lazy):
-    """Arrays of one shape, chunked by samples, as (array, sample, …); reads the range of samples."""
-
-    def __init__(self, arrays: Sequence[StoredArray]) -> None:
-        self._arrays = tuple(arrays)
-        self.shape = (len(arrays), *arrays[0].layout.shape)
-        self.dtype = arrays[0].layout.dtype
-
-    def _read(self, plane: int, *indices: Indices) -> NDArray[Any]:
-        samples, *rest = indices
-        first = int(samples.min())
-        values = self._arrays[plane].read_samples(first, int(samples.max()) + 1).astype(self.dtype)
-        return np.asarray(values[(samples - first, *rest)])
+def _read_samples(array: StoredArray, samples: NDArray[np.int64], *rest: NDArray[np.int64]) -> NDArray[Any]:
+    """Read entries from the range of samples."""
+    first = int(samples.min())
+    values = array.read_samples(first, int(samples.max()) + 1).astype(array.layout.dtype)
+    return np.asarray(values[(samples - first, *rest)])
 
 
 def _variable(array: _Lazy, dimensions: Sequence[str | None]) -> xr.Variable:
@@ -103,13 +87,10 @@ def to_dataarray(kernel: Matrix) -> xr.DataArray:
 
 
 def to_dataset(
-    manifest: Manifest,
-    arrays: Mapping[str, StoredArray],
-    as_kernel: Callable[[StoredArray], Matrix],
-    group: str | None,
-    output: int | None,
+    store: Store, as_kernel: Callable[[StoredArray], Matrix], group: str | None, output: int | None
 ) -> xr.Dataset:
     """See :meth:`ntkpipe.store.kernel_store.KernelSet.to_xarray`."""
+    manifest, arrays = store.manifest, store.arrays
     apart = get_kind(manifest.kind).pairs == "same" and output is None
     prefixes = [prefix_of(group, number) for number in (range(manifest.num_outputs) if apart else [output])]
 
@@ -122,25 +103,28 @@ def to_dataset(
             found[short] = _kernel_variable(kernels, short, apart)
     if blocks := named("kernel/test_diagonal"):
         pair = ("output", "output_") if manifest.num_covectors > 1 else (None, None)
-        found["test_diagonal"] = _variable(_LazySamples(blocks), ("output" if apart else None, "test_sample", *pair))
+        found["test_diagonal"] = _variable(_lazy_samples(*blocks), ("output" if apart else None, "test_sample", *pair))
     coordinates: dict[str, xr.Variable] = {}
     for split, prefix in (("train", ""), ("test", "test_")):
         if (outputs := arrays.get(f"outputs/{split}")) is not None:
-            found[f"{prefix}outputs"] = _variable(_LazySamples([outputs]), (None, f"{prefix}sample", "output"))
+            found[f"{prefix}outputs"] = _variable(_lazy_samples(outputs), (None, f"{prefix}sample", "output"))
         if (targets := arrays.get(f"targets/{split}")) is not None:
             names = [f"target_axis_{axis}" for axis in range(1, len(targets.layout.shape))]
             names = ["output"] if targets.layout.shape[1:] == (manifest.num_outputs,) else names
-            coordinates[f"{prefix}target"] = _variable(_LazySamples([targets]), (None, f"{prefix}sample", *names))
+            coordinates[f"{prefix}target"] = _variable(_lazy_samples(targets), (None, f"{prefix}sample", *names))
             if split == "train":
                 columns = [f"{name}_" for name in names]
-                coordinates["target_"] = _variable(_LazySamples([targets]), (None, "sample_", *columns))
+                coordinates["target_"] = _variable(_lazy_samples(targets), (None, "sample_", *columns))
     return xr.Dataset(found, coordinates, _attributes(manifest, group, output))
 
 
 def _kernel_variable(kernels: Sequence[Matrix], name: str, apart: bool) -> xr.Variable:
-    rows = "test_sample" if name == "test_train" else "sample"
-    pair = ("output", "output_") if kernels[0].num_covectors > 1 else (None, None)
-    return _variable(_LazyKernel(kernels), ("output" if apart else None, rows, pair[0], "sample_", pair[1]))
+    width, (rows, columns) = kernels[0].num_covectors, kernels[0].shape
+    shape = (rows // width, width, columns // width, width)
+    array = _Lazy([kernel.read_entries for kernel in kernels], shape, kernels[0].dtype)
+    samples = "test_sample" if name == "test_train" else "sample"
+    pair = ("output", "output_") if width > 1 else (None, None)
+    return _variable(array, ("output" if apart else None, samples, pair[0], "sample_", pair[1]))
 
 
 def _attributes(manifest: Manifest, group: str | None, output: int | None) -> dict[str, Any]:
