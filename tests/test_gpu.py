@@ -11,8 +11,7 @@ from torch import nn
 import ntkpipe
 from ntkpipe.build import tiles as build
 from ntkpipe.build.transfer import DeviceTiles, SideStream, to_host_tensor
-from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.model.device import add_rows
+from ntkpipe.jacobian.model.device import add_rows, exact_math
 from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.tracing.uses import looked_up
 

@@ -11,10 +11,10 @@ from torch import nn
 from ntkpipe.base.errors import ConfigError, StoreMismatchError
 from ntkpipe.base.kinds import get_kind
 from ntkpipe.build.prepare import functional_model, loader
+from ntkpipe.jacobian.fallback import JacobianProducts
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
 from ntkpipe.jacobian.probe import probe_samples
-from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import planes

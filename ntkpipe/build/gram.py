@@ -6,10 +6,8 @@ from torch import Tensor
 
 from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
-from ntkpipe.jacobian.representations.contract import contract_planes
-from ntkpipe.jacobian.representations.pieces import Piece
-from ntkpipe.jacobian.representations.sums import Pairs
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import Piece, contract_planes
+from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 
 
 def fill_tile(

@@ -17,10 +17,10 @@ from ntkpipe.base.resources import available_memory
 from ntkpipe.build.prepare import Prepared, prepare
 from ntkpipe.build.request import Request
 from ntkpipe.build.run import exact_single_thread
+from ntkpipe.jacobian.fallback import JacobianProducts
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import as_samples
-from ntkpipe.jacobian.products import JacobianProducts
-from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
+from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes
 from ntkpipe.jacobian.self_check import self_check
 
 _SHARE_OF_MEMORY = 0.5  # of the free memory, for the self-check, which has no plan

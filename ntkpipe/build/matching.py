@@ -8,8 +8,8 @@ from ntkpipe.base.errors import StoreMismatchError, TileError
 from ntkpipe.build.prepare import Prepared
 from ntkpipe.jacobian.model.samples import Samples, StoredSource
 from ntkpipe.jacobian.probe import probe_samples
-from ntkpipe.jacobian.representations.contract import contract
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import contract
+from ntkpipe.jacobian.representations.sums import Workspace
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
 from ntkpipe.store.mending.growth import ChunkKey, is_larger
 from ntkpipe.store.store import Store

@@ -27,8 +27,7 @@ from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.model.device import is_out_of_memory
+from ntkpipe.jacobian.model.device import exact_math, is_out_of_memory
 from ntkpipe.jacobian.model.functional import fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
 from ntkpipe.jacobian.self_check import CheckReport, self_check

@@ -24,13 +24,11 @@ from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Engine, JacobianBlock
-from ntkpipe.jacobian.model.arithmetic import exact_process
-from ntkpipe.jacobian.model.device import describe_arithmetic, is_out_of_memory, peak_memory
+from ntkpipe.jacobian.model.device import describe_arithmetic, exact_process, is_out_of_memory, peak_memory
 from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
-from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
-from ntkpipe.jacobian.representations.sums import Pairs
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes
+from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.store.layout import Index
 
 StripKey = tuple[str, Span]

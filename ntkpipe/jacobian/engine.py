@@ -1,29 +1,32 @@
 """From samples to a Jacobian block: the engine that joins traced terms and the fallback."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
 from ntkpipe.jacobian.cost import Cost, make_meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
-from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory
+from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
-from ntkpipe.jacobian.pullback import Pullback
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Setup, Term
+from ntkpipe.jacobian.representations.interface import Grads, Pulled, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
-from ntkpipe.jacobian.representations.sums import Pairs
+from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
-from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.layouts import Pass
 from ntkpipe.jacobian.tracing.recorder import Recorder
-from ntkpipe.jacobian.tracing.trace import Tracing
+from ntkpipe.jacobian.tracing.trace import Pass, Tracing
+from ntkpipe.jacobian.tracing.uses import pull_back
 
+_WHY = (
+    "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
+    "structure"
+)
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 
 
@@ -51,12 +54,11 @@ class Engine:
         representations: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.tracing, self.method, self.setup = model, tracing, method, setup
+        self.parameters = parameters = model.parameters
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
-        parameters = model.parameters
         self.terms = tuple(make_terms(tracing, parameters, setup, representations))
-        fallback = tuple(Term(name, (name,), (), parameters[name].numel(), Dense) for name in self.fallback)
+        self.fallback_terms = tuple(Term(n, (n,), (), parameters[n].numel(), Dense) for n in self.fallback)
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
-        self.pullback = Pullback(tracing, setup, parameters, self.covectors, self.terms, fallback)
         self.workspace = Workspace()
 
     @property
@@ -122,7 +124,8 @@ class Engine:
             # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
             piece, outputs = self.piece(take(load(start, stop), (0, 0)))
             return piece.first(), outputs[:1]
-        filling = self.pullback.filling(stop - start)
+        covectors = self.covectors.to(self.setup.accumulate_dtype)
+        filling = PieceFilling(self.terms, self.fallback_terms, self.parameters, self.setup, covectors, stop - start)
         spans = Span(start, stop).batches(max(2, batch))
         found = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
         return filling.piece(), torch.cat(found) if len(found) > 1 else found[0]
@@ -135,10 +138,43 @@ class Engine:
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
         samples = slice(first, first + batch_size(batch))
         recorded = self.forward(batch)
-        self.pullback.fill(filling, recorded, samples, self.workspace)
+        for covectors, grads in self.grads(recorded):
+            filling.fill(Pulled(recorded.calls, grads, covectors, samples, self.parameters, self.workspace))
         if self.fallback:
             filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
         return recorded.outputs.detach()
+
+    def forward(self, batch: Batch) -> Pass:
+        """A recorded pass of a batch, which used its parameters as those on probe batches did."""
+        recorder = Recorder(self.parameters, self.model.constants(), expansions=self.tracing.expansions)
+        with torch.set_grad_enabled(bool(self.terms or self.tracing.unused)), recorder:
+            recorded = Pass(self.model(batch), recorder.calls)
+        if self.terms and not self.tracing.matches(recorded, self.parameters):
+            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
+        if any(recorded.calls[use.call].input_was_changed() for use in self.tracing.uses):
+            raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
+        return recorded
+
+    def grads(self, recorded: Pass, *, every_use: bool = False) -> Iterator[tuple[slice, Grads]]:
+        """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
+        numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
+        # Some terms go on from here, through what was made of parameters.
+        keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
+        outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
+        unused = [self.parameters[name] for name in self.tracing.unused]
+        num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
+        step = max(1, min(count, sizes_of(self.covectors.device).gradient_bytes // max(1, num_bytes)))
+        for start in range(0, count, step):
+            found = []
+            for number in range(start, min(start + step, count)):
+                covectors, keeps = self.covectors[number].to(outputs.dtype).expand_as(outputs), number + 1 < count
+                grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
+                if any(grad is not None for grad in others):
+                    raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
+                found.append(grads)
+            reached = [number for number in numbers if any(number in grads for grads in found)]
+            by_call = {number: [grads.get(number, calls[number].blank()) for grads in found] for number in reached}
+            yield slice(start, start + len(found)), by_call
 
     def fallback_jacobian(self, batch: Batch) -> Tensor:
         """Jacobians of the fallback's parameters, shape (S, B, P), in the compute dtype."""
@@ -146,11 +182,20 @@ class Engine:
 
     def by_parameter(self, batch: Batch, places: list[int]) -> dict[str, Tensor]:
         """Jacobians (S, n, P) of every parameter for the samples at ``places`` of a batch."""
-        found = self.pullback.by_parameter(self.forward(batch), places)
+        recorded, widths = self.forward(batch), {name: value.numel() for name, value in self.parameters.items()}
+        shape = (len(self.covectors), len(places))
+        found = {name: value.new_zeros((*shape, widths[name])) for name, value in self.parameters.items()}
+        for covectors, grads in self.grads(recorded, every_use=True):
+            for use in self.tracing.uses:
+                call = recorded.calls[use.call]
+                for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
+                    with torch.no_grad():
+                        rows = use.jacobian(call, grad, recorded.num_samples, places)
+                    for name, jacobian in pull_back(call.arguments[use.role], self.parameters, rows):
+                        found[name][number] += jacobian
         if self.fallback:
-            widths = [self.pullback.parameters[name].numel() for name in self.fallback]
             jacobians = self.fallback_jacobian(take(batch, places))
-            found |= zip(self.fallback, jacobians.split(widths, dim=2), strict=True)
+            found |= zip(self.fallback, jacobians.split([widths[name] for name in self.fallback], dim=2), strict=True)
         return found
 
     def with_working_method(self, batch: Batch) -> "Engine":
@@ -182,13 +227,15 @@ class Engine:
         gap = float((found - exact).norm(dim=-1).max() / exact.norm(dim=-1).max().clamp_min(1e-30))
         return None if gap <= _VMAP_TOLERANCE else f"its Jacobians are off by {gap:.1e}"
 
-    def forward(self, batch: Batch) -> Pass:
-        """A recorded pass of a batch."""
-        recorder = Recorder(self.pullback.parameters, self.model.constants(), expansions=self.tracing.expansions)
-        with torch.set_grad_enabled(self.pullback.needs_graph), recorder:
-            recorded = Pass(self.model(batch), recorder.calls)
-        self.pullback.check(recorded)
-        return recorded
+    def pair_flops(self) -> float:
+        """Operations of a contraction that fall on one pair of samples."""
+        return sum((term.held_as.pair_flops(term, self.setup) for term in (*self.terms, *self.fallback_terms)), 0.0)
+
+    def block_bytes(self) -> int:
+        """Bytes that a block holds for a sample."""
+        every, covectors = (*self.terms, *self.fallback_terms), self.setup.num_covectors
+        numbers = sum(term.held_as.num_numbers(term, covectors) for term in every)
+        return max(1, numbers * self.setup.accumulate_dtype.itemsize + self.covectors[0].nbytes)
 
     def cost(self, batch: Batch) -> Cost:
         """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""
@@ -201,10 +248,10 @@ class Engine:
             self.piece(half)
         slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
         return Cost(
-            block_bytes=self.pullback.block_bytes(),
+            block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
             fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
             largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
             jacobian_flops=whole.num_flops / size,
-            pair_flops=self.pullback.pair_flops(),
+            pair_flops=self.pair_flops(),
         )

@@ -8,7 +8,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
-from ntkpipe.jacobian.tracing.uses import LOOKUP
+from ntkpipe.jacobian.tracing.rules.form import Lookup
 
 FALLBACK, UNUSED = "torch.func", "unused"
 
@@ -65,13 +65,13 @@ class ParameterReport:
 
 def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
-    way = engine.pullback
-    total, setup, parameters = way.pair_flops() or 1.0, way.setup, way.parameters
-    reports = [_term_report(term, setup) for term in way.terms]
-    for term in way.fallback_terms:
-        report = replace(_term_report(term, setup), rule=FALLBACK, representation=engine.method)
-        reports.append(replace(report, reason=way.tracing.fallback[term.name]))
-    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in way.tracing.unused]
+    total, setup, parameters, tracing = engine.pair_flops() or 1.0, engine.setup, engine.parameters, engine.tracing
+    reports = [_term_report(term, setup) for term in engine.terms]
+    for term in engine.fallback_terms:
+        reason = tracing.fallback[term.name]
+        report = _term_report(term, setup)
+        reports.append(replace(report, rule=FALLBACK, representation=engine.method, reason=reason))
+    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in tracing.unused]
     reports.sort(key=lambda report: list(parameters).index(report.parameters[0]))
     return tuple(replace(report, share=report.pair_flops / total) for report in reports)
 
@@ -88,7 +88,7 @@ def _term_report(term: Term, setup: Setup) -> ParameterReport:
         num_parameters=term.width + (term.uses[0].n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,
-        n_in=term.uses[0].shape[0] if n_out and term.uses[0].kind == LOOKUP else n_in,
+        n_in=term.uses[0].shape[0] if n_out and term.uses[0].kind == Lookup.kind else n_in,
         n_out=n_out,
         sample_bytes=term.held_as.num_numbers(term, count) * setup.accumulate_dtype.itemsize,
         sample_flops=term.held_as.sample_flops(term, count),

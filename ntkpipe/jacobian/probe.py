@@ -12,9 +12,8 @@ from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
-from ntkpipe.jacobian.tracing.layouts import Pass, leaves
 from ntkpipe.jacobian.tracing.recorder import Call, Recorder
-from ntkpipe.jacobian.tracing.trace import Tracing, next_expansion, nothing_traced, trace
+from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
 

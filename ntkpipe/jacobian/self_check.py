@@ -13,8 +13,8 @@ from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.probe import Load
-from ntkpipe.jacobian.representations.contract import contract
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import contract
+from ntkpipe.jacobian.representations.sums import Workspace
 
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4

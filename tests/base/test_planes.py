@@ -21,9 +21,9 @@ import ntkpipe
 from ntkpipe.base.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
 from ntkpipe.base.planes import MAX_PLANES, match_groups, num_planes, planes_of
 from ntkpipe.jacobian.cost import Meter
-from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.representations.contract import contract_diagonal_planes, contract_planes
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.model.device import exact_math
+from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.representations.sums import Workspace
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import layouts
 
@@ -358,7 +358,7 @@ def flops_of(kind, held):
             contract_planes(left, right, Workspace(), pairs, outs)
         with FlopCounterMode(display=False) as diagonal:
             contract_diagonal_planes(left, pairs, len(outs))
-    return counter.get_total_flops(), engine.pullback.pair_flops() * 40 * 30, diagonal.get_total_flops()
+    return counter.get_total_flops(), engine.pair_flops() * 40 * 30, diagonal.get_total_flops()
 
 
 @pytest.mark.parametrize("held", ["pairwise", "dense"])

@@ -6,7 +6,7 @@ from pieces import Draw, jacobians
 
 from ntkpipe.build.gram import fill_tile
 from ntkpipe.jacobian.engine import JacobianBlock
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.sums import Workspace
 
 
 def draw_block(sizes, covectors, seed):

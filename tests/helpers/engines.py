@@ -9,16 +9,15 @@ import torch
 
 import ntkpipe
 from ntkpipe.jacobian import self_check as check
-from ntkpipe.jacobian.model.arithmetic import exact_math
+from ntkpipe.jacobian.model.device import exact_math
 from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.probe import _PROBES as PROBES
 from ntkpipe.jacobian.probe import make_engine, probe
-from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.interface import Rates, Setup
-from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.layouts import Pass
+from ntkpipe.jacobian.representations.pieces import contract
+from ntkpipe.jacobian.representations.sums import Workspace
 from ntkpipe.jacobian.tracing.recorder import Recorder
-from ntkpipe.jacobian.tracing.trace import next_expansion, trace
+from ntkpipe.jacobian.tracing.trace import Pass, next_expansion, trace
 
 # |dK_p,ij| <= RELATIVE * sqrt(K_p,ii K_p,jj) + FLOOR * sqrt(K_ii K_jj); the floor is for what is zero but for rounding.
 RELATIVE, FLOOR = 1e-10, 1e-14

@@ -17,8 +17,8 @@ from torch.utils import backend_registration
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import FunctionalModel
 from ntkpipe.jacobian.representations import dense
-from ntkpipe.jacobian.representations.contract import contract_diagonal_planes, contract_planes
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.representations.sums import Workspace
 from ntkpipe.jacobian.tracing.uses import looked_up
 
 backend_registration._setup_privateuseone_for_python_backend("fakegpu")

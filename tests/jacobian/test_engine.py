@@ -55,7 +55,7 @@ def test_covectors_are_pulled_back_a_few_at_a_time(numbers, runs, monkeypatch):
     engine = engine_of(model, X, EYE)
     recorded = engine.forward(X)
     with_sizes(monkeypatch, gradient_bytes=8 * numbers * sum(call.blank().numel() for call in recorded.calls))
-    found = [covectors for covectors, _ in engine.pullback.grads(recorded)]
+    found = [covectors for covectors, _ in engine.grads(recorded)]
     assert [covectors.stop - covectors.start for covectors in found] == runs
     block, _ = engine.block(load, 0, 7, subtile=7, batch=7)
     assert reference.error(block_kernel(block), reference.kernel(model, X)) <= 1e-12
@@ -194,7 +194,7 @@ def test_blocks_take_the_memory_that_is_planned_for(name, kind):
     covectors = EYE if kind == "ntk" else torch.full((1, 3), 3**-0.5, dtype=torch.float64)
     for engine in forced(engine_of(redraw(model), inputs, covectors, forward=forward)).values():
         block, _ = engine.block(lambda a, b: take(inputs, range(a, b)), 0, size, subtile=4, batch=3)
-        assert block.num_bytes() == pytest.approx(engine.pullback.block_bytes() * size, rel=0.2)
+        assert block.num_bytes() == pytest.approx(engine.block_bytes() * size, rel=0.2)
 
 
 def test_cost_counts_operations_and_bytes():
@@ -202,11 +202,7 @@ def test_cost_counts_operations_and_bytes():
     engine = engine_of(wide, X, EYE)
     cost = engine.cost(X)
     piece, outputs = engine.piece(X)
-    assert (
-        cost.block_bytes
-        == engine.pullback.block_bytes()
-        == pytest.approx((piece.num_bytes() + outputs.nbytes) / 7, rel=0.2)
-    )
+    assert cost.block_bytes == engine.block_bytes() == pytest.approx((piece.num_bytes() + outputs.nbytes) / 7, rel=0.2)
     assert cost.workspace_bytes >= cost.block_bytes
     # Forward 2 * (6*200 + 200*3), and one pull-back through the second layer a covector.
     assert cost.jacobian_flops >= 2 * (6 * 200 + 200 * 3) + 3 * 2 * 200 * 3

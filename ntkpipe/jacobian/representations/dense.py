@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Term
-from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, cuts
-from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
+from ntkpipe.jacobian.representations.sums import LONGEST_SUM, GramSums, Workspace, copy_merged, cuts
 from ntkpipe.jacobian.tracing.recorder import Call
-from ntkpipe.jacobian.tracing.uses import OUTER, Use
+from ntkpipe.jacobian.tracing.rules.form import Outer
+from ntkpipe.jacobian.tracing.uses import Use
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Dense(Representation):
             target.zero_()
         for number, use in enumerate(live):
             call, grads = pulled.calls[use.call], pulled.grads[use.call]
-            if use.kind == OUTER:
+            if use.kind == Outer.kind:
                 _multiply_out(use, call, grads, target, pulled.workspace, adds=number > 0)
                 continue
             for covector, grad in enumerate(grads):

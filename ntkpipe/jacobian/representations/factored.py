@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Term
-from ntkpipe.jacobian.representations.sums import cuts
-from ntkpipe.jacobian.representations.workspace import copy_merged
+from ntkpipe.jacobian.representations.sums import copy_merged, cuts
 
 
 class Factored(Representation):

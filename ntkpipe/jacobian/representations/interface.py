@@ -9,10 +9,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.representations.sums import GramSums, Pairs
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.sums import GramSums, Pairs, Workspace
 from ntkpipe.jacobian.tracing.recorder import Call
-from ntkpipe.jacobian.tracing.uses import OUTER, Use
+from ntkpipe.jacobian.tracing.rules.form import Outer
+from ntkpipe.jacobian.tracing.uses import Use
 
 Grads = Mapping[int, Sequence[Tensor]]  # by number of the call: gradients at its output for a run of covectors
 
@@ -124,7 +124,7 @@ class Representation(ABC):
     @classmethod
     def sample_flops(cls, term: Term, num_covectors: int) -> float:
         """Operations to multiply out the factors of one sample's Jacobians, beside its forward and backward pass."""
-        outer = [use for use in term.uses if use.kind == OUTER]
+        outer = [use for use in term.uses if use.kind == Outer.kind]
         return sum((2.0 * num_covectors * use.num_positions * use.numel for use in outer), 0.0)
 
     @classmethod

@@ -10,9 +10,9 @@ from torch import Tensor
 from ntkpipe.jacobian.representations.dense import add_products
 from ntkpipe.jacobian.representations.factored import Factored
 from ntkpipe.jacobian.representations.interface import Setup, Term
-from ntkpipe.jacobian.representations.sums import GramSums, cuts
-from ntkpipe.jacobian.representations.workspace import Workspace
-from ntkpipe.jacobian.tracing.uses import OUTER, Use
+from ntkpipe.jacobian.representations.sums import GramSums, Workspace, cuts
+from ntkpipe.jacobian.tracing.rules.form import Outer
+from ntkpipe.jacobian.tracing.uses import Use
 
 _SHARE = 0.25  # of the contraction: what multiplying out, which is done for each pair of pieces, may cost at most
 _GAIN = 2  # how many times smaller than the Jacobians the factors must be
@@ -34,7 +34,7 @@ class Late(Factored):
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
         """Jacobians that are larger than their factors, where multiplying out adds little or memory is short."""
         first, covectors = uses[0], setup.num_covectors
-        if first.kind != OUTER:
+        if first.kind != Outer.kind:
             return False
         positions = sum(use.num_positions for use in uses)
         width = first.groups * first.n_in * first.n_out

@@ -11,7 +11,8 @@ from torch import Tensor
 from ntkpipe.jacobian.representations.factored import Factored
 from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums
-from ntkpipe.jacobian.tracing.uses import OUTER, Use
+from ntkpipe.jacobian.tracing.rules.form import Outer
+from ntkpipe.jacobian.tracing.uses import Use
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Pairwise(Factored):
         # Each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
         # Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample.
         first, rates = uses[0], setup.rates
-        if first.kind != OUTER or first.groups != 1:
+        if first.kind != Outer.kind or first.groups != 1:
             return False
         positions, squared, width = sum(use.num_positions for use in uses), setup.num_pairs, first.n_in * first.n_out
         once = 2.0 * setup.num_covectors * positions * width / rates.product  # to multiply out one sample

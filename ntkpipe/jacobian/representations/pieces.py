@@ -1,13 +1,17 @@
 """Pieces: the Jacobians of a few samples by all parameters, and how they are filled."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ntkpipe.jacobian.model.device import sizes_of, without_tf32
 from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.sums import GramSums, Pairs, Workspace, cuts
 
 _SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
 
@@ -69,28 +73,26 @@ class PieceFilling:
         covectors: Tensor,
         num_samples: int,
     ) -> None:
-        self._num_samples, self._covectors, self._has_groups = num_samples, covectors, bool(setup.groups)
-        self._filled: list[tuple[Term, Representation]] = []
-        self._fallback: dict[str, Tensor] = {}
+        self._num_samples, self._num_covectors, self._has_groups = num_samples, len(covectors), bool(setup.groups)
+        self._terms, self._fallback = terms, fallback
+        self._held: dict[str, Representation] = {}
         self._factors: list[tuple[int, Representation]] = []
         groups = {term.name: [setup.group_of(name) for name in term.parameters] for term in (*terms, *fallback)}
-        small = {
-            term.name: term.held_as
-            for term in terms
-            if issubclass(term.held_as, Dense) and term.width < _SMALL_WIDTH and len(set(groups[term.name])) == 1
-        }
+        dense = [term for term in terms if issubclass(term.held_as, Dense) and term.width < _SMALL_WIDTH]
+        small = [term for term in dense if len(set(groups[term.name])) == 1]
         # The last number is that of parameters in no group: of all, where there are no groups.
-        for group in range(len(setup.groups) + 1):
-            own = [term for term in terms if term.name in small and groups[term.name][0] == group]
-            self._filled += [(term, small[term.name](part)) for term, part in self._share(group, own)]
-            left = [term for term in fallback if groups[term.name][0] == group]
-            self._fallback |= {term.name: part for term, part in self._share(group, left)}
-        self._fallback = {term.name: self._fallback[term.name] for term in fallback}
+        for group, sharing in product(range(len(setup.groups) + 1), (small, fallback)):
+            if own := [term for term in sharing if groups[term.name][0] == group]:
+                widths = [term.width for term in own]
+                matrix = covectors.new_empty((num_samples, len(covectors), sum(widths)))
+                self._factors.append((group, Dense(matrix)))
+                for term, part in zip(own, matrix.split(widths, dim=2), strict=True):
+                    self._held[term.name] = cast("type[Dense]", term.held_as)(part)
         for term in terms:
-            if term.name in small:
+            if term.name in self._held:
                 continue
             numbers, held = groups[term.name], term.held_as.empty(term, num_samples, covectors)
-            self._filled.append((term, held))
+            self._held[term.name] = held
             if len(set(numbers)) == 1:
                 self._factors.append((numbers[0], held))
                 continue
@@ -98,28 +100,99 @@ class PieceFilling:
             parts = held.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
             self._factors += [(group, Dense(part)) for group, part in zip(numbers, parts, strict=True)]
 
-    def _share(self, group: int, terms: Sequence[Term]) -> Iterable[tuple[Term, Tensor]]:
-        """Terms of a group and their parts of the matrix (n, S, sum of widths) that they share."""
-        if not terms:
-            return ()
-        widths = [term.width for term in terms]
-        matrix = self._covectors.new_empty((self._num_samples, len(self._covectors), sum(widths)))
-        self._factors.append((group, Dense(matrix)))
-        return zip(terms, matrix.split(widths, dim=2), strict=True)
-
     def fill(self, pulled: Pulled) -> None:
         """Fill in a few covectors that were pulled back through a batch."""
         with torch.no_grad():
-            for term, held in self._filled:
-                held.fill(term, pulled)
+            for term in self._terms:
+                self._held[term.name].fill(term, pulled)
 
     def fill_fallback(self, jacobians: Tensor, samples: slice) -> None:
         """Fill in Jacobians (n, S, P) by the parameters of the fallback, side by side."""
-        widths = [target.shape[2] for target in self._fallback.values()]
-        for target, part in zip(self._fallback.values(), jacobians.split(widths, dim=2), strict=True):
-            target[samples] = part
+        parts = jacobians.split([term.width for term in self._fallback], dim=2)
+        for term, part in zip(self._fallback, parts, strict=True):
+            self._held[term.name].tensors()[0][samples] = part
 
     def piece(self) -> Piece:
         """The piece, once every batch is in."""
         numbers, factors = zip(*self._factors, strict=True)
-        return Piece(self._num_samples, len(self._covectors), factors, numbers if self._has_groups else ())
+        return Piece(self._num_samples, self._num_covectors, factors, numbers if self._has_groups else ())
+
+
+_FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
+
+
+def contract(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all") -> Tensor:
+    """Gram entries of two pieces, ``sum_p J[a, c, p] J[b, d, p]``; float32 ones by true float32 products."""
+    count, rows, columns = left.num_covectors, left.num_samples, right.num_samples
+    shape = {"all": (count * rows, count * columns), "same": (count, rows, columns), "sum": (rows, columns)}[pairs]
+    out = left.like.new_empty(shape)
+    contract_planes(left, right, workspace, pairs, list(out) if pairs == "same" else [out])
+    return out
+
+
+def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs, outs: Sequence[Tensor]) -> None:
+    """Do as :func:`contract` for every plane at once: by all parameters, and by each group of them."""
+    # Factors are contracted once, group by group; the entries by all parameters are the sum, added up in float64.
+    apart = left.num_covectors if pairs == "same" else 1
+    whole, *groups = (outs[start : start + apart] for start in range(0, len(outs), apart))
+    with without_tf32(left.like.device):
+        if not groups:
+            _spread(_added_up(left, right, workspace, pairs).apart(), whole)
+            return
+        total = None
+        for number in sorted({*left.groups, *range(len(groups))}):
+            one = left.of_group(number)
+            other = one if right is left else right.of_group(number)
+            if not one.factors:
+                for out in groups[number]:
+                    out.zero_()
+                continue
+            found = _added_up(one, other, workspace, pairs).apart()
+            is_first = total is None
+            if total is None:
+                total = workspace.take("planes", found.shape, found, torch.float64)
+            _spread(found, groups[number] if number < len(groups) else None, total, is_first=is_first)
+        assert total is not None
+        _spread(total, whole)
+
+
+def _added_up(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> GramSums:
+    size, is_long = (left.num_samples, right.num_samples), sum(factor.num_additions for factor in left.factors) > _FEW
+    sums = GramSums(size, left.num_covectors, pairs, left.like, workspace, is_mirrored=left is right, is_long=is_long)
+    for one, other in zip(left.factors, right.factors, strict=True):
+        one.add_gram(other, sums)
+    return sums
+
+
+def _spread(
+    found: Tensor, outs: Sequence[Tensor] | None, total: Tensor | None = None, *, is_first: bool = False
+) -> None:
+    """Copy sums (k, n, S, m, S) to k tensors, add them to ``total`` or begin it, a few rows at a time: in the cache."""
+    entries = sizes_of(found.device).unfolded_bytes // 8
+    for number, values in enumerate(found):
+        size, covectors, width, _ = values.shape
+        for rows in cuts(0, size, max(1, entries // (covectors * width * covectors))):
+            part = values[rows]
+            if outs is not None:
+                place = outs[number].unflatten(1, (width, covectors)).unflatten(0, (size, covectors))[rows]
+                place.copy_(part)
+                # Where that lost nothing, the entries are now in order.
+                part = place if place.dtype in {part.dtype, torch.float64} else part
+            if total is not None:
+                place = total[number, rows]
+                place.copy_(part) if is_first else place.add_(part)
+
+
+def contract_diagonal_planes(piece: Piece, pairs: Pairs, num_planes: int) -> list[Tensor]:
+    """Entries of each sample with itself, plane by plane, in the piece's dtype; sums over parameters are float64."""
+    with without_tf32(piece.like.device):
+        by_factor = torch.stack([factor.diagonal(is_all=pairs == "all") for factor in piece.factors])
+    groups = torch.tensor(piece.groups)
+    num_groups = num_planes // (piece.num_covectors if pairs == "same" else 1) - 1
+    parts = [by_factor, *(by_factor[groups == number] for number in range(num_groups))]
+    found = [part.sum(dim=0) for part in parts]
+    if pairs == "same":
+        found = [total[:, covector, None, None] for total in found for covector in range(piece.num_covectors)]
+    elif pairs == "sum":
+        found = [total.sum(dim=1)[:, None, None] for total in found]
+    return [values.to(piece.like.dtype) for values in found]

@@ -5,6 +5,7 @@ itself, only blocks on or above the diagonal are computed. Parts of sums over ma
 float32 product over a million is off by 1e-5 on the diagonal, where all terms are positive.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -12,11 +13,44 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of
-from ntkpipe.jacobian.representations.workspace import Workspace
 
 Pairs = Literal["all", "same", "sum"]  # which pairs of covectors are wanted: all S*S, the S equal ones, or their sum
 LONGEST_SUM = 8192  # terms of a float32 sum that are left to the matrix product
 Cell = tuple[slice, slice]
+
+
+class Workspace:
+    """Scratch tensors by name, for one thread: fresh pages for each product cost more than the product."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def clear(self) -> None:
+        """Free all scratch tensors."""
+        self._tensors.clear()
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor on the device of ``like``, in its dtype unless one is given; its content is undefined."""
+        dtype = dtype or like.dtype
+        size = torch.Size(shape).numel()
+        key = name, dtype, like.device
+        flat = self._tensors.get(key)
+        if flat is None or flat.numel() < size:
+            flat = self._tensors[key] = torch.empty(size, dtype=dtype, device=like.device)
+        return flat[:size].view(shape)
+
+
+def copy_merged(target: Tensor, values: Tensor) -> None:
+    """Copy values whose axes, some of them merged, are those of the target, without a temporary copy."""
+    target, values = target.squeeze(), values.squeeze()
+    axis = values.ndim
+    for number in reversed(range(target.ndim)):
+        stop, size = axis, 1
+        while size < target.shape[number]:
+            axis -= 1
+            size *= values.shape[axis]
+        target = target.unflatten(number, values.shape[axis:stop])
+    target.copy_(values)
 
 
 class GramSums:

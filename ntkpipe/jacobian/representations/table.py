@@ -12,7 +12,8 @@ from ntkpipe.jacobian.model.device import add_rows
 from ntkpipe.jacobian.representations.factored import Factored
 from ntkpipe.jacobian.representations.interface import Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums
-from ntkpipe.jacobian.tracing.uses import LOOKUP, Use
+from ntkpipe.jacobian.tracing.rules.form import Lookup
+from ntkpipe.jacobian.tracing.uses import Use
 
 _GAIN = 4  # contracting a table, row by row, costs about as much as the product of so many times as many rows
 
@@ -32,7 +33,7 @@ class LookupTable(Factored):
     def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
         """Tables much longer than what a sample looks up."""
         first = uses[0]
-        return first.kind == LOOKUP and first.shape[0] > _GAIN * sum(use.num_positions for use in uses)
+        return first.kind == Lookup.kind and first.shape[0] > _GAIN * sum(use.num_positions for use in uses)
 
     @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:

@@ -13,8 +13,9 @@ from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
 from ntkpipe.jacobian.representations.table import LookupTable
 from ntkpipe.jacobian.tracing.recorder import Geometry
+from ntkpipe.jacobian.tracing.rules.form import Scale
 from ntkpipe.jacobian.tracing.trace import Tracing
-from ntkpipe.jacobian.tracing.uses import SCALE, Use
+from ntkpipe.jacobian.tracing.uses import Use
 
 # The first that suits is chosen; the last suits everything.
 CHOICES: tuple[type[Representation], ...] = (Pairwise, Late, LookupTable, Dense)
@@ -56,7 +57,7 @@ def make_terms(
 
 
 def _is_bias(term: Term) -> bool:
-    return term.held_as is not Joined and all(use.role == "bias" and use.kind == SCALE for use in term.uses)
+    return term.held_as is not Joined and all(use.role == "bias" and use.kind == Scale.kind for use in term.uses)
 
 
 def _is_of(bias: Term, weight: Term) -> bool:

@@ -4,17 +4,148 @@ That a parameter has no uses beside the recorded ones is verified: on probe batc
 recorded uses, so that any gradient that still arrives came another way; and the uses must add up to the gradient.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, draw_covectors
 from ntkpipe.jacobian.tracing.recorder import Call
-from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import KINDS, Layout, Use, pull_back, total_gradient
+from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer
+from ntkpipe.jacobian.tracing.uses import Layout, Use, pull_back, total_gradient
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One recorded forward pass."""
+
+    outputs: Tensor  # with their graph
+    calls: list[Call]
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.outputs)
+
+    def pulled(
+        self,
+        covectors: Tensor,
+        others: Sequence[Tensor] = (),
+        numbers: Iterable[int] | None = None,
+        *,
+        keeps_graph: bool = True,
+    ) -> tuple[dict[int, Tensor], Sequence[Tensor | None]]:
+        """Gradients at the outputs of calls by their number, where any arrive, and at other tensors."""
+        numbers = range(len(self.calls)) if numbers is None else numbers
+        edges = {number: edge for number in numbers if (edge := self.calls[number].edge) is not None}
+        sources: list[Any] = [*edges.values(), *others]
+        if not self.outputs.requires_grad or not sources:
+            return {}, [None] * len(others)
+        found = torch.autograd.grad(self.outputs, sources, covectors, retain_graph=keeps_graph, allow_unused=True)
+        pairs = zip(edges, found, strict=False)
+        return {n: grad.reshape(self.calls[n].shape) for n, grad in pairs if grad is not None}, found[len(edges) :]
+
+    def layouts(self, other: "Pass | None") -> list[dict[str, set[Layout]]]:
+        """Per call and role, the layouts that its rows allow; ``other`` had the last sample replaced."""
+        owned = [list[tuple[Tensor, int]]() for _ in self.calls]  # rows that belong to a sample
+        covectors = draw_covectors(self.outputs, seed=0)
+        for sample in range(self.num_samples):
+            only = torch.zeros_like(self.outputs)
+            only[sample] = covectors[sample]
+            for number, grad in self.pulled(only)[0].items():
+                forms = [argument.form for argument in self.calls[number].arguments.values()]
+                owned[number] += [(_rows_reached(form, grad), sample) for form in forms]
+        if other is not None and len(other.calls) == len(self.calls):
+            for rows, call, twin in zip(owned, self.calls, other.calls, strict=True):
+                if twin.shape == call.shape and not call.input_was_changed():
+                    rows += [(differing, self.num_samples - 1) for differing in _rows_that_differ(call, twin)]
+        return [self._allowed(call, rows) for call, rows in zip(self.calls, owned, strict=True)]
+
+    def _allowed(self, call: Call, owned: Sequence[tuple[Tensor, int]]) -> dict[str, set[Layout]]:
+        """Per role, the layouts by which all rows belong to their sample; roles share what is known by shape."""
+        shapes, found = {role: _rows_reached(a.form, call.blank()).shape for role, a in call.arguments.items()}, {}
+        for shape in set(shapes.values()):
+            same = [(rows, sample) for rows, sample in owned if rows.shape == shape]
+            found[shape] = {
+                layout
+                for layout, owner in _possible(shape, self.num_samples)
+                if all(bool((owner[rows] == sample).all()) for rows, sample in same)
+            }
+        return {role: found[shape] for role, shape in shapes.items()}
+
+    def reached(self, parameters: Mapping[str, Tensor]) -> set[str]:
+        """Parameters that a gradient of the outputs arrives at."""
+        grads = self.pulled(torch.ones_like(self.outputs), list(parameters.values()), ())[1]
+        return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+    def returns(self, number: int) -> bool:
+        """Whether what a call returned is the model's output itself."""
+        edge = self.calls[number].edge
+        if edge is None or not self.outputs.requires_grad:
+            return False
+        last = get_gradient_edge(self.outputs)
+        return edge.node is last.node and edge.output_nr == last.output_nr
+
+
+def draw_covectors(outputs: Tensor, seed: int) -> Tensor:
+    """Random covectors, one for each sample, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+
+
+def _rows_reached(form: Form, grad: Tensor) -> Tensor:
+    values = form.cotangents(grad)
+    return (values.reshape(*values.shape[: form.row_dims], -1) != 0).any(dim=-1).cpu()
+
+
+def _possible(rows: torch.Size, num_samples: int) -> Iterator[tuple[Layout, Tensor]]:
+    """Every layout of rows of a shape, and the sample of each row by it."""
+    for axis, length in enumerate(rows):
+        positions = length // num_samples if length % num_samples == 0 else 0
+        for trailing in (d for d in range(1, positions + 1) if positions % d == 0):
+            along = torch.arange(length) // trailing % num_samples
+            owner = along.reshape([-1 if each == axis else 1 for each in range(len(rows))]).expand(rows)
+            yield Layout(axis, positions // trailing, trailing), owner
+
+
+def _rows_that_differ(call: Call, twin: Call) -> Iterator[Tensor]:
+    """Rows of each argument whose input is another one."""
+    for role, argument in call.arguments.items():
+        form, other = argument.form, twin.arguments[role].form if role in twin.arguments else None
+        if form.inputs is None or other is None or other.inputs is None:
+            continue
+        values, others = form.inputs(), other.inputs()
+        if isinstance(form, Lookup):
+            yield (values != others).cpu()
+            continue
+        values, others = (each if each.is_floating_point() else each.double() for each in (values, others))
+        # Rounding may differ where nothing else does; a row that depends on the sample changes by far more.
+        moved = (values - others).reshape(*values.shape[: form.row_dims], -1).abs().amax(dim=-1)
+        yield (moved > 1e-3 * values.abs().amax()).cpu()
+
+
+def count_edges(outputs: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many edges of the autograd graph of ``outputs`` lead to each parameter."""
+    counts = Counter(id(leaf) for leaf in leaves(outputs))
+    return {name: counts[id(parameter)] for name, parameter in parameters.items()}
+
+
+def leaves(outputs: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that ``outputs`` depend on, once for each edge of the autograd graph that leads to them."""
+    if outputs.grad_fn is None:
+        return
+    seen, stack = {outputs.grad_fn}, [outputs.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and hasattr(node, "variable"):
+                yield node.variable
+            elif node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+
 
 NO_RULE = "used by an operation without a rule"
 
@@ -151,19 +282,18 @@ def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
 def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, is_output: bool) -> Use:
     argument = call.arguments[role]
     form = argument.form
-    with torch.no_grad():
-        d = form.cotangents(call.blank())
+    d = form.cotangents(call.blank())
     rows, width = d.shape[: form.row_dims], d.shape[form.row_dims :]
     order: tuple[int, ...] = ()
     groups, n_in, n_out = 1, 0, width.numel()
-    if isinstance(form, Outer):
+    if isinstance(form, Outer) and form.inputs is not None:
         groups, n_out, order = width[0], width[1:].numel(), form.order
         n_in = form.inputs().shape[form.row_dims + 1 :].numel()
     return Use(
         call=number,
         role=role,
         function=call.name,
-        kind=KINDS[type(form)],
+        kind=form.kind,
         sources=argument.sources,
         is_parameter=argument.is_parameter,
         geometry=argument.geometry,

@@ -11,8 +11,6 @@ from ntkpipe.jacobian.model.device import add_rows
 from ntkpipe.jacobian.tracing.recorder import Argument, Call, Geometry
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer, Scale
 
-OUTER, SCALE, LOOKUP = "outer", "scale", "lookup"
-KINDS: dict[type[Form], str] = {Outer: OUTER, Scale: SCALE, Lookup: LOOKUP}
 _PULLED_BYTES = 64 * 2**20  # Jacobians that are pulled back through a computation of parameters at a time
 
 
@@ -92,6 +90,7 @@ def _summed(form: Form, d: Tensor, inputs: Tensor | None, rows: tuple[int, int],
         values.reshape(num_samples, num_positions, values.shape[lead], values.shape[lead + 1 :].numel())
         for values in (inputs.to(d.dtype), d)
     )
+    assert isinstance(form, Outer)
     return form.arrange(d.permute(0, 2, 3, 1) @ a.transpose(1, 2))
 
 

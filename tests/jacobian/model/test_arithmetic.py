@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ntkpipe.jacobian.model.arithmetic import exact_math, exact_process
+from ntkpipe.jacobian.model.device import exact_math, exact_process
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])

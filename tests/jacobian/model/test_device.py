@@ -27,12 +27,11 @@ from ntkpipe.build.plan import Machine
 from ntkpipe.build.run import StoreSink
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.model.arithmetic import exact_math
-from ntkpipe.jacobian.model.device import SIZES, add_rows, is_out_of_memory, sizes_of, without_tf32
+from ntkpipe.jacobian.model.device import SIZES, add_rows, exact_math, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import prepare_model, without_cudnn_rnns
-from ntkpipe.jacobian.representations.contract import contract, contract_planes
 from ntkpipe.jacobian.representations.interface import Rates
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations.pieces import contract, contract_planes
+from ntkpipe.jacobian.representations.sums import Workspace
 
 CPU_ALLOCATION = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
 FAILURES = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(CPU_ALLOCATION)]

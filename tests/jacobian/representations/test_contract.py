@@ -7,10 +7,9 @@ import torch
 from pieces import Draw, error, gram
 from small import with_sizes
 
-from ntkpipe.jacobian.representations import contract as module
-from ntkpipe.jacobian.representations.contract import contract, contract_diagonal_planes, contract_planes
-from ntkpipe.jacobian.representations.pieces import Piece
-from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.representations import pieces as module
+from ntkpipe.jacobian.representations.pieces import Piece, contract, contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.representations.sums import Workspace
 
 PAIRS = ("all", "same", "sum")
 # Rounding of float64.

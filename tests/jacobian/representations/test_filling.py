@@ -10,7 +10,7 @@ from reference import Custom, redraw
 from small import with_sizes
 from torch import nn
 
-from ntkpipe.jacobian.model.arithmetic import exact_math
+from ntkpipe.jacobian.model.device import exact_math
 from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled
 from ntkpipe.jacobian.representations.joined import Joined
@@ -81,7 +81,7 @@ def fill(engine, term, held, inputs, step):
     parameters = engine.model.parameters
     for samples in BATCHES:
         recorded = engine.forward(inputs[samples])
-        for covectors, grads in engine.pullback.grads(recorded, every_use=True):
+        for covectors, grads in engine.grads(recorded, every_use=True):
             with torch.no_grad():
                 for start in range(covectors.start, covectors.stop, step):
                     part = slice(start, min(start + step, covectors.stop))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ntkpipe.jacobian.representations.workspace import Workspace, copy_merged
+from ntkpipe.jacobian.representations.sums import Workspace, copy_merged
 
 
 def test_memory_is_taken_again_if_it_is_large_enough():

@@ -5,7 +5,7 @@ import torch
 from engines import functional, record
 from torch import nn
 
-from ntkpipe.jacobian.tracing.layouts import Pass, count_edges, leaves
+from ntkpipe.jacobian.tracing.trace import Pass, count_edges, leaves
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from engines import functional, record, traced, tracing_of
 from torch import nn
 
-from ntkpipe.jacobian.tracing.layouts import Pass
-from ntkpipe.jacobian.tracing.trace import nothing_traced
+from ntkpipe.jacobian.tracing.trace import Pass, nothing_traced
 from ntkpipe.jacobian.tracing.uses import Layout
 
 L = nn.Linear

@@ -7,7 +7,7 @@ row belongs to is found by tracing, not by rules.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,35 +16,37 @@ Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Outer:
+class Form:
+    """How a parameter enters; the kinds of it are below."""
+
+    kind: ClassVar[str]
+    row_dims: int  # how many leading axes of inputs and cotangents number the rows
+    inputs: Thunk | None  # makes a, x or k; None stands for ones
+    cotangents: Map  # takes a gradient of the output to d
+
+
+@dataclass(frozen=True)
+class Outer(Form):
     """Rows z_r = W a_r, group by group: the Jacobian is ``sum_r d_r (x) a_r``."""
 
-    row_dims: int  # how many leading axes of inputs and cotangents number the rows
-    inputs: Thunk  # makes a, shape (*rows, groups, *in); may be a strided view, as windows of an image are
-    cotangents: Map  # takes a gradient of the output to d, shape (*rows, groups, *out)
+    # Shapes are (*rows, groups, *in) and (*rows, groups, *out); a may be a strided view, as windows of an image are.
+    kind = "outer"
     arrange: Map  # takes Jacobians (..., groups, n_out, n_in) to the operand's own axes (..., *operand.shape)
     order: tuple[int, ...] = ()  # of elements in (groups, n_out, n_in); equal in uses that are added
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Form):
     """Rows z_r = w o x_r, or w + x_r: the Jacobian is ``sum_r d_r o x_r``, or ``sum_r d_r``."""
 
-    row_dims: int  # as in :class:`Outer`
-    inputs: Thunk | None  # makes x, shape (*rows, n), in the order of the operand's elements; None stands for ones
-    cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
+    kind = "scale"  # shapes are (*rows, n), in the order of the operand's elements
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Form):
     """Rows z_r = W[k_r]: the Jacobian has d_r in row k_r, added up where an index repeats."""
 
-    row_dims: int  # as in :class:`Outer`
-    inputs: Thunk  # makes the indices k, shape (*rows)
-    cotangents: Map  # takes a gradient of the output to d, shape (*rows, n)
-
-
-Form = Outer | Scale | Lookup
+    kind = "lookup"  # shapes are (*rows) and (*rows, n)
 
 
 @dataclass(frozen=True)
