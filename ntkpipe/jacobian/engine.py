@@ -15,13 +15,12 @@ from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Grads, Pulled, Setup, Term
+from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Pass, Tracing
-from ntkpipe.jacobian.tracing.uses import pull_back
 
 _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
@@ -72,9 +71,8 @@ class Engine:
 
     def moved(self, device: torch.device) -> "Engine":
         """The same engine on another device; itself where it is there already."""
-        return (
-            self if device == self.model.device else self.changed(model=self.model.converted(self.model.dtype, device))
-        )
+        model = self.model
+        return self if device == model.device else self.changed(model=model.converted(model.dtype, device))
 
     def copy(self) -> "Engine":
         """The same engine on its own copy of the module, for another thread."""
@@ -138,8 +136,8 @@ class Engine:
     def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
         samples = slice(first, first + batch_size(batch))
         recorded = self.forward(batch)
-        for covectors, grads in self.grads(recorded):
-            filling.fill(Pulled(recorded.calls, grads, covectors, samples, self.parameters, self.workspace))
+        for pulled in self.pulled(recorded, samples):
+            filling.fill(pulled)
         if self.fallback:
             filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
         return recorded.outputs.detach()
@@ -155,8 +153,8 @@ class Engine:
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
         return recorded
 
-    def grads(self, recorded: Pass, *, every_use: bool = False) -> Iterator[tuple[slice, Grads]]:
-        """Covectors pulled back to the output of each use, a few at a time: gradients by number of the call."""
+    def pulled(self, recorded: Pass, samples: slice, *, every_use: bool = False) -> Iterator[Pulled]:
+        """Covectors pulled back to the output of each use, a few at a time; the samples are these of a piece."""
         numbers = sorted({use.call for term in self.terms if every_use or not term.is_constant for use in term.uses})
         # Some terms go on from here, through what was made of parameters.
         keeps_graph = every_use or any(term.held_as.needs_graph for term in self.terms)
@@ -174,7 +172,8 @@ class Engine:
                 found.append(grads)
             reached = [number for number in numbers if any(number in grads for grads in found)]
             by_call = {number: [grads.get(number, calls[number].blank()) for grads in found] for number in reached}
-            yield slice(start, start + len(found)), by_call
+            run = slice(start, start + len(found))
+            yield Pulled(calls, by_call, run, samples, self.parameters, self.workspace)
 
     def fallback_jacobian(self, batch: Batch) -> Tensor:
         """Jacobians of the fallback's parameters, shape (S, B, P), in the compute dtype."""
@@ -185,14 +184,8 @@ class Engine:
         recorded, widths = self.forward(batch), {name: value.numel() for name, value in self.parameters.items()}
         shape = (len(self.covectors), len(places))
         found = {name: value.new_zeros((*shape, widths[name])) for name, value in self.parameters.items()}
-        for covectors, grads in self.grads(recorded, every_use=True):
-            for use in self.tracing.uses:
-                call = recorded.calls[use.call]
-                for number, grad in enumerate(grads.get(use.call, ()), covectors.start):
-                    with torch.no_grad():
-                        rows = use.jacobian(call, grad, recorded.num_samples, places)
-                    for name, jacobian in pull_back(call.arguments[use.role], self.parameters, rows):
-                        found[name][number] += jacobian
+        for pulled in self.pulled(recorded, slice(0, recorded.num_samples), every_use=True):
+            pulled.add_jacobians(self.tracing.uses, found, places)
         if self.fallback:
             jacobians = self.fallback_jacobian(take(batch, places))
             found |= zip(self.fallback, jacobians.split([widths[name] for name in self.fallback], dim=2), strict=True)

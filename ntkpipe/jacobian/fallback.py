@@ -1,4 +1,7 @@
-"""Exact per-sample Jacobians of any parameters by plain ``torch.func``, and by a plain loop where that fails."""
+"""Exact per-sample Jacobians of any parameters by plain ``torch.func``, and by a plain loop where that fails.
+
+So are products J'v and J u with the Jacobian of a whole data set, for which that Jacobian is not needed.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,13 +63,10 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
         outputs = model(take(batch, (sample, sample)))[0]
         rows = []
         for number, covector in enumerate(covectors):
-            grads: Sequence[Tensor | None] = [None] * len(parameters)
+            keep, grads = number + 1 < len(covectors), tuple(torch.zeros_like(value) for value in parameters)
             if outputs.requires_grad:
-                keep = number + 1 < len(covectors)
-                grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, allow_unused=True)
-            pairs = zip(parameters, grads, strict=True)
-            dense = [torch.zeros_like(value) if grad is None else grad.to_dense() for value, grad in pairs]
-            rows.append(torch.cat([each.reshape(-1) for each in dense]))
+                grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, materialize_grads=True)
+            rows.append(torch.cat([grad.to_dense().reshape(-1) for grad in grads]))
         samples.append(torch.stack(rows))
     return torch.stack(samples, dim=1)
 

@@ -1,6 +1,7 @@
 """From a model and a few samples to an engine: check outputs, trace uses, choose the fallback's method."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
-from ntkpipe.jacobian.tracing.recorder import Call, Recorder
+from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
 
 Load = Callable[[Sequence[int]], Batch]
@@ -42,46 +43,24 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
     chosen = probe_samples(num_samples)
     batch = load(chosen)
     model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
-    parameters, constants, batches = model.parameters, model.constants(), [take(batch, order) for order in _PROBES]
-    outputs, calls, expansions = list[Tensor](), [list[Call]() for _ in _PROBES], frozenset[int]()
-    problem = "" if structured else "structure was switched off"
+    parameters, batches = model.parameters, [take(batch, order) for order in _PROBES]
+    problems = [] if structured else ["structure was switched off"]
     with torch.enable_grad():
-        while not problem:
-            # In the last pass parameters are cut off from the calls that are recorded.
-            recorders = [
-                Recorder(parameters, constants, expansions=expansions, detach=is_cut) for is_cut in (False, False, True)
-            ]
-            outputs = []
-            try:
-                for each, recorder in zip(batches, recorders, strict=True):
-                    with recorder:
-                        outputs.append(model(each))
-            except (NtkpipeError, MemoryError):
-                raise
-            except Exception as error:  # noqa: BLE001 - reported; if the model alone raises it, it does again below
-                problem = _failed(error)
-                break
-            calls = [recorder.calls for recorder in recorders]
-            if not (more := next_expansion(recorders[0].made, recorders[1].made)):
-                break
-            expansions |= more
-        if problem:
-            outputs = [model.explained(each) for each in batches]
+        with _added_to(problems):
+            passes, expansions = record_passes(model, batches) if structured else ([], frozenset())
+        if problems:
+            passes = [Pass(model.explained(each), []) for each in batches]
+    outputs = [each.outputs for each in passes]
     with torch.no_grad():
         mixing, scale = _mixing(outputs, chosen)
         if not mixing <= limit * scale:
             is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
             raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
-    passes = [Pass(*each) for each in zip(outputs, calls, strict=True)]
-    reached = _reached(passes[:2], parameters, constants)
-    tracing = nothing_traced(list(parameters), problem)
-    if not problem:
-        try:
-            tracing = trace(parameters, passes[:2], passes[2], reached, expansions)
-        except (NtkpipeError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - reported; models that differentiate inside themselves may refuse
-            tracing = nothing_traced(list(parameters), _failed(error))
+    reached = _reached(passes[:2], parameters, model.constants())
+    with _added_to(problems):
+        tracing = trace(parameters, passes[:2], passes[2], reached, expansions) if not problems else None
+    if tracing is None or problems:
+        tracing = nothing_traced(list(parameters), problems[0])
     return Probed(model, outputs[0].shape[1], tracing, batch)
 
 
@@ -100,8 +79,29 @@ _MIXES = (
 )
 
 
-def _failed(error: Exception) -> str:
-    return f"tracing failed: {str(error).partition(chr(10))[0]:.120}"
+@contextlib.contextmanager
+def _added_to(problems: list[str]) -> Iterator[None]:
+    """Report what goes wrong in tracing: models that differentiate inside themselves may refuse to be watched."""
+    try:
+        yield
+    except (NtkpipeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - if the model alone raises it, it does again where it is run unwatched
+        problems.append(f"tracing failed: {str(error).partition(chr(10))[0]:.120}")
+
+
+def record_passes(model: FunctionalModel, batches: Sequence[Batch]) -> tuple[list[Pass], frozenset[int]]:
+    """Forward passes of the probe batches, in the last of which uses are cut off from parameters; and expansions."""
+    expansions, constants = frozenset[int](), model.constants()
+    while True:
+        passes, made = [], []
+        for number, batch in enumerate(batches):
+            with Recorder(model.parameters, constants, expansions=expansions, detach=number == 2) as recorder:
+                passes.append(Pass(model(batch), recorder.calls))
+            made.append(recorder.made)
+        if not (more := next_expansion(*made[:2])):
+            return passes, expansions
+        expansions |= more
 
 
 def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, float]:

@@ -12,12 +12,12 @@ from ntkpipe.jacobian import self_check as check
 from ntkpipe.jacobian.model.device import exact_math
 from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.probe import _PROBES as PROBES
-from ntkpipe.jacobian.probe import make_engine, probe
+from ntkpipe.jacobian.probe import make_engine, probe, record_passes
 from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace
 from ntkpipe.jacobian.tracing.recorder import Recorder
-from ntkpipe.jacobian.tracing.trace import Pass, next_expansion, trace
+from ntkpipe.jacobian.tracing.trace import trace
 
 # |dK_p,ij| <= RELATIVE * sqrt(K_p,ii K_p,jj) + FLOOR * sqrt(K_ii K_jj); the floor is for what is zero but for rounding.
 RELATIVE, FLOOR = 1e-10, 1e-14
@@ -80,17 +80,8 @@ def traced(function, inputs, **members):
 
 def tracing_of(model, inputs):
     """What tracing finds in a model, whose outputs need not make sense."""
-    expansions, parameters = frozenset(), model.parameters
-    while True:
-        pairs = [
-            record(model, take(inputs, order), expansions=expansions, detach=number == 2)
-            for number, order in enumerate(PROBES)
-        ]
-        more = next_expansion(*(recorder.made for recorder, _ in pairs[:2]))
-        if not more:
-            break
-        expansions |= more
-    *passes, cut = [Pass(outputs, recorder.calls) for recorder, outputs in pairs]
+    parameters = model.parameters
+    (*passes, cut), expansions = record_passes(model, [take(inputs, order) for order in PROBES])
     reached = set().union(*(each.reached(parameters) for each in passes))
     return trace(parameters, passes, cut, reached, expansions)
 

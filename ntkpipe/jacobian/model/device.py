@@ -1,4 +1,7 @@
-"""What differs between devices: how work is cut, how exhausted memory is recognised, which sums are repeatable."""
+"""What differs between devices, and settings of torch under which numbers are computed, independent of the user's.
+
+Devices differ in how work is cut, how exhausted memory is recognised, and which sums are repeatable.
+"""
 
 import contextlib
 import gc

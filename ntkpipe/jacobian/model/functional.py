@@ -47,33 +47,29 @@ class _Hooked(nn.Module):
         return self.pick(self.model, tree_map(Tensor.clone, batch))
 
 
-def _call_model(model: nn.Module, batch: Batch) -> Any:
-    return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-def _pick_attribute(forward: str, value: Any) -> Any:
-    for name in forward.lstrip(".").split("."):
-        if not hasattr(value, name):
-            raise ModelError(f"forward={forward!r}: the model returned {type(value).__name__}, without {name!r}")
-        value = getattr(value, name)
-    return value
-
-
 def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
-    if forward is None:
-        return _call_model
-    if isinstance(forward, str):
-        return lambda model, batch: _pick_attribute(forward, _call_model(model, batch))
-    if not callable(forward):
+    if callable(forward):
+        with contextlib.suppress(TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
+            given = inspect.signature(forward).parameters.values()
+            if sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in given) >= 2:
+                return forward
+    elif not (forward is None or isinstance(forward, str)):
         raise ConfigError(
             f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
             "function of (model, inputs)"
         )
-    with contextlib.suppress(TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
-        given = inspect.signature(forward).parameters.values()
-        if sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in given) >= 2:
-            return forward
-    return lambda model, batch: forward(_call_model(model, batch))
+
+    def pick(model: nn.Module, batch: Batch) -> Any:
+        value = model(**batch) if isinstance(batch, dict) else model(batch)
+        if not isinstance(forward, str):
+            return value if forward is None else forward(value)
+        for name in forward.lstrip(".").split("."):
+            if not hasattr(value, name):
+                raise ModelError(f"forward={forward!r}: the model returned {type(value).__name__}, without {name!r}")
+            value = getattr(value, name)
+        return value
+
+    return pick
 
 
 @dataclass(frozen=True)

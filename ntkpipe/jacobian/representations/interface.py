@@ -1,7 +1,7 @@
-"""What every representation of Jacobians offers; each of them is a file of this folder."""
+"""What every representation of Jacobians offers, and those by factors; each of them is a file of this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, Self
@@ -9,10 +9,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.representations.sums import GramSums, Pairs, Workspace
+from ntkpipe.jacobian.model.device import sizes_of
+from ntkpipe.jacobian.representations.sums import GramSums, Pairs, Workspace, copy_merged, cuts
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import Use
+from ntkpipe.jacobian.tracing.uses import Use, pull_back
 
 Grads = Mapping[int, Sequence[Tensor]]  # by number of the call: gradients at its output for a run of covectors
 
@@ -96,6 +97,22 @@ class Pulled:
     parameters: Mapping[str, Tensor]
     workspace: Workspace
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of the batch."""
+        return len(range(self.samples.start, self.samples.stop))
+
+    def add_jacobians(
+        self, uses: Iterable[Use], targets: Mapping[str, Tensor], places: Sequence[int] | None = None
+    ) -> None:
+        """Add the Jacobians of all samples, or those at some places, to a tensor (S, n, P) for each parameter."""
+        for use in uses:
+            call = self.calls[use.call]
+            for number, grad in enumerate(self.grads.get(use.call, ()), self.covectors.start):
+                rows = use.jacobian(call, grad, self.num_samples, places)
+                for name, found in pull_back(call.arguments[use.role], self.parameters, rows):
+                    targets[name][number] += found
+
 
 @dataclass(frozen=True)
 class Representation(ABC):
@@ -112,8 +129,8 @@ class Representation(ABC):
     needs_graph: ClassVar[bool] = False  # whether it is filled by another backward pass
 
     @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
-        """Whether it is the cheapest way for the Jacobians of some uses, if none that is listed before it is."""
+    def suits(cls, term: Term, setup: Setup) -> bool:
+        """Whether it is the cheapest way for the Jacobians of a term, if none that is listed before it is."""
         return True
 
     @classmethod
@@ -176,3 +193,58 @@ class Representation(ABC):
     @abstractmethod
     def diagonal(self, *, is_all: bool) -> Tensor:
         """Entries of each sample with itself in float64: of all pairs of covectors (n, S, S), or equal ones (n, S)."""
+
+
+class Factored(Representation):
+    """Inputs, the first field of a subclass, by sample, and cotangents; covector-major unless it says otherwise."""
+
+    # The Jacobian of a weight is a sum of outer products d (x) a over positions. Where it pays, the two factors are
+    # kept instead of the product (Novak, Sohl-Dickstein, Schoenholz 2022, arXiv 2206.08720, "structured derivatives").
+    cotangents: Tensor  # a field of each subclass; d, shape (S, n, T, n_out)
+    sample_axes: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def fill(self, term: Term, pulled: Pulled) -> None:
+        """Copy the factors of every use; cotangents are zero where nothing flows back."""
+        samples, (inputs, cotangents) = pulled.samples, self._by_position()
+        size = pulled.num_samples
+        stop = 0
+        for use in term.uses:
+            start, stop = stop, stop + use.num_positions
+            call, grads = pulled.calls[use.call], pulled.grads.get(use.call)
+            if pulled.covectors.start == 0:
+                copy_merged(inputs[samples, start:stop], use.inputs(call, size))
+            if term.is_constant:
+                continue
+            for number in range(pulled.covectors.start, pulled.covectors.stop):
+                target = cotangents[number, samples, start:stop]
+                if grads is None:
+                    target.zero_()
+                else:
+                    copy_merged(target, use.cotangents(call, grads[number - pulled.covectors.start], size))
+
+    def _by_position(self) -> tuple[Tensor, Tensor]:
+        """Views of inputs (n, T, …) and cotangents (S, n, T, …)."""
+        return self.tensors()[0], self.cotangents
+
+    def diagonal(self, *, is_all: bool) -> Tensor:
+        """From Gram matrices of positions, for so few samples at a time that float64 copies stay small."""
+        inputs = self.tensors()[0]
+        per_sample = 2 * (sum(tensor.numel() for tensor in self.tensors()) // len(inputs))
+        per_sample += self._input_gram(slice(0, 1)).numel()
+        found = []
+        for samples in cuts(0, len(inputs), max(1, sizes_of(inputs.device).late_bytes // (8 * per_sample))):
+            d, gram = self._grouped_cotangents(samples), self._input_gram(samples)
+            other = gram[:, None] @ d
+            found.append(
+                d.flatten(2) @ other.flatten(2).transpose(1, 2) if is_all else (d * other).flatten(2).sum(dim=2)
+            )
+        return torch.cat(found)
+
+    def _grouped_cotangents(self, samples: slice) -> Tensor:
+        """Cotangents in float64, shape (n, S, groups, T, n_out)."""
+        cotangents = self.cotangents.expand(-1, len(self.tensors()[0]), -1, -1)
+        return cotangents[:, samples].double().transpose(0, 1)[:, :, None]
+
+    @abstractmethod
+    def _input_gram(self, samples: slice) -> Tensor:
+        """Products of each sample's inputs at all pairs of positions, in float64; shape (n, groups, T, T)."""

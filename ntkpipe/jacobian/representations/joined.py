@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled, Term
-from ntkpipe.jacobian.tracing.uses import pull_back
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,7 @@ class Joined(Dense):
 
     def fill(self, term: Term, pulled: Pulled) -> None:
         """Add up the Jacobians of all uses, pulled back to the parameters."""
-        parameters = {name: pulled.parameters[name] for name in term.parameters}
-        widths = [value.numel() for value in parameters.values()]
-        parts = dict(zip(parameters, self.matrix.split(widths, dim=2), strict=True))
+        widths = [pulled.parameters[name].numel() for name in term.parameters]
         self.matrix[pulled.samples, pulled.covectors] = 0.0
-        for use in term.uses:
-            call = pulled.calls[use.call]
-            for number, grad in enumerate(pulled.grads.get(use.call, ()), pulled.covectors.start):
-                rows = use.jacobian(call, grad, pulled.samples.stop - pulled.samples.start)
-                for name, found in pull_back(call.arguments[use.role], parameters, rows):
-                    parts[name][pulled.samples, number] += found
+        parts = self.matrix[pulled.samples].transpose(0, 1).split(widths, dim=2)
+        pulled.add_jacobians(term.uses, dict(zip(term.parameters, parts, strict=True)))

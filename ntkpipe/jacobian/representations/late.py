@@ -1,6 +1,5 @@
 """``late``: Jacobians much larger than their factors, multiplied out whenever they are contracted."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,11 +7,9 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.representations.dense import add_products
-from ntkpipe.jacobian.representations.factored import Factored
-from ntkpipe.jacobian.representations.interface import Setup, Term
+from ntkpipe.jacobian.representations.interface import Factored, Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums, Workspace, cuts
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import Use
 
 _SHARE = 0.25  # of the contraction: what multiplying out, which is done for each pair of pieces, may cost at most
 _GAIN = 2  # how many times smaller than the Jacobians the factors must be
@@ -31,13 +28,12 @@ class Late(Factored):
     sample_axes: ClassVar[tuple[int, ...]] = (0, 0)
 
     @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
+    def suits(cls, term: Term, setup: Setup) -> bool:
         """Jacobians that are larger than their factors, where multiplying out adds little or memory is short."""
-        first, covectors = uses[0], setup.num_covectors
+        first, covectors = term.uses[0], setup.num_covectors
         if first.kind != Outer.kind:
             return False
-        positions = sum(use.num_positions for use in uses)
-        width = first.groups * first.n_in * first.n_out
+        positions, width = term.num_positions, first.groups * first.n_in * first.n_out
         factors = positions * first.groups * (first.n_in + covectors * first.n_out)
         if factors * _GAIN > covectors * width:
             return False

@@ -1,6 +1,5 @@
 """``pairwise``: inputs and cotangents of every position, whose Gram matrices are multiplied entry by entry."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -8,11 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.representations.factored import Factored
-from ntkpipe.jacobian.representations.interface import Setup, Term
+from ntkpipe.jacobian.representations.interface import Factored, Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums
 from ntkpipe.jacobian.tracing.rules.form import Outer
-from ntkpipe.jacobian.tracing.uses import Use
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,14 @@ class Pairwise(Factored):
     can_be_constant: ClassVar[bool] = True
 
     @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
+    def suits(cls, term: Term, setup: Setup) -> bool:
         """Whether it takes less time than the Jacobians themselves."""
         # Each pair of positions takes n_in + S^2 n_out multiplications and an elementwise pass over S^2 entries; the
         # Jacobian itself takes S^2 n_in n_out for a pair of samples, and S T n_in n_out once for each sample.
-        first, rates = uses[0], setup.rates
+        first, rates = term.uses[0], setup.rates
         if first.kind != Outer.kind or first.groups != 1:
             return False
-        positions, squared, width = sum(use.num_positions for use in uses), setup.num_pairs, first.n_in * first.n_out
+        positions, squared, width = term.num_positions, setup.num_pairs, first.n_in * first.n_out
         once = 2.0 * setup.num_covectors * positions * width / rates.product  # to multiply out one sample
         per_pair = positions**2 * (2.0 * (first.n_in + squared * first.n_out) / rates.product)
         per_pair += positions**2 * squared / rates.elementwise
@@ -78,8 +75,6 @@ class Pairwise(Factored):
             self._add_constant(other, sums)
         elif self.inputs.shape[1] > 1:
             self._add_positions(other, sums)
-        elif sums.covectors == 1:
-            self._add_one_covector(other, sums)
         else:
             self._add_one_position(other, sums)
 
@@ -101,33 +96,32 @@ class Pairwise(Factored):
                 high, wide = sums.place(c, d)
                 target[high, rows, wide, columns].add_(entries, alpha=float(gram[c, d]))
 
-    def _add_one_covector(self, other: "Pairwise", sums: GramSums) -> None:
-        """``(A A' + 1) o (D D')``: n_in + n_out multiplications a pair instead of n_in * n_out."""
-        target = sums.blocks()[0, :, 0]
-        a, b, d, e = self.inputs[:, 0], other.inputs[:, 0], self.cotangents[0, :, 0], other.cotangents[0, :, 0]
-        for rows, columns in sums.cells(sums.rows, sums.columns):
-            entries = self._products(a[rows], b[columns], sums)
-            _add_product(target[rows, columns], sums.product("product", d[rows], e[columns]), entries)
-
     def _add_one_position(self, other: "Pairwise", sums: GramSums) -> None:
-        """The same for several covectors: n_in + S*S*n_out multiplications a pair."""
-        target, entries = sums.blocks(), self._products(self.inputs.flatten(0, 1), other.inputs.flatten(0, 1), sums)
+        """``(A A' + 1) o (D D')``: n_in + S*S*n_out multiplications a pair instead of S*S*n_in*n_out."""
+        target, a, b = sums.blocks(), self.inputs.flatten(0, 1), other.inputs.flatten(0, 1)
         left, right = self.cotangents[:, :, 0], other.cotangents[:, :, 0]
-        if sums.pairs != "all":
-            for c in range(sums.covectors):
-                high, wide = sums.place(c, c)
-                _add_equal_covectors(target[high, :, wide], left[c], right[c], entries, sums)
+        whole = None if sums.covectors == 1 else self._products(a, b, sums)  # of one covector a block at a time
+
+        def add_equal(covector: int) -> None:
+            high, wide = sums.place(covector, covector)
+            for rows, columns in sums.cells(sums.rows, sums.columns):
+                entries = self._products(a[rows], b[columns], sums) if whole is None else whole[rows, columns]
+                part = sums.product("product", left[covector, rows], right[covector, columns])
+                _add_product(target[high, rows, wide, columns], part, entries)
+
+        if whole is None or sums.pairs != "all":
+            for covector in range(sums.covectors):
+                add_equal(covector)
             return
         for some, others in sums.cells(sums.covectors, sums.covectors, least=sums.rows):
             if sums.is_mirrored and some == slice(others.start, others.start + 1):
-                c = some.start  # a covector with itself: half of it is enough
-                _add_equal_covectors(target[c, :, c], left[c], right[c], entries, sums)
+                add_equal(some.start)  # a covector with itself: half of it is enough
                 others = slice(some.stop, others.stop)
                 if others.start == others.stop:
                     continue
             part = sums.product("product", left[some].flatten(0, 1), right[others].flatten(0, 1))
             shape = (some.stop - some.start, sums.rows, others.stop - others.start, sums.columns)
-            _add_product(target[some, :, others], part.view(shape), entries[None, :, None, :])
+            _add_product(target[some, :, others], part.view(shape), whole[None, :, None, :])
 
     def _add_positions(self, other: "Pairwise", sums: GramSums) -> None:
         """``sum_tu (a_t a'_u + 1)(d_t d'_u)`` by products over all positions of a few samples."""
@@ -149,12 +143,6 @@ class Pairwise(Factored):
     def _input_gram(self, samples: slice) -> Tensor:
         a = self.inputs[samples].double()
         return (a @ a.transpose(1, 2) + float(self.has_bias))[:, None]
-
-
-def _add_equal_covectors(target: Tensor, left: Tensor, right: Tensor, entries: Tensor, sums: GramSums) -> None:
-    for rows, columns in sums.cells(sums.rows, sums.columns):
-        part = sums.product("product", left[rows], right[columns])
-        _add_product(target[rows, columns], part, entries[rows, columns])
 
 
 def _add_product(target: Tensor, cotangents: Tensor, inputs: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pieces: the Jacobians of a few samples by all parameters, and how they are filled."""
+"""Pieces: the Jacobians of a few samples by all parameters; how they are filled, and how two become Gram entries."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +102,8 @@ class PieceFilling:
 
     def fill(self, pulled: Pulled) -> None:
         """Fill in a few covectors that were pulled back through a batch."""
-        with torch.no_grad():
-            for term in self._terms:
-                self._held[term.name].fill(term, pulled)
+        for term in self._terms:
+            self._held[term.name].fill(term, pulled)
 
     def fill_fallback(self, jacobians: Tensor, samples: slice) -> None:
         """Fill in Jacobians (n, S, P) by the parameters of the fallback, side by side."""
@@ -157,8 +156,9 @@ def contract_planes(left: Piece, right: Piece, workspace: Workspace, pairs: Pair
 
 
 def _added_up(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs) -> GramSums:
-    size, is_long = (left.num_samples, right.num_samples), sum(factor.num_additions for factor in left.factors) > _FEW
-    sums = GramSums(size, left.num_covectors, pairs, left.like, workspace, is_mirrored=left is right, is_long=is_long)
+    is_long = sum(factor.num_additions for factor in left.factors) > _FEW
+    sizes = left.num_samples, right.num_samples, left.num_covectors
+    sums = GramSums(*sizes, pairs, left.like, workspace, is_mirrored=left is right, is_long=is_long)
     for one, other in zip(left.factors, right.factors, strict=True):
         one.add_gram(other, sums)
     return sums

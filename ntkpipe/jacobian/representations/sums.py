@@ -6,6 +6,7 @@ float32 product over a million is off by 1e-5 on the diagonal, where all terms a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -53,32 +54,29 @@ def copy_merged(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
 
 
+@dataclass
 class GramSums:
     """Gram entries of a piece of n samples with one of m, added up in two sums, each allocated when first used."""
 
     # ``total`` is sample-major, (n, S, m, S), for products of rows. ``blocks`` is covector-major, (S, n, S, m), for
     # products of Gram matrices, whose elementwise passes then run along memory.
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        covectors: int,
-        pairs: Pairs,
-        like: Tensor,
-        workspace: Workspace,
-        *,
-        is_mirrored: bool,
-        is_long: bool,
-    ) -> None:
-        self.rows, self.columns = size
-        self.covectors, self.pairs, self.like, self.workspace = covectors, pairs, like, workspace
-        self.is_mirrored = is_mirrored  # whether the piece meets itself
-        self.sizes = sizes_of(like.device)
-        self._high, self._wide = (1 if pairs == "sum" else covectors), (covectors if pairs == "all" else 1)
+    rows: int  # n
+    columns: int  # m
+    covectors: int  # S
+    pairs: Pairs
+    like: Tensor  # says in which dtype and on which device pieces are
+    workspace: Workspace
+    is_mirrored: bool  # whether the piece meets itself
+    is_long: bool  # whether many products are added to the covector-major sum
+    _total: Tensor | None = field(default=None, init=False)
+    _blocks: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = sizes_of(self.like.device)
+        self._high = 1 if self.pairs == "sum" else self.covectors
+        self._wide = self.covectors if self.pairs == "all" else 1
         self._shape = (self._high * self.rows, self._wide * self.columns)
-        self._blocks_dtype = torch.float64 if is_long else like.dtype
-        self._total: Tensor | None = None
-        self._blocks: Tensor | None = None
 
     def total(self) -> Tensor:
         """The sample-major sum in float64, (n*S, m*S), (S, n, m) of equal covectors, (n, m) of their sum."""
@@ -91,7 +89,8 @@ class GramSums:
         # Where a piece meets itself, only blocks (c, d) with c <= d are valid, and with c = d what is not below the
         # diagonal.
         if self._blocks is None:
-            self._blocks = self.workspace.take("factored", self._shape, self.like, self._blocks_dtype).zero_()
+            dtype = torch.float64 if self.is_long else self.like.dtype
+            self._blocks = self.workspace.take("factored", self._shape, self.like, dtype).zero_()
         return self._blocks.view(self._high, self.rows, self._wide, self.columns)
 
     def place(self, covector: int, other: int) -> tuple[int, int]:

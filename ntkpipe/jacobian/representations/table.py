@@ -1,6 +1,5 @@
 """``table``: indices and cotangents of a table that is looked up; no Jacobian of the table's size exists."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import add_rows
-from ntkpipe.jacobian.representations.factored import Factored
-from ntkpipe.jacobian.representations.interface import Setup, Term
+from ntkpipe.jacobian.representations.interface import Factored, Setup, Term
 from ntkpipe.jacobian.representations.sums import GramSums
 from ntkpipe.jacobian.tracing.rules.form import Lookup
-from ntkpipe.jacobian.tracing.uses import Use
 
 _GAIN = 4  # contracting a table, row by row, costs about as much as the product of so many times as many rows
 
@@ -30,10 +27,10 @@ class LookupTable(Factored):
     num_additions: ClassVar[float] = inf  # one for each index, of which there may be thousands
 
     @classmethod
-    def suits(cls, uses: Sequence[Use], setup: Setup) -> bool:
+    def suits(cls, term: Term, setup: Setup) -> bool:
         """Tables much longer than what a sample looks up."""
-        first = uses[0]
-        return first.kind == Lookup.kind and first.shape[0] > _GAIN * sum(use.num_positions for use in uses)
+        first = term.uses[0]
+        return first.kind == Lookup.kind and first.shape[0] > _GAIN * term.num_positions
 
     @classmethod
     def pair_flops(cls, term: Term, setup: Setup) -> float:

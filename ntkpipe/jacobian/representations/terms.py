@@ -22,9 +22,9 @@ CHOICES: tuple[type[Representation], ...] = (Pairwise, Late, LookupTable, Dense)
 REPRESENTATIONS: tuple[type[Representation], ...] = (*CHOICES, Joined)
 
 
-def choose_representation(uses: Sequence[Use], setup: Setup) -> type[Representation]:
-    """The cheapest exact way to hold the Jacobians of a term's uses."""
-    return next(each for each in CHOICES if each.suits(uses, setup))
+def choose_representation(term: Term, setup: Setup) -> type[Representation]:
+    """The cheapest exact way to hold the Jacobians of a term."""
+    return next(each for each in CHOICES if each.suits(term, setup))
 
 
 def make_terms(
@@ -38,17 +38,15 @@ def make_terms(
     for unit in units:
         if _is_bias(unit):
             continue
-        held_as = unit.held_as
-        if held_as is not Joined and recorded is None:
-            held_as = choose_representation(unit.uses, setup)
-        elif held_as is not Joined:
-            held_as = next((each for each in CHOICES if each.word == words.get(unit.name)), Dense)
-        term = replace(unit, held_as=held_as)
-        if held_as.takes_bias:
+        if unit.held_as is Joined:
+            yield unit
+            continue
+        kept = next((each for each in CHOICES if each.word == words.get(unit.name)), Dense)
+        term = replace(unit, held_as=choose_representation(unit, setup) if recorded is None else kept)
+        if term.held_as.takes_bias:
             owner = setup.group_of(term.parameters[0])
             own = (bias for bias in biases if setup.group_of(bias.parameters[0]) == owner)
-            partner = next((bias for bias in own if _is_of(bias, term)), None)
-            if partner is not None:
+            if partner := next((bias for bias in own if _is_of(bias, term)), None):
                 biases.remove(partner)
                 name, names = f"{term.name} + {partner.name}", term.parameters + partner.parameters
                 term = replace(term, name=name, parameters=names, has_bias=True)

@@ -24,13 +24,19 @@ Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]  # (offset, size, stride
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A parameter, or what was made of parameters, as the argument of one call: live tensors of one forward pass."""
+class Operand:
+    """A parameter, or what was made of parameters, as the argument of one call."""
 
     sources: tuple[str, ...]  # names of the parameters that it is made of
     is_parameter: bool  # whether it is the parameter itself, or a view of it
     geometry: Geometry | None  # which view; None for the whole parameter, and for other tensors
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Argument(Operand):
+    """The same in one forward pass, with live tensors."""
+
     edge: GradientEdge  # its place in the autograd graph, by which gradients reach the parameters
     form: Form  # how it enters the output
 
@@ -116,8 +122,7 @@ class Recorder(TorchFunctionMode):
             value.is_nested or value.layout != torch.strided or value.is_complex() for value in tensors_in(args)
         ):
             bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
-        own = {} if bound is None else {role: o for role, o in bound.operands.items() if id(o[0]) in self._made}
-        if bound is None or not own:
+        if bound is None or not (own := {r: o for r, o in bound.operands.items() if id(o[0]) in self._made}):
             body = _body(func)
             if body is None:
                 return self._without(mine, func(*args, **kwargs))

@@ -7,6 +7,7 @@ recorded uses, so that any gradient that still arrives came another way; and the
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -157,10 +158,21 @@ class Pattern:
     fixed: tuple[Any, ...]  # see :func:`_fixed`
     shape: tuple[tuple[int, int], ...]  # per axis of the output, its fixed size and 0, or 0 and a multiple of samples
 
+    @classmethod
+    def of(cls, call: Call, num_samples: int, other: Call) -> "Pattern":
+        """The only pattern that a call and its twin in a batch of another size may both follow."""
+        axes = zip(call.shape, other.shape, strict=False)
+        return cls(_fixed(call), tuple((size, 0) if size == twin else (0, size // num_samples) for size, twin in axes))
+
     def matches(self, call: Call, num_samples: int) -> bool:
         """Whether a call of another batch is the same."""
         sizes = tuple(size + multiple * num_samples for size, multiple in self.shape)
         return call.shape == sizes and _fixed(call) == self.fixed
+
+
+def _follows(recorded: Pass, patterns: Sequence[Pattern]) -> bool:
+    calls = recorded.calls
+    return len(calls) == len(patterns) and all(map(Pattern.matches, patterns, calls, repeat(recorded.num_samples)))
 
 
 def _fixed(call: Call) -> tuple[Any, ...]:
@@ -186,8 +198,7 @@ class Tracing:
         edges = count_edges(recorded.outputs, parameters)
         return (
             all(edges[name] == self.edges[name] for name in self.covered)
-            and len(recorded.calls) == len(self.patterns)
-            and all(p.matches(c, recorded.num_samples) for p, c in zip(self.patterns, recorded.calls, strict=True))
+            and _follows(recorded, self.patterns)
             and all(recorded.returns(use.call) for use in self.uses if use.is_output)
         )
 
@@ -227,16 +238,18 @@ def trace(
     were detached in its recorded uses.
     """
     unused = tuple(name for name in parameters if name not in reached)
-    patterns = _patterns(passes)
-    if patterns is None:
+    first, second = passes
+    calls = zip(first.calls, second.calls, strict=False)
+    patterns = tuple(Pattern.of(call, first.num_samples, other) for call, other in calls)
+    if not all(_follows(each, patterns) for each in passes):
         return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
-    layouts = [each.layouts(cut if each is passes[0] else None) for each in passes]
+    layouts = [first.layouts(cut), second.layouts(None)]
     edges = [count_edges(each.outputs, parameters) for each in passes]
     varying = [name for name in parameters if len({each[name] for each in edges}) > 1]
     reasons = dict.fromkeys(varying, "how often it is used depends on the data")
     reasons |= dict.fromkeys(cut.reached(parameters), NO_RULE)
     uses = []
-    for number, call in enumerate(passes[0].calls):
+    for number, call in enumerate(first.calls):
         for role, argument in call.arguments.items():
             candidates = set.intersection(*(found[number][role] for found in layouts))
             problem = _problem([each.calls[number] for each in passes], candidates)
@@ -247,36 +260,14 @@ def trace(
                 reasons = {**dict.fromkeys(argument.sources, problem), **reasons}
             else:
                 is_output = all(each.returns(number) for each in passes)
-                uses.append(_use(call, number, role, candidates.pop(), passes[0].num_samples, is_output))
+                uses.append(_use(call, number, role, candidates.pop(), first.num_samples, is_output))
     live = [name for name in parameters if name not in unused]
     used = {name for use in uses for name in use.sources}
     left = {name: reasons.get(name, NO_RULE) for name in live if name in reasons or name not in used}
     covered = tuple(name for name in live if name in used)
     tracing = Tracing(patterns, tuple(uses), covered, {}, unused, edges[0], expansions).without(left)
-    incomplete = _incomplete(passes[-1], parameters, tracing)
+    incomplete = _incomplete(second, parameters, tracing)
     return tracing.without(dict.fromkeys(incomplete, "its recorded uses do not add up to its gradient"))
-
-
-def _patterns(passes: Sequence[Pass]) -> tuple[Pattern, ...] | None:
-    """What the calls of all passes have in common; None if they differ by more than the batch size."""
-    if len({len(each.calls) for each in passes}) > 1:
-        return None
-    found, sizes = [], [each.num_samples for each in passes]
-    for calls in zip(*(each.calls for each in passes), strict=True):
-        one = calls[0]
-        shape = [_size(axis, sizes) for axis in zip(*(call.shape for call in calls), strict=False)]
-        if None in shape or any(_fixed(call) != _fixed(one) for call in calls[1:]):
-            return None
-        found.append(Pattern(_fixed(one), tuple(size for size in shape if size is not None)))
-    return tuple(found)
-
-
-def _size(axis: tuple[int, ...], sizes: list[int]) -> tuple[int, int] | None:
-    """``(size, 0)`` of an axis that is the same in all probes, ``(0, multiple)`` of one that grows with the batch."""
-    if len(set(axis)) == 1:
-        return axis[0], 0
-    multiples = {divmod(length, size) for length, size in zip(axis, sizes, strict=True)}
-    return (0, min(multiples)[0]) if len(multiples) == 1 and min(multiples)[1] == 0 else None
 
 
 def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, is_output: bool) -> Use:
@@ -290,14 +281,14 @@ def _use(call: Call, number: int, role: str, layout: Layout, num_samples: int, i
         groups, n_out, order = width[0], width[1:].numel(), form.order
         n_in = form.inputs().shape[form.row_dims + 1 :].numel()
     return Use(
+        argument.sources,
+        argument.is_parameter,
+        argument.geometry,
+        argument.shape,
         call=number,
         role=role,
         function=call.name,
         kind=form.kind,
-        sources=argument.sources,
-        is_parameter=argument.is_parameter,
-        geometry=argument.geometry,
-        shape=argument.shape,
         layout=layout,
         num_positions=rows.numel() // num_samples,
         groups=groups,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import add_rows
-from ntkpipe.jacobian.tracing.recorder import Argument, Call, Geometry
+from ntkpipe.jacobian.tracing.recorder import Argument, Call, Operand
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer, Scale
 
 _PULLED_BYTES = 64 * 2**20  # Jacobians that are pulled back through a computation of parameters at a time
@@ -31,18 +31,13 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Use:
+class Use(Operand):
     """One argument of one call that is a parameter, or is computed from parameters."""
 
     call: int  # number of the call among those that are recorded
     role: str  # which argument
     function: str  # name of the torch function
     kind: str  # which form: `outer`, `scale` or `lookup`
-    # sources, is_parameter, geometry, shape: as in :class:`ntkpipe.jacobian.tracing.recorder.Argument`
-    sources: tuple[str, ...]
-    is_parameter: bool
-    geometry: Geometry | None
-    shape: tuple[int, ...]
     layout: Layout
     num_positions: int  # rows of a sample, T
     groups: int

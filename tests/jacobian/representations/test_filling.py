@@ -1,5 +1,7 @@
 """Factors that are filled in batch by batch, a few covectors at a time, contract to the Gram of the reference."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -12,7 +14,6 @@ from torch import nn
 
 from ntkpipe.jacobian.model.device import exact_math
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled
 from ntkpipe.jacobian.representations.joined import Joined
 from ntkpipe.jacobian.representations.late import Late
 from ntkpipe.jacobian.representations.pairwise import Pairwise
@@ -78,17 +79,16 @@ MODELS = {
 
 def fill(engine, term, held, inputs, step):
     """Fill in every batch, ``step`` covectors at a time."""
-    parameters = engine.model.parameters
     for samples in BATCHES:
         recorded = engine.forward(inputs[samples])
-        for covectors, grads in engine.grads(recorded, every_use=True):
-            with torch.no_grad():
-                for start in range(covectors.start, covectors.stop, step):
-                    part = slice(start, min(start + step, covectors.stop))
-                    some = {
-                        call: each[part.start - covectors.start :][: part.stop - start] for call, each in grads.items()
-                    }
-                    held.fill(term, Pulled(recorded.calls, some, part, samples, parameters, engine.workspace))
+        for pulled in engine.pulled(recorded, samples, every_use=True):
+            covectors = pulled.covectors
+            for start in range(covectors.start, covectors.stop, step):
+                part = slice(start, min(start + step, covectors.stop))
+                some = {
+                    call: each[start - covectors.start :][: part.stop - start] for call, each in pulled.grads.items()
+                }
+                held.fill(term, replace(pulled, grads=some, covectors=part))
     return held
 
 

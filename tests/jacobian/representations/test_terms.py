@@ -161,16 +161,16 @@ def test_cotangents_that_are_the_covectors_are_constant():
     assert [term.is_constant for term in last] == [False, True]
 
 
-def use_of(layer, inputs):
-    """The use of a layer's weight."""
+def term_of(layer, inputs):
+    """The term of a layer's weight."""
     model = redraw(Custom(plain, a=layer))
     (term,) = [t for t in engine_of(model, inputs, EYE).terms if "a.weight" in t.parameters]
-    return term.uses
+    return term
 
 
-def choose(uses, covectors=1, pairs="all", *, rates=RATES, num_samples=2000, memory=2.0**40):
+def choose(term, covectors=1, pairs="all", *, rates=RATES, num_samples=2000, memory=2.0**40):
     setup = Setup(torch.empty(covectors, 1), pairs, torch.float32, rates, num_samples, memory, piece_rows=2560)
-    return choose_representation(uses, setup).word
+    return choose_representation(term, setup).word
 
 
 # A layer, its inputs, and how its Jacobians are held for tiles of 2000 samples.
@@ -192,7 +192,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_jacobians_are_held_as_their_layer_asks_for(name):
     make, inputs, representation = CHOICES[name]
-    assert choose(use_of(make(), inputs)) == representation
+    assert choose(term_of(make(), inputs)) == representation
 
 
 @pytest.mark.parametrize("covectors", [1, 10])
@@ -201,24 +201,26 @@ def test_jacobians_are_held_as_their_layer_asks_for(name):
 def test_the_choice_is_the_cheapest(width, positions, covectors):
     """Of a layer of a CNN or a transformer, by operations of products at 32 a nanosecond, of entries at one."""
     n_in, n_out = width
-    uses = tuple(replace(use, num_positions=positions, n_in=n_in, n_out=n_out) for use in use_of(L(6, 300), X))
+    term = term_of(L(6, 300), X)
+    uses = tuple(replace(use, num_positions=positions, n_in=n_in, n_out=n_out) for use in term.uses)
+    term = replace(term, uses=uses)
     squared = covectors**2
     pairwise = positions**2 * (2 * (n_in + squared * n_out) / 32 + squared)
     dense = 2 * squared * n_in * n_out / 32 + 2 * (2 * covectors * positions * n_in * n_out / 32) / 2000
-    found = choose(uses, covectors)
+    found = choose(term, covectors)
     assert (found == "pairwise") == (pairwise <= dense)
     if found != "pairwise":
         factors, whole = positions * (n_in + covectors * n_out), covectors * n_in * n_out
         # Multiplying out once more for each pair of pieces may take a quarter of the time of their contraction, where
         # it saves half of the memory.
         assert found == ("late" if 2 * factors <= whole and positions <= 320 else "dense")
-        assert choose(uses, covectors, memory=0.0) == ("late" if 2 * factors <= whole else "dense")
+        assert choose(term, covectors, memory=0.0) == ("late" if 2 * factors <= whole else "dense")
 
 
 def test_slow_elementwise_passes_rule_out_products_of_gram_matrices():
-    uses = use_of(L(40, 500), TOKENS)
-    assert choose(uses, rates=Rates(product=32e9, elementwise=1e3)) == "late"
-    assert choose(uses, rates=Rates(product=32e9, elementwise=1e12)) == "pairwise"
+    term = term_of(L(40, 500), TOKENS)
+    assert choose(term, rates=Rates(product=32e9, elementwise=1e3)) == "late"
+    assert choose(term, rates=Rates(product=32e9, elementwise=1e12)) == "pairwise"
 
 
 @pytest.mark.parametrize(("pairs", "squared"), [("all", 9), ("same", 3), ("sum", 3)])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import per_channel, scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Form, Map, Outer, Rules
+from ntkpipe.jacobian.tracing.rules.elementwise import with_bias
+from ntkpipe.jacobian.tracing.rules.form import Bound, Outer, Rules
 
 PerAxis = int | Sequence[int]  # one value for all spatial axes, or one for each
 
@@ -41,21 +41,10 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return apart.permute(0, *range(3, apart.ndim), 1, 2)
 
 
-def _arrange(weight: Tensor) -> Map:
-    """The map from Jacobians whose last axes are channels of the weight and windows to the weight's own axes."""
-
-    def arrange(jacobian: Tensor) -> Tensor:
-        lead = jacobian.shape[:-3]
-        return jacobian.reshape(*lead, weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, len(lead) + 1)
-
-    return arrange
-
-
-def _bound(input: Tensor, weight: Tensor, form: Outer, bias: Tensor | None, shape: Sequence[int]) -> Bound:
-    operands: dict[str, tuple[Tensor, Form]] = {"weight": (weight, form)}
-    if bias is not None:
-        operands["bias"] = (bias, scaled(per_channel(bias, len(shape)), shape))
-    return Bound(operands, (input,))
+def _arranged(jacobian: Tensor, weight: Tensor) -> Tensor:
+    """Jacobians whose last axes are channels of the weight and windows, with the weight's own axes."""
+    lead = jacobian.shape[:-3]
+    return jacobian.reshape(*lead, weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, len(lead) + 1)
 
 
 def conv(
@@ -84,8 +73,9 @@ def conv(
     def inputs() -> Tensor:
         return _windows(_padded(x, before, after), kernel, steps, holes, count, groups)
 
-    form = Outer(1 + dims, inputs, lambda grad: _by_group(grad, groups), _arrange(weight))
-    return _bound(input, weight, form, bias, (x.shape[0], weight.shape[0], *count))
+    form = Outer(1 + dims, inputs, lambda grad: _by_group(grad, groups), lambda j: _arranged(j, weight))
+    bound = Bound({"weight": (weight, form)}, (input,))
+    return with_bias(bound, bias, (x.shape[0], weight.shape[0], *count), by_channel=True)
 
 
 def conv_transpose(
@@ -106,13 +96,13 @@ def conv_transpose(
     edges, extra = _each(padding, dims), _each(output_padding, dims)
     space = zip(x.shape[2:], steps, edges, holes, kernel, extra, strict=True)
     out = [(size - 1) * step - 2 * edge + hole * (taps - 1) + more + 1 for size, step, edge, hole, taps, more in space]
-    arrange = _arrange(weight)
 
     def cotangents(grad: Tensor) -> Tensor:
         return _windows(_padded(grad, edges, edges), kernel, steps, holes, x.shape[2:], groups)
 
-    form = Outer(1 + dims, lambda: _by_group(x, groups), cotangents, lambda j: arrange(j.transpose(-1, -2)))
-    return _bound(input, weight, form, bias, (x.shape[0], groups * weight.shape[1], *out))
+    form = Outer(1 + dims, lambda: _by_group(x, groups), cotangents, lambda j: _arranged(j.transpose(-1, -2), weight))
+    bound = Bound({"weight": (weight, form)}, (input,))
+    return with_bias(bound, bias, (x.shape[0], groups * weight.shape[1], *out), by_channel=True)
 
 
 RULES: Rules = {

@@ -1,8 +1,10 @@
-"""Operations that broadcast a parameter over the samples: sums, products, selections, expansions."""
+"""Operations that broadcast a parameter over the samples: sums, products, selections, expansions, normalisations."""
 
 # ruff: noqa: A002 - arguments are named as in torch
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +36,16 @@ def scaled(operand: Tensor, shape: Sequence[int], scale: float = 1.0, x: Tensor 
 def per_channel(vector: Tensor, ndim: int) -> Tensor:
     """A vector over channels in the shape in which it broadcasts along the second of ``ndim`` axes."""
     return vector.detach().view(-1, *(1 for _ in range(ndim - 2)))
+
+
+def with_bias(
+    bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0, *, by_channel: bool = False
+) -> Bound | None:
+    """The operands of a product and what is added to it, ``bias * scale``, in an output of ``shape``."""
+    if bound is None or bias is None:
+        return bound
+    along = per_channel(bias, len(shape)) if by_channel else bias
+    return Bound({**bound.operands, "bias": (bias, scaled(along, shape, scale))}, bound.saved)
 
 
 def _shape(*tensors: object) -> torch.Size:
@@ -114,6 +126,29 @@ def repeat(input: Tensor, *repeats: Any) -> Bound | None:
     return Bound({"input": (input, scaled(input, [size * times for size, times in axes]))})
 
 
+def affine(function: Callable[..., Tensor], *, by_channel: bool = True) -> Callable[..., Bound | None]:
+    """The rule of a function whose weight and bias lie along channels, the second axis, or along the last axes."""
+    signature = inspect.signature(function)
+
+    def rule(*args: Any, **kwargs: Any) -> Bound | None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        # With statistics of the batch there is no kernel of single samples; computing them again would update others.
+        if given.get("training") or (given.get("use_input_stats") and given["running_mean"] is not None):
+            return None
+        input, weight, bias = given["input"], given.pop("weight"), given.pop("bias", None)  # noqa: A001 - as in torch
+        normalized = partial(function, **{**given, "input": input.detach()})
+        operands = {}
+        for role, tensor, x in (("weight", weight, normalized), ("bias", bias, None)):
+            if tensor is not None:
+                along = per_channel(tensor, input.ndim) if by_channel else tensor
+                operands[role] = (tensor, scaled(along, input.shape, x=x))
+        return Bound(operands, (input,))
+
+    return rule
+
+
 _T: Any = torch.Tensor  # its methods
 RULES: Rules = {
     # Also in place: the form of a sum does not read the values that are overwritten.
@@ -127,4 +162,9 @@ RULES: Rules = {
     **dict.fromkeys((_T.expand, torch.broadcast_to, _T.broadcast_to), expand),
     _T.expand_as: lambda tensor, other: expand(tensor, *other.shape),
     **dict.fromkeys((_T.repeat, torch.tile, _T.tile), repeat),
+}
+NORMALIZATIONS: Rules = {
+    F.layer_norm: affine(F.layer_norm, by_channel=False),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), affine(F.rms_norm, by_channel=False)),
+    **{function: affine(function) for function in (F.group_norm, F.batch_norm, F.instance_norm)},
 }

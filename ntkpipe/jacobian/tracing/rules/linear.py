@@ -1,4 +1,4 @@
-"""Products with a matrix: linear, addmm, matmul and its relatives, einsum, bilinear."""
+"""Products with a matrix: linear, addmm, matmul and its relatives, einsum, bilinear; reading rows of one."""
 
 # ruff: noqa: A002 - arguments are named as in torch
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkpipe.jacobian.tracing.rules.elementwise import scaled
-from ntkpipe.jacobian.tracing.rules.form import Bound, Outer, Rules
+from ntkpipe.jacobian.tracing.rules.elementwise import with_bias
+from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Outer, Rules
 
 AxisLabels = Sequence[str]  # axes by name, as in einsum
 
@@ -75,12 +75,6 @@ def _product(factors: dict[str, Tensor], labels: list[list[str]], out: list[str]
     return Bound(operands, tuple(tensors)) if operands else None
 
 
-def _with_bias(bound: Bound | None, bias: Tensor | None, shape: Sequence[int], scale: float = 1.0) -> Bound | None:
-    if bound is None or bias is None:
-        return bound
-    return Bound({**bound.operands, "bias": (bias, scaled(bias, shape, scale))}, bound.saved)
-
-
 def _matmul(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Bound | None, list[int]]:
     """A product either factor of which may be the parameter, and the shape of its output."""
     # Leading axes are numbered from the right.
@@ -99,7 +93,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound |
     rows = [str(axis) for axis in range(input.ndim - 1)]
     form = contraction(input, weight, [*rows, "i"], ["o", "i"], [*rows, "o"])
     bound = None if form is None else Bound({"weight": (weight, form)}, (input,))
-    return _with_bias(bound, bias, (*input.shape[:-1], weight.shape[0]))
+    return with_bias(bound, bias, (*input.shape[:-1], weight.shape[0]))
 
 
 def matmul(input: Tensor, other: Tensor) -> Bound | None:
@@ -110,7 +104,7 @@ def matmul(input: Tensor, other: Tensor) -> Bound | None:
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Bound | None:
     """``beta * input + alpha * mat1 @ mat2``; also baddbmm and addmv."""
     product, shape = _matmul(mat1, mat2, alpha)
-    return _with_bias(product, input, shape, beta)
+    return with_bias(product, input, shape, beta)
 
 
 def einsum(equation: str, *operands: Any) -> Bound | None:
@@ -159,7 +153,44 @@ def _joined(tensors: list[Tensor], labels: list[list[str]], wanted: list[str]) -
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Bound | None:
     """``z_o = input1 @ weight[o] @ input2 + bias``."""
     bound = einsum("...i,...j,oij->...o", input1, input2, weight)
-    return _with_bias(bound, bias, (*input1.shape[:-1], weight.shape[0]))
+    return with_bias(bound, bias, (*input1.shape[:-1], weight.shape[0]))
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Bound | None:
+    """``weight[input]``; the row of ``padding_idx`` gets no gradient."""
+    if max_norm is not None or scale_grad_by_freq:
+        return None  # the first changes the weight, the second gives a gradient that depends on the batch
+    return _lookup(weight, input, padding_idx)
+
+
+def _lookup(table: Tensor, indices: Tensor, padding_idx: int | None = None) -> Bound | None:
+    if table.ndim != 2 or indices.dtype not in {torch.int64, torch.int32}:
+        return None
+    count = table.shape[0]
+
+    def cotangents(grad: Tensor) -> Tensor:
+        return grad if padding_idx is None else grad.masked_fill((indices == padding_idx % count).unsqueeze(-1), 0.0)
+
+    form = Lookup(indices.ndim, lambda: indices.remainder(count), cotangents)  # indices from the end are allowed
+    return Bound({"weight": (table, form)}, (indices,))
+
+
+def getitem(table: Tensor, key: object) -> Bound | None:
+    """``table[indices]``."""
+    return _lookup(table, key) if isinstance(key, Tensor) else None
+
+
+def index_select(input: Tensor, dim: int, index: Tensor) -> Bound | None:
+    """``input`` at ``index`` along its first axis."""
+    return _lookup(input, index) if dim in {0, -input.ndim} else None
 
 
 _T: Any = torch.Tensor  # its methods
@@ -169,4 +200,9 @@ RULES: Rules = {
     **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv, _T.addmm, _T.baddbmm, _T.addmv), addmm),
     torch.einsum: einsum,
     F.bilinear: bilinear,
+}
+LOOKUPS: Rules = {
+    F.embedding: embedding,
+    _T.__getitem__: getitem,
+    **dict.fromkeys((torch.index_select, _T.index_select), index_select),
 }

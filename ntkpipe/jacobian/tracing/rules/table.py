@@ -1,5 +1,5 @@
 """Torch functions and their rules."""
 
-from ntkpipe.jacobian.tracing.rules import convolution, elementwise, linear, lookup, normalization
+from ntkpipe.jacobian.tracing.rules import convolution, elementwise, linear
 
-RULES = linear.RULES | convolution.RULES | lookup.RULES | normalization.RULES | elementwise.RULES
+RULES = linear.RULES | convolution.RULES | linear.LOOKUPS | elementwise.NORMALIZATIONS | elementwise.RULES

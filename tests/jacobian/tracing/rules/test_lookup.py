@@ -26,7 +26,7 @@ from rule_cases import (
 )
 from torch import nn
 
-from ntkpipe.jacobian.tracing.rules import lookup
+from ntkpipe.jacobian.tracing.rules import linear
 
 pytestmark = QUIET
 
@@ -149,4 +149,4 @@ def test_what_has_a_rule_does_not_fall_back(name):
 
 
 def test_every_rule_is_used_in_a_case():
-    assert never_applied(lookup.RULES, CASES.values()) == []
+    assert never_applied(linear.LOOKUPS, CASES.values()) == []

@@ -29,7 +29,7 @@ from rule_cases import (
 )
 from torch import nn
 
-from ntkpipe.jacobian.tracing.rules import normalization
+from ntkpipe.jacobian.tracing.rules import elementwise
 
 pytestmark = QUIET
 
@@ -177,4 +177,4 @@ def test_what_has_a_rule_does_not_fall_back(name):
 
 
 def test_every_rule_is_used_in_a_case():
-    assert never_applied(normalization.RULES, CASES.values()) == []
+    assert never_applied(elementwise.NORMALIZATIONS, CASES.values()) == []
