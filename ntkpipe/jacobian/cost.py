@@ -59,8 +59,7 @@ class _Uncompiled(Meter):
     def _should_skip_dynamo(cls) -> bool:
         return True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    __torch_dispatch__ = Meter.__torch_dispatch__  # of its own, so that torch keeps the compiler from it
 
 
 def make_meter() -> Meter:

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Setup, Term
-from ntkpipe.jacobian.representations.pieces import Piece, PieceFilling
+from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.tracing.recorder import Recorder
@@ -26,6 +27,7 @@ _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
     "structure"
 )
+_SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 
 
@@ -57,6 +59,7 @@ class Engine:
         self.fallback = tuple(name for name in model.names if name in tracing.fallback)
         self.terms = tuple(make_terms(tracing, parameters, setup, representations))
         self.fallback_terms = tuple(Term(n, (n,), (), parameters[n].numel(), Dense) for n in self.fallback)
+        self.every_term = (*self.terms, *self.fallback_terms)
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.workspace = Workspace()
 
@@ -122,24 +125,55 @@ class Engine:
             # Some backward passes are wrong for a batch of one (see fallback.by_loop): run it twice, keep the first.
             piece, outputs = self.piece(take(load(start, stop), (0, 0)))
             return piece.first(), outputs[:1]
-        covectors = self.covectors.to(self.setup.accumulate_dtype)
-        filling = PieceFilling(self.terms, self.fallback_terms, self.parameters, self.setup, covectors, stop - start)
+        piece, held = self._empty_piece(stop - start)
         spans = Span(start, stop).batches(max(2, batch))
-        found = [self._fill(filling, load(span.start, span.stop), span.start - start) for span in spans]
-        return filling.piece(), torch.cat(found) if len(found) > 1 else found[0]
+        found = [self._fill(held, load(span.start, span.stop), span.start - start) for span in spans]
+        return piece, torch.cat(found) if len(found) > 1 else found[0]
 
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
         return self._piece(lambda start, stop: batch, 0, size, size)
 
-    def _fill(self, filling: PieceFilling, batch: Batch, first: int) -> Tensor:
+    def _empty_piece(self, num_samples: int) -> tuple[Piece, dict[str, Representation]]:
+        """Room for the Jacobians of some samples, and what each term fills of it."""
+        covectors = self.covectors.to(self.setup.accumulate_dtype)  # they say in which dtype and on which device
+        held: dict[str, Representation] = {}
+        factors: list[tuple[int, Representation]] = []
+        groups = {term.name: [self.setup.group_of(name) for name in term.parameters] for term in self.every_term}
+        dense = [term for term in self.terms if issubclass(term.held_as, Dense) and term.width < _SMALL_WIDTH]
+        small = [term for term in dense if len(set(groups[term.name])) == 1]
+        # The last number is that of parameters in no group: of all, where there are no groups.
+        for group, sharing in product(range(len(self.setup.groups) + 1), (small, self.fallback_terms)):
+            if own := [term for term in sharing if groups[term.name][0] == group]:
+                widths = [term.width for term in own]
+                matrix = covectors.new_empty((num_samples, len(covectors), sum(widths)))
+                factors.append((group, Dense(matrix)))
+                for term, part in zip(own, matrix.split(widths, dim=2), strict=True):
+                    held[term.name] = cast("type[Dense]", term.held_as)(part)
+        for term in (term for term in self.terms if term.name not in held):
+            held[term.name] = factor = term.held_as.empty(term, num_samples, covectors)
+            numbers = groups[term.name]
+            if len(set(numbers)) == 1:
+                factors.append((numbers[0], factor))
+                continue
+            assert isinstance(factor, Dense), "only what is joined spans groups"
+            parts = factor.matrix.split([self.parameters[name].numel() for name in term.parameters], dim=2)
+            factors += [(group, Dense(part)) for group, part in zip(numbers, parts, strict=True)]
+        own_groups, every = zip(*factors, strict=True)
+        return Piece(num_samples, len(covectors), every, own_groups if self.setup.groups else ()), held
+
+    def _fill(self, held: Mapping[str, Representation], batch: Batch, first: int) -> Tensor:
         samples = slice(first, first + batch_size(batch))
         recorded = self.forward(batch)
         for pulled in self.pulled(recorded, samples):
-            filling.fill(pulled)
+            for term in self.terms:
+                held[term.name].fill(term, pulled)
         if self.fallback:
-            filling.fill_fallback(self.fallback_jacobian(batch).transpose(0, 1), samples)
+            jacobians = self.fallback_jacobian(batch).transpose(0, 1)
+            parts = jacobians.split([term.width for term in self.fallback_terms], dim=2)
+            for term, part in zip(self.fallback_terms, parts, strict=True):
+                held[term.name].tensors()[0][samples] = part
         return recorded.outputs.detach()
 
     def forward(self, batch: Batch) -> Pass:
@@ -222,12 +256,11 @@ class Engine:
 
     def pair_flops(self) -> float:
         """Operations of a contraction that fall on one pair of samples."""
-        return sum((term.held_as.pair_flops(term, self.setup) for term in (*self.terms, *self.fallback_terms)), 0.0)
+        return sum((term.held_as.pair_flops(term, self.setup) for term in self.every_term), 0.0)
 
     def block_bytes(self) -> int:
         """Bytes that a block holds for a sample."""
-        every, covectors = (*self.terms, *self.fallback_terms), self.setup.num_covectors
-        numbers = sum(term.held_as.num_numbers(term, covectors) for term in every)
+        numbers = sum(term.held_as.num_numbers(term, self.setup.num_covectors) for term in self.every_term)
         return max(1, numbers * self.setup.accumulate_dtype.itemsize + self.covectors[0].nbytes)
 
     def cost(self, batch: Batch) -> Cost:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ntkpipe.base.tables import TableRows
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.representations.interface import Setup, Term
+from ntkpipe.jacobian.representations.interface import Term
 from ntkpipe.jacobian.representations.terms import REPRESENTATIONS
 from ntkpipe.jacobian.tracing.rules.form import Lookup
 
@@ -65,26 +65,22 @@ class ParameterReport:
 
 def report_of(engine: Engine) -> tuple[ParameterReport, ...]:
     """Reports on every term, parameter of the fallback and unused parameter of an engine, in the model's order."""
-    total, setup, parameters, tracing = engine.pair_flops() or 1.0, engine.setup, engine.parameters, engine.tracing
-    reports = [_term_report(term, setup) for term in engine.terms]
-    for term in engine.fallback_terms:
-        reason = tracing.fallback[term.name]
-        report = _term_report(term, setup)
-        reports.append(replace(report, rule=FALLBACK, representation=engine.method, reason=reason))
-    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in tracing.unused]
+    total, parameters = engine.pair_flops() or 1.0, engine.parameters
+    reports = [_term_report(term, engine) for term in engine.every_term]
+    reports += [ParameterReport(name, (name,), "", UNUSED, parameters[name].numel()) for name in engine.tracing.unused]
     reports.sort(key=lambda report: list(parameters).index(report.parameters[0]))
     return tuple(replace(report, share=report.pair_flops / total) for report in reports)
 
 
-def _term_report(term: Term, setup: Setup) -> ParameterReport:
-    count = setup.num_covectors
+def _term_report(term: Term, engine: Engine) -> ParameterReport:
+    setup, count, reason = engine.setup, engine.setup.num_covectors, engine.tracing.fallback.get(term.name, "")
     widths = {(use.groups, use.n_in, use.n_out) for use in term.uses}
     groups, n_in, n_out = widths.pop() if len(widths) == 1 else (0, 0, 0)
     return ParameterReport(
         name=term.name,
         parameters=term.parameters,
-        rule=term.label.rpartition(":")[0],
-        representation=term.held_as.word,
+        rule=FALLBACK if reason else term.label.rpartition(":")[0],
+        representation=engine.method if reason else term.held_as.word,
         num_parameters=term.width + (term.uses[0].n_out if term.has_bias else 0),
         num_positions=term.num_positions,
         groups=groups,
@@ -93,6 +89,7 @@ def _term_report(term: Term, setup: Setup) -> ParameterReport:
         sample_bytes=term.held_as.num_numbers(term, count) * setup.accumulate_dtype.itemsize,
         sample_flops=term.held_as.sample_flops(term, count),
         pair_flops=term.held_as.pair_flops(term, setup),
+        reason=reason,
     )
 
 

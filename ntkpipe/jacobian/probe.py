@@ -58,7 +58,7 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
             raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
     reached = _reached(passes[:2], parameters, model.constants())
     with _added_to(problems):
-        tracing = trace(parameters, passes[:2], passes[2], reached, expansions) if not problems else None
+        tracing = trace(parameters, passes, reached, expansions) if not problems else None
     if tracing is None or problems:
         tracing = nothing_traced(list(parameters), problems[0])
     return Probed(model, outputs[0].shape[1], tracing, batch)

@@ -81,9 +81,9 @@ def traced(function, inputs, **members):
 def tracing_of(model, inputs):
     """What tracing finds in a model, whose outputs need not make sense."""
     parameters = model.parameters
-    (*passes, cut), expansions = record_passes(model, [take(inputs, order) for order in PROBES])
-    reached = set().union(*(each.reached(parameters) for each in passes))
-    return trace(parameters, passes, cut, reached, expansions)
+    passes, expansions = record_passes(model, [take(inputs, order) for order in PROBES])
+    reached = set().union(*(each.reached(parameters) for each in passes[:2]))
+    return trace(parameters, passes, reached, expansions)
 
 
 def setup_of(covectors, *, pairs="all", dtype=torch.float64, num_samples=2048):

@@ -15,8 +15,6 @@ from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Outer
 from ntkpipe.jacobian.tracing.uses import Use, pull_back
 
-Grads = Mapping[int, Sequence[Tensor]]  # by number of the call: gradients at its output for a run of covectors
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -91,7 +89,7 @@ class Pulled:
     """A few covectors, pulled back through one batch to the calls that use parameters."""
 
     calls: list[Call]
-    grads: Grads  # without calls that nothing flows back to
+    grads: Mapping[int, Sequence[Tensor]]  # by number of the call; without those that nothing flows back to
     covectors: slice
     samples: slice  # of the piece that is filled
     parameters: Mapping[str, Tensor]

@@ -1,19 +1,16 @@
-"""Pieces: the Jacobians of a few samples by all parameters; how they are filled, and how two become Gram entries."""
+"""Pieces: the Jacobians of a few samples by all parameters; how two become Gram entries."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ntkpipe.jacobian.model.device import sizes_of, without_tf32
-from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.interface import Representation
 from ntkpipe.jacobian.representations.sums import GramSums, Pairs, Workspace, cuts
 
-_SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
+_FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
 @dataclass(frozen=True)
@@ -59,65 +56,6 @@ class Piece:
         """Jacobians by the parameters of one group alone, as views; no factors if the outputs depend on none."""
         factors = tuple(f for f, group in zip(self.factors, self.groups, strict=True) if group == number)
         return Piece(self.num_samples, self.num_covectors, factors)
-
-
-class PieceFilling:
-    """A piece while it is filled, batch by batch; the covectors (S, O) say in which dtype and on which device."""
-
-    def __init__(
-        self,
-        terms: Sequence[Term],
-        fallback: Sequence[Term],
-        parameters: Mapping[str, Tensor],
-        setup: Setup,
-        covectors: Tensor,
-        num_samples: int,
-    ) -> None:
-        self._num_samples, self._num_covectors, self._has_groups = num_samples, len(covectors), bool(setup.groups)
-        self._terms, self._fallback = terms, fallback
-        self._held: dict[str, Representation] = {}
-        self._factors: list[tuple[int, Representation]] = []
-        groups = {term.name: [setup.group_of(name) for name in term.parameters] for term in (*terms, *fallback)}
-        dense = [term for term in terms if issubclass(term.held_as, Dense) and term.width < _SMALL_WIDTH]
-        small = [term for term in dense if len(set(groups[term.name])) == 1]
-        # The last number is that of parameters in no group: of all, where there are no groups.
-        for group, sharing in product(range(len(setup.groups) + 1), (small, fallback)):
-            if own := [term for term in sharing if groups[term.name][0] == group]:
-                widths = [term.width for term in own]
-                matrix = covectors.new_empty((num_samples, len(covectors), sum(widths)))
-                self._factors.append((group, Dense(matrix)))
-                for term, part in zip(own, matrix.split(widths, dim=2), strict=True):
-                    self._held[term.name] = cast("type[Dense]", term.held_as)(part)
-        for term in terms:
-            if term.name in self._held:
-                continue
-            numbers, held = groups[term.name], term.held_as.empty(term, num_samples, covectors)
-            self._held[term.name] = held
-            if len(set(numbers)) == 1:
-                self._factors.append((numbers[0], held))
-                continue
-            assert isinstance(held, Dense), "only what is joined spans groups"
-            parts = held.matrix.split([parameters[name].numel() for name in term.parameters], dim=2)
-            self._factors += [(group, Dense(part)) for group, part in zip(numbers, parts, strict=True)]
-
-    def fill(self, pulled: Pulled) -> None:
-        """Fill in a few covectors that were pulled back through a batch."""
-        for term in self._terms:
-            self._held[term.name].fill(term, pulled)
-
-    def fill_fallback(self, jacobians: Tensor, samples: slice) -> None:
-        """Fill in Jacobians (n, S, P) by the parameters of the fallback, side by side."""
-        parts = jacobians.split([term.width for term in self._fallback], dim=2)
-        for term, part in zip(self._fallback, parts, strict=True):
-            self._held[term.name].tensors()[0][samples] = part
-
-    def piece(self) -> Piece:
-        """The piece, once every batch is in."""
-        numbers, factors = zip(*self._factors, strict=True)
-        return Piece(self._num_samples, self._num_covectors, factors, numbers if self._has_groups else ())
-
-
-_FEW = 8  # products of Gram matrices that are added up in their own dtype; more of them in float64
 
 
 def contract(left: Piece, right: Piece, workspace: Workspace, pairs: Pairs = "all") -> Tensor:

@@ -226,19 +226,16 @@ def next_expansion(*made: Mapping[int, tuple[torch.Size, ...]]) -> frozenset[int
 
 
 def trace(
-    parameters: Mapping[str, Tensor],
-    passes: Sequence[Pass],
-    cut: Pass,
-    reached: Collection[str],
-    expansions: frozenset[int],
+    parameters: Mapping[str, Tensor], recorded: Sequence[Pass], reached: Collection[str], expansions: frozenset[int]
 ) -> Tracing:
-    """Find the uses of parameters in recorded passes of unlike sizes and orders.
+    """Find the uses of parameters in three recorded passes; gradients reach the parameters in ``reached``.
 
-    Gradients reach the parameters in ``reached``. Of the first pass, ``cut`` differs in its last sample, and parameters
-    were detached in its recorded uses.
+    Two passes are of unlike sizes and orders. The third differs from the first in its last sample, and parameters were
+    detached in its recorded uses.
     """
+    first, second, cut = recorded
+    passes = first, second
     unused = tuple(name for name in parameters if name not in reached)
-    first, second = passes
     calls = zip(first.calls, second.calls, strict=False)
     patterns = tuple(Pattern.of(call, first.num_samples, other) for call, other in calls)
     if not all(_follows(each, patterns) for each in passes):

@@ -13,10 +13,8 @@ from torch import Tensor
 from ntkpipe.jacobian.tracing.rules.elementwise import with_bias
 from ntkpipe.jacobian.tracing.rules.form import Bound, Lookup, Outer, Rules
 
-AxisLabels = Sequence[str]  # axes by name, as in einsum
 
-
-def contraction(x: Tensor, weight: Tensor, *labels: AxisLabels, scale: float = 1.0) -> Outer | None:
+def contraction(x: Tensor, weight: Tensor, *labels: Sequence[str], scale: float = 1.0) -> Outer | None:
     """The form of a product of x with a weight, or None if it is not a matrix product; axes are labelled for einsum."""
     # Axes that x and weight share and that are summed over belong to the inputs a, axes of the weight alone to the
     # cotangents d; axes of x alone number the rows, and axes of all three number the groups.
