@@ -15,9 +15,10 @@ from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
+from ntkpipe.solvers.probe_lanczos import ProbeLanczos
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import ProbeLanczos, Sampler, Sampling
+from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint
 
