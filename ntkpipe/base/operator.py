@@ -57,6 +57,7 @@ class Operator(ABC):
         self.num_rows = num_rows
         self.storage_dtype = storage_dtype
         self._statistics: Statistics | None = None
+        self.lowest: tuple[float, float] | None = None  # bounds of the smallest eigenvalue, once somebody found them
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +162,11 @@ class Operator(ABC):
         eps = float(np.finfo(self.storage_dtype).eps)
         return eps * self.frobenius() / math.sqrt(self.num_rows)
 
+    @property
+    def unshifted(self) -> "tuple[Operator, float]":
+        """K0 and s of a view ``K0 + s I``; of others K itself and zero."""
+        return self, 0.0
+
     def shifted(self, shift: float) -> "Operator":
         """Return a view ``K + shift I``."""
         return self if shift == 0.0 else _Shifted(self, shift)
@@ -255,6 +261,11 @@ class _ByNumber(_Elementwise):
 
 
 class _Shifted(_ByNumber):
+    @property
+    def unshifted(self) -> tuple[Operator, float]:
+        base, shift = self._base.unshifted
+        return base, shift + self._number
+
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
         product += self._number * block

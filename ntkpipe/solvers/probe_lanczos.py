@@ -76,6 +76,12 @@ class ProbeLanczos:
         beyond = np.arange(num_steps) >= self._lengths[:, None]
         return np.where(beyond, alphas[:, :1], alphas), np.where(beyond, 0.0, betas)
 
+    def ritz(self) -> tuple[FloatArray, FloatArray]:
+        """Ritz values of the first column, ascending, and the norms of their residuals, after one step or more."""
+        alphas, betas = (found[0] for found in self.coefficients(self.num_steps))
+        values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
+        return values, betas[-1] * np.abs(vectors[-1])
+
     def state(self) -> dict[str, Any]:
         """State of the steps taken, beside their arrays."""
         coefficients = {"alphas": self._alphas[:, : self.num_steps], "betas": self._betas[:, : self.num_steps]}

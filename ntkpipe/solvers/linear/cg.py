@@ -11,12 +11,15 @@ from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.linear.residual_replacement import Recurrence
 
 _EPS = float(np.finfo(np.float64).eps)
+_ROUNDING = 4 * _EPS  # curvature of a direction of length one, relative to the norm of the matrix, that may be nothing
 
 
 class _Preconditioned(Recurrence):
     def __init__(self, operator: Operator, preconditioner: Preconditioner | None, *start: FloatArray) -> None:
         super().__init__(*start)
         self._operator, self._preconditioner = operator, preconditioner
+        if preconditioner is not None:
+            self.largest = float(preconditioner.values.max(initial=0.0)) + preconditioner.ridge
 
 
 class _Independent(_Preconditioned):
@@ -42,7 +45,9 @@ class _Independent(_Preconditioned):
         directions = whitened + products / self._products[columns] * self._directions[:, columns]
         image = self._operator.matmat(directions)
         curvature = np.einsum("ij,ij->j", directions, image)
-        is_positive = curvature > 0.0
+        squared = np.einsum("ij,ij->j", directions, directions)
+        self.largest = max(self.largest, float((curvature / squared).max(initial=0.0)))
+        is_positive = curvature > _ROUNDING * self.largest * squared
         length = np.divide(products, curvature, out=np.zeros_like(products), where=is_positive)
         self.solution[:, columns] += length * directions
         self.residual[:, columns] -= length * image
@@ -65,6 +70,7 @@ class _Block(_Preconditioned):
     """
 
     shares_directions = True
+    _whitened = 0.0  # the largest curvature of a direction so far, about the norm of the preconditioned matrix
 
     def _whiten(self, block: FloatArray) -> FloatArray:
         return block if self._preconditioner is None else self._preconditioner.inverse_sqrt(block)
@@ -83,8 +89,11 @@ class _Block(_Preconditioned):
         whitened = self._whiten(image)
         projected = self._directions.T @ whitened
         curvature, axes = np.linalg.eigh((projected + projected.T) / 2)
-        rounding = 4 * len(curvature) * _EPS * float(np.abs(curvature).max(initial=0.0))
-        if not curvature.size or curvature[0] < -rounding or curvature[-1] <= 0.0:
+        self._whitened = max(self._whitened, float(curvature.max(initial=0.0)))
+        if self._preconditioner is None:
+            self.largest = self._whitened
+        rounding = len(curvature) * _ROUNDING * self._whitened
+        if not curvature.size or curvature[0] < -rounding or curvature[-1] <= rounding:
             return columns.copy()
         kept = curvature > rounding
         lengths = (axes[:, kept] / curvature[kept]) @ axes[:, kept].T

@@ -9,17 +9,22 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.solvers.lowest import lowest_eigenvalue
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _CHECK_EVERY = 25
 _DRIFT = 10.0  # a true residual larger than the recursive one by this factor replaces it
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
+_EPS = float(np.finfo(np.float64).eps)
+_TOO_LARGE = 100.0  # rounding of a product with an iterate, as a multiple of the best residual, from where it is lost
+_LARGE = 1e6  # an iterate of so many times |b| / |A| is as bad as a residual of |b|
 
 
 class Recurrence(ABC):
     """An iteration that updates a solution and, by the same products, its residual."""
 
+    largest = 0.0  # about the norm of the matrix, as far as it is known
     shares_directions = False  # whether columns advance by each other's directions, so that they restart together
 
     def __init__(self, solution: FloatArray, residual: FloatArray) -> None:
@@ -54,7 +59,7 @@ class IterationState:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate(IterationState):
-    """Outcome: the iterate of each column with the smallest true residual computed, or the last if passes ran out."""
+    """Outcome: the iterate of each column with the smallest true residual of all that were computed."""
 
     residuals: FloatArray  # true residuals of the solution, relative to the right-hand sides, shape (c,)
     status: Status
@@ -71,7 +76,14 @@ class Iteration:
     Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
     pass. Columns of B are scaled to norm one, and those of zeros left out.
 
-    Memory: about eight blocks of the shape of B, with those of the iteration.
+    Where A is singular and B not in its range, iterates grow beyond all bounds. Their residuals grow as well, but also
+    do so for a while where A is only ill-conditioned; sizes tell: a column has stagnated once rounding of A times an
+    iterate is far larger than the best residual, since later iterates are larger still. Such columns, and those that
+    end with a residual above that of zero, get the smoothed iterate: after each step the point of smallest residual,
+    and not too large, on the line from the last one to the iterate (Zhou and Walker, "Residual smoothing techniques
+    for iterative methods", SIAM J. Sci. Comput. 15, 1994).
+
+    Memory: about nine blocks of the shape of B, with those of the iteration.
     """
 
     def __init__(
@@ -109,10 +121,8 @@ class Iteration:
         if earlier is None:
             self._start[:, is_bad], self._residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
         self._best, self._best_residuals = self._start.copy(), np.linalg.norm(self._residual, axis=0)
-        # An iterate that goes on is still closer than zero in the norm of the matrix, though its residual is larger.
         self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
-        # The best iterate by recursive residuals; its true one is computed only if the end is not good.
-        self._hope, self._hoped_residuals = self._start.copy(), self._best_residuals.copy()
+        self._smooth, self._smooth_residual = self._best.copy(), np.where(is_bad, self._rhs, self._residual)
         count = self._rhs.shape[1]
         self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
         self._targets = np.full(count, tol)
@@ -165,9 +175,7 @@ class Iteration:
             self._passes += 1
             recursive = np.linalg.norm(recurrence.residual, axis=0)
             self._history.append(recursive)
-            smaller = recursive < self._hoped_residuals
-            self._hope[:, smaller] = recurrence.solution[:, smaller]
-            self._hoped_residuals[smaller] = recursive[smaller]
+            self._smoothen(recurrence)
             self._tell(recursive)
             self._is_broken |= broken | ~np.isfinite(recursive)
             new = self._history[self._num_earlier :]
@@ -179,29 +187,47 @@ class Iteration:
                 recursive = np.linalg.norm(recurrence.residual, axis=0)
         self._look_back()
 
+    def _smoothen(self, recurrence: Recurrence) -> None:
+        """Move smoothed iterates towards the new ones, to where residuals and sizes together are smallest."""
+        weight = (recurrence.largest / _LARGE) ** 2
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            change, step = recurrence.residual - self._smooth_residual, recurrence.solution - self._smooth
+            slopes = _dots(change, self._smooth_residual) + weight * _dots(step, self._smooth)
+            lengths = -slopes / (_dots(change, change) + weight * _dots(step, step))
+        moved = np.isfinite(lengths) & (lengths != 0.0)
+        self._smooth_residual[:, moved] += lengths[moved] * change[:, moved]
+        self._smooth[:, moved] += lengths[moved] * step[:, moved]
+
+    def _hoped(self, columns: NDArray[np.bool_], residuals: FloatArray) -> NDArray[np.bool_]:
+        """Which of these columns may have a smaller residual where they are smoothed."""
+        return np.asarray(columns & (np.linalg.norm(self._smooth_residual, axis=0) < residuals))
+
     def _look_back(self) -> None:
-        """Try iterates between checks for columns that broke down or stagnated; at most one pass."""
+        """Try the smoothed iterates of columns that broke down or stagnated; at most one pass."""
         is_lost = (self._best_residuals > self._tol) & (self._is_broken | self._is_stuck)
-        if self._passes < self._max_passes and (is_lost & (self._hoped_residuals < self._best_residuals)).any():
-            true = np.linalg.norm(self._true_residual(self._hope), axis=0)
+        if self._passes < self._max_passes and (hoped := self._hoped(is_lost, self._best_residuals)).any():
+            true = np.linalg.norm(self._true_residual(self._smooth), axis=0)
             self._tell(true)
-            better = is_lost & (true < self._best_residuals)
-            self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
+            self._remember(self._smooth, np.where(hoped, true, np.inf))
+
+    def _remember(self, solution: FloatArray, residuals: FloatArray) -> None:
+        better = residuals < self._best_residuals
+        self._best[:, better], self._best_residuals[better] = solution[:, better], residuals[better]
 
     def _check(self, recurrence: Recurrence, recursive: FloatArray) -> None:
         """Compute true residuals, remember the best iterates, and replace residuals that have drifted."""
-        solution = self._finite(recurrence)
-        finite = np.isfinite(recurrence.solution).all(axis=0)
-        residual = self._true_residual(solution)
+        solution = checked = self._finite(recurrence)
+        if self._passes + 1 >= self._max_passes or self._gave_up:
+            # Nothing comes after it: where zero would be better than the iterate, the smoothed one may be.
+            checked = np.where(self._hoped(recursive >= 1.0, recursive), self._smooth, solution)
+        residual = self._true_residual(checked)
         true = np.linalg.norm(residual, axis=0)
         self._checks.append((len(self._history), true))
         self._keep(self._state(solution))
         self._tell(true)
-        # Where passes run out, the last iterate is nearest to the solution in the norm of the matrix; of a column that
-        # broke down or stagnated only the residual tells.
-        is_last = self._passes + 1 >= self._max_passes or self._gave_up
-        better = finite & ((true < self._best_residuals) | (is_last & self._is_open))
-        self._best[:, better], self._best_residuals[better] = recurrence.solution[:, better], true[better]
+        self._remember(checked, true)
+        rounding = _EPS * recurrence.largest * np.linalg.norm(solution, axis=0)
+        self._is_stuck |= rounding > _TOO_LARGE * self._best_residuals
         is_open = self._is_open
         # The recursive residual met the target and the true one missed it by little: ask for a little more.
         claimed = is_open & (recursive <= self._targets)
@@ -213,7 +239,6 @@ class Iteration:
         self._poor_gains[is_poor] += 1
         self._poor_gains[drifted & ~is_poor] = 0
         self._replaced[drifted] = true[drifted]
-        self._hope[:, drifted], self._hoped_residuals[drifted] = self._best[:, drifted], self._best_residuals[drifted]
         self._is_stuck |= self._poor_gains >= _MOST_POOR_GAINS
         if recurrence.shares_directions:
             drifted[:] = True
@@ -248,21 +273,23 @@ class Iteration:
         if not is_open.any():
             return "converged", f"{said} after {len(self._history)} iterations"
         said += f", and {int(is_open.sum())} of {len(is_open)} columns are above tol={self._tol:.2g}"
-        floor = self._operator.storage_floor()
-        stored = f"entries rounded to {self._operator.storage_dtype} leave eigenvalues below {floor:.2g} unknown"
-        if (self._is_broken & is_open).any():
-            return "indefinite at storage precision", (
-                f"{said}: a direction without positive curvature was met, so the matrix is not positive definite; "
-                f"{stored}. Give a ridge of at least {floor:.2g}"
-            )
-        if (self._is_stuck & is_open).any():
-            return "stagnated", (
-                f"{said}: replacing drifted residuals does not help any more, so the matrix is singular for these "
-                f"right-hand sides or too ill-conditioned for float64; {stored}. Give a larger ridge or tol"
+        is_broken, is_stuck = self._is_broken & is_open, self._is_stuck & is_open
+        if (is_broken | is_stuck).any():
+            lowest = lowest_eigenvalue(self._operator)
+            where = ": a direction without curvature beyond rounding was met" if is_broken.any() else ""
+            status: Status = "indefinite at storage precision" if is_broken.any() else "stagnated"
+            return status, (
+                f"{said}{where}, so the matrix is singular for these right-hand sides or too ill-conditioned; "
+                f"{lowest.words}. Raise the ridge by at least {lowest.ridge:.2g}, or take the solution of minimum "
+                "norm: KernelRegression(method='eigh')"
             )
         if self._gave_up:
             return "step limit", f"{said}: it was ended after {len(self._history)} iterations"
         return "step limit", f"{said} after {self._passes} passes: give more of them, a larger rank or a larger ridge"
+
+
+def _dots(left: FloatArray, right: FloatArray) -> FloatArray:
+    return np.asarray(np.einsum("ij,ij->j", left, right))
 
 
 def _column_norms(block: FloatArray) -> FloatArray:

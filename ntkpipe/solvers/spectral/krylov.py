@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
@@ -70,9 +69,8 @@ class TopEigenvalue(ProbeLanczos):
     def _look(self) -> tuple[float, bool]:
         if not self.num_steps:
             return 0.0, False
-        (alphas,), (betas,) = self.coefficients(self.num_steps)
-        values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
-        gap, value = betas[-1] * abs(vectors[-1, -1]), float(values[-1])
+        values, residuals = self.ritz()
+        gap, value = residuals[-1], float(values[-1])
         is_last = self.num_steps == self.max_steps or self.ended.all()
         return value, bool(is_last or gap <= _RATE_TOLERANCE * abs(value))
 
