@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.ranges import require_range
 
 RidgeScale = Literal["mean_diagonal"] | None  # unit of a ridge; None is absolute
 
@@ -17,15 +18,15 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
     if scale not in (None, "mean_diagonal"):
         raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
     check_number("ridge", ridge, low=0.0)
-    return ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
+    found = ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
+    return require_range("ridge", check_number("ridge", found, low=0.0))
 
 
 def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
     """Convert ridges to what is added to the diagonal, in their order."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    found = [absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges]
-    return np.array([check_number("ridge", ridge, low=0.0, high=1e300) for ridge in found])
+    return np.array([absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges])
 
 
 def ridges_or(

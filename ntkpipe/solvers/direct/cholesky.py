@@ -37,7 +37,6 @@ from ntkpipe.solvers.result import Monitor, Step, ignore
 
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0
-_LARGEST = float(np.finfo(np.float64).max)
 
 
 @recorded(keep_tiles=False)
@@ -90,7 +89,7 @@ def cholesky(
         If the path holds something else or cannot be written, or another process writes there.
     """
     operator: Operator = matrix
-    ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=_LARGEST)
+    ridge = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     for name, value in (("panel_width", panel_width), ("threads", threads)):
         if value is not None:
             check_number(name, value, low=1)

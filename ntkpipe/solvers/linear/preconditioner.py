@@ -12,6 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.ranges import require_range
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
 
@@ -94,7 +95,7 @@ def randomly_pivoted_cholesky(
 
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
-    start, operator = perf_counter(), as_operator(matrix)
+    start, operator = perf_counter(), _opened(matrix)
     rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
     check_number("rounds", rounds, low=1)
     before, n = operator.work, operator.num_rows
@@ -176,7 +177,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
 
     One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
     """
-    start, operator = perf_counter(), as_operator(matrix)
+    start, operator = perf_counter(), _opened(matrix)
     rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
     before = operator.work
     trace, storage_floor = operator.trace(), operator.storage_floor()
@@ -251,7 +252,13 @@ def checked_rank(rank: int | None, num_rows: int) -> int:
 
 
 def _checked_ridge(ridge: float) -> float:
-    return float(check_number("ridge", ridge, low=0.0, high=float(np.finfo(np.float64).max)))
+    return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
+
+
+def _opened(matrix: Any) -> Operator:
+    operator = as_operator(matrix)
+    operator.require_range()
+    return operator
 
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ranges import column_norms
 from ntkpipe.solvers.lowest import lowest_eigenvalue
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
@@ -101,7 +102,7 @@ class Iteration:
     ) -> None:
         self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
         self._give_up, self._keep, self._before = give_up, keep, operator.work
-        self._shape, self._scales = rhs.shape, _column_norms(rhs)
+        self._shape, self._scales = rhs.shape, column_norms(rhs)
         self._kept = self._scales > 0.0
         self._rhs = rhs[:, self._kept] / self._scales[self._kept]
         self._passes, self._replacements, self._gave_up = 0, 0, False
@@ -290,10 +291,3 @@ class Iteration:
 
 def _dots(left: FloatArray, right: FloatArray) -> FloatArray:
     return np.asarray(np.einsum("ij,ij->j", left, right))
-
-
-def _column_norms(block: FloatArray) -> FloatArray:
-    """2-norms of columns, without overflow."""
-    largest = np.abs(block).max(axis=0, initial=0.0)
-    scaled = block / np.where(largest > 0.0, largest, 1.0)
-    return np.asarray(largest * np.linalg.norm(scaled, axis=0))
