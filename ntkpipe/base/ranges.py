@@ -56,6 +56,15 @@ def column_scales(block: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([power_of_two(float(size)) for size in np.abs(block).max(axis=0, initial=0.0)])
 
 
+def scaled_back(solution: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What columns were before they were scaled, where float64 holds it."""
+    with np.errstate(over="ignore", under="ignore"):
+        found = solution * scales
+    if not np.isfinite(found).all():
+        raise ConfigError("right-hand sides whose solutions are beyond 1.8e308; needed smaller ones: use other units")
+    return np.asarray(found)
+
+
 class SquareSum:
     """Sum of squares of numbers of any size (Blue, "A portable Fortran program to find the Euclidean norm", 1978)."""
 
