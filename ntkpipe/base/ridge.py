@@ -17,9 +17,17 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
     """Convert a ridge to the λ that is added to the diagonal."""
     if scale not in (None, "mean_diagonal"):
         raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
-    check_number("ridge", ridge, low=0.0)
-    found = ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
-    return require_range("ridge", check_number("ridge", found, low=0.0))
+    ridge = check_number("ridge", ridge, low=0.0)
+    if scale is None:
+        return checked_ridge(ridge)
+    if (unit := float(diagonal().astype(np.float64).mean())) < 0.0:
+        raise ConfigError(f"the mean diagonal, {unit:.3g}, is no unit of ridges; needed a kernel, or absolute ridges")
+    return checked_ridge(ridge * unit)
+
+
+def checked_ridge(ridge: float) -> float:
+    """Check what is added to the diagonal."""
+    return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
 
 
 def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:

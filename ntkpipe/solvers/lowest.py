@@ -28,26 +28,20 @@ class Lowest:
     dtype: str  # of stored entries
 
     @property
-    def is_explained(self) -> bool:
-        """Whether rounding may have made it of a positive semi-definite matrix."""
-        return self.most >= -explained_by_rounding(self.floor, self.rounding)
-
-    @property
     def ridge(self) -> float:
         """What makes the matrix definite, by as much as it is not now; rounded up to two digits."""
         return rounded_up(max(-2.0 * self.least, self.floor, self.rounding)) or 1.0
 
     @property
     def words(self) -> str:
-        """What it means that the matrix turned out not to be definite."""
+        """What rounding explains of it."""
         moved = f"rounding of entries to {self.dtype} moves eigenvalues by about {self.floor:.2g} (the storage floor)"
-        if self.is_explained:
-            unsure = "" if self.least >= -explained_by_rounding(self.floor, self.rounding) else ", or somewhat more"
-            return f"{moved}, so it is indefinite at storage precision{unsure}"
-        return (
-            f"an eigenvalue is at most {self.most:.3g}, and {moved}: more than rounding explains, the matrix is not "
-            "positive semi-definite"
-        )
+        explained = explained_by_rounding(self.floor, self.rounding)
+        if self.most < -explained:
+            return f"an eigenvalue is at most {self.most:.3g}, and {moved}: the matrix is not positive semi-definite"
+        if self.most <= explained:
+            return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}: indefinite at storage precision"
+        return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}"
 
 
 def rounded_up(value: float) -> float:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ranges import column_norms
-from ntkpipe.solvers.lowest import lowest_eigenvalue
+from ntkpipe.solvers.lowest import lowest_eigenvalue, rounded_up
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _CHECK_EVERY = 25
@@ -18,6 +18,7 @@ _DRIFT = 10.0  # a true residual larger than the recursive one by this factor re
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
 _EPS = float(np.finfo(np.float64).eps)
+_OF_TOL, _LEAST_TOL = 10.0, 1e-12  # rounding that a ridge leaves, relative to `tol`, and the least that is sensible
 _TOO_LARGE = 100.0  # rounding of a product with an iterate, as a multiple of the best residual, from where it is lost
 _LARGE = 1e6  # an iterate of so many times |b| / |A| is as bad as a residual of |b|
 
@@ -84,7 +85,7 @@ class Iteration:
     and not too large, on the line from the last one to the iterate (Zhou and Walker, "Residual smoothing techniques
     for iterative methods", SIAM J. Sci. Comput. 15, 1994).
 
-    Memory: about nine blocks of the shape of B, with those of the iteration.
+    Memory: about eight blocks of the shape of B, with those of the iteration.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Iteration:
 
     def run(self, make: Callable[[FloatArray, FloatArray], Recurrence]) -> Iterate:
         """Iterate until no column is open, or passes are used up; the state is kept, whatever ends it."""
-        recurrence = make(self._start.copy(), self._residual.copy())
+        recurrence = make(self._start, self._residual.copy())
         try:
             self._iterate(recurrence)
         except BaseException as error:
@@ -277,11 +278,14 @@ class Iteration:
         is_broken, is_stuck = self._is_broken & is_open, self._is_stuck & is_open
         if (is_broken | is_stuck).any():
             lowest = lowest_eigenvalue(self._operator)
+            # Rounding of products leaves a residual of the condition number times its own size.
+            within_reach = _OF_TOL * _EPS * self._operator.frobenius() / max(self._tol, _LEAST_TOL)
+            ridge = max(lowest.ridge, rounded_up(within_reach))
             where = ": a direction without curvature beyond rounding was met" if is_broken.any() else ""
             status: Status = "indefinite at storage precision" if is_broken.any() else "stagnated"
             return status, (
                 f"{said}{where}, so the matrix is singular for these right-hand sides or too ill-conditioned; "
-                f"{lowest.words}. Raise the ridge by at least {lowest.ridge:.2g}, or take the solution of minimum "
+                f"{lowest.words}. Raise the ridge by at least {ridge:.2g}, or take the solution of minimum "
                 "norm: KernelRegression(method='eigh')"
             )
         if self._gave_up:

@@ -74,11 +74,8 @@ def test_the_ridge_of_the_message_does(make, n, dtype, method, rng):
     message = solve(matrix, rhs, method=method).message
     ridge = float(re.search(r"ridge by at least (\S+),", message)[1])
     assert np.isfinite(cholesky(matrix, ridge=ridge).logdet)
-    raised = solve(matrix, rhs, method=method, ridge=ridge, tol=1e-3, max_passes=4000)
     assert "semi-definite" not in message
-    assert raised.status != "indefinite at storage precision"
-    if dtype == np.float32:
-        assert raised.is_converged
+    assert solve(matrix, rhs, method=method, ridge=ridge, max_passes=4000).is_converged
 
 
 @METHODS
