@@ -33,7 +33,7 @@ def require_range(name: str, size: float) -> float:
     """Refuse a ridge or the largest of some targets if neither zero nor in range."""
     if size and not _LEAST <= abs(size) <= _MOST:
         raise ConfigError(
-            f"{name} of size {abs(size):.2g}; needed zero or {_LEAST:.2g} to {_MOST:.2g}, since squares of others "
+            f"{name}={size:.3g}; needed zero or {_LEAST:.2g} to {_MOST:.2g}, since squares of others "
             "leave the range of float64: use other units"
         )
     return size

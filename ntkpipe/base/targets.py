@@ -166,7 +166,7 @@ def _real(values: NDArray[Any], *, warns: bool) -> Targets:
     matrix = values.reshape(len(values), -1).astype(np.float64)
     if not np.isfinite(matrix).all():
         raise NonFiniteError("targets hold NaN or infinity")
-    require_range("targets", float(np.abs(matrix).max(initial=0.0)))
+    require_range("the largest target", float(np.abs(matrix).max(initial=0.0)))
     found = Targets(matrix, None, None, values.ndim == 1)
     if warns and matrix.shape[1] == 1 and len(matrix) > 2 and _are_integers(matrix):
         count = len(np.unique(matrix))
