@@ -148,7 +148,8 @@ class Iteration:
         """Iterate until no column is open, or passes are used up; the state is kept, whatever ends it."""
         recurrence = make(self._start, self._residual.copy())
         try:
-            self._iterate(recurrence)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                self._iterate(recurrence)
         except BaseException as error:
             if len(self._history) > self._num_earlier:
                 try:
@@ -172,14 +173,14 @@ class Iteration:
             active = self._is_open & (recursive > self._targets)
             if recurrence.shares_directions:
                 active = np.ones_like(active)
-            with np.errstate(over="ignore", invalid="ignore"):
-                broken = recurrence.step(active)
+            broken = recurrence.step(active)
             self._passes += 1
             recursive = np.linalg.norm(recurrence.residual, axis=0)
             self._history.append(recursive)
             self._smoothen(recurrence)
             self._tell(recursive)
-            self._is_broken |= broken | ~np.isfinite(recursive)
+            broken |= ~np.isfinite(recursive)
+            self._is_broken |= broken.any() if recurrence.shares_directions else broken
             new = self._history[self._num_earlier :]
             self._gave_up = self._give_up is not None and self._give_up(np.array(new))
             is_due = len(self._history) % _CHECK_EVERY == 0 or self._passes + 2 > self._max_passes
@@ -192,10 +193,9 @@ class Iteration:
     def _smoothen(self, recurrence: Recurrence) -> None:
         """Move smoothed iterates towards the new ones, to where residuals and sizes together are smallest."""
         weight = (recurrence.largest / _LARGE) ** 2
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            change, step = recurrence.residual - self._smooth_residual, recurrence.solution - self._smooth
-            slopes = _dots(change, self._smooth_residual) + weight * _dots(step, self._smooth)
-            lengths = -slopes / (_dots(change, change) + weight * _dots(step, step))
+        change, step = recurrence.residual - self._smooth_residual, recurrence.solution - self._smooth
+        slopes = _dots(change, self._smooth_residual) + weight * _dots(step, self._smooth)
+        lengths = -slopes / (_dots(change, change) + weight * _dots(step, step))
         moved = np.isfinite(lengths) & (lengths != 0.0)
         self._smooth_residual[:, moved] += lengths[moved] * change[:, moved]
         self._smooth[:, moved] += lengths[moved] * step[:, moved]
