@@ -89,17 +89,12 @@ def open_for_solver(
 ) -> tuple[Operator, Budget]:
     """Open a matrix for a solver, and say what is left of its budget: half of the room is for tiles that are kept.
 
-    Where the limit has no room for tiles, they are read one at a time, beside what the solver takes. A matrix whose
-    entries float64 cannot square is refused.
+    Where the limit has no room for tiles, they are read one at a time, beside what the solver takes.
     """
     if isinstance(matrix, Operator | np.ndarray) and not isinstance(matrix, np.memmap):
-        operator = as_operator(matrix)
-    else:
-        share = budget.half() if keep_tiles else budget
-        try:
-            operator = as_operator(matrix, memory_limit=share, threads=threads, keep_tiles=keep_tiles)
-            budget = share
-        except ResourceError:
-            operator = as_operator(matrix, memory_limit=Budget(), threads=1, keep_tiles=False)
-    operator.require_range()
-    return operator, budget
+        return as_operator(matrix), budget
+    share = budget.half() if keep_tiles else budget
+    try:
+        return as_operator(matrix, memory_limit=share, threads=threads, keep_tiles=keep_tiles), share
+    except ResourceError:
+        return as_operator(matrix, memory_limit=Budget(), threads=1, keep_tiles=False), budget
