@@ -114,8 +114,6 @@ class CholeskyFactor(Result):
             norms_next = np.linalg.norm(residual, axis=0)
             better = norms_next < norms
             taken += 1
-            if not better.any():
-                break
             solution[:, better], norms = solution_next[:, better], np.minimum(norms, norms_next)
             if not better.all():
                 break

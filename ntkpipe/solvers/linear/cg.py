@@ -61,12 +61,10 @@ class _Independent(_Preconditioned):
 class _Block(_Preconditioned):
     """Block conjugate gradients: every right-hand side profits from the search directions of all.
 
-    Residuals are P^-1/2 R = Q C with orthonormal Q. O'Leary, 1980, in the form of Dubrulle ("Retooling the method of
-    block conjugate gradients", ETNA 12, 2001) that keeps an orthonormal basis of the residuals by QR factorisations, so
-    it survives linearly dependent residuals. We depart from it in three points: the preconditioner is split, P^-1/2 on
-    both sides, for which its eigenvectors are known; the basis of the first residuals is as large as their rank, so
-    equal right-hand sides, or more of them than rows, are no trouble; and directions without curvature, to float64
-    rounding, are left out.
+    O'Leary, 1980, in the form of Dubrulle ("Retooling the method of block conjugate gradients", ETNA 12, 2001), with an
+    orthonormal basis of the residuals, P^-1/2 R = Q C, so they may be linearly dependent. We depart in three points:
+    the preconditioner is split; the first basis is as large as the rank of the residuals, so right-hand sides may be
+    equal, or more than rows; and directions without curvature, to float64 rounding, are left out.
     """
 
     shares_directions = True

@@ -72,18 +72,16 @@ class Iterate(IterationState):
 class Iteration:
     """Solution of ``A X = B`` by an iteration until true residuals are small, or cannot become so.
 
-    True residuals are computed in float64 after every 25 iterations and whenever the recursive ones claim success:
-    one pass each, and only they decide. Where one is ten times the recursive, it replaces it and the directions begin
-    anew; a column that gains less than a factor of two by two replacements in a row has stagnated. (Van der Vorst and
-    Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
-    pass. Columns of B are scaled to norm one, and those of zeros left out.
+    True residuals, a pass each, are computed every 25 iterations and where recursive ones claim success, and only they
+    decide. One that is ten times the recursive replaces it, and directions begin anew (van der Vorst and Ye, SIAM J.
+    Sci. Comput. 22, 2000, who estimate it); a column that gains less than a factor of two by two replacements in a row
+    has stagnated. Columns of B are scaled to norm one, and those of zeros left out.
 
-    Where A is singular and B not in its range, iterates grow beyond all bounds. Their residuals grow as well, but also
-    do so for a while where A is only ill-conditioned; sizes tell: a column has stagnated once rounding of A times an
-    iterate is far larger than the best residual, since later iterates are larger still. Such columns, and those that
-    end with a residual above that of zero, get the smoothed iterate: after each step the point of smallest residual,
-    and not too large, on the line from the last one to the iterate (Zhou and Walker, "Residual smoothing techniques
-    for iterative methods", SIAM J. Sci. Comput. 15, 1994).
+    Where A is singular and B not in its range, iterates and residuals grow beyond all bounds; residuals grow for a
+    while where A is only ill-conditioned, too. So sizes tell: a column has stagnated once rounding of A times its
+    iterate is far above its best residual, since later iterates are larger still. It gets the smoothed iterate, the
+    point of small residual and size on the line from the last one to the iterate (Zhou and Walker, SIAM J. Sci. Comput.
+    15, 1994), as do columns whose residual at the end is above that of zero.
 
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
