@@ -5,7 +5,6 @@ import gc
 import io
 import pickle
 import threading
-import traceback
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from uuid import uuid4
 
 import cloudpickle
 from distributed import Reschedule, WorkerPlugin, get_worker
-from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
+from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.executors.threads import Job, RunStopped
 
 PLUGIN_PREFIX = "ntkpipe-"
@@ -103,35 +102,24 @@ class _Opened:
         self._topic = topic
         self._folder = folder / f"ntkpipe-{payload.token}"
         self._lock = threading.Lock()
-        self._jobs: dict[int, Job[Any, Any]] = {}
+        self._job: Job[Any, Any] | None = None
         self._mine = threading.local()
         self._session = contextlib.ExitStack()
         self._num_running = 0
 
     def run(self, worker: Any, key: Any, shrinking: int) -> list[Any]:
-        self._mine.worker, self._mine.task = worker, worker.get_current_task()
-        job = self._job(shrinking)
-        with self._in_session(job):
-            opened = vars(self._mine).setdefault("opened", {})
+        mine = self._mine
+        mine.worker, mine.task = worker, worker.get_current_task()
+        with self._in_session() as job:
+            opened = vars(mine).setdefault("opened", {})
             if shrinking not in opened:
                 opened.clear()  # larger ones are no longer needed
                 worker.log_event(self._topic, {"worker": worker.address})
+                for _ in range(shrinking):
+                    job = job.shrunk()
                 opened[shrinking] = job.open(self._pause)
-            try:
+            with without_frames():
                 return list(opened[shrinking](key))
-            except BaseException as error:
-                # Dask keeps the error, and with it the memory of every frame that it passed: a worker paused for its
-                # memory would stay paused.
-                traceback.clear_frames(error.__traceback__)
-                raise
-
-    def _job(self, shrinking: int) -> Job[Any, Any]:
-        with self._lock:
-            if not self._jobs:
-                self._jobs[0] = self._unpickle()
-            for level in range(len(self._jobs), shrinking + 1):
-                self._jobs[level] = self._jobs[level - 1].shrunk()
-            return self._jobs[shrinking]
 
     def _unpickle(self) -> Job[Any, Any]:
         payload = self._payload
@@ -151,14 +139,15 @@ class _Opened:
         return job
 
     @contextlib.contextmanager
-    def _in_session(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Hold the job's process-wide settings while any thread runs a key."""
+    def _in_session(self) -> Iterator[Job[Any, Any]]:
+        """Unpickle the job once, and hold its process-wide settings while any thread runs a key."""
         with self._lock:
+            job = self._job = self._job or self._unpickle()
             if self._num_running == 0:
                 self._session.enter_context(job.session())
             self._num_running += 1
         try:
-            yield
+            yield job
         finally:
             with self._lock:
                 self._num_running -= 1
@@ -167,11 +156,9 @@ class _Opened:
 
     def _pause(self) -> None:
         """Stop work that was cancelled, or that this worker cannot finish since it is about to leave."""
-        worker = self._mine.worker
-        state = worker.state.tasks.get(self._mine.task)
-        if state is None or state.state == "cancelled":
+        if is_cancelled(self._mine.worker, self._mine.task):
             raise RunStopped
-        if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
+        if is_leaving(self._mine.worker):
             raise Leaving
 
 

@@ -1,5 +1,6 @@
 """On a cluster: every key once, the bits of threads, and whatever dies, leaves or grows too large is made good."""
 
+import asyncio
 import gc
 import io
 import os
@@ -225,7 +226,7 @@ def test_an_error_keeps_no_memory_of_the_work_that_failed(tmp_path):
     taken: weakref.WeakSet[Large] = weakref.WeakSet()
     worker = SimpleNamespace(address="here", get_current_task=lambda: "key", log_event=lambda *_: None)
     opened = _Opened(Payload("token", b"", None), tmp_path, "topic")
-    opened._jobs[0] = Numbers(partial(fail_with, taken))
+    opened._job = Numbers(partial(fail_with, taken))
     with pytest.raises(StoreError, match="it fails") as failure:
         opened.run(worker, 1, 0)
     assert failure.value.__traceback__ is not None
@@ -274,13 +275,13 @@ def interrupt_once(is_time: Callable[[], object]) -> None:
 
 
 def test_results_do_not_wait_for_each_other(client, monkeypatch):
-    fetch, together = Future.result, threading.Barrier(2, timeout=60)
+    fetch, together = Future._result, asyncio.Barrier(2)
 
-    def result(future: Any, *args: Any) -> Any:
-        together.wait()
-        return fetch(future, *args)
+    async def result(future: Any, *args: Any) -> Any:
+        await asyncio.wait_for(together.wait(), timeout=60)
+        return await fetch(future, *args)
 
-    monkeypatch.setattr(Future, "result", result)
+    monkeypatch.setattr(Future, "_result", result)
     executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers")
     assert len(list(executor.run(Numbers(), range(1, 9)))) == 16
 

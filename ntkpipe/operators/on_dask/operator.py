@@ -1,7 +1,7 @@
 """A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ClusterError, ResourceError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.executors.pool import Tasks
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, run_pass
-from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, WorkerHandle, WorkerTask
+from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, WorkerHandle
 from ntkpipe.operators.reading import buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, num_blocks_in_use, share_out
+from ntkpipe.operators.shards import PairwiseSum, PassStopped, num_blocks_in_use, share_out
 from ntkpipe.operators.streaming import TiledOperator
 from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, join_statistics
 
@@ -83,7 +84,7 @@ class WorkersOperator(TiledOperator):
         try:
             yield from this.results()
         finally:
-            self._group.cancel(this.pending)  # nobody waits for the rest
+            this.tasks.drop()  # nobody waits for the rest
             self._group.work += Work(seconds=perf_counter() - start)
 
     def close(self) -> None:
@@ -101,36 +102,36 @@ class _Pass:
     entries: EntryRequest | None
     block: FloatArray | None
     sent: "FloatArray | Future[Any] | None" = None  # the block as it reaches workers
-    pending: "dict[Future[Any], WorkerTask]" = field(default_factory=dict)
     losses: int = 0
+
+    def __post_init__(self) -> None:
+        self.tasks: Tasks[tuple[WorkerHandle, tuple[int, ...]]] = Tasks(self.group.pool, (PassStopped,))  # with shards
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
         self._send_block()
         self.group.share(self.num_rows, (shard.number for shard in self.shards))
-        for address in self.group.members:
-            self._request(address, self.group.owned(self.num_rows, address))
-        for task, found in self.group.outcomes(self.pending):
+        for address, handle in self.group.members.items():
+            self._request(handle, self.group.owned(self.num_rows, address))
+        for (handle, shards), found in self.tasks:
             if isinstance(found, PassReply):
                 self.losses = 0
                 self._count(found.num_tiles, found.bytes_read)
-                if task.handle is not None:
-                    task.handle.num_kept = found.num_kept
+                handle.num_kept = found.num_kept
                 yield from found.results.items()
             else:
-                self._request_again(task, found)
+                self._request_again(handle, shards, found)
 
-    def _request(self, address: str, shards: tuple[int, ...]) -> None:
-        if not shards:
-            return
-        handle, owned = self.group.members[address], self.group.owned(self.num_rows, address)
-        self._require_room(address, handle)
-        request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
-        name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
-        future = self.group.submit(address, name, run_pass, handle.shard_worker, request, self.sent)
-        self.pending[future] = WorkerTask(address, handle, shards)
+    def _request(self, handle: WorkerHandle, shards: tuple[int, ...]) -> None:
+        if shards:
+            self._require_room(handle)
+            owned = self.group.owned(self.num_rows, handle.address)
+            request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
+            name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
+            arguments = handle.shard_worker, request, self.sent
+            self.tasks.submit((handle, shards), run_pass, *arguments, name=f"ntkpipe-{name}", address=handle.address)
 
-    def _require_room(self, address: str, handle: WorkerHandle) -> None:
+    def _require_room(self, handle: WorkerHandle) -> None:
         """Check that a block fits a worker; cached tiles give way to a large one, for good."""
         limit = handle.report.memory_limit
         if self.block is None or not limit:
@@ -139,8 +140,8 @@ class _Pass:
         free = limit - handle.report.base_memory - buffer_bytes(self.group.source, handle.threads)
         if needed > free - (1 - _MOST_OF_LIMIT) * limit:
             raise ResourceError(
-                f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
-                f"which has {format_bytes(free)}; give fewer columns at a time, more memory or more workers"
+                f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of {handle.address}, which has "
+                f"{format_bytes(free)}; give fewer columns at a time, more memory or more workers"
             )
         handle.cache_bytes = max(0, min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed)))
 
@@ -154,7 +155,9 @@ class _Pass:
         for attempt in range(_MOST_LOSSES):
             try:
                 # Hashed by its content, an equal block of another pass would be the same to Dask, and go with it.
-                self.sent = group.client.scatter(self.block, workers=list(group.members), broadcast=True, hash=False)
+                self.sent = group.pool.client.scatter(
+                    self.block, workers=list(group.members), broadcast=True, hash=False
+                )
             except Exception as error:  # Dask says in many ways that a worker dies this moment
                 if attempt == _MOST_LOSSES - 1:
                     raise ClusterError(f"a block does not reach the workers: {error!r}; look at their logs") from error
@@ -162,24 +165,24 @@ class _Pass:
             else:
                 return
 
-    def _request_again(self, task: WorkerTask, reason: BaseException) -> None:
+    def _request_again(self, handle: WorkerHandle, lost: tuple[int, ...], reason: BaseException) -> None:
         """Request the shards of a lost worker from others; they own them only from the next pass on."""
         group, grid = self.group, self.group.source.grid
-        tiles = (tile for number in task.shards for tile in self.shards[number].tiles)
+        tiles = (tile for number in lost for tile in self.shards[number].tiles)
         num_tiles = sum(self.entries is None or self.entries.touches(tile, grid) for tile in tiles)
         self._count(num_tiles, num_tiles * group.source.tile_bytes)
         self.losses += 1
         if self.losses > _MOST_LOSSES:
             raise ClusterError(
-                f"workers were lost {self.losses} times while no part of a pass arrived, {task.address} the last "
+                f"workers were lost {self.losses} times while no part of a pass arrived, {handle.address} the last "
                 f"({reason}). Look at their logs; if they were killed for their memory, give them more, or "
                 "cache_bytes or blocks of fewer columns"
             ) from reason
-        group.forget(task.address, task.handle)
+        group.forget(handle)
         self._send_block()
-        shares = share_out(list(task.shards), group.threads(), {})
-        for address in group.members:
-            self._request(address, tuple(number for number, owner in shares.items() if owner == address))
+        shares = share_out(list(lost), group.threads(), {})
+        for address, other in group.members.items():
+            self._request(other, tuple(number for number, owner in shares.items() if owner == address))
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
         self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)
