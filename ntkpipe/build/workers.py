@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -80,7 +80,7 @@ def find_resources(request: Request, client: "Client | None", code: str | Path |
         return Resources(run, progress)
     from ntkpipe.executors.pool import Pool
 
-    pool = Pool(client)
+    pool: Pool[Any] = Pool(client)
     pool.require_ready()
     found = inspect_workers(pool, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
     if progress:
@@ -100,7 +100,7 @@ class WorkerFacts:
     flops_per_second: float
 
 
-def inspect_workers(pool: "Pool", dtype: torch.dtype, device: str | None = None) -> Machine:
+def inspect_workers(pool: "Pool[Any]", dtype: torch.dtype, device: str | None = None) -> Machine:
     """Ask every worker what it is, and sum up the reports for the plan."""
     from ntkpipe.executors.pool import differing
 
@@ -156,7 +156,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def require_shared_store(pool: "Pool", store: Store) -> None:
+def require_shared_store(pool: "Pool[Any]", store: Store) -> None:
     """Check that every worker can write, read and delete in the store as this process sees it."""
     ours = f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
     store.medium.put(ours, ours.encode())

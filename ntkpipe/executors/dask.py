@@ -11,14 +11,13 @@ from itertools import islice
 from math import inf
 from time import monotonic
 from typing import Any, Generic
-from uuid import uuid4
 
 from distributed import Client, KilledWorker, Scheduler
 from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
-from ntkpipe.executors.payload import PLUGIN_PREFIX, JobPlugin, Payload, PayloadMissingError, pickle_job, run_key
-from ntkpipe.executors.pool import POLL_SECONDS, Pool, Tasks
+from ntkpipe.executors.payload import PLUGIN_PREFIX, JobPlugin, PayloadMissingError, pickle_job, run_key
+from ntkpipe.executors.pool import POLL_SECONDS, Pool
 from ntkpipe.executors.threads import Job, Key, Record
 
 TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be built
@@ -61,10 +60,8 @@ class ClusterExecutor(Generic[Key, Record]):
 class _Run(Generic[Key, Record]):
     def __init__(self, executor: ClusterExecutor[Key, Record], job: Job[Key, Record]) -> None:
         self._client, self._name, self._max_failures = executor.client, executor.name, executor.max_failures
-        self._token = uuid4().hex[:16]
-        self._plugin = JobPlugin(Payload(self._token, pickle_job(job), executor.code), owner=self._client.id)
-        self._pool = Pool(self._client)
-        self._tasks: Tasks[Key] = Tasks(self._pool, (PayloadMissingError, StoreError))
+        self._plugin = JobPlugin(pickle_job(job), executor.code, owner=self._client.id)
+        self._pool: Pool[Key] = Pool(self._client, (PayloadMissingError, StoreError))
         self._again: list[tuple[float, Key]] = []  # keys to submit once more, and when
         self._failures: Counter[str] = Counter()
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run
@@ -72,7 +69,7 @@ class _Run(Generic[Key, Record]):
         self._shrinking = 0
         self._shrunk_at = -_GRACE_SECONDS
         self._num_threads = 0
-        self._alone_since: float | None = None
+        self._alone_since = monotonic()  # infinite once that was said
         self._counted_at = -POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
@@ -87,18 +84,18 @@ class _Run(Generic[Key, Record]):
             now = monotonic()
             due = [key for when, key in self._again if when <= now]
             self._again = [(when, key) for when, key in self._again if when > now]
-            for key in [*due, *islice(keys, max(0, self._window() - len(self._tasks) - len(due)))]:
+            for key in [*due, *islice(keys, max(0, self._window() - len(self._pool) - len(due)))]:
                 # The scheduler unpickles arguments, and may lack the classes of keys.
-                arguments = self._token, pickle.dumps(key), self._shrinking
-                self._tasks.submit(key, run_key, *arguments, name=self._name, label=str(key))
-            if not self._tasks and not self._again:
+                arguments = self._plugin.name, pickle.dumps(key), self._shrinking
+                self._pool.submit(self._name, key, run_key, *arguments)
+            if not self._pool and not self._again:
                 return
-            if (ended := self._tasks.next()) is not None:
+            if (ended := self._pool.next()) is not None:
                 yield from self._finish(*ended)
 
     def _deliver(self) -> None:
         # The client keeps its handlers: they must not refer to the job.
-        busy, killed, wake = self._busy, self._killed, self._tasks.wake
+        busy, killed, wake = self._busy, self._killed, self._pool.wake
 
         def note_memory(event: tuple[float, dict[str, Any]]) -> None:
             if event[1]["worker"] in busy:
@@ -118,25 +115,19 @@ class _Run(Generic[Key, Record]):
             with contextlib.suppress(OSError):
                 self._num_threads = sum(self._client.nthreads().values())
             self._counted_at = monotonic()
-            self._warn_if_alone()
+            if self._num_threads:
+                self._alone_since = self._counted_at
+            elif self._counted_at - self._alone_since > _ALONE_SECONDS:
+                self._alone_since = inf
+                warnings.warn("the cluster has no workers; waiting for some to join", stacklevel=2)
         return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
-
-    def _warn_if_alone(self) -> None:
-        """Warn once each time that the cluster has had no worker for a while."""
-        if self._num_threads:
-            self._alone_since = None
-        elif self._alone_since is None:
-            self._alone_since = monotonic()
-        elif monotonic() - self._alone_since > _ALONE_SECONDS:
-            self._alone_since = inf
-            warnings.warn("the cluster has no workers; waiting for some to join", stacklevel=2)
 
     def _finish(self, key: Key, found: Any) -> Iterable[Record]:
         match found:
             case KilledWorker():
                 self._fail(key, f"its workers died ({found.last_worker.address} the last)", found)
             case CancelledError() | CommClosedError():
-                self._again += [(0.0, lost) for lost in (key, *self._tasks.drop())]
+                self._again += [(0.0, lost) for lost in (key, *self._pool.drop())]
                 while not self._has_workers():
                     self._pool.wait()
                 self._deliver()
@@ -183,11 +174,11 @@ class _Run(Generic[Key, Record]):
             "a worker was killed for exceeding its memory; blocks that are not done are tried in half the memory",
             stacklevel=2,
         )
-        self._again = [(0.0, key) for key in (*self._tasks.drop(), *(key for _, key in self._again))]
+        self._again = [(0.0, key) for key in (*self._pool.drop(), *(key for _, key in self._again))]
 
     def close(self) -> None:
         """Make workers stop, and forget the job."""
-        self._tasks.drop()
+        self._pool.drop()
         # The scheduler may go at this moment, or the run have ended before the job was delivered.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             if self._client.status == "running":

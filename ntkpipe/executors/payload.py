@@ -1,4 +1,4 @@
-"""The payload of a run on a cluster: the job and the code that it needs, how workers unpack it and run keys of it."""
+"""The payload of a run on a cluster: a job and the code that it needs, how workers unpack it and run keys of it."""
 
 import contextlib
 import gc
@@ -7,7 +7,6 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -83,38 +82,38 @@ def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset
             yield path
 
 
-@dataclass(frozen=True)
-class Payload:
-    """What a worker needs for a run."""
+class JobPlugin(WorkerPlugin):
+    """The Dask plugin of a run: brings its job to every worker, also later ones, and removes it at the end."""
 
-    token: str  # of the run
-    job: bytes  # pickled; the first task loads it, so that a failure is one of the task and not of the worker
-    code: bytes | None  # zip archive of its modules
+    def __init__(self, job: bytes, code: bytes | None, owner: str) -> None:
+        self._token = uuid4().hex[:16]
+        self.name = f"{PLUGIN_PREFIX}{self._token}@{owner}"  # also the topic of what threads begin
+        self._pickled = job  # the first task loads it, so that a failure is one of the task and not of the worker
+        self._code = code  # zip archive of its modules
 
-
-# In a worker process: received payloads by worker (one process may hold several) and run.
-_OPENED: dict[tuple[str, str], "_Opened"] = {}
-
-
-class _Opened:
-    def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
-        self._payload = payload
-        self._topic = topic
-        self._folder = folder / f"ntkpipe-{payload.token}"
+    def setup(self, worker: Any) -> None:
+        """Dask calls this in each worker, with a copy of its own."""
+        self._folder = Path(worker.local_directory) / f"ntkpipe-{self._token}"
         self._lock = threading.Lock()
         self._job: Job[Any, Any] | None = None
         self._mine = threading.local()
         self._session = contextlib.ExitStack()
         self._num_running = 0
 
+    def teardown(self, worker: Any) -> None:
+        """Dask calls this in each worker when the run has ended."""
+        self._job, self._mine = None, threading.local()
+        gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
+
     def run(self, worker: Any, key: Any, shrinking: int) -> list[Any]:
+        """Run one key in a thread of a worker."""
         mine = self._mine
         mine.worker, mine.task = worker, worker.get_current_task()
         with self._in_session() as job:
             opened = vars(mine).setdefault("opened", {})
             if shrinking not in opened:
                 opened.clear()  # larger ones are no longer needed
-                worker.log_event(self._topic, {"worker": worker.address})
+                worker.log_event(self.name, {"worker": worker.address})
                 for _ in range(shrinking):
                     job = job.shrunk()
                 opened[shrinking] = job.open(self._pause)
@@ -122,15 +121,13 @@ class _Opened:
                 return list(opened[shrinking](key))
 
     def _unpickle(self) -> Job[Any, Any]:
-        payload = self._payload
         try:
-            if payload.code is None:
-                job: Job[Any, Any] = cloudpickle.loads(payload.job)
-            else:
-                unpack_code(payload.code, self._folder)
-                with folder_first(self._folder):
-                    job = cloudpickle.loads(payload.job)
-                forget_folder(self._folder)  # another run may have modules of the same names
+            if self._code is None:
+                return cloudpickle.loads(self._pickled)  # type: ignore[no-any-return]
+            unpack_code(self._code, self._folder)
+            with folder_first(self._folder):
+                job: Job[Any, Any] = cloudpickle.loads(self._pickled)
+            forget_folder(self._folder)  # another run may have modules of the same names
         except Exception as error:
             raise ClusterError(
                 f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
@@ -172,27 +169,10 @@ def unpack_code(code: bytes, folder: Path) -> None:
     temporary.rename(folder)
 
 
-class JobPlugin(WorkerPlugin):
-    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
-
-    def __init__(self, payload: Payload, owner: str) -> None:
-        self.name = f"{PLUGIN_PREFIX}{payload.token}@{owner}"  # also the topic of what threads begin
-        self.payload = payload
-
-    def setup(self, worker: Any) -> None:
-        """Dask calls this in each worker."""
-        _OPENED[worker.id, self.payload.token] = _Opened(self.payload, Path(worker.local_directory), self.name)
-
-    def teardown(self, worker: Any) -> None:
-        """Dask calls this in each worker when the run has ended."""
-        if _OPENED.pop((worker.id, self.payload.token), None) is not None:
-            gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
-
-
-def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
+def run_key(plugin: str, key: bytes, shrinking: int) -> list[Any]:
     """Run one key; the task that Dask sees."""
     worker = get_worker()
-    opened = _OPENED.get((worker.id, token))
-    if opened is None:
-        raise PayloadMissingError(token)
-    return opened.run(worker, pickle.loads(key), shrinking)
+    mine = worker.plugins.get(plugin)
+    if not isinstance(mine, JobPlugin):
+        raise PayloadMissingError(plugin)
+    return mine.run(worker, pickle.loads(key), shrinking)

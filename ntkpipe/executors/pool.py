@@ -47,14 +47,17 @@ class Report(Generic[Found]):
     found: Found
 
 
-class Pool:
-    """Workers of a client's cluster."""
+class Pool(Generic[Task]):
+    """Workers of a client's cluster, and the tasks there that a driver waits for."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, returned: tuple[type[Exception], ...] = ()) -> None:
         self.client = client
+        self._returned = _LOST + returned  # errors of tasks that are given to the caller; others are raised
         self._token = uuid4().hex[:16]
         self._count = count()
         self._paused: dict[str, float] = {}  # since when, by address
+        self._pending: dict[Future[Any], tuple[Task, str]] = {}  # with the address of a worker, if it is for one
+        self._ended: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
 
     def require_ready(self) -> None:
         """Wait for a worker, and check that the scheduler can pass on what is sent to it."""
@@ -116,32 +119,6 @@ class Pool:
             )
         sleep(POLL_SECONDS)
 
-    def submit(
-        self, function: Callable[..., Found], *arguments: Any, name: str, label: str = "", address: str = ""
-    ) -> "Future[Found]":
-        """Submit a task, to one worker and no other if an address is given; others run in the order of submission."""
-        number = next(self._count)
-        place = {"workers": [address], "allow_other_workers": False} if address else {"priority": -number}
-        key = (f"{name}-{self._token}", label or address, number)
-        return self.client.submit(function, *arguments, key=key, pure=False, **place)
-
-    def cancel(self, futures: Iterable["Future[Any]"]) -> None:
-        """Tell workers to leave what nobody waits for."""
-        # A client that is closed, or closes this moment, has cancelled them.
-        with contextlib.suppress(OSError, CancelledError, RuntimeError, ClosedClientError):
-            if futures := list(futures):
-                self.client.cancel(futures, force=True, reason="nobody waits for it")
-
-
-class Tasks(Generic[Task]):
-    """Tasks in a pool whose ends a driver waits for."""
-
-    def __init__(self, pool: Pool, returned: tuple[type[Exception], ...] = ()) -> None:
-        self._pool = pool
-        self._returned = _LOST + returned  # errors that are given to the caller; others are raised
-        self._pending: dict[Future[Any], tuple[Task, str]] = {}  # with the address of a worker, if it is for one
-        self._ended: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
-
     def __len__(self) -> int:
         return len(self._pending)
 
@@ -151,14 +128,16 @@ class Tasks(Generic[Task]):
             if (ended := self.next()) is not None:
                 yield ended
 
-    def submit(
-        self, task: Task, function: Callable[..., Any], *arguments: Any, name: str, label: str = "", address: str = ""
-    ) -> None:
-        """See :meth:`Pool.submit`."""
-        future = self._pool.submit(function, *arguments, name=name, label=label, address=address)
+    def submit(self, name: str, task: Task, function: Callable[..., Any], *arguments: Any, address: str = "") -> None:
+        """Submit a task, to one worker and no other if an address is given; others run in the order of submission."""
+        number = next(self._count)
+        key = (f"{name}-{self._token}", address or str(task), number)
+        place = {"workers": [address], "allow_other_workers": False} if address else {"priority": -number}
+        future = self.client.submit(function, *arguments, key=key, pure=False, **place)
         self._pending[future] = task, address
+        assert self.client.loop is not None
         # Results are fetched side by side: one after the other they would keep hundreds of workers waiting.
-        self._pool.client.loop.add_callback(_fetch, future, self._ended)
+        self.client.loop.add_callback(_fetch, future, self._ended)
 
     def next(self) -> tuple[Task, Any] | None:
         """Wait for the end of a task, and return it with its result or loss; none after a while or a :meth:`wake`."""
@@ -173,7 +152,7 @@ class Tasks(Generic[Task]):
         task, address = self._pending.pop(future)
         if isinstance(found, BaseException):
             # The client keeps the error, and with it every frame that it went through and all their data.
-            self._pool.cancel([future])
+            self._cancel([future])
             if not isinstance(found, self._returned):
                 is_clear = isinstance(found, NtkpipeError) or not address
                 raise found if is_clear else _failure(f"the worker {address} fails", found)
@@ -185,10 +164,10 @@ class Tasks(Generic[Task]):
 
     def _miss(self) -> None:
         """End tasks of workers that have left, since Dask would wait for others at their addresses; or all."""
-        is_over = self._pool.client.status not in {"connecting", "running"}
+        is_over = self.client.status not in {"connecting", "running"}
         pinned = {address for _, address in self._pending.values() if address}
         with contextlib.suppress(OSError):  # tasks say so if the scheduler does not come back
-            alive = self._pool.alive(pinned) if pinned and not is_over else ()
+            alive = self.alive(pinned) if pinned and not is_over else ()
             for future, (_, address) in self._pending.items():
                 if is_over or (address and address not in alive):
                     self._ended.put((future, CommClosedError(f"{address or 'the client'} is gone")))
@@ -196,8 +175,14 @@ class Tasks(Generic[Task]):
     def drop(self) -> list[Task]:
         """Cancel and return what is pending."""
         dropped, self._pending = self._pending, {}
-        self._pool.cancel(dropped)
+        self._cancel(list(dropped))
         return [task for task, _ in dropped.values()]
+
+    def _cancel(self, futures: list["Future[Any]"]) -> None:
+        # A client that is closed, or closes this moment, has cancelled them.
+        with contextlib.suppress(OSError, CancelledError, RuntimeError, ClosedClientError):
+            if futures:
+                self.client.cancel(futures, force=True, reason="nobody waits for it")
 
 
 async def _fetch(future: "Future[Any]", ended: "queue.SimpleQueue[tuple[Future[Any], Any] | None]") -> None:

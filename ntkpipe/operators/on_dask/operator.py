@@ -11,7 +11,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ClusterError, ResourceError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.executors.pool import Tasks
+from ntkpipe.executors.pool import Pool
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, run_pass
 from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, WorkerHandle
 from ntkpipe.operators.reading import buffer_bytes
@@ -84,7 +84,7 @@ class WorkersOperator(TiledOperator):
         try:
             yield from this.results()
         finally:
-            this.tasks.drop()  # nobody waits for the rest
+            this.pool.drop()  # nobody waits for the rest
             self._group.work += Work(seconds=perf_counter() - start)
 
     def close(self) -> None:
@@ -105,7 +105,8 @@ class _Pass:
     losses: int = 0
 
     def __post_init__(self) -> None:
-        self.tasks: Tasks[tuple[WorkerHandle, tuple[int, ...]]] = Tasks(self.group.pool, (PassStopped,))  # with shards
+        # Of tasks for a member, with the shards that each uses.
+        self.pool: Pool[tuple[WorkerHandle, tuple[int, ...]]] = Pool(self.group.client, (PassStopped,))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
@@ -113,7 +114,7 @@ class _Pass:
         self.group.share(self.num_rows, (shard.number for shard in self.shards))
         for address, handle in self.group.members.items():
             self._request(handle, self.group.owned(self.num_rows, address))
-        for (handle, shards), found in self.tasks:
+        for (handle, shards), found in self.pool:
             if isinstance(found, PassReply):
                 self.losses = 0
                 self._count(found.num_tiles, found.bytes_read)
@@ -129,7 +130,7 @@ class _Pass:
             request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
             name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
             arguments = handle.shard_worker, request, self.sent
-            self.tasks.submit((handle, shards), run_pass, *arguments, name=f"ntkpipe-{name}", address=handle.address)
+            self.pool.submit(f"ntkpipe-{name}", (handle, shards), run_pass, *arguments, address=handle.address)
 
     def _require_room(self, handle: WorkerHandle) -> None:
         """Check that a block fits a worker; cached tiles give way to a large one, for good."""
@@ -155,9 +156,7 @@ class _Pass:
         for attempt in range(_MOST_LOSSES):
             try:
                 # Hashed by its content, an equal block of another pass would be the same to Dask, and go with it.
-                self.sent = group.pool.client.scatter(
-                    self.block, workers=list(group.members), broadcast=True, hash=False
-                )
+                self.sent = group.client.scatter(self.block, workers=list(group.members), broadcast=True, hash=False)
             except Exception as error:  # Dask says in many ways that a worker dies this moment
                 if attempt == _MOST_LOSSES - 1:
                     raise ClusterError(f"a block does not reach the workers: {error!r}; look at their logs") from error

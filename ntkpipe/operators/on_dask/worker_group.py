@@ -4,8 +4,8 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pickle import PicklingError
 from time import monotonic
+from uuid import uuid4
 
 from distributed import Client, Future
 
@@ -55,8 +55,9 @@ class WorkerGroup:
         for name, value, low in given:
             if value is not None:
                 check_number(name, value, low=low)
-        self.pool = Pool(client)
-        self.pool.require_ready()
+        self._pool: Pool[None] = Pool(client)
+        self._pool.require_ready()
+        self.client = client
         self.source = source
         self.members: dict[str, WorkerHandle] = {}  # by address
         self.work = Work()
@@ -74,7 +75,7 @@ class WorkerGroup:
         deadline = monotonic() + _WAIT_SECONDS
         while True:
             with contextlib.suppress(OSError):  # the scheduler may come back
-                alive = self.pool.alive(self.members)
+                alive = self._pool.alive(self.members)
                 for address in self.members.keys() - alive:
                     self.forget(self.members[address])
                 new = [address for address in alive if address not in self.members]
@@ -82,8 +83,8 @@ class WorkerGroup:
                 self._looked_at = monotonic()
                 if self.members:
                     return
-                require_workers(self.pool.client)
-            self.pool.wait(deadline)
+                require_workers(self.client)
+            self._pool.wait(deadline)
 
     def _admit(self, addresses: list[str]) -> None:
         """Admit workers that reach the tiles; one that dies meanwhile is left out."""
@@ -91,13 +92,14 @@ class WorkerGroup:
             return
         question = compare_first_tile, self.source, self._digest
         try:
-            reports = self.pool.require_shared("the matrix", *question, workers=addresses)
-        except (TypeError, PicklingError) as error:
+            reports = self._pool.require_shared("the matrix", *question, workers=addresses)
+        except TypeError as error:  # of pickling
             raise ConfigError(f"tiles cannot be sent to workers: {error}") from error
         hosts = Counter(each.host for each in reports.values())
         for address, report in reports.items():
             threads, cache_bytes = self._sizes(report, hosts[report.host])
-            shard_worker = self.pool.submit(ShardWorker, self.source, name="ntkpipe-open", address=address)
+            key = f"ntkpipe-open-{uuid4().hex}"
+            shard_worker = self.client.submit(ShardWorker, self.source, key=key, workers=[address], pure=False)
             self.members[address] = WorkerHandle(address, report, shard_worker, threads, cache_bytes)
 
     def _sizes(self, report: Report[str], num_on_host: int) -> tuple[int, int]:
@@ -133,10 +135,8 @@ class WorkerGroup:
         """Remove a member; if it is still there it will be asked for a new report."""
         if self.members.get(handle.address) is handle:
             del self.members[handle.address]
-            self.pool.cancel([handle.shard_worker])
         self._looked_at = -POLL_SECONDS
 
     def close(self) -> None:
         """Free the memory of the members."""
-        members, self.members = self.members, {}
-        self.pool.cancel(handle.shard_worker for handle in members.values())
+        self.members.clear()
