@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch
@@ -27,8 +27,6 @@ from ntkpipe.store.store import Store
 
 if TYPE_CHECKING:
     from distributed import Client
-
-    from ntkpipe.executors.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,8 @@ class Resources:
             return None
         from ntkpipe.executors.dask import TOPIC, ClusterExecutor  # keeps distributed out of runs on one machine
         from ntkpipe.executors.payload import pack_code
-        from ntkpipe.executors.pool import Pool
 
-        require_shared_store(Pool(self.client), store)
+        require_shared_store(self.client, store)
         self.client.log_event(TOPIC, {"store": str(store.root), "state": "building"})
         packed = None if self.code is None else pack_code(Path(self.code))
         return ClusterExecutor(self.client, name=store.manifest.kind, code=packed)
@@ -78,11 +75,7 @@ def find_resources(request: Request, client: "Client | None", code: str | Path |
     run = request.run
     if client is None:
         return Resources(run, progress)
-    from ntkpipe.executors.pool import Pool
-
-    pool: Pool[Any] = Pool(client)
-    pool.require_ready()
-    found = inspect_workers(pool, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
+    found = inspect_workers(client, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
     if progress:
         each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
@@ -100,15 +93,17 @@ class WorkerFacts:
     flops_per_second: float
 
 
-def inspect_workers(pool: "Pool[Any]", dtype: torch.dtype, device: str | None = None) -> Machine:
+def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> Machine:
     """Ask every worker what it is, and sum up the reports for the plan."""
-    from ntkpipe.executors.pool import differing
+    from ntkpipe.executors.connect import require_workers
+    from ntkpipe.executors.pool import Pool, differing
 
-    every = list(pool.ask(describe_worker, dtype, device).values())
-    if not every:  # all have died, for example in a run that took too much memory
-        pool.require_ready()
-        every = list(pool.ask(describe_worker, dtype, device).values())
-    if not every:
+    pool: Pool[None] = Pool(client)
+    for _ in range(2):  # all may have died, for example in a run that took too much memory
+        require_workers(client)
+        if every := list(pool.ask(describe_worker, dtype, device).values()):
+            break
+    else:
         raise ClusterError("all workers of the cluster died while they were asked what they are; look at their logs")
     for name, ours in versions().items():
         mine = f"{socket.gethostname()} (this process)", ours
@@ -156,8 +151,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def require_shared_store(pool: "Pool[Any]", store: Store) -> None:
+def require_shared_store(client: "Client", store: Store) -> None:
     """Check that every worker can write, read and delete in the store as this process sees it."""
+    from ntkpipe.executors.pool import Pool
+
+    pool: Pool[None] = Pool(client)
     ours = f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
     store.medium.put(ours, ours.encode())
     try:

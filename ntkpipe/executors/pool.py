@@ -23,7 +23,6 @@ from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, NtkpipeError, ResourceError
 from ntkpipe.base.resources import available_memory, process_memory
-from ntkpipe.executors.connect import require_package, require_workers
 
 Task = TypeVar("Task")
 Found = TypeVar("Found")
@@ -58,11 +57,6 @@ class Pool(Generic[Task]):
         self._paused: dict[str, float] = {}  # since when, by address
         self._pending: dict[Future[Any], tuple[Task, str]] = {}  # with the address of a worker, if it is for one
         self._ended: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
-
-    def require_ready(self) -> None:
-        """Wait for a worker, and check that the scheduler can pass on what is sent to it."""
-        require_workers(self.client)
-        require_package(self.client)
 
     def ask(
         self, question: Callable[..., Found], *arguments: Any, workers: list[str] | None = None
@@ -248,10 +242,7 @@ def is_leaving(worker: Any) -> bool:
 
 @contextlib.contextmanager
 def without_frames() -> Iterator[None]:
-    """Clear the frames that an error went through; Dask keeps it, and would keep their memory.
-
-    A worker that is paused for its memory would stay paused.
-    """
+    """Clear the frames of an error; Dask keeps it and their memory, and a worker paused for that would stay so."""
     try:
         yield
     except BaseException as error:

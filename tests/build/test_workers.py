@@ -19,6 +19,7 @@ from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
 from ntkpipe.build.plan import SHARE_OF_LIMIT
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
+from ntkpipe.executors import connect as connect_module
 from ntkpipe.executors.connect import connect
 from ntkpipe.executors.pool import Pool, Report
 from ntkpipe.store.media.folder import Folder
@@ -47,8 +48,15 @@ class Answers:
         return self.reports
 
 
+@pytest.fixture(autouse=True)
+def ready(monkeypatch):
+    """Prepared answers come from no cluster."""
+    require = connect_module.require_workers
+    monkeypatch.setattr(connect_module, "require_workers", lambda c: None if isinstance(c, Answers) else require(c))
+
+
 def inspect(*reports: object):
-    return inspect_workers(Pool(Answers(*reports)), torch.float32)
+    return inspect_workers(Answers(*reports), torch.float32)
 
 
 def other(host: str, *, facts: dict[str, object] = {}, **changes: object) -> Report[WorkerFacts]:  # noqa: B006
@@ -99,8 +107,7 @@ def test_what_differs_is_said_with_the_names_of_hosts():
         ([USUAL, ModuleNotFoundError("No module named 'torch'")], r"1 of 2 workers fail.*worker-1.*Install ntkpipe"),
     ],
 )
-def test_workers_that_cannot_work_together_are_refused(reports, words, monkeypatch):
-    monkeypatch.setattr(Pool, "require_ready", lambda pool: None)
+def test_workers_that_cannot_work_together_are_refused(reports, words):
     with pytest.raises(ClusterError, match=words):
         inspect(*reports)
 
@@ -112,13 +119,13 @@ def client():
 
 
 def test_workers_are_asked_for_real(client):
-    found = inspect_workers(Pool(client), torch.float32, "cpu")
+    found = inspect_workers(client, torch.float32, "cpu")
     assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
     assert found.flops_per_second > 1e8
     limits = {worker.memory_manager.memory_limit for worker in client.cluster.workers.values()}
     assert found.base_memory < found.memory_limit < min(limits)
     with pytest.raises(ClusterError, match="torch sees 0 CUDA devices"):
-        inspect_workers(Pool(client), torch.float32, "cuda:7")
+        inspect_workers(client, torch.float32, "cuda:7")
 
 
 def test_a_plan_for_a_cluster_is_made_for_its_workers(client, tmp_path):
@@ -132,7 +139,7 @@ def test_a_plan_for_a_cluster_is_made_for_its_workers(client, tmp_path):
 def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, monkeypatch):
     store = compute(tmp_path / "run.zarr").store
     before = sorted(tmp_path.rglob("*"))
-    require_shared_store(Pool(client), store)
+    require_shared_store(client, store)
     assert sorted(tmp_path.rglob("*")) == before
 
     elsewhere = compute(tmp_path / "elsewhere.zarr").store
@@ -140,7 +147,7 @@ def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, mo
     with pytest.raises(
         ClusterError, match=r"2 workers do not reach the store .*cannot see what this run's driver wrote"
     ):
-        require_shared_store(Pool(client), store)
+        require_shared_store(client, store)
     monkeypatch.undo()
 
     def refuse(self: Folder, name: str, *parts: bytes) -> None:
@@ -154,5 +161,5 @@ def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, mo
 
     monkeypatch.setattr(Folder, "put", only_the_driver)
     with pytest.raises(ClusterError, match=r"process .* cannot write there: .*Permission denied.* same path on a disk"):
-        require_shared_store(Pool(client), store)
+        require_shared_store(client, store)
     assert not list(Path(store.root).glob("*.partial"))

@@ -15,7 +15,7 @@ from ntkpipe.executors.pool import Pool
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, run_pass
 from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, WorkerHandle
 from ntkpipe.operators.reading import buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, PassStopped, num_blocks_in_use, share_out
+from ntkpipe.operators.shards import PairwiseSum, PassStopped, num_blocks_in_use
 from ntkpipe.operators.streaming import TiledOperator
 from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, join_statistics
 
@@ -79,13 +79,7 @@ class WorkersOperator(TiledOperator):
 
     def _pass(self, entries: EntryRequest | None = None, block: FloatArray | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield :attr:`PassReply.results` of all workers, in any order."""
-        start = perf_counter()
-        this = _Pass(self._group, self._shards, self.num_rows, entries, block)
-        try:
-            yield from this.results()
-        finally:
-            this.pool.drop()  # nobody waits for the rest
-            self._group.work += Work(seconds=perf_counter() - start)
+        return _Pass(self._group, self._shards, self.num_rows, entries, block).results()
 
     def close(self) -> None:
         """See :meth:`Operator.close`."""
@@ -110,27 +104,32 @@ class _Pass:
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
-        self._send_block()
-        self.group.share(self.num_rows, (shard.number for shard in self.shards))
-        for address, handle in self.group.members.items():
-            self._request(handle, self.group.owned(self.num_rows, address))
-        for (handle, shards), found in self.pool:
-            if isinstance(found, PassReply):
-                self.losses = 0
-                self._count(found.num_tiles, found.bytes_read)
-                handle.num_kept = found.num_kept
-                yield from found.results.items()
-            else:
-                self._request_again(handle, shards, found)
+        start = perf_counter()
+        try:
+            self._send_block()
+            self.owned = self.group.share((shard.number for shard in self.shards), self.num_rows)
+            self._request(self.owned)
+            for (handle, shards), found in self.pool:
+                if isinstance(found, PassReply):
+                    self.losses = 0
+                    self._count(found.num_tiles, found.bytes_read)
+                    handle.num_kept = found.num_kept
+                    yield from found.results.items()
+                else:
+                    self._request_again(handle, shards, found)
+        finally:
+            self.pool.drop()
+            self.group.work += Work(seconds=perf_counter() - start)
 
-    def _request(self, handle: WorkerHandle, shards: tuple[int, ...]) -> None:
-        if shards:
-            self._require_room(handle)
-            owned = self.group.owned(self.num_rows, handle.address)
-            request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
-            name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
-            arguments = handle.shard_worker, request, self.sent
-            self.pool.submit(f"ntkpipe-{name}", (handle, shards), run_pass, *arguments, address=handle.address)
+    def _request(self, shares: dict[str, tuple[int, ...]]) -> None:
+        name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
+        for address, shards in shares.items():
+            if shards:
+                handle, owned = self.group.members[address], self.owned.get(address, ())
+                self._require_room(handle)
+                request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
+                arguments = handle.shard_worker, request, self.sent
+                self.pool.submit(f"ntkpipe-{name}", (handle, shards), run_pass, *arguments, address=address)
 
     def _require_room(self, handle: WorkerHandle) -> None:
         """Check that a block fits a worker; cached tiles give way to a large one, for good."""
@@ -179,9 +178,7 @@ class _Pass:
             ) from reason
         group.forget(handle)
         self._send_block()
-        shares = share_out(list(lost), group.threads(), {})
-        for address, other in group.members.items():
-            self._request(other, tuple(number for number, owner in shares.items() if owner == address))
+        self._request(group.share(lost))
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
         self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)

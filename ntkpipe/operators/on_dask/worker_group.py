@@ -55,15 +55,15 @@ class WorkerGroup:
         for name, value, low in given:
             if value is not None:
                 check_number(name, value, low=low)
-        self._pool: Pool[None] = Pool(client)
-        self._pool.require_ready()
+        require_workers(client)
         self.client = client
+        self._pool: Pool[None] = Pool(client)
         self.source = source
         self.members: dict[str, WorkerHandle] = {}  # by address
         self.work = Work()
         self._options = worker_bytes, cache_bytes, threads
         self._digest = digest_of(source.read((0, 0), None))
-        self._owners: dict[int, dict[int, str]] = {}  # address by shard, by rows of the leading block
+        self._owners: dict[int | None, dict[int, str]] = {}  # address by shard, by rows of the leading block
         self._looked_at = -POLL_SECONDS
         self.gather(len(cut_shards(source.grid, source.grid.shape[0])))
 
@@ -119,17 +119,13 @@ class WorkerGroup:
             )
         return threads, int(_SHARE_OF_TILES * room) if cache_bytes is None else cache_bytes
 
-    def share(self, num_rows: int, numbers: Iterable[int]) -> None:
-        """Share shards out to the members; they move only where members have come or gone."""
-        self._owners[num_rows] = share_out(list(numbers), self.threads(), self._owners.get(num_rows, {}))
-
-    def owned(self, num_rows: int, address: str) -> tuple[int, ...]:
-        """Shards of one member."""
-        return tuple(number for number, owner in self._owners[num_rows].items() if owner == address)
-
-    def threads(self) -> dict[str, int]:
-        """Number of threads of each member."""
-        return {address: handle.threads for address, handle in self.members.items()}
+    def share(self, numbers: Iterable[int], num_rows: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Share shards out to the members, of a leading block to own; these move only where members come or go."""
+        threads = {address: handle.threads for address, handle in self.members.items()}
+        owners = share_out(list(numbers), threads, self._owners.get(num_rows, {}))
+        if num_rows is not None:
+            self._owners[num_rows] = owners
+        return {address: tuple(n for n, owner in owners.items() if owner == address) for address in self.members}
 
     def forget(self, handle: WorkerHandle) -> None:
         """Remove a member; if it is still there it will be asked for a new report."""
