@@ -1,27 +1,22 @@
 """Before a run on a cluster every worker says what it is, and proves that it reaches the store."""
 
-import os
-import signal
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import dask
 import pytest
 import torch
 from distributed import Client
 from small import compute, inputs, mlp
 
 from ntkpipe import plan_kernel
-from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
 from ntkpipe.build.plan import SHARE_OF_LIMIT
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
-from ntkpipe.executors import connect as connect_module
-from ntkpipe.executors.connect import connect
-from ntkpipe.executors.pool import Pool, Report
+from ntkpipe.executors import connect
+from ntkpipe.executors.pool import Report
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
 
@@ -51,8 +46,8 @@ class Answers:
 @pytest.fixture(autouse=True)
 def ready(monkeypatch):
     """Prepared answers come from no cluster."""
-    require = connect_module.require_workers
-    monkeypatch.setattr(connect_module, "require_workers", lambda c: None if isinstance(c, Answers) else require(c))
+    require = connect.require_workers
+    monkeypatch.setattr(connect, "require_workers", lambda c: None if isinstance(c, Answers) else require(c))
 
 
 def inspect(*reports: object):
@@ -61,21 +56,6 @@ def inspect(*reports: object):
 
 def other(host: str, *, facts: dict[str, object] = {}, **changes: object) -> Report[WorkerFacts]:  # noqa: B006
     return replace(USUAL, host=host, found=replace(FACTS, **facts), **changes)
-
-
-def die_in(process: int) -> int:
-    """Called in every worker."""
-    if os.getpid() == process:
-        os.kill(process, signal.SIGKILL)
-    return os.getpid()
-
-
-def test_a_worker_that_dies_while_it_is_asked_is_left_out():
-    settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
-    with dask.config.set(settings), connect("local", RunSpec(workers=2, memory_limit=2 * GIB)) as client:
-        (_, doomed), (address, other) = client.run(os.getpid).items()
-        reports = Pool(client).ask(die_in, doomed)
-        assert {address: report.found for address, report in reports.items()} == {address: other}
 
 
 def test_a_plan_is_made_for_the_weakest_of_them():

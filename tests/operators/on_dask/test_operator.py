@@ -19,10 +19,8 @@ from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError, TileEr
 from ntkpipe.base.operator import Operator
 from ntkpipe.executors import connect, pool
 from ntkpipe.operators.on_dask import operator as operator_module
-from ntkpipe.operators.on_dask import worker_group
-from ntkpipe.operators.on_dask.operator import WorkersOperator
+from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
 from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
-from ntkpipe.operators.on_dask.worker_group import WorkerGroup
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import PassStopped, share_out
@@ -267,7 +265,7 @@ def test_a_worker_that_does_not_reach_the_store(both, kernel, tmp_path, monkeypa
     ):
         WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
     monkeypatch.undo()
-    monkeypatch.setattr(worker_group, "digest_of", lambda _: "another")
+    monkeypatch.setattr(operator_module, "digest_of", lambda _: "another")
     with pytest.raises(ClusterError, match="another disk at the same path"):
         WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
 
