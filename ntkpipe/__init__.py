@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from ntkpipe.base.errors import NtkpipeError as NtkpipeError
     from ntkpipe.build.compute import compute_kernel as compute_kernel
     from ntkpipe.build.compute import plan_kernel as plan_kernel
+    from ntkpipe.build.derive import derive_kernel as derive_kernel
     from ntkpipe.build.estimate import estimate_cluster as estimate_cluster
     from ntkpipe.build.in_memory import kernel_matrix as kernel_matrix
     from ntkpipe.build.jacobian_operator import jacobian_operator as jacobian_operator
-    from ntkpipe.build.upkeep.verify_repair import repair as repair
-    from ntkpipe.build.upkeep.verify_repair import verify as verify
+    from ntkpipe.build.verify_repair import repair as repair
+    from ntkpipe.build.verify_repair import verify as verify
     from ntkpipe.learning.dynamics import dynamics as dynamics
     from ntkpipe.learning.gaussian.calibration import calibration as calibration
     from ntkpipe.learning.gaussian.influence import influence as influence
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from ntkpipe.solvers.spectral.smallest import smallest as smallest
     from ntkpipe.steps.run import run_step as run_step
     from ntkpipe.steps.saved import read_result as read_result
-    from ntkpipe.store.derive import derive_kernel as derive_kernel
     from ntkpipe.store.export import export_kernel as export_kernel
     from ntkpipe.store.kernel import Kernel as Kernel
     from ntkpipe.store.kernel_store import KernelStore as KernelStore
@@ -60,10 +60,11 @@ _HOMES = {
     "base.config": "ClusterSpec",
     "base.errors": "NtkpipeError",
     "build.compute": "compute_kernel plan_kernel",
+    "build.derive": "derive_kernel",
     "build.estimate": "estimate_cluster",
     "build.in_memory": "kernel_matrix",
     "build.jacobian_operator": "jacobian_operator",
-    "build.upkeep.verify_repair": "repair verify",
+    "build.verify_repair": "repair verify",
     "learning.dynamics": "dynamics",
     "learning.gaussian.calibration": "calibration",
     "learning.gaussian.influence": "influence",
@@ -83,7 +84,6 @@ _HOMES = {
     "solvers.spectral.smallest": "smallest",
     "steps.run": "run_step",
     "steps.saved": "read_result",
-    "store.derive": "derive_kernel",
     "store.export": "export_kernel",
     "store.kernel": "Kernel",
     "store.kernel_store": "KernelStore open_kernel",

@@ -17,7 +17,7 @@ from ntkpipe.base.errors import ConfigError, Interrupted, NtkpipeError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
-from ntkpipe.store.derive import derive_kernel
+from ntkpipe.build.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo

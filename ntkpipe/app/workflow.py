@@ -19,7 +19,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
 from ntkpipe.build.plan import format_seconds
-from ntkpipe.build.upkeep.verify_repair import repair, verify
+from ntkpipe.build.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward

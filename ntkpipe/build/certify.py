@@ -1,27 +1,18 @@
-"""Certify a whole stored kernel against its model: K v, tile by tile, and J(J'v), by plain ``torch.func``."""
+"""Certify a whole stored kernel against its source: K v, tile by tile, and what the source says it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
 
-from ntkpipe.base.errors import ConfigError, StoreMismatchError
-from ntkpipe.base.kinds import get_kind
-from ntkpipe.build.prepare import functional_model, loader
-from ntkpipe.jacobian.model.functional import Forward, fingerprint
-from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource, as_samples
-from ntkpipe.jacobian.probe import with_fast_layout
-from ntkpipe.jacobian.products import JacobianProducts
+from ntkpipe.base.progress import Ticks
+from ntkpipe.build.source import TileSource, Vector
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.layout import planes
-from ntkpipe.store.manifest import DataRecord, Manifest
-from ntkpipe.store.verification import Finding, VerificationReport
-
-Vector = NDArray[np.float64]
+from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
+from ntkpipe.store.verification import Finding, VerificationReport, record_report, verify_and_record
 
 # Largest row error of a good store, by the coarsest dtype used, on the scale sqrt(K_ii * trace K).
 _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
@@ -47,94 +38,14 @@ class Certificate:
         return self.num_suspects == 0 and self.error <= self.tolerance
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The model and samples of a store, which it is certified against."""
-
-    products: tuple[JacobianProducts, ...]  # one; or one for each output, which sum to the kernel or have one each
-    sources: Mapping[str, Source]  # samples by split
-    groups: tuple[frozenset[str], ...]  # names of the parameters of each group, and last of those in none
-
-    @property
-    def num_steps(self) -> int:
-        """Number of ``step`` calls of :func:`certify`: a pass over the train samples, and one per group over all."""
-        passes = [self.sources["train"], *len(self.groups) * list(self.sources.values())]
-        return sum(len(each.spans(source.num_samples)) for each in self.products for source in passes)
-
-
-def find_reference(
-    store: KernelStore, model: nn.Module, inputs: object, test_inputs: object, *, forward: Forward, device: str | None
-) -> Reference:
-    """Check that model and samples are those of the store, and prepare their products."""
-    manifest = store.manifest
-    sources: dict[str, Source] = {}
-    for split, given, record in (("train", inputs, manifest.train), ("test", test_inputs, manifest.test)):
-        if given is not None:
-            sources[split] = _matching_samples(store, given, record, split).source
-        elif record is not None:
-            if manifest.derived is not None and not manifest.derived.has_samples:
-                raise ConfigError(
-                    f"{store.path} was derived without the samples; needed inputs and, if it has a test set, "
-                    "test_inputs"
-                )
-            sources[split] = StoredSource(store.store, split, record.num_samples)
-    _require_same_model(store, model)
-    functional = functional_model(model, forward, manifest.model.parameters, manifest.compute_dtype, device)
-    samples = Samples(sources["train"], manifest.train.is_mapping, None, False, "train inputs")
-    functional = with_fast_layout(functional, loader(functional, samples), samples.num_samples)
-    kind = get_kind(manifest.kind)
-    covectors = torch.from_numpy(kind.covectors(manifest.num_outputs)).to(functional.device, functional.dtype)
-    sizes = (manifest.tile, manifest.choices.strip, manifest.choices.subtile, manifest.choices.batch)
-    whole = JacobianProducts(functional, covectors, *sizes, manifest.train.is_mapping)
-    left = frozenset(manifest.model.parameters).difference(*manifest.groups.values())
-    groups = (*map(frozenset, manifest.groups.values()), *([left] if left else []))
-    apart = tuple(replace(whole, covectors=one[None]) for one in covectors)
-    return Reference((whole,) if kind.pairs == "all" else apart, sources, groups)
-
-
-def _require_same_model(store: KernelStore, model: nn.Module) -> None:
-    stored, remedy = store.manifest.model, "Give the model, or the workflow file and options, that it was made with"
-    known = dict(model.named_parameters())
-    missing = [name for name in stored.parameters if name not in known]
-    if missing:
-        raise StoreMismatchError(
-            f"{store.path} was made with another model: this one has no parameter {missing[0]!r}, and "
-            f"{len(missing) - 1} others of {len(stored.parameters)} are missing. {remedy}",
-            (("model.parameters", stored.parameters, tuple(known)),),
-        )
-    given = fingerprint(model, stored.parameters)
-    differing = tuple(
-        (f"model.{field}", getattr(stored, field), getattr(given, field))
-        for field in ("state_digest", "structure_digest", "num_parameters")
-        if getattr(stored, field) != getattr(given, field)
-    )
-    if differing:
-        names = ", ".join(field for field, _, _ in differing)
-        raise StoreMismatchError(f"{store.path} was made with another model: {names} differ. {remedy}", differing)
-
-
-def _matching_samples(store: KernelStore, given: object, record: DataRecord | None, split: str) -> Samples:
-    if record is None:
-        raise ConfigError(f"{store.path} was made without test_inputs, but test_inputs were given")
-    samples = as_samples(given, label=f"{split} inputs")
-    inspected = samples.inspect(f"{split} inputs")
-    if inspected.inputs_digest != record.inputs_digest:
-        raise StoreMismatchError(
-            f"the {split} inputs are not those that {store.path} was made with: it holds {record.num_samples} samples "
-            f"of {record.inputs}, given are {inspected.num_samples} of {inspected.inputs}",
-            ((f"{split}.inputs_digest", record.inputs_digest, inspected.inputs_digest),),
-        )
-    return samples
-
-
 def certify(
-    store: KernelStore, reference: Reference, *, seed: int = 0, step: Callable[[], None] = lambda: None
+    store: KernelStore, source: TileSource, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store."""
     manifest = store.manifest
     rows = next(iter(store.store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
-    exact = _products(reference, signs, is_apart=get_kind(manifest.kind).pairs == "same", step=step)
+    exact = source.products(signs, step)
     found: list[Certificate] = []
     wholes: dict[int | None, dict[str, Vector]] = {}
     for plane in planes(manifest):
@@ -156,22 +67,16 @@ def certify(
     return tuple(found)
 
 
-def _products(
-    reference: Reference, signs: Vector, *, is_apart: bool, step: Callable[[], None]
-) -> dict[tuple[int | None, int | None, str], Vector]:
-    """``J J'v`` by group (None for all parameters), output (None unless they are apart), and split."""
-    found: dict[tuple[int | None, int | None, str], Vector] = {}
-    for output, each in enumerate(reference.products):
-        # J'v is computed once: its parts in the groups of parameters give their kernels, and these sum to the whole.
-        direction = each.transposed(reference.sources["train"], signs, step)
-        for group, names in enumerate(reference.groups):
-            part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
-            for split, source in reference.sources.items():
-                product = each.product(source, part, step)
-                for number in (None, group):
-                    key = number, output if is_apart else None, split
-                    found[key] = found[key] + product if key in found else product
-    return found
+def verify_with(store: Store, source: TileSource, *, progress: bool) -> VerificationReport:
+    """Verify a store, and certify its whole kernels by its source if all else is good; the store keeps the report."""
+    report = verify_and_record(store, progress=progress)
+    if not report.is_good:
+        missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
+        return replace(report, findings=(*report.findings, missing))
+    with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
+        report = with_certificates(report, certify(KernelStore(store), source, step=ticks.tick))
+    record_report(store, report)
+    return report
 
 
 def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:

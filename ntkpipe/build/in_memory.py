@@ -1,6 +1,7 @@
 """``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,12 +17,13 @@ from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import available_memory, format_bytes, num_cores
-from ntkpipe.build.plan import Plan
+from ntkpipe.build.from_model import Settled, job_of, plan_and_check
+from ntkpipe.build.life import drain
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.planner import make_plan
-from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
-from ntkpipe.build.records import Halvings
+from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, this_machine, workload_of
+from ntkpipe.build.records import BuildRecord, Halvings
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import Settled, exact_single_thread, job_of, plan_and_check, run_job
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
@@ -119,7 +121,9 @@ def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = No
     names = [plane.array(name) for plane in prepared.planes]
     sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
     job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
-    run_job(job, ThreadExecutor(plan.machine.workers), Halvings(plan).tiles, progress)
+    executor = ThreadExecutor[BlockTask, BuildRecord](plan.machine.workers)
+    with closing(executor.run(job, plan.tasks())) as running:
+        drain(Halvings(plan).tiles(running), plan.workload.num_tiles, 0, progress)
     return matrix
 
 

@@ -318,7 +318,7 @@ def test_plans_write_nothing_and_say_what_a_run_does(path):
 def test_a_plan_reports_what_the_manifest_records(path, jacobian):
     _, before = plan_kernel(mlp(), inputs(), store=path, tile=4, jacobian=jacobian)
     recorded = compute(path, jacobian=jacobian).manifest.choices.representations
-    assert {each.name: each.label for each in before} == recorded
+    assert {each.name: f"{each.rule}:{each.representation}" for each in before} == recorded
     ask = {"test_inputs": inputs(7, seed=1), "targets": np.arange(18), "jacobian": jacobian}
     _, after = plan_kernel(mlp(), inputs(), store=path, tile=4, **ask)
     assert after == before
