@@ -8,7 +8,7 @@ import numpy as np
 from ntkpipe.base.progress import Ticks
 from ntkpipe.build.source import TileSource, Vector
 from ntkpipe.store.kernel import Kernel
-from ntkpipe.store.kernel_store import KernelSet, KernelStore
+from ntkpipe.store.kernel_store import KernelSet
 from ntkpipe.store.layout import planes
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.store import Store
@@ -39,19 +39,18 @@ class Certificate:
 
 
 def certify(
-    store: KernelStore, source: TileSource, *, seed: int = 0, step: Callable[[], None] = lambda: None
+    store: Store, source: TileSource, *, seed: int = 0, step: Callable[[], None] = lambda: None
 ) -> tuple[Certificate, ...]:
     """Certify every kernel of a complete store."""
     manifest = store.manifest
-    rows = next(iter(store.store.arrays.values())).layout.shape[0]
+    rows = next(iter(store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
     exact = source.products(signs, step)
     found: list[Certificate] = []
     wholes: dict[int | None, dict[str, Vector]] = {}
     for plane in planes(manifest):
-        kernels: KernelSet = store if plane.group is None else store.group(list(manifest.groups)[plane.group])
-        if plane.output is not None:
-            kernels = kernels.output(plane.output)
+        group = None if plane.group is None else list(manifest.groups)[plane.group]
+        kernels = KernelSet(store, group, plane.output)
         diagonals = {"train": kernels.train.diagonal().astype(np.float64)}
         if manifest.test is not None:
             diagonals["test"] = np.diagonal(kernels.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
@@ -67,35 +66,28 @@ def certify(
     return tuple(found)
 
 
-def verify_with(store: Store, source: TileSource, *, progress: bool) -> VerificationReport:
+def verify_with(store: Store, source: TileSource | None, *, progress: bool) -> VerificationReport:
     """Verify a store, and certify its whole kernels by its source if all else is good; the store keeps the report."""
     report = verify_and_record(store, progress=progress)
-    if not report.is_good:
+    if source is None or not report.is_good:
         missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
         return replace(report, findings=(*report.findings, missing))
     with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
-        report = with_certificates(report, certify(KernelStore(store), source, step=ticks.tick))
+        certificates = certify(store, source, step=ticks.tick)
+    findings = (
+        Finding(
+            each.array,
+            (),
+            f"K v and J(J'v) differ by up to {each.error:.1e} (tolerance {each.tolerance:.0e}, median "
+            f"{each.median_error:.1e}); suspect rows: {', '.join(map(str, each.suspect_rows)) or 'none'}",
+        )
+        for each in certificates
+        if not each.is_good
+    )
+    shown = tuple({**asdict(each), "is_good": each.is_good} for each in certificates)
+    report = replace(report, findings=(*report.findings, *findings), certificates=shown)
     record_report(store, report)
     return report
-
-
-def with_certificates(report: VerificationReport, certificates: tuple[Certificate, ...]) -> VerificationReport:
-    """The report with certificates, and a finding for each bad one."""
-    findings = tuple(
-        Finding(
-            certificate.array,
-            (),
-            f"K v and J(J'v) differ by up to {certificate.error:.1e} (tolerance {certificate.tolerance:.0e}, median "
-            f"{certificate.median_error:.1e}); suspect rows: {', '.join(map(str, certificate.suspect_rows)) or 'none'}",
-        )
-        for certificate in certificates
-        if not certificate.is_good
-    )
-    return replace(
-        report,
-        findings=report.findings + findings,
-        certificates=tuple({**asdict(each), "is_good": each.is_good} for each in certificates),
-    )
 
 
 def _judge(

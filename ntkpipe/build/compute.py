@@ -129,7 +129,7 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     is raised; other errors are those of :func:`compute_kernel`.
     """
     request = Request.of(arguments)
-    place = Place.at(request.store, arguments["mode"], grow=arguments["grow"])
+    place = Place.at(arguments["store"], arguments["mode"], grow=arguments["grow"])
     with exact_single_thread(request.kernel.compute_dtype):
         request = _adapted(request, place.existing)
         resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))

@@ -21,7 +21,6 @@ class TileRecord:
 
     array: str
     index: Index
-    seconds: float  # since the worker's previous chunk
     batch: int  # samples; less than planned if memory ran out
     subtile: int  # likewise
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,14 +22,13 @@ class Request:
     kernel: KernelSpec
     run: RunSpec
     forward: Forward = None
-    store: str | Path = ""  # path or URL; empty for a kernel that has none
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], samples: tuple[Samples, Samples | None] | None = None) -> "Request":
         """The request that the arguments of a public function make, by default of the samples among them."""
         kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
         train, test = samples or _train_and_test(arguments)
-        return cls(arguments["model"], train, test, kernel, run, arguments["forward"], arguments.get("store", ""))
+        return cls(arguments["model"], train, test, kernel, run, arguments["forward"])
 
 
 def _train_and_test(arguments: Mapping[str, Any]) -> tuple[Samples, Samples | None]:

@@ -143,14 +143,13 @@ class _Builder:
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
         self._most: int | None = None
-        self._last = perf_counter()
         self._flops = 0.0
         self._num_bytes = 0
 
     def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task; the last record sums it up."""
         started, began, tiles = time(), perf_counter(), 0
-        self._last, self._flops, self._num_bytes = began, 0.0, 0
+        self._flops, self._num_bytes = 0.0, 0
         with peak_memory(self._device) as peak:
             for tile in self._chunks(task):
                 tiles += 1
@@ -194,8 +193,7 @@ class _Builder:
 
     def _finished(self, tile: _Computed) -> Iterator[TileRecord]:
         for array in tile.values:
-            before, self._last = self._last, perf_counter()
-            yield TileRecord(array, tile.index, self._last - before, self._batch, self._subtile())
+            yield TileRecord(array, tile.index, self._batch, self._subtile())
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]

@@ -1,6 +1,7 @@
 """The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,10 @@ from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import require_same, rewrite
 from ntkpipe.build.prepare import exact_single_thread
 from ntkpipe.build.request import Request
-from ntkpipe.build.workers import Resources, find_resources
+from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.manifest import DataRecord
 from ntkpipe.store.mending.repair import RepairReport, mend, undo
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import VerificationReport, verify_and_record
@@ -72,26 +72,11 @@ def verify(
     kept = open_kernel(store).store
     if model is None:
         return verify_and_record(kept, progress=progress)
-    manifest = kept.manifest
-    is_given = inputs is not None and (test_inputs is not None or manifest.test is None)
-    if not is_given and manifest.derived is not None and not manifest.derived.has_samples:
-        raise ConfigError(
-            f"{kept.root} was derived without the samples; needed inputs and, if it has a test set, test_inputs"
-        )
-    samples = [_samples(kept, split, given) for split, given in (("train", inputs), ("test", test_inputs))]
-
-    def look(samples: Samples, label: str) -> DataRecord:
-        """Records of what is in the store, whose chunks are verified, as they are; targets have no part in this."""
-        record = manifest.test if label == "test_inputs" else manifest.train
-        if record is None or isinstance(samples.source, StoredSource):
-            return record or samples.describe()
-        targets = {"targets": record.targets, "targets_digest": record.targets_digest}
-        return samples.inspect(label).model_copy(update=targets)
-
-    request = _request(kept, model, samples, RunSpec(device=device), forward)
-    with exact_single_thread(manifest.compute_dtype):
-        # Mismatches raise before a single tile is read.
-        source = _source_of(kept, request, Resources(request.run, progress), look)
+    with exact_single_thread(kept.manifest.compute_dtype):
+        source = None
+        with suppress(TileError):  # a damaged sample, which the report names; mismatches raise before any tile is read
+            given = {"train": (inputs, None), "test": (test_inputs, None)}
+            source = _source(kept, model, given, forward, RunSpec(device=device), progress=progress)
         return verify_with(kept, source, progress=progress)
 
 
@@ -159,11 +144,15 @@ def repair(
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
     done = undo(kept)
-    given = (("train", inputs, targets), ("test", test_inputs, test_targets))
-    request = _request(kept, model, [_whole(kept, *each) for each in given], run, forward)
-    resources = find_resources(request, client, code, progress)
     with exact_single_thread(manifest.compute_dtype):
-        source = _source_of(kept, request, resources, Samples.inspect)
+        try:
+            given = {"train": (inputs, targets), "test": (test_inputs, test_targets)}
+            source = _source(kept, model, given, forward, run, client, code, progress=progress)
+        except TileError as error:
+            raise ConfigError(
+                f"the samples in {kept.root} cannot be used ({error}); give inputs and targets, also of the test set, "
+                "or a workflow file"
+            ) from error
         return mend(
             kept,
             lambda chunks: rewrite(kept, chunks, source, progress=progress),
@@ -173,13 +162,19 @@ def repair(
         )
 
 
-def _request(
-    store: Store, model: nn.Module, samples: Sequence[Samples | None], run: RunSpec, forward: Forward
-) -> Request:
-    """What a store was made with, every default filled in."""
-    manifest, (train, test) = store.manifest, samples
-    assert train is not None
-    known = dict(model.named_parameters())
+def _source(
+    store: Store,
+    model: nn.Module,
+    given: Mapping[str, tuple[object, object]],
+    forward: Forward,
+    run: RunSpec,
+    client: "Client | None" = None,
+    code: str | Path | None = None,
+    *,
+    progress: bool,
+) -> ModelSource:
+    """The source that a store was made from; inputs and targets that are not given are those in the store."""
+    manifest, known = store.manifest, dict(model.named_parameters())
     if missing := [name for name in manifest.model.parameters if name not in known]:
         raise StoreMismatchError(
             f"{store.root} was made with another model: this one has no parameter {missing[0]!r}, and "
@@ -187,49 +182,32 @@ def _request(
             "workflow file and options, that it was made with",
             (("model.parameters", manifest.model.parameters, tuple(known)),),
         )
+    train, test = (_samples(store, split, *each) for split, each in given.items())
+    assert train is not None
     same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
     spec = KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
-    return Request(model, train, test, spec, run, forward)
-
-
-def _source_of(
-    store: Store, request: Request, resources: Resources, look: Callable[[Samples, str], DataRecord]
-) -> ModelSource:
-    """The source that a store was made from."""
-    source = ModelSource.of(request, resources, look)
+    request = Request(model, train, test, spec, run, forward)
+    source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
     require_same(store, source.manifest)
-    return replace(source, manifest=store.manifest)
+    return replace(source, manifest=manifest)
 
 
-def _samples(store: Store, split: str, inputs: object, targets: object = None) -> Samples | None:
-    """Samples of one set: the given ones, else those in the store."""
-    record = store.manifest.train if split == "train" else store.manifest.test
+def _samples(store: Store, split: str, inputs: object, targets: object) -> Samples | None:
+    record, derived = store.manifest.train if split == "train" else store.manifest.test, store.manifest.derived
     label = f"{split} inputs"
     if record is None:
         if inputs is not None:
             raise ConfigError(f"{store.root} was made without test_inputs, but test_inputs were given")
         return None
     if inputs is not None:
-        return as_samples(inputs, targets, label=label, with_targets=record.targets is not None)
-    return Samples(StoredSource(store, split, record.num_samples), record.is_mapping, None, False, label)
-
-
-def _whole(store: Store, split: str, inputs: object, targets: object) -> Samples | None:
-    """The same with targets, once the checksums of what is taken from the store hold."""
-    try:
-        samples = _samples(store, split, inputs, targets)
-        if samples is None:
-            return None
-        if inputs is None:
-            for start, stop in samples.spans():
-                samples.source.read(start, stop)
-        array = store.arrays.get(f"targets/{split}")
-        if array is not None and samples.targets is None:
-            found = array.read_samples(0, samples.num_samples) if targets is None else targets
-            samples = replace(samples, given_targets=np.asarray(found))
-    except (TileError, KeyError) as error:
-        names = "inputs and targets" if split == "train" else "test_inputs and test_targets"
+        samples = as_samples(inputs, targets, label=label, with_targets=record.targets is not None)
+    elif derived is None or derived.has_samples:
+        samples = Samples(StoredSource(store, split, record.num_samples), record.is_mapping, None, False, label)
+    else:
         raise ConfigError(
-            f"the {split} samples in {store.root} cannot be used ({error}); give {names}, or a workflow file"
-        ) from error
-    return samples
+            f"{store.root} was derived without the samples; needed inputs and, if it has a test set, test_inputs"
+        )
+    if record.targets is None or samples.targets is not None:
+        return samples
+    found = store.arrays[f"targets/{split}"].read_samples(0, record.num_samples) if targets is None else targets
+    return replace(samples, given_targets=np.asarray(found))

@@ -199,7 +199,7 @@ def test_nothing_else_at_the_path_is_touched(tmp_path):
     derive(source, "trace", tmp_path / "d")
     with pytest.raises(ConfigError, match="is the source"):
         derive(source, "trace", tmp_path / "s")
-    with pytest.raises(StoreMismatchError, match="2 fields differ: kind: .*; convention: "):
+    with pytest.raises(StoreMismatchError, match=r"2 fields differ: kind: .*; convention: "):
         derive(source, "pntk", tmp_path / "d")
     with pytest.raises(StoreMismatchError, match=r"train.targets.*derived"):
         derive(other, "trace", tmp_path / "d")
