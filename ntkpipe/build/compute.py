@@ -1,7 +1,6 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
-from ntkpipe.store.store import Mode, Store
+from ntkpipe.store.store import Mode
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -97,9 +96,9 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    request, place = Request.of(locals()), Place.at(store, mode, grow=grow)
+    arguments, place = locals(), Place.at(store, mode, grow=grow)
+    request = Request.of(arguments, stored=place.manifest)
     with exact_single_thread(request.kernel.compute_dtype):
-        request = _adapted(request, place.existing)
         source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
         return KernelStore(fill(place, source, progress=progress))
 
@@ -128,10 +127,9 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    request = Request.of(arguments)
     place = Place.at(arguments["store"], arguments["mode"], grow=arguments["grow"])
+    request = Request.of(arguments, stored=place.manifest)
     with exact_single_thread(request.kernel.compute_dtype):
-        request = _adapted(request, place.existing)
         resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
         source = ModelSource.of(request, resources, lambda samples, _: samples.describe())
         work = place.work(source)
@@ -140,14 +138,3 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
         if resources.cluster is None:
             planned = time_jacobians(planned, source.prepared, engine)
         return PlannedKernel(planned, report_of(engine))
-
-
-def _adapted(request: Request, existing: Store | None) -> Request:
-    """The request with the store's tile, which was cut to the samples of a first run, unless it asks for another."""
-    if existing is None:
-        return request
-    tile, manifest = request.kernel.tile, existing.manifest
-    first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    if tile is not None and min(tile, first) != manifest.tile:
-        return request
-    return replace(request, kernel=request.kernel.model_copy(update={"tile": manifest.tile}))

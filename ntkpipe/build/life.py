@@ -53,6 +53,11 @@ class Place:
         medium = medium_at(where)
         return cls(medium, None if mode == "w" else prepare_path(medium, mode), mode == "w", grow)
 
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the store that is gone on with."""
+        return None if self.existing is None else self.existing.manifest
+
     def work(self, source: TileSource) -> Work:
         """Decide what a source is to write here: a new store, what a store lacks, or more samples."""
         existing, asked = self.existing, source.manifest

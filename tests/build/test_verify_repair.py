@@ -95,9 +95,7 @@ def test_samples_that_are_damaged_themselves_must_be_given(store, undisturbed):
     flip(store.arrays["samples/train/input"].path((2, 0)))
     flip(store.arrays["kernel/train"].path((0, 1)))
     before = chunks(store.root)
-    with pytest.raises(
-        ConfigError, match=r"samples in .* cannot be used .*samples/train.*crc32c.*give inputs"
-    ):
+    with pytest.raises(ConfigError, match=r"samples in .* cannot be used .*samples/train.*crc32c.*give inputs"):
         mended(store)
     assert chunks(store.root) == before
     assert mended(store, inputs=ALL["inputs"]).is_good
