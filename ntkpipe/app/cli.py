@@ -18,9 +18,9 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
 from ntkpipe.build.derive import derive_kernel
+from ntkpipe.build.mend import RepairReport, bad_chunks, mend, undo
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo
 from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 

@@ -34,9 +34,9 @@ from ntkpipe.jacobian.representations.contract import contract
 from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index, layouts
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest
-from ntkpipe.store.mending.growth import ChunkKey
 from ntkpipe.store.store import Store
 
 # Outputs of the same model on another machine agree to rounding; those of another function do not.

@@ -13,12 +13,7 @@ import numpy as np
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreFullError, StoreMismatchError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.source import Stage, StoreSink, TileSource, Work
-from ntkpipe.store.kernel_store import KernelStore
-from ntkpipe.store.layout import layouts
-from ntkpipe.store.manifest import Manifest, differences
-from ntkpipe.store.media.medium import Medium
-from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.mending.growth import (
+from ntkpipe.store.growth import (
     ChunkKey,
     OldEntries,
     aside,
@@ -29,6 +24,11 @@ from ntkpipe.store.mending.growth import (
     ragged,
     undo_cut_growth,
 )
+from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.layout import layouts
+from ntkpipe.store.manifest import Manifest, differences
+from ntkpipe.store.media.medium import Medium
+from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.store import Mode, Store, prepare_path
 
 _RESUME = "every finished tile is stored; the same call or command resumes"

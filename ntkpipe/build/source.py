@@ -12,10 +12,10 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError, TileError
 from ntkpipe.base.grid import Span
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.growth import NO_OLD_ENTRIES, ChunkKey, OldEntries
 from ntkpipe.store.layout import Index, layouts, planes
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.media.medium import Medium
-from ntkpipe.store.mending.growth import NO_OLD_ENTRIES, ChunkKey, OldEntries
 from ntkpipe.store.store import Store
 
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")

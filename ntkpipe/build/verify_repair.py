@@ -16,13 +16,13 @@ from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
 from ntkpipe.build.certify import verify_with
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import require_same, rewrite
+from ntkpipe.build.mend import RepairReport, mend, undo
 from ntkpipe.build.prepare import exact_single_thread
 from ntkpipe.build.request import Request
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.mending.repair import RepairReport, mend, undo
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import VerificationReport, verify_and_record
 

@@ -18,10 +18,7 @@ from small import Allowance, chunks, compute, mlp, times
 
 from ntkpipe import plan_kernel, repair, verify
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError, TileError
-from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.layout import layouts
-from ntkpipe.store.media.folder import Folder
-from ntkpipe.store.mending.growth import (
+from ntkpipe.store.growth import (
     OldEntries,
     begin,
     end_growth,
@@ -31,6 +28,9 @@ from ntkpipe.store.mending.growth import (
     state_of,
     undo_cut_growth,
 )
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.layout import layouts
+from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
 
 

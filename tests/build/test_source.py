@@ -13,9 +13,9 @@ from small import Allowance, chunks, times
 from ntkpipe.base.errors import Interrupted
 from ntkpipe.build.certify import verify_with
 from ntkpipe.build.life import Place, fill, rewrite
+from ntkpipe.build.mend import mend
 from ntkpipe.build.source import PlaneSource
 from ntkpipe.store.manifest import ArrayRecord, DataRecord, Manifest
-from ntkpipe.store.mending.repair import mend
 
 DIGITS = {"train": load_digits().data[:900] / 16, "test": load_digits().data[900:] / 16}
 

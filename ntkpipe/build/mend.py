@@ -11,8 +11,8 @@ import numpy as np
 
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.layout import Index
-from ntkpipe.store.mending.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import (
     VerificationReport,
