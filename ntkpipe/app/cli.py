@@ -18,7 +18,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
 from ntkpipe.build.derive import derive_kernel
-from ntkpipe.build.mend import RepairReport, bad_chunks, mend, undo
+from ntkpipe.build.mend import RepairReport, bad_chunks, mend
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.verification import VerificationReport, verify_and_record
@@ -182,7 +182,7 @@ def verify(
     elif overrides:
         raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
     elif repair:
-        report = mend(opened.store, done=undo(opened.store), progress=True)
+        report = mend(opened.store, progress=True)
     else:
         report = verify_and_record(opened.store, progress=True)
     if as_json:

@@ -19,6 +19,7 @@ _TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
 # A row is suspect if its error exceeds the median by this factor; rounding stays below 8 for a million rows.
 _OUTLIER = 16.0
 _SHOWN = 50
+NOT_CERTIFIED = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def certify(
 def verify_with(store: Store, source: TileSource | None, *, progress: bool) -> VerificationReport:
     """Verify a store, and certify its whole kernels by its source if all else is good; the store keeps the report."""
     report = verify_and_record(store, progress=progress)
-    if source is None or not report.is_good:
-        missing = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
-        return replace(report, findings=(*report.findings, missing))
+    if source is None:
+        return report
+    if not report.is_good:
+        return replace(report, findings=(*report.findings, NOT_CERTIFIED))
     with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
         certificates = certify(store, source, step=ticks.tick)
     findings = (

@@ -11,6 +11,9 @@ import numpy as np
 
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.build.certify import verify_with
+from ntkpipe.build.life import rewrite
+from ntkpipe.build.source import TileSource
 from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.layout import Index
 from ntkpipe.store.store import Store
@@ -68,45 +71,30 @@ class RepairReport:
         return as_table(self.rows())
 
 
-def undo(store: Store) -> tuple[Action, ...]:
-    """Undo a growth that was interrupted before the manifest was replaced; a repair begins with this."""
-    return (Action("growth", (), "put back as before: it was cut short"),) if undo_cut_growth(store) else ()
-
-
-def mend(
-    store: Store,
-    compute: Callable[[frozenset[ChunkKey]], None] | None = None,
-    verify: Callable[[], VerificationReport] | None = None,
-    *,
-    done: tuple[Action, ...] = (),
-    progress: bool,
-) -> RepairReport:
-    """Repair a store, and record the repair below ``results/repairs``."""
-
-    def look() -> VerificationReport:
-        return verify_and_record(store, progress=progress) if verify is None else verify()
-
+def mend(store: Store, find_source: Callable[[], TileSource] | None = None, *, progress: bool) -> RepairReport:
+    """Repair a store, with a source also its chunks, and record the repair below ``results/repairs``."""
+    actions = [Action("growth", (), "put back as before: it was cut short")] if undo_cut_growth(store) else []
+    source = None if find_source is None else find_source()
     found = verify_and_record(store, progress=progress)
-    actions = list(done)
     with store.in_use():
         actions += _tidy(store)
     leftovers = [finding.array for finding in found.findings if finding.is_harmless]
     actions += [Action(name, (), "leftover removed") for name in leftovers if store.medium.size(name) is None]
     chunks = bad_chunks(store, found)
-    if compute is not None and chunks:
-        compute(chunks)
+    if source is not None and chunks:
+        rewrite(store, chunks, source, progress=progress)
         actions += [Action(name, index, _COMPUTED) for name, index in sorted(chunks)]
-    left = look() if actions or verify is not None else found
-    if compute is not None and not left.is_good:
+    left = verify_with(store, source, progress=progress) if actions or source is not None else found
+    if source is not None and not left.is_good:
         # An entry may exceed its bound since the diagonal is wrong; a certificate points at rows.
         more = bad_chunks(store, left)
         doubted = (more | _diagonals_of(store, more) | _suspects(store, left)) - (chunks - more)
         if doubted:
             before = {chunk: _digest(store, chunk) for chunk in doubted}
-            compute(doubted)
+            rewrite(store, doubted, source, progress=progress)
             changed = [chunk for chunk in sorted(doubted) if _digest(store, chunk) != before[chunk]]
             actions += [Action(name, index, _COMPUTED) for name, index in changed]
-            left = look()
+            left = verify_with(store, source, progress=progress)
     if left.is_good and end_growth(store):
         actions.append(Action("growth", (), "ended: copies of old entries removed"))
     report = RepairReport(found, tuple(actions), left)

@@ -1,7 +1,6 @@
 """The public functions ``verify`` and ``repair``: check a store, and repair what is bad."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,10 @@ from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
-from ntkpipe.build.certify import verify_with
+from ntkpipe.build.certify import NOT_CERTIFIED, verify_with
 from ntkpipe.build.from_model import ModelSource
-from ntkpipe.build.life import require_same, rewrite
-from ntkpipe.build.mend import RepairReport, mend, undo
+from ntkpipe.build.life import require_same
+from ntkpipe.build.mend import RepairReport, mend
 from ntkpipe.build.prepare import exact_single_thread
 from ntkpipe.build.request import Request
 from ntkpipe.build.workers import find_resources
@@ -72,11 +71,13 @@ def verify(
     kept = open_kernel(store).store
     if model is None:
         return verify_and_record(kept, progress=progress)
+    given = {"train": (inputs, None), "test": (test_inputs, None)}
     with exact_single_thread(kept.manifest.compute_dtype):
-        source = None
-        with suppress(TileError):  # a damaged sample, which the report names; mismatches raise before any tile is read
-            given = {"train": (inputs, None), "test": (test_inputs, None)}
+        try:  # mismatches raise before a single tile is read
             source = _source(kept, model, given, forward, RunSpec(device=device), progress=progress)
+        except TileError:  # a sample is damaged, which the report names
+            report = verify_and_record(kept, progress=progress)
+            return replace(report, findings=(*report.findings, NOT_CERTIFIED))
         return verify_with(kept, source, progress=progress)
 
 
@@ -136,30 +137,25 @@ def repair(
         raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
     kept, run = open_kernel(store).store, spec_of(RunSpec, locals())
     if model is None:
-        return mend(kept, done=undo(kept), progress=progress)
-    manifest = kept.manifest
-    if manifest.derived is not None:
+        return mend(kept, progress=progress)
+    derived, given = kept.manifest.derived, {"train": (inputs, targets), "test": (test_inputs, test_targets)}
+    if derived is not None:
         raise ConfigError(
-            f"{kept.root} was derived from a store of kind {manifest.derived.kind!r}, not computed from the model: "
+            f"{kept.root} was derived from a store of kind {derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
-    done = undo(kept)
-    with exact_single_thread(manifest.compute_dtype):
+
+    def find_source() -> ModelSource:
         try:
-            given = {"train": (inputs, targets), "test": (test_inputs, test_targets)}
-            source = _source(kept, model, given, forward, run, client, code, progress=progress)
+            return _source(kept, model, given, forward, run, client, code, progress=progress)
         except TileError as error:
             raise ConfigError(
                 f"the samples in {kept.root} cannot be used ({error}); give inputs and targets, also of the test set, "
                 "or a workflow file"
             ) from error
-        return mend(
-            kept,
-            lambda chunks: rewrite(kept, chunks, source, progress=progress),
-            lambda: verify_with(kept, source, progress=progress),
-            done=done,
-            progress=progress,
-        )
+
+    with exact_single_thread(kept.manifest.compute_dtype):
+        return mend(kept, find_source, progress=progress)
 
 
 def _source(
