@@ -1,6 +1,6 @@
 """Other kinds of kernel from a stored one, without the model, by reducing its S x S blocks tile by tile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.base.grid import Span
-from ntkpipe.base.kinds import Kind, get_kind
+from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
 from ntkpipe.build.life import Place, fill
 from ntkpipe.build.source import PlaneSource
@@ -125,17 +125,21 @@ class DerivedSource(PlaneSource):
 
     def planes(self, kernel: str, rows: Span, columns: Span) -> Iterator[NDArray[Any]]:
         """See :meth:`PlaneSource.planes`."""
-        kind, (row, column) = (
-            get_kind(self.manifest.kind),
-            (part.start // self.manifest.tile for part in (rows, columns)),
-        )
+        tile, count, kind = self.manifest.tile, self.manifest.num_outputs, get_kind(self.manifest.kind)
+        row, column = rows.start // tile, columns.start // tile
         index = (row, 0, 0) if kernel == "kernel/test_diagonal" else (row, column)
-        outputs = [*range(self.manifest.num_outputs)] if kind.pairs == "same" else [None]
         for group in (None, *self.manifest.groups):
             blocks = _Blocks(self.source, group, kernel, index)
-            for output in outputs:
-                values = _reduce(blocks, kind, output)
-                yield values[:, :, None] if len(index) == 3 else values
+            found: Iterable[NDArray[Any]]
+            if kind.name == "pntk":
+                found = [blocks.whole.sum(axis=(1, 3), dtype=np.float64) / count]
+            elif kind.name == "trace":
+                found = [sum(map(blocks.equal, range(1, count)), blocks.equal(0).astype(np.float64)) / count]
+            elif kind.pairs == "same":
+                found = map(blocks.equal, range(count))
+            else:
+                found = map(blocks.equal, np.flatnonzero(kind.covectors(count)[0]).tolist())
+            yield from (values[:, :, None] if len(index) == 3 else values for values in found)
 
 
 @dataclass(frozen=True)
@@ -160,22 +164,5 @@ class _Blocks:
 
     def equal(self, output: int) -> NDArray[Any]:
         """Entries for an output with itself, shape (n, m)."""
-        if get_kind(self.source.manifest.kind).pairs == "same":
-            return self._read(output)
-        return self.whole[:, output, :, output]
-
-
-def _reduce(blocks: _Blocks, kind: Kind, output: int | None) -> NDArray[Any]:
-    """Reduce blocks to entries of a kind, shape (n, m); sums are float64."""
-    count = blocks.source.manifest.num_outputs
-    if kind.name == "pntk":
-        total: NDArray[np.float64] = blocks.whole.sum(axis=(1, 3), dtype=np.float64)
-        return total / count
-    if kind.name == "trace":
-        total = blocks.equal(0).astype(np.float64)
-        for number in range(1, count):
-            total += blocks.equal(number)
-        return total / count
-    if output is None:
-        (output,) = np.flatnonzero(kind.covectors(count)[0]).tolist()
-    return blocks.equal(output)
+        is_apart = get_kind(self.source.manifest.kind).pairs == "same"
+        return self._read(output) if is_apart else self.whole[:, output, :, output]

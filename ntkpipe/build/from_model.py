@@ -3,8 +3,8 @@
 import platform
 import socket
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,7 @@ from ntkpipe.base.grid import kernel_grids
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, prepare, products_of, reuse_choices, where_computed, workload_of
-from ntkpipe.build.records import BuildRecord, RunLog, TileRecord
+from ntkpipe.build.records import TileRecord, logged
 from ntkpipe.build.request import Request
 from ntkpipe.build.source import Products, Stage, TileSource, Vector, Work
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
@@ -237,7 +237,9 @@ class ModelSource(TileSource):
         executor = self.resources.executor(store) or ThreadExecutor(settled.plan.machine.workers)
         sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
         job = job_of(prepared, settled, sources, stage.sink, store.in_use)
-        return _logged(store, settled, executor.run(job, settled.plan.tasks()))
+        return logged(
+            store, settled.plan, settled.check, settled.check_seconds, executor.run(job, settled.plan.tasks())
+        )
 
     def num_steps(self) -> int:
         """See :meth:`TileSource.num_steps`: a pass over the train samples, and one per group over all."""
@@ -272,16 +274,6 @@ class ModelSource(TileSource):
         """Parameters of each group, and last of those in none."""
         left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
         return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
-
-
-def _logged(
-    store: Store, settled: Settled, running: Generator[BuildRecord, None, None]
-) -> Generator[TileRecord, None, None]:
-    """Tiles of a run that is recorded in the store."""
-    if settled.check is not None:
-        store.write_result("self_check", asdict(settled.check))
-    with closing(RunLog(store, settled.plan, settled.check_seconds)) as log, closing(running):
-        yield from log.tiles(running)
 
 
 def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from ntkpipe.build.life import drain
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, this_machine, workload_of
-from ntkpipe.build.records import BuildRecord, Halvings
+from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
 from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
@@ -98,11 +98,11 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    shape = _shape(prepared, grid)
-    needed, available = prod(shape) * dtype.itemsize, available_memory()
+    num_bytes = prod(grid.shape) * dtype.itemsize
+    needed, available = prepared.kind.num_matrices(prepared.num_outputs) * num_bytes, available_memory()
     if needed > _SHARE_OF_MEMORY * available:
         raise ResourceError(
-            f"the kernel of shape {shape} and dtype {dtype} needs {format_bytes(needed)}; "
+            f"the kernel of shape {grid.shape} and dtype {dtype} needs {format_bytes(needed)}; "
             f"{format_bytes(available)} of memory is available. Use compute_kernel, which writes a store"
         )
 
@@ -117,18 +117,14 @@ def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = No
     """Compute a settled kernel; may be called repeatedly."""
     plan = settled.plan
     ((name, grid),) = plan.workload.grids.items()
-    matrix = np.empty(_shape(prepared, grid), np.dtype(prepared.spec.resolved_store_dtype()))
-    names = [plane.array(name) for plane in prepared.planes]
-    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
+    matrices = np.empty((len(prepared.planes), *grid.shape), np.dtype(prepared.spec.resolved_store_dtype()))
+    sink = _MatrixSink({plane.array(name): each for plane, each in zip(prepared.planes, matrices, strict=True)}, grid)
     job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
     executor = ThreadExecutor[BlockTask, BuildRecord](plan.machine.workers)
     with closing(executor.run(job, plan.tasks())) as running:
-        drain(Halvings(plan).tiles(running), plan.workload.num_tiles, 0, progress)
-    return matrix
-
-
-def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
-    return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
+        tiles = (record for record in Sizes(plan).watch(running) if isinstance(record, TileRecord))
+        drain(tiles, plan.workload.num_tiles, 0, progress)
+    return matrices if prepared.kind.pairs == "same" else matrices[0]
 
 
 @dataclass(frozen=True)
