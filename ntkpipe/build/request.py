@@ -32,8 +32,8 @@ class Request:
         stored: Manifest | None = None,
     ) -> "Request":
         """The request that the arguments of a public function make, by default of the samples among them."""
-        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
         train, test = samples or _train_and_test(arguments)
+        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
         if stored is not None:  # its tile was cut to the samples of the first run; another one may be asked for
             first = (*stored.earlier(), stored)[0].train.num_samples
             if kernel.tile is None or min(kernel.tile, first) == stored.tile:

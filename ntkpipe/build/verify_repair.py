@@ -12,10 +12,9 @@ from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
-from ntkpipe.build.certify import NOT_CERTIFIED, verify_with
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import require_same
-from ntkpipe.build.mend import RepairReport, mend
+from ntkpipe.build.mend import NOT_CERTIFIED, RepairReport, mend, verify_with
 from ntkpipe.build.prepare import exact_single_thread
 from ntkpipe.build.request import Request
 from ntkpipe.build.workers import find_resources

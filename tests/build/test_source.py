@@ -11,9 +11,8 @@ from sklearn.datasets import load_digits
 from small import Allowance, chunks, times
 
 from ntkpipe.base.errors import Interrupted
-from ntkpipe.build.certify import verify_with
 from ntkpipe.build.life import Place, fill
-from ntkpipe.build.mend import mend
+from ntkpipe.build.mend import mend, verify_with
 from ntkpipe.build.source import PlaneSource
 from ntkpipe.store.manifest import ArrayRecord, DataRecord, Manifest
 
@@ -52,16 +51,13 @@ class ArcCosine(PlaneSource):
         return record("train", stored.train.num_samples), record("test", stored.test.num_samples)
 
     def products(self, signs, step):
-        sizes = {"train": self.manifest.train.num_samples, "test": self.manifest.test.num_samples}
-        return {
-            (None, None, split): arc_cosine(DIGITS[split][:size], DIGITS["train"][: len(signs)]) @ signs
-            for split, size in sizes.items()
-        }
+        x = {split: DIGITS[split][: getattr(self.manifest, split).num_samples] for split in DIGITS}
+        return {(None, None, split): arc_cosine(x[split], x["train"]) @ signs for split in x}
 
 
-def source(train: int, test: int) -> ArcCosine:
-    records = {"train": record("train", train), "test": record("test", test)}
-    return ArcCosine(small_manifest(kind="pntk", num_outputs=1, tile=16, **records))
+def source(n: int, m: int) -> ArcCosine:
+    sets = {"train": record("train", n), "test": record("test", m)}
+    return ArcCosine(small_manifest(kind="pntk", num_outputs=1, tile=16, **sets))
 
 
 def test_a_formula_is_created_interrupted_resumed_grown_verified_and_repaired(tmp_path, monkeypatch):
@@ -69,14 +65,13 @@ def test_a_formula_is_created_interrupted_resumed_grown_verified_and_repaired(tm
         Allowance(patch, 6, KeyboardInterrupt())
         with pytest.raises(Interrupted, match=r"6 of 18 tiles are in .*; every finished"):
             fill(Place.at(tmp_path / "k"), source(50, 20), progress=False)
-    before, large = times(tmp_path / "k"), source(70, 33)
+    before, large, x = times(tmp_path / "k"), source(70, 33), DIGITS["train"]
     fill(Place.at(tmp_path / "k"), source(50, 20), progress=False)
     assert before.items() <= times(tmp_path / "k").items()
     store = fill(Place.at(tmp_path / "k", grow=True), large, progress=False)
     assert store.manifest.growth[0].train.num_samples == 50
     assert [each["is_good"] for each in verify_with(store, large, progress=False).certificates] == [True, True]
-    exact = arc_cosine(DIGITS["train"][16:32], DIGITS["train"][64:70])
-    np.testing.assert_allclose(store.arrays["kernel/train"].read((1, 4)), exact, rtol=1e-12)
+    np.testing.assert_allclose(store.arrays["kernel/train"].read((1, 4)), arc_cosine(x[16:32], x[64:70]), rtol=1e-12)
     good, bad = chunks(store.root), {("kernel/train", (3, 3)), ("kernel/test_train", (1, 2)), ("outputs/test", (2, 0))}
     for name, index in bad:
         flip(store.arrays[name].path(index))
