@@ -20,7 +20,7 @@ from ntkpipe.build.planner import make_plan
 from ntkpipe.build.prepare import Prepared, prepare, products_of, reuse_choices, where_computed, workload_of
 from ntkpipe.build.records import TileRecord, logged
 from ntkpipe.build.request import Request
-from ntkpipe.build.source import Products, Stage, TileSource, Vector, Work
+from ntkpipe.build.source import Products, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.executors.threads import ThreadExecutor
@@ -224,10 +224,10 @@ class ModelSource(TileSource):
                 )
         return replace(self, settled=settled, manifest=self.manifest.model_copy(update={"choices": choices}))
 
-    def run(self, stage: Stage) -> Generator[TileRecord, None, None]:
+    def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[TileRecord, None, None]:
         """See :meth:`TileSource.run`: blocks of tiles, on threads or by the workers of a cluster."""
         assert self.settled is not None
-        store, manifest, prepared = stage.store, stage.manifest, self.prepared
+        prepared = self.prepared
         sizes = {
             split: each.num_samples for split, each in (("train", manifest.train), ("test", manifest.test)) if each
         }
@@ -236,7 +236,7 @@ class ModelSource(TileSource):
         settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
         executor = self.resources.executor(store) or ThreadExecutor(settled.plan.machine.workers)
         sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
-        job = job_of(prepared, settled, sources, stage.sink, store.in_use)
+        job = job_of(prepared, settled, sources, sink, store.in_use)
         return logged(
             store, settled.plan, settled.check, settled.check_seconds, executor.run(job, settled.plan.tasks())
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreFullError, StoreMismatchError, TileError
 from ntkpipe.base.progress import show_progress
-from ntkpipe.build.source import Stage, StoreSink, TileSource, Work
+from ntkpipe.build.source import StoreSink, TileSource, Work
 from ntkpipe.store.growth import (
     ChunkKey,
     OldEntries,
@@ -149,7 +149,7 @@ def _write(
     left = Counter(name for name, _ in wanted or ()) if left is None else left
     kernels = {name: array.layout.num_chunks for name, array in arrays.items() if array.layout.grid is not None}
     total, todo = sum(kernels.values()), sum(left.get(name, 0) for name in kernels)
-    running = source.run(Stage(store, manifest, sink))
+    running = source.run(store, manifest, sink)
     try:
         # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
         with store.in_use():

@@ -66,15 +66,6 @@ class Work:
         return sum(self.left.get(name, 0) * layout.chunk_bytes for name, layout in layouts(self.manifest).items())
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Chunks that are written in one go."""
-
-    store: Store  # as it is now
-    manifest: Manifest  # whose sizes count: the store's, or one from before a growth, whose chunks lie aside
-    sink: StoreSink
-
-
 class TileSource(Protocol):
     """What the chunks of a store come from; see :class:`PlaneSource` for one that needs no more than a formula."""
 
@@ -96,8 +87,8 @@ class TileSource(Protocol):
         work.medium.require_room(work.num_bytes, "the store")
         return self
 
-    def run(self, stage: Stage) -> Generator[object, None, None]:
-        """Write the missing tiles of a stage, and yield once for each."""
+    def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[object, None, None]:
+        """Write the missing tiles of a store, or of one with an earlier manifest, and yield once for each."""
         raise NotImplementedError
 
     def num_steps(self) -> int:
@@ -118,11 +109,11 @@ class PlaneSource(TileSource, Protocol):
         """Entries of each plane in turn; of a ``test_diagonal`` the block of each sample of ``rows`` with itself."""
         raise NotImplementedError
 
-    def run(self, stage: Stage) -> Generator[str, None, None]:
+    def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[str, None, None]:
         """See :meth:`TileSource.run`."""
-        arrays = {kernel: stage.sink.arrays.get(planes(stage.manifest)[0].array(kernel)) for kernel in _KERNELS}
+        arrays = {kernel: sink.arrays.get(planes(manifest)[0].array(kernel)) for kernel in _KERNELS}
         keys = ((name, index) for name, array in arrays.items() if array for index in array.layout.indices())
-        return ThreadExecutor[ChunkKey, str](self.workers).run(_TileJob(self, stage), keys)
+        return ThreadExecutor[ChunkKey, str](self.workers).run(_TileJob(self, manifest, sink), keys)
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,8 @@ class _TileJob:
     """Calls ``planes`` for tile after tile."""
 
     source: PlaneSource
-    stage: Stage
+    manifest: Manifest
+    sink: StoreSink
 
     def session(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -141,15 +133,14 @@ class _TileJob:
     def open(self, pause: Callable[[], None]) -> Callable[[ChunkKey], Iterator[str]]:
         def do(key: ChunkKey) -> Iterator[str]:
             pause()
-            (kernel, index), sink, tile = key, self.stage.sink, self.stage.manifest.tile
-            names = [plane.array(kernel) for plane in planes(self.stage.manifest)]
+            (kernel, index), sink = key, self.sink
+            names = [plane.array(kernel) for plane in planes(self.manifest)]
             missing = {name for name in names if not sink.exists(name, index)}
             if missing:
                 layout = sink.arrays[names[0]].layout
-                counts = [size.stop - size.start for size in layout.region(index)]
-                width = 1 if layout.grid is None else self.stage.manifest.num_covectors
-                rows = Span(index[0] * tile, index[0] * tile + counts[0] // width)
-                columns = Span(index[1] * tile, index[1] * tile + counts[1] // width) if layout.grid else rows
+                width = 1 if layout.grid is None else self.manifest.num_covectors
+                spans = [Span(part.start // width, part.stop // width) for part in layout.region(index)]
+                rows, columns = spans[0], spans[0 if layout.grid is None else 1]
                 for name, values in zip(names, self.source.planes(kernel, rows, columns), strict=True):
                     if name in missing:
                         sink.write(name, index, _as_stored(values, sink.arrays[name], index))
