@@ -189,12 +189,17 @@ def _state(store: Store) -> str:
     return f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
 
 
-def require_same(store: Store, asked: Manifest) -> None:
+def require_same(
+    store: Store,
+    asked: Manifest,
+    what: str = "holds another kernel",
+    hint: str = "Use another path, mode='w' to start over, or ask for what is stored",
+) -> None:
     """Check that a store was made with exactly what is asked for; samples without a digest were not read."""
     stored = store.manifest
     if not asked.train.inputs_digest:
         stored, asked = _bare(stored), _bare(asked)
-    found, hint = differences(stored, asked), "Use another path, mode='w' to start over, or ask for what is stored"
+    found = differences(stored, asked)
     if asked.derived is not None:  # its numbers are those of another store
         pairs = ((field, getattr(stored, field), getattr(asked, field)) for field in ("derived", "choices"))
         found, hint = (*found, *(pair for pair in pairs if pair[1] != pair[2])), "Use another path"
@@ -203,7 +208,7 @@ def require_same(store: Store, asked: Manifest) -> None:
     if is_larger(stored, asked) and all(field.startswith(("train", "test")) for field, _, _ in found):
         hint = "With grow=True (run --grow) samples are added to those that are stored. " + hint
     listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
-    raise StoreMismatchError(f"{store.root} holds another kernel; {len(found)} fields differ: {listed}. {hint}", found)
+    raise StoreMismatchError(f"{store.root} {what}; {len(found)} fields differ: {listed}. {hint}", found)
 
 
 def _bare(manifest: Manifest) -> Manifest:

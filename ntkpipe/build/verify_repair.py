@@ -183,7 +183,8 @@ def _source(
     spec = KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
     request = Request(model, train, test, spec, run, forward)
     source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
-    require_same(store, source.manifest)
+    hint = "Give those, or the workflow file and options, that it was made with"
+    require_same(store, source.manifest, "was made with another model or other samples", hint)
     return replace(source, manifest=manifest)
 
 
