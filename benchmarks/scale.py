@@ -93,6 +93,7 @@ class SleepJob:
             host="simulated",
             process=os.getpid(),
             device="cpu",
+            arithmetic="",
         )
 
 
