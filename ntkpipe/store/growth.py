@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.documents import group_attributes, group_document
+from ntkpipe.store.documents import group_document
 from ntkpipe.store.layout import ArrayLayout, Index, layouts
 from ntkpipe.store.manifest import Manifest
-from ntkpipe.store.store import Store
+from ntkpipe.store.store import Store, read_group
 
 ChunkKey = tuple[str, Index]  # name of the array, and index of the chunk
 
@@ -38,21 +38,15 @@ State = Literal["none", "begun", "resumable"]
 
 def state_of(store: Store) -> State:
     """Read the progress of a growth from one small file."""
-    where = f"{_RECORD} of {store.root}"
-    try:
-        attributes = group_attributes(store.medium.get(_RECORD), where)
-    except FileNotFoundError:
+    attributes = read_group(store.medium, _FOLDER)
+    if attributes is None:
         return "none"
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(f"cannot read {where}: {error}") from error
     digest = store.manifest.digest()
     if attributes.get("after") == digest:
         return "resumable"
     if attributes.get("before") == digest:
         return "begun"
-    raise StoreError(f"{where} is damaged: it belongs to another manifest than the store's")
+    raise StoreError(f"{_RECORD} of {store.root} is damaged: it belongs to another manifest than the store's")
 
 
 def is_larger(stored: Manifest, asked: Manifest) -> bool:

@@ -23,7 +23,7 @@ from ntkpipe.base.errors import (
     StoreFullError,
     StoreMismatchError,
 )
-from ntkpipe.build import run as runs
+from ntkpipe.build import life
 from ntkpipe.build.tiles import BuildJob
 from ntkpipe.jacobian.fallback import METHODS
 from ntkpipe.store.kernel_store import open_kernel
@@ -199,7 +199,7 @@ def test_an_interrupt_in_the_progress_bar_stops_the_workers_first(tmp_path, monk
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "show_progress", interrupted)
+        patch.setattr(life, "show_progress", interrupted)
         with pytest.raises(Interrupted) as info:
             compute(tmp_path / "k.zarr", progress=True)
     done = open_kernel(tmp_path / "k.zarr").progress.tiles_done

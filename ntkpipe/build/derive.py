@@ -1,6 +1,6 @@
 """Other kinds of kernel from a stored one, without the model, by reducing its S x S blocks tile by tile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,20 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.errors import ConfigError, NonFiniteError, StoreError, StoreMismatchError
-from ntkpipe.base.kinds import Kind, get_kind
+from ntkpipe.base.errors import ConfigError, StoreError
+from ntkpipe.base.grid import Span
+from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
-from ntkpipe.base.progress import Ticks
+from ntkpipe.build.life import Place, fill
+from ntkpipe.build.source import PlaneSource
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index
-from ntkpipe.store.manifest import DerivedRecord, Manifest, differences
+from ntkpipe.store.manifest import DerivedRecord, Manifest
 from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.store import Store, prepare_path
+from ntkpipe.store.store import Store
 
 # Source kind → kinds derived from it; all others need pairs of outputs that are not stored.
 _SOURCES = {"ntk": ("pntk", "trace", "diagonal", "output:k"), "diagonal": ("trace", "output:k")}
-_KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 
 @checked
@@ -73,24 +74,12 @@ def derive_kernel(
     StoreError
         If the source was changed meanwhile, or cannot be read, or the new store cannot be written.
     """
-    source = store if isinstance(store, KernelStore) else open_kernel(store)
+    source = open_kernel(store)
     manifest = derived_manifest(source.manifest, kind, samples=samples)
     require_complete(source.store.arrays.values(), "other kinds are derived from it")
-    medium = medium_at(to)
-    if medium.identity() == source.store.medium.identity():
+    if medium_at(to).identity() == source.store.medium.identity():
         raise ConfigError(f"{source.path} is the source; the derived store needs another path")
-    existing = prepare_path(medium, "a")
-    target = Store.create(medium, manifest) if existing is None else existing
-    _require_same(target, manifest)
-    target.complete_layout()
-    missing = {name: set(indices) for name, indices in target.missing().items()}
-    needed = sum(len(indices) * target.arrays[name].layout.chunk_bytes for name, indices in missing.items())
-    target.medium.require_room(needed, "the derived store")
-    count = sum(map(len, missing.values()))
-    with target.in_use(), Ticks(count, what="derive", unit="chunk", enabled=progress) as ticks:
-        for array, index, values in _chunks(source.store, target, missing):
-            target.arrays[array].write(index, values)
-            ticks.tick()
+    target = fill(Place.at(to), DerivedSource(source.store, manifest), progress=progress)
     if Store.open(source.store.medium).manifest.digest() != source.manifest.digest():
         raise StoreError(
             f"{source.path} was replaced or extended while it was read: remove {target.root}, which may mix both, and "
@@ -123,49 +112,34 @@ def derived_manifest(source: Manifest, kind: str, *, samples: bool) -> Manifest:
     )
 
 
-def _require_same(target: Store, wanted: Manifest) -> None:
-    pairs = ((field, getattr(target.manifest, field), getattr(wanted, field)) for field in ("derived", "choices"))
-    found = differences(target.manifest, wanted) + tuple(pair for pair in pairs if pair[1] != pair[2])
-    if found:
-        raise StoreMismatchError(
-            f"{target.root} holds another kernel, or one that was made in another way; what differs is "
-            f"{', '.join(field for field, _, _ in found)}. Use another path",
-            found,
-        )
+@dataclass(frozen=True)
+class DerivedSource(PlaneSource):
+    """Tiles come from those of a store of another kind, each of which is read once."""
 
+    source: Store
+    manifest: Manifest
 
-def _chunks(source: Store, target: Store, missing: dict[str, set[Index]]) -> Iterator[tuple[str, Index, NDArray[Any]]]:
-    for name, stored in target.arrays.items():
-        if stored.layout.grid is None and not stored.layout.holds_blocks:
-            for index in sorted(missing.get(name, ())):
-                yield name, index, source.arrays[name].read(index)
-    kind, manifest = get_kind(target.manifest.kind), target.manifest
-    outputs = [*range(manifest.num_outputs)] if kind.pairs == "same" else [None]
-    for group in (None, *manifest.groups):
-        for name in _KERNELS:
-            arrays = {output: array_of(prefix_of(group, output), name) for output in outputs}
-            wanted = set().union(*(missing.get(array, ()) for array in arrays.values()))
-            for index in sorted(wanted):
-                blocks = _Blocks(source, group, name, index)
-                for output, array in arrays.items():
-                    if index in missing.get(array, ()):
-                        layout = target.arrays[array].layout
-                        values = _as_stored(_reduce(blocks, kind, output), target.arrays[array], index)
-                        if layout.grid is not None and layout.grid.symmetric and index[0] == index[1]:
-                            # Sums over transposed blocks run in another order, so mirror them.
-                            values = np.triu(values) + np.triu(values, 1).T
-                        yield array, index, values if layout.grid is not None else values[:, :, None]
+    def data(self, array: StoredArray, index: Index) -> NDArray[Any]:
+        """See :meth:`TileSource.data`."""
+        return self.source.arrays[array.layout.name].read(index)
 
-
-def _as_stored(values: NDArray[Any], array: StoredArray, index: Index) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # an overflow is reported below, with its tile
-        found = values.astype(array.layout.dtype)
-    if not np.isfinite(found).all():
-        raise NonFiniteError(
-            f"{array.describe(index)} would have entries that are NaN or infinite: verify the source; where sums over "
-            f"outputs overflow {array.layout.dtype}, compute it anew with store_dtype='float64'"
-        )
-    return found
+    def planes(self, kernel: str, rows: Span, columns: Span) -> Iterator[NDArray[Any]]:
+        """See :meth:`PlaneSource.planes`."""
+        tile, count, kind = self.manifest.tile, self.manifest.num_outputs, get_kind(self.manifest.kind)
+        row, column = rows.start // tile, columns.start // tile
+        index = (row, 0, 0) if kernel == "kernel/test_diagonal" else (row, column)
+        for group in (None, *self.manifest.groups):
+            blocks = _Blocks(self.source, group, kernel, index)
+            found: Iterable[NDArray[Any]]
+            if kind.name == "pntk":
+                found = [blocks.whole.sum(axis=(1, 3), dtype=np.float64) / count]
+            elif kind.name == "trace":
+                found = [sum(map(blocks.equal, range(1, count)), blocks.equal(0).astype(np.float64)) / count]
+            elif kind.pairs == "same":
+                found = map(blocks.equal, range(count))
+            else:
+                found = map(blocks.equal, np.flatnonzero(kind.covectors(count)[0]).tolist())
+            yield from (values[:, :, None] if len(index) == 3 else values for values in found)
 
 
 @dataclass(frozen=True)
@@ -190,22 +164,5 @@ class _Blocks:
 
     def equal(self, output: int) -> NDArray[Any]:
         """Entries for an output with itself, shape (n, m)."""
-        if get_kind(self.source.manifest.kind).pairs == "same":
-            return self._read(output)
-        return self.whole[:, output, :, output]
-
-
-def _reduce(blocks: _Blocks, kind: Kind, output: int | None) -> NDArray[Any]:
-    """Reduce blocks to entries of a kind, shape (n, m); sums are float64."""
-    count = blocks.source.manifest.num_outputs
-    if kind.name == "pntk":
-        total: NDArray[np.float64] = blocks.whole.sum(axis=(1, 3), dtype=np.float64)
-        return total / count
-    if kind.name == "trace":
-        total = blocks.equal(0).astype(np.float64)
-        for number in range(1, count):
-            total += blocks.equal(number)
-        return total / count
-    if output is None:
-        (output,) = np.flatnonzero(kind.covectors(count)[0]).tolist()
-    return blocks.equal(output)
+        is_apart = get_kind(self.source.manifest.kind).pairs == "same"
+        return self._read(output) if is_apart else self.whole[:, output, :, output]

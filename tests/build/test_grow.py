@@ -18,10 +18,7 @@ from small import Allowance, chunks, compute, mlp, times
 
 from ntkpipe import plan_kernel, repair, verify
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreError, StoreMismatchError, TileError
-from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.layout import layouts
-from ntkpipe.store.media.folder import Folder
-from ntkpipe.store.mending.growth import (
+from ntkpipe.store.growth import (
     OldEntries,
     begin,
     end_growth,
@@ -31,6 +28,9 @@ from ntkpipe.store.mending.growth import (
     state_of,
     undo_cut_growth,
 )
+from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.layout import layouts
+from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
 
 
@@ -156,7 +156,7 @@ def test_a_second_growth_in_the_middle_of_the_first_completes_the_edge_before(tm
 def test_a_repair_ends_a_growth_whose_copies_are_left(tmp_path, monkeypatch):
     path = compute(tmp_path / "k.zarr", **data(10, 6)).path
     with monkeypatch.context() as patch:
-        patch.setattr("ntkpipe.build.run.finish", lambda _: None)
+        patch.setattr("ntkpipe.build.life.finish", lambda _: None)
         compute(path, grow=True, **data(13, 7))
     assert (path / "growth").exists()
     report = repair(path, progress=False)

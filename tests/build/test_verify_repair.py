@@ -13,9 +13,9 @@ from small import Allowance, chunks, compute, inputs, mlp, times
 
 from ntkpipe import repair, verify
 from ntkpipe.base.errors import ArgumentError, ConfigError, Interrupted, StoreError, StoreMismatchError
-from ntkpipe.build.run import StoreSink
+from ntkpipe.build.source import StoreSink
+from ntkpipe.store.growth import state_of
 from ntkpipe.store.kernel_store import open_kernel
-from ntkpipe.store.mending.growth import state_of
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
 
@@ -95,7 +95,7 @@ def test_samples_that_are_damaged_themselves_must_be_given(store, undisturbed):
     flip(store.arrays["samples/train/input"].path((2, 0)))
     flip(store.arrays["kernel/train"].path((0, 1)))
     before = chunks(store.root)
-    with pytest.raises(ConfigError, match=r"train samples in .* cannot be used .*crc32c.*give inputs and targets"):
+    with pytest.raises(ConfigError, match=r"samples in .* cannot be used .*samples/train.*crc32c.*give inputs"):
         mended(store)
     assert chunks(store.root) == before
     assert mended(store, inputs=ALL["inputs"]).is_good
