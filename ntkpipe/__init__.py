@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ntkpipe.solvers.direct.cholesky import cholesky as cholesky
     from ntkpipe.solvers.direct.eigh import eigh as eigh
     from ntkpipe.solvers.direct.eigh import eigvalsh as eigvalsh
-    from ntkpipe.solvers.linear.solve import solve as solve
-    from ntkpipe.solvers.linear.solve import solve_path as solve_path
+    from ntkpipe.solvers.inverse.solve import solve as solve
+    from ntkpipe.solvers.inverse.solve import solve_path as solve_path
     from ntkpipe.solvers.spectral.density import density as density
     from ntkpipe.solvers.spectral.lanczos import eigsh as eigsh
     from ntkpipe.solvers.spectral.logdet import logdet as logdet

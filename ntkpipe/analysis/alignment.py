@@ -12,8 +12,9 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
 from ntkpipe.learning.regression.sources import said_of, train_targets
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, are_all_cheaper
 from ntkpipe.solvers.memory import bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
@@ -66,7 +67,7 @@ def alignment(
     kernel: Any,
     targets: ArrayLike,
     *,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     method: AnalysisMethod = "auto",
     task: Task = "auto",
     k: int = 100,
@@ -100,8 +101,8 @@ def alignment(
     eigenpairs
         Eigenpairs of K that are known. All n of them make it exact; fewer are used as they are where it is streamed.
     method
-        How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where
-        it fits the memory.
+        How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: with all
+        where they are given, or take fewer operations and fit the memory.
     k
         Number of directions where it is streamed.
     tol
@@ -118,7 +119,12 @@ def alignment(
     train = train_targets(operator, targets, None, task)
     check_number("k", k, low=1)
     plain, centred = alignments(operator, train.rhs, train.width)
-    system, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
+    how = method
+    if method == "auto" and eigenpairs is None and not are_all_cheaper(operator, min(k + 1, n)):
+        how = "streamed"
+    system, why = all_eigenpairs(operator, eigenpairs, budget, how, monitor)
+    if how != method:
+        why = f"leading pairs take fewer operations than all {n:,}"
     status: Status = "converged"
     message = "all directions"
     work = Work()
@@ -136,9 +142,8 @@ def alignment(
             monitor=monitor,
         )
         work = found.work - (operator.work - before)  # of an earlier process
-        system = Eigensystem(found.eigenvalues, found.eigenvectors)
-        status, message = found.status, found.message
-    powers = (system.eigenvectors.T @ train.rhs) ** 2
+        system, status, message = found, found.status, found.message
+    powers = (system.vectors.T @ train.rhs) ** 2
     cumulative = np.cumsum(powers.sum(axis=1)) / max(float((train.rhs**2).sum()), np.finfo(np.float64).tiny)
     most = k if eigenpairs is None and not system.is_whole else None
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
@@ -194,13 +199,13 @@ def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int
     return half, most, nearly_all
 
 
-def _errors(operator: Operator, system: Eigensystem) -> FloatArray:
+def _errors(operator: Operator, system: Eigenpairs) -> FloatArray:
     """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
 
     It is at most the norm of the residuals over the gap behind the i-th eigenvalue (Davis and Kahan), and unknown for
     the last one, whose gap is not known.
     """
-    residuals = operator.matmat(system.eigenvectors) - system.eigenvectors * system.eigenvalues
+    residuals = operator.matmat(system.vectors) - system.vectors * system.eigenvalues
     norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))
     gaps = np.append(system.eigenvalues[:-1] - system.eigenvalues[1:], 0.0)
     with np.errstate(divide="ignore"):

@@ -14,8 +14,8 @@ eigensystem of the kernel operator, estimated from the train kernel as ``λ_i = 
 with k_i, u_i the eigenpairs of K. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and
 the prediction is zero. Noise of targets is in v_i² already.
 
-Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, passes of
-c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
+Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, two
+times some ten to forty passes a ridge, for c and 2 p columns, from the largest to the smallest ridge.
 
 Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
 NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.analysis.trust import judge
@@ -40,10 +40,12 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, note_on_unknown
 from ntkpipe.learning.regression.cross import HeldOut
-from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
 from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
+from ntkpipe.solvers.inverse.contract import Fit, Inverse, Question
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.store.results import Checkpoint
@@ -122,7 +124,7 @@ def generalisation(
     ridge_scale: RidgeScale = None,
     test_kernel: Any = None,
     test_targets: ArrayLike | None = None,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     method: AnalysisMethod = "auto",
     task: Task = "auto",
     tolerance: float = 0.1,
@@ -143,7 +145,7 @@ def generalisation(
     An estimate is trusted where it is within ``tolerance`` of leave-one-out and the smallest eigenvalue of K + λI is
     above ten storage floors. That holds for samples that the kernel does not know: after training on them leave-one-out
     is below the test loss, too; where both differ by more than ``tolerance`` and three standard errors, nothing is
-    trusted. Without leave-one-out (a full NTK, streamed) KARE is trusted up to an effective dimension of n/10.
+    trusted.
 
     Parameters
     ----------
@@ -153,12 +155,12 @@ def generalisation(
         All eigenpairs of K, descending, if they are known.
     method
         How it is computed: ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes,
-        ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where
-        it fits the memory.
+        ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 c)`` for c columns at a time; ``auto``: exact where it fits the
+        memory, or by Cholesky factors where these do, without what needs the eigensystem.
     tolerance
         Largest relative difference from leave-one-out that is trusted.
     num_probes
-        Number of random probes p where it is streamed.
+        Number of random probes for traces, and of samples to leave out, where it is streamed.
     tol
         Relative residual of the systems where it is streamed.
 
@@ -175,25 +177,26 @@ def generalisation(
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
-    found, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
-    system = found if found is not None and found.is_whole else None
-    decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed}
-    kept = None if system is not None else checkpoint
-    stages = CountedStages(kept, operator, train, function="generalisation", **decides)
-    # From the largest ridge to the smallest, which is cheapest by passes.
-    order = np.argsort(-shifts, kind="stable")
-    problem = train.rhs, shifts[order].tolist(), train.width
-    if system is None:
-        how: dict[str, Any] = {"num_probes": num_probes, "tol": tol, "seed": seed}
-        each = resolvents_of_operator(operator, *problem, budget=budget, stages=stages, monitor=monitor, **how)
+    how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "ridges": shifts.tolist()}
+    system, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor)
+    if system is not None and system.is_whole:
+        inverse: Inverse = ByEigenpairs(operator, system, why)
     else:
-        each = resolvents_of_pairs(system, *problem)
-    by_place = dict(zip(order.tolist(), each, strict=True))
-    resolvents = [by_place[place] for place in range(len(shifts))]
-    losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
+        chosen: Any = "streamed" if method == "streamed" else "auto"
+        inverse, system = find_inverse(operator, budget, method=chosen, allowed=("cholesky",), **how), None
+    is_exact = inverse.method != "streamed"
+    question = Question(train.rhs, train.width, num_probes, 0 if system is not None else num_probes, seed)
+    decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed, "method": inverse.method}
+    kept = checkpoint if system is None else None
+    stages = CountedStages(kept, operator, train, function="generalisation", **decides)
+    fits = dict(stages.fits(inverse, question, shifts, _measures))
+    found = [fits[place] for place in range(len(shifts))]
+    losses: dict[str, Any] = {name: np.array([one["measures"][name] for one in found]) for name in found[0]["measures"]}
+    losses |= _of_population(system, train.rhs, shifts) | _measured([one["coefficients"] for one in found], test)
+    spreads = losses.pop("left_out_spread")
     floor = operator.storage_floor()
     status: Status = "converged"
-    message, worst = "exact, from all eigenpairs in float64", max(one.residual for one in resolvents)
+    message, worst = "exact, from all eigenpairs in float64", max(one["residual"] for one in found)
     if system is None:
         message = f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
     if worst > tol:
@@ -205,48 +208,47 @@ def generalisation(
         work=stages.work,
         seconds=stages.seconds,
         options=options,
-        method="streamed" if system is None else "exact",
-        why=why,
+        method="exact" if is_exact else "streamed",
+        why=why if system is not None else inverse.why,
         num_rows=n,
         num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
         targets=train.targets.words,
         **losses,
-        **judge(losses, resolvents, system, floor, tolerance, n),
+        **judge(losses, shifts, [one["status"] for one in found], spreads, system, floor, tolerance),
     )
 
 
-def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
-    fields = ("ridge", "trace", "trace_error", "squared_trace", "squared_trace_error")
-    ridges, trace, error, squared, squared_error = (_each(resolvents, name) for name in fields)
-    squares = np.array([float((one.coefficients**2).mean()) for one in resolvents])
-    part, kare = error / np.abs(trace), squares * (n / trace) ** 2
-    dimension, train = n - ridges * trace, ridges**2 * squares
-    # At λ = 0 both parts of the quotient vanish, and its limit is KARE.
-    crossed = np.where(ridges > 0, train / np.where(ridges > 0, ridges * trace / n, 1.0) ** 2, kare)
-    coefficient = n * squared / trace**2
+def _measures(fit: Fit) -> dict[str, float]:
+    """Numbers of one ridge, by the names of the result, and the standard error of leave-one-out over samples."""
+    (trace, trace_error), (squared, squared_error), n = fit.trace, fit.squared_trace, len(fit.complement)
+    kare, dimension = fit.generalised_cross_validation, fit.effective_dimension
+
+    def losses(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
+        return np.asarray((residuals**2).reshape(len(samples), -1).mean(axis=1))
+
+    left_out, each = fit.mean_left_out(losses), losses(fit.left_out, fit.samples)
+    coefficient, part = n * squared / trace**2, trace_error / abs(trace)
+    is_limit = fit.weight != fit.ridge  # of a singular kernel without a ridge
     return {
-        "train_loss": train,
-        "kare": kare,
-        "kare_error": 2 * part * kare,
-        "generalised_cross_validation": crossed,
-        "leave_one_out_loss": _each(resolvents, "left_out_loss"),
-        "leave_one_out_loss_error": _each(resolvents, "left_out_loss_error"),
-        "kappa": 1 / trace,
-        "kappa_error": part / np.abs(trace),
+        "train_loss": float(np.mean(fit.train_residuals**2)),
+        "kare": kare.value,
+        "kare_error": kare.error,
+        "generalised_cross_validation": kare.value,
+        "leave_one_out_loss": left_out.value,
+        "leave_one_out_loss_error": left_out.error,
+        "left_out_spread": float(each.std(ddof=1)) / (n // (len(fit.left_out) // len(each))) ** 0.5,
+        "kappa": 0.0 if is_limit else 1.0 / trace,
+        "kappa_error": 0.0 if is_limit else part / abs(trace),
         "overfitting_coefficient": coefficient,
-        "overfitting_coefficient_error": coefficient * np.hypot(squared_error / squared, 2 * part),
-        "effective_dimension": dimension,
-        "effective_dimension_error": ridges * error,
+        "overfitting_coefficient_error": float(coefficient * np.hypot(squared_error / squared, 2 * part)),
+        "effective_dimension": dimension.value,
+        "effective_dimension_error": dimension.error,
     }
 
 
-def _each(resolvents: Sequence[Resolvent], name: str) -> FloatArray:
-    return np.array([getattr(one, name) for one in resolvents])
-
-
-def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
+def _of_population(system: Eigenpairs | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
     n, count = len(rows), len(ridges)
     if system is None:
@@ -254,16 +256,16 @@ def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatAr
         return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
     # What rounding makes negative is zero.
     values = np.maximum(system.eigenvalues, 0.0) / n
-    fields, learnabilities = predicted(values, (system.eigenvectors.T @ rows) ** 2 / n, [n], ridges)
+    fields, learnabilities = predicted(values, (system.vectors.T @ rows) ** 2 / n, [n], ridges)
     found = {name: of_sizes[0] for name, of_sizes in fields.items()}
     return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}
 
 
-def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
+def _measured(coefficients: Sequence[FloatArray], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
-        return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
-    outputs = test.predict([one.coefficients for one in resolvents])
+        return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(coefficients), np.nan))
+    outputs = test.predict(coefficients)
     losses = np.stack([((one - test.targets.matrix) ** 2).mean(axis=1) for one in outputs])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import predicted
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, rows_of
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -17,9 +17,10 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import ridges_for, rows_of, said_of, train_targets
+from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import all_eigenpairs
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 from ntkpipe.store.results import Checkpoint
@@ -78,7 +79,7 @@ def learning_curve(
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     num_subsets: int = 4,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     task: Task = "auto",
     memory_limit: MemoryLimit = None,
     seed: int = 0,
@@ -121,10 +122,10 @@ def learning_curve(
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
-    system, _ = find_eigensystem(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
+    system, _ = all_eigenpairs(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None
     values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
-    powers = (system.eigenvectors.T @ rows) ** 2 / operator.num_rows
+    powers = (system.vectors.T @ rows) ** 2 / operator.num_rows
     decides = {"sizes": numbers, "ridges": shifts.tolist(), "num_subsets": num_subsets, "seed": seed}
     stages = CountedStages(checkpoint, operator, train, function="learning_curve", **decides)
     draws = np.empty((3, len(numbers), len(shifts), num_subsets))

@@ -16,21 +16,17 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.eigensystem import (
-    AnalysisMethod,
-    Eigensystem,
-    KnownEigenpairs,
-    check_eigenpairs,
-    where_it_fits,
-)
-from ntkpipe.learning.regression.sources import WithError, ridges_for, with_error
+from ntkpipe.learning.regression.sources import ridges_for, with_error
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.direct.eigh import eigvalsh
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs
+from ntkpipe.solvers.inverse.contract import WithError
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.density import Density, density, smoothed
-from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, bytes_of_smallest, smallest
 from ntkpipe.store.results import Checkpoint
 
@@ -111,7 +107,7 @@ class KernelSpectrum(Result):
 def spectrum(
     kernel: Any,
     *,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     tail_ranks: Sequence[int] | None = None,
@@ -163,20 +159,15 @@ def spectrum(
     check_number("k", k, low=1)
     if tail_ranks is not None and len(tail_ranks) != 2:
         raise ConfigError(f"tail_ranks={tail_ranks!r}; needed two numbers, the first and the last rank")
-    given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics, floor = operator.statistics(), operator.storage_floor()
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
-    if given is not None and given.is_whole:
-        whole: KnownEigenpairs | None = given
-        why = given.why
-    else:
-        compute = partial(eigvalsh, operator, memory_limit=budget, monitor=monitor)
-        whole, why = where_it_fits(compute, n, budget, method)
+    given, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor, eigvalsh)
+    is_whole = given is not None and len(given.eigenvalues) == n
     status: Status = "converged"
-    kept = checkpoint if whole is None else None
+    kept = None if is_whole else checkpoint
     stages = CountedStages(kept, operator, None, function="spectrum", seed=seed, k=k)
-    if whole is not None:
-        found, message = _exact(np.array(whole.eigenvalues), shifts, floor), "all eigenvalues, by LAPACK in float64"
+    if given is not None and is_whole:
+        found, message = _exact(np.array(given.eigenvalues), shifts, floor), "all eigenvalues, by LAPACK in float64"
     else:
         counts = min(k, n), num_probes, max_passes
         how: dict[str, Any] = {"seed": seed, "monitor": monitor}
@@ -224,7 +215,7 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
 
 def _streamed(
     operator: Operator,
-    given: Eigensystem | None,
+    given: Eigenpairs | None,
     ridges: FloatArray,
     floor: float,
     k: int,
@@ -245,9 +236,8 @@ def _streamed(
         return stages.result(name, kind, partial(function, operator, *args, **options, **how))
 
     if given is None:
-        top = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
-        given = Eigensystem(top.eigenvalues, top.eigenvectors)
-        status = top.status
+        given = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
+        status = given.status
     values = given.eigenvalues
     sampled = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
     spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **sampled)

@@ -5,33 +5,35 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.learning.regression.eigensystem import Eigensystem
-from ntkpipe.learning.regression.resolvent import Resolvent
+from ntkpipe.base.arrays import FloatArray
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.contract import INDEFINITE
+from ntkpipe.solvers.result import Status
 
 # The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
 _FLOORS = 10.0
 # Standard errors by which leave-one-out and test loss differ for another reason than chance. True errors are a bit
 # larger, since left-out errors are not independent.
 _SIGMAS = 3.0
-# Without leave-one-out, the share of n up to which the effective dimension is small.
-_SMALL_DIMENSION = 0.1
 
 
 def judge(
     losses: dict[str, Any],
-    resolvents: Sequence[Resolvent],
-    system: Eigensystem | None,
+    ridges: FloatArray,
+    statuses: Sequence[Status],
+    spreads: FloatArray,
+    system: Eigenpairs | None,
     floor: float,
     tolerance: float,
-    n: int,
 ) -> dict[str, Any]:
     """Ratios to the measured loss, and which estimates can be trusted."""
     sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
     found = []
-    for index, resolvent in enumerate(resolvents):
+    for index, (ridge, status) in enumerate(zip(ridges, statuses, strict=True)):
         at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
-        unknown = _unknown(resolvent, system, floor)
-        found.append(_judge_ridge(at, resolvent, tolerance, n) if unknown is None else (False, False, unknown))
+        is_definite = status != INDEFINITE and np.isfinite(at["kappa"])
+        unknown = _unknown(float(ridge), system, floor) if is_definite else "K + λI is not positive definite; raise λ"
+        found.append((False, False, unknown) if unknown else _judge_ridge(at, float(spreads[index]), tolerance))
     kare, theory, reasons = zip(*found, strict=True)
     return {
         **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
@@ -41,16 +43,13 @@ def judge(
     }
 
 
-def _judge_ridge(at: dict[str, float], resolvent: Resolvent, tolerance: float, n: int) -> tuple[bool, bool, str]:
+def _judge_ridge(at: dict[str, float], spread: float, tolerance: float) -> tuple[bool, bool, str]:
     """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
     loss, test = at["leave_one_out_loss"], at["test_loss"]
     if not np.isfinite(loss) or loss <= 0:
-        share = at["effective_dimension"] / n
-        is_small = at["effective_dimension"] <= _SMALL_DIMENSION * n
-        return is_small, False, f"leave-one-out is not known; the effective dimension is {share:.2g} n"
+        return False, False, "leave-one-out is not known"
     apart = loss / test - 1 if test > 0 else np.nan
-    spread = np.hypot(at["test_loss_error"], resolvent.left_out_spread)
-    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * spread:
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(at["test_loss_error"], spread):
         why = "train and test samples are not alike to this kernel, as after training on the former"
         return False, False, f"leave-one-out itself is {apart:+.1%} off the test loss: {why}"
     gaps = {name: at[name] / loss - 1 for name in ("kare", "eigenlearning")}
@@ -60,11 +59,9 @@ def _judge_ridge(at: dict[str, float], resolvent: Resolvent, tolerance: float, n
     return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
 
 
-def _unknown(resolvent: Resolvent, system: Eigensystem | None, floor: float) -> str | None:
-    """Why (K + λI)^-1 is not known; none if it is."""
-    if not resolvent.is_definite or not np.isfinite(resolvent.trace):
-        return "K + λI is not positive definite; raise λ"
-    least = np.inf if system is None else resolvent.ridge + float(system.eigenvalues[-1])
+def _unknown(ridge: float, system: Eigenpairs | None, floor: float) -> str:
+    """Why (K + λI)^-1 is not known; empty if it is."""
+    least = np.inf if system is None else ridge + float(system.eigenvalues[-1])
     if least < _FLOORS * floor:
         return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
-    return None
+    return ""

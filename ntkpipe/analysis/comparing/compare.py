@@ -231,8 +231,7 @@ def _find(
         done, found = spectrum.pop("work"), None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
-            largest = float(spectrum["eigenvalues"][0])
-            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=budget)
+            predicted = once(f"predictions-{name}", predict, *of_test, budget=budget)
             done += predicted.pop("work")
             found = Predictions(**predicted)
         return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)

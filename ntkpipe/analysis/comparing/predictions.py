@@ -10,15 +10,13 @@ from ntkpipe.analysis.comparing.inputs import KernelInput, has_same_test_samples
 from ntkpipe.analysis.comparing.spectra import Way
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
-from ntkpipe.base.errors import ConfigError, IndefiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.linear.systems import bytes_of_solve
+from ntkpipe.solvers.inverse.passes import recurrence_for
+from ntkpipe.solvers.inverse.solve import solve
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Status
 from ntkpipe.store.results import Checkpoint
 
@@ -82,7 +80,6 @@ def predict(
     goal: Goal,
     *,
     ridge: float,
-    largest: float,
     way: Way,
     budget: Budget,
     seed: int,
@@ -92,34 +89,20 @@ def predict(
     """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression."""
     cross = CrossKernel(test_kernel, operator.num_rows, width)
     rows = goal.targets.rows(width)
-    if way == "passes":
-        solution = solve(
-            operator,
-            rows,
-            ridge=ridge,
-            method="pcg" if rows.shape[1] == 1 else "block_cg",
-            task="regression",
-            tol=_TOL,
-            seed=seed,
-            memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
-            checkpoint=checkpoint,
-            monitor=monitor,
-        )
-    else:
-        solution = _solve_in_memory(operator, rows, ridge, largest, seed)
+    solution = solve(
+        operator,
+        rows,
+        ridge=ridge,
+        method="auto" if way != "passes" else recurrence_for(rows.shape[1]),
+        task="regression",
+        tol=_TOL,
+        seed=seed,
+        memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
+        checkpoint=checkpoint if way == "passes" else None,
+        monitor=monitor,
+    )
     values = as_samples(cross.times(solution.coefficients), width)
     return Predictions(np.ascontiguousarray(values), solution.status, solution.message)
-
-
-def _solve_in_memory(operator: Operator, rows: FloatArray, ridge: float, largest: float, seed: int) -> Solution:
-    """Solve by a factor, or for smallest norm where there is no ridge and the kernel is singular to its storage."""
-    try:
-        factor = cholesky(operator, ridge=ridge)
-        if ridge > 0 or smallest_by_factor(factor, seed) > cut_off(operator, largest):
-            return by_factor(factor, rows, tol=_TOL, why="it fits in memory")
-    except IndefiniteError:
-        pass
-    return minimum_norm(operator, rows, ridge, tol=_TOL, why="singular", budget=Budget())
 
 
 def compare_predictions(a: FloatArray, b: FloatArray, goal: Goal) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def find_ends(
         residual = float(np.linalg.norm(operator.matmat(vectors) - vectors * values))
     else:
         pairs = eigsh(operator, wanted, tol=_TOL, seed=seed, monitor=monitor)
-        values, vectors = pairs.eigenvalues, pairs.eigenvectors
+        values, vectors = pairs.eigenvalues, pairs.vectors
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
     every = known if known is not None and len(known) == n else None

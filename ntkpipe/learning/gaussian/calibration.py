@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.learning.regression.sources import runs, said_of
+from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.targets import as_samples, encode_test
-from ntkpipe.learning.regression.sources import TrainTargets, runs
+from ntkpipe.learning.regression.sources import TrainTargets
 from ntkpipe.store.kernel import Kernel
 
 # Size of a part in float64.

@@ -1,8 +1,8 @@
 """What a regression starts from: targets as right-hand sides, ridges, and what a store holds of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,27 +39,9 @@ def said_of(words: str) -> TableRows:
     return [("targets", words)] if words else []
 
 
-class WithError(NamedTuple):
-    """A number and its standard error, zero where it is exact."""
-
-    value: float
-    error: float
-
-
 def with_error(value: float, error: float, form: str = ",.5g") -> str:
     """A number, and its error unless that is zero."""
     return f"{value:{form}}" + (f" ± {error:.1g}" if error else "")
-
-
-def rows_of(samples: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Rows of samples in a kernel of ``width`` rows a sample."""
-    return np.asarray(samples[:, None] * width + np.arange(width)).reshape(-1)
-
-
-def runs(count: int, most: int) -> Iterator[slice]:
-    """Cut a range of ``count`` into runs of at most ``most``."""
-    for start in range(0, count, most):
-        yield slice(start, min(start + most, count))
 
 
 def train_targets(operator: Operator, targets: Any, initial: Any | None, task: Task) -> TrainTargets:

@@ -1,12 +1,17 @@
-"""Stages of an analysis whose work, also that of earlier calls, ends up in its result."""
+"""Stages of an analysis, such as fits at several ridges; work, also that of earlier calls, is in its result."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.learning.regression.sources import TrainTargets
 from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.inverse.contract import Fit, Inverse, Question
 from ntkpipe.store.results import Checkpoint
 
 
@@ -38,3 +43,29 @@ class CountedStages(Stages):
         self.work += found["spent"] - (self._operator.work - before)
         self.seconds += found["seconds"] - (perf_counter() - begin)
         return found
+
+    def fits(
+        self, inverse: Inverse, question: Question, ridges: FloatArray, measure: Callable[[Fit], Mapping[str, float]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """What is measured of fits, with their places, from the largest ridge to the smallest, each a stage.
+
+        Iterations begin with the solution of the ridge before.
+        """
+        solution = None
+        for place in np.argsort(-ridges, kind="stable").tolist():
+            fit = partial(_fit, inverse, question, float(ridges[place]), solution, measure)
+            found = self.once(f"ridge-{place}", fit)
+            solution = np.asarray(found["solution"])
+            yield place, {**found, "coefficients": solution[:, : question.rhs.shape[1]]}
+
+
+def _fit(
+    inverse: Inverse,
+    question: Question,
+    ridge: float,
+    start: FloatArray | None,
+    measure: Callable[[Fit], Mapping[str, float]],
+) -> dict[str, Any]:
+    found = inverse.fit(question, ridge, start)
+    verdict = {"status": found.verdict.status, "message": found.verdict.message, "residual": found.verdict.worst}
+    return {"solution": found.solution, "measures": measure(found), "num_left_out": len(found.samples), **verdict}

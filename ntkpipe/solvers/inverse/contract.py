@@ -1,41 +1,87 @@
-"""Kernel ridge regression at one ridge after another: by all eigenpairs, by factors, or by passes."""
+"""What every inverse ``G = (K + λI)^-1`` answers: products, forms, log determinants, and fits with leave-one-out.
 
+A fit is kernel ridge regression at one ridge. With H = K G its errors are ``(I - H) Y``; ``I - H = w M``, where M = G
+and w = λ, or, in the limit λ → 0 of a singular kernel, M is the projection onto the null space and w = 1.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.errors import IndefiniteError
+from ntkpipe.base.arrays import FloatArray, rows_of
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression import leave_one_out
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.minimum_norm import cut_off, pseudo_inverse, require_all
-from ntkpipe.learning.regression.sources import WithError, rows_of
-from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse
-from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.inverse.leave_one_out import residuals
 from ntkpipe.solvers.result import Status
 
-_INDEFINITE: Status = "indefinite at storage precision"
+# By all eigenpairs, by a Cholesky factor for each ridge, or by conjugate gradients, which are passes over the matrix.
+InverseMethod = Literal["eigh", "cholesky", "streamed"]
+INDEFINITE: Status = "indefinite at storage precision"
+
+
+class WithError(NamedTuple):
+    """A number and its standard error, zero where it is exact."""
+
+    value: float
+    error: float = 0.0
+
+
+@dataclass
+class Verdict:
+    """How far several answers can be trusted, all together."""
+
+    status: Status = "converged"  # that of the first that did not converge
+    worst: float = 0.0  # the largest relative residual
+    messages: list[str] = field(default_factory=list)  # those of answers that did not converge
+
+    @property
+    def message(self) -> str:
+        """Why the first did not converge; empty if all did."""
+        return self.messages[0] if self.messages else ""
+
+    def add(self, status: Status, residual: float, message: str) -> None:
+        """Take one more answer into account."""
+        self.worst = max(self.worst, residual)
+        if status != "converged":
+            if self.status == "converged":
+                self.status = status
+            self.messages.append(message)
 
 
 @dataclass(frozen=True)
-class Point:
-    """The fit at one ridge, in the rows of the kernel."""
+class Fit:
+    """Kernel ridge regression at one ridge, in the rows of the kernel. Numbers are NaN where there is no fit."""
 
-    coefficients: FloatArray  # a, shape (n, c)
-    train_residuals: FloatArray  # Y - K A
-    effective_dimension: WithError  # effective_dimension, generalised_cross_validation: with their errors
-    generalised_cross_validation: WithError
-    left_out_samples: NDArray[np.int64]  # samples with leave-one-out residuals: all or some
-    left_out_residuals: FloatArray  # residuals of these samples, rows as in the kernel
-    proxy_residuals: FloatArray | None  # of all samples, by the mean block of the inverse, where only some are left out
-    residual: float = 0.0  # largest relative true residual
-    status: Status = "converged"  # whether it can be trusted
-    message: str = ""  # why it cannot be trusted
+    ridge: float
+    solution: FloatArray  # A = G Y, shape (n, c), and G Z of random signs Z beside it: where the next fit may start
+    coefficients: FloatArray  # A
+    verdict: Verdict
+    complement: FloatArray  # M Y
+    weight: float  # w
+    trace: WithError  # tr M
+    squared_trace: WithError  # tr M²
+    samples: NDArray[np.int64]  # that were left out: all or some
+    left_out: FloatArray  # residuals of these samples, rows as in the kernel
+    proxies: FloatArray | None = None  # of all samples, by the mean block of the inverse, where only some are left out
+
+    @property
+    def train_residuals(self) -> FloatArray:
+        """``Y - K A``."""
+        return self.weight * self.complement
+
+    @property
+    def effective_dimension(self) -> WithError:
+        """``tr H``, the degrees of freedom of the fit."""
+        return WithError(len(self.complement) - self.weight * self.trace.value, self.weight * self.trace.error)
+
+    @property
+    def generalised_cross_validation(self) -> WithError:
+        """``(|(I - H) Y|² / n) / (tr(I - H) / n)²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215)."""
+        value = float(np.mean(self.complement**2)) / (self.trace.value / len(self.complement)) ** 2
+        return WithError(value, 2.0 * value * self.trace.error / abs(self.trace.value))
 
     def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> WithError:
         """The mean over all samples of a function of residuals and samples, one value a sample.
@@ -44,129 +90,105 @@ class Point:
         the values for proxies, and the mean over the sample of what these are off by, with its standard error for a
         simple random sample without replacement (Cochran 1977, Sampling Techniques, sections 2.6 and 7.1).
         """
-        exact = value(self.left_out_residuals, self.left_out_samples)
-        if self.proxy_residuals is None:
-            return WithError(float(exact.mean()), 0.0)
-        total, count = len(self.proxy_residuals) * len(exact) // len(self.left_out_residuals), len(exact)
-        proxies = value(self.proxy_residuals, np.arange(total))
-        gaps = exact - proxies[self.left_out_samples]
+        exact = value(self.left_out, self.samples)
+        if self.proxies is None:
+            return WithError(float(exact.mean()))
+        total, count = len(self.proxies) * len(exact) // len(self.left_out), len(exact)
+        proxies = value(self.proxies, np.arange(total))
+        gaps = exact - proxies[self.samples]
         finite = (1.0 - count / total) ** 0.5
         # Gaps that are all the same, such as those of accuracies, do not say that there are no others.
         spread = max(float(gaps.std(ddof=1)), float(np.abs(gaps).max(initial=0.0)) / count)
         return WithError(float(proxies.mean() + gaps.mean()), finite * spread / count**0.5)
 
 
-# The fit at a ridge λ, where iterations begin with the coefficients of another ridge.
-Finder = Callable[[float, FloatArray | None], Point]
+@dataclass(frozen=True)
+class Question:
+    """What is fitted, and what is asked of each fit."""
 
+    rhs: FloatArray  # Y, in the rows of the kernel
+    width: int = 1  # rows a sample, which are left out together
+    num_left_out: int = 64  # least number of samples to leave out; where that is cheap, all are
+    num_probes: int = 0  # random signs for traces, where they are not exact
+    seed: int = 0
 
-def by_eigenpairs(operator: Operator, pairs: KnownEigenpairs, rhs: FloatArray, width: int) -> Finder:
-    """Exact, ``n² (2 c + S)`` multiplications a ridge once all eigenpairs are known.
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.rhs) // self.width
 
-    At λ = 0 eigenvalues up to the cut-off count as zero, and the fit is the minimum-norm solution, as the limit of
-    ridges above the cut-off; see :mod:`ntkpipe.learning.regression.minimum_norm`.
-    """
-    vectors, values = require_all(pairs, operator.num_rows), np.asarray(pairs.eigenvalues, np.float64)
-    cut = cut_off(operator, float(np.abs(values).max()))
-    inside = vectors.T @ rhs
+    def some_samples(self) -> NDArray[np.int64]:
+        """Samples at random, in order."""
+        chosen = np.random.default_rng(self.seed).permutation(self.num_samples)
+        return np.sort(chosen[: min(self.num_left_out, self.num_samples)])
 
-    def at(ridge: float, guess: FloatArray | None) -> Point:
-        weights, kept, smallest = pseudo_inverse(values, ridge, cut)
-        coefficients = vectors @ (weights[:, None] * inside)
-        blocks = leave_one_out.weighted_blocks(vectors, weights, width)
-        found: dict[str, Any] = {}
-        if smallest <= 0.0:
-            found = {"status": _INDEFINITE, "message": f"an eigenvalue of K + λI is {smallest:.3g}"}
-        if kept.all():
-            return _point(ridge, coefficients, blocks, **found)
-        null = (~kept).astype(np.float64)
-        outside = vectors @ (null[:, None] * inside)
-        null_blocks = leave_one_out.weighted_blocks(vectors, null, width)
-        rest = float(null.sum()) / len(null)
-        return Point(
+    def signs(self) -> FloatArray:
+        """Z, shape (n, p)."""
+        rng = np.random.default_rng([self.seed, self.num_probes])
+        return rng.choice(np.array([-1.0, 1.0]), (len(self.rhs), self.num_probes))
+
+    def fit(
+        self,
+        ridge: float,
+        solution: FloatArray,
+        blocks: FloatArray,
+        verdict: Verdict,
+        samples: NDArray[np.int64] | None = None,
+        trace: WithError | None = None,
+        squared_trace: WithError | None = None,
+    ) -> Fit:
+        """The fit from A, beside which there may be more, and diagonal blocks of G: of all samples or of some."""
+        coefficients = solution[:, : self.rhs.shape[1]]
+        samples, proxies = np.arange(self.num_samples) if samples is None else samples, None
+        if len(blocks) < self.num_samples:
+            proxies = residuals(
+                np.broadcast_to(blocks.mean(axis=0), (self.num_samples, *blocks.shape[1:])), coefficients
+            )
+        return Fit(
+            ridge=ridge,
+            solution=solution,
             coefficients=coefficients,
-            train_residuals=outside,
-            effective_dimension=WithError(float(kept.sum()), 0.0),
-            generalised_cross_validation=WithError(float(np.mean(outside**2)) / rest**2, 0.0),
-            left_out_samples=np.arange(len(blocks)),
-            left_out_residuals=leave_one_out.limit_residuals(null_blocks, outside, blocks, coefficients),
-            proxy_residuals=None,
-            **found,
+            verdict=verdict,
+            complement=coefficients,
+            weight=ridge,
+            trace=trace or WithError(float(np.trace(blocks, axis1=1, axis2=2).sum())),
+            squared_trace=squared_trace or WithError(np.nan),
+            samples=samples,
+            left_out=residuals(blocks, coefficients[rows_of(samples, self.width)]),
+            proxies=proxies,
         )
 
-    return at
+    def traces(self, probed: FloatArray) -> tuple[WithError, WithError]:
+        """``tr G`` and ``tr G²`` from G Z, by ``E z'Gz`` and ``E |Gz|²`` (Hutchinson 1990), with standard errors."""
+        return _mean(np.einsum("ij,ij->j", self.signs(), probed)), _mean(np.einsum("ij,ij->j", probed, probed))
 
 
-def by_factors(operator: Operator, rhs: FloatArray, width: int, *, tol: float, budget: Budget) -> Finder:
-    """Exact, a Cholesky factor in memory and ``2 n³ / 3`` multiplications and additions for each ridge.
-
-    Numbers are NaN where K + λI is not positive definite.
-    """
-
-    def at(ridge: float, guess: FloatArray | None) -> Point:
-        try:
-            factor = cholesky(operator, ridge=ridge, memory_limit=budget)
-        except IndefiniteError as error:
-            blocks = np.full((len(rhs) // width, width, width), np.nan)
-            return _point(ridge, np.full_like(rhs, np.nan), blocks, status=_INDEFINITE, message=str(error))
-        found = factor.solve(rhs, tol=tol)
-        return _point(
-            ridge,
-            np.asarray(found.coefficients),
-            leave_one_out.inverse_blocks(factor, width),
-            residual=float(found.residuals.max(initial=0.0)),
-            status=found.status,
-            message="" if found.is_converged else found.message,
-        )
-
-    return at
+def _mean(samples: FloatArray) -> WithError:
+    return WithError(float(samples.mean()), float(samples.std(ddof=1)) / len(samples) ** 0.5)
 
 
-def by_passes(
-    inverse: StreamedInverse, rhs: FloatArray, width: int, *, num_left_out: int, tol: float, seed: int
-) -> Finder:
-    """Conjugate gradients; leave-one-out and the trace of the inverse from some samples, each of which is exact."""
-    count = len(rhs) // width
-    samples = np.sort(np.random.default_rng(seed).permutation(count)[: min(num_left_out, count)])
+class Inverse(ABC):
+    """``G = (K + λI)^-1`` of one matrix, prepared once, for any ridge and any number of columns."""
 
-    def at(ridge: float, guess: FloatArray | None) -> Point:
-        convergence = Convergence()
-        coefficients = inverse.times(rhs, ridge, convergence, guess)
+    method: InverseMethod
+    why: str  # why it is this one, in words
+    columns_at_once: int  # of a block: more are done in runs
 
-        def quadratic(columns: FloatArray) -> FloatArray:
-            return inverse.quadratic(columns, ridge, width, convergence, tol**0.5)
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
 
-        blocks = leave_one_out.blocks_at(samples, len(rhs), width, inverse.columns_at_once, quadratic)
-        if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
-            blocks = np.full_like(blocks, np.nan)
-        said = {"status": convergence.status, "message": "; ".join(convergence.messages[:1])}
-        return _point(ridge, coefficients, blocks, samples, residual=convergence.worst, **said)
+    @abstractmethod
+    def times(self, block: FloatArray, ridge: float, verdict: Verdict, initial: FloatArray | None = None) -> FloatArray:
+        """``G B``, shape (n, c); an iteration begins with ``initial``."""
 
-    return at
+    @abstractmethod
+    def forms(self, block: FloatArray, ridge: float, width: int, verdict: Verdict) -> FloatArray:
+        """``B_i' G B_i`` for each run of ``width`` columns, shape (c / width, width, width)."""
 
+    @abstractmethod
+    def logdet(self, ridge: float, verdict: Verdict) -> WithError:
+        """``log det(K + λI)``."""
 
-def _point(
-    ridge: float, coefficients: FloatArray, blocks: FloatArray, samples: NDArray[np.int64] | None = None, **found: Any
-) -> Point:
-    """The fit from coefficients and diagonal blocks of the inverse, of all samples or of some."""
-    n, width, taken = len(coefficients), blocks.shape[1], len(blocks)
-    count = n // width
-    samples = np.arange(count) if samples is None else samples
-    traces = np.trace(blocks, axis1=1, axis2=2)
-    trace, error, proxies = float(traces.sum()), 0.0, None
-    if taken < count:
-        finite = (1.0 - taken / count) ** 0.5
-        trace, error = count * float(traces.mean()), count * finite * float(traces.std(ddof=1)) / taken**0.5
-        mean_block = np.broadcast_to(blocks.mean(axis=0), (count, width, width))
-        proxies = leave_one_out.residuals(mean_block, coefficients)
-    crossed = float(np.mean(coefficients**2)) / (trace / n) ** 2
-    return Point(
-        coefficients=coefficients,
-        train_residuals=ridge * coefficients,
-        effective_dimension=WithError(n - ridge * trace, ridge * error),
-        generalised_cross_validation=WithError(crossed, 2.0 * crossed * error / trace if error else 0.0),
-        left_out_samples=samples,
-        left_out_residuals=leave_one_out.residuals(blocks, coefficients[rows_of(samples, width)]),
-        proxy_residuals=proxies,
-        **found,
-    )
+    @abstractmethod
+    def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
+        """Kernel ridge regression at a ridge; an iteration begins with the ``solution`` of another fit."""

@@ -1,6 +1,4 @@
-"""The Moore-Penrose solution of systems with a singular kernel, by all eigenpairs in memory."""
-
-from typing import Any
+"""The inverse by all eigenpairs: exact at every ridge, and the pseudo-inverse of a singular matrix without one."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,26 +6,20 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Operator, Work
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
+from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.direct.eigh import eigh
-from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.result import Status
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError
+from ntkpipe.solvers.inverse.leave_one_out import limit_residuals, weighted_blocks
+from ntkpipe.solvers.result import Monitor
 
 _EPS = float(np.finfo(np.float64).eps)
-_NUM_VECTORS, _NUM_STEPS = 4, 8
+_BYTES_A_ROW = 2 * 8 * 1024  # beside all eigenpairs: panels of 1,024 rows
 
 
-def require_all(eigenpairs: KnownEigenpairs, num_rows: int) -> FloatArray:
-    """The eigenvectors, if there are all."""
-    vectors = eigenpairs.eigenvectors
-    if vectors is None or vectors.shape != (num_rows, num_rows) or len(eigenpairs.eigenvalues) != num_rows:
-        shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
-        raise ConfigError(
-            f"eigenpairs with {shape} for {num_rows} rows; needed all, such as ntkpipe.eigh(kernel) returns"
-        )
-    return vectors
+def eigenpairs_fit(num_rows: int, budget: Budget) -> bool:
+    """Whether memory holds K and all of its eigenvectors, ``16 n²`` bytes."""
+    return budget.fits(16 * num_rows**2 + _BYTES_A_ROW * num_rows)
 
 
 def cut_off(operator: Operator, largest: float) -> float:
@@ -39,88 +31,88 @@ def cut_off(operator: Operator, largest: float) -> float:
     return max(operator.storage_floor(), operator.num_rows * _EPS * largest)
 
 
-def pseudo_inverse(values: FloatArray, ridge: float, cut: float) -> tuple[FloatArray, NDArray[np.bool_], float]:
-    """Eigenvalues of ``(K + λI)⁺``, which of K's count (at λ = 0 those beyond the cut-off), and the least of those."""
-    shifted = values + ridge
-    kept = np.ones(len(values), bool) if ridge else np.abs(values) > cut
-    inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0))
-    return inverse, kept, float(shifted[kept].min(initial=np.inf))
+class ByEigenpairs(Inverse):
+    """Exact, ``n² (2 c + S)`` multiplications a ridge once all eigenpairs are known.
 
-
-def smallest_by_factor(factor: CholeskyFactor, seed: int) -> float:
-    """About the smallest eigenvalue of what was factored, from above: subspace iteration with the inverse.
-
-    Eight steps of four random vectors, each of which reads the factor twice; k steps are within a factor of about
-    n^(1/2k), so within two for most n that fit memory.
+    At λ = 0 eigenvalues up to the cut-off count as zero: products are those with the pseudo-inverse, and a fit is the
+    minimum-norm solution, as the limit of ridges above the cut-off.
     """
-    rng = np.random.default_rng(seed)
-    vectors = np.linalg.qr(rng.standard_normal((factor.num_rows, min(_NUM_VECTORS, factor.num_rows))))[0]
-    largest = 0.0
-    for _ in range(_NUM_STEPS):
-        product = factor.half_solve(factor.half_solve(vectors), transposed=True)
-        largest = float(np.linalg.norm(product, axis=0).max())
-        vectors = np.linalg.qr(product)[0]
-    return 1.0 / largest
 
+    method = "eigh"
 
-def minimum_norm(
-    operator: Operator, rhs: FloatArray, ridge: float, *, tol: float, why: str, budget: Budget
-) -> Solution:
-    """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
-    pairs = eigh(operator, memory_limit=budget)
-    vectors, values = require_all(pairs, operator.num_rows), pairs.eigenvalues
-    cut = cut_off(operator, float(np.abs(values).max())) if ridge == 0.0 else 0.0
-    inverse, kept, smallest = pseudo_inverse(values, ridge, cut)
-    inside = vectors.T @ rhs
-    coefficients = vectors @ (inverse[:, None] * inside)
-    sizes = np.linalg.norm(rhs, axis=0)
-    residual = rhs - operator.shifted(ridge).matmat(coefficients)
-    relative = _relative(np.linalg.norm(residual, axis=0), sizes)
-    outside = vectors[:, ~kept] @ inside[~kept]
-    beside = float(_relative(np.linalg.norm(residual - outside, axis=0), sizes).max(initial=0.0))
-    rank = int(kept.sum())
-    status: Status = "converged" if beside <= tol else "stagnated"
-    message = f"all eigenpairs; {rank:,} of {len(values):,} eigenvalues are above the cut-off {cut:.2g}"
-    if ridge:
-        message = f"all eigenpairs, {values[-1] + ridge:.3g} to {values[0] + ridge:.3g} with the ridge"
-    if rank < len(values):
-        left = float(relative.max(initial=0.0))
-        message += (
-            f", the solution is the one of smallest norm, and leaves {left:.2g} of Y that is outside of the range"
+    def __init__(self, operator: Operator, pairs: Eigenpairs, why: str) -> None:
+        super().__init__(operator)
+        vectors = pairs.eigenvectors
+        if vectors is None or not pairs.is_whole:
+            shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
+            needed = "needed all, such as ntkpipe.eigh(kernel) returns"
+            raise ConfigError(f"eigenpairs with {shape} for {operator.num_rows} rows; {needed}")
+        self.values, self.vectors, self.why = np.asarray(pairs.eigenvalues, np.float64), vectors, why
+        self.columns_at_once = operator.num_rows
+        self.cut = cut_off(operator, float(np.abs(self.values).max()))
+
+    @classmethod
+    def of(cls, operator: Operator, budget: Budget, monitor: Monitor, why: str) -> "ByEigenpairs":
+        """All eigenpairs are computed."""
+        return cls(operator, eigh(operator, memory_limit=budget, monitor=monitor), why)
+
+    def weights(self, ridge: float) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Eigenvalues of ``(K + λI)⁺``, and which of K's count: at λ = 0 those beyond the cut-off."""
+        shifted = self.values + ridge
+        kept = np.ones(len(shifted), bool) if ridge else np.abs(self.values) > self.cut
+        return np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0)), kept
+
+    def judge(self, ridge: float, verdict: Verdict) -> None:
+        """Tell where K + λI is not positive."""
+        kept = self.weights(ridge)[1]
+        smallest = float((self.values + ridge)[kept].min(initial=np.inf))
+        if smallest <= 0.0:
+            advised = f"{2 * self.cut - float(self.values[-1]):.2g}"
+            said = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a ridge of {advised}"
+            verdict.add(INDEFINITE, 0.0, said)
+
+    def times(self, block: FloatArray, ridge: float, verdict: Verdict, initial: FloatArray | None = None) -> FloatArray:
+        """See :class:`Inverse`; nothing is outside of the range of rounding, so residuals are not computed."""
+        self.judge(ridge, verdict)
+        return np.asarray(self.vectors @ (self.weights(ridge)[0][:, None] * (self.vectors.T @ block)))
+
+    def forms(self, block: FloatArray, ridge: float, width: int, verdict: Verdict) -> FloatArray:
+        """See :class:`Inverse`."""
+        self.judge(ridge, verdict)
+        inside = (self.vectors.T @ block).T.reshape(-1, width, len(self.values))
+        return np.asarray((inside * self.weights(ridge)[0]) @ inside.transpose(0, 2, 1))
+
+    def logdet(self, ridge: float, verdict: Verdict) -> WithError:
+        """See :class:`Inverse`; -∞ for a singular matrix."""
+        self.judge(ridge, verdict)
+        shifted = np.where(self.weights(ridge)[1], self.values + ridge, 0.0)
+        return WithError(float(np.log(shifted).sum()) if (shifted > 0.0).all() else -np.inf)
+
+    def outside(self, block: FloatArray) -> FloatArray:
+        """The part of a block in the null space."""
+        null = ~self.weights(0.0)[1]
+        return np.asarray(self.vectors[:, null] @ (self.vectors[:, null].T @ block))
+
+    def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
+        """See :class:`Inverse`."""
+        verdict, (weights, kept), width = Verdict(), self.weights(ridge), question.width
+        coefficients = self.times(question.rhs, ridge, verdict)
+        blocks = weighted_blocks(self.vectors, weights, width)
+        if kept.all():
+            traces = WithError(float(weights.sum())), WithError(float((weights**2).sum()))
+            return question.fit(ridge, coefficients, blocks, verdict, None, *traces)
+        null = (~kept).astype(np.float64)
+        outside, rank = self.outside(question.rhs), WithError(float(null.sum()))
+        null_blocks = weighted_blocks(self.vectors, null, width)
+        return Fit(
+            ridge=ridge,
+            solution=coefficients,
+            coefficients=coefficients,
+            verdict=verdict,
+            complement=outside,
+            weight=1.0,
+            trace=rank,
+            squared_trace=rank,
+            samples=np.arange(question.num_samples),
+            left_out=limit_residuals(null_blocks, outside, blocks, coefficients),
         )
-    if smallest <= 0.0:
-        status = "indefinite at storage precision"
-        message = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a larger ridge"
-    elif status == "stagnated":
-        message += f"; the residual inside of the range is {beside:.2g}, more than tol={tol:.2g}"
-    options = {"cut_off": cut, "rank": rank}
-    found = {"status": status, "message": message, "method": "eigh", "why": why, "options": options}
-    return _solution(coefficients, relative, ridge=ridge, **found)
-
-
-def by_factor(factor: CholeskyFactor, rhs: FloatArray, *, tol: float, why: str) -> Solution:
-    """``(K + shift I)^-1 Y`` with a factor that is there, and one step of refinement."""
-    direct = factor.solve(rhs, tol=tol)
-    found = {"status": direct.status, "message": direct.message, "method": "cholesky", "why": why}
-    return _solution(np.array(direct.coefficients), np.array(direct.residuals), ridge=factor.shift, **found)
-
-
-def _solution(coefficients: FloatArray, residuals: FloatArray, **found: Any) -> Solution:
-    columns = coefficients.shape[1]
-    return Solution(
-        coefficients=coefficients,
-        residuals=residuals,
-        iterations=0,
-        history=np.zeros((0, columns)),
-        checks=np.zeros(0, np.int64),
-        check_residuals=np.zeros((0, columns)),
-        replacements=0,
-        rank=0,
-        mu=1.0,
-        preconditioner_work=Work(),
-        **found,
-    )
-
-
-def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:
-    return np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)

@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
-from ntkpipe.learning.regression.sources import rows_of, runs
+from ntkpipe.base.arrays import FloatArray, rows_of, runs
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 
 # Size of a temporary array.

@@ -1,18 +1,21 @@
-"""Systems of many columns in memory that holds a few: conjugate gradients, by runs of columns."""
+"""The inverse by passes over the matrix: conjugate gradients, by runs of columns, in memory that holds a few."""
 
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.learning.regression.sources import runs
-from ntkpipe.solvers.linear.preconditioner import default_rank, preconditioner_of
-from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.linear.systems import bytes_of_solve
-from ntkpipe.solvers.result import Monitor, Status, Step
+from ntkpipe.operators.blas import single_threaded_blas
+from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError
+from ntkpipe.solvers.inverse.leave_one_out import blocks_at
+from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
+from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration
+from ntkpipe.solvers.memory import bytes_of_solve
+from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
@@ -25,127 +28,132 @@ _MOST_COLUMNS = 256
 _LEAST_VECTORS, _ENOUGH_VECTORS, _ROWS_PER_VECTOR = 64, 768, 20
 # Probes of the log determinant, and Lanczos vectors of each that there is room for.
 _PROBES, _STEPS = 16, 24
-# Beside all eigenpairs panels of 1,024 rows, and beside a factor some of its panels.
-_BYTES_A_ROW, _PANEL_COLUMNS = 2 * 8 * 1024, 3 * 1024
+
+Recurrence = Literal["pcg", "block_cg"]
+
+
+def least_bytes(num_rows: int) -> int:
+    """What iterations take whatever the limit: n/20 vectors of float64, 64 at least and 768 at most."""
+    return 8 * num_rows * min(max(num_rows // _ROWS_PER_VECTOR, _LEAST_VECTORS), _ENOUGH_VECTORS)
 
 
 def vectors_that_fit(num_rows: int, budget: Budget) -> int:
-    """How many vectors of float64 a solve may have; whatever the limit, n/20 of them, 64 at least and 768 at most."""
-    least = min(max(num_rows // _ROWS_PER_VECTOR, _LEAST_VECTORS), _ENOUGH_VECTORS)
-    return max(least, int(_SHARE * budget.room()) // (8 * num_rows))
+    """How many vectors of float64 a solve may have."""
+    return max(least_bytes(num_rows), int(_SHARE * budget.room())) // (8 * num_rows)
 
 
-def rank_beside(num_columns: int, num_rows: int, budget: Budget) -> int:
-    """Rank of a preconditioner beside so many columns, at least one."""
-    rank = (vectors_that_fit(num_rows, budget) - BLOCKS * num_columns) // FACTORS
-    return max(1, min(rank, default_rank(num_rows)))
+def recurrence_for(num_columns: int) -> Recurrence:
+    """Columns share directions, unless there is only one."""
+    return "pcg" if num_columns == 1 else "block_cg"
 
 
-def eigenpairs_fit(num_rows: int, budget: Budget) -> bool:
-    """Whether memory holds K and all of its eigenvectors, ``16 n²`` bytes."""
-    return budget.fits(16 * num_rows**2 + _BYTES_A_ROW * num_rows)
+@single_threaded_blas()
+def iterate(
+    operator: Operator,
+    rhs: FloatArray,
+    ridge: float,
+    preconditioner: Preconditioner,
+    recurrence: Recurrence | None = None,
+    **options: Any,
+) -> Iterate:
+    """Conjugate gradients for one system; options are those of :class:`Iteration`."""
+    shifted = operator.shifted(ridge)
+    kind = RECURRENCES[recurrence or recurrence_for(rhs.shape[1])]
+    return Iteration(shifted, rhs, **options).run(partial(kind, shifted, preconditioner.for_ridge(ridge)))
 
 
-def factor_fits(num_rows: int, budget: Budget) -> bool:
-    """Whether memory holds a Cholesky factor, ``4 n²`` bytes, and a few panels."""
-    return budget.fits(4 * num_rows**2 + 8 * num_rows * min(num_rows, _PANEL_COLUMNS))
-
-
-@dataclass
-class Convergence:
-    """How far the solutions of several systems can be trusted, all together."""
-
-    status: Status = "converged"  # that of the first solve that did not converge
-    worst: float = 0.0  # the largest relative residual
-    messages: list[str] = field(default_factory=list)  # those of solves that did not converge
-
-    def add(self, status: Status, residual: float, message: str) -> None:
-        """Take one more solve into account."""
-        self.worst = max(self.worst, residual)
-        if status != "converged":
-            if self.status == "converged":
-                self.status = status
-            self.messages.append(message)
-
-
-class StreamedInverse:
-    """``(K + λI)^-1`` applied to blocks of columns by passes over K, for any number of columns and ridges.
+class ByPasses(Inverse):
+    """Solved systems, and estimates with their errors, in some tens of passes for each run of columns.
 
     Memory is ``8 n (3 rank + 11 c)`` bytes for c columns at a time; both are chosen to fit. Where the limit has no room
     a tenth of a float32 kernel is taken, or 6 kB a row if that is less.
     """
 
-    def __init__(self, operator: Operator, *, tol: float, seed: int, budget: Budget, monitor: Monitor) -> None:
-        self._operator = operator
-        self._tol, self._seed, self._monitor = tol, seed, monitor
-        self._budget = budget
+    method = "streamed"
+
+    def __init__(
+        self, operator: Operator, *, tol: float, seed: int, budget: Budget, monitor: Monitor, why: str = ""
+    ) -> None:
+        super().__init__(operator)
+        self._tol, self._seed, self._monitor, self._budget = tol, seed, monitor, budget
         self._vectors = vectors = vectors_that_fit(operator.num_rows, budget)
         rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // FACTORS))
         self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - FACTORS * rank) // BLOCKS))
         self._before = operator.work
         self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
-
-    @property
-    def words(self) -> str:
-        """Describe the method."""
-        rank = self._preconditioner.rank
-        return f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
+        words = f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
+        self.why = f"{why}; {words}" if why else words
 
     def times(
         self,
         block: FloatArray,
         ridge: float,
-        convergence: Convergence,
+        verdict: Verdict,
         initial: FloatArray | None = None,
         tol: float | None = None,
     ) -> FloatArray:
-        """``(K + λI)^-1 B``, shape (n, c), from an initial guess if there is one."""
+        """See :class:`Inverse`."""
         found = np.empty_like(block)
         for columns in runs(block.shape[1], self.columns_at_once):
-            before = self._operator.work - self._before
-            one = solve(
-                self._operator,
-                block[:, columns],
-                ridge=ridge,
-                method="pcg" if columns.stop - columns.start == 1 else "block_cg",
-                task="regression",
+            one = iterate(
+                self.operator,
+                np.ascontiguousarray(block[:, columns]),
+                ridge,
+                self._preconditioner,
                 tol=self._tol if tol is None else tol,
-                preconditioner=self._preconditioner,
                 initial=None if initial is None else initial[:, columns],
-                seed=self._seed,
-                monitor=partial(self._tell, before),
+                monitor=partial(self._tell, self.operator.work - self._before),
             )
-            convergence.add(one.status, float(one.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {one.message}")
-            found[:, columns] = one.coefficients
+            verdict.add(one.status, float(one.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {one.message}")
+            found[:, columns] = one.solution
         return found
 
     def _tell(self, before: Work, step: Step) -> None:
         self._monitor(Step(before + step.work, step.residual, step.target))
 
-    def quadratic(
-        self, block: FloatArray, ridge: float, width: int, convergence: Convergence, tol: float | None = None
+    def forms(
+        self, block: FloatArray, ridge: float, width: int, verdict: Verdict, tol: float | None = None
     ) -> FloatArray:
-        """``B_i' (K + λI)^-1 B_i`` for each run of ``width`` columns, shape (c / width, width, width).
+        """See :class:`Inverse`.
 
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
-        solution = self.times(block, ridge, convergence, tol=tol)
-        residual = block - self._operator.shifted(ridge).matmat(solution)
+        solution = self.times(block, ridge, verdict, tol=tol)
+        residual = block - self.operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
 
-    def logdet(self, ridge: float, convergence: Convergence) -> tuple[float, float]:
-        """``log det(K + λI)`` and its error, Monte-Carlo and truncation together.
+    def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
+        """See :class:`Inverse`; some samples are left out, and traces are estimated from probes."""
+        verdict, (n, columns), width = Verdict(), question.rhs.shape, question.width
+        samples, rhs = question.some_samples(), question.rhs
+        if question.num_probes:
+            rhs = np.concatenate([rhs, question.signs()], axis=1)
+        solution = self.times(rhs, ridge, verdict, start)
+
+        def form(unit: FloatArray) -> FloatArray:
+            return self.forms(unit, ridge, width, verdict, self._tol**0.5)
+
+        blocks = blocks_at(samples, n, width, self.columns_at_once, form)
+        if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
+            blocks = np.full_like(blocks, np.nan)
+        trace, squares = question.traces(solution[:, columns:]) if question.num_probes else (None, None)
+        if len(samples) == question.num_samples:
+            trace = None  # that of the blocks is exact
+        return question.fit(ridge, solution, blocks, verdict, samples, trace, squares)
+
+    def logdet(self, ridge: float, verdict: Verdict) -> WithError:
+        """See :class:`Inverse`; the error is Monte-Carlo and truncation together.
 
         Sixteen probes, in rounds of as many as have room for 24 Lanczos vectors each.
         """
         spare = self._vectors - FACTORS * self._preconditioner.rank
         probes = max(2, min(_PROBES, spare // _STEPS))
-        room = 8 * self._operator.num_rows * probes * _STEPS
+        room = 8 * self.operator.num_rows * probes * _STEPS
         found = [
             slq_logdet(
-                self._operator,
+                self.operator,
                 ridge=ridge,
                 preconditioner=self._preconditioner.for_ridge(ridge),
                 num_probes=probes,
@@ -157,11 +165,11 @@ class StreamedInverse:
         ]
         for one in found:
             # Errors of estimates are in their error bars; what has no logarithm is a finding.
-            if one.status == "indefinite at storage precision":
-                convergence.add(one.status, 0.0, f"log determinant: {one.message}")
+            if one.status == INDEFINITE:
+                verdict.add(one.status, 0.0, f"log determinant: {one.message}")
         samples = np.concatenate([one.samples for one in found])
         standard_error = float(samples.std(ddof=1)) / len(samples) ** 0.5
-        return float(samples.mean()), standard_error + max(one.truncation_error for one in found)
+        return WithError(float(samples.mean()), standard_error + max(one.truncation_error for one in found))
 
 
 def _by_runs(left: FloatArray, right: FloatArray, width: int) -> FloatArray:

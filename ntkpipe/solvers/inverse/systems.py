@@ -1,9 +1,9 @@
-"""Choice of a method: conjugate gradients or Cholesky, by forecasts of their time, and changes between them."""
+"""One system after another with one matrix: by what was asked for, or by what is expected to cost least."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -14,35 +14,36 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import num_cores
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
-from ntkpipe.solvers.direct.factor import DirectSolution
-from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
+from ntkpipe.solvers.inverse.contract import Verdict
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, cut_off, eigenpairs_fit
+from ntkpipe.solvers.inverse.factor import smallest_by_factor
+from ntkpipe.solvers.inverse.passes import Recurrence, iterate, recurrence_for
+from ntkpipe.solvers.inverse.solution import Solution
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, default_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration, IterationState
-from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.result import Monitor, Step
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
+from ntkpipe.solvers.linear.residual_replacement import IterationState
+from ntkpipe.solvers.memory import bytes_of_solve
+from ntkpipe.solvers.result import Monitor, Status, Step
 
-_BLOCKS = 11  # blocks of the shape of the right-hand sides in memory at a time
-_FACTORS = 3  # blocks of the shape of the preconditioner in memory at a time
-_ITERATIONS = 50  # kernels need 30 to 60 to a residual of 1e-6, as measured at ranks of n/10 to n/4
-_THIN = 0.3  # rate of thin matrix products, relative to large ones
-_PANELS = 0.4  # rate of a factorisation in panels, relative to large products
-_SAMPLE = 1024
-_BYTES_PER_SECOND = 5e9  # for a matrix in memory, where no read has been timed
-_DISK_BYTES_PER_SECOND = 1e9
-_SMALL = 1000  # up to so many rows nothing is worth a measurement
-_LEAST_HISTORY = 10
+SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
+# An eigenvalue that is only estimated must be so many cut-offs large to count as positive.
+_MARGIN = 10.0
+_WORDS = {
+    "eigh": "the minimum norm",
+    "cholesky": "Cholesky",
+    "pcg": "conjugate gradients",
+    "block_cg": "conjugate gradients",
+}
 
 
 @dataclass(frozen=True)
 class SolveOptions:
     """Options that all ridges share."""
 
-    method: str
+    method: SolveMethod
     tol: float
     rank: int | None
     preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner
@@ -58,183 +59,216 @@ class SolveOptions:
         return {"rank": self.rank_of(operator), "preconditioner": kind, "max_passes": self.max_passes}
 
     def rank_of(self, operator: Operator) -> int:
-        """Rank of the preconditioner."""
+        """Rank of the preconditioner, in memory without end."""
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.rank
         return checked_rank(self.rank, operator.num_rows)
 
 
+class _Unfit(Exception):
+    """A method is of no use for a system; it says why."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A solution by one method."""
+
+    method: str
+    coefficients: FloatArray
+    residuals: FloatArray
+    status: Status
+    message: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        return float(self.residuals.max(initial=0.0))
+
+
 class Systems:
     """Systems with one matrix and one block of right-hand sides, solved in turn.
 
-    With ``stages`` the preconditioner is one of them; otherwise it is saved in the checkpoint of the system, ``kept``.
+    With ``stages`` the preconditioner is one of them; otherwise it is saved in the checkpoint of the system.
     """
 
     def __init__(
-        self,
-        operator: Operator,
-        rhs: FloatArray,
-        options: SolveOptions,
-        num_ridges: int,
-        kept: SystemCheckpoint,
-        stages: Stages | None = None,
+        self, operator: Operator, rhs: FloatArray, options: SolveOptions, num_ridges: int, stages: Stages | None = None
     ) -> None:
-        self._operator, self._rhs, self._options, self._kept, self._stages = operator, rhs, options, kept, stages
-        self._given = options.preconditioner
-        if isinstance(self._given, Preconditioner) and self._given.num_rows != operator.num_rows:
-            raise ConfigError(
-                f"a preconditioner of {self._given.num_rows:,} rows for a matrix of {operator.num_rows:,} rows"
-            )
-        self._preconditioner = self._given if isinstance(self._given, Preconditioner) else kept.preconditioner
+        self._operator, self._rhs, self._options, self._stages = operator, rhs, options, stages
+        given, (n, columns), budget = options.preconditioner, rhs.shape, options.budget
+        self._preconditioner = given if isinstance(given, Preconditioner) else None
+        if self._preconditioner is not None and self._preconditioner.num_rows != n:
+            raise ConfigError(f"a preconditioner of {self._preconditioner.num_rows:,} rows for a matrix of {n:,} rows")
         if self._preconditioner is None and stages is not None and "preconditioner" in stages:
-            self._preconditioner = self._make()
-        self._start, self._before = perf_counter(), operator.work
-        self._alternative: float | None = None
-        self._cg: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 else "block_cg"
-        self._direct, self._why = options.method == "cholesky", "asked for"
-        if options.method == "auto":
-            rank = 0 if self._preconditioner else options.rank_of(operator)
-            in_files = options.path is not None
-            expected = forecast(operator, rhs.shape[1], rank, num_ridges, options.budget, in_files=in_files)
-            self._alternative = expected.factoring
-            self._direct = expected.factoring is not None and expected.factoring <= expected.iterating
-            small = f"{operator.num_rows:,} rows are few"
-            self._why = expected.words if math.isfinite(expected.iterating) else small
-        elif options.method in {"pcg", "block_cg"}:
-            self._cg = cast(Literal["pcg", "block_cg"], options.method)
-        self._go_on(kept)
+            self._make(SystemCheckpoint(None, {}, rhs.shape))
+        self._rank = options.rank_of(operator)
+        # Halved where there is no room, so that few limits change bits.
+        while options.rank is None and self._rank > 1 and not budget.fits(bytes_of_solve(n, columns, self._rank), 1.0):
+            self._rank //= 2
+        in_files = options.path is not None
+        fits = in_files or bytes_of_cholesky(n) <= budget.room()
+        self._factoring = cost_of_factor(operator, budget, in_files=in_files) if fits else math.inf
+        made = 0 if self._preconditioner else self._rank
+        self._iterating = cost_of_iterating(operator, columns, self._rank, made, num_ridges)
 
-    def _go_on(self, kept: SystemCheckpoint) -> None:
-        self._kept = kept
-        if kept.stage is not None:
-            # An earlier decision stays: another timing must not throw away what is there.
-            self._direct, self._why = False, kept.why
-            self._alternative = None if kept.stage == "no factor" else self._alternative
+    def solve(self, ridge: float, initial: FloatArray | None, kept: SystemCheckpoint) -> Solution:
+        """Solve one system, with its own checkpoint."""
+        self._start, self._before, self._kept, self._state = perf_counter(), self._operator.work, kept, kept.progress
+        self._preconditioner = self._preconditioner or kept.preconditioner
+        self._why, is_auto = "asked for", self._options.method == "auto"
+        best: tuple[_Found, str] | None = None
+        attempts = self._by_count(ridge, initial) if is_auto else [self._asked_for(ridge, initial)]
+        for number, attempt in enumerate(attempts):
+            try:
+                found = attempt()
+            except (_Unfit, IndefiniteError, ResourceError) as error:
+                if number == len(attempts) - 1:
+                    raise
+                self._why = _failure(error)
+                continue
+            if best is None or found.status == "converged" or found.worst < best[0].worst:
+                best = found, self._why
+            if found.status in {"converged", "step limit"}:
+                break
+            self._why = f"{_WORDS[found.method]} left a residual of {found.worst:.2g}"
+        assert best is not None
+        return self._solution(ridge, *best)
+
+    def _asked_for(self, ridge: float, initial: FloatArray | None) -> Callable[[], _Found]:
+        method = self._options.method
+        if method in {"pcg", "block_cg"}:
+            return partial(self._iterate, ridge, initial)
+        return partial(self._factor if method == "cholesky" else self._minimum_norm, ridge)
+
+    def _by_count(self, ridge: float, initial: FloatArray | None) -> list[Callable[[], _Found]]:
+        """Methods in the order in which they are tried, each where those before are of no use."""
+        factor, iterate = partial(self._factor, ridge), partial(self._iterate, ridge, initial)
+        can_factor, stage = math.isfinite(self._factoring), self._kept.stage
+        self._why = "a Cholesky factor does not fit memory, and path= names no folder for it"
+        if can_factor:
+            count = f"{self._factoring:.2g} operations by Cholesky, {self._iterating:.2g} by conjugate gradients"
+            self._why = f"about {count}"
+        if stage is not None:  # what is there is used
+            self._why = self._kept.why
+            can_factor = can_factor and stage != "no factor"
+        last = iterate
+        if ridge == 0.0 and stage is None and eigenpairs_fit(self._operator.num_rows, self._options.budget):
+            last = partial(self._minimum_norm, ridge)
+        if not can_factor:
+            return [iterate] if last is iterate else [iterate, last]
+        is_first = self._factoring <= self._iterating if stage is None else stage == "given up"
+        return [factor, last] if is_first else [partial(iterate, alternative=self._factoring), factor, last]
+
+    def _factor(self, ridge: float) -> _Found:
+        options, operator = self._options, self._operator
+        factor = cholesky(
+            operator, ridge=ridge, path=options.path, memory_limit=options.budget, monitor=self._monitor()
+        )
+        if ridge == 0.0 and options.method == "auto" and options.path is None:
+            # Pivots of a singular matrix may happen to be positive.
+            smallest, cut = smallest_by_factor(factor, options.seed), cut_off(operator, operator.frobenius())
+            if smallest <= _MARGIN * cut:
+                raise _Unfit(
+                    f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
+                )
+        found = factor.solve(self._rhs, refine=1, tol=options.tol)
+        return _Found("cholesky", found.coefficients, found.residuals, found.status, found.message)
+
+    def _minimum_norm(self, ridge: float) -> _Found:
+        """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
+        options, rhs, verdict = self._options, self._rhs, Verdict()
+        inverse = ByEigenpairs.of(self._operator, options.budget, self._monitor(), "")
+        coefficients = inverse.times(rhs, ridge, verdict)
+        sizes = np.linalg.norm(rhs, axis=0)
+        residual = rhs - self._operator.shifted(ridge).matmat(coefficients)
+        relative = _relative(np.linalg.norm(residual, axis=0), sizes)
+        rank, (values, cut) = int(inverse.weights(ridge)[1].sum()), (inverse.values, inverse.cut)
+        message = f"all eigenpairs; {rank:,} of {len(values):,} eigenvalues are above the cut-off {cut:.2g}"
+        if ridge:
+            message = f"all eigenpairs, {values[-1] + ridge:.3g} to {values[0] + ridge:.3g} with the ridge"
+        if rank < len(values):
+            residual = residual - inverse.outside(rhs)
+            left = float(relative.max(initial=0.0))
+            message += (
+                f", the solution is the one of smallest norm, and leaves {left:.2g} of Y that is outside of the range"
+            )
+        beside = float(_relative(np.linalg.norm(residual, axis=0), sizes).max(initial=0.0))
+        if beside > options.tol:
+            verdict.add(
+                "stagnated",
+                beside,
+                f"{message}; the residual inside of the range is {beside:.2g}, more than tol={options.tol:.2g}",
+            )
+        found = {"cut_off": cut if ridge == 0.0 else 0.0, "rank": rank}
+        return _Found("eigh", coefficients, relative, verdict.status, verdict.message or message, found)
+
+    def _iterate(self, ridge: float, initial: FloatArray | None, alternative: float | None = None) -> _Found:
+        options, kept, (n, columns) = self._options, self._kept, self._rhs.shape
+        what = f"a solve of {columns:,} columns of {n:,} rows at rank {self._rank:,}"
+        options.budget.require(bytes_of_solve(n, columns, self._rank), what, "give a smaller rank, or fewer columns")
+        is_last = alternative is None and options.method == "auto"
+        stage: Stage = "no factor" if is_last else "iterating"
+
+        def save(state: IterationState | None = None) -> None:
+            kept.save(stage, self._why, *self._spent(), state)
+
+        if self._preconditioner is None:
+            self._preconditioner = self._make(kept)
+            save()
+        step = cost_of_iteration(self._operator, columns, self._rank)
+        end = iterate(
+            self._operator,
+            self._rhs,
+            ridge,
+            self._preconditioner,
+            None if options.method == "auto" else cast(Recurrence, options.method),
+            initial=initial,
+            tol=options.tol,
+            max_passes=options.max_passes,
+            monitor=self._monitor(),
+            give_up=None if alternative is None else hopeless_after(step, alternative, options.tol),
+            earlier=self._state,
+            keep=save,
+        )
+        self._state = end
+        if end.gave_up and end.status != "converged":
+            kept.save("given up", self._why, *self._spent(), end)
+            raise _Unfit(f"conjugate gradients were given up after {end.iterations} iterations, as too slow")
+        method = recurrence_for(columns) if options.method == "auto" else options.method
+        return _Found(method, end.solution, end.residuals, end.status, end.message)
+
+    def _make(self, kept: SystemCheckpoint) -> Preconditioner:
+        operator, kind, before = self._operator, str(self._options.preconditioner), self._operator.work
+        make = partial(preconditioner_of, operator, kind, self._rank, ridge=0.0, seed=self._options.seed)
+        if self._stages is None:
+            made = kept.preconditioner = make()
+        else:
+            made = preconditioner_once(self._stages, operator.num_rows, make)
+        kept.made += operator.work - before
+        return made
 
     def _spent(self) -> tuple[Work, float]:
         """Cost of the current solution, including earlier processes."""
         work = self._kept.work + (self._operator.work - self._before)
         return work, self._kept.seconds + perf_counter() - self._start
 
-    def _save(self, progress: IterationState | None = None) -> None:
-        stage: Stage = "iterating" if self._alternative is not None or self._options.method != "auto" else "no factor"
-        self._kept.save(stage, self._why, *self._spent(), progress)
-
-    def _make(self) -> Preconditioner:
-        options, kept, before = self._options, self._kept, self._operator.work
-        kind, seed = str(self._given), options.seed
-        make = partial(preconditioner_of, self._operator, kind, options.rank, ridge=0.0, seed=seed)
-        if self._stages is not None:
-            made = preconditioner_once(self._stages, self._operator.num_rows, make)
-        else:
-            made = kept.preconditioner = make()
-        kept.made += self._operator.work - before
-        return made
-
     def _monitor(self) -> Monitor:
         spent = self._spent()[0]
         return lambda step: self._options.monitor(Step(spent + step.work, step.residual, step.target))
 
-    def solve(self, ridge: float, initial: FloatArray | None, kept: SystemCheckpoint | None = None) -> Solution:
-        """Solve one system; ``kept`` is its own checkpoint, where there are several."""
-        if kept is not None:
-            self._go_on(kept)
-        if self._direct:
-            try:
-                factored = self._factor(ridge)
-            except (IndefiniteError, ResourceError) as error:
-                if self._options.method != "auto":
-                    raise
-                self._without_factor(_failure(error))
-            else:
-                if factored.is_converged or self._options.method != "auto":
-                    return factored
-                return self._better(factored, ridge, initial)
-        if self._kept.stage == "given up" and self._kept.progress is not None and self._alternative is not None:
-            return self._factor_instead(ridge, self._kept.progress)
-        return self._iterate(ridge, initial)
-
-    def _better(self, factored: Solution, ridge: float, initial: FloatArray | None) -> Solution:
-        """Iterate, too, where a factor missed the tolerance: a singular matrix may have passed for a definite one."""
-        worst = float(factored.residuals.max())
-        self._without_factor(f"left a residual of {worst:.2g}")
-        iterated = self._iterate(ridge, initial)
-        best = iterated if iterated.is_converged or iterated.residuals.max() < worst else factored
-        return replace(
-            best,
-            work=factored.work + iterated.work,
-            seconds=factored.seconds + iterated.seconds,
-            preconditioner_work=iterated.preconditioner_work,
-        )
-
-    def _factor_instead(self, ridge: float, progress: IterationState) -> Solution:
-        """Factor after conjugate gradients were given up; go on with them if a factor is impossible."""
-        self._kept.save("given up", self._why, *self._spent())
-        try:
-            return self._factor(ridge, progress)
-        except (IndefiniteError, ResourceError) as error:
-            self._without_factor(_failure(error))
-            self._save()
-            return self._iterate(ridge, None, progress)
-
-    def _without_factor(self, why: str) -> None:
-        self._direct, self._alternative, self._why = False, None, f"Cholesky {why}"
-
-    def _factor(self, ridge: float, after: IterationState | None = None) -> Solution:
-        options, budget = self._options, self._options.budget
-        factor = cholesky(self._operator, ridge=ridge, path=options.path, memory_limit=budget, monitor=self._monitor())
-        found = factor.solve(self._rhs, refine=1, tol=options.tol)
-        return self._solution(ridge, "cholesky", found, found.coefficients, after)
-
-    def _iterate(self, ridge: float, initial: FloatArray | None, earlier: IterationState | None = None) -> Solution:
-        options, kept = self._options, self._kept
-        (n, columns), rank = self._rhs.shape, options.rank_of(self._operator)
-        what = f"a solve of {columns:,} columns of {n:,} rows at rank {rank:,}"
-        advice = "give a smaller rank, or fewer columns at a time"
-        options.budget.require(bytes_of_solve(n, columns, rank), what, advice)
-        if self._preconditioner is None:
-            self._preconditioner = self._make()
-            self._save()
-        shifted = self._operator.shifted(ridge)
-        iteration = Iteration(
-            shifted,
-            self._rhs,
-            initial=initial,
-            tol=options.tol,
-            max_passes=options.max_passes,
-            monitor=self._monitor(),
-            give_up=None if self._alternative is None else hopeless_after(self._alternative, options.tol),
-            earlier=earlier or kept.progress,
-            keep=self._save,
-        )
-        end = iteration.run(partial(RECURRENCES[self._cg], shifted, self._preconditioner.for_ridge(ridge)))
-        if end.gave_up and end.status != "converged":
-            return self._factor_instead(ridge, end)
-        return self._solution(ridge, self._cg, end, end.solution, end)
-
-    def _solution(
-        self,
-        ridge: float,
-        method: str,
-        found: DirectSolution | Iterate,
-        coefficients: FloatArray,
-        state: IterationState | None,
-    ) -> Solution:
-        operator, kept, used = self._operator, self._kept, self._preconditioner if state else None
-        why, (work, seconds) = self._why, self._spent()
-        if state and method == "cholesky":
-            why = f"conjugate gradients were given up after {state.iterations} iterations, as too slow"
-        columns = self._rhs.shape[1]
-        solution = Solution(
+    def _solution(self, ridge: float, found: _Found, why: str) -> Solution:
+        state, columns, (work, seconds) = self._state, self._rhs.shape[1], self._spent()
+        used = self._preconditioner if state else None
+        return Solution(
             status=found.status,
             message=found.message,
             work=work,
             seconds=seconds,
-            options={"ridge": ridge, **self._options.resolved(operator)},
-            coefficients=coefficients,
+            options={"ridge": ridge, **self._options.resolved(self._operator), "rank": self._rank, **found.options},
+            coefficients=found.coefficients,
             residuals=np.array(found.residuals),
             ridge=ridge,
-            method=method,
+            method=found.method,
             why=why,
             iterations=state.iterations if state else 0,
             history=state.history if state else np.zeros((0, columns)),
@@ -243,103 +277,15 @@ class Systems:
             replacements=state.replacements if state else 0,
             rank=used.rank if used else 0,
             mu=used.for_ridge(ridge).mu if used else 1.0,
-            preconditioner_work=kept.made,
+            preconditioner_work=self._kept.made,
         )
-        self._start, self._before = perf_counter(), operator.work
-        kept.work, kept.seconds, kept.made, kept.progress = Work(), 0.0, Work(), None
-        return solution
 
 
 def _failure(error: Exception) -> str:
-    return "met a pivot that is not positive" if isinstance(error, IndefiniteError) else "has no room"
+    if isinstance(error, _Unfit):
+        return str(error)
+    return f"Cholesky {'met a pivot that is not positive' if isinstance(error, IndefiniteError) else 'has no room'}"
 
 
-def bytes_of_solve(num_rows: int, num_columns: int, rank: int | None = None) -> int:
-    """Memory of conjugate gradients for so many right-hand sides, the making of their preconditioner included."""
-    rank = default_rank(num_rows) if rank is None else min(rank, num_rows)
-    return 8 * num_rows * (_FACTORS * rank + _BLOCKS * num_columns)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Seconds that a system is expected to take."""
-
-    iterating: float  # by conjugate gradients, for one ridge, with its share of the preconditioner
-    factoring: float | None  # by a Cholesky factor, in memory or in files; None if it does not fit
-
-    @property
-    def words(self) -> str:
-        """Both times in words."""
-        if self.factoring is None:
-            return "a Cholesky factor does not fit memory, and path= names no folder for it"
-        return f"about {self.factoring:.2g} s by Cholesky, {self.iterating:.2g} s by conjugate gradients"
-
-
-def forecast(
-    operator: Operator, num_columns: int, rank: int, num_ridges: int, budget: Budget, *, in_files: bool = False
-) -> Forecast:
-    """Estimate both methods from n, the rate of a matrix product, and the time of a pass."""
-    n, room = operator.num_rows, budget.room()
-    fits = in_files or bytes_of_cholesky(n) <= room
-    if n <= _SMALL:
-        return Forecast(math.inf, 0.0 if fits else None)
-    rate, read = _flops_per_second(), _seconds_to_read(operator)
-    product = max(read, 2.0 * n * n * num_columns / (_THIN * rate))
-    applied = 8.0 * n * rank * num_columns / (_THIN * rate)
-    made = (6.0 * n * rank**2 / rate + read) / num_ridges
-    factoring = n**3 / 3.0 / (_PANELS * rate) + 2 * read if fits else None
-    if in_files and factoring is not None:
-        # Every panel reads those before it, and the factor is written and read twice more.
-        panels = math.ceil(8.0 * n * n / max(room, 8 * n))
-        factoring += (3 + panels / 3) * 4.0 * n * n / _DISK_BYTES_PER_SECOND
-    return Forecast(made + _ITERATIONS * (product + applied), factoring)
-
-
-def hopeless_after(seconds: float, tol: float) -> Callable[[FloatArray], bool]:
-    """Make a test of the history that says whether to stop iterating, given the seconds of the alternative.
-
-    It says yes once half of those are spent and the remaining iterations, extrapolated from the second half of the
-    history, need more than all. So the total is at most 1.5 times the alternative, and the time for the preconditioner.
-    """
-    start = perf_counter()
-
-    def is_hopeless(history: FloatArray) -> bool:
-        spent, count = perf_counter() - start, len(history)
-        if count < _LEAST_HISTORY or spent < seconds / 2:
-            return False
-        return iterations_left(history, tol) * spent / count > seconds
-
-    return is_hopeless
-
-
-def iterations_left(history: FloatArray, tol: float) -> float:
-    """Iterations until the largest residual is ``tol``, extrapolated from a history of shape (m, c)."""
-    worst = np.log(np.maximum(history.max(axis=1), np.finfo(np.float64).tiny))
-    half = len(worst) // 2
-    drop = (worst[half] - worst[-1]) / max(1, len(worst) - 1 - half)
-    missing = float(worst[-1]) - math.log(max(tol, np.finfo(np.float64).tiny))
-    if missing <= 0.0:
-        return 0.0
-    return missing / float(drop) if drop > 0.0 else math.inf
-
-
-def _seconds_to_read(operator: Operator) -> float:
-    """Time of the pass for diagonal and Frobenius norm, which all methods need; a guess if it is done already."""
-    before, start = operator.work.passes, perf_counter()
-    operator.statistics()
-    if operator.work.passes - before > 0.5:
-        return perf_counter() - start
-    return operator.num_rows**2 * operator.storage_dtype.itemsize / _BYTES_PER_SECOND
-
-
-@cache
-def _flops_per_second() -> float:
-    """Rate of float64 matrix products on all cores, from the best of a few on one core; measured once."""
-    block = np.ones((_SAMPLE, _SAMPLE))
-    best = math.inf
-    with single_threaded_blas():
-        for _ in range(3):
-            start = perf_counter()
-            block @ block
-            best = min(best, perf_counter() - start)
-    return num_cores() * 2.0 * _SAMPLE**3 / best
+def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:
+    return np.divide(norms, sizes, out=np.zeros_like(norms), where=sizes > 0)

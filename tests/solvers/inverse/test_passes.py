@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, vectors_that_fit
 from regressions import features
 
 from ntkpipe import gaussian_process
 from ntkpipe.base.budget import Budget
-from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, vectors_that_fit
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.result import ignore
 

@@ -12,10 +12,10 @@ from ntkpipe.base.errors import ArgumentError, ConfigError, IndefiniteError, Non
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.direct.eigh import bytes_of_drivers, eigh, eigvalsh
+from ntkpipe.solvers.inverse.solve import solve, solve_path
 from ntkpipe.solvers.linear import systems
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.solve import solve, solve_path
-from ntkpipe.solvers.linear.systems import Forecast, bytes_of_solve
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.spectral.density import bytes_of_density, density
 from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
 from ntkpipe.solvers.spectral.logdet import logdet

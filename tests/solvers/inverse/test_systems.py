@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from ntkpipe.solvers.linear.systems import forecast, hopeless_after, iterations_left
 
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear.systems import forecast, hopeless_after, iterations_left
 
 
 class Sized(Operator):

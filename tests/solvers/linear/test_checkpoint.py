@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law
+from ntkpipe.solvers.linear.systems import Forecast
 
 from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.linear import systems
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.linear.systems import Forecast
 from ntkpipe.store.results import Checkpoint
 
 N = 300
