@@ -1,6 +1,7 @@
 """Eigenpairs of a symmetric matrix, all or the leading ones, however they were found; and a test of given ones."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -76,10 +77,13 @@ class Eigenpairs(Result):
         return rows
 
 
-def check_eigenpairs(operator: Operator, given: Eigenpairs) -> Eigenpairs:
+def check_eigenpairs(operator: Operator, given: Any) -> Eigenpairs:
     """Eigenpairs of a caller in float64, tested by a random combination: orthonormal, and those of the matrix."""
-    n = operator.num_rows
-    values, vectors = np.asarray(given.eigenvalues, np.float64), np.asarray(given.vectors, np.float64)
+    n, parts = operator.num_rows, [getattr(given, name, None) for name in ("eigenvalues", "eigenvectors")]
+    if any(part is None for part in parts):
+        what = "eigenpairs without eigenvectors" if parts[0] is not None else f"eigenpairs={type(given).__name__}"
+        raise ConfigError(f"{what}; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")
+    values, vectors = (np.asarray(part, np.float64) for part in parts)
     if values.ndim != 1 or vectors.shape != (n, len(values)) or not len(values):
         raise ConfigError(f"eigenvectors of shape {vectors.shape} and {values.shape} values; needed ({n}, k) and (k,)")
     if (np.diff(values) > 0).any():
@@ -94,4 +98,5 @@ def check_eigenpairs(operator: Operator, given: Eigenpairs) -> Eigenpairs:
             f"eigenpairs that are not of this matrix: orthonormal to {gap:.2g}, products differ by {error:.2g} of "
             f"{scale:.3g}; needed {_TOLERANCE:g}. Compute them from the same kernel, by ntkpipe.eigh or ntkpipe.eigsh"
         )
-    return replace(given, eigenvalues=values, eigenvectors=vectors)
+    about: dict[str, Any] = {"status": "converged", "message": "given", "floor": operator.storage_floor()}
+    return Eigenpairs(eigenvalues=values, eigenvectors=vectors, orthogonality=gap, **about)

@@ -119,8 +119,8 @@ def find_inverse(
     A path, which is that of a factor, decides for it, and all eigenpairs that are known for them.
     """
     n = operator.num_rows
-    if eigenpairs is not None and eigenpairs.is_whole and method in {"auto", "eigh"}:
-        return ByEigenpairs(operator, eigenpairs, "all eigenpairs were given")
+    if eigenpairs is not None and method in {"auto", "eigh"}:
+        return ByEigenpairs(operator, check_eigenpairs(operator, eigenpairs), "all eigenpairs were given")
     fits = {"eigh": eigenpairs_fit(n, budget), "cholesky": path is not None or factor_fits(n, budget)}
     costs = {"eigh": _OF_EIGENPAIRS, "cholesky": len(ridges) * (_OF_FACTOR + (_OF_BLOCKS if with_blocks else 0.0))}
     if 0.0 in ridges:  # only eigenpairs solve with a singular matrix

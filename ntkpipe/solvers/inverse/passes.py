@@ -132,10 +132,13 @@ class ByPasses(Inverse):
             rhs = np.concatenate([rhs, question.signs()], axis=1)
         solution = self.times(rhs, ridge, verdict, start)
 
+        of_units = Verdict()  # whose residuals count by their squares
+
         def form(unit: FloatArray) -> FloatArray:
-            return self.forms(unit, ridge, width, verdict, self._tol**0.5)
+            return self.forms(unit, ridge, width, of_units, self._tol**0.5)
 
         blocks = blocks_at(samples, n, width, self.columns_at_once, form)
+        verdict.add(of_units.status, of_units.worst**2, of_units.message)
         if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
             blocks = np.full_like(blocks, np.nan)
         trace, squares = question.traces(solution[:, columns:]) if question.num_probes else (None, None)

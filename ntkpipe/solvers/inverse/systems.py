@@ -65,7 +65,7 @@ class SolveOptions:
         return checked_rank(self.rank, operator.num_rows)
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """A method is of no use for a system; it says why."""
 
 
@@ -121,7 +121,7 @@ class Systems:
         for number, attempt in enumerate(attempts):
             try:
                 found = attempt()
-            except (_Unfit, IndefiniteError, ResourceError) as error:
+            except (_UnfitError, IndefiniteError, ResourceError) as error:
                 if number == len(attempts) - 1:
                     raise
                 self._why = _failure(error)
@@ -149,7 +149,7 @@ class Systems:
             count = f"{self._factoring:.2g} operations by Cholesky, {self._iterating:.2g} by conjugate gradients"
             self._why = f"about {count}"
         if stage is not None:  # what is there is used
-            self._why = self._kept.why
+            self._why = _given_up(self._state) if stage == "given up" else self._kept.why
             can_factor = can_factor and stage != "no factor"
         last = iterate
         if ridge == 0.0 and stage is None and eigenpairs_fit(self._operator.num_rows, self._options.budget):
@@ -168,14 +168,14 @@ class Systems:
             # Pivots of a singular matrix may happen to be positive.
             smallest, cut = smallest_by_factor(factor, options.seed), cut_off(operator, operator.frobenius())
             if smallest <= _MARGIN * cut:
-                raise _Unfit(
+                raise _UnfitError(
                     f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
                 )
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         return _Found("cholesky", found.coefficients, found.residuals, found.status, found.message)
 
     def _minimum_norm(self, ridge: float) -> _Found:
-        """``(K + λI)⁺ Y``: the least-squares solution of the smallest norm, where eigenvalues up to a cut-off are zero."""
+        """``(K + λI)⁺ Y``: the least-squares solution of smallest norm, where eigenvalues up to a cut-off are zero."""
         options, rhs, verdict = self._options, self._rhs, Verdict()
         inverse = ByEigenpairs.of(self._operator, options.budget, self._monitor(), "")
         coefficients = inverse.times(rhs, ridge, verdict)
@@ -233,7 +233,7 @@ class Systems:
         self._state = end
         if end.gave_up and end.status != "converged":
             kept.save("given up", self._why, *self._spent(), end)
-            raise _Unfit(f"conjugate gradients were given up after {end.iterations} iterations, as too slow")
+            raise _UnfitError(_given_up(end))
         method = recurrence_for(columns) if options.method == "auto" else options.method
         return _Found(method, end.solution, end.residuals, end.status, end.message)
 
@@ -281,8 +281,12 @@ class Systems:
         )
 
 
+def _given_up(state: IterationState | None) -> str:
+    return f"conjugate gradients were given up after {state.iterations if state else 0} iterations, as too slow"
+
+
 def _failure(error: Exception) -> str:
-    if isinstance(error, _Unfit):
+    if isinstance(error, _UnfitError):
         return str(error)
     return f"Cholesky {'met a pivot that is not positive' if isinstance(error, IndefiniteError) else 'has no room'}"
 
