@@ -75,7 +75,7 @@ _HOMES = {
     "report.report": "write_report",
     "solvers.direct.cholesky": "cholesky",
     "solvers.direct.eigh": "eigh eigvalsh",
-    "solvers.linear.solve": "solve solve_path",
+    "solvers.inverse.solve": "solve solve_path",
     "solvers.spectral.density": "density",
     "solvers.spectral.lanczos": "eigsh",
     "solvers.spectral.logdet": "logdet",

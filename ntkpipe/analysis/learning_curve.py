@@ -19,8 +19,11 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import all_eigenpairs
+from ntkpipe.solvers.inverse.contract import Question
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Step, ignore
 from ntkpipe.store.results import Checkpoint
@@ -182,16 +185,13 @@ def _measure(
     columns = operator.columns(inside)
     is_outside = np.ones(len(rows), bool)
     is_outside[inside] = False
-    values, vectors = np.linalg.eigh(columns[inside])
-    inner = vectors.T @ rows[inside]
+    square = DenseOperator(columns[inside], storage_dtype=operator.storage_dtype)
+    inverse, question = ByEigenpairs.of(square, Budget(), ignore, ""), Question(rows[inside], width)
     found = np.full((3, len(ridges)), np.nan)
     for place, ridge in enumerate(ridges):
-        if values[0] + ridge <= 0:
-            # Not positive definite: there is no solution to speak of.
-            continue
-        inverse = 1 / (values + ridge)
-        coefficients = vectors @ (inverse[:, None] * inner)
-        squares = (columns @ coefficients - rows) ** 2
-        kare = (coefficients**2).mean() * (len(inside) / inverse.sum()) ** 2
-        found[:, place] = squares.mean(), squares[is_outside].mean(), kare
+        fit = inverse.fit(question, float(ridge))
+        if fit.verdict.status == "converged":  # else there is no solution to speak of
+            squares = (columns @ fit.coefficients - rows) ** 2
+            kare = fit.generalised_cross_validation.value
+            found[:, place] = squares.mean(), squares[is_outside].mean(), kare
     return {"losses": found}

@@ -100,7 +100,7 @@ def _test_initial_outputs(context: Context, *, centre: Centre = None) -> NDArray
 
 def _eigenpairs(context: Context, *, method: AnalysisMethod = "auto") -> Eigenpairs | None:
     """All of them; None if they do not fit or streaming was asked for. The next step on the same store finds them."""
-    if method not in ("auto", "exact", "eigh"):
+    if method not in ("auto", "exact"):
         return None
     if (known := _known_eigenpairs(context)) is not None:
         return known

@@ -74,13 +74,13 @@ _ENTRIES = (
     ),
     Entry(
         "solve",
-        "ntkpipe.solvers.linear.solve:solve",
+        "ntkpipe.solvers.inverse.solve:solve",
         "kernel regression (K + λI) A = Y with the stored targets",
         later=frozenset({"task"}),
     ),
     Entry(
         "solve_path",
-        "ntkpipe.solvers.linear.solve:solve_path",
+        "ntkpipe.solvers.inverse.solve:solve_path",
         "the same at several ridges, with one preconditioner",
     ),
     Entry(
@@ -92,11 +92,17 @@ _ENTRIES = (
         "extremes, condition, effective ranks, density and tail of the spectrum",
         inputs={"eigenpairs": "known_eigenpairs"},
     ),
-    Entry("alignment", "ntkpipe.analysis.alignment:alignment", "alignment of the kernel with the stored targets"),
+    Entry(
+        "alignment",
+        "ntkpipe.analysis.alignment:alignment",
+        "alignment of the kernel with the stored targets",
+        inputs={"eigenpairs": "known_eigenpairs"},
+    ),
     Entry(
         "regression",
         "ntkpipe.learning.regression.ridge_path:ridge_path",
         "ridge regression at many ridges: training, left-out and test losses",
+        inputs={"eigenpairs": "known_eigenpairs"},
     ),
     Entry(
         "generalisation",

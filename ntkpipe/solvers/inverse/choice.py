@@ -151,7 +151,7 @@ def all_eigenpairs(
     budget: Budget,
     method: AnalysisMethod,
     monitor: Monitor,
-    compute: Callable[..., Eigenpairs] = eigh,
+    compute: Callable[..., Eigenpairs] | None = None,
 ) -> tuple[Eigenpairs | None, str]:
     """All of them, given or by LAPACK unless streamed was asked for or they do not fit; and why, in words.
 
@@ -163,7 +163,7 @@ def all_eigenpairs(
     if method == "streamed":
         return None, "streamed was asked for"
     try:
-        return compute(operator, memory_limit=budget, monitor=monitor), "they fit in memory"
+        return (compute or eigh)(operator, memory_limit=budget, monitor=monitor), "they fit in memory"
     except ResourceError:
         if method == "exact":
             raise
