@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.analysis.trust import judge
@@ -44,7 +44,7 @@ from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targe
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
-from ntkpipe.solvers.inverse.contract import Fit, Inverse, Question
+from ntkpipe.solvers.inverse.contract import Fit, Question, WithError, as_fields, squares
 from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
@@ -171,30 +171,25 @@ def generalisation(
     """
     operator: Operator = kernel
     budget = Budget.of(memory_limit)
-    n = operator.num_rows
     train = train_targets(operator, targets, None, task)
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
     how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "ridges": shifts.tolist()}
-    system, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor)
-    if system is not None and system.is_whole:
-        inverse: Inverse = ByEigenpairs(operator, system, why)
-    else:
-        chosen: Any = "streamed" if method == "streamed" else "auto"
-        inverse, system = find_inverse(operator, budget, method=chosen, allowed=("cholesky",), **how), None
-    is_exact = inverse.method != "streamed"
-    question = Question(train.rhs, train.width, num_probes, 0 if system is not None else num_probes, seed)
+    pairs, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor)
+    system = None if pairs is None or not pairs.is_whole else ByEigenpairs(operator, pairs, why)
+    chosen: Any = "streamed" if method == "streamed" else "auto"
+    inverse = system or find_inverse(operator, budget, method=chosen, allowed=("cholesky",), **how)
+    question = Question(train.rhs, train.width, num_probes, 0 if system else num_probes, seed)
     decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed, "method": inverse.method}
-    kept = checkpoint if system is None else None
+    kept = None if system else checkpoint
     stages = CountedStages(kept, operator, train, function="generalisation", **decides)
     fits = dict(stages.fits(inverse, question, shifts, _measures))
     found = [fits[place] for place in range(len(shifts))]
     losses: dict[str, Any] = {name: np.array([one["measures"][name] for one in found]) for name in found[0]["measures"]}
     losses |= _of_population(system, train.rhs, shifts) | _measured([one["coefficients"] for one in found], test)
-    spreads = losses.pop("left_out_spread")
-    floor = operator.storage_floor()
+    spreads, floor = losses.pop("left_out_spread"), operator.storage_floor()
     status: Status = "converged"
     message, worst = "exact, from all eigenpairs in float64", max(one["residual"] for one in found)
     if system is None:
@@ -208,9 +203,9 @@ def generalisation(
         work=stages.work,
         seconds=stages.seconds,
         options=options,
-        method="exact" if is_exact else "streamed",
-        why=why if system is not None else inverse.why,
-        num_rows=n,
+        method="streamed" if inverse.method == "streamed" else "exact",
+        why=inverse.why,
+        num_rows=operator.num_rows,
         num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
@@ -223,39 +218,34 @@ def generalisation(
 def _measures(fit: Fit) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result, and the standard error of leave-one-out over samples."""
     (trace, trace_error), (squared, squared_error), n = fit.trace, fit.squared_trace, len(fit.complement)
-    kare, dimension = fit.generalised_cross_validation, fit.effective_dimension
-
-    def losses(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
-        return np.asarray((residuals**2).reshape(len(samples), -1).mean(axis=1))
-
-    left_out, each = fit.mean_left_out(losses), losses(fit.left_out, fit.samples)
+    each = squares(fit.left_out, fit.samples)
     coefficient, part = n * squared / trace**2, trace_error / abs(trace)
     is_limit = fit.weight != fit.ridge  # of a singular kernel without a ridge
+    estimates = {
+        "kare": fit.generalised_cross_validation,
+        "leave_one_out_loss": fit.leave_one_out_loss,
+        "kappa": WithError(0.0) if is_limit else WithError(1.0 / trace, part / abs(trace)),
+        "overfitting_coefficient": WithError(
+            coefficient, float(coefficient * np.hypot(squared_error / squared, 2 * part))
+        ),
+        "effective_dimension": fit.effective_dimension,
+    }
     return {
-        "train_loss": float(np.mean(fit.train_residuals**2)),
-        "kare": kare.value,
-        "kare_error": kare.error,
-        "generalised_cross_validation": kare.value,
-        "leave_one_out_loss": left_out.value,
-        "leave_one_out_loss_error": left_out.error,
+        **as_fields(estimates),
+        "train_loss": fit.train_loss,
+        "generalised_cross_validation": fit.generalised_cross_validation.value,
         "left_out_spread": float(each.std(ddof=1)) / (n // (len(fit.left_out) // len(each))) ** 0.5,
-        "kappa": 0.0 if is_limit else 1.0 / trace,
-        "kappa_error": 0.0 if is_limit else part / abs(trace),
-        "overfitting_coefficient": coefficient,
-        "overfitting_coefficient_error": float(coefficient * np.hypot(squared_error / squared, 2 * part)),
-        "effective_dimension": dimension.value,
-        "effective_dimension_error": dimension.error,
     }
 
 
-def _of_population(system: Eigenpairs | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
+def _of_population(system: ByEigenpairs | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
     n, count = len(rows), len(ridges)
     if system is None:
         names = ("eigenlearning", "canatar", "eigenlearning_kappa", "target_learnability")
         return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
     # What rounding makes negative is zero.
-    values = np.maximum(system.eigenvalues, 0.0) / n
+    values = np.maximum(system.values, 0.0) / n
     fields, learnabilities = predicted(values, (system.vectors.T @ rows) ** 2 / n, [n], ridges)
     found = {name: of_sizes[0] for name, of_sizes in fields.items()}
     return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}

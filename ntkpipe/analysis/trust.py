@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.contract import INDEFINITE
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.result import Status
 
 # The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
@@ -22,7 +22,7 @@ def judge(
     ridges: FloatArray,
     statuses: Sequence[Status],
     spreads: FloatArray,
-    system: Eigenpairs | None,
+    system: ByEigenpairs | None,
     floor: float,
     tolerance: float,
 ) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def _judge_ridge(at: dict[str, float], spread: float, tolerance: float) -> tuple
     return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
 
 
-def _unknown(ridge: float, system: Eigenpairs | None, floor: float) -> str:
+def _unknown(ridge: float, system: ByEigenpairs | None, floor: float) -> str:
     """Why (K + λI)^-1 is not known; empty if it is."""
-    least = np.inf if system is None else ridge + float(system.eigenvalues[-1])
+    least = np.inf if system is None else ridge + float(system.values[-1])
     if least < _FLOORS * floor:
         return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
     return ""

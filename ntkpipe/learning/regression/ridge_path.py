@@ -34,7 +34,7 @@ from ntkpipe.learning.regression.sources import (
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import find_inverse
-from ntkpipe.solvers.inverse.contract import Fit, InverseMethod, Question
+from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.store.results import Checkpoint
@@ -282,9 +282,6 @@ def _measures(train: TrainTargets, fit: Fit) -> dict[str, float]:
     targets = train.targets
     fitted = targets.matrix - as_samples(fit.train_residuals, train.width)
 
-    def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
-        return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
-
     def hits(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         assert targets.codes is not None
         predicted = targets.matrix[samples] - residuals.reshape(len(samples), -1)
@@ -293,14 +290,13 @@ def _measures(train: TrainTargets, fit: Fit) -> dict[str, float]:
     estimates = {
         "effective_dimension": fit.effective_dimension,
         "generalised_cross_validation": fit.generalised_cross_validation,
-        "leave_one_out_loss": fit.mean_left_out(squares),
-        "leave_one_out_accuracy": (np.nan, 0.0) if targets.codes is None else fit.mean_left_out(hits),
+        "leave_one_out_loss": fit.leave_one_out_loss,
+        "leave_one_out_accuracy": UNKNOWN if targets.codes is None else fit.mean_left_out(hits),
     }
     return {
-        "train_loss": float(np.mean(fit.train_residuals**2)),
+        "train_loss": fit.train_loss,
         "train_accuracy": _accuracy(targets, fitted),
-        **{name: value for name, (value, _) in estimates.items()},
-        **{f"{name}_error": error for name, (_, error) in estimates.items()},
+        **as_fields(estimates),
         "norm": float(np.sum(fit.coefficients * (train.rhs - fit.train_residuals))),
     }
 

@@ -5,7 +5,7 @@ and w = λ, or, in the limit λ → 0 of a singular kernel, M is the projection 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,20 @@ class WithError(NamedTuple):
 
     value: float
     error: float = 0.0
+
+
+UNKNOWN = WithError(np.nan)
+
+
+def as_fields(estimates: Mapping[str, WithError]) -> dict[str, float]:
+    """Numbers by the names of a result, which ends those of their errors with ``_error``."""
+    errors = {f"{name}_error": error for name, (_, error) in estimates.items()}
+    return {name: value for name, (value, _) in estimates.items()} | errors
+
+
+def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
+    """Mean squared residual of each sample."""
+    return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
 
 
 @dataclass
@@ -57,7 +71,6 @@ class Fit:
 
     ridge: float
     solution: FloatArray  # A = G Y, shape (n, c), and G Z of random signs Z beside it: where the next fit may start
-    coefficients: FloatArray  # A
     verdict: Verdict
     complement: FloatArray  # M Y
     weight: float  # w
@@ -68,9 +81,19 @@ class Fit:
     proxies: FloatArray | None = None  # of all samples, by the mean block of the inverse, where only some are left out
 
     @property
+    def coefficients(self) -> FloatArray:
+        """``A``."""
+        return self.solution[:, : self.complement.shape[1]]
+
+    @property
     def train_residuals(self) -> FloatArray:
         """``Y - K A``."""
         return self.weight * self.complement
+
+    @property
+    def train_loss(self) -> float:
+        """Mean square of these."""
+        return float(np.mean(self.train_residuals**2))
 
     @property
     def effective_dimension(self) -> WithError:
@@ -83,6 +106,11 @@ class Fit:
         value = float(np.mean(self.complement**2)) / (self.trace.value / len(self.complement)) ** 2
         return WithError(value, 2.0 * value * self.trace.error / abs(self.trace.value))
 
+    @property
+    def leave_one_out_loss(self) -> WithError:
+        """Mean squared error of samples that are left out."""
+        return self.mean_left_out(squares)
+
     def mean_left_out(self, value: Callable[[FloatArray, NDArray[np.int64]], FloatArray]) -> WithError:
         """The mean over all samples of a function of residuals and samples, one value a sample.
 
@@ -93,7 +121,8 @@ class Fit:
         exact = value(self.left_out, self.samples)
         if self.proxies is None:
             return WithError(float(exact.mean()))
-        total, count = len(self.proxies) * len(exact) // len(self.left_out), len(exact)
+        count = len(self.samples)
+        total = len(self.proxies) * count // len(self.left_out)
         proxies = value(self.proxies, np.arange(total))
         gaps = exact - proxies[self.samples]
         finite = (1.0 - count / total) ** 0.5
@@ -133,26 +162,26 @@ class Question:
         solution: FloatArray,
         blocks: FloatArray,
         verdict: Verdict,
+        *,
         samples: NDArray[np.int64] | None = None,
         trace: WithError | None = None,
-        squared_trace: WithError | None = None,
+        squared_trace: WithError = UNKNOWN,
     ) -> Fit:
         """The fit from A, beside which there may be more, and diagonal blocks of G: of all samples or of some."""
-        coefficients = solution[:, : self.rhs.shape[1]]
-        samples, proxies = np.arange(self.num_samples) if samples is None else samples, None
-        if len(blocks) < self.num_samples:
-            proxies = residuals(
-                np.broadcast_to(blocks.mean(axis=0), (self.num_samples, *blocks.shape[1:])), coefficients
-            )
+        coefficients, proxies = solution[:, : self.rhs.shape[1]], None
+        if samples is None:
+            samples = np.arange(self.num_samples)
+        if len(samples) < self.num_samples:
+            mean = np.broadcast_to(blocks.mean(axis=0), (self.num_samples, *blocks.shape[1:]))
+            proxies = residuals(mean, coefficients)
         return Fit(
             ridge=ridge,
             solution=solution,
-            coefficients=coefficients,
             verdict=verdict,
             complement=coefficients,
             weight=ridge,
             trace=trace or WithError(float(np.trace(blocks, axis1=1, axis2=2).sum())),
-            squared_trace=squared_trace or WithError(np.nan),
+            squared_trace=squared_trace,
             samples=samples,
             left_out=residuals(blocks, coefficients[rows_of(samples, self.width)]),
             proxies=proxies,
@@ -178,8 +207,8 @@ class Inverse(ABC):
         self.operator = operator
 
     @abstractmethod
-    def times(self, block: FloatArray, ridge: float, verdict: Verdict, initial: FloatArray | None = None) -> FloatArray:
-        """``G B``, shape (n, c); an iteration begins with ``initial``."""
+    def times(self, block: FloatArray, ridge: float, verdict: Verdict) -> FloatArray:
+        """``G B``, shape (n, c)."""
 
     @abstractmethod
     def forms(self, block: FloatArray, ridge: float, width: int, verdict: Verdict) -> FloatArray:

@@ -49,7 +49,8 @@ class ByEigenpairs(Inverse):
             raise ConfigError(f"eigenpairs with {shape} for {operator.num_rows} rows; {needed}")
         self.values, self.vectors, self.why = np.asarray(pairs.eigenvalues, np.float64), vectors, why
         self.columns_at_once = operator.num_rows
-        self.cut = cut_off(operator, float(np.abs(self.values).max()))
+        largest = float(np.abs(self.values).max())
+        self.cut, self._rounding = cut_off(operator, largest), operator.num_rows * _EPS * largest
 
     @classmethod
     def of(cls, operator: Operator, budget: Budget, monitor: Monitor, why: str) -> "ByEigenpairs":
@@ -63,15 +64,15 @@ class ByEigenpairs(Inverse):
         return np.divide(1.0, shifted, out=np.zeros_like(shifted), where=kept & (shifted != 0.0)), kept
 
     def judge(self, ridge: float, verdict: Verdict) -> None:
-        """Tell where K + λI is not positive."""
-        kept = self.weights(ridge)[1]
-        smallest = float((self.values + ridge)[kept].min(initial=np.inf))
-        if smallest <= 0.0:
+        """Tell where K + λI is not positive, or rounding in float64 does not tell it from a singular matrix."""
+        smallest = float((self.values + ridge)[self.weights(ridge)[1]].min(initial=np.inf))
+        if smallest <= self._rounding:
+            known = "positive" if smallest <= 0.0 else "surely positive"
             advised = f"{2 * self.cut - float(self.values[-1]):.2g}"
-            said = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not positive; give a ridge of {advised}"
+            said = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not {known}; give a ridge of {advised}"
             verdict.add(INDEFINITE, 0.0, said)
 
-    def times(self, block: FloatArray, ridge: float, verdict: Verdict, initial: FloatArray | None = None) -> FloatArray:
+    def times(self, block: FloatArray, ridge: float, verdict: Verdict) -> FloatArray:
         """See :class:`Inverse`; nothing is outside of the range of rounding, so residuals are not computed."""
         self.judge(ridge, verdict)
         return np.asarray(self.vectors @ (self.weights(ridge)[0][:, None] * (self.vectors.T @ block)))
@@ -99,15 +100,14 @@ class ByEigenpairs(Inverse):
         coefficients = self.times(question.rhs, ridge, verdict)
         blocks = weighted_blocks(self.vectors, weights, width)
         if kept.all():
-            traces = WithError(float(weights.sum())), WithError(float((weights**2).sum()))
-            return question.fit(ridge, coefficients, blocks, verdict, None, *traces)
+            trace, squares = WithError(float(weights.sum())), WithError(float((weights**2).sum()))
+            return question.fit(ridge, coefficients, blocks, verdict, trace=trace, squared_trace=squares)
         null = (~kept).astype(np.float64)
         outside, rank = self.outside(question.rhs), WithError(float(null.sum()))
         null_blocks = weighted_blocks(self.vectors, null, width)
         return Fit(
             ridge=ridge,
             solution=coefficients,
-            coefficients=coefficients,
             verdict=verdict,
             complement=outside,
             weight=1.0,

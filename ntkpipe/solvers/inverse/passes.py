@@ -9,7 +9,7 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError
+from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
 from ntkpipe.solvers.inverse.leave_one_out import blocks_at
 from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
@@ -89,10 +89,10 @@ class ByPasses(Inverse):
         block: FloatArray,
         ridge: float,
         verdict: Verdict,
-        initial: FloatArray | None = None,
         tol: float | None = None,
+        initial: FloatArray | None = None,
     ) -> FloatArray:
-        """See :class:`Inverse`."""
+        """See :class:`Inverse`; iterations begin with ``initial``."""
         found = np.empty_like(block)
         for columns in runs(block.shape[1], self.columns_at_once):
             one = iterate(
@@ -119,7 +119,7 @@ class ByPasses(Inverse):
         Of an approximate solution X with residual R the form ``B'X + X'B - X'(K + λI) X`` is taken, which is below the
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
-        solution = self.times(block, ridge, verdict, tol=tol)
+        solution = self.times(block, ridge, verdict, tol)
         residual = block - self.operator.shifted(ridge).matmat(solution)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
@@ -130,7 +130,7 @@ class ByPasses(Inverse):
         samples, rhs = question.some_samples(), question.rhs
         if question.num_probes:
             rhs = np.concatenate([rhs, question.signs()], axis=1)
-        solution = self.times(rhs, ridge, verdict, start)
+        solution = self.times(rhs, ridge, verdict, initial=start)
 
         of_units = Verdict()  # whose residuals count by their squares
 
@@ -141,10 +141,12 @@ class ByPasses(Inverse):
         verdict.add(of_units.status, of_units.worst**2, of_units.message)
         if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
             blocks = np.full_like(blocks, np.nan)
-        trace, squares = question.traces(solution[:, columns:]) if question.num_probes else (None, None)
-        if len(samples) == question.num_samples:
-            trace = None  # that of the blocks is exact
-        return question.fit(ridge, solution, blocks, verdict, samples, trace, squares)
+            if verdict.status == "converged":
+                verdict.add(INDEFINITE, 0.0, f"λ = {ridge:.3g}: a block of the inverse is not positive")
+        trace, squares = question.traces(solution[:, columns:]) if question.num_probes else (UNKNOWN, UNKNOWN)
+        is_exact = len(samples) == question.num_samples  # by the blocks
+        how: dict[str, Any] = {"trace": None if is_exact else trace, "squared_trace": squares}
+        return question.fit(ridge, solution, blocks, verdict, samples=samples, **how)
 
     def logdet(self, ridge: float, verdict: Verdict) -> WithError:
         """See :class:`Inverse`; the error is Monte-Carlo and truncation together.

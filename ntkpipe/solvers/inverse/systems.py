@@ -18,8 +18,8 @@ from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
 from ntkpipe.solvers.inverse.contract import Verdict
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, cut_off, eigenpairs_fit
-from ntkpipe.solvers.inverse.factor import smallest_by_factor
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, eigenpairs_fit
+from ntkpipe.solvers.inverse.factor import doubt_of
 from ntkpipe.solvers.inverse.passes import Recurrence, iterate, recurrence_for
 from ntkpipe.solvers.inverse.solution import Solution
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
@@ -29,8 +29,6 @@ from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Status, Step
 
 SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
-# An eigenvalue that is only estimated must be so many cut-offs large to count as positive.
-_MARGIN = 10.0
 _WORDS = {
     "eigh": "the minimum norm",
     "cholesky": "Cholesky",
@@ -164,13 +162,9 @@ class Systems:
         factor = cholesky(
             operator, ridge=ridge, path=options.path, memory_limit=options.budget, monitor=self._monitor()
         )
-        if ridge == 0.0 and options.method == "auto" and options.path is None:
-            # Pivots of a singular matrix may happen to be positive.
-            smallest, cut = smallest_by_factor(factor, options.seed), cut_off(operator, operator.frobenius())
-            if smallest <= _MARGIN * cut:
-                raise _UnfitError(
-                    f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
-                )
+        is_checked = ridge == 0.0 and options.method == "auto" and options.path is None
+        if is_checked and (doubt := doubt_of(factor, operator, options.seed)):
+            raise _UnfitError(doubt)
         found = factor.solve(self._rhs, refine=1, tol=options.tol)
         return _Found("cholesky", found.coefficients, found.residuals, found.status, found.message)
 
