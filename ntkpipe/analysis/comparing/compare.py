@@ -11,28 +11,20 @@ Cost: every tile of both once, diagonal ones twice, of different tiles some of t
 spectra by passes: 15 for leading pairs, 100 for λ_min.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.linalg import subspace_angles
 
 from ntkpipe.analysis.comparing.entries import measure_differences
 from ntkpipe.analysis.comparing.inputs import KernelInput, differing_fields, inputs_of, require_comparable
-from ntkpipe.analysis.comparing.predictions import Goal, Predictions, compare_predictions, goal_of, predict
+from ntkpipe.analysis.comparing.predictions import Goal, compare_predictions, goal_of, predict
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.spectra import (
-    Ends,
-    Way,
-    angle_error,
-    find_ends,
-    outer_ends,
-    principal_angles,
-    ratios_of,
-    way_for,
-)
+from ntkpipe.analysis.comparing.spectra import Ends, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -54,8 +46,7 @@ class _Found:
     """What was found of one kernel."""
 
     ends: Ends
-    predictions: Predictions | None
-    ridge: float
+    predictions: Mapping[str, Any] | None
     identity: str
     way: Way
     work: Work
@@ -142,37 +133,33 @@ def compare_kernels(
     measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
     if measured["frobenius_b"] == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
-    measured |= {
-        name: measured[name] / measured["frobenius_b"] for name in ("relative_difference", "scaled_difference")
-    }
+    for name in ("relative_difference", "scaled_difference"):
+        measured[name] /= measured["frobenius_b"]
     measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
-    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
-    counts = [count if inputs[0].width == inputs[1].width else count * kernel.width for kernel in inputs]
-    ridges = [
-        absolute_ridge(ridge, ridge_scale, partial(np.asarray, measured.pop(f"diagonal_{name}")[:: width // one.width]))
-        for name, one in zip("ab", inputs, strict=True)
-    ]
-    how: dict[str, Any] = {"goal": goal, "budget": budget, "client": client, "stages": stages, "seed": seed}
-    first, second = (
-        _find(*one, width, with_smallest=smallest_eigenvalue, monitor=monitor, **how)
-        for one in zip("ab", inputs, counts, ridges, eigenpairs or (None, None), strict=True)
-    )
+    how: dict[str, Any] = {"with_smallest": smallest_eigenvalue, "budget": budget, "client": client, "seed": seed}
+    found, ridges = [], []
+    for name, one, given in zip("ab", inputs, eigenpairs or (None, None), strict=True):
+        diagonal = measured.pop(f"diagonal_{name}")[:: width // one.width]
+        ridges.append(absolute_ridge(ridge, ridge_scale, partial(np.asarray, diagonal)))
+        # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
+        leading = count if inputs[0].width == inputs[1].width else count * one.width
+        found.append(_find(name, one, leading, ridges[-1], given, width, goal, stages, monitor=monitor, **how))
+    first, second = found
     predicted = {}
     if goal is not None and first.predictions is not None and second.predictions is not None:
-        predicted = compare_predictions(first.predictions.values, second.predictions.values, goal)
+        predicted = compare_predictions(first.predictions["values"], second.predictions["values"], goal)
     status, message = _judge(first, second)
-    done = Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work
     return Comparison(
         status=status,
         message=message,
-        work=done,
+        work=Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work,
         options={"k": count},
         matrix=first.identity,
         reference=second.identity,
         method=_method(first, second),
-        ridge_a=first.ridge,
-        ridge_b=second.ridge,
+        ridge_a=ridges[0],
+        ridge_b=ridges[1],
         targets="" if goal is None else goal.targets.words,
         a=inputs[0].name,
         b=inputs[1].name,
@@ -196,12 +183,12 @@ def _find(
     ridge: float,
     given: Any,
     width: int,
+    goal: Goal | None,
+    stages: Stages,
     *,
     with_smallest: bool,
-    goal: Goal | None,
     budget: Budget,
     client: "Client | None",
-    stages: Stages,
     seed: int,
     monitor: Monitor,
 ) -> _Found:
@@ -209,36 +196,36 @@ def _find(
     way = way_for(kernel.num_samples * kernel.width, budget if client is None else Budget())
     how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": seed, "monitor": monitor}
     with kernel.operator(budget, client) as stored:
-        whole = stored if way == "passes" else None  # read once something is computed
+        matrices = [stored]  # and, unless it is multiplied by passes, the whole, once something is computed
 
-        def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
-            checkpoint = stages.part(part)
+        def spent() -> Work:
+            return sum((one.work for one in matrices), Work())
 
+        def once(part: str, function: Callable[..., Mapping[str, Any]], *args: Any, **options: Any) -> dict[str, Any]:
             def computed() -> dict[str, Any]:
-                nonlocal whole
-                before = stored.work
-                if whole is None:
+                before = spent()
+                if way != "passes" and len(matrices) == 1:
                     rows = slice(0, stored.num_rows)
-                    whole = DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype)
-                of_whole = whole.work
-                found = function(whole, *args, checkpoint=checkpoint, **options, **how)
-                done = stored.work - before
-                return {**vars(found), "work": done if whole is stored else done + (whole.work - of_whole)}
+                    matrices.append(DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype))
+                found = function(matrices[-1], *args, checkpoint=stages.part(part), **options, **how)
+                return {**found, "work": spent() - before}
 
             return dict(stages.once(part, computed))
 
         spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=with_smallest, given=given)
-        done, found = spectrum.pop("work"), None
+        work, predicted = spectrum.pop("work"), None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
             predicted = once(f"predictions-{name}", predict, *of_test, budget=budget)
-            done += predicted.pop("work")
-            found = Predictions(**predicted)
-        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)
+            work += predicted["work"]
+        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), predicted, stored.identity(), way, work)
 
 
 def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
-    angles = principal_angles(a.eigenvectors, b.eigenvectors)
+    # Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
+    # linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines
+    # are near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
+    angles = np.asarray(subspace_angles(a.eigenvectors, b.eigenvectors)[::-1], np.float64)
     found = ratios_of(a, b) | {
         "largest_eigenvalue_ratio": float(a.eigenvalues[0]) / float(b.eigenvalues[0]),
         "principal_angles": angles,
@@ -257,7 +244,6 @@ def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
 
 
 def _method(first: _Found, second: _Found) -> str:
-    """How spectra and predictions were found, of A and of B."""
     words = {
         "lapack": "LAPACK in memory, float64",
         "factor": "block Lanczos and Cholesky in memory, float64",
@@ -270,7 +256,7 @@ def _method(first: _Found, second: _Found) -> str:
 
 def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
     for name, found in (("A", first), ("B", second)):
-        for part in (found.ends, found.predictions):
-            if part is not None and part.status != "converged":
-                return part.status, f"of {name}: {part.message}"
+        for part in (vars(found.ends), found.predictions or {}):
+            if part.get("status", "converged") != "converged":
+                return part["status"], f"of {name}: {part['message']}"
     return "converged", "entries are compared exactly, spectra and predictions to true residuals of 1e-10"

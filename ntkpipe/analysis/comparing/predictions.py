@@ -17,7 +17,7 @@ from ntkpipe.learning.regression.cross import CrossKernel
 from ntkpipe.solvers.inverse.passes import recurrence_for
 from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.memory import bytes_of_solve
-from ntkpipe.solvers.result import Monitor, Status
+from ntkpipe.solvers.result import Monitor
 from ntkpipe.store.results import Checkpoint
 
 _TOL = 1e-10
@@ -64,15 +64,6 @@ def goal_of(
     return Goal(train, test), note_on_unknown(test).removeprefix("; ")
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions with one kernel."""
-
-    values: FloatArray  # shape (M, c)
-    status: Status  # status, message: of the solver
-    message: str
-
-
 def predict(
     operator: Operator,
     test_kernel: Any,
@@ -85,8 +76,8 @@ def predict(
     seed: int,
     checkpoint: Checkpoint | None,
     monitor: Monitor,
-) -> Predictions:
-    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression."""
+) -> dict[str, Any]:
+    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression, (M, c), with status and message of the solver."""
     cross = CrossKernel(test_kernel, operator.num_rows, width)
     rows = goal.targets.rows(width)
     solution = solve(
@@ -102,7 +93,7 @@ def predict(
         monitor=monitor,
     )
     values = as_samples(cross.times(solution.coefficients), width)
-    return Predictions(np.ascontiguousarray(values), solution.status, solution.message)
+    return {"values": np.ascontiguousarray(values), "status": solution.status, "message": solution.message}
 
 
 def compare_predictions(a: FloatArray, b: FloatArray, goal: Goal) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from scipy.linalg import subspace_angles
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
@@ -75,22 +74,22 @@ def find_ends(
     seed: int,
     checkpoint: Checkpoint | None,
     monitor: Monitor,
-) -> Ends:
-    """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
+) -> dict[str, Any]:
+    """Fields of :class:`Ends`: k leading eigenpairs, λ_min, and where K is in memory the log-determinant."""
     n = operator.num_rows
     wanted = min(k + 1, n)
-    known = None if given is None or len(given.eigenvalues) < wanted else np.asarray(given.eigenvalues, np.float64)
     status: Status = "converged"
-    message = ""
-    if known is not None:
+    message, every = "", None
+    if given is not None and len(given.eigenvalues) >= wanted:
+        known = np.asarray(given.eigenvalues, np.float64)
         values, vectors = known[:wanted], np.asarray(given.eigenvectors, np.float64)[:, :wanted]
         residual = float(np.linalg.norm(operator.matmat(vectors) - vectors * values))
+        every = known if len(known) == n else None
     else:
         pairs = eigsh(operator, wanted, tol=_TOL, seed=seed, monitor=monitor)
         values, vectors = pairs.eigenvalues, pairs.vectors
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
-    every = known if known is not None and len(known) == n else None
     if every is None and with_smallest and way == "lapack":
         every = eigvalsh(operator).eigenvalues
     least = low = high = None
@@ -104,19 +103,19 @@ def find_ends(
         # That it is not known at storage precision is a finding; bounds hold all the same.
         if status == "converged" and found.status in {"step limit", "not converged"}:
             status, message = found.status, f"smallest eigenvalue: {found.message}"
-    return Ends(
-        eigenvalues=values[:k].copy(),
-        eigenvectors=np.ascontiguousarray(vectors[:, :k]),
-        residual=residual,
-        next_eigenvalue=float(values[k]) if wanted > k else None,
-        smallest=least,
-        low=low,
-        high=high,
-        floor=operator.storage_floor(),
-        log_determinant=_log_determinant(operator, every, way, ridge),
-        status=status,
-        message=message,
-    )
+    return {
+        "eigenvalues": values[:k].copy(),
+        "eigenvectors": np.ascontiguousarray(vectors[:, :k]),
+        "residual": residual,
+        "next_eigenvalue": float(values[k]) if wanted > k else None,
+        "smallest": least,
+        "low": low,
+        "high": high,
+        "floor": operator.storage_floor(),
+        "log_determinant": _log_determinant(operator, every, way, ridge),
+        "status": status,
+        "message": message,
+    }
 
 
 def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | None, monitor: Monitor) -> Smallest:
@@ -145,16 +144,6 @@ def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, rid
         return cholesky(operator, ridge=ridge).logdet
     except IndefiniteError:
         return None
-
-
-def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Principal angles between the ranges of two matrices of orthonormal columns, ascending, in radians.
-
-    Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
-    linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines are
-    near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
-    """
-    return np.asarray(subspace_angles(a, b)[::-1], np.float64)
 
 
 def outer_ends(ends: Ends, num_outputs: int) -> Ends:
