@@ -12,12 +12,12 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import said_of, train_targets
+from ntkpipe.learning.regression.sources import OfTargets, train_targets
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, are_all_cheaper
 from ntkpipe.solvers.memory import bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.store.results import Checkpoint
 
@@ -26,7 +26,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(Result):
+class Alignment(OfTargets):
     """How well a kernel fits its targets."""
 
     method: str  # `exact` with all eigenpairs, or `streamed` with the leading ones; alignments are exact in both
@@ -41,7 +41,6 @@ class Alignment(Result):
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float  # kernel-target alignment
     centred_alignment: float  # the same of centred kernel and targets
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         known = len(self.cumulative_power)
@@ -51,7 +50,6 @@ class Alignment(Result):
             for share, count in zip(_SHARES, self.num_directions, strict=True)
         ]
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
             ("power of targets", ", ".join(f"{self.cumulative_power[i - 1]:.1%} in the first {i:,}" for i in shown)),

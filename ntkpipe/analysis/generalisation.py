@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import predicted
-from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
@@ -39,23 +38,27 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, note_on_unknown
-from ntkpipe.learning.regression.cross import HeldOut
-from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
+from ntkpipe.learning.regression.sources import HeldOut, OfTargets, ridges_for, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
-from ntkpipe.solvers.inverse.contract import Fit, Question, WithError, as_fields, squares
+from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Question, WithError, as_fields, squares
 from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
+# The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
+_FLOORS = 10.0
+# Standard errors by which leave-one-out and test loss differ for another reason than chance. True errors are a bit
+# larger, since left-out errors are not independent.
+_SIGMAS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generalisation(Result):
+class Generalisation(OfTargets):
     """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
@@ -95,11 +98,10 @@ class Generalisation(Result):
     eigenlearning_is_trusted: tuple[bool, ...]  # whether eigenlearning and Canatar can be trusted
     reasons: tuple[str, ...]  # why or why not, in words
     floor: float  # what rounding to the storage dtype did to K in the spectral norm
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())
-        rows = [*said_of(self.targets), ("method", f"{self.method}: {self.why}")]
+        rows = [("method", f"{self.method}: {self.why}")]
         for index, ridge in enumerate(self.ridges):
             if is_measured:
                 numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
@@ -211,7 +213,7 @@ def generalisation(
         floor=floor,
         targets=train.targets.words,
         **losses,
-        **judge(losses, shifts, [one["status"] for one in found], spreads, system, floor, tolerance),
+        **_judge(losses, shifts, [one["status"] for one in found], spreads, system, floor, tolerance),
     )
 
 
@@ -260,3 +262,53 @@ def _measured(coefficients: Sequence[FloatArray], test: HeldOut | None) -> dict[
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
+
+
+def _judge(
+    losses: dict[str, Any],
+    ridges: FloatArray,
+    statuses: Sequence[Status],
+    spreads: FloatArray,
+    system: ByEigenpairs | None,
+    floor: float,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Ratios to the measured loss; and which estimates to trust, by leave-one-out, storage, and what was measured."""
+    sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
+    found = []
+    for index, (ridge, status) in enumerate(zip(ridges, statuses, strict=True)):
+        at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
+        is_definite = status != INDEFINITE and np.isfinite(at["kappa"])
+        unknown = _unknown(float(ridge), system, floor) if is_definite else "K + λI is not positive definite; raise λ"
+        found.append((False, False, unknown) if unknown else _judge_ridge(at, float(spreads[index]), tolerance))
+    kare, theory, reasons = zip(*found, strict=True)
+    return {
+        **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
+        "kare_is_trusted": kare,
+        "eigenlearning_is_trusted": theory,
+        "reasons": reasons,
+    }
+
+
+def _judge_ridge(at: dict[str, float], spread: float, tolerance: float) -> tuple[bool, bool, str]:
+    """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
+    loss, test = at["leave_one_out_loss"], at["test_loss"]
+    if not np.isfinite(loss) or loss <= 0:
+        return False, False, "leave-one-out is not known"
+    apart = loss / test - 1 if test > 0 else np.nan
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(at["test_loss_error"], spread):
+        why = "train and test samples are not alike to this kernel, as after training on the former"
+        return False, False, f"leave-one-out itself is {apart:+.1%} off the test loss: {why}"
+    gaps = {name: at[name] / loss - 1 for name in ("kare", "eigenlearning")}
+    # The error of leave-one-out counts against the estimate; a comparison with NaN is no trust.
+    kare, theory = (abs(gap) + at["leave_one_out_loss_error"] / loss <= tolerance for gap in gaps.values())
+    of_theory = "" if np.isnan(gaps["eigenlearning"]) else f", eigenlearning by {gaps['eigenlearning']:+.1%}"
+    return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
+
+
+def _unknown(ridge: float, system: ByEigenpairs | None, floor: float) -> str:
+    """Why (K + λI)^-1 is not known; empty if it is."""
+    least = np.inf if system is None else ridge + float(system.values[-1])
+    if least < _FLOORS * floor:
+        return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
+    return ""

@@ -17,7 +17,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
+from ntkpipe.learning.regression.sources import OfTargets, ridges_for, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
@@ -25,7 +25,7 @@ from ntkpipe.solvers.inverse.choice import all_eigenpairs
 from ntkpipe.solvers.inverse.contract import Question
 from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore
 from ntkpipe.store.results import Checkpoint
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -34,7 +34,7 @@ _DEFAULT_RIDGES = (0.0, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningCurve(Result):
+class LearningCurve(OfTargets):
     """Losses by size of the train set and ridge; arrays are of shape (s, r) unless said otherwise.
 
     Losses are mean squared errors over samples and outputs, means over the subsets that were drawn; an ``_error`` is
@@ -59,11 +59,10 @@ class LearningCurve(Result):
     eigenlearning_ratio: FloatArray  # eigenlearning_ratio, canatar_ratio: over `population_loss`
     canatar_ratio: FloatArray = field(repr=False)
     kare_ratio: FloatArray  # over `left_out_loss`
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         population = f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"
-        rows = [*said_of(self.targets), ("population", population)]
+        rows = [("population", population)]
         for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):
                 loss, error = self.left_out_loss[line, place], self.left_out_loss_error[line, place]

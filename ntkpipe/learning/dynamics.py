@@ -15,11 +15,11 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
-from ntkpipe.learning.regression.sources import said_of
+from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, Space, TopEigenvalue, is_due, steps_that_fit, take_steps
 from ntkpipe.store.results import Checkpoint
@@ -28,7 +28,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamics(Result):
+class Dynamics(OfTargets):
     """Gradient flow of the linearised model on ``½ |f - Y|²``, with coefficients for predictions.
 
     With targets of shape (n,), the last axis of arrays is absent.
@@ -50,7 +50,6 @@ class Dynamics(Result):
     largest_eigenvalue: float  # the largest Ritz value
     num_steps: int  # block Lanczos steps
     dimension: int  # dimension of the Krylov space
-    targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
     def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
@@ -72,7 +71,6 @@ class Dynamics(Result):
         ]
         rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
-            *said_of(self.targets),
             ("learning rate", rate),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),

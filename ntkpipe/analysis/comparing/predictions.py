@@ -13,7 +13,7 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
-from ntkpipe.learning.regression.cross import CrossKernel
+from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.solvers.inverse.passes import recurrence_for
 from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.memory import bytes_of_solve

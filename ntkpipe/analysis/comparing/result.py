@@ -7,7 +7,6 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.solvers.result import Result
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
@@ -155,7 +154,7 @@ class Comparison(Result):
         ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"
         change = "" if self.disagreement is None else f", another column for {self.disagreement:.2%} of test samples"
         note = f"; {self.prediction_note}" if self.prediction_note else ""
-        rows = said_of(self.targets)
+        rows = [("targets", self.targets)] if self.targets else []
         difference = f"‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}"
         rows.append(("regression", f"{ridges}: {difference}{change}{note}"))
         if self.test_accuracy_a is not None:

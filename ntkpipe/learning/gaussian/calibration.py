@@ -14,9 +14,8 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.learning.regression.sources import said_of
+from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Result
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
@@ -26,7 +25,7 @@ _SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration(Result):
+class Calibration(OfTargets):
     """How often test targets are where a Gaussian process says. L levels, B bins."""
 
     levels: FloatArray  # probabilities, shape (L,)
@@ -46,14 +45,12 @@ class Calibration(Result):
     expected_calibration_error: float
     mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
     mean_accuracy: float
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"
         rows = [
-            *said_of(self.targets),
             ("coverage", covered),
             ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
             ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),

@@ -24,13 +24,12 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.sources import offset_of_test, said_of, train_targets
+from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, offset_of_test, train_targets
 from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.inverse.choice import find_inverse
-from ntkpipe.solvers.inverse.contract import Inverse, Verdict
+from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
@@ -41,7 +40,7 @@ _MESSAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posterior(Result):
+class Posterior(OfTargets):
     """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample."""
 
     mean: FloatArray = field(repr=False)  # shape (M, O)
@@ -67,7 +66,6 @@ class Posterior(Result):
     residual: float  # largest relative true residual of the systems
     num_clipped: int  # variances that rounding made negative; they are zero now
     floor: float  # size of what rounding to the storage dtype did to K
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
     classes: tuple[Any, ...] | None = None  # labels of classes in the order of outputs; none for real targets
     is_binary: bool = False  # whether two classes share an output, of -1 and +1
 
@@ -81,7 +79,6 @@ class Posterior(Result):
         parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
         relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("noise λ", f"{self.noise:.4g}, {relative:.2g} mean diagonals; storage floor {self.floor:.2g}"),
             ("log marginal likelihood", f"{self.log_marginal_likelihood:.8g}{error}; {parts}"),
@@ -195,12 +192,13 @@ def gaussian_process(
         mean = as_samples(cross.times(found["coefficients"]), width) + offset
         explained = np.empty_like(covariance)
         for samples, rows in cross.sample_blocks(by.columns_at_once // width):
-            part = f"test-{samples.start}-{samples.stop}"
-            explained[samples] = once(part, partial(_forms, by, np.ascontiguousarray(rows.T), noise, width))["forms"]
+            forms = partial(by.forms, np.ascontiguousarray(rows.T), noise, width)
+            part = once(f"test-{samples.start}-{samples.stop}", lambda own, forms=forms: {"forms": forms(own)})
+            explained[samples] = part["forms"]
         covariance = covariance - explained
     variance = np.einsum("mss->ms", covariance)  # a view
     num_clipped = int((variance < 0.0).sum())
-    np.maximum(variance, 0.0, out=variance)  # where rounding made them negative
+    np.maximum(variance, 0.0, out=variance)
     logdet = once("logdet", lambda own: by.logdet(noise, own)._asdict())
     num_rows, num_columns = train.rhs.shape
     data_fit, complexity = -0.5 * found["form"], -0.5 * num_columns * logdet["value"]
@@ -232,10 +230,6 @@ def gaussian_process(
         variance=variance.copy(),
         num_clipped=num_clipped,
     )
-
-
-def _forms(by: Inverse, columns: FloatArray, noise: float, width: int, verdict: Verdict) -> dict[str, Any]:
-    return {"forms": by.forms(columns, noise, width, verdict)}
 
 
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:

@@ -15,8 +15,7 @@ from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError, NotConvergedWarning
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Targets, Task, as_samples, encode_test
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
+from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix, outputs_of, targets_of, train_targets
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.inverse.passes import least_bytes
 from ntkpipe.solvers.inverse.solve import solve

@@ -22,12 +22,12 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
-from ntkpipe.learning.regression.cross import HeldOut
 from ntkpipe.learning.regression.sources import (
+    HeldOut,
+    OfTargets,
     TrainTargets,
     offset_of_test,
     ridges_for,
-    said_of,
     train_targets,
     with_error,
 )
@@ -36,7 +36,7 @@ from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
 
 PathMethod = Literal["auto"] | InverseMethod
@@ -61,7 +61,7 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RidgePath(Result):
+class RidgePath(OfTargets):
     """Kernel ridge regression at R ridges. Arrays have an entry a ridge, in the order of ``ridges``.
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard error of a number that was
@@ -89,7 +89,6 @@ class RidgePath(Result):
     residuals: FloatArray  # largest relative true residual of the systems; zero for `eigh`
     statuses: tuple[str, ...]  # status of each ridge
     is_classification: bool  # whether targets are labels of classes
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
     floor: float = field(repr=False)  # what rounding to the storage dtype did to K; ridges below it say nothing
 
     @property
@@ -120,7 +119,6 @@ class RidgePath(Result):
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),

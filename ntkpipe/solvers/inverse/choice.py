@@ -130,14 +130,11 @@ def find_inverse(
     if method == "auto":
         exact = [name for name in costs if name in allowed and fits[name]]
         chosen = min(exact, key=costs.__getitem__, default="streamed")
-        room = f"{n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
-        why = {
-            "eigh": f"all eigenpairs fit: {room}",
-            "cholesky": f"a factor fits: {room}" if path is None else f"a factor in {path}",
-        }.get(
-            chosen,
-            f"neither eigenpairs nor a factor fit: {room}" if "eigh" in allowed else f"a factor does not fit: {room}",
-        )
+        neither = "neither eigenpairs nor a factor fit" if "eigh" in allowed else "a factor does not fit"
+        why = {"eigh": "all eigenpairs fit", "cholesky": "a factor fits"}.get(chosen, neither)
+        why += f": {n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
+        if path is not None:
+            why = f"a factor in {path}"
     if chosen == "eigh":
         return ByEigenpairs.of(operator, budget, monitor, why)
     if chosen == "cholesky":
