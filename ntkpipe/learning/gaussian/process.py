@@ -187,14 +187,16 @@ def gaussian_process(
         form = float(np.sum(train.rhs * coefficients) + np.sum(coefficients * residual))
         return {"coefficients": coefficients, "form": form}
 
+    def forms(columns: FloatArray, own: Verdict) -> dict[str, Any]:
+        return {"forms": by.forms(columns, noise, width, own)}
+
     found = once("coefficients", solved)
     if cross is not None:
         mean = as_samples(cross.times(found["coefficients"]), width) + offset
         explained = np.empty_like(covariance)
         for samples, rows in cross.sample_blocks(by.columns_at_once // width):
-            forms = partial(by.forms, np.ascontiguousarray(rows.T), noise, width)
-            part = once(f"test-{samples.start}-{samples.stop}", lambda own, forms=forms: {"forms": forms(own)})
-            explained[samples] = part["forms"]
+            part = f"test-{samples.start}-{samples.stop}"
+            explained[samples] = once(part, partial(forms, np.ascontiguousarray(rows.T)))["forms"]
         covariance = covariance - explained
     variance = np.einsum("mss->ms", covariance)  # a view
     num_clipped = int((variance < 0.0).sum())

@@ -2,6 +2,12 @@
 
 A fit is kernel ridge regression at one ridge. With H = K G its errors are ``(I - H) Y``; ``I - H = w M``, where M = G
 and w = λ, or, in the limit λ → 0 of a singular kernel, M is the projection onto the null space and w = 1.
+
+Leave-one-out is exact from one fit. With coefficients A = G Y, the fit without sample i misses it by ``(G_ii)^-1 A_i``,
+where i stands for all rows of the sample: one, or the O rows of a full NTK, which share an input and must go together.
+For one row see Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equation 5.12, and Allen 1974,
+PRESS; with the rows of i last, elimination gives the same for blocks, ``A_i = G_ii (y_i - K_i,-i (K_-i + λI)^-1
+y_-i)``.
 """
 
 from abc import ABC, abstractmethod
@@ -12,9 +18,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray, rows_of
+from ntkpipe.base.arrays import FloatArray, rows_of, runs
 from ntkpipe.base.operator import Operator
-from ntkpipe.solvers.inverse.leave_one_out import residuals
 from ntkpipe.solvers.result import Status
 
 # By all eigenpairs, by a Cholesky factor for each ridge, or by conjugate gradients, which are passes over the matrix.
@@ -38,9 +43,18 @@ def as_fields(estimates: Mapping[str, WithError]) -> dict[str, float]:
     return {name: value for name, (value, _) in estimates.items()} | errors
 
 
-def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
+def squares(left_out: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
     """Mean squared residual of each sample."""
-    return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
+    return np.asarray(np.mean(left_out.reshape(len(samples), -1) ** 2, axis=1))
+
+
+def residuals(blocks: FloatArray, coefficients: FloatArray) -> FloatArray:
+    """``(G_ii)^-1 A_i`` of each sample."""
+    count, width, _ = blocks.shape
+    if width == 1:
+        return coefficients / blocks[:, 0]
+    found = np.linalg.solve(blocks, coefficients.reshape(count, width, -1))
+    return np.asarray(found, np.float64).reshape(coefficients.shape)
 
 
 @dataclass
@@ -221,3 +235,15 @@ class Inverse(ABC):
     @abstractmethod
     def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
         """Kernel ridge regression at a ridge; an iteration begins with the ``solution`` of another fit."""
+
+    def blocks(
+        self, samples: NDArray[np.int64], width: int, most: int, form: Callable[[FloatArray], FloatArray]
+    ) -> FloatArray:
+        """Diagonal blocks of G at samples, from its ``form`` of unit vectors, about ``most`` at a time."""
+        found = np.empty((len(samples), width, width))
+        for some in runs(len(samples), max(1, most // width)):
+            rows = rows_of(samples[some], width)
+            unit = np.zeros((self.operator.num_rows, len(rows)))
+            unit[rows, np.arange(len(rows))] = 1.0
+            found[some] = form(unit)
+        return found

@@ -3,18 +3,20 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.inverse.leave_one_out import limit_residuals, weighted_blocks
 from ntkpipe.solvers.result import Monitor
 
 _EPS = float(np.finfo(np.float64).eps)
 _BYTES_A_ROW = 2 * 8 * 1024  # beside all eigenpairs: panels of 1,024 rows
+_BYTES_AT_ONCE = 2**25  # of a temporary array
+# Rows of eigenvectors are known to about ε; a part of a row in the null space below its root is rounding.
+_NOTHING = 1e-8
 
 
 def eigenpairs_fit(num_rows: int, budget: Budget) -> bool:
@@ -98,13 +100,13 @@ class ByEigenpairs(Inverse):
         """See :class:`Inverse`."""
         verdict, (weights, kept), width = Verdict(), self.weights(ridge), question.width
         coefficients = self.times(question.rhs, ridge, verdict)
-        blocks = weighted_blocks(self.vectors, weights, width)
+        blocks = _weighted_blocks(self.vectors, weights, width)
         if kept.all():
             trace, squares = WithError(float(weights.sum())), WithError(float((weights**2).sum()))
             return question.fit(ridge, coefficients, blocks, verdict, trace=trace, squared_trace=squares)
         null = (~kept).astype(np.float64)
         outside, rank = self.outside(question.rhs), WithError(float(null.sum()))
-        null_blocks = weighted_blocks(self.vectors, null, width)
+        null_blocks = _weighted_blocks(self.vectors, null, width)
         return Fit(
             ridge=ridge,
             solution=coefficients,
@@ -116,3 +118,41 @@ class ByEigenpairs(Inverse):
             samples=np.arange(question.num_samples),
             left_out=limit_residuals(null_blocks, outside, blocks, coefficients),
         )
+
+
+def _weighted_blocks(vectors: FloatArray, weights: FloatArray, width: int) -> FloatArray:
+    """Diagonal blocks of ``V diag(w) V'``, shape (N, S, S): n² S multiplications."""
+    count = len(vectors) // width
+    found = np.empty((count, width, width))
+    for samples in runs(count, max(1, _BYTES_AT_ONCE // (8 * width * vectors.shape[1]))):
+        rows = vectors[samples.start * width : samples.stop * width].reshape(-1, width, vectors.shape[1])
+        if width == 1:  # as one product, for which there is BLAS
+            found[samples, 0, 0] = np.square(rows[:, 0]) @ weights
+        else:
+            found[samples] = (rows * weights) @ rows.transpose(0, 2, 1)
+    return found
+
+
+def limit_residuals(
+    null_blocks: FloatArray, null_targets: FloatArray, inverse: FloatArray, coefficients: FloatArray
+) -> FloatArray:
+    """Leave-one-out residuals of the minimum-norm solution of a singular kernel: the limit λ → 0 of ``(G_ii)^-1 A_i``.
+
+    There G = P/λ + K⁺ + O(λ) with P the projection onto the null space, and A = PY/λ + K⁺Y + O(λ). Within the range of
+    P_ii the limit is decided by P, in the rest of a sample's rows by what remains: with Q an orthonormal basis of that,
+    ``r = P_ii⁺ (PY)_i + Q s`` and ``Q'K⁺_ii Q s = Q'((K⁺Y)_i - K⁺_ii P_ii⁺ (PY)_i)``.
+    """
+    count, width, _ = inverse.shape
+    shape = count, width, -1
+    found = np.empty((count, width, coefficients.shape[1]))
+    parts, rest = null_targets.reshape(shape), coefficients.reshape(shape)
+    for sample in range(count):
+        values, vectors = np.linalg.eigh(null_blocks[sample])
+        inside = values > _NOTHING
+        decided, free = vectors[:, inside], vectors[:, ~inside]
+        residual = decided @ ((decided.T @ parts[sample]) / values[inside, None])
+        if free.shape[1]:
+            left = free.T @ (rest[sample] - inverse[sample] @ residual)
+            residual = residual + free @ np.linalg.solve(free.T @ inverse[sample] @ free, left)
+        found[sample] = residual
+    return found.reshape(coefficients.shape)

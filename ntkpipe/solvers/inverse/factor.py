@@ -14,7 +14,6 @@ from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
 from ntkpipe.solvers.inverse.eigenpairs import cut_off
-from ntkpipe.solvers.inverse.leave_one_out import inverse_blocks, quadratic
 from ntkpipe.solvers.result import Monitor
 
 _PANEL_COLUMNS = 3 * 1024  # beside a factor there are some of its panels
@@ -85,7 +84,8 @@ class ByFactors(Inverse):
 
     def forms(self, block: FloatArray, ridge: float, width: int, verdict: Verdict) -> FloatArray:
         """See :class:`Inverse`."""
-        return quadratic(self._factored(ridge, verdict), block, width=width)
+        half = self._factored(ridge, verdict).half_solve(block).T.reshape(-1, width, len(block))
+        return np.asarray(half @ half.transpose(0, 2, 1))
 
     def logdet(self, ridge: float, verdict: Verdict) -> WithError:
         """See :class:`Inverse`."""
@@ -103,4 +103,12 @@ class ByFactors(Inverse):
         coefficients = self.times(question.rhs, ridge, verdict)
         if question.num_probes:
             squares = question.traces(self.times(question.signs(), ridge, verdict))[1]
-        return question.fit(ridge, coefficients, inverse_blocks(factor, width), verdict, squared_trace=squares)
+        if width == 1:
+            blocks = factor.inverse_diagonal().reshape(-1, 1, 1)
+        else:  # about the work of the factor, and memory of n times as many columns as its panels have
+
+            def form(unit: FloatArray) -> FloatArray:
+                return self.forms(unit, ridge, width, Verdict())
+
+            blocks = self.blocks(np.arange(question.num_samples), width, factor.panel_width, form)
+        return question.fit(ridge, coefficients, blocks, verdict, squared_trace=squares)

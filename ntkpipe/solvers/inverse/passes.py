@@ -10,7 +10,6 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.inverse.leave_one_out import blocks_at
 from ntkpipe.solvers.linear.cg import RECURRENCES
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
 from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration
@@ -126,7 +125,7 @@ class ByPasses(Inverse):
 
     def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
         """See :class:`Inverse`; some samples are left out, and traces are estimated from probes."""
-        verdict, (n, columns), width = Verdict(), question.rhs.shape, question.width
+        verdict, width, columns = Verdict(), question.width, question.rhs.shape[1]
         samples, rhs = question.some_samples(), question.rhs
         if question.num_probes:
             rhs = np.concatenate([rhs, question.signs()], axis=1)
@@ -137,7 +136,7 @@ class ByPasses(Inverse):
         def form(unit: FloatArray) -> FloatArray:
             return self.forms(unit, ridge, width, of_units, self._tol**0.5)
 
-        blocks = blocks_at(samples, n, width, self.columns_at_once, form)
+        blocks = self.blocks(samples, width, self.columns_at_once, form)
         verdict.add(of_units.status, of_units.worst**2, of_units.message)
         if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite
             blocks = np.full_like(blocks, np.nan)
