@@ -1,6 +1,7 @@
 """The inverse by a Cholesky factor for each ridge, in memory or in files."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,6 @@ class ByFactors(Inverse):
         if width == 1:
             blocks = factor.inverse_diagonal().reshape(-1, 1, 1)
         else:  # about the work of the factor, and memory of n times as many columns as its panels have
-
-            def form(unit: FloatArray) -> FloatArray:
-                return self.forms(unit, ridge, width, Verdict())
-
+            form = partial(self.forms, ridge=ridge, width=width, verdict=Verdict())
             blocks = self.blocks(np.arange(question.num_samples), width, factor.panel_width, form)
         return question.fit(ridge, coefficients, blocks, verdict, squared_trace=squares)

@@ -92,14 +92,14 @@ class ByPasses(Inverse):
         initial: FloatArray | None = None,
     ) -> FloatArray:
         """See :class:`Inverse`; iterations begin with ``initial``."""
-        found = np.empty_like(block)
+        found, tol = np.empty_like(block), self._tol if tol is None else tol
         for columns in runs(block.shape[1], self.columns_at_once):
             one = iterate(
                 self.operator,
                 np.ascontiguousarray(block[:, columns]),
                 ridge,
                 self._preconditioner,
-                tol=self._tol if tol is None else tol,
+                tol=tol,
                 initial=None if initial is None else initial[:, columns],
                 monitor=partial(self._tell, self.operator.work - self._before),
             )
@@ -130,12 +130,8 @@ class ByPasses(Inverse):
         if question.num_probes:
             rhs = np.concatenate([rhs, question.signs()], axis=1)
         solution = self.times(rhs, ridge, verdict, initial=start)
-
         of_units = Verdict()  # whose residuals count by their squares
-
-        def form(unit: FloatArray) -> FloatArray:
-            return self.forms(unit, ridge, width, of_units, self._tol**0.5)
-
+        form = partial(self.forms, ridge=ridge, width=width, verdict=of_units, tol=self._tol**0.5)
         blocks = self.blocks(samples, width, self.columns_at_once, form)
         verdict.add(of_units.status, of_units.worst**2, of_units.message)
         if not (np.trace(blocks, axis1=1, axis2=2) > 0.0).all():  # of a matrix that is not positive definite

@@ -97,12 +97,12 @@ class Systems:
         self._preconditioner = given if isinstance(given, Preconditioner) else None
         if self._preconditioner is not None and self._preconditioner.num_rows != n:
             raise ConfigError(f"a preconditioner of {self._preconditioner.num_rows:,} rows for a matrix of {n:,} rows")
-        if self._preconditioner is None and stages is not None and "preconditioner" in stages:
-            self._make(SystemCheckpoint(None, {}, rhs.shape))
         self._rank = options.rank_of(operator)
         # Halved where there is no room, so that few limits change bits.
         while options.rank is None and self._rank > 1 and not budget.fits(bytes_of_solve(n, columns, self._rank), 1.0):
             self._rank //= 2
+        if self._preconditioner is None and stages is not None and "preconditioner" in stages:
+            self._preconditioner = self._make()
         in_files = options.path is not None
         fits = in_files or bytes_of_cholesky(n) <= budget.room()
         self._factoring = cost_of_factor(operator, budget, in_files=in_files) if fits else math.inf
@@ -113,9 +113,8 @@ class Systems:
         """Solve one system, with its own checkpoint."""
         self._start, self._before, self._kept, self._state = perf_counter(), self._operator.work, kept, kept.progress
         self._preconditioner = self._preconditioner or kept.preconditioner
-        self._why, is_auto = "asked for", self._options.method == "auto"
         best: tuple[_Found, str] | None = None
-        attempts = self._by_count(ridge, initial) if is_auto else [self._asked_for(ridge, initial)]
+        attempts = self._attempts(ridge, initial)
         for number, attempt in enumerate(attempts):
             try:
                 found = attempt()
@@ -132,26 +131,24 @@ class Systems:
         assert best is not None
         return self._solution(ridge, *best)
 
-    def _asked_for(self, ridge: float, initial: FloatArray | None) -> Callable[[], _Found]:
-        method = self._options.method
-        if method in {"pcg", "block_cg"}:
-            return partial(self._iterate, ridge, initial)
-        return partial(self._factor if method == "cholesky" else self._minimum_norm, ridge)
-
-    def _by_count(self, ridge: float, initial: FloatArray | None) -> list[Callable[[], _Found]]:
+    def _attempts(self, ridge: float, initial: FloatArray | None) -> list[Callable[[], _Found]]:
         """Methods in the order in which they are tried, each where those before are of no use."""
-        factor, iterate = partial(self._factor, ridge), partial(self._iterate, ridge, initial)
+        iterate = partial(self._iterate, ridge, initial)
+        factor, minimum_norm = partial(self._factor, ridge), partial(self._minimum_norm, ridge)
+        if self._options.method != "auto":
+            self._why = "asked for"
+            return [{"cholesky": factor, "eigh": minimum_norm}.get(self._options.method, iterate)]
         can_factor, stage = math.isfinite(self._factoring), self._kept.stage
         self._why = "a Cholesky factor does not fit memory, and path= names no folder for it"
         if can_factor:
-            count = f"{self._factoring:.2g} operations by Cholesky, {self._iterating:.2g} by conjugate gradients"
-            self._why = f"about {count}"
+            costs = self._factoring, self._iterating
+            self._why = "about {:.2g} operations by Cholesky, {:.2g} by conjugate gradients".format(*costs)
         if stage is not None:  # what is there is used
             self._why = _given_up(self._state) if stage == "given up" else self._kept.why
             can_factor = can_factor and stage != "no factor"
         last = iterate
         if ridge == 0.0 and stage is None and eigenpairs_fit(self._operator.num_rows, self._options.budget):
-            last = partial(self._minimum_norm, ridge)
+            last = minimum_norm
         if not can_factor:
             return [iterate] if last is iterate else [iterate, last]
         is_first = self._factoring <= self._iterating if stage is None else stage == "given up"
@@ -159,9 +156,8 @@ class Systems:
 
     def _factor(self, ridge: float) -> _Found:
         options, operator = self._options, self._operator
-        factor = cholesky(
-            operator, ridge=ridge, path=options.path, memory_limit=options.budget, monitor=self._monitor()
-        )
+        how: dict[str, Any] = {"memory_limit": options.budget, "monitor": self._monitor()}
+        factor = cholesky(operator, ridge=ridge, path=options.path, **how)
         is_checked = ridge == 0.0 and options.method == "auto" and options.path is None
         if is_checked and (doubt := doubt_of(factor, operator, options.seed)):
             raise _UnfitError(doubt)
@@ -183,16 +179,12 @@ class Systems:
         if rank < len(values):
             residual = residual - inverse.outside(rhs)
             left = float(relative.max(initial=0.0))
-            message += (
-                f", the solution is the one of smallest norm, and leaves {left:.2g} of Y that is outside of the range"
-            )
+            smallest = "the solution is the one of smallest norm"
+            message += f", {smallest}, and leaves {left:.2g} of Y that is outside of the range"
         beside = float(_relative(np.linalg.norm(residual, axis=0), sizes).max(initial=0.0))
         if beside > options.tol:
-            verdict.add(
-                "stagnated",
-                beside,
-                f"{message}; the residual inside of the range is {beside:.2g}, more than tol={options.tol:.2g}",
-            )
+            said = f"the residual inside of the range is {beside:.2g}, more than tol={options.tol:.2g}"
+            verdict.add("stagnated", beside, f"{message}; {said}")
         found = {"cut_off": cut if ridge == 0.0 else 0.0, "rank": rank}
         return _Found("eigh", coefficients, relative, verdict.status, verdict.message or message, found)
 
@@ -207,7 +199,11 @@ class Systems:
             kept.save(stage, self._why, *self._spent(), state)
 
         if self._preconditioner is None:
-            self._preconditioner = self._make(kept)
+            before = self._operator.work
+            self._preconditioner = self._make()
+            kept.made += self._operator.work - before
+            if self._stages is None:
+                kept.preconditioner = self._preconditioner
             save()
         step = cost_of_iteration(self._operator, columns, self._rank)
         end = iterate(
@@ -231,15 +227,10 @@ class Systems:
         method = recurrence_for(columns) if options.method == "auto" else options.method
         return _Found(method, end.solution, end.residuals, end.status, end.message)
 
-    def _make(self, kept: SystemCheckpoint) -> Preconditioner:
-        operator, kind, before = self._operator, str(self._options.preconditioner), self._operator.work
-        make = partial(preconditioner_of, operator, kind, self._rank, ridge=0.0, seed=self._options.seed)
-        if self._stages is None:
-            made = kept.preconditioner = make()
-        else:
-            made = preconditioner_once(self._stages, operator.num_rows, make)
-        kept.made += operator.work - before
-        return made
+    def _make(self) -> Preconditioner:
+        kind, seed = str(self._options.preconditioner), self._options.seed
+        make = partial(preconditioner_of, self._operator, kind, self._rank, ridge=0.0, seed=seed)
+        return make() if self._stages is None else preconditioner_once(self._stages, self._operator.num_rows, make)
 
     def _spent(self) -> tuple[Work, float]:
         """Cost of the current solution, including earlier processes."""
