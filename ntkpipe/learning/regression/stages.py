@@ -52,20 +52,13 @@ class CountedStages(Stages):
         Iterations begin with the solution of the ridge before.
         """
         solution = None
+
+        def measured(ridge: float, start: FloatArray | None) -> dict[str, Any]:
+            fit = inverse.fit(question, ridge, start)
+            verdict = {"status": fit.verdict.status, "message": fit.verdict.message, "residual": fit.verdict.worst}
+            return {"solution": fit.solution, "measures": measure(fit), "num_left_out": len(fit.samples), **verdict}
+
         for place in np.argsort(-ridges, kind="stable").tolist():
-            fit = partial(_fit, inverse, question, float(ridges[place]), solution, measure)
-            found = self.once(f"ridge-{place}", fit)
+            found = self.once(f"ridge-{place}", partial(measured, float(ridges[place]), solution))
             solution = np.asarray(found["solution"])
             yield place, {**found, "coefficients": solution[:, : question.rhs.shape[1]]}
-
-
-def _fit(
-    inverse: Inverse,
-    question: Question,
-    ridge: float,
-    start: FloatArray | None,
-    measure: Callable[[Fit], Mapping[str, float]],
-) -> dict[str, Any]:
-    found = inverse.fit(question, ridge, start)
-    verdict = {"status": found.verdict.status, "message": found.verdict.message, "residual": found.verdict.worst}
-    return {"solution": found.solution, "measures": measure(found), "num_left_out": len(found.samples), **verdict}
