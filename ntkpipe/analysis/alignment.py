@@ -145,6 +145,8 @@ def alignment(
     cumulative = np.cumsum(powers.sum(axis=1)) / max(float((train.rhs**2).sum()), np.finfo(np.float64).tiny)
     most = k if eigenpairs is None and not system.is_whole else None
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
+    counts = (np.searchsorted(cumulative[:most], _SHARES) + 1).tolist()
+    half, most_of_it, nearly_all = (count if count <= len(cumulative[:most]) else None for count in counts)
     return Alignment(
         status=status,
         message=message,
@@ -157,7 +159,7 @@ def alignment(
         powers=powers[:most],
         cumulative_power=cumulative[:most],
         cumulative_power_error=errors[:most],
-        num_directions=_num_directions(cumulative[:most]),
+        num_directions=(half, most_of_it, nearly_all),
         alignment=plain,
         centred_alignment=centred,
         targets=train.targets.words,
@@ -189,12 +191,6 @@ def alignments(operator: Operator, rows: FloatArray, width: int = 1) -> tuple[fl
 def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     norms = norm * float(np.linalg.norm(rows.T @ rows))
     return inner / norms if norms else 0.0
-
-
-def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int | None]:
-    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
-    half, most, nearly_all = (count if count <= len(cumulative) else None for count in counts)
-    return half, most, nearly_all
 
 
 def _errors(operator: Operator, system: Eigenpairs) -> FloatArray:

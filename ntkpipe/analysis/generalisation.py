@@ -223,13 +223,12 @@ def _measures(fit: Fit) -> dict[str, float]:
     each = squares(fit.left_out, fit.samples)
     coefficient, part = n * squared / trace**2, trace_error / abs(trace)
     is_limit = fit.weight != fit.ridge  # of a singular kernel without a ridge
+    spread = float(coefficient * np.hypot(squared_error / squared, 2 * part))
     estimates = {
         "kare": fit.generalised_cross_validation,
         "leave_one_out_loss": fit.leave_one_out_loss,
         "kappa": WithError(0.0) if is_limit else WithError(1.0 / trace, part / abs(trace)),
-        "overfitting_coefficient": WithError(
-            coefficient, float(coefficient * np.hypot(squared_error / squared, 2 * part))
-        ),
+        "overfitting_coefficient": WithError(coefficient, spread),
         "effective_dimension": fit.effective_dimension,
     }
     return {
@@ -242,13 +241,11 @@ def _measures(fit: Fit) -> dict[str, float]:
 
 def _of_population(system: ByEigenpairs | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
-    n, count = len(rows), len(ridges)
     if system is None:
         names = ("eigenlearning", "canatar", "eigenlearning_kappa", "target_learnability")
-        return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
-    # What rounding makes negative is zero.
-    values = np.maximum(system.values, 0.0) / n
-    fields, learnabilities = predicted(values, (system.vectors.T @ rows) ** 2 / n, [n], ridges)
+        unknown = dict.fromkeys(names, np.full(len(ridges), np.nan))
+        return {**unknown, "learnabilities": np.zeros((len(ridges), 0))}
+    fields, learnabilities = predicted(system.values, system.vectors, rows, [len(rows)], ridges)
     found = {name: of_sizes[0] for name, of_sizes in fields.items()}
     return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}
 
@@ -278,8 +275,12 @@ def _judge(
     found = []
     for index, (ridge, status) in enumerate(zip(ridges, statuses, strict=True)):
         at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
-        is_definite = status != INDEFINITE and np.isfinite(at["kappa"])
-        unknown = _unknown(float(ridge), system, floor) if is_definite else "K + λI is not positive definite; raise λ"
+        least = np.inf if system is None else float(ridge) + float(system.values[-1])
+        unknown = ""
+        if status == INDEFINITE or not np.isfinite(at["kappa"]):
+            unknown = "K + λI is not positive definite; raise λ"
+        elif least < _FLOORS * floor:
+            unknown = f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
         found.append((False, False, unknown) if unknown else _judge_ridge(at, float(spreads[index]), tolerance))
     kare, theory, reasons = zip(*found, strict=True)
     return {
@@ -304,11 +305,3 @@ def _judge_ridge(at: dict[str, float], spread: float, tolerance: float) -> tuple
     kare, theory = (abs(gap) + at["leave_one_out_loss_error"] / loss <= tolerance for gap in gaps.values())
     of_theory = "" if np.isnan(gaps["eigenlearning"]) else f", eigenlearning by {gaps['eigenlearning']:+.1%}"
     return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"
-
-
-def _unknown(ridge: float, system: ByEigenpairs | None, floor: float) -> str:
-    """Why (K + λI)^-1 is not known; empty if it is."""
-    least = np.inf if system is None else ridge + float(system.values[-1])
-    if least < _FLOORS * floor:
-        return f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
-    return ""

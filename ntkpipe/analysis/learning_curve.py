@@ -126,8 +126,6 @@ def learning_curve(
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
     system, _ = all_eigenpairs(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None
-    values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
-    powers = (system.vectors.T @ rows) ** 2 / operator.num_rows
     decides = {"sizes": numbers, "ridges": shifts.tolist(), "num_subsets": num_subsets, "seed": seed}
     stages = CountedStages(checkpoint, operator, train, function="learning_curve", **decides)
     draws = np.empty((3, len(numbers), len(shifts), num_subsets))
@@ -141,7 +139,7 @@ def learning_curve(
             if is_new:
                 monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
-    theory, _ = predicted(values, powers, [size * width for size in numbers], shifts)
+    theory, _ = predicted(system.eigenvalues, system.vectors, rows, [size * width for size in numbers], shifts)
     return LearningCurve(
         status="converged",
         message="all eigenpairs in float64",

@@ -21,24 +21,51 @@ from numpy.typing import ArrayLike
 from scipy.linalg import subspace_angles
 
 from ntkpipe.analysis.comparing.entries import measure_differences
-from ntkpipe.analysis.comparing.inputs import KernelInput, differing_fields, inputs_of, require_comparable
-from ntkpipe.analysis.comparing.predictions import Goal, compare_predictions, goal_of, predict
+from ntkpipe.analysis.comparing.inputs import (
+    KernelInput,
+    differing_fields,
+    has_same_test_samples,
+    inputs_of,
+    require_comparable,
+    targets_of,
+)
 from ntkpipe.analysis.comparing.result import Comparison
 from ntkpipe.analysis.comparing.spectra import Ends, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work
+from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Task
+from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
+from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.inverse.passes import recurrence_for
+from ntkpipe.solvers.inverse.solve import solve
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+_TOL = 1e-10  # of predictions
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What is predicted."""
+
+    targets: Targets  # of train samples
+    test_targets: Targets | None  # of test samples, if there are any
+
+    def digests(self) -> dict[str, str]:
+        """Digests of targets, by name."""
+        known = {"targets": self.targets, "test_targets": self.test_targets}
+        return {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
 
 
 @dataclass(frozen=True)
@@ -123,7 +150,7 @@ def compare_kernels(
     inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
-    goal, note = goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
+    goal, note = _goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
     decides: dict[str, Any] = {"k": k, "ridge": ridge, "ridge_scale": ridge_scale, "seed": seed}
     if checkpoint is not None:
         decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
@@ -148,7 +175,7 @@ def compare_kernels(
     first, second = found
     predicted = {}
     if goal is not None and first.predictions is not None and second.predictions is not None:
-        predicted = compare_predictions(first.predictions["values"], second.predictions["values"], goal)
+        predicted = _compare_predictions(first.predictions["values"], second.predictions["values"], goal)
     status, message = _judge(first, second)
     return Comparison(
         status=status,
@@ -183,7 +210,7 @@ def _find(
     ridge: float,
     given: Any,
     width: int,
-    goal: Goal | None,
+    goal: _Goal | None,
     stages: Stages,
     *,
     with_smallest: bool,
@@ -216,7 +243,7 @@ def _find(
         work, predicted = spectrum.pop("work"), None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
-            predicted = once(f"predictions-{name}", predict, *of_test, budget=budget)
+            predicted = once(f"predictions-{name}", _predict, *of_test, budget=budget)
             work += predicted["work"]
         return _Found(outer_ends(Ends(**spectrum), width // kernel.width), predicted, stored.identity(), way, work)
 
@@ -260,3 +287,84 @@ def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
             if part.get("status", "converged") != "converged":
                 return part["status"], f"of {name}: {part['message']}"
     return "converged", "entries are compared exactly, spectra and predictions to true residuals of 1e-10"
+
+
+def _goal_of(
+    inputs: tuple[KernelInput, KernelInput],
+    targets: ArrayLike | None,
+    test_targets: ArrayLike | None,
+    *,
+    task: Task,
+    are_kernels_given: bool,
+) -> tuple[_Goal | None, str]:
+    """What two kernels can both predict; and why there is no such thing, or what is to be known of it."""
+    if any(one.test_kernel is None for one in inputs):
+        return None, "no test kernels"
+    targets = targets_of(*inputs, "train") if targets is None else targets
+    if targets is None:
+        return None, "no targets"
+    if not are_kernels_given and not has_same_test_samples(*inputs):
+        return None, "test samples of the stores are not the same"
+    test_targets = targets_of(*inputs, "test") if test_targets is None else test_targets
+    width, num_samples = max(one.width for one in inputs), inputs[0].num_samples
+    train = encode(targets, task=task, num_outputs=width if width > 1 else None)
+    if len(train.matrix) != num_samples:
+        raise ConfigError(f"{len(train.matrix)} targets for {num_samples} train samples")
+    train.rows(width)
+    if test_targets is None:
+        return _Goal(train, None), ""
+    test = encode_test(test_targets, train)
+    return _Goal(train, test), note_on_unknown(test).removeprefix("; ")
+
+
+def _predict(
+    operator: Operator,
+    test_kernel: Any,
+    width: int,
+    goal: _Goal,
+    *,
+    ridge: float,
+    way: Way,
+    budget: Budget,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    monitor: Monitor,
+) -> dict[str, Any]:
+    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression, (M, c), with status and message of the solver."""
+    cross = CrossKernel(test_kernel, operator.num_rows, width)
+    rows = goal.targets.rows(width)
+    solution = solve(
+        operator,
+        rows,
+        ridge=ridge,
+        method="auto" if way != "passes" else recurrence_for(rows.shape[1]),
+        task="regression",
+        tol=_TOL,
+        seed=seed,
+        memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
+        checkpoint=checkpoint if way == "passes" else None,
+        monitor=monitor,
+    )
+    values = as_samples(cross.times(solution.coefficients), width)
+    return {"values": np.ascontiguousarray(values), "status": solution.status, "message": solution.message}
+
+
+def _compare_predictions(a: FloatArray, b: FloatArray, goal: _Goal) -> dict[str, Any]:
+    """How far predictions of two kernels are apart, shape (M, c) each, by the fields of the comparison."""
+    wanted = goal.test_targets
+    if len(a) != len(b) or (wanted is not None and len(wanted.matrix) != len(a)):
+        targets = "" if wanted is None else f", and {len(wanted.matrix)} test targets"
+        raise ConfigError(f"test kernels of {len(a)} and {len(b)} samples{targets}; needed the same test samples")
+    norm = float(np.linalg.norm(b))
+    differs = None
+    if a.shape[1] > 1 or goal.targets.is_binary:
+        differs = float(np.mean(goal.targets.predicted(a) != goal.targets.predicted(b)))
+    found: dict[str, Any] = {
+        "prediction_difference": float(np.linalg.norm(a - b)) / norm if norm else None,
+        "disagreement": differs,
+    }
+    for name, values in (("a", a), ("b", b)):
+        found[f"predictions_{name}"] = values
+        found[f"test_loss_{name}"] = None if wanted is None else wanted.loss(values)
+        found[f"test_accuracy_{name}"] = None if wanted is None else wanted.accuracy(values)
+    return found

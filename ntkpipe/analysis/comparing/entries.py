@@ -203,9 +203,8 @@ class _Sums:
     def result(self) -> dict[str, Any]:
         """Differences from the sums."""
         if not np.isfinite(self._inner).all():
-            raise NonFiniteError(
-                "one of the kernels holds NaN or infinity, or entries whose squares are beyond float64"
-            )
+            beyond = "entries whose squares are beyond float64"
+            raise NonFiniteError(f"one of the kernels holds NaN or infinity, or {beyond}")
         aa, bb, ab, gap, residual, with_first = map(float, self._inner)
         # |c A - B|² = |R|² - <R, A>² / |A|²; nothing below zero but rounding.
         best = residual - with_first**2 / aa if aa else bb

@@ -92,9 +92,8 @@ def inputs_of(
     for place, (one, own) in enumerate(zip(found, rows, strict=True)):
         if one.store is None and own == max(rows):
             if own % full:
-                raise ConfigError(
-                    f"{'ab'[place]} has {own} rows, which is no multiple of {full} outputs; needed sample * O + output"
-                )
+                has = f"{'ab'[place]} has {own} rows, which is no multiple of {full} outputs"
+                raise ConfigError(f"{has}; needed sample * O + output")
             found[place] = replace(one, width=full, num_samples=own // full)
         if test_kernels is not None:
             found[place] = replace(found[place], test_kernel=test_kernels[place])

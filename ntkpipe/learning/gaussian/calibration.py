@@ -37,14 +37,14 @@ class Calibration(OfTargets):
     scale: float  # the factor that variances were multiplied with
     includes_noise: bool  # whether the noise is part of v
     # For classes, in bins of the probability of the predicted one, shape (B,); empty for real targets
-    confidence: FloatArray = field(repr=False)  # mean probability, NaN where a bin is empty
-    accuracy: FloatArray = field(repr=False)  # share that is right, NaN where a bin is empty
-    counts: NDArray[np.int64] = field(repr=False)  # test samples
+    confidence: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)  # mean probability, NaN if empty
+    accuracy: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)  # share that is right, NaN if empty
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)  # test samples
     edges: FloatArray = field(repr=False)  # edges of the bins, shape (B + 1,)
     # `Σ counts |accuracy - confidence| / M` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real targets
-    expected_calibration_error: float
-    mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
-    mean_accuracy: float
+    expected_calibration_error: float = np.nan
+    mean_confidence: float = np.nan  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
+    mean_accuracy: float = np.nan
 
     def _rows(self) -> TableRows:
         shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
@@ -125,8 +125,7 @@ def calibration(
     halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
     coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])
     density = 0.5 * np.log(2 * np.pi * variance) + 0.5 * squares
-    table: dict[str, Any] = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
-    table |= dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
+    table: dict[str, Any] = {}
     if targets.codes is not None:
         probabilities = _probabilities(posterior, factor, noise, targets.is_binary, num_draws, seed)
         table = _reliability(probabilities, targets, targets.predicted(posterior.mean), bins)

@@ -174,9 +174,8 @@ class HeldOut:
         self._width = train.width
         self.shape = self._cross.num_samples, train.targets.matrix.shape[1]
         if self.targets.matrix.shape != self.shape:
-            raise ConfigError(
-                f"test targets of shape {np.shape(targets)}; needed {self.shape} by kernel and train targets"
-            )
+            needed = f"{self.shape} by kernel and train targets"
+            raise ConfigError(f"test targets of shape {np.shape(targets)}; needed {needed}")
 
     @classmethod
     def of(cls, kernel: Any, targets: Any, train: TrainTargets) -> "HeldOut | None":
