@@ -17,8 +17,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import OfTargets, ridges_for, train_targets
-from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.learning.regression.sources import CountedStages, OfTargets, ridges_for, train_targets
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import all_eigenpairs

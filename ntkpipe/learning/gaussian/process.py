@@ -24,8 +24,7 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, as_samples
-from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, offset_of_test, train_targets
-from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, offset_of_test, train_targets
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.recording import recorded

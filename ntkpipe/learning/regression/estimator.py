@@ -73,7 +73,7 @@ class KernelRegression:
     classes_
         Labels in the order of output columns; missing for real targets.
     result_
-        The :class:`ntkpipe.solvers.inverse.solution.Solution`, with status, residuals, cost; prints as a table.
+        The :class:`ntkpipe.solvers.inverse.systems.Solution`, with status, residuals, cost; prints as a table.
     targets_
         What the targets were taken for, in words.
     num_outputs_
@@ -160,11 +160,11 @@ class KernelRegression:
             enough = budget.at_least(least_bytes(operator.num_rows))
             found = solve(operator, train.rhs, ridge=self.ridge_, task="regression", memory_limit=enough, **how)
             options |= {"ridge": self.ridge_, **found.options}
-            work, matrix = operator.work - before, operator.identity()
+            work = operator.work - before
         finally:
             if operator is not kernel:
                 operator.close()
-        said: dict[str, Any] = {"matrix": matrix, "options": options, "targets": train.targets.words}
+        said: dict[str, Any] = {"options": options, "targets": train.targets.words}
         self.result_ = replace(found, work=work, seconds=perf_counter() - begin, **said)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)

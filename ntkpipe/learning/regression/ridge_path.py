@@ -23,6 +23,7 @@ from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.sources import (
+    CountedStages,
     HeldOut,
     OfTargets,
     TrainTargets,
@@ -31,7 +32,6 @@ from ntkpipe.learning.regression.sources import (
     train_targets,
     with_error,
 )
-from ntkpipe.learning.regression.stages import CountedStages
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
