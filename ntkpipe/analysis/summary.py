@@ -28,13 +28,13 @@ class Summary:
     smallest_eigenvalue: float  # the smallest of that block
     trace: float  # its trace
     # alignment, centred_alignment: as :func:`ntkpipe.alignment` of that block; none without targets
-    alignment: float | None
-    centred_alignment: float | None
-    ridge: float | None  # lambda of the regression; none without targets and a test set
+    alignment: float | None = None
+    centred_alignment: float | None = None
+    ridge: float | None = None  # lambda of the regression; none without targets and a test set
     # Share of test samples whose largest prediction is their class; none if targets are no classes
-    accuracy: float | None
-    mean_squared_error: float | None  # of the predictions on the test samples
-    num_test: int  # test samples
+    accuracy: float | None = None
+    mean_squared_error: float | None = None  # of the predictions on the test samples
+    num_test: int = 0  # test samples
     targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without targets
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +61,7 @@ def summarize(
         None if store.targets is None else encode(store.targets, task=task, num_outputs=width if width > 1 else None)
     )
     operator = DenseOperator(block, storage_dtype=store.train.dtype)
-    found: dict[str, Any] = dict.fromkeys(("alignment", "centred_alignment", "ridge", "accuracy", "mean_squared_error"))
-    found["num_test"] = 0
+    found: dict[str, Any] = {}
     if targets is not None and width in {1, targets.matrix.shape[1]}:
         rows = as_rows(targets.matrix[:count], width)
         found["alignment"], found["centred_alignment"] = alignments(operator, rows, width)

@@ -196,7 +196,7 @@ class HeldOut:
 
 
 class CountedStages(Stages):
-    """Stages by products with an operator, such as fits; :attr:`work` and :attr:`seconds` are what earlier calls took."""
+    """Stages by products with an operator, such as fits; :attr:`work`, :attr:`seconds` are what earlier calls took."""
 
     def __init__(
         self, checkpoint: Checkpoint | None, operator: Operator, train: TrainTargets | None, **decides: Any

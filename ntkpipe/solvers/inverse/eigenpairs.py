@@ -44,12 +44,10 @@ class ByEigenpairs(Inverse):
 
     def __init__(self, operator: Operator, pairs: Eigenpairs, why: str) -> None:
         super().__init__(operator)
-        vectors = pairs.eigenvectors
-        if vectors is None or not pairs.is_whole:
-            shape = "no vectors" if vectors is None else f"vectors of shape {vectors.shape}"
-            needed = "needed all, such as ntkpipe.eigh(kernel) returns"
-            raise ConfigError(f"eigenpairs with {shape} for {operator.num_rows} rows; {needed}")
-        self.values, self.vectors, self.why = np.asarray(pairs.eigenvalues, np.float64), vectors, why
+        self.values, self.vectors, self.why = np.asarray(pairs.eigenvalues, np.float64), pairs.vectors, why
+        if not pairs.is_whole:
+            with_shape = f"eigenpairs with vectors of shape {pairs.vectors.shape} for {operator.num_rows} rows"
+            raise ConfigError(f"{with_shape}; needed all, such as ntkpipe.eigh(kernel) returns")
         self.columns_at_once = operator.num_rows
         largest = float(np.abs(self.values).max())
         self.cut, self._rounding = cut_off(operator, largest), operator.num_rows * _EPS * largest

@@ -274,12 +274,13 @@ class Systems:
                 kept.preconditioner = self._preconditioner
             save()
         step = cost_of_iteration(self._operator, columns, self._rank)
+        method = recurrence_for(columns) if options.method == "auto" else cast(Recurrence, options.method)
         end = iterate(
             self._operator,
             self._rhs,
             ridge,
             self._preconditioner,
-            None if options.method == "auto" else cast(Recurrence, options.method),
+            method,
             initial=initial,
             tol=options.tol,
             max_passes=options.max_passes,
@@ -292,7 +293,6 @@ class Systems:
         if end.gave_up and end.status != "converged":
             kept.save("given up", self._why, *self._spent(), end)
             raise _UnfitError(_given_up(end))
-        method = recurrence_for(columns) if options.method == "auto" else options.method
         return _Found(method, end.solution, end.residuals, end.status, end.message)
 
     def _make(self) -> Preconditioner:
