@@ -162,9 +162,9 @@ def gaussian_process(
         offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
     how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "with_blocks": False}
     by = find_inverse(operator, budget, method=method, allowed=("cholesky",), ridges=[noise], path=path, **how)
-    is_exact = by.method == "cholesky"
+    kept = checkpoint if by.method == "streamed" else None
     decides = {"function": "gaussian_process", "noise": noise, "tol": tol, "seed": seed}
-    stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
+    stages = CountedStages(kept, operator, train, test=digest_of(covariance), **decides)
     verdict = Verdict()
 
     def once(name: str, compute: Callable[[Verdict], dict[str, Any]]) -> Mapping[str, Any]:
@@ -181,10 +181,7 @@ def gaussian_process(
 
     def solved(own: Verdict) -> dict[str, Any]:
         coefficients = by.times(train.rhs, noise, own)
-        # To second order in the residual, as in ByPasses.forms, also where directions began anew.
-        residual = 0.0 if is_exact else train.rhs - operator.shifted(noise).matmat(coefficients)
-        form = float(np.sum(train.rhs * coefficients) + np.sum(coefficients * residual))
-        return {"coefficients": coefficients, "form": form}
+        return {"coefficients": coefficients, "form": by.data_fit(train.rhs, coefficients, noise)}
 
     def forms(columns: FloatArray, own: Verdict) -> dict[str, Any]:
         return {"forms": by.forms(columns, noise, width, own)}

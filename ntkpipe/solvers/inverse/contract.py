@@ -228,6 +228,10 @@ class Inverse(ABC):
     def forms(self, block: FloatArray, ridge: float, width: int, verdict: Verdict) -> FloatArray:
         """``B_i' G B_i`` for each run of ``width`` columns, shape (c / width, width, width)."""
 
+    def data_fit(self, block: FloatArray, solution: FloatArray, ridge: float) -> float:
+        """``tr B' G B``, given ``G B``."""
+        return float(np.sum(block * solution))
+
     @abstractmethod
     def logdet(self, ridge: float, verdict: Verdict) -> WithError:
         """``log det(K + λI)``."""

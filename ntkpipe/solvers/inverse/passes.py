@@ -119,9 +119,17 @@ class ByPasses(Inverse):
         true one by ``R'(K + λI)^-1 R``: an error of second order in the residual, for one more pass.
         """
         solution = self.times(block, ridge, verdict, tol)
-        residual = block - self.operator.shifted(ridge).matmat(solution)
+        residual = self._residual(block, solution, ridge)
         found = _by_runs(block, solution, width) + _by_runs(solution, residual, width)
         return (found + found.transpose(0, 2, 1)) / 2
+
+    def data_fit(self, block: FloatArray, solution: FloatArray, ridge: float) -> float:
+        """See :class:`Inverse`; of second order in the residual, as forms are."""
+        residual = self._residual(block, solution, ridge)
+        return super().data_fit(block, solution, ridge) + float(np.sum(solution * residual))
+
+    def _residual(self, block: FloatArray, solution: FloatArray, ridge: float) -> FloatArray:
+        return block - self.operator.shifted(ridge).matmat(solution)
 
     def fit(self, question: Question, ridge: float, start: FloatArray | None = None) -> Fit:
         """See :class:`Inverse`; some samples are left out, and traces are estimated from probes."""
