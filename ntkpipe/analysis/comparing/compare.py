@@ -37,7 +37,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, as_samples, encode, encode_test, note_on_unknown
+from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
@@ -345,8 +345,8 @@ def _predict(
         checkpoint=checkpoint if way == "passes" else None,
         monitor=monitor,
     )
-    values = as_samples(cross.times(solution.coefficients), width)
-    return {"values": np.ascontiguousarray(values), "status": solution.status, "message": solution.message}
+    values = np.ascontiguousarray(cross.outputs(solution.coefficients))
+    return {"values": values, "status": solution.status, "message": solution.message}
 
 
 def _compare_predictions(a: FloatArray, b: FloatArray, goal: _Goal) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Task, as_samples
+from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, offset_of_test, train_targets
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import Verdict
@@ -188,7 +188,7 @@ def gaussian_process(
 
     found = once("coefficients", solved)
     if cross is not None:
-        mean = as_samples(cross.times(found["coefficients"]), width) + offset
+        mean = cross.outputs(found["coefficients"]) + offset
         explained = np.empty_like(covariance)
         for samples, rows in cross.sample_blocks(by.columns_at_once // width):
             part = f"test-{samples.start}-{samples.stop}"

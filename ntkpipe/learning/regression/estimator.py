@@ -14,7 +14,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError, NotConvergedWarning
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, as_samples, encode_test
+from ntkpipe.base.targets import Targets, Task, encode_test
 from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix, outputs_of, targets_of, train_targets
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.inverse.passes import least_bytes
@@ -210,8 +210,7 @@ class KernelRegression:
             test_kernel = test_kernel.test_train
         initial = self._initial(initial_outputs, "initial_outputs of the test samples, predict(…, initial_outputs=)")
         coefficients = self.dual_coef_.reshape(len(self.dual_coef_), -1)
-        cross = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_)
-        predicted = as_samples(cross.times(coefficients), self.rows_per_sample_)
+        predicted = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_).outputs(coefficients)
         if initial is not None:
             predicted += initial_matrix(initial, predicted.shape)
         return predicted

@@ -145,6 +145,10 @@ class CrossKernel:
             found[rows] += _finite(part, rows) @ block[columns]
         return found
 
+    def outputs(self, coefficients: FloatArray) -> FloatArray:
+        """Predictions ``K_test A`` in float64, (M, O)."""
+        return as_samples(self.times(coefficients), self._width)
+
     def sample_blocks(self, most_samples: int = sys.maxsize) -> Iterator[tuple[slice, FloatArray]]:
         """``(samples, their rows (m·S, N·S) in float64)``, in order."""
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
