@@ -129,16 +129,9 @@ def alignment(
     if system is None:
         # One more than asked for: its eigenvalue is the gap behind the last.
         count = min(k + 1, n)
-        before = operator.work
-        found = eigsh(
-            operator,
-            count,
-            tol=tol,
-            memory_limit=budget.at_least(bytes_of_eigsh(n, count)),
-            seed=seed,
-            checkpoint=checkpoint,
-            monitor=monitor,
-        )
+        before, room = operator.work, budget.at_least(bytes_of_eigsh(n, count))
+        options: dict[str, Any] = {"tol": tol, "seed": seed, "checkpoint": checkpoint, "monitor": monitor}
+        found = eigsh(operator, count, memory_limit=room, **options)
         work = found.work - (operator.work - before)  # of an earlier process
         system, status, message = found, found.status, found.message
     powers = (system.vectors.T @ train.rhs) ** 2

@@ -43,6 +43,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.passes import recurrence_for
 from ntkpipe.solvers.inverse.solve import solve
+from ntkpipe.solvers.inverse.systems import SolveMethod
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
@@ -333,18 +334,11 @@ def _predict(
     """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression, (M, c), with status and message of the solver."""
     cross = CrossKernel(test_kernel, operator.num_rows, width)
     rows = goal.targets.rows(width)
-    solution = solve(
-        operator,
-        rows,
-        ridge=ridge,
-        method="auto" if way != "passes" else recurrence_for(rows.shape[1]),
-        task="regression",
-        tol=_TOL,
-        seed=seed,
-        memory_limit=budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1])),
-        checkpoint=checkpoint if way == "passes" else None,
-        monitor=monitor,
-    )
+    room = budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1]))
+    method: SolveMethod = "auto" if way != "passes" else recurrence_for(rows.shape[1])
+    how: dict[str, Any] = {"task": "regression", "tol": _TOL, "seed": seed, "memory_limit": room, "monitor": monitor}
+    kept = checkpoint if way == "passes" else None
+    solution = solve(operator, rows, ridge=ridge, method=method, checkpoint=kept, **how)
     values = np.ascontiguousarray(cross.outputs(solution.coefficients))
     return {"values": values, "status": solution.status, "message": solution.message}
 

@@ -213,22 +213,14 @@ def ridge_path(
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
-    inverse = find_inverse(
-        operator,
-        budget,
-        method=method,
-        allowed=("eigh", "cholesky"),
-        ridges=values.tolist(),
-        eigenpairs=eigenpairs,
-        tol=tol,
-        seed=seed,
-        monitor=monitor,
-    )
+    how: dict[str, Any] = {"ridges": values.tolist(), "tol": tol, "seed": seed}
+    known: dict[str, Any] = {"eigenpairs": eigenpairs, "monitor": monitor}
+    inverse = find_inverse(operator, budget, method=method, allowed=("eigh", "cholesky"), **known, **how)
     # Number of ridges whose coefficients may wait for the test kernel.
     most = max(1, int(_SHARE_OF_COEFFICIENTS * max(0, budget.room())) // max(1, 2 * train.rhs.nbytes))
     name, is_estimated = inverse.method, inverse.method == "streamed"
     question = Question(train.rhs, train.width, num_left_out, _NUM_PROBES if is_estimated else 0, seed)
-    how = {"method": name, "ridges": values.tolist(), "tol": tol, "num_left_out": num_left_out, "seed": seed}
+    how |= {"method": name, "num_left_out": num_left_out}
     stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
     fits = stages.fits(inverse, question, values, partial(_measures, train))
     found, statuses = _losses(fits, len(values), test, offset, most)

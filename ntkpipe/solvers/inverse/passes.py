@@ -94,15 +94,9 @@ class ByPasses(Inverse):
         """See :class:`Inverse`; iterations begin with ``initial``."""
         found, tol = np.empty_like(block), self._tol if tol is None else tol
         for columns in runs(block.shape[1], self.columns_at_once):
-            one = iterate(
-                self.operator,
-                np.ascontiguousarray(block[:, columns]),
-                ridge,
-                self._preconditioner,
-                tol=tol,
-                initial=None if initial is None else initial[:, columns],
-                monitor=partial(self._tell, self.operator.work - self._before),
-            )
+            part, start = np.ascontiguousarray(block[:, columns]), None if initial is None else initial[:, columns]
+            monitor = partial(self._tell, self.operator.work - self._before)
+            one = iterate(self.operator, part, ridge, self._preconditioner, tol=tol, initial=start, monitor=monitor)
             verdict.add(one.status, float(one.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {one.message}")
             found[:, columns] = one.solution
         return found
@@ -158,19 +152,11 @@ class ByPasses(Inverse):
         """
         spare = self._vectors - FACTORS * self._preconditioner.rank
         probes = max(2, min(_PROBES, spare // _STEPS))
-        room = 8 * self.operator.num_rows * probes * _STEPS
-        found = [
-            slq_logdet(
-                self.operator,
-                ridge=ridge,
-                preconditioner=self._preconditioner.for_ridge(ridge),
-                num_probes=probes,
-                memory_limit=self._budget.at_least(room),
-                seed=self._seed + number,
-                monitor=self._monitor,
-            )
-            for number in range(-(-_PROBES // probes))
-        ]
+        room = self._budget.at_least(8 * self.operator.num_rows * probes * _STEPS)
+        how: dict[str, Any] = {"preconditioner": self._preconditioner.for_ridge(ridge), "monitor": self._monitor}
+        how |= {"ridge": ridge, "num_probes": probes, "memory_limit": room}
+        rounds = range(-(-_PROBES // probes))
+        found = [slq_logdet(self.operator, seed=self._seed + number, **how) for number in rounds]
         for one in found:
             # Errors of estimates are in their error bars; what has no logarithm is a finding.
             if one.status == INDEFINITE:

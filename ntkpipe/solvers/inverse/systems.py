@@ -275,21 +275,10 @@ class Systems:
             save()
         step = cost_of_iteration(self._operator, columns, self._rank)
         method = recurrence_for(columns) if options.method == "auto" else cast(Recurrence, options.method)
-        end = iterate(
-            self._operator,
-            self._rhs,
-            ridge,
-            self._preconditioner,
-            method,
-            initial=initial,
-            tol=options.tol,
-            max_passes=options.max_passes,
-            monitor=self._monitor(),
-            give_up=None if alternative is None else hopeless_after(step, alternative, options.tol),
-            earlier=self._state,
-            keep=save,
-        )
-        self._state = end
+        give_up = None if alternative is None else hopeless_after(step, alternative, options.tol)
+        how: dict[str, Any] = {"tol": options.tol, "max_passes": options.max_passes, "monitor": self._monitor()}
+        how |= {"initial": initial, "give_up": give_up, "earlier": self._state, "keep": save}
+        self._state = end = iterate(self._operator, self._rhs, ridge, self._preconditioner, method, **how)
         if end.gave_up and end.status != "converged":
             kept.save("given up", self._why, *self._spent(), end)
             raise _UnfitError(_given_up(end))
