@@ -138,6 +138,9 @@ def learning_curve(
             if is_new:
                 monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
+    names = "population_loss", "left_out_loss", "kare"
+    measured: dict[str, Any] = {name: mean for name, mean in zip(names, means, strict=True)}
+    measured |= {f"{name}_error": error for name, error in zip(names, errors, strict=True)}
     theory, _ = predicted(system.eigenvalues, system.vectors, rows, [size * width for size in numbers], shifts)
     return LearningCurve(
         status="converged",
@@ -149,16 +152,11 @@ def learning_curve(
         num_subsets=num_subsets,
         sizes=np.array(numbers, np.int64),
         ridges=shifts,
-        population_loss=means[0],
-        population_loss_error=errors[0],
-        left_out_loss=means[1],
-        left_out_loss_error=errors[1],
-        kare=means[2],
-        kare_error=errors[2],
         kare_ratio=means[2] / means[1],
         targets=train.targets.words,
         eigenlearning_ratio=theory["eigenlearning"] / means[0],
         canatar_ratio=theory["canatar"] / means[0],
+        **measured,
         **theory,
     )
 

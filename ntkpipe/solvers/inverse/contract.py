@@ -180,6 +180,7 @@ class Question:
         samples: NDArray[np.int64] | None = None,
         trace: WithError | None = None,
         squared_trace: WithError = UNKNOWN,
+        left_out: FloatArray | None = None,
     ) -> Fit:
         """The fit from A, beside which there may be more, and diagonal blocks of G: of all samples or of some."""
         coefficients, proxies = solution[:, : self.rhs.shape[1]], None
@@ -197,7 +198,7 @@ class Question:
             trace=trace or WithError(float(np.trace(blocks, axis1=1, axis2=2).sum())),
             squared_trace=squared_trace,
             samples=samples,
-            left_out=residuals(blocks, coefficients[rows_of(samples, self.width)]),
+            left_out=residuals(blocks, coefficients[rows_of(samples, self.width)]) if left_out is None else left_out,
             proxies=proxies,
         )
 

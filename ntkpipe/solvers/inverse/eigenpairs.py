@@ -1,5 +1,8 @@
 """The inverse by all eigenpairs: exact at every ridge, and the pseudo-inverse of a singular matrix without one."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -105,17 +108,9 @@ class ByEigenpairs(Inverse):
         null = (~kept).astype(np.float64)
         outside, rank = self.outside(question.rhs), WithError(float(null.sum()))
         null_blocks = _weighted_blocks(self.vectors, null, width)
-        return Fit(
-            ridge=ridge,
-            solution=coefficients,
-            verdict=verdict,
-            complement=outside,
-            weight=1.0,
-            trace=rank,
-            squared_trace=rank,
-            samples=np.arange(question.num_samples),
-            left_out=limit_residuals(null_blocks, outside, blocks, coefficients),
-        )
+        left_out = limit_residuals(null_blocks, outside, blocks, coefficients)
+        how: dict[str, Any] = {"trace": rank, "squared_trace": rank, "left_out": left_out}
+        return replace(question.fit(ridge, coefficients, blocks, verdict, **how), complement=outside, weight=1.0)
 
 
 def _weighted_blocks(vectors: FloatArray, weights: FloatArray, width: int) -> FloatArray:
