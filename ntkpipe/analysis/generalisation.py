@@ -190,7 +190,9 @@ def generalisation(
     found = [fits[place] for place in range(len(shifts))]
     losses: dict[str, Any] = {name: np.array([one["measures"][name] for one in found]) for name in found[0]["measures"]}
     losses |= _of_population(system, train.rhs, shifts) | _measured([one["coefficients"] for one in found], test)
-    spreads, floor = losses.pop("left_out_spread"), operator.storage_floor()
+    floor, least = operator.storage_floor(), shifts + (float(system.values[-1]) if system else np.inf)
+    trusted = _judge(losses, least, [one["status"] for one in found], floor, tolerance)
+    del losses["left_out_spread"]
     status: Status = "converged"
     message, worst = "exact, from all eigenpairs in float64", max(one["residual"] for one in found)
     if system is None:
@@ -212,7 +214,7 @@ def generalisation(
         floor=floor,
         targets=train.targets.words,
         **losses,
-        **_judge(losses, shifts, [one["status"] for one in found], spreads, system, floor, tolerance),
+        **trusted,
     )
 
 
@@ -261,26 +263,22 @@ def _measured(coefficients: Sequence[FloatArray], test: HeldOut | None) -> dict[
 
 
 def _judge(
-    losses: dict[str, Any],
-    ridges: FloatArray,
-    statuses: Sequence[Status],
-    spreads: FloatArray,
-    system: ByEigenpairs | None,
-    floor: float,
-    tolerance: float,
+    losses: dict[str, Any], least: FloatArray, statuses: Sequence[Status], floor: float, tolerance: float
 ) -> dict[str, Any]:
-    """Ratios to the measured loss; and which estimates to trust, by leave-one-out, storage, and what was measured."""
+    """Ratios to the measured loss; and which estimates to trust, by leave-one-out, storage, and what was measured.
+
+    ``least`` are the smallest eigenvalues of K + λI, as far as they are known.
+    """
     sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
     found = []
-    for index, (ridge, status) in enumerate(zip(ridges, statuses, strict=True)):
+    for index, status in enumerate(statuses):
         at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
-        least = np.inf if system is None else float(ridge) + float(system.values[-1])
         unknown = ""
         if status == INDEFINITE or not np.isfinite(at["kappa"]):
             unknown = "K + λI is not positive definite; raise λ"
-        elif least < _FLOORS * floor:
-            unknown = f"K + λI has an eigenvalue of {least:.2g}, and the storage floor is {floor:.2g}; raise λ"
-        found.append((False, False, unknown) if unknown else _judge_ridge(at, float(spreads[index]), tolerance))
+        elif least[index] < _FLOORS * floor:
+            unknown = f"K + λI has an eigenvalue of {least[index]:.2g}, and the storage floor is {floor:.2g}; raise λ"
+        found.append((False, False, unknown) if unknown else _judge_ridge(at, tolerance))
     kare, theory, reasons = zip(*found, strict=True)
     return {
         **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
@@ -290,13 +288,13 @@ def _judge(
     }
 
 
-def _judge_ridge(at: dict[str, float], spread: float, tolerance: float) -> tuple[bool, bool, str]:
+def _judge_ridge(at: dict[str, float], tolerance: float) -> tuple[bool, bool, str]:
     """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
     loss, test = at["leave_one_out_loss"], at["test_loss"]
     if not np.isfinite(loss) or loss <= 0:
         return False, False, "leave-one-out is not known"
     apart = loss / test - 1 if test > 0 else np.nan
-    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(at["test_loss_error"], spread):
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(at["test_loss_error"], at["left_out_spread"]):
         why = "train and test samples are not alike to this kernel, as after training on the former"
         return False, False, f"leave-one-out itself is {apart:+.1%} off the test loss: {why}"
     gaps = {name: at[name] / loss - 1 for name in ("kare", "eigenlearning")}

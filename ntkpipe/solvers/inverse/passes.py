@@ -89,14 +89,14 @@ class ByPasses(Inverse):
         ridge: float,
         verdict: Verdict,
         tol: float | None = None,
-        initial: FloatArray | None = None,
+        start: FloatArray | None = None,
     ) -> FloatArray:
-        """See :class:`Inverse`; iterations begin with ``initial``."""
+        """See :class:`Inverse`; iterations begin with ``start``."""
         found, tol = np.empty_like(block), self._tol if tol is None else tol
         for columns in runs(block.shape[1], self.columns_at_once):
-            part, start = np.ascontiguousarray(block[:, columns]), None if initial is None else initial[:, columns]
+            part, initial = np.ascontiguousarray(block[:, columns]), None if start is None else start[:, columns]
             monitor = partial(self._tell, self.operator.work - self._before)
-            one = iterate(self.operator, part, ridge, self._preconditioner, tol=tol, initial=start, monitor=monitor)
+            one = iterate(self.operator, part, ridge, self._preconditioner, tol=tol, initial=initial, monitor=monitor)
             verdict.add(one.status, float(one.residuals.max(initial=0.0)), f"λ = {ridge:.3g}: {one.message}")
             found[:, columns] = one.solution
         return found
@@ -131,7 +131,7 @@ class ByPasses(Inverse):
         samples, rhs = question.some_samples(), question.rhs
         if question.num_probes:
             rhs = np.concatenate([rhs, question.signs()], axis=1)
-        solution = self.times(rhs, ridge, verdict, initial=start)
+        solution = self.times(rhs, ridge, verdict, start=start)
         of_units = Verdict()  # whose residuals count by their squares
         form = partial(self.forms, ridge=ridge, width=width, verdict=of_units, tol=self._tol**0.5)
         blocks = self.blocks(samples, width, self.columns_at_once, form)

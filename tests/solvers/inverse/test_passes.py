@@ -32,7 +32,7 @@ def test_columns_are_solved_a_few_at_a_time(rng: np.random.Generator, kernel: np
         np.testing.assert_allclose(inverse.times(block, RIDGE, verdict), exact, atol=1e-9)
     assert verdict.status == "converged"
     assert verdict.worst <= 1e-12
-    assert few.times(block, RIDGE, verdict, initial=exact).shape == exact.shape
+    assert few.times(block, RIDGE, verdict, start=exact).shape == exact.shape
 
 
 @pytest.mark.parametrize("width", [1, 2])
