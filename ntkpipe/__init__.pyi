@@ -27,8 +27,8 @@ from .report.report import write_report as write_report
 from .solvers.direct.cholesky import cholesky as cholesky
 from .solvers.direct.eigh import eigh as eigh
 from .solvers.direct.eigh import eigvalsh as eigvalsh
-from .solvers.linear.solve import solve as solve
-from .solvers.linear.solve import solve_path as solve_path
+from .solvers.inverse.solve import solve as solve
+from .solvers.inverse.solve import solve_path as solve_path
 from .solvers.spectral.density import density as density
 from .solvers.spectral.lanczos import eigsh as eigsh
 from .solvers.spectral.logdet import logdet as logdet

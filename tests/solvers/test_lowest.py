@@ -11,7 +11,7 @@ from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers import lowest
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.lowest import lowest_eigenvalue
 
 SIZES = (5, 17, 64, 130, 300)

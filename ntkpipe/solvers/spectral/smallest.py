@@ -15,14 +15,15 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
+from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.linear.checkpoint import preconditioner_once
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.systems import bytes_of_solve
 from ntkpipe.solvers.lowest import explained_by_rounding
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
-from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.thick_restart import rayleigh_ritz
 from ntkpipe.store.results import Checkpoint
 

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
+from costs import costs
 from matrices import matrix_with_spectrum, power_law
 
 from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear import systems
+from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.solve import solve
-from ntkpipe.solvers.linear.systems import Forecast
 from ntkpipe.store.results import Checkpoint
 
 N = 300
@@ -199,7 +198,7 @@ def test_a_factor_in_memory_leaves_nothing(tmp_path):
 
 
 def test_what_was_given_up_for_a_factor_is_not_taken_up_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(systems, "forecast", lambda *_, **__: Forecast(-1.0, 0.0))
+    costs(monkeypatch, iterating=-1.0, factoring=0.0)
     checkpoint, options = Checkpoint(tmp_path, "run"), {"ridge": 1e-4, "tol": 1e-9, "rank": 2}
     # Ten iterations, a check, and the only panel of the factor.
     with pytest.raises(KeyboardInterrupt):
@@ -211,7 +210,7 @@ def test_what_was_given_up_for_a_factor_is_not_taken_up_again(tmp_path, monkeypa
 
 def test_what_iterates_goes_on_whatever_clocks_say_now(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path, "run")
-    monkeypatch.setattr(systems, "forecast", lambda *_, **__: Forecast(-1.0, None))
+    costs(monkeypatch, iterating=-1.0, factoring=float("inf"))
     with pytest.raises(KeyboardInterrupt):
         solve(MATRIX, RHS, **OPTIONS, checkpoint=checkpoint, monitor=stop_after(30))
     monkeypatch.undo()

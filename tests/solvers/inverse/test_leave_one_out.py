@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ntkpipe.learning.regression.leave_one_out import limit_residuals
+from ntkpipe.solvers.inverse.eigenpairs import limit_residuals
 
 
 @pytest.mark.parametrize("width", [1, 2])

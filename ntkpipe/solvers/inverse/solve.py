@@ -18,15 +18,13 @@ from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, Systems
 from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.solution import Solution, SolutionPath
-from ntkpipe.solvers.linear.systems import SolveOptions, Systems
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.store.results import Checkpoint
 
-SolveMethod = Literal["auto", "pcg", "block_cg", "cholesky"]
 _MOST_PASSES = 1000
 _LARGEST = float(np.finfo(np.float64).max)
 
@@ -66,11 +64,14 @@ def solve(
     method
         ``pcg``: conjugate gradients, each column on its own in shared passes. ``block_cg``: columns share directions,
         which takes fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in
-        files below ``path``, with one step of refinement. ``auto``: whichever is expected to be faster of Cholesky, if
-        it fits memory or has a path, and ``block_cg`` (``pcg`` for one column), judging by n, the time of a pass and
-        the rate of matrix products. Conjugate gradients that turn out slow are given up for Cholesky, and a Cholesky
-        that meets a pivot that is not positive, or misses ``tol``, for conjugate gradients. ``method`` and ``why`` of
-        the result say what happened. Since timings decide, name a method if bits must repeat.
+        files below ``path``, with one step of refinement. ``eigh``: all eigenpairs, ``16 n²`` bytes; without a ridge
+        the solution of smallest norm, where eigenvalues up to a cut-off count as zero, see
+        :func:`ntkpipe.solvers.inverse.eigenpairs.cut_off`. ``auto``: whichever takes fewer operations of Cholesky, if
+        it fits memory or has a path, and ``block_cg`` (``pcg`` for one column). Conjugate gradients that turn out slow
+        are given up for Cholesky, and a Cholesky that meets a pivot that is not positive, or misses ``tol``, for
+        conjugate gradients; without a ridge, where K is singular or not surely regular, for ``eigh`` if that fits.
+        Operations are counted, not timed: equal calls get equal bits. ``method`` and ``why`` of the result say what
+        happened.
     tol
         Largest |Y - (K + λI) A| / |Y| of a column for the status ``converged``.
     preconditioner
@@ -109,10 +110,9 @@ def solve(
     budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
     options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor, path)
     kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)
-    work, seconds = kept.work, kept.seconds
-    found = Systems(operator, block, options, 1, kept).solve(absolute, guess)
+    found = Systems(operator, block, options, 1).solve(absolute, guess, kept)
     coefficients = found.coefficients.reshape(shape)
-    return replace(found, coefficients=coefficients, targets=encoded.words, work=work, seconds=seconds)
+    return replace(found, coefficients=coefficients, targets=encoded.words, work=kept.work, seconds=kept.seconds)
 
 
 @recorded()
@@ -170,7 +170,7 @@ def solve_path(
     options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor)
     decides = _decides(operator, block, values, options)
     stages = Stages(checkpoint, decides)
-    systems = Systems(operator, block, options, len(values), SystemCheckpoint(None, {}, block.shape), stages)
+    systems = Systems(operator, block, options, len(values), stages)
     found: dict[int, Solution] = {}
     guess: FloatArray | None = None
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
