@@ -19,9 +19,9 @@ from ntkpipe.store.kernel_store import open_kernel
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ntkpipe.build.mend import RepairReport
     from ntkpipe.report.report import Report
     from ntkpipe.solvers.result import Result
-    from ntkpipe.store.mending.repair import RepairReport
     from ntkpipe.store.verification import VerificationReport
 
 _METAVARS = {int: "INTEGER", float: "NUMBER"}
