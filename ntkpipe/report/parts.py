@@ -53,15 +53,7 @@ class Gallery:
     kind: str = "gallery"
 
 
-@dataclass(frozen=True)
-class Note:
-    """A paragraph."""
-
-    text: str
-    kind: str = "note"
-
-
-Part = PageTable | Plot | Gallery | Note
+Part = PageTable | Plot | Gallery | str  # text is a paragraph
 
 
 @dataclass(frozen=True)
@@ -76,21 +68,14 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """The header's line."""
-
-    is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
-    lead: str  # lead, rest: the line, in two parts of which the first is the verdict on the store
-    rest: str
-
-
-@dataclass(frozen=True)
 class Page:
     """Everything on a page."""
 
     title: str  # title, subtitle: of the page
     subtitle: str
-    verdict: Headline  # in one line
+    is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
+    verdict: str  # on the store, in a few words
+    worth: str  # what the kernel is good for; the rest of the line
     numbers: tuple[tuple[str, str], ...]  # (Name, value) of what readers look for first
     sections: tuple[Section, ...]  # in order
     footer: str  # what wrote it, and when

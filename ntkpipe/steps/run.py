@@ -16,8 +16,7 @@ from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
 from ntkpipe.solvers.result import Monitor, Result
 from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, check_step, inputs_of, options_of_step, require
-from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
-from ntkpipe.steps.saved import result_name, saved_result
+from ntkpipe.steps.registry import REGISTRY, Entry, entry_of, result_name, saved_result
 from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
