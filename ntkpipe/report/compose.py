@@ -11,14 +11,13 @@ from markupsafe import Markup
 from ntkpipe.base.tables import printable
 from ntkpipe.base.version import VERSION
 from ntkpipe.report.gather import CRITERIA, Chapter, Gathered
-from ntkpipe.report.parts import Page, PageTable, Section
+from ntkpipe.report.parts import Page, PageTable, Section, number, share
 from ntkpipe.report.provenance import computed_section, timings_section, verification_section
 from ntkpipe.report.sections.gaussian import GAUSSIAN
 from ntkpipe.report.sections.influence import INFLUENCE, StoredImages
 from ntkpipe.report.sections.kernel import kernel_section
 from ntkpipe.report.sections.regression import GENERALISATION, REGRESSION
 from ntkpipe.report.sections.spectrum import ALIGNMENT, SPECTRUM
-from ntkpipe.report.sections.words import number, share
 from ntkpipe.report.theme import render
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.registry import REGISTRY

@@ -23,6 +23,7 @@ from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore
 
+BinLabels = NDArray[np.int64]
 Run = Callable[..., Result]  # runs a step by its name and options, and saves its result if the store can be written
 
 HOW_TO_TEST = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
@@ -33,9 +34,9 @@ CRITERIA: dict[Any, str] = {  # of `RidgePath.best_by`, in words
 _NO_TARGETS = (
     "The store has no targets; give targets to compute_kernel, or return them from the workflow's data.factory."
 )
-_MOST_BINS = 300  # rows of the picture of a kernel: a screen shows no more
 _NO_TEST_SET = f"The store has no test set; {HOW_TO_TEST}"
 _NO_TEST_TARGETS = "The test set of this store has no targets; give test_targets to compute_kernel."
+_MOST_BINS = 300  # rows of the picture of a kernel: a screen shows no more
 
 
 class Gathered:
@@ -162,9 +163,6 @@ def _encoded(store: KernelStore, task: Task) -> Targets | None:
             return encode(store.targets, task=task, num_outputs=width if width > 1 else None)
         except (ConfigError, NonFiniteError):
             return None
-
-
-BinLabels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

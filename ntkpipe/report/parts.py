@@ -1,8 +1,14 @@
-"""What a page consists of: sections of tables, figures and galleries. Nothing is drawn or written here."""
+"""What a page consists of: sections of tables, figures and galleries, and numbers in words. Nothing is drawn here."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ntkpipe.solvers.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +69,7 @@ class Section:
     name: str  # for its anchor
     title: str  # its heading
     intro: tuple[str, ...] = ()  # paragraphs below it
-    parts: Sequence[Part] = field(default=())  # what follows
+    parts: Sequence[Part] = ()  # what follows
     missing: str | None = None  # one sentence for what is not there, and how to get it
 
 
@@ -79,3 +85,34 @@ class Page:
     numbers: tuple[tuple[str, str], ...]  # (Name, value) of what readers look for first
     sections: tuple[Section, ...]  # in order
     footer: str  # what wrote it, and when
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of any size; a dash where it is not known."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}g}"
+
+
+def with_errors(values: Iterable[float], errors: Iterable[float]) -> list[str]:
+    """Numbers with their standard errors, if there are any."""
+    return [
+        number(value) + (f" ± {number(error, 2)}" if 0 < error < math.inf else "")
+        for value, error in zip(values, errors, strict=True)
+    ]
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A part of one in percent."""
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "–"
+
+
+def in_numbers(title: str, found: Result) -> PageTable:
+    """What a result prints, but its cost, which is among the timings."""
+    return PageTable(f"{title} in numbers", (), tuple(row for row in found.rows() if row[0] != "cost"))
+
+
+def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
+    """Where flags are set along ascending values, in words."""
+    places = groupby(np.argsort(values), key=lambda place: bool(flags[place]))
+    runs = [[values[place] for place in run] for is_set, run in places if is_set]
+    said = (f"λ = {run[0]:.3g}" if run[0] == run[-1] else f"λ from {run[0]:.3g} to {run[-1]:.3g}" for run in runs)
+    return " and ".join(said)

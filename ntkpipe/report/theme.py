@@ -59,7 +59,7 @@ _FEW_DECADES = 2.0  # of which labels at powers of ten are enough
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def line(quantity: Quantity, points: int = 0) -> dict[str, Any]:
+def line(quantity: Quantity, points: int = 0, **changes: Any) -> dict[str, Any]:
     """Colour, marker and dashes of a quantity, for ``Axes.plot``; markers at most at about a dozen points."""
     colour, marker, dashes = STYLES[quantity]
     # What estimates something has hollow marks, so that lines on top of each other are seen.
@@ -72,6 +72,7 @@ def line(quantity: Quantity, points: int = 0) -> dict[str, Any]:
         "markersize": 6.5 if is_hollow else 4,
         "markerfacecolor": "none" if is_hollow else COLOURS[colour],
         "linewidth": 1.6,
+        **changes,
     }
 
 

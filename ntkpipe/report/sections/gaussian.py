@@ -9,8 +9,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.gaussian.calibration import Calibration
 from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import Part, Plot
-from ntkpipe.report.sections.words import in_numbers, share
+from ntkpipe.report.parts import Part, Plot, in_numbers, share
 from ntkpipe.report.theme import COLOURS, label, line, percent
 
 _INTRO = (

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import Gallery, Part, Thumbnail
-from ntkpipe.report.sections.words import number, share
+from ntkpipe.report.parts import Gallery, Part, Thumbnail, number, share
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import ArrayRecord
 
@@ -23,6 +23,9 @@ _INTRO = (
     "leave-one-out.",
 )
 _NUM_WRONG, _NUM_RIGHT, _NUM_OTHERS, _NUM_OVERALL = 3, 3, 6, 10
+_EDGES = (8, 512)  # of images: fewer pixels along an edge show nothing, and more are no thumbnail
+_CHANNELS = (1, 3)
+_PERCENTILES = (0.5, 99.5)  # what becomes black and white
 
 Targets = NDArray[Any] | None
 
@@ -107,11 +110,6 @@ def _thumbnail(split: str, sample: int, uri: str | None, targets: Targets, is_cl
     return Thumbnail(uri, f"{split} sample {', '.join(lines)}", tuple(lines))
 
 
-_EDGES = (8, 512)  # fewer pixels along an edge show nothing, and more are no thumbnail
-_CHANNELS = (1, 3)
-_PERCENTILES = (0.5, 99.5)
-
-
 def image_shape(record: ArrayRecord) -> tuple[int, ...] | None:
     """Shape of a sample as an image; its channels, if there are any, come first or last. None if it looks like none."""
     shape = record.shape
@@ -149,7 +147,7 @@ class StoredImages:
         array = self._store.store.arrays[f"samples/{split}/{self._name}"]
         samples = {number: array.read_samples(number, number + 1)[0] for number in sorted(set(numbers))}
         images = {number: _pixels(sample, self.shape) for number, sample in samples.items()}
-        # What becomes black and white: samples may be normalised in any way.
+        # Samples may be normalised in any way.
         low, high = np.nanpercentile(np.concatenate([image.ravel() for image in images.values()]), _PERCENTILES)
         low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
         return {number: _uri((image - low) / (high - low)) for number, image in images.items()}
@@ -163,8 +161,6 @@ def _pixels(sample: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]
 
 
 def _uri(image: NDArray[np.float64]) -> str:
-    from matplotlib.image import imsave  # an extra, which the page needs in any case
-
     buffer = io.BytesIO()
     bytes_of = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
     imsave(buffer, bytes_of if image.shape[2] == 3 else bytes_of.repeat(3, axis=2), format="png")

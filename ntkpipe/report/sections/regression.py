@@ -12,8 +12,7 @@ from ntkpipe.analysis.generalisation import Generalisation
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 from ntkpipe.report.gather import CRITERIA, HOW_TO_TEST, Chapter, Gathered, choose
-from ntkpipe.report.parts import PageTable, Part, Plot
-from ntkpipe.report.sections.words import number, ranges, share, with_errors
+from ntkpipe.report.parts import PageTable, Part, Plot, number, ranges, share, with_errors
 from ntkpipe.report.theme import COLOURS, Quantity, label, line, linear, logarithmic
 
 _OF_REGRESSION = (
@@ -136,15 +135,14 @@ def over_ridges(axes: Axes, ridges: FloatArray, curves: Curves, marked: tuple[st
         axes.axhspan(0.8, 1.25, color=COLOURS["line"], alpha=0.6, linewidth=0, label="within a factor of 1.25")
         axes.axhline(1.0, **line("reference"))
     for quantity, curve in curves.items():
-        style = line(quantity, len(places))
-        axes.plot(places, factor * curve.values, label=curve.label, **style)
+        (drawn,) = axes.plot(places, factor * curve.values, label=curve.label, **line(quantity, len(places)))
         if curve.errors is not None and np.isfinite(curve.errors).any():
             low, high = curve.values - curve.errors, curve.values + curve.errors
             low = np.maximum(low, curve.values / 1e3) if unit == "loss" else low
-            axes.fill_between(places, factor * low, factor * high, color=style["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(places, factor * low, factor * high, color=drawn.get_color(), alpha=0.2, linewidth=0)
     name, ridge = marked
-    mark = {**line("reference"), "linestyle": ":", "linewidth": 1.2}
-    axes.axvline(_drawn(np.append(ridges, ridge))[-1], label=name, **mark)
+    place = _drawn(np.append(ridges, ridge))[-1]
+    axes.axvline(place, label=name, **line("reference", linestyle=":", linewidth=1.2))
     logarithmic(axes, "xy" if unit == "loss" else "x")
     if unit != "loss":
         linear(axes, "y")

@@ -10,8 +10,7 @@ from ntkpipe.analysis.alignment import Alignment
 from ntkpipe.analysis.spectrum import KernelSpectrum
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import Part, Plot
-from ntkpipe.report.sections.words import in_numbers, number, share
+from ntkpipe.report.parts import Part, Plot, in_numbers, number, share
 from ntkpipe.report.theme import COLOURS, label, line, linear, logarithmic, percent, thinned
 
 _OF_SPECTRUM = (
@@ -84,11 +83,11 @@ def eigenvalues(axes: Axes, found: KernelSpectrum) -> None:
     axes.plot(shown + 1, found.eigenvalues[shown], label="eigenvalues of K", **line("kernel", len(shown)))
     if found.tail_exponent is not None and found.tail_prefactor is not None:
         ranks = np.array([found.tail_first_rank, found.tail_last_rank], np.float64)
-        style = {**line("reference"), "color": COLOURS["red"], "linewidth": 2.2}
+        style = line("reference", color=COLOURS["red"], linewidth=2.2)
         said = f"power law, exponent {found.tail_exponent:.2f} ± {found.tail_exponent_error:.2f}"
         axes.plot(ranks, found.tail_prefactor * ranks**-found.tail_exponent, label=said, **style)
     if found.floor > 0:
-        axes.axhline(found.floor, label="storage floor", **{**line("reference"), "linestyle": ":"})
+        axes.axhline(found.floor, label="storage floor", **line("reference", linestyle=":"))
     axes.set_xlim(0.9, found.num_rows * 1.1)
     logarithmic(axes, "xy")
     label(axes, "rank k of the eigenvalue [number]", "eigenvalue λₖ [kernel units]")
@@ -97,12 +96,11 @@ def eigenvalues(axes: Axes, found: KernelSpectrum) -> None:
 def density(axes: Axes, found: KernelSpectrum) -> None:
     """Eigenvalues per decade over λ."""
     said = "all eigenvalues" if found.method == "exact" else "stochastic Lanczos quadrature"
-    style = {**line("kernel"), "marker": ""}
-    axes.plot(found.density_grid, found.density, label=said, **style)
-    axes.fill_between(found.density_grid, found.density, color=style["color"], alpha=0.25, linewidth=0)
+    (drawn,) = axes.plot(found.density_grid, found.density, label=said, **line("kernel", marker=""))
+    axes.fill_between(found.density_grid, found.density, color=drawn.get_color(), alpha=0.25, linewidth=0)
     logarithmic(axes, "x")
     if found.floor > 0:
-        axes.axvline(found.floor, label="storage floor", **{**line("reference"), "linestyle": ":"})
+        axes.axvline(found.floor, label="storage floor", **line("reference", linestyle=":"))
     linear(axes, "y")
     axes.set_ylim(bottom=0)
     label(axes, "eigenvalue λ [kernel units]", "density [eigenvalues per decade]")
@@ -160,7 +158,7 @@ def cumulative(axes: Axes, power: FloatArray, share: FloatArray | None) -> None:
         shown = thinned(len(share))
         axes.plot(shown + 1, 100 * share[shown], label="trace of K", **line("kernel", len(shown)))
     for level in (0.5, 0.9):
-        axes.axhline(100 * level, **{**line("reference"), "linewidth": 0.9})
+        axes.axhline(100 * level, **line("reference", linewidth=0.9))
     logarithmic(axes, "x")
     percent(axes, "y")
     label(axes, "leading eigenvectors k [number]", "cumulative share [%]")
