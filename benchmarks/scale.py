@@ -77,7 +77,7 @@ class SleepJob:
                 sleep(max(0.0, began + planned - perf_counter()))
                 pause()
                 tiles += 1
-                yield TileRecord(task.array, (row, column), planned, self.plan.batch, self.plan.subtile)
+                yield TileRecord(task.array, (row, column), self.plan.batch, self.plan.subtile)
         yield BlockRecord(
             array=task.array,
             rows=(block.row_start, block.row_stop),
@@ -93,6 +93,7 @@ class SleepJob:
             host="simulated",
             process=os.getpid(),
             device="cpu",
+            arithmetic="",
         )
 
 

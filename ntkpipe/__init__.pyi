@@ -9,11 +9,12 @@ from .base.config import ClusterSpec as ClusterSpec
 from .base.errors import NtkpipeError as NtkpipeError
 from .build.compute import compute_kernel as compute_kernel
 from .build.compute import plan_kernel as plan_kernel
+from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
 from .build.in_memory import kernel_matrix as kernel_matrix
 from .build.jacobian_operator import jacobian_operator as jacobian_operator
-from .build.upkeep.verify_repair import repair as repair
-from .build.upkeep.verify_repair import verify as verify
+from .build.verify_repair import repair as repair
+from .build.verify_repair import verify as verify
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence
@@ -26,8 +27,8 @@ from .report.report import write_report as write_report
 from .solvers.direct.cholesky import cholesky as cholesky
 from .solvers.direct.eigh import eigh as eigh
 from .solvers.direct.eigh import eigvalsh as eigvalsh
-from .solvers.linear.solve import solve as solve
-from .solvers.linear.solve import solve_path as solve_path
+from .solvers.inverse.solve import solve as solve
+from .solvers.inverse.solve import solve_path as solve_path
 from .solvers.spectral.density import density as density
 from .solvers.spectral.lanczos import eigsh as eigsh
 from .solvers.spectral.logdet import logdet as logdet
@@ -35,7 +36,6 @@ from .solvers.spectral.slq_logdet import slq_logdet as slq_logdet
 from .solvers.spectral.smallest import smallest as smallest
 from .steps.registry import read_result as read_result
 from .steps.run import run_step as run_step
-from .store.derive import derive_kernel as derive_kernel
 from .store.export import export_kernel as export_kernel
 from .store.kernel import Kernel as Kernel
 from .store.kernel_store import KernelStore as KernelStore

@@ -27,7 +27,7 @@ READERS = (
     "store.export",
     "jacobian.model.checkpoints",
     "jacobian.model.samples",
-    "build.certify",
+    "build.mend",
     "analysis.summary",
     "solvers.direct.factor_folder",
 )

@@ -6,7 +6,7 @@ from comparison.methods import Method, Ours
 from comparison.peak import peak_memory, reset_peak
 from comparison.work import Work
 from ntkpipe.base.resources import num_cores, process_memory
-from ntkpipe.build.run import exact_single_thread
+from ntkpipe.build.prepare import exact_single_thread
 
 
 def measure(work: Work, kind: type[Method]) -> dict[str, int]:

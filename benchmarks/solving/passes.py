@@ -16,8 +16,7 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.executors.connect import connect
-from ntkpipe.operators.on_dask.operator import WorkersOperator
-from ntkpipe.operators.on_dask.worker_group import WorkerGroup
+from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
 from ntkpipe.operators.tiles import KernelTiles
 from ntkpipe.store.kernel import Kernel
 from solving.measuring import in_child, in_turns, judge, median, print_table, ratio

@@ -12,11 +12,12 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import said_of, train_targets
+from ntkpipe.learning.regression.sources import OfTargets, train_targets
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, are_all_cheaper
 from ntkpipe.solvers.memory import bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.store.results import Checkpoint
 
@@ -25,7 +26,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(Result):
+class Alignment(OfTargets):
     """How well a kernel fits its targets."""
 
     method: str  # `exact` with all eigenpairs, or `streamed` with the leading ones; alignments are exact in both
@@ -40,7 +41,6 @@ class Alignment(Result):
     num_directions: tuple[int | None, int | None, int | None]
     alignment: float  # kernel-target alignment
     centred_alignment: float  # the same of centred kernel and targets
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         known = len(self.cumulative_power)
@@ -50,7 +50,6 @@ class Alignment(Result):
             for share, count in zip(_SHARES, self.num_directions, strict=True)
         ]
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("kernel-target alignment", f"{self.alignment:.4f}, centred {self.centred_alignment:.4f}"),
             ("power of targets", ", ".join(f"{self.cumulative_power[i - 1]:.1%} in the first {i:,}" for i in shown)),
@@ -66,7 +65,7 @@ def alignment(
     kernel: Any,
     targets: ArrayLike,
     *,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     method: AnalysisMethod = "auto",
     task: Task = "auto",
     k: int = 100,
@@ -100,8 +99,8 @@ def alignment(
     eigenpairs
         Eigenpairs of K that are known. All n of them make it exact; fewer are used as they are where it is streamed.
     method
-        How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: exact where
-        it fits the memory.
+        How directions are found: ``exact`` with all eigenpairs, ``streamed`` with the leading k, ``auto``: with all
+        where they are given, or take fewer operations and fit the memory.
     k
         Number of directions where it is streamed.
     tol
@@ -118,30 +117,29 @@ def alignment(
     train = train_targets(operator, targets, None, task)
     check_number("k", k, low=1)
     plain, centred = alignments(operator, train.rhs, train.width)
-    system, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
+    how = method
+    if method == "auto" and eigenpairs is None and not are_all_cheaper(operator, min(k + 1, n)):
+        how = "streamed"
+    system, why = all_eigenpairs(operator, eigenpairs, budget, how, monitor)
+    if how != method:
+        why = f"leading pairs take fewer operations than all {n:,}"
     status: Status = "converged"
     message = "all directions"
     work = Work()
     if system is None:
         # One more than asked for: its eigenvalue is the gap behind the last.
         count = min(k + 1, n)
-        before = operator.work
-        found = eigsh(
-            operator,
-            count,
-            tol=tol,
-            memory_limit=budget.at_least(bytes_of_eigsh(n, count)),
-            seed=seed,
-            checkpoint=checkpoint,
-            monitor=monitor,
-        )
+        before, room = operator.work, budget.at_least(bytes_of_eigsh(n, count))
+        options: dict[str, Any] = {"tol": tol, "seed": seed, "checkpoint": checkpoint, "monitor": monitor}
+        found = eigsh(operator, count, memory_limit=room, **options)
         work = found.work - (operator.work - before)  # of an earlier process
-        system = Eigensystem(found.eigenvalues, found.eigenvectors)
-        status, message = found.status, found.message
-    powers = (system.eigenvectors.T @ train.rhs) ** 2
+        system, status, message = found, found.status, found.message
+    powers = (system.vectors.T @ train.rhs) ** 2
     cumulative = np.cumsum(powers.sum(axis=1)) / max(float((train.rhs**2).sum()), np.finfo(np.float64).tiny)
     most = k if eigenpairs is None and not system.is_whole else None
     errors = np.zeros(len(cumulative)) if system.is_whole else _errors(operator, system)
+    counts = (np.searchsorted(cumulative[:most], _SHARES) + 1).tolist()
+    half, most_of_it, nearly_all = (count if count <= len(cumulative[:most]) else None for count in counts)
     return Alignment(
         status=status,
         message=message,
@@ -154,7 +152,7 @@ def alignment(
         powers=powers[:most],
         cumulative_power=cumulative[:most],
         cumulative_power_error=errors[:most],
-        num_directions=_num_directions(cumulative[:most]),
+        num_directions=(half, most_of_it, nearly_all),
         alignment=plain,
         centred_alignment=centred,
         targets=train.targets.words,
@@ -188,19 +186,13 @@ def _cosine(inner: float, norm: float, rows: FloatArray) -> float:
     return inner / norms if norms else 0.0
 
 
-def _num_directions(cumulative: FloatArray) -> tuple[int | None, int | None, int | None]:
-    counts = [int(np.searchsorted(cumulative, share)) + 1 for share in _SHARES]
-    half, most, nearly_all = (count if count <= len(cumulative) else None for count in counts)
-    return half, most, nearly_all
-
-
-def _errors(operator: Operator, system: Eigensystem) -> FloatArray:
+def _errors(operator: Operator, system: Eigenpairs) -> FloatArray:
     """How far off each C(i) may be: twice the sine of the angle between the spaces of the first i directions.
 
     It is at most the norm of the residuals over the gap behind the i-th eigenvalue (Davis and Kahan), and unknown for
     the last one, whose gap is not known.
     """
-    residuals = operator.matmat(system.eigenvectors) - system.eigenvectors * system.eigenvalues
+    residuals = operator.matmat(system.vectors) - system.vectors * system.eigenvalues
     norms = np.sqrt(np.cumsum((residuals**2).sum(axis=0)))
     gaps = np.append(system.eigenvalues[:-1] - system.eigenvalues[1:], 0.0)
     with np.errstate(divide="ignore"):

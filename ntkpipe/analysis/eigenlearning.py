@@ -123,9 +123,14 @@ def canatar(
 
 
 def predicted(
-    values: FloatArray, powers: FloatArray, sizes: Sequence[int], ridges: FloatArray
+    eigenvalues: FloatArray, vectors: FloatArray, rows: FloatArray, sizes: Sequence[int], ridges: FloatArray
 ) -> tuple[dict[str, Any], FloatArray]:
-    """Predictions of both for each size and ridge, by the fields of results, (s, r); and learnabilities, (s, r, m)."""
+    """Predictions of both for each size and ridge, by the fields of results, (s, r); and learnabilities, (s, r, n).
+
+    The eigensystem of a kernel of n rows, and its targets, stand for the population's. What rounding made negative is
+    zero.
+    """
+    values, powers = np.maximum(eigenvalues, 0.0) / len(rows), (vectors.T @ rows) ** 2 / len(rows)
     found = [[eigenlearning(values, powers, size, ridge) for ridge in ridges] for size in sizes]
     by_mode, total = powers.sum(axis=1), float(powers.sum())
 

@@ -14,8 +14,8 @@ eigensystem of the kernel operator, estimated from the train kernel as ``λ_i = 
 with k_i, u_i the eigenpairs of K. That is biased: n samples show n eigenvalues, so at λ → 0 all seem learnt, κ → 0, and
 the prediction is zero. Noise of targets is in v_i² already.
 
-Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, passes of
-c + p columns, some ten to forty a ridge, from the largest to the smallest, by block conjugate gradients.
+Cost: exact, all eigenpairs, then ``n² (c + 1)`` multiplications a ridge and one of the test kernel; streamed, two
+times some ten to forty passes a ridge, for c and 2 p columns, from the largest to the smallest ridge.
 
 Jacot, Şimşek, Spadaro, Hongler, Gabriel 2020, Kernel Alignment Risk Estimator: Risk Prediction from Training Data,
 NeurIPS 33, arXiv 2006.09796. Simon et al. arXiv 2110.03922. Canatar et al. arXiv 2006.13198. That generalised
@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import predicted
-from ntkpipe.analysis.trust import judge
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
@@ -39,21 +38,26 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, note_on_unknown
-from ntkpipe.learning.regression.cross import HeldOut
-from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.resolvent import Resolvent, resolvents_of_operator, resolvents_of_pairs
-from ntkpipe.learning.regression.sources import ridges_for, said_of, train_targets
-from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.learning.regression.sources import CountedStages, HeldOut, OfTargets, ridges_for, train_targets
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
+from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Question, WithError, as_fields, squares
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
 
 # Ridges unless others are given, in mean diagonals.
 _DEFAULT_RIDGES = tuple(10.0**power for power in range(-4, 3))
+# The smallest eigenvalue of K + λI must be this many storage floors for its inverse to be known.
+_FLOORS = 10.0
+# Standard errors by which leave-one-out and test loss differ for another reason than chance. True errors are a bit
+# larger, since left-out errors are not independent.
+_SIGMAS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generalisation(Result):
+class Generalisation(OfTargets):
     """Estimates of the test loss of kernel ridge regression. Arrays have an entry a ridge unless said otherwise.
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard deviation of what was
@@ -93,11 +97,10 @@ class Generalisation(Result):
     eigenlearning_is_trusted: tuple[bool, ...]  # whether eigenlearning and Canatar can be trusted
     reasons: tuple[str, ...]  # why or why not, in words
     floor: float  # what rounding to the storage dtype did to K in the spectral norm
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         is_measured = bool(np.isfinite(self.test_loss).any())
-        rows = [*said_of(self.targets), ("method", f"{self.method}: {self.why}")]
+        rows = [("method", f"{self.method}: {self.why}")]
         for index, ridge in enumerate(self.ridges):
             if is_measured:
                 numbers = (self.kare_ratio, self.eigenlearning_ratio, self.leave_one_out_ratio)
@@ -122,7 +125,7 @@ def generalisation(
     ridge_scale: RidgeScale = None,
     test_kernel: Any = None,
     test_targets: ArrayLike | None = None,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     method: AnalysisMethod = "auto",
     task: Task = "auto",
     tolerance: float = 0.1,
@@ -143,7 +146,7 @@ def generalisation(
     An estimate is trusted where it is within ``tolerance`` of leave-one-out and the smallest eigenvalue of K + λI is
     above ten storage floors. That holds for samples that the kernel does not know: after training on them leave-one-out
     is below the test loss, too; where both differ by more than ``tolerance`` and three standard errors, nothing is
-    trusted. Without leave-one-out (a full NTK, streamed) KARE is trusted up to an effective dimension of n/10.
+    trusted.
 
     Parameters
     ----------
@@ -153,12 +156,12 @@ def generalisation(
         All eigenpairs of K, descending, if they are known.
     method
         How it is computed: ``exact`` by all eigenpairs, ``40 n²`` bytes, or ``16 n²``; ``streamed`` by passes,
-        ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 (c + p))`` with a rank from 100 to 1,000; ``auto``: exact where
-        it fits the memory.
+        ``8 n c`` bytes a ridge and ``8 n (3 rank + 11 c)`` for c columns at a time; ``auto``: exact where it fits the
+        memory, or by Cholesky factors where these do, without what needs the eigensystem.
     tolerance
         Largest relative difference from leave-one-out that is trusted.
     num_probes
-        Number of random probes p where it is streamed.
+        Number of random probes for traces, and of samples to leave out, where it is streamed.
     tol
         Relative residual of the systems where it is streamed.
 
@@ -169,31 +172,29 @@ def generalisation(
     """
     operator: Operator = kernel
     budget = Budget.of(memory_limit)
-    n = operator.num_rows
     train = train_targets(operator, targets, None, task)
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
-    found, why = find_eigensystem(operator, eigenpairs, budget, method, monitor)
-    system = found if found is not None and found.is_whole else None
-    decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed}
-    kept = None if system is not None else checkpoint
+    how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "ridges": shifts.tolist()}
+    pairs, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor)
+    system = None if pairs is None or not pairs.is_whole else ByEigenpairs(operator, pairs, why)
+    chosen: Any = "streamed" if method == "streamed" else "auto"
+    inverse = system or find_inverse(operator, budget, method=chosen, allowed=("cholesky",), **how)
+    question = Question(train.rhs, train.width, num_probes, 0 if system else num_probes, seed)
+    decides = {"ridges": shifts.tolist(), "num_probes": num_probes, "tol": tol, "seed": seed, "method": inverse.method}
+    kept = None if system else checkpoint
     stages = CountedStages(kept, operator, train, function="generalisation", **decides)
-    # From the largest ridge to the smallest, which is cheapest by passes.
-    order = np.argsort(-shifts, kind="stable")
-    problem = train.rhs, shifts[order].tolist(), train.width
-    if system is None:
-        how: dict[str, Any] = {"num_probes": num_probes, "tol": tol, "seed": seed}
-        each = resolvents_of_operator(operator, *problem, budget=budget, stages=stages, monitor=monitor, **how)
-    else:
-        each = resolvents_of_pairs(system, *problem)
-    by_place = dict(zip(order.tolist(), each, strict=True))
-    resolvents = [by_place[place] for place in range(len(shifts))]
-    losses = _of_resolvents(resolvents, n) | _of_population(system, train.rhs, shifts) | _measured(resolvents, test)
-    floor = operator.storage_floor()
+    fits = dict(stages.fits(inverse, question, shifts, _measures))
+    found = [fits[place] for place in range(len(shifts))]
+    losses: dict[str, Any] = {name: np.array([one["measures"][name] for one in found]) for name in found[0]["measures"]}
+    losses |= _of_population(system, train.rhs, shifts) | _measured([one["coefficients"] for one in found], test)
+    floor, least = operator.storage_floor(), shifts + (float(system.values[-1]) if system else np.inf)
+    trusted = _judge(losses, least, [one["status"] for one in found], floor, tolerance)
+    del losses["left_out_spread"]
     status: Status = "converged"
-    message, worst = "exact, from all eigenpairs in float64", max(one.residual for one in resolvents)
+    message, worst = "exact, from all eigenpairs in float64", max(one["residual"] for one in found)
     if system is None:
         message = f"systems are solved to {worst:.2g}; an error beside a number is of random probes"
     if worst > tol:
@@ -205,66 +206,99 @@ def generalisation(
         work=stages.work,
         seconds=stages.seconds,
         options=options,
-        method="streamed" if system is None else "exact",
-        why=why,
-        num_rows=n,
+        method="streamed" if inverse.method == "streamed" else "exact",
+        why=inverse.why,
+        num_rows=operator.num_rows,
         num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
         targets=train.targets.words,
         **losses,
-        **judge(losses, resolvents, system, floor, tolerance, n),
+        **trusted,
     )
 
 
-def _of_resolvents(resolvents: Sequence[Resolvent], n: int) -> dict[str, Any]:
-    fields = ("ridge", "trace", "trace_error", "squared_trace", "squared_trace_error")
-    ridges, trace, error, squared, squared_error = (_each(resolvents, name) for name in fields)
-    squares = np.array([float((one.coefficients**2).mean()) for one in resolvents])
-    part, kare = error / np.abs(trace), squares * (n / trace) ** 2
-    dimension, train = n - ridges * trace, ridges**2 * squares
-    # At λ = 0 both parts of the quotient vanish, and its limit is KARE.
-    crossed = np.where(ridges > 0, train / np.where(ridges > 0, ridges * trace / n, 1.0) ** 2, kare)
-    coefficient = n * squared / trace**2
+def _measures(fit: Fit) -> dict[str, float]:
+    """Numbers of one ridge, by the names of the result, and the standard error of leave-one-out over samples."""
+    (trace, trace_error), (squared, squared_error), n = fit.trace, fit.squared_trace, len(fit.complement)
+    each = squares(fit.left_out, fit.samples)
+    coefficient, part = n * squared / trace**2, trace_error / abs(trace)
+    is_limit = fit.weight != fit.ridge  # of a singular kernel without a ridge
+    spread = float(coefficient * np.hypot(squared_error / squared, 2 * part))
+    estimates = {
+        "kare": fit.generalised_cross_validation,
+        "leave_one_out_loss": fit.leave_one_out_loss,
+        "kappa": WithError(0.0) if is_limit else WithError(1.0 / trace, part / abs(trace)),
+        "overfitting_coefficient": WithError(coefficient, spread),
+        "effective_dimension": fit.effective_dimension,
+    }
     return {
-        "train_loss": train,
-        "kare": kare,
-        "kare_error": 2 * part * kare,
-        "generalised_cross_validation": crossed,
-        "leave_one_out_loss": _each(resolvents, "left_out_loss"),
-        "leave_one_out_loss_error": _each(resolvents, "left_out_loss_error"),
-        "kappa": 1 / trace,
-        "kappa_error": part / np.abs(trace),
-        "overfitting_coefficient": coefficient,
-        "overfitting_coefficient_error": coefficient * np.hypot(squared_error / squared, 2 * part),
-        "effective_dimension": dimension,
-        "effective_dimension_error": ridges * error,
+        **as_fields(estimates),
+        "train_loss": fit.train_loss,
+        "generalised_cross_validation": fit.generalised_cross_validation.value,
+        "left_out_spread": float(each.std(ddof=1)) / (n // (len(fit.left_out) // len(each))) ** 0.5,
     }
 
 
-def _each(resolvents: Sequence[Resolvent], name: str) -> FloatArray:
-    return np.array([getattr(one, name) for one in resolvents])
-
-
-def _of_population(system: Eigensystem | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
+def _of_population(system: ByEigenpairs | None, rows: FloatArray, ridges: FloatArray) -> dict[str, FloatArray]:
     """Eigenlearning and Canatar, where the train kernel's own eigensystem stands for the population's."""
-    n, count = len(rows), len(ridges)
     if system is None:
         names = ("eigenlearning", "canatar", "eigenlearning_kappa", "target_learnability")
-        return {**{name: np.full(count, np.nan) for name in names}, "learnabilities": np.zeros((count, 0))}
-    # What rounding makes negative is zero.
-    values = np.maximum(system.eigenvalues, 0.0) / n
-    fields, learnabilities = predicted(values, (system.eigenvectors.T @ rows) ** 2 / n, [n], ridges)
+        unknown = dict.fromkeys(names, np.full(len(ridges), np.nan))
+        return {**unknown, "learnabilities": np.zeros((len(ridges), 0))}
+    fields, learnabilities = predicted(system.values, system.vectors, rows, [len(rows)], ridges)
     found = {name: of_sizes[0] for name, of_sizes in fields.items()}
     return {"eigenlearning_kappa": found.pop("kappa"), "learnabilities": learnabilities[0], **found}
 
 
-def _measured(resolvents: Sequence[Resolvent], test: HeldOut | None) -> dict[str, FloatArray]:
+def _measured(coefficients: Sequence[FloatArray], test: HeldOut | None) -> dict[str, FloatArray]:
     """Test losses; the standard error is that of a mean over samples."""
     if test is None:
-        return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(resolvents), np.nan))
-    outputs = test.predict([one.coefficients for one in resolvents])
+        return dict.fromkeys(("test_loss", "test_loss_error"), np.full(len(coefficients), np.nan))
+    outputs = test.predict(coefficients)
     losses = np.stack([((one - test.targets.matrix) ** 2).mean(axis=1) for one in outputs])
     count = losses.shape[1]
     spread = losses.std(axis=1, ddof=1) if count > 1 else np.full(len(losses), np.nan)
     return {"test_loss": losses.mean(axis=1), "test_loss_error": spread / count**0.5}
+
+
+def _judge(
+    losses: dict[str, Any], least: FloatArray, statuses: Sequence[Status], floor: float, tolerance: float
+) -> dict[str, Any]:
+    """Ratios to the measured loss; and which estimates to trust, by leave-one-out, storage, and what was measured.
+
+    ``least`` are the smallest eigenvalues of K + λI, as far as they are known.
+    """
+    sources = {name: name for name in ("kare", "eigenlearning", "canatar")} | {"leave_one_out": "leave_one_out_loss"}
+    found = []
+    for index, status in enumerate(statuses):
+        at = {name: float(values[index]) for name, values in losses.items() if np.ndim(values) == 1}
+        unknown = ""
+        if status == INDEFINITE or not np.isfinite(at["kappa"]):
+            unknown = "K + λI is not positive definite; raise λ"
+        elif least[index] < _FLOORS * floor:
+            unknown = f"K + λI has an eigenvalue of {least[index]:.2g}, and the storage floor is {floor:.2g}; raise λ"
+        found.append((False, False, unknown) if unknown else _judge_ridge(at, tolerance))
+    kare, theory, reasons = zip(*found, strict=True)
+    return {
+        **{f"{name}_ratio": losses[key] / losses["test_loss"] for name, key in sources.items()},
+        "kare_is_trusted": kare,
+        "eigenlearning_is_trusted": theory,
+        "reasons": reasons,
+    }
+
+
+def _judge_ridge(at: dict[str, float], tolerance: float) -> tuple[bool, bool, str]:
+    """Whether KARE and eigenlearning can be trusted at one ridge, and why."""
+    loss, test = at["leave_one_out_loss"], at["test_loss"]
+    if not np.isfinite(loss) or loss <= 0:
+        return False, False, "leave-one-out is not known"
+    apart = loss / test - 1 if test > 0 else np.nan
+    if abs(apart) > tolerance and abs(loss - test) > _SIGMAS * np.hypot(at["test_loss_error"], at["left_out_spread"]):
+        why = "train and test samples are not alike to this kernel, as after training on the former"
+        return False, False, f"leave-one-out itself is {apart:+.1%} off the test loss: {why}"
+    gaps = {name: at[name] / loss - 1 for name in ("kare", "eigenlearning")}
+    # The error of leave-one-out counts against the estimate; a comparison with NaN is no trust.
+    kare, theory = (abs(gap) + at["leave_one_out_loss_error"] / loss <= tolerance for gap in gaps.values())
+    of_theory = "" if np.isnan(gaps["eigenlearning"]) else f", eigenlearning by {gaps['eigenlearning']:+.1%}"
+    return kare, theory, f"KARE is off leave-one-out by {gaps['kare']:+.1%}{of_theory}"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import predicted
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, rows_of
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -17,11 +17,14 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs, find_eigensystem
-from ntkpipe.learning.regression.sources import ridges_for, rows_of, said_of, train_targets
-from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.learning.regression.sources import CountedStages, OfTargets, ridges_for, train_targets
+from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import all_eigenpairs
+from ntkpipe.solvers.inverse.contract import Question
+from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore
 from ntkpipe.store.results import Checkpoint
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -30,7 +33,7 @@ _DEFAULT_RIDGES = (0.0, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningCurve(Result):
+class LearningCurve(OfTargets):
     """Losses by size of the train set and ridge; arrays are of shape (s, r) unless said otherwise.
 
     Losses are mean squared errors over samples and outputs, means over the subsets that were drawn; an ``_error`` is
@@ -55,11 +58,10 @@ class LearningCurve(Result):
     eigenlearning_ratio: FloatArray  # eigenlearning_ratio, canatar_ratio: over `population_loss`
     canatar_ratio: FloatArray = field(repr=False)
     kare_ratio: FloatArray  # over `left_out_loss`
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         population = f"{self.num_samples:,} samples, {self.num_subsets} train sets of each size"
-        rows = [*said_of(self.targets), ("population", population)]
+        rows = [("population", population)]
         for line, size in enumerate(self.sizes):
             for place, ridge in enumerate(self.ridges):
                 loss, error = self.left_out_loss[line, place], self.left_out_loss_error[line, place]
@@ -78,7 +80,7 @@ def learning_curve(
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     num_subsets: int = 4,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     task: Task = "auto",
     memory_limit: MemoryLimit = None,
     seed: int = 0,
@@ -121,10 +123,8 @@ def learning_curve(
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
-    system, _ = find_eigensystem(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
+    system, _ = all_eigenpairs(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None
-    values = np.maximum(system.eigenvalues, 0.0) / operator.num_rows
-    powers = (system.eigenvectors.T @ rows) ** 2 / operator.num_rows
     decides = {"sizes": numbers, "ridges": shifts.tolist(), "num_subsets": num_subsets, "seed": seed}
     stages = CountedStages(checkpoint, operator, train, function="learning_curve", **decides)
     draws = np.empty((3, len(numbers), len(shifts), num_subsets))
@@ -138,7 +138,10 @@ def learning_curve(
             if is_new:
                 monitor(Step(operator.work - before, None, 0.0))
     means, errors = draws.mean(axis=3), draws.std(axis=3, ddof=1) / num_subsets**0.5
-    theory, _ = predicted(values, powers, [size * width for size in numbers], shifts)
+    names = "population_loss", "left_out_loss", "kare"
+    measured: dict[str, Any] = {name: mean for name, mean in zip(names, means, strict=True)}
+    measured |= {f"{name}_error": error for name, error in zip(names, errors, strict=True)}
+    theory, _ = predicted(system.eigenvalues, system.vectors, rows, [size * width for size in numbers], shifts)
     return LearningCurve(
         status="converged",
         message="all eigenpairs in float64",
@@ -149,16 +152,11 @@ def learning_curve(
         num_subsets=num_subsets,
         sizes=np.array(numbers, np.int64),
         ridges=shifts,
-        population_loss=means[0],
-        population_loss_error=errors[0],
-        left_out_loss=means[1],
-        left_out_loss_error=errors[1],
-        kare=means[2],
-        kare_error=errors[2],
         kare_ratio=means[2] / means[1],
         targets=train.targets.words,
         eigenlearning_ratio=theory["eigenlearning"] / means[0],
         canatar_ratio=theory["canatar"] / means[0],
+        **measured,
         **theory,
     )
 
@@ -181,16 +179,13 @@ def _measure(
     columns = operator.columns(inside)
     is_outside = np.ones(len(rows), bool)
     is_outside[inside] = False
-    values, vectors = np.linalg.eigh(columns[inside])
-    inner = vectors.T @ rows[inside]
+    square = DenseOperator(columns[inside], storage_dtype=operator.storage_dtype)
+    inverse, question = ByEigenpairs.of(square, Budget(), ignore, ""), Question(rows[inside], width)
     found = np.full((3, len(ridges)), np.nan)
     for place, ridge in enumerate(ridges):
-        if values[0] + ridge <= 0:
-            # Not positive definite: there is no solution to speak of.
-            continue
-        inverse = 1 / (values + ridge)
-        coefficients = vectors @ (inverse[:, None] * inner)
-        squares = (columns @ coefficients - rows) ** 2
-        kare = (coefficients**2).mean() * (len(inside) / inverse.sum()) ** 2
-        found[:, place] = squares.mean(), squares[is_outside].mean(), kare
+        fit = inverse.fit(question, float(ridge))
+        if fit.verdict.status == "converged":  # else there is no solution to speak of
+            squares = (columns @ fit.coefficients - rows) ** 2
+            kare = fit.generalised_cross_validation.value
+            found[:, place] = squares.mean(), squares[is_outside].mean(), kare
     return {"losses": found}

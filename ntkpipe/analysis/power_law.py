@@ -55,21 +55,18 @@ def fit_power_law(eigenvalues: ArrayLike, *, first_rank: int, last_rank: int) ->
     check_number("last_rank", last_rank, low=first_rank + _LEAST_RANKS - 1, high=len(values))
     inside = values[first_rank - 1 : last_rank]
     if inside.min() <= 0:
-        raise ConfigError(
-            f"eigenvalue {first_rank + int(np.argmax(inside <= 0))} is not positive; end the range before it"
-        )
+        rank = first_rank + int(np.argmax(inside <= 0))
+        raise ConfigError(f"eigenvalue {rank} is not positive; end the range before it")
     ranks = np.arange(first_rank, last_rank + 1, dtype=np.float64)
     x, y, weights = np.log(ranks), np.log(inside), 1 / ranks
     slope, intercept = _line(x, y, weights)
     edges = np.linspace(x[0], x[-1], _NUM_BLOCKS + 1)
     block = np.clip(np.searchsorted(edges, x, "right") - 1, 0, _NUM_BLOCKS - 1)
-    # At small ranks a block may be empty.
-    without = np.array(
-        [_line(x[kept], y[kept], weights[kept])[0] for b in np.unique(block) if (kept := block != b).any()]
-    )
-    count = len(without)
     middle = (x[0] + x[-1]) / 2
-    halves = [_line(x[kept], y[kept], weights[kept])[0] for kept in (x <= middle, x >= middle)]
+    # At small ranks a block may be empty.
+    parts = [x <= middle, x >= middle, *(block != b for b in np.unique(block))]
+    first, second, *slopes = (_line(x[kept], y[kept], weights[kept])[0] for kept in parts if kept.any())
+    without, count = np.array(slopes), len(slopes)
     residuals = y - intercept - slope * x
     return PowerLaw(
         exponent=-slope,
@@ -77,8 +74,8 @@ def fit_power_law(eigenvalues: ArrayLike, *, first_rank: int, last_rank: int) ->
         prefactor=math.exp(intercept),
         first_rank=int(first_rank),
         last_rank=int(last_rank),
-        exponent_of_first_half=-halves[0],
-        exponent_of_second_half=-halves[1],
+        exponent_of_first_half=-first,
+        exponent_of_second_half=-second,
         scatter=math.sqrt(float(np.average(residuals**2, weights=weights))) / math.log(10),
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.learning.regression.sources import WithError
+from ntkpipe.solvers.inverse.contract import WithError
 from ntkpipe.solvers.spectral.density import Density
 
 _EPS = float(np.finfo(np.float64).eps)

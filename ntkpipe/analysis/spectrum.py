@@ -16,21 +16,16 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.eigensystem import (
-    AnalysisMethod,
-    Eigensystem,
-    KnownEigenpairs,
-    check_eigenpairs,
-    where_it_fits,
-)
-from ntkpipe.learning.regression.sources import WithError, ridges_for, with_error
-from ntkpipe.learning.regression.stages import CountedStages
+from ntkpipe.learning.regression.sources import CountedStages, ridges_for, with_error
 from ntkpipe.solvers.direct.eigh import eigvalsh
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs
+from ntkpipe.solvers.inverse.contract import WithError
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.density import Density, density, smoothed
-from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, bytes_of_smallest, smallest
 from ntkpipe.store.results import Checkpoint
 
@@ -111,7 +106,7 @@ class KernelSpectrum(Result):
 def spectrum(
     kernel: Any,
     *,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
     tail_ranks: Sequence[int] | None = None,
@@ -163,25 +158,37 @@ def spectrum(
     check_number("k", k, low=1)
     if tail_ranks is not None and len(tail_ranks) != 2:
         raise ConfigError(f"tail_ranks={tail_ranks!r}; needed two numbers, the first and the last rank")
-    given = None if eigenpairs is None else check_eigenpairs(operator, eigenpairs)
     statistics, floor = operator.statistics(), operator.storage_floor()
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, statistics.diagonal)
-    if given is not None and given.is_whole:
-        whole: KnownEigenpairs | None = given
-        why = given.why
-    else:
-        compute = partial(eigvalsh, operator, memory_limit=budget, monitor=monitor)
-        whole, why = where_it_fits(compute, n, budget, method)
+    given, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor, eigvalsh)
+    is_whole = given is not None and len(given.eigenvalues) == n
     status: Status = "converged"
-    kept = checkpoint if whole is None else None
+    kept = None if is_whole else checkpoint
     stages = CountedStages(kept, operator, None, function="spectrum", seed=seed, k=k)
-    if whole is not None:
-        found, message = _exact(np.array(whole.eigenvalues), shifts, floor), "all eigenvalues, by LAPACK in float64"
-    else:
-        counts = min(k, n), num_probes, max_passes
-        how: dict[str, Any] = {"seed": seed, "monitor": monitor}
-        found, status, message = _streamed(operator, given, shifts, floor, *counts, budget, stages, **how)
     trace, frobenius = statistics.trace, statistics.frobenius
+
+    def stage(name: str, kind: type[R], function: Callable[..., R], *args: Any, room: int, **options: Any) -> R:
+        how = {"memory_limit": budget.at_least(room), "checkpoint": stages.part(name), "seed": seed, "monitor": monitor}
+        return stages.result(name, kind, partial(function, operator, *args, **options, **how))
+
+    if given is not None and is_whole:
+        found, message = _exact(np.array(given.eigenvalues), floor), "all eigenvalues, by LAPACK in float64"
+        sums = _sums(shifts, float(found["eigenvalues"].sum()), partial(sum_of_values, found["eigenvalues"]))
+    else:
+        if given is None:
+            given = stage("leading", Eigenpairs, eigsh, min(k, n), room=bytes_of_eigsh(n, min(k, n)))
+            status = given.status
+        how: dict[str, Any] = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
+        spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **how)
+        low = stage("smallest", Smallest, smallest, room=bytes_of_smallest(n))
+        found = _streamed(np.array(given.eigenvalues), spread, low, floor)
+        sums = _sums(shifts, trace, partial(sum_of_density, spread, trace=trace, squares=frobenius**2))
+        # The density is as good as its errors say, whatever counts it would need to be called converged.
+        message = f"leading {len(given.eigenvalues)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
+        if status != "converged":
+            message = "of a solver: leading eigenpairs did not converge"
+        elif low.status != "converged":
+            status, message = low.status, f"of a solver: {low.message}"
     return KernelSpectrum(
         status=status,
         message=message,
@@ -198,10 +205,11 @@ def spectrum(
         ridges=shifts,
         **_tail(found["eigenvalues"], n, floor, tail_ranks),
         **found,
+        **sums,
     )
 
 
-def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, Any]:
+def _exact(values: FloatArray, floor: float) -> dict[str, Any]:
     largest, least = float(values[0]), float(values[-1])
     is_known = least > max(floor, 0.0) and largest > 0
     condition = largest / least if is_known else None
@@ -218,46 +226,15 @@ def _exact(values: FloatArray, ridges: FloatArray, floor: float) -> dict[str, An
         "density": smooth,
         "num_below_floor": float((values < floor).sum()),
         "num_below_floor_error": 0.0,
-        **_sums(ridges, float(values.sum()), lambda function: sum_of_values(values, function)),
     }
 
 
-def _streamed(
-    operator: Operator,
-    given: Eigensystem | None,
-    ridges: FloatArray,
-    floor: float,
-    k: int,
-    num_probes: int,
-    max_passes: int,
-    budget: Budget,
-    stages: CountedStages,
-    *,
-    seed: int,
-    monitor: Monitor,
-) -> tuple[dict[str, Any], Status, str]:
-    """Numbers of the spectrum by passes, with status and message."""
-    n = operator.num_rows
-    status: Status = "converged"
-
-    def stage(name: str, kind: type[R], function: Callable[..., R], *args: Any, room: int, **options: Any) -> R:
-        how = {"memory_limit": budget.at_least(room), "checkpoint": stages.part(name), "seed": seed, "monitor": monitor}
-        return stages.result(name, kind, partial(function, operator, *args, **options, **how))
-
-    if given is None:
-        top = stage("leading", Eigenpairs, eigsh, k, room=bytes_of_eigsh(n, k))
-        given = Eigensystem(top.eigenvalues, top.eigenvectors)
-        status = top.status
-    values = given.eigenvalues
-    sampled = {"num_probes": num_probes, "top": given, "tol": 0.01, "max_passes": max_passes}
-    spread = stage("density", Density, density, room=bytes_of_density(n, num_probes), **sampled)
-    low = stage("smallest", Smallest, smallest, room=bytes_of_smallest(n))
+def _streamed(values: FloatArray, spread: Density, low: Smallest, floor: float) -> dict[str, Any]:
     grid, smooth = spread.smooth(num_points=_NUM_POINTS, width=_WIDTH)
     below = spread.count_above([floor])
-    trace, squares = operator.trace(), operator.frobenius() ** 2
-    found = {
+    return {
         "method": "streamed",
-        "eigenvalues": np.array(values),
+        "eigenvalues": values,
         "largest": float(values[0]),
         "smallest": float(low.eigenvalues[0]),
         "smallest_low": low.low,
@@ -266,16 +243,9 @@ def _streamed(
         "condition_high": low.condition_high,
         "density_grid": grid,
         "density": smooth,
-        "num_below_floor": n - float(below.values[0]),
+        "num_below_floor": spread.num_rows - float(below.values[0]),
         "num_below_floor_error": float(below.standard_errors[0] + below.truncation_errors[0]),
-        **_sums(ridges, trace, lambda function: sum_of_density(spread, function, trace, squares)),
     }
-    # The density is as good as its errors say, whatever counts it would need to be called converged.
-    if status != "converged":
-        return found, status, "of a solver: leading eigenpairs did not converge"
-    if low.status != "converged":
-        return found, low.status, f"of a solver: {low.message}"
-    return found, "converged", f"leading {len(values)} eigenvalues, {num_probes} probes of {spread.num_steps} steps"
 
 
 def _sums(ridges: FloatArray, trace: float, sum_of: Callable[[Function], WithError]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import numpy as np
 
 from ntkpipe.analysis.alignment import alignments
 from ntkpipe.base.config import check_number
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.targets import Task, as_rows, as_samples, encode, encode_test
 from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.store.kernel_store import KernelStore
 
 _MOST_ROWS = 4096
@@ -26,15 +27,14 @@ class Summary:
     eigenvalues: tuple[float, ...]  # the largest of that block, in descending order
     smallest_eigenvalue: float  # the smallest of that block
     trace: float  # its trace
-    # alignment, centred_alignment: kernel-target alignment with one-hot or real targets, of the mean over outputs for
-    # a full NTK; none without targets
-    alignment: float | None
-    centred_alignment: float | None
-    ridge: float | None  # lambda of the regression; none without targets and a test set
+    # alignment, centred_alignment: as :func:`ntkpipe.alignment` of that block; none without targets
+    alignment: float | None = None
+    centred_alignment: float | None = None
+    ridge: float | None = None  # lambda of the regression; none without targets and a test set
     # Share of test samples whose largest prediction is their class; none if targets are no classes
-    accuracy: float | None
-    mean_squared_error: float | None  # of the predictions on the test samples
-    num_test: int  # test samples
+    accuracy: float | None = None
+    mean_squared_error: float | None = None  # of the predictions on the test samples
+    num_test: int = 0  # test samples
     targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without targets
 
     def to_json(self) -> dict[str, Any]:
@@ -60,21 +60,17 @@ def summarize(
     targets = (
         None if store.targets is None else encode(store.targets, task=task, num_outputs=width if width > 1 else None)
     )
-    plain = centred = None
-    if targets is not None:
-        scalar = block.reshape(count, width, count, width).trace(axis1=1, axis2=3) / width
-        plain, centred = alignments(DenseOperator(scalar), targets.matrix[:count])
-    found: dict[str, Any] = {"ridge": None, "accuracy": None, "mean_squared_error": None, "num_test": 0}
-    test_targets = None if store.manifest.test is None else store.test_targets
-    if targets is not None and test_targets is not None and width in {1, targets.matrix.shape[1]}:
-        shift, test = absolute_ridge(ridge, ridge_scale, block.diagonal), encode_test(test_targets, targets)
+    operator = DenseOperator(block, storage_dtype=store.train.dtype)
+    found: dict[str, Any] = {}
+    if targets is not None and width in {1, targets.matrix.shape[1]}:
         rows = as_rows(targets.matrix[:count], width)
-        mean = rows.mean(axis=0)  # the constant function is fitted by it, not by the kernel
-        coefficients = np.linalg.solve(block + shift * np.eye(len(block)), rows - mean)
-        predicted = store.test_train[:, : len(block)].astype(np.float64) @ coefficients + mean
-        outputs = as_samples(predicted, width)
-        found = {"ridge": shift, "accuracy": test.accuracy(outputs), "mean_squared_error": test.loss(outputs)}
-        found["num_test"] = len(test.matrix)
+        found["alignment"], found["centred_alignment"] = alignments(operator, rows, width)
+        if store.manifest.test is not None and store.test_targets is not None:
+            test = encode_test(store.test_targets, targets)
+            fit = solve(operator, rows, ridge=ridge, ridge_scale=ridge_scale, task="regression")
+            outputs = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ fit.coefficients, width)
+            found |= {"ridge": fit.ridge, "accuracy": test.accuracy(outputs), "num_test": len(test.matrix)}
+            found["mean_squared_error"] = test.loss(outputs)
     return Summary(
         num_train=total,
         num_samples=count,
@@ -82,8 +78,6 @@ def summarize(
         eigenvalues=tuple(float(value) for value in eigenvalues[:_NUM_EIGENVALUES]),
         smallest_eigenvalue=float(eigenvalues[-1]),
         trace=float(np.trace(block)),
-        alignment=plain,
-        centred_alignment=centred,
         targets="" if targets is None else targets.words,
         **found,
     )

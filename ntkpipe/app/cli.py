@@ -17,11 +17,11 @@ from ntkpipe.base.errors import Interrupted, NtkpipeError, needed_for
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
 from ntkpipe.base.version import VERSION
+from ntkpipe.build.derive import derive_kernel
+from ntkpipe.build.mend import RepairReport, bad_chunks, mend
 from ntkpipe.steps.registry import REGISTRY
-from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel, find_array
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
-from ntkpipe.store.mending.repair import RepairReport, bad_chunks, mend, undo
 from ntkpipe.store.verification import VerificationReport, verify_and_record
 from ntkpipe.store.watch import watch
 
@@ -150,7 +150,7 @@ def verify(
     elif overrides:
         raise click.UsageError("--set changes a workflow file; give --workflow FILE as well")
     elif repair:
-        report = mend(opened.store, done=undo(opened.store), progress=True)
+        report = mend(opened.store, progress=True)
     else:
         report = verify_and_record(opened.store, progress=True)
     more = []

@@ -41,7 +41,6 @@ def submit(
     code = pack_code(path.resolve().parent, everything=True)
     with connect.connect(scheduler) as client:
         connect.require_workers(client)
-        connect.require_package(client)
         key = f"ntkpipe-driver-{uuid4().hex}"
         seen = len(_announced(client, store))
         future: Future[None] = client.submit(

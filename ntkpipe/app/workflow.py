@@ -18,8 +18,9 @@ from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
+from ntkpipe.build.mend import RepairReport
 from ntkpipe.build.plan import format_seconds
-from ntkpipe.build.upkeep.verify_repair import repair, verify
+from ntkpipe.build.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
@@ -30,7 +31,6 @@ from ntkpipe.steps.registry import REGISTRY
 from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import planes
-from ntkpipe.store.mending.repair import RepairReport
 from ntkpipe.store.results import reading_results
 from ntkpipe.store.store import Mode
 from ntkpipe.store.verification import VerificationReport

@@ -38,9 +38,9 @@ class SelfCheckError(NtkpipeError, ArithmeticError):
 class IndefiniteError(NtkpipeError, LinAlgError):
     """A matrix that must be positive definite is not."""
 
-    def __init__(self, message: str, *, row: int, pivot: float, floor: float) -> None:
+    def __init__(self, message: str, *, row: int, pivot: float, floor: float, ridge: float) -> None:
         super().__init__(message)
-        self.row, self.pivot, self.floor = row, pivot, floor
+        self.row, self.pivot, self.floor, self.ridge = row, pivot, floor, ridge
 
 
 class ResourceError(MemoryError, NtkpipeError):  # in this order, since Dask creates it by the first base's ``__new__``

@@ -1,6 +1,5 @@
 """A symmetric matrix known by its products with blocks of columns in float64, and views that copy nothing."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import digest_of as digest_of
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.ranges import power_of_two, require_matrix_range
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -57,6 +58,7 @@ class Operator(ABC):
         self.num_rows = num_rows
         self.storage_dtype = storage_dtype
         self._statistics: Statistics | None = None
+        self.lowest: tuple[float, float] | None = None  # bounds of the smallest eigenvalue, once somebody found them
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +163,16 @@ class Operator(ABC):
         eps = float(np.finfo(self.storage_dtype).eps)
         return eps * self.frobenius() / math.sqrt(self.num_rows)
 
+    @property
+    def unshifted(self) -> "tuple[Operator, float]":
+        """K0 and s of a view ``K0 + s I``; of others K itself and zero."""
+        return self, 0.0
+
+    def require_range(self) -> None:
+        """Refuse entries whose squares leave float64; a look at the statistics unless they are stored in float32."""
+        if self.storage_dtype.itemsize > 4:
+            require_matrix_range(self.frobenius())
+
     def shifted(self, shift: float) -> "Operator":
         """Return a view ``K + shift I``."""
         return self if shift == 0.0 else _Shifted(self, shift)
@@ -184,7 +196,7 @@ class Operator(ABC):
         return self if num_rows == self.num_rows else self._leading(num_rows)
 
     def _leading(self, num_rows: int) -> "Operator":
-        return _Leading(self, num_rows)
+        return _Leading(self, num_rows, num_rows)
 
     def aslinearoperator(self) -> "LinearOperator":
         """Convert to a ``scipy.sparse.linalg.LinearOperator``, for solvers of other libraries."""
@@ -202,9 +214,13 @@ class Operator(ABC):
 class _View(Operator):
     """A matrix that is computed from another one, whose work it shares."""
 
-    def __init__(self, base: Operator, num_rows: int) -> None:
-        super().__init__(num_rows, base.storage_dtype)
-        self._base = base
+    def __init__(self, base: Operator, num_rows: int | None = None, number: float | None = None) -> None:
+        super().__init__(num_rows or base.num_rows, base.storage_dtype)
+        self._base, self._numbers = base, () if number is None else (number,)
+
+    def identity(self) -> str:
+        of = ", ".join([self._base.identity(), *map(str, self._numbers)])
+        return f"{type(self).__name__[1:].lower()}({of})"
 
     @property
     def work(self) -> Work:
@@ -217,15 +233,15 @@ class _View(Operator):
     def storage_floor(self) -> float:
         return self._base.storage_floor()
 
+    def require_range(self) -> None:
+        self._base.require_range()
+
     def close(self) -> None:
         self._base.close()
 
 
 class _Elementwise(_View):
     """A view whose entries are those of the base, each changed by itself."""
-
-    def __init__(self, base: Operator) -> None:
-        super().__init__(base, base.num_rows)
 
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         found = self._base.columns(indices)
@@ -244,17 +260,19 @@ class _Elementwise(_View):
 
 class _ByNumber(_Elementwise):
     def __init__(self, base: Operator, number: float) -> None:
-        super().__init__(base)
         self._number = float(number)
-
-    def identity(self) -> str:
-        return f"{type(self).__name__[1:].lower()}({self._base.identity()}, {self._number!r})"
+        super().__init__(base, number=self._number)
 
     def _leading(self, num_rows: int) -> Operator:
         return type(self)(self._base.leading(num_rows), self._number)
 
 
 class _Shifted(_ByNumber):
+    @property
+    def unshifted(self) -> tuple[Operator, float]:
+        base, shift = self._base.unshifted
+        return base, shift + self._number
+
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         product = self._base.matmat(block)
         product += self._number * block
@@ -266,8 +284,11 @@ class _Shifted(_ByNumber):
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        squared = of_base.frobenius**2 + self._number * (2 * of_base.trace + self.num_rows * self._number)
-        return Statistics(of_base.diagonal + self._number, max(squared, 0.0) ** 0.5)
+        # Powers of two keep squares in range and change no digit.
+        scale = power_of_two(max(of_base.frobenius, abs(self._number)))
+        number, trace = self._number / scale, float((of_base.diagonal / scale).sum())
+        squared = (of_base.frobenius / scale) ** 2 + number * (2 * trace + self.num_rows * number)
+        return Statistics(of_base.diagonal + self._number, max(squared, 0.0) ** 0.5 * scale)
 
 
 class _Scaled(_ByNumber):
@@ -286,12 +307,13 @@ class _Scaled(_ByNumber):
     def storage_floor(self) -> float:
         return self._base.storage_floor() * abs(self._number)
 
+    def require_range(self) -> None:
+        if self.storage_dtype.itemsize > 4 or not 2.0**-50 <= abs(self._number) <= 2.0**50:
+            require_matrix_range(self.frobenius())
+
 
 class _Centred(_Elementwise):
     """``H K H`` without copies; its entries and statistics need K 1, one extra pass in all."""
-
-    def identity(self) -> str:
-        return f"centred({self._base.identity()})"
 
     @cached_property
     def _row_means(self) -> NDArray[np.float64]:
@@ -309,20 +331,18 @@ class _Centred(_Elementwise):
 
     def _measure(self) -> Statistics:
         of_base, means, n = self._base.statistics(), self._row_means, self.num_rows
-        mean = float(means.mean())
-        squared = of_base.frobenius**2 - 2 * n * float(means @ means) + (n * mean) ** 2
-        return Statistics(of_base.diagonal - 2 * means + mean, max(squared, 0.0) ** 0.5)
+        mean, scale = float(means.mean()), power_of_two(of_base.frobenius)
+        scaled = means / scale
+        squared = (of_base.frobenius / scale) ** 2 - 2 * n * float(scaled @ scaled) + (n * (mean / scale)) ** 2
+        return Statistics(of_base.diagonal - 2 * means + mean, max(squared, 0.0) ** 0.5 * scale)
 
 
 class _Kronecker(_View):
     def __init__(self, base: Operator, num_outputs: int) -> None:
         if num_outputs < 1:
             raise ConfigError(f"kronecker({num_outputs}); needed at least one output")
-        super().__init__(base, base.num_rows * num_outputs)
+        super().__init__(base, base.num_rows * num_outputs, num_outputs)
         self._num_outputs = num_outputs
-
-    def identity(self) -> str:
-        return f"kronecker({self._base.identity()}, {self._num_outputs})"
 
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         # Rows of a sample are adjacent, so its outputs become adjacent columns.
@@ -356,9 +376,6 @@ class _Kronecker(_View):
 class _Leading(_View):
     """The leading block of an operator that cannot skip rows, by a pass over the whole with zeros in the rest."""
 
-    def identity(self) -> str:
-        return f"leading({self._base.identity()}, {self.num_rows})"
-
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         padded = np.zeros((self._base.num_rows, block.shape[1]))
         padded[: self.num_rows] = block
@@ -381,10 +398,3 @@ class _Leading(_View):
 
     def storage_floor(self) -> float:
         return Operator.storage_floor(self)
-
-
-def digest_of(values: NDArray[Any]) -> str:
-    """Digest of an array's dtype, shape and entries."""
-    digest = hashlib.sha256(f"{values.dtype.str} {values.shape} ".encode())
-    digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
-    return digest.hexdigest()

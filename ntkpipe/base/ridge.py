@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.ranges import require_range
 
 RidgeScale = Literal["mean_diagonal"] | None  # unit of a ridge; None is absolute
 
@@ -16,16 +17,24 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
     """Convert a ridge to the λ that is added to the diagonal."""
     if scale not in (None, "mean_diagonal"):
         raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
-    check_number("ridge", ridge, low=0.0)
-    return ridge if scale is None else ridge * float(diagonal().astype(np.float64).mean())
+    ridge = check_number("ridge", ridge, low=0.0)
+    if scale is None:
+        return checked_ridge(ridge)
+    if (unit := float(diagonal().astype(np.float64).mean())) < 0.0:
+        raise ConfigError(f"the mean diagonal, {unit:.3g}, is no unit of ridges; needed a kernel, or absolute ridges")
+    return checked_ridge(ridge * unit)
+
+
+def checked_ridge(ridge: float) -> float:
+    """Check what is added to the diagonal."""
+    return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
 
 
 def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
     """Convert ridges to what is added to the diagonal, in their order."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    found = [absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges]
-    return np.array([check_number("ridge", ridge, low=0.0, high=1e300) for ridge in found])
+    return np.array([absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges])
 
 
 def ridges_or(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.ranges import require_range
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]
@@ -162,6 +163,7 @@ def _real(values: NDArray[Any], *, warns: bool) -> Targets:
     matrix = values.reshape(len(values), -1).astype(np.float64)
     if not np.isfinite(matrix).all():
         raise NonFiniteError("targets hold NaN or infinity")
+    require_range("the largest target", float(np.abs(matrix).max(initial=0.0)))
     found = Targets(matrix, None, None, values.ndim == 1)
     if warns and matrix.shape[1] == 1 and len(matrix) > 2 and _are_integers(matrix):
         count = len(np.unique(matrix))

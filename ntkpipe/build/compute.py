@@ -1,7 +1,6 @@
 """The public functions that compute a kernel into a store, and plan that."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,26 +9,18 @@ from torch import nn
 from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype
-from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import as_table
-from ntkpipe.build.matching import (
-    require_made_from_model,
-    require_same,
-    require_same_but_samples,
-    require_same_function,
-)
+from ntkpipe.build.from_model import ModelSource
+from ntkpipe.build.life import Place, fill
 from ntkpipe.build.plan import Plan
-from ntkpipe.build.prepare import prepare, reuse_choices, time_jacobians
+from ntkpipe.build.prepare import exact_single_thread, time_jacobians
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import build, exact_single_thread, manifest_of, plan_store, settle
-from ntkpipe.build.upkeep.grow import chunks_left, grow_store
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward
+from ntkpipe.jacobian.model.samples import Samples
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore
-from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.mending.growth import end_growth, is_larger, undo_cut_growth
-from ntkpipe.store.store import Mode, Store, prepare_path
+from ntkpipe.store.store import Mode
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -105,34 +96,11 @@ def compute_kernel(
     StoreFullError, Interrupted
         If the disk fills up, or on Ctrl-C. Finished tiles are kept.
     """
-    request = Request.of(locals())
-    if grow and mode != "a":
-        raise ConfigError(f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'")
-    medium = medium_at(request.store)
-    existing = prepare_path(medium, mode) if mode != "w" else None
-    if existing is not None:
-        undo_cut_growth(existing)
-    request = _adapted(request, existing)
-    resources = find_resources(request, client, code, progress)
+    arguments, place = locals(), Place.at(store, mode, grow=grow)
+    request = Request.of(arguments, stored=place.manifest)
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=resources.device)
-        asked = manifest_of(request.model, prepared, *prepared.inspect())
-        if existing is not None and grow and is_larger(existing.manifest, asked):
-            require_made_from_model(existing, grows=True)
-            kept, settled = grow_store(prepared, asked, existing, resources)
-            kept.complete_layout()
-        else:
-            if existing is not None:
-                require_same(existing, asked)
-                require_same_function(existing, prepared)
-                require_made_from_model(existing)
-                existing.complete_layout()
-                if not existing.missing():
-                    end_growth(existing)
-                    return KernelStore(existing)
-            kept, settled = settle(prepared, asked, existing, medium, resources, mode=mode)
-        build(kept, settled, prepared, resources)
-        return KernelStore(kept)
+        source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
+        return KernelStore(fill(place, source, progress=progress))
 
 
 class PlannedKernel(NamedTuple):
@@ -159,33 +127,14 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     the fallback. Where memory or disk cannot hold the kernel, ``plan.problems`` says so with both numbers, and nothing
     is raised; other errors are those of :func:`compute_kernel`.
     """
-    request, grow = Request.of(arguments), arguments["grow"]
-    medium = medium_at(request.store)
-    existing = prepare_path(medium, arguments["mode"]) if arguments["mode"] != "w" else None
-    request = _adapted(request, existing)
-    resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
-    train, test = request.train, request.test
+    place = Place.at(arguments["store"], arguments["mode"], grow=arguments["grow"])
+    request = Request.of(arguments, stored=place.manifest)
     with exact_single_thread(request.kernel.compute_dtype):
-        prepared = prepare(request, device=resources.device)
-        asked = manifest_of(request.model, prepared, train.describe(), None if test is None else test.describe())
-        engine, left = prepared.engine, None
-        if existing is not None:
-            require_same_but_samples(existing, asked, grow=grow)
-            if is_larger(existing.manifest, asked):
-                left = chunks_left(existing, existing.manifest.grown(asked.train, asked.test, {}))
-            engine = reuse_choices(engine, existing.manifest.choices, medium.root, resources.cluster)
-        planned = plan_store(prepared, engine, asked, existing, medium, resources, left=left)
+        resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
+        source = ModelSource.of(request, resources, lambda samples, _: samples.describe())
+        work = place.work(source)
+        engine = source.engine(work)
+        planned = source.plan(work, engine)
         if resources.cluster is None:
-            planned = time_jacobians(planned, prepared, engine)
+            planned = time_jacobians(planned, source.prepared, engine)
         return PlannedKernel(planned, report_of(engine))
-
-
-def _adapted(request: Request, existing: Store | None) -> Request:
-    """The request with the store's tile, which was cut to the samples of a first run, unless it asks for another."""
-    if existing is None:
-        return request
-    tile, manifest = request.kernel.tile, existing.manifest
-    first = (manifest.earlier() or (manifest,))[0].train.num_samples
-    if tile is not None and min(tile, first) != manifest.tile:
-        return request
-    return replace(request, kernel=request.kernel.model_copy(update={"tile": manifest.tile}))

@@ -1,6 +1,7 @@
 """``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,12 +16,13 @@ from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import num_cores
-from ntkpipe.build.plan import Plan
+from ntkpipe.build.from_model import Settled, job_of, plan_and_check
+from ntkpipe.build.life import drain
+from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.planner import make_plan
-from ntkpipe.build.prepare import Prepared, prepare, this_machine, workload_of
-from ntkpipe.build.records import Halvings
+from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, this_machine, workload_of
+from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import Settled, exact_single_thread, job_of, plan_and_check, run_job
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
@@ -94,7 +96,7 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
-    shape = _shape(prepared, grid)
+    shape = (len(prepared.planes), *grid.shape)
     require_memory(shape, dtype, "the kernel", "Use compute_kernel, which writes a store")
 
     def planned(engine: Engine) -> Plan:
@@ -108,16 +110,14 @@ def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = No
     """Compute a settled kernel; may be called repeatedly."""
     plan = settled.plan
     ((name, grid),) = plan.workload.grids.items()
-    matrix = np.empty(_shape(prepared, grid), np.dtype(prepared.spec.resolved_store_dtype()))
-    names = [plane.array(name) for plane in prepared.planes]
-    sink = _MatrixSink(dict(zip(names, matrix.reshape(-1, *grid.shape), strict=True)), grid)
+    matrices = np.empty((len(prepared.planes), *grid.shape), np.dtype(prepared.spec.resolved_store_dtype()))
+    sink = _MatrixSink({plane.array(name): each for plane, each in zip(prepared.planes, matrices, strict=True)}, grid)
     job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
-    run_job(job, ThreadExecutor(plan.machine.workers), Halvings(plan).tiles, progress)
-    return matrix
-
-
-def _shape(prepared: Prepared, grid: Grid) -> tuple[int, ...]:
-    return grid.shape if prepared.kind.pairs != "same" else (prepared.num_outputs, *grid.shape)
+    executor = ThreadExecutor[BlockTask, BuildRecord](plan.machine.workers)
+    with closing(executor.run(job, plan.tasks())) as running:
+        tiles = (record for record in Sizes(plan).watch(running) if isinstance(record, TileRecord))
+        drain(tiles, plan.workload.num_tiles, 0, progress)
+    return matrices if prepared.kind.pairs == "same" else matrices[0]
 
 
 @dataclass(frozen=True)

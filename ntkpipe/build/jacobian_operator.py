@@ -1,7 +1,6 @@
 """``jacobian_operator``: J J' as an operator without a stored matrix; every product goes through the data twice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -14,12 +13,11 @@ from ntkpipe.base.config import ComputeDtype, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
-from ntkpipe.build.prepare import Prepared, prepare
+from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, products_of
 from ntkpipe.build.request import Request
-from ntkpipe.build.run import exact_single_thread
+from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import as_samples
-from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
 from ntkpipe.jacobian.self_check import self_check
 
@@ -36,7 +34,9 @@ class JacobianOperator(Operator):
 
     work = Work()  # a pass is a product with any number of columns
 
-    def __init__(self, prepared: Prepared, *, batch: int, identity: str, step: Callable[[], None]) -> None:
+    def __init__(
+        self, prepared: Prepared, engine: Engine, *, batch: int, identity: str, step: Callable[[], None]
+    ) -> None:
         kind, model = prepared.kind, prepared.model
         if kind.pairs == "same":
             raise ConfigError(
@@ -45,13 +45,9 @@ class JacobianOperator(Operator):
         dtype = np.dtype(np.float64 if model.dtype == torch.float64 else np.float32)
         super().__init__(prepared.train.num_samples * prepared.num_covectors, dtype)
         size = prepared.train.num_samples
-        covectors = torch.from_numpy(kind.covectors(prepared.num_outputs)).to(model.device, model.dtype)
-        whole = JacobianProducts(model, covectors, size, size, size, batch, prepared.train.is_mapping)
-        # For a sum over outputs, one at a time: pairs of unlike ones are not wanted.
-        apart = [replace(whole, covectors=one[None]) for one in covectors]
-        self._products = [whole] if kind.pairs == "all" else apart
+        self._products = products_of(prepared, size, size, size, batch)
         # The identity holds digests of parameters and samples, and what is computed from them.
-        self._prepared, self._identity, self._step = prepared, identity, step
+        self._prepared, self._engine, self._identity, self._step = prepared, engine, identity, step
 
     def identity(self) -> str:
         """See :meth:`Operator.identity`."""
@@ -75,10 +71,10 @@ class JacobianOperator(Operator):
         return Statistics(self._diagonal(), squared**0.5)
 
     def _diagonal(self) -> NDArray[np.float64]:
-        start, engine, parts = perf_counter(), self._prepared.engine, []
+        start, parts = perf_counter(), []
         with exact_single_thread(self._prepared.spec.compute_dtype):
             for span, batch in self._products[0].batches(self._prepared.train.source):
-                piece, _ = engine.piece(batch)
+                piece, _ = self._engine.piece(batch)
                 (values,) = contract_diagonal_planes(piece, self._prepared.kind.pairs, 1)
                 parts.append(values[: len(span)].diagonal(dim1=1, dim2=2).reshape(-1).double().cpu())
                 self._step()
@@ -132,4 +128,4 @@ def jacobian_operator(
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)
     identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
-    return JacobianOperator(replace(prepared, engine=engine), batch=batch, identity=identity, step=step)
+    return JacobianOperator(prepared, engine, batch=batch, identity=identity, step=step)

@@ -1,16 +1,16 @@
 """Prepare a run without writing anything: check and trace the model, measure costs, and plan."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec
 from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
@@ -23,12 +23,14 @@ from ntkpipe.build.request import Request
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, take
+from ntkpipe.jacobian.model.arithmetic import exact_math
 from ntkpipe.jacobian.model.device import describe_arithmetic, free_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples
-from ntkpipe.jacobian.probe import Load, make_engine, probe, probe_samples
+from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
+from ntkpipe.jacobian.products import JacobianProducts
 from ntkpipe.jacobian.representations.interface import Rates, Setup
-from ntkpipe.store.manifest import Choices, DataRecord
+from ntkpipe.store.manifest import Choices
 
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
 _COST_BATCH = 8
@@ -39,19 +41,57 @@ _STRIPS = 4  # Jacobian strips that a worker holds at once
 _LIBRARY_BYTES = 32 * 2**20
 
 
+@contextmanager
+def exact_single_thread(compute_dtype: ComputeDtype = "float32") -> Iterator[None]:
+    """The arithmetic of every tile, until the context is left: one thread, no fused paths, TF32 only on request."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with exact_math(tf32=compute_dtype == "tf32"), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A checked model with its samples."""
 
     spec: KernelSpec
     kind: Kind
-    model: FunctionalModel  # in the compute dtype, on the device
-    engine: Engine  # traced, not yet self-checked
+    probed: Probed  # the model in the compute dtype, on the device, as a few samples show it
     train: Samples
     test: Samples | None
-    num_outputs: int  # O
     tile: int  # samples along a tile's edge
     groups: Mapping[str, tuple[str, ...]]  # parameters of each group by name
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Traced, not yet self-checked."""
+        dtype, where = DTYPES[self.spec.resolved_accumulate_dtype()], self.model.device
+        # A GPU has one worker, a CPU one per core.
+        free = free_memory(where) if where.type == "cuda" else available_memory() / num_cores()
+        setup = Setup(
+            covectors=torch.from_numpy(self.kind.covectors(self.num_outputs)),
+            pairs=self.kind.pairs,
+            accumulate_dtype=dtype,
+            rates=measure_rates(where, dtype),
+            num_samples=self.tile,
+            memory_bytes=_SHARE_OF_MEMORY * free / _STRIPS,
+            piece_rows=sizes_of(where).piece_rows,
+            groups=tuple(self.groups.values()),
+        )
+        return make_engine(self.probed, setup)
+
+    @property
+    def model(self) -> FunctionalModel:
+        """The model of a run."""
+        return self.probed.model
+
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+        return self.probed.num_outputs
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -70,40 +110,27 @@ class Prepared:
 
     def load(self, samples: Sequence[int]) -> Batch:
         """Load any train samples as a batch on the device."""
-        return loader(self.model, self.train)(samples)
+        return _load(self.model, self.train, samples)
 
-    def inspect(self) -> tuple[DataRecord, DataRecord | None]:
-        """Read all samples once, for the manifest: their shapes and digests."""
-        return self.train.inspect("inputs"), None if self.test is None else self.test.inspect("test_inputs")
+    @property
+    def num_test(self) -> int:
+        """Test samples; zero without a test set."""
+        return 0 if self.test is None else self.test.num_samples
 
     def grids(self) -> dict[str, Grid]:
         """The kernels of a store of these samples."""
-        num_test = None if self.test is None else self.test.num_samples
-        return kernel_grids(self.train.num_samples, num_test, self.num_covectors, self.tile)
+        return kernel_grids(self.train.num_samples, self.num_test or None, self.num_covectors, self.tile)
 
 
-def functional_model(
-    model: nn.Module, forward: Forward, parameters: tuple[str, ...] | None, dtype: ComputeDtype, device: str | None
-) -> FunctionalModel:
-    """The model in the arithmetic of a run, on its device."""
-    numbers: Any = {"dtype": DTYPES[dtype], "tf32": dtype == "tf32"}
-    return prepare_model(model, forward=forward, parameters=parameters, device=resolve_device(device), **numbers)
-
-
-def loader(model: FunctionalModel, samples: Samples) -> Load:
-    """A function that loads any samples as a batch on the model's device."""
-
-    def load(numbers: Sequence[int]) -> Batch:
-        arrays = [samples.source.read(i, i + 1) for i in numbers]
-        try:
-            joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
-        except (KeyError, ValueError) as error:
-            raise DataError(
-                f"samples {', '.join(map(str, numbers))} do not have the same arrays ({error}); pad or crop them"
-            ) from error
-        return model.to_batch(joined, samples.is_mapping)
-
-    return load
+def _load(model: FunctionalModel, samples: Samples, numbers: Sequence[int]) -> Batch:
+    arrays = [samples.source.read(i, i + 1) for i in numbers]
+    try:
+        joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"samples {', '.join(map(str, numbers))} do not have the same arrays ({error}); pad or crop them"
+        ) from error
+    return model.to_batch(joined, samples.is_mapping)
 
 
 def prepare(
@@ -112,10 +139,17 @@ def prepare(
     """Check the model on a few samples, and decide how its Jacobians are computed."""
     train, spec = request.train, request.kernel
     kind = get_kind(spec.kind)
-    functional = functional_model(request.model, request.forward, spec.parameters, spec.compute_dtype, device)
-    load = loader(functional, train)
+    functional = prepare_model(
+        request.model,
+        forward=request.forward,
+        parameters=spec.parameters,
+        dtype=DTYPES[spec.compute_dtype],
+        device=resolve_device(device),
+        tf32=spec.compute_dtype == "tf32",
+    )
+    load = partial(_load, functional, train)
     probed = probe(functional, load, train.num_samples, structured=spec.jacobian == "structured")
-    functional, num_outputs = probed.model, probed.num_outputs
+    num_outputs = probed.num_outputs
     groups = match_groups(spec.groups, functional.names)
     count = num_planes(spec.kind, num_outputs, len(groups))
     if count > MAX_PLANES:
@@ -125,23 +159,16 @@ def prepare(
         )
     chosen = spec.tile or choose_tile(train.num_samples, kind.num_covectors(num_outputs), count)
     chosen = min(chosen, train.num_samples)
-    dtype, where = DTYPES[spec.resolved_accumulate_dtype()], functional.device
-    rates = measure_rates(where, dtype)
-    # A GPU has one worker, a CPU one per core.
-    free = free_memory(where) if where.type == "cuda" else available_memory() / num_cores()
-    setup = Setup(
-        covectors=torch.from_numpy(kind.covectors(num_outputs)),
-        pairs=kind.pairs,
-        accumulate_dtype=dtype,
-        rates=rates,
-        num_samples=chosen,
-        memory_bytes=_SHARE_OF_MEMORY * free / _STRIPS,
-        piece_rows=sizes_of(where).piece_rows,
-        groups=tuple(groups.values()),
-    )
-    return Prepared(
-        spec, kind, functional, make_engine(probed, setup), train, request.test, num_outputs, chosen, groups
-    )
+    return Prepared(spec, kind, probed, train, request.test, chosen, groups)
+
+
+def products_of(prepared: Prepared, tile: int, strip: int, subtile: int, batch: int) -> list[JacobianProducts]:
+    """Products with all covectors; of a kind whose unlike outputs do not meet, with one at a time."""
+    model, kind = prepared.model, prepared.kind
+    covectors = torch.from_numpy(kind.covectors(prepared.num_outputs)).to(model.device, model.dtype)
+    apart = [covectors] if kind.pairs == "all" else [one[None] for one in covectors]
+    sizes = tile, strip, subtile, batch
+    return [JacobianProducts(model, each, *sizes, prepared.train.is_mapping) for each in apart]
 
 
 def reuse_choices(engine: Engine, choices: Choices, path: Path | str, cluster: Machine | None = None) -> Engine:

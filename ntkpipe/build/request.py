@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from ntkpipe.base.config import KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import DataError
 from ntkpipe.jacobian.model.functional import Forward
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
+from ntkpipe.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,22 @@ class Request:
     kernel: KernelSpec
     run: RunSpec
     forward: Forward = None
-    store: str | Path = ""  # path or URL; empty for a kernel that has none
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], samples: tuple[Samples, Samples | None] | None = None) -> "Request":
+    def of(
+        cls,
+        arguments: Mapping[str, Any],
+        samples: tuple[Samples, Samples | None] | None = None,
+        stored: Manifest | None = None,
+    ) -> "Request":
         """The request that the arguments of a public function make, by default of the samples among them."""
-        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
         train, test = samples or _train_and_test(arguments)
-        return cls(arguments["model"], train, test, kernel, run, arguments["forward"], arguments.get("store", ""))
+        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
+        if stored is not None:  # its tile was cut to the samples of the first run; another one may be asked for
+            first = (*stored.earlier(), stored)[0].train.num_samples
+            if kernel.tile is None or min(kernel.tile, first) == stored.tile:
+                kernel = kernel.model_copy(update={"tile": stored.tile})
+        return cls(arguments["model"], train, test, kernel, run, arguments["forward"])
 
 
 def _train_and_test(arguments: Mapping[str, Any]) -> tuple[Samples, Samples | None]:

@@ -143,14 +143,13 @@ class _Builder:
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
         self._most: int | None = None
-        self._last = perf_counter()
         self._flops = 0.0
         self._num_bytes = 0
 
     def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task; the last record sums it up."""
         started, began, tiles = time(), perf_counter(), 0
-        self._last, self._flops, self._num_bytes = began, 0.0, 0
+        self._flops, self._num_bytes = 0.0, 0
         with peak_memory(self._device) as peak:
             for tile in self._chunks(task):
                 tiles += 1
@@ -194,20 +193,16 @@ class _Builder:
 
     def _finished(self, tile: _Computed) -> Iterator[TileRecord]:
         for array in tile.values:
-            before, self._last = self._last, perf_counter()
-            yield TileRecord(array, tile.index, self._last - before, self._batch, self._subtile())
+            yield TileRecord(array, tile.index, self._batch, self._subtile())
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
     def _store(self, tile: _Computed) -> _Computed:
         """Write the outputs of a tile's samples, then the tile of each plane, once they have arrived."""
-        values = {array: self._to_store_dtype(arrive()) for array, arrive in tile.values.items()}
-        for array, entries in values.items():
-            self._require_finite(array, entries, tile.span)
+        values = {array: self._as_stored(array, arrive(), tile.span) for array, arrive in tile.values.items()}
         if tile.outputs is not None:
-            outputs = self._to_store_dtype(tile.outputs())
-            self._require_finite(tile.output_array, outputs, tile.span)
+            outputs = self._as_stored(tile.output_array, tile.outputs(), tile.span)
             self._write(tile.output_array, (tile.index[0], 0), outputs)
         for array, entries in values.items():
             self._write(array, tile.index, entries)
@@ -311,12 +306,10 @@ class _Builder:
         blocks = dict(zip(arrays, map(self._fetch, parts), strict=True))
         yield _Computed(index, span, blocks, self._fetch(outputs), "outputs/test")
 
-    def _to_store_dtype(self, values: NDArray[Any]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # reported by _require_finite, with its samples
-            return values.astype(self._job.store_dtype, copy=False)
-
-    def _require_finite(self, array: str, values: NDArray[Any], span: Span) -> None:
-        """Check values before they are written; their first axis is the samples of ``span``."""
+    def _as_stored(self, array: str, values: NDArray[Any], span: Span) -> NDArray[Any]:
+        """Values in the dtype of the store, checked; their first axis is the samples of ``span``."""
+        with np.errstate(over="ignore"):  # reported below, with its samples
+            values = values.astype(self._job.store_dtype, copy=False)
         finite = np.isfinite(values).reshape(len(span), -1).all(axis=1)
         if not finite.all():
             raise NonFiniteError(
@@ -324,6 +317,7 @@ class _Builder:
                 f"{self._job.store_dtype} although their Jacobians are finite; use accumulate_dtype='float64' and "
                 "store_dtype='float64', or scale the model. They were not written"
             )
+        return values
 
     def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
         """Jacobians of a strip: held, cached or computed. Afterwards only it and ``keep`` are held."""

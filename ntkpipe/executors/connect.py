@@ -71,37 +71,33 @@ def _join(scheduler: str) -> Client:
 
 
 def require_workers(client: object) -> None:
-    """Wait until a cluster has a worker; print a note if it has none yet."""
+    """Wait until a cluster has a worker, with a note if it has none yet; its scheduler must have this package.
+
+    It unpickles tasks, but does not need torch.
+    """
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
+    address, here = address_of(client), version("ntkpipe")
+    start_one = f"`dask worker {address} --nthreads 1`"
     try:
         if not client.nthreads():
-            print(
-                f"{address_of(client)} has no workers yet; waiting up to {_WAIT_SECONDS // 60} minutes for one (`dask "
-                f"worker {address_of(client)} --nthreads 1` starts one)",
-                file=sys.stderr,
-            )
+            wait = f"waiting up to {_WAIT_SECONDS // 60} minutes for one"
+            print(f"{address} has no workers yet; {wait} ({start_one} starts one)", file=sys.stderr)
         client.wait_for_workers(1, timeout=_WAIT_SECONDS)
     except TimeoutError as error:
         raise ClusterError(
-            f"no worker joined {address_of(client)} in {_WAIT_SECONDS // 60} minutes; start some with "
-            f"`dask worker {address_of(client)} --nthreads 1`"
+            f"no worker joined {address} in {_WAIT_SECONDS // 60} minutes; start some with {start_one}"
         ) from error
-
-
-def require_package(client: Client) -> None:
-    """Check that the scheduler, which unpickles tasks, has this package; it does not need torch."""
     try:
         found = client.run_on_scheduler(version, "ntkpipe")
+    except OSError:  # it is gone
+        raise
     except Exception as error:  # whatever happens there comes back as it is
         raise ClusterError(
-            f"the scheduler at {address_of(client)} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
+            f"the scheduler at {address} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
         ) from error
-    here = version("ntkpipe")
     if found != here:
-        raise ClusterError(
-            f"the scheduler at {address_of(client)} has ntkpipe {found}, this process {here}; install the same"
-        )
+        raise ClusterError(f"the scheduler at {address} has ntkpipe {found}, this process {here}; install the same")
 
 
 def address_of(client: Client) -> str:

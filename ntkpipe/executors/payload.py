@@ -1,24 +1,22 @@
-"""The payload of a run on a cluster: the job and the code that it needs, how workers unpack it and run keys of it."""
+"""The payload of a run on a cluster: a job and the code that it needs, how workers unpack it and run keys of it."""
 
 import contextlib
 import gc
 import io
 import pickle
 import threading
-import traceback
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import cloudpickle
 from distributed import Reschedule, WorkerPlugin, get_worker
-from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
+from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.executors.threads import Job, RunStopped
 
 PLUGIN_PREFIX = "ntkpipe-"
@@ -84,65 +82,52 @@ def _files_of(folder: Path, everything: bool, above: frozenset[Path] = frozenset
             yield path
 
 
-@dataclass(frozen=True)
-class Payload:
-    """What a worker needs for a run."""
+class JobPlugin(WorkerPlugin):
+    """The Dask plugin of a run: brings its job to every worker, also later ones, and removes it at the end."""
 
-    token: str  # of the run
-    job: bytes  # pickled; the first task loads it, so that a failure is one of the task and not of the worker
-    code: bytes | None  # zip archive of its modules
+    def __init__(self, job: bytes, code: bytes | None, owner: str) -> None:
+        self._token = uuid4().hex[:16]
+        self.name = f"{PLUGIN_PREFIX}{self._token}@{owner}"  # also the topic of what threads begin
+        self._pickled = job  # the first task loads it, so that a failure is one of the task and not of the worker
+        self._code = code  # zip archive of its modules
 
-
-# In a worker process: received payloads by worker (one process may hold several) and run.
-_OPENED: dict[tuple[str, str], "_Opened"] = {}
-
-
-class _Opened:
-    def __init__(self, payload: Payload, folder: Path, topic: str) -> None:
-        self._payload = payload
-        self._topic = topic
-        self._folder = folder / f"ntkpipe-{payload.token}"
+    def setup(self, worker: Any) -> None:
+        """Dask calls this in each worker, with a copy of its own."""
+        self._folder = Path(worker.local_directory) / f"ntkpipe-{self._token}"
         self._lock = threading.Lock()
-        self._jobs: dict[int, Job[Any, Any]] = {}
+        self._job: Job[Any, Any] | None = None
         self._mine = threading.local()
         self._session = contextlib.ExitStack()
         self._num_running = 0
 
+    def teardown(self, worker: Any) -> None:
+        """Dask calls this in each worker when the run has ended."""
+        self._job, self._mine = None, threading.local()
+        gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
+
     def run(self, worker: Any, key: Any, shrinking: int) -> list[Any]:
-        self._mine.worker, self._mine.task = worker, worker.get_current_task()
-        job = self._job(shrinking)
-        with self._in_session(job):
-            opened = vars(self._mine).setdefault("opened", {})
+        """Run one key in a thread of a worker."""
+        mine = self._mine
+        mine.worker, mine.task = worker, worker.get_current_task()
+        with self._in_session() as job:
+            opened = vars(mine).setdefault("opened", {})
             if shrinking not in opened:
                 opened.clear()  # larger ones are no longer needed
-                worker.log_event(self._topic, {"worker": worker.address})
+                worker.log_event(self.name, {"worker": worker.address})
+                for _ in range(shrinking):
+                    job = job.shrunk()
                 opened[shrinking] = job.open(self._pause)
-            try:
+            with without_frames():
                 return list(opened[shrinking](key))
-            except BaseException as error:
-                # Dask keeps the error, and with it the memory of every frame that it passed: a worker paused for its
-                # memory would stay paused.
-                traceback.clear_frames(error.__traceback__)
-                raise
-
-    def _job(self, shrinking: int) -> Job[Any, Any]:
-        with self._lock:
-            if not self._jobs:
-                self._jobs[0] = self._unpickle()
-            for level in range(len(self._jobs), shrinking + 1):
-                self._jobs[level] = self._jobs[level - 1].shrunk()
-            return self._jobs[shrinking]
 
     def _unpickle(self) -> Job[Any, Any]:
-        payload = self._payload
         try:
-            if payload.code is None:
-                job: Job[Any, Any] = cloudpickle.loads(payload.job)
-            else:
-                unpack_code(payload.code, self._folder)
-                with folder_first(self._folder):
-                    job = cloudpickle.loads(payload.job)
-                forget_folder(self._folder)  # another run may have modules of the same names
+            if self._code is None:
+                return cloudpickle.loads(self._pickled)  # type: ignore[no-any-return]
+            unpack_code(self._code, self._folder)
+            with folder_first(self._folder):
+                job: Job[Any, Any] = cloudpickle.loads(self._pickled)
+            forget_folder(self._folder)  # another run may have modules of the same names
         except Exception as error:
             raise ClusterError(
                 f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
@@ -151,14 +136,15 @@ class _Opened:
         return job
 
     @contextlib.contextmanager
-    def _in_session(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Hold the job's process-wide settings while any thread runs a key."""
+    def _in_session(self) -> Iterator[Job[Any, Any]]:
+        """Unpickle the job once, and hold its process-wide settings while any thread runs a key."""
         with self._lock:
+            job = self._job = self._job or self._unpickle()
             if self._num_running == 0:
                 self._session.enter_context(job.session())
             self._num_running += 1
         try:
-            yield
+            yield job
         finally:
             with self._lock:
                 self._num_running -= 1
@@ -167,11 +153,9 @@ class _Opened:
 
     def _pause(self) -> None:
         """Stop work that was cancelled, or that this worker cannot finish since it is about to leave."""
-        worker = self._mine.worker
-        state = worker.state.tasks.get(self._mine.task)
-        if state is None or state.state == "cancelled":
+        if is_cancelled(self._mine.worker, self._mine.task):
             raise RunStopped
-        if worker.status in (Status.closing, Status.closing_gracefully, Status.closed):
+        if is_leaving(self._mine.worker):
             raise Leaving
 
 
@@ -185,27 +169,10 @@ def unpack_code(code: bytes, folder: Path) -> None:
     temporary.rename(folder)
 
 
-class JobPlugin(WorkerPlugin):
-    """The Dask plugin of a run: brings its payload to every worker, also later ones, and removes it at the end."""
-
-    def __init__(self, payload: Payload, owner: str) -> None:
-        self.name = f"{PLUGIN_PREFIX}{payload.token}@{owner}"  # also the topic of what threads begin
-        self.payload = payload
-
-    def setup(self, worker: Any) -> None:
-        """Dask calls this in each worker."""
-        _OPENED[worker.id, self.payload.token] = _Opened(self.payload, Path(worker.local_directory), self.name)
-
-    def teardown(self, worker: Any) -> None:
-        """Dask calls this in each worker when the run has ended."""
-        if _OPENED.pop((worker.id, self.payload.token), None) is not None:
-            gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
-
-
-def run_key(token: str, key: bytes, shrinking: int) -> list[Any]:
+def run_key(plugin: str, key: bytes, shrinking: int) -> list[Any]:
     """Run one key; the task that Dask sees."""
     worker = get_worker()
-    opened = _OPENED.get((worker.id, token))
-    if opened is None:
-        raise PayloadMissingError(token)
-    return opened.run(worker, pickle.loads(key), shrinking)
+    mine = worker.plugins.get(plugin)
+    if not isinstance(mine, JobPlugin):
+        raise PayloadMissingError(plugin)
+    return mine.run(worker, pickle.loads(key), shrinking)

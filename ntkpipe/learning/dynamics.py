@@ -15,11 +15,12 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
-from ntkpipe.learning.regression.sources import said_of
+from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
+from ntkpipe.solvers.inverse.contract import INDEFINITE
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, Space, TopEigenvalue, is_due, steps_that_fit, take_steps
 from ntkpipe.store.results import Checkpoint
@@ -28,7 +29,7 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamics(Result):
+class Dynamics(OfTargets):
     """Gradient flow of the linearised model on ``½ |f - Y|²``, with coefficients for predictions.
 
     With targets of shape (n,), the last axis of arrays is absent.
@@ -50,7 +51,6 @@ class Dynamics(Result):
     largest_eigenvalue: float  # the largest Ritz value
     num_steps: int  # block Lanczos steps
     dimension: int  # dimension of the Krylov space
-    targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
     def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
@@ -72,7 +72,6 @@ class Dynamics(Result):
         ]
         rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
-            *said_of(self.targets),
             ("learning rate", rate),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),
@@ -220,23 +219,18 @@ class _Training:
         statuses = tuple(flow.status(index, self._tol) or status for index, status in enumerate(reached))
         worst = int(np.argmax(errors))
         at_worst = f"an error of {errors[worst]:.1e} at t = {self._times[worst]:.4g}"
-        status: Status = "converged"
-        message = f"errors are at most {errors.max(initial=0.0):.1e} at all times"
-        if "indefinite at storage precision" in statuses:
-            index = statuses.index("indefinite at storage precision")
+        if INDEFINITE in statuses:
+            index = statuses.index(INDEFINITE)
             why = f"{flow.null_share:.2g} of the targets lie where eigenvalues are not known from zero"
             if flow.growth(index) > self._tol:
                 why = f"an eigenvalue is at most {flow.lowest:.3g}, so functions grow"
-            status, message = (
-                statuses[index],
-                f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K",
-            )
-        elif "stagnated" in statuses:
+            return statuses, INDEFINITE, f"at t = {self._times[index]:.4g}: {why}; stop earlier, or add a ridge to K"
+        if "stagnated" in statuses:
             why = f"rounding in float64 leaves {at_worst}"
-            status, message = "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
-        elif "step limit" in statuses:
-            status, message = "step limit", f"{limit} is reached with {at_worst}; raise it"
-        return statuses, status, message
+            return statuses, "stagnated", f"{why}; stop earlier, add a ridge to K, or raise tol"
+        if "step limit" in statuses:
+            return statuses, "step limit", f"{limit} is reached with {at_worst}; raise it"
+        return statuses, "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
 
     def flow(self) -> Flow:
         return Flow(self.space, self._times, self.rate, self._floor)

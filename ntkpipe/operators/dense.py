@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
+from ntkpipe.base.ranges import SquareSum, require_matrix_range
 from ntkpipe.operators.blas import Pool
 
 _ROWS_AT_ONCE = 256  # rows of float32 upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache
@@ -34,7 +36,7 @@ class DenseOperator(Operator):
             raise ConfigError(
                 f"a matrix of shape {values.shape} and dtype {values.dtype}; needed (n, n) of real numbers"
             )
-        _require_symmetric(values)
+        self._largest = _largest_of_symmetric(values)
         super().__init__(len(values), storage_dtype or values.dtype)
         self._matrix = values
         self._identity: str | None = None
@@ -73,18 +75,23 @@ class DenseOperator(Operator):
             return np.array(values, np.float64, order="C")
 
     def _measure(self) -> Statistics:
-        squared = 0.0
+        squared = SquareSum()
         with self._counted(1.0):
             for first in range(0, self.num_rows, _ROWS_AT_ONCE):
                 rows = self._matrix[first : first + _ROWS_AT_ONCE].astype(np.float64, copy=False)
-                squared += float(np.einsum("ij,ij->", rows, rows))
-        return Statistics(self._matrix.diagonal().astype(np.float64), squared**0.5)
+                squared.add(partial(iter, [rows]))
+        return Statistics(self._matrix.diagonal().astype(np.float64), squared.root)
+
+    def require_range(self) -> None:
+        """See :meth:`Operator.require_range`; nothing is read."""
+        require_matrix_range(self._largest)
 
     def _leading(self, num_rows: int) -> Operator:
         return DenseOperator(self._matrix[:num_rows, :num_rows], storage_dtype=self.storage_dtype)
 
 
-def _require_symmetric(values: NDArray[Any]) -> None:
+def _largest_of_symmetric(values: NDArray[Any]) -> float:
+    """The largest absolute value of entries, after a check that they are finite and symmetric."""
     eps = float(np.finfo(values.dtype).eps)
     largest, gap = 0.0, 0.0
     for first in range(0, len(values), _ROWS_AT_ONCE):
@@ -97,3 +104,4 @@ def _require_symmetric(values: NDArray[Any]) -> None:
         raise ConfigError(
             f"the matrix is not symmetric: an entry and its mirror differ by {gap:.3g}, entries are up to {largest:.3g}"
         )
+    return largest

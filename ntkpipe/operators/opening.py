@@ -68,8 +68,7 @@ def as_operator(
     source: TileSource = KernelTiles(matrix) if isinstance(matrix, Kernel) else ArrayTiles(matrix)
     budget = Budget.of(memory_limit)
     if client is not None:
-        from ntkpipe.operators.on_dask.operator import WorkersOperator  # distributed is slow to import
-        from ntkpipe.operators.on_dask.worker_group import WorkerGroup
+        from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator  # distributed is slow to import
 
         return WorkersOperator(WorkerGroup(client, source, worker_bytes=budget.limit, threads=threads))
     threads = num_cores() if threads is None else int(check_number("threads", threads, low=1))

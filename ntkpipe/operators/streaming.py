@@ -62,10 +62,9 @@ class TiledOperator(Operator):
 class StreamingOperator(TiledOperator):
     """A symmetric matrix of tiles, read from its store in every pass except for those that stay in memory.
 
-    Threads take shards of tiles and multiply them with single-threaded BLAS; others read ahead. Results are added by
-    pairs of neighbours, so the number of threads changes no bit. Memory is the reader's, a block of the shape of the
-    product and some megabytes for each thread, and three such blocks, up to five for 128 shards. Tiles in memory give
-    way to all this, for good, where there is no room for both.
+    Threads take shards of tiles, others read ahead; the number of threads changes no bit. Memory is the reader's, a
+    block of the shape of the product and some megabytes for each thread, and three such blocks, up to five for 128
+    shards. Tiles in memory give way to all this, for good, where there is no room for both.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.operator import Statistics, digest_of
+from ntkpipe.base.ranges import SquareSum
 from ntkpipe.store.kernel import Kernel
 
 TileIndex = tuple[int, int]
@@ -190,17 +192,16 @@ def _upcast(tile: NDArray[Any], scratch: FloatArray) -> Iterator[FloatArray]:
 
 
 # What some tiles contribute to the diagonal (start and entries of each run), and to the squared Frobenius norm.
-PartialStatistics = tuple[list[tuple[int, FloatArray]], float]
+PartialStatistics = tuple[list[tuple[int, FloatArray]], SquareSum]
 
 
 def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
     """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
-    edge, squared = grid.rows.tile_rows, 0.0
+    edge, squared = grid.rows.tile_rows, SquareSum()
     diagonals, scratch = [], _scratch(edge, 1)
     for (row, column), whole in tiles:
         tile = whole[: num_rows - row * edge, : num_rows - column * edge]
-        weight = 1.0 if row == column else 2.0
-        squared += weight * sum(float(np.einsum("ij,ij->", part, part)) for part in _upcast(tile, scratch))
+        squared.add(partial(_upcast, tile, scratch), 1.0 if row == column else 2.0)
         if row == column:
             diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
     return diagonals, squared
@@ -208,12 +209,12 @@ def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
 
 def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statistics:
     """Statistics of a matrix from those of its shards, in their order."""
-    diagonal, squared = np.empty(num_rows), 0.0
+    diagonal, squared = np.empty(num_rows), SquareSum()
     for diagonals, part in parts:
         squared += part
         for start, values in diagonals:
             diagonal[start : start + len(values)] = values
-    return Statistics(diagonal, squared**0.5)
+    return Statistics(diagonal, squared.root)
 
 
 PlacedEntries = tuple[Any, NDArray[Any]]  # index of entries in the result of a request, and the entries

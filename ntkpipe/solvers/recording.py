@@ -29,6 +29,8 @@ def recorded(
     :class:`Budget` that is left beside its tiles; ``keep_tiles``, which may depend on the arguments, says whether these
     are worth keeping for another pass.
 
+    The matrix is refused if squares of its entries leave float64, see :meth:`Operator.require_range`.
+
     The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``. ``options`` of
     its result become the plain arguments, updated by those that it returns; ``work`` and ``seconds`` are added to what
     it returns, such as those of an earlier process.
@@ -52,6 +54,7 @@ def recorded(
                 operator, budget = open_for_solver(given[first], budget, keep_tiles=keep, threads=threads)
                 given |= {first: operator, "memory_limit": budget}
                 before = operator.work
+                operator.require_range()
             result = function(**given)  # type: ignore[call-arg]
             of_matrix: dict[str, Any] = {}
             if operator is not None:

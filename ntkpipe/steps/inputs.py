@@ -15,9 +15,10 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.docstrings import entries, sections
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.learning.regression.eigensystem import AnalysisMethod, Eigensystem, find_eigensystem
 from ntkpipe.learning.regression.estimator import KernelRegression
 from ntkpipe.operators.opening import as_operator
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs
 from ntkpipe.solvers.result import Monitor, Result
 from ntkpipe.steps.registry import REGISTRY, Entry, entry_of, saved_result
 from ntkpipe.store.kernel import Kernel
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Centre = Literal["initial_outputs"] | None
 # All eigenpairs stay for the next step on the same open store if they take at most this share of the memory left.
 _SHARE = 0.125
-_EIGENPAIRS: WeakKeyDictionary[KernelStore, tuple[str, Eigensystem]] = WeakKeyDictionary()
+_EIGENPAIRS: WeakKeyDictionary[KernelStore, tuple[str, Eigenpairs]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,19 @@ def _test_initial_outputs(context: Context, *, centre: Centre = None) -> NDArray
     return context.store.test_outputs if is_tested else None
 
 
-def _eigenpairs(context: Context, *, method: AnalysisMethod = "auto") -> Eigensystem | None:
+def _eigenpairs(context: Context, *, method: AnalysisMethod = "auto") -> Eigenpairs | None:
     """All of them; None if they do not fit or streaming was asked for. The next step on the same store finds them."""
-    if method not in ("auto", "exact", "eigh"):
+    if method not in ("auto", "exact"):
         return None
     if (known := _known_eigenpairs(context)) is not None:
         return known
-    found, _ = find_eigensystem(context.operator, None, context.share, "auto", context.monitor)
-    if found is not None and context.share.fits(found.eigenvectors.nbytes / _SHARE, share=1.0):
+    found, _ = all_eigenpairs(context.operator, None, context.share, "auto", context.monitor)
+    if found is not None and context.share.fits(found.vectors.nbytes / _SHARE, share=1.0):
         _EIGENPAIRS[context.store] = context.kernel.identity, found
     return found
 
 
-def _known_eigenpairs(context: Context) -> Eigensystem | None:
+def _known_eigenpairs(context: Context) -> Eigenpairs | None:
     identity, found = _EIGENPAIRS.get(context.store, ("", None))
     return found if identity == context.kernel.identity else None
 

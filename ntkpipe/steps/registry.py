@@ -71,11 +71,11 @@ _ENTRIES = (
     ),
     Entry(
         "solve",
-        ".solvers.linear.solve:solve",
+        ".solvers.inverse.solve:solve",
         "kernel regression (K + λI) A = Y with the stored targets",
         later=("task",),
     ),
-    Entry("solve_path", ".solvers.linear.solve:solve_path", "the same at several ridges, with one preconditioner"),
+    Entry("solve_path", ".solvers.inverse.solve:solve_path", "the same at several ridges, with one preconditioner"),
     Entry("dynamics", ".learning.dynamics:dynamics", "training by gradient flow at many times, with a fixed kernel"),
     Entry(
         "spectrum",
@@ -83,11 +83,17 @@ _ENTRIES = (
         "extremes, condition, effective ranks, density and tail of the spectrum",
         inputs={"eigenpairs": "known_eigenpairs"},
     ),
-    Entry("alignment", ".analysis.alignment:alignment", "alignment of the kernel with the stored targets"),
+    Entry(
+        "alignment",
+        ".analysis.alignment:alignment",
+        "alignment of the kernel with the stored targets",
+        inputs={"eigenpairs": "known_eigenpairs"},
+    ),
     Entry(
         "regression",
         ".learning.regression.ridge_path:ridge_path",
         "ridge regression at many ridges: training, left-out and test losses",
+        inputs={"eigenpairs": "known_eigenpairs"},
     ),
     Entry("generalisation", ".analysis.generalisation:generalisation", "theory of the test loss, and what is measured"),
     Entry(

@@ -38,17 +38,10 @@ class Store:
     def open(cls, where: str | Path | Medium) -> "Store":
         """Open a store, reading its manifest only."""
         medium = medium_at(where)
-        document = medium.address(DOCUMENT)
-        try:
-            data = medium.get(DOCUMENT)
-        except FileNotFoundError:
+        attributes = read_group(medium)
+        if attributes is None:
             what = "does not exist or is empty" if medium.is_vacant() else "holds no Zarr group"
-            raise StoreNotFoundError(f"{medium.root} {what}; needed the path of a kernel store") from None
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"cannot read {document}: {error}") from error
-        attributes = group_attributes(data, str(document))
+            raise StoreNotFoundError(f"{medium.root} {what}; needed the path of a kernel store")
         return cls(medium, from_attribute(attributes.get(ATTRIBUTE), str(medium.root)))
 
     @classmethod
@@ -103,8 +96,8 @@ class Store:
     def replace_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest atomically; other attributes of the group stay."""
         with writing(self.medium):
-            attributes = group_attributes(self.medium.get(DOCUMENT), str(self.medium.address(DOCUMENT)))
-            self.medium.put(DOCUMENT, group_document({**attributes, ATTRIBUTE: manifest.to_attribute()}))
+            attributes = read_group(self.medium)
+            self.medium.put(DOCUMENT, group_document({**(attributes or {}), ATTRIBUTE: manifest.to_attribute()}))
 
     def _require_current(self) -> None:
         if Store.open(self.medium).manifest != self.manifest:
@@ -138,8 +131,7 @@ class Store:
         """Results of solvers and analyses by name, those of this manifest."""
         digest, found = self.manifest.digest(), {}
         for name in sorted(groups_below(self.medium, "results")):
-            data = self.medium.get(f"results/{name}/{DOCUMENT}")
-            attributes = group_attributes(data, f"results/{name} of {self.root}", allow_nan=True)
+            attributes = read_group(self.medium, f"results/{name}", allow_nan=True) or {}
             result = attributes.get("result")  # none in a folder of results, such as `runs`
             if isinstance(result, dict) and "status" in result and attributes.get("manifest_digest") == digest:
                 found[name] = result
@@ -150,18 +142,29 @@ class Store:
         return self._read_result(name, {self.manifest.digest()})
 
     def _read_result(self, name: str, digests: set[str]) -> dict[str, Any] | None:
-        where = f"results/{name} of {self.root}"
-        try:
-            # Results may hold NaN, such as a mean of nothing.
-            attributes = group_attributes(self.medium.get(f"results/{name}/{DOCUMENT}"), where, allow_nan=True)
-        except FileNotFoundError:
+        # Results may hold NaN, such as a mean of nothing.
+        attributes = read_group(self.medium, f"results/{name}", allow_nan=True)
+        if attributes is None:
             return None
-        except OSError as error:
-            raise StoreError(f"{where} is damaged: {error}") from error
         result = attributes.get("result")
         if not isinstance(result, dict) or "manifest_digest" not in attributes:
-            raise StoreError(f"{where} is damaged: it holds no result")
+            raise StoreError(f"results/{name} of {self.root} is damaged: it holds no result")
         return result if attributes["manifest_digest"] in digests else None
+
+
+def read_group(medium: Medium, name: str = "", *, allow_nan: bool = False) -> dict[str, Any] | None:
+    """Attributes of a group, by default the one at the root; None if there is none."""
+    document = f"{name}/{DOCUMENT}".lstrip("/")
+    where = f"{document} of {medium.root}" if name else str(medium.address(document))
+    try:
+        data = medium.get(document)
+    except FileNotFoundError:
+        return None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {where}: {error}") from error
+    return group_attributes(data, where, allow_nan=allow_nan)
 
 
 def create_groups(medium: Medium, names: Iterable[str], *, root: bool = False) -> None:
@@ -216,7 +219,7 @@ def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
 
 def _remove(medium: Medium) -> None:
     try:
-        is_ours = ATTRIBUTE in group_attributes(medium.get(DOCUMENT), str(medium.root))
+        is_ours = ATTRIBUTE in (read_group(medium) or {})
     except OSError:
         is_ours = False
     if not is_ours:

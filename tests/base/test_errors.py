@@ -19,7 +19,7 @@ FAMILY = [each for each in OURS if each not in WITH_MORE]
     [
         *(each("what was found") for each in FAMILY),
         errors.StoreMismatchError("another kernel", (("kind", "ntk", "pntk"),)),
-        errors.IndefiniteError("no positive pivot", row=3, pivot=-1.0, floor=1e-6),
+        errors.IndefiniteError("no positive pivot", row=3, pivot=-1.0, floor=1e-6, ridge=1e-6),
         OversizeError("a.zarr/zarr.json", 3, 2),
     ],
     ids=lambda error: type(error).__name__,

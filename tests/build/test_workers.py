@@ -1,40 +1,35 @@
 """Before a run on a cluster every worker says what it is, and proves that it reaches the store."""
 
-import os
-import signal
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
-import dask
 import pytest
 import torch
-from distributed import Client, Worker
+from distributed import Client
 from small import compute, inputs, mlp
 
 from ntkpipe import plan_kernel
-from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
-from ntkpipe.build.plan import Machine
+from ntkpipe.build.plan import SHARE_OF_LIMIT
 from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
-from ntkpipe.executors.connect import connect
+from ntkpipe.executors import connect
+from ntkpipe.executors.pool import Report
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.store import Store
 
 GIB = 2**30
-USUAL = WorkerFacts(
+FACTS = WorkerFacts(workers.versions(), device="cpu", arithmetic="AVX2, torch 2.13", flops_per_second=60e9)
+USUAL = Report(
     host="one",
-    versions=workers.versions(),
-    machine=Machine(
-        workers=1,
-        memory_limit=4 * GIB,
-        base_memory=GIB // 2,
-        free_disk=None,
-        flops_per_second=60e9,
-        is_remote=True,
-        arithmetic="AVX2, torch 2.13",
-    ),
+    version=version("ntkpipe"),
+    threads=1,
+    memory_limit=4 * GIB,
+    base_memory=GIB // 2,
+    available_memory=9 * GIB,
+    found=FACTS,
 )
 
 
@@ -44,72 +39,55 @@ class Answers:
     def __init__(self, *reports: object) -> None:
         self.reports = {f"tcp://worker-{number}:1": report for number, report in enumerate(reports)}
 
-    def run(self, question: object, *arguments: object, on_error: str) -> dict[str, object]:
+    def run(self, question: object, *arguments: object, workers: object, on_error: str) -> dict[str, object]:
         return self.reports
 
-    def run_on_scheduler(self, function: object, *arguments: object) -> str:
-        return USUAL.versions["ntkpipe"]
 
-    def scheduler_info(self, n_workers: int) -> dict[str, str]:
-        return {"address": "tcp://scheduler:8786"}
+@pytest.fixture(autouse=True)
+def ready(monkeypatch):
+    """Prepared answers come from no cluster."""
+    require = connect.require_workers
+    monkeypatch.setattr(connect, "require_workers", lambda c: None if isinstance(c, Answers) else require(c))
 
 
 def inspect(*reports: object):
     return inspect_workers(Answers(*reports), torch.float32)
 
 
-def other(host: str, *, versions: dict[str, str] = USUAL.versions, **changes: object) -> WorkerFacts:
-    return WorkerFacts(host, versions, replace(USUAL.machine, **changes))
-
-
-def die_in(address: str, dask_worker: Worker) -> int:
-    """Called in every worker."""
-    if dask_worker.address == address:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return os.getpid()
-
-
-def test_a_worker_that_dies_while_it_is_asked_is_left_out():
-    settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
-    with dask.config.set(settings), connect("local", RunSpec(workers=2, memory_limit=2 * GIB)) as client:
-        doomed, other = sorted(client.nthreads())
-        assert list(workers._ask(client, die_in, doomed)) == [other]
+def other(host: str, *, facts: dict[str, object] = {}, **changes: object) -> Report[WorkerFacts]:  # noqa: B006
+    return replace(USUAL, host=host, found=replace(FACTS, **facts), **changes)
 
 
 def test_a_plan_is_made_for_the_weakest_of_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, flops_per_second=40e9))
+        found = inspect(USUAL, other("two", memory_limit=2 * GIB, base_memory=GIB, facts={"flops_per_second": 40e9}))
     assert (found.processes, found.workers, found.device) == (2, 1, "cpu")
-    assert found.memory_limit == 2 * GIB
+    assert found.memory_limit == int(SHARE_OF_LIMIT * 2 * GIB)
     assert found.is_remote
     assert found.base_memory == GIB
     assert found.flops_per_second == 50e9
 
 
 def test_what_differs_is_said_with_the_names_of_hosts():
-    versions = {**USUAL.versions, "torch": "2.9.0"}
+    versions = {**FACTS.versions, "torch": "2.9.0"}
     with pytest.warns(UserWarning, match=r"versions of torch differ: .* on one, .*this process\); 2\.9\.0 on two"):
-        inspect(USUAL, other("two", versions=versions))
+        inspect(USUAL, other("two", facts={"versions": versions}))
     with pytest.warns(UserWarning, match=r"compute differently: AVX2.* on one; AVX512.* on three, two; tiles agree"):
-        inspect(USUAL, other("two", arithmetic="AVX512"), other("three", arithmetic="AVX512"))
+        inspect(USUAL, *(other(host, facts={"arithmetic": "AVX512"}) for host in ("two", "three")))
 
 
 @pytest.mark.parametrize(
     ("reports", "words"),
     [
-        ([], "has no workers"),
-        ([other("two", device="cuda:0", workers=2)], "several threads; a GPU has one worker"),
-        ([USUAL, other("two", device="cuda:0")], "different devices: cpu on one; cuda:0 on two"),
-        (
-            [other("two", versions={**USUAL.versions, "ntkpipe": "0.0.1"})],
-            r"versions of ntkpipe differ: .*0\.0\.1 on two",
-        ),
+        ([], "all workers of the cluster died"),
+        ([other("two", facts={"device": "cuda:0"}, threads=2)], "several threads; a GPU has one worker"),
+        ([USUAL, other("two", facts={"device": "cuda:0"})], "different devices: cpu on one; cuda:0 on two"),
+        ([other("two", version="0.0.1")], r"versions of ntkpipe differ: .*0\.0\.1 on two"),
         ([USUAL, ModuleNotFoundError("No module named 'torch'")], r"1 of 2 workers fail.*worker-1.*Install ntkpipe"),
     ],
 )
-def test_workers_that_cannot_work_together_are_refused(reports, words, monkeypatch):
-    monkeypatch.setattr("ntkpipe.executors.connect.require_workers", lambda client: None)
+def test_workers_that_cannot_work_together_are_refused(reports, words):
     with pytest.raises(ClusterError, match=words):
         inspect(*reports)
 
@@ -162,6 +140,6 @@ def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, mo
         (put if len(calls) == 1 else refuse)(self, name, *parts)
 
     monkeypatch.setattr(Folder, "put", only_the_driver)
-    with pytest.raises(ClusterError, match=r"host .* cannot write there: .*Permission denied.* same path on a disk"):
+    with pytest.raises(ClusterError, match=r"process .* cannot write there: .*Permission denied.* same path on a disk"):
         require_shared_store(client, store)
     assert not list(Path(store.root).glob("*.partial"))

@@ -101,14 +101,16 @@ def test_a_cluster_without_workers_and_a_scheduler_of_another_version(monkeypatc
         with pytest.raises(ClusterError, match=r"no worker joined .*`dask worker .* --nthreads 1`"):
             cluster.require_workers(client)
         assert "has no workers yet; waiting" in capsys.readouterr().err
-        cluster.require_package(client)
+        monkeypatch.undo()
+        client.cluster.scale(1)
+        cluster.require_workers(client)
         monkeypatch.setattr(client, "run_on_scheduler", lambda *_: "0.0.1")
         with pytest.raises(ClusterError, match=r"has ntkpipe 0\.0\.1, this process"):
-            cluster.require_package(client)
+            cluster.require_workers(client)
 
         def missing(*_: object) -> None:
             raise ModuleNotFoundError("No module named 'ntkpipe'")
 
         monkeypatch.setattr(client, "run_on_scheduler", missing)
         with pytest.raises(ClusterError, match="cannot import ntkpipe"):
-            cluster.require_package(client)
+            cluster.require_workers(client)

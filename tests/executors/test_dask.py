@@ -1,5 +1,6 @@
 """On a cluster: every key once, the bits of threads, and whatever dies, leaves or grows too large is made good."""
 
+import asyncio
 import gc
 import io
 import os
@@ -42,7 +43,7 @@ from ntkpipe.base.errors import (
 )
 from ntkpipe.executors import connect as cluster
 from ntkpipe.executors.dask import ClusterExecutor, JobPlugin
-from ntkpipe.executors.payload import Payload, _Opened, pack_code
+from ntkpipe.executors.payload import PLUGIN_PREFIX, pack_code
 
 MIB = 2**20
 
@@ -103,10 +104,11 @@ def test_what_a_killed_driver_left_on_the_cluster_is_removed(client):
 
 
 def test_nothing_is_left_on_the_cluster(client):
-    from ntkpipe.executors.payload import _OPENED
+    def num_plugins(dask_worker: Worker) -> int:
+        return sum(name.startswith(PLUGIN_PREFIX) for name in dask_worker.plugins)
 
     run(client, Numbers())
-    assert set(client.run(lambda: len(_OPENED)).values()) == {0}
+    assert set(client.run(num_plugins).values()) == {0}
     assert not client.futures
 
 
@@ -223,11 +225,13 @@ def fail_with(taken: weakref.WeakSet[Large], job: Numbers, key: int, pause: Paus
 def test_an_error_keeps_no_memory_of_the_work_that_failed(tmp_path):
     """A worker that is paused for its memory, and whose key is given up, would stay paused."""
     taken: weakref.WeakSet[Large] = weakref.WeakSet()
-    worker = SimpleNamespace(address="here", get_current_task=lambda: "key", log_event=lambda *_: None)
-    opened = _Opened(Payload("token", b"", None), tmp_path, "topic")
-    opened._jobs[0] = Numbers(partial(fail_with, taken))
+    place = {"address": "here", "local_directory": str(tmp_path)}
+    worker = SimpleNamespace(**place, get_current_task=lambda: "key", log_event=lambda *_: None)
+    plugin = JobPlugin(b"", None, owner="me")
+    plugin.setup(worker)
+    plugin._job = Numbers(partial(fail_with, taken))
     with pytest.raises(StoreError, match="it fails") as failure:
-        opened.run(worker, 1, 0)
+        plugin.run(worker, 1, 0)
     assert failure.value.__traceback__ is not None
     assert not taken
 
@@ -274,13 +278,13 @@ def interrupt_once(is_time: Callable[[], object]) -> None:
 
 
 def test_results_do_not_wait_for_each_other(client, monkeypatch):
-    fetch, together = Future.result, threading.Barrier(2, timeout=60)
+    fetch, together = Future._result, asyncio.Barrier(2)
 
-    def result(future: Any, *args: Any) -> Any:
-        together.wait()
-        return fetch(future, *args)
+    async def result(future: Any, *args: Any) -> Any:
+        await asyncio.wait_for(together.wait(), timeout=60)
+        return await fetch(future, *args)
 
-    monkeypatch.setattr(Future, "result", result)
+    monkeypatch.setattr(Future, "_result", result)
     executor: ClusterExecutor[int, int] = ClusterExecutor(client, name="numbers")
     assert len(list(executor.run(Numbers(), range(1, 9)))) == 16
 

@@ -17,8 +17,7 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.on_dask.operator import WorkersOperator
-from ntkpipe.operators.on_dask.worker_group import WorkerGroup
+from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.streaming import StreamingOperator
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource

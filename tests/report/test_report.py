@@ -298,8 +298,9 @@ def test_what_does_not_fit_is_streamed_and_says_so(store, monkeypatch: pytest.Mo
         raise ResourceError("too large")
 
     exact = make_text(store)
-    monkeypatch.setattr("ntkpipe.learning.regression.eigensystem.eigh", too_large)
+    monkeypatch.setattr("ntkpipe.solvers.inverse.choice.eigh", too_large)
     monkeypatch.setattr("ntkpipe.analysis.spectrum.eigvalsh", too_large)
+    monkeypatch.setattr("ntkpipe.solvers.inverse.choice.factor_fits", lambda *_: False)
     for name in ("spectrum", "alignment", "generalisation"):
         (Path(store.path) / "results" / name / "zarr.json").unlink()
     # Eigenpairs that are known stay with the open store.

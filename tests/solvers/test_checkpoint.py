@@ -12,7 +12,7 @@ from ntkpipe.base.operator import Work
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
-from ntkpipe.solvers.linear.solve import solve_path
+from ntkpipe.solvers.inverse.solve import solve_path
 from ntkpipe.solvers.spectral.density import density
 from ntkpipe.solvers.spectral.krylov import is_due
 from ntkpipe.solvers.spectral.lanczos import eigsh

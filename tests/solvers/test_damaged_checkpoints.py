@@ -12,7 +12,7 @@ from matrices import matrix_with_spectrum, power_law
 from ntkpipe.base.errors import ConfigError, NtkpipeError, StoreError
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.solve import solve, solve_path
+from ntkpipe.solvers.inverse.solve import solve, solve_path
 from ntkpipe.solvers.spectral.density import density
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.slq_logdet import slq_logdet

@@ -72,19 +72,18 @@ def test_a_group_is_tested_with_its_own_test_kernel(store):
 def test_steps_on_one_open_store_share_their_eigenpairs(store, monkeypatch):
     calls = []
     original = ntkpipe.eigh
-    monkeypatch.setattr(
-        "ntkpipe.learning.regression.eigensystem.eigh", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
+    monkeypatch.setattr("ntkpipe.solvers.inverse.choice.eigh", lambda *a, **k: calls.append(1) or original(*a, **k))
     opened = ntkpipe.open_kernel(store.path)
     expected = ntkpipe.alignment(store.train.to_numpy(), CLASSES)
     calls.clear()
-    assert run_step(opened, "alignment", progress=False).alignment == pytest.approx(expected.alignment)
     run_step(opened, "generalisation", ridges=[0.5], progress=False)
+    assert run_step(opened, "alignment", progress=False).alignment == pytest.approx(expected.alignment)
+    assert run_step(opened, "regression", ridges=[0.5], progress=False).method == "eigh"
     run_step(opened, "learning_curve", progress=False)
     assert run_step(opened, "spectrum", progress=False).why == "60 eigenpairs were given"
     assert len(calls) == 1
     # Another kernel of the store has its own.
-    group = run_step(opened, "alignment", array="groups/first/train", progress=False)
+    group = run_step(opened, "alignment", array="groups/first/train", method="exact", progress=False)
     assert len(calls) == 2
     assert group.alignment == pytest.approx(ntkpipe.alignment(store.group("first").train.to_numpy(), CLASSES).alignment)
 

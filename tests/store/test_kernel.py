@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from ntkpipe.base.errors import ArgumentError, ConfigError, ResourceError, StoreError, StoreNotFoundError, TileError
+from ntkpipe.build.derive import derive_kernel
 from ntkpipe.store import kernel as kernel_module
-from ntkpipe.store.derive import derive_kernel
 from ntkpipe.store.export import export_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel

@@ -130,5 +130,5 @@ def test_results_come_back_only_for_the_manifest_they_belong_to(store, make_mani
     assert Store(store.medium, make_manifest(tile=4)).read_result("summary") is None
     assert dict(zarr.open_group(str(store.root), mode="r")["results/summary"].attrs)["result"] == {"trace": 4.5}
     (store.root / "results/summary/zarr.json").write_text("{}")
-    with pytest.raises(errors.StoreError, match=r"results/summary of .* is damaged"):
+    with pytest.raises(errors.StoreError, match=r"results/summary.* is damaged"):
         store.read_result("summary")

@@ -11,36 +11,40 @@ Cost: every tile of both once, diagonal ones twice, of different tiles some of t
 spectra by passes: 15 for leading pairs, 100 for λ_min.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.linalg import subspace_angles
 
 from ntkpipe.analysis.comparing.entries import measure_differences
-from ntkpipe.analysis.comparing.inputs import KernelInput, differing_fields, inputs_of, require_comparable
-from ntkpipe.analysis.comparing.predictions import Goal, Predictions, compare_predictions, goal_of, predict
-from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.spectra import (
-    Ends,
-    Way,
-    angle_error,
-    find_ends,
-    outer_ends,
-    principal_angles,
-    ratios_of,
-    way_for,
+from ntkpipe.analysis.comparing.inputs import (
+    KernelInput,
+    differing_fields,
+    has_same_test_samples,
+    inputs_of,
+    require_comparable,
+    targets_of,
 )
+from ntkpipe.analysis.comparing.result import Comparison
+from ntkpipe.analysis.comparing.spectra import Ends, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.operator import Work
+from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Task
+from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
+from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.inverse.passes import recurrence_for
+from ntkpipe.solvers.inverse.solve import solve
+from ntkpipe.solvers.inverse.systems import SolveMethod
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
@@ -49,13 +53,28 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+_TOL = 1e-10  # of predictions
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What is predicted."""
+
+    targets: Targets  # of train samples
+    test_targets: Targets | None  # of test samples, if there are any
+
+    def digests(self) -> dict[str, str]:
+        """Digests of targets, by name."""
+        known = {"targets": self.targets, "test_targets": self.test_targets}
+        return {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
+
+
 @dataclass(frozen=True)
 class _Found:
     """What was found of one kernel."""
 
     ends: Ends
-    predictions: Predictions | None
-    ridge: float
+    predictions: Mapping[str, Any] | None
     identity: str
     way: Way
     work: Work
@@ -132,7 +151,7 @@ def compare_kernels(
     inputs = inputs_of(a, b, array=array, num_outputs=num_outputs, test_kernels=test_kernels)
     width = require_comparable(*inputs)
     check_number("k", k, low=1)
-    goal, note = goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
+    goal, note = _goal_of(inputs, targets, test_targets, task=task, are_kernels_given=test_kernels is not None)
     decides: dict[str, Any] = {"k": k, "ridge": ridge, "ridge_scale": ridge_scale, "seed": seed}
     if checkpoint is not None:
         decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
@@ -142,37 +161,33 @@ def compare_kernels(
     measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
     if measured["frobenius_b"] == 0:
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
-    measured |= {
-        name: measured[name] / measured["frobenius_b"] for name in ("relative_difference", "scaled_difference")
-    }
+    for name in ("relative_difference", "scaled_difference"):
+        measured[name] /= measured["frobenius_b"]
     measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
-    # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
-    counts = [count if inputs[0].width == inputs[1].width else count * kernel.width for kernel in inputs]
-    ridges = [
-        absolute_ridge(ridge, ridge_scale, partial(np.asarray, measured.pop(f"diagonal_{name}")[:: width // one.width]))
-        for name, one in zip("ab", inputs, strict=True)
-    ]
-    how: dict[str, Any] = {"goal": goal, "budget": budget, "client": client, "stages": stages, "seed": seed}
-    first, second = (
-        _find(*one, width, with_smallest=smallest_eigenvalue, monitor=monitor, **how)
-        for one in zip("ab", inputs, counts, ridges, eigenpairs or (None, None), strict=True)
-    )
+    how: dict[str, Any] = {"with_smallest": smallest_eigenvalue, "budget": budget, "client": client, "seed": seed}
+    found, ridges = [], []
+    for name, one, given in zip("ab", inputs, eigenpairs or (None, None), strict=True):
+        diagonal = measured.pop(f"diagonal_{name}")[:: width // one.width]
+        ridges.append(absolute_ridge(ridge, ridge_scale, partial(np.asarray, diagonal)))
+        # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
+        leading = count if inputs[0].width == inputs[1].width else count * one.width
+        found.append(_find(name, one, leading, ridges[-1], given, width, goal, stages, monitor=monitor, **how))
+    first, second = found
     predicted = {}
     if goal is not None and first.predictions is not None and second.predictions is not None:
-        predicted = compare_predictions(first.predictions.values, second.predictions.values, goal)
+        predicted = _compare_predictions(first.predictions["values"], second.predictions["values"], goal)
     status, message = _judge(first, second)
-    done = Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work
     return Comparison(
         status=status,
         message=message,
-        work=done,
+        work=Work(1.0, measured.pop("bytes_read"), 0.0) + first.work + second.work,
         options={"k": count},
         matrix=first.identity,
         reference=second.identity,
         method=_method(first, second),
-        ridge_a=first.ridge,
-        ridge_b=second.ridge,
+        ridge_a=ridges[0],
+        ridge_b=ridges[1],
         targets="" if goal is None else goal.targets.words,
         a=inputs[0].name,
         b=inputs[1].name,
@@ -196,12 +211,12 @@ def _find(
     ridge: float,
     given: Any,
     width: int,
+    goal: _Goal | None,
+    stages: Stages,
     *,
     with_smallest: bool,
-    goal: Goal | None,
     budget: Budget,
     client: "Client | None",
-    stages: Stages,
     seed: int,
     monitor: Monitor,
 ) -> _Found:
@@ -209,37 +224,36 @@ def _find(
     way = way_for(kernel.num_samples * kernel.width, budget if client is None else Budget())
     how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": seed, "monitor": monitor}
     with kernel.operator(budget, client) as stored:
-        whole = stored if way == "passes" else None  # read once something is computed
+        matrices = [stored]  # and, unless it is multiplied by passes, the whole, once something is computed
 
-        def once(part: str, function: Callable[..., Ends | Predictions], *args: Any, **options: Any) -> dict[str, Any]:
-            checkpoint = stages.part(part)
+        def spent() -> Work:
+            return sum((one.work for one in matrices), Work())
 
+        def once(part: str, function: Callable[..., Mapping[str, Any]], *args: Any, **options: Any) -> dict[str, Any]:
             def computed() -> dict[str, Any]:
-                nonlocal whole
-                before = stored.work
-                if whole is None:
+                before = spent()
+                if way != "passes" and len(matrices) == 1:
                     rows = slice(0, stored.num_rows)
-                    whole = DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype)
-                of_whole = whole.work
-                found = function(whole, *args, checkpoint=checkpoint, **options, **how)
-                done = stored.work - before
-                return {**vars(found), "work": done if whole is stored else done + (whole.work - of_whole)}
+                    matrices.append(DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype))
+                found = function(matrices[-1], *args, checkpoint=stages.part(part), **options, **how)
+                return {**found, "work": spent() - before}
 
             return dict(stages.once(part, computed))
 
         spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=with_smallest, given=given)
-        done, found = spectrum.pop("work"), None
+        work, predicted = spectrum.pop("work"), None
         if goal is not None:
             of_test = kernel.test_kernel, kernel.width, goal
-            largest = float(spectrum["eigenvalues"][0])
-            predicted = once(f"predictions-{name}", predict, *of_test, largest=largest, budget=budget)
-            done += predicted.pop("work")
-            found = Predictions(**predicted)
-        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), found, ridge, stored.identity(), way, done)
+            predicted = once(f"predictions-{name}", _predict, *of_test, budget=budget)
+            work += predicted["work"]
+        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), predicted, stored.identity(), way, work)
 
 
 def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
-    angles = principal_angles(a.eigenvectors, b.eigenvectors)
+    # Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
+    # linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines
+    # are near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
+    angles = np.asarray(subspace_angles(a.eigenvectors, b.eigenvectors)[::-1], np.float64)
     found = ratios_of(a, b) | {
         "largest_eigenvalue_ratio": float(a.eigenvalues[0]) / float(b.eigenvalues[0]),
         "principal_angles": angles,
@@ -258,7 +272,6 @@ def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
 
 
 def _method(first: _Found, second: _Found) -> str:
-    """How spectra and predictions were found, of A and of B."""
     words = {
         "lapack": "LAPACK in memory, float64",
         "factor": "block Lanczos and Cholesky in memory, float64",
@@ -271,7 +284,81 @@ def _method(first: _Found, second: _Found) -> str:
 
 def _judge(first: _Found, second: _Found) -> tuple[Status, str]:
     for name, found in (("A", first), ("B", second)):
-        for part in (found.ends, found.predictions):
-            if part is not None and part.status != "converged":
-                return part.status, f"of {name}: {part.message}"
+        for part in (vars(found.ends), found.predictions or {}):
+            if part.get("status", "converged") != "converged":
+                return part["status"], f"of {name}: {part['message']}"
     return "converged", "entries are compared exactly, spectra and predictions to true residuals of 1e-10"
+
+
+def _goal_of(
+    inputs: tuple[KernelInput, KernelInput],
+    targets: ArrayLike | None,
+    test_targets: ArrayLike | None,
+    *,
+    task: Task,
+    are_kernels_given: bool,
+) -> tuple[_Goal | None, str]:
+    """What two kernels can both predict; and why there is no such thing, or what is to be known of it."""
+    if any(one.test_kernel is None for one in inputs):
+        return None, "no test kernels"
+    targets = targets_of(*inputs, "train") if targets is None else targets
+    if targets is None:
+        return None, "no targets"
+    if not are_kernels_given and not has_same_test_samples(*inputs):
+        return None, "test samples of the stores are not the same"
+    test_targets = targets_of(*inputs, "test") if test_targets is None else test_targets
+    width, num_samples = max(one.width for one in inputs), inputs[0].num_samples
+    train = encode(targets, task=task, num_outputs=width if width > 1 else None)
+    if len(train.matrix) != num_samples:
+        raise ConfigError(f"{len(train.matrix)} targets for {num_samples} train samples")
+    train.rows(width)
+    if test_targets is None:
+        return _Goal(train, None), ""
+    test = encode_test(test_targets, train)
+    return _Goal(train, test), note_on_unknown(test).removeprefix("; ")
+
+
+def _predict(
+    operator: Operator,
+    test_kernel: Any,
+    width: int,
+    goal: _Goal,
+    *,
+    ridge: float,
+    way: Way,
+    budget: Budget,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    monitor: Monitor,
+) -> dict[str, Any]:
+    """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression, (M, c), with status and message of the solver."""
+    cross = CrossKernel(test_kernel, operator.num_rows, width)
+    rows = goal.targets.rows(width)
+    room = budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1]))
+    method: SolveMethod = "auto" if way != "passes" else recurrence_for(rows.shape[1])
+    how: dict[str, Any] = {"task": "regression", "tol": _TOL, "seed": seed, "memory_limit": room, "monitor": monitor}
+    kept = checkpoint if way == "passes" else None
+    solution = solve(operator, rows, ridge=ridge, method=method, checkpoint=kept, **how)
+    values = np.ascontiguousarray(cross.outputs(solution.coefficients))
+    return {"values": values, "status": solution.status, "message": solution.message}
+
+
+def _compare_predictions(a: FloatArray, b: FloatArray, goal: _Goal) -> dict[str, Any]:
+    """How far predictions of two kernels are apart, shape (M, c) each, by the fields of the comparison."""
+    wanted = goal.test_targets
+    if len(a) != len(b) or (wanted is not None and len(wanted.matrix) != len(a)):
+        targets = "" if wanted is None else f", and {len(wanted.matrix)} test targets"
+        raise ConfigError(f"test kernels of {len(a)} and {len(b)} samples{targets}; needed the same test samples")
+    norm = float(np.linalg.norm(b))
+    differs = None
+    if a.shape[1] > 1 or goal.targets.is_binary:
+        differs = float(np.mean(goal.targets.predicted(a) != goal.targets.predicted(b)))
+    found: dict[str, Any] = {
+        "prediction_difference": float(np.linalg.norm(a - b)) / norm if norm else None,
+        "disagreement": differs,
+    }
+    for name, values in (("a", a), ("b", b)):
+        found[f"predictions_{name}"] = values
+        found[f"test_loss_{name}"] = None if wanted is None else wanted.loss(values)
+        found[f"test_accuracy_{name}"] = None if wanted is None else wanted.accuracy(values)
+    return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.analysis.comparing.paired_tiles import Entries, OperatorEntries, TileEntries
+from ntkpipe.analysis.comparing.entries import Entries, OperatorEntries, TileEntries
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
@@ -84,37 +84,29 @@ def inputs_of(
     a: Any, b: Any, *, array: str = _TRAIN, num_outputs: int | None = None, test_kernels: tuple[Any, Any] | None = None
 ) -> tuple[KernelInput, KernelInput]:
     """The two kernels of a comparison, from stores, paths, stored kernels, arrays or operators."""
-    stored = [_stored_input(kernel, array) for kernel in (a, b)]
-    rows = [
-        _num_rows(kernel, name) if known is None else known.num_samples * known.width
-        for kernel, name, known in zip((a, b), "ab", stored, strict=True)
-    ]
-    full = max(1 if known is None else known.width for known in stored)
+    found = [_stored_input(kernel, array) or _input_of_matrix(kernel, name) for name, kernel in (("a", a), ("b", b))]
+    rows = [one.num_samples * one.width for one in found]
+    full = max(one.width for one in found)
     if num_outputs is not None:
         full = int(check_number("num_outputs", num_outputs, low=1))
-    first, second = (
-        known or _input_of_matrix(kernel, name, own, full if own == max(rows) else 1)
-        for kernel, name, own, known in zip((a, b), "ab", rows, stored, strict=True)
-    )
-    if test_kernels is None:
-        return first, second
-    return replace(first, test_kernel=test_kernels[0]), replace(second, test_kernel=test_kernels[1])
+    for place, (one, own) in enumerate(zip(found, rows, strict=True)):
+        if one.store is None and own == max(rows):
+            if own % full:
+                has = f"{'ab'[place]} has {own} rows, which is no multiple of {full} outputs"
+                raise ConfigError(f"{has}; needed sample * O + output")
+            found[place] = replace(one, width=full, num_samples=own // full)
+        if test_kernels is not None:
+            found[place] = replace(found[place], test_kernel=test_kernels[place])
+    return found[0], found[1]
 
 
-def _num_rows(kernel: Any, name: str) -> int:
+def _input_of_matrix(kernel: Any, name: str) -> KernelInput:
+    """A matrix that is not known to have more than one row a sample."""
     shape = tuple(int(size) for size in (kernel.shape if hasattr(kernel, "shape") else np.shape(kernel)))
     if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
         raise ConfigError(f"{name} has shape {shape}; needed a square kernel of samples with themselves")
-    return shape[0]
-
-
-def _input_of_matrix(kernel: Any, name: str, num_rows: int, width: int) -> KernelInput:
-    if num_rows % width:
-        raise ConfigError(
-            f"{name} has {num_rows} rows, which is no multiple of {width} outputs; needed sample * O + output"
-        )
     matrix = kernel if isinstance(kernel, Operator) or _has_tiles(kernel) else np.asarray(kernel)
-    return KernelInput(f"{name} ({num_rows} × {num_rows})", matrix, width, num_rows // width)
+    return KernelInput(f"{name} ({shape[0]} × {shape[0]})", matrix, 1, shape[0])
 
 
 def _stored_input(kernel: Any, array: str) -> KernelInput | None:

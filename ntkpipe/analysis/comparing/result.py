@@ -7,7 +7,6 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.sources import said_of
 from ntkpipe.solvers.result import Result
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
@@ -113,6 +112,11 @@ class Comparison(Result):
             size += f"; {self.outer.upper()} = K ⊗ I_{self.num_outputs}, never expanded"
         tops = f"{self.eigenvalues_a[0]:.6g} / {self.eigenvalues_b[0]:.6g}"
         scaled = "A is zero" if self.scale is None else f"{self.scaled_difference:.6g}, A times {self.scale:.6g}"
+        left_out = f"; {self.num_zero_rows} rows without a diagonal left out" if self.num_zero_rows else ""
+        largest = "not known"
+        if self.largest_entry is not None:
+            largest = "row {}, column {}".format(*self.largest_entry)
+            largest = f"differs by {self.largest_entry_difference:.4g} of √(B_ii B_jj), {largest}"
         rows = [("a", self.a), ("b, the reference", self.b), ("rows", size)]
         if self.differs is not None:
             rows.append(("manifests differ in", ", ".join(self.differs) or "nothing"))
@@ -120,7 +124,7 @@ class Comparison(Result):
             ("‖A − B‖ / ‖B‖", f"{self.relative_difference:.6g} (Frobenius)"),
             ("after the best scale", scaled),
             ("alignment", f"{_number(self.alignment)}, centred {_number(self.centred_alignment)}"),
-            ("largest entry", self._largest_words()),
+            ("largest entry", f"{largest}{left_out}"),
             ("spectra", self.method),
             ("λ_max, A / B", f"{tops} = {self.largest_eigenvalue_ratio:.6g}"),
             ("λ_min, A / B", self.smallest_eigenvalue_note),
@@ -131,23 +135,13 @@ class Comparison(Result):
             words = f"{both} = {self.condition_number_ratio:.6g}, in [{low:.6g}, {high:.6g}]"
             rows.append(("condition number, A / B", words))
         rows.append(("storage floors", f"{self.floor_a:.2g} and {self.floor_b:.2g}"))
-        rows += [("leading eigenspaces", self._angle_words()), *self._prediction_rows()]
+        known = "not known: no gap" if self.angle_error >= math.pi / 2 else f"± {_degrees(self.angle_error)}"
+        words = f"{len(self.principal_angles)} dimensions, angles to {_degrees(float(self.principal_angles[-1]))}"
+        rows.append(("leading eigenspaces", f"{words} ({known}), overlap {self.overlap:.6g}"))
+        rows += self._prediction_rows()
         if self.is_of_dtypes:
             rows += [(f"dtype, for {purpose}", words) for purpose, words in self.purposes().items()]
         return rows
-
-    def _largest_words(self) -> str:
-        left_out = f"; {self.num_zero_rows} rows without a diagonal left out" if self.num_zero_rows else ""
-        if self.largest_entry is None:
-            return f"not known{left_out}"
-        row, column = self.largest_entry
-        return f"differs by {self.largest_entry_difference:.4g} of √(B_ii B_jj), row {row}, column {column}{left_out}"
-
-    def _angle_words(self) -> str:
-        angles = self.principal_angles
-        known = "not known: no gap" if self.angle_error >= math.pi / 2 else f"± {_degrees(self.angle_error)}"
-        largest = _degrees(float(angles[-1]))
-        return f"{len(angles)} dimensions, angles to {largest} ({known}), overlap {self.overlap:.6g}"
 
     def _prediction_rows(self) -> TableRows:
         if self.prediction_difference is None:
@@ -155,7 +149,7 @@ class Comparison(Result):
         ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"
         change = "" if self.disagreement is None else f", another column for {self.disagreement:.2%} of test samples"
         note = f"; {self.prediction_note}" if self.prediction_note else ""
-        rows = said_of(self.targets)
+        rows = [("targets", self.targets)] if self.targets else []
         difference = f"‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}"
         rows.append(("regression", f"{ridges}: {difference}{change}{note}"))
         if self.test_accuracy_a is not None:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from scipy.linalg import subspace_angles
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
@@ -20,7 +19,6 @@ from ntkpipe.solvers.spectral.smallest import Smallest, smallest
 from ntkpipe.store.results import Checkpoint
 
 Way = Literal["lapack", "factor", "passes"]
-Bounds = tuple[float, float]
 
 _EPS = float(np.finfo(np.float64).eps)
 # Tolerance of leading eigenpairs: angles between eigenspaces are known to the residual over the gap.
@@ -51,6 +49,18 @@ class Ends:
     status: Status  # status, message: those of the worse of both ends
     message: str
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Bounds of λ_min before entries were rounded, which may be off by the floor; none if zero is between them."""
+        if self.low is None or self.high is None or self.low - self.floor <= 0:
+            return None
+        return self.low - self.floor, self.high + self.floor
+
+    @property
+    def condition(self) -> float | None:
+        """λ_max / λ_min, where that is known from zero."""
+        return float(self.eigenvalues[0]) / self.smallest if self.smallest and self.bounds else None
+
 
 def way_for(num_rows: int, budget: Budget) -> Way:
     """How spectra and predictions of a kernel of so many rows are found.
@@ -75,22 +85,22 @@ def find_ends(
     seed: int,
     checkpoint: Checkpoint | None,
     monitor: Monitor,
-) -> Ends:
-    """The k leading eigenpairs, the smallest eigenvalue, and the log-determinant where the kernel is in memory."""
+) -> dict[str, Any]:
+    """Fields of :class:`Ends`: k leading eigenpairs, λ_min, and where K is in memory the log-determinant."""
     n = operator.num_rows
     wanted = min(k + 1, n)
-    known = None if given is None or len(given.eigenvalues) < wanted else np.asarray(given.eigenvalues, np.float64)
     status: Status = "converged"
-    message = ""
-    if known is not None:
+    message, every = "", None
+    if given is not None and len(given.eigenvalues) >= wanted:
+        known = np.asarray(given.eigenvalues, np.float64)
         values, vectors = known[:wanted], np.asarray(given.eigenvectors, np.float64)[:, :wanted]
         residual = float(np.linalg.norm(operator.matmat(vectors) - vectors * values))
+        every = known if len(known) == n else None
     else:
         pairs = eigsh(operator, wanted, tol=_TOL, seed=seed, monitor=monitor)
-        values, vectors = pairs.eigenvalues, pairs.eigenvectors
+        values, vectors = pairs.eigenvalues, pairs.vectors
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
-    every = known if known is not None and len(known) == n else None
     if every is None and with_smallest and way == "lapack":
         every = eigvalsh(operator).eigenvalues
     least = low = high = None
@@ -104,19 +114,19 @@ def find_ends(
         # That it is not known at storage precision is a finding; bounds hold all the same.
         if status == "converged" and found.status in {"step limit", "not converged"}:
             status, message = found.status, f"smallest eigenvalue: {found.message}"
-    return Ends(
-        eigenvalues=values[:k].copy(),
-        eigenvectors=np.ascontiguousarray(vectors[:, :k]),
-        residual=residual,
-        next_eigenvalue=float(values[k]) if wanted > k else None,
-        smallest=least,
-        low=low,
-        high=high,
-        floor=operator.storage_floor(),
-        log_determinant=_log_determinant(operator, every, way, ridge),
-        status=status,
-        message=message,
-    )
+    return {
+        "eigenvalues": values[:k].copy(),
+        "eigenvectors": np.ascontiguousarray(vectors[:, :k]),
+        "residual": residual,
+        "next_eigenvalue": float(values[k]) if wanted > k else None,
+        "smallest": least,
+        "low": low,
+        "high": high,
+        "floor": operator.storage_floor(),
+        "log_determinant": _log_determinant(operator, every, way, ridge),
+        "status": status,
+        "message": message,
+    }
 
 
 def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | None, monitor: Monitor) -> Smallest:
@@ -128,11 +138,8 @@ def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | 
         factor = cholesky(operator, jitter="auto")
     except IndefiniteError:  # beyond what rounding explains
         return by_passes()
-
-    def inverse(block: FloatArray) -> FloatArray:
-        return factor.solve(block, refine=0).coefficients
-
-    return smallest(operator, tol=_TOL_BY_FACTOR, inverse=inverse, certify=True, seed=seed, monitor=monitor)
+    how: dict[str, Any] = {"inverse": lambda block: factor.solve(block, refine=0).coefficients, "certify": True}
+    return smallest(operator, tol=_TOL_BY_FACTOR, seed=seed, monitor=monitor, **how)
 
 
 def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, ridge: float) -> float | None:
@@ -145,16 +152,6 @@ def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, rid
         return cholesky(operator, ridge=ridge).logdet
     except IndefiniteError:
         return None
-
-
-def principal_angles(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Principal angles between the ranges of two matrices of orthonormal columns, ascending, in radians.
-
-    Their cosines are the singular values of AᵀB (Björck, Golub 1973, Numerical methods for computing angles between
-    linear subspaces, Math. Comp. 27, Theorem 1). SciPy takes small ones from sines, which have digits where cosines are
-    near one (Knyazev, Argentati 2002, SIAM J. Sci. Comput. 23).
-    """
-    return np.asarray(subspace_angles(a, b)[::-1], np.float64)
 
 
 def outer_ends(ends: Ends, num_outputs: int) -> Ends:
@@ -192,33 +189,20 @@ def ratios_of(a: Ends, b: Ends) -> dict[str, Any]:
     """
     if a.smallest is None or b.smallest is None:
         return {"smallest_eigenvalue_note": "not asked for"}
-    bounds_a, bounds_b = _before_rounding(a), _before_rounding(b)
-    tops = float(a.eigenvalues[0]), float(b.eigenvalues[0])
-    condition_a = None if bounds_a is None else tops[0] / a.smallest
-    condition_b = None if bounds_b is None else tops[1] / b.smallest
-    found: dict[str, Any] = {"condition_number_a": condition_a, "condition_number_b": condition_b}
-    if bounds_a is None or bounds_b is None or condition_a is None or condition_b is None:
-        words = [_why(name, ends) for name, ends, bounds in (("A", a, bounds_a), ("B", b, bounds_b)) if bounds is None]
-        return found | {"smallest_eigenvalue_note": "; ".join(words)}
-    ratio, bounds = a.smallest / b.smallest, (bounds_a[0] / bounds_b[1], bounds_a[1] / bounds_b[0])
-    top = tops[0] / tops[1]
+    found: dict[str, Any] = {"condition_number_a": a.condition, "condition_number_b": b.condition}
+    if a.bounds is None or b.bounds is None or a.condition is None or b.condition is None:
+        reasons = (_why(name, ends) for name, ends in (("A", a), ("B", b)) if ends.bounds is None)
+        return found | {"smallest_eigenvalue_note": "; ".join(reasons)}
+    ratio, top = a.smallest / b.smallest, float(a.eigenvalues[0]) / float(b.eigenvalues[0])
+    low, high = a.bounds[0] / b.bounds[1], a.bounds[1] / b.bounds[0]
+    words = f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{low:.6g}, {high:.6g}]"
     return found | {
         "smallest_eigenvalue_ratio": ratio,
-        "smallest_eigenvalue_ratio_bounds": bounds,
-        "smallest_eigenvalue_note": (
-            f"{a.smallest:.6g} / {b.smallest:.6g} = {ratio:.6g}, in [{bounds[0]:.6g}, {bounds[1]:.6g}]"
-        ),
-        "condition_number_ratio": condition_a / condition_b,
-        "condition_number_ratio_bounds": (top / bounds[1], top / bounds[0]),
+        "smallest_eigenvalue_ratio_bounds": (low, high),
+        "smallest_eigenvalue_note": words,
+        "condition_number_ratio": a.condition / b.condition,
+        "condition_number_ratio_bounds": (top / high, top / low),
     }
-
-
-def _before_rounding(ends: Ends) -> Bounds | None:
-    """Bounds of λ_min with the floor added; none if zero is between them."""
-    assert ends.high is not None
-    if ends.low is None or ends.low - ends.floor <= 0:
-        return None
-    return ends.low - ends.floor, ends.high + ends.floor
 
 
 def _why(name: str, ends: Ends) -> str:

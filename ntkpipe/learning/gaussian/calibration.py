@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.learning.regression.sources import runs, said_of
+from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Result
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
@@ -26,7 +25,7 @@ _SHOWN_LEVELS = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration(Result):
+class Calibration(OfTargets):
     """How often test targets are where a Gaussian process says. L levels, B bins."""
 
     levels: FloatArray  # probabilities, shape (L,)
@@ -38,22 +37,20 @@ class Calibration(Result):
     scale: float  # the factor that variances were multiplied with
     includes_noise: bool  # whether the noise is part of v
     # For classes, in bins of the probability of the predicted one, shape (B,); empty for real targets
-    confidence: FloatArray = field(repr=False)  # mean probability, NaN where a bin is empty
-    accuracy: FloatArray = field(repr=False)  # share that is right, NaN where a bin is empty
-    counts: NDArray[np.int64] = field(repr=False)  # test samples
+    confidence: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)  # mean probability, NaN if empty
+    accuracy: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)  # share that is right, NaN if empty
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)  # test samples
     edges: FloatArray = field(repr=False)  # edges of the bins, shape (B + 1,)
     # `Σ counts |accuracy - confidence| / M` (Guo, Pleiss, Sun, Weinberger 2017, arXiv 1706.04599); NaN for real targets
-    expected_calibration_error: float
-    mean_confidence: float  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
-    mean_accuracy: float
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
+    expected_calibration_error: float = np.nan
+    mean_confidence: float = np.nan  # mean_confidence, mean_accuracy: over all test samples; NaN for real targets
+    mean_accuracy: float = np.nan
 
     def _rows(self) -> TableRows:
         shown = [i for i, level in enumerate(self.levels) if level in _SHOWN_LEVELS] or range(len(self.levels))
         covered = ", ".join(f"{self.coverage[i]:.1%} in {self.levels[i]:.0%} intervals" for i in shown)
         noise = "with noise" if self.includes_noise else "without noise"
         rows = [
-            *said_of(self.targets),
             ("coverage", covered),
             ("standardized residual²", f"{self.mean_standardized_squared_residual:.4g} on the average; 1 is right"),
             ("log predictive density", f"{-self.negative_log_predictive_density:.4g} on the average"),
@@ -128,8 +125,7 @@ def calibration(
     halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
     coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])
     density = 0.5 * np.log(2 * np.pi * variance) + 0.5 * squares
-    table: dict[str, Any] = {"confidence": np.zeros(0), "accuracy": np.zeros(0), "counts": np.zeros(0, np.int64)}
-    table |= dict.fromkeys(("expected_calibration_error", "mean_confidence", "mean_accuracy"), np.nan)
+    table: dict[str, Any] = {}
     if targets.codes is not None:
         probabilities = _probabilities(posterior, factor, noise, targets.is_binary, num_draws, seed)
         table = _reliability(probabilities, targets, targets.predicted(posterior.mean), bins)

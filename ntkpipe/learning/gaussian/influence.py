@@ -10,8 +10,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.sources import initial_matrix, said_of
+from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, initial_matrix
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Result
 from ntkpipe.store.kernel import Kernel
@@ -21,7 +20,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Influence(Result):
+class Influence(OfTargets):
     """Terms of predictions. M test samples, N train samples, k of these for each of those.
 
     A term is ``K(x, x_i) α_i`` in the output that is looked at: of classes the predicted one, of a single output that.
@@ -35,7 +34,6 @@ class Influence(Result):
     top_share: float  # share that the k have of the sizes of all terms, the mean over test samples
     mean_size: FloatArray = field(repr=False)  # mean size of each train sample's terms over test samples, shape (N,)
     most_influential: NDArray[np.int64]  # train samples of the largest of these, descending, shape (k,)
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty for coefficients
     classes: tuple[Any, ...] | None = None  # labels of classes by their numbers; none for real targets
 
     def _rows(self) -> TableRows:
@@ -43,7 +41,6 @@ class Influence(Result):
         named = ", ".join(f"{sample} ({self.mean_size[sample]:.3g})" for sample in shown)
         count, most = self.top_samples.shape
         return [
-            *said_of(self.targets),
             ("most influential", f"train samples {named}, by mean size of their terms"),
             ("concentration", f"the {most} largest of {len(self.mean_size):,} terms are {self.top_share:.1%} of all"),
             ("test samples", f"{count:,}"),
@@ -89,18 +86,17 @@ def influence(
     num_train = len(coefficients) // rows_a_sample
     most = min(int(check_number("top", top, low=1)), num_train)
     outputs = coefficients.shape[1] if rows_a_sample == 1 else rows_a_sample
-    offset = (
-        None if test_initial_outputs is None else initial_matrix(test_initial_outputs, (cross.num_samples, outputs))
-    )
-    predicted = np.full(cross.num_samples, -1, np.int64)
+    offset = np.zeros((cross.num_samples, outputs))
+    if test_initial_outputs is not None:
+        offset = initial_matrix(test_initial_outputs, offset.shape)
+    predicted = np.empty(cross.num_samples, np.int64)
     top_samples = np.empty((cross.num_samples, most), np.int64)
     top_terms = np.empty((cross.num_samples, most))
     sums, shares = np.zeros(num_train), 0.0
     for samples, block in cross.sample_blocks():
-        initial = None if offset is None else offset[samples]
-        terms, predicted[samples] = _terms(block, coefficients, rows_a_sample, by_class, initial)
+        terms, predicted[samples] = _terms(block, coefficients, rows_a_sample, by_class, offset[samples])
         if is_shared:
-            predicted[samples] = terms.sum(axis=1) + (0.0 if initial is None else initial[:, 0]) > 0
+            predicted[samples] = terms.sum(axis=1) + offset[samples, 0] > 0
         sizes = np.abs(terms)
         order = np.argsort(-sizes, axis=1, kind="stable")[:, :most]
         top_samples[samples] = order
@@ -111,11 +107,12 @@ def influence(
         sums += sizes.sum(axis=0)
     mean_size = sums / cross.num_samples
     fit: Result | None = getattr(model, "result_", None)
-    is_good = fit is None or fit.is_converged
-    said = f"all {num_train:,} terms of {cross.num_samples:,} predictions"
+    message = f"all {num_train:,} terms of {cross.num_samples:,} predictions"
+    if fit is not None and not fit.is_converged:
+        message += f", of a model that is not what was asked for: {fit.message}"
     return Influence(
         status="converged" if fit is None else fit.status,
-        message=said if fit is None or is_good else f"{said}, of a model that is not what was asked for: {fit.message}",
+        message=message,
         options={"is_classification": by_class, "width": rows_a_sample},
         matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
         predicted=predicted,
@@ -150,7 +147,7 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
 
 
 def _terms(
-    block: FloatArray, coefficients: FloatArray, width: int, by_class: bool, offset: FloatArray | None
+    block: FloatArray, coefficients: FloatArray, width: int, by_class: bool, offset: FloatArray
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Terms of each test and train sample, and the output that they are of; see :class:`Influence`."""
     if width == 1:
@@ -161,7 +158,7 @@ def _terms(
         parts = products.sum(axis=2).reshape(-1, width, len(coefficients) // width)
         outputs = parts.sum(axis=2)
     if by_class:
-        column = np.asarray((outputs if offset is None else outputs + offset).argmax(axis=1), np.int64)
+        column = np.asarray((outputs + offset).argmax(axis=1), np.int64)
         return (block * coefficients.T[column] if width == 1 else parts[np.arange(len(parts)), column]), column
     column = np.full(len(outputs), 0 if outputs.shape[1] == 1 else -1, np.int64)
     if width > 1:

@@ -7,7 +7,6 @@ multiplications and additions; streamed, some tens of passes for each run of tes
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,23 +23,23 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Task, as_samples
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.leave_one_out import quadratic
-from ntkpipe.learning.regression.sources import offset_of_test, said_of, train_targets
-from ntkpipe.learning.regression.stages import CountedStages
-from ntkpipe.learning.regression.streamed import Convergence, StreamedInverse, factor_fits
-from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.direct.factor import CholeskyFactor
+from ntkpipe.base.targets import Task
+from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, offset_of_test, train_targets
+from ntkpipe.solvers.inverse.choice import find_inverse
+from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, ignore
+from ntkpipe.solvers.result import Monitor, ignore
 from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
+_MESSAGES = {
+    "cholesky": "exact, by a Cholesky factor in float64",
+    "streamed": "systems are solved; the log determinant is an estimate with its error",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posterior(Result):
+class Posterior(OfTargets):
     """The posterior of a Gaussian process. M test samples, O outputs, S rows a sample."""
 
     mean: FloatArray = field(repr=False)  # shape (M, O)
@@ -66,7 +65,6 @@ class Posterior(Result):
     residual: float  # largest relative true residual of the systems
     num_clipped: int  # variances that rounding made negative; they are zero now
     floor: float  # size of what rounding to the storage dtype did to K
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
     classes: tuple[Any, ...] | None = None  # labels of classes in the order of outputs; none for real targets
     is_binary: bool = False  # whether two classes share an output, of -1 and +1
 
@@ -80,7 +78,6 @@ class Posterior(Result):
         parts = f"data fit {self.data_fit:.6g}, complexity {self.complexity:.6g}"
         relative = self.noise / self.mean_diagonal if self.mean_diagonal else np.nan
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("noise λ", f"{self.noise:.4g}, {relative:.2g} mean diagonals; storage floor {self.floor:.2g}"),
             ("log marginal likelihood", f"{self.log_marginal_likelihood:.8g}{error}; {parts}"),
@@ -163,18 +160,18 @@ def gaussian_process(
         cross = CrossKernel(test_kernel, operator.num_rows, width)
         covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
         offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
+    how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "with_blocks": False}
+    by = find_inverse(operator, budget, method=method, allowed=("cholesky",), ridges=[noise], path=path, **how)
+    kept = checkpoint if by.method == "streamed" else None
     decides = {"function": "gaussian_process", "noise": noise, "tol": tol, "seed": seed}
-    is_exact = method == "cholesky"
-    if method == "auto":
-        is_exact = path is not None or factor_fits(operator.num_rows, budget)
-    stages = CountedStages(None if is_exact else checkpoint, operator, train, test=digest_of(covariance), **decides)
-    verdict = Convergence()
+    stages = CountedStages(kept, operator, train, test=digest_of(covariance), **decides)
+    verdict = Verdict()
 
-    def once(name: str, compute: Callable[[Convergence], dict[str, Any]]) -> Mapping[str, Any]:
+    def once(name: str, compute: Callable[[Verdict], dict[str, Any]]) -> Mapping[str, Any]:
         """A stage, and how well its systems are solved."""
 
         def computed() -> dict[str, Any]:
-            own = Convergence()
+            own = Verdict()
             return {**compute(own), **vars(own)}
 
         found = stages.once(name, computed)
@@ -182,25 +179,31 @@ def gaussian_process(
             verdict.add(found["status"], found["worst"], words)
         return found
 
-    by, why, message = _conditioned(operator, noise, path, tol, seed, budget, monitor, is_exact=is_exact)
-    found = once("coefficients", partial(by.solved, train.rhs))
+    def solved(own: Verdict) -> dict[str, Any]:
+        coefficients = by.times(train.rhs, noise, own)
+        return {"coefficients": coefficients, "form": by.data_fit(train.rhs, coefficients, noise)}
+
+    def forms(columns: FloatArray, own: Verdict) -> dict[str, Any]:
+        return {"forms": by.forms(columns, noise, width, own)}
+
+    found = once("coefficients", solved)
     if cross is not None:
-        mean = as_samples(cross.times(found["coefficients"]), width) + offset
+        mean = cross.outputs(found["coefficients"]) + offset
         explained = np.empty_like(covariance)
         for samples, rows in cross.sample_blocks(by.columns_at_once // width):
-            part = once(f"test-{samples.start}-{samples.stop}", partial(by.forms, rows, width))
-            explained[samples] = part["forms"]
+            part = f"test-{samples.start}-{samples.stop}"
+            explained[samples] = once(part, partial(forms, np.ascontiguousarray(rows.T)))["forms"]
         covariance = covariance - explained
     variance = np.einsum("mss->ms", covariance)  # a view
     num_clipped = int((variance < 0.0).sum())
-    np.maximum(variance, 0.0, out=variance)  # where rounding made them negative
-    logdet = once("logdet", by.logdet)
+    np.maximum(variance, 0.0, out=variance)
+    logdet = once("logdet", lambda own: by.logdet(noise, own)._asdict())
     num_rows, num_columns = train.rhs.shape
     data_fit, complexity = -0.5 * found["form"], -0.5 * num_columns * logdet["value"]
     classes = train.targets.classes
     return Posterior(
         status=verdict.status,
-        message=verdict.messages[0] if verdict.messages else message,
+        message=verdict.message or _MESSAGES[by.method],
         work=stages.work,
         seconds=stages.seconds,
         options={"centred": is_centred},
@@ -214,8 +217,8 @@ def gaussian_process(
         scale=found["form"] / (num_rows * num_columns),
         num_rows=num_rows,
         num_columns=num_columns,
-        method="cholesky" if is_exact else "streamed",
-        why=why if method == "auto" else f"asked for; {why}",
+        method=by.method,
+        why=by.why,
         residual=verdict.worst,
         floor=operator.storage_floor(),
         targets=train.targets.words,
@@ -227,27 +230,6 @@ def gaussian_process(
     )
 
 
-def _conditioned(
-    operator: Operator,
-    noise: float,
-    path: str | Path | None,
-    tol: float,
-    seed: int,
-    budget: Budget,
-    monitor: Monitor,
-    *,
-    is_exact: bool,
-) -> "tuple[_ByFactor | _ByPasses, str, str]":
-    """What answers for ``(K + λI)^-1``, why it is that, and what it gives, in words."""
-    if is_exact:
-        factor = cholesky(operator, ridge=noise, path=path, memory_limit=budget, monitor=monitor)
-        place = "in memory" if path is None else f"in {factor.path}"
-        return _ByFactor(factor, tol), f"a factor {place}", "exact, by a Cholesky factor in float64"
-    inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-    message = "systems are solved; the log determinant is an estimate with its error"
-    return _ByPasses(inverse, operator, noise), f"a factor does not fit; {inverse.words}", message
-
-
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
@@ -255,49 +237,3 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
     if not np.isfinite(blocks).all():
         raise NonFiniteError("test_diagonal holds NaN or infinity")
     return blocks.reshape(shape)
-
-
-class _ByFactor:
-    """Exact conditioning, by a Cholesky factor of ``K + λI``, whose inverse is G."""
-
-    columns_at_once = sys.maxsize
-
-    def __init__(self, factor: CholeskyFactor, tol: float) -> None:
-        self._factor, self._tol = factor, tol
-
-    def solved(self, rhs: FloatArray, verdict: Convergence) -> dict[str, Any]:
-        """Coefficients ``G Y``, and ``tr Y'G Y``."""
-        found = self._factor.solve(rhs, tol=self._tol)
-        coefficients = np.asarray(found.coefficients)
-        verdict.add(found.status, float(found.residuals.max(initial=0.0)), found.message)
-        return {"coefficients": coefficients, "form": float(np.sum(rhs * coefficients))}
-
-    def forms(self, rows: FloatArray, width: int, verdict: Convergence) -> dict[str, Any]:
-        """``K_* G K_*'`` of each test sample, shape (m, S, S), from their rows."""
-        return {"forms": quadratic(self._factor, rows.T, width=width)}
-
-    def logdet(self, verdict: Convergence) -> dict[str, Any]:
-        """``log det(K + λI)``, and its error."""
-        return {"value": self._factor.logdet, "error": 0.0}
-
-
-class _ByPasses:
-    """Conditioning by conjugate gradients, with stochastic quadrature for the determinant; see :class:`_ByFactor`."""
-
-    def __init__(self, inverse: StreamedInverse, operator: Operator, noise: float) -> None:
-        self._inverse, self._operator, self._noise = inverse, operator, noise
-        self.columns_at_once = inverse.columns_at_once
-
-    def solved(self, rhs: FloatArray, verdict: Convergence) -> dict[str, Any]:
-        coefficients = self._inverse.times(rhs, self._noise, verdict)
-        # To second order in the residual, as in StreamedInverse.quadratic, also where directions began anew.
-        residual = rhs - self._operator.shifted(self._noise).matmat(coefficients)
-        form = float(np.sum(rhs * coefficients) + np.sum(coefficients * residual))
-        return {"coefficients": coefficients, "form": form}
-
-    def forms(self, rows: FloatArray, width: int, verdict: Convergence) -> dict[str, Any]:
-        return {"forms": self._inverse.quadratic(np.ascontiguousarray(rows.T), self._noise, width, verdict)}
-
-    def logdet(self, verdict: Convergence) -> dict[str, Any]:
-        value, error = self._inverse.logdet(self._noise, verdict)
-        return {"value": value, "error": error}

@@ -12,25 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arguments import check_options, known_names, options_of, require_known
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, IndefiniteError, NotConvergedWarning, ResourceError
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.errors import ConfigError, NotConvergedWarning
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, as_samples, encode_test
-from ntkpipe.learning.regression.cross import CrossKernel
-from ntkpipe.learning.regression.minimum_norm import by_factor, cut_off, minimum_norm, smallest_by_factor
-from ntkpipe.learning.regression.sources import initial_matrix, outputs_of, targets_of, train_targets
-from ntkpipe.learning.regression.streamed import eigenpairs_fit, factor_fits, rank_beside
+from ntkpipe.base.targets import Targets, Task, encode_test
+from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix, outputs_of, targets_of, train_targets
 from ntkpipe.operators.opening import open_for_solver
-from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.solution import Solution
-from ntkpipe.solvers.linear.solve import solve
+from ntkpipe.solvers.inverse.passes import least_bytes
+from ntkpipe.solvers.inverse.solve import solve
+from ntkpipe.solvers.inverse.systems import SolveMethod
 from ntkpipe.store.kernel_store import KernelSet
 
-FitMethod = Literal["auto", "cholesky", "eigh", "pcg", "block_cg"]
+FitMethod = SolveMethod
 Centre = Literal["initial_outputs"] | None
-# How many times the cut-off the smallest eigenvalue, of which an upper bound is known, must be.
-_MARGIN = 10.0
 
 
 class KernelRegression:
@@ -49,15 +42,13 @@ class KernelRegression:
     ridge
         λ ≥ 0, which is added to the diagonal. Zero is interpolation, and where K is singular the Moore–Penrose
         (minimum-norm least-squares) solution, of eigenvalues above a cut-off that the result names, see
-        :func:`ntkpipe.learning.regression.minimum_norm.cut_off`.
+        :func:`ntkpipe.solvers.inverse.eigenpairs.cut_off`.
     ridge_scale
         Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     method
-        How the system is solved. ``auto``: for λ > 0 what :func:`ntkpipe.solve` expects to be fastest; for λ = 0
-        Cholesky, if it fits memory and the smallest eigenvalue is well above the cut-off, else ``eigh``, if that fits,
-        else conjugate gradients. These find a solution of a singular system, if there is one, but not that of smallest
-        norm; predictions are the same where test rows are in the range of K. ``eigh``: by all eigenpairs, ``40 n²``
-        bytes (``16 n²`` more slowly). ``cholesky``, ``pcg``, ``block_cg``: those of ``solve``.
+        How the system is solved, as by :func:`ntkpipe.solve`. ``auto`` takes all eigenpairs for λ = 0 where K is
+        singular and they fit memory, else conjugate gradients. These find a solution of a singular system, if there is
+        one, but not that of smallest norm; predictions are the same where test rows are in the range of K.
     tol
         Largest relative true residual of a column that is called converged.
     centre
@@ -82,7 +73,7 @@ class KernelRegression:
     classes_
         Labels in the order of output columns; missing for real targets.
     result_
-        The :class:`ntkpipe.solvers.linear.solution.Solution`, with status, residuals, cost; prints as a table.
+        The :class:`ntkpipe.solvers.inverse.systems.Solution`, with status, residuals, cost; prints as a table.
     targets_
         What the targets were taken for, in words.
     num_outputs_
@@ -164,13 +155,16 @@ class KernelRegression:
             before = operator.work
             train = train_targets(operator, y, initial, self.task)
             self.ridge_ = absolute_ridge(self.ridge, self.ridge_scale, operator.diagonal)
-            found = self._solve(operator, train.rhs, budget)
+            how: dict[str, Any] = {"method": self.method, "tol": self.tol, "seed": self.seed}
+            # Fewer vectors than these would be no use.
+            enough = budget.at_least(least_bytes(operator.num_rows))
+            found = solve(operator, train.rhs, ridge=self.ridge_, task="regression", memory_limit=enough, **how)
             options |= {"ridge": self.ridge_, **found.options}
-            work, matrix = operator.work - before, operator.identity()
+            work = operator.work - before
         finally:
             if operator is not kernel:
                 operator.close()
-        said: dict[str, Any] = {"matrix": matrix, "options": options, "targets": train.targets.words}
+        said: dict[str, Any] = {"options": options, "targets": train.targets.words}
         self.result_ = replace(found, work=work, seconds=perf_counter() - begin, **said)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)
@@ -189,47 +183,6 @@ class KernelRegression:
             found = "no" if given is None else "given"
             raise ConfigError(f"centre={self.centre!r} and {found} {what}; needed both or none")
         return given
-
-    def _solve(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
-        check_number("tol", self.tol, low=0.0)
-        if self.method == "eigh":
-            return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why="asked for", budget=budget)
-        if self.method == "auto" and self.ridge_ == 0.0:
-            return self._interpolate(operator, rhs, budget)
-        if self.method == "cholesky" or (self.method == "auto" and factor_fits(operator.num_rows, budget)):
-            return solve(operator, rhs, method=self.method, memory_limit=budget, **self._how(operator, rhs, budget))
-        why = "a factor does not fit memory" if self.method == "auto" else "asked for"
-        return self._iterate(operator, rhs, why, budget)
-
-    def _how(self, operator: Operator, rhs: FloatArray, budget: Budget) -> dict[str, Any]:
-        """Options of :func:`ntkpipe.solve`, with a preconditioner of the rank that fits."""
-        rank = rank_beside(rhs.shape[1], operator.num_rows, budget)
-        return {"ridge": self.ridge_, "task": "regression", "tol": self.tol, "rank": rank, "seed": self.seed}
-
-    def _iterate(self, operator: Operator, rhs: FloatArray, why: str, budget: Budget) -> Solution:
-        method: Literal["pcg", "block_cg"] = "pcg" if rhs.shape[1] == 1 or self.method == "pcg" else "block_cg"
-        return replace(solve(operator, rhs, method=method, **self._how(operator, rhs, budget)), why=why)
-
-    def _interpolate(self, operator: Operator, rhs: FloatArray, budget: Budget) -> Solution:
-        """Solve for λ = 0: by a factor where the matrix is surely not singular, else by eigenpairs or iterations."""
-        why = "λ = 0, and a factor does not fit memory"
-        try:
-            factor = cholesky(operator, memory_limit=budget)
-            smallest = smallest_by_factor(factor, self.seed)
-            cut = cut_off(operator, operator.frobenius())
-            if smallest > _MARGIN * cut:
-                why = f"λ = 0, and the smallest eigenvalue, about {smallest:.2g}, is above the cut-off {cut:.2g}"
-                found = by_factor(factor, rhs, tol=self.tol, why=why)
-                if found.is_converged:
-                    return found
-            why = f"λ = 0, and an eigenvalue of about {smallest:.2g} is not well above the cut-off {cut:.2g}"
-        except IndefiniteError as error:
-            why = f"λ = 0, and the leading {error.row:,} rows are not positive definite"
-        except ResourceError:
-            pass
-        if eigenpairs_fit(operator.num_rows, budget):
-            return minimum_norm(operator, rhs, self.ridge_, tol=self.tol, why=why, budget=budget)
-        return self._iterate(operator, rhs, f"{why}; all eigenpairs do not fit memory", budget)
 
     def predict_outputs(self, test_kernel: Any, *, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Real predictions ``f₀ + K_test A``, shape (M, O), whatever the targets were.
@@ -257,8 +210,7 @@ class KernelRegression:
             test_kernel = test_kernel.test_train
         initial = self._initial(initial_outputs, "initial_outputs of the test samples, predict(…, initial_outputs=)")
         coefficients = self.dual_coef_.reshape(len(self.dual_coef_), -1)
-        cross = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_)
-        predicted = as_samples(cross.times(coefficients), self.rows_per_sample_)
+        predicted = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_).outputs(coefficients)
         if initial is not None:
             predicted += initial_matrix(initial, predicted.shape)
         return predicted

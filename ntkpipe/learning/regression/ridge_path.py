@@ -2,11 +2,11 @@
 
 With G = (K + λI)^-1, A = G Y and H = K G, so I - H = λG, generalised cross-validation is ``V = (1/n) |(I - H) Y|² /
 ((1/n) tr(I - H))²`` (Golub, Heath, Wahba 1979, Technometrics 21, p. 215, whose ridge is nλ there), at λ = 0 its limit.
-Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` 2/3 n³ a ridge; ``streamed`` some tens of passes a ridge
-for each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of it holds.
+Cost: ``eigh`` 9 n³ and ``n² (2 c + S)`` a ridge; ``cholesky`` n³ a ridge; ``streamed`` some tens of passes a ridge for
+each run of columns that fits memory. The test kernel is read once for as many ridges as a tenth of it holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,29 +19,27 @@ from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
-from ntkpipe.learning.regression.cross import HeldOut
-from ntkpipe.learning.regression.eigensystem import KnownEigenpairs
-from ntkpipe.learning.regression.path_points import Finder, Point, by_eigenpairs, by_factors, by_passes
 from ntkpipe.learning.regression.sources import (
+    CountedStages,
+    HeldOut,
+    OfTargets,
     TrainTargets,
     offset_of_test,
     ridges_for,
-    said_of,
     train_targets,
     with_error,
 )
-from ntkpipe.learning.regression.stages import CountedStages
-from ntkpipe.learning.regression.streamed import StreamedInverse, eigenpairs_fit, factor_fits
-from ntkpipe.solvers.direct.eigh import eigh
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.inverse.choice import find_inverse
+from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.store.results import Checkpoint
 
-PathMethod = Literal["auto", "eigh", "cholesky", "streamed"]
+PathMethod = Literal["auto"] | InverseMethod
 Criterion = Literal[
     "leave_one_out_loss", "leave_one_out_accuracy", "generalised_cross_validation", "test_loss", "test_accuracy"
 ]
@@ -49,6 +47,7 @@ Criterion = Literal[
 DEFAULT_RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Share of the memory for coefficients that wait for the test kernel.
 _SHARE_OF_COEFFICIENTS = 0.1
+_NUM_PROBES = 16  # of traces, where they are estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RidgePath(Result):
+class RidgePath(OfTargets):
     """Kernel ridge regression at R ridges. Arrays have an entry a ridge, in the order of ``ridges``.
 
     Losses are mean squared errors over samples and outputs. An ``_error`` is one standard error of a number that was
@@ -90,7 +89,6 @@ class RidgePath(Result):
     residuals: FloatArray  # largest relative true residual of the systems; zero for `eigh`
     statuses: tuple[str, ...]  # status of each ridge
     is_classification: bool  # whether targets are labels of classes
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"
     floor: float = field(repr=False)  # what rounding to the storage dtype did to K; ridges below it say nothing
 
     @property
@@ -121,7 +119,6 @@ class RidgePath(Result):
         losses = ["train", "generalised cross-validation", "leave-one-out", *tested]
         accuracies = f"; accuracy: {', '.join(['leave-one-out', *tested])}" if self.is_classification else ""
         rows = [
-            *said_of(self.targets),
             ("method", f"{self.method}: {self.why}"),
             ("mean diagonal", f"{self.mean_diagonal:.4g}; storage floor {self.floor:.2g}"),
             ("ridge λ", f"λ / mean diagonal; loss: {', '.join(losses)}{accuracies}"),
@@ -165,7 +162,7 @@ def ridge_path(
     test_targets: ArrayLike | None = None,
     initial_outputs: ArrayLike | None = None,
     test_initial_outputs: ArrayLike | None = None,
-    eigenpairs: KnownEigenpairs | None = None,
+    eigenpairs: Eigenpairs | None = None,
     method: PathMethod = "auto",
     task: Task = "auto",
     tol: float = 1e-8,
@@ -180,9 +177,10 @@ def ridge_path(
     Leave-one-out is exact from one fit; for a full NTK all O rows of a sample go together. The formula of generalised
     cross-validation (GCV), and costs, are in :mod:`ntkpipe.learning.regression.ridge_path`. All is exact by eigenpairs,
     or by a factor for each ridge. Streamed, where neither fits memory, coefficients, train and test losses are those of
-    solved systems, and leave-one-out, GCV and effective dimension are estimated from ``num_left_out`` random samples,
-    by systems with unit vectors: the error bar is one standard error of the choice of samples, beside which that of the
-    systems is small. At λ = 0 only ``eigh`` solves with a singular kernel, for the minimum norm; the others say so.
+    solved systems; leave-one-out is estimated from ``num_left_out`` random samples, by systems with unit vectors, and
+    GCV and effective dimension from 16 vectors of random signs: error bars are one standard error of these choices,
+    beside which that of the systems is small. At λ = 0 only ``eigh`` solves with a singular kernel, for the minimum
+    norm; the others say so.
 
     Parameters
     ----------
@@ -191,8 +189,9 @@ def ridge_path(
     eigenpairs
         All eigenpairs of K, such as :func:`ntkpipe.eigh` returns, if known.
     method
-        How it is computed. ``auto``: ``eigh``, if ``16 n²`` bytes fit; else ``cholesky``, if ``4 n²`` fit; else
-        ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a row if that is less.
+        How it is computed. ``auto``: of ``eigh``, if ``16 n²`` bytes fit, and ``cholesky``, if ``4 n²`` fit, the one
+        with fewer operations for so many ridges; else ``streamed``, which takes a tenth of a float32 kernel, or 6 kB a
+        row if that is less.
     tol
         Largest relative true residual of a converged system.
     num_left_out
@@ -214,12 +213,17 @@ def ridge_path(
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
         offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
-    name, why, finder = _points(operator, train, eigenpairs, method, tol, num_left_out, budget, seed, monitor)
+    how: dict[str, Any] = {"ridges": values.tolist(), "tol": tol, "seed": seed}
+    known: dict[str, Any] = {"eigenpairs": eigenpairs, "monitor": monitor}
+    inverse = find_inverse(operator, budget, method=method, allowed=("eigh", "cholesky"), **known, **how)
     # Number of ridges whose coefficients may wait for the test kernel.
     most = max(1, int(_SHARE_OF_COEFFICIENTS * max(0, budget.room())) // max(1, 2 * train.rhs.nbytes))
-    how = {"method": name, "ridges": values.tolist(), "tol": tol, "num_left_out": num_left_out, "seed": seed}
+    name, is_estimated = inverse.method, inverse.method == "streamed"
+    question = Question(train.rhs, train.width, num_left_out, _NUM_PROBES if is_estimated else 0, seed)
+    how |= {"method": name, "num_left_out": num_left_out}
     stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
-    found, statuses = _follow(finder, values, train, test, offset, most, stages)
+    fits = stages.fits(inverse, question, values, partial(_measures, train))
+    found, statuses = _losses(fits, len(values), test, offset, most)
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
@@ -230,7 +234,7 @@ def ridge_path(
         ridges=values,
         mean_diagonal=float(operator.diagonal().mean()),
         method=name,
-        why=why,
+        why=inverse.why,
         statuses=tuple(one for one, _ in statuses),
         is_classification=train.targets.classes is not None,
         targets=train.targets.words,
@@ -239,30 +243,21 @@ def ridge_path(
     )
 
 
-def _follow(
-    finder: Finder,
-    ridges: FloatArray,
-    train: TrainTargets,
-    test: HeldOut | None,
-    offset: FloatArray,
-    most: int,
-    stages: CountedStages,
+def _losses(
+    fits: Iterable[tuple[int, Mapping[str, Any]]], num_ridges: int, test: HeldOut | None, offset: FloatArray, most: int
 ) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
     """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
-    found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in ridges]
-    statuses: list[tuple[Status, str]] = [("converged", "")] * len(ridges)
+    found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in range(num_ridges)]
+    statuses: list[tuple[Status, str]] = [("converged", "")] * num_ridges
     waiting: dict[int, FloatArray] = {}
-    coefficients, num_left = None, 0
-    order = np.argsort(-ridges, kind="stable").tolist()
-    for index in order:
-        point = stages.once(f"ridge-{index}", partial(_fit, finder, float(ridges[index]), coefficients, train))
-        found[index] |= point["measures"]
-        statuses[index] = point["status"], point["message"]
-        coefficients, num_left = point["coefficients"], point["num_left_out"]
+    num_left = 0
+    for number, (index, fit) in enumerate(fits):
+        found[index] |= {**fit["measures"], "residuals": fit["residual"]}
+        statuses[index], num_left = (fit["status"], fit["message"]), fit["num_left_out"]
         if test is None:
             continue
-        waiting[index] = coefficients
-        if len(waiting) == most or index == order[-1]:
+        waiting[index] = fit["coefficients"]
+        if len(waiting) == most or number == num_ridges - 1:
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
                 outputs = outputs + offset
                 accuracy = _accuracy(test.targets, outputs)
@@ -272,53 +267,10 @@ def _follow(
     return {"num_left_out": num_left, **arrays}, statuses
 
 
-def _fit(finder: Finder, ridge: float, guess: FloatArray | None, train: TrainTargets) -> dict[str, Any]:
-    point = finder(ridge, guess)
-    return {
-        "coefficients": point.coefficients,
-        "measures": _measures(point, train),
-        "num_left_out": len(point.left_out_samples),
-        "status": point.status,
-        "message": point.message,
-    }
-
-
-def _points(
-    operator: Operator,
-    train: TrainTargets,
-    eigenpairs: KnownEigenpairs | None,
-    method: PathMethod,
-    tol: float,
-    num_left_out: int,
-    budget: Budget,
-    seed: int,
-    monitor: Monitor,
-) -> tuple[str, str, Finder]:
-    """The method that was asked for or that memory has room for, why, and what finds the fits."""
-    n, of_targets = operator.num_rows, (train.rhs, train.width)
-    if eigenpairs is not None and method in {"auto", "eigh"}:
-        return "eigh", "all eigenpairs were given", by_eigenpairs(operator, eigenpairs, *of_targets)
-    needed = f"{n:,} rows, {format_bytes(max(0, budget.room()))} of memory"
-    if method == "eigh" or (method == "auto" and eigenpairs_fit(n, budget)):
-        why = "asked for" if method == "eigh" else f"all eigenpairs fit: {needed}"
-        pairs = eigh(operator, memory_limit=budget, monitor=monitor)
-        return "eigh", why, by_eigenpairs(operator, pairs, *of_targets)
-    if method == "cholesky" or (method == "auto" and factor_fits(n, budget)):
-        why = "asked for" if method == "cholesky" else f"a factor fits, all eigenpairs do not: {needed}"
-        return "cholesky", why, by_factors(operator, *of_targets, tol=tol, budget=budget)
-    why = "asked for" if method == "streamed" else f"neither eigenpairs nor a factor fit: {needed}"
-    inverse = StreamedInverse(operator, tol=tol, seed=seed, budget=budget, monitor=monitor)
-    finder = by_passes(inverse, *of_targets, num_left_out=num_left_out, tol=tol, seed=seed)
-    return "streamed", f"{why}; {inverse.words}", finder
-
-
-def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
+def _measures(train: TrainTargets, fit: Fit) -> dict[str, float]:
     """Numbers of one ridge, by the names of the result."""
     targets = train.targets
-    fitted = targets.matrix - as_samples(point.train_residuals, train.width)
-
-    def squares(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
-        return np.asarray(np.mean(residuals.reshape(len(samples), -1) ** 2, axis=1))
+    fitted = targets.matrix - as_samples(fit.train_residuals, train.width)
 
     def hits(residuals: FloatArray, samples: NDArray[np.int64]) -> FloatArray:
         assert targets.codes is not None
@@ -326,18 +278,16 @@ def _measures(point: Point, train: TrainTargets) -> dict[str, float]:
         return np.asarray(targets.predicted(predicted) == targets.codes[samples], np.float64)
 
     estimates = {
-        "effective_dimension": point.effective_dimension,
-        "generalised_cross_validation": point.generalised_cross_validation,
-        "leave_one_out_loss": point.mean_left_out(squares),
-        "leave_one_out_accuracy": (np.nan, 0.0) if targets.codes is None else point.mean_left_out(hits),
+        "effective_dimension": fit.effective_dimension,
+        "generalised_cross_validation": fit.generalised_cross_validation,
+        "leave_one_out_loss": fit.leave_one_out_loss,
+        "leave_one_out_accuracy": UNKNOWN if targets.codes is None else fit.mean_left_out(hits),
     }
     return {
-        "train_loss": float(np.mean(point.train_residuals**2)),
+        "train_loss": fit.train_loss,
         "train_accuracy": _accuracy(targets, fitted),
-        **{name: value for name, (value, _) in estimates.items()},
-        **{f"{name}_error": error for name, (_, error) in estimates.items()},
-        "norm": float(np.sum(point.coefficients * (train.rhs - point.train_residuals))),
-        "residuals": point.residual,
+        **as_fields(estimates),
+        "norm": float(np.sum(fit.coefficients * (train.rhs - fit.train_residuals))),
     }
 
 

@@ -1,19 +1,31 @@
-"""What a regression starts from: targets as right-hand sides, ridges, and what a store holds of them."""
+"""What regressions share: targets as right-hand sides, ridges, test kernels, what a store has of them; and stages."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import product
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.operator import Operator
+from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Targets, Task, as_rows, as_values, encode
+from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
+from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.inverse.contract import Fit, Inverse, Question
+from ntkpipe.solvers.result import Result
+from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
+from ntkpipe.store.results import Checkpoint
+
+# Size of a part of a test kernel in float64.
+_BYTES_AT_ONCE = 2**24
 
 
 def ridges_for(
@@ -34,32 +46,22 @@ class TrainTargets:
     rhs: FloatArray  # Y, or Y - f₀, in the rows of the kernel
 
 
-def said_of(words: str) -> TableRows:
-    """The row of a printed table that says what targets were taken for; none for results of versions before."""
-    return [("targets", words)] if words else []
+@dataclass(frozen=True, kw_only=True)
+class OfTargets(Result):
+    """A result that depends on targets."""
 
+    # What they were taken for, such as "10 classes, one-hot"; empty for coefficients, and in results of versions before
+    targets: str = ""
 
-class WithError(NamedTuple):
-    """A number and its standard error, zero where it is exact."""
-
-    value: float
-    error: float
+    def rows(self) -> TableRows:
+        """See :meth:`Result.rows`."""
+        status, *others = super().rows()
+        return [status, *([("targets", self.targets)] if self.targets else []), *others]
 
 
 def with_error(value: float, error: float, form: str = ",.5g") -> str:
     """A number, and its error unless that is zero."""
     return f"{value:{form}}" + (f" ± {error:.1g}" if error else "")
-
-
-def rows_of(samples: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Rows of samples in a kernel of ``width`` rows a sample."""
-    return np.asarray(samples[:, None] * width + np.arange(width)).reshape(-1)
-
-
-def runs(count: int, most: int) -> Iterator[slice]:
-    """Cut a range of ``count`` into runs of at most ``most``."""
-    for start in range(0, count, most):
-        yield slice(start, min(start + most, count))
 
 
 def train_targets(operator: Operator, targets: Any, initial: Any | None, task: Task) -> TrainTargets:
@@ -117,3 +119,130 @@ def outputs_of(source: KernelSet, split: str) -> NDArray[Any]:
     """The model's outputs on train or test samples, (N, O)."""
     store = KernelStore(source.store)
     return store.outputs if split == "train" else store.test_outputs
+
+
+class CrossKernel:
+    """A test × train kernel that is read in parts, one of which is in memory at a time."""
+
+    def __init__(self, matrix: Any, num_columns: int, width: int) -> None:
+        self._matrix = matrix if isinstance(matrix, Kernel) or hasattr(matrix, "shape") else np.asarray(matrix)
+        shape = tuple(self._matrix.shape)
+        if len(shape) != 2 or shape[1] != num_columns or not shape[0] or shape[0] % width:
+            samples = f", {width} rows a sample" if width > 1 else ""
+            raise ConfigError(
+                f"a test kernel of shape {shape}; needed (test rows, {num_columns}), a column for each row of the "
+                f"train kernel{samples}"
+            )
+        self.num_rows = shape[0]
+        self.num_samples = shape[0] // width
+        self._num_columns = num_columns
+        self._width = width
+
+    def times(self, block: FloatArray) -> FloatArray:
+        """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
+        found = np.zeros((self.num_rows, block.shape[1]))
+        for rows, columns, part in self._parts():
+            found[rows] += _finite(part, rows) @ block[columns]
+        return found
+
+    def outputs(self, coefficients: FloatArray) -> FloatArray:
+        """Predictions ``K_test A`` in float64, (M, O)."""
+        return as_samples(self.times(coefficients), self._width)
+
+    def sample_blocks(self, most_samples: int = sys.maxsize) -> Iterator[tuple[slice, FloatArray]]:
+        """``(samples, their rows (m·S, N·S) in float64)``, in order."""
+        fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
+        for samples in runs(self.num_samples, max(1, min(fitting, most_samples))):
+            rows = slice(samples.start * self._width, samples.stop * self._width)
+            yield samples, _finite(np.asarray(self._matrix[rows, :], np.float64), rows)
+
+    def _parts(self) -> Iterator[tuple[slice, slice, FloatArray]]:
+        if not isinstance(self._matrix, Kernel):
+            for rows in runs(self.num_rows, max(1, _BYTES_AT_ONCE // (8 * self._num_columns))):
+                yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
+            return
+        of_rows, of_columns = self._matrix.grid.rows, self._matrix.grid.columns
+        for row, column in product(range(of_rows.num_tiles), range(of_columns.num_tiles)):
+            tile = np.asarray(self._matrix.read_tile(row, column), np.float64)
+            at_rows, at_columns = of_rows.rows(row), of_columns.rows(column)
+            yield slice(at_rows.start, at_rows.stop), slice(at_columns.start, at_columns.stop), tile
+
+
+def _finite(part: FloatArray, rows: slice) -> FloatArray:
+    if not np.isfinite(part).all():
+        raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+    return part
+
+
+class HeldOut:
+    """Test samples with targets, for predictors whose coefficients are in the rows of the train kernel."""
+
+    def __init__(self, kernel: Any, targets: Any, train: TrainTargets) -> None:
+        self.targets = encode_test(targets, train.targets)
+        self._cross = CrossKernel(kernel, len(train.rhs), train.width)
+        self._width = train.width
+        self.shape = self._cross.num_samples, train.targets.matrix.shape[1]
+        if self.targets.matrix.shape != self.shape:
+            needed = f"{self.shape} by kernel and train targets"
+            raise ConfigError(f"test targets of shape {np.shape(targets)}; needed {needed}")
+
+    @classmethod
+    def of(cls, kernel: Any, targets: Any, train: TrainTargets) -> "HeldOut | None":
+        """The test set, if there is one."""
+        if (kernel is None) != (targets is None):
+            raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
+        return None if kernel is None else cls(kernel, targets, train)
+
+    def predict(self, coefficients: Sequence[FloatArray]) -> list[FloatArray]:
+        """Predictions (M, O) of several predictors, by one read of the test kernel."""
+        predicted = self._cross.times(np.concatenate(coefficients, axis=1))
+        return [as_samples(part, self._width) for part in np.split(predicted, len(coefficients), axis=1)]
+
+
+class CountedStages(Stages):
+    """Stages by products with an operator, such as fits; :attr:`work`, :attr:`seconds` are what earlier calls took."""
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, operator: Operator, train: TrainTargets | None, **decides: Any
+    ) -> None:
+        if checkpoint is not None:
+            decides["matrix"] = operator.identity()
+            if train is not None:
+                decides |= {"targets": train.targets.words, "rhs": digest_of(train.rhs)}
+        super().__init__(checkpoint, decides)
+        self._operator = operator
+        self.work, self.seconds = Work(), 0.0
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """See :meth:`Stages.once`."""
+        begin, before = perf_counter(), self._operator.work
+
+        def counted() -> Mapping[str, Any]:
+            found = compute()
+            # A solver that goes on from a checkpoint of its own says what it took in all.
+            work = Work(**found["work"]) if "work" in found else self._operator.work - before
+            return {"seconds": perf_counter() - begin, **found, "spent": work}
+
+        found = super().once(name, counted)
+        self.work += found["spent"] - (self._operator.work - before)
+        self.seconds += found["seconds"] - (perf_counter() - begin)
+        return found
+
+    def fits(
+        self, inverse: Inverse, question: Question, ridges: FloatArray, measure: Callable[[Fit], Mapping[str, float]]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """What is measured of fits, with their places, from the largest ridge to the smallest, each a stage.
+
+        Iterations begin with the solution of the ridge before.
+        """
+        solution = None
+
+        def measured(ridge: float, start: FloatArray | None) -> dict[str, Any]:
+            fit = inverse.fit(question, ridge, start)
+            verdict = {"status": fit.verdict.status, "message": fit.verdict.message, "residual": fit.verdict.worst}
+            return {"solution": fit.solution, "measures": measure(fit), "num_left_out": len(fit.samples), **verdict}
+
+        for place in np.argsort(-ridges, kind="stable").tolist():
+            found = self.once(f"ridge-{place}", partial(measured, float(ridges[place]), solution))
+            solution = np.asarray(found["solution"])
+            yield place, {**found, "coefficients": solution[:, : question.rhs.shape[1]]}

@@ -1,29 +1,148 @@
 """A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass."""
 
-from collections.abc import Iterator
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import monotonic, perf_counter
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
+from distributed import Client, Future
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import ClusterError, ResourceError
-from ntkpipe.base.operator import Operator, Statistics, Work
+from ntkpipe.base.config import check_number
+from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError
+from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, run_pass
-from ntkpipe.operators.on_dask.worker_group import SHARE_OF_LIMIT, WorkerGroup, WorkerHandle, WorkerTask
+from ntkpipe.executors.connect import require_workers
+from ntkpipe.executors.pool import POLL_SECONDS, Pool, Report
+from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, ShardWorker, compare_first_tile, run_pass
 from ntkpipe.operators.reading import buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, num_blocks_in_use, share_out
+from ntkpipe.operators.shards import PairwiseSum, PassStopped, num_blocks_in_use, share_out
 from ntkpipe.operators.streaming import TiledOperator
-from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, join_statistics
+from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, TileSource, cut_shards, join_statistics
 
-if TYPE_CHECKING:
-    from distributed import Future
-
+# Share of a worker's limit; from 70 % on Dask writes its data to disk, at 80 % it pauses it, at 95 % it ends it.
+_SHARE_OF_LIMIT = 0.6
+_SHARE_OF_FREE = 0.5
+_SHARE_OF_TILES = 0.75  # cached tiles' share of what is left beside tiles in use; the rest is for blocks and products
+_WAIT_SECONDS = 600.0  # how long to wait for a scheduler, or for any worker that runs tasks
 _MOST_OF_LIMIT = 0.9  # share of what Dask gives a worker; a block that needs more is refused
 _SMALL_BLOCK = 2**18  # a block of up to so many bytes goes with each task; a larger one is sent to the workers once
 _MOST_LOSSES = 5  # in a pass while no other part arrives
+
+
+@dataclass(eq=False)
+class WorkerHandle:
+    """The driver's view of a worker that owns shards."""
+
+    address: str
+    report: Report[str]
+    shard_worker: "Future[ShardWorker]"  # in the memory of the worker
+    threads: int  # that multiply
+    cache_bytes: int  # for tiles that it owns
+    num_kept: Mapping[int, int] = field(default_factory=dict)  # of its last :class:`PassReply`
+
+
+class WorkerGroup:
+    """Workers that hold the tiles of one matrix."""
+
+    def __init__(
+        self,
+        client: Client,
+        source: TileSource,
+        *,
+        worker_bytes: int | None = None,
+        cache_bytes: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        given = (("memory_limit", worker_bytes, 1), ("cache_bytes", cache_bytes, 0), ("threads", threads, 1))
+        for name, value, low in given:
+            if value is not None:
+                check_number(name, value, low=low)
+        require_workers(client)
+        self.client = client
+        self._pool: Pool[None] = Pool(client)
+        self.source = source
+        self.members: dict[str, WorkerHandle] = {}  # by address
+        self.work = Work()
+        self._options = worker_bytes, cache_bytes, threads
+        self._digest = digest_of(source.read((0, 0), None))
+        self._owners: dict[int | None, dict[int, str]] = {}  # address by shard, by rows of the leading block
+        self._looked_at = -POLL_SECONDS
+        self.gather(len(cut_shards(source.grid, source.grid.shape[0])))
+
+    def gather(self, most: int, *, anew: bool = False) -> None:
+        """Admit workers that have joined, up to ``most``, and forget those that are gone; wait until there is one."""
+        # The scheduler is asked at most once a second, except ``anew``.
+        if self.members and not anew and monotonic() - self._looked_at < POLL_SECONDS:
+            return
+        deadline = monotonic() + _WAIT_SECONDS
+        while True:
+            with contextlib.suppress(OSError):  # the scheduler may come back
+                alive = self._pool.alive(self.members)
+                for address in self.members.keys() - alive:
+                    self.forget(self.members[address])
+                new = [address for address in alive if address not in self.members]
+                self._admit(new[: max(0, most - len(self.members))])
+                self._looked_at = monotonic()
+                if self.members:
+                    return
+                require_workers(self.client)
+            self._pool.wait(deadline)
+
+    def _admit(self, addresses: list[str]) -> None:
+        """Admit workers that reach the tiles; one that dies meanwhile is left out."""
+        if not addresses:
+            return
+        question = compare_first_tile, self.source, self._digest
+        try:
+            reports = self._pool.require_shared("the matrix", *question, workers=addresses)
+        except TypeError as error:  # of pickling
+            raise ConfigError(f"tiles cannot be sent to workers: {error}") from error
+        hosts = Counter(each.host for each in reports.values())
+        for address, report in reports.items():
+            threads, cache_bytes = self._sizes(report, hosts[report.host])
+            key = f"ntkpipe-open-{uuid4().hex}"
+            shard_worker = self.client.submit(ShardWorker, self.source, key=key, workers=[address], pure=False)
+            self.members[address] = WorkerHandle(address, report, shard_worker, threads, cache_bytes)
+
+    def _sizes(self, report: Report[str], num_on_host: int) -> tuple[int, int]:
+        """Threads of a worker, and bytes of the tiles that it may cache."""
+        worker_bytes, cache_bytes, threads = self._options
+        threads = threads or report.threads
+        if worker_bytes is None and report.memory_limit:
+            worker_bytes = int(_SHARE_OF_LIMIT * report.memory_limit)
+        elif worker_bytes is None:
+            worker_bytes = report.base_memory + int(_SHARE_OF_FREE * report.available_memory / num_on_host)
+        room = worker_bytes - report.base_memory - buffer_bytes(self.source, threads)
+        if room < 0 and cache_bytes is None:
+            raise ResourceError(
+                f"a worker on {report.host} may have {format_bytes(worker_bytes)} and has "
+                f"{format_bytes(report.base_memory)}; tiles in use by its {threads} threads need "
+                f"{format_bytes(buffer_bytes(self.source, threads))}. Give workers more memory, or threads=1"
+            )
+        return threads, int(_SHARE_OF_TILES * room) if cache_bytes is None else cache_bytes
+
+    def share(self, numbers: Iterable[int], num_rows: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Share shards out to the members, of a leading block to own; these move only where members come or go."""
+        threads = {address: handle.threads for address, handle in self.members.items()}
+        owners = share_out(list(numbers), threads, self._owners.get(num_rows, {}))
+        if num_rows is not None:
+            self._owners[num_rows] = owners
+        return {address: tuple(n for n, owner in owners.items() if owner == address) for address in self.members}
+
+    def forget(self, handle: WorkerHandle) -> None:
+        """Remove a member; if it is still there it will be asked for a new report."""
+        if self.members.get(handle.address) is handle:
+            del self.members[handle.address]
+        self._looked_at = -POLL_SECONDS
+
+    def close(self) -> None:
+        """Free the memory of the members."""
+        self.members.clear()
 
 
 class WorkersOperator(TiledOperator):
@@ -78,13 +197,7 @@ class WorkersOperator(TiledOperator):
 
     def _pass(self, entries: EntryRequest | None = None, block: FloatArray | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield :attr:`PassReply.results` of all workers, in any order."""
-        start = perf_counter()
-        this = _Pass(self._group, self._shards, self.num_rows, entries, block)
-        try:
-            yield from this.results()
-        finally:
-            self._group.cancel(this.pending)  # nobody waits for the rest
-            self._group.work += Work(seconds=perf_counter() - start)
+        return _Pass(self._group, self._shards, self.num_rows, entries, block).results()
 
     def close(self) -> None:
         """See :meth:`Operator.close`."""
@@ -101,36 +214,42 @@ class _Pass:
     entries: EntryRequest | None
     block: FloatArray | None
     sent: "FloatArray | Future[Any] | None" = None  # the block as it reaches workers
-    pending: "dict[Future[Any], WorkerTask]" = field(default_factory=dict)
     losses: int = 0
+
+    def __post_init__(self) -> None:
+        # Of tasks for a member, with the shards that each uses.
+        self.pool: Pool[tuple[WorkerHandle, tuple[int, ...]]] = Pool(self.group.client, (PassStopped,))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
-        self._send_block()
-        self.group.share(self.num_rows, (shard.number for shard in self.shards))
-        for address in self.group.members:
-            self._request(address, self.group.owned(self.num_rows, address))
-        for task, found in self.group.outcomes(self.pending):
-            if isinstance(found, PassReply):
-                self.losses = 0
-                self._count(found.num_tiles, found.bytes_read)
-                if task.handle is not None:
-                    task.handle.num_kept = found.num_kept
-                yield from found.results.items()
-            else:
-                self._request_again(task, found)
+        start = perf_counter()
+        try:
+            self._send_block()
+            self.owned = self.group.share((shard.number for shard in self.shards), self.num_rows)
+            self._request(self.owned)
+            for (handle, shards), found in self.pool:
+                if isinstance(found, PassReply):
+                    self.losses = 0
+                    self._count(found.num_tiles, found.bytes_read)
+                    handle.num_kept = found.num_kept
+                    yield from found.results.items()
+                else:
+                    self._request_again(handle, shards, found)
+        finally:
+            self.pool.drop()
+            self.group.work += Work(seconds=perf_counter() - start)
 
-    def _request(self, address: str, shards: tuple[int, ...]) -> None:
-        if not shards:
-            return
-        handle, owned = self.group.members[address], self.group.owned(self.num_rows, address)
-        self._require_room(address, handle)
-        request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
+    def _request(self, shares: dict[str, tuple[int, ...]]) -> None:
         name = "entries" if self.entries is not None else "product" if self.block is not None else "measure"
-        future = self.group.submit(address, name, run_pass, handle.shard_worker, request, self.sent)
-        self.pending[future] = WorkerTask(address, handle, shards)
+        for address, shards in shares.items():
+            if shards:
+                handle, owned = self.group.members[address], self.owned.get(address, ())
+                self._require_room(handle)
+                request = PassRequest(self.num_rows, shards, owned, handle.cache_bytes, handle.threads, self.entries)
+                arguments = handle.shard_worker, request, self.sent
+                self.pool.submit(f"ntkpipe-{name}", (handle, shards), run_pass, *arguments, address=address)
 
-    def _require_room(self, address: str, handle: WorkerHandle) -> None:
+    def _require_room(self, handle: WorkerHandle) -> None:
         """Check that a block fits a worker; cached tiles give way to a large one, for good."""
         limit = handle.report.memory_limit
         if self.block is None or not limit:
@@ -139,10 +258,10 @@ class _Pass:
         free = limit - handle.report.base_memory - buffer_bytes(self.group.source, handle.threads)
         if needed > free - (1 - _MOST_OF_LIMIT) * limit:
             raise ResourceError(
-                f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of the worker {address}, "
-                f"which has {format_bytes(free)}; give fewer columns at a time, more memory or more workers"
+                f"a block of {self.block.shape[1]} columns needs {format_bytes(needed)} of {handle.address}, which has "
+                f"{format_bytes(free)}; give fewer columns at a time, more memory or more workers"
             )
-        handle.cache_bytes = max(0, min(handle.cache_bytes, int(free - (1 - SHARE_OF_LIMIT) * limit - needed)))
+        handle.cache_bytes = max(0, min(handle.cache_bytes, int(free - (1 - _SHARE_OF_LIMIT) * limit - needed)))
 
     def _send_block(self) -> None:
         """Gather the members, and send them a large block before its tasks."""
@@ -162,24 +281,22 @@ class _Pass:
             else:
                 return
 
-    def _request_again(self, task: WorkerTask, reason: BaseException) -> None:
+    def _request_again(self, handle: WorkerHandle, lost: tuple[int, ...], reason: BaseException) -> None:
         """Request the shards of a lost worker from others; they own them only from the next pass on."""
         group, grid = self.group, self.group.source.grid
-        tiles = (tile for number in task.shards for tile in self.shards[number].tiles)
+        tiles = (tile for number in lost for tile in self.shards[number].tiles)
         num_tiles = sum(self.entries is None or self.entries.touches(tile, grid) for tile in tiles)
         self._count(num_tiles, num_tiles * group.source.tile_bytes)
         self.losses += 1
         if self.losses > _MOST_LOSSES:
             raise ClusterError(
-                f"workers were lost {self.losses} times while no part of a pass arrived, {task.address} the last "
+                f"workers were lost {self.losses} times while no part of a pass arrived, {handle.address} the last "
                 f"({reason}). Look at their logs; if they were killed for their memory, give them more, or "
                 "cache_bytes or blocks of fewer columns"
             ) from reason
-        group.forget(task.address, task.handle)
+        group.forget(handle)
         self._send_block()
-        shares = share_out(list(task.shards), group.threads(), {})
-        for address in group.members:
-            self._request(address, tuple(number for number, owner in shares.items() if owner == address))
+        self._request(group.share(lost))
 
     def _count(self, num_tiles: int, bytes_read: int) -> None:
         self.group.work += Work(num_tiles / self.group.source.grid.num_tiles, bytes_read)

@@ -1,26 +1,19 @@
 """What runs in each worker of a cluster: it holds shards of a stored matrix, and answers one request in each pass."""
 
-import socket
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from distributed import get_worker
-from distributed.core import Status
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import StoreError
 from ntkpipe.base.operator import digest_of
-from ntkpipe.base.resources import available_memory, process_memory
+from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import map_shards, multiply_shards
 from ntkpipe.operators.tiles import EntryRequest, Shard, Tiles, TileSource, cut_shards, measure, touched_shards
-
-_LEAVING = (Status.closing, Status.closing_gracefully, Status.closed)
 
 
 @dataclass(frozen=True)
@@ -45,20 +38,6 @@ class PassReply:
     num_kept: Mapping[int, int]  # tiles in memory, by the rows of the leading block whose shards hold them
 
 
-@dataclass(frozen=True)
-class WorkerReport:
-    """The software and resources of a worker, and how it sees the matrix."""
-
-    host: str
-    version: str  # of this package
-    threads: int  # that Dask gave it
-    memory_limit: int | None  # bytes that it may use before its Dask ends it; none if nothing does
-    base_memory: int  # bytes that it holds now
-    available_memory: int  # free bytes of its host
-    digest: str  # of the first tile as the worker reads it
-    problem: str  # why it cannot read it
-
-
 class ShardWorker:
     """Tiles of one matrix in one worker. Dask owns it: where the driver is gone, its memory is freed.
 
@@ -77,25 +56,6 @@ class ShardWorker:
     def __reduce__(self) -> tuple[type["ShardWorker"], tuple[TileSource]]:
         # Where Dask moves it, or writes it to disk for lack of memory, tiles are left behind.
         return ShardWorker, (self._source,)
-
-    def report(self) -> WorkerReport:
-        """Describe the worker that this runs in, and try to read the first tile."""
-        worker, digest, problem = get_worker(), "", ""
-        base = process_memory()
-        try:
-            digest = digest_of(self._source.read((0, 0), None))
-        except (StoreError, OSError) as error:
-            problem = str(error)
-        return WorkerReport(
-            host=socket.gethostname(),
-            version=version("ntkpipe"),
-            threads=worker.state.nthreads,
-            memory_limit=worker.memory_manager.memory_limit,
-            base_memory=base,
-            available_memory=available_memory(),
-            digest=digest,
-            problem=problem,
-        )
 
     def run(
         self, request: PassRequest, block: FloatArray | None, is_unwanted: Callable[[], bool] = lambda: False
@@ -153,25 +113,19 @@ class ShardWorker:
         reader.keep(request.cache_bytes - taken, tiles)
         self._cached[request.num_rows] = request.owned, request.cache_bytes
 
-    def close(self) -> None:
-        """Free memory and threads."""
-        with self._lock:
-            for reader in self._readers.values():
-                reader.close()
+
+def compare_first_tile(source: TileSource, digest: str) -> str:
+    """Why this worker cannot read what the driver reads; empty if it can."""
+    try:
+        is_same = digest_of(source.read((0, 0), None)) == digest
+    except OSError as error:
+        return str(error)
+    return "" if is_same else "reads another first tile than this process: another disk at the same path?"
 
 
 def run_pass(shard_worker: ShardWorker, request: PassRequest, block: FloatArray | None) -> PassReply:
     """Task of one worker in each pass; it ends early where Dask has cancelled it."""
     worker = get_worker()
     task = worker.get_current_task()
-
-    def is_unwanted() -> bool:
-        state = worker.state.tasks.get(task)
-        return state is None or state.state == "cancelled" or worker.status in _LEAVING
-
-    try:
-        return shard_worker.run(request, block, is_unwanted)
-    except BaseException as error:
-        # Dask keeps the error, and so would keep the memory of every frame that it went through.
-        traceback.clear_frames(error.__traceback__)
-        raise
+    with without_frames():
+        return shard_worker.run(request, block, lambda: is_cancelled(worker, task) or is_leaving(worker))

@@ -31,12 +31,12 @@ from ntkpipe.solvers.direct.panels import (
     widest_shape,
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
+from ntkpipe.solvers.lowest import lowest_eigenvalue, rounded_up
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Step, ignore
 
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0
-_LARGEST = float(np.finfo(np.float64).max)
 
 
 @recorded(keep_tiles=False)
@@ -89,7 +89,7 @@ def cholesky(
         If the path holds something else or cannot be written, or another process writes there.
     """
     operator: Operator = matrix
-    ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=_LARGEST)
+    ridge = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     for name, value in (("panel_width", panel_width), ("threads", threads)):
         if value is not None:
             check_number(name, value, low=1)
@@ -259,21 +259,19 @@ def _share_left(shape: Shape, done: int) -> float:
 
 
 def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> IndefiniteError:
-    """What a pivot of a panel that is not positive means, given the storage floor."""
+    """What a pivot of a panel that is not positive means; not the pivot tells, but the smallest eigenvalue."""
     state, row = task.state, task.state.shape.columns(number).start + error.row
-    floor = task.operator.storage_floor()
     added = f"ridge={state.ridge:.4g}" + (f" and a jitter of {state.jitter:.4g}" if state.jitter else "")
-    if error.pivot < -_MOST_JITTERS * _JITTER_FACTOR * floor:
-        why = "which is more than rounding explains: the matrix is not positive semi-definite"
-    else:
-        why = "so it is indefinite at storage precision"
+    lowest = lowest_eigenvalue(task.operator)
+    # At least twice what was added and does not do, should the estimate be wrong.
+    ridge, floor = max(lowest.ridge, rounded_up(2.0 * (state.ridge + state.jitter))), lowest.floor
     message = (
         f"with {added} the leading {row + 1:,} rows are not positive definite: pivot {error.pivot:.4g} in row {row:,}, "
-        f"panel {number + 1} of {state.shape.num_panels}. Rounding of entries to {task.operator.storage_dtype} moves "
-        f"eigenvalues by about {floor:.3g} (the storage floor), {why}. Give a ridge of at least {floor:.3g}, or "
-        "jitter='auto', which adds that to the diagonal and says so"
+        f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}. Give a ridge of at least {ridge:.2g}"
     )
-    return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor)
+    if state.jitter == 0.0 and ridge <= floor * _JITTER_FACTOR ** (_MOST_JITTERS - 1):
+        message += ", or jitter='auto', which adds the storage floor to the diagonal, or some of them, and says so"
+    return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor, ridge=ridge)
 
 
 def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:

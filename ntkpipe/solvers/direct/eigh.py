@@ -1,7 +1,6 @@
 """The whole spectrum in memory by LAPACK in float64, checked against the matrix."""
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.tables import TableRows
+from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore
 
 MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)
@@ -22,35 +21,8 @@ _ROWS_AT_ONCE = 1024
 _NUM_PROBES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum(Result):
-    """All eigenvalues of a symmetric matrix, and eigenvectors if requested."""
-
-    # Descending, float64, shape (n,). Errors, also of small ones, are at most about `n eps λ_1`, mostly a few `eps λ_1`
-    eigenvalues: FloatArray = field(repr=False)
-    eigenvectors: FloatArray | None = field(repr=False)  # orthonormal columns in this order, (n, n); none by `eigvalsh`
-    trace_error: float  # trace_error, frobenius_error: `|Σλ - tr K| / |K|_F` and `|Σλ² - |K|_F²| / |K|_F²`
-    frobenius_error: float
-    # `|K X - V Λ VᵀX|_F / (|K|_F |X|_F / sqrt(n))` for random X, with the stored K; none without eigenvectors
-    residual: float | None
-    orthogonality: float | None  # `|VᵀV X - X|_F / |X|_F` for random X; none without eigenvectors
-    floor: float  # error of K, spectral norm, from rounding to the storage dtype: eigenvalues below it are not known
-
-    def _rows(self) -> TableRows:
-        values = self.eigenvalues
-        below = int((values < self.floor).sum())
-        rows = [
-            ("eigenvalues", f"all {len(values)}, {values[0]:.6g} to {values[-1]:.6g}"),
-            ("storage floor", f"{self.floor:.2g}, {below} eigenvalues below"),
-            ("trace, Frobenius", f"agree to {self.trace_error:.2g}, {self.frobenius_error:.2g}"),
-        ]
-        if self.residual is not None:
-            rows.append(("eigenvectors", f"residual {self.residual:.2g}, orthogonality {self.orthogonality:.2g}"))
-        return rows
-
-
 @recorded(keep_tiles=False)
-def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Spectrum:
+def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Eigenpairs:
     """All eigenvalues of a symmetric matrix that fits into memory.
 
     Reads one triangle of K into one float64 array, in one pass, and takes about 4/3 n³ flops. NumPy's LAPACK driver
@@ -66,7 +38,7 @@ def eigvalsh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor 
 
 
 @recorded(keep_tiles=False)
-def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Spectrum:
+def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ignore) -> Eigenpairs:
     """All eigenvalues and eigenvectors of a symmetric matrix that fits into memory.
 
     Like :func:`eigvalsh`, with one more pass to check the vectors on random combinations of them. Memory is ``40 n²``
@@ -80,7 +52,7 @@ def eigh(matrix: Any, *, memory_limit: MemoryLimit = None, monitor: Monitor = ig
     return _decompose(matrix, Budget.of(memory_limit), monitor, with_vectors=True)
 
 
-def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vectors: bool) -> Spectrum:
+def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vectors: bool) -> Eigenpairs:
     before = operator.work
     driver = _driver(operator.num_rows, budget, with_vectors=with_vectors)
     upper, trace, frobenius = _read(operator)
@@ -97,7 +69,7 @@ def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vec
     if vectors is not None:
         residual, orthogonality = _check_vectors(operator, values, vectors, frobenius)
         monitor(Step(operator.work - before, residual, _bound(operator.num_rows)))
-    return Spectrum(
+    return Eigenpairs(
         status="converged",
         message=f"LAPACK ({driver}) in float64; trace and Frobenius norm are those of the matrix",
         options={"driver": driver, "eigenvectors": with_vectors},

@@ -12,6 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ranges import column_scales, scaled_back
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import Pool
@@ -99,6 +100,8 @@ class CholeskyFactor(Result):
         check_number("tol", tol, low=0.0)
         start, work, traffic = perf_counter(), self._operator.work, self._panels.traffic
         block = as_block("right-hand sides", rhs, self.num_rows, allow_none=True)
+        scales = column_scales(block)
+        block = block / scales
         sizes = np.linalg.norm(block, axis=0)
         solution = self._inverse_times(block.copy())
         residual = self._residual(block, solution)
@@ -111,8 +114,6 @@ class CholeskyFactor(Result):
             norms_next = np.linalg.norm(residual, axis=0)
             better = norms_next < norms
             taken += 1
-            if not better.any():
-                break
             solution[:, better], norms = solution_next[:, better], np.minimum(norms, norms_next)
             if not better.all():
                 break
@@ -130,7 +131,7 @@ class CholeskyFactor(Result):
             seconds=perf_counter() - start,
             options={"ridge": self.ridge, "jitter": self.jitter, "refine": refine, "tol": tol},
             matrix=self.matrix,
-            coefficients=solution.reshape(np.shape(rhs)),
+            coefficients=scaled_back(solution, scales).reshape(np.shape(rhs)),
             residuals=relative,
             refinements=taken,
             factor_passes=used.passes,

@@ -11,12 +11,15 @@ from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.linear.residual_replacement import Recurrence
 
 _EPS = float(np.finfo(np.float64).eps)
+_ROUNDING = 4 * _EPS  # curvature of a direction of length one, relative to the norm of the matrix, that may be nothing
 
 
 class _Preconditioned(Recurrence):
     def __init__(self, operator: Operator, preconditioner: Preconditioner | None, *start: FloatArray) -> None:
         super().__init__(*start)
         self._operator, self._preconditioner = operator, preconditioner
+        if preconditioner is not None:
+            self.largest = float(preconditioner.values.max(initial=0.0)) + preconditioner.ridge
 
 
 class _Independent(_Preconditioned):
@@ -42,7 +45,9 @@ class _Independent(_Preconditioned):
         directions = whitened + products / self._products[columns] * self._directions[:, columns]
         image = self._operator.matmat(directions)
         curvature = np.einsum("ij,ij->j", directions, image)
-        is_positive = curvature > 0.0
+        squared = np.einsum("ij,ij->j", directions, directions)
+        self.largest = max(self.largest, float((curvature / squared).max(initial=0.0)))
+        is_positive = curvature > _ROUNDING * self.largest * squared
         length = np.divide(products, curvature, out=np.zeros_like(products), where=is_positive)
         self.solution[:, columns] += length * directions
         self.residual[:, columns] -= length * image
@@ -56,15 +61,14 @@ class _Independent(_Preconditioned):
 class _Block(_Preconditioned):
     """Block conjugate gradients: every right-hand side profits from the search directions of all.
 
-    Residuals are P^-1/2 R = Q C with orthonormal Q. O'Leary, 1980, in the form of Dubrulle ("Retooling the method of
-    block conjugate gradients", ETNA 12, 2001) that keeps an orthonormal basis of the residuals by QR factorisations, so
-    it survives linearly dependent residuals. We depart from it in three points: the preconditioner is split, P^-1/2 on
-    both sides, for which its eigenvectors are known; the basis of the first residuals is as large as their rank, so
-    equal right-hand sides, or more of them than rows, are no trouble; and directions without curvature, to float64
-    rounding, are left out.
+    O'Leary, 1980, in the form of Dubrulle ("Retooling the method of block conjugate gradients", ETNA 12, 2001), with an
+    orthonormal basis of the residuals, P^-1/2 R = Q C, so they may be linearly dependent. We depart in three points:
+    the preconditioner is split; the first basis is as large as the rank of the residuals, so right-hand sides may be
+    equal, or more than rows; and directions without curvature, to float64 rounding, are left out.
     """
 
     shares_directions = True
+    _whitened = 0.0  # the largest curvature of a direction so far, about the norm of the preconditioned matrix
 
     def _whiten(self, block: FloatArray) -> FloatArray:
         return block if self._preconditioner is None else self._preconditioner.inverse_sqrt(block)
@@ -83,8 +87,11 @@ class _Block(_Preconditioned):
         whitened = self._whiten(image)
         projected = self._directions.T @ whitened
         curvature, axes = np.linalg.eigh((projected + projected.T) / 2)
-        rounding = 4 * len(curvature) * _EPS * float(np.abs(curvature).max(initial=0.0))
-        if not curvature.size or curvature[0] < -rounding or curvature[-1] <= 0.0:
+        self._whitened = max(self._whitened, float(curvature.max(initial=0.0)))
+        if self._preconditioner is None:
+            self.largest = self._whitened
+        rounding = len(curvature) * _ROUNDING * self._whitened
+        if not curvature.size or curvature[0] < -rounding or curvature[-1] <= rounding:
             return columns.copy()
         kept = curvature > rounding
         lengths = (axes[:, kept] / curvature[kept]) @ axes[:, kept].T

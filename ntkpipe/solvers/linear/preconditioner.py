@@ -12,6 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.ridge import checked_ridge
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
 
@@ -53,7 +54,7 @@ class Preconditioner:
 
     def for_ridge(self, ridge: float) -> "Preconditioner":
         """Return it for another ridge, without a pass; the memory is shared."""
-        return replace(self, ridge=_checked_ridge(ridge))
+        return replace(self, ridge=checked_ridge(ridge))
 
     def solve(self, block: FloatArray) -> FloatArray:
         """``P^-1 @ block``, shape of the block: (n, c) or (n,)."""
@@ -94,8 +95,8 @@ def randomly_pivoted_cholesky(
 
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
-    start, operator = perf_counter(), as_operator(matrix)
-    rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    start, operator = perf_counter(), _opened(matrix)
+    rank, ridge = checked_rank(rank, operator.num_rows), checked_ridge(ridge)
     check_number("rounds", rounds, low=1)
     before, n = operator.work, operator.num_rows
     diagonal, storage_floor = operator.diagonal(), operator.storage_floor()
@@ -176,8 +177,8 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
 
     One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
     """
-    start, operator = perf_counter(), as_operator(matrix)
-    rank, ridge = checked_rank(rank, operator.num_rows), _checked_ridge(ridge)
+    start, operator = perf_counter(), _opened(matrix)
+    rank, ridge = checked_rank(rank, operator.num_rows), checked_ridge(ridge)
     before = operator.work
     trace, storage_floor = operator.trace(), operator.storage_floor()
     test = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.num_rows, rank)))[0]
@@ -250,8 +251,10 @@ def checked_rank(rank: int | None, num_rows: int) -> int:
     return default_rank(num_rows) if rank is None else min(int(check_number("rank", rank, low=1)), num_rows)
 
 
-def _checked_ridge(ridge: float) -> float:
-    return float(check_number("ridge", ridge, low=0.0, high=float(np.finfo(np.float64).max)))
+def _opened(matrix: Any) -> Operator:
+    operator = as_operator(matrix)
+    operator.require_range()
+    return operator
 
 
 def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:

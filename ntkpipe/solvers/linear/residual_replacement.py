@@ -9,17 +9,24 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ranges import column_norms
+from ntkpipe.solvers.lowest import lowest_eigenvalue, rounded_up
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _CHECK_EVERY = 25
 _DRIFT = 10.0  # a true residual larger than the recursive one by this factor replaces it
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
+_EPS = float(np.finfo(np.float64).eps)
+_OF_TOL, _LEAST_TOL = 10.0, 1e-12  # rounding that a ridge leaves, relative to `tol`, and the least that is sensible
+_TOO_LARGE = 100.0  # rounding of a product with an iterate, as a multiple of the best residual, from where it is lost
+_LARGE = 1e6  # an iterate of so many times |b| / |A| is as bad as a residual of |b|
 
 
 class Recurrence(ABC):
     """An iteration that updates a solution and, by the same products, its residual."""
 
+    largest = 0.0  # about the norm of the matrix, as far as it is known
     shares_directions = False  # whether columns advance by each other's directions, so that they restart together
 
     def __init__(self, solution: FloatArray, residual: FloatArray) -> None:
@@ -54,7 +61,7 @@ class IterationState:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate(IterationState):
-    """Outcome: the iterate of each column with the smallest true residual computed, or the last if passes ran out."""
+    """Outcome: the iterate of each column with the smallest true residual of all that were computed."""
 
     residuals: FloatArray  # true residuals of the solution, relative to the right-hand sides, shape (c,)
     status: Status
@@ -65,11 +72,16 @@ class Iterate(IterationState):
 class Iteration:
     """Solution of ``A X = B`` by an iteration until true residuals are small, or cannot become so.
 
-    True residuals are computed in float64 after every 25 iterations and whenever the recursive ones claim success:
-    one pass each, and only they decide. Where one is ten times the recursive, it replaces it and the directions begin
-    anew; a column that gains less than a factor of two by two replacements in a row has stagnated. (Van der Vorst and
-    Ye, SIAM J. Sci. Comput. 22, 2000, replace residuals; they use estimates where we compute.) A zero start costs no
-    pass. Columns of B are scaled to norm one, and those of zeros left out.
+    True residuals, a pass each, are computed every 25 iterations and where recursive ones claim success, and only they
+    decide. One that is ten times the recursive replaces it, and directions begin anew (van der Vorst and Ye, SIAM J.
+    Sci. Comput. 22, 2000, who estimate it); a column that gains less than a factor of two by two replacements in a row
+    has stagnated. Columns of B are scaled to norm one, and those of zeros left out.
+
+    Where A is singular and B not in its range, iterates and residuals grow beyond all bounds; residuals grow for a
+    while where A is only ill-conditioned, too. So sizes tell: a column has stagnated once rounding of A times its
+    iterate is far above its best residual, since later iterates are larger still. It gets the smoothed iterate, the
+    point of small residual and size on the line from the last one to the iterate (Zhou and Walker, SIAM J. Sci. Comput.
+    15, 1994), as do columns whose residual at the end is above that of zero.
 
     Memory: about eight blocks of the shape of B, with those of the iteration.
     """
@@ -89,7 +101,7 @@ class Iteration:
     ) -> None:
         self._operator, self._tol, self._monitor, self._max_passes = operator, tol, monitor, max_passes
         self._give_up, self._keep, self._before = give_up, keep, operator.work
-        self._shape, self._scales = rhs.shape, _column_norms(rhs)
+        self._shape, self._scales = rhs.shape, column_norms(rhs)
         self._kept = self._scales > 0.0
         self._rhs = rhs[:, self._kept] / self._scales[self._kept]
         self._passes, self._replacements, self._gave_up = 0, 0, False
@@ -109,10 +121,8 @@ class Iteration:
         if earlier is None:
             self._start[:, is_bad], self._residual[:, is_bad] = 0.0, self._rhs[:, is_bad]
         self._best, self._best_residuals = self._start.copy(), np.linalg.norm(self._residual, axis=0)
-        # An iterate that goes on is still closer than zero in the norm of the matrix, though its residual is larger.
         self._best[:, is_bad], self._best_residuals[is_bad] = 0.0, 1.0
-        # The best iterate by recursive residuals; its true one is computed only if the end is not good.
-        self._hope, self._hoped_residuals = self._start.copy(), self._best_residuals.copy()
+        self._smooth, self._smooth_residual = self._best.copy(), np.where(is_bad, self._rhs, self._residual)
         count = self._rhs.shape[1]
         self._is_broken, self._is_stuck = np.zeros(count, bool), np.zeros(count, bool)
         self._targets = np.full(count, tol)
@@ -134,9 +144,10 @@ class Iteration:
 
     def run(self, make: Callable[[FloatArray, FloatArray], Recurrence]) -> Iterate:
         """Iterate until no column is open, or passes are used up; the state is kept, whatever ends it."""
-        recurrence = make(self._start.copy(), self._residual.copy())
+        recurrence = make(self._start, self._residual.copy())
         try:
-            self._iterate(recurrence)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                self._iterate(recurrence)
         except BaseException as error:
             if len(self._history) > self._num_earlier:
                 try:
@@ -160,16 +171,14 @@ class Iteration:
             active = self._is_open & (recursive > self._targets)
             if recurrence.shares_directions:
                 active = np.ones_like(active)
-            with np.errstate(over="ignore", invalid="ignore"):
-                broken = recurrence.step(active)
+            broken = recurrence.step(active)
             self._passes += 1
             recursive = np.linalg.norm(recurrence.residual, axis=0)
             self._history.append(recursive)
-            smaller = recursive < self._hoped_residuals
-            self._hope[:, smaller] = recurrence.solution[:, smaller]
-            self._hoped_residuals[smaller] = recursive[smaller]
+            self._smoothen(recurrence)
             self._tell(recursive)
-            self._is_broken |= broken | ~np.isfinite(recursive)
+            broken |= ~np.isfinite(recursive)
+            self._is_broken |= broken.any() if recurrence.shares_directions else broken
             new = self._history[self._num_earlier :]
             self._gave_up = self._give_up is not None and self._give_up(np.array(new))
             is_due = len(self._history) % _CHECK_EVERY == 0 or self._passes + 2 > self._max_passes
@@ -179,29 +188,46 @@ class Iteration:
                 recursive = np.linalg.norm(recurrence.residual, axis=0)
         self._look_back()
 
+    def _smoothen(self, recurrence: Recurrence) -> None:
+        """Move smoothed iterates towards the new ones, to where residuals and sizes together are smallest."""
+        weight = (recurrence.largest / _LARGE) ** 2
+        change, step = recurrence.residual - self._smooth_residual, recurrence.solution - self._smooth
+        slopes = _dots(change, self._smooth_residual) + weight * _dots(step, self._smooth)
+        lengths = -slopes / (_dots(change, change) + weight * _dots(step, step))
+        moved = np.isfinite(lengths) & (lengths != 0.0)
+        self._smooth_residual[:, moved] += lengths[moved] * change[:, moved]
+        self._smooth[:, moved] += lengths[moved] * step[:, moved]
+
+    def _hoped(self, columns: NDArray[np.bool_], residuals: FloatArray) -> NDArray[np.bool_]:
+        """Which of these columns may have a smaller residual where they are smoothed."""
+        return np.asarray(columns & (np.linalg.norm(self._smooth_residual, axis=0) < residuals))
+
     def _look_back(self) -> None:
-        """Try iterates between checks for columns that broke down or stagnated; at most one pass."""
+        """Try the smoothed iterates of columns that broke down or stagnated; at most one pass."""
         is_lost = (self._best_residuals > self._tol) & (self._is_broken | self._is_stuck)
-        if self._passes < self._max_passes and (is_lost & (self._hoped_residuals < self._best_residuals)).any():
-            true = np.linalg.norm(self._true_residual(self._hope), axis=0)
+        if self._passes < self._max_passes and (hoped := self._hoped(is_lost, self._best_residuals)).any():
+            true = np.linalg.norm(self._true_residual(self._smooth), axis=0)
             self._tell(true)
-            better = is_lost & (true < self._best_residuals)
-            self._best[:, better], self._best_residuals[better] = self._hope[:, better], true[better]
+            self._remember(self._smooth, np.where(hoped, true, np.inf))
+
+    def _remember(self, solution: FloatArray, residuals: FloatArray) -> None:
+        better = residuals < self._best_residuals
+        self._best[:, better], self._best_residuals[better] = solution[:, better], residuals[better]
 
     def _check(self, recurrence: Recurrence, recursive: FloatArray) -> None:
         """Compute true residuals, remember the best iterates, and replace residuals that have drifted."""
-        solution = self._finite(recurrence)
-        finite = np.isfinite(recurrence.solution).all(axis=0)
-        residual = self._true_residual(solution)
+        solution = checked = self._finite(recurrence)
+        if self._passes + 1 >= self._max_passes or self._gave_up:
+            # Nothing comes after it: where zero would be better than the iterate, the smoothed one may be.
+            checked = np.where(self._hoped(recursive >= 1.0, recursive), self._smooth, solution)
+        residual = self._true_residual(checked)
         true = np.linalg.norm(residual, axis=0)
         self._checks.append((len(self._history), true))
         self._keep(self._state(solution))
         self._tell(true)
-        # Where passes run out, the last iterate is nearest to the solution in the norm of the matrix; of a column that
-        # broke down or stagnated only the residual tells.
-        is_last = self._passes + 1 >= self._max_passes or self._gave_up
-        better = finite & ((true < self._best_residuals) | (is_last & self._is_open))
-        self._best[:, better], self._best_residuals[better] = recurrence.solution[:, better], true[better]
+        self._remember(checked, true)
+        rounding = _EPS * recurrence.largest * np.linalg.norm(solution, axis=0)
+        self._is_stuck |= rounding > _TOO_LARGE * self._best_residuals
         is_open = self._is_open
         # The recursive residual met the target and the true one missed it by little: ask for a little more.
         claimed = is_open & (recursive <= self._targets)
@@ -213,7 +239,6 @@ class Iteration:
         self._poor_gains[is_poor] += 1
         self._poor_gains[drifted & ~is_poor] = 0
         self._replaced[drifted] = true[drifted]
-        self._hope[:, drifted], self._hoped_residuals[drifted] = self._best[:, drifted], self._best_residuals[drifted]
         self._is_stuck |= self._poor_gains >= _MOST_POOR_GAINS
         if recurrence.shares_directions:
             drifted[:] = True
@@ -248,25 +273,23 @@ class Iteration:
         if not is_open.any():
             return "converged", f"{said} after {len(self._history)} iterations"
         said += f", and {int(is_open.sum())} of {len(is_open)} columns are above tol={self._tol:.2g}"
-        floor = self._operator.storage_floor()
-        stored = f"entries rounded to {self._operator.storage_dtype} leave eigenvalues below {floor:.2g} unknown"
-        if (self._is_broken & is_open).any():
-            return "indefinite at storage precision", (
-                f"{said}: a direction without positive curvature was met, so the matrix is not positive definite; "
-                f"{stored}. Give a ridge of at least {floor:.2g}"
-            )
-        if (self._is_stuck & is_open).any():
-            return "stagnated", (
-                f"{said}: replacing drifted residuals does not help any more, so the matrix is singular for these "
-                f"right-hand sides or too ill-conditioned for float64; {stored}. Give a larger ridge or tol"
+        is_broken, is_stuck = self._is_broken & is_open, self._is_stuck & is_open
+        if (is_broken | is_stuck).any():
+            lowest = lowest_eigenvalue(self._operator)
+            # Rounding of products leaves a residual of the condition number times its own size.
+            within_reach = _OF_TOL * _EPS * self._operator.frobenius() / max(self._tol, _LEAST_TOL)
+            ridge = max(lowest.ridge, rounded_up(within_reach))
+            where = ": a direction without curvature beyond rounding was met" if is_broken.any() else ""
+            status: Status = "indefinite at storage precision" if is_broken.any() else "stagnated"
+            return status, (
+                f"{said}{where}, so the matrix is singular for these right-hand sides or too ill-conditioned; "
+                f"{lowest.words}. Raise the ridge by at least {ridge:.2g}, or take the solution of minimum "
+                "norm: KernelRegression(method='eigh')"
             )
         if self._gave_up:
             return "step limit", f"{said}: it was ended after {len(self._history)} iterations"
         return "step limit", f"{said} after {self._passes} passes: give more of them, a larger rank or a larger ridge"
 
 
-def _column_norms(block: FloatArray) -> FloatArray:
-    """2-norms of columns, without overflow."""
-    largest = np.abs(block).max(axis=0, initial=0.0)
-    scaled = block / np.where(largest > 0.0, largest, 1.0)
-    return np.asarray(largest * np.linalg.norm(scaled, axis=0))
+def _dots(left: FloatArray, right: FloatArray) -> FloatArray:
+    return np.asarray(np.einsum("ij,ij->j", left, right))

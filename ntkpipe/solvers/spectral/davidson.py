@@ -20,9 +20,8 @@ _NOTHING = 1e-10  # a direction is dropped if orthogonalisation leaves less of i
 class Davidson:
     """Block Davidson for the smallest eigenpairs (Davidson, 1975), with thick restarts.
 
-    The space V gets ``T R`` of the residuals R of the leading Ritz pairs, where T is about K^-1; with T = K^-1 that is
-    inverse iteration accelerated by its whole space. K V is kept beside V, so residuals are differences of products
-    with K and assume nothing. Memory is ``2 * 12 b n`` float64.
+    The space V gets ``T R`` of the residuals R of the leading Ritz pairs, where T is about K^-1. K V is kept beside V,
+    so residuals assume nothing. Memory is ``2 * 12 b n`` float64.
     """
 
     def __init__(self, num_rows: int, block: int, inverse: ApproximateInverse, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Leading eigenpairs by block Lanczos with thick restarts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,13 +12,13 @@ from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
+from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
 from ntkpipe.solvers.memory import sizes_of_eigsh
 from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart, rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
@@ -27,36 +27,6 @@ _ROUNDING = 50 * _EPS  # of products in float64, relative to the largest eigenva
 _MOST_PASSES = 200
 _CONFIDENCE = 0.95  # predicted residuals must be below this part of the limit: a check that fails costs a pass
 _MOST_FAILURES = 3  # after so many failed checks in a row that did not halve the residual, more passes are no use
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eigenpairs(Result):
-    """Leading eigenpairs of a symmetric matrix."""
-
-    # The largest, descending, float64, shape (k,): Rayleigh quotients of the vectors
-    eigenvalues: FloatArray = field(repr=False)
-    eigenvectors: FloatArray = field(repr=False)  # orthonormal columns, float64, shape (n, k), C-contiguous
-    # `|K v - λ v| / max(|λ|, floor)` of each pair, from a product with K, shape (k,). For a residual norm `r` some
-    # eigenvalue of K lies within `r` of λ; the error of λ itself is about `r² / gap`.
-    residuals: FloatArray = field(repr=False)
-    orthogonality: float  # `max |VᵀV - I|`
-    # Effect of rounding to the storage dtype on K in the spectral norm, as :meth:`Operator.storage_floor` but with
-    # the Frobenius norm of the Ritz values, which saves a pass; eigenvalues below it are not known
-    floor: float
-    # Largest residual of the k pairs after each pass, shape (passes, 2): relative to the largest eigenvalue, and each
-    # relative to its own as in `residuals`; NaN while the space has fewer than k dimensions. These come from the
-    # recurrence and cost nothing.
-    history: FloatArray = field(repr=False)
-
-    def _rows(self) -> TableRows:
-        values = self.eigenvalues
-        below = int((np.abs(values) < self.floor).sum())
-        return [
-            ("eigenvalues", f"{len(values)} leading, {values[0]:.6g} to {values[-1]:.6g}"),
-            ("residuals", f"at most {self.residuals.max():.2g} of each eigenvalue"),
-            ("orthogonality", f"{self.orthogonality:.2g}"),
-            ("storage floor", f"{self.floor:.2g}, {below} of {len(values)} eigenvalues below"),
-        ]
 
 
 @recorded()

@@ -34,10 +34,9 @@ class QuadratureRule:
     def unsettled(self, thresholds: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Weight of the nodes next to each of L thresholds that may lie on the other side: (above, below), each (p, L).
 
-        By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) the
-        mass below a node lies between the weights of the nodes before it, and these with its own. So what a measure
-        has above λ differs from its rule by no more than the weights of the two nodes around λ. Nodes that have
-        converged to an eigenvalue are on their side, to 1e-4 of their weight.
+        By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) what
+        a measure has above λ differs from its rule by no more than the weights of the two nodes around λ. Nodes that
+        have converged to an eigenvalue are on their side, to 1e-4 of their weight.
         """
         above, below = np.zeros((2, len(self.nodes), len(thresholds)))
         for index in range(len(self.nodes)):

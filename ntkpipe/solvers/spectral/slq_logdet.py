@@ -8,16 +8,16 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
+from ntkpipe.solvers.probe_lanczos import ProbeLanczos
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
-from ntkpipe.solvers.spectral.krylov import ProbeLanczos, Sampler, Sampling
+from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint
 
@@ -110,7 +110,7 @@ def slq_logdet(
     """
     operator: Operator = matrix
     before, n = operator.work, operator.num_rows
-    ridge = check_number("ridge", absolute_ridge(ridge, ridge_scale, operator.diagonal), low=0.0, high=1e300)
+    ridge = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     options = Sampling(num_probes, num_steps, tol, max_passes, seed, Budget.of(memory_limit))
     named = preconditioner
     if isinstance(preconditioner, str):

@@ -15,13 +15,15 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
+from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.linear.checkpoint import preconditioner_once
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.systems import bytes_of_solve
+from ntkpipe.solvers.lowest import explained_by_rounding
+from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
 from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
-from ntkpipe.solvers.spectral.lanczos import Eigenpairs, eigsh
+from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.thick_restart import rayleigh_ritz
 from ntkpipe.store.results import Checkpoint
 
@@ -32,7 +34,6 @@ _SMALLEST_BLOCK = 16
 _VECTORS_A_COLUMN = 30  # of a block: two bases of 12 blocks, and blocks on their way
 _MOST_PROVED_UNASKED = 16384  # up to so many rows a proof by Cholesky takes minutes, and is made by default
 _TOL_OF_LARGEST = 1e-6
-_FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
 
 DefiniteBound = Literal["cholesky", "residual"]
 
@@ -274,7 +275,7 @@ def _judge(
         )
     if not is_converged:
         return "step limit", f"residuals are {worst:.2g} of the eigenvalues; raise max_passes or give a better inverse"
-    if -max(_FLOORS * floor, limits.rounding) <= least < 0:
+    if -explained_by_rounding(floor, limits.rounding) <= least < 0:
         return "indefinite at storage precision", (
             f"λ_min is {least:.3g}, which the storage floor {floor:.2g} explains: not known at storage precision"
         )

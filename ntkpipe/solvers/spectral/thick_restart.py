@@ -35,11 +35,8 @@ class Ritz:
 class ThickRestart:
     """Block Lanczos with full reorthogonalisation and thick restarts (Wu and Simon, 2000, here in blocks).
 
-    After each pass ``K V = V H + Q B`` holds to rounding, with [V, Q] orthonormal. Every product is orthogonalised
-    against all of V, what is left of it twice more, and H holds all inner products, not only a band: a restart is no
-    special case.
-
-    Memory is ``(max_basis + 4 b) n`` float64.
+    After each pass ``K V = V H + Q B`` holds to rounding, with [V, Q] orthonormal. H holds all inner products, not only
+    a band: a restart is no special case. Memory is ``(max_basis + 4 b) n`` float64.
     """
 
     def __init__(self, num_rows: int, block: int, max_basis: int, keep: int, seed: int) -> None:
@@ -88,9 +85,8 @@ class ThickRestart:
     def refined(self, k: int) -> Ritz:
         """Leading pairs of [V, Q], where the block of H that is not known yet, QᵀKQ, is taken as τ I.
 
-        Where K is far smaller on Q than the wanted eigenvalues, it matters little what it is: a vector of residual Q c
-        gets about ``Q c / (θ - τ)``, a step of Davidson's method, which saves most of a pass. Residuals are predicted:
-        those of V, times how much this would have shrunk the largest in the pass before.
+        Where K is far smaller on Q than the wanted eigenvalues that is a step of Davidson's method, which saves most of
+        a pass. Residuals are those of V, times how much this would have shrunk the largest in the pass before.
         """
         plain = self.ritz(k)
         if self._shrinkage is None or not self._is_refinable(k):

@@ -13,9 +13,8 @@ import torch
 import ntkpipe
 from ntkpipe.analysis.comparing import spectra as ends_of_spectra
 from ntkpipe.analysis.comparing.compare import compare_kernels
-from ntkpipe.analysis.comparing.entries import measure_differences
+from ntkpipe.analysis.comparing.entries import TileEntries, measure_differences
 from ntkpipe.analysis.comparing.inputs import inputs_of
-from ntkpipe.analysis.comparing.paired_tiles import TileEntries
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.opening import as_operator
 

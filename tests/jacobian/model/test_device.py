@@ -24,7 +24,7 @@ from ntkpipe.build import gram, prepare
 from ntkpipe.build import tiles as build
 from ntkpipe.build.gram import fill_tile
 from ntkpipe.build.plan import Machine
-from ntkpipe.build.run import StoreSink
+from ntkpipe.build.source import StoreSink
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math

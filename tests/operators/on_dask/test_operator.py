@@ -17,12 +17,10 @@ from stored import HereOnly, WatchedTiles, store_matrix
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError, TileError
 from ntkpipe.base.operator import Operator
-from ntkpipe.executors import connect
+from ntkpipe.executors import connect, pool
 from ntkpipe.operators.on_dask import operator as operator_module
-from ntkpipe.operators.on_dask import worker_group
-from ntkpipe.operators.on_dask.operator import WorkersOperator
+from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
 from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
-from ntkpipe.operators.on_dask.worker_group import WorkerGroup
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.shards import PassStopped, share_out
@@ -143,7 +141,7 @@ def test_a_worker_that_dies_costs_its_part_and_changes_no_bit(both, kernel, here
     killer.join()
     assert operator.work.passes == 1.5
     both.wait_for_workers(2, timeout=60)
-    time.sleep(worker_group._POLL_SECONDS)
+    time.sleep(pool.POLL_SECONDS)
     np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
     assert operator.work.passes == 2.5
     assert operator.num_workers == 2
@@ -184,12 +182,12 @@ def test_a_worker_that_leaves_is_missed_by_nobody(kernel, here, rng, monkeypatch
         operator = as_operator(kernel, client=client)
         np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
         client.retire_workers(list(client.nthreads())[:1])
-        time.sleep(worker_group._POLL_SECONDS)
+        time.sleep(pool.POLL_SECONDS)
         np.testing.assert_array_equal(operator.matmat(block), here.matmat(block))
         client.cluster.scale(0)
         while client.nthreads():
             time.sleep(0.02)
-        time.sleep(worker_group._POLL_SECONDS)
+        time.sleep(pool.POLL_SECONDS)
         monkeypatch.setattr(connect, "_WAIT_SECONDS", 0.1)
         with pytest.raises(ClusterError, match="no worker joined"):
             operator.matmat(block)
@@ -259,13 +257,15 @@ def test_memory_of_a_driver_that_is_gone_is_free(both, kernel):
 
 def test_a_worker_that_does_not_reach_the_store(both, kernel, tmp_path, monkeypatch):
     source = HereOnly(KernelTiles(kernel), tmp_path, process=os.getpid())
-    with pytest.raises(ClusterError, match=r"tcp.* does not reach the matrix: .*not here.* at the same path"):
+    with pytest.raises(ClusterError, match=r"2 workers do not reach the matrix: tcp.*not here.* at the same path"):
         WorkersOperator(WorkerGroup(both, source))
-    monkeypatch.setattr(worker_group, "version", lambda _: "0.0.1")
-    with pytest.raises(ClusterError, match=r"has ntkpipe .*, this process 0\.0\.1; install the same"):
+    monkeypatch.setattr(pool, "version", lambda _: "0.0.1")
+    with pytest.raises(
+        ClusterError, match=r"versions of ntkpipe differ: 0\.0\.1 on .*\(this process\).*; install the same"
+    ):
         WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
     monkeypatch.undo()
-    monkeypatch.setattr(worker_group, "digest_of", lambda _: "another")
+    monkeypatch.setattr(operator_module, "digest_of", lambda _: "another")
     with pytest.raises(ClusterError, match="another disk at the same path"):
         WorkersOperator(WorkerGroup(both, KernelTiles(kernel)))
 
@@ -281,7 +281,7 @@ def test_options_that_cannot_be(both, kernel):
     operator = as_operator(kernel, client=both)
     this = operator_module._Pass(operator._group, operator._shards, NUM_ROWS, None, wide)
     with pytest.raises(ResourceError, match=r"a block of 1000000 columns needs .* give fewer columns at a time"):
-        this._require_room("there", next(iter(operator._group.members.values())))
+        this._require_room(next(iter(operator._group.members.values())))
 
 
 def test_a_large_block_takes_the_memory_of_tiles(both, kernel):
@@ -291,7 +291,7 @@ def test_a_large_block_takes_the_memory_of_tiles(both, kernel):
     for columns, changes in ((10, False), (10_000, True)):
         wide = np.broadcast_to(np.float64(0), (NUM_ROWS, columns))
         this = operator_module._Pass(operator._group, operator._shards, NUM_ROWS, None, wide)
-        this._require_room("there", handle)
+        this._require_room(handle)
         assert (handle.cache_bytes < before) == changes
 
 

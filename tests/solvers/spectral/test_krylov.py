@@ -7,7 +7,8 @@ from matrices import matrix_with_spectrum, spectra
 from ntkpipe.base import budget
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ResourceError
-from ntkpipe.solvers.spectral.krylov import BlockLanczos, ProbeLanczos, steps_that_fit
+from ntkpipe.solvers.probe_lanczos import ProbeLanczos
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, steps_that_fit
 
 
 def run(lanczos, matrix, steps):

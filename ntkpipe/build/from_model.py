@@ -1,0 +1,283 @@
+"""A model and its samples as a source of tiles: planned, self-checked, and computed by threads or a cluster."""
+
+import platform
+import socket
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ntkpipe.base.errors import ModelError, NtkpipeError, SelfCheckError, StoreMismatchError
+from ntkpipe.base.grid import kernel_grids
+from ntkpipe.build.plan import Plan
+from ntkpipe.build.planner import make_plan
+from ntkpipe.build.prepare import Prepared, prepare, products_of, reuse_choices, where_computed, workload_of
+from ntkpipe.build.records import TileRecord, logged
+from ntkpipe.build.request import Request
+from ntkpipe.build.source import Products, StoreSink, TileSource, Vector, Work
+from ntkpipe.build.tiles import BuildJob, Sink, StripCache
+from ntkpipe.build.workers import Resources, versions
+from ntkpipe.executors.threads import ThreadExecutor
+from ntkpipe.jacobian.engine import Engine
+from ntkpipe.jacobian.model.device import is_out_of_memory
+from ntkpipe.jacobian.model.functional import fingerprint
+from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
+from ntkpipe.jacobian.probe import probe_samples
+from ntkpipe.jacobian.products import JacobianProducts
+from ntkpipe.jacobian.representations.contract import contract
+from ntkpipe.jacobian.representations.workspace import Workspace
+from ntkpipe.jacobian.self_check import CheckReport, self_check
+from ntkpipe.store.chunks import StoredArray
+from ntkpipe.store.growth import ChunkKey
+from ntkpipe.store.layout import Index, layouts
+from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest
+from ntkpipe.store.store import Store
+
+# Outputs of the same model on another machine agree to rounding; those of another function do not.
+_OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
+# Rounding across the kink of an activation changes an entry by more than rounding itself.
+_ENTRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 5e-2, "bfloat16": 0.2}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a run computes."""
+
+    engine: Engine  # self-checked, if the run asks for that
+    plan: Plan  # fits the machine
+    check: CheckReport | None  # result of the self-check
+    check_seconds: float
+
+
+def plan_and_check(
+    prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
+) -> Settled:
+    """Plan, self-check, and plan anew where that changes how Jacobians are found."""
+    plan = planned(engine)
+    if not is_checked:
+        return Settled(engine, plan, None, 0.0)
+    started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
+    samples = prepared.train.num_samples
+    try:
+        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+    except NtkpipeError:
+        raise
+    except Exception as error:  # its samples are new to the model
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
+    seconds = perf_counter() - started
+    if checked.representations != engine.representations:
+        plan = planned(checked)
+    return Settled(checked, plan, report, seconds)
+
+
+def job_of(
+    prepared: Prepared,
+    settled: Settled,
+    sources: Mapping[str, Source],
+    sink: Sink,
+    in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> BuildJob:
+    """The job of a run whose tiles go to a sink."""
+    engine, plan, is_mapping = settled.engine, settled.plan, prepared.train.is_mapping
+    cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
+    prefixes = tuple(plane.prefix for plane in prepared.planes)
+    return BuildJob(engine, plan, sources, is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use)
+
+
+@dataclass(frozen=True)
+class ModelSource(TileSource):
+    """Tiles come from Jacobian strips of a model and its samples."""
+
+    prepared: Prepared
+    resources: Resources
+    manifest: Manifest
+    settled: Settled | None = None
+
+    @classmethod
+    def of(cls, request: Request, resources: Resources, look: Callable[[Samples, str], DataRecord]) -> "ModelSource":
+        """Prepare what is asked for; ``look`` finds the records of samples."""
+        prepared = prepare(request, device=resources.device)
+        spec, test = prepared.spec, prepared.test
+        manifest = Manifest(
+            format=FORMAT,
+            kind=spec.kind,
+            convention=prepared.kind.convention,
+            num_outputs=prepared.num_outputs,
+            num_covectors=prepared.num_covectors,
+            tile=prepared.tile,
+            compute_dtype=spec.compute_dtype,
+            accumulate_dtype=spec.resolved_accumulate_dtype(),
+            store_dtype=spec.resolved_store_dtype(),
+            model=fingerprint(request.model, prepared.model.names),
+            train=look(prepared.train, "inputs"),
+            test=None if test is None else look(test, "test_inputs"),
+            choices=Choices(strip=1, subtile=1, batch=1, representations={}, device="cpu", arithmetic=""),
+            environment={
+                **versions(),
+                "host": socket.gethostname(),
+                "processor": platform.processor() or platform.machine(),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            groups=dict(prepared.groups),
+        )
+        return cls(prepared, resources, manifest)
+
+    def data(self, array: StoredArray, index: Index) -> NDArray[Any] | None:
+        """See :meth:`TileSource.data`; outputs come with the tiles of their samples."""
+        folder, split, *name = array.layout.name.split("/")
+        samples, part = self.prepared.samples[split], array.layout.region(index)[0]
+        if folder == "samples":
+            return samples.source.read(part.start, part.stop)[name[0]]
+        return samples.targets[part] if folder == "targets" and samples.targets is not None else None
+
+    def first(self, stored: Manifest) -> tuple[DataRecord, DataRecord | None]:
+        """See :meth:`TileSource.first`."""
+        train, test = self.prepared.train, self.prepared.test
+        before = None if test is None or stored.test is None else self._look(test, stored.test, "test")
+        return self._look(train, stored.train, "train"), before
+
+    def _look(self, samples: Samples, stored: DataRecord, split: str) -> DataRecord:
+        first, is_read = samples.first(stored.num_samples), self.manifest.train.inputs_digest
+        return first.inspect(f"{split} inputs") if is_read else first.describe()
+
+    def require_same_function(self, store: Store, doubted: frozenset[ChunkKey] = frozenset()) -> None:
+        """See :meth:`TileSource.require_same_function`: a few samples of the first stored tile."""
+        # Fingerprints cover parameters, buffers and the module tree, but neither a constant in `forward` nor the hook.
+        array = store.arrays["outputs/train"]
+        # A truncated chunk counts as missing, too: it is written again.
+        good = sorted(index for index in array.present() if (array.layout.name, index) not in doubted)
+        if not good:
+            return
+        first = good[0]
+        stored = array.read(first)
+        picked = probe_samples(len(stored))
+        samples = [first[0] * store.manifest.tile + sample for sample in picked]
+        with torch.no_grad():
+            outputs = self.prepared.model(self.prepared.load(samples)).double().cpu().numpy()
+        gap = float(np.abs(outputs - stored[picked]).max())
+        scale = float(np.abs(stored[picked]).max()) or 1.0
+        if gap > _OUTPUT_TOLERANCE[store.manifest.compute_dtype] * scale:
+            raise StoreMismatchError(
+                f"{store.root}: parameters and samples are those of the store, but outputs differ by {gap:.2g} (of "
+                f"{scale:.2g}): the model's forward pass or the forward hook differs",
+                (("outputs", stored[picked].tolist(), outputs.tolist()),),
+            )
+        tile, index = store.arrays[self.prepared.planes[0].array("kernel/train")], (first[0], first[0])
+        if not tile.has(index) or (tile.layout.name, index) in doubted:
+            return
+        width, found = store.manifest.num_covectors, _entries(self.prepared, samples)
+        rows = np.add.outer(np.array(picked) * width, np.arange(width)).reshape(-1)
+        stored = tile.read(index)[np.ix_(rows, rows)].astype(np.float64)
+        scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
+        error = float(np.abs(found - stored).max()) / scale
+        if error > _ENTRY_TOLERANCE[store.manifest.compute_dtype]:
+            raise StoreMismatchError(
+                f"{store.root}: parameters, samples and outputs are those of the store, but kernel entries differ by "
+                f"{error:.1e} of their scale: the model is differentiated in another way (detached, or hooked)",
+                (("kernel entries", stored.tolist(), found.tolist()),),
+            )
+
+    def engine(self, work: Work) -> Engine:
+        """The engine, with the choices that a store recorded."""
+        engine, existing = self.prepared.engine, work.existing
+        if existing is None:
+            return engine
+        return reuse_choices(engine, existing.manifest.choices, existing.root, self.resources.cluster)
+
+    def plan(self, work: Work, engine: Engine) -> Plan:
+        """How the work is done."""
+        kernels = {name: each for name, each in layouts(work.manifest).items() if each.grid is not None}
+        return make_plan(
+            workload_of(self.prepared, engine, self.prepared.grids(), self.prepared.num_test),
+            self.resources.machine(engine, work.medium.free_bytes()),
+            choices=None if work.existing is None else work.existing.manifest.choices,
+            tiles_done=sum(each.num_chunks - work.left.get(name, 0) for name, each in kernels.items()),
+            bytes_to_write=work.num_bytes,
+        )
+
+    def settle(self, work: Work) -> "ModelSource":
+        """See :meth:`TileSource.settle`."""
+
+        def planned(engine: Engine) -> Plan:
+            return self.plan(work, engine).fitting()
+
+        run, existing = self.resources, work.existing
+        settled = plan_and_check(self.prepared, self.engine(work), planned, is_checked=run.run.self_check)
+        found = settled.engine.representations
+        if existing is None:
+            choices = settled.plan.choices(found, *where_computed(settled.engine, run.cluster))
+        else:
+            choices = existing.manifest.choices
+            if settled.check is not None and found != choices.representations:
+                raise SelfCheckError(
+                    f"{existing.root} was begun with Jacobians found as {choices.representations}, which the "
+                    f"self-check refuses now ({settled.check.moved}); what is stored cannot be trusted: use mode='w' "
+                    "to start over"
+                )
+        return replace(self, settled=settled, manifest=self.manifest.model_copy(update={"choices": choices}))
+
+    def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[TileRecord, None, None]:
+        """See :meth:`TileSource.run`: blocks of tiles, on threads or by the workers of a cluster."""
+        assert self.settled is not None
+        prepared = self.prepared
+        sizes = {
+            split: each.num_samples for split, each in (("train", manifest.train), ("test", manifest.test)) if each
+        }
+        grids = kernel_grids(sizes["train"], sizes.get("test"), prepared.num_covectors, prepared.tile)
+        workload = replace(self.settled.plan.workload, grids=grids, num_test=sizes.get("test", 0))
+        settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
+        executor = self.resources.executor(store) or ThreadExecutor(settled.plan.machine.workers)
+        sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
+        job = job_of(prepared, settled, sources, sink, store.in_use)
+        return logged(
+            store, settled.plan, settled.check, settled.check_seconds, executor.run(job, settled.plan.tasks())
+        )
+
+    def num_steps(self) -> int:
+        """See :meth:`TileSource.num_steps`: a pass over the train samples, and one per group over all."""
+        samples = self.prepared.samples
+        passes = [samples["train"], *len(self._groups) * list(samples.values())]
+        return sum(len(each.spans(one.num_samples)) for each in self._products for one in passes)
+
+    def products(self, signs: Vector, step: Callable[[], None]) -> Products:
+        """See :meth:`TileSource.products`: J(J'v), by plain ``torch.func``."""
+        found: Products = {}
+        for output, each in enumerate(self._products):
+            # J'v is computed once: its parts in the groups of parameters give their kernels, which sum to the whole.
+            direction = each.transposed(self.prepared.train.source, signs, step)
+            for group, names in enumerate(self._groups):
+                part = {name: value if name in names else torch.zeros_like(value) for name, value in direction.items()}
+                for split, samples in self.prepared.samples.items():
+                    product = each.product(samples.source, part, step)
+                    for number in (None, group):
+                        key = number, output if self.prepared.kind.pairs == "same" else None, split
+                        found[key] = found[key] + product if key in found else product
+        return found
+
+    @property
+    def _products(self) -> list[JacobianProducts]:
+        """One; or one for each output, which sum to the kernel or have one each."""
+        manifest, choices = self.manifest, self.manifest.choices
+        sizes = manifest.tile, choices.strip, choices.subtile, choices.batch
+        return products_of(self.prepared, *sizes)
+
+    @property
+    def _groups(self) -> list[frozenset[str]]:
+        """Parameters of each group, and last of those in none."""
+        left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
+        return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
+
+
+def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
+    """Kernel of a few samples, sample-major; that of the first output if each has its own."""
+    piece, _ = prepared.engine.piece(prepared.load(samples))
+    found = contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy()
+    return np.asarray(found if prepared.kind.pairs != "same" else found[0])

@@ -1,0 +1,267 @@
+"""The life of a store: what is at a path, what a source is to write there, and the one operation that writes it."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.base.errors import ConfigError, Interrupted, StoreFullError, StoreMismatchError, TileError
+from ntkpipe.base.progress import show_progress
+from ntkpipe.build.source import StoreSink, TileSource, Work
+from ntkpipe.store.growth import (
+    ChunkKey,
+    OldEntries,
+    aside,
+    begin,
+    end_growth,
+    finish,
+    is_larger,
+    ragged,
+    undo_cut_growth,
+)
+from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.layout import layouts
+from ntkpipe.store.manifest import Manifest, differences
+from ntkpipe.store.media.medium import Medium
+from ntkpipe.store.media.opening import medium_at
+from ntkpipe.store.store import Mode, Store, prepare_path
+
+_RESUME = "every finished tile is stored; the same call or command resumes"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path, and what may be done there."""
+
+    medium: Medium
+    existing: Store | None  # to go on with
+    starts_over: bool = False  # whether what is there is removed, once a new store is certain
+    grows: bool = False  # whether samples may be added
+
+    @classmethod
+    def at(cls, where: str | Path, mode: Mode = "a", *, grow: bool = False) -> "Place":
+        """Look at a path; changes nothing there."""
+        if grow and mode != "a":
+            raise ConfigError(
+                f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'"
+            )
+        medium = medium_at(where)
+        return cls(medium, None if mode == "w" else prepare_path(medium, mode), mode == "w", grow)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the store that is gone on with."""
+        return None if self.existing is None else self.existing.manifest
+
+    def work(self, source: TileSource) -> Work:
+        """Decide what a source is to write here: a new store, what a store lacks, or more samples."""
+        existing, asked = self.existing, source.manifest
+        if existing is None:
+            return Work(self.medium, None, asked, {name: each.num_chunks for name, each in layouts(asked).items()})
+        manifest = existing.manifest
+        if self.grows and is_larger(manifest, asked):
+            manifest = manifest.grown(asked.train, asked.test, asked.environment)
+            _require_beginning(existing, source)
+        else:
+            require_same(existing, asked)
+        edge = Counter(name for name, index in ragged(existing.manifest, manifest) if existing.arrays[name].has(index))
+        left = {}
+        for name, array in Store(self.medium, manifest).arrays.items():
+            is_recut = name in existing.arrays and existing.arrays[name].layout.chunks != array.layout.chunks
+            left[name] = array.layout.num_chunks if is_recut else len(array.missing()) + edge[name]
+        if any(left.values()):
+            _require_made_alike(existing, asked, grows=manifest != existing.manifest)
+        return Work(self.medium, existing, manifest, left)
+
+
+def fill(place: Place, source: TileSource, *, progress: bool) -> Store:
+    """Create, resume or grow: make the store at a place hold all that a source has."""
+    if place.existing is not None:
+        undo_cut_growth(place.existing)
+    work, store = place.work(source), place.existing
+    if store is None:
+        settled = source.settle(work)
+        if place.starts_over:
+            prepare_path(place.medium, "w")
+        store = Store.create(place.medium, settled.manifest)
+        require_same(store, settled.manifest)
+        if store.manifest.choices != settled.manifest.choices:  # another run has created it meanwhile: go on with that
+            return fill(replace(place, existing=store), source, progress=progress)
+    else:
+        source.require_same_function(store)
+        store.complete_layout()
+        if not any(work.left.values()):
+            end_growth(store)
+            return store
+        settled = source.settle(work)
+        if work.manifest != store.manifest:
+            # What is stored then depends only on the manifest and its history, not on when runs were interrupted.
+            needed = ragged(store.manifest, work.manifest) | OldEntries.of(store, store.manifest.earlier()).chunks()
+            wanted = {(name, index) for name, index in needed if not store.arrays[name].has(index)}
+            if wanted:
+                data = (name for name in store.arrays if name.startswith(("samples/", "targets/")))
+                wanted |= {(name, index) for name in data for index in store.arrays[name].missing()}
+                _write(store, settled, progress=progress, wanted=frozenset(wanted))
+            end_growth(store)
+            store = begin(store, work.manifest)
+            store.complete_layout()
+    _write(store, settled, progress=progress, left=work.left)
+    return store
+
+
+def rewrite(store: Store, chunks: frozenset[ChunkKey], source: TileSource, *, progress: bool) -> None:
+    """Repair: write chunks again, each with the bits that it had, and replace them one by one."""
+    source.require_same_function(store, chunks)
+    store.complete_layout()
+    with store.in_use():
+        tiles = chunks - _write_data(store, source, chunks)
+    if not tiles:
+        return
+    settled = source.settle(Work(store.medium, store, store.manifest, Counter(name for name, _ in tiles)))
+    # A tile at the former edge of a store that grew has entries from before and after: the earlier come first, aside.
+    for before, after in pairwise((*store.manifest.earlier(), store.manifest)):
+        arrays = aside(store, before)
+        wanted = {(name, index) for name, index in tiles & ragged(before, after) if not arrays[name].has(index)}
+        if wanted:
+            for name in {name for name, _ in wanted}:
+                arrays[name].create()
+            _write(store, settled, progress=progress, wanted=frozenset(wanted), before=before)
+    _write(store, settled, progress=progress, wanted=tiles)
+
+
+def _write(
+    store: Store,
+    source: TileSource,
+    *,
+    progress: bool,
+    left: Mapping[str, int] | None = None,
+    wanted: frozenset[ChunkKey] | None = None,
+    before: Manifest | None = None,
+) -> None:
+    """Write wanted chunks of a store, or aside as they were under an earlier manifest; or all that are left."""
+    manifest, arrays = (store.manifest, store.arrays) if before is None else (before, aside(store, before))
+    sink = StoreSink(arrays, wanted, OldEntries.of(store, manifest.earlier()))
+    left = Counter(name for name, _ in wanted or ()) if left is None else left
+    kernels = {name: array.layout.num_chunks for name, array in arrays.items() if array.layout.grid is not None}
+    total, todo = sum(kernels.values()), sum(left.get(name, 0) for name in kernels)
+    running = source.run(store, manifest, sink)
+    try:
+        # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
+        with store.in_use():
+            if before is None:
+                _write_data(store, source, wanted)
+            with closing(running):
+                drain(running, total, total - todo, manifest.kind if progress else None)
+            if before is None:
+                finish(store)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
+    except StoreFullError as error:
+        raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+
+
+def _write_data(store: Store, source: TileSource, wanted: frozenset[ChunkKey] | None) -> set[ChunkKey]:
+    """Write samples, targets, and what else comes without tiles, where it is wanted or missing; returns the chunks."""
+    found = set()
+    for name, array in store.arrays.items():
+        if array.layout.grid is None and not array.layout.holds_blocks:
+            asked = array.missing() if wanted is None else sorted(index for other, index in wanted if other == name)
+            for index in asked:
+                if (values := source.data(array, index)) is not None:
+                    array.write(index, values)
+                    found.add((name, index))
+    return found
+
+
+def drain(tiles: Iterator[Any], total: int, done: int, what: str | None) -> None:
+    """Wait for all tiles; show how many are done, if ``what`` says of what."""
+    for _ in tiles if what is None else show_progress(tiles, total=total, done=done, what=what, unit="tile"):
+        pass
+
+
+def _state(store: Store) -> str:
+    progress = KernelStore(store).progress
+    return f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
+
+
+def require_same(
+    store: Store,
+    asked: Manifest,
+    what: str = "holds another kernel",
+    hint: str = "Use another path, mode='w' to start over, or ask for what is stored",
+) -> None:
+    """Check that a store was made with exactly what is asked for; samples without a digest were not read."""
+    stored = store.manifest
+    if not asked.train.inputs_digest:
+        stored, asked = _bare(stored), _bare(asked)
+    found = differences(stored, asked)
+    if asked.derived is not None:  # its numbers are those of another store
+        pairs = ((field, getattr(stored, field), getattr(asked, field)) for field in ("derived", "choices"))
+        found, hint = (*found, *(pair for pair in pairs if pair[1] != pair[2])), "Use another path"
+    if not found:
+        return
+    if is_larger(stored, asked) and all(field.startswith(("train", "test")) for field, _, _ in found):
+        hint = "With grow=True (run --grow) samples are added to those that are stored. " + hint
+    listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
+    raise StoreMismatchError(f"{store.root} {what}; {len(found)} fields differ: {listed}. {hint}", found)
+
+
+def _bare(manifest: Manifest) -> Manifest:
+    without = {"inputs_digest": "", "targets_digest": None}
+    sets = {"train": manifest.train, "test": manifest.test}
+    return manifest.model_copy(update={name: each and each.model_copy(update=without) for name, each in sets.items()})
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _require_made_alike(store: Store, asked: Manifest, *, grows: bool) -> None:
+    """Refuse to complete or grow a store that is derived from another one, except from that."""
+    derived = store.manifest.derived
+    if derived is not None and asked.derived is None:
+        what = "does not grow by itself: grow its source, and derive to another path" if grows else "is not complete"
+        raise StoreMismatchError(
+            f"{store.root} is derived from a store of kind {derived.kind!r} and {what}; go on with ntkpipe derive, or "
+            "use mode='w' to compute it from the model",
+            (("derived", derived.model_dump(), None),),
+        )
+
+
+def _require_beginning(store: Store, source: TileSource) -> None:
+    """Check that the store's samples and targets come first among those of a source."""
+    kept = store.manifest
+    records = dict(zip(("train", "test"), source.first(kept), strict=True))
+    for split, stored in (("train", kept.train), ("test", kept.test)):
+        record = records[split]
+        if stored is None or record is None or not record.inputs_digest:
+            continue
+        digests = ("inputs_digest", "targets_digest")
+        differing = [name for name in digests if getattr(record, name) != getattr(stored, name)]
+        if differing and record.inputs == stored.inputs and record.targets == stored.targets:
+            raise StoreMismatchError(
+                f"{store.root} holds {stored.num_samples} {split} samples, which must be the first ones of those that "
+                f"are asked for, but {_first_difference(store, source, split)}. Add samples at the end; or use another "
+                "path, or mode='w' to start over",
+                tuple((f"{split}.{name}", getattr(stored, name), getattr(record, name)) for name in differing),
+            )
+    require_same(store, source.manifest.model_copy(update=records))
+
+
+def _first_difference(store: Store, source: TileSource, split: str) -> str:
+    found = []
+    try:
+        for name, array in store.arrays.items():
+            for index in array.layout.indices() if name.startswith((f"samples/{split}/", f"targets/{split}")) else ():
+                given, stored = source.data(array, index), array.read(index)
+                differs = (stored != given).reshape(len(stored), -1).any(axis=1)
+                found += [array.layout.region(index)[0].start + int(n) for n in np.flatnonzero(differs)[:1]]
+    except TileError as error:
+        return f"they differ ({error})"
+    return f"sample {min(found)} or its target differs" if found else "the bits of their zeros differ"

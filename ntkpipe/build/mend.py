@@ -1,0 +1,295 @@
+"""A store and its source: verified and certified, K v tile by tile and as the source says it is; repaired."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ntkpipe.base.errors import StoreError, TileError
+from ntkpipe.base.progress import Ticks
+from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.build.life import rewrite
+from ntkpipe.build.source import TileSource, Vector
+from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
+from ntkpipe.store.kernel import Kernel
+from ntkpipe.store.kernel_store import KernelSet
+from ntkpipe.store.layout import Index, planes
+from ntkpipe.store.manifest import Manifest
+from ntkpipe.store.store import Store
+from ntkpipe.store.verification import (
+    Finding,
+    VerificationReport,
+    count_findings,
+    describe_chunk,
+    first_rows,
+    record_report,
+    verify_and_record,
+)
+
+# Largest row error of a good store, by the coarsest dtype used, on the scale sqrt(K_ii * trace K).
+_TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}
+# A row is suspect if its error exceeds the median by this factor; rounding stays below 8 for a million rows.
+_OUTLIER = 16.0
+_SHOWN = 50
+NOT_CERTIFIED = Finding("certificate", (), "not computed: mend the findings above first", is_harmless=True)
+_MOST_RECORDED = 1000  # actions in a report that is stored
+_COMPUTED = "computed again"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How well a stored kernel agrees with J(J'v)."""
+
+    array: str  # the kernel
+    error: float  # largest row error `|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)`
+    median_error: float
+    tolerance: float  # bound on the error of a good kernel of this dtype
+    suspect_rows: tuple[int, ...]  # rows whose error stands out, the largest first; at most 50
+    num_suspects: int  # number of all such rows
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the error is small and no row stands out."""
+        return self.num_suspects == 0 and self.error <= self.tolerance
+
+
+def certify(
+    store: Store, source: TileSource, *, seed: int = 0, step: Callable[[], None] = lambda: None
+) -> tuple[Certificate, ...]:
+    """Certify every kernel of a complete store."""
+    manifest = store.manifest
+    rows = next(iter(store.arrays.values())).layout.shape[0]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
+    exact = source.products(signs, step)
+    found: list[Certificate] = []
+    wholes: dict[int | None, dict[str, Vector]] = {}
+    for plane in planes(manifest):
+        group = None if plane.group is None else list(manifest.groups)[plane.group]
+        kernels = KernelSet(store, group, plane.output)
+        diagonals = {"train": kernels.train.diagonal().astype(np.float64)}
+        if manifest.test is not None:
+            diagonals["test"] = np.diagonal(kernels.test_diagonal, axis1=1, axis2=2).reshape(-1).astype(np.float64)
+        trace = float(diagonals["train"].sum())
+        scales = {split: np.sqrt(np.clip(diagonal, 0, None) * trace) for split, diagonal in diagonals.items()}
+        if plane.group is None:
+            wholes[plane.output] = scales
+        for split, scale in scales.items():
+            kernel = kernels.train if split == "train" else kernels.test_train
+            floor = None if plane.group is None else wholes[plane.output][split]
+            product = exact[plane.group, plane.output, split]
+            found.append(_judge(kernel, signs, product, scale, floor, manifest))
+    return tuple(found)
+
+
+def verify_with(store: Store, source: TileSource | None, *, progress: bool) -> VerificationReport:
+    """Verify a store, and certify its whole kernels by its source if all else is good; the store keeps the report."""
+    report = verify_and_record(store, progress=progress)
+    if source is None:
+        return report
+    if not report.is_good:
+        return replace(report, findings=(*report.findings, NOT_CERTIFIED))
+    with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
+        certificates = certify(store, source, step=ticks.tick)
+    findings = (
+        Finding(
+            each.array,
+            (),
+            f"K v and J(J'v) differ by up to {each.error:.1e} (tolerance {each.tolerance:.0e}, median "
+            f"{each.median_error:.1e}); suspect rows: {', '.join(map(str, each.suspect_rows)) or 'none'}",
+        )
+        for each in certificates
+        if not each.is_good
+    )
+    shown = tuple({**asdict(each), "is_good": each.is_good} for each in certificates)
+    report = replace(report, findings=(*report.findings, *findings), certificates=shown)
+    record_report(store, report)
+    return report
+
+
+def _judge(
+    kernel: Kernel, signs: Vector, exact: Vector, scale: Vector, whole: Vector | None, manifest: Manifest
+) -> Certificate:
+    """Judge rows by their scale; in a group, whose Jacobian may vanish up to rounding, also by that of the whole."""
+    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
+    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    if whole is not None:
+        scale = scale + precision**0.5 * whole
+    gap = np.abs(_multiply(kernel, signs) - exact)
+    errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
+    median = float(np.median(errors))
+    suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
+    ranked = suspect[np.argsort(-errors[suspect])]
+    return Certificate(
+        array=kernel.name,
+        error=float(errors.max()),
+        median_error=median,
+        tolerance=_TOLERANCE[dtype],
+        suspect_rows=tuple(int(row) for row in ranked[:_SHOWN]),
+        num_suspects=len(suspect),
+    )
+
+
+def _multiply(kernel: Kernel, vector: Vector) -> Vector:
+    """``K v`` in float64, reading each stored tile once."""
+    grid = kernel.grid
+    result = np.zeros(kernel.shape[0])
+    for row, column in grid.tiles():
+        tile = kernel.read_tile(row, column).astype(np.float64)
+        rows, columns = grid.rows.rows(row), grid.columns.rows(column)
+        result[rows.start : rows.stop] += tile @ vector[columns.start : columns.stop]
+        if grid.symmetric and row != column:
+            result[columns.start : columns.stop] += tile.T @ vector[rows.start : rows.stop]
+    return result
+
+
+@dataclass(frozen=True)
+class Action:
+    """One step of a repair."""
+
+    array: str  # or the name of a file
+    index: Index  # the chunk; empty for the whole array or file
+    done: str
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """Result of a repair."""
+
+    found: VerificationReport  # the verification before
+    actions: tuple[Action, ...]  # the steps of the repair
+    left: VerificationReport  # the verification after
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the store is good after the repair."""
+        return self.left.is_good
+
+    @property
+    def num_computed(self) -> int:
+        """Number of recomputed chunks."""
+        return sum(action.done == _COMPUTED for action in self.actions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        actions = [asdict(action) for action in self.actions]
+        return {"found": self.found.to_json(), "actions": actions, "left": self.left.to_json(), "is_good": self.is_good}
+
+    def rows(self) -> TableRows:
+        """The report as (quantity, value) in words."""
+        found = ("found", f"{count_findings(len(self.found.findings))} in {self.found.chunks_checked} chunks")
+        done = [f"{describe_chunk(action.array, action.index)}: {action.done}" for action in self.actions]
+        return [found, *first_rows("repaired", done or ["nothing"]), *self.left.rows()]
+
+    def __str__(self) -> str:
+        return as_table(self.rows())
+
+
+def mend(store: Store, find_source: Callable[[], TileSource] | None = None, *, progress: bool) -> RepairReport:
+    """Repair a store, with a source also its chunks, and record the repair below ``results/repairs``."""
+    actions = [Action("growth", (), "put back as before: it was cut short")] if undo_cut_growth(store) else []
+    source = None if find_source is None else find_source()
+    found = verify_and_record(store, progress=progress)
+    with store.in_use():
+        actions += _tidy(store)
+    leftovers = [finding.array for finding in found.findings if finding.is_harmless]
+    actions += [Action(name, (), "leftover removed") for name in leftovers if store.medium.size(name) is None]
+    chunks = bad_chunks(store, found)
+    if source is not None and chunks:
+        rewrite(store, chunks, source, progress=progress)
+        actions += [Action(name, index, _COMPUTED) for name, index in sorted(chunks)]
+    left = verify_with(store, source, progress=progress) if actions or source is not None else found
+    if source is not None and not left.is_good:
+        # An entry may exceed its bound since the diagonal is wrong; a certificate points at rows.
+        more = bad_chunks(store, left)
+        doubted = (more | _diagonals_of(store, more) | _suspects(store, left)) - (chunks - more)
+        if doubted:
+            before = {chunk: _digest(store, chunk) for chunk in doubted}
+            rewrite(store, doubted, source, progress=progress)
+            changed = [chunk for chunk in sorted(doubted) if _digest(store, chunk) != before[chunk]]
+            actions += [Action(name, index, _COMPUTED) for name, index in changed]
+            left = verify_with(store, source, progress=progress)
+    if left.is_good and end_growth(store):
+        actions.append(Action("growth", (), "ended: copies of old entries removed"))
+    report = RepairReport(found, tuple(actions), left)
+    if actions:
+        _record(store, report)
+    return report
+
+
+def bad_chunks(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
+    """Chunks that are missing or bad according to a report."""
+    return frozenset(
+        (finding.array, finding.index)
+        for finding in report.findings
+        if finding.index and store.arrays[finding.array].layout.holds(finding.index)
+    )
+
+
+def _tidy(store: Store) -> list[Action]:
+    actions = []
+    store.complete_groups()
+    for name, array in store.arrays.items():
+        try:
+            array.check_metadata()
+        except StoreError:
+            array.replace_metadata()
+            actions.append(Action(name, (), "zarr.json written anew"))
+        for index in sorted(index for index, _ in array.sizes() if not array.layout.holds(index)):
+            store.medium.delete(array.name(index))
+            actions.append(Action(name, index, "removed: it did not belong to the array"))
+    return actions
+
+
+def _diagonals_of(store: Store, chunks: frozenset[ChunkKey]) -> frozenset[ChunkKey]:
+    """Chunks that hold the diagonal entries which bound the entries of these tiles."""
+    found: set[ChunkKey] = set()
+    for name, index in chunks:
+        grid, plane = store.arrays[name].layout.grid, name.rpartition("/")[0]
+        if grid is not None:
+            row, column = index
+            found.add((f"{plane}/train", (column, column)))
+            found.add((f"{plane}/train", (row, row)) if grid.symmetric else (f"{plane}/test_diagonal", (row, 0, 0)))
+    return frozenset(found)
+
+
+def _suspects(store: Store, report: VerificationReport) -> frozenset[ChunkKey]:
+    """Tiles that may hold the wrong entries behind the suspect rows of certificates."""
+    found: set[ChunkKey] = set()
+    for certificate in report.certificates:
+        name = certificate["array"]
+        grid = store.arrays[name].layout.grid
+        if certificate["is_good"] or grid is None:
+            continue
+        rows = sorted({row // grid.rows.tile_rows for row in certificate["suspect_rows"]})
+        # A wrong entry of a symmetric kernel makes two rows suspect, its own and that of its column.
+        columns = rows if grid.symmetric else range(grid.columns.num_tiles)
+        found |= {(name, (row, column)) for row in rows for column in columns if grid.is_stored(row, column)}
+    return frozenset(found)
+
+
+def _digest(store: Store, chunk: ChunkKey) -> bytes:
+    """Digest of a chunk's bytes; empty if it cannot be read."""
+    name, index = chunk
+    try:
+        return hashlib.sha256(np.ascontiguousarray(store.arrays[name].read(index)).data).digest()
+    except TileError:
+        return b""
+
+
+def _record(store: Store, report: RepairReport) -> None:
+    finished = datetime.now(UTC)
+    record = {
+        "finished": finished.isoformat(timespec="seconds"),
+        "num_actions": len(report.actions),
+        "num_computed": report.num_computed,
+        "num_findings": len(report.found.findings),
+        "actions": [asdict(action) for action in report.actions[:_MOST_RECORDED]],
+        "is_good": report.is_good,
+    }
+    with store.in_use():
+        store.write_result(f"repairs/{finished:%Y%m%dT%H%M%S.%f}-{os.getpid()}", record)

@@ -1,1 +1,0 @@
-"""Verify, repair and grow a store that a model computed."""

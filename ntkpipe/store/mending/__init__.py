@@ -1,1 +1,0 @@
-"""Changing a store that exists: growth and repair, except for computing."""

@@ -1,0 +1,228 @@
+"""Every solver and analysis is right whatever the units of kernel, ridge and targets are, or says which it takes."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import zarr
+from matrices import matrix_with_spectrum, power_law
+
+import ntkpipe
+from ntkpipe import KernelRegression, as_operator
+from ntkpipe.base.errors import ConfigError, NtkpipeError
+from ntkpipe.solvers.linear.preconditioner import nystrom, randomly_pivoted_cholesky
+
+N = 24
+POWERS = (-900, -700, -500, -300, -190, 0, 190, 300, 500, 700, 900)
+INSIDE = {-190, 0, 190}
+MATRIX = matrix_with_spectrum(power_law(N, condition=1e4, largest=1.0))
+TARGETS = np.random.default_rng(0).standard_normal((N, 2))
+RIDGE = 0.01
+
+
+def regression(matrix, targets, ridge, **options):
+    return KernelRegression(ridge=ridge, **options).fit(matrix, targets).dual_coef_
+
+
+def posterior(matrix, targets, ridge):
+    given = {
+        "test_kernel": as_operator(matrix).columns([0, 1, 2]).T,
+        "test_diagonal": as_operator(matrix).diagonal()[:3],
+    }
+    return ntkpipe.gaussian_process(matrix, targets, ridge=ridge, **given).mean
+
+
+# Name → (the power of the matrix's scale and of the targets' scale that the result has, the call).
+CALLS = {
+    "eigsh": (1, 0, lambda k, y, r: ntkpipe.eigsh(k, 4).eigenvalues),
+    "eigh": (1, 0, lambda k, y, r: ntkpipe.eigh(k).eigenvalues),
+    "eigvalsh": (1, 0, lambda k, y, r: ntkpipe.eigvalsh(k).eigenvalues),
+    "smallest": (1, 0, lambda k, y, r: ntkpipe.smallest(k).eigenvalues),
+    "density": (1, 0, lambda k, y, r: ntkpipe.density(k).nodes),
+    "cholesky": (-1, 1, lambda k, y, r: ntkpipe.cholesky(k, ridge=r).solve(y).coefficients),
+    "inverse": (-1, 0, lambda k, y, r: ntkpipe.cholesky(k, ridge=r).inverse_diagonal()),
+    "solve": (-1, 1, lambda k, y, r: ntkpipe.solve(k, y, ridge=r).coefficients),
+    "pcg": (-1, 1, lambda k, y, r: ntkpipe.solve(k, y, ridge=r, method="pcg").coefficients),
+    "block_cg": (-1, 1, lambda k, y, r: ntkpipe.solve(k, y, ridge=r, method="block_cg").coefficients),
+    "solve_path": (-1, 1, lambda k, y, r: ntkpipe.solve_path(k, y, [r, 10 * r]).coefficients),
+    "dynamics": (0, 1, lambda k, y, r: ntkpipe.dynamics(k, y, times=[1.0, 50.0]).residuals),
+    "regression": (-1, 1, regression),
+    "minimum norm": (-1, 1, lambda k, y, r: regression(k, y, r, method="eigh")),
+    "ridge_path": (0, 0, lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r]).effective_dimension),
+    "alignment": (0, 0, lambda k, y, r: ntkpipe.alignment(k, y).centred_alignment),
+    "spectrum": (0, 0, lambda k, y, r: ntkpipe.spectrum(k, ridges=[r]).effective_dimension),
+    "generalisation": (0, 2, lambda k, y, r: ntkpipe.generalisation(k, y, ridges=[r]).kare),
+    "learning_curve": (0, 2, lambda k, y, r: ntkpipe.learning_curve(k, y, sizes=[8, 16], ridges=[r]).left_out_loss),
+    "train_loss": (0, 2, lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r]).train_loss),
+    "leave_one_out": (0, 2, lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r]).leave_one_out_loss),
+    "posterior": (0, 1, posterior),
+    "data_fit": (-1, 2, lambda k, y, r: ntkpipe.gaussian_process(k, y, ridge=r).data_fit),
+    "rpcholesky": (1, 0, lambda k, y, r: randomly_pivoted_cholesky(k, 5).values),
+    "nystrom": (1, 0, lambda k, y, r: nystrom(k, 5).values),
+}
+LOGARITHMS = {
+    "complexity": lambda k, y, r: -ntkpipe.gaussian_process(k, y, ridge=r).complexity,
+    "logdet": lambda k, y, r: ntkpipe.logdet(k, ridge=r).value,
+    "slq_logdet": lambda k, y, r: ntkpipe.slq_logdet(k, ridge=r).value,
+}
+
+
+def stored(matrix, tmp_path):
+    array = zarr.create_array(tmp_path / "m.zarr", shape=matrix.shape, chunks=(8, 8), dtype=matrix.dtype)
+    array[:] = matrix
+    return array
+
+
+def opened(matrix, kind, tmp_path):
+    return matrix if kind == "array" else as_operator(stored(matrix, tmp_path))
+
+
+def outcome(call, *arguments):
+    """What a call returns, as an array, or the refusal; other errors and all warnings of numpy fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return np.asarray(call(*arguments), np.float64)
+        except ConfigError as refusal:
+            found = refusal
+    assert re.search(r"needed (zero or )?\S+ to \S+, since squares", str(found)), found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("power", "kind"),
+    [*((power, "array") for power in POWERS), *((power, "tiles") for power in (-900, -190, 190, 500))],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_units_of_the_kernel(name, power, kind, tmp_path):
+    of_matrix, _, call = CALLS[name]
+    scale = 2.0**power
+    found = outcome(call, opened(MATRIX * scale, kind, tmp_path), TARGETS, min(max(RIDGE * scale, 2.0**-250), 2.0**250))
+    if power not in INSIDE:
+        assert isinstance(found, ConfigError)
+        assert "entries of the matrix" in str(found)
+        return
+    wanted = outcome(call, MATRIX, TARGETS, RIDGE)
+    np.testing.assert_allclose(found * scale**-of_matrix, wanted, rtol=1e-7, atol=1e-9 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("name", LOGARITHMS)
+def test_log_determinants(name, power):
+    scale, call = 2.0**power, LOGARITHMS[name]
+    found = outcome(call, MATRIX * scale, TARGETS, min(max(RIDGE * scale, 2.0**-250), 2.0**250))
+    if power not in INSIDE:
+        assert isinstance(found, ConfigError)
+        return
+    assert found - N * power * math.log(2.0) == pytest.approx(outcome(call, MATRIX, TARGETS, RIDGE), rel=1e-9)
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("name", [name for name, (_, of_targets, _) in CALLS.items() if of_targets])
+def test_units_of_targets(name, power):
+    call = CALLS[name][-1]
+    found, wanted = outcome(call, MATRIX, TARGETS * 2.0**power, RIDGE), outcome(call, MATRIX, TARGETS, RIDGE)
+    if not isinstance(found, ConfigError):
+        found = found * 2.0 ** (-power * CALLS[name][1] / 2) * 2.0 ** (-power * CALLS[name][1] / 2)
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        assert power not in INSIDE
+
+
+@pytest.mark.parametrize("ridge", [1e-300, 1e-200, 1e-70, 1e70, 1e200, 1e300])
+@pytest.mark.parametrize("name", [*CALLS, *LOGARITHMS])
+def test_ridges(name, ridge):
+    if (name, ridge) == ("generalisation", 1e-70):
+        pytest.xfail("1 - γ of analysis.eigenlearning.canatar is zero where a ridge is below rounding")
+    call = LOGARITHMS.get(name) or CALLS[name][-1]
+    found = outcome(call, MATRIX, TARGETS, ridge)
+    if isinstance(found, ConfigError):
+        assert not 1e-77 < ridge < 1e77
+        assert "ridge" in str(found)
+    elif name in {"solve", "pcg", "block_cg", "cholesky", "regression", "minimum norm"}:
+        wanted = TARGETS / ridge if ridge > 1 else np.linalg.solve(MATRIX, TARGETS)
+        np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("kind", "place"), [("array", (2, 20)), ("tiles", (3, 3)), ("tiles", (2, 20))])
+@pytest.mark.parametrize("entry", [1e-200, -1e200, 1e308])
+@pytest.mark.parametrize("name", [*CALLS, *LOGARITHMS])
+def test_one_entry(name, entry, place, kind, tmp_path):
+    """One far too large is refused, one that is far too small beside the others is nothing."""
+    matrix = MATRIX.copy()
+    matrix[place] = matrix[place[::-1]] = entry
+    call = LOGARITHMS.get(name) or CALLS[name][-1]
+    if abs(entry) > 1:
+        found = outcome(call, opened(matrix, kind, tmp_path), TARGETS, 1.0)
+        assert isinstance(found, ConfigError)
+        assert "entries of the matrix" in str(found)
+        return
+    zero = np.where(matrix == entry, 0.0, matrix)
+    wanted = outcome(call, opened(zero, kind, tmp_path / "zero"), TARGETS, 1.0) if name not in NEED_DEFINITE else None
+    if wanted is not None:
+        found = outcome(call, opened(matrix, kind, tmp_path), TARGETS, 1.0)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-9 * np.abs(wanted).max())
+
+
+NEED_DEFINITE = {"smallest", "dynamics", "ridge_path", "spectrum", "generalisation", "nystrom", "density"}
+
+
+@pytest.mark.parametrize("power", [-900, -300, 300, 900])
+def test_what_the_error_advises_works(power, tmp_path):
+    matrix, scale = MATRIX * 2.0**power, 2.0**power
+    for given in (matrix, stored(matrix, tmp_path)):
+        with pytest.raises(ConfigError) as caught:
+            ntkpipe.solve(given, TARGETS, ridge=0.0)
+        factor = eval(re.search(r"scaled\((2\.0\*\*-?\d+)\)", str(caught.value))[1])
+        operator = as_operator(given).scaled(factor)
+        found = ntkpipe.solve(operator, TARGETS, ridge=RIDGE * scale * factor).coefficients * factor
+        wanted = np.linalg.solve(MATRIX + RIDGE * np.eye(N), TARGETS)
+        np.testing.assert_allclose(found * scale, wanted, rtol=1e-4, atol=1e-6)
+        values = ntkpipe.eigh(operator).eigenvalues / factor
+        np.testing.assert_allclose(values / scale, np.linalg.eigvalsh(MATRIX)[::-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["array", "tiles"])
+@pytest.mark.parametrize("power", POWERS)
+def test_frobenius_norms_of_all_sizes(power, kind, tmp_path):
+    operator = as_operator(opened(MATRIX * 2.0**power, kind, tmp_path))
+    plain = as_operator(opened(MATRIX, kind, tmp_path / "plain"))
+    views = (
+        lambda k, s: k,
+        lambda k, s: k.shifted(0.5 * s),
+        lambda k, s: k.scaled(-3.0),
+        lambda k, s: k.centred(),
+        lambda k, s: k.kronecker(2),
+    )
+    for view in views:
+        found, wanted = view(operator, 2.0**power), view(plain, 1.0)
+        assert found.frobenius() * 2.0**-power == pytest.approx(wanted.frobenius(), rel=1e-12)
+        assert found.storage_floor() * 2.0**-power == pytest.approx(wanted.storage_floor(), rel=1e-12)
+        assert found.trace() * 2.0**-power == pytest.approx(wanted.trace(), rel=1e-12)
+
+
+def test_float32_is_always_inside_and_costs_no_pass(tmp_path):
+    for scale in (1e-30, 1.0, 1e30):
+        operator = as_operator(stored((MATRIX * scale).astype(np.float32), tmp_path / str(scale)))
+        operator.require_range()
+        operator.shifted(1.0).require_range()
+        operator.scaled(2.0).require_range()
+        assert operator.work.passes == 0.0
+        ntkpipe.eigvalsh(operator)
+
+
+def test_zero_matrices_are_inside():
+    as_operator(np.zeros((3, 3))).require_range()
+    assert not ntkpipe.eigvalsh(np.zeros((3, 3))).eigenvalues.any()
+
+
+def test_nothing_but_errors_of_ours(tmp_path):
+    """Largest and smallest numbers that there are."""
+    for entry in (5e-324, 1.7e308):
+        for name, call in {**{name: call for name, (_, _, call) in CALLS.items()}, **LOGARITHMS}.items():
+            with pytest.raises(NtkpipeError):
+                raise outcome(call, np.diag(np.full(5, entry)), TARGETS[:5], RIDGE)
+            assert name
