@@ -34,8 +34,8 @@ from .solvers.spectral.lanczos import eigsh as eigsh
 from .solvers.spectral.logdet import logdet as logdet
 from .solvers.spectral.slq_logdet import slq_logdet as slq_logdet
 from .solvers.spectral.smallest import smallest as smallest
+from .steps.registry import read_result as read_result
 from .steps.run import run_step as run_step
-from .steps.saved import read_result as read_result
 from .store.export import export_kernel as export_kernel
 from .store.kernel import Kernel as Kernel
 from .store.kernel_store import KernelStore as KernelStore

@@ -19,11 +19,6 @@ from ntkpipe.store.kernel_store import open_kernel
 if TYPE_CHECKING:
     from distributed import Client
 
-    from ntkpipe.build.mend import RepairReport
-    from ntkpipe.report.report import Report
-    from ntkpipe.solvers.result import Result
-    from ntkpipe.store.verification import VerificationReport
-
 _METAVARS = {int: "INTEGER", float: "NUMBER"}
 _NONE = "none"  # for an option whose default is another
 # Second names of options.
@@ -106,14 +101,8 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
 
 
-def show_result(
-    title: str,
-    found: "Result | Report | VerificationReport | RepairReport",
-    more: Sequence[tuple[str, str]] = (),
-    *,
-    as_json: bool,
-) -> None:
-    """Print a result, and rows beside its own; exit with 1 if it is not what was asked for."""
+def show_result(title: str, found: Any, more: Sequence[tuple[str, str]] = (), *, as_json: bool) -> None:
+    """Print a result or a report, and rows beside its own; exit with 1 if it is not what was asked for."""
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:

@@ -1,1 +1,1 @@
-"""One HTML page about a kernel store: data are gathered, drawn and put on a page by modules of their own."""
+"""One HTML page about a kernel store: data are gathered, put into words and figures, and on a page."""

@@ -1,4 +1,4 @@
-"""Everything on a page, before anything is drawn."""
+"""Everything on a page, before anything is drawn: results of steps, and means of blocks of the kernel in one pass."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -7,21 +7,23 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.ridge import absolute_ridge
 from ntkpipe.base.targets import Targets, Task, encode
 from ntkpipe.learning.gaussian.calibration import Calibration, calibration
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
-from ntkpipe.report.blocks import arrange, block_means
 from ntkpipe.report.parts import Part
 from ntkpipe.solvers.result import Result
-from ntkpipe.steps.registry import REGISTRY
-from ntkpipe.steps.saved import saved_result
+from ntkpipe.steps.registry import REGISTRY, saved_result
 from ntkpipe.store.export import find_kernel
+from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore
 
+BinLabels = NDArray[np.int64]
 Run = Callable[..., Result]  # runs a step by its name and options, and saves its result if the store can be written
 
 HOW_TO_TEST = "compute the kernel with test_inputs and test_targets (`ntkpipe run FILE --grow` adds them)."
@@ -34,6 +36,7 @@ _NO_TARGETS = (
 )
 _NO_TEST_SET = f"The store has no test set; {HOW_TO_TEST}"
 _NO_TEST_TARGETS = "The test set of this store has no targets; give test_targets to compute_kernel."
+_MOST_BINS = 300  # rows of the picture of a kernel: a screen shows no more
 
 
 class Gathered:
@@ -43,16 +46,16 @@ class Gathered:
         self.store, self.kernel, self._run = store, find_kernel(store, array), run
         self.results: dict[str, Any] = {}  # by step, those of chapters
         self.missing: dict[str, str] = {}  # step → why it has no result, and how to get it, in one sentence
+        self.best: Best | None = None  # the ridge that training data choose
+        self.measured = np.nan, np.nan  # accuracy and loss on the test set there, if they are known
         # What targets were taken for in a step is what they are for the rest of the page.
         known = (self._saved(name) for name in ("regression", "alignment", "generalisation", "gaussian_process"))
         self._task: Task = next((one.options.get("task", "auto") for one in known if one is not None), "auto")
         begin = perf_counter()
         # The order of samples in a picture, and means of blocks: rows of the picture, and classes if there are any
         self.arrangement = arrange(_encoded(store, self._task), self.kernel.grid.rows.num_samples)
-        groupings = [(self.arrangement.bins, self.arrangement.num_bins)]
-        if self.arrangement.classes is not None:
-            groupings.append((self.arrangement.classes, len(self.arrangement.names)))
-        self.means = block_means(self.kernel, groupings)
+        groupings = (self.arrangement.bins, self.arrangement.classes)
+        self.means = block_means(self.kernel, [labels for labels in groupings if labels is not None])
         picture = perf_counter() - begin
         self.work = Work(1.0, seconds=picture)  # passes and bytes of what was done for the page
         self._find_all(across)
@@ -72,14 +75,16 @@ class Gathered:
         test = self.store.manifest.test
         no_test = no_targets or (_NO_TEST_SET if test is None else None if test.targets else _NO_TEST_TARGETS)
         # The first one computes all eigenpairs where they fit, and the others, also the spectrum, find them.
+        self._find("generalisation", no_targets, across)
         self._find("alignment", no_targets, {})
         self._find("spectrum", None, across)
         self._find("regression", no_targets, across)
-        self._find("generalisation", no_targets, across)
+        if (path := self.results.get("regression")) is not None:
+            self.best = choose(path)
+            self.measured = float(path.test_accuracy[self.best.index]), float(path.test_loss[self.best.index])
         for name in ("gaussian_process", "influence"):
-            if "regression" in self.results:
-                best = choose(self.results["regression"])
-                self._find(name, no_test, {"ridge": best.ridge, "ridge_scale": None})
+            if self.best is not None:
+                self._find(name, no_test, {"ridge": self.best.ridge, "ridge_scale": None})
             else:  # at any ridge, if it was saved
                 self._find(name, no_test or (None if self._saved(name) else self.missing["regression"]), {})
 
@@ -158,3 +163,68 @@ def _encoded(store: KernelStore, task: Task) -> Targets | None:
             return encode(store.targets, task=task, num_outputs=width if width > 1 else None)
         except (ConfigError, NonFiniteError):
             return None
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Samples in the order in which a picture shows them."""
+
+    bins: BinLabels  # shape (N,): the row of the picture in which each sample is
+    # Shape (N,): the number of each sample's class among :attr:`names`; none if targets are no classes
+    classes: BinLabels | None
+    names: tuple[str, ...]  # labels of classes
+    bounds: tuple[int, ...]  # where one class ends and the next begins, in samples
+    order: str  # what decides the order, in words
+
+
+def arrange(targets: Targets | None, num_samples: int) -> Arrangement:
+    """By class, or by the one target, or as stored; where samples are many, neighbours share a row."""
+    names: tuple[str, ...] = ()
+    bounds: tuple[int, ...] = ()
+    classes, order = None, "as stored"
+    key: NDArray[Any] = np.arange(num_samples)
+    if targets is not None and targets.classes is not None and targets.codes is not None:
+        names, order = tuple(map(str, targets.classes.tolist())), "sorted by class"
+        key = classes = targets.codes
+        bounds = tuple(int(end) for end in np.bincount(classes).cumsum()[:-1])
+    elif targets is not None and targets.matrix.shape[1] == 1:
+        key, order = targets.matrix[:, 0], "sorted by target"
+    num_bins = min(num_samples, _MOST_BINS)
+    bins = np.empty(num_samples, np.int64)
+    bins[np.argsort(key, kind="stable")] = np.arange(num_samples) * num_bins // num_samples
+    return Arrangement(bins, classes, names, bounds, order)
+
+
+def block_means(kernel: Kernel, groupings: Sequence[BinLabels]) -> list[FloatArray]:
+    """Mean entry of each pair of groups of samples, for one or more groupings; one pass over the stored tiles.
+
+    Entries of a sample with itself are left out where a group has others. Of a full NTK the entry of two samples is the
+    mean of their block's diagonal.
+    """
+    sums = [np.zeros((count, count)) for count in (int(labels.max()) + 1 for labels in groupings)]
+    diagonal = np.zeros(kernel.grid.rows.num_samples)
+    for row, column in kernel.grid.tiles():
+        tile = _by_sample(kernel.read_stored(row, column), kernel.num_covectors)
+        at = [slice(span.start, span.stop) for span in map(kernel.grid.rows.samples, (row, column))]
+        for total, labels in zip(sums, groupings, strict=True):
+            pairs = labels[at[0], None] * len(total) + labels[at[1]]
+            part = np.bincount(pairs.ravel(), tile.ravel(), total.size).reshape(total.shape)
+            total += part if row == column else part + part.T
+        if row == column:
+            diagonal[at[0]] = tile.diagonal()
+    return [_mean(total, diagonal, labels) for total, labels in zip(sums, groupings, strict=True)]
+
+
+def _by_sample(tile: NDArray[Any], width: int) -> FloatArray:
+    blocks = tile.astype(np.float64).reshape(tile.shape[0] // width, width, tile.shape[1] // width, width)
+    return np.asarray(blocks.trace(axis1=1, axis2=3) / width, np.float64)
+
+
+def _mean(total: FloatArray, diagonal: FloatArray, labels: BinLabels) -> FloatArray:
+    """Sums over numbers of entries; a group of one sample has its diagonal entry alone."""
+    sizes = np.bincount(labels, minlength=len(total)).astype(np.float64)
+    counts, alone = np.outer(sizes, sizes), sizes == 1
+    own = np.bincount(labels, diagonal, minlength=len(total))
+    np.fill_diagonal(total, np.where(alone, own, total.diagonal() - own))
+    np.fill_diagonal(counts, np.where(alone, 1.0, sizes * (sizes - 1)))
+    return np.asarray(total / np.maximum(counts, 1.0), np.float64)

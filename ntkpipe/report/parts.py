@@ -1,8 +1,14 @@
-"""What a page consists of: sections of tables, figures and galleries. Nothing is drawn or written here."""
+"""What a page consists of: sections of tables, figures and galleries, and numbers in words. Nothing is drawn here."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ntkpipe.solvers.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,15 +59,7 @@ class Gallery:
     kind: str = "gallery"
 
 
-@dataclass(frozen=True)
-class Note:
-    """A paragraph."""
-
-    text: str
-    kind: str = "note"
-
-
-Part = PageTable | Plot | Gallery | Note
+Part = PageTable | Plot | Gallery | str  # text is a paragraph
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,8 @@ class Section:
     name: str  # for its anchor
     title: str  # its heading
     intro: tuple[str, ...] = ()  # paragraphs below it
-    parts: Sequence[Part] = field(default=())  # what follows
+    parts: Sequence[Part] = ()  # what follows
     missing: str | None = None  # one sentence for what is not there, and how to get it
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The header's line."""
-
-    is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
-    lead: str  # lead, rest: the line, in two parts of which the first is the verdict on the store
-    rest: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,40 @@ class Page:
 
     title: str  # title, subtitle: of the page
     subtitle: str
-    verdict: Headline  # in one line
+    is_good: bool | None  # whether the store was verified and nothing is wrong; none if it was not verified
+    verdict: str  # on the store, in a few words
+    worth: str  # what the kernel is good for; the rest of the line
     numbers: tuple[tuple[str, str], ...]  # (Name, value) of what readers look for first
     sections: tuple[Section, ...]  # in order
     footer: str  # what wrote it, and when
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of any size; a dash where it is not known."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}g}"
+
+
+def with_errors(values: Iterable[float], errors: Iterable[float]) -> list[str]:
+    """Numbers with their standard errors, if there are any."""
+    return [
+        number(value) + (f" ± {number(error, 2)}" if 0 < error < math.inf else "")
+        for value, error in zip(values, errors, strict=True)
+    ]
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A part of one in percent."""
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "–"
+
+
+def in_numbers(title: str, found: Result) -> PageTable:
+    """What a result prints, but its cost, which is among the timings."""
+    return PageTable(f"{title} in numbers", (), tuple(row for row in found.rows() if row[0] != "cost"))
+
+
+def ranges(values: Sequence[float], flags: Sequence[bool]) -> str:
+    """Where flags are set along ascending values, in words."""
+    places = groupby(np.argsort(values), key=lambda place: bool(flags[place]))
+    runs = [[values[place] for place in run] for is_set, run in places if is_set]
+    said = (f"λ = {run[0]:.3g}" if run[0] == run[-1] else f"λ from {run[0]:.3g} to {run[-1]:.3g}" for run in runs)
+    return " and ".join(said)

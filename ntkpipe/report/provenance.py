@@ -1,10 +1,14 @@
 """What a store says of itself: what was computed, how it was checked, how long that took."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.report.parts import Note, PageTable, Section
+from ntkpipe.report.parts import PageTable, Plot, Section
+from ntkpipe.report.theme import COLOURS, linear
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.manifest import DataRecord
 from ntkpipe.store.store import Store
@@ -70,29 +74,8 @@ def _representation(parameter: str, representations: Mapping[str, str]) -> str:
 
 def verification_section(store: Store) -> Section:
     """How the store was checked."""
-    certificate = store.read_result("certificate")
-    missing, rows = _verification_rows(store, certificate)
-    kernels = () if certificate is None else tuple(map(_certificate_row, certificate["kernels"]))
-    parts: list[PageTable | Note] = [PageTable("Checks that the store keeps", (), tuple(rows))] if rows else []
-    if kernels:
-        columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
-        parts.append(PageTable("Certificate: K v against J (Jᵀ v), relative, row by row", columns, kernels))
-    return Section(
-        "verification",
-        "Verification and certificate",
-        (
-            "Verification reads every chunk: it is there, whole (crc32c), finite, symmetric, and obeys the "
-            "Cauchy–Schwarz inequality. The certificate compares the whole stored matrix with the model: for a random "
-            "vector v the product K v of the store against J (Jᵀ v), which is computed from the model without any "
-            "kernel. A single wrong entry anywhere would show in its row.",
-        ),
-        tuple(parts),
-        missing,
-    )
-
-
-def _verification_rows(store: Store, certificate: Json | None) -> tuple[str | None, list[tuple[str, str]]]:
-    missing, rows, found, check = None, [], store.read_result("verification"), store.read_result("self_check")
+    found, certificate, check = map(store.read_result, ("verification", "certificate", "self_check"))
+    missing, rows = None, []
     if found is None:
         missing = (
             "This store has not been verified since it was computed; `ntkpipe verify STORE --workflow FILE` reads "
@@ -108,13 +91,30 @@ def _verification_rows(store: Store, certificate: Json | None) -> tuple[str | No
                 "There is no certificate against the model; `ntkpipe verify STORE --workflow FILE`, or "
                 "ntkpipe.verify(store, model), makes one."
             )
+    tables = []
     if certificate is not None:
         rows.append(("certificate", f"of {certificate['checked']}, below"))
+        columns = ("kernel", "largest row error", "median row error", "tolerance", "outcome")
+        kernels = tuple(map(_certificate_row, certificate["kernels"]))
+        tables.append(PageTable("Certificate: K v against J (Jᵀ v), relative, row by row", columns, kernels))
     if check is not None:
         judge = f"{check['reference']} in {check['dtype']}"
         error = f"error {check['compute_error']:.1e} of √(K_ii K_jj) against {judge}"
         rows.append(("self-check before the run", f"{error}, on samples {', '.join(map(str, check['samples']))}"))
-    return missing, rows
+    if rows:
+        tables.insert(0, PageTable("Checks that the store keeps", (), tuple(rows)))
+    return Section(
+        "verification",
+        "Verification and certificate",
+        (
+            "Verification reads every chunk: it is there, whole (crc32c), finite, symmetric, and obeys the "
+            "Cauchy–Schwarz inequality. The certificate compares the whole stored matrix with the model: for a random "
+            "vector v the product K v of the store against J (Jᵀ v), which is computed from the model without any "
+            "kernel. A single wrong entry anywhere would show in its row.",
+        ),
+        tables,
+        missing,
+    )
 
 
 def _certificate_row(kernel: Json) -> tuple[str, ...]:
@@ -123,7 +123,42 @@ def _certificate_row(kernel: Json) -> tuple[str, ...]:
     return (str(kernel["array"]), *numbers, outcome)
 
 
-def runs_table(runs: Sequence[Json]) -> PageTable | None:
+def timings_section(runs: Sequence[Json], seconds: Sequence[tuple[str, float]]) -> Section:
+    """Runs of the kernel, and seconds of it and of every part of the page."""
+    names = {"kernel, all runs": "seconds", "self-checks before": "self_check_seconds"}
+    parts = [(name, sum(float(run[key]) for run in runs)) for name, key in names.items() if runs]
+    parts += seconds
+    longest = max(parts, key=lambda part: part[1])
+    plot = Plot(
+        "time",
+        "Wall time of each part",
+        partial(bars, parts=parts),
+        "Bars of wall time: " + "; ".join(f"{name} {seconds:.3g} s" for name, seconds in parts) + ".",
+        (
+            f"Wall time of the kernel itself and of each analysis on this page; {longest[0]} took longest. What an "
+            "earlier step had saved is shown with the time that it took then.",
+        ),
+        0.2 + 0.075 * len(parts),
+    )
+    missing = "No run is recorded in this store (it was derived, or results were deleted); ntkpipe run records each."
+    return Section("timings", "Timings", (), (plot, _runs_table(runs)) if runs else (plot,), None if runs else missing)
+
+
+def bars(axes: Axes, parts: Sequence[tuple[str, float]]) -> None:
+    """Seconds of each part, from above."""
+    names, seconds = [name for name, _ in parts], [value for _, value in parts]
+    drawn = axes.barh(range(len(parts)), seconds, color=COLOURS["blue"], height=0.62)
+    axes.bar_label(drawn, [f"{value:.3g} s" for value in seconds], padding=4, color=COLOURS["ink"])
+    axes.set_yticks(range(len(parts)), names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    linear(axes, "x")
+    axes.set_xlim(0, 1.18 * max(max(seconds), 1e-9))
+    axes.set_xlabel("wall time [s]")
+
+
+def _runs_table(runs: Sequence[Json]) -> PageTable:
     """Every run that computed tiles, the oldest first."""
     rows = [
         {
@@ -139,6 +174,4 @@ def runs_table(runs: Sequence[Json]) -> PageTable | None:
         }
         for run in runs
     ]
-    if not rows:
-        return None
     return PageTable("Runs that computed the kernel", tuple(rows[0]), tuple(tuple(row.values()) for row in rows))

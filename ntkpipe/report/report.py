@@ -147,8 +147,8 @@ def write_report(
     return Report(
         path=str(target),
         num_bytes=len(data),
-        verdict=page.verdict.lead + page.verdict.rest,
-        is_good=page.verdict.is_good is not False,
+        verdict=page.verdict + page.worth,
+        is_good=page.is_good is not False,
         missing=tuple((section.title, section.missing) for section in page.sections if section.missing),
         seconds=perf_counter() - begin,
         work=gathered.work,

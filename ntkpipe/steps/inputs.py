@@ -20,8 +20,7 @@ from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs
 from ntkpipe.solvers.result import Monitor, Result
-from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
-from ntkpipe.steps.saved import saved_result
+from ntkpipe.steps.registry import REGISTRY, Entry, entry_of, saved_result
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.results import Checkpoint

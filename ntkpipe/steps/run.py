@@ -16,8 +16,7 @@ from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
 from ntkpipe.solvers.result import Monitor, Result
 from ntkpipe.steps.inputs import INPUTS, RESULTS, Context, check_step, inputs_of, options_of_step, require
-from ntkpipe.steps.registry import REGISTRY, Entry, entry_of
-from ntkpipe.steps.saved import result_name, saved_result
+from ntkpipe.steps.registry import REGISTRY, Entry, entry_of, result_name, saved_result
 from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -82,7 +81,7 @@ def run_step(
             return _call(entry, context, given)
         with opened.store.in_use():
             result = _call(entry, context, given)
-            _save(opened, saved_as, result)
+            save_result(opened.store, saved_as, result.to_json(), result.arrays())
             checkpoint.clear()
             if entry.then is not None and opened.test_targets is not None:
                 _judge(entry.then, context, given, result)
@@ -96,7 +95,7 @@ def _judge(name: str, context: Context, options: Mapping[str, Any], posterior: R
     except ConfigError as error:
         warnings.warn(f"there is no {name} beside the result: {error}", stacklevel=3)
     else:
-        _save(context.store, result_name(name, context.kernel.name), judged)
+        save_result(context.store.store, result_name(name, context.kernel.name), judged.to_json(), judged.arrays())
 
 
 def _call(entry: Entry, context: Context, options: Mapping[str, Any], posterior: Result | None = None) -> Result:
@@ -145,10 +144,6 @@ def _digest(entry: Entry, store: KernelStore, kernel: Kernel, given: Mapping[str
         top = saved_result(store, "eigsh", kernel.name)
         beside["top"] = len(top.arrays()["eigenvalues"]) if top is not None and top.is_converged else 0
     return hashlib.sha256(json.dumps([kernel.identity, options, beside], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _save(store: KernelStore, name: str, result: Result) -> None:
-    save_result(store.store, name, result.to_json(), result.arrays())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Chunks are uncompressed and put whole or not at all: one of the expected size is complete, and a listing tells progress.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout, Index
 from ntkpipe.store.media.medium import PIECE_BYTES, Medium, OversizeError, writing
 
 _Checksum: Any = google_crc32c.Checksum  # it has no annotations
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # of a chunk along an axis, within the size of any array
 
 
 class StoredArray:
@@ -53,7 +55,7 @@ class StoredArray:
         prefix = f"{self.layout.name}/c"
         for name, size in self.medium.sizes(prefix):
             parts = name[len(prefix) + 1 :].split("/")
-            if len(parts) == len(self.layout.chunks) and all(map(_is_number, parts)):
+            if len(parts) == len(self.layout.chunks) and all(map(_NUMBER.fullmatch, parts)):
                 yield tuple(map(int, parts)), size
 
     def has(self, index: Index) -> bool:
@@ -152,8 +154,3 @@ def require_complete(arrays: Iterable[StoredArray], then: str) -> None:
         array, index = missing[0]
         others = f"{len(missing) - 1} other chunks"
         raise TileError(f"{array.describe(index)} is missing, and {others}: finish the run before {then}")
-
-
-def _is_number(part: str) -> bool:
-    """Whether ``part`` numbers a chunk: ASCII digits, no leading zero, within the size of any array."""
-    return part.isascii() and part.isdecimal() and len(part) <= 18 and (part == "0" or part[0] != "0")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ntkpipe.report.figures import kernel, regression, spectrum
+from ntkpipe.report.gather import Arrangement
 from ntkpipe.report.parts import Draw
-from ntkpipe.report.sections import timings
+from ntkpipe.report.provenance import bars
+from ntkpipe.report.sections import gaussian, kernel, regression, spectrum
 from ntkpipe.report.theme import SETTINGS, draw_figure
 
 RIDGES = np.concatenate([[0.0], np.geomspace(1e-9, 1e5, 15)])
@@ -35,24 +37,27 @@ def _over_ridges(low: float, high: float, ridge: float, unit: regression.Unit = 
 
 def _coverage() -> Draw:
     nominal, scaled, plain = (np.linspace(low, 1, 11) for low in (0.1, 0.01, 0.9))
-    return partial(regression.coverage, nominal=nominal, scaled=scaled, plain=plain)
+    return partial(gaussian.coverage, nominal=nominal, scaled=scaled, plain=plain)
 
 
 def _reliability() -> Draw:
     places, shares = np.linspace(0.05, 0.95, 10), np.linspace(0, 1, 10)
-    return partial(regression.reliability, confidence=places, accuracy=shares, counts=np.arange(10.0))
+    return partial(gaussian.reliability, confidence=places, accuracy=shares, counts=np.arange(10.0))
 
 
 def _spectrum(count: int, low: float) -> Draw:
     values = np.geomspace(2e4, low, count)
-    fit = spectrum.TailLine(1.234, 0.0123, 1e4, 10, max(11, count // 4))
-    return partial(spectrum.eigenvalues, values=values, num_rows=count, floor=low, fit=fit)
+    tail = {"tail_exponent": 1.234, "tail_exponent_error": 0.0123, "tail_prefactor": 1e4}
+    ranks = {"tail_first_rank": 10, "tail_last_rank": max(11, count // 4)}
+    found = SimpleNamespace(eigenvalues=values, num_rows=count, floor=low, **tail, **ranks)
+    return partial(spectrum.eigenvalues, found=found)
 
 
 def _density(scale: float, low: float, high: float) -> Draw:
     places = np.geomspace(low, high, 200)
     heights = scale * np.exp(-(np.linspace(-3, 3, 200) ** 2))
-    return partial(spectrum.density, places=places, heights=heights, floor=low / 10, is_estimate=True)
+    found = SimpleNamespace(density_grid=places, density=heights, floor=low / 10, method="streamed")
+    return partial(spectrum.density, found=found)
 
 
 def _power(count: int, share: np.ndarray | None) -> Draw:
@@ -61,10 +66,10 @@ def _power(count: int, share: np.ndarray | None) -> Draw:
 
 def _picture(names: list[str], num_samples: int, scale: float) -> Draw:
     means = scale * np.random.default_rng(0).random((30, 30))
-    bounds = list(np.linspace(0, num_samples, len(names) + 1).astype(int)[1:-1])
-    return partial(
-        kernel.picture, means=means, num_samples=num_samples, bounds=bounds, names=names, order="sorted by class"
-    )
+    bounds = tuple(np.linspace(0, num_samples, len(names) + 1).astype(int)[1:-1])
+    bins = np.zeros(num_samples, np.int64)
+    arrangement = Arrangement(bins, None, tuple(names), bounds, "sorted by class")
+    return partial(kernel.picture, means=means, arrangement=arrangement)
 
 
 def _class_means(count: int, scale: float, name: str = "") -> Draw:
@@ -96,8 +101,8 @@ FIGURES: dict[str, tuple[Callable[[], Draw], float]] = {
     "means of classes with names": (lambda: _class_means(4, 1.0, "aircraft"), 1.16),
     "means of many classes": (lambda: _class_means(100, 1e-6), 1.16),
     "means of two classes": (lambda: _class_means(2, 1.0), 1.16),
-    "time": (lambda: partial(timings.bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.65),
-    "time of one part": (lambda: partial(timings.bars, parts=[("kernel, all runs", 0.0)]), 0.275),
+    "time": (lambda: partial(bars, parts=[(name, 10.0**place) for place, name in enumerate(_BARS)]), 0.65),
+    "time of one part": (lambda: partial(bars, parts=[("kernel, all runs", 0.0)]), 0.275),
 }
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -99,10 +100,11 @@ def parsed(shown: str) -> ElementTree.Element:
 
 
 def test_names_of_classes_stay_text() -> None:
-    names = ["<script>x", "$x^2$ & \x1b[31m 本", '"><g id="x" onload="y">', "#fe0001"]
+    names = ("<script>x", "$x^2$ & \x1b[31m 本", '"><g id="x" onload="y">', "#fe0001")
     make, height = FIGURES["picture by class"]
     draw = make()
-    draw.keywords.update(names=names, bounds=[1000, 2000, 3000])
+    arrangement = draw.keywords["arrangement"]
+    draw.keywords["arrangement"] = replace(arrangement, names=names, bounds=(1000, 2000, 3000))
     shown = render(Plot("one", "title", draw, "alt", (), height))
     root = parsed(shown)
     found = [element.text for element in root.iter("text")]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ntkpipe.report.compose import render_page
-from ntkpipe.report.parts import Gallery, Headline, Note, Page, PageTable, Plot, Section, Thumbnail
+from ntkpipe.report.parts import Gallery, Page, PageTable, Plot, Section, Thumbnail
 
 EVIL = "<script>alert(1)</script>\" onload='x' {{ 7*7 }} {% raw %} &amp; \x1b[31m\x00\u202e ${x} \\"
 SEEN = EVIL.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\u202e", "\\u202e")
@@ -51,10 +51,10 @@ def hostile_page() -> Page:
         PageTable(EVIL, (), ((EVIL, EVIL),), is_folded=True),
         Plot("plot", EVIL, lambda axes: axes.plot([0, 1], "--"), EVIL, (EVIL,)),
         Gallery(EVIL, (EVIL,), ((thumbnail, (thumbnail, Thumbnail(None, EVIL, (EVIL,)))),)),
-        Note(EVIL),
+        EVIL,
     )
     section = Section("section", EVIL, (EVIL,), parts, EVIL)
-    return Page(EVIL, EVIL, Headline(None, EVIL, EVIL), ((EVIL, EVIL),), (section,), EVIL)
+    return Page(EVIL, EVIL, None, EVIL, EVIL, ((EVIL, EVIL),), (section,), EVIL)
 
 
 def test_what_stores_say_is_text_and_nothing_else() -> None:
@@ -86,7 +86,7 @@ def test_nothing_leads_out_of_the_page() -> None:
 @pytest.mark.parametrize("is_good", [True, False, None])
 def test_the_structure_is_one_that_screen_readers_follow(is_good: bool | None) -> None:
     page = hostile_page()
-    html = render_page(Page(**{**page.__dict__, "verdict": Headline(is_good, "yes", "no")}))
+    html = render_page(replace(page, is_good=is_good))
     found = read(html)
     assert found.tags.count("h1") == found.tags.count("main") == found.tags.count("nav") == 1
     assert [tag for tag in found.tags if tag in {"h1", "h2", "h3"}] == ["h1", "h2", "h3", "h3"]

@@ -23,8 +23,8 @@ from ntkpipe.base.errors import ArgumentError, ConfigError, ResourceError, Store
 from ntkpipe.report import report
 from ntkpipe.report.gather import choose
 from ntkpipe.report.report import write_report
+from ntkpipe.steps.registry import saved_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import saved_result
 from ntkpipe.store.results import save_result
 
 SECTIONS = [

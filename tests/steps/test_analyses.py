@@ -9,8 +9,8 @@ import small
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.steps import run
+from ntkpipe.steps.registry import read_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import read_result
 from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(60) % 3

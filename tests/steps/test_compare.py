@@ -11,8 +11,8 @@ import stored
 import ntkpipe
 from ntkpipe.app import cli
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.steps.registry import read_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import read_result
 
 Pair = tuple[str, str, Any, Any]
 

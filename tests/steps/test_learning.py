@@ -10,8 +10,8 @@ from regressions import NUM_OUTPUTS, NUM_TEST, make_store
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.steps.registry import read_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import read_result
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from ntkpipe.base.config import StepSpec
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.solvers.result import Result
 from ntkpipe.steps.inputs import help_of_step, options_of_step
-from ntkpipe.steps.registry import REGISTRY, Entry
+from ntkpipe.steps.registry import REGISTRY, Entry, read_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import read_result
 
 GUIDE = Path(__file__).parents[2] / "notebooks" / "GUIDE.md"
 RIDGES = {"ridges": [0.5, 2.0]}

@@ -14,8 +14,8 @@ from regressions import make_store
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, Interrupted, NotConvergedWarning, StoreError
 from ntkpipe.steps import run
+from ntkpipe.steps.registry import read_result
 from ntkpipe.steps.run import run_step
-from ntkpipe.steps.saved import read_result
 from ntkpipe.store.kernel_store import KernelStore
 
 CLASSES = np.arange(90) % 3

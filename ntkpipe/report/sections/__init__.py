@@ -1,1 +1,1 @@
-"""Sections of the page, each from what was gathered: tables, figures, and words on how to read them."""
+"""Sections of the page, each from what was gathered: tables, figures that are drawn, and words on how to read them."""

@@ -3,14 +3,14 @@
 from functools import partial
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.learning.gaussian.calibration import Calibration
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.report.figures.regression import coverage, reliability
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.parts import Part, Plot
-from ntkpipe.report.sections.words import in_numbers, share
+from ntkpipe.report.parts import Part, Plot, in_numbers, share
+from ntkpipe.report.theme import COLOURS, label, line, percent
 
 _INTRO = (
     "With the kernel as covariance and the ridge λ as variance of the noise, regression is the mean of a Gaussian "
@@ -74,3 +74,32 @@ def _reliability(found: Calibration) -> Plot:
             f"{share(found.expected_calibration_error)}.",
         ),
     )
+
+
+def coverage(axes: Axes, nominal: FloatArray, scaled: FloatArray, plain: FloatArray) -> None:
+    """How many targets lie in intervals that should hold a given share of them; variances scaled, and as they are."""
+    axes.plot([0, 100], [0, 100], label="calibrated", **line("reference"))
+    axes.plot(100 * nominal, 100 * scaled, label="variances times s²", **line("test", len(nominal)))
+    axes.plot(100 * nominal, 100 * plain, label="as they are", **line("unscaled", len(nominal)))
+    percent(axes, "xy")
+    label(axes, "probability of the interval [%]", "test targets inside [%]")
+
+
+def reliability(axes: Axes, confidence: FloatArray, accuracy: FloatArray, counts: FloatArray) -> None:
+    """How many of the samples are right that have a given confidence, in bins; empty ones are left out."""
+    axes.plot([0, 100], [0, 100], label="calibrated", **line("reference"))
+    kept = counts > 0
+    # With a right and a wrong one added: bins of few samples are not sure because these agree.
+    smoothed = (accuracy * counts + 1) / (counts + 2)
+    errors = np.sqrt(np.maximum(smoothed * (1 - smoothed), 0) / (counts + 2))[kept]
+    axes.errorbar(
+        100 * confidence[kept],
+        100 * accuracy[kept],
+        yerr=100 * errors,
+        label="test samples in bins",
+        ecolor=COLOURS["grey"],
+        capsize=3,
+        **line("test"),
+    )
+    percent(axes, "xy")
+    label(axes, "confidence in the predicted class [%]", "test samples right [%]")

@@ -1,17 +1,20 @@
-"""The section on which training points predictions are made of."""
+"""The section on which training points predictions are made of, with stored samples that are images."""
 
+import io
+import math
 from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.report.gather import Chapter, Gathered
-from ntkpipe.report.images import Split, StoredImages
-from ntkpipe.report.parts import Gallery, Part, Thumbnail
-from ntkpipe.report.sections.words import number, share
+from ntkpipe.report.parts import Gallery, Part, Thumbnail, number, share
+from ntkpipe.store.kernel_store import KernelStore
+from ntkpipe.store.manifest import ArrayRecord
 
 _INTRO = (
     "A prediction is a sum over training samples, f(x) = Σᵢ αᵢ K(x, xᵢ), and a term says what a training sample adds "
@@ -20,6 +23,9 @@ _INTRO = (
     "leave-one-out.",
 )
 _NUM_WRONG, _NUM_RIGHT, _NUM_OTHERS, _NUM_OVERALL = 3, 3, 6, 10
+_EDGES = (8, 512)  # of images: fewer pixels along an edge show nothing, and more are no thumbnail
+_CHANNELS = (1, 3)
+_PERCENTILES = (0.5, 99.5)  # what becomes black and white
 
 Targets = NDArray[Any] | None
 
@@ -32,17 +38,24 @@ def _show(found: Influence, gathered: Gathered) -> tuple[tuple[Part, ...], str |
     for samples in (top, overall):
         if samples.size and not 0 <= samples.min() <= samples.max() < len(found.mean_size):
             raise ValueError("a sample that does not exist")
-    predicted, targets, test_targets = _predicted(found), store.targets, store.test_targets
+    # Reports of older versions saved classes among the options; there are none if targets are no classes.
+    classes = found.classes or found.options.get("classes")
+    predicted = np.asarray(classes)[found.predicted] if classes else None
+    targets, test_targets = store.targets, store.test_targets
     shown = _shown(predicted, test_targets, len(top))
-    tests = _pictures(images, "test", shown)
-    trains = _pictures(images, "train", [*top[shown].reshape(-1), *overall])
+    tests = images.read("test", shown)
+    trains = images.read("train", [*top[shown].ravel().tolist(), *overall.tolist()])
+
+    def test(sample: int) -> Thumbnail:
+        said = () if predicted is None else (f"predicted {predicted[sample]}",)
+        return _thumbnail("test", sample, tests.get(sample), test_targets, is_class, *said)
 
     def train(sample: int, said: str) -> Thumbnail:
-        return _thumbnail("training", sample, trains, (*_lines(sample, targets, None, is_class), said))
+        return _thumbnail("training", sample, trains.get(sample), targets, is_class, said)
 
     rows = tuple(
         (
-            _thumbnail("test", sample, tests, _lines(sample, test_targets, predicted, is_class)),
+            test(sample),
             tuple(train(one, f"{term:+.3g}") for one, term in zip(top[sample].tolist(), terms, strict=True)),
         )
         for sample, terms in zip(shown, found.top_terms[shown, :_NUM_OTHERS], strict=True)
@@ -78,13 +91,6 @@ def _reading(found: Influence) -> tuple[str, ...]:
     )
 
 
-def _predicted(found: Influence) -> NDArray[Any] | None:
-    """The label that each test sample was given; none if targets are no classes."""
-    # Reports of older versions saved classes among the options.
-    classes = found.classes or found.options.get("classes")
-    return np.asarray(classes)[found.predicted] if classes else None
-
-
 def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int) -> list[int]:
     """Some that are wrong and some that are right, the first of each class."""
     if predicted is None or test_targets is None:
@@ -95,20 +101,67 @@ def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int)
     return [*map(int, wrong), *map(int, np.sort(firsts)[:_NUM_RIGHT])]
 
 
-def _lines(sample: int, targets: Targets, predicted: NDArray[Any] | None, is_class: bool) -> tuple[str, ...]:
-    said = [f"no. {sample:,}"]
+def _thumbnail(split: str, sample: int, uri: str | None, targets: Targets, is_class: bool, *said: str) -> Thumbnail:
+    lines = [f"no. {sample:,}"]
     if targets is not None and targets.size == len(targets):
         target = targets.reshape(-1)[sample]
-        said.append(f"class {target}" if is_class else f"target {number(float(target), 3)}")
-    if predicted is not None:
-        said.append(f"predicted {predicted[sample]}")
-    return tuple(said)
+        lines.append(f"class {target}" if is_class else f"target {number(float(target), 3)}")
+    lines += said
+    return Thumbnail(uri, f"{split} sample {', '.join(lines)}", tuple(lines))
 
 
-def _pictures(images: StoredImages, split: Split, samples: Sequence[Any]) -> dict[int, str]:
-    found = images.read(split, [int(sample) for sample in samples])
-    return {sample: f"data:image/png;base64,{b64encode(png).decode()}" for sample, png in found.items()}
+def image_shape(record: ArrayRecord) -> tuple[int, ...] | None:
+    """Shape of a sample as an image; its channels, if there are any, come first or last. None if it looks like none."""
+    shape = record.shape
+    if len(shape) == 1:  # a guess
+        edges = {channels: math.isqrt(shape[0] // channels) for channels in _CHANNELS}
+        shape = next(((c, edge, edge) for c, edge in edges.items() if c * edge * edge == shape[0]), shape)
+    if len(shape) not in {2, 3} or not (record.dtype.startswith("float") or record.dtype == "uint8"):
+        return None
+    pixels = shape if len(shape) == 2 else shape[1:] if shape[0] in _CHANNELS else shape[:2]
+    is_image = len(shape) == 2 or not {shape[0], shape[2]}.isdisjoint(_CHANNELS)
+    return shape if is_image and all(_EDGES[0] <= edge <= _EDGES[1] for edge in pixels) else None
 
 
-def _thumbnail(split: str, sample: int, pictures: dict[int, str], lines: tuple[str, ...]) -> Thumbnail:
-    return Thumbnail(pictures.get(sample), f"{split} sample {', '.join(lines)}", lines)
+class StoredImages:
+    """The samples of a store as images."""
+
+    def __init__(self, store: KernelStore) -> None:
+        self._store = store
+        inputs = store.manifest.train.inputs
+        self._name = next(iter(inputs), "")
+        self.holds_samples = f"samples/train/{self._name}" in store.store.arrays
+        self.shape = image_shape(inputs[self._name]) if self.holds_samples and len(inputs) == 1 else None
+
+    def why_not(self) -> str | None:
+        """One sentence if there are no images, or none if there are."""
+        why = "The stored inputs do not look like images"
+        if not self.holds_samples:
+            why = "The store holds no inputs (it was derived without --samples)"
+        return None if self.shape else f"{why}, so samples are told by their numbers and classes only."
+
+    def read(self, split: str, numbers: Sequence[int]) -> dict[int, str]:
+        """URIs of samples by number; none if the store has no images."""
+        if self.shape is None or not numbers:
+            return {}
+        array = self._store.store.arrays[f"samples/{split}/{self._name}"]
+        samples = {number: array.read_samples(number, number + 1)[0] for number in sorted(set(numbers))}
+        images = {number: _pixels(sample, self.shape) for number, sample in samples.items()}
+        # Samples may be normalised in any way.
+        low, high = np.nanpercentile(np.concatenate([image.ravel() for image in images.values()]), _PERCENTILES)
+        low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
+        return {number: _uri((image - low) / (high - low)) for number, image in images.items()}
+
+
+def _pixels(sample: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    image = sample.reshape(shape).astype(np.float64)
+    if image.ndim == 2:
+        return image[:, :, None]
+    return np.moveaxis(image, 0, -1) if shape[0] in _CHANNELS else image
+
+
+def _uri(image: NDArray[np.float64]) -> str:
+    buffer = io.BytesIO()
+    bytes_of = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+    imsave(buffer, bytes_of if image.shape[2] == 3 else bytes_of.repeat(3, axis=2), format="png")
+    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"

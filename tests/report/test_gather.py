@@ -10,7 +10,7 @@ from manifests import small_manifest
 from ntkpipe import open_kernel
 from ntkpipe.base.errors import TileError
 from ntkpipe.base.targets import encode
-from ntkpipe.report.blocks import arrange, block_means
+from ntkpipe.report.gather import arrange, block_means
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.store import Store
 
@@ -42,7 +42,7 @@ def test_means_are_those_of_single_pairs(tmp_path: Path, rng: np.random.Generato
     whole = kernel.to_numpy().reshape(11, width, 11, width)
     entries = np.einsum("iojo->ij", whole) / width
     classes, singles = rng.permutation([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3]), np.arange(11)
-    found = block_means(kernel, [(classes, 4), (singles, 11)])
+    found = block_means(kernel, [classes, singles])
     np.testing.assert_allclose(found[0], slow_means(entries, classes, 4), rtol=1e-12)
     np.testing.assert_allclose(found[1], entries, rtol=1e-12)
 
@@ -51,7 +51,7 @@ def test_a_missing_tile_is_named(tmp_path: Path, rng: np.random.Generator) -> No
     kernel = store_kernel(tmp_path / "k.zarr", rng, num_samples=11, width=1)
     (tmp_path / "k.zarr/kernel/train/c/0/1").unlink()
     with pytest.raises(TileError, match=r"tile \(0, 1\)"):
-        block_means(kernel, [(np.zeros(11, np.int64), 1)])
+        block_means(kernel, [np.zeros(11, np.int64)])
 
 
 def test_samples_are_sorted_by_class_and_neighbours_share_a_row() -> None:

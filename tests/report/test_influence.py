@@ -1,6 +1,7 @@
 """Which samples are images, and their pixels."""
 
 import io
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from matplotlib.image import imread
 
 import ntkpipe
-from ntkpipe.report.images import StoredImages, image_shape
+from ntkpipe.report.sections.influence import StoredImages, image_shape
 from ntkpipe.store.manifest import ArrayRecord
 
 
@@ -50,6 +51,13 @@ def make(path: Path, inputs: np.ndarray) -> ntkpipe.KernelStore:
     return ntkpipe.compute_kernel(model, inputs, store=path, kind="pntk", progress=False)
 
 
+def shown_at(uri: str) -> np.ndarray:
+    """Pixels of an image."""
+    kind, _, data = uri.partition(",")
+    assert kind == "data:image/png;base64"
+    return imread(io.BytesIO(b64decode(data)))
+
+
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (1, 8, 8), (3, 8, 10), (8, 10, 3)])
 def test_pixels_are_those_of_the_sample(tmp_path: Path, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     inputs = rng.random((6, *shape)).astype(np.float32)
@@ -58,10 +66,10 @@ def test_pixels_are_those_of_the_sample(tmp_path: Path, rng: np.random.Generator
     assert images.why_not() is None
     found = images.read("train", [1, 0, 1])
     assert sorted(found) == [0, 1]
-    for number, png in found.items():
+    for number, uri in found.items():
         wanted = inputs[number].reshape((8, 8) if shape == (64,) else shape)
         wanted = np.moveaxis(wanted, 0, -1) if shape[0] in {1, 3} else wanted
-        shown = imread(io.BytesIO(png))[:, :, :3]
+        shown = shown_at(uri)[:, :, :3]
         wanted = np.broadcast_to(wanted.reshape(*shown.shape[:2], -1), shown.shape)
         assert np.abs(shown - wanted).max() < 0.01
 
@@ -86,6 +94,6 @@ def test_grey_values_are_stretched_over_all_images_together(tmp_path: Path, rng:
     inputs = (8 * rng.random((4, 64)) - 3).astype(np.float32)
     inputs[0].flat[:20], inputs[1].flat[:20] = -3.0, 5.0
     found = StoredImages(make(tmp_path / "k.zarr", inputs)).read("train", [0, 1])
-    for number, png in found.items():
-        shown = imread(io.BytesIO(png))[:, :, 0]
+    for number, uri in found.items():
+        shown = shown_at(uri)[:, :, 0]
         assert np.abs(shown - (inputs[number].reshape(8, 8) + 3) / 8).max() < 0.01

@@ -1,1 +1,0 @@
-"""One small function a figure: numbers in, what draws them out."""
