@@ -12,10 +12,8 @@ from torch.func import functional_call, grad, jacrev, vmap
 from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
-from ntkpipe.build.from_model import Settled
 from ntkpipe.build.in_memory import build_matrix, prepare_matrix, settle_matrix
-from ntkpipe.build.prepare import Prepared, exact_single_thread
-from ntkpipe.build.request import Request
+from ntkpipe.build.prepare import Prepared, Request, Settled, exact_single_thread
 from ntkpipe.jacobian.model.samples import as_samples
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.

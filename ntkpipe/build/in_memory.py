@@ -16,13 +16,20 @@ from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import num_cores
-from ntkpipe.build.from_model import Settled, job_of, plan_and_check
+from ntkpipe.build.from_model import job_of
 from ntkpipe.build.life import drain
-from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.planner import make_plan
-from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, this_machine, workload_of
+from ntkpipe.build.plan import BlockTask, Plan, make_plan
+from ntkpipe.build.prepare import (
+    Prepared,
+    Request,
+    Settled,
+    exact_single_thread,
+    plan_and_check,
+    prepare,
+    this_machine,
+    workload_of,
+)
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
-from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, resolve_device

@@ -13,8 +13,7 @@ from ntkpipe.base.config import ComputeDtype, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory
-from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, products_of
-from ntkpipe.build.request import Request
+from ntkpipe.build.prepare import Prepared, Request, exact_single_thread, prepare, products_of
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.functional import Forward, fingerprint
 from ntkpipe.jacobian.model.samples import as_samples

@@ -1,7 +1,7 @@
 """The life of a store: what is at a path, what a source is to write there, and the one operation that writes it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,17 +13,8 @@ import numpy as np
 from ntkpipe.base.errors import ConfigError, Interrupted, StoreFullError, StoreMismatchError, TileError
 from ntkpipe.base.progress import show_progress
 from ntkpipe.build.source import StoreSink, TileSource, Work
-from ntkpipe.store.growth import (
-    ChunkKey,
-    OldEntries,
-    aside,
-    begin,
-    end_growth,
-    finish,
-    is_larger,
-    ragged,
-    undo_cut_growth,
-)
+from ntkpipe.store import growth
+from ntkpipe.store.growth import ChunkKey, OldEntries, aside, ragged
 from ntkpipe.store.kernel_store import KernelStore
 from ntkpipe.store.layout import layouts
 from ntkpipe.store.manifest import Manifest, differences
@@ -53,18 +44,13 @@ class Place:
         medium = medium_at(where)
         return cls(medium, None if mode == "w" else prepare_path(medium, mode), mode == "w", grow)
 
-    @property
-    def manifest(self) -> Manifest | None:
-        """Of the store that is gone on with."""
-        return None if self.existing is None else self.existing.manifest
-
     def work(self, source: TileSource) -> Work:
         """Decide what a source is to write here: a new store, what a store lacks, or more samples."""
         existing, asked = self.existing, source.manifest
         if existing is None:
             return Work(self.medium, None, asked, {name: each.num_chunks for name, each in layouts(asked).items()})
         manifest = existing.manifest
-        if self.grows and is_larger(manifest, asked):
+        if self.grows and growth.is_larger(manifest, asked):
             manifest = manifest.grown(asked.train, asked.test, asked.environment)
             _require_beginning(existing, source)
         else:
@@ -82,7 +68,7 @@ class Place:
 def fill(place: Place, source: TileSource, *, progress: bool) -> Store:
     """Create, resume or grow: make the store at a place hold all that a source has."""
     if place.existing is not None:
-        undo_cut_growth(place.existing)
+        growth.undo_cut_growth(place.existing)
     work, store = place.work(source), place.existing
     if store is None:
         settled = source.settle(work)
@@ -96,21 +82,22 @@ def fill(place: Place, source: TileSource, *, progress: bool) -> Store:
         source.require_same_function(store)
         store.complete_layout()
         if not any(work.left.values()):
-            end_growth(store)
+            growth.end_growth(store)
             return store
         settled = source.settle(work)
         if work.manifest != store.manifest:
             # What is stored then depends only on the manifest and its history, not on when runs were interrupted.
-            needed = ragged(store.manifest, work.manifest) | OldEntries.of(store, store.manifest.earlier()).chunks()
+            old = OldEntries.of(store, store.manifest.earlier())
+            needed = ragged(store.manifest, work.manifest).union(old.copies)
             wanted = {(name, index) for name, index in needed if not store.arrays[name].has(index)}
             if wanted:
                 data = (name for name in store.arrays if name.startswith(("samples/", "targets/")))
                 wanted |= {(name, index) for name in data for index in store.arrays[name].missing()}
                 _write(store, settled, progress=progress, wanted=frozenset(wanted))
-            end_growth(store)
-            store = begin(store, work.manifest)
+            growth.end_growth(store)
+            store = growth.begin(store, work.manifest)
             store.complete_layout()
-    _write(store, settled, progress=progress, left=work.left)
+    _write(store, settled, progress=progress)
     return store
 
 
@@ -139,16 +126,17 @@ def _write(
     source: TileSource,
     *,
     progress: bool,
-    left: Mapping[str, int] | None = None,
     wanted: frozenset[ChunkKey] | None = None,
     before: Manifest | None = None,
 ) -> None:
     """Write wanted chunks of a store, or aside as they were under an earlier manifest; or all that are left."""
     manifest, arrays = (store.manifest, store.arrays) if before is None else (before, aside(store, before))
     sink = StoreSink(arrays, wanted, OldEntries.of(store, manifest.earlier()))
-    left = Counter(name for name, _ in wanted or ()) if left is None else left
-    kernels = {name: array.layout.num_chunks for name, array in arrays.items() if array.layout.grid is not None}
-    total, todo = sum(kernels.values()), sum(left.get(name, 0) for name in kernels)
+    kernels = {name: array for name, array in arrays.items() if array.layout.grid is not None}
+    total = sum(array.layout.num_chunks for array in kernels.values())
+    left = sum(name in kernels for name, _ in wanted or ())
+    if wanted is None:
+        left = sum(len(array.missing()) for array in kernels.values())
     running = source.run(store, manifest, sink)
     try:
         # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
@@ -156,9 +144,9 @@ def _write(
             if before is None:
                 _write_data(store, source, wanted)
             with closing(running):
-                drain(running, total, total - todo, manifest.kind if progress else None)
+                drain(running, total, total - left, manifest.kind if progress else None)
             if before is None:
-                finish(store)
+                growth.finish(store)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
     except StoreFullError as error:
@@ -205,7 +193,7 @@ def require_same(
         found, hint = (*found, *(pair for pair in pairs if pair[1] != pair[2])), "Use another path"
     if not found:
         return
-    if is_larger(stored, asked) and all(field.startswith(("train", "test")) for field, _, _ in found):
+    if growth.is_larger(stored, asked) and all(field.startswith(("train", "test")) for field, _, _ in found):
         hint = "With grow=True (run --grow) samples are added to those that are stored. " + hint
     listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
     raise StoreMismatchError(f"{store.root} {what}; {len(found)} fields differ: {listed}. {hint}", found)

@@ -1,8 +1,7 @@
 """Sources of tiles: what a store is written from. A model is one, another store is one, a formula may be one."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -10,9 +9,8 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError, TileError
 from ntkpipe.base.grid import Span
-from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.growth import NO_OLD_ENTRIES, ChunkKey, OldEntries
+from ntkpipe.store.growth import ChunkKey, OldEntries
 from ntkpipe.store.layout import Index, layouts, planes
 from ntkpipe.store.manifest import DataRecord, Manifest
 from ntkpipe.store.media.medium import Medium
@@ -30,7 +28,7 @@ class StoreSink:
 
     arrays: Mapping[str, StoredArray]
     wanted: frozenset[ChunkKey] | None = None  # chunks to compute even if they exist; None: all that are missing
-    kept: OldEntries = NO_OLD_ENTRIES  # old entries that a growth must not change
+    kept: OldEntries = field(default_factory=OldEntries)  # old entries that a growth must not change
 
     def exists(self, array: str, index: Index) -> bool:
         """Whether the chunk need not be computed: it has its full size, or is not wanted."""
@@ -101,9 +99,7 @@ class TileSource(Protocol):
 
 
 class PlaneSource(TileSource, Protocol):
-    """Tiles are computed one by one, by threads of this process."""
-
-    workers: int = 1
+    """Tiles are computed one by one, by this thread."""
 
     def planes(self, kernel: str, rows: Span, columns: Span) -> Iterable[NDArray[Any]]:
         """Entries of each plane in turn; of a ``test_diagonal`` the block of each sample of ``rows`` with itself."""
@@ -111,43 +107,20 @@ class PlaneSource(TileSource, Protocol):
 
     def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[str, None, None]:
         """See :meth:`TileSource.run`."""
-        arrays = {kernel: sink.arrays.get(planes(manifest)[0].array(kernel)) for kernel in _KERNELS}
-        keys = ((name, index) for name, array in arrays.items() if array for index in array.layout.indices())
-        return ThreadExecutor[ChunkKey, str](self.workers).run(_TileJob(self, manifest, sink), keys)
-
-
-@dataclass(frozen=True)
-class _TileJob:
-    """Calls ``planes`` for tile after tile."""
-
-    source: PlaneSource
-    manifest: Manifest
-    sink: StoreSink
-
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def shrunk(self) -> "_TileJob":
-        return self
-
-    def open(self, pause: Callable[[], None]) -> Callable[[ChunkKey], Iterator[str]]:
-        def do(key: ChunkKey) -> Iterator[str]:
-            pause()
-            (kernel, index), sink = key, self.sink
-            names = [plane.array(kernel) for plane in planes(self.manifest)]
-            missing = {name for name in names if not sink.exists(name, index)}
-            if missing:
-                layout = sink.arrays[names[0]].layout
-                width = 1 if layout.grid is None else self.manifest.num_covectors
+        for kernel in _KERNELS if manifest.test else _KERNELS[:1]:
+            names = [plane.array(kernel) for plane in planes(manifest)]
+            layout = sink.arrays[names[0]].layout
+            is_kernel, width = layout.grid is not None, 1 if layout.grid is None else manifest.num_covectors
+            for index in layout.indices():
+                missing = {name for name in names if not sink.exists(name, index)}
+                if not missing:
+                    continue
                 spans = [Span(part.start // width, part.stop // width) for part in layout.region(index)]
-                rows, columns = spans[0], spans[0 if layout.grid is None else 1]
-                for name, values in zip(names, self.source.planes(kernel, rows, columns), strict=True):
+                for name, values in zip(names, self.planes(kernel, spans[0], spans[is_kernel]), strict=True):
                     if name in missing:
                         sink.write(name, index, _as_stored(values, sink.arrays[name], index))
-                        if layout.grid is not None:
+                        if is_kernel:
                             yield name
-
-        return do
 
 
 def _as_stored(values: NDArray[Any], array: StoredArray, index: Index) -> NDArray[Any]:

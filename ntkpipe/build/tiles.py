@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.planes import array_of
-from ntkpipe.build.gram import fill_tile
+from ntkpipe.build.gram import Gram
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
@@ -30,7 +30,6 @@ from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
 from ntkpipe.jacobian.representations.sums import Pairs
-from ntkpipe.jacobian.representations.workspace import Workspace
 from ntkpipe.store.layout import Index
 
 StripKey = tuple[str, Span]
@@ -137,12 +136,11 @@ class _Builder:
         self._device = torch.device(job.plan.machine.device)
         self._engine = job.engine.moved(self._device).copy()
         self._pause = pause
-        self._workspace = Workspace()
-        rows = job.plan.workload.tile * job.plan.workload.num_covectors
+        width = job.plan.workload.num_covectors
+        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause)
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
-        self._most: int | None = None
         self._flops = 0.0
         self._num_bytes = 0
 
@@ -215,7 +213,7 @@ class _Builder:
             self._num_bytes += values.nbytes
 
     def _subtile(self) -> int:
-        return min(self._plan.subtile, self._most or self._plan.subtile)
+        return min(self._plan.subtile, self._gram.most or self._plan.subtile)
 
     def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: hold row strips, and stream column strips past them."""
@@ -261,19 +259,8 @@ class _Builder:
                         continue
                     left = self._strip((row_split, one), keep | {(column_split, strip)})
                     outputs[one] = left.outputs
-                    self._most = fill_tile(
-                        left,
-                        right,
-                        tiles,
-                        row=one.start - row_span.start,
-                        column=strip.start - column_span.start,
-                        num_covectors=width,
-                        pairs=self._job.pairs,
-                        is_mirrored=is_mirrored,
-                        workspace=self._workspace,
-                        pause=self._pause,
-                        most=self._most,
-                    )
+                    place = one.start - row_span.start, strip.start - column_span.start
+                    self._gram.fill(left, right, tiles, *place, mirror=is_mirrored)
         sent = {each: buffers.send() for each, buffers in zip(arrays, self._buffers, strict=True)}
         # If only outputs are missing, the record names the first plane.
         missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]

@@ -35,7 +35,6 @@ def record(split: str, count: int) -> DataRecord:
 @dataclass(frozen=True)
 class ArcCosine(PlaneSource):
     manifest: Manifest
-    workers: int = 2
 
     def data(self, array, index):
         folder, split, *_ = array.layout.name.split("/")

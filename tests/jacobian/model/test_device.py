@@ -22,7 +22,7 @@ import ntkpipe
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.build import gram, prepare
 from ntkpipe.build import tiles as build
-from ntkpipe.build.gram import fill_tile
+from ntkpipe.build.gram import Gram
 from ntkpipe.build.plan import Machine
 from ntkpipe.build.source import StoreSink
 from ntkpipe.build.transfer import DeviceTiles
@@ -168,12 +168,12 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
     engine = held.get(way, held["chosen"])
     block, _ = engine.block(lambda start, stop: X[start:stop], 0, 13, subtile=8, batch=8)
     other, _ = engine.block(lambda start, stop: X[start:stop] + 1, 0, 5, subtile=8, batch=8)
-    options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "pause": lambda: None}
 
     def fill(right, width, is_mirrored):
         tile = torch.full((39, 3 * width), torch.nan, dtype=torch.float64)
-        most = fill_tile(block, right, [tile], is_mirrored=is_mirrored, workspace=Workspace(), **options)
-        return tile, most
+        filler = Gram(3, "all", pause=lambda: None)
+        filler.fill(block, right, [tile], 0, 0, mirror=is_mirrored)
+        return tile, filler.most
 
     whole = [fill(block, 13, True), fill(other, 5, False)]
     assert [most for _, most in whole] == [None, None]
@@ -197,9 +197,8 @@ def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypat
 
     block, _ = engines.engine_of(mlp(), X, EYE).block(lambda start, stop: X[start:stop], 0, 5, subtile=8, batch=8)
     monkeypatch.setattr(gram, "contract_planes", failing)
-    options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "is_mirrored": True}
     with pytest.raises(MemoryError):
-        fill_tile(block, block, [torch.empty(15, 15)], workspace=Workspace(), pause=lambda: None, **options)
+        Gram(3, "all", pause=lambda: None).fill(block, block, [torch.empty(15, 15)], 0, 0, mirror=True)
 
 
 def limit_batches(monkeypatch, most):
