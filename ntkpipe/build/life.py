@@ -132,11 +132,11 @@ def _write(
     """Write wanted chunks of a store, or aside as they were under an earlier manifest; or all that are left."""
     manifest, arrays = (store.manifest, store.arrays) if before is None else (before, aside(store, before))
     sink = StoreSink(arrays, wanted, OldEntries.of(store, manifest.earlier()))
-    kernels = {name: array for name, array in arrays.items() if array.layout.grid is not None}
-    total = sum(array.layout.num_chunks for array in kernels.values())
-    left = sum(name in kernels for name, _ in wanted or ())
     if wanted is None:
-        left = sum(len(array.missing()) for array in kernels.values())
+        found = KernelStore(store).progress
+        total, done = found.tiles_total, found.tiles_done
+    else:
+        total, done = sum(arrays[name].layout.grid is not None for name, _ in wanted), 0
     running = source.run(store, manifest, sink)
     try:
         # Mark the store as in use before writing: another run that ends meanwhile removes unused partial files.
@@ -144,7 +144,7 @@ def _write(
             if before is None:
                 _write_data(store, source, wanted)
             with closing(running):
-                drain(running, total, total - left, manifest.kind if progress else None)
+                drain(running, total, done, manifest.kind if progress else None)
             if before is None:
                 growth.finish(store)
     except KeyboardInterrupt as error:
@@ -185,9 +185,9 @@ def require_same(
 ) -> None:
     """Check that a store was made with exactly what is asked for; samples without a digest were not read."""
     stored = store.manifest
-    if not asked.train.inputs_digest:
-        stored, asked = _bare(stored), _bare(asked)
     found = differences(stored, asked)
+    if not asked.train.inputs_digest:
+        found = tuple(each for each in found if not each[0].endswith(("inputs_digest", "targets_digest")))
     if asked.derived is not None:  # its numbers are those of another store
         pairs = ((field, getattr(stored, field), getattr(asked, field)) for field in ("derived", "choices"))
         found, hint = (*found, *(pair for pair in pairs if pair[1] != pair[2])), "Use another path"
@@ -197,12 +197,6 @@ def require_same(
         hint = "With grow=True (run --grow) samples are added to those that are stored. " + hint
     listed = "; ".join(f"{field}: stored {_short(left)} → asked {_short(right)}" for field, left, right in found)
     raise StoreMismatchError(f"{store.root} {what}; {len(found)} fields differ: {listed}. {hint}", found)
-
-
-def _bare(manifest: Manifest) -> Manifest:
-    without = {"inputs_digest": "", "targets_digest": None}
-    sets = {"train": manifest.train, "test": manifest.test}
-    return manifest.model_copy(update={name: each and each.model_copy(update=without) for name, each in sets.items()})
 
 
 def _short(value: object) -> str:

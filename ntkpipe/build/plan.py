@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
 from ntkpipe.base.resources import format_bytes
@@ -246,11 +244,9 @@ def make_plan(
     """Decide strips, batches, blocks and memory."""
     if bytes_to_write is None:
         bytes_to_write = workload.num_tiles * workload.tile_bytes
-    workers = machine.workers
     plan = _fit(workload, machine, choices)
-    while plan.memory_bytes > machine.memory_limit and workers > 1 and not machine.is_remote:
-        workers //= 2
-        plan = _fit(workload, replace(machine, workers=workers), choices)
+    while plan.memory_bytes > machine.memory_limit and plan.machine.workers > 1 and not machine.is_remote:
+        plan = _fit(workload, replace(machine, workers=plan.machine.workers // 2), choices)
     problems = []
     if plan.memory_bytes > machine.memory_limit:
         who, remedy, threads = "the run needs", "Raise memory_limit", "one worker"
@@ -284,17 +280,20 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     share = (machine.memory_limit - machine.base_memory) / machine.workers
     sizes = machine.sizes
     subtile = min(max(1, int(sizes.piece_rows / workload.num_matrices**0.5) // workload.num_covectors), tile)
-    room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
-    most = min(0.3 * room, sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
+
+    def room(subtile: int, batch: int = 0) -> float:
+        """Bytes for strips."""
+        return max(0.0, share - _fixed_bytes(workload, subtile, sizes) - batch * cost.workspace_bytes)
+
+    most = min(0.3 * room(subtile), sizes.batch_bytes) / cost.workspace_bytes, sizes.tensor_bytes / cost.largest_bytes
     batch = min(1 << (max(2, int(min(most))).bit_length() - 1), subtile)  # a power of two, unless a piece is smaller
-    affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
+    affordable = int(room(subtile, batch) / cost.block_bytes)
     # Two tiles' Jacobians at once if they fit (one held, one streaming) beside the piece that is being put together;
     # else strips of a quarter of what fits: two held, one streaming, one being put together.
     strip = tile if affordable >= 2 * tile + subtile else max(1, affordable // 4)
     if choices is not None:
         strip, subtile, batch = choices.strip, choices.subtile, choices.batch
-        room = max(0.0, share - _fixed_bytes(workload, subtile, sizes))
-        affordable = int(max(0.0, room - batch * cost.workspace_bytes) / cost.block_bytes)
+        affordable = int(room(subtile, batch) / cost.block_bytes)
     subtile, batch = min(subtile, strip), min(batch, strip)
     strips = -(-tile // strip)
     affordable_strips = max(2, (affordable - subtile) // strip)
@@ -377,22 +376,21 @@ def _strip_visits(plan: Plan) -> float:
     for grid in load.grids.values():
         if parts == 1 or plan.rows_held > 1:
             # Each column tile is streamed once for each group of rows; rows are computed once a block.
-            visits += sum(height + width for height, width in _groups(grid, plan.edge, plan.rows_held)) * load.tile
+            visits += _tile_visits(grid, plan.edge, plan.rows_held) * load.tile
         else:
             # Parts of one row tile are held in turn: columns pass once for each part, rows again for each column.
             visits += grid.num_tiles * load.tile * (1 + parts)
     return max(visits, float(load.num_samples))
 
 
-def _groups(grid: Grid, edge: int, height: int) -> Iterator[tuple[int, float]]:
-    """``(row tiles, column tiles)`` of every group of rows held together in some block."""
+def _tile_visits(grid: Grid, edge: int, height: int) -> int:
+    """Tiles of rows and of columns that pass in all blocks, where ``height`` rows are held together."""
+    visits, columns = 0, grid.columns.num_tiles
     for row in range(0, grid.rows.num_tiles, edge):
         stop = min(row + edge, grid.rows.num_tiles)
-        starts = np.arange(row if grid.symmetric else 0, grid.columns.num_tiles, edge)
-        widths = np.minimum(starts + edge, grid.columns.num_tiles) - starts
+        blocks = -(-(columns - (row if grid.symmetric else 0)) // edge)
         for first in range(row, stop, height):
             last = min(first + height, stop)
-            for start, width in zip(starts, widths, strict=True):
-                # In a block on the diagonal the columns are the rows that are held.
-                inside = grid.symmetric and start == row
-                yield last - first, float(max(0, start + width - last) if inside else width)
+            # In a block on the diagonal the first columns are the rows that are held.
+            visits += blocks * (last - first) + columns - (last if grid.symmetric else 0)
+    return visits

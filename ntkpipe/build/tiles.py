@@ -30,9 +30,12 @@ from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
 from ntkpipe.jacobian.representations.contract import contract_diagonal_planes
 from ntkpipe.jacobian.representations.sums import Pairs
+from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index
 
 StripKey = tuple[str, Span]
+# Row samples, and what was computed of them: outputs first, then entries for the arrays that lack them.
+_Computed = tuple[Span, dict[ChunkKey, Arrival]]
 
 _SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}
 
@@ -120,15 +123,6 @@ class BuildJob:
         return _Builder(self, pause).run
 
 
-@dataclass(frozen=True)
-class _Computed:
-    index: Index
-    span: Span  # row samples
-    values: dict[str, Arrival]  # entries, by arrays that lack them
-    outputs: Arrival | None  # of the row samples, on the diagonal
-    output_array: str = "outputs/train"
-
-
 class _Builder:
     def __init__(self, job: BuildJob, pause: Callable[[], None]) -> None:
         self._job = job
@@ -175,42 +169,33 @@ class _Builder:
 
     def _chunks(self, task: BlockTask) -> Iterator[TileRecord]:
         """Do one task; a separate thread writes tiles while the next ones are computed."""
-        if task.array == "kernel/test_diagonal":
-            for tile in self._diagonal(task.block.row_start):
-                yield from self._finished(self._store(tile))
-            return
+        is_diagonal = task.array == "kernel/test_diagonal"
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
-            pending: deque[Future[_Computed]] = deque()
-            for tile in self._tiles(task):
-                pending.append(writer.submit(self._store, tile))
+            pending: deque[Future[list[ChunkKey]]] = deque()
+            for tile in self._diagonal(task.block.row_start) if is_diagonal else self._tiles(task):
+                pending.append(writer.submit(self._store, *tile))
                 # The next tile reuses the buffers of the previous one, which must be free again.
                 if len(pending) == NUM_BUFFERS:
                     yield from self._finished(pending.popleft().result())
             for writing in pending:
                 yield from self._finished(writing.result())
 
-    def _finished(self, tile: _Computed) -> Iterator[TileRecord]:
-        for array in tile.values:
-            yield TileRecord(array, tile.index, self._batch, self._subtile())
+    def _finished(self, chunks: list[ChunkKey]) -> Iterator[TileRecord]:
+        for array, index in chunks:
+            yield TileRecord(array, index, self._batch, self._subtile())
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
-    def _store(self, tile: _Computed) -> _Computed:
-        """Write the outputs of a tile's samples, then the tile of each plane, once they have arrived."""
-        values = {array: self._as_stored(array, arrive(), tile.span) for array, arrive in tile.values.items()}
-        if tile.outputs is not None:
-            outputs = self._as_stored(tile.output_array, tile.outputs(), tile.span)
-            self._write(tile.output_array, (tile.index[0], 0), outputs)
-        for array, entries in values.items():
-            self._write(array, tile.index, entries)
-        return tile
-
-    def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Write a chunk unless it exists: stored entries stay, even if they were recomputed for their outputs."""
-        if not self._job.sink.exists(array, index):
-            self._job.sink.write(array, index, values)
-            self._num_bytes += values.nbytes
+    def _store(self, span: Span, computed: dict[ChunkKey, Arrival]) -> list[ChunkKey]:
+        """Write the outputs of a tile's samples, then the tile of each plane, once all have arrived and are finite."""
+        arrived = {key: self._as_stored(key[0], arrive(), span) for key, arrive in computed.items()}
+        for (array, index), values in arrived.items():
+            # Stored entries stay, even if they were recomputed for their outputs.
+            if not self._job.sink.exists(array, index):
+                self._job.sink.write(array, index, values)
+                self._num_bytes += values.nbytes
+        return [key for key in arrived if not key[0].startswith("outputs/")]
 
     def _subtile(self) -> int:
         return min(self._plan.subtile, self._gram.most or self._plan.subtile)
@@ -266,8 +251,10 @@ class _Builder:
         missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]
         rows, columns = len(row_span), len(column_span)
         self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
-        found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
-        return _Computed((row, column), row_span, {each: sent[each] for each in missing}, found)
+        found: dict[ChunkKey, Arrival] = {}
+        if is_mirrored:
+            found["outputs/train", (row, 0)] = self._fetch([outputs[strip] for strip in strips])
+        return row_span, found | {(each, (row, column)): sent[each] for each in missing}
 
     def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
         """Send small values to the host, in float64 since numpy has no bfloat16."""
@@ -286,12 +273,12 @@ class _Builder:
             self._pause()
             block = self._strip(("test", strip), frozenset())
             for piece in block.pieces:
-                found = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
-                for part, values in zip(parts, found, strict=True):
+                planes = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                for part, values in zip(parts, planes, strict=True):
                     part.append(values)
             outputs.append(block.outputs)
-        blocks = dict(zip(arrays, map(self._fetch, parts), strict=True))
-        yield _Computed(index, span, blocks, self._fetch(outputs), "outputs/test")
+        found: dict[ChunkKey, Arrival] = {("outputs/test", (number, 0)): self._fetch(outputs)}
+        yield span, found | {(array, index): self._fetch(part) for array, part in zip(arrays, parts, strict=True)}
 
     def _as_stored(self, array: str, values: NDArray[Any], span: Span) -> NDArray[Any]:
         """Values in the dtype of the store, checked; their first axis is the samples of ``span``."""
