@@ -13,8 +13,8 @@ from .build.compute import repair as repair
 from .build.compute import verify as verify
 from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
+from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
-from .build.jacobian_operator import jacobian_operator as jacobian_operator
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence

@@ -1,4 +1,4 @@
-"""The public functions that compute a kernel into a store, and plan that."""
+"""The public functions that compute a kernel into a store, plan that, and verify and repair the store."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -181,15 +181,14 @@ def verify(
     ConfigError, StoreMismatchError
         If inputs are given without a model, or model or samples are not those of the store.
     """
+    arguments, kept = locals(), open_kernel(store).store
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
-    kept = open_kernel(store).store
     if model is None:
         return verify_and_record(kept, progress=progress)
-    given = {"train": (inputs, None), "test": (test_inputs, None)}
     with exact_single_thread(kept.manifest.compute_dtype):
         try:  # mismatches raise before a single tile is read
-            source = _source(kept, model, given, forward, RunSpec(device=device), progress=progress)
+            source = _source(kept, arguments)
         except TileError:  # a sample is damaged, which the report names
             report = verify_and_record(kept, progress=progress)
             return replace(report, findings=(*report.findings, NOT_CERTIFIED))
@@ -248,13 +247,12 @@ def repair(
     StoreMismatchError, StoreError
         If model or samples are not those of the store (nothing was changed then), or the store cannot be written.
     """
+    arguments, kept = locals(), open_kernel(store).store
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
-    kept, run = open_kernel(store).store, spec_of(RunSpec, locals())
     if model is None:
         return mend(kept, progress=progress)
-    derived, given = kept.manifest.derived, {"train": (inputs, targets), "test": (test_inputs, test_targets)}
-    if derived is not None:
+    if (derived := kept.manifest.derived) is not None:
         raise ConfigError(
             f"{kept.root} was derived from a store of kind {derived.kind!r}, not computed from the model: "
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
@@ -262,7 +260,7 @@ def repair(
 
     def find_source() -> ModelSource:
         try:
-            return _source(kept, model, given, forward, run, client, code, progress=progress)
+            return _source(kept, arguments)
         except TileError as error:
             raise ConfigError(
                 f"the samples in {kept.root} cannot be used ({error}); give inputs and targets, also of the test set, "
@@ -273,19 +271,10 @@ def repair(
         return mend(kept, find_source, progress=progress)
 
 
-def _source(
-    store: Store,
-    model: nn.Module,
-    given: Mapping[str, tuple[object, object]],
-    forward: Forward,
-    run: RunSpec,
-    client: "Client | None" = None,
-    code: str | Path | None = None,
-    *,
-    progress: bool,
-) -> ModelSource:
+def _source(store: Store, arguments: Mapping[str, Any]) -> ModelSource:
     """The source that a store was made from; inputs and targets that are not given are those in the store."""
-    manifest, known = store.manifest, dict(model.named_parameters())
+    manifest, model = store.manifest, arguments["model"]
+    known = dict(model.named_parameters())
     if missing := [name for name in manifest.model.parameters if name not in known]:
         raise StoreMismatchError(
             f"{store.root} was made with another model: this one has no parameter {missing[0]!r}, and "
@@ -293,12 +282,14 @@ def _source(
             "workflow file and options, that it was made with",
             (("model.parameters", manifest.model.parameters, tuple(known)),),
         )
-    train, test = (_samples(store, split, *each) for split, each in given.items())
+    train = _samples(store, "train", arguments["inputs"], arguments.get("targets"))
+    test = _samples(store, "test", arguments["test_inputs"], arguments.get("test_targets"))
     assert train is not None
     same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
     spec = KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
-    request = Request(model, train, test, spec, run, forward)
-    source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
+    request = Request(model, train, test, spec, spec_of(RunSpec, arguments), arguments["forward"])
+    resources = find_resources(request, arguments.get("client"), arguments.get("code"), arguments["progress"])
+    source = ModelSource.of(request, resources, Samples.inspect)
     hint = "Give those, or the workflow file and options, that it was made with"
     require_same(store, source.manifest, "was made with another model or other samples", hint)
     return replace(source, manifest=manifest)

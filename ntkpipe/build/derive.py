@@ -14,8 +14,7 @@ from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.base.grid import Span
 from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
-from ntkpipe.build.life import Place, fill
-from ntkpipe.build.source import PlaneSource
+from ntkpipe.build.life import Place, PlaneSource, fill
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import SelfCheckError, StoreMismatchError
 from ntkpipe.base.grid import kernel_grids
+from ntkpipe.build.life import Products, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.plan import Plan, make_plan
 from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
 from ntkpipe.build.records import TileRecord, logged
-from ntkpipe.build.source import Products, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.jacobian.engine import Engine
@@ -41,17 +41,18 @@ _ENTRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 5e-2, "bfloat16": 
 
 
 def job_of(
-    prepared: Prepared,
     settled: Settled,
     sources: Mapping[str, Source],
     sink: Sink,
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> BuildJob:
     """The job of a run whose tiles go to a sink."""
-    engine, plan, is_mapping = settled.engine, settled.plan, prepared.train.is_mapping
+    prepared, engine, plan = settled.prepared, settled.engine, settled.plan
     cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
     prefixes = tuple(plane.prefix for plane in prepared.planes)
-    return BuildJob(engine, plan, sources, is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use)
+    return BuildJob(
+        engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use
+    )
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class ModelSource(TileSource):
         settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
         executor = self.resources.executor(store, settled.plan.machine.workers)
         sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
-        job = job_of(prepared, settled, sources, sink, store.in_use)
+        job = job_of(settled, sources, sink, store.in_use)
         return logged(store, settled, executor.run(job, settled.plan.tasks()))
 
     def num_steps(self) -> int:

@@ -12,8 +12,7 @@ import numpy as np
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.build.life import rewrite
-from ntkpipe.build.source import TileSource, Vector
+from ntkpipe.build.life import TileSource, Vector, rewrite
 from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet

@@ -249,6 +249,7 @@ def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_di
 class Settled:
     """How a run computes."""
 
+    prepared: Prepared
     engine: Engine  # self-checked, if the run asks for that
     plan: Plan  # fits the machine
     check: CheckReport | None  # result of the self-check
@@ -261,7 +262,7 @@ def plan_and_check(
     """Plan, self-check, and plan anew where that changes how Jacobians are found."""
     plan = planned(engine)
     if not is_checked:
-        return Settled(engine, plan, None, 0.0)
+        return Settled(prepared, engine, plan, None, 0.0)
     started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
     samples = prepared.train.num_samples
     try:
@@ -275,7 +276,7 @@ def plan_and_check(
     seconds = perf_counter() - started
     if checked.representations != engine.representations:
         plan = planned(checked)
-    return Settled(checked, plan, report, seconds)
+    return Settled(prepared, checked, plan, report, seconds)
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:

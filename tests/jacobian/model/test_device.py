@@ -23,8 +23,8 @@ from ntkpipe.base.errors import ResourceError
 from ntkpipe.build import gram, prepare
 from ntkpipe.build import tiles as build
 from ntkpipe.build.gram import Gram
+from ntkpipe.build.life import StoreSink
 from ntkpipe.build.plan import Machine
-from ntkpipe.build.source import StoreSink
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math
