@@ -181,9 +181,10 @@ def verify(
     ConfigError, StoreMismatchError
         If inputs are given without a model, or model or samples are not those of the store.
     """
-    arguments, kept = locals(), open_kernel(store).store
+    arguments = locals()
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; a certificate needs both")
+    kept = open_kernel(store).store
     if model is None:
         return verify_and_record(kept, progress=progress)
     with exact_single_thread(kept.manifest.compute_dtype):
@@ -247,9 +248,10 @@ def repair(
     StoreMismatchError, StoreError
         If model or samples are not those of the store (nothing was changed then), or the store cannot be written.
     """
-    arguments, kept = locals(), open_kernel(store).store
+    arguments = locals()
     if model is None and inputs is not None:
         raise ConfigError("inputs were given without a model; bad tiles are computed again with both")
+    kept = open_kernel(store).store
     if model is None:
         return mend(kept, progress=progress)
     if (derived := kept.manifest.derived) is not None:

@@ -49,10 +49,8 @@ def job_of(
     """The job of a run whose tiles go to a sink."""
     prepared, engine, plan = settled.prepared, settled.engine, settled.plan
     cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
-    prefixes = tuple(plane.prefix for plane in prepared.planes)
-    return BuildJob(
-        engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use
-    )
+    pairs, prefixes = prepared.kind.pairs, tuple(plane.prefix for plane in prepared.planes)
+    return BuildJob(engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, pairs, prefixes, in_use)
 
 
 @dataclass(frozen=True)
