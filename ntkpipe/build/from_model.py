@@ -134,7 +134,10 @@ class ModelSource(TileSource):
         tile, index = store.arrays[self.prepared.planes[0].array("kernel/train")], (first[0], first[0])
         if not tile.has(index) or (tile.layout.name, index) in doubted:
             return
-        width, found = store.manifest.num_covectors, _entries(self.prepared, samples)
+        pairs, width = self.prepared.kind.pairs, store.manifest.num_covectors
+        piece, _ = self.prepared.engine.piece(self.prepared.load(samples))
+        found = contract(piece, piece, Workspace(), pairs).double().cpu().numpy()
+        found = found[0] if pairs == "same" else found  # of the first output, if each has its own
         rows = np.add.outer(np.array(picked) * width, np.arange(width)).reshape(-1)
         stored = tile.read(index)[np.ix_(rows, rows)].astype(np.float64)
         scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
@@ -248,10 +251,3 @@ class ModelSource(TileSource):
         """Parameters of each group, and last of those in none."""
         left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
         return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
-
-
-def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
-    """Kernel of a few samples, sample-major; that of the first output if each has its own."""
-    piece, _ = prepared.engine.piece(prepared.load(samples))
-    found = contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy()
-    return np.asarray(found if prepared.kind.pairs != "same" else found[0])

@@ -180,8 +180,15 @@ class Place:
         for name, array in Store(self.medium, manifest).arrays.items():
             is_recut = name in existing.arrays and existing.arrays[name].layout.chunks != array.layout.chunks
             left[name] = array.layout.num_chunks if is_recut else len(array.missing()) + edge[name]
-        if any(left.values()):
-            _require_made_alike(existing, asked, grows=manifest != existing.manifest)
+        if any(left.values()) and manifest.derived is not None and asked.derived is None:
+            kind, what = manifest.derived.kind, "is not complete"
+            if manifest != existing.manifest:
+                what = "does not grow by itself: grow its source, and derive to another path"
+            raise StoreMismatchError(
+                f"{existing.root} is derived from a store of kind {kind!r} and {what}; go on with ntkpipe derive, or "
+                "use mode='w' to compute it from the model",
+                (("derived", manifest.derived.model_dump(), None),),
+            )
         return Work(self.medium, existing, manifest, left)
 
 
@@ -322,18 +329,6 @@ def require_same(
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _require_made_alike(store: Store, asked: Manifest, *, grows: bool) -> None:
-    """Refuse to complete or grow a store that is derived from another one, except from that."""
-    derived = store.manifest.derived
-    if derived is not None and asked.derived is None:
-        what = "does not grow by itself: grow its source, and derive to another path" if grows else "is not complete"
-        raise StoreMismatchError(
-            f"{store.root} is derived from a store of kind {derived.kind!r} and {what}; go on with ntkpipe derive, or "
-            "use mode='w' to compute it from the model",
-            (("derived", derived.model_dump(), None),),
-        )
 
 
 def _require_beginning(store: Store, source: TileSource) -> None:

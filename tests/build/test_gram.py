@@ -4,7 +4,7 @@ import pytest
 import torch
 from pieces import Draw, jacobians
 
-from ntkpipe.build.gram import Gram
+from ntkpipe.build.tiles import Gram
 from ntkpipe.jacobian.engine import JacobianBlock
 
 

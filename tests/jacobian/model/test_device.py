@@ -20,11 +20,11 @@ from torch.utils import backend_registration
 
 import ntkpipe
 from ntkpipe.base.errors import ResourceError
-from ntkpipe.build import gram, prepare
+from ntkpipe.build import prepare
 from ntkpipe.build import tiles as build
-from ntkpipe.build.gram import Gram
 from ntkpipe.build.life import StoreSink
 from ntkpipe.build.plan import Machine
+from ntkpipe.build.tiles import Gram
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.arithmetic import exact_math
@@ -183,7 +183,7 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
             raise failure
         contract_planes(one, two, *args, **changes)
 
-    monkeypatch.setattr(gram, "contract_planes", limited)
+    monkeypatch.setattr(build, "contract_planes", limited)
     halved = [fill(block, 13, True), fill(other, 5, False)]
     assert [most for _, most in halved] == [2, 2]
     for (tile, _), (wanted, _) in zip(halved, whole, strict=True):
@@ -196,7 +196,7 @@ def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypat
         raise MemoryError
 
     block, _ = engines.engine_of(mlp(), X, EYE).block(lambda start, stop: X[start:stop], 0, 5, subtile=8, batch=8)
-    monkeypatch.setattr(gram, "contract_planes", failing)
+    monkeypatch.setattr(build, "contract_planes", failing)
     with pytest.raises(MemoryError):
         Gram(3, "all", pause=lambda: None).fill(block, block, [torch.empty(15, 15)], 0, 0, mirror=True)
 
