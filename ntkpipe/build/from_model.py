@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -184,11 +185,7 @@ class ModelSource(TileSource):
 
     def settle(self, work: Work) -> "ModelSource":
         """See :meth:`TileSource.settle`."""
-
-        def planned(engine: Engine) -> Plan:
-            return self.plan(work, engine).fitting()
-
-        run, existing = self.resources, work.existing
+        run, existing, planned = self.resources, work.existing, partial(self.plan, work)
         settled = plan_and_check(self.prepared, self.engine(work), planned, is_checked=run.run.self_check)
         found = settled.engine.representations
         if existing is None:

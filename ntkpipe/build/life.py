@@ -334,9 +334,8 @@ def _short(value: object) -> str:
 def _require_beginning(store: Store, source: TileSource) -> None:
     """Check that the store's samples and targets come first among those of a source."""
     kept = store.manifest
-    records = dict(zip(("train", "test"), source.first(kept), strict=True))
-    for split, stored in (("train", kept.train), ("test", kept.test)):
-        record = records[split]
+    train, test = source.first(kept)
+    for split, stored, record in (("train", kept.train, train), ("test", kept.test, test)):
         if stored is None or record is None or not record.inputs_digest:
             continue
         digests = ("inputs_digest", "targets_digest")
@@ -348,7 +347,7 @@ def _require_beginning(store: Store, source: TileSource) -> None:
                 "path, or mode='w' to start over",
                 tuple((f"{split}.{name}", getattr(stored, name), getattr(record, name)) for name in differing),
             )
-    require_same(store, source.manifest.model_copy(update=records))
+    require_same(store, source.manifest.model_copy(update={"train": train, "test": test}))
 
 
 def _first_difference(store: Store, source: TileSource, split: str) -> str:

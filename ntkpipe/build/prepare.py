@@ -70,7 +70,15 @@ class Request:
         stored: Store | None = None,
     ) -> "Request":
         """The request that the arguments of a public function make, by default of the samples among them."""
-        train, test = samples or _train_and_test(arguments)
+        if samples is not None:
+            train, test = samples
+        else:
+            train, test = as_samples(arguments["inputs"], arguments["targets"]), None
+            if arguments["test_inputs"] is not None:
+                test = as_samples(arguments["test_inputs"], arguments["test_targets"], label="test_inputs")
+                require_same_arrays(train, test, "test_inputs")
+            elif arguments["test_targets"] is not None:
+                raise DataError("test_targets were given without test_inputs")
         kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
         if stored is not None:  # its tile was cut to the samples of the first run; another one may be asked for
             manifest = stored.manifest
@@ -78,17 +86,6 @@ class Request:
             if kernel.tile is None or min(kernel.tile, first) == manifest.tile:
                 kernel = kernel.model_copy(update={"tile": manifest.tile})
         return cls(arguments["model"], train, test, kernel, run, arguments["forward"])
-
-
-def _train_and_test(arguments: Mapping[str, Any]) -> tuple[Samples, Samples | None]:
-    train = as_samples(arguments["inputs"], arguments["targets"])
-    if arguments["test_inputs"] is None:
-        if arguments["test_targets"] is not None:
-            raise DataError("test_targets were given without test_inputs")
-        return train, None
-    test = as_samples(arguments["test_inputs"], arguments["test_targets"], label="test_inputs")
-    require_same_arrays(train, test, "test_inputs")
-    return train, test
 
 
 @dataclass(frozen=True)
@@ -259,8 +256,8 @@ class Settled:
 def plan_and_check(
     prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
 ) -> Settled:
-    """Plan, self-check, and plan anew where that changes how Jacobians are found."""
-    plan = planned(engine)
+    """Plan what must fit, self-check, and plan anew where that changes how Jacobians are found."""
+    plan = planned(engine).fitting()
     if not is_checked:
         return Settled(prepared, engine, plan, None, 0.0)
     started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
@@ -275,7 +272,7 @@ def plan_and_check(
         raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
     seconds = perf_counter() - started
     if checked.representations != engine.representations:
-        plan = planned(checked)
+        plan = planned(checked).fitting()
     return Settled(prepared, checked, plan, report, seconds)
 
 
