@@ -125,7 +125,8 @@ class PlaneSource(TileSource, Protocol):
                 if not missing:
                     continue
                 spans = [Span(part.start // width, part.stop // width) for part in layout.region(index)]
-                for name, values in zip(names, self.planes(kernel, spans[0], spans[is_kernel]), strict=True):
+                found = self.planes(kernel, spans[0], spans[1] if is_kernel else spans[0])
+                for name, values in zip(names, found, strict=True):
                     if name in missing:
                         sink.write(name, index, _as_stored(values, sink.arrays[name], index))
                         if is_kernel:
