@@ -24,7 +24,6 @@ from ntkpipe.store.media.medium import Medium
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.store import Mode, Store, prepare_path
 
-_RESUME = "every finished tile is stored; the same call or command resumes"
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 Vector = NDArray[np.float64]
@@ -276,9 +275,9 @@ def _write(
             if before is None:
                 growth.finish(store)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted: {_state(store)}; {_RESUME}") from error
+        raise Interrupted(f"interrupted: {_state(store)}") from error
     except StoreFullError as error:
-        raise StoreFullError(f"{error}. {_state(store)}; {_RESUME} once there is room") from error
+        raise StoreFullError(f"{error}. {_state(store)} once there is room") from error
 
 
 def _write_data(store: Store, source: TileSource, wanted: frozenset[ChunkKey] | None) -> set[ChunkKey]:
@@ -302,7 +301,8 @@ def drain(tiles: Iterator[Any], total: int, done: int, what: str | None) -> None
 
 def _state(store: Store) -> str:
     progress = KernelStore(store).progress
-    return f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
+    done = f"{progress.tiles_done} of {progress.tiles_total} tiles are in {store.root}"
+    return f"{done}; every finished tile is stored; the same call or command resumes"
 
 
 def require_same(

@@ -17,7 +17,6 @@ from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
 from ntkpipe.store.layout import Index, planes
-from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import (
     Finding,
@@ -45,6 +44,9 @@ def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple
     rows = next(iter(store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=rows)
     exact = source.products(signs, step)
+    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
+    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
     found: list[dict[str, Any]] = []
     wholes: dict[int | None, dict[str, Vector]] = {}
     for plane in planes(manifest):
@@ -59,9 +61,10 @@ def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple
             wholes[plane.output] = scales
         for split, scale in scales.items():
             kernel = kernels.train if split == "train" else kernels.test_train
-            floor = None if plane.group is None else wholes[plane.output][split]
-            product = exact[plane.group, plane.output, split]
-            found.append(_judge(kernel, signs, product, scale, floor, manifest))
+            if plane.group is not None:  # whose Jacobian may vanish up to rounding
+                scale += precision**0.5 * wholes[plane.output][split]
+            gap = np.abs(_multiply(kernel, signs) - exact[plane.group, plane.output, split])
+            found.append({"array": kernel.name, **_judge(gap, scale, precision, _TOLERANCE[dtype])})
     return tuple(found)
 
 
@@ -87,23 +90,13 @@ def _problem(certificate: dict[str, Any]) -> str:
     return f"K v and J(J'v) differ by up to {error} ({bounds}); suspect rows: {rows}"
 
 
-def _judge(
-    kernel: Kernel, signs: Vector, exact: Vector, scale: Vector, whole: Vector | None, manifest: Manifest
-) -> dict[str, Any]:
-    """Judge rows by their scale; in a group, whose Jacobian may vanish up to rounding, also by that of the whole."""
-    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
-    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
-    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    if whole is not None:
-        scale = scale + precision**0.5 * whole
-    gap = np.abs(_multiply(kernel, signs) - exact)
+def _judge(gap: Vector, scale: Vector, precision: float, tolerance: float) -> dict[str, Any]:
     errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
     median = float(np.median(errors))
     suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
     ranked = suspect[np.argsort(-errors[suspect])]
-    error, tolerance = float(errors.max()), _TOLERANCE[dtype]
+    error = float(errors.max())
     return {
-        "array": kernel.name,
         "error": error,  # the largest |K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)
         "median_error": median,
         "tolerance": tolerance,  # bound on the error of a good kernel of this dtype
