@@ -9,12 +9,12 @@ from .base.config import ClusterSpec as ClusterSpec
 from .base.errors import NtkpipeError as NtkpipeError
 from .build.compute import compute_kernel as compute_kernel
 from .build.compute import plan_kernel as plan_kernel
+from .build.compute import repair as repair
+from .build.compute import verify as verify
 from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
+from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
-from .build.jacobian_operator import jacobian_operator as jacobian_operator
-from .build.verify_repair import repair as repair
-from .build.verify_repair import verify as verify
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence

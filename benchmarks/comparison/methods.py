@@ -12,10 +12,8 @@ from torch.func import functional_call, grad, jacrev, vmap
 from comparison.hooks import hooked_kernel
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
-from ntkpipe.build.from_model import Settled
-from ntkpipe.build.in_memory import build_matrix, prepare_matrix, settle_matrix
-from ntkpipe.build.prepare import Prepared, exact_single_thread
-from ntkpipe.build.request import Request
+from ntkpipe.build.in_memory import build_matrix, settle_matrix
+from ntkpipe.build.prepare import Request, Settled, exact_single_thread
 from ntkpipe.jacobian.model.samples import as_samples
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.
@@ -62,19 +60,18 @@ class Ours(Method):
 
     def kernel(self, size: int) -> Tensor:
         with exact_single_thread():
-            return torch.from_numpy(build_matrix(*self.settled(size)))
+            return torch.from_numpy(build_matrix(self.settled(size)))
 
-    def settled(self, size: int) -> tuple[Prepared, Settled]:
+    def settled(self, size: int) -> Settled:
         """Traced, measured, planned and self-checked; ``settle_seconds`` says how long it took."""
-        held: tuple[int, tuple[Prepared, Settled]] | None = getattr(self, "_settled", None)
+        held: tuple[int, Settled] | None = getattr(self, "_settled", None)
         if held is None or held[0] != size:
             spec = KernelSpec(kind=self.work.kind, compute_dtype=self.compute_dtype)
             start = perf_counter()
             with exact_single_thread():
                 samples = as_samples(self.inputs[:size], with_targets=False)
                 run = RunSpec(workers=self.workers, device="cpu")
-                prepared = prepare_matrix(Request(self.model, samples, None, spec, run))
-                held = size, (prepared, settle_matrix(prepared, run))
+                held = size, settle_matrix(Request(self.model, samples, None, spec, run))
             self._settled, self.settle_seconds = held, perf_counter() - start
         return held[1]
 

@@ -17,10 +17,9 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
-from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel
+from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel, repair, verify
 from ntkpipe.build.mend import RepairReport
 from ntkpipe.build.plan import format_seconds
-from ntkpipe.build.verify_repair import repair, verify
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward

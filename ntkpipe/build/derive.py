@@ -1,9 +1,8 @@
 """Other kinds of kernel from a stored one, without the model, by reducing its S x S blocks tile by tile."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.base.grid import Span
 from ntkpipe.base.kinds import get_kind
 from ntkpipe.base.planes import array_of, prefix_of
-from ntkpipe.build.life import Place, fill
-from ntkpipe.build.source import PlaneSource
+from ntkpipe.build.life import Place, PlaneSource, fill
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import Index
@@ -128,41 +126,24 @@ class DerivedSource(PlaneSource):
         tile, count, kind = self.manifest.tile, self.manifest.num_outputs, get_kind(self.manifest.kind)
         row, column = rows.start // tile, columns.start // tile
         index = (row, 0, 0) if kernel == "kernel/test_diagonal" else (row, column)
+        is_one, is_apart = kind.name.startswith("output:"), get_kind(self.source.manifest.kind).pairs == "same"
+        outputs = np.flatnonzero(kind.covectors(count)[0]).tolist() if is_one else range(count)
         for group in (None, *self.manifest.groups):
-            blocks = _Blocks(self.source, group, kernel, index)
-            found: Iterable[NDArray[Any]]
-            if kind.name == "pntk":
-                found = [blocks.whole.sum(axis=(1, 3), dtype=np.float64) / count]
-            elif kind.name == "trace":
-                found = [sum(map(blocks.equal, range(1, count)), blocks.equal(0).astype(np.float64)) / count]
-            elif kind.pairs == "same":
-                found = map(blocks.equal, range(count))
+            equal: Iterator[NDArray[Any]]
+            # Entries for each output with itself, shape (n, m), read one after the other where they are apart.
+            if is_apart:
+                equal = (self._read(group, kernel, index, output) for output in outputs)
             else:
-                found = map(blocks.equal, np.flatnonzero(kind.covectors(count)[0]).tolist())
-            yield from (values[:, :, None] if len(index) == 3 else values for values in found)
+                values = self._read(group, kernel, index)
+                pairs = values.reshape(len(values) // count, count, -1, count)
+                equal = (pairs[:, output, :, output] for output in outputs)
+            if kind.name == "pntk":  # of a source that has all pairs of outputs
+                equal = iter([pairs.sum(axis=(1, 3), dtype=np.float64) / count])
+            elif kind.name == "trace":
+                equal = iter([sum(equal, next(equal).astype(np.float64)) / count])
+            yield from (values[:, :, None] if len(index) == 3 else values for values in equal)
 
-
-@dataclass(frozen=True)
-class _Blocks:
-    """A chunk of the source as blocks of pairs of outputs; each array is read at most once, on demand."""
-
-    source: Store
-    group: str | None  # group of parameters
-    name: str  # array of the kernel
-    index: Index
-
-    def _read(self, output: int | None) -> NDArray[Any]:
-        values = self.source.arrays[array_of(prefix_of(self.group, output), self.name)].read(self.index)
-        # A test_diagonal becomes a kernel with a single column of samples.
+    def _read(self, group: str | None, kernel: str, index: Index, output: int | None = None) -> NDArray[Any]:
+        """A chunk of the source as a matrix; a ``test_diagonal`` becomes a kernel with a single column of samples."""
+        values = self.source.arrays[array_of(prefix_of(group, output), kernel)].read(index)
         return values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
-
-    @cached_property
-    def whole(self) -> NDArray[Any]:
-        """All pairs of outputs, shape (n, O, m, O), if the source stores them."""
-        values, count = self._read(None), self.source.manifest.num_outputs
-        return values.reshape(len(values) // count, count, -1, count)
-
-    def equal(self, output: int) -> NDArray[Any]:
-        """Entries for an output with itself, shape (n, m)."""
-        is_apart = get_kind(self.source.manifest.kind).pairs == "same"
-        return self._read(output) if is_apart else self.whole[:, output, :, output]

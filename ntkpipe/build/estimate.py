@@ -10,8 +10,7 @@ from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds
-from ntkpipe.build.planner import make_plan
+from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds, make_plan
 
 Bottleneck = Literal["compute", "disk", "memory"]
 

@@ -2,37 +2,33 @@
 
 import platform
 import socket
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ntkpipe.base.errors import ModelError, NtkpipeError, SelfCheckError, StoreMismatchError
+from ntkpipe.base.errors import SelfCheckError, StoreMismatchError
 from ntkpipe.base.grid import kernel_grids
-from ntkpipe.build.plan import Plan
-from ntkpipe.build.planner import make_plan
-from ntkpipe.build.prepare import Prepared, prepare, products_of, reuse_choices, where_computed, workload_of
+from ntkpipe.build.life import Products, StoreSink, TileSource, Vector, Work
+from ntkpipe.build.plan import Plan, make_plan
+from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
 from ntkpipe.build.records import TileRecord, logged
-from ntkpipe.build.request import Request
-from ntkpipe.build.source import Products, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
-from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts
-from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace
-from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index, layouts
@@ -45,51 +41,17 @@ _OUTPUT_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16":
 _ENTRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 5e-2, "bfloat16": 0.2}
 
 
-@dataclass(frozen=True)
-class Settled:
-    """How a run computes."""
-
-    engine: Engine  # self-checked, if the run asks for that
-    plan: Plan  # fits the machine
-    check: CheckReport | None  # result of the self-check
-    check_seconds: float
-
-
-def plan_and_check(
-    prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
-) -> Settled:
-    """Plan, self-check, and plan anew where that changes how Jacobians are found."""
-    plan = planned(engine)
-    if not is_checked:
-        return Settled(engine, plan, None, 0.0)
-    started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
-    samples = prepared.train.num_samples
-    try:
-        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
-    except NtkpipeError:
-        raise
-    except Exception as error:  # its samples are new to the model
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
-    seconds = perf_counter() - started
-    if checked.representations != engine.representations:
-        plan = planned(checked)
-    return Settled(checked, plan, report, seconds)
-
-
 def job_of(
-    prepared: Prepared,
     settled: Settled,
     sources: Mapping[str, Source],
     sink: Sink,
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> BuildJob:
     """The job of a run whose tiles go to a sink."""
-    engine, plan, is_mapping = settled.engine, settled.plan, prepared.train.is_mapping
+    prepared, engine, plan = settled.prepared, settled.engine, settled.plan
     cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
-    prefixes = tuple(plane.prefix for plane in prepared.planes)
-    return BuildJob(engine, plan, sources, is_mapping, sink, cache, dtype, engine.setup.pairs, prefixes, in_use)
+    pairs, prefixes = prepared.kind.pairs, tuple(plane.prefix for plane in prepared.planes)
+    return BuildJob(engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, pairs, prefixes, in_use)
 
 
 @dataclass(frozen=True)
@@ -173,7 +135,10 @@ class ModelSource(TileSource):
         tile, index = store.arrays[self.prepared.planes[0].array("kernel/train")], (first[0], first[0])
         if not tile.has(index) or (tile.layout.name, index) in doubted:
             return
-        width, found = store.manifest.num_covectors, _entries(self.prepared, samples)
+        pairs, width = self.prepared.kind.pairs, store.manifest.num_covectors
+        piece, _ = self.prepared.engine.piece(self.prepared.load(samples))
+        found = contract(piece, piece, Workspace(), pairs).double().cpu().numpy()
+        found = found[0] if pairs == "same" else found  # of the first output, if each has its own
         rows = np.add.outer(np.array(picked) * width, np.arange(width)).reshape(-1)
         stored = tile.read(index)[np.ix_(rows, rows)].astype(np.float64)
         scale = float(np.sqrt(np.outer(stored.diagonal(), stored.diagonal())).max()) or 1.0
@@ -190,7 +155,22 @@ class ModelSource(TileSource):
         engine, existing = self.prepared.engine, work.existing
         if existing is None:
             return engine
-        return reuse_choices(engine, existing.manifest.choices, existing.root, self.resources.cluster)
+        choices, path = existing.manifest.choices, existing.root
+        engine = engine.reusing(choices.representations)
+        if engine.representations != choices.representations:
+            raise StoreMismatchError(
+                f"{path} was begun with Jacobians found as {choices.representations}; now they would be found as "
+                f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
+                (("choices.representations", choices.representations, engine.representations),),
+            )
+        device, arithmetic = self.resources.where_computed(engine)
+        if (device, arithmetic) != (choices.device, choices.arithmetic):
+            warnings.warn(
+                f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): "
+                "its tiles will agree to rounding, not to the last bit",
+                stacklevel=2,
+            )
+        return engine
 
     def plan(self, work: Work, engine: Engine) -> Plan:
         """How the work is done."""
@@ -205,15 +185,11 @@ class ModelSource(TileSource):
 
     def settle(self, work: Work) -> "ModelSource":
         """See :meth:`TileSource.settle`."""
-
-        def planned(engine: Engine) -> Plan:
-            return self.plan(work, engine).fitting()
-
-        run, existing = self.resources, work.existing
+        run, existing, planned = self.resources, work.existing, partial(self.plan, work)
         settled = plan_and_check(self.prepared, self.engine(work), planned, is_checked=run.run.self_check)
         found = settled.engine.representations
         if existing is None:
-            choices = settled.plan.choices(found, *where_computed(settled.engine, run.cluster))
+            choices = settled.plan.choices(found, *run.where_computed(settled.engine))
         else:
             choices = existing.manifest.choices
             if settled.check is not None and found != choices.representations:
@@ -234,12 +210,10 @@ class ModelSource(TileSource):
         grids = kernel_grids(sizes["train"], sizes.get("test"), prepared.num_covectors, prepared.tile)
         workload = replace(self.settled.plan.workload, grids=grids, num_test=sizes.get("test", 0))
         settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
-        executor = self.resources.executor(store) or ThreadExecutor(settled.plan.machine.workers)
+        executor = self.resources.executor(store, settled.plan.machine.workers)
         sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
-        job = job_of(prepared, settled, sources, sink, store.in_use)
-        return logged(
-            store, settled.plan, settled.check, settled.check_seconds, executor.run(job, settled.plan.tasks())
-        )
+        job = job_of(settled, sources, sink, store.in_use)
+        return logged(store, settled, executor.run(job, settled.plan.tasks()))
 
     def num_steps(self) -> int:
         """See :meth:`TileSource.num_steps`: a pass over the train samples, and one per group over all."""
@@ -274,10 +248,3 @@ class ModelSource(TileSource):
         """Parameters of each group, and last of those in none."""
         left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
         return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
-
-
-def _entries(prepared: Prepared, samples: list[int]) -> NDArray[np.float64]:
-    """Kernel of a few samples, sample-major; that of the first output if each has its own."""
-    piece, _ = prepared.engine.piece(prepared.load(samples))
-    found = contract(piece, piece, Workspace(), prepared.kind.pairs).double().cpu().numpy()
-    return np.asarray(found if prepared.kind.pairs != "same" else found[0])

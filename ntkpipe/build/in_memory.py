@@ -1,32 +1,46 @@
-"""``kernel_matrix``: a kernel in memory, with the engine and planner of a store but tiles in a NumPy array."""
+"""Kernels without a store: a matrix in memory, with the engine and planner of a store, or products without a matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
+from ntkpipe.base.config import ComputeDtype, RealDtype, check_number
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Grid, matrix_tile
-from ntkpipe.base.resources import num_cores
-from ntkpipe.build.from_model import Settled, job_of, plan_and_check
+from ntkpipe.base.operator import Operator, Statistics, Work
+from ntkpipe.base.resources import available_memory, num_cores
+from ntkpipe.build.from_model import job_of
 from ntkpipe.build.life import drain
-from ntkpipe.build.plan import BlockTask, Plan
-from ntkpipe.build.planner import make_plan
-from ntkpipe.build.prepare import Prepared, exact_single_thread, prepare, this_machine, workload_of
+from ntkpipe.build.plan import BlockTask, Plan, make_plan
+from ntkpipe.build.prepare import (
+    Prepared,
+    Request,
+    Settled,
+    exact_single_thread,
+    plan_and_check,
+    prepare,
+    products_of,
+    this_machine,
+    workload_of,
+)
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
-from ntkpipe.build.request import Request
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.model.functional import Forward, resolve_device
+from ntkpipe.jacobian.model.functional import Forward, fingerprint, resolve_device
 from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
+from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes
+from ntkpipe.jacobian.self_check import self_check
 from ntkpipe.store.kernel import require_memory
 from ntkpipe.store.layout import Index
 
@@ -80,19 +94,14 @@ def kernel_matrix(
     (train if test is None else test).inspect("inputs")
     request = Request.of(given, (train, test))
     with exact_single_thread(compute_dtype):
-        prepared = prepare_matrix(request)
-        return build_matrix(prepared, settle_matrix(prepared, request.run), kind if progress else None)
+        return build_matrix(settle_matrix(request), kind if progress else None)
 
 
-def prepare_matrix(request: Request) -> Prepared:
-    """Prepare a kernel in tiles that are just small enough to occupy every worker."""
+def settle_matrix(request: Request) -> Settled:
+    """Do all work before the first tile, of tiles that are just small enough to occupy every worker."""
     run = request.run  # a GPU has one worker
     num_workers = 1 if resolve_device(run.device).type == "cuda" else run.workers or num_cores()
-    return prepare(request, device=run.device, choose_tile=partial(matrix_tile, num_workers=num_workers))
-
-
-def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
-    """Do all work before the first tile: measure costs, plan and self-check."""
+    prepared = prepare(request, device=run.device, choose_tile=partial(matrix_tile, num_workers=num_workers))
     name = "kernel/train" if prepared.test is None else "kernel/test_train"
     grid = prepared.grids()[name]
     dtype = np.dtype(prepared.spec.resolved_store_dtype())
@@ -101,18 +110,18 @@ def settle_matrix(prepared: Prepared, run: RunSpec) -> Settled:
 
     def planned(engine: Engine) -> Plan:
         workload = workload_of(prepared, engine, {name: grid})
-        return make_plan(workload, this_machine(engine, run, result_bytes=prod(shape) * dtype.itemsize)).fitting()
+        return make_plan(workload, this_machine(engine, run, result_bytes=prod(shape) * dtype.itemsize))
 
     return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 
 
-def build_matrix(prepared: Prepared, settled: Settled, progress: str | None = None) -> NDArray[Any]:
+def build_matrix(settled: Settled, progress: str | None = None) -> NDArray[Any]:
     """Compute a settled kernel; may be called repeatedly."""
-    plan = settled.plan
+    prepared, plan = settled.prepared, settled.plan
     ((name, grid),) = plan.workload.grids.items()
     matrices = np.empty((len(prepared.planes), *grid.shape), np.dtype(prepared.spec.resolved_store_dtype()))
     sink = _MatrixSink({plane.array(name): each for plane, each in zip(prepared.planes, matrices, strict=True)}, grid)
-    job = job_of(prepared, settled, {split: each.source for split, each in prepared.samples.items()}, sink)
+    job = job_of(settled, {split: each.source for split, each in prepared.samples.items()}, sink)
     executor = ThreadExecutor[BlockTask, BuildRecord](plan.machine.workers)
     with closing(executor.run(job, plan.tasks())) as running:
         tiles = (record for record in Sizes(plan).watch(running) if isinstance(record, TileRecord))
@@ -140,3 +149,113 @@ class _MatrixSink:
         """Mirror a tile, which was computed in place."""
         if self.grid.symmetric and index[0] != index[1]:
             self.place(array, index[::-1])[:] = values.T
+
+
+_SHARE_OF_MEMORY = 0.5  # of the free memory, for the self-check, which has no plan
+_NUM_PROBES = 32  # random sign vectors for the Frobenius norm
+
+
+class JacobianOperator(Operator):
+    """The kernel of a model and samples, never formed: ``K v = J (J' v)``."""
+
+    # A product is, for each column, one vector-Jacobian and one Jacobian-vector product a batch, each with its forward
+    # pass, in the compute dtype; sums over batches are float64. The diagonal is exact, by one pass of per-sample
+    # Jacobians. The Frobenius norm, which :meth:`storage_floor` needs, is estimated from 32 products with random signs.
+
+    work = Work()  # a pass is a product with any number of columns
+
+    def __init__(
+        self, prepared: Prepared, engine: Engine, *, batch: int, identity: str, step: Callable[[], None]
+    ) -> None:
+        kind, model = prepared.kind, prepared.model
+        if kind.pairs == "same":
+            raise ConfigError(
+                f"kind={kind.name!r} is a matrix for each output; give 'output:k', or 'trace' for their mean"
+            )
+        dtype = np.dtype(np.float64 if model.dtype == torch.float64 else np.float32)
+        super().__init__(prepared.train.num_samples * prepared.num_covectors, dtype)
+        size = prepared.train.num_samples
+        self._products = products_of(prepared, size, size, size, batch)
+        # The identity holds digests of parameters and samples, and what is computed from them.
+        self._prepared, self._engine, self._identity, self._step = prepared, engine, identity, step
+
+    def identity(self) -> str:
+        """See :meth:`Operator.identity`."""
+        return self._identity
+
+    def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        start, source = perf_counter(), self._prepared.train.source
+        found = np.zeros_like(block)
+        with exact_single_thread(self._prepared.spec.compute_dtype):
+            for column in range(block.shape[1]):
+                vector = np.ascontiguousarray(block[:, column])
+                for products in self._products:
+                    direction = products.transposed(source, vector, self._step)
+                    found[:, column] += products.product(source, direction, self._step)
+        self.work += Work(1.0, 0, perf_counter() - start)
+        return found
+
+    def _measure(self) -> Statistics:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(self.num_rows, _NUM_PROBES))
+        squared = float(np.square(self.matmat(signs)).sum()) / _NUM_PROBES
+        return Statistics(self._diagonal(), squared**0.5)
+
+    def _diagonal(self) -> NDArray[np.float64]:
+        start, parts = perf_counter(), []
+        with exact_single_thread(self._prepared.spec.compute_dtype):
+            for span, batch in self._products[0].batches(self._prepared.train.source):
+                piece, _ = self._engine.piece(batch)
+                (values,) = contract_diagonal_planes(piece, self._prepared.kind.pairs, 1)
+                parts.append(values[: len(span)].diagonal(dim1=1, dim2=2).reshape(-1).double().cpu())
+                self._step()
+        self.work += Work(1.0, 0, perf_counter() - start)
+        return torch.cat(parts).numpy()
+
+
+@checked
+def jacobian_operator(
+    model: nn.Module,
+    inputs: object,
+    *,
+    kind: str = "pntk",
+    forward: "Forward" = None,
+    parameters: str | Sequence[str] | None = None,
+    compute_dtype: ComputeDtype = "float64",
+    batch: int = 64,
+    device: str | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> JacobianOperator:
+    """The kernel as an operator for solvers, without a matrix anywhere.
+
+    This pays where few products are needed, or where no disk holds the matrix. Memory is one batch and two vectors of
+    all parameters in float64. The Frobenius norm is an estimate with a standard error of at most an eighth.
+
+    Parameters
+    ----------
+    kind
+        Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` or ``"ntk"``.
+    compute_dtype
+        dtype of products with the Jacobian. In float32 they are no more exact than a kernel of float32.
+    batch
+        Samples of one forward pass, at least 2.
+    step
+        Called after each batch of each product.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError
+        If an option is wrong, the kind has a matrix for each output, or samples or model cannot be used as they are.
+    SelfCheckError
+        If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
+    """
+    given = locals()
+    check_number("batch", batch, low=2)
+    samples = as_samples(inputs, with_targets=False)
+    digest = samples.inspect("inputs").inputs_digest
+    with exact_single_thread(compute_dtype):
+        prepared = prepare(Request.of(given, (samples, None)), device=device)
+        memory = int(_SHARE_OF_MEMORY * available_memory())
+        engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
+    made_from = fingerprint(model, prepared.model.names)
+    identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
+    return JacobianOperator(prepared, engine, batch=batch, identity=identity, step=step)

@@ -12,13 +12,11 @@ import numpy as np
 from ntkpipe.base.errors import StoreError, TileError
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.build.life import rewrite
-from ntkpipe.build.source import TileSource, Vector
+from ntkpipe.build.life import TileSource, Vector, rewrite
 from ntkpipe.store.growth import ChunkKey, end_growth, undo_cut_growth
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
 from ntkpipe.store.layout import Index, planes
-from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import (
     Finding,
@@ -40,32 +38,16 @@ _MOST_RECORDED = 1000  # actions in a report that is stored
 _COMPUTED = "computed again"
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """How well a stored kernel agrees with J(J'v)."""
-
-    array: str  # the kernel
-    error: float  # largest row error `|K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)`
-    median_error: float
-    tolerance: float  # bound on the error of a good kernel of this dtype
-    suspect_rows: tuple[int, ...]  # rows whose error stands out, the largest first; at most 50
-    num_suspects: int  # number of all such rows
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the error is small and no row stands out."""
-        return self.num_suspects == 0 and self.error <= self.tolerance
-
-
-def certify(
-    store: Store, source: TileSource, *, seed: int = 0, step: Callable[[], None] = lambda: None
-) -> tuple[Certificate, ...]:
-    """Certify every kernel of a complete store."""
+def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple[dict[str, Any], ...]:
+    """Certify every kernel of a complete store: how well it agrees with J(J'v), row by row."""
     manifest = store.manifest
     rows = next(iter(store.arrays.values())).layout.shape[0]
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=rows)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=rows)
     exact = source.products(signs, step)
-    found: list[Certificate] = []
+    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
+    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
+    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    found: list[dict[str, Any]] = []
     wholes: dict[int | None, dict[str, Vector]] = {}
     for plane in planes(manifest):
         group = None if plane.group is None else list(manifest.groups)[plane.group]
@@ -79,9 +61,10 @@ def certify(
             wholes[plane.output] = scales
         for split, scale in scales.items():
             kernel = kernels.train if split == "train" else kernels.test_train
-            floor = None if plane.group is None else wholes[plane.output][split]
-            product = exact[plane.group, plane.output, split]
-            found.append(_judge(kernel, signs, product, scale, floor, manifest))
+            if plane.group is not None:  # whose Jacobian may vanish up to rounding
+                scale += precision**0.5 * wholes[plane.output][split]
+            gap = np.abs(_multiply(kernel, signs) - exact[plane.group, plane.output, split])
+            found.append({"array": kernel.name, **_judge(gap, scale, precision, _TOLERANCE[dtype])})
     return tuple(found)
 
 
@@ -93,45 +76,34 @@ def verify_with(store: Store, source: TileSource | None, *, progress: bool) -> V
     if not report.is_good:
         return replace(report, findings=(*report.findings, NOT_CERTIFIED))
     with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
-        certificates = certify(store, source, step=ticks.tick)
-    findings = (
-        Finding(
-            each.array,
-            (),
-            f"K v and J(J'v) differ by up to {each.error:.1e} (tolerance {each.tolerance:.0e}, median "
-            f"{each.median_error:.1e}); suspect rows: {', '.join(map(str, each.suspect_rows)) or 'none'}",
-        )
-        for each in certificates
-        if not each.is_good
-    )
-    shown = tuple({**asdict(each), "is_good": each.is_good} for each in certificates)
-    report = replace(report, findings=(*report.findings, *findings), certificates=shown)
+        certificates = certify(store, source, ticks.tick)
+    findings = (Finding(each["array"], (), _problem(each)) for each in certificates if not each["is_good"])
+    report = replace(report, findings=(*report.findings, *findings), certificates=certificates)
     record_report(store, report)
     return report
 
 
-def _judge(
-    kernel: Kernel, signs: Vector, exact: Vector, scale: Vector, whole: Vector | None, manifest: Manifest
-) -> Certificate:
-    """Judge rows by their scale; in a group, whose Jacobian may vanish up to rounding, also by that of the whole."""
-    dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
-    dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
-    precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
-    if whole is not None:
-        scale = scale + precision**0.5 * whole
-    gap = np.abs(_multiply(kernel, signs) - exact)
+def _problem(certificate: dict[str, Any]) -> str:
+    error, median = f"{certificate['error']:.1e}", f"{certificate['median_error']:.1e}"
+    bounds = f"tolerance {certificate['tolerance']:.0e}, median {median}"
+    rows = ", ".join(map(str, certificate["suspect_rows"])) or "none"
+    return f"K v and J(J'v) differ by up to {error} ({bounds}); suspect rows: {rows}"
+
+
+def _judge(gap: Vector, scale: Vector, precision: float, tolerance: float) -> dict[str, Any]:
     errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
     median = float(np.median(errors))
     suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
     ranked = suspect[np.argsort(-errors[suspect])]
-    return Certificate(
-        array=kernel.name,
-        error=float(errors.max()),
-        median_error=median,
-        tolerance=_TOLERANCE[dtype],
-        suspect_rows=tuple(int(row) for row in ranked[:_SHOWN]),
-        num_suspects=len(suspect),
-    )
+    error = float(errors.max())
+    return {
+        "error": error,  # the largest |K v - J(J'v)|_i / sqrt(K_ii * sum_j K_jj)
+        "median_error": median,
+        "tolerance": tolerance,  # bound on the error of a good kernel of this dtype
+        "suspect_rows": tuple(ranked[:_SHOWN].tolist()),  # those whose error stands out, the largest first
+        "num_suspects": len(suspect),
+        "is_good": len(suspect) == 0 and error <= tolerance,
+    }
 
 
 def _multiply(kernel: Kernel, vector: Vector) -> Vector:

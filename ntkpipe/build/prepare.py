@@ -1,34 +1,32 @@
 """Prepare a run without writing anything: check and trace the model, measure costs, and plan."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec
-from ntkpipe.base.errors import ConfigError, DataError, StoreMismatchError
+from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, spec_of
+from ntkpipe.base.errors import ConfigError, DataError, ModelError, NtkpipeError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import Kind, get_kind
 from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
-from ntkpipe.build.request import Request
-from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
-from ntkpipe.jacobian.model.device import describe_arithmetic, exact_math, free_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, FunctionalModel, prepare_model, resolve_device
-from ntkpipe.jacobian.model.samples import Samples
+from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
+from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
 from ntkpipe.jacobian.representations.interface import Rates, Setup
-from ntkpipe.store.manifest import Choices
+from ntkpipe.jacobian.self_check import CheckReport, self_check
+from ntkpipe.store.store import Store
 
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
 _COST_BATCH = 8
@@ -49,6 +47,43 @@ def exact_single_thread(compute_dtype: ComputeDtype = "float32") -> Iterator[Non
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel that is asked for."""
+
+    model: nn.Module
+    train: Samples
+    test: Samples | None
+    kernel: KernelSpec
+    run: RunSpec
+    forward: Forward = None
+
+    @classmethod
+    def of(
+        cls,
+        arguments: Mapping[str, Any],
+        samples: tuple[Samples, Samples | None] | None = None,
+        stored: Store | None = None,
+    ) -> "Request":
+        """The request that the arguments of a public function make, by default of the samples among them."""
+        if samples is not None:
+            train, test = samples
+        else:
+            train, test = as_samples(arguments["inputs"], arguments["targets"]), None
+            if arguments["test_inputs"] is not None:
+                test = as_samples(arguments["test_inputs"], arguments["test_targets"], label="test_inputs")
+                require_same_arrays(train, test, "test_inputs")
+            elif arguments["test_targets"] is not None:
+                raise DataError("test_targets were given without test_inputs")
+        kernel, run = spec_of(KernelSpec, arguments), spec_of(RunSpec, arguments)
+        if stored is not None:  # its tile was cut to the samples of the first run; another one may be asked for
+            manifest = stored.manifest
+            first = (*manifest.earlier(), manifest)[0].train.num_samples
+            if kernel.tile is None or min(kernel.tile, first) == manifest.tile:
+                kernel = kernel.model_copy(update={"tile": manifest.tile})
+        return cls(arguments["model"], train, test, kernel, run, arguments["forward"])
 
 
 @dataclass(frozen=True)
@@ -169,42 +204,20 @@ def products_of(prepared: Prepared, tile: int, strip: int, subtile: int, batch: 
     return [JacobianProducts(model, each, *sizes, prepared.train.is_mapping) for each in apart]
 
 
-def reuse_choices(engine: Engine, choices: Choices, path: Path | str, cluster: Machine | None = None) -> Engine:
-    """The engine with the choices that an existing store recorded."""
-    engine = engine.reusing(choices.representations)
-    if engine.representations != choices.representations:
-        raise StoreMismatchError(
-            f"{path} was begun with Jacobians found as {choices.representations}; now they would be found as "
-            f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
-            (("choices.representations", choices.representations, engine.representations),),
-        )
-    device, arithmetic = where_computed(engine, cluster)
-    if (device, arithmetic) != (choices.device, choices.arithmetic):
-        warnings.warn(
-            f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): its "
-            "tiles will agree to rounding, not to the last bit",
-            stacklevel=3,
-        )
-    return engine
-
-
-def where_computed(engine: Engine, cluster: Machine | None) -> tuple[str, str]:
-    """Type of the computing device, here or on the workers, and what decides the last bits there."""
-    if cluster is not None:
-        return torch.device(cluster.device).type, cluster.arithmetic
-    return engine.model.device.type, describe_arithmetic(engine.model.device)
-
-
 def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], num_test: int = 0) -> Workload:
     """What is to be computed; measures the cost of Jacobians."""
-    spec = prepared.spec
+    spec, module = prepared.spec, engine.model.module
+    samples = probe_samples(prepared.train.num_samples)
+    cost = engine.cost(prepared.load([samples[i % len(samples)] for i in range(_COST_BATCH)]))
+    copied = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))  # by each worker
+    fixed = cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES
     return Workload(
         grids=grids,
         num_test=num_test,
         tile=prepared.tile,
         num_covectors=prepared.num_covectors,
         store_itemsize=np.dtype(spec.resolved_store_dtype()).itemsize,
-        cost=_cost(prepared, engine),
+        cost=replace(cost, fixed_workspace_bytes=fixed),
         num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
         num_groups=len(prepared.groups),
     )
@@ -227,14 +240,38 @@ def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_di
     )
 
 
-def _cost(prepared: Prepared, engine: Engine) -> Cost:
-    """Cost of the Jacobians, from two small batches, including each worker's copy of the model."""
-    samples = probe_samples(prepared.train.num_samples)
-    numbers = [samples[i % len(samples)] for i in range(_COST_BATCH)]
-    cost = engine.cost(prepared.load(numbers))
-    module = engine.model.module
-    copied = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
-    return replace(cost, fixed_workspace_bytes=cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES)
+@dataclass(frozen=True)
+class Settled:
+    """How a run computes."""
+
+    prepared: Prepared
+    engine: Engine  # self-checked, if the run asks for that
+    plan: Plan  # fits the machine
+    check: CheckReport | None  # result of the self-check
+    check_seconds: float
+
+
+def plan_and_check(
+    prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
+) -> Settled:
+    """Plan what must fit, self-check, and plan anew where that changes how Jacobians are found."""
+    plan = planned(engine).fitting()
+    if not is_checked:
+        return Settled(prepared, engine, plan, None, 0.0)
+    started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
+    samples = prepared.train.num_samples
+    try:
+        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+    except NtkpipeError:
+        raise
+    except Exception as error:  # its samples are new to the model
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
+    seconds = perf_counter() - started
+    if checked.representations != engine.representations:
+        plan = planned(checked).fitting()
+    return Settled(prepared, checked, plan, report, seconds)
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
@@ -263,13 +300,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, tries: int = 3) -> float:
-    best = np.inf
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return perf_counter()
+
+    seconds = []
     for _ in range(tries):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = perf_counter()
+        start = clock()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, perf_counter() - start)
-    return float(best)
+        seconds.append(clock() - start)
+    return min(seconds)

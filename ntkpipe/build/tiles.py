@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,24 +14,33 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.planes import array_of
-from ntkpipe.build.gram import fill_tile
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Engine, JacobianBlock
-from ntkpipe.jacobian.model.device import describe_arithmetic, exact_process, is_out_of_memory, peak_memory
+from ntkpipe.jacobian.model.device import (
+    describe_arithmetic,
+    exact_process,
+    is_out_of_memory,
+    peak_memory,
+    release_memory,
+)
 from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
-from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes
+from ntkpipe.jacobian.representations.pieces import Piece, contract_diagonal_planes, contract_planes
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
+from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index
 
 StripKey = tuple[str, Span]
+# Row samples, and what was computed of them: outputs first, then entries for the arrays that lack them.
+_Computed = tuple[Span, dict[ChunkKey, Arrival]]
 
 _SPLITS = {"kernel/train": ("train", "train"), "kernel/test_train": ("test", "train")}
 
@@ -119,13 +128,57 @@ class BuildJob:
         return _Builder(self, pause).run
 
 
-@dataclass(frozen=True)
-class _Computed:
-    index: Index
-    span: Span  # row samples
-    values: dict[str, Arrival]  # entries, by arrays that lack them
-    outputs: Arrival | None  # of the row samples, on the diagonal
-    output_array: str = "outputs/train"
+@dataclass
+class Gram:
+    """Contracts the strips of one worker; where memory runs out, it halves the pieces from then on."""
+
+    num_covectors: int
+    pairs: Pairs
+    pause: Callable[[], None]
+    most: int | None = None  # samples of a piece, if there is a limit
+    workspace: Workspace = field(default_factory=Workspace)
+
+    def fill(
+        self, left: JacobianBlock, right: JacobianBlock, tiles: Sequence[Tensor], row: int, column: int, mirror: bool
+    ) -> None:
+        """Write the Gram entries of two strips into the tile of every plane, sample-major."""
+        while True:
+            # The parts of a piece that meets itself must be the same objects on both sides.
+            lefts = list(self._placed(left, row))
+            rights = lefts if right is left and row == column else list(self._placed(right, column))
+            try:
+                for rows, one in lefts:
+                    for columns, other in rights:
+                        if mirror and columns.start < rows.start:
+                            continue
+                        self.pause()
+                        parts = [tile[rows, columns] for tile in tiles]
+                        contract_planes(one, other, self.workspace, self.pairs, parts)
+                        if mirror and columns != rows:
+                            for tile in tiles:
+                                tile[columns, rows] = tile[rows, columns].T
+            except Exception as error:
+                if not is_out_of_memory(error) or all(piece.num_samples == 1 for _, piece in (*lefts, *rights)):
+                    raise
+            else:
+                return
+            # Not in the handler: the error keeps the frames of the failed attempt alive, and so their tensors.
+            largest = max(piece.num_samples for block in (left, right) for piece in block.pieces)
+            self.most = max(1, min(largest, self.most or largest) // 2)
+            self.workspace.clear()
+            release_memory()
+
+    def _placed(self, block: JacobianBlock, start: int) -> Iterator[tuple[slice, Piece]]:
+        """Pieces of a block, or parts of at most ``most`` samples, with their rows in the tile."""
+        width = self.num_covectors
+        for piece in block.pieces:
+            size = piece.num_samples
+            step = min(size, self.most or size)
+            for first in range(0, size, step):
+                part = piece if step == size else piece.part(first, min(first + step, size))
+                place = start + first
+                yield slice(place * width, (place + part.num_samples) * width), part
+            start += size
 
 
 class _Builder:
@@ -135,12 +188,11 @@ class _Builder:
         self._device = torch.device(job.plan.machine.device)
         self._engine = job.engine.moved(self._device).copy()
         self._pause = pause
-        self._workspace = Workspace()
-        rows = job.plan.workload.tile * job.plan.workload.num_covectors
+        width = job.plan.workload.num_covectors
+        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause)
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
-        self._most: int | None = None
         self._flops = 0.0
         self._num_bytes = 0
 
@@ -175,45 +227,36 @@ class _Builder:
 
     def _chunks(self, task: BlockTask) -> Iterator[TileRecord]:
         """Do one task; a separate thread writes tiles while the next ones are computed."""
-        if task.array == "kernel/test_diagonal":
-            for tile in self._diagonal(task.block.row_start):
-                yield from self._finished(self._store(tile))
-            return
+        is_diagonal = task.array == "kernel/test_diagonal"
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
-            pending: deque[Future[_Computed]] = deque()
-            for tile in self._tiles(task):
-                pending.append(writer.submit(self._store, tile))
+            pending: deque[Future[list[ChunkKey]]] = deque()
+            for tile in self._diagonal(task.block.row_start) if is_diagonal else self._tiles(task):
+                pending.append(writer.submit(self._store, *tile))
                 # The next tile reuses the buffers of the previous one, which must be free again.
                 if len(pending) == NUM_BUFFERS:
                     yield from self._finished(pending.popleft().result())
             for writing in pending:
                 yield from self._finished(writing.result())
 
-    def _finished(self, tile: _Computed) -> Iterator[TileRecord]:
-        for array in tile.values:
-            yield TileRecord(array, tile.index, self._batch, self._subtile())
+    def _finished(self, chunks: list[ChunkKey]) -> Iterator[TileRecord]:
+        for array, index in chunks:
+            yield TileRecord(array, index, self._batch, self._subtile())
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
-    def _store(self, tile: _Computed) -> _Computed:
-        """Write the outputs of a tile's samples, then the tile of each plane, once they have arrived."""
-        values = {array: self._as_stored(array, arrive(), tile.span) for array, arrive in tile.values.items()}
-        if tile.outputs is not None:
-            outputs = self._as_stored(tile.output_array, tile.outputs(), tile.span)
-            self._write(tile.output_array, (tile.index[0], 0), outputs)
-        for array, entries in values.items():
-            self._write(array, tile.index, entries)
-        return tile
-
-    def _write(self, array: str, index: Index, values: NDArray[Any]) -> None:
-        """Write a chunk unless it exists: stored entries stay, even if they were recomputed for their outputs."""
-        if not self._job.sink.exists(array, index):
-            self._job.sink.write(array, index, values)
-            self._num_bytes += values.nbytes
+    def _store(self, span: Span, computed: dict[ChunkKey, Arrival]) -> list[ChunkKey]:
+        """Write the outputs of a tile's samples, then the tile of each plane, once all have arrived and are finite."""
+        arrived = {key: self._as_stored(key[0], arrive(), span) for key, arrive in computed.items()}
+        for (array, index), values in arrived.items():
+            # Stored entries stay, even if they were recomputed for their outputs.
+            if not self._job.sink.exists(array, index):
+                self._job.sink.write(array, index, values)
+                self._num_bytes += values.nbytes
+        return [key for key in arrived if not key[0].startswith("outputs/")]
 
     def _subtile(self) -> int:
-        return min(self._plan.subtile, self._most or self._plan.subtile)
+        return min(self._plan.subtile, self._gram.most or self._plan.subtile)
 
     def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: hold row strips, and stream column strips past them."""
@@ -259,26 +302,17 @@ class _Builder:
                         continue
                     left = self._strip((row_split, one), keep | {(column_split, strip)})
                     outputs[one] = left.outputs
-                    self._most = fill_tile(
-                        left,
-                        right,
-                        tiles,
-                        row=one.start - row_span.start,
-                        column=strip.start - column_span.start,
-                        num_covectors=width,
-                        pairs=self._job.pairs,
-                        is_mirrored=is_mirrored,
-                        workspace=self._workspace,
-                        pause=self._pause,
-                        most=self._most,
-                    )
+                    place = one.start - row_span.start, strip.start - column_span.start
+                    self._gram.fill(left, right, tiles, *place, mirror=is_mirrored)
         sent = {each: buffers.send() for each, buffers in zip(arrays, self._buffers, strict=True)}
         # If only outputs are missing, the record names the first plane.
         missing = [each for each in arrays if not self._job.sink.exists(each, (row, column))] or arrays[:1]
         rows, columns = len(row_span), len(column_span)
         self._flops += plan.workload.cost.pair_flops * (rows * (rows + 1) / 2 if is_mirrored else rows * columns)
-        found = self._fetch([outputs[strip] for strip in strips]) if is_mirrored else None
-        return _Computed((row, column), row_span, {each: sent[each] for each in missing}, found)
+        found: dict[ChunkKey, Arrival] = {}
+        if is_mirrored:
+            found["outputs/train", (row, 0)] = self._fetch([outputs[strip] for strip in strips])
+        return row_span, found | {(each, (row, column)): sent[each] for each in missing}
 
     def _fetch(self, parts: list[torch.Tensor]) -> Arrival:
         """Send small values to the host, in float64 since numpy has no bfloat16."""
@@ -297,12 +331,12 @@ class _Builder:
             self._pause()
             block = self._strip(("test", strip), frozenset())
             for piece in block.pieces:
-                found = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
-                for part, values in zip(parts, found, strict=True):
+                planes = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                for part, values in zip(parts, planes, strict=True):
                     part.append(values)
             outputs.append(block.outputs)
-        blocks = dict(zip(arrays, map(self._fetch, parts), strict=True))
-        yield _Computed(index, span, blocks, self._fetch(outputs), "outputs/test")
+        found: dict[ChunkKey, Arrival] = {("outputs/test", (number, 0)): self._fetch(outputs)}
+        yield span, found | {(array, index): self._fetch(part) for array, part in zip(arrays, parts, strict=True)}
 
     def _as_stored(self, array: str, values: NDArray[Any], span: Span) -> NDArray[Any]:
         """Values in the dtype of the store, checked; their first axis is the samples of ``span``."""

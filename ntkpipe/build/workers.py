@@ -16,10 +16,9 @@ import torch
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
-from ntkpipe.build.prepare import measure_rates, this_machine
+from ntkpipe.build.prepare import Request, exact_single_thread, measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
-from ntkpipe.build.request import Request
-from ntkpipe.executors.threads import Executor
+from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import describe_arithmetic
 from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
@@ -34,7 +33,6 @@ class Resources:
     """What a run may use."""
 
     run: RunSpec  # its limits
-    progress: bool  # whether progress bars are shown
     client: "Client | None" = None  # of the cluster that computes; none for threads of this process
     cluster: Machine | None = None  # its workers
     code: str | Path | None = None  # folder that is sent to them
@@ -53,14 +51,16 @@ class Resources:
         limit = min(self.cluster.memory_limit, self.run.memory_limit or self.cluster.memory_limit)
         return replace(self.cluster, memory_limit=limit, free_disk=free_disk)
 
-    def without_self_check(self) -> "Resources":
-        """The same, for work on a store whose model was checked before."""
-        return replace(self, run=self.run.model_copy(update={"self_check": False}))
+    def where_computed(self, engine: Engine) -> tuple[str, str]:
+        """Type of the computing device, here or on the workers, and what decides the last bits there."""
+        if self.cluster is not None:
+            return torch.device(self.cluster.device).type, self.cluster.arithmetic
+        return engine.model.device.type, describe_arithmetic(engine.model.device)
 
-    def executor(self, store: Store) -> Executor[BlockTask, BuildRecord] | None:
-        """Distributes blocks to the workers, once they have shown that they reach the store; none without a cluster."""
+    def executor(self, store: Store, num_threads: int) -> Executor[BlockTask, BuildRecord]:
+        """Threads, or what distributes blocks to the workers, once they have shown that they reach the store."""
         if self.client is None:
-            return None
+            return ThreadExecutor(num_threads)
         from ntkpipe.executors.dask import TOPIC, ClusterExecutor  # keeps distributed out of runs on one machine
         from ntkpipe.executors.payload import pack_code
 
@@ -74,13 +74,13 @@ def find_resources(request: Request, client: "Client | None", code: str | Path |
     """Threads of this process, or the workers of a client's cluster; prints where its dashboard is."""
     run = request.run
     if client is None:
-        return Resources(run, progress)
+        return Resources(run)
     found = inspect_workers(client, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
     if progress:
         each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
         print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
-    return Resources(run, progress, client, found, code)
+    return Resources(run, client, found, code)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,8 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
 def describe_worker(dtype: torch.dtype, device: str | None) -> WorkerFacts:
     """Say what this worker computes with, and how fast."""
     found = resolve_device(device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with exact_single_thread():
         rate = measure_rates(found, dtype).product
-    finally:
-        torch.set_num_threads(threads)
     return WorkerFacts(versions(), str(found), describe_arithmetic(found), rate)
 
 

@@ -11,7 +11,7 @@ Tiles at a ragged edge are recomputed with more entries, and other batches may r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -83,38 +83,21 @@ def aside(store: Store, before: Manifest) -> dict[str, StoredArray]:
 class OldEntries:
     """Old entries of chunks that a growth enlarges."""
 
-    # Arrays of copies and the chunks that they hold, the latest growth first.
-    levels: tuple[tuple[Mapping[str, StoredArray], frozenset[ChunkKey]], ...] = ()
+    copies: Mapping[ChunkKey, StoredArray] = field(default_factory=dict)  # where the copy of each chunk is
 
     @classmethod
     def of(cls, store: Store, earlier: tuple[Manifest, ...]) -> "OldEntries":
-        """Find the copies in a store from its earlier manifests."""
+        """Find the copies in a store from its earlier manifests; those of the latest growth count."""
         if next(store.medium.sizes(_FOLDER), None) is None:
             return cls()
-        levels = []
-        for before in reversed(earlier):
-            arrays = aside(store, before)
-            levels.append((arrays, frozenset((name, i) for name, array in arrays.items() for i in array.present())))
-        return cls(tuple(level for level in levels if level[1]))
-
-    def chunks(self) -> frozenset[ChunkKey]:
-        """Every chunk that has old entries."""
-        return frozenset().union(*(chunks for _, chunks in self.levels))
-
-    def read(self, array: str, index: Index) -> NDArray[Any] | None:
-        """Read the old entries of a chunk, the leading ones along every axis; None if it has none."""
-        for arrays, chunks in self.levels:
-            if (array, index) in chunks:
-                return arrays[array].read(index)
-        return None
+        every = (item for before in earlier for item in aside(store, before).items())
+        return cls({(name, index): array for name, array in every for index in sorted(array.present())})
 
     def paste(self, array: str, index: Index, values: NDArray[Any]) -> None:
         """Overwrite the leading entries of a new chunk with its old entries, if any."""
-        if (old := self.read(array, index)) is not None:
+        if copy := self.copies.get((array, index)):
+            old = copy.read(index)
             values[tuple(map(slice, old.shape))] = old
-
-
-NO_OLD_ENTRIES = OldEntries()
 
 
 def begin(store: Store, after: Manifest) -> Store:
@@ -146,13 +129,11 @@ def undo_cut_growth(store: Store) -> bool:
     if state_of(store) != "begun":
         return False
     with store.exclusive("it cannot grow"):
-        kept = OldEntries.of(store, (store.manifest,))
         for array in store.arrays.values():
             array.replace_metadata()
-        for name, index in sorted(kept.chunks()):
-            array, values = store.arrays[name], kept.read(name, index)
-            if values is not None and not array.has(index):
-                array.write(index, values)
+        for (name, index), copy in OldEntries.of(store, (store.manifest,)).copies.items():
+            if not store.arrays[name].has(index):
+                store.arrays[name].write(index, copy.read(index))
         _clear(store)
     return True
 
@@ -171,12 +152,12 @@ def finish(store: Store) -> None:
     if next(store.medium.sizes(_FOLDER), None) is None:
         return
     is_grown = state_of(store) == "resumable"  # else leftovers of a repair
-    kept = OldEntries.of(store, store.manifest.earlier()) if is_grown else NO_OLD_ENTRIES
-    for name, index in sorted(kept.chunks()):
-        array, old = store.arrays[name], kept.read(name, index)
-        if old is None or not array.has(index):
+    kept = OldEntries.of(store, store.manifest.earlier() if is_grown else ())
+    for (name, index), copy in kept.copies.items():
+        array = store.arrays[name]
+        if not array.has(index):
             return
-        found = array.read(index)
+        old, found = copy.read(index), array.read(index)
         part = found[tuple(map(slice, old.shape))]
         is_whole = found.dtype.kind != "f" or bool(np.isfinite(found).all())
         if not (is_whole and part.tobytes() == old.tobytes()):

@@ -213,11 +213,6 @@ def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
         )
     if mode == "a":
         return Store.open(medium)
-    _remove(medium)
-    return None
-
-
-def _remove(medium: Medium) -> None:
     try:
         is_ours = ATTRIBUTE in (read_group(medium) or {})
     except OSError:
@@ -234,3 +229,4 @@ def _remove(medium: Medium) -> None:
                 f"another run is writing to {medium.root}, so mode='w' does not remove it; stop it, or choose another "
                 "path"
             ) from None
+    return None

@@ -11,7 +11,7 @@ from workloads import PLENTY, make_workload, workloads
 from ntkpipe import ClusterSpec, estimate_cluster, plan_kernel
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.build.estimate import START_SECONDS
-from ntkpipe.build.planner import make_plan
+from ntkpipe.build.plan import make_plan
 from ntkpipe.jacobian.cost import Cost
 
 # Contractions alone, a second for each pair of samples at the rate below.

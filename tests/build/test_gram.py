@@ -4,9 +4,8 @@ import pytest
 import torch
 from pieces import Draw, jacobians
 
-from ntkpipe.build.gram import fill_tile
+from ntkpipe.build.tiles import Gram
 from ntkpipe.jacobian.engine import JacobianBlock
-from ntkpipe.jacobian.representations.sums import Workspace
 
 
 def draw_block(sizes, covectors, seed):
@@ -23,18 +22,7 @@ def jacobian(block):
 
 
 def fill(left, right, tile, covectors, pairs="all", row=0, column=0, is_mirrored=False, pause=lambda: None):
-    fill_tile(
-        left,
-        right,
-        [tile],
-        row=row,
-        column=column,
-        num_covectors=covectors if pairs == "all" else 1,
-        pairs=pairs,
-        is_mirrored=is_mirrored,
-        workspace=Workspace(),
-        pause=pause,
-    )
+    Gram(covectors if pairs == "all" else 1, pairs, pause).fill(left, right, [tile], row, column, mirror=is_mirrored)
 
 
 @pytest.mark.parametrize("covectors", [1, 3])

@@ -156,7 +156,7 @@ def test_a_second_growth_in_the_middle_of_the_first_completes_the_edge_before(tm
 def test_a_repair_ends_a_growth_whose_copies_are_left(tmp_path, monkeypatch):
     path = compute(tmp_path / "k.zarr", **data(10, 6)).path
     with monkeypatch.context() as patch:
-        patch.setattr("ntkpipe.build.life.finish", lambda _: None)
+        patch.setattr("ntkpipe.store.growth.finish", lambda _: None)
         compute(path, grow=True, **data(13, 7))
     assert (path / "growth").exists()
     report = repair(path, progress=False)

@@ -11,9 +11,8 @@ from sklearn.datasets import load_digits
 from small import Allowance, chunks, times
 
 from ntkpipe.base.errors import Interrupted
-from ntkpipe.build.life import Place, fill
+from ntkpipe.build.life import Place, PlaneSource, fill
 from ntkpipe.build.mend import mend, verify_with
-from ntkpipe.build.source import PlaneSource
 from ntkpipe.store.manifest import ArrayRecord, DataRecord, Manifest
 
 DIGITS = {"train": load_digits().data[:900] / 16, "test": load_digits().data[900:] / 16}
@@ -35,7 +34,6 @@ def record(split: str, count: int) -> DataRecord:
 @dataclass(frozen=True)
 class ArcCosine(PlaneSource):
     manifest: Manifest
-    workers: int = 2
 
     def data(self, array, index):
         folder, split, *_ = array.layout.name.split("/")

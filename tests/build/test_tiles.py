@@ -15,8 +15,7 @@ from small import DictSink, LinearEngine, compute
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, StoreExistsError
 from ntkpipe.base.grid import Axis, Grid, Span
-from ntkpipe.build.plan import Machine, Plan, Workload
-from ntkpipe.build.planner import make_plan
+from ntkpipe.build.plan import Machine, Plan, Workload, make_plan
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.payload import Leaving
 from ntkpipe.executors.threads import ThreadExecutor

@@ -13,7 +13,7 @@ from small import Allowance, chunks, compute, inputs, mlp, times
 
 from ntkpipe import repair, verify
 from ntkpipe.base.errors import ArgumentError, ConfigError, Interrupted, StoreError, StoreMismatchError
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.life import StoreSink
 from ntkpipe.store.growth import state_of
 from ntkpipe.store.kernel_store import open_kernel
 from ntkpipe.store.store import Store

@@ -42,7 +42,7 @@ from time import sleep
 
 
 def dask_setup(worker):
-    from ntkpipe.build.source import StoreSink  # torch; a nanny reads this file, too
+    from ntkpipe.build.life import StoreSink  # torch; a nanny reads this file, too
 
     write = StoreSink.write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from small import compute
 
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.life import StoreSink
 
 # Starts children in milliseconds: torch is imported once, in a server without threads.
 FORKS = multiprocessing.get_context("forkserver")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ntkpipe import compute_kernel
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.life import StoreSink
 from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.representations.dense import Dense

@@ -20,11 +20,11 @@ from torch.utils import backend_registration
 
 import ntkpipe
 from ntkpipe.base.errors import ResourceError
-from ntkpipe.build import gram, prepare
+from ntkpipe.build import prepare
 from ntkpipe.build import tiles as build
-from ntkpipe.build.gram import fill_tile
+from ntkpipe.build.life import StoreSink
 from ntkpipe.build.plan import Machine
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.tiles import Gram
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import SIZES, add_rows, exact_math, is_out_of_memory, sizes_of, without_tf32
@@ -167,12 +167,12 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
     engine = held.get(way, held["chosen"])
     block, _ = engine.block(lambda start, stop: X[start:stop], 0, 13, subtile=8, batch=8)
     other, _ = engine.block(lambda start, stop: X[start:stop] + 1, 0, 5, subtile=8, batch=8)
-    options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "pause": lambda: None}
 
     def fill(right, width, is_mirrored):
         tile = torch.full((39, 3 * width), torch.nan, dtype=torch.float64)
-        most = fill_tile(block, right, [tile], is_mirrored=is_mirrored, workspace=Workspace(), **options)
-        return tile, most
+        filler = Gram(3, "all", pause=lambda: None)
+        filler.fill(block, right, [tile], 0, 0, mirror=is_mirrored)
+        return tile, filler.most
 
     whole = [fill(block, 13, True), fill(other, 5, False)]
     assert [most for _, most in whole] == [None, None]
@@ -182,7 +182,7 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
             raise failure
         contract_planes(one, two, *args, **changes)
 
-    monkeypatch.setattr(gram, "contract_planes", limited)
+    monkeypatch.setattr(build, "contract_planes", limited)
     halved = [fill(block, 13, True), fill(other, 5, False)]
     assert [most for _, most in halved] == [2, 2]
     for (tile, _), (wanted, _) in zip(halved, whole, strict=True):
@@ -195,10 +195,9 @@ def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypat
         raise MemoryError
 
     block, _ = engines.engine_of(mlp(), X, EYE).block(lambda start, stop: X[start:stop], 0, 5, subtile=8, batch=8)
-    monkeypatch.setattr(gram, "contract_planes", failing)
-    options = {"row": 0, "column": 0, "num_covectors": 3, "pairs": "all", "is_mirrored": True}
+    monkeypatch.setattr(build, "contract_planes", failing)
     with pytest.raises(MemoryError):
-        fill_tile(block, block, [torch.empty(15, 15)], workspace=Workspace(), pause=lambda: None, **options)
+        Gram(3, "all", pause=lambda: None).fill(block, block, [torch.empty(15, 15)], 0, 0, mirror=True)
 
 
 def limit_batches(monkeypatch, most):

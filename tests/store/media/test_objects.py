@@ -27,7 +27,7 @@ from ntkpipe.base.errors import (
     StoreNotFoundError,
     TileError,
 )
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.life import StoreSink
 from ntkpipe.store.media.objects import AccessError, ObjectMedium
 from ntkpipe.store.store import Store
 
@@ -56,7 +56,7 @@ def remote_chunks(url: str) -> dict[str, bytes]:
 RUN = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from ntkpipe.build.source import StoreSink
+from ntkpipe.build.life import StoreSink
 from small import compute
 write = StoreSink.write
 def slowly(*args):
