@@ -11,9 +11,8 @@ from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores, process_memory
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileReader, TileSource, buffer_bytes
 from ntkpipe.store.kernel import Kernel
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def as_operator(
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
     reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if budget.limit is None else room)
+    return StreamingOperator(source, reader, threads=threads, room=None if budget.limit is None else room)
 
 
 def open_for_solver(

@@ -208,7 +208,7 @@ def ridge_path(
     check_number("tol", tol, low=0.0)
     check_number("num_left_out", num_left_out, low=2)
     train = train_targets(operator, targets, initial_outputs, task)
-    values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
+    values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator)
     is_centred = initial_outputs is not None
     test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
     if test is not None:
