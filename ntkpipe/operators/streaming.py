@@ -268,18 +268,13 @@ class TiledOperator(Operator):
 
     def __init__(self, source: TileSource, num_rows: int) -> None:
         super().__init__(num_rows, source.dtype)
-        self._source = source
+        self._source, self.rows_per_sample = source, source.rows_per_sample
         self._shards = cut_shards(source.grid, num_rows)
 
     def identity(self) -> str:
         """See :meth:`Operator.identity`."""
         whole = self._source.identity()
         return whole if self.num_rows == self._source.grid.shape[0] else f"leading({whole}, {self.num_rows})"
-
-    @property
-    def rows_per_sample(self) -> int | None:
-        """See :attr:`Operator.rows_per_sample`."""
-        return self._source.rows_per_sample
 
     def _columns(self, indices: NDArray[np.int64]) -> FloatArray:
         return self._entries(EntryRequest(slice(0, self.num_rows), indices))
@@ -323,9 +318,8 @@ class StreamingOperator(TiledOperator):
         room: int | None = None,
     ) -> None:
         super().__init__(source, num_rows or source.grid.shape[0])
-        self._reader = reader
-        self._room = room
-        self._num_threads = threads
+        self._reader, self._room, self._num_threads = reader, room, threads
+        self.buffer_bytes = buffer_bytes(source, threads)
 
     @property
     def share_kept(self) -> float:
@@ -336,11 +330,6 @@ class StreamingOperator(TiledOperator):
     def work(self) -> Work:
         """See :attr:`Operator.work`; a pass is all tiles of the whole matrix."""
         return self._reader.work
-
-    @property
-    def buffer_bytes(self) -> int:
-        """See :attr:`Operator.buffer_bytes`."""
-        return buffer_bytes(self._source, self._num_threads)
 
     def _leading(self, num_rows: int) -> Operator:
         threads, room = self._num_threads, self._room
