@@ -1,20 +1,24 @@
-"""Settings of a run: frozen, validated specs, read from YAML workflow files or built by the API."""
+"""Settings: frozen, validated specs of a run, from YAML workflow files or the API; and checks of single options."""
 
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, SupportsIndex, TypeVar
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
+from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError
 
 ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
 RealDtype = Literal["float32", "float64"]
+RidgeScale = Literal["mean_diagonal"] | None  # unit of a ridge; None is absolute
 
 
 def _as_int(value: object) -> object:
@@ -297,3 +301,20 @@ def parse_bytes(name: str, value: Any) -> int:
         return int(_BYTES.validate_python(str(value) if isinstance(value, bool) else value))
     except ValidationError:
         raise ConfigError(f"{name}={value!r}; needed a number of bytes, or text such as 8GiB") from None
+
+
+def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]) -> float:
+    """Convert a ridge to the λ that is added to the diagonal."""
+    if scale not in (None, "mean_diagonal"):
+        raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
+    ridge = check_number("ridge", ridge, low=0.0)
+    if scale is None:
+        return checked_ridge(ridge)
+    if (unit := float(diagonal().astype(np.float64).mean())) < 0.0:
+        raise ConfigError(f"the mean diagonal, {unit:.3g}, is no unit of ridges; needed a kernel, or absolute ridges")
+    return checked_ridge(ridge * unit)
+
+
+def checked_ridge(ridge: float) -> float:
+    """Check what is added to the diagonal."""
+    return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))

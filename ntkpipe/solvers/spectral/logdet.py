@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import RidgeScale
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
