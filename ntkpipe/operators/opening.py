@@ -12,8 +12,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores, process_memory
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileReader, TileSource, buffer_bytes
-from ntkpipe.store.kernel import Kernel
+from ntkpipe.operators.tiles import TileReader, buffer_bytes, tiles_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -62,9 +61,8 @@ def as_operator(
     """
     if isinstance(matrix, Operator):
         return matrix
-    if not (isinstance(matrix, Kernel | np.memmap) or hasattr(matrix, "chunks")):
+    if (source := tiles_of(matrix)) is None:
         return DenseOperator(matrix)
-    source: TileSource = KernelTiles(matrix) if isinstance(matrix, Kernel) else ArrayTiles(matrix)
     budget = Budget.of(memory_limit)
     if client is not None:
         from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator  # distributed is slow to import

@@ -169,38 +169,6 @@ class PassStopped(Exception):  # noqa: N818 - a request, not an error
     """Raised in a shard when another one has failed, or nobody waits for the pass any more."""
 
 
-def map_shards(
-    work: Callable[[Tiles], ShardResult],
-    shards: Iterable[Shard],
-    read: Callable[[tuple[TileIndex, ...]], Tiles],
-    num_threads: int,
-    is_unwanted: Callable[[], bool] = lambda: False,
-) -> Iterator[ShardResult]:
-    """Yield the result of ``work`` on the tiles of each shard, in order; threads are at most one shard ahead."""
-    stop = threading.Event()
-
-    def watched(tiles: Tiles) -> Iterator[tuple[TileIndex, Any]]:
-        for item in tiles:
-            if stop.is_set() or is_unwanted():
-                raise PassStopped
-            yield item
-
-    waiting: list[Future[ShardResult]] = []
-    with single_threaded_blas(), ThreadPoolExecutor(num_threads) as threads:
-        try:
-            for shard in shards:
-                # Read from here and not in the thread: the first tile comes while others are still multiplied.
-                waiting.append(threads.submit(work, watched(read(shard.tiles))))
-                if len(waiting) > num_threads:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            stop.set()
-            for future in waiting:
-                future.cancel()
-
-
 class PairwiseSum:
     """Adds partial products of neighbouring shards, then of neighbouring pairs, and so on.
 
@@ -231,35 +199,62 @@ class PairwiseSum:
         return part
 
 
-def multiply_shards(
-    grid: Grid,
-    block: FloatArray,
-    shards: tuple[Shard, ...],
-    read: Callable[[tuple[TileIndex, ...]], Tiles],
-    num_threads: int,
-    is_unwanted: Callable[[], bool] = lambda: False,
-) -> PairwiseSum:
-    """Sum what shards contribute to ``K @ block``; memory is :func:`num_blocks_in_use` blocks."""
-    total = PairwiseSum()
-    free: deque[FloatArray] = deque()
+@dataclass(frozen=True)
+class ShardThreads:
+    """Threads that work through shards of a matrix, each with single-threaded BLAS."""
 
-    def work(tiles: Tiles) -> FloatArray:
-        try:
-            # Page faults of fresh memory would take as long as a tile.
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty_like(block)
-        return multiply(tiles, grid, block, memory)
+    grid: Grid
+    read: Callable[[tuple[TileIndex, ...]], Tiles]
+    number: int
+    is_unwanted: Callable[[], bool] = lambda: False
 
-    for shard, part in zip(shards, map_shards(work, shards, read, num_threads, is_unwanted), strict=True):
-        for done in total.add((0, shard.number), part):
-            assert done.base is not None
-            free.append(done.base)
-    return total
+    def map(self, work: Callable[[Tiles], ShardResult], shards: Iterable[Shard]) -> Iterator[ShardResult]:
+        """Yield the result of ``work`` on the tiles of each shard, in order; threads are at most one shard ahead."""
+        stop = threading.Event()
+
+        def watched(tiles: Tiles) -> Iterator[tuple[TileIndex, Any]]:
+            for item in tiles:
+                if stop.is_set() or self.is_unwanted():
+                    raise PassStopped
+                yield item
+
+        waiting: list[Future[ShardResult]] = []
+        with single_threaded_blas(), ThreadPoolExecutor(self.number) as threads:
+            try:
+                for shard in shards:
+                    # Read from here and not in the thread: the first tile comes while others are still multiplied.
+                    waiting.append(threads.submit(work, watched(self.read(shard.tiles))))
+                    if len(waiting) > self.number:
+                        yield waiting.pop(0).result()
+                while waiting:
+                    yield waiting.pop(0).result()
+            finally:
+                stop.set()
+                for future in waiting:
+                    future.cancel()
+
+    def multiply(self, block: FloatArray, shards: tuple[Shard, ...]) -> PairwiseSum:
+        """Sum what shards contribute to ``K @ block``; memory is :func:`num_blocks_in_use` blocks."""
+        total = PairwiseSum()
+        free: deque[FloatArray] = deque()
+
+        def work(tiles: Tiles) -> FloatArray:
+            try:
+                # Page faults of fresh memory would take as long as a tile.
+                memory = free.pop()
+            except IndexError:
+                memory = np.empty_like(block)
+            return multiply(tiles, self.grid, block, memory)
+
+        for shard, part in zip(shards, self.map(work, shards), strict=True):
+            for done in total.add((0, shard.number), part):
+                assert done.base is not None
+                free.append(done.base)
+        return total
 
 
 def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
-    """Blocks that :func:`multiply_shards` holds at most: one in each thread, one waiting, and those not yet added."""
+    """Blocks that a product holds at most: one in each thread, one waiting, and those not yet added."""
     return num_threads + 1 + num_shards.bit_length()
 
 
@@ -318,7 +313,8 @@ class StreamingOperator(TiledOperator):
         room: int | None = None,
     ) -> None:
         super().__init__(source, num_rows or source.grid.shape[0])
-        self._reader, self._room, self._num_threads = reader, room, threads
+        self._reader, self._room = reader, room
+        self._threads = ShardThreads(source.grid, reader.tiles, threads)
         self.buffer_bytes = buffer_bytes(source, threads)
 
     @property
@@ -332,18 +328,18 @@ class StreamingOperator(TiledOperator):
         return self._reader.work
 
     def _leading(self, num_rows: int) -> Operator:
-        threads, room = self._num_threads, self._room
+        threads, room = self._threads.number, self._room
         return StreamingOperator(self._source, self._reader, threads=threads, num_rows=num_rows, room=room)
 
     def _multiply(self, block: FloatArray) -> FloatArray:
         start, grid = perf_counter(), self._source.grid
         if self._room is not None:
-            products = num_blocks_in_use(self._num_threads, len(self._shards)) * block.nbytes
-            scratch = self._num_threads * scratch_bytes(grid.rows.tile_rows, block.shape[1])
+            products = num_blocks_in_use(self._threads.number, len(self._shards)) * block.nbytes
+            scratch = self._threads.number * scratch_bytes(grid.rows.tile_rows, block.shape[1])
             if self._room - products - scratch < self._reader.cache_bytes:
                 self._reader.keep(self._room - products - scratch)
         try:
-            return multiply_shards(grid, block, self._shards, self._reader.tiles, self._num_threads).total
+            return self._threads.multiply(block, self._shards).total
         finally:
             self._reader.seconds += perf_counter() - start
 
@@ -362,7 +358,7 @@ class StreamingOperator(TiledOperator):
         """Yield the result of ``work`` on the tiles of each shard, in order."""
         start = perf_counter()
         try:
-            yield from map_shards(work, shards, self._reader.tiles, self._num_threads)
+            yield from self._threads.map(work, shards)
         finally:
             self._reader.seconds += perf_counter() - start
 

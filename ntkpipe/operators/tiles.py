@@ -106,6 +106,14 @@ class ArrayTiles:
         return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
 
 
+def tiles_of(matrix: Any, width: int = 1) -> TileSource | None:
+    """Tiles of whole samples, of ``width`` rows, of a stored kernel, a memory map, an array of a store; else none."""
+    if isinstance(matrix, Kernel):
+        return KernelTiles(matrix)
+    is_read = isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
+    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_read else None
+
+
 def _open_mapped(edge: int, *place: Any) -> ArrayTiles:
     return ArrayTiles(np.memmap(*place), edge)
 

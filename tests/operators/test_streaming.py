@@ -21,9 +21,9 @@ from ntkpipe.operators.opening import as_operator
 from ntkpipe.operators.streaming import (
     PairwiseSum,
     PassStopped,
+    ShardThreads,
     StreamingOperator,
     cut_shards,
-    map_shards,
     scratch_bytes,
 )
 from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileIndex, TileReader, buffer_bytes
@@ -325,11 +325,11 @@ def test_a_shard_that_fails_stops_the_others():
         return 0
 
     with pytest.raises(ZeroDivisionError):
-        list(map_shards(work, every, reader.tiles, 2))
+        list(ShardThreads(source.grid, reader.tiles, 2).map(work, every))
     assert source.reads.total() < len(EVERY)
     with pytest.raises(PassStopped):
-        list(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2, lambda: True))
-    assert sum(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2)) == len(EVERY)
+        list(ShardThreads(source.grid, reader.tiles, 2, lambda: True).map(lambda tiles: len(list(tiles)), every))
+    assert sum(ShardThreads(source.grid, reader.tiles, 2).map(lambda tiles: len(list(tiles)), every)) == len(EVERY)
 
 
 def test_memory_is_what_was_given(kernel, monkeypatch):

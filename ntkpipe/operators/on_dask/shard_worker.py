@@ -11,7 +11,7 @@ from distributed import get_worker
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import digest_of
 from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
-from ntkpipe.operators.streaming import EntryRequest, Shard, cut_shards, map_shards, measure, multiply_shards
+from ntkpipe.operators.streaming import EntryRequest, Shard, ShardThreads, cut_shards, measure
 from ntkpipe.operators.tiles import TileReader, Tiles, TileSource
 
 
@@ -72,14 +72,14 @@ class ShardWorker:
             # Copied in the stored dtype: nothing more travels.
             return [(where, np.array(values)) for where, values in entries.entries(tiles, grid)]
 
+        threads = ShardThreads(grid, reader.tiles, request.threads, is_unwanted)
         results: dict[Any, Any]
         if block is not None:
             # BLAS does not take arrays at odd addresses, as they come by network; numpy's own loops give other bits.
             aligned = np.require(block, np.float64, ["C", "ALIGNED"])
-            results = dict(multiply_shards(grid, aligned, shards, reader.tiles, request.threads, is_unwanted).parts)
+            results = dict(threads.multiply(aligned, shards).parts)
         else:
-            found = map_shards(work, shards, reader.tiles, request.threads, is_unwanted)
-            results = dict(zip((shard.number for shard in shards), found, strict=True))
+            results = dict(zip((shard.number for shard in shards), threads.map(work, shards), strict=True))
         with self._lock:
             num_tiles = sum(each.num_given for each in self._readers.values())
             bytes_read = sum(each.work.bytes_read for each in self._readers.values())
