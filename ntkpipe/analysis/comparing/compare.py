@@ -14,7 +14,7 @@ spectra by passes: 15 for leading pairs, 100 for λ_min.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,17 +54,11 @@ if TYPE_CHECKING:
 _TOL = 1e-10  # of predictions
 
 
-@dataclass(frozen=True)
-class _Goal:
+class _Goal(NamedTuple):
     """What is predicted."""
 
     targets: Targets  # of train samples
     test_targets: Targets | None  # of test samples, if there are any
-
-    def digests(self) -> dict[str, str]:
-        """Digests of targets, by name."""
-        known = {"targets": self.targets, "test_targets": self.test_targets}
-        return {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,8 @@ def compare_kernels(
     if checkpoint is not None:
         decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
         decides |= {"function": "compare_kernels", "smallest": smallest_eigenvalue}
-        decides |= {} if goal is None else goal.digests()
+        known = {} if goal is None else goal._asdict()
+        decides |= {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
     stages = Stages(checkpoint, decides)
     measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
     if measured["frobenius_b"] == 0:

@@ -18,7 +18,7 @@ from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.executors.connect import require_workers
-from ntkpipe.executors.pool import POLL_SECONDS, Pool, Report
+from ntkpipe.executors.pool import POLL_SECONDS, Report, WorkerPool
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, ShardWorker, compare_first_tile, run_pass
 from ntkpipe.operators.streaming import (
     EntryRequest,
@@ -71,7 +71,7 @@ class WorkerGroup:
                 check_number(name, value, low=low)
         require_workers(client)
         self.client = client
-        self._pool: Pool[None] = Pool(client)
+        self._pool: WorkerPool[None] = WorkerPool(client)
         self.source = source
         self.members: dict[str, WorkerHandle] = {}  # by address
         self.work = Work()
@@ -254,7 +254,7 @@ class _Pass:
 
     def __post_init__(self) -> None:
         # Of tasks for a member, with the shards that each uses.
-        self.pool: Pool[tuple[WorkerHandle, tuple[int, ...]]] = Pool(self.group.client, (PassStopped,))
+        self.pool: WorkerPool[tuple[WorkerHandle, tuple[int, ...]]] = WorkerPool(self.group.client, (PassStopped,))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""
