@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.base.arrays import FloatArray, rows_of
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import RidgeScale, check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
 from ntkpipe.base.arguments import ERRORS, bound, completed, options_of, parameters_of
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import Option, check_options, entries, options_of, parameters_of, require_known, sections
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.estimator import KernelRegression

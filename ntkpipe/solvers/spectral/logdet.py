@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import RidgeScale
+from ntkpipe.base.config import MemoryLimit, RidgeScale
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows

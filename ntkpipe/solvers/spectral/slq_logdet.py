@@ -7,8 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import RidgeScale, absolute_ridge
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows
