@@ -1,4 +1,4 @@
-"""Settings: frozen, validated specs of a run, from YAML workflow files or the API; checks of options; budgets of memory."""
+"""Settings: frozen, validated specs of a run, from YAML workflow files or the API; checks of options; budgets."""
 
 import math
 import operator
@@ -297,14 +297,6 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
     return number
 
 
-def parse_bytes(name: str, value: Any) -> int:
-    """Parse a number of bytes, or text such as ``8GiB``; raise ConfigError for anything else."""
-    try:
-        return int(_BYTES.validate_python(str(value) if isinstance(value, bool) else value))
-    except ValidationError:
-        raise ConfigError(f"{name}={value!r}; needed a number of bytes, or text such as 8GiB") from None
-
-
 def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]) -> float:
     """Convert a ridge to the λ that is added to the diagonal."""
     if scale not in (None, "mean_diagonal"):
@@ -337,9 +329,12 @@ class Budget:
     @classmethod
     def of(cls, given: MemoryLimit) -> "Budget":
         """The budget of an argument ``memory_limit``; raises ConfigError for what is no number of bytes."""
-        if isinstance(given, Budget):
-            return given
-        return cls(None if given is None else parse_bytes("memory_limit", given))
+        if given is None or isinstance(given, Budget):
+            return given or cls()
+        try:
+            return cls(int(_BYTES.validate_python(str(given) if isinstance(given, bool) else given)))
+        except ValidationError:
+            raise ConfigError(f"memory_limit={given!r}; needed a number of bytes, or text such as 8GiB") from None
 
     def room(self, share: float = 0.5) -> int:
         """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""
