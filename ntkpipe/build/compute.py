@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import nn
 
 from ntkpipe.base.arguments import checked, with_arguments_of
-from ntkpipe.base.config import ComputeDtype, MemoryLimit, RealDtype
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import ComputeDtype, RealDtype
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import Place, fill

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.config import ComputeDtype, MemoryLimit, RealDtype, RunSpec
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import ComputeDtype, RealDtype, RunSpec
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.resources import num_cores
 from ntkpipe.build.from_model import Settled, job_of, plan_and_check

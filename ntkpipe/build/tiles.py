@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
-from ntkpipe.base.kinds import array_of
+from ntkpipe.base.planes import array_of
 from ntkpipe.build.gram import fill_tile
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord

@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.config import KernelSpec, MemoryLimit, RunSpec, spec_of
+from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import require_same

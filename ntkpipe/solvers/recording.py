@@ -7,8 +7,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
-from ntkpipe.base.arguments import ERRORS, bound, completed, options_of, parameters_of
-from ntkpipe.base.config import Budget
+from ntkpipe.base.arguments import bound, options_of, parameters_of
+from ntkpipe.base.budget import Budget
+from ntkpipe.base.docstrings import ERRORS, completed
 from ntkpipe.operators.opening import open_for_solver
 from ntkpipe.solvers.result import Result
 

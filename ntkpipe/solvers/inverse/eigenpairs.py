@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
-from ntkpipe.base.config import Budget
+from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.direct.eigh import eigh

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray, column_norms
+from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ranges import column_norms
 from ntkpipe.solvers.lowest import lowest_eigenvalue, rounded_up
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.config import Budget, check_number
+from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkpipe.base.config import MemoryLimit, RidgeScale
+from ntkpipe.base.budget import MemoryLimit
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
+from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner

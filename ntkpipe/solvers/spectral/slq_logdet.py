@@ -7,9 +7,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
