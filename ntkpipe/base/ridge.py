@@ -1,6 +1,6 @@
 """Units of a ridge: absolute, or multiples of the mean diagonal of the kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,3 +28,12 @@ def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArr
 def checked_ridge(ridge: float) -> float:
     """Check what is added to the diagonal."""
     return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
+
+
+def absolute_ridges(
+    ridges: Sequence[float], scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]
+) -> NDArray[np.float64]:
+    """Convert ridges to what is added to the diagonal, in their order."""
+    if not len(ridges):
+        raise ConfigError("no ridge is given; needed at least one")
+    return np.array([absolute_ridge(float(ridge), scale, diagonal) for ridge in ridges])

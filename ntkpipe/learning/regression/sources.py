@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
 from ntkpipe.solvers.checkpoint import Stages
@@ -33,11 +33,8 @@ def ridges_for(
 ) -> tuple[FloatArray, dict[str, Any]]:
     """Absolute ridges, those given or defaults in mean diagonals; and what options of a result say of them."""
     asked, scale = (defaults, "mean_diagonal") if ridges is None else (ridges, scale)
-    if not len(asked):
-        raise ConfigError("no ridge is given; needed at least one")
-    values, diagonal = [float(ridge) for ridge in asked], operator.diagonal()
-    found = np.array([absolute_ridge(ridge, scale, lambda: diagonal) for ridge in values])
-    return found, {"ridges": values, "ridge_scale": scale}
+    diagonal, options = operator.diagonal(), {"ridges": [float(ridge) for ridge in asked], "ridge_scale": scale}
+    return absolute_ridges(asked, scale, lambda: diagonal), options
 
 
 @dataclass(frozen=True)
